@@ -1,0 +1,1 @@
+//! Fused operations on matrices for every backend.

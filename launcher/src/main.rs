@@ -1,0 +1,3 @@
+//! Starts and supervises shards and the router.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! HTTP, tokens, scheduling.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Decoder models with LoRA adapters over a backend.

@@ -1,0 +1,1 @@
+//! One process per device: weights, KV memory, adapters, steps.

@@ -1,0 +1,3 @@
+//! One process per device: weights, KV memory, adapters, steps.
+
+fn main() {}
