@@ -1,1 +1,21 @@
-//! Fused operations on matrices for every backend.
+//! Fused operations on row-major matrices, for every device that a model can run on.
+//!
+//! A [`Backend`] offers exactly the operations that one would write a kernel for; a model is a sequence of them.
+//! This crate knows matrices, index arrays and block tables. It has never heard of a layer, a model, the name of an
+//! adapter, or a request.
+
+mod backend;
+mod batch;
+mod comm;
+mod error;
+mod lora;
+mod sampling;
+mod tensor;
+
+pub use backend::{Attention, Backend, Heads, LinearLora};
+pub use batch::{BLOCK_SIZE, Batch, RowSet, Segment, SequenceRows};
+pub use comm::{Comm, Solo};
+pub use error::{Error, Result};
+pub use lora::{LoraPart, LoraSite};
+pub use sampling::{SampleRow, Sampled, SamplingParams};
+pub use tensor::{DType, HostTensor, Matrix};

@@ -1,0 +1,66 @@
+//! The index data of one step: which rows there are, where their keys and values go, which rows share an adapter.
+
+/// Token positions in one block of KV memory.
+pub const BLOCK_SIZE: usize = 16;
+
+/// A run of consecutive rows that use the adapter in one slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segment {
+    /// First row.
+    pub start: u32,
+    /// One past the last row.
+    pub end: u32,
+    /// The slot whose adapter these rows use.
+    pub slot: u32,
+}
+
+/// The rows of one sequence in a step: consecutive, at consecutive positions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SequenceRows {
+    /// First row of the sequence in this step.
+    pub start: u32,
+    /// Number of its rows: 1 for decode, the chunk for prefill.
+    pub rows: u32,
+    /// Tokens of the sequence in KV memory once this step's rows are stored; its last row attends to all of them.
+    pub kv_len: u32,
+    /// Where its block table begins in [`Batch::blocks`].
+    pub first_block: u32,
+}
+
+/// One step's rows. Sequences follow each other without gaps: sequence i's rows end where those of i + 1 begin.
+#[derive(Debug, Clone, Default)]
+pub struct Batch {
+    /// Token id of every row. A negative value `-1 - seat` stands for the id sampled last at that seat, which the
+    /// host does not know yet.
+    pub tokens: Vec<i32>,
+    /// Position of every row in its sequence, from 0.
+    pub positions: Vec<u32>,
+    /// Where every row's key and value are stored: `block * BLOCK_SIZE + offset`.
+    pub store_at: Vec<u32>,
+    /// The sequences, in row order.
+    pub sequences: Vec<SequenceRows>,
+    /// Block tables of all sequences, one after the other.
+    pub blocks: Vec<u32>,
+    /// Runs of rows with an adapter, ascending and disjoint. Rows of the base model are in none.
+    pub segments: Vec<Segment>,
+    /// Rows whose logits are wanted, ascending.
+    pub logit_rows: Vec<u32>,
+    /// As `segments`, in terms of indices into `logit_rows`.
+    pub logit_segments: Vec<Segment>,
+}
+
+impl Batch {
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.tokens.len()
+    }
+}
+
+/// Which rows of a step a matrix holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RowSet {
+    /// All rows.
+    All,
+    /// [`Batch::logit_rows`] only.
+    Logits,
+}

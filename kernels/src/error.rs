@@ -1,0 +1,50 @@
+//! What an operation can fail with.
+
+/// Result of an operation.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why an operation was refused or failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An argument does not have the shape that the operation needs.
+    #[error("{op}: {what} is {got}, expected {expected}")]
+    Shape {
+        /// The operation.
+        op: &'static str,
+        /// The argument and its axis.
+        what: &'static str,
+        /// The size that was given.
+        got: usize,
+        /// The size that the other arguments imply.
+        expected: usize,
+    },
+    /// An index points outside of what it indexes.
+    #[error("{op}: {what} {index} is out of range, limit {limit}")]
+    Index {
+        /// The operation.
+        op: &'static str,
+        /// What is indexed.
+        what: &'static str,
+        /// The index.
+        index: usize,
+        /// The first invalid index.
+        limit: usize,
+    },
+    /// The backend cannot compute in this type or with this head size on this device.
+    #[error("{backend}: {what} is not supported")]
+    Unsupported {
+        /// The backend.
+        backend: &'static str,
+        /// What was asked for.
+        what: String,
+    },
+    /// The device has no memory left.
+    #[error("out of memory: {bytes} bytes for {what}")]
+    OutOfMemory {
+        /// Bytes asked for.
+        bytes: usize,
+        /// What they were for.
+        what: &'static str,
+    },
+}

@@ -1,0 +1,50 @@
+//! Element types, host tensors on their way to a device, and what every device matrix can tell of itself.
+
+use std::borrow::Cow;
+
+/// An element type in memory. Arithmetic always accumulates in f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DType {
+    /// IEEE single precision.
+    F32,
+    /// The upper half of an IEEE single.
+    Bf16,
+    /// IEEE half precision.
+    F16,
+}
+
+impl DType {
+    /// Bytes of one element.
+    pub fn size(self) -> usize {
+        match self {
+            DType::F32 => 4,
+            DType::Bf16 | DType::F16 => 2,
+        }
+    }
+}
+
+/// A row-major matrix `[rows, cols]` in host memory, little-endian, as it comes from a weights file.
+#[derive(Debug, Clone)]
+pub struct HostTensor<'a> {
+    /// Type of `data`'s elements.
+    pub dtype: DType,
+    /// Number of rows; 1 for a vector.
+    pub rows: usize,
+    /// Number of columns.
+    pub cols: usize,
+    /// `rows · cols · dtype.size()` bytes.
+    pub data: Cow<'a, [u8]>,
+}
+
+/// A matrix of activations `[rows, cols]` on a device: capacity is fixed when it is made, the number of rows in use
+/// changes from step to step.
+pub trait Matrix {
+    /// Rows in use.
+    fn rows(&self) -> usize;
+    /// Columns.
+    fn cols(&self) -> usize;
+    /// Rows that fit.
+    fn capacity(&self) -> usize;
+    /// Sets the number of rows in use; panics above the capacity.
+    fn set_rows(&mut self, rows: usize);
+}
