@@ -1,0 +1,76 @@
+# Every command that a person or CI runs. `make` alone lists them.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV     := .venv
+FIXTURES := integration-tests/fixtures
+BINS     := -p lorax-launcher -p lorax-router -p lorax-shard
+
+.PHONY: help
+help: ## List the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+.PHONY: demo
+demo: ## Build, fetch the demo model, serve it with three adapters and show them in one batch
+	cargo build --release $(BINS)
+	$(FIXTURES)/fetch_model.sh
+	python3 deploy/demo.py
+
+.PHONY: test
+test: venv model ## Set up what the tests need and run them all
+	cargo build --workspace --bins
+	cargo test --workspace
+
+.PHONY: venv
+venv: $(VENV)/.installed ## Python tools of the tests, pinned and hashed, in .venv
+
+$(VENV)/.installed: integration-tests/requirements.txt
+	python3 -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	touch $@
+
+.PHONY: model
+model: ## Fetch the demo model (93 MB, once)
+	@$(FIXTURES)/fetch_model.sh
+
+.PHONY: fmt
+fmt: ## Format
+	cargo fmt --all
+
+.PHONY: lint
+lint: ## Format check and clippy with warnings denied
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+
+.PHONY: doc
+doc: ## Build the documentation with warnings denied
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items
+
+.PHONY: proto
+proto: ## Regenerate the code of proto/shard/v1/shard.proto
+	UPDATE_GENERATED=1 cargo test -p proto --test generated
+
+.PHONY: bench-cpu
+bench-cpu: ## Speed of the CPU backend end to end, beside the floor of this machine
+	cargo build --release $(BINS)
+	cargo build --release -p kernels --example machine
+	$(FIXTURES)/fetch_model.sh
+	python3 integration-tests/bench_cpu.py
+
+.PHONY: bench-ops
+bench-ops: ## Every operation of the CPU backend, beside the floor of this machine
+	cargo bench -p kernels --bench ops
+
+.PHONY: bench-scheduler
+bench-scheduler: ## Time to plan one step of a loaded server
+	cargo bench -p scheduler --bench schedule
+
+.PHONY: goldens
+goldens: ## Make the reference outputs anew (torch, transformers and PEFT; about 5 GB of packages)
+	python3 -m venv .venv-goldens
+	.venv-goldens/bin/pip install --quiet -r $(FIXTURES)/requirements-goldens.txt
+	.venv-goldens/bin/python $(FIXTURES)/make_goldens.py
+
+.PHONY: ci
+ci: lint test doc ## What CI runs

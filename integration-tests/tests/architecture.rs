@@ -1,0 +1,159 @@
+//! The boundaries of ARCHITECTURE.md, checked against the tree.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+/// What each crate may depend on, of ours. Test-only dependencies included.
+const EDGES: &[(&str, &[&str])] = &[
+    ("gguf", &[]),
+    ("proto", &[]),
+    ("kernels", &[]),
+    ("model", &["gguf", "kernels"]),
+    ("scheduler", &[]),
+    ("lorax-shard", &["proto", "model", "kernels"]),
+    ("lorax-router", &["proto", "scheduler", "gguf"]),
+    ("lorax-launcher", &[]),
+    ("integration-tests", &["proto"]),
+];
+
+/// Longest source file, in lines. Tests and generated code apart.
+const MAX_LINES: usize = 600;
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace root").to_owned()
+}
+
+fn packages() -> Vec<serde_json::Value> {
+    let out = Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version=1", "--no-deps", "--offline"])
+        .current_dir(root())
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let metadata: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    metadata["packages"].as_array().unwrap().clone()
+}
+
+/// Names of the direct dependencies of every workspace crate.
+fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
+    let name = |v: &serde_json::Value| v["name"].as_str().unwrap().to_owned();
+    packages()
+        .iter()
+        .map(|p| (name(p), p["dependencies"].as_array().unwrap().iter().map(name).collect()))
+        .collect()
+}
+
+/// Every source file that git tracks or would track, relative to the root.
+fn sources(extensions: &[&str]) -> Vec<PathBuf> {
+    let out = Command::new("git")
+        .args(["ls-files", "--cached", "--others", "--exclude-standard"])
+        .current_dir(root())
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8(out.stdout)
+        .unwrap()
+        .lines()
+        .map(PathBuf::from)
+        .filter(|f| f.extension().is_some_and(|e| extensions.iter().any(|x| e == *x)))
+        .filter(|f| root().join(f).exists())
+        .collect()
+}
+
+fn read(file: &Path) -> String {
+    fs::read_to_string(root().join(file)).unwrap()
+}
+
+/// Files with a line that holds `needle`, comments apart.
+fn files_with(needle: &str) -> BTreeSet<String> {
+    sources(&["rs"])
+        .into_iter()
+        .filter(|f| !f.ends_with("integration-tests/tests/architecture.rs"))
+        .filter(|f| read(f).lines().any(|l| l.contains(needle) && !l.trim_start().starts_with("//")))
+        .map(|f| f.to_string_lossy().into_owned())
+        .collect()
+}
+
+#[test]
+fn crates_depend_only_on_what_the_picture_allows() {
+    let actual = dependencies();
+    let ours: BTreeSet<&str> = EDGES.iter().map(|(name, _)| *name).collect();
+    assert_eq!(actual.keys().map(String::as_str).collect::<BTreeSet<_>>(), ours, "crates of the workspace");
+    for (name, allowed) in EDGES {
+        for dependency in actual[*name].iter().filter(|d| ours.contains(d.as_str())) {
+            assert!(allowed.contains(&dependency.as_str()), "{name} must not depend on {dependency}");
+        }
+    }
+}
+
+#[test]
+fn the_pure_crates_stay_pure() {
+    let actual = dependencies();
+    assert_eq!(actual["scheduler"], BTreeSet::from(["proptest".into()]), "scheduler: std only");
+    for (name, banned) in [
+        ("kernels", &["tokio", "tonic", "prost", "serde", "serde_json"][..]),
+        ("model", &["tokio", "tonic", "prost", "cudarc"]),
+        ("proto", &["tokio", "serde"]),
+        ("lorax-launcher", &["tonic", "prost"]),
+    ] {
+        for b in banned {
+            assert!(!actual[name].contains(*b), "{name} must not depend on {b}");
+        }
+    }
+}
+
+#[test]
+fn wire_types_stop_at_one_file_a_side() {
+    let allowed = ["router/src/wire.rs", "shard/src/wire.rs"];
+    for file in files_with("proto::") {
+        let test = file.contains("/tests/");
+        // The generated client and service are not wire types: somebody has to call and to implement them.
+        let connection = file == "router/src/shards.rs" || file == "shard/src/service.rs";
+        assert!(test || connection || allowed.contains(&file.as_str()), "{file} names wire types");
+    }
+}
+
+#[test]
+fn the_cuda_feature_is_known_to_kernels_and_the_shards_entry_point_only() {
+    for file in files_with("feature = \"cuda\"") {
+        assert!(file.starts_with("kernels/") || file == "shard/src/main.rs", "{file} knows a backend");
+    }
+}
+
+#[test]
+fn unsafe_code_lives_in_kernels() {
+    for package in packages().iter().filter(|p| p["name"] != "kernels") {
+        let manifest = fs::read_to_string(package["manifest_path"].as_str().unwrap()).unwrap();
+        assert!(manifest.contains("[lints]\nworkspace = true"), "{} has lints of its own", package["name"]);
+    }
+}
+
+#[test]
+fn no_file_is_long() {
+    for file in sources(&["rs", "cu", "cuh", "py", "sh"]) {
+        let name = file.to_string_lossy().into_owned();
+        if name.contains("/gen/") || name.contains("/tests/") || name.ends_with("/tests.rs") {
+            continue;
+        }
+        let text = read(&file);
+        let code = text.split("\n#[cfg(test)]\nmod tests {").next().unwrap_or(&text);
+        let lines = code.lines().count();
+        assert!(lines <= MAX_LINES, "{name} has {lines} lines: a file that long holds two rooms");
+    }
+}
+
+#[test]
+fn no_mod_rs_and_no_unfinished_work() {
+    for file in sources(&["rs"]) {
+        let test_support = file.components().any(|c| c.as_os_str() == "tests");
+        assert!(test_support || !file.ends_with("mod.rs"), "{}: use foo.rs + foo/", file.display());
+    }
+    for marker in ["#[ignore", "todo!(", "unimplemented!(", "FIXME"] {
+        let found = files_with(marker);
+        assert!(found.is_empty(), "{marker} in {found:?}");
+    }
+}
