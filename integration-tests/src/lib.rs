@@ -1,1 +1,3 @@
-//! The real binaries together.
+//! The real binaries together: a harness that starts a whole server, and a load generator.
+
+pub mod load;
