@@ -139,11 +139,17 @@ pub trait Backend: Send + Sync + Sized + 'static {
     ) -> Result<()>;
 
     /// Semantics: `residual[i] = x[i]`, then `x[i] = w · x[i] / √(mean(x[i]²) + eps)`: the first norm of a step.
-    fn rms_norm(&self, x: &mut Self::Mat, residual: &mut Self::Mat, w: &Self::Vector, eps: f32) -> Result<()>;
+    fn rms_norm(&self, x: &mut Self::Mat, residual: &mut Self::Mat, w: &Self::Vector, eps: f32)
+    -> Result<()>;
 
     /// Semantics: `residual[i] += x[i]`, then `x[i] = w · residual[i] / √(mean(residual[i]²) + eps)`.
-    fn add_rms_norm(&self, x: &mut Self::Mat, residual: &mut Self::Mat, w: &Self::Vector, eps: f32)
-    -> Result<()>;
+    fn add_rms_norm(
+        &self,
+        x: &mut Self::Mat,
+        residual: &mut Self::Mat,
+        w: &Self::Vector,
+        eps: f32,
+    ) -> Result<()>;
 
     /// Rotates the queries and keys of `qkv` `[rows, (query + 2 · kv) · dim]` in place by their positions (half-split
     /// pairs: element j with j + dim/2) and stores keys and values at `batch.store_at`.
