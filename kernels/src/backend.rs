@@ -74,6 +74,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     type LoraSlots: Send;
     /// Sampling state of the running sequences, by seat.
     type Sampler: Send;
+    /// Choices on their way to the host.
+    type Pending: Send;
 
     /// The type of weights and KV memory.
     fn dtype(&self) -> DType;
@@ -195,22 +197,17 @@ pub trait Backend: Send + Sync + Sized + 'static {
         prompt: &[u32],
         output: &[u32],
     ) -> Result<()>;
-    /// Samples one token for every row, remembers it as its seat's last token, and appends the choices to `out` in
-    /// order.
+    /// Samples one token for every row and remembers it as its seat's last token, without waiting for the device:
+    /// the next step may be launched before [`Self::collect`] brings the choices.
     fn sample(
         &self,
         logits: &Self::Mat,
         rows: &[SampleRow],
         sampler: &mut Self::Sampler,
-        out: &mut Vec<Sampled>,
-    ) -> Result<()>;
-    /// The log-probability of `token` under the logits in `row`, for each `(row, token)`, and the `num_top` most probable tokens
-    /// of that row.
-    fn score(
-        &self,
-        logits: &Self::Mat,
-        targets: &[(u32, u32)],
-        num_top: u32,
-        out: &mut Vec<Sampled>,
-    ) -> Result<()>;
+    ) -> Result<Self::Pending>;
+    /// The log-probability of `token` under the logits in `row`, for each `(row, token)`, and the `num_top` most
+    /// probable tokens of that row. The seats of the answers are 0.
+    fn score(&self, logits: &Self::Mat, targets: &[(u32, u32)], num_top: u32) -> Result<Self::Pending>;
+    /// Waits for choices and appends them to `out`, in the order of their rows.
+    fn collect(&self, pending: Self::Pending, out: &mut Vec<Sampled>) -> Result<()>;
 }
