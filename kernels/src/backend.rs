@@ -84,6 +84,11 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     /// Zeroed activations of up to `rows` rows.
     fn mat(&self, rows: usize, cols: usize) -> Result<Self::Mat>;
+    /// As [`Self::mat`], but its elements are f32 even where other activations are not: for the residual stream and for
+    /// logits, whose rounding would be seen in the log-probabilities.
+    fn wide_mat(&self, rows: usize, cols: usize) -> Result<Self::Mat> {
+        self.mat(rows, cols)
+    }
     /// The matrix whose rows are those of `parts`, one part after the other, converted to [`Self::dtype`].
     fn weight(&self, parts: &[HostTensor<'_>]) -> Result<Self::Weight>;
     /// A vector.
@@ -119,6 +124,13 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn unload(&self, slots: &mut Self::LoraSlots, slot: u32) -> Result<()>;
 
     // ---- a step ----
+
+    /// Runs `ops`, all operations of one step but sampling. For one pair of device batch and numbers of rows, `ops` must
+    /// always be the same operations on the same matrices: a device may record them at first and replay them later.
+    fn step(&self, batch: &Self::Batch, ops: impl FnOnce() -> Result<()>) -> Result<()> {
+        let _ = batch;
+        ops()
+    }
 
     /// Semantics: `y[i] = table[token(i)]`, where a negative `batch.tokens[i]` is looked up in the sampler.
     fn embed(

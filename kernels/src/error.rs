@@ -39,6 +39,24 @@ pub enum Error {
         /// What was asked for.
         what: String,
     },
+    /// The device or one of its libraries reported a failure. The device is not usable afterwards.
+    #[error("{op}: {library} error {code}")]
+    Device {
+        /// The operation.
+        op: &'static str,
+        /// Who reported it: the driver, the runtime, a library.
+        library: &'static str,
+        /// Its error code.
+        code: i32,
+    },
+    /// No device that this backend can use.
+    #[error("{backend}: {missing}")]
+    Unavailable {
+        /// The backend.
+        backend: &'static str,
+        /// What the machine lacks.
+        missing: String,
+    },
     /// The device has no memory left.
     #[error("out of memory: {bytes} bytes for {what}")]
     OutOfMemory {
