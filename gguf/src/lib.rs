@@ -1,1 +1,16 @@
 //! Reader of GGUF files: metadata, tensor index, dequantization.
+//!
+//! The format is the one that ggml documents (versions 2 and 3, little-endian). Nothing in a file is trusted: every
+//! length is checked against the bytes that are there before memory is taken for it.
+
+mod dequantize;
+mod error;
+mod file;
+mod reader;
+mod tensor;
+mod value;
+
+pub use error::{Error, Result};
+pub use file::Gguf;
+pub use tensor::{TensorInfo, TensorType};
+pub use value::{FromValue, Value};

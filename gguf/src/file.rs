@@ -1,0 +1,145 @@
+//! An open file.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    io::BufReader,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
+
+use crate::{
+    Error, FromValue, Result, TensorInfo, TensorType, Value,
+    dequantize::dequantize,
+    reader::Reader,
+    tensor::{Data, RawTensor},
+};
+
+/// Where tensors are aligned to unless the metadata says otherwise.
+const DEFAULT_ALIGNMENT: u32 = 32;
+
+/// An open GGUF file: its metadata and tensor index are in memory, tensors are read when asked for.
+#[derive(Debug)]
+pub struct Gguf {
+    path: PathBuf,
+    file: File,
+    metadata: HashMap<String, Value>,
+    tensors: Vec<TensorInfo>,
+    by_name: HashMap<String, usize>,
+}
+
+impl Gguf {
+    /// Opens a file and reads its header.
+    ///
+    /// Errors: the file is not there, is no GGUF, is truncated, or has tensors of a type that is not read here.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref().to_owned();
+        let fail = |source| Error::Io { path: path.clone(), source };
+        let file = File::open(&path).map_err(fail)?;
+        let len = file.metadata().map_err(fail)?.len();
+        let mut reader = Reader::new(BufReader::new(&file), len, &fail);
+
+        let (tensors, pairs) = counts(&mut reader)?;
+        let metadata = metadata(&mut reader, pairs)?;
+        let raw = (0..tensors).map(|_| raw_tensor(&mut reader)).collect::<Result<Vec<_>>>()?;
+
+        let alignment = get::<u32>(&metadata, "general.alignment")?.unwrap_or(DEFAULT_ALIGNMENT).into();
+        if !u64::is_power_of_two(alignment) {
+            return Err(Error::Alignment { alignment });
+        }
+        let start = reader.offset().next_multiple_of(alignment);
+        let data = Data { start, len: len.saturating_sub(start), alignment };
+        let tensors = raw.into_iter().map(|t| t.check(&data)).collect::<Result<Vec<_>>>()?;
+
+        let mut by_name = HashMap::new();
+        for (i, t) in tensors.iter().enumerate() {
+            if by_name.insert(t.name.clone(), i).is_some() {
+                return Err(Error::DuplicateTensor { tensor: t.name.clone() });
+            }
+        }
+        Ok(Self { path, file, metadata, tensors, by_name })
+    }
+
+    /// A metadata value: `get::<&str>`, and so on for `u32`, `f32`, `bool`, `&[String]`, `&[f32]`, `Vec<i32>`.
+    ///
+    /// Errors: the value is of another type. An absent key is none.
+    pub fn get<'a, T: FromValue<'a>>(&'a self, key: &str) -> Result<Option<T>> {
+        get(&self.metadata, key)
+    }
+
+    /// As [`Self::get`], but an absent key is an error.
+    pub fn require<'a, T: FromValue<'a>>(&'a self, key: &str) -> Result<T> {
+        self.get(key)?.ok_or_else(|| Error::MissingKey { key: key.into() })
+    }
+
+    /// All tensors, in the order of the file.
+    pub fn tensors(&self) -> &[TensorInfo] {
+        &self.tensors
+    }
+
+    /// The tensor of that name.
+    pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
+        self.by_name.get(name).map(|i| &self.tensors[*i])
+    }
+
+    /// The elements of a tensor as f32, in the order of the file: row-major for the reversed dims.
+    ///
+    /// Errors: no tensor of that name, or the file cannot be read any more.
+    pub fn dequantize(&self, name: &str) -> Result<Vec<f32>> {
+        let tensor = self.tensor(name).ok_or_else(|| Error::MissingTensor { tensor: name.into() })?;
+        let mut bytes = vec![0; tensor.bytes];
+        let fail = |source| Error::Io { path: self.path.clone(), source };
+        self.file.read_exact_at(&mut bytes, tensor.offset).map_err(fail)?;
+        Ok(dequantize(tensor.ty, &bytes))
+    }
+}
+
+fn get<'a, T: FromValue<'a>>(metadata: &'a HashMap<String, Value>, key: &str) -> Result<Option<T>> {
+    let Some(value) = metadata.get(key) else { return Ok(None) };
+    T::from_value(value).map(Some).ok_or_else(|| Error::WrongType {
+        key: key.into(),
+        found: value.describe(),
+        expected: T::EXPECTED,
+    })
+}
+
+/// Numbers of tensors and of metadata pairs, after the magic and the version.
+fn counts<R: std::io::Read>(reader: &mut Reader<'_, R>) -> Result<(usize, usize)> {
+    let found = reader.magic()?;
+    if &found != b"GGUF" {
+        return Err(Error::Magic { found });
+    }
+    let version = reader.u32("the version")?;
+    if !matches!(version, 2 | 3) {
+        return Err(Error::Version { version });
+    }
+    // The least that one takes: a name of no bytes, one axis, a type and an offset; a key and a value of one byte.
+    Ok((reader.count("the number of tensors", 32)?, reader.count("the number of metadata pairs", 13)?))
+}
+
+fn metadata<R: std::io::Read>(reader: &mut Reader<'_, R>, pairs: usize) -> Result<HashMap<String, Value>> {
+    let mut metadata = HashMap::new();
+    for _ in 0..pairs {
+        let key = reader.text("a metadata key")?;
+        let value = reader.value(&key)?;
+        if metadata.contains_key(&key) {
+            return Err(Error::DuplicateKey { key });
+        }
+        metadata.insert(key, value);
+    }
+    Ok(metadata)
+}
+
+fn raw_tensor<R: std::io::Read>(reader: &mut Reader<'_, R>) -> Result<RawTensor> {
+    let name = reader.text("a tensor's name")?;
+    let axes = reader.u32("a tensor's number of axes")?;
+    if !(1..=4).contains(&axes) {
+        return Err(Error::TensorAxes { tensor: name, axes });
+    }
+    let dims = (0..axes).map(|_| reader.u64("a tensor's axis")).collect::<Result<_>>()?;
+    let code = reader.u32("a tensor's type")?;
+    let Some(ty) = TensorType::from_code(code) else {
+        return Err(Error::TensorType { tensor: name, code });
+    };
+    Ok(RawTensor { name, dims, ty, offset: reader.u64("a tensor's offset")? })
+}
