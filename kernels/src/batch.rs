@@ -1,5 +1,7 @@
 //! The index data of one step: which rows there are, where their keys and values go, which rows share an adapter.
 
+use crate::{Error, Result};
+
 /// Token positions in one block of KV memory.
 pub const BLOCK_SIZE: usize = 16;
 
@@ -54,6 +56,61 @@ impl Batch {
     pub fn rows(&self) -> usize {
         self.tokens.len()
     }
+
+    /// Refuses indices that contradict each other. Whether they fit a device's memory is checked where they are used.
+    pub fn check(&self) -> Result<()> {
+        let op = "upload";
+        let rows = self.rows();
+        for (what, got) in [("positions", self.positions.len()), ("places to store at", self.store_at.len())]
+        {
+            if got != rows {
+                return Err(Error::Shape { op, what, got, expected: rows });
+            }
+        }
+        let mut next = 0;
+        for sequence in &self.sequences {
+            if sequence.start != next || sequence.rows == 0 || sequence.kv_len < sequence.rows {
+                let (got, expected) = (sequence.start as usize, next as usize);
+                return Err(Error::Shape { op, what: "first row of a sequence", got, expected });
+            }
+            next += sequence.rows;
+            let limit = self.blocks.len();
+            let last = sequence.first_block as usize + (sequence.kv_len as usize).div_ceil(BLOCK_SIZE);
+            if last > limit {
+                return Err(Error::Index { op, what: "block table entry", index: last - 1, limit });
+            }
+        }
+        if next as usize != rows {
+            return Err(Error::Shape {
+                op,
+                what: "rows of all sequences",
+                got: next as usize,
+                expected: rows,
+            });
+        }
+        check_segments(&self.segments, rows)?;
+        check_segments(&self.logit_segments, self.logit_rows.len())?;
+        match self.logit_rows.iter().find(|&&row| row as usize >= rows) {
+            Some(&row) => Err(Error::Index { op, what: "logit row", index: row as usize, limit: rows }),
+            None => Ok(()),
+        }
+    }
+}
+
+fn check_segments(segments: &[Segment], rows: usize) -> Result<()> {
+    let op = "upload";
+    let mut after = 0;
+    for segment in segments {
+        if segment.start < after || segment.end < segment.start {
+            let (got, expected) = (segment.start as usize, after as usize);
+            return Err(Error::Shape { op, what: "first row of a segment", got, expected });
+        }
+        after = segment.end;
+    }
+    if after as usize > rows {
+        return Err(Error::Index { op, what: "row of a segment", index: after as usize - 1, limit: rows });
+    }
+    Ok(())
 }
 
 /// Which rows of a step a matrix holds.

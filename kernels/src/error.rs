@@ -31,6 +31,17 @@ pub enum Error {
         /// The first invalid index.
         limit: usize,
     },
+    /// A row uses a slot that holds no adapter.
+    #[error("{op}: slot {slot} is empty")]
+    EmptySlot {
+        /// The operation.
+        op: &'static str,
+        /// The slot.
+        slot: usize,
+    },
+    /// The backend's threads could not be started.
+    #[error("cannot start a thread: {0}")]
+    Threads(#[from] std::io::Error),
     /// The backend cannot compute in this type or with this head size on this device.
     #[error("{backend}: {what} is not supported")]
     Unsupported {

@@ -7,10 +7,13 @@
 mod backend;
 mod batch;
 mod comm;
+pub mod cpu;
 mod error;
 mod lora;
+pub mod reference;
 mod sampling;
 mod tensor;
+pub mod testing;
 
 pub use backend::{Attention, Backend, Heads, LinearLora};
 pub use batch::{BLOCK_SIZE, Batch, RowSet, Segment, SequenceRows};

@@ -1,0 +1,304 @@
+//! The backend for machines without an accelerator, and the one that others are measured against.
+//!
+//! Weights are stored in their type, streamed once per operation by all threads, and multiplied with whole tiles of
+//! rows; see `kernels/README.md`.
+
+mod attention;
+mod elementwise;
+mod gemm;
+mod linear;
+mod lora;
+mod memory;
+mod pool;
+mod sampling;
+mod simd;
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
+};
+
+use crate::{
+    Attention, Backend, Batch, DType, Error, Heads, HostTensor, LinearLora, LoraPart, LoraSite, Matrix,
+    Result, SampleRow, Sampled, SamplingParams,
+};
+pub use attention::CpuKv;
+pub use elementwise::CpuRope;
+pub use lora::{CpuAdapter, CpuSlots};
+pub use memory::{CpuMat, Panels};
+pub use sampling::CpuSampler;
+pub use simd::Tier;
+
+use pool::{Pool, Shards};
+
+/// The CPU of this machine.
+pub struct CpuBackend {
+    dtype: DType,
+    tier: Tier,
+    pool: Pool,
+    scratch: Mutex<linear::Scratch>,
+}
+
+impl CpuBackend {
+    /// A backend that stores weights and KV memory as `dtype` (f32 or bf16) and computes on `threads` threads, with
+    /// the fastest arithmetic that this machine has.
+    pub fn new(dtype: DType, threads: usize) -> Result<CpuBackend> {
+        let tiers = Tier::available();
+        let mut tier = *tiers.last().unwrap_or(&Tier::Scalar);
+        // The dot product of bf16 is twice as fast as f32 on some machines, and half as fast on others.
+        if tier == Tier::Avx512Bf16 && dtype == DType::Bf16 {
+            let time = |tier| Ok::<_, Error>(Self::with_tier(dtype, 1, tier)?.time_of_a_product());
+            if time(Tier::Avx512)? < time(tier)? {
+                tier = Tier::Avx512;
+            }
+        }
+        Self::with_tier(dtype, threads, tier)
+    }
+
+    /// A backend with the arithmetic of a given tier.
+    pub fn with_tier(dtype: DType, threads: usize, tier: Tier) -> Result<CpuBackend> {
+        let unsupported = |what: String| Err(Error::Unsupported { backend: "cpu", what });
+        if dtype == DType::F16 {
+            return unsupported("float16 (use bfloat16 or float32)".into());
+        }
+        if !Tier::available().contains(&tier) {
+            return unsupported(format!("{tier:?} on this machine"));
+        }
+        Ok(CpuBackend { dtype, tier, pool: Pool::new(threads.max(1))?, scratch: Mutex::default() })
+    }
+
+    /// The arithmetic in use.
+    pub fn tier(&self) -> Tier {
+        self.tier
+    }
+
+    /// Threads that compute.
+    pub fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+
+    /// Seconds of a small product that stays in cache: the best of a few.
+    fn time_of_a_product(&self) -> f64 {
+        let product = || -> Result<f64> {
+            let w = Panels::from_fn(self.dtype, [128, 256], |o, k| (o * 7 + k) as f32 % 3.0)?;
+            let (mut x, mut y) = (CpuMat::new(48, 256)?, CpuMat::new(48, 128)?);
+            x.set_rows(48);
+            let mut best = f64::INFINITY;
+            for _ in 0..50 {
+                let start = Instant::now();
+                linear::linear(self, &x, &w, None, None, &mut y)?;
+                best = best.min(start.elapsed().as_secs_f64());
+            }
+            Ok(best)
+        };
+        product().unwrap_or(f64::INFINITY)
+    }
+
+    fn scratch(&self) -> MutexGuard<'_, linear::Scratch> {
+        self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Backend for CpuBackend {
+    type Mat = CpuMat;
+    type Weight = Panels;
+    type Vector = Vec<f32>;
+    type Rope = CpuRope;
+    type Kv = CpuKv;
+    type Batch = Batch;
+    type HostAdapter = CpuAdapter;
+    type LoraSlots = CpuSlots;
+    type Sampler = CpuSampler;
+    type Pending = Vec<Sampled>;
+
+    fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    fn mat(&self, rows: usize, cols: usize) -> Result<CpuMat> {
+        CpuMat::new(rows, cols)
+    }
+
+    fn weight(&self, parts: &[HostTensor<'_>]) -> Result<Panels> {
+        Panels::pack(self.dtype, parts)
+    }
+
+    fn vector(&self, values: &[f32]) -> Result<Vec<f32>> {
+        Ok(values.to_vec())
+    }
+
+    fn rope(&self, inv_freq: &[f32], positions: usize, scale: f32) -> Result<CpuRope> {
+        Ok(CpuRope::new(inv_freq, positions, scale))
+    }
+
+    fn kv(&self, blocks: usize, heads: Heads) -> Result<CpuKv> {
+        if heads.dim > attention::MAX_DIM || heads.kv == 0 || !heads.query.is_multiple_of(heads.kv) {
+            return Err(Error::Unsupported { backend: "cpu", what: format!("attention with {heads:?}") });
+        }
+        CpuKv::new(self.dtype, blocks, heads)
+    }
+
+    fn kv_block_bytes(&self, heads: Heads) -> usize {
+        CpuKv::block_bytes(self.dtype, heads)
+    }
+
+    fn batch(&self, _rows: usize, _blocks: usize) -> Result<Batch> {
+        Ok(Batch::default())
+    }
+
+    fn upload(&self, host: &Batch, batch: &mut Batch) -> Result<()> {
+        host.check()?;
+        batch.clone_from(host);
+        Ok(())
+    }
+
+    fn download(&self, x: &CpuMat) -> Result<Vec<f32>> {
+        Ok(x.used().to_vec())
+    }
+
+    fn fill(&self, x: &mut CpuMat, values: &[f32]) -> Result<()> {
+        x.resize("fill", values.len().checked_div(x.cols()).unwrap_or(0))?;
+        let (got, expected) = (values.len(), x.used().len());
+        if got != expected {
+            return Err(Error::Shape { op: "fill", what: "values", got, expected });
+        }
+        x.used_mut().copy_from_slice(values);
+        Ok(())
+    }
+
+    fn stage(&self, sites: &[LoraSite], parts: &[LoraPart]) -> Result<CpuAdapter> {
+        CpuAdapter::new(self.dtype, gemm::is_dot(self.tier, self.dtype), sites, parts)
+    }
+
+    fn adapter_bytes(&self, adapter: &CpuAdapter) -> usize {
+        adapter.bytes
+    }
+
+    fn lora_slots(&self, sites: &[LoraSite], slots: usize) -> Result<CpuSlots> {
+        Ok(CpuSlots { sites: sites.to_vec(), slots: vec![None; slots], loaded: Vec::new() })
+    }
+
+    fn load(&self, slots: &mut CpuSlots, slot: u32, adapter: &Arc<CpuAdapter>) -> Result<()> {
+        let limit = slots.slots.len();
+        let place = slots.slots.get_mut(slot as usize);
+        *place.ok_or(Error::Index { op: "load", what: "slot", index: slot as usize, limit })? =
+            Some(adapter.clone());
+        slots.loaded.push(slot);
+        Ok(())
+    }
+
+    fn loaded(&self, slots: &mut CpuSlots) -> Result<Vec<u32>> {
+        Ok(std::mem::take(&mut slots.loaded))
+    }
+
+    fn unload(&self, slots: &mut CpuSlots, slot: u32) -> Result<()> {
+        let limit = slots.slots.len();
+        let place = slots.slots.get_mut(slot as usize);
+        *place.ok_or(Error::Index { op: "unload", what: "slot", index: slot as usize, limit })? = None;
+        slots.loaded.retain(|loaded| *loaded != slot);
+        Ok(())
+    }
+
+    fn embed(&self, batch: &Batch, sampler: &CpuSampler, table: &Panels, y: &mut CpuMat) -> Result<()> {
+        let op = "embed";
+        let (cols, rows) = (y.cols(), batch.rows());
+        if table.inputs != cols {
+            return Err(Error::Shape { op, what: "columns of the table", got: table.inputs, expected: cols });
+        }
+        let mut ids = Vec::with_capacity(rows);
+        for &token in &batch.tokens {
+            let id = match usize::try_from(token) {
+                Ok(id) => id,
+                Err(_) => sampler.last(op, (-1 - i64::from(token)) as usize)? as usize,
+            };
+            if id >= table.outputs {
+                return Err(Error::Index { op, what: "token", index: id, limit: table.outputs });
+            }
+            ids.push(id);
+        }
+        y.resize(op, rows)?;
+        let y = Shards(y.used_mut().as_mut_ptr());
+        elementwise::each_row(self, rows, cols, |i| {
+            // SAFETY: row i is this call's own.
+            table.read_row(ids[i], unsafe { y.slice(i * cols, cols) });
+        });
+        Ok(())
+    }
+
+    fn linear(
+        &self,
+        x: &CpuMat,
+        weight: &Panels,
+        bias: Option<&Vec<f32>>,
+        lora: Option<LinearLora<'_, Self>>,
+        y: &mut CpuMat,
+    ) -> Result<()> {
+        linear::linear(self, x, weight, bias.map(Vec::as_slice), lora, y)
+    }
+
+    fn rms_norm(&self, x: &mut CpuMat, residual: &mut CpuMat, w: &Vec<f32>, eps: f32) -> Result<()> {
+        elementwise::norm(self, x, residual, w, (eps, false))
+    }
+
+    fn add_rms_norm(&self, x: &mut CpuMat, residual: &mut CpuMat, w: &Vec<f32>, eps: f32) -> Result<()> {
+        elementwise::norm(self, x, residual, w, (eps, true))
+    }
+
+    fn rope_and_store(
+        &self,
+        qkv: &mut CpuMat,
+        heads: Heads,
+        rope: &CpuRope,
+        batch: &Batch,
+        kv: &mut CpuKv,
+    ) -> Result<()> {
+        attention::rope_and_store(self, qkv, heads, rope, batch, kv)
+    }
+
+    fn paged_attention(
+        &self,
+        qkv: &CpuMat,
+        attention: &Attention,
+        batch: &Batch,
+        kv: &CpuKv,
+        y: &mut CpuMat,
+    ) -> Result<()> {
+        attention::paged_attention(self, qkv, attention, batch, kv, y)
+    }
+
+    fn silu_mul(&self, gate_up: &CpuMat, y: &mut CpuMat) -> Result<()> {
+        elementwise::silu_mul(self, gate_up, y)
+    }
+
+    fn gather_logit_rows(&self, x: &CpuMat, batch: &Batch, y: &mut CpuMat) -> Result<()> {
+        attention::gather(self, x, batch, y)
+    }
+
+    fn sampler(&self, seats: usize, vocab: usize) -> Result<CpuSampler> {
+        Ok(CpuSampler::new(seats, vocab))
+    }
+
+    fn seat(
+        &self,
+        sampler: &mut CpuSampler,
+        seat: u32,
+        params: &SamplingParams,
+        prompt: &[u32],
+        output: &[u32],
+    ) -> Result<()> {
+        sampler.seat(seat, params, prompt, output)
+    }
+
+    fn sample(&self, logits: &CpuMat, rows: &[SampleRow], sampler: &mut CpuSampler) -> Result<Vec<Sampled>> {
+        sampling::sample(self, logits, rows, sampler)
+    }
+
+    fn score(&self, logits: &CpuMat, targets: &[(u32, u32)], num_top: u32) -> Result<Vec<Sampled>> {
+        sampling::score(self, logits, targets, num_top)
+    }
+
+    fn collect(&self, pending: Vec<Sampled>, out: &mut Vec<Sampled>) -> Result<()> {
+        out.extend(pending);
+        Ok(())
+    }
+}

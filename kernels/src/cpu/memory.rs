@@ -1,0 +1,188 @@
+//! Host memory of the backend: activations, lines of packed weights, and rounding to bf16.
+
+use std::sync::Arc;
+
+use half::bf16;
+
+use crate::{DType, Error, HostTensor, Matrix, Result};
+
+/// One cache line: sixteen lanes of f32, or of pairs of bf16.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Line(pub(super) [u32; 16]);
+
+/// Zeroed lines, or the typed error.
+pub(super) fn lines(count: usize, what: &'static str) -> Result<Vec<Line>> {
+    let mut lines = Vec::new();
+    lines
+        .try_reserve_exact(count)
+        .map_err(|_| Error::OutOfMemory { bytes: count.saturating_mul(64), what })?;
+    lines.resize(count, Line([0; 16]));
+    Ok(lines)
+}
+
+/// Two f32 rounded to bf16, the first in the lower half.
+#[inline]
+pub(super) fn pair(low: f32, high: f32) -> u32 {
+    u32::from(bf16::from_f32(low).to_bits()) | u32::from(bf16::from_f32(high).to_bits()) << 16
+}
+
+/// The lower or upper bf16 of a pair.
+#[inline]
+pub(super) fn of_pair(pair: u32, upper: bool) -> f32 {
+    f32::from_bits(if upper { pair & 0xffff_0000 } else { pair << 16 })
+}
+
+/// Activations, f32 row-major.
+#[derive(Debug)]
+pub struct CpuMat {
+    data: Vec<f32>,
+    rows: usize,
+    cols: usize,
+}
+
+impl CpuMat {
+    pub(super) fn new(rows: usize, cols: usize) -> Result<CpuMat> {
+        let len = rows.saturating_mul(cols);
+        let mut data = Vec::new();
+        data.try_reserve_exact(len)
+            .map_err(|_| Error::OutOfMemory { bytes: len.saturating_mul(4), what: "activations" })?;
+        data.resize(len, 0.0);
+        Ok(CpuMat { data, rows: 0, cols })
+    }
+
+    /// The rows in use.
+    pub(super) fn used(&self) -> &[f32] {
+        &self.data[..self.rows * self.cols]
+    }
+
+    /// The rows in use.
+    pub(super) fn used_mut(&mut self) -> &mut [f32] {
+        &mut self.data[..self.rows * self.cols]
+    }
+
+    pub(super) fn row(&self, i: usize) -> &[f32] {
+        &self.data[i * self.cols..][..self.cols]
+    }
+
+    /// Puts `rows` rows to use; refuses more than there are.
+    pub(super) fn resize(&mut self, op: &'static str, rows: usize) -> Result<()> {
+        let limit = self.capacity();
+        if rows > limit {
+            return Err(Error::Index { op, what: "row", index: rows - 1, limit });
+        }
+        self.rows = rows;
+        Ok(())
+    }
+}
+
+impl Matrix for CpuMat {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn cols(&self) -> usize {
+        self.cols
+    }
+
+    fn capacity(&self) -> usize {
+        self.data.len().checked_div(self.cols).unwrap_or(0)
+    }
+
+    fn set_rows(&mut self, rows: usize) {
+        assert!(rows <= self.capacity(), "{rows} rows do not fit into {}", self.capacity());
+        self.rows = rows;
+    }
+}
+
+/// Element `i` of a host tensor's data.
+fn element(dtype: DType, data: &[u8], i: usize) -> f32 {
+    match dtype {
+        DType::F32 => f32::from_le_bytes([data[4 * i], data[4 * i + 1], data[4 * i + 2], data[4 * i + 3]]),
+        DType::Bf16 => bf16::from_le_bytes([data[2 * i], data[2 * i + 1]]).to_f32(),
+        DType::F16 => half::f16::from_le_bytes([data[2 * i], data[2 * i + 1]]).to_f32(),
+    }
+}
+
+/// A weight `[outputs, inputs]` in panels of 16 outputs. A line of a panel holds one input (f32) or two (bf16: lane i
+/// is `w[i][2k] | w[i][2k + 1] << 16`) of all 16 outputs, so a step reads a panel from front to back, once. Missing
+/// outputs and inputs are zero.
+#[derive(Debug, Clone)]
+pub struct Panels {
+    pub(super) lines: Arc<Vec<Line>>,
+    pub(super) dtype: DType,
+    pub(super) outputs: usize,
+    pub(super) inputs: usize,
+}
+
+impl Panels {
+    /// Inputs that share a line.
+    pub(super) fn inputs_per_line(dtype: DType) -> usize {
+        if dtype == DType::F32 { 1 } else { 2 }
+    }
+
+    /// Lines of one panel.
+    pub(super) fn depth(&self) -> usize {
+        self.inputs.div_ceil(Self::inputs_per_line(self.dtype))
+    }
+
+    pub(super) fn panels(&self) -> usize {
+        self.outputs.div_ceil(16)
+    }
+
+    /// The weight whose element is `get(output, input)`.
+    pub(super) fn from_fn(
+        dtype: DType,
+        [outputs, inputs]: [usize; 2],
+        get: impl Fn(usize, usize) -> f32,
+    ) -> Result<Panels> {
+        let per_line = Self::inputs_per_line(dtype);
+        let depth = inputs.div_ceil(per_line);
+        let mut lines = lines(outputs.div_ceil(16) * depth, "weights")?;
+        for (at, line) in lines.iter_mut().enumerate() {
+            let (panel, k) = (at / depth, at % depth * per_line);
+            for (lane, word) in line.0.iter_mut().enumerate() {
+                let output = panel * 16 + lane;
+                if output < outputs {
+                    *word = match dtype {
+                        DType::F32 => get(output, k).to_bits(),
+                        _ => pair(get(output, k), if k + 1 < inputs { get(output, k + 1) } else { 0.0 }),
+                    };
+                }
+            }
+        }
+        Ok(Panels { lines: Arc::new(lines), dtype, outputs, inputs })
+    }
+
+    /// The rows of host tensors, one tensor after the other.
+    pub(super) fn pack(dtype: DType, parts: &[HostTensor<'_>]) -> Result<Panels> {
+        let inputs = parts.first().map_or(0, |part| part.cols);
+        // Where each output's row is.
+        let mut rows = Vec::new();
+        for part in parts {
+            let (got, expected) = (part.data.len(), part.rows * part.cols * part.dtype.size());
+            if got != expected {
+                return Err(Error::Shape { op: "weight", what: "bytes of data", got, expected });
+            }
+            if part.cols != inputs {
+                return Err(Error::Shape { op: "weight", what: "columns", got: part.cols, expected: inputs });
+            }
+            let bytes = part.cols * part.dtype.size();
+            rows.extend((0..part.rows).map(|row| (part.dtype, &part.data[row * bytes..][..bytes])));
+        }
+        Self::from_fn(dtype, [rows.len(), inputs], |output, k| element(rows[output].0, rows[output].1, k))
+    }
+
+    /// One output's weights.
+    pub(super) fn read_row(&self, output: usize, out: &mut [f32]) {
+        let depth = self.depth();
+        let lines = &self.lines[output / 16 * depth..][..depth];
+        let lane = output % 16;
+        for (k, x) in out.iter_mut().enumerate() {
+            *x = match self.dtype {
+                DType::F32 => f32::from_bits(lines[k].0[lane]),
+                _ => of_pair(lines[k / 2].0[lane], !k.is_multiple_of(2)),
+            };
+        }
+    }
+}

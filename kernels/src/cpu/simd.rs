@@ -1,0 +1,462 @@
+//! Sixteen lanes of f32 on whatever vector unit the machine has.
+//!
+//! Kernels are written once over [`Simd`] and compiled for every tier; [`run`] picks at run time. All methods are
+//! `unsafe` because they need their tier's instructions, and pointers that are good for 16 lanes.
+
+use std::arch::x86_64::*;
+
+/// A vector unit.
+pub(super) trait Simd: Copy {
+    /// Sixteen f32.
+    type V: Copy;
+    /// Whether there are registers for 24 accumulators beside the operands.
+    const WIDE: bool;
+
+    unsafe fn splat(x: f32) -> Self::V;
+    unsafe fn load(p: *const f32) -> Self::V;
+    unsafe fn store(p: *mut f32, v: Self::V);
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
+    /// `a · b + c`
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// To the nearest integer.
+    unsafe fn round(a: Self::V) -> Self::V;
+    /// `a · 2^n` for integral n in [-126, 127].
+    unsafe fn scale(a: Self::V, n: Self::V) -> Self::V;
+    /// `v`, and 0 in lanes where `x < limit`.
+    unsafe fn zero_below(x: Self::V, limit: f32, v: Self::V) -> Self::V;
+    /// The lower bf16 of each of 16 u32, widened.
+    unsafe fn widen_low(p: *const u32) -> Self::V;
+    /// The upper bf16 of each of 16 u32, widened.
+    unsafe fn widen_high(p: *const u32) -> Self::V;
+    /// `acc + low(a) · low(b) + high(a) · high(b)` for 16 pairs of bf16.
+    unsafe fn dot_pairs(acc: Self::V, a: *const u32, b: *const u32) -> Self::V {
+        // SAFETY: the caller's promise covers both pointers.
+        unsafe {
+            let acc = Self::fma(Self::widen_low(a), Self::widen_low(b), acc);
+            Self::fma(Self::widen_high(a), Self::widen_high(b), acc)
+        }
+    }
+    /// As `dot_pairs` with one pair of bf16 in all lanes of `a`.
+    unsafe fn dot_splat(acc: Self::V, a: u32, b: *const u32) -> Self::V {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let acc = Self::fma(Self::splat(f32::from_bits(a << 16)), Self::widen_low(b), acc);
+            Self::fma(Self::splat(f32::from_bits(a & 0xffff_0000)), Self::widen_high(b), acc)
+        }
+    }
+
+    /// The sum of all lanes, always in the same order.
+    #[inline(always)]
+    unsafe fn sum(v: Self::V) -> f32 {
+        let mut lanes = [0.0; 16];
+        // SAFETY: 16 lanes fit.
+        unsafe { Self::store(lanes.as_mut_ptr(), v) };
+        for width in [8, 4, 2, 1] {
+            for i in 0..width {
+                lanes[i] += lanes[i + width];
+            }
+        }
+        lanes[0]
+    }
+
+    /// The largest lane.
+    #[inline(always)]
+    unsafe fn largest(v: Self::V) -> f32 {
+        let mut lanes = [0.0; 16];
+        // SAFETY: 16 lanes fit.
+        unsafe { Self::store(lanes.as_mut_ptr(), v) };
+        lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+
+    /// eˣ to about 2 ulp; 0 below -87. Range reduction by ln 2 in two parts and a polynomial of degree 6 (the scheme
+    /// of Cody and Waite, 1980).
+    #[inline(always)]
+    unsafe fn exp(x: Self::V) -> Self::V {
+        // SAFETY: no memory is touched.
+        unsafe {
+            let clamped = Self::max(x, Self::splat(-87.0));
+            let n = Self::round(Self::mul(clamped, Self::splat(std::f32::consts::LOG2_E)));
+            let r = Self::fma(n, Self::splat(-0.693_359_4), clamped);
+            let r = Self::fma(n, Self::splat(2.121_944_4e-4), r);
+            let mut p = Self::splat(1.0 / 720.0);
+            for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+                p = Self::fma(p, r, Self::splat(c));
+            }
+            Self::zero_below(x, -87.0, Self::scale(p, n))
+        }
+    }
+}
+
+/// AVX-512.
+#[derive(Clone, Copy)]
+pub(super) struct Avx512;
+
+// SAFETY of all bodies below: the trait's callers promise the tier's instructions and good pointers.
+impl Simd for Avx512 {
+    type V = __m512;
+    const WIDE: bool = true;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_set1_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_loadu_ps(p) }
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, v: __m512) {
+        // SAFETY: see above.
+        unsafe { _mm512_storeu_ps(p, v) }
+    }
+    #[inline(always)]
+    unsafe fn add(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn div(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_div_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn max(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_max_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    unsafe fn round(a: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_roundscale_ps::<0>(a) }
+    }
+    #[inline(always)]
+    unsafe fn scale(a: __m512, n: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_scalef_ps(a, n) }
+    }
+    #[inline(always)]
+    unsafe fn zero_below(x: __m512, limit: f32, v: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(x, _mm512_set1_ps(limit)), v) }
+    }
+    #[inline(always)]
+    unsafe fn widen_low(p: *const u32) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_loadu_si512(p.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn widen_high(p: *const u32) -> __m512 {
+        // SAFETY: see above.
+        unsafe {
+            let mask = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
+            _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p.cast()), mask))
+        }
+    }
+}
+
+/// AVX-512 with its bf16 dot product.
+#[derive(Clone, Copy)]
+pub(super) struct Avx512Bf16;
+
+macro_rules! as_avx512 {
+    ($(fn $name:ident($($arg:ident: $type:ty),*) $(-> $ret:ty)?;)*) => {$(
+        #[inline(always)]
+        unsafe fn $name($($arg: $type),*) $(-> $ret)? {
+            // SAFETY: the caller's promise is the same.
+            unsafe { Avx512::$name($($arg),*) }
+        }
+    )*};
+}
+
+impl Simd for Avx512Bf16 {
+    type V = __m512;
+    const WIDE: bool = true;
+
+    as_avx512! {
+        fn splat(x: f32) -> __m512;
+        fn load(p: *const f32) -> __m512;
+        fn store(p: *mut f32, v: __m512);
+        fn add(a: __m512, b: __m512) -> __m512;
+        fn mul(a: __m512, b: __m512) -> __m512;
+        fn div(a: __m512, b: __m512) -> __m512;
+        fn max(a: __m512, b: __m512) -> __m512;
+        fn fma(a: __m512, b: __m512, c: __m512) -> __m512;
+        fn round(a: __m512) -> __m512;
+        fn scale(a: __m512, n: __m512) -> __m512;
+        fn zero_below(x: __m512, limit: f32, v: __m512) -> __m512;
+        fn widen_low(p: *const u32) -> __m512;
+        fn widen_high(p: *const u32) -> __m512;
+    }
+
+    #[inline(always)]
+    unsafe fn dot_pairs(acc: __m512, a: *const u32, b: *const u32) -> __m512 {
+        // SAFETY: the caller's promise; a vector of 32 bf16 is 512 plain bits.
+        unsafe {
+            let (a, b) = (_mm512_loadu_si512(a.cast()), _mm512_loadu_si512(b.cast()));
+            _mm512_dpbf16_ps(
+                acc,
+                std::mem::transmute::<__m512i, __m512bh>(a),
+                std::mem::transmute::<__m512i, __m512bh>(b),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot_splat(acc: __m512, a: u32, b: *const u32) -> __m512 {
+        // SAFETY: as above.
+        unsafe {
+            let (a, b) = (_mm512_set1_epi32(a.cast_signed()), _mm512_loadu_si512(b.cast()));
+            _mm512_dpbf16_ps(
+                acc,
+                std::mem::transmute::<__m512i, __m512bh>(a),
+                std::mem::transmute::<__m512i, __m512bh>(b),
+            )
+        }
+    }
+}
+
+/// AVX2 with FMA: sixteen lanes are two registers.
+#[derive(Clone, Copy)]
+pub(super) struct Avx2;
+
+// SAFETY of all bodies below: the trait's callers promise the tier's instructions and good pointers.
+impl Simd for Avx2 {
+    type V = (__m256, __m256);
+    const WIDE: bool = false;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self::V {
+        // SAFETY: see above.
+        unsafe { (_mm256_set1_ps(x), _mm256_set1_ps(x)) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self::V {
+        // SAFETY: see above.
+        unsafe { (_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))) }
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, v: Self::V) {
+        // SAFETY: see above.
+        unsafe {
+            _mm256_storeu_ps(p, v.0);
+            _mm256_storeu_ps(p.add(8), v.1);
+        }
+    }
+    #[inline(always)]
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: see above.
+        unsafe { (_mm256_add_ps(a.0, b.0), _mm256_add_ps(a.1, b.1)) }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: see above.
+        unsafe { (_mm256_mul_ps(a.0, b.0), _mm256_mul_ps(a.1, b.1)) }
+    }
+    #[inline(always)]
+    unsafe fn div(a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: see above.
+        unsafe { (_mm256_div_ps(a.0, b.0), _mm256_div_ps(a.1, b.1)) }
+    }
+    #[inline(always)]
+    unsafe fn max(a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: see above.
+        unsafe { (_mm256_max_ps(a.0, b.0), _mm256_max_ps(a.1, b.1)) }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        // SAFETY: see above.
+        unsafe { (_mm256_fmadd_ps(a.0, b.0, c.0), _mm256_fmadd_ps(a.1, b.1, c.1)) }
+    }
+    #[inline(always)]
+    unsafe fn round(a: Self::V) -> Self::V {
+        // SAFETY: see above.
+        unsafe { (_mm256_round_ps::<0>(a.0), _mm256_round_ps::<0>(a.1)) }
+    }
+    #[inline(always)]
+    unsafe fn scale(a: Self::V, n: Self::V) -> Self::V {
+        // SAFETY: see above; n + 127 is the biased exponent of 2^n.
+        unsafe {
+            let power = |n| {
+                let biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
+            };
+            Self::mul(a, (power(n.0), power(n.1)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn zero_below(x: Self::V, limit: f32, v: Self::V) -> Self::V {
+        // SAFETY: see above.
+        unsafe {
+            let keep = |x, v| _mm256_and_ps(_mm256_cmp_ps::<_CMP_GE_OQ>(x, _mm256_set1_ps(limit)), v);
+            (keep(x.0, v.0), keep(x.1, v.1))
+        }
+    }
+    #[inline(always)]
+    unsafe fn widen_low(p: *const u32) -> Self::V {
+        // SAFETY: see above.
+        unsafe {
+            let half = |p: *const u32| _mm256_slli_epi32::<16>(_mm256_loadu_si256(p.cast()));
+            (_mm256_castsi256_ps(half(p)), _mm256_castsi256_ps(half(p.add(8))))
+        }
+    }
+    #[inline(always)]
+    unsafe fn widen_high(p: *const u32) -> Self::V {
+        // SAFETY: see above.
+        unsafe {
+            let mask = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
+            let half = |p: *const u32| _mm256_and_si256(_mm256_loadu_si256(p.cast()), mask);
+            (_mm256_castsi256_ps(half(p)), _mm256_castsi256_ps(half(p.add(8))))
+        }
+    }
+}
+
+/// No vector unit that we know: plain arrays, which the compiler vectorizes as it can.
+#[derive(Clone, Copy)]
+pub(super) struct Scalar;
+
+// SAFETY of all bodies below: the trait's callers promise good pointers.
+impl Simd for Scalar {
+    type V = [f32; 16];
+    const WIDE: bool = false;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self::V {
+        [x; 16]
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self::V {
+        // SAFETY: see above.
+        unsafe { p.cast::<[f32; 16]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, v: Self::V) {
+        // SAFETY: see above.
+        unsafe { p.cast::<[f32; 16]>().write_unaligned(v) }
+    }
+    #[inline(always)]
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|i| a[i] + b[i])
+    }
+    #[inline(always)]
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|i| a[i] * b[i])
+    }
+    #[inline(always)]
+    unsafe fn div(a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|i| a[i] / b[i])
+    }
+    #[inline(always)]
+    unsafe fn max(a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|i| if a[i] > b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        // Rounded twice: without the instruction, a fused multiply-add is a slow library call.
+        std::array::from_fn(|i| a[i] * b[i] + c[i])
+    }
+    #[inline(always)]
+    unsafe fn round(a: Self::V) -> Self::V {
+        a.map(f32::round_ties_even)
+    }
+    #[inline(always)]
+    unsafe fn scale(a: Self::V, n: Self::V) -> Self::V {
+        std::array::from_fn(|i| a[i] * f32::from_bits(((n[i] as i32 + 127) as u32) << 23))
+    }
+    #[inline(always)]
+    unsafe fn zero_below(x: Self::V, limit: f32, v: Self::V) -> Self::V {
+        std::array::from_fn(|i| if x[i] >= limit { v[i] } else { 0.0 })
+    }
+    #[inline(always)]
+    unsafe fn widen_low(p: *const u32) -> Self::V {
+        // SAFETY: see above.
+        unsafe { p.cast::<[u32; 16]>().read_unaligned() }.map(|x| f32::from_bits(x << 16))
+    }
+    #[inline(always)]
+    unsafe fn widen_high(p: *const u32) -> Self::V {
+        // SAFETY: see above.
+        unsafe { p.cast::<[u32; 16]>().read_unaligned() }.map(|x| f32::from_bits(x & 0xffff_0000))
+    }
+}
+
+/// A vector unit with its way to multiply bf16, from the plainest to the widest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Tier {
+    /// No vector instructions.
+    Scalar,
+    /// AVX2 and FMA; bf16 widened to f32.
+    Avx2,
+    /// AVX-512; bf16 widened to f32.
+    Avx512,
+    /// AVX-512 with dot products of bf16: activations are rounded to bf16 on their way into a linear operation.
+    Avx512Bf16,
+}
+
+impl Tier {
+    /// The tiers that this machine can run.
+    pub fn available() -> Vec<Tier> {
+        let mut tiers = vec![Tier::Scalar];
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            tiers.push(Tier::Avx2);
+        }
+        if is_x86_feature_detected!("avx512f") {
+            tiers.push(Tier::Avx512);
+            if is_x86_feature_detected!("avx512bf16") {
+                tiers.push(Tier::Avx512Bf16);
+            }
+        }
+        tiers
+    }
+}
+
+/// Work that is written once for all vector units. `run` must be `#[inline(always)]`, so that it is compiled with the
+/// instructions of the tier that it is called for.
+pub(super) trait Kernel {
+    /// What the work gives.
+    type Output;
+    /// # Safety
+    /// The machine has the instructions of `S`.
+    unsafe fn run<S: Simd>(self) -> Self::Output;
+}
+
+/// Runs a kernel on a tier.
+#[inline]
+pub(super) fn run<K: Kernel>(tier: Tier, kernel: K) -> K::Output {
+    #[target_feature(enable = "avx512f,avx512bf16,avx2,fma")]
+    unsafe fn avx512_bf16<K: Kernel>(kernel: K) -> K::Output {
+        // SAFETY: this function's features are those of the tier.
+        unsafe { kernel.run::<Avx512Bf16>() }
+    }
+    #[target_feature(enable = "avx512f,avx2,fma")]
+    unsafe fn avx512<K: Kernel>(kernel: K) -> K::Output {
+        // SAFETY: as above.
+        unsafe { kernel.run::<Avx512>() }
+    }
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn avx2<K: Kernel>(kernel: K) -> K::Output {
+        // SAFETY: as above.
+        unsafe { kernel.run::<Avx2>() }
+    }
+    // SAFETY: a backend is only made for a tier that the machine has.
+    unsafe {
+        match tier {
+            Tier::Avx512Bf16 => avx512_bf16(kernel),
+            Tier::Avx512 => avx512(kernel),
+            Tier::Avx2 => avx2(kernel),
+            Tier::Scalar => kernel.run::<Scalar>(),
+        }
+    }
+}

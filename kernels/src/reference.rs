@@ -1,0 +1,158 @@
+//! What every operation means, as plain loops over f32: the oracle of the conformance tests.
+
+use crate::{Attention, BLOCK_SIZE, Batch, Heads, LoraPart, LoraSite, Segment};
+
+/// A row-major matrix.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Table {
+    /// Number of columns.
+    pub cols: usize,
+    /// Row after row.
+    pub data: Vec<f32>,
+}
+
+impl Table {
+    /// Row `i`.
+    pub fn row(&self, i: usize) -> &[f32] {
+        &self.data[i * self.cols..][..self.cols]
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.data.len() / self.cols
+    }
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>() as f32
+}
+
+/// `y[i] = x[i] · Wᵀ + bias`
+pub fn linear(x: &Table, w: &Table, bias: Option<&[f32]>) -> Table {
+    let row =
+        |i: usize| (0..w.rows()).map(move |o| dot(x.row(i), w.row(o)) + bias.map_or(0.0, |bias| bias[o]));
+    Table { cols: w.rows(), data: (0..x.rows()).flat_map(row).collect() }
+}
+
+/// Adds the deltas of `adapters[slot]` at a site to the rows of its segments.
+pub fn add_lora(
+    x: &Table,
+    site: (usize, &LoraSite),
+    segments: &[Segment],
+    adapters: &[Vec<LoraPart>],
+    y: &mut Table,
+) {
+    for segment in segments {
+        for part in adapters[segment.slot as usize].iter().filter(|part| part.site == site.0) {
+            let column: usize = site.1.outputs[..part.slice].iter().sum();
+            for i in segment.start as usize..segment.end as usize {
+                let shrunk: Vec<f32> = part.a.chunks(site.1.inputs).map(|a| dot(x.row(i), a)).collect();
+                for (o, b) in part.b.chunks(part.lora_rank).enumerate() {
+                    y.data[i * y.cols + column + o] += dot(&shrunk, b);
+                }
+            }
+        }
+    }
+}
+
+/// `residual[i] = x[i] (+ residual[i])`, `x[i] = w · residual[i] / √(mean(residual[i]²) + eps)`
+pub fn rms_norm(x: &mut Table, residual: Option<&Table>, w: &[f32], eps: f32) -> Table {
+    let mut sums = x.clone();
+    if let Some(residual) = residual {
+        sums.data.iter_mut().zip(&residual.data).for_each(|(sum, residual)| *sum += residual);
+    }
+    for i in 0..x.rows() {
+        let row = sums.row(i);
+        let factor = 1.0 / (dot(row, row) / x.cols as f32 + eps).sqrt();
+        for (j, w) in w.iter().enumerate() {
+            x.data[i * x.cols + j] = sums.data[i * x.cols + j] * factor * w;
+        }
+    }
+    sums
+}
+
+/// `y[i, j] = silu(x[i, j]) · x[i, n + j]`
+pub fn silu_mul(x: &Table) -> Table {
+    let n = x.cols / 2;
+    let row = |i: usize| (0..n).map(move |j| x.row(i)[j] / (1.0 + (-x.row(i)[j]).exp()) * x.row(i)[n + j]);
+    Table { cols: n, data: (0..x.rows()).flat_map(row).collect() }
+}
+
+/// Keys and values of all places in KV memory, `[blocks · BLOCK_SIZE, kv · dim]` each.
+#[derive(Debug, Clone)]
+pub struct Memory {
+    /// Keys, rotated.
+    pub keys: Table,
+    /// Values.
+    pub values: Table,
+}
+
+impl Memory {
+    /// Zeros.
+    pub fn new(blocks: usize, heads: Heads) -> Memory {
+        let cols = heads.kv * heads.dim;
+        let table = Table { cols, data: vec![0.0; blocks * BLOCK_SIZE * cols] };
+        Memory { keys: table.clone(), values: table }
+    }
+}
+
+/// Rotates queries and keys in place and stores keys and values.
+pub fn rope_and_store(qkv: &mut Table, heads: Heads, inv_freq: &[f32], batch: &Batch, memory: &mut Memory) {
+    let (dim, half) = (heads.dim, heads.dim / 2);
+    for i in 0..qkv.rows() {
+        let cols = qkv.cols;
+        let row = &mut qkv.data[i * cols..][..cols];
+        for head in row[..(heads.query + heads.kv) * dim].chunks_mut(dim) {
+            for j in 0..half {
+                let (sin, cos) = (batch.positions[i] as f32 * inv_freq[j]).sin_cos();
+                let (a, b) = (head[j], head[j + half]);
+                head[j] = a * cos - b * sin;
+                head[j + half] = b * cos + a * sin;
+            }
+        }
+        let (keys, values) = row[heads.query * dim..].split_at(heads.kv * dim);
+        let at = batch.store_at[i] as usize * heads.kv * dim;
+        memory.keys.data[at..][..keys.len()].copy_from_slice(keys);
+        memory.values.data[at..][..values.len()].copy_from_slice(values);
+    }
+}
+
+/// Causal attention of every row over its sequence.
+pub fn paged_attention(qkv: &Table, attention: &Attention, batch: &Batch, memory: &Memory) -> Table {
+    let Heads { query, kv, dim } = attention.heads;
+    let mut y = Table { cols: query * dim, data: Vec::new() };
+    for sequence in &batch.sequences {
+        let place = |position: usize| {
+            batch.blocks[sequence.first_block as usize + position / BLOCK_SIZE] as usize * BLOCK_SIZE
+                + position % BLOCK_SIZE
+        };
+        for r in 0..sequence.rows {
+            let end = (sequence.kv_len - sequence.rows + r + 1) as usize;
+            let begin = attention.window.map_or(0, |window| end.saturating_sub(window as usize));
+            for head in 0..query {
+                let columns = head / (query / kv) * dim..(head / (query / kv) + 1) * dim;
+                let q = &qkv.row((sequence.start + r) as usize)[head * dim..][..dim];
+                let score = |t| {
+                    let score = dot(q, &memory.keys.row(place(t))[columns.clone()]) * attention.scale;
+                    attention.softcap.map_or(score, |cap| cap * (score / cap).tanh())
+                };
+                let scores: Vec<f32> = (begin..end).map(score).collect();
+                let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let weights: Vec<f32> = scores.iter().map(|score| (score - max).exp()).collect();
+                let total: f32 = weights.iter().sum();
+                y.data.extend((0..dim).map(|j| {
+                    let value = |t: usize| memory.values.row(place(t))[columns.start + j];
+                    (begin..end).zip(&weights).map(|(t, weight)| weight * value(t)).sum::<f32>() / total
+                }));
+            }
+        }
+    }
+    y
+}
+
+/// Log-probabilities of one row of logits.
+pub fn log_softmax(logits: &[f32]) -> Vec<f32> {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|x| f64::from(x - max).exp()).sum();
+    logits.iter().map(|x| x - max - sum.ln() as f32).collect()
+}

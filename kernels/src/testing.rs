@@ -1,0 +1,86 @@
+//! For the tests of backends: reproducible inputs, batches of every shape, and the one table of tolerances.
+
+use crate::{BLOCK_SIZE, Batch, DType, LoraPart, LoraSite, Segment, SequenceRows, reference::Table};
+
+/// Largest allowed |got - expected|, relative to the largest |expected| of the tensor. Activations may be rounded to
+/// `dtype` on their way into a product.
+pub fn tolerance(dtype: DType) -> f32 {
+    match dtype {
+        DType::F32 => 2e-6,
+        DType::F16 => 2e-3,
+        DType::Bf16 => 1.2e-2,
+    }
+}
+
+/// Panics unless two tables agree within [`tolerance`].
+pub fn assert_close(what: &str, got: &[f32], expected: &[f32], dtype: DType) {
+    assert_eq!(got.len(), expected.len(), "{what}: number of elements");
+    let size = expected.iter().fold(1e-3_f32, |size, x| size.max(x.abs()));
+    for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
+        let error = (got - expected).abs() / size;
+        assert!(error <= tolerance(dtype), "{what}[{i}]: {got}, expected {expected}, error {error}");
+    }
+}
+
+/// Numbers that look random and are the same every time (a linear congruential generator, Knuth's MMIX constants).
+#[derive(Debug, Clone)]
+pub struct Numbers(pub u64);
+
+impl Numbers {
+    /// Uniform in [-1, 1), representable in bf16 so that storing it loses nothing.
+    pub fn number(&mut self) -> f32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((self.0 >> 56) as f32 - 128.0) / 128.0
+    }
+
+    /// Uniform below `limit`.
+    pub fn below(&mut self, limit: usize) -> usize {
+        self.number();
+        (self.0 >> 33) as usize % limit
+    }
+
+    /// A matrix.
+    pub fn table(&mut self, rows: usize, cols: usize) -> Table {
+        Table { cols, data: (0..rows * cols).map(|_| self.number()).collect() }
+    }
+
+    /// A delta of one slice.
+    pub fn part(&mut self, (site, slice): (usize, usize), shape: &LoraSite, lora_rank: usize) -> LoraPart {
+        let a = self.table(lora_rank, shape.inputs).data;
+        let b = self.table(shape.outputs[slice], lora_rank).data;
+        LoraPart { site, slice, lora_rank, a, b }
+    }
+}
+
+/// A batch of sequences `(rows, tokens before them)`, their blocks interleaved so that no sequence has neighbours; all
+/// rows of sequence i use slot `slots[i]`, and the last row of each wants logits.
+pub fn batch(sequences: &[(usize, usize)], slots: &[Option<u32>]) -> Batch {
+    let mut batch = Batch::default();
+    let mut next_block = 0;
+    for (i, &(rows, before)) in sequences.iter().enumerate() {
+        let (start, first_block) = (batch.rows(), batch.blocks.len());
+        // Two apart, and in descending order.
+        let count = (rows + before).div_ceil(BLOCK_SIZE);
+        batch.blocks.extend((0..count).rev().map(|b| (next_block + 2 * b) as u32));
+        next_block += 2 * count;
+        for position in before..before + rows {
+            let block = batch.blocks[first_block + position / BLOCK_SIZE] as usize;
+            batch.tokens.push((7 * i + position) as i32 % 50);
+            batch.positions.push(position as u32);
+            batch.store_at.push((block * BLOCK_SIZE + position % BLOCK_SIZE) as u32);
+        }
+        batch.sequences.push(SequenceRows {
+            start: start as u32,
+            rows: rows as u32,
+            kv_len: (rows + before) as u32,
+            first_block: first_block as u32,
+        });
+        let logit = batch.logit_rows.len() as u32;
+        batch.logit_rows.push((batch.rows() - 1) as u32);
+        if let Some(slot) = slots.get(i).copied().flatten() {
+            batch.segments.push(Segment { start: start as u32, end: batch.rows() as u32, slot });
+            batch.logit_segments.push(Segment { start: logit, end: logit + 1, slot });
+        }
+    }
+    batch
+}
