@@ -220,6 +220,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// The log-probability of `token` under the logits in `row`, for each `(row, token)`, and the `num_top` most
     /// probable tokens of that row. The seats of the answers are 0.
     fn score(&self, logits: &Self::Mat, targets: &[(u32, u32)], num_top: u32) -> Result<Self::Pending>;
+    /// Whether [`Self::collect`] would not wait.
+    fn ready(&self, pending: &Self::Pending) -> bool;
     /// Waits for choices and appends them to `out`, in the order of their rows.
     fn collect(&self, pending: Self::Pending, out: &mut Vec<Sampled>) -> Result<()>;
 }

@@ -297,6 +297,10 @@ impl Backend for CpuBackend {
         sampling::score(self, logits, targets, num_top)
     }
 
+    fn ready(&self, _pending: &Vec<Sampled>) -> bool {
+        true
+    }
+
     fn collect(&self, pending: Vec<Sampled>, out: &mut Vec<Sampled>) -> Result<()> {
         out.extend(pending);
         Ok(())
