@@ -1,0 +1,114 @@
+//! What a caller hands in.
+
+use std::{error::Error, fmt, sync::Arc};
+
+/// Names one request to the caller and on the wire. Must be unique among the requests that have not ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RequestId(pub u64);
+
+/// SHA-256 of what determines an adapter's output.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct AdapterKey(pub [u8; 32]);
+
+impl fmt::Debug for AdapterKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0[..4].iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+/// An adapter that a shard has prepared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Adapter {
+    /// Its identity.
+    pub key: AdapterKey,
+    /// Bytes it takes in a device slot.
+    pub bytes: u64,
+}
+
+/// One sequence to generate.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Its name.
+    pub id: RequestId,
+    /// At least one token.
+    pub prompt: Vec<u32>,
+    /// Generation ends with `Finish::Length` after this many tokens. At least one.
+    pub max_new_tokens: u32,
+    /// Generation ends with `Finish::StopToken` at any of these; empty to ignore them.
+    pub stop_ids: Arc<[u32]>,
+    /// `None` for the base model.
+    pub adapter: Option<Adapter>,
+    /// Log-probabilities of the prompt are wanted, so every position must be computed: no prefix of it comes from the
+    /// cache, and every row of it counts against [`Limits::max_logit_rows`]. After a preemption they are computed,
+    /// and reported, once more.
+    pub prompt_logprobs: bool,
+}
+
+/// What one shard can hold and do, and the policy's switches. All must be at least 1 but for those that say otherwise.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// Blocks of KV memory.
+    pub num_blocks: u32,
+    /// Token positions in a block.
+    pub block_size: u32,
+    /// Adapter slots; 0 to refuse adapters.
+    pub num_slots: u32,
+    /// Bytes that the adapters in slots may take together; 0 for no bound.
+    pub adapter_bytes: u64,
+    /// Rows in a step.
+    pub max_rows: u32,
+    /// Sequences running at the same time.
+    pub max_sequences: u32,
+    /// Rows of a step whose logits are computed: sampled ones, and all of a request with `prompt_logprobs`.
+    pub max_logit_rows: u32,
+    /// Prompt rows in a step: what a running sequence waits between two tokens grows with it.
+    pub max_prefill_rows: u32,
+    /// Reuse the KV of equal prefixes of the same adapter.
+    pub prefix_caching: bool,
+}
+
+/// Why a request can never run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SubmitError {
+    /// The prompt has no token.
+    EmptyPrompt,
+    /// `max_new_tokens` is zero.
+    NoNewTokens,
+    /// A request of this name has not ended.
+    DuplicateId(RequestId),
+    /// Prompt and output need more KV memory than there is.
+    TooLong {
+        /// Token positions that it would fill.
+        positions: u64,
+        /// Token positions that there are.
+        capacity: u64,
+    },
+    /// It names an adapter, and there is no slot for any.
+    NoSlots,
+    /// Its adapter is larger than the memory for adapters.
+    AdapterTooLarge {
+        /// Bytes of the adapter.
+        bytes: u64,
+        /// Bytes that all adapters may take together.
+        limit: u64,
+    },
+}
+
+impl fmt::Display for SubmitError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::EmptyPrompt => write!(f, "the prompt has no tokens"),
+            Self::NoNewTokens => write!(f, "at least one new token must be asked for"),
+            Self::DuplicateId(RequestId(id)) => write!(f, "request {id} has not ended yet"),
+            Self::TooLong { positions, capacity } => {
+                write!(f, "prompt and output fill {positions} positions of KV memory, which has {capacity}")
+            }
+            Self::NoSlots => write!(f, "this server has no adapter slots"),
+            Self::AdapterTooLarge { bytes, limit } => {
+                write!(f, "the adapter takes {bytes} bytes, and the memory for adapters has {limit}")
+            }
+        }
+    }
+}
+
+impl Error for SubmitError {}
