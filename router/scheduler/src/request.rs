@@ -67,6 +67,31 @@ pub struct Limits {
     pub prefix_caching: bool,
 }
 
+impl Limits {
+    /// Sequences that may run at the same time: each can have its decode row in every step.
+    pub(crate) fn seats(&self) -> usize {
+        self.max_sequences.min(self.max_rows).min(self.max_logit_rows) as usize
+    }
+
+    /// Blocks that hold `positions` token positions.
+    pub(crate) fn blocks_for(&self, positions: usize) -> usize {
+        positions.div_ceil(self.block_size as usize)
+    }
+
+    /// Whether a step can be planned at all.
+    pub(crate) fn assert_sane(&self) {
+        let positive = [
+            self.num_blocks,
+            self.block_size,
+            self.max_rows,
+            self.max_sequences,
+            self.max_logit_rows,
+            self.max_prefill_rows,
+        ];
+        assert!(positive.iter().all(|&limit| limit > 0), "a limit is zero: {self:?}");
+    }
+}
+
 /// Why a request can never run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SubmitError {

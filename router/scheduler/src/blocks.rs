@@ -1,0 +1,186 @@
+//! Blocks of KV memory: who holds them, and which prefix each cached one is.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
+
+use crate::AdapterKey;
+
+/// What comes before a block: the start of a sequence under an adapter, or a published block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Prefix {
+    /// Nothing; KV of different adapters is never shared.
+    Start(Option<AdapterKey>),
+    /// The published block of this number.
+    Block(u64),
+}
+
+/// What a published block is: the tokens of its positions, after those of its prefix. By induction an equal edge is an
+/// equal sequence of tokens, so nothing rests on a hash.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Edge {
+    prefix: Prefix,
+    tokens: Vec<u32>,
+}
+
+/// A published block's place in the index.
+#[derive(Debug)]
+struct Published {
+    /// Never used twice, so that a reused block cannot be taken for what it was.
+    number: u64,
+    edge: Arc<Edge>,
+}
+
+#[derive(Debug, Default)]
+struct Block {
+    /// Sequences that have it in their block table.
+    holders: u32,
+    published: Option<Published>,
+    /// When its last holder let go; its key in `idle`.
+    idle_since: u64,
+}
+
+/// All blocks. Each is free, or held by sequences, or idle: published and held by none.
+#[derive(Debug)]
+pub(crate) struct Blocks {
+    size: usize,
+    blocks: Vec<Block>,
+    free: Vec<u32>,
+    /// Least recently used first. Blocks are let go last position first, so a block leaves before its prefix does.
+    idle: BTreeMap<u64, u32>,
+    /// Looked up only, never iterated.
+    index: HashMap<Arc<Edge>, u32>,
+    /// Counts publications and releases.
+    ticks: u64,
+}
+
+impl Blocks {
+    pub(crate) fn new(count: u32, size: u32) -> Self {
+        Self {
+            size: size as usize,
+            blocks: (0..count).map(|_| Block::default()).collect(),
+            free: (0..count).rev().collect(),
+            idle: BTreeMap::new(),
+            index: HashMap::new(),
+            ticks: 0,
+        }
+    }
+
+    pub(crate) fn free(&self) -> usize {
+        self.free.len()
+    }
+
+    pub(crate) fn idle(&self) -> usize {
+        self.idle.len()
+    }
+
+    /// Blocks that can be taken.
+    pub(crate) fn available(&self) -> usize {
+        self.free.len() + self.idle.len()
+    }
+
+    /// Whether only the cache holds `block`, so that holding it takes one from `available`.
+    pub(crate) fn is_idle(&self, block: u32) -> bool {
+        self.blocks[block as usize].holders == 0
+    }
+
+    /// The published blocks of the longest prefix of `tokens` in whole blocks.
+    pub(crate) fn find(&self, adapter: Option<AdapterKey>, tokens: &[u32]) -> Vec<u32> {
+        let mut found = Vec::new();
+        let mut edge = Edge { prefix: Prefix::Start(adapter), tokens: Vec::with_capacity(self.size) };
+        for chunk in tokens.chunks_exact(self.size) {
+            edge.tokens.clear();
+            edge.tokens.extend_from_slice(chunk);
+            let Some(&block) = self.index.get(&edge) else { break };
+            found.push(block);
+            edge.prefix = self.prefix_of(block).unwrap_or(edge.prefix);
+        }
+        found
+    }
+
+    /// `block` as the prefix of the next one; `None` when it is not published.
+    pub(crate) fn prefix_of(&self, block: u32) -> Option<Prefix> {
+        self.blocks[block as usize].published.as_ref().map(|p| Prefix::Block(p.number))
+    }
+
+    /// Adds a holder to a block that `find` gave.
+    pub(crate) fn hold(&mut self, block: u32) {
+        let entry = &mut self.blocks[block as usize];
+        if entry.holders == 0 {
+            self.idle.remove(&entry.idle_since);
+        }
+        entry.holders += 1;
+    }
+
+    /// A block for one holder: a free one, else the least recently used of the cache.
+    pub(crate) fn take(&mut self) -> Option<u32> {
+        let block = match self.free.pop() {
+            Some(block) => block,
+            None => self.idle.pop_first()?.1,
+        };
+        let entry = &mut self.blocks[block as usize];
+        if let Some(published) = entry.published.take() {
+            self.index.remove(&published.edge);
+        }
+        entry.holders = 1;
+        Some(block)
+    }
+
+    /// Removes one holder from each of a sequence's blocks, given in the order of their positions.
+    pub(crate) fn release(&mut self, blocks: &[u32]) {
+        for &block in blocks.iter().rev() {
+            let entry = &mut self.blocks[block as usize];
+            entry.holders -= 1;
+            if entry.holders > 0 {
+                continue;
+            }
+            if entry.published.is_some() {
+                self.ticks += 1;
+                entry.idle_since = self.ticks;
+                self.idle.insert(self.ticks, block);
+            } else {
+                self.free.push(block);
+            }
+        }
+    }
+
+    /// Makes a full, computed block known as `tokens` after `prefix`, and returns it as the prefix of the next one. If
+    /// another block is known as that already, it stays the one, and `block` stays its holder's alone.
+    pub(crate) fn publish(&mut self, prefix: Prefix, tokens: &[u32], block: u32) -> Prefix {
+        let edge = Arc::new(Edge { prefix, tokens: tokens.to_vec() });
+        if let Some(&known) = self.index.get(&edge) {
+            return self.prefix_of(known).unwrap_or(prefix);
+        }
+        self.ticks += 1;
+        let number = self.ticks;
+        self.index.insert(Arc::clone(&edge), block);
+        self.blocks[block as usize].published = Some(Published { number, edge });
+        Prefix::Block(number)
+    }
+
+    /// Panics unless every block is counted exactly once and held by as many as `tables`, all sequences' blocks, say.
+    pub(crate) fn check<'a>(&self, tables: impl Iterator<Item = &'a [u32]>) {
+        let mut holders = vec![0; self.blocks.len()];
+        tables.flatten().for_each(|&block| holders[block as usize] += 1);
+        let mut free = vec![false; self.blocks.len()];
+        for &block in &self.free {
+            assert!(!std::mem::replace(&mut free[block as usize], true), "block {block} is free twice");
+        }
+        let mut published = 0;
+        for (number, entry) in (0..).zip(&self.blocks) {
+            let expected = holders[number as usize];
+            assert_eq!(entry.holders, expected, "block {number}: holders counted and found");
+            let idle = self.idle.get(&entry.idle_since) == Some(&number);
+            let places = [free[number as usize], idle, entry.holders > 0].iter().filter(|&&at| at).count();
+            assert_eq!(places, 1, "block {number} is in one of free, idle and held");
+            assert!(!free[number as usize] || entry.published.is_none(), "free block {number} is published");
+            if let Some(p) = &entry.published {
+                published += 1;
+                assert_eq!(self.index.get(&p.edge), Some(&number), "the index knows block {number}");
+            }
+        }
+        assert_eq!(self.index.len(), published, "the index holds published blocks only");
+        assert_eq!(self.free.len() + self.idle.len(), self.blocks.iter().filter(|b| b.holders == 0).count());
+    }
+}

@@ -1,0 +1,60 @@
+//! The invariants.
+
+use super::{MAX_IN_FLIGHT, Scheduler};
+
+impl Scheduler {
+    /// Asserts every invariant: blocks, slots, queues and results in flight are each accounted for exactly once.
+    /// Takes time in proportion to all there is; meant for tests and for idle moments.
+    ///
+    /// # Panics
+    /// If one is broken.
+    pub fn check(&self) {
+        self.blocks.check(self.running.values().map(|sequence| &sequence.run.blocks[..]));
+        self.slots.check(self.admitted().filter_map(|sequence| sequence.slot.zip(sequence.adapter)));
+        self.queues.check(self.admitted().map(|sequence| sequence.queue), |key| self.slots.residency(key));
+        self.check_sequences();
+        self.check_flights();
+    }
+
+    fn check_sequences(&self) {
+        assert!(self.running.len() <= self.limits.seats(), "{} sequences run", self.running.len());
+        assert_eq!(self.sequences().count(), self.tickets.len(), "requests that have not ended");
+        for sequence in self.sequences() {
+            let ticket = self.tickets.get(&sequence.id).map(|ticket| (ticket.arrival, ticket.queue));
+            assert_eq!(ticket, Some((sequence.arrival, sequence.queue)), "ticket of {:?}", sequence.id);
+        }
+        for sequence in self.admitted() {
+            assert_eq!(sequence.slot.is_some(), sequence.adapter.is_some(), "slot of {:?}", sequence.id);
+            assert!(sequence.len() <= sequence.max_positions() + 1, "{:?} has too many tokens", sequence.id);
+        }
+        for sequence in self.running.values() {
+            let run = &sequence.run;
+            let room = run.blocks.len() * self.limits.block_size as usize;
+            assert!(run.computed <= run.planned && run.planned <= room, "rows of {:?}", sequence.id);
+            assert!(run.published <= run.blocks.len(), "published blocks of {:?}", sequence.id);
+            assert!(run.planned <= sequence.max_positions(), "{:?} is planned too far", sequence.id);
+        }
+    }
+
+    fn check_flights(&self) {
+        assert!(self.flights.len() <= MAX_IN_FLIGHT, "{} steps in flight", self.flights.len());
+        let ids: Vec<_> = self.flights.iter().map(|flight| flight.step).collect();
+        let expected: Vec<_> = (self.steps + 1 - ids.len() as u64..=self.steps).collect();
+        assert_eq!(ids, expected, "steps in flight are the last ones planned");
+        for sequence in self.admitted() {
+            let flights = self.flights.iter().flat_map(|flight| &flight.rows);
+            let own: Vec<_> = flights.filter(|rows| rows.arrival == sequence.arrival).collect();
+            assert_eq!(own.len(), sequence.in_flight as usize, "steps in flight of {:?}", sequence.id);
+            let samples = own.iter().filter(|rows| rows.sample).count();
+            assert_eq!(samples, sequence.sampling, "tokens in flight of {:?}", sequence.id);
+            let rows: u32 = own.iter().map(|rows| rows.rows).sum();
+            let run = &sequence.run;
+            let runs = self.running.contains_key(&sequence.arrival);
+            assert!(
+                !runs || run.planned - run.computed == rows as usize,
+                "rows in flight of {:?}",
+                sequence.id
+            );
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! Planning one step: decode rows first, then prefill, within the budgets.
+
+use std::{ops::Bound, time::Duration};
+
+use super::{Flight, FlightRows, MAX_IN_FLIGHT, Scheduler};
+use crate::{
+    AdapterKey, Added, Limits, RequestId, RowsPlan, StepPlan,
+    sequence::{Arrival, Sequence},
+};
+
+/// Virtual tokens of a generated token; one of the prompt is 1. A decode row costs more than a prefill row: it reads
+/// all weights for few rows (the weights of VTC's experiments).
+const GENERATED: u64 = 2;
+
+/// A step being planned, and what is left of its budgets.
+#[derive(Debug)]
+pub(super) struct Draft {
+    pub(super) id: u64,
+    rows_left: usize,
+    prefill_left: usize,
+    logits_left: usize,
+    pub(super) unload: Vec<u32>,
+    pub(super) load: Vec<(u32, AdapterKey)>,
+    pub(super) added: Vec<Added>,
+    rows: Vec<(Option<u32>, Arrival, RowsPlan)>,
+}
+
+impl Draft {
+    fn new(id: u64, limits: &Limits) -> Self {
+        Self {
+            id,
+            rows_left: limits.max_rows as usize,
+            prefill_left: limits.max_prefill_rows as usize,
+            logits_left: limits.max_logit_rows as usize,
+            unload: Vec::new(),
+            load: Vec::new(),
+            added: Vec::new(),
+            rows: Vec::with_capacity(limits.seats()),
+        }
+    }
+
+    /// Whether any sequence could have a prefill row.
+    pub(super) fn has_room(&self) -> bool {
+        self.rows_left.min(self.prefill_left).min(self.logits_left) > 0
+    }
+
+    /// How many of the sequence's next rows the budgets allow.
+    fn allowed(&self, sequence: &Sequence) -> usize {
+        let wanted = sequence.rows_to_plan();
+        let mut rows = wanted.min(self.rows_left);
+        if sequence.prefills() {
+            rows = rows.min(self.prefill_left);
+        }
+        if sequence.prompt_logprobs {
+            rows = rows.min(self.logits_left);
+        } else if rows == wanted && self.logits_left == 0 {
+            rows = rows.saturating_sub(1);
+        }
+        rows
+    }
+
+    fn spend(&mut self, sequence: &Sequence, rows: usize, sample: bool) {
+        self.rows_left -= rows;
+        if sequence.prefills() {
+            self.prefill_left -= rows;
+        }
+        self.logits_left -= if sequence.prompt_logprobs { rows } else { usize::from(sample) };
+    }
+
+    fn is_empty(&self) -> bool {
+        self.rows.is_empty() && self.load.is_empty() && self.unload.is_empty()
+    }
+}
+
+impl Scheduler {
+    /// Plans the next step, to be run after all earlier ones. `None` while two are in flight, or when there is nothing
+    /// to do: ask again after the next call of `submit`, `complete`, `slot_ready` or `slot_failed`.
+    pub fn next_step(&mut self, now: Duration) -> Option<StepPlan> {
+        if self.flights.len() == MAX_IN_FLIGHT {
+            return None;
+        }
+        let mut draft = Draft::new(self.steps + 1, &self.limits);
+        self.plan_running(&mut draft, false);
+        self.plan_running(&mut draft, true);
+        self.load_adapters(&mut draft, now);
+        self.admit(&mut draft, now);
+        if draft.is_empty() && self.dropped.is_empty() {
+            return None;
+        }
+        Some(self.launch(draft))
+    }
+
+    /// Plans rows of the running sequences that prefill, or of those that do not, oldest first.
+    fn plan_running(&mut self, draft: &mut Draft, prefilling: bool) {
+        let mut next = 0;
+        // A plan may preempt younger sequences, hence no iterator.
+        while let Some((&arrival, sequence)) = self.running.range(next..).next() {
+            next = arrival + 1;
+            if sequence.prefills() == prefilling {
+                self.plan_rows(arrival, draft);
+            }
+        }
+    }
+
+    /// Plans as many rows of a running sequence as it has and as budgets and blocks allow.
+    pub(super) fn plan_rows(&mut self, arrival: Arrival, draft: &mut Draft) {
+        let Some(sequence) = self.running.get(&arrival) else { return };
+        let allowed = draft.allowed(sequence);
+        if allowed == 0 {
+            return;
+        }
+        let (planned, held) = (sequence.run.planned, sequence.run.blocks.len());
+        let missing = self.limits.blocks_for(planned + allowed).saturating_sub(held);
+        while self.blocks.available() < missing && self.preempt_younger(arrival, draft.id) {}
+        let Some(sequence) = self.running.get_mut(&arrival) else { return };
+        let table = &mut sequence.run.blocks;
+        table.extend((0..missing).map_while(|_| self.blocks.take()));
+        let rows = allowed.min(table.len() * self.limits.block_size as usize - planned);
+        if rows == 0 {
+            return;
+        }
+        let sample = rows == sequence.rows_to_plan();
+        draft.spend(sequence, rows, sample);
+        let plan = RowsPlan {
+            id: sequence.id,
+            position: planned as u32,
+            rows: rows as u32,
+            new_blocks: sequence.run.blocks[sequence.run.sent..].to_vec(),
+            sample,
+        };
+        sequence.run.sent = sequence.run.blocks.len();
+        sequence.run.planned += rows;
+        sequence.run.last_step = draft.id;
+        sequence.in_flight += 1;
+        draft.rows.push((sequence.slot, arrival, plan));
+        if sample {
+            sequence.sampling += 1;
+            let (queue, slot) = (sequence.queue, sequence.slot);
+            self.queues.charge(queue, GENERATED);
+            slot.into_iter().for_each(|slot| self.slots.charge(slot, GENERATED));
+        }
+    }
+
+    /// Takes the blocks of the youngest sequence that is younger than `arrival` and has no rows in the step. Its results
+    /// in flight still count; the rest is computed again when it comes back.
+    fn preempt_younger(&mut self, arrival: Arrival, step: u64) -> bool {
+        let younger = self.running.range((Bound::Excluded(arrival), Bound::Unbounded));
+        let victim = younger.rev().find(|(_, sequence)| sequence.run.last_step != step);
+        let Some(victim) = victim.map(|(&arrival, _)| arrival) else { return false };
+        if let Some(sequence) = self.stop(victim) {
+            self.preempted.insert(victim, sequence);
+            self.preemptions += 1;
+        }
+        true
+    }
+
+    /// Puts the step in flight.
+    fn launch(&mut self, mut draft: Draft) -> StepPlan {
+        draft.rows.sort_by_key(|&(slot, arrival, _)| (slot, arrival));
+        let rows = draft.rows.iter().map(|(_, arrival, plan)| FlightRows {
+            arrival: *arrival,
+            id: plan.id,
+            rows: plan.rows,
+            sample: plan.sample,
+        });
+        self.flights.push_back(Flight { step: draft.id, rows: rows.collect() });
+        self.steps = draft.id;
+        let dropped: Vec<RequestId> = std::mem::take(&mut self.dropped);
+        StepPlan {
+            id: draft.id,
+            dropped,
+            unload: draft.unload,
+            load: draft.load,
+            added: draft.added,
+            rows: draft.rows.into_iter().map(|(_, _, plan)| plan).collect(),
+        }
+    }
+}

@@ -1,0 +1,264 @@
+//! Adapter slots: which adapter is where, and which may leave.
+
+use std::collections::{BTreeSet, HashMap};
+
+use crate::{Adapter, AdapterKey, queues::Residency};
+
+/// Virtual tokens for which an adapter keeps its slot once it has it, however many others want it: what a load costs is
+/// spread over as much work.
+pub(crate) const SLICE: u64 = 1024;
+
+/// What an occupied slot is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// The shard copies the adapter. Cannot be undone: the slot stays until the shard has answered.
+    Loading,
+    /// Requests may use it.
+    Ready,
+    /// Promised to another adapter: no request is admitted to it any more.
+    Draining,
+}
+
+#[derive(Debug)]
+struct Slot {
+    adapter: Adapter,
+    state: State,
+    /// Admitted sequences of the adapter: they pin the slot.
+    users: u32,
+    /// Virtual tokens since it was loaded.
+    earned: u64,
+    /// When its last user left; its key in `idle`.
+    idle_since: u64,
+}
+
+/// Where an adapter is to be loaded.
+#[derive(Debug)]
+pub(crate) struct Placement {
+    pub(crate) slot: u32,
+    /// Slots to empty for it, `slot` included unless it is empty, with what they held.
+    pub(crate) evicted: Vec<(u32, AdapterKey)>,
+}
+
+/// An adapter that must leave.
+#[derive(Debug)]
+pub(crate) struct Drained {
+    pub(crate) key: AdapterKey,
+    /// Whether nobody uses its slot any more.
+    pub(crate) free: bool,
+}
+
+/// All slots.
+#[derive(Debug)]
+pub(crate) struct Slots {
+    slots: Vec<Option<Slot>>,
+    empty: Vec<u32>,
+    /// Ready or draining, without users; least recently used first.
+    idle: BTreeSet<(u64, u32)>,
+    /// Looked up only, never iterated.
+    by_key: HashMap<AdapterKey, u32>,
+    bytes: u64,
+    /// 0: none.
+    max_bytes: u64,
+    /// Counts the times that a slot became idle.
+    ticks: u64,
+}
+
+impl Slots {
+    pub(crate) fn new(count: u32, max_bytes: u64) -> Self {
+        Self {
+            slots: (0..count).map(|_| None).collect(),
+            empty: (0..count).rev().collect(),
+            idle: BTreeSet::new(),
+            by_key: HashMap::new(),
+            bytes: 0,
+            max_bytes,
+            ticks: 0,
+        }
+    }
+
+    pub(crate) fn residency(&self, key: AdapterKey) -> Residency {
+        match self.by_key.get(&key).and_then(|&slot| self.slots[slot as usize].as_ref()) {
+            None => Residency::Absent,
+            Some(slot) if slot.state == State::Ready => Residency::Ready,
+            Some(_) => Residency::Held,
+        }
+    }
+
+    /// Adapters ready and adapters loading.
+    pub(crate) fn count(&self) -> (usize, usize) {
+        let loading = self.occupied().filter(|(_, slot)| slot.state == State::Loading).count();
+        (self.by_key.len() - loading, loading)
+    }
+
+    /// Starts to load an absent adapter if there is room, or can be made by evicting what is idle and neither `wanted`
+    /// nor kept from those who want it.
+    pub(crate) fn place(
+        &mut self,
+        adapter: Adapter,
+        wanted: impl Fn(AdapterKey) -> bool,
+    ) -> Option<Placement> {
+        let evicted = self.victims(adapter.bytes, wanted)?;
+        for &(slot, key) in &evicted {
+            self.clear(slot, key);
+        }
+        let slot = self.empty.pop()?;
+        self.slots[slot as usize] =
+            Some(Slot { adapter, state: State::Loading, users: 0, earned: 0, idle_since: 0 });
+        self.by_key.insert(adapter.key, slot);
+        self.bytes += adapter.bytes;
+        Some(Placement { slot, evicted })
+    }
+
+    /// What must leave for `bytes` more in one more slot: the unwanted first, the least recently used of them first.
+    /// `None` if that cannot be had.
+    fn victims(&self, bytes: u64, wanted: impl Fn(AdapterKey) -> bool) -> Option<Vec<(u32, AdapterKey)>> {
+        let fits = |count: usize, freed: u64| {
+            let room = self.max_bytes == 0 || self.bytes - freed + bytes <= self.max_bytes;
+            self.empty.len() + count > 0 && room
+        };
+        let idle = || self.idle.iter().filter_map(|&(_, id)| Some((id, self.slots[id as usize].as_ref()?)));
+        let unwanted = idle().filter(|(_, slot)| !wanted(slot.adapter.key));
+        let drained = idle().filter(|(_, slot)| wanted(slot.adapter.key) && slot.state == State::Draining);
+        let (mut victims, mut freed) = (Vec::new(), 0);
+        let mut candidates = unwanted.chain(drained);
+        while !fits(victims.len(), freed) {
+            let (id, slot) = candidates.next()?;
+            victims.push((id, slot.adapter.key));
+            freed += slot.adapter.bytes;
+        }
+        Some(victims)
+    }
+
+    /// The load of `key` into `slot` has ended well. False for an answer that nobody waits for.
+    pub(crate) fn ready(&mut self, slot: u32, key: AdapterKey) -> bool {
+        if !self.is_loading(slot, key) {
+            return false;
+        }
+        if let Some(entry) = &mut self.slots[slot as usize] {
+            entry.state = State::Ready;
+        }
+        self.rest(slot);
+        true
+    }
+
+    /// The load of `key` into `slot` has failed: the slot is empty. False for an answer that nobody waits for.
+    pub(crate) fn failed(&mut self, slot: u32, key: AdapterKey) -> bool {
+        let loading = self.is_loading(slot, key);
+        if loading {
+            self.clear(slot, key);
+        }
+        loading
+    }
+
+    /// Pins the slot of a ready adapter for one more sequence.
+    pub(crate) fn pin(&mut self, key: AdapterKey) -> Option<u32> {
+        let id = *self.by_key.get(&key)?;
+        let slot = self.slots[id as usize].as_mut()?;
+        if slot.users == 0 {
+            self.idle.remove(&(slot.idle_since, id));
+        }
+        slot.users += 1;
+        Some(id)
+    }
+
+    pub(crate) fn unpin(&mut self, slot: u32) {
+        let Some(entry) = &mut self.slots[slot as usize] else { return };
+        entry.users -= 1;
+        if entry.users == 0 {
+            self.rest(slot);
+        }
+    }
+
+    /// Counts work done for the adapter in `slot`, in virtual tokens.
+    pub(crate) fn charge(&mut self, slot: u32, tokens: u64) {
+        if let Some(entry) = &mut self.slots[slot as usize] {
+            entry.earned += tokens;
+        }
+    }
+
+    /// Promises the slot of the adapter that has had the most `service`, at least `floor`, among those that have had
+    /// their slice, to one of the `wanting` adapters without one. No more slots drain than are wanted, nor than a
+    /// quarter of all, so that the others keep the batch full.
+    pub(crate) fn drain(
+        &mut self,
+        wanting: usize,
+        floor: u64,
+        service: impl Fn(AdapterKey) -> u64,
+    ) -> Option<Drained> {
+        let draining = self.occupied().filter(|(_, s)| s.state == State::Draining && s.users > 0).count();
+        if draining >= (self.slots.len() / 4).max(1).min(wanting) {
+            return None;
+        }
+        let (_, id) = self
+            .occupied()
+            .filter(|(_, slot)| slot.state == State::Ready && slot.earned >= SLICE)
+            .map(|(id, slot)| (service(slot.adapter.key), id))
+            .filter(|&(service, _)| service >= floor)
+            .max()?;
+        let slot = self.slots[id as usize].as_mut()?;
+        slot.state = State::Draining;
+        Some(Drained { key: slot.adapter.key, free: slot.users == 0 })
+    }
+
+    /// Gives back the slots that are promised, since nobody wants them now; returns their adapters.
+    pub(crate) fn undrain(&mut self) -> Vec<AdapterKey> {
+        let draining = self.slots.iter_mut().flatten().filter(|slot| slot.state == State::Draining);
+        draining
+            .map(|slot| {
+                slot.state = State::Ready;
+                slot.adapter.key
+            })
+            .collect()
+    }
+
+    fn is_loading(&self, slot: u32, key: AdapterKey) -> bool {
+        let entry = self.slots.get(slot as usize).and_then(Option::as_ref);
+        entry.is_some_and(|entry| entry.state == State::Loading && entry.adapter.key == key)
+    }
+
+    fn occupied(&self) -> impl Iterator<Item = (u32, &Slot)> {
+        (0..).zip(&self.slots).filter_map(|(id, slot)| Some((id, slot.as_ref()?)))
+    }
+
+    fn rest(&mut self, slot: u32) {
+        self.ticks += 1;
+        self.idle.insert((self.ticks, slot));
+        if let Some(entry) = &mut self.slots[slot as usize] {
+            entry.idle_since = self.ticks;
+        }
+    }
+
+    fn clear(&mut self, slot: u32, key: AdapterKey) {
+        if let Some(entry) = self.slots[slot as usize].take() {
+            self.idle.remove(&(entry.idle_since, slot));
+            self.bytes -= entry.adapter.bytes;
+            self.by_key.remove(&key);
+            self.empty.push(slot);
+        }
+    }
+
+    /// Panics unless every slot is accounted for and pinned by as many as `pins`, the slots of all admitted sequences,
+    /// says.
+    pub(crate) fn check(&self, pins: impl Iterator<Item = (u32, AdapterKey)>) {
+        let mut users = vec![0; self.slots.len()];
+        for (slot, key) in pins {
+            users[slot as usize] += 1;
+            assert_eq!(self.by_key.get(&key), Some(&slot), "a pinned adapter stays in its slot");
+        }
+        let mut bytes = 0;
+        let mut idle = 0;
+        for (id, slot) in self.occupied() {
+            assert_eq!(slot.users, users[id as usize], "slot {id}: users counted and found");
+            assert_eq!(self.by_key.get(&slot.adapter.key), Some(&id), "slot {id} is found by its adapter");
+            let rests = slot.users == 0 && slot.state != State::Loading;
+            assert_eq!(self.idle.contains(&(slot.idle_since, id)), rests, "slot {id} is idle");
+            assert!(slot.users == 0 || slot.state != State::Loading, "slot {id} is used before it is ready");
+            idle += usize::from(rests);
+            bytes += slot.adapter.bytes;
+        }
+        assert_eq!(self.idle.len(), idle, "idle slots");
+        assert_eq!(self.empty.len() + self.by_key.len(), self.slots.len(), "slots");
+        assert_eq!(self.bytes, bytes, "bytes in slots");
+        assert!(self.max_bytes == 0 || bytes <= self.max_bytes, "{bytes} bytes in slots");
+    }
+}
