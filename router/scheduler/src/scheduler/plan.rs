@@ -80,8 +80,7 @@ impl Scheduler {
             return None;
         }
         let mut draft = Draft::new(self.steps + 1, &self.limits);
-        self.plan_running(&mut draft, false);
-        self.plan_running(&mut draft, true);
+        self.plan_running(&mut draft);
         self.load_adapters(&mut draft, now);
         self.admit(&mut draft, now);
         if draft.is_empty() && self.dropped.is_empty() {
@@ -90,19 +89,17 @@ impl Scheduler {
         Some(self.launch(draft))
     }
 
-    /// Plans rows of the running sequences that prefill, or of those that do not, oldest first.
-    fn plan_running(&mut self, draft: &mut Draft, prefilling: bool) {
-        let mut next = 0;
-        // A plan may preempt younger sequences, hence no iterator.
-        while let Some((&arrival, sequence)) = self.running.range(next..).next() {
-            next = arrival + 1;
-            if sequence.prefills() == prefilling {
-                self.plan_rows(arrival, draft);
-            }
+    /// Plans rows of the running sequences: first of those that generate, then of those that prefill, oldest first.
+    fn plan_running(&mut self, draft: &mut Draft) {
+        let running = self.running.iter().map(|(&arrival, sequence)| (arrival, sequence.prefills()));
+        let (prefilling, generating): (Vec<_>, Vec<_>) = running.partition(|&(_, prefills)| prefills);
+        for (arrival, _) in generating.into_iter().chain(prefilling) {
+            self.plan_rows(arrival, draft);
         }
     }
 
-    /// Plans as many rows of a running sequence as it has and as budgets and blocks allow.
+    /// Plans as many rows of a sequence as it has and as budgets and blocks allow; none if it does not run, having been
+    /// preempted for an older one meanwhile.
     pub(super) fn plan_rows(&mut self, arrival: Arrival, draft: &mut Draft) {
         let Some(sequence) = self.running.get(&arrival) else { return };
         let allowed = draft.allowed(sequence);

@@ -1,0 +1,170 @@
+//! Adapters take turns: shares of the work, and bounds on waiting.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use scheduler::{Limits, OVERDUE, RequestId};
+
+use crate::world::{World, limits, prompt, request};
+
+/// Requests of many adapters, numbered so that the adapter can be told from the id.
+struct Crowd {
+    world: World,
+    next: u64,
+}
+
+impl Crowd {
+    fn new(limits: Limits) -> Self {
+        Self { world: World::new(limits), next: 0 }
+    }
+
+    fn submit(&mut self, adapter: u8, prompt_len: usize, max_new: u32) {
+        let id = self.next * 256 + u64::from(adapter);
+        self.world.submit(request(id, adapter, prompt(id, prompt_len), max_new)).unwrap();
+        self.next += 1;
+    }
+
+    fn turns(&mut self, count: usize) {
+        for _ in 0..count {
+            self.world.turn();
+        }
+    }
+
+    /// Requests finished by adapter.
+    fn finished(&self) -> BTreeMap<u8, usize> {
+        let mut finished = BTreeMap::new();
+        self.world.finished.iter().for_each(|id| *finished.entry(adapter_of(*id)).or_default() += 1);
+        finished
+    }
+}
+
+fn adapter_of(id: RequestId) -> u8 {
+    (id.0 % 256) as u8
+}
+
+#[test]
+fn a_newcomer_passes_a_long_queue() {
+    let mut crowd = Crowd::new(limits());
+    for _ in 0..500 {
+        crowd.submit(1, 4, 10);
+    }
+    crowd.turns(50);
+    crowd.submit(2, 4, 10);
+    crowd.submit(0, 4, 10);
+    // One generation for a seat, one load, and its own generation.
+    crowd.turns(30);
+    let finished = crowd.finished();
+    assert_eq!((finished.get(&2), finished.get(&0)), (Some(&1), Some(&1)), "{finished:?}");
+}
+
+#[test]
+fn service_is_counted_in_tokens_not_in_requests() {
+    let mut crowd = Crowd::new(limits());
+    for _ in 0..600 {
+        crowd.submit(1, 4, 4);
+        crowd.submit(2, 4, 24);
+    }
+    crowd.turns(600);
+    let finished = crowd.finished();
+    // Virtual tokens: 4 + 2 * 4 against 4 + 2 * 24.
+    let (short, long) = (finished[&1] * 12, finished[&2] * 52);
+    let share = short as f64 / (short + long) as f64;
+    assert!((0.45..0.55).contains(&share), "{finished:?}: the short ones' share is {share}");
+}
+
+#[test]
+fn an_idle_adapter_saves_nothing_up() {
+    let mut crowd = Crowd::new(limits());
+    for _ in 0..400 {
+        crowd.submit(1, 4, 10);
+    }
+    crowd.turns(300);
+    for _ in 0..400 {
+        crowd.submit(2, 4, 10);
+    }
+    let before = crowd.finished()[&1];
+    crowd.turns(200);
+    let finished = crowd.finished();
+    let (old, new) = (finished[&1] - before, finished[&2]);
+    assert!(old * 3 > new * 2 && new * 3 > old * 2, "the old one finished {old}, the new one {new}");
+}
+
+#[test]
+fn with_more_adapters_than_slots_all_get_their_share() {
+    let mut crowd = Crowd::new(Limits { num_slots: 3, ..limits() });
+    for _ in 0..60 {
+        (1..=12).for_each(|adapter| crowd.submit(adapter, 4, 20));
+    }
+    let mut last = BTreeMap::from_iter((1..=12).map(|adapter| (adapter, 0)));
+    let mut longest = 0;
+    for turn in 0..1_500 {
+        let before = crowd.world.finished.len();
+        crowd.world.turn();
+        for id in &crowd.world.finished[before..] {
+            let gap = turn - last.insert(adapter_of(*id), turn).unwrap();
+            longest = longest.max(gap);
+        }
+    }
+    let finished = crowd.finished();
+    let (least, most) = (finished.values().min().unwrap(), finished.values().max().unwrap());
+    assert_eq!(finished.len(), 12);
+    assert!(least * 2 > *most, "{finished:?}");
+    // A slot is kept for at most SLICE virtual tokens beside its last sequences; 12 adapters share 3.
+    assert!(longest < 700, "an adapter waited for {longest} turns");
+    // The slots stay busy: 8 seats, a generation of 20 turns.
+    let total: usize = finished.values().sum();
+    assert!(total > 1_500 * 8 / 20 * 7 / 10, "{total} finished");
+}
+
+#[test]
+fn a_hot_adapter_leaves_its_slot_to_a_cold_one() {
+    let mut crowd = Crowd::new(Limits { num_slots: 1, ..limits() });
+    for _ in 0..1_000 {
+        crowd.submit(1, 4, 20);
+    }
+    crowd.turns(100);
+    crowd.submit(2, 4, 1);
+    let mut turns = 0;
+    while !crowd.finished().contains_key(&2) {
+        crowd.world.turn();
+        turns += 1;
+    }
+    // The last generations of the hot one, and the load.
+    assert!(turns < 30, "{turns} turns");
+}
+
+#[test]
+fn an_overdue_adapter_goes_first_whatever_it_owes() {
+    let mut crowd = Crowd::new(Limits { max_sequences: 1, max_prefill_rows: 200, max_rows: 200, ..limits() });
+    // Adapter 1 has had much, and others with less keep coming.
+    crowd.submit(1, 150, 60);
+    crowd.submit(1, 4, 1);
+    (0..200u8).for_each(|number| crowd.submit(2 + number % 3, 4, 4));
+    let mut elapsed = Duration::ZERO;
+    while crowd.finished().get(&1) != Some(&2) {
+        crowd.world.turn();
+        elapsed = crowd.world.now;
+    }
+    assert!(elapsed < OVERDUE + Duration::from_secs(1), "{elapsed:?}");
+    assert!(crowd.world.open.len() > 50, "others still wait");
+    crowd.world.run_to_end();
+}
+
+#[test]
+fn requests_of_one_adapter_start_in_order() {
+    let mut crowd = Crowd::new(limits());
+    for number in 0..60u8 {
+        crowd.submit(1 + number % 2, 1 + usize::from(number) % 9, 3);
+    }
+    let mut started = Vec::new();
+    loop {
+        let plan = crowd.world.plan();
+        started.extend(plan.iter().flat_map(|plan| &plan.added).map(|added| added.id));
+        if plan.is_none() && !crowd.world.turn() {
+            break;
+        }
+    }
+    for adapter in [1, 2] {
+        let own: Vec<_> = started.iter().filter(|id| adapter_of(**id) == adapter).collect();
+        assert!(own.len() == 30 && own.is_sorted(), "{own:?}");
+    }
+}

@@ -1,0 +1,115 @@
+//! Long random histories: whatever happens in whatever order, every request gets the tokens it gets alone, and nothing
+//! is left behind.
+
+use std::{sync::Arc, time::Duration};
+
+use proptest::{collection::vec, prelude::*};
+use scheduler::{Limits, Request, RequestId, StepPlan, SubmitError};
+
+use crate::{
+    shard::STOP,
+    world::{World, adapter, limits},
+};
+
+#[derive(Debug, Clone)]
+enum Op {
+    Submit { adapter: u8, stem: u64, stem_len: usize, tail: Vec<u32>, max_new: u32, flags: (bool, bool) },
+    Cancel(prop::sample::Index),
+    Plan,
+    Run,
+    Answer { nth: usize, well: bool },
+    Wait(u64),
+    Reset,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let flags = (prop::bool::weighted(0.7), prop::bool::weighted(0.15));
+    let submit = (0..7u8, 0..3u64, 0..40usize, vec(0..2u32, 0..6), 1..30u32, flags);
+    prop_oneof![
+        6 => submit.prop_map(|(adapter, stem, stem_len, tail, max_new, flags)| {
+            Op::Submit { adapter, stem, stem_len, tail, max_new, flags }
+        }),
+        1 => any::<prop::sample::Index>().prop_map(Op::Cancel),
+        16 => Just(Op::Plan),
+        16 => Just(Op::Run),
+        3 => (0..3usize, prop::bool::weighted(0.9)).prop_map(|(nth, well)| Op::Answer { nth, well }),
+        1 => (1..8000u64).prop_map(Op::Wait),
+        1 => prop::bool::weighted(0.02).prop_map(|reset| if reset { Op::Reset } else { Op::Plan }),
+    ]
+}
+
+fn some_limits() -> impl Strategy<Value = Limits> {
+    let sizes = (4..40u32, 1..7u32, 1..5u32, prop_oneof![Just(0), Just(10), Just(25)]);
+    let budgets = (1..24u32, 1..7u32, 1..24u32, 1..16u32);
+    (sizes, budgets, any::<bool>()).prop_map(|(sizes, budgets, prefix_caching)| Limits {
+        num_blocks: sizes.0,
+        block_size: sizes.1,
+        num_slots: sizes.2,
+        adapter_bytes: sizes.3,
+        max_rows: budgets.0,
+        max_sequences: budgets.1,
+        max_logit_rows: budgets.2,
+        max_prefill_rows: budgets.3,
+        prefix_caching,
+    })
+}
+
+/// A prompt of a few stems, so that many begin alike.
+fn prompt(stem: u64, len: usize, tail: &[u32]) -> Vec<u32> {
+    let stem = (0..len as u64).map(|position| ((stem + position * position) % 5) as u32);
+    stem.chain(tail.iter().copied()).collect()
+}
+
+/// Plays a history to its end, and returns the plans of its steps.
+fn play(limits: &Limits, ops: &[Op]) -> Vec<StepPlan> {
+    let mut world = World::new(limits.clone());
+    let mut plans = Vec::new();
+    for (id, op) in (0..).zip(ops) {
+        match op {
+            Op::Submit { adapter: number, stem, stem_len, tail, max_new, flags: (stop, logprobs) } => {
+                let request = Request {
+                    id: RequestId(id),
+                    prompt: prompt(*stem, *stem_len, tail),
+                    max_new_tokens: *max_new,
+                    stop_ids: if *stop { Arc::new([STOP]) } else { Arc::new([]) },
+                    adapter: adapter(*number),
+                    prompt_logprobs: *logprobs,
+                };
+                let refused = world.submit(request).err();
+                let long = matches!(refused, Some(SubmitError::TooLong { .. } | SubmitError::EmptyPrompt));
+                assert!(refused.is_none() || long, "{refused:?}");
+            }
+            Op::Cancel(index) if !world.open.is_empty() => {
+                let ids: Vec<_> = world.open.keys().copied().collect();
+                world.cancel(*index.get(&ids));
+            }
+            Op::Cancel(_) => {}
+            Op::Plan => plans.extend(world.plan()),
+            Op::Run => drop(world.run()),
+            Op::Answer { nth, well } => drop(world.answer(*nth, *well)),
+            Op::Wait(milliseconds) => world.now += Duration::from_millis(*milliseconds),
+            Op::Reset => world.reset(),
+        }
+    }
+    world.run_to_end();
+    plans
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_request_gets_the_tokens_it_gets_alone(limits in some_limits(), ops in vec(op(), 1..500)) {
+        play(&limits, &ops);
+    }
+
+    #[test]
+    fn a_roomy_server_keeps_the_same_promise(ops in vec(op(), 1..500)) {
+        play(&limits(), &ops);
+    }
+
+    #[test]
+    fn the_same_history_gives_the_same_plans(limits in some_limits(), ops in vec(op(), 1..200)) {
+        prop_assert_eq!(play(&limits, &ops), play(&limits, &ops));
+    }
+}

@@ -1,0 +1,166 @@
+//! Blocks: growth, preemption, and the prefix cache.
+
+use scheduler::{Limits, Request, RequestId};
+
+use crate::world::{World, limits, prompt, request};
+
+/// Runs a request alone and returns how many of its prompt tokens came from the cache.
+fn cached(world: &mut World, request: Request) -> u64 {
+    let before = world.scheduler.stats().cached_tokens;
+    world.submit(request).unwrap();
+    world.run_to_end();
+    world.scheduler.stats().cached_tokens - before
+}
+
+#[test]
+fn blocks_are_taken_as_a_sequence_grows() {
+    let mut world = World::new(limits());
+    world.submit(request(1, 0, prompt(1, 6), 100)).unwrap();
+    let mut held = Vec::new();
+    for _ in 0..7 {
+        world.plan();
+        held.push(64 - world.scheduler.stats().free_blocks);
+        world.run();
+    }
+    // 6 positions and one more a step, in blocks of 4.
+    assert_eq!(held, [2, 2, 2, 3, 3, 3, 3]);
+    world.run_to_end();
+}
+
+#[test]
+fn the_youngest_gives_way_and_loses_nothing() {
+    let mut world = World::new(Limits { num_blocks: 12, ..limits() });
+    for id in 0..3 {
+        world.submit(request(id, 0, prompt(id, 6), 30)).unwrap();
+    }
+    world.run_to_end();
+    assert!(world.scheduler.stats().preemptions > 0);
+    assert_eq!(world.finished, [0, 1, 2].map(RequestId), "the older end first");
+}
+
+#[test]
+fn results_in_flight_of_a_preempted_sequence_count() {
+    // Two sequences of 3 blocks each at the end, in 4 blocks: the second gives way with a token in flight.
+    let mut world = World::new(Limits { num_blocks: 4, prefix_caching: false, ..limits() });
+    world.submit(request(1, 0, prompt(1, 3), 10)).unwrap();
+    world.submit(request(2, 0, prompt(2, 3), 10)).unwrap();
+    let mut seen = false;
+    while let Some(plan) = world.plan() {
+        seen |= plan.dropped == [RequestId(2)] && world.open.contains_key(&RequestId(2));
+        if world.scheduler.stats().in_flight == scheduler::MAX_IN_FLIGHT {
+            world.run();
+        }
+    }
+    assert!(seen, "the second was preempted");
+    world.run_to_end();
+}
+
+#[test]
+fn a_shared_prefix_is_computed_once() {
+    let mut world = World::new(limits());
+    let with = |id: u64, adapter: u8, len: usize| request(id, adapter, prompt(1, len), 1);
+    for (request, hit) in [
+        (with(1, 0, 13), 0),
+        // The last token is always computed: 3 blocks of 4.
+        (with(2, 0, 13), 12),
+        (with(3, 0, 12), 8),
+        (with(4, 0, 30), 12),
+        (with(5, 0, 30), 28),
+        (with(6, 0, 3), 0),
+        // Another adapter's KV differs.
+        (with(7, 1, 13), 0),
+        (with(8, 1, 13), 12),
+        (with(9, 2, 13), 0),
+    ] {
+        let id = request.id;
+        assert_eq!(cached(&mut world, request), hit, "{id:?}");
+    }
+}
+
+#[test]
+fn generated_tokens_are_a_prefix_too() {
+    let mut world = World::new(limits());
+    assert_eq!(cached(&mut world, request(1, 0, prompt(1, 5), 12)), 0);
+    let mut longer = prompt(1, 5);
+    longer.extend(crate::shard::plain(None, &longer, 12, false));
+    // 5 + 12 positions, the last of which was never computed: 4 blocks of 4.
+    longer.push(3);
+    assert_eq!(cached(&mut world, request(2, 0, longer, 1)), 16);
+}
+
+#[test]
+fn log_probabilities_of_a_prompt_need_all_of_it() {
+    let mut world = World::new(limits());
+    let scored = |id: u64| Request { prompt_logprobs: true, ..request(id, 0, prompt(1, 13), 1) };
+    assert_eq!(cached(&mut world, request(1, 0, prompt(1, 13), 1)), 0);
+    assert_eq!(cached(&mut world, scored(2)), 0);
+    // What it computes serves others all the same.
+    let mut world = World::new(limits());
+    assert_eq!(cached(&mut world, scored(1)), 0);
+    assert_eq!(cached(&mut world, request(2, 0, prompt(1, 13), 1)), 12);
+}
+
+#[test]
+fn without_a_prefix_cache_nothing_is_shared() {
+    let mut world = World::new(Limits { prefix_caching: false, ..limits() });
+    for id in 0..3 {
+        assert_eq!(cached(&mut world, request(id, 0, prompt(1, 13), 1)), 0);
+    }
+    assert_eq!(world.scheduler.stats().free_blocks, 64);
+}
+
+#[test]
+fn a_prefix_is_not_shared_before_it_has_been_computed() {
+    let mut world = World::new(limits());
+    world.submit(request(1, 0, prompt(1, 13), 9)).unwrap();
+    world.plan();
+    world.submit(request(2, 0, prompt(1, 13), 9)).unwrap();
+    world.plan();
+    world.run_to_end();
+    assert_eq!(world.scheduler.stats().cached_tokens, 0);
+}
+
+#[test]
+fn running_sequences_share_blocks() {
+    let mut world = World::new(limits());
+    world.submit(request(1, 0, prompt(1, 13), 9)).unwrap();
+    world.turn();
+    let free = world.scheduler.stats().free_blocks;
+    world.submit(request(2, 0, prompt(1, 13), 9)).unwrap();
+    world.plan().unwrap();
+    // Two sequences of 4 blocks, 3 of which are the same.
+    assert_eq!((free, world.scheduler.stats().free_blocks), (60, 59));
+    world.cancel(RequestId(1));
+    world.run_to_end();
+}
+
+#[test]
+fn the_least_recently_used_prefix_leaves_and_a_tail_before_its_head() {
+    let mut world = World::new(Limits { num_blocks: 8, ..limits() });
+    // 3 full blocks each; the fourth of each is free again.
+    cached(&mut world, request(1, 0, prompt(1, 13), 1));
+    cached(&mut world, request(2, 0, prompt(2, 13), 1));
+    assert_eq!(world.scheduler.stats().cached_blocks, 6);
+    assert_eq!(cached(&mut world, request(3, 0, prompt(1, 13), 1)), 12, "used again");
+    // 4 blocks, of which 2 are free: the last two of the second prefix leave.
+    cached(&mut world, request(4, 0, prompt(4, 13), 1));
+    assert_eq!(cached(&mut world, request(5, 0, prompt(1, 13), 1)), 12);
+    assert_eq!(cached(&mut world, request(6, 0, prompt(2, 5), 1)), 4);
+}
+
+#[test]
+fn a_large_request_is_not_overtaken_for_ever() {
+    let mut world = World::new(Limits { num_blocks: 10, prefix_caching: false, ..limits() });
+    let small = |id: u64| request(id, 0, prompt(id, 3), 6);
+    world.submit(small(1)).unwrap();
+    world.submit(small(2)).unwrap();
+    world.turn();
+    world.submit(request(100, 0, prompt(7, 33), 4)).unwrap();
+    // Small ones keep coming; each would fit before the large one.
+    for id in 3..40 {
+        world.submit(small(id)).unwrap();
+        world.turn();
+    }
+    assert!(world.finished.contains(&RequestId(100)));
+    world.run_to_end();
+}

@@ -1,0 +1,139 @@
+//! Adapter slots: loads ahead of time, pins, the least recently used, the budget in bytes.
+
+use scheduler::{FailReason, Limits, RequestId};
+
+use crate::world::{World, key, limits, prompt, request};
+
+/// Runs a request of the adapter alone, and returns the loads of adapters and the slots emptied for it.
+fn use_once(world: &mut World, id: u64, number: u8) -> (usize, usize) {
+    let (mut loads, mut unloads) = (0, 0);
+    world.submit(request(id, number, prompt(id, 3), 2)).unwrap();
+    loop {
+        while let Some(plan) = world.plan() {
+            loads += plan.load.len();
+            unloads += plan.unload.len();
+        }
+        if !world.turn() {
+            return (loads, unloads);
+        }
+    }
+}
+
+#[test]
+fn an_adapter_stays_until_its_slot_is_needed_and_the_least_recently_used_leaves() {
+    let mut world = World::new(Limits { num_slots: 2, ..limits() });
+    for (id, (number, expected)) in
+        [(1, (1, 0)), (2, (1, 0)), (1, (0, 0)), (3, (1, 1)), (1, (0, 0)), (2, (1, 1)), (3, (1, 1))]
+            .into_iter()
+            .enumerate()
+    {
+        assert_eq!(use_once(&mut world, id as u64, number), expected, "use {id}, of adapter {number}");
+    }
+    world.run_to_end();
+}
+
+#[test]
+fn the_budget_in_bytes_holds_beside_the_slots() {
+    // Adapters take 10 bytes each.
+    let mut world = World::new(Limits { adapter_bytes: 25, ..limits() });
+    for (id, (number, expected)) in [(1, (1, 0)), (2, (1, 0)), (3, (1, 1))].into_iter().enumerate() {
+        assert_eq!(use_once(&mut world, id as u64, number), expected);
+    }
+    assert_eq!(world.scheduler.stats().resident_adapters, 2);
+    // One that takes all the room.
+    let mut large = request(9, 9, vec![1], 1);
+    large.adapter = large.adapter.map(|adapter| scheduler::Adapter { bytes: 25, ..adapter });
+    world.submit(large).unwrap();
+    assert_eq!(world.plan().unwrap().unload.len(), 2);
+    while world.plan().is_some() || world.scheduler.stats().in_flight > 0 {
+        let Some(step) = world.run() else { break };
+        assert!(step.is_empty());
+    }
+    world.run_to_end();
+}
+
+#[test]
+fn a_slow_load_delays_only_its_own_requests() {
+    let mut world = World::new(limits());
+    world.submit(request(1, 1, prompt(1, 3), 5)).unwrap();
+    world.submit(request(2, 0, prompt(2, 3), 5)).unwrap();
+    world.submit(request(3, 2, prompt(3, 3), 5)).unwrap();
+    assert_eq!(world.plan().unwrap().load, [(0, key(1)), (1, key(2))]);
+    world.run();
+    assert!(world.answer(1, true), "the second load ends first");
+    while world.plan().is_some() {
+        world.run();
+    }
+    assert_eq!(world.open.keys().collect::<Vec<_>>(), [&RequestId(1)]);
+    world.run_to_end();
+}
+
+#[test]
+fn adapters_load_while_all_seats_are_taken() {
+    let mut world = World::new(Limits { max_sequences: 1, ..limits() });
+    world.submit(request(1, 0, prompt(1, 3), 20)).unwrap();
+    world.turn();
+    world.submit(request(2, 1, prompt(2, 3), 1)).unwrap();
+    let plan = world.plan().unwrap();
+    assert_eq!((plan.load, plan.rows.len()), (vec![(0, key(1))], 1));
+    world.run_to_end();
+}
+
+#[test]
+fn a_failed_load_fails_those_who_wait_and_no_others() {
+    let mut world = World::new(limits());
+    for (id, number) in [(1, 1), (2, 2), (3, 1), (4, 0)] {
+        world.submit(request(id, number, prompt(id, 3), 3)).unwrap();
+    }
+    world.plan();
+    world.run();
+    assert!(world.answer(0, false));
+    let reason = FailReason::AdapterLoad(key(1));
+    assert_eq!(world.failed.iter().collect::<Vec<_>>(), [(&RequestId(1), &reason), (&RequestId(3), &reason)]);
+    // The next request tries again.
+    world.submit(request(5, 1, prompt(5, 3), 3)).unwrap();
+    world.run_to_end();
+    assert!([2, 4, 5].iter().all(|&id| world.finished.contains(&RequestId(id))));
+}
+
+#[test]
+fn answers_that_nobody_waits_for_are_ignored() {
+    let mut world = World::new(limits());
+    assert_eq!(use_once(&mut world, 1, 1), (1, 0));
+    for (slot, number) in [(0, 1), (0, 2), (3, 1), (99, 1)] {
+        world.scheduler.slot_ready(slot, key(number));
+        assert_eq!(world.scheduler.slot_failed(slot, key(number)), []);
+        world.scheduler.check();
+    }
+    assert_eq!(use_once(&mut world, 2, 1), (0, 0), "still resident");
+}
+
+#[test]
+fn a_load_whose_requests_are_gone_ends_all_the_same() {
+    for well in [true, false] {
+        let mut world = World::new(Limits { num_slots: 1, ..limits() });
+        world.submit(request(1, 1, vec![1], 1)).unwrap();
+        world.plan();
+        world.cancel(RequestId(1));
+        world.submit(request(2, 2, vec![1], 1)).unwrap();
+        assert!(world.plan().is_none(), "the slot cannot be taken while it is loading");
+        world.run();
+        assert!(world.answer(0, well));
+        assert_eq!(world.plan().unwrap().load, [(0, key(2))]);
+        world.run_to_end();
+    }
+}
+
+#[test]
+fn a_slot_in_use_is_not_taken() {
+    let mut world = World::new(Limits { num_slots: 1, ..limits() });
+    world.submit(request(1, 1, prompt(1, 3), 20)).unwrap();
+    world.turn();
+    world.submit(request(2, 2, prompt(2, 3), 1)).unwrap();
+    while world.open.contains_key(&RequestId(1)) {
+        let plan = world.plan();
+        assert!(plan.is_none_or(|plan| plan.unload.is_empty() && plan.load.is_empty()));
+        world.run();
+    }
+    world.run_to_end();
+}

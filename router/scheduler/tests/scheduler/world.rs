@@ -1,0 +1,265 @@
+//! A scheduler and a simulated shard, and the rules that hold between them at every moment.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+
+use scheduler::{
+    Adapter, AdapterKey, Event, FailReason, Finish, Limits, Request, RequestId, Scheduler, StepPlan,
+    SubmitError,
+};
+
+use crate::shard::{STOP, Shard, plain};
+
+/// Small enough for everything to run out.
+pub(crate) fn limits() -> Limits {
+    Limits {
+        num_blocks: 64,
+        block_size: 4,
+        num_slots: 4,
+        adapter_bytes: 0,
+        max_rows: 32,
+        max_sequences: 8,
+        max_logit_rows: 32,
+        max_prefill_rows: 16,
+        prefix_caching: true,
+    }
+}
+
+/// The adapter of a number; 0 is the base model.
+pub(crate) fn adapter(number: u8) -> Option<Adapter> {
+    (number > 0).then(|| Adapter { key: key(number), bytes: 10 })
+}
+
+pub(crate) fn key(number: u8) -> AdapterKey {
+    AdapterKey([number; 32])
+}
+
+pub(crate) fn request(id: u64, adapter_number: u8, prompt: Vec<u32>, max_new_tokens: u32) -> Request {
+    Request {
+        id: RequestId(id),
+        prompt,
+        max_new_tokens,
+        stop_ids: Arc::new([]),
+        adapter: adapter(adapter_number),
+        prompt_logprobs: false,
+    }
+}
+
+/// A prompt that shares its beginning with no other of another number.
+pub(crate) fn prompt(number: u64, len: usize) -> Vec<u32> {
+    (0..len as u64).map(|position| ((number * 31 + position * 7 + number * position) % 97) as u32).collect()
+}
+
+/// What a request must get, and has got.
+#[derive(Debug)]
+pub(crate) struct Expected {
+    adapter: Option<Adapter>,
+    prompt_logprobs: bool,
+    tokens: Vec<u32>,
+    pub(crate) got: usize,
+    pub(crate) started: Option<Duration>,
+    pub(crate) cached_tokens: u32,
+}
+
+#[derive(Debug)]
+pub(crate) struct World {
+    pub(crate) scheduler: Scheduler,
+    pub(crate) shard: Shard,
+    pub(crate) now: Duration,
+    /// Requests that have not ended.
+    pub(crate) open: BTreeMap<RequestId, Expected>,
+    /// In the order of their ends.
+    pub(crate) finished: Vec<RequestId>,
+    pub(crate) failed: BTreeMap<RequestId, FailReason>,
+    limits: Limits,
+    sent: VecDeque<StepPlan>,
+    /// Rows that a sequence of the last plans has had, and whether it prefills still.
+    positions: BTreeMap<RequestId, (u32, u32)>,
+}
+
+impl World {
+    pub(crate) fn new(limits: Limits) -> Self {
+        Self {
+            scheduler: Scheduler::new(limits.clone()),
+            shard: Shard::new(&limits),
+            now: Duration::ZERO,
+            open: BTreeMap::new(),
+            finished: Vec::new(),
+            failed: BTreeMap::new(),
+            limits,
+            sent: VecDeque::new(),
+            positions: BTreeMap::new(),
+        }
+    }
+
+    pub(crate) fn submit(&mut self, request: Request) -> Result<(), SubmitError> {
+        let stop = !request.stop_ids.is_empty();
+        let key = request.adapter.map(|adapter| adapter.key);
+        let expected = Expected {
+            adapter: request.adapter,
+            prompt_logprobs: request.prompt_logprobs,
+            tokens: plain(key, &request.prompt, request.max_new_tokens, stop),
+            got: 0,
+            started: None,
+            cached_tokens: 0,
+        };
+        let id = request.id;
+        let result = self.scheduler.submit(request, self.now);
+        if result.is_ok() {
+            self.open.insert(id, expected);
+        }
+        self.scheduler.check();
+        result
+    }
+
+    pub(crate) fn cancel(&mut self, id: RequestId) {
+        self.scheduler.cancel(id);
+        self.open.remove(&id);
+        self.scheduler.check();
+    }
+
+    /// Plans a step and sends it.
+    pub(crate) fn plan(&mut self) -> Option<StepPlan> {
+        let plan = self.scheduler.next_step(self.now);
+        self.scheduler.check();
+        let plan = plan?;
+        self.check_plan(&plan);
+        self.sent.push_back(plan.clone());
+        assert!(self.sent.len() <= scheduler::MAX_IN_FLIGHT);
+        Some(plan)
+    }
+
+    /// Has the shard run the oldest step sent, and returns the events. `None` if there is none.
+    pub(crate) fn run(&mut self) -> Option<Vec<Event>> {
+        let step = self.sent.pop_front()?;
+        let tokens = self.shard.run(&step);
+        let resident = self.shard.resident();
+        let bytes = 10 * resident.len() as u64;
+        assert!(
+            self.limits.adapter_bytes == 0 || bytes <= self.limits.adapter_bytes,
+            "{bytes} bytes in slots"
+        );
+        let events = self.scheduler.complete(step.id, &tokens);
+        self.scheduler.check();
+        events.iter().for_each(|event| self.note(event));
+        Some(events)
+    }
+
+    /// Ends the load that began `nth`, if there are so many.
+    pub(crate) fn answer(&mut self, nth: usize, well: bool) -> bool {
+        let Some(&(slot, key)) = self.shard.loading().get(nth) else { return false };
+        self.shard.answer(slot, key, well);
+        if well {
+            self.scheduler.slot_ready(slot, key);
+        } else {
+            let events = self.scheduler.slot_failed(slot, key);
+            assert!(events.iter().all(
+                |event| matches!(event, Event::Failed { reason: FailReason::AdapterLoad(k), .. } if *k == key)
+            ));
+            events.iter().for_each(|event| self.note(event));
+        }
+        self.scheduler.check();
+        true
+    }
+
+    pub(crate) fn reset(&mut self) {
+        let lost = self.scheduler.reset();
+        assert_eq!(lost.into_iter().collect::<BTreeSet<_>>(), self.open.keys().copied().collect());
+        self.scheduler.check();
+        self.open.clear();
+        self.sent.clear();
+        self.positions.clear();
+        self.shard = Shard::new(&self.limits);
+    }
+
+    /// One turn of a server that keeps two steps in flight: plans all it can, runs one, ends all loads. False when
+    /// nothing was to do.
+    pub(crate) fn turn(&mut self) -> bool {
+        let mut busy = false;
+        while self.plan().is_some() {
+            busy = true;
+        }
+        busy |= self.run().is_some();
+        while self.answer(0, true) {
+            busy = true;
+        }
+        self.now += Duration::from_millis(10);
+        busy
+    }
+
+    /// Takes turns until nothing is to do: everything has ended then, and nothing is left behind.
+    pub(crate) fn run_to_end(&mut self) {
+        while self.turn() {}
+        assert!(self.open.is_empty(), "{:?} never end", self.open.keys());
+        let stats = self.scheduler.stats();
+        assert_eq!((stats.waiting, stats.running, stats.preempted, stats.in_flight), (0, 0, 0, 0));
+        assert_eq!(stats.free_blocks + stats.cached_blocks, self.limits.num_blocks as usize);
+        assert_eq!(stats.loading_adapters, 0);
+    }
+
+    fn note(&mut self, event: &Event) {
+        match *event {
+            Event::Started { id, queued, cached_tokens } => {
+                let expected = self.open.get_mut(&id).expect("started and open");
+                assert!(expected.started.replace(queued).is_none(), "{id:?} starts twice");
+                assert!(!expected.prompt_logprobs || cached_tokens == 0, "{id:?} skips log-probabilities");
+                expected.cached_tokens = cached_tokens;
+            }
+            Event::Token { id, token, finish } => {
+                let expected = self.open.get_mut(&id).expect("a token of an open request");
+                assert!(expected.started.is_some(), "{id:?} has a token before its start");
+                assert_eq!(token, expected.tokens[expected.got], "token {} of {id:?}", expected.got);
+                expected.got += 1;
+                assert_eq!(finish.is_some(), expected.got == expected.tokens.len(), "end of {id:?}");
+                assert!(finish != Some(Finish::StopToken) || token == STOP);
+                if finish.is_some() {
+                    self.open.remove(&id);
+                    self.finished.push(id);
+                }
+            }
+            Event::Failed { id, reason } => {
+                assert!(self.open.remove(&id).is_some(), "{id:?} fails and is open");
+                self.failed.insert(id, reason);
+            }
+        }
+    }
+
+    /// Budgets, order and continuity of a plan.
+    fn check_plan(&mut self, plan: &StepPlan) {
+        for id in &plan.dropped {
+            self.positions.remove(id);
+        }
+        for added in &plan.added {
+            self.positions.insert(added.id, (u32::MAX, added.tokens.len() as u32));
+            assert!(plan.rows.iter().any(|rows| rows.id == added.id), "{:?} is added without rows", added.id);
+        }
+        let (mut rows, mut prefill, mut logits) = (0, 0, 0);
+        for planned in &plan.rows {
+            assert!(planned.rows > 0);
+            let (next, added_len) = self.positions.get_mut(&planned.id).expect("rows of a running sequence");
+            assert!(
+                *next == u32::MAX || *next == planned.position,
+                "rows of {:?} follow each other",
+                planned.id
+            );
+            *next = planned.position + planned.rows;
+            rows += planned.rows;
+            prefill += if planned.position < *added_len { planned.rows } else { 0 };
+            let scored = self.open.get(&planned.id).is_some_and(|expected| expected.prompt_logprobs);
+            logits += if scored { planned.rows } else { u32::from(planned.sample) };
+        }
+        assert!(rows <= self.limits.max_rows, "{rows} rows");
+        assert!(prefill <= self.limits.max_prefill_rows, "{prefill} prefill rows");
+        assert!(logits <= self.limits.max_logit_rows, "{logits} logit rows");
+        let adapters = plan.rows.iter().map(|planned| self.open[&planned.id].adapter.map(|a| a.key));
+        let mut runs: Vec<_> = adapters.collect();
+        runs.dedup();
+        let distinct: BTreeSet<_> = runs.iter().collect();
+        assert_eq!(distinct.len(), runs.len(), "rows of one slot follow each other");
+        let sequences: BTreeSet<_> = plan.rows.iter().map(|planned| planned.id).collect();
+        assert_eq!(sequences.len(), plan.rows.len(), "a sequence has one entry");
+    }
+}
