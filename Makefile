@@ -34,6 +34,18 @@ $(VENV)/.installed: integration-tests/requirements.txt
 model: ## Fetch the demo model (93 MB, once)
 	@$(FIXTURES)/fetch_model.sh
 
+.PHONY: cuda-toolchain
+cuda-toolchain: ## nvcc and the CUDA headers, pinned, in .cuda (no root, no GPU)
+	@deploy/cuda_toolchain.sh
+
+.PHONY: cuda
+cuda: cuda-toolchain ## Build the server with the CUDA backend
+	cargo build --release $(BINS) --features cuda
+
+.PHONY: lint-cuda
+lint-cuda: cuda-toolchain ## Compile the CUDA kernels for CI's architectures, fail on spills, and run clippy
+	LORAX_CUDA_ARCHS="80;90a" cargo clippy -p kernels --features cuda --all-targets -- -D warnings
+
 .PHONY: fmt
 fmt: ## Format
 	cargo fmt --all

@@ -8,6 +8,8 @@ mod backend;
 mod batch;
 mod comm;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod error;
 mod lora;
 pub mod reference;

@@ -12,13 +12,55 @@ use kernels::{
     testing::{Numbers, assert_close, batch},
 };
 
-/// Runs a check on every tier and type that this machine has.
-fn on_all(check: impl Fn(&CpuBackend)) {
+/// Runs a check on every tier and type that this machine's CPU has.
+fn on_cpu(check: impl Fn(&CpuBackend)) {
     for tier in Tier::available() {
         for dtype in [DType::F32, DType::Bf16] {
             check(&CpuBackend::with_tier(dtype, 3, tier).unwrap());
         }
     }
+}
+
+/// Runs a check on every type of the first card. Fails where there is none.
+#[cfg(feature = "cuda")]
+fn on_cuda(check: impl Fn(&kernels::cuda::CudaBackend)) {
+    for dtype in [DType::Bf16, DType::F16] {
+        check(&kernels::cuda::CudaBackend::new(dtype, 0).unwrap());
+    }
+}
+
+/// The checks that every backend passes.
+macro_rules! on_every_backend {
+    ($($check:ident),* $(,)?) => {
+        mod cpu {
+            $(#[test]
+            fn $check() {
+                super::on_cpu(|ops| super::$check(ops));
+            })*
+        }
+
+        #[cfg(feature = "cuda")]
+        mod cuda {
+            $(#[test]
+            fn $check() {
+                super::on_cuda(|ops| super::$check(ops));
+            })*
+        }
+    };
+}
+
+on_every_backend!(
+    linear_of_any_shape,
+    low_rank_deltas_of_mixed_ranks,
+    norms_and_activations,
+    attention_over_blocks,
+    embedding_takes_the_token_sampled_last,
+    sampling_filters_and_reports,
+);
+
+#[test]
+fn no_row_depends_on_its_neighbours_on_the_cpu() {
+    on_cpu(a_row_does_not_depend_on_its_neighbours);
 }
 
 fn mat<B: Backend>(ops: &B, table: &Table) -> B::Mat {
@@ -38,26 +80,24 @@ fn device_batch<B: Backend>(ops: &B, host: &Batch) -> B::Batch {
     batch
 }
 
-#[test]
-fn linear_of_any_shape() {
-    on_all(|ops| {
-        let mut numbers = Numbers(1);
-        for (rows, inputs, outputs) in
-            [(1, 1, 1), (1, 64, 48), (3, 33, 17), (5, 100, 64), (13, 576, 31), (40, 70, 161)]
-        {
-            let (x, w) = (numbers.table(rows, inputs), numbers.table(outputs, inputs));
-            let bias = numbers.table(1, outputs).data;
-            let (top, bottom) = w.data.split_at(outputs / 2 * inputs);
-            let parts = [top, bottom].map(|part| tensor(&Table { cols: inputs, data: part.to_vec() }));
-            let weight = ops.weight(&parts).unwrap();
-            let mut y = ops.mat(rows, outputs).unwrap();
-            for bias in [None, Some(&bias)] {
-                let expected = reference::linear(&x, &w, bias.map(Vec::as_slice));
-                ops.linear(&mat(ops, &x), &weight, bias, None, &mut y).unwrap();
-                assert_close("linear", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
-            }
+fn linear_of_any_shape<B: Backend>(ops: &B) {
+    let mut numbers = Numbers(1);
+    for (rows, inputs, outputs) in
+        [(1, 1, 1), (1, 64, 48), (3, 33, 17), (5, 100, 64), (13, 576, 31), (40, 70, 161)]
+    {
+        let (x, w) = (numbers.table(rows, inputs), numbers.table(outputs, inputs));
+        let bias = numbers.table(1, outputs).data;
+        let (top, bottom) = w.data.split_at(outputs / 2 * inputs);
+        let parts = [top, bottom].map(|part| tensor(&Table { cols: inputs, data: part.to_vec() }));
+        let weight = ops.weight(&parts).unwrap();
+        let mut y = ops.mat(rows, outputs).unwrap();
+        let vector = ops.vector(&bias).unwrap();
+        for (bias, vector) in [(None, None), (Some(bias.as_slice()), Some(&vector))] {
+            let expected = reference::linear(&x, &w, bias);
+            ops.linear(&mat(ops, &x), &weight, vector, None, &mut y).unwrap();
+            assert_close("linear", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
         }
-    });
+    }
 }
 
 /// Two sites, the second with three slices, and adapters of odd and large ranks on some of them.
@@ -92,103 +132,84 @@ fn fill_slots<B: Backend>(ops: &B, sites: &[LoraSite], adapters: &[Vec<LoraPart>
     slots
 }
 
-#[test]
-fn low_rank_deltas_of_mixed_ranks() {
-    on_all(|ops| {
-        let mut numbers = Numbers(2);
-        let (sites, adapters) = sites_and_adapters(&mut numbers);
-        let slots = fill_slots(ops, &sites, &adapters);
-        let popularity: [Vec<Option<u32>>; 4] = [
-            vec![None; 9],
-            vec![Some(4); 9],
-            (0..9).map(Some).collect(),
-            [Some(8), None, Some(8), Some(0), None, Some(3), Some(3), Some(3), None].to_vec(),
-        ];
-        for slots_of in popularity {
-            let sequences = [(1, 0), (5, 0), (1, 17), (2, 3), (1, 1), (9, 0), (1, 40), (4, 16), (1, 0)];
-            let host = batch(&sequences, &slots_of);
-            let batch = device_batch(ops, &host);
-            for (rows, segments, count) in [
-                (RowSet::All, &host.segments, host.rows()),
-                (RowSet::Logits, &host.logit_segments, host.logit_rows.len()),
-            ] {
-                for (site, shape) in sites.iter().enumerate() {
-                    let outputs = shape.outputs.iter().sum();
-                    let (x, w) = (numbers.table(count, shape.inputs), numbers.table(outputs, shape.inputs));
-                    let mut expected = reference::linear(&x, &w, None);
-                    reference::add_lora(&x, (site, shape), segments, &adapters, &mut expected);
-                    let weight = ops.weight(&[tensor(&w)]).unwrap();
-                    let mut y = ops.mat(count, outputs).unwrap();
-                    let lora = LinearLora { slots: &slots, site, batch: &batch, rows };
-                    ops.linear(&mat(ops, &x), &weight, None, Some(lora), &mut y).unwrap();
-                    assert_close(
-                        "linear with deltas",
-                        &ops.download(&y).unwrap(),
-                        &expected.data,
-                        ops.dtype(),
-                    );
-                }
+fn low_rank_deltas_of_mixed_ranks<B: Backend>(ops: &B) {
+    let mut numbers = Numbers(2);
+    let (sites, adapters) = sites_and_adapters(&mut numbers);
+    let slots = fill_slots(ops, &sites, &adapters);
+    let popularity: [Vec<Option<u32>>; 4] = [
+        vec![None; 9],
+        vec![Some(4); 9],
+        (0..9).map(Some).collect(),
+        [Some(8), None, Some(8), Some(0), None, Some(3), Some(3), Some(3), None].to_vec(),
+    ];
+    for slots_of in popularity {
+        let sequences = [(1, 0), (5, 0), (1, 17), (2, 3), (1, 1), (9, 0), (1, 40), (4, 16), (1, 0)];
+        let host = batch(&sequences, &slots_of);
+        let batch = device_batch(ops, &host);
+        for (rows, segments, count) in [
+            (RowSet::All, &host.segments, host.rows()),
+            (RowSet::Logits, &host.logit_segments, host.logit_rows.len()),
+        ] {
+            for (site, shape) in sites.iter().enumerate() {
+                let outputs = shape.outputs.iter().sum();
+                let (x, w) = (numbers.table(count, shape.inputs), numbers.table(outputs, shape.inputs));
+                let mut expected = reference::linear(&x, &w, None);
+                reference::add_lora(&x, (site, shape), segments, &adapters, &mut expected);
+                let weight = ops.weight(&[tensor(&w)]).unwrap();
+                let mut y = ops.mat(count, outputs).unwrap();
+                let lora = LinearLora { slots: &slots, site, batch: &batch, rows };
+                ops.linear(&mat(ops, &x), &weight, None, Some(lora), &mut y).unwrap();
+                assert_close("linear with deltas", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
             }
         }
-    });
+    }
 }
 
-#[test]
-fn a_row_does_not_depend_on_its_neighbours() {
-    on_all(|ops| {
-        let mut numbers = Numbers(3);
-        let (sites, adapters) = sites_and_adapters(&mut numbers);
-        let slots = fill_slots(ops, &sites, &adapters);
-        let (x, w) = (numbers.table(37, 70), numbers.table(99, 70));
-        let weight = ops.weight(&[tensor(&w)]).unwrap();
-        let product = |first: usize, rows: usize| {
-            let host = batch(&[(rows, first)], &[Some(6)]);
-            let batch = device_batch(ops, &host);
-            let part = Table { cols: 70, data: x.data[first * 70..][..rows * 70].to_vec() };
-            let mut y = ops.mat(rows, 99).unwrap();
-            let lora = LinearLora { slots: &slots, site: 1, batch: &batch, rows: RowSet::All };
-            ops.linear(&mat(ops, &part), &weight, None, Some(lora), &mut y).unwrap();
-            ops.download(&y).unwrap()
-        };
-        let whole = product(0, 37);
-        for (first, rows) in [(0, 1), (36, 1), (3, 2), (5, 4), (1, 7), (10, 12), (20, 17)] {
-            assert!(product(first, rows) == whole[first * 99..(first + rows) * 99], "rows {first}..+{rows}");
-        }
-    });
+fn a_row_does_not_depend_on_its_neighbours<B: Backend>(ops: &B) {
+    let mut numbers = Numbers(3);
+    let (sites, adapters) = sites_and_adapters(&mut numbers);
+    let slots = fill_slots(ops, &sites, &adapters);
+    let (x, w) = (numbers.table(37, 70), numbers.table(99, 70));
+    let weight = ops.weight(&[tensor(&w)]).unwrap();
+    let product = |first: usize, rows: usize| {
+        let host = batch(&[(rows, first)], &[Some(6)]);
+        let batch = device_batch(ops, &host);
+        let part = Table { cols: 70, data: x.data[first * 70..][..rows * 70].to_vec() };
+        let mut y = ops.mat(rows, 99).unwrap();
+        let lora = LinearLora { slots: &slots, site: 1, batch: &batch, rows: RowSet::All };
+        ops.linear(&mat(ops, &part), &weight, None, Some(lora), &mut y).unwrap();
+        ops.download(&y).unwrap()
+    };
+    let whole = product(0, 37);
+    for (first, rows) in [(0, 1), (36, 1), (3, 2), (5, 4), (1, 7), (10, 12), (20, 17)] {
+        assert!(product(first, rows) == whole[first * 99..(first + rows) * 99], "rows {first}..+{rows}");
+    }
 }
 
-#[test]
-fn norms_and_activations() {
-    on_all(|ops| {
-        let mut numbers = Numbers(4);
-        for (rows, cols) in [(1, 1), (1, 64), (7, 33), (20, 576)] {
-            let (mut x, before) = (numbers.table(rows, cols), numbers.table(rows, cols));
-            let w = numbers.table(1, cols).data;
-            let (weight, mut residual) = (ops.vector(&w).unwrap(), mat(ops, &before));
-            for add in [true, false] {
-                let mut y = mat(ops, &x);
-                let mut expected = x.clone();
-                let sums = reference::rms_norm(&mut expected, add.then_some(&before), &w, 1e-5);
-                if add {
-                    ops.add_rms_norm(&mut y, &mut residual, &weight, 1e-5).unwrap();
-                } else {
-                    ops.rms_norm(&mut y, &mut residual, &weight, 1e-5).unwrap();
-                }
-                assert_close("norm", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
-                assert_close("residual", &ops.download(&residual).unwrap(), &sums.data, ops.dtype());
+fn norms_and_activations<B: Backend>(ops: &B) {
+    let mut numbers = Numbers(4);
+    for (rows, cols) in [(1, 1), (1, 64), (7, 33), (20, 576)] {
+        let (mut x, before) = (numbers.table(rows, cols), numbers.table(rows, cols));
+        let w = numbers.table(1, cols).data;
+        let (weight, mut residual) = (ops.vector(&w).unwrap(), mat(ops, &before));
+        for add in [true, false] {
+            let mut y = mat(ops, &x);
+            let mut expected = x.clone();
+            let sums = reference::rms_norm(&mut expected, add.then_some(&before), &w, 1e-5);
+            if add {
+                ops.add_rms_norm(&mut y, &mut residual, &weight, 1e-5).unwrap();
+            } else {
+                ops.rms_norm(&mut y, &mut residual, &weight, 1e-5).unwrap();
             }
-            x.data.extend(x.data.clone().iter().map(|x| x * 90.0));
-            let gates = Table { cols: 2 * cols, data: x.data };
-            let mut y = ops.mat(rows, cols).unwrap();
-            ops.silu_mul(&mat(ops, &gates), &mut y).unwrap();
-            assert_close(
-                "silu_mul",
-                &ops.download(&y).unwrap(),
-                &reference::silu_mul(&gates).data,
-                ops.dtype(),
-            );
+            assert_close("norm", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
+            assert_close("residual", &ops.download(&residual).unwrap(), &sums.data, ops.dtype());
         }
-    });
+        x.data.extend(x.data.clone().iter().map(|x| x * 90.0));
+        let gates = Table { cols: 2 * cols, data: x.data };
+        let mut y = ops.mat(rows, cols).unwrap();
+        ops.silu_mul(&mat(ops, &gates), &mut y).unwrap();
+        assert_close("silu_mul", &ops.download(&y).unwrap(), &reference::silu_mul(&gates).data, ops.dtype());
+    }
 }
 
 /// Runs a prefill of `lens` tokens each, then one decode step, and checks both.
@@ -223,17 +244,14 @@ fn check_attention<B: Backend>(ops: &B, attention: &Attention, lens: &[usize]) {
     }
 }
 
-#[test]
-fn attention_over_blocks() {
-    on_all(|ops| {
-        for (query, kv, dim) in [(4, 2, 16), (9, 3, 64), (2, 2, 24), (12, 1, 32), (1, 1, 256)] {
-            let heads = Heads { query, kv, dim };
-            let plain = Attention { heads, scale: 0.2, window: None, softcap: None };
-            check_attention(ops, &plain, &[1, 5, 16, 17, 150, 261]);
-            check_attention(ops, &Attention { window: Some(20), ..plain }, &[7, 190]);
-            check_attention(ops, &Attention { softcap: Some(3.0), ..plain }, &[40]);
-        }
-    });
+fn attention_over_blocks<B: Backend>(ops: &B) {
+    for (query, kv, dim) in [(4, 2, 16), (9, 3, 64), (2, 2, 24), (12, 1, 32), (1, 1, 256)] {
+        let heads = Heads { query, kv, dim };
+        let plain = Attention { heads, scale: 0.2, window: None, softcap: None };
+        check_attention(ops, &plain, &[1, 5, 16, 17, 150, 261]);
+        check_attention(ops, &Attention { window: Some(20), ..plain }, &[7, 190]);
+        check_attention(ops, &Attention { softcap: Some(3.0), ..plain }, &[40]);
+    }
 }
 
 fn collect<B: Backend>(ops: &B, pending: B::Pending) -> Vec<Sampled> {
@@ -242,71 +260,65 @@ fn collect<B: Backend>(ops: &B, pending: B::Pending) -> Vec<Sampled> {
     out
 }
 
-#[test]
-fn embedding_takes_the_token_sampled_last() {
-    on_all(|ops| {
-        let table = Numbers(6).table(60, 40);
-        let weight = ops.weight(&[tensor(&table)]).unwrap();
-        let mut sampler = ops.sampler(4, 60).unwrap();
-        ops.seat(&mut sampler, 2, &SamplingParams::default(), &[1], &[]).unwrap();
-        let mut logits = vec![0.0; 60];
-        logits[17] = 3.0;
-        let row = SampleRow { row: 0, seat: 2 };
-        let pending = ops.sample(&mat(ops, &Table { cols: 60, data: logits }), &[row], &mut sampler).unwrap();
-        assert_eq!(collect(ops, pending)[0].token, 17);
-        let mut host = batch(&[(2, 0)], &[]);
-        host.tokens = vec![5, -3];
-        let mut y = ops.mat(2, 40).unwrap();
-        ops.embed(&device_batch(ops, &host), &sampler, &weight, &mut y).unwrap();
-        let expected = [table.row(5), table.row(17)].concat();
-        assert_close("embed", &ops.download(&y).unwrap(), &expected, ops.dtype());
-        let mut last = ops.mat(2, 40).unwrap();
-        ops.gather_logit_rows(&y, &device_batch(ops, &host), &mut last).unwrap();
-        assert_eq!(last.rows(), 1);
-        assert_close("gather", &ops.download(&last).unwrap(), table.row(17), ops.dtype());
-    });
+fn embedding_takes_the_token_sampled_last<B: Backend>(ops: &B) {
+    let table = Numbers(6).table(60, 40);
+    let weight = ops.weight(&[tensor(&table)]).unwrap();
+    let mut sampler = ops.sampler(4, 60).unwrap();
+    ops.seat(&mut sampler, 2, &SamplingParams::default(), &[1], &[]).unwrap();
+    let mut logits = vec![0.0; 60];
+    logits[17] = 3.0;
+    let row = SampleRow { row: 0, seat: 2 };
+    let pending = ops.sample(&mat(ops, &Table { cols: 60, data: logits }), &[row], &mut sampler).unwrap();
+    assert_eq!(collect(ops, pending)[0].token, 17);
+    let mut host = batch(&[(2, 0)], &[]);
+    host.tokens = vec![5, -3];
+    let mut y = ops.mat(2, 40).unwrap();
+    ops.embed(&device_batch(ops, &host), &sampler, &weight, &mut y).unwrap();
+    let expected = [table.row(5), table.row(17)].concat();
+    assert_close("embed", &ops.download(&y).unwrap(), &expected, ops.dtype());
+    let mut last = ops.mat(2, 40).unwrap();
+    ops.gather_logit_rows(&y, &device_batch(ops, &host), &mut last).unwrap();
+    assert_eq!(last.rows(), 1);
+    assert_close("gather", &ops.download(&last).unwrap(), table.row(17), ops.dtype());
 }
 
-#[test]
-fn sampling_filters_and_reports() {
-    on_all(|ops| {
-        let logits = Numbers(7).table(3, 50);
-        let x = mat(ops, &logits);
-        let logprobs = reference::log_softmax(logits.row(1));
-        let mut order: Vec<u32> = (0..50).collect();
-        order.sort_by(|a, b| logprobs[*b as usize].total_cmp(&logprobs[*a as usize]).then(a.cmp(b)));
-        let draw = |params: SamplingParams, output: &[u32]| {
-            let mut sampler = ops.sampler(2, 50).unwrap();
-            ops.seat(&mut sampler, 1, &params, &[order[2]], output).unwrap();
-            collect(ops, ops.sample(&x, &[SampleRow { row: 1, seat: 1 }], &mut sampler).unwrap()).remove(0)
-        };
-        let greedy = draw(SamplingParams { num_top: 3, ..Default::default() }, &[]);
-        assert_eq!(greedy.token, order[0]);
-        assert!((greedy.logprob - logprobs[order[0] as usize]).abs() < 1e-4);
-        assert_eq!(greedy.top.iter().map(|top| top.0).collect::<Vec<_>>(), order[..3]);
-        let biased = SamplingParams { logit_bias: vec![(order[9], 50.0)], ..Default::default() };
-        assert_eq!(draw(biased, &[]).token, order[9]);
-        let present = SamplingParams { presence_penalty: 90.0, ..Default::default() };
-        assert_eq!(draw(present.clone(), &[]).token, order[0], "the prompt does not count");
-        assert_eq!(draw(present, &[order[0]]).token, order[1]);
-        let warm = SamplingParams { temperature: 1.5, seed: 11, ..Default::default() };
-        let kept = |params: &SamplingParams| {
-            let mut kept: Vec<u32> =
-                (0..300).map(|seed| draw(SamplingParams { seed, ..params.clone() }, &[]).token).collect();
-            kept.sort_unstable();
-            kept.dedup();
-            kept.len()
-        };
-        assert!(kept(&warm) > 30);
-        assert_eq!(kept(&SamplingParams { top_k: 3, ..warm.clone() }), 3);
-        assert_eq!(kept(&SamplingParams { top_p: 1e-6, ..warm.clone() }), 1);
-        assert_eq!(kept(&SamplingParams { min_p: 1.0, ..warm.clone() }), 1);
-        assert!(kept(&SamplingParams { typical_p: 0.2, ..warm.clone() }) < 20);
-        assert_eq!(draw(warm.clone(), &[]), draw(warm.clone(), &[]), "a seed gives the same token");
-        let scored = collect(ops, ops.score(&x, &[(1, 5), (1, 6)], 1).unwrap());
-        assert!((scored[1].logprob - logprobs[6]).abs() < 1e-4);
-        assert_eq!(scored[0].top[0].0, order[0]);
-    });
+fn sampling_filters_and_reports<B: Backend>(ops: &B) {
+    let logits = Numbers(7).table(3, 50);
+    let x = mat(ops, &logits);
+    let logprobs = reference::log_softmax(logits.row(1));
+    let mut order: Vec<u32> = (0..50).collect();
+    order.sort_by(|a, b| logprobs[*b as usize].total_cmp(&logprobs[*a as usize]).then(a.cmp(b)));
+    let draw = |params: SamplingParams, output: &[u32]| {
+        let mut sampler = ops.sampler(2, 50).unwrap();
+        ops.seat(&mut sampler, 1, &params, &[order[2]], output).unwrap();
+        collect(ops, ops.sample(&x, &[SampleRow { row: 1, seat: 1 }], &mut sampler).unwrap()).remove(0)
+    };
+    let greedy = draw(SamplingParams { num_top: 3, ..Default::default() }, &[]);
+    assert_eq!(greedy.token, order[0]);
+    assert!((greedy.logprob - logprobs[order[0] as usize]).abs() < 1e-4);
+    assert_eq!(greedy.top.iter().map(|top| top.0).collect::<Vec<_>>(), order[..3]);
+    let biased = SamplingParams { logit_bias: vec![(order[9], 50.0)], ..Default::default() };
+    assert_eq!(draw(biased, &[]).token, order[9]);
+    let present = SamplingParams { presence_penalty: 90.0, ..Default::default() };
+    assert_eq!(draw(present.clone(), &[]).token, order[0], "the prompt does not count");
+    assert_eq!(draw(present, &[order[0]]).token, order[1]);
+    let warm = SamplingParams { temperature: 1.5, seed: 11, ..Default::default() };
+    let kept = |params: &SamplingParams| {
+        let mut kept: Vec<u32> =
+            (0..300).map(|seed| draw(SamplingParams { seed, ..params.clone() }, &[]).token).collect();
+        kept.sort_unstable();
+        kept.dedup();
+        kept.len()
+    };
+    assert!(kept(&warm) > 30);
+    assert_eq!(kept(&SamplingParams { top_k: 3, ..warm.clone() }), 3);
+    assert_eq!(kept(&SamplingParams { top_p: 1e-6, ..warm.clone() }), 1);
+    assert_eq!(kept(&SamplingParams { min_p: 1.0, ..warm.clone() }), 1);
+    assert!(kept(&SamplingParams { typical_p: 0.2, ..warm.clone() }) < 20);
+    assert_eq!(draw(warm.clone(), &[]), draw(warm.clone(), &[]), "a seed gives the same token");
+    let scored = collect(ops, ops.score(&x, &[(1, 5), (1, 6)], 1).unwrap());
+    assert!((scored[1].logprob - logprobs[6]).abs() < 1e-4);
+    assert_eq!(scored[0].top[0].0, order[0]);
 }
 
 #[test]

@@ -1,0 +1,271 @@
+//! A decode step and a prefill of Llama-3.1-8B's shape on the card, whole and by operation, with and without adapters.
+//! One JSON line for each figure. `cargo bench -p kernels --features cuda --bench cuda`
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a bench prints and fails by panicking")]
+
+use std::{sync::Arc, time::Instant};
+
+use kernels::{
+    Attention, Backend, Batch, DType, Heads, HostTensor, LinearLora, LoraSite, Matrix, RowSet, SampleRow,
+    SamplingParams,
+    cuda::{
+        CudaBackend, CudaBatch, CudaKv, CudaMat, CudaRope, CudaSampler, CudaSlots, CudaVector, CudaWeight,
+    },
+    testing::{Numbers, batch},
+};
+
+const HIDDEN: usize = 4096;
+const FFN: usize = 14336;
+const LAYERS: usize = 32;
+const VOCAB: usize = 128_256;
+const HEADS: Heads = Heads { query: 32, kv: 8, dim: 128 };
+const MAX_ROWS: usize = 2048;
+const ADAPTERS: usize = 32;
+const RANK: usize = 16;
+const EPS: f32 = 1e-5;
+const ATTENTION: Attention = Attention { heads: HEADS, scale: 0.088_388, window: None, softcap: None };
+
+struct Layer {
+    qkv: CudaWeight,
+    o: CudaWeight,
+    gate_up: CudaWeight,
+    down: CudaWeight,
+    norm: CudaVector,
+    kv: CudaKv,
+}
+
+/// A model of random weights and its scratch.
+struct Model {
+    ops: Arc<CudaBackend>,
+    layers: Vec<Layer>,
+    embed: CudaWeight,
+    head: CudaWeight,
+    rope: CudaRope,
+    slots: CudaSlots,
+    sampler: CudaSampler,
+    x: CudaMat,
+    residual: CudaMat,
+    qkv: CudaMat,
+    attn: CudaMat,
+    gate_up: CudaMat,
+    act: CudaMat,
+    last: CudaMat,
+    logits: CudaMat,
+}
+
+/// Small random bf16 numbers, the same bytes for every weight.
+struct Random(Vec<u8>);
+
+impl Random {
+    fn new(bytes: usize) -> Random {
+        let mut numbers = Numbers(1);
+        let pattern: Vec<u8> =
+            (0..1 << 20).flat_map(|_| half::bf16::from_f32(numbers.number() * 0.05).to_le_bytes()).collect();
+        Random(pattern.iter().copied().cycle().take(bytes).collect())
+    }
+
+    fn tensor(&self, rows: usize, cols: usize) -> HostTensor<'_> {
+        let data = (&self.0[..rows * cols * 2]).into();
+        HostTensor { dtype: DType::Bf16, rows, cols, data }
+    }
+}
+
+fn sites() -> Vec<LoraSite> {
+    let layer = [
+        LoraSite { inputs: HIDDEN, outputs: vec![4096, 1024, 1024] },
+        LoraSite { inputs: HIDDEN, outputs: vec![HIDDEN] },
+        LoraSite { inputs: HIDDEN, outputs: vec![FFN, FFN] },
+        LoraSite { inputs: FFN, outputs: vec![HIDDEN] },
+    ];
+    (0..LAYERS).flat_map(|_| layer.clone()).collect()
+}
+
+fn adapters(ops: &CudaBackend) -> CudaSlots {
+    let sites = sites();
+    let mut numbers = Numbers(2);
+    let mut parts = Vec::new();
+    for (site, shape) in sites.iter().enumerate().take(4) {
+        for slice in 0..shape.outputs.len() {
+            parts.push(numbers.part((site, slice), shape, RANK));
+        }
+    }
+    let all: Vec<_> = (0..LAYERS)
+        .flat_map(|layer| {
+            parts.iter().map(move |p| kernels::LoraPart { site: layer * 4 + p.site, ..p.clone() })
+        })
+        .collect();
+    let adapter = Arc::new(ops.stage(&sites, &all).unwrap());
+    let mut slots = ops.lora_slots(&sites, ADAPTERS).unwrap();
+    for slot in 0..ADAPTERS as u32 {
+        ops.load(&mut slots, slot, &adapter).unwrap();
+    }
+    let mut loaded = 0;
+    let start = Instant::now();
+    while loaded < ADAPTERS {
+        loaded += ops.loaded(&mut slots).unwrap().len();
+    }
+    let gb = ADAPTERS as f64 * ops.adapter_bytes(&adapter) as f64 / 1e9;
+    println!("{{\"what\":\"adapter loads\",\"gb_s\":{:.1}}}", gb / start.elapsed().as_secs_f64());
+    slots
+}
+
+impl Model {
+    fn new() -> Model {
+        let ops = Arc::new(CudaBackend::new(DType::Bf16, 0).unwrap());
+        let start = Instant::now();
+        let random = Random::new(VOCAB * HIDDEN * 2);
+        let weight = |rows, cols| ops.weight(&[random.tensor(rows, cols)]).unwrap();
+        let norm = vec![1.0; HIDDEN];
+        let layer = |_| Layer {
+            qkv: weight(HEADS.qkv_cols(), HIDDEN),
+            o: weight(HIDDEN, HIDDEN),
+            gate_up: weight(2 * FFN, HIDDEN),
+            down: weight(HIDDEN, FFN),
+            norm: ops.vector(&norm).unwrap(),
+            kv: ops.kv(12_000, HEADS).unwrap(),
+        };
+        let layers = (0..LAYERS).map(layer).collect();
+        let (embed, head) = (weight(VOCAB, HIDDEN), weight(VOCAB, HIDDEN));
+        ops.synchronize().unwrap();
+        println!("{{\"what\":\"weights\",\"s\":{:.2}}}", start.elapsed().as_secs_f64());
+        let mat = |cols| ops.mat(MAX_ROWS, cols).unwrap();
+        let mut sampler = ops.sampler(256, VOCAB).unwrap();
+        for seat in 0..256 {
+            ops.seat(&mut sampler, seat, &SamplingParams::default(), &[], &[]).unwrap();
+        }
+        Model {
+            rope: ops.rope(&[0.01; 64], 8192, 1.0).unwrap(),
+            slots: adapters(&ops),
+            x: mat(HIDDEN),
+            residual: ops.wide_mat(MAX_ROWS, HIDDEN).unwrap(),
+            qkv: mat(HEADS.qkv_cols()),
+            attn: mat(HEADS.query * HEADS.dim),
+            gate_up: mat(2 * FFN),
+            act: mat(FFN),
+            last: ops.mat(256, HIDDEN).unwrap(),
+            logits: ops.wide_mat(256, VOCAB).unwrap(),
+            sampler,
+            embed,
+            head,
+            layers,
+            ops,
+        }
+    }
+
+    /// The operations of a step whose names `wanted` accepts.
+    fn forward(&mut self, batch: &CudaBatch, wanted: &dyn Fn(&str) -> bool) -> kernels::Result<()> {
+        let Model { ops, slots, x, residual, qkv, attn, gate_up, act, last, logits, .. } = self;
+        let lora = |site| Some(LinearLora { slots, site, batch, rows: RowSet::All });
+        ops.embed(batch, &self.sampler, &self.embed, x)?;
+        let rows = x.rows();
+        for m in [&mut *x, residual, qkv, attn, gate_up, act] {
+            m.set_rows(rows);
+        }
+        for (i, layer) in self.layers.iter_mut().enumerate() {
+            if wanted("norm") {
+                ops.add_rms_norm(x, residual, &layer.norm, EPS)?;
+            }
+            if wanted("qkv") {
+                ops.linear(x, &layer.qkv, None, lora(4 * i), qkv)?;
+            }
+            if wanted("rope") {
+                ops.rope_and_store(qkv, HEADS, &self.rope, batch, &mut layer.kv)?;
+            }
+            if wanted("attention") {
+                ops.paged_attention(qkv, &ATTENTION, batch, &layer.kv, attn)?;
+            }
+            if wanted("o") {
+                ops.linear(attn, &layer.o, None, lora(4 * i + 1), x)?;
+            }
+            if wanted("norm") {
+                ops.add_rms_norm(x, residual, &layer.norm, EPS)?;
+            }
+            if wanted("gate_up") {
+                ops.linear(x, &layer.gate_up, None, lora(4 * i + 2), gate_up)?;
+            }
+            if wanted("silu") {
+                ops.silu_mul(gate_up, act)?;
+            }
+            if wanted("down") {
+                ops.linear(act, &layer.down, None, lora(4 * i + 3), x)?;
+            }
+        }
+        ops.gather_logit_rows(x, batch, last)?;
+        if wanted("head") { ops.linear(last, &self.head, None, None, logits) } else { Ok(()) }
+    }
+
+    /// Median milliseconds of a step.
+    fn time(&mut self, host: &Batch, wanted: &dyn Fn(&str) -> bool) -> f64 {
+        let mut device = self.ops.batch(MAX_ROWS, 16_384).unwrap();
+        let rows: Vec<_> =
+            (0..host.logit_rows.len() as u32).map(|row| SampleRow { row, seat: row }).collect();
+        let mut times = Vec::new();
+        for _ in 0..5 {
+            let start = Instant::now();
+            let mut pending = Vec::new();
+            for _ in 0..8 {
+                self.ops.upload(host, &mut device).unwrap();
+                let ops = self.ops.clone();
+                ops.step(&device, || self.forward(&device, wanted)).unwrap();
+                if wanted("sample") {
+                    pending.push(self.ops.sample(&self.logits, &rows, &mut self.sampler).unwrap());
+                }
+            }
+            self.ops.synchronize().unwrap();
+            times.push(start.elapsed().as_secs_f64() * 1e3 / 8.0);
+            let mut out = Vec::new();
+            for pending in pending {
+                self.ops.collect(pending, &mut out).unwrap();
+            }
+        }
+        times.sort_by(f64::total_cmp);
+        times[times.len() / 2]
+    }
+}
+
+fn report(what: &str, rows: usize, adapters: usize, op: &str, ms: f64) {
+    println!(
+        "{{\"what\":\"{what}\",\"rows\":{rows},\"adapters\":{adapters},\"op\":\"{op}\",\"ms\":{ms:.3}}}"
+    );
+}
+
+fn main() {
+    let mut model = Model::new();
+    let ops = ["norm", "qkv", "rope", "attention", "o", "gate_up", "silu", "down", "head", "sample"];
+    for rows in [1, 8, 32, 64, 128] {
+        for adapters in [0, 1, ADAPTERS] {
+            let mut host = batch(&vec![(1, 575); rows], &[]);
+            sort_by_slot(&mut host, rows, adapters);
+            report("decode", rows, adapters, "all", model.time(&host, &|_| true));
+            if adapters != 1 && (rows == 1 || rows == 32 || rows == 128) {
+                for op in ops {
+                    report("decode", rows, adapters, op, model.time(&host, &|name| name == op));
+                }
+            }
+        }
+    }
+    for rows in [512, 2048] {
+        for slot in [None, Some(1)] {
+            let host = batch(&[(rows, 0)], &[slot]);
+            let adapters = usize::from(slot.is_some());
+            report("prefill", rows, adapters, "all", model.time(&host, &|_| true));
+            for op in ops {
+                report("prefill", rows, adapters, op, model.time(&host, &|name| name == op));
+            }
+        }
+    }
+}
+
+/// Segments of neighbouring rows, as the scheduler orders them.
+fn sort_by_slot(host: &mut Batch, rows: usize, adapters: usize) {
+    if adapters == 0 {
+        return;
+    }
+    let per = rows.div_ceil(adapters);
+    let segment = |i: usize| kernels::Segment {
+        start: (i * per) as u32,
+        end: ((i + 1) * per).min(rows) as u32,
+        slot: i as u32,
+    };
+    host.segments = (0..rows.div_ceil(per)).map(segment).collect();
+    host.logit_segments.clone_from(&host.segments);
+}

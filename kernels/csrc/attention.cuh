@@ -1,0 +1,398 @@
+// Paged causal attention on tensor cores, one kernel for prefill and decode.
+//
+// The query heads of a group share keys and values, so a tile's M dimension packs (row, head of the group) pairs:
+// p = row · group + head. Prefill: four warps take 16 pairs each and share all keys. Decode: four warps take the same
+// pairs (at most 16 heads at once) and a quarter of each key tile each, and merge at the end. A long sequence's decode
+// is split over several blocks; the last one to finish merges their parts, in order.
+// Online softmax: Milakov and Gimelshein, 2018; splitting and merging: Dao et al., FlashDecoding, 2023.
+#pragma once
+
+#include "common.cuh"
+
+// A piece of work, as `cuda/plan.rs` lays it out.
+struct AttentionItem {
+  uint32_t row;       // first row
+  uint32_t rows;      // consecutive rows of one sequence
+  uint32_t position;  // of the first row
+  uint32_t table;     // where the sequence's block table begins
+  uint32_t kv_begin;  // positions to attend to; a multiple of 16
+  uint32_t kv_end;
+  uint32_t splits;    // items that share these rows; 1: this one alone
+  uint32_t partial;   // where they leave their parts: partial of the first of them, one each
+  uint32_t split;     // which of them this one is
+};
+
+struct AttentionArgs {
+  const void* qkv;
+  void* y;
+  const void* k;
+  const void* v;
+  const AttentionItem* items;
+  const uint32_t* num_items;
+  const uint32_t* blocks;
+  float* partial_out;     // [partials, query heads, dim]
+  float2* partial_scale;  // [partials, query heads]: maximum (log2) and sum
+  uint32_t* arrived;      // [partials, query heads], zero between launches
+  int query_heads;
+  int kv_heads;
+  int dim;
+  float scale;
+  float softcap;  // 0: none
+  int window;     // 0: none
+};
+
+namespace attention {
+
+constexpr int kThreads = 128;
+constexpr int kBlockSize = 16;
+constexpr int kTile = 64;  // keys of one step of the loop
+constexpr float kLog2E = 1.4426950408889634f;
+
+template <int DIM> constexpr int kStride = DIM + 8;  // of a row in shared memory: an odd number of 16-byte words
+template <int DIM> constexpr int kStages = DIM <= 128 ? 2 : 1;
+
+template <int DIM, int WARPS_M> constexpr int shared_elements() {
+  return (16 * WARPS_M + kStages<DIM> * 2 * kTile) * kStride<DIM>;
+}
+
+// Keys and values of one head of one sequence.
+template <typename T> struct Paged {
+  const T* k;
+  const T* v;
+  const uint32_t* table;
+  int kv_heads, head, dim;
+
+  __device__ size_t at(uint32_t position) const {
+    size_t block = table[position / kBlockSize];
+    return ((block * kv_heads + head) * kBlockSize + position % kBlockSize) * dim;
+  }
+};
+
+template <typename T, int DIM>
+__device__ void load_tile(T* k, T* v, const Paged<T>& kv, uint32_t begin, uint32_t end) {
+  constexpr int kChunks = DIM / 8;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < kTile * kChunks; i += kThreads) {
+    int r = i / kChunks, c = i % kChunks * 8;
+    bool valid = begin + r < end && c < kv.dim;
+    size_t from = valid ? kv.at(begin + r) + c : 0;
+    copy_async(k + r * kStride<DIM> + c, kv.k + from, valid);
+    copy_async(v + r * kStride<DIM> + c, kv.v + from, valid);
+  }
+  copy_commit();
+}
+
+// The queries of one block: pairs first .. first + 16 · WARPS_M of `total`.
+struct Pairs {
+  uint32_t row;  // of the item
+  int first, total, group, kv_head;
+
+  __device__ bool valid(int m) const { return first + m < total; }
+  __device__ uint32_t token(int m) const { return (first + m) / group; }
+  __device__ int head(int m) const { return kv_head * group + (first + m) % group; }
+};
+
+template <typename T, int DIM, int ROWS>
+__device__ void load_queries(T* q, const T* qkv, const Pairs& pairs, const AttentionArgs& a) {
+  constexpr int kChunks = DIM / 8;
+  size_t stride = (size_t)(a.query_heads + 2 * a.kv_heads) * a.dim;
+  for (int i = threadIdx.x; i < ROWS * kChunks; i += kThreads) {
+    int m = i / kChunks, c = i % kChunks * 8;
+    bool valid = pairs.valid(m) && c < a.dim;
+    size_t from = valid ? (pairs.row + pairs.token(m)) * stride + (size_t)pairs.head(m) * a.dim + c : 0;
+    copy_async(q + m * kStride<DIM> + c, qkv + from, valid);
+  }
+}
+
+// One warp's running softmax over 16 pairs: this thread's part of two of them, l / 4 and l / 4 + 8.
+template <int DIM> struct Softmax {
+  float out[DIM / 8][4];
+  float top[2];
+  float sum[2];
+
+  __device__ void clear() {
+#pragma unroll
+    for (auto& o : out) o[0] = o[1] = o[2] = o[3] = 0.f;
+    top[0] = top[1] = -INFINITY;
+    sum[0] = sum[1] = 0.f;
+  }
+
+  // Scores (log2) to probabilities relative to the new maximum.
+  template <int NT> __device__ void update(float (&s)[NT][4]) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      float t = top[h];
+#pragma unroll
+      for (int n = 0; n < NT; n++) t = fmaxf(t, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+      t = fmaxf(t, __shfl_xor_sync(~0u, t, 1));
+      t = fmaxf(t, __shfl_xor_sync(~0u, t, 2));
+      float base = t == -INFINITY ? 0.f : t;
+      float shrink = exp2f(top[h] - base);
+      top[h] = t;
+      sum[h] *= shrink;
+#pragma unroll
+      for (auto& o : out) o[2 * h] *= shrink, o[2 * h + 1] *= shrink;
+#pragma unroll
+      for (int n = 0; n < NT; n++) {
+        s[n][2 * h] = exp2f(s[n][2 * h] - base);
+        s[n][2 * h + 1] = exp2f(s[n][2 * h + 1] - base);
+        sum[h] += s[n][2 * h] + s[n][2 * h + 1];
+      }
+    }
+  }
+
+  __device__ void finish() {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
+      sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
+    }
+  }
+};
+
+// Scores of 16 pairs and 8 · NT keys: q and k point to their first rows in shared memory.
+template <typename T, int DIM, int NT> __device__ void scores(float (&s)[NT][4], const T* q, const T* k) {
+  int lane = threadIdx.x % 32, i = lane / 8, r = lane % 8;
+#pragma unroll
+  for (auto& n : s) n[0] = n[1] = n[2] = n[3] = 0.f;
+#pragma unroll
+  for (int d = 0; d < DIM; d += 16) {
+    uint32_t a[4], b[4];
+    ldmatrix(a, q + (i % 2 * 8 + r) * kStride<DIM> + d + i / 2 * 8);
+#pragma unroll
+    for (int n = 0; n < NT; n += 2) {
+      ldmatrix(b, k + (n * 8 + i / 2 * 8 + r) * kStride<DIM> + d + i % 2 * 8);
+      mma<T>(s[n], a, b[0], b[1]);
+      mma<T>(s[n + 1], a, b[2], b[3]);
+    }
+  }
+}
+
+// out += probabilities · v, of 16 pairs and 8 · NT keys.
+template <typename T, int DIM, int NT>
+__device__ void weigh(float (&out)[DIM / 8][4], const float (&p)[NT][4], const T* v) {
+  int lane = threadIdx.x % 32, i = lane / 8, r = lane % 8;
+#pragma unroll
+  for (int n = 0; n < NT; n += 2) {
+    uint32_t a[4] = {pack2<T>(p[n][0], p[n][1]), pack2<T>(p[n][2], p[n][3]), pack2<T>(p[n + 1][0], p[n + 1][1]),
+                     pack2<T>(p[n + 1][2], p[n + 1][3])};
+#pragma unroll
+    for (int d = 0; d < DIM / 8; d += 2) {
+      uint32_t b[4];
+      ldmatrix_transposed(b, v + (n * 8 + i % 2 * 8 + r) * kStride<DIM> + d * 8 + i / 2 * 8);
+      mma<T>(out[d], a, b[0], b[1]);
+      mma<T>(out[d + 1], a, b[2], b[3]);
+    }
+  }
+}
+
+// Scale, cap, causal and window mask; leaves scores in log2.
+template <int NT>
+__device__ void mask(float (&s)[NT][4], const AttentionArgs& a, const uint32_t (&position)[2], uint32_t first_key,
+                     uint32_t end) {
+  int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int n = 0; n < NT; n++) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      uint32_t key = first_key + n * 8 + lane % 4 * 2 + e % 2, own = position[e / 2];
+      float x = s[n][e] * a.scale;
+      if (a.softcap > 0.f) x = a.softcap * tanhf(x / a.softcap);
+      bool seen = key <= own && key < end && (a.window == 0 || key + a.window > own);
+      s[n][e] = seen ? x * kLog2E : -INFINITY;
+    }
+  }
+}
+
+// Merges the four warps' parts of the same 16 pairs; afterwards `merged` [16, DIM] holds their sum and scale[16] the
+// maximum and the sum of each pair.
+template <int DIM> __device__ void merge_warps(const Softmax<DIM>& part, float* parts, float2* scale, float* merged) {
+  __shared__ float2 scales[4][16];
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  if (lane % 4 == 0) {
+    scales[warp][lane / 4] = make_float2(part.top[0], part.sum[0]);
+    scales[warp][lane / 4 + 8] = make_float2(part.top[1], part.sum[1]);
+  }
+#pragma unroll
+  for (int d = 0; d < DIM / 8; d++)
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+      parts[(warp * 16 + lane / 4 + e / 2 * 8) * DIM + d * 8 + lane % 4 * 2 + e % 2] = part.out[d][e];
+  __syncthreads();
+  for (int i = threadIdx.x; i < 16 * DIM; i += kThreads) {
+    int m = i / DIM;
+    float top = -INFINITY, sum = 0.f, out = 0.f;
+    for (int w = 0; w < 4; w++) top = fmaxf(top, scales[w][m].x);
+    float base = top == -INFINITY ? 0.f : top;
+    for (int w = 0; w < 4; w++) {
+      float weight = exp2f(scales[w][m].x - base);
+      sum += weight * scales[w][m].y;
+      out += weight * parts[w * 16 * DIM + i];
+    }
+    merged[i] = out;  // the same element of part 0, which only this thread reads
+    if (i % DIM == 0) scale[m] = make_float2(top, sum);
+  }
+  __syncthreads();
+}
+
+// Adds this block's part to those of its siblings; the last one writes the rows.
+template <typename T, int DIM>
+__device__ void combine_splits(const AttentionItem& item, const Pairs& pairs, const AttentionArgs& a,
+                               const float* merged, const float2* scale) {
+  __shared__ bool last;
+  int pairs_here = min(16, pairs.total - pairs.first);
+  for (int i = threadIdx.x; i < pairs_here * DIM; i += kThreads) {
+    int m = i / DIM, d = i % DIM;
+    size_t slot = (size_t)(item.partial + item.split) * a.query_heads + pairs.head(m);
+    if (d < a.dim) a.partial_out[slot * a.dim + d] = merged[i];
+    if (d == 0) a.partial_scale[slot] = scale[m];
+  }
+  __threadfence();
+  __syncthreads();
+  uint32_t* arrived = a.arrived + (size_t)item.partial * a.query_heads + pairs.head(0);
+  if (threadIdx.x == 0) last = atomicAdd(arrived, 1u) == item.splits - 1;
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  if (threadIdx.x == 0) *arrived = 0;
+  for (int i = threadIdx.x; i < pairs_here * DIM; i += kThreads) {
+    int m = i / DIM, d = i % DIM;
+    if (d >= a.dim) continue;
+    size_t slot = (size_t)item.partial * a.query_heads + pairs.head(m);
+    float top = -INFINITY, sum = 0.f, out = 0.f;
+    for (uint32_t s = 0; s < item.splits; s++)
+      top = fmaxf(top, __ldcg(&a.partial_scale[slot + s * a.query_heads]).x);
+    for (uint32_t s = 0; s < item.splits; s++) {
+      float2 part = __ldcg(&a.partial_scale[slot + s * a.query_heads]);
+      float weight = exp2f(part.x - top);
+      sum += weight * part.y;
+      out += weight * __ldcg(&a.partial_out[(slot + s * a.query_heads) * a.dim + d]);
+    }
+    T* y = static_cast<T*>(a.y) + ((size_t)item.row * a.query_heads + pairs.head(m)) * a.dim;
+    y[d] = from_float<T>(out / sum);
+  }
+}
+
+// Prefill's epilogue: each warp writes its own 16 pairs.
+template <typename T, int DIM>
+__device__ void write_rows(const Softmax<DIM>& part, const Pairs& pairs, const AttentionArgs& a) {
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    int m = warp * 16 + lane / 4 + h * 8;
+    if (!pairs.valid(m)) continue;
+    T* y = static_cast<T*>(a.y) + ((size_t)(pairs.row + pairs.token(m)) * a.query_heads + pairs.head(m)) * a.dim;
+    float inverse = 1.f / part.sum[h];
+#pragma unroll
+    for (int d = 0; d < DIM / 8; d++) {
+      int col = d * 8 + lane % 4 * 2;
+      if (col >= a.dim) break;
+      *reinterpret_cast<uint32_t*>(y + col) =
+          pack2<T>(part.out[d][2 * h] * inverse, part.out[d][2 * h + 1] * inverse);
+    }
+  }
+}
+
+// Grid: (items, kv heads, tiles of 16 · WARPS_M pairs).
+template <typename T, int DIM, int WARPS_M>
+__global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ AttentionArgs a) {
+  extern __shared__ uint4 shared[];
+  constexpr int kPairs = 16 * WARPS_M, kStageElements = 2 * kTile * kStride<DIM>;
+  constexpr int kKeys = WARPS_M == 1 ? kTile / 4 : kTile, NT = kKeys / 8;  // keys of one warp
+  if (blockIdx.x >= *a.num_items) return;
+  const AttentionItem item = a.items[blockIdx.x];
+  int group = a.query_heads / a.kv_heads;
+  Pairs pairs{item.row, (int)blockIdx.z * kPairs, (int)item.rows * group, group, (int)blockIdx.y};
+  if (pairs.first >= pairs.total) return;
+
+  T* q = reinterpret_cast<T*>(shared);
+  T* stages = q + kPairs * kStride<DIM>;
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int first_pair = WARPS_M == 1 ? 0 : warp * 16, first_key = WARPS_M == 1 ? warp * kKeys : 0;
+  Paged<T> kv{static_cast<const T*>(a.k), static_cast<const T*>(a.v), a.blocks + item.table, a.kv_heads,
+              (int)blockIdx.y,            a.dim};
+
+  uint32_t last_pair = min(kPairs, pairs.total - pairs.first) - 1;
+  uint32_t begin = item.kv_begin, end = min(item.kv_end, item.position + pairs.token(last_pair) + 1);
+  uint32_t oldest = item.position + pairs.token(0) + 1;
+  if (a.window > 0 && oldest > (uint32_t)a.window)
+    begin = max(begin, (oldest - a.window) / kBlockSize * kBlockSize);
+  uint32_t position[2];
+#pragma unroll
+  for (int h = 0; h < 2; h++)  // pairs past the last are computed as if they were it, and not written
+    position[h] = item.position + pairs.token(min(first_pair + lane / 4 + h * 8, (int)last_pair));
+
+  Softmax<DIM> part;
+  part.clear();
+  load_queries<T, DIM, kPairs>(q, static_cast<const T*>(a.qkv), pairs, a);
+  load_tile<T, DIM>(stages, stages + kTile * kStride<DIM>, kv, begin, end);
+  int stage = 0;
+  for (uint32_t tile = begin; tile < end; tile += kTile) {
+    T* k = stages + stage * kStageElements;
+    T* v = k + kTile * kStride<DIM>;
+    if (kStages<DIM> == 2) {
+      T* next = stages + (1 - stage) * kStageElements;
+      load_tile<T, DIM>(next, next + kTile * kStride<DIM>, kv, tile + kTile, end);
+      copy_wait<1>();
+      stage = 1 - stage;
+    } else {
+      copy_wait<0>();
+    }
+    __syncthreads();
+    float s[NT][4];
+    scores<T, DIM, NT>(s, q + first_pair * kStride<DIM>, k + first_key * kStride<DIM>);
+    mask<NT>(s, a, position, tile + first_key, end);
+    part.update(s);
+    weigh<T, DIM, NT>(part.out, s, v + first_key * kStride<DIM>);
+    __syncthreads();
+    if (kStages<DIM> == 1) load_tile<T, DIM>(k, v, kv, tile + kTile, end);
+  }
+  copy_wait<0>();
+  part.finish();
+  if constexpr (WARPS_M == 1) {
+    __shared__ float2 scale[16];
+    __syncthreads();
+    float* merged = reinterpret_cast<float*>(stages);
+    merge_warps<DIM>(part, merged, scale, merged);
+    if (item.splits > 1) {
+      combine_splits<T, DIM>(item, pairs, a, merged, scale);
+      return;
+    }
+    for (int i = threadIdx.x; i <= (int)last_pair * DIM + DIM - 1; i += kThreads) {
+      int m = i / DIM, d = i % DIM;
+      T* y = static_cast<T*>(a.y) + ((size_t)item.row * a.query_heads + pairs.head(m)) * a.dim;
+      if (d < a.dim) y[d] = from_float<T>(merged[i] / scale[m].y);
+    }
+  } else {
+    write_rows<T, DIM>(part, pairs, a);
+  }
+}
+
+template <typename T, int DIM, int WARPS_M>
+int launch(const AttentionArgs& a, int max_items, int tiles, cudaStream_t stream) {
+  auto run = kernel<T, DIM, WARPS_M>;
+  constexpr int kShared = shared_elements<DIM, WARPS_M>() * sizeof(T);
+  static_assert(WARPS_M > 1 || kStages<DIM> * 2 * kTile * kStride<DIM> * sizeof(T) >= 4 * 16 * DIM * sizeof(float));
+  static const cudaError_t e = cudaFuncSetAttribute(run, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  if (e != cudaSuccess) return static_cast<int>(e);
+  run<<<dim3(max_items, a.kv_heads, tiles), kThreads, kShared, stream>>>(a);
+  return launched();
+}
+
+// `prefill`: items of up to `rows` rows; else of one row.
+template <int DIM> int by_type(const AttentionArgs& a, int elem, int prefill, int max_items, cudaStream_t stream) {
+  int group = a.query_heads / a.kv_heads;
+  WITH_HALF(elem, T, {
+    if (prefill) return (launch<T, DIM, 4>(a, max_items, group, stream));  // 64 rows · group / 64 pairs
+    return (launch<T, DIM, 1>(a, max_items, ceil_div(group, 16), stream));
+  });
+}
+
+}  // namespace attention
+
+// One source file for each head size, as they compile side by side. Smaller heads are padded in shared memory.
+#define DEFINE_ATTENTION(DIM)                                                                                     \
+  extern "C" int lorax_attention_##DIM(const AttentionArgs* args, int elem, int prefill, int max_items,           \
+                                       cudaStream_t stream) {                                                     \
+    return attention::by_type<DIM>(*args, elem, prefill, max_items, stream);                                      \
+  }

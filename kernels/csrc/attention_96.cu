@@ -1,0 +1,3 @@
+#include "attention.cuh"
+
+DEFINE_ATTENTION(96)

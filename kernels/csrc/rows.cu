@@ -1,0 +1,98 @@
+// Operations on one row at a time without a reduction: embedding, gathering, gating, adding a bias.
+#include "common.cuh"
+
+namespace {
+
+constexpr int kThreads = 256;
+
+template <typename T, int N> __device__ void copy_row(T* to, const T* from, int cols) {
+  for (int i = threadIdx.x * N; i < cols; i += blockDim.x * N)
+    *reinterpret_cast<Pack<T, N>*>(to + i) = *reinterpret_cast<const Pack<T, N>*>(from + i);
+}
+
+template <typename T, int N>
+__global__ void embed(const int32_t* tokens, const int32_t* last, const T* table, T* y, int cols) {
+  int token = tokens[blockIdx.x];
+  if (token < 0) token = last[-1 - token];
+  copy_row<T, N>(y + (size_t)blockIdx.x * cols, table + (size_t)token * cols, cols);
+}
+
+template <typename T, int N> __global__ void gather(const T* x, const uint32_t* rows, T* y, int cols) {
+  copy_row<T, N>(y + (size_t)blockIdx.x * cols, x + (size_t)rows[blockIdx.x] * cols, cols);
+}
+
+template <typename T, int N> __global__ void silu_mul(const T* x, T* y, int cols) {
+  int i = (blockIdx.y * blockDim.x + threadIdx.x) * N;
+  if (i >= cols) return;
+  const T* gate = x + (size_t)blockIdx.x * 2 * cols + i;
+  float g[N], u[N];
+  load_floats<T, N>(gate, g);
+  load_floats<T, N>(gate + cols, u);
+#pragma unroll
+  for (int j = 0; j < N; j++) g[j] = g[j] / (1.f + __expf(-g[j])) * u[j];
+  store_floats<T, N>(y + (size_t)blockIdx.x * cols + i, g);
+}
+
+template <typename R> __global__ void add_bias(R* y, const float* bias, int cols) {
+  int i = blockIdx.y * blockDim.x + threadIdx.x;
+  if (i >= cols) return;
+  R* at = y + (size_t)blockIdx.x * cols + i;
+  *at = from_float<R>(to_float(*at) + bias[i]);
+}
+
+template <typename T> __global__ void narrow(const float* x, T* y, size_t count) {
+  size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
+  if (i < count) y[i] = from_float<T>(x[i]);
+}
+
+}  // namespace
+
+#define BY_WIDTH(cols, N, ...)      \
+  do {                              \
+    if ((cols) % kPack == 0) {      \
+      constexpr int N = kPack;      \
+      __VA_ARGS__;                  \
+    } else {                        \
+      constexpr int N = 1;          \
+      __VA_ARGS__;                  \
+    }                               \
+  } while (0)
+
+extern "C" int lorax_embed(int elem, const int32_t* tokens, const int32_t* last, const void* table, void* y, int rows,
+                           int cols, cudaStream_t stream) {
+  WITH_HALF(elem, T,
+            BY_WIDTH(cols, N,
+                     embed<T, N><<<rows, kThreads, 0, stream>>>(tokens, last, static_cast<const T*>(table),
+                                                                static_cast<T*>(y), cols)));
+  return launched();
+}
+
+extern "C" int lorax_gather(int elem, const void* x, const uint32_t* from, void* y, int rows, int cols,
+                            cudaStream_t stream) {
+  WITH_HALF(elem, T,
+            BY_WIDTH(cols, N,
+                     gather<T, N><<<rows, kThreads, 0, stream>>>(static_cast<const T*>(x), from, static_cast<T*>(y),
+                                                                 cols)));
+  return launched();
+}
+
+extern "C" int lorax_silu_mul(int elem, const void* x, void* y, int rows, int cols, cudaStream_t stream) {
+  WITH_HALF(elem, T, BY_WIDTH(cols, N, {
+              dim3 grid(rows, ceil_div(cols, kThreads * N));
+              silu_mul<T, N><<<grid, kThreads, 0, stream>>>(static_cast<const T*>(x), static_cast<T*>(y), cols);
+            }));
+  return launched();
+}
+
+extern "C" int lorax_add_bias(int elem, int wide, void* y, const float* bias, int rows, int cols,
+                              cudaStream_t stream) {
+  dim3 grid(rows, ceil_div(cols, kThreads));
+  WITH_HALF(elem, T, WITH_WIDE(wide, T, R, add_bias<R><<<grid, kThreads, 0, stream>>>(static_cast<R*>(y), bias, cols)));
+  return launched();
+}
+
+extern "C" int lorax_narrow(int elem, const float* x, void* y, size_t count, cudaStream_t stream) {
+  unsigned blocks = static_cast<unsigned>((count + kThreads - 1) / kThreads);
+  WITH_HALF(elem, T, narrow<T><<<blocks, kThreads, 0, stream>>>(x, static_cast<T*>(y), count));
+  return launched();
+}

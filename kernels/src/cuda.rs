@@ -1,0 +1,407 @@
+//! The backend for NVIDIA GPUs: kernels of our own (`csrc`) and cuBLASLt, on one stream, with adapters copied and
+//! shrunk beside it. The driver and cuBLASLt are opened at run time, so that a binary with this backend starts
+//! without them.
+
+mod attention;
+mod batch;
+mod convert;
+mod device;
+mod ffi;
+mod gemm;
+mod graph;
+mod linear;
+mod lora;
+mod memory;
+mod plan;
+mod sampler;
+mod staging;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cudarc::driver::sys::{CUdevice_attribute, CUstream};
+
+use crate::{
+    Attention, Backend, Batch, DType, Error, Heads, HostTensor, LinearLora, LoraPart, LoraSite, Matrix,
+    Result, RowSet, SampleRow, Sampled, SamplingParams,
+};
+pub use batch::CudaBatch;
+pub use device::DeviceMemory;
+pub use lora::{CudaAdapter, CudaSlots};
+pub use memory::{CudaKv, CudaMat, CudaRope, CudaVector, CudaWeight};
+pub use sampler::{CudaPending, CudaSampler};
+
+use device::{Device, Event, Stream, launched};
+use memory::expect;
+use staging::Staging;
+
+const BACKEND: &str = "cuda";
+
+fn unsupported(what: String) -> Error {
+    Error::Unsupported { backend: BACKEND, what }
+}
+
+/// One NVIDIA GPU of compute capability 8.0 or newer.
+///
+/// A row's result may differ in its last bits with the number of rows of a step, which the choice of a matrix
+/// product's algorithm depends on; it does not depend on what the other rows hold.
+pub struct CudaBackend {
+    dtype: DType,
+    gemm: gemm::Gemm,
+    recorder: graph::Recorder,
+    partials: attention::Partials,
+    reports: sampler::Reports,
+    staging: Mutex<Staging>,
+    weight_staging: Mutex<Staging>,
+    /// All steps.
+    stream: Arc<Stream>,
+    /// Shrinks, beside base products.
+    aside: Stream,
+    /// Adapters on their way to the card.
+    copies: Stream,
+    forked: Event,
+    joined: Event,
+    device: Arc<Device>,
+}
+
+impl CudaBackend {
+    /// A backend on card `ordinal` that stores weights, activations and KV memory as `dtype` (bf16 or f16). Errors:
+    /// what the machine lacks.
+    pub fn new(dtype: DType, ordinal: usize) -> Result<CudaBackend> {
+        if dtype == DType::F32 {
+            return Err(unsupported("float32 (use bfloat16 or float16)".into()));
+        }
+        let device = Device::open(ordinal)?;
+        let major = device.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        if major < 8 {
+            return Err(unsupported(format!("{} (compute capability {major}, below 8)", device.name()?)));
+        }
+        device.keep_freed_memory()?;
+        Ok(CudaBackend {
+            dtype,
+            gemm: gemm::Gemm::new(&device, dtype)?,
+            recorder: graph::Recorder::new(),
+            partials: attention::Partials::new(&device)?,
+            reports: sampler::Reports::new(&device)?,
+            staging: Mutex::new(Staging::new(&device, 16, 256 << 10)?),
+            weight_staging: Mutex::new(Staging::new(&device, 4, 16 << 20)?),
+            stream: Arc::new(Stream::new(&device)?),
+            aside: Stream::new(&device)?,
+            copies: Stream::new(&device)?,
+            forked: Event::new()?,
+            joined: Event::new()?,
+            device,
+        })
+    }
+
+    /// The card's name.
+    pub fn name(&self) -> Result<String> {
+        self.device.name()
+    }
+
+    /// The card's memory, free and in all.
+    pub fn memory(&self) -> Result<DeviceMemory> {
+        self.device.memory()
+    }
+
+    /// Whether decode steps are recorded as CUDA graphs, which they are unless this turns it off.
+    pub fn record_steps(&self, on: bool) {
+        self.recorder.enable(on);
+    }
+
+    /// Waits until the card has done all that was launched.
+    pub fn synchronize(&self) -> Result<()> {
+        self.stream.synchronize()
+    }
+
+    fn staging(&self) -> MutexGuard<'_, Staging> {
+        self.staging.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn weight_staging(&self) -> MutexGuard<'_, Staging> {
+        self.weight_staging.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// False while a recorded step is replayed.
+    fn is_launching(&self) -> bool {
+        !self.recorder.is_replaying()
+    }
+
+    /// Runs a launcher with the element type and the stream of the steps, unless there is nothing to compute.
+    fn launch(&self, op: &'static str, count: usize, run: impl FnOnce(i32, CUstream) -> i32) -> Result<()> {
+        if count == 0 || !self.is_launching() {
+            return Ok(());
+        }
+        self.device.bind()?;
+        launched(op, run(ffi::elem(self.dtype), self.stream.raw()))
+    }
+
+    /// As [`Self::launch`], on the stream beside the steps.
+    fn launch_aside(&self, op: &'static str, run: impl FnOnce(i32, CUstream) -> i32) -> Result<()> {
+        if !self.is_launching() {
+            return Ok(());
+        }
+        launched(op, run(ffi::elem(self.dtype), self.aside.raw()))
+    }
+
+    /// What is launched aside from now on runs after the steps' work so far.
+    fn fork(&self) -> Result<()> {
+        if !self.is_launching() {
+            return Ok(());
+        }
+        self.device.bind()?;
+        self.forked.record(&self.stream)?;
+        self.aside.wait(&self.forked)
+    }
+
+    /// The steps' work from now on runs after what was launched aside.
+    fn join(&self) -> Result<()> {
+        if !self.is_launching() {
+            return Ok(());
+        }
+        self.joined.record(&self.aside)?;
+        self.stream.wait(&self.joined)
+    }
+
+    fn norm(
+        &self,
+        (op, first): (&'static str, bool),
+        x: &mut CudaMat,
+        residual: &mut CudaMat,
+        (w, eps): (&CudaVector, f32),
+    ) -> Result<()> {
+        x.expect_half(op)?;
+        residual.expect_cols(op, "columns of the residual", x.cols())?;
+        expect(op, "weights", w.len, x.cols())?;
+        if first {
+            residual.resize(op, x.rows())?;
+        }
+        expect(op, "rows of the residual", residual.rows(), x.rows())?;
+        let (rows, cols) = (x.rows() as i32, x.cols() as i32);
+        // SAFETY: shapes were checked.
+        self.launch(op, x.rows(), |elem, stream| unsafe {
+            let (wide, first) = (residual.wide(), i32::from(first));
+            let w = w.buffer.at();
+            ffi::lorax_rms_norm(elem, wide, first, x.at(), residual.at(), w, rows, cols, eps, stream)
+        })
+    }
+}
+
+impl Backend for CudaBackend {
+    type Mat = CudaMat;
+    type Weight = CudaWeight;
+    type Vector = CudaVector;
+    type Rope = CudaRope;
+    type Kv = CudaKv;
+    type Batch = CudaBatch;
+    type HostAdapter = CudaAdapter;
+    type LoraSlots = CudaSlots;
+    type Sampler = CudaSampler;
+    type Pending = CudaPending;
+
+    fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    fn mat(&self, rows: usize, cols: usize) -> Result<CudaMat> {
+        CudaMat::new(self, self.dtype, rows, cols)
+    }
+
+    fn wide_mat(&self, rows: usize, cols: usize) -> Result<CudaMat> {
+        CudaMat::new(self, DType::F32, rows, cols)
+    }
+
+    fn weight(&self, parts: &[HostTensor<'_>]) -> Result<CudaWeight> {
+        CudaWeight::new(self, parts)
+    }
+
+    fn vector(&self, values: &[f32]) -> Result<CudaVector> {
+        CudaVector::new(self, values)
+    }
+
+    fn rope(&self, inv_freq: &[f32], positions: usize, scale: f32) -> Result<CudaRope> {
+        CudaRope::new(self, inv_freq, positions, scale)
+    }
+
+    fn kv(&self, blocks: usize, heads: Heads) -> Result<CudaKv> {
+        CudaKv::new(self, blocks, heads)
+    }
+
+    fn kv_block_bytes(&self, heads: Heads) -> usize {
+        2 * heads.kv * crate::BLOCK_SIZE * heads.dim * self.dtype.size()
+    }
+
+    fn batch(&self, rows: usize, blocks: usize) -> Result<CudaBatch> {
+        CudaBatch::new(self, rows, blocks)
+    }
+
+    fn upload(&self, host: &Batch, batch: &mut CudaBatch) -> Result<()> {
+        self.device.bind()?;
+        batch.upload(self, host)
+    }
+
+    fn download(&self, x: &CudaMat) -> Result<Vec<f32>> {
+        x.download(self)
+    }
+
+    fn fill(&self, x: &mut CudaMat, values: &[f32]) -> Result<()> {
+        self.device.bind()?;
+        x.fill(self, values)
+    }
+
+    fn stage(&self, sites: &[LoraSite], parts: &[LoraPart]) -> Result<CudaAdapter> {
+        CudaAdapter::new(self, sites, parts)
+    }
+
+    fn adapter_bytes(&self, adapter: &CudaAdapter) -> usize {
+        adapter.bytes()
+    }
+
+    fn lora_slots(&self, sites: &[LoraSite], slots: usize) -> Result<CudaSlots> {
+        CudaSlots::new(self, sites, slots)
+    }
+
+    fn load(&self, slots: &mut CudaSlots, slot: u32, adapter: &Arc<CudaAdapter>) -> Result<()> {
+        slots.load(self, slot, adapter)
+    }
+
+    fn loaded(&self, slots: &mut CudaSlots) -> Result<Vec<u32>> {
+        slots.loaded(self)
+    }
+
+    fn unload(&self, slots: &mut CudaSlots, slot: u32) -> Result<()> {
+        slots.unload(slot)
+    }
+
+    fn step(&self, batch: &CudaBatch, ops: impl FnOnce() -> Result<()>) -> Result<()> {
+        self.device.bind()?;
+        self.recorder.step(&self.stream, batch, ops)
+    }
+
+    fn embed(
+        &self,
+        batch: &CudaBatch,
+        sampler: &CudaSampler,
+        table: &CudaWeight,
+        y: &mut CudaMat,
+    ) -> Result<()> {
+        let op = "embed";
+        y.expect_half(op)?;
+        y.expect_cols(op, "columns of y", table.inputs)?;
+        for (what, largest, limit) in
+            [("token", batch.largest.token, table.outputs), ("seat", batch.largest.seat, sampler.seats)]
+        {
+            if let Some(index) = largest.filter(|&index| index >= limit) {
+                return Err(Error::Index { op, what, index, limit });
+            }
+        }
+        y.resize(op, batch.rows_within(RowSet::All, y.capacity()))?;
+        let (rows, cols) = (y.rows() as i32, y.cols() as i32);
+        // SAFETY: shapes and the largest indices were checked.
+        self.launch(op, y.rows(), |elem, stream| unsafe {
+            let (tokens, last, table) = (batch.at.tokens, sampler.last.at(), table.buffer.at());
+            ffi::lorax_embed(elem, tokens, last, table, y.at(), rows, cols, stream)
+        })
+    }
+
+    fn linear(
+        &self,
+        x: &CudaMat,
+        weight: &CudaWeight,
+        bias: Option<&CudaVector>,
+        lora: Option<LinearLora<'_, Self>>,
+        y: &mut CudaMat,
+    ) -> Result<()> {
+        linear::linear(self, x, (weight, bias), lora, y)
+    }
+
+    fn rms_norm(&self, x: &mut CudaMat, residual: &mut CudaMat, w: &CudaVector, eps: f32) -> Result<()> {
+        self.norm(("rms_norm", true), x, residual, (w, eps))
+    }
+
+    fn add_rms_norm(&self, x: &mut CudaMat, residual: &mut CudaMat, w: &CudaVector, eps: f32) -> Result<()> {
+        self.norm(("add_rms_norm", false), x, residual, (w, eps))
+    }
+
+    fn rope_and_store(
+        &self,
+        qkv: &mut CudaMat,
+        heads: Heads,
+        rope: &CudaRope,
+        batch: &CudaBatch,
+        kv: &mut CudaKv,
+    ) -> Result<()> {
+        if heads != kv.heads {
+            return Err(unsupported(format!("storing {heads:?} in memory for {:?}", kv.heads)));
+        }
+        attention::rope_and_store(self, qkv, rope, batch, kv)
+    }
+
+    fn paged_attention(
+        &self,
+        qkv: &CudaMat,
+        attention: &Attention,
+        batch: &CudaBatch,
+        kv: &CudaKv,
+        y: &mut CudaMat,
+    ) -> Result<()> {
+        attention::paged_attention(self, qkv, attention, batch, (kv, y))
+    }
+
+    fn silu_mul(&self, gate_up: &CudaMat, y: &mut CudaMat) -> Result<()> {
+        let op = "silu_mul";
+        gate_up.expect_half(op)?;
+        y.expect_half(op)?;
+        gate_up.expect_cols(op, "columns of x", 2 * y.cols())?;
+        y.resize(op, gate_up.rows())?;
+        let (rows, cols) = (y.rows() as i32, y.cols() as i32);
+        // SAFETY: shapes were checked.
+        self.launch(op, y.rows(), |elem, stream| unsafe {
+            ffi::lorax_silu_mul(elem, gate_up.at(), y.at(), rows, cols, stream)
+        })
+    }
+
+    fn gather_logit_rows(&self, x: &CudaMat, batch: &CudaBatch, y: &mut CudaMat) -> Result<()> {
+        let op = "gather_logit_rows";
+        x.expect_half(op)?;
+        y.expect_half(op)?;
+        y.expect_cols(op, "columns of y", x.cols())?;
+        batch.expect_rows(op, RowSet::All, x.rows())?;
+        y.resize(op, batch.rows_within(RowSet::Logits, y.capacity()))?;
+        let (rows, cols) = (y.rows() as i32, y.cols() as i32);
+        // SAFETY: shapes were checked here, indices at the upload.
+        self.launch(op, y.rows(), |elem, stream| unsafe {
+            ffi::lorax_gather(elem, x.at(), batch.at.logit_rows, y.at(), rows, cols, stream)
+        })
+    }
+
+    fn sampler(&self, seats: usize, vocab: usize) -> Result<CudaSampler> {
+        CudaSampler::new(self, seats, vocab)
+    }
+
+    fn seat(
+        &self,
+        sampler: &mut CudaSampler,
+        seat: u32,
+        params: &SamplingParams,
+        prompt: &[u32],
+        output: &[u32],
+    ) -> Result<()> {
+        sampler.seat(self, seat, params, (prompt, output))
+    }
+
+    fn sample(&self, logits: &CudaMat, rows: &[SampleRow], sampler: &mut CudaSampler) -> Result<CudaPending> {
+        sampler.sample(self, logits, rows)
+    }
+
+    fn score(&self, logits: &CudaMat, targets: &[(u32, u32)], num_top: u32) -> Result<CudaPending> {
+        sampler::score(self, logits, targets, num_top)
+    }
+
+    fn ready(&self, pending: &CudaPending) -> bool {
+        self.reports.ready(pending)
+    }
+
+    fn collect(&self, pending: CudaPending, out: &mut Vec<Sampled>) -> Result<()> {
+        self.reports.collect(pending, out)
+    }
+}

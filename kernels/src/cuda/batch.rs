@@ -1,0 +1,300 @@
+//! A step's index data on the card: one buffer, one copy.
+//!
+//! A decode step (one row for every sequence, logits of all) is laid out for a number of rows from a fixed list, so
+//! that all its addresses and grids depend on that number alone and one graph serves every step of that size. Its
+//! spare rows have token 0, store nothing and belong to no sequence.
+
+use std::{
+    cell::Cell,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use super::{
+    CudaBackend,
+    device::DeviceBuf,
+    ffi::{MAX_LORA_RANK, MAX_SLICES},
+    plan::{self, AttentionItem},
+};
+use crate::{Batch, Error, Result, RowSet};
+
+/// Of a row that is not stored; `kNowhere` in `rope.cu`.
+const NOWHERE: u32 = u32::MAX;
+
+/// Numbers of rows that decode steps are recorded for.
+const RECORDED_ROWS: [usize; 24] =
+    [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256];
+
+/// Numbers of adapter tiles that decode steps are recorded for: a step without adapters launches nothing for them.
+const RECORDED_TILES: [usize; 5] = [0, 4, 16, 64, 256];
+
+fn at_least(sizes: &[usize], size: usize) -> Option<usize> {
+    sizes.iter().copied().find(|&s| s >= size)
+}
+
+/// Numbers that a launch is sized by.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Sizes {
+    pub(super) rows: usize,
+    pub(super) logit_rows: usize,
+    pub(super) decode_items: usize,
+    pub(super) prefill_items: usize,
+    pub(super) tiles: [usize; 2],
+}
+
+/// Device addresses of a step's sections.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Sections {
+    counts: u64,
+    pub(super) tokens: u64,
+    pub(super) positions: u64,
+    pub(super) store_at: u64,
+    pub(super) logit_rows: u64,
+    pub(super) decode_items: u64,
+    pub(super) prefill_items: u64,
+    pub(super) tiles: [u64; 2],
+    pub(super) blocks: u64,
+}
+
+impl Sections {
+    pub(super) fn num_decode_items(&self) -> u64 {
+        self.counts
+    }
+
+    pub(super) fn num_prefill_items(&self) -> u64 {
+        self.counts + 4
+    }
+
+    pub(super) fn num_tiles(&self, set: RowSet) -> u64 {
+        self.counts + 8 + 4 * index(set) as u64
+    }
+}
+
+fn rows(sizes: &Sizes, set: RowSet) -> usize {
+    match set {
+        RowSet::All => sizes.rows,
+        RowSet::Logits => sizes.logit_rows,
+    }
+}
+
+fn index(set: RowSet) -> usize {
+    match set {
+        RowSet::All => 0,
+        RowSet::Logits => 1,
+    }
+}
+
+/// The largest indices of a step, for checks against what they index.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Largest {
+    pub(super) token: Option<usize>,
+    pub(super) seat: Option<usize>,
+    pub(super) position: Option<usize>,
+    pub(super) store_at: Option<usize>,
+    pub(super) block: Option<usize>,
+}
+
+/// A step on the card.
+pub struct CudaBatch {
+    buffer: DeviceBuf,
+    /// Sums of the shrink, which expand reads.
+    pub(super) mid: DeviceBuf,
+    id: u64,
+    row_capacity: usize,
+    exact: Sizes,
+    recorded: Option<Sizes>,
+    recording: Cell<bool>,
+    pub(super) at: Sections,
+    pub(super) largest: Largest,
+    /// Slots in use, ascending.
+    pub(super) slots: [Vec<u32>; 2],
+    /// Most rows of a tile.
+    pub(super) tile_rows: [u32; 2],
+    words: Vec<u32>,
+}
+
+impl CudaBatch {
+    pub(super) fn new(backend: &CudaBackend, rows: usize, blocks: usize) -> Result<CudaBatch> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let items = plan::max_decode_items(rows) + plan::max_prefill_items(rows);
+        let words = 8 + 4 * rows + items * AttentionItem::WORDS + 2 * 3 * rows + blocks;
+        let mid = mid_rows(rows) * MAX_SLICES * MAX_LORA_RANK * 4;
+        Ok(CudaBatch {
+            buffer: DeviceBuf::zeroed(&backend.device, words * 4, "a step's indices")?,
+            mid: DeviceBuf::new(&backend.device, mid, "low-rank sums")?,
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            row_capacity: rows,
+            exact: Sizes::default(),
+            recorded: None,
+            recording: Cell::new(false),
+            at: Sections::default(),
+            largest: Largest::default(),
+            slots: Default::default(),
+            tile_rows: [0; 2],
+            words: Vec::with_capacity(words),
+        })
+    }
+
+    /// What launches are sized by now.
+    pub(super) fn sizes(&self) -> Sizes {
+        self.recorded.filter(|_| self.recording.get()).unwrap_or(self.exact)
+    }
+
+    /// Rows that operations compute in a matrix of this capacity: spare ones only if they fit.
+    pub(super) fn rows_within(&self, set: RowSet, capacity: usize) -> usize {
+        rows(&self.sizes(), set).min(capacity).max(rows(&self.exact, set))
+    }
+
+    /// Refuses a matrix that does not have a row set's rows, with or without spare ones.
+    pub(super) fn expect_rows(&self, op: &'static str, set: RowSet, got: usize) -> Result<()> {
+        let (least, most) = (rows(&self.exact, set), rows(&self.sizes(), set));
+        if (least..=most).contains(&got) {
+            return Ok(());
+        }
+        Err(Error::Shape { op, what: "rows", got, expected: least })
+    }
+
+    /// Tiles of a row set, and the most rows of one.
+    pub(super) fn tiles(&self, set: RowSet) -> (usize, u32, u64) {
+        (self.sizes().tiles[index(set)], self.tile_rows[index(set)], self.at.tiles[index(set)])
+    }
+
+    /// Slots that the rows use.
+    pub(super) fn slots(&self, set: RowSet) -> &[u32] {
+        &self.slots[index(set)]
+    }
+
+    /// How often the sums of `rows` rows may be split for [`Self::mid`] to hold them.
+    pub(super) fn max_splits(&self, rows: usize) -> usize {
+        mid_rows(self.row_capacity) / rows.max(1)
+    }
+
+    /// Names the recording that this step can use, if any: this object, its rows, its tiles.
+    pub(super) fn recording_key(&self) -> Option<(u64, usize, usize)> {
+        self.recorded.map(|sizes| (self.id, sizes.rows, sizes.tiles[0]))
+    }
+
+    /// Sizes launches for a recording from now on, or for exactly this step.
+    pub(super) fn set_recording(&self, on: bool) {
+        self.recording.set(on);
+    }
+
+    pub(super) fn upload(&mut self, backend: &CudaBackend, host: &Batch) -> Result<()> {
+        host.check()?;
+        let limit = self.row_capacity;
+        if host.rows() > limit {
+            return Err(Error::Index { op: "upload", what: "row", index: host.rows() - 1, limit });
+        }
+        self.plan(host);
+        let (got, limit) = (self.words.len() * 4, self.buffer.bytes());
+        if got > limit {
+            let (index, limit) = (host.blocks.len(), (limit - (got - host.blocks.len() * 4).min(limit)) / 4);
+            return Err(Error::Index { op: "upload", what: "block table entry", index, limit });
+        }
+        let bytes = super::convert::bytes_of(&self.words);
+        // SAFETY: the size was checked; steps before this one read the buffer earlier in the same stream.
+        unsafe { backend.staging().copy(&backend.stream, self.buffer.at(), &bytes) }
+    }
+
+    /// Lays out the words of a step and notes where they are.
+    fn plan(&mut self, host: &Batch) {
+        let rows = host.rows();
+        let tile_rows = [rows, host.logit_rows.len()].map(plan::tile_rows);
+        let tiles = [
+            plan::lora_tiles(&host.segments, tile_rows[0]),
+            plan::lora_tiles(&host.logit_segments, tile_rows[1]),
+        ];
+        let decode = plan::decode_items(&host.sequences);
+        let prefill = plan::prefill_items(&host.sequences);
+        self.exact = Sizes {
+            rows,
+            logit_rows: host.logit_rows.len(),
+            decode_items: decode.len(),
+            prefill_items: prefill.len(),
+            tiles: [tiles[0].len(), tiles[1].len()],
+        };
+        self.recorded = self.recorded_sizes(host);
+        let room = self.recorded.unwrap_or(self.exact);
+        let mut pack = Pack { words: &mut self.words, base: self.buffer.at() };
+        pack.words.clear();
+        let counts = [decode.len(), prefill.len(), tiles[0].len(), tiles[1].len()];
+        self.at = Sections {
+            counts: pack.section(counts.map(|c| c as u32), 8, 0),
+            tokens: pack.section(host.tokens.iter().map(|&t| t.cast_unsigned()), room.rows, 0),
+            positions: pack.section(host.positions.iter().copied(), room.rows, 0),
+            store_at: pack.section(host.store_at.iter().copied(), room.rows, NOWHERE),
+            logit_rows: pack.section(host.logit_rows.iter().copied(), room.logit_rows, 0),
+            decode_items: pack.items(&decode, room.decode_items),
+            prefill_items: pack.items(&prefill, room.prefill_items),
+            tiles: [
+                pack.section(tiles[0].iter().flatten().copied(), 3 * room.tiles[0], 0),
+                pack.section(tiles[1].iter().flatten().copied(), 3 * room.tiles[1], 0),
+            ],
+            blocks: pack.section(host.blocks.iter().copied(), host.blocks.len(), 0),
+        };
+        self.tile_rows = match self.recorded {
+            Some(sizes) => [plan::tile_rows(sizes.rows); 2],
+            None => tile_rows,
+        };
+        self.slots = [&host.segments, &host.logit_segments].map(|segments| {
+            let mut slots: Vec<u32> = segments.iter().map(|s| s.slot).collect();
+            slots.sort_unstable();
+            slots.dedup();
+            slots
+        });
+        self.largest = largest(host);
+    }
+
+    /// The sizes of the recording that a decode step uses.
+    fn recorded_sizes(&self, host: &Batch) -> Option<Sizes> {
+        let count = host.rows();
+        let decode =
+            host.sequences.iter().all(|s| s.rows == 1) && host.logit_rows.len() == count && count > 0;
+        let rows = at_least(&RECORDED_ROWS, count).filter(|&r| decode && r <= self.row_capacity)?;
+        let tiles = at_least(&RECORDED_TILES, self.exact.tiles[0].max(self.exact.tiles[1]))?.min(rows);
+        Some(Sizes {
+            rows,
+            logit_rows: rows,
+            decode_items: plan::max_decode_items(rows),
+            prefill_items: 0,
+            tiles: [tiles; 2],
+        })
+    }
+}
+
+/// Rows of sums that a step of so many rows has room for: a few rows are split, many are not.
+fn mid_rows(rows: usize) -> usize {
+    rows.max(512)
+}
+
+fn largest(host: &Batch) -> Largest {
+    let max = |values: &[u32]| values.iter().max().map(|&v| v as usize);
+    let known = host.tokens.iter().filter(|&&t| t >= 0).max();
+    let seat = host.tokens.iter().filter(|&&t| t < 0).min();
+    Largest {
+        token: known.map(|&t| t as usize),
+        seat: seat.map(|&t| (-1 - t) as usize),
+        position: max(&host.positions),
+        store_at: max(&host.store_at),
+        block: max(&host.blocks),
+    }
+}
+
+/// Words on their way to the card.
+struct Pack<'a> {
+    words: &'a mut Vec<u32>,
+    base: u64,
+}
+
+impl Pack<'_> {
+    /// Appends values, filled up to `room`; returns their address.
+    fn section(&mut self, values: impl IntoIterator<Item = u32>, room: usize, fill: u32) -> u64 {
+        let start = self.words.len();
+        self.words.extend(values);
+        self.words.resize((start + room).max(self.words.len()), fill);
+        self.base + 4 * start as u64
+    }
+
+    fn items(&mut self, items: &[AttentionItem], room: usize) -> u64 {
+        self.section(items.iter().flat_map(|i| i.words()), room * AttentionItem::WORDS, 0)
+    }
+}

@@ -1,0 +1,352 @@
+//! The card and what it hands out: streams, events, device memory, pinned host memory. Each is released on drop.
+
+use std::{ffi::c_void, ptr::NonNull, sync::Arc};
+
+use cudarc::driver::{
+    result::{self, DriverError},
+    sys,
+};
+
+use super::BACKEND;
+use crate::{Error, Result};
+
+/// The driver's failure during `op`.
+pub(super) fn failed(op: &'static str) -> impl Fn(DriverError) -> Error {
+    move |e| Error::Device { op, library: "CUDA driver", code: e.0 as i32 }
+}
+
+/// What a launcher of `csrc` returned during `op`.
+pub(super) fn launched(op: &'static str, code: i32) -> Result<()> {
+    if code == 0 { Ok(()) } else { Err(Error::Device { op, library: "CUDA runtime", code }) }
+}
+
+/// Bytes of device memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceMemory {
+    /// Not in use by anybody.
+    pub free: usize,
+    /// Of the card.
+    pub total: usize,
+}
+
+/// One card, through its primary context.
+pub(super) struct Device {
+    context: sys::CUcontext,
+    handle: sys::CUdevice,
+}
+
+// SAFETY: a context may be made current on any thread; the driver's calls are thread safe.
+unsafe impl Send for Device {}
+// SAFETY: as above.
+unsafe impl Sync for Device {}
+
+impl Device {
+    /// Opens card `ordinal`. Errors: what the machine lacks.
+    pub(super) fn open(ordinal: usize) -> Result<Arc<Device>> {
+        let lacks = |missing: String| Error::Unavailable { backend: BACKEND, missing };
+        // SAFETY: opening the driver's library runs its initializers only.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(lacks("no NVIDIA driver (libcuda) on this machine".into()));
+        }
+        result::init().map_err(|e| lacks(format!("the NVIDIA driver does not start: {e:?}")))?;
+        let count = result::device::get_count().map_err(failed("count devices"))?;
+        if ordinal >= count as usize {
+            return Err(lacks(format!("device {ordinal} of {count}")));
+        }
+        let handle = result::device::get(ordinal as i32).map_err(failed("open device"))?;
+        // SAFETY: `handle` came from the driver.
+        let context = unsafe { result::primary_ctx::retain(handle) }.map_err(failed("open device"))?;
+        let device = Arc::new(Device { context, handle });
+        device.bind()?;
+        Ok(device)
+    }
+
+    /// Makes this card the calling thread's.
+    pub(super) fn bind(&self) -> Result<()> {
+        // SAFETY: the context lives as long as `self`.
+        unsafe { result::ctx::set_current(self.context) }.map_err(failed("bind"))
+    }
+
+    pub(super) fn attribute(&self, attribute: sys::CUdevice_attribute) -> Result<i32> {
+        // SAFETY: `handle` came from the driver.
+        unsafe { result::device::get_attribute(self.handle, attribute) }.map_err(failed("device attribute"))
+    }
+
+    pub(super) fn name(&self) -> Result<String> {
+        result::device::get_name(self.handle).map_err(failed("device name"))
+    }
+
+    pub(super) fn memory(&self) -> Result<DeviceMemory> {
+        self.bind()?;
+        let (free, total) = result::mem_get_info().map_err(failed("device memory"))?;
+        Ok(DeviceMemory { free, total })
+    }
+
+    /// Keeps memory that is freed in stream order for the next allocation, instead of handing it back.
+    pub(super) fn keep_freed_memory(&self) -> Result<()> {
+        let most = u64::MAX;
+        // SAFETY: the pool is the device's own, and the attribute is a u64.
+        unsafe {
+            let pool = result::device::get_default_mem_pool(self.handle).map_err(failed("memory pool"))?;
+            let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+            sys::cuMemPoolSetAttribute(pool, attribute, (&raw const most).cast_mut().cast::<c_void>())
+                .result()
+                .map_err(failed("memory pool"))
+        }
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        // SAFETY: retained by `open`. A failure at the end of the process has nobody to tell.
+        let _ = unsafe { result::primary_ctx::release(self.handle) };
+    }
+}
+
+/// A queue of work on the card.
+pub(super) struct Stream {
+    raw: sys::CUstream,
+    device: Arc<Device>,
+}
+
+// SAFETY: a stream may be used from any thread; the driver's calls are thread safe.
+unsafe impl Send for Stream {}
+// SAFETY: as above.
+unsafe impl Sync for Stream {}
+
+impl Stream {
+    pub(super) fn new(device: &Arc<Device>) -> Result<Stream> {
+        device.bind()?;
+        let raw =
+            result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("stream"))?;
+        Ok(Stream { raw, device: device.clone() })
+    }
+
+    pub(super) fn raw(&self) -> sys::CUstream {
+        self.raw
+    }
+
+    /// Waits until all work so far is done.
+    pub(super) fn synchronize(&self) -> Result<()> {
+        self.device.bind()?;
+        // SAFETY: the stream lives as long as `self`.
+        unsafe { result::stream::synchronize(self.raw) }.map_err(failed("synchronize"))
+    }
+
+    /// Work launched from now on runs after `event`.
+    pub(super) fn wait(&self, event: &Event) -> Result<()> {
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: both live.
+        unsafe { result::stream::wait_event(self.raw, event.raw, flags) }.map_err(failed("wait for an event"))
+    }
+
+    /// Copies pinned memory to the card, in stream order.
+    ///
+    /// # Safety
+    /// `from` is not written or freed before the copy ended, and `to` has room.
+    pub(super) unsafe fn copy_in(&self, to: u64, from: &[u8]) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { result::memcpy_htod_async(to, from, self.raw) }.map_err(failed("copy to the device"))
+    }
+
+    /// Copies from the card to pinned memory, in stream order.
+    ///
+    /// # Safety
+    /// `to` is not used or freed before the copy ended, and `from` holds as many bytes.
+    pub(super) unsafe fn copy_out(&self, to: &mut [u8], from: u64) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { result::memcpy_dtoh_async(to, from, self.raw) }.map_err(failed("copy from the device"))
+    }
+
+    /// Sets memory to zero, in stream order.
+    ///
+    /// # Safety
+    /// The memory is allocated.
+    pub(super) unsafe fn clear(&self, at: u64, bytes: usize) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { result::memset_d8_async(at, 0, bytes, self.raw) }.map_err(failed("clear memory"))
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        // SAFETY: created by `new`; the driver ends its work first.
+        let _ = unsafe { result::stream::destroy(self.raw) };
+    }
+}
+
+/// A point in a stream.
+pub(super) struct Event {
+    raw: sys::CUevent,
+}
+
+// SAFETY: an event may be used from any thread; the driver's calls are thread safe.
+unsafe impl Send for Event {}
+// SAFETY: as above.
+unsafe impl Sync for Event {}
+
+impl Event {
+    pub(super) fn new() -> Result<Event> {
+        let raw =
+            result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).map_err(failed("event"))?;
+        Ok(Event { raw })
+    }
+
+    /// Moves the event to the present end of a stream.
+    pub(super) fn record(&self, stream: &Stream) -> Result<()> {
+        // SAFETY: both live.
+        unsafe { result::event::record(self.raw, stream.raw) }.map_err(failed("record an event"))
+    }
+
+    /// Whether the work before it is done.
+    pub(super) fn reached(&self) -> Result<bool> {
+        // SAFETY: the event lives.
+        match unsafe { result::event::query(self.raw) } {
+            Ok(()) => Ok(true),
+            Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
+            Err(e) => Err(failed("query an event")(e)),
+        }
+    }
+
+    /// Blocks until the work before it is done.
+    pub(super) fn synchronize(&self) -> Result<()> {
+        // SAFETY: the event lives.
+        unsafe { result::event::synchronize(self.raw) }.map_err(failed("wait for the device"))
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: created by `new`.
+        let _ = unsafe { result::event::destroy(self.raw) };
+    }
+}
+
+fn out_of_memory(bytes: usize, what: &'static str) -> impl Fn(DriverError) -> Error {
+    move |e| match e {
+        DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY) => Error::OutOfMemory { bytes, what },
+        e => failed(what)(e),
+    }
+}
+
+/// Device memory, allocated once and freed on drop.
+pub(super) struct DeviceBuf {
+    at: u64,
+    bytes: usize,
+    device: Arc<Device>,
+}
+
+impl DeviceBuf {
+    /// Memory of unknown contents.
+    pub(super) fn new(device: &Arc<Device>, bytes: usize, what: &'static str) -> Result<DeviceBuf> {
+        device.bind()?;
+        // SAFETY: the context is current.
+        let at = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(out_of_memory(bytes, what))?;
+        Ok(DeviceBuf { at, bytes, device: device.clone() })
+    }
+
+    /// Memory set to zero before this returns.
+    pub(super) fn zeroed(device: &Arc<Device>, bytes: usize, what: &'static str) -> Result<DeviceBuf> {
+        let buffer = DeviceBuf::new(device, bytes, what)?;
+        // SAFETY: just allocated.
+        unsafe { result::memset_d8_sync(buffer.at, 0, bytes) }.map_err(failed(what))?;
+        result::ctx::synchronize().map_err(failed(what))?;
+        Ok(buffer)
+    }
+
+    /// The address on the device.
+    pub(super) fn at(&self) -> u64 {
+        self.at
+    }
+
+    /// Its size.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for DeviceBuf {
+    fn drop(&mut self) {
+        // SAFETY: allocated by `new`; the driver waits for work that uses it.
+        let _ = self.device.bind().map(|()| unsafe { result::free_sync(self.at) });
+    }
+}
+
+/// Device memory from the driver's pool: allocated and freed in stream order, without waiting for the device.
+pub(super) struct PoolBuf {
+    at: u64,
+    owner: Arc<Stream>,
+}
+
+impl PoolBuf {
+    /// Memory that work on `stream` may use from now on. Dropping it frees it behind the work that `owner` has then.
+    pub(super) fn new(
+        stream: &Stream,
+        owner: &Arc<Stream>,
+        bytes: usize,
+        what: &'static str,
+    ) -> Result<PoolBuf> {
+        stream.device.bind()?;
+        // SAFETY: the stream lives.
+        let at =
+            unsafe { result::malloc_async(stream.raw, bytes.max(1)) }.map_err(out_of_memory(bytes, what))?;
+        Ok(PoolBuf { at, owner: owner.clone() })
+    }
+
+    /// The address on the device.
+    pub(super) fn at(&self) -> u64 {
+        self.at
+    }
+}
+
+impl Drop for PoolBuf {
+    fn drop(&mut self) {
+        let stream = &self.owner;
+        // SAFETY: allocated by `new`; all work that uses it is ahead of this in the stream.
+        let _ = stream.device.bind().map(|()| unsafe { result::free_async(self.at, stream.raw) });
+    }
+}
+
+/// Page-locked host memory, which the card copies from and to on its own.
+pub(super) struct PinnedBuf {
+    at: NonNull<u8>,
+    bytes: usize,
+    device: Arc<Device>,
+}
+
+// SAFETY: plain memory with one owner.
+unsafe impl Send for PinnedBuf {}
+// SAFETY: shared references only read.
+unsafe impl Sync for PinnedBuf {}
+
+impl PinnedBuf {
+    /// Zeroed memory.
+    pub(super) fn new(device: &Arc<Device>, bytes: usize) -> Result<PinnedBuf> {
+        const WHAT: &str = "pinned host memory";
+        device.bind()?;
+        // SAFETY: the context is current.
+        let at = unsafe { result::malloc_host(bytes.max(1), sys::CU_MEMHOSTALLOC_PORTABLE) };
+        let at = at.map_err(out_of_memory(bytes, WHAT))?.cast::<u8>();
+        let at = NonNull::new(at).ok_or(Error::OutOfMemory { bytes, what: WHAT })?;
+        // SAFETY: just allocated, of that size.
+        unsafe { at.write_bytes(0, bytes) };
+        Ok(PinnedBuf { at, bytes, device: device.clone() })
+    }
+
+    pub(super) fn as_slice(&self) -> &[u8] {
+        // SAFETY: initialized by `new`, of that size.
+        unsafe { std::slice::from_raw_parts(self.at.as_ptr(), self.bytes) }
+    }
+
+    pub(super) fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and borrowed alone.
+        unsafe { std::slice::from_raw_parts_mut(self.at.as_ptr(), self.bytes) }
+    }
+}
+
+impl Drop for PinnedBuf {
+    fn drop(&mut self) {
+        // SAFETY: allocated by `new`; owners wait for copies before they drop it.
+        let _ = self.device.bind().map(|()| unsafe { result::free_host(self.at.as_ptr().cast()) });
+    }
+}

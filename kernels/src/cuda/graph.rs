@@ -1,0 +1,114 @@
+//! Decode steps recorded as CUDA graphs.
+//!
+//! All that changes between two steps of one size lies in device memory, so a recording serves every such step. On a
+//! replay the operations still run on the host, as checks and for the numbers of rows that they set, but launch
+//! nothing; then the whole step is one launch.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use cudarc::driver::{
+    result::{self, graph},
+    sys,
+};
+
+use super::{CudaBatch, device::Stream, device::failed};
+use crate::Result;
+
+/// An instantiated graph.
+struct Recording(sys::CUgraphExec);
+
+// SAFETY: used under the lock of `Recorder`; the driver's calls are thread safe.
+unsafe impl Send for Recording {}
+
+impl Drop for Recording {
+    fn drop(&mut self) {
+        // SAFETY: instantiated by `record`. A failure leaks it at the end of the process.
+        let _ = unsafe { graph::exec_destroy(self.0) };
+    }
+}
+
+/// The recordings of a backend.
+pub(super) struct Recorder {
+    enabled: AtomicBool,
+    replaying: AtomicBool,
+    recordings: Mutex<HashMap<(u64, usize, usize), Recording>>,
+}
+
+impl Recorder {
+    pub(super) fn new() -> Recorder {
+        Recorder {
+            enabled: AtomicBool::new(true),
+            replaying: AtomicBool::new(false),
+            recordings: Mutex::default(),
+        }
+    }
+
+    pub(super) fn enable(&self, on: bool) {
+        self.enabled.store(on, Ordering::Relaxed);
+    }
+
+    /// Whether operations only check their arguments now.
+    pub(super) fn is_replaying(&self) -> bool {
+        self.replaying.load(Ordering::Relaxed)
+    }
+
+    /// Runs the operations of a step: replayed, recorded and launched, or one by one.
+    pub(super) fn step(
+        &self,
+        stream: &Stream,
+        batch: &CudaBatch,
+        ops: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let Some(key) = batch.recording_key().filter(|_| self.enabled.load(Ordering::Relaxed)) else {
+            return ops();
+        };
+        let mut recordings = self.recordings.lock().unwrap_or_else(PoisonError::into_inner);
+        batch.set_recording(true);
+        let done = match recordings.get(&key) {
+            Some(recording) => {
+                self.replaying.store(true, Ordering::Relaxed);
+                let checked = ops();
+                self.replaying.store(false, Ordering::Relaxed);
+                checked.and_then(|()| launch(stream, recording))
+            }
+            None => record(stream, ops).and_then(|recording| {
+                launch(stream, &recording)?;
+                recordings.insert(key, recording);
+                Ok(())
+            }),
+        };
+        batch.set_recording(false);
+        done
+    }
+}
+
+fn launch(stream: &Stream, recording: &Recording) -> Result<()> {
+    // SAFETY: both live; what the graph reads and writes lives as long as the model's scratch.
+    unsafe { graph::launch(recording.0, stream.raw()) }.map_err(failed("replay a step"))
+}
+
+/// Records what `ops` launches, without running it.
+fn record(stream: &Stream, ops: impl FnOnce() -> Result<()>) -> Result<Recording> {
+    let op = "record a step";
+    // Other threads allocate for adapters meanwhile, which only the relaxed mode permits.
+    let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+    // SAFETY: the stream lives.
+    unsafe { result::stream::begin_capture(stream.raw(), mode) }.map_err(failed(op))?;
+    let launched = ops();
+    // SAFETY: capture began above.
+    let captured = unsafe { result::stream::end_capture(stream.raw()) };
+    launched?;
+    let captured = captured.map_err(failed(op))?;
+    // SAFETY: the graph was just captured, and is destroyed once.
+    unsafe {
+        let instance = graph::instantiate(captured, sys::CUgraphInstantiate_flags(0));
+        let _ = graph::destroy(captured);
+        Ok(Recording(instance.map_err(failed(op))?))
+    }
+}

@@ -1,0 +1,351 @@
+//! Sampling state by seat, and choices on their way to the host.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::{
+    CudaBackend, CudaMat, convert,
+    convert::Plain,
+    device::{Device, DeviceBuf, Event, PinnedBuf},
+    ffi::{self, MAX_TOP},
+    unsupported,
+};
+use crate::{Error, Matrix, Result, SampleRow, Sampled, SamplingParams};
+
+/// Biased tokens of one seat, at most.
+const MAX_BIASES: usize = 1024;
+/// Rows of one launch, at most.
+const MAX_ROWS: usize = 512;
+/// Bytes of a `SeatParams` in `sample.cu`.
+const PARAMS: usize = 56;
+/// Bytes of a `SampleRow`, a `Bias` or a `Choice` in `sample.cu`.
+const PAIR: usize = 8;
+
+/// Sampling state by seat.
+pub struct CudaSampler {
+    pub(super) seats: usize,
+    vocab: usize,
+    params: DeviceBuf,
+    biases: DeviceBuf,
+    seen: DeviceBuf,
+    draws: DeviceBuf,
+    pub(super) last: DeviceBuf,
+    scratch: DeviceBuf,
+    /// Most probable tokens that each seat reports.
+    num_top: Vec<u32>,
+}
+
+impl CudaSampler {
+    pub(super) fn new(be: &CudaBackend, seats: usize, vocab: usize) -> Result<CudaSampler> {
+        let zeroed = |bytes| DeviceBuf::zeroed(&be.device, bytes, "sampling state");
+        Ok(CudaSampler {
+            seats,
+            vocab,
+            params: zeroed(seats * PARAMS)?,
+            biases: zeroed(seats * MAX_BIASES * PAIR)?,
+            seen: zeroed(seats * seen_stride(vocab) * 2)?,
+            draws: zeroed(seats * 4)?,
+            last: zeroed(seats * 4)?,
+            scratch: zeroed(seats.min(MAX_ROWS) * vocab * 4)?,
+            num_top: vec![0; seats],
+        })
+    }
+
+    fn check(&self, params: &SamplingParams, seat: usize, tokens: impl Iterator<Item = u32>) -> Result<()> {
+        let op = "seat";
+        let index = |what, index, limit| Err(Error::Index { op, what, index, limit });
+        if seat >= self.seats {
+            return index("seat", seat, self.seats);
+        }
+        if params.num_top as usize > MAX_TOP {
+            return Err(unsupported(format!("reporting {} tokens, above {MAX_TOP},", params.num_top)));
+        }
+        if params.logit_bias.len() > MAX_BIASES {
+            return Err(unsupported(format!("{} biases, above {MAX_BIASES},", params.logit_bias.len())));
+        }
+        for token in tokens.chain(params.logit_bias.iter().map(|(token, _)| *token)) {
+            if token as usize >= self.vocab {
+                return index("token", token as usize, self.vocab);
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn seat(
+        &mut self,
+        be: &CudaBackend,
+        seat: u32,
+        params: &SamplingParams,
+        (prompt, output): (&[u32], &[u32]),
+    ) -> Result<()> {
+        let at = seat as usize;
+        self.check(params, at, prompt.iter().chain(output).copied())?;
+        let penalized = params.repetition_penalty != 1.0
+            || params.frequency_penalty != 0.0
+            || params.presence_penalty != 0.0;
+        let mut biases = Vec::with_capacity(params.logit_bias.len() * PAIR);
+        for &(token, bias) in &params.logit_bias {
+            token.put(&mut biases);
+            bias.put(&mut biases);
+        }
+        let seen = self.seen.at() + (at * seen_stride(self.vocab) * 2) as u64;
+        let place = |buffer: &DeviceBuf, size: usize| buffer.at() + (at * size) as u64;
+        be.device.bind()?;
+        let mut staging = be.staging();
+        // SAFETY: the seat was checked, and every buffer has room for all seats.
+        unsafe {
+            let words = seat_params(params, penalized);
+            staging.copy(&be.stream, place(&self.params, PARAMS), &words)?;
+            staging.copy(&be.stream, place(&self.biases, MAX_BIASES * PAIR), &biases)?;
+            staging.copy(&be.stream, place(&self.draws, 4), &convert::bytes_of(&[output.len() as u32]))?;
+            if penalized {
+                be.stream.clear(seen, seen_stride(self.vocab) * 2)?;
+            }
+        }
+        drop(staging);
+        self.num_top[at] = params.num_top;
+        if penalized {
+            self.mark(be, seen, prompt, false)?;
+            self.mark(be, seen, output, true)?;
+        }
+        Ok(())
+    }
+
+    /// Marks tokens of a prompt, or generated ones.
+    fn mark(&self, be: &CudaBackend, seen: u64, tokens: &[u32], generated: bool) -> Result<()> {
+        for tokens in tokens.chunks(MAX_ROWS * PAIR / 4) {
+            // SAFETY: `rows` has room for a chunk, and tokens were checked against the vocabulary.
+            unsafe { be.staging().copy(&be.stream, be.reports.rows.at(), &convert::bytes_of(tokens))? };
+            let (count, vocab) = (tokens.len() as i32, self.vocab as i32);
+            // SAFETY: as above.
+            be.launch("seat", tokens.len(), |_, stream| unsafe {
+                let from = be.reports.rows.at();
+                ffi::lorax_mark_seen(seen, from, count, i32::from(generated), vocab, stream)
+            })?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn sample(
+        &self,
+        be: &CudaBackend,
+        logits: &CudaMat,
+        rows: &[SampleRow],
+    ) -> Result<CudaPending> {
+        let op = "sample";
+        logits.expect_cols(op, "columns of the logits", self.vocab)?;
+        for row in rows {
+            expect_below(op, "row", row.row, logits.rows())?;
+            expect_below(op, "seat", row.seat, self.seats)?;
+        }
+        let mut pending = CudaPending::default();
+        for rows in rows.chunks(self.seats.clamp(1, MAX_ROWS)) {
+            let num_top: Vec<u32> = rows.iter().map(|r| self.num_top[r.seat as usize]).collect();
+            let seats: Vec<u32> = rows.iter().map(|r| r.seat).collect();
+            let max_top = num_top.iter().copied().max().unwrap_or(0);
+            let args = ffi::SampleArgs {
+                params: self.params.at(),
+                biases: self.biases.at(),
+                seen: self.seen.at(),
+                draws: self.draws.at(),
+                last: self.last.at(),
+                scratch: self.scratch.at(),
+                vocab: self.vocab as i32,
+                seen_stride: seen_stride(self.vocab) as i32,
+                max_biases: MAX_BIASES as i32,
+                ..be.reports.args(logits, rows.len(), max_top)
+            };
+            let pairs: Vec<u32> = rows.iter().flat_map(|r| [r.row, r.seat]).collect();
+            // SAFETY: rows and seats were checked; results have room for `MAX_ROWS`.
+            let launch = |elem, stream| unsafe {
+                ffi::lorax_sample(&raw const args, elem, logits.wide(), rows.len() as i32, stream)
+            };
+            pending.parts.push(be.reports.fetch(be, &pairs, (seats, num_top), launch)?);
+        }
+        Ok(pending)
+    }
+}
+
+/// Tokens between two seats' counts: an even number, so that two are one word.
+fn seen_stride(vocab: usize) -> usize {
+    vocab.next_multiple_of(2)
+}
+
+fn expect_below(op: &'static str, what: &'static str, index: u32, limit: usize) -> Result<()> {
+    let index = index as usize;
+    if index < limit { Ok(()) } else { Err(Error::Index { op, what, index, limit }) }
+}
+
+/// A `SeatParams` of `sample.cu`.
+fn seat_params(params: &SamplingParams, penalized: bool) -> Vec<u8> {
+    let mut words = Vec::with_capacity(PARAMS);
+    for x in [
+        params.temperature,
+        params.top_p,
+        params.min_p,
+        params.typical_p,
+        params.repetition_penalty,
+        params.frequency_penalty,
+        params.presence_penalty,
+    ] {
+        x.put(&mut words);
+    }
+    for x in [params.top_k, params.num_top, params.logit_bias.len() as u32, u32::from(penalized), 0] {
+        x.put(&mut words);
+    }
+    params.seed.put(&mut words);
+    words
+}
+
+pub(super) fn score(
+    be: &CudaBackend,
+    logits: &CudaMat,
+    targets: &[(u32, u32)],
+    num_top: u32,
+) -> Result<CudaPending> {
+    let op = "score";
+    for &(row, token) in targets {
+        expect_below(op, "row", row, logits.rows())?;
+        expect_below(op, "token", token, logits.cols())?;
+    }
+    if num_top as usize > MAX_TOP {
+        return Err(unsupported(format!("reporting {num_top} tokens, above {MAX_TOP},")));
+    }
+    let mut pending = CudaPending::default();
+    for targets in targets.chunks(MAX_ROWS) {
+        let args = be.reports.args(logits, targets.len(), num_top);
+        let pairs: Vec<u32> = targets.iter().flat_map(|&(row, token)| [row, token]).collect();
+        let (seats, num_top) = (vec![0; targets.len()], vec![num_top; targets.len()]);
+        // SAFETY: rows and tokens were checked; results have room for `MAX_ROWS`.
+        let launch = |elem, stream| unsafe {
+            ffi::lorax_score(&raw const args, elem, logits.wide(), targets.len() as i32, stream)
+        };
+        pending.parts.push(be.reports.fetch(be, &pairs, (seats, num_top), launch)?);
+    }
+    Ok(pending)
+}
+
+/// Results of one launch in pinned memory.
+struct Report {
+    memory: PinnedBuf,
+    copied: Event,
+}
+
+/// Rows and results of a launch on the card, and the pinned memory that results are copied to.
+pub(super) struct Reports {
+    rows: DeviceBuf,
+    results: DeviceBuf,
+    idle: Mutex<Vec<Report>>,
+}
+
+impl Reports {
+    pub(super) fn new(device: &Arc<Device>) -> Result<Reports> {
+        let what = "choices";
+        Ok(Reports {
+            rows: DeviceBuf::new(device, MAX_ROWS * PAIR, what)?,
+            results: DeviceBuf::new(device, result_bytes(MAX_ROWS, MAX_TOP as u32), what)?,
+            idle: Mutex::default(),
+        })
+    }
+
+    /// What sampling and scoring have in common. The lists of most probable tokens follow the choices.
+    fn args(&self, logits: &CudaMat, rows: usize, max_top: u32) -> ffi::SampleArgs {
+        let choices = self.results.at();
+        ffi::SampleArgs {
+            logits: logits.at(),
+            rows: self.rows.at(),
+            params: 0,
+            biases: 0,
+            seen: 0,
+            draws: 0,
+            last: 0,
+            scratch: 0,
+            choices,
+            tops: choices + (rows * PAIR) as u64,
+            vocab: logits.cols() as i32,
+            seen_stride: 0,
+            max_biases: 0,
+            max_top: max_top as i32,
+        }
+    }
+
+    /// Launches, and begins to copy the results to the host.
+    fn fetch(
+        &self,
+        be: &CudaBackend,
+        pairs: &[u32],
+        (seats, num_top): (Vec<u32>, Vec<u32>),
+        launch: impl FnOnce(i32, cudarc::driver::sys::CUstream) -> i32,
+    ) -> Result<Part> {
+        be.device.bind()?;
+        // SAFETY: callers launch at most `MAX_ROWS` rows.
+        unsafe { be.staging().copy(&be.stream, self.rows.at(), &convert::bytes_of(pairs))? };
+        be.launch("sample", seats.len(), launch)?;
+        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut report = match idle {
+            Some(report) => report,
+            None => {
+                let memory = PinnedBuf::new(&be.device, result_bytes(MAX_ROWS, MAX_TOP as u32))?;
+                Report { memory, copied: Event::new()? }
+            }
+        };
+        let max_top = num_top.iter().copied().max().unwrap_or(0);
+        let bytes = result_bytes(seats.len(), max_top);
+        // SAFETY: the report is read after `copied` only, and given back then.
+        unsafe { be.stream.copy_out(&mut report.memory.as_mut_slice()[..bytes], self.results.at())? };
+        report.copied.record(&be.stream)?;
+        Ok(Part { report, seats, num_top, max_top })
+    }
+
+    /// Whether [`Self::collect`] would return at once. A failure counts: collecting reports it.
+    pub(super) fn ready(&self, pending: &CudaPending) -> bool {
+        pending.parts.iter().all(|part| part.report.copied.reached().unwrap_or(true))
+    }
+
+    /// Waits for choices and appends them to `out`.
+    pub(super) fn collect(&self, pending: CudaPending, out: &mut Vec<Sampled>) -> Result<()> {
+        for part in pending.parts {
+            part.report.copied.synchronize()?;
+            part.read(out);
+            self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(part.report);
+        }
+        Ok(())
+    }
+}
+
+fn result_bytes(rows: usize, max_top: u32) -> usize {
+    rows * PAIR * (1 + max_top as usize)
+}
+
+/// The choices of one launch, on their way.
+struct Part {
+    report: Report,
+    seats: Vec<u32>,
+    num_top: Vec<u32>,
+    max_top: u32,
+}
+
+impl Part {
+    fn read(&self, out: &mut Vec<Sampled>) {
+        let pairs: Vec<(u32, f32)> = self
+            .report
+            .memory
+            .as_slice()
+            .chunks_exact(PAIR)
+            .take(self.seats.len() * (1 + self.max_top as usize))
+            .map(|b| {
+                (u32::from_le_bytes([b[0], b[1], b[2], b[3]]), f32::from_le_bytes([b[4], b[5], b[6], b[7]]))
+            })
+            .collect();
+        let (choices, tops) = pairs.split_at(self.seats.len());
+        for (i, (&(token, logprob), &seat)) in choices.iter().zip(&self.seats).enumerate() {
+            let top = tops.iter().skip(i * self.max_top as usize).take(self.num_top[i] as usize);
+            out.push(Sampled { seat, token, logprob, top: top.copied().collect() });
+        }
+    }
+}
+
+/// Choices on their way to the host.
+#[derive(Default)]
+pub struct CudaPending {
+    parts: Vec<Part>,
+}

@@ -1,0 +1,249 @@
+//! What only the CUDA backend does: recorded steps, wide activations, kernels for aligned and long shapes. Needs a GPU.
+#![cfg(feature = "cuda")]
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::sync::Arc;
+
+use kernels::{
+    Attention, Backend, Batch, DType, Heads, HostTensor, LinearLora, LoraPart, LoraSite, Matrix, RowSet,
+    SampleRow, SamplingParams,
+    cuda::{CudaBackend, CudaBatch, CudaMat, CudaSlots},
+    reference::{self, Memory, Table},
+    testing::{Numbers, assert_close, batch},
+};
+
+fn backend() -> CudaBackend {
+    CudaBackend::new(DType::Bf16, 0).unwrap()
+}
+
+fn mat(ops: &CudaBackend, table: &Table) -> CudaMat {
+    let mut x = ops.mat(table.rows(), table.cols).unwrap();
+    ops.fill(&mut x, &table.data).unwrap();
+    x
+}
+
+fn tensor(table: &Table) -> HostTensor<'static> {
+    let data = table.data.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
+    HostTensor { dtype: DType::F32, rows: table.rows(), cols: table.cols, data: data.into() }
+}
+
+fn device_batch(ops: &CudaBackend, host: &Batch) -> CudaBatch {
+    let mut batch = ops.batch(host.rows(), host.blocks.len()).unwrap();
+    ops.upload(host, &mut batch).unwrap();
+    batch
+}
+
+fn resident(ops: &CudaBackend, sites: &[LoraSite], adapters: &[Vec<LoraPart>]) -> CudaSlots {
+    let mut slots = ops.lora_slots(sites, adapters.len()).unwrap();
+    for (slot, parts) in adapters.iter().enumerate() {
+        ops.load(&mut slots, slot as u32, &Arc::new(ops.stage(sites, parts).unwrap())).unwrap();
+    }
+    let mut count = 0;
+    while count < adapters.len() {
+        count += ops.loaded(&mut slots).unwrap().len();
+    }
+    slots
+}
+
+/// Deltas of ranks 1 to 130 on three aligned slices, for decode rows, long segments and few logits.
+#[test]
+fn deltas_of_aligned_shapes() {
+    let ops = backend();
+    let mut numbers = Numbers(21);
+    let sites = [LoraSite { inputs: 1536, outputs: vec![512, 128, 192] }];
+    let adapters: Vec<Vec<LoraPart>> = [1, 8, 16, 31, 64, 130]
+        .iter()
+        .map(|&r| (0..3).map(|slice| numbers.part((0, slice), &sites[0], r)).collect())
+        .collect();
+    let slots = resident(&ops, &sites, &adapters);
+    let mixed: Vec<Option<u32>> = (0..40).map(|i| (i % 7 < 6).then_some(i % 7)).collect();
+    let cases = [
+        (vec![(1, 5)], vec![Some(2_u32)]),
+        (vec![(1, 3); 40], mixed),
+        (vec![(1, 3); 40], vec![Some(3); 40]),
+        (vec![(300, 0), (1, 9), (70, 0)], vec![Some(5), None, Some(1)]),
+    ];
+    for (sequences, slots_of) in cases {
+        let host = batch(&sequences, &slots_of);
+        let device = device_batch(&ops, &host);
+        let (x, w) = (numbers.table(host.rows(), 1536), numbers.table(832, 1536));
+        let mut expected = reference::linear(&x, &w, None);
+        reference::add_lora(&x, (0, &sites[0]), &host.segments, &adapters, &mut expected);
+        let weight = ops.weight(&[tensor(&w)]).unwrap();
+        for mut y in [ops.mat(host.rows(), 832).unwrap(), ops.wide_mat(host.rows(), 832).unwrap()] {
+            let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All };
+            ops.linear(&mat(&ops, &x), &weight, None, Some(lora), &mut y).unwrap();
+            assert_close("deltas", &ops.download(&y).unwrap(), &expected.data, DType::Bf16);
+        }
+    }
+}
+
+#[test]
+fn wide_residual_and_logits_keep_f32() {
+    let ops = backend();
+    let mut numbers = Numbers(22);
+    let (x, before) = (numbers.table(3, 256), numbers.table(3, 256));
+    let before = Table { cols: 256, data: before.data.iter().map(|x| x + 1e-4).collect() };
+    let w = vec![1.0; 256];
+    let mut residual = ops.wide_mat(3, 256).unwrap();
+    ops.fill(&mut residual, &before.data).unwrap();
+    let (mut y, mut expected) = (mat(&ops, &x), x.clone());
+    let sums = reference::rms_norm(&mut expected, Some(&before), &w, 1e-5);
+    ops.add_rms_norm(&mut y, &mut residual, &ops.vector(&w).unwrap(), 1e-5).unwrap();
+    assert_close("residual", &ops.download(&residual).unwrap(), &sums.data, DType::F32);
+    assert_close("norm", &ops.download(&y).unwrap(), &expected.data, DType::Bf16);
+
+    let table = numbers.table(1000, 256);
+    let mut logits = ops.wide_mat(3, 1000).unwrap();
+    ops.linear(&mat(&ops, &x), &ops.weight(&[tensor(&table)]).unwrap(), None, None, &mut logits).unwrap();
+    let logits = ops.download(&logits).unwrap();
+    assert_close("logits", &logits, &reference::linear(&x, &table, None).data, DType::F32);
+}
+
+/// Decode over a context long enough to be split, and a chunk of prefill behind a long one.
+#[test]
+fn attention_over_long_contexts() {
+    let ops = backend();
+    for (query, kv, dim, window) in [(32, 8, 128, None), (6, 2, 96, Some(300)), (20, 1, 64, None)] {
+        let mut numbers = Numbers(23);
+        let heads = Heads { query, kv, dim };
+        let attention = Attention { heads, scale: 0.3, window, softcap: None };
+        let inv_freq = vec![0.01; dim / 2];
+        let rope = ops.rope(&inv_freq, 4096, 1.0).unwrap();
+        let blocks = 2 * (700_usize.div_ceil(16) + 70_usize.div_ceil(16) + 1);
+        let (mut cache, mut memory) = (ops.kv(blocks, heads).unwrap(), Memory::new(blocks, heads));
+        // All steps keep the same number of blocks for each sequence, so that its table does not move.
+        let table = batch(&[(700, 0), (70, 0)], &[]).blocks;
+        let steps = [[(600, 0), (64, 0)], [(98, 600), (1, 64)], [(1, 698), (4, 65)], [(1, 699), (1, 69)]];
+        for step in steps {
+            let mut host = batch(&step, &[]);
+            host.blocks.clone_from(&table);
+            host.sequences[1].first_block = 700_usize.div_ceil(16) as u32;
+            host.store_at = stores(&host);
+            let qkv = numbers.table(host.rows(), heads.qkv_cols());
+            let device = device_batch(&ops, &host);
+            let mut x = mat(&ops, &qkv);
+            ops.rope_and_store(&mut x, heads, &rope, &device, &mut cache).unwrap();
+            let mut rotated = qkv.clone();
+            reference::rope_and_store(&mut rotated, heads, &inv_freq, &host, &mut memory);
+            let mut y = ops.mat(host.rows(), query * dim).unwrap();
+            ops.paged_attention(&x, &attention, &device, &cache, &mut y).unwrap();
+            let expected = reference::paged_attention(&rotated, &attention, &host, &memory);
+            assert_close("attention", &ops.download(&y).unwrap(), &expected.data, DType::Bf16);
+        }
+    }
+}
+
+/// Where the rows of a batch belong by its block tables.
+fn stores(host: &Batch) -> Vec<u32> {
+    let rows = host.sequences.iter().flat_map(|s| (s.start..s.start + s.rows).map(move |row| (row, s)));
+    rows.map(|(row, s)| {
+        let position = host.positions[row as usize];
+        host.blocks[(s.first_block + position / 16) as usize] * 16 + position % 16
+    })
+    .collect()
+}
+
+/// Steps of one operation of each kind, replayed from a recording, equal the same steps launched one by one.
+#[test]
+fn recorded_steps_equal_launched_ones() {
+    let recorded = decode_tokens(true);
+    assert_eq!(recorded, decode_tokens(false));
+    assert!(recorded.iter().any(|step| step != &recorded[0]), "the steps differ");
+}
+
+/// Greedy tokens of a few decode steps of changing size through a toy model of one layer without attention.
+fn decode_tokens(record: bool) -> Vec<Vec<u32>> {
+    let (hidden, vocab, most) = (64, 200, 12);
+    let ops = backend();
+    ops.record_steps(record);
+    let mut numbers = Numbers(24);
+    let sites = [LoraSite { inputs: hidden, outputs: vec![vocab] }];
+    let adapters: Vec<_> = [4, 40].iter().map(|&r| vec![numbers.part((0, 0), &sites[0], r)]).collect();
+    let slots = resident(&ops, &sites, &adapters);
+    let (table, head) = (numbers.table(vocab, hidden), numbers.table(vocab, hidden));
+    let (table, head) = (ops.weight(&[tensor(&table)]).unwrap(), ops.weight(&[tensor(&head)]).unwrap());
+    let weights = ops.vector(&vec![1.0; hidden]).unwrap();
+    let mut sampler = ops.sampler(most, vocab).unwrap();
+    for seat in 0..most as u32 {
+        ops.seat(&mut sampler, seat, &SamplingParams::default(), &[], &[]).unwrap();
+    }
+    let mut device = ops.batch(most, 64).unwrap();
+    let (mut x, mut last) = (ops.mat(most, hidden).unwrap(), ops.mat(most, hidden).unwrap());
+    let (mut residual, mut logits) =
+        (ops.wide_mat(most, hidden).unwrap(), ops.wide_mat(most, vocab).unwrap());
+    let mut steps = Vec::new();
+    let mut pending = Vec::new();
+    for (step, rows) in [9, 9, 10, 3, 9, 12, 10].into_iter().enumerate() {
+        let slots_of: Vec<_> = (0..rows).map(|i| [None, Some(0), Some(1)][(i + step) % 3]).collect();
+        let mut host = batch(&vec![(1, step); rows], &slots_of);
+        let known = |seat: usize| if step == 0 { seat as i32 * 5 } else { -1 - seat as i32 };
+        host.tokens = (0..rows).map(known).collect();
+        ops.upload(&host, &mut device).unwrap();
+        ops.step(&device, || {
+            ops.embed(&device, &sampler, &table, &mut x)?;
+            ops.rms_norm(&mut x, &mut residual, &weights, 1e-5)?;
+            ops.gather_logit_rows(&x, &device, &mut last)?;
+            let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::Logits };
+            ops.linear(&last, &head, None, Some(lora), &mut logits)
+        })
+        .unwrap();
+        assert!(logits.rows() >= rows);
+        let choices: Vec<_> = (0..rows as u32).map(|row| SampleRow { row, seat: row }).collect();
+        pending.push(ops.sample(&logits, &choices, &mut sampler).unwrap());
+    }
+    for pending in pending {
+        let mut sampled = Vec::new();
+        ops.collect(pending, &mut sampled).unwrap();
+        steps.push(sampled.iter().map(|s| s.token).collect());
+    }
+    steps
+}
+
+#[test]
+fn an_adapter_can_be_replaced_while_steps_run() {
+    let ops = backend();
+    let mut numbers = Numbers(25);
+    let sites = [LoraSite { inputs: 64, outputs: vec![64] }];
+    let (x, zero) = (numbers.table(1, 64), Table { cols: 64, data: vec![0.0; 64 * 64] });
+    let weight = ops.weight(&[tensor(&zero)]).unwrap();
+    let mut slots = ops.lora_slots(&sites, 2).unwrap();
+    let device = device_batch(&ops, &batch(&[(1, 0)], &[Some(1)]));
+    for round in 0..50 {
+        let parts = vec![numbers.part((0, 0), &sites[0], 1 + round)];
+        ops.load(&mut slots, 1, &Arc::new(ops.stage(&sites, &parts).unwrap())).unwrap();
+        while ops.loaded(&mut slots).unwrap().is_empty() {}
+        let mut y = ops.mat(1, 64).unwrap();
+        let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All };
+        ops.linear(&mat(&ops, &x), &weight, None, Some(lora), &mut y).unwrap();
+        ops.unload(&mut slots, 1).unwrap();
+        let mut expected = Table { cols: 64, data: vec![0.0; 64] };
+        let segments = batch(&[(1, 0)], &[Some(0)]).segments;
+        reference::add_lora(&x, (0, &sites[0]), &segments, &[parts], &mut expected);
+        assert_close("delta", &ops.download(&y).unwrap(), &expected.data, DType::Bf16);
+        let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All };
+        let refused = ops.linear(&mat(&ops, &x), &weight, None, Some(lora), &mut y).unwrap_err();
+        assert_eq!(refused.to_string(), "linear: slot 1 is empty");
+    }
+}
+
+#[test]
+fn what_the_card_cannot_do_is_refused() {
+    assert_eq!(
+        CudaBackend::new(DType::F32, 0).err().unwrap().to_string(),
+        "cuda: float32 (use bfloat16 or float16) is not supported"
+    );
+    assert!(CudaBackend::new(DType::Bf16, 99).err().unwrap().to_string().contains("device 99 of"));
+    let ops = backend();
+    assert!(ops.kv(4, Heads { query: 4, kv: 2, dim: 20 }).is_err());
+    assert!(ops.kv(4, Heads { query: 4, kv: 2, dim: 264 }).is_err());
+    let sites = [LoraSite { inputs: 4, outputs: vec![4] }];
+    let part = Numbers(1).part((0, 0), &sites[0], 513);
+    assert!(ops.stage(&sites, &[part]).is_err());
+    let table = ops.weight(&[tensor(&Numbers(1).table(4, 8))]).unwrap();
+    let sampler = ops.sampler(1, 4).unwrap();
+    let mut y = ops.mat(8, 8).unwrap();
+    let device = device_batch(&ops, &batch(&[(3, 4)], &[]));
+    let refused = ops.embed(&device, &sampler, &table, &mut y).unwrap_err().to_string();
+    assert_eq!(refused, "embed: token 6 is out of range, limit 4");
+}
