@@ -40,7 +40,7 @@ cuda-toolchain: ## nvcc and the CUDA headers, pinned, in .cuda (no root, no GPU)
 
 .PHONY: cuda
 cuda: cuda-toolchain ## Build the server with the CUDA backend
-	cargo build --release $(BINS) --features cuda
+	cargo build --release $(BINS) --features lorax-shard/cuda
 
 .PHONY: lint-cuda
 lint-cuda: cuda-toolchain ## Compile the CUDA kernels for CI's architectures, fail on spills, and run clippy
