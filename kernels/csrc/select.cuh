@@ -139,6 +139,7 @@ template <typename Mass> __device__ uint32_t draw(int vocab, double uniform, Mas
 #pragma unroll
   for (int d = 16; d > 0; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
   if (lane == 0) sums[warp] = sum;
+  if (threadIdx.x == 0) chosen = 0;  // of a row of NaN
   __syncthreads();
   uint64_t before = 0, total = 0;
   for (int w = 0; w < kWarps; w++) {

@@ -29,7 +29,7 @@ pub struct DeviceMemory {
     pub total: usize,
 }
 
-/// One card, through its primary context.
+/// One card, through its primary context, which is kept until the process ends: kernels are loaded into it once.
 pub(super) struct Device {
     context: sys::CUcontext,
     handle: sys::CUdevice,
@@ -93,13 +93,6 @@ impl Device {
                 .result()
                 .map_err(failed("memory pool"))
         }
-    }
-}
-
-impl Drop for Device {
-    fn drop(&mut self) {
-        // SAFETY: retained by `open`. A failure at the end of the process has nobody to tell.
-        let _ = unsafe { result::primary_ctx::release(self.handle) };
     }
 }
 

@@ -37,7 +37,8 @@ impl Drop for Recording {
 pub(super) struct Recorder {
     enabled: AtomicBool,
     replaying: AtomicBool,
-    recordings: Mutex<HashMap<(u64, usize, usize), Recording>>,
+    /// None: a step of this key was launched once, which loaded its kernels.
+    recordings: Mutex<HashMap<(u64, usize, usize), Option<Recording>>>,
 }
 
 impl Recorder {
@@ -58,7 +59,7 @@ impl Recorder {
         self.replaying.load(Ordering::Relaxed)
     }
 
-    /// Runs the operations of a step: replayed, recorded and launched, or one by one.
+    /// Runs the operations of a step: one by one the first time, recorded the second time, replayed from then on.
     pub(super) fn step(
         &self,
         stream: &Stream,
@@ -71,17 +72,20 @@ impl Recorder {
         let mut recordings = self.recordings.lock().unwrap_or_else(PoisonError::into_inner);
         batch.set_recording(true);
         let done = match recordings.get(&key) {
-            Some(recording) => {
+            None => ops().map(|()| {
+                recordings.insert(key, None);
+            }),
+            Some(None) => record(stream, ops).and_then(|recording| {
+                launch(stream, &recording)?;
+                recordings.insert(key, Some(recording));
+                Ok(())
+            }),
+            Some(Some(recording)) => {
                 self.replaying.store(true, Ordering::Relaxed);
                 let checked = ops();
                 self.replaying.store(false, Ordering::Relaxed);
                 checked.and_then(|()| launch(stream, recording))
             }
-            None => record(stream, ops).and_then(|recording| {
-                launch(stream, &recording)?;
-                recordings.insert(key, recording);
-                Ok(())
-            }),
         };
         batch.set_recording(false);
         done
