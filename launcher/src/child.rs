@@ -1,0 +1,68 @@
+//! One child process: started with the run configuration, its log lines prefixed, ended through its stdin.
+
+use std::{path::Path, process::ExitStatus, process::Stdio, time::Duration};
+
+use tokio::{
+    io::{AsyncBufReadExt, AsyncRead, BufReader},
+    process::{Child as Process, Command},
+    task::JoinHandle,
+    time::timeout,
+};
+
+/// A running child. Dropping it kills it.
+pub(crate) struct Child {
+    pub(crate) name: String,
+    process: Process,
+    log: JoinHandle<()>,
+}
+
+impl Child {
+    /// Starts `program` with `args`. Its lines are passed on, with its name in front unless `plain`.
+    pub(crate) fn start(name: &str, program: &Path, args: &[&str], plain: bool) -> std::io::Result<Child> {
+        let mut process = Command::new(program)
+            .args(args)
+            // The child reads its end of this until we close ours, or die.
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            // Ctrl-C in a terminal goes to its whole process group: only the launcher is to act on it.
+            .process_group(0)
+            .kill_on_drop(true)
+            .spawn()?;
+        let prefix = if plain { String::new() } else { format!("{name:8}| ") };
+        let log = match process.stderr.take() {
+            Some(lines) => tokio::spawn(pass_on(lines, prefix)),
+            None => tokio::spawn(std::future::ready(())),
+        };
+        Ok(Child { name: name.into(), process, log })
+    }
+
+    /// Waits for its end, and for its last line.
+    pub(crate) async fn ended(&mut self) -> std::io::Result<ExitStatus> {
+        let status = self.process.wait().await?;
+        // A grandchild could hold the pipe open for ever.
+        let _ = timeout(Duration::from_secs(1), &mut self.log).await;
+        Ok(status)
+    }
+
+    /// Asks it to end, and kills it after `patience`. True if it ended by itself, in order.
+    pub(crate) async fn stop(mut self, patience: Duration) -> bool {
+        drop(self.process.stdin.take());
+        match timeout(patience, self.ended()).await {
+            Ok(Ok(status)) => status.success(),
+            _ => {
+                tracing::warn!("{} did not stop within {} s, killing it", self.name, patience.as_secs());
+                // It may have ended meanwhile.
+                let _ = self.process.kill().await;
+                false
+            }
+        }
+    }
+}
+
+async fn pass_on(lines: impl AsyncRead + Unpin, prefix: String) {
+    let mut lines = BufReader::new(lines).split(b'\n');
+    while let Ok(Some(line)) = lines.next_segment().await {
+        eprintln!("{prefix}{}", String::from_utf8_lossy(&line));
+    }
+}
