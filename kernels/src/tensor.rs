@@ -36,6 +36,23 @@ pub struct HostTensor<'a> {
     pub data: Cow<'a, [u8]>,
 }
 
+impl HostTensor<'_> {
+    /// All elements, row-major. Bytes behind the last whole element are left out.
+    pub fn to_f32(&self) -> Vec<f32> {
+        match self.dtype {
+            DType::F32 => {
+                self.data.chunks_exact(4).map(|x| f32::from_le_bytes([x[0], x[1], x[2], x[3]])).collect()
+            }
+            DType::Bf16 => {
+                self.data.chunks_exact(2).map(|x| half::bf16::from_le_bytes([x[0], x[1]]).to_f32()).collect()
+            }
+            DType::F16 => {
+                self.data.chunks_exact(2).map(|x| half::f16::from_le_bytes([x[0], x[1]]).to_f32()).collect()
+            }
+        }
+    }
+}
+
 /// A matrix of activations `[rows, cols]` on a device: capacity is fixed when it is made, the number of rows in use
 /// changes from step to step.
 pub trait Matrix {

@@ -1,1 +1,14 @@
-//! HTTP, tokens, scheduling.
+//! The HTTP side of the server: tokens in and out, admission, scheduling, and the shards behind it.
+
+pub mod api;
+mod chat;
+pub mod config;
+mod decoder;
+mod engine;
+mod generation;
+pub mod server;
+mod shards;
+pub mod tokenizer;
+mod wire;
+
+pub use server::{App, StartError};

@@ -1,1 +1,9 @@
-//! One process per device: weights, KV memory, adapters, steps.
+//! One rank of a model behind gRPC: applies steps in the order they come and decides nothing.
+
+pub mod adapters;
+pub mod config;
+pub mod engine;
+pub mod memory;
+pub mod service;
+pub mod step;
+mod wire;

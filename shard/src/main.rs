@@ -1,3 +1,188 @@
-//! One process per device: weights, KV memory, adapters, steps.
+//! `lorax-shard`: one rank of a model.
 
-fn main() {}
+use std::{io::IsTerminal, path::PathBuf, sync::Arc, thread, time::Duration};
+
+use anyhow::Context;
+use clap::Parser;
+use indicatif::{ProgressBar, ProgressStyle};
+use kernels::{Backend, DType, cpu::CpuBackend};
+use lorax_shard::{
+    adapters::{Adapters, Roots},
+    config::{Config, Device, Precision},
+    engine::{Engine, Limits},
+    memory,
+    service::Service,
+};
+use model::{LoadProgress, Model};
+use proto::InfoResponse;
+use tokio::{
+    io::AsyncReadExt,
+    net::UnixListener,
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, oneshot},
+};
+use tokio_stream::wrappers::UnixListenerStream;
+use tracing_subscriber::EnvFilter;
+
+/// Bad configuration (sysexits' EX_USAGE).
+const EX_USAGE: i32 = 64;
+
+/// One rank of a model behind gRPC. Started by lorax-launcher.
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    /// The run configuration.
+    #[arg(long)]
+    config: PathBuf,
+    /// Tensor-parallel rank.
+    #[arg(long, default_value_t = 0)]
+    rank: usize,
+}
+
+fn main() {
+    let args = Args::parse();
+    let config = match Config::read(&args.config) {
+        Ok(config) => config,
+        Err(error) => exit(EX_USAGE, &error.into()),
+    };
+    start_log(config.shard.json_output);
+    if let Err(error) = run(&config, args.rank) {
+        exit(1, &error);
+    }
+}
+
+fn exit(code: i32, error: &anyhow::Error) -> ! {
+    eprintln!("error: {error:#}");
+    std::process::exit(code)
+}
+
+fn start_log(json: bool) {
+    let filter = EnvFilter::try_from_env("LOG_LEVEL").unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    if json { log.json().init() } else { log.with_target(false).init() }
+}
+
+fn run(config: &Config, rank: usize) -> anyhow::Result<()> {
+    let shard = &config.shard;
+    anyhow::ensure!(shard.device != Device::Cuda, "this build has no CUDA backend: use --device cpu");
+    let dtype = shard.dtype.map_or(DType::Bf16, Precision::dtype);
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    let ops = CpuBackend::new(dtype, shard.threads.unwrap_or(cores))?;
+    tracing::info!(dtype = Precision::name(dtype), tier = ?ops.tier(), threads = ops.threads(), "computing on the CPU");
+    serve(Arc::new(ops), "cpu", config, rank)
+}
+
+/// Loads the model and serves it until told to stop.
+fn serve<B: Backend>(ops: Arc<B>, device: &str, config: &Config, rank: usize) -> anyhow::Result<()> {
+    let shard = &config.shard;
+    let model = Arc::new(load(&*ops, config)?);
+    let description = model.config().clone();
+    let max_sequences = shard.max_sequences.unwrap_or(128);
+    let max_rows = shard.max_rows.unwrap_or(512).max(max_sequences);
+    let most = max_sequences * description.max_positions.div_ceil(kernels::BLOCK_SIZE);
+    let limits = Limits {
+        num_blocks: memory::blocks(shard.kv_memory_bytes, model.kv_block_bytes(&ops), most)?,
+        num_slots: shard.num_slots.unwrap_or(128),
+        max_rows,
+        max_sequences,
+        max_logit_rows: shard.max_logit_rows.unwrap_or(256).clamp(max_sequences, max_rows),
+    };
+    let roots =
+        Roots::new(shard.adapter_dir.as_deref(), &shard.adapter_roots).context("the adapter folders")?;
+    let host_bytes = shard.adapter_host_bytes.unwrap_or(4 << 30) as usize;
+    let adapters =
+        Arc::new(Adapters::new(ops.clone(), description.clone(), model.sites(), roots, host_bytes));
+    let info = InfoResponse {
+        dtype: Precision::name(ops.dtype()).into(),
+        device: device.into(),
+        rank: rank as u32,
+        world: config.shards.uds.len() as u32,
+        vocab_size: description.vocab as u32,
+        max_positions: description.max_positions as u32,
+        eos_token_ids: description.eos.clone(),
+        num_blocks: limits.num_blocks as u32,
+        block_size: kernels::BLOCK_SIZE as u32,
+        num_slots: limits.num_slots as u32,
+        adapter_bytes: shard.adapter_memory_bytes.unwrap_or(0),
+        max_rows: limits.max_rows as u32,
+        max_sequences: limits.max_sequences as u32,
+        max_logit_rows: limits.max_logit_rows as u32,
+    };
+    let engine = Engine::new(ops, model, adapters.clone(), limits)?;
+    let (commands, received) = mpsc::channel(16);
+    let (failed, failure) = oneshot::channel();
+    thread::Builder::new().name("engine".into()).spawn(move || {
+        // The main thread waits for this for as long as it serves.
+        let _ = failed.send(engine.run(received));
+    })?;
+    let service = Service::new(info, adapters, commands);
+    let socket = config.socket(rank)?.to_owned();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(async move {
+        // A socket of an earlier life would refuse the name.
+        let _ = std::fs::remove_file(&socket);
+        let listener = UnixListener::bind(&socket).with_context(|| format!("{}", socket.display()))?;
+        tracing::info!(
+            blocks = limits.num_blocks,
+            slots = limits.num_slots,
+            "serving on {}",
+            socket.display()
+        );
+        let server = tonic::transport::Server::builder()
+            .add_service(service)
+            .serve_with_incoming(UnixListenerStream::new(listener));
+        tokio::select! {
+            served = server => served.context("the gRPC server"),
+            result = failure => match result {
+                Ok(result) => result.context("the engine stopped"),
+                Err(_) => anyhow::bail!("the engine panicked"),
+            },
+            () = told_to_stop() => Ok(()),
+        }
+    })?;
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    Ok(())
+}
+
+/// Ends with SIGTERM, SIGINT, or the launcher's end of stdin.
+async fn told_to_stop() {
+    let wait = async |kind| match signal(kind) {
+        Ok(mut signal) => {
+            signal.recv().await;
+        }
+        Err(_) => std::future::pending().await,
+    };
+    let stdin_closed = async {
+        let mut buffer = [0; 64];
+        let mut stdin = tokio::io::stdin();
+        while matches!(stdin.read(&mut buffer).await, Ok(1..)) {}
+    };
+    tokio::select! {
+        () = wait(SignalKind::terminate()) => {}
+        () = wait(SignalKind::interrupt()) => {}
+        () = stdin_closed => {}
+    }
+}
+
+/// Loads the weights, showing how far it is: a bar on a terminal, a line every tenth elsewhere.
+fn load<B: Backend>(ops: &B, config: &Config) -> anyhow::Result<Model<B>> {
+    let path = &config.model.path;
+    let bar = if std::io::stderr().is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
+    if let Ok(style) =
+        ProgressStyle::with_template("loading weights {bar:30} {bytes}/{total_bytes} {bytes_per_sec}")
+    {
+        bar.set_style(style);
+    }
+    let mut tenth = 0;
+    let model = Model::load(ops, path, &mut |progress: LoadProgress| {
+        bar.set_length(progress.total_bytes);
+        bar.set_position(progress.done_bytes);
+        let now = progress.done_bytes * 10 / progress.total_bytes.max(1);
+        if bar.is_hidden() && now > tenth {
+            tenth = now;
+            tracing::info!("loading weights: {} % of {} MB", now * 10, progress.total_bytes / 1_000_000);
+        }
+    });
+    bar.finish_and_clear();
+    model.with_context(|| format!("loading {}", path.display()))
+}

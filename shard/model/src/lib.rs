@@ -1,1 +1,12 @@
-//! Decoder models with LoRA adapters over a backend.
+//! Decoder models as sequences of [`kernels`] operations: configuration, weights, the forward pass, and adapters.
+
+pub mod adapter;
+mod config;
+mod error;
+mod forward;
+mod weights;
+
+pub use config::{Config, Rope, RopeScaling};
+pub use error::{LoadError, Result};
+pub use forward::{KvCache, Model, Pass, Scratch};
+pub use weights::LoadProgress;

@@ -1,0 +1,123 @@
+//! From errors to HTTP: the only place that knows status codes of failures.
+
+use axum::{
+    Json,
+    http::StatusCode,
+    response::{IntoResponse, Response},
+};
+use serde_json::{Value, json};
+
+use crate::{generation::Failure, shards::ShardError};
+
+/// Why a request was not answered.
+#[derive(Debug, Clone, thiserror::Error)]
+pub(crate) enum ApiError {
+    /// Not JSON.
+    #[error("the body is not valid JSON: {0}")]
+    Malformed(String),
+    /// JSON of another shape, or a value out of range.
+    #[error("Input validation error: {0}")]
+    Validation(String),
+    /// The chat template failed.
+    #[error("Template error: {0}")]
+    Template(String),
+    /// More bytes than allowed.
+    #[error("the body is larger than {limit} bytes")]
+    TooLarge {
+        /// What is allowed.
+        limit: usize,
+    },
+    /// Too many requests at the same time.
+    #[error("Model is overloaded")]
+    Overloaded,
+    /// No such adapter.
+    #[error("{0}")]
+    AdapterNotFound(String),
+    /// The caller may not read the adapter.
+    #[error("{0}")]
+    AdapterForbidden(String),
+    /// It failed while it ran.
+    #[error("Request failed during generation: {0}")]
+    Generation(String),
+    /// The shards are gone, or not there yet.
+    #[error("{0}")]
+    Unavailable(String),
+    /// No such route.
+    #[error("no such route")]
+    NoRoute,
+}
+
+impl ApiError {
+    /// A value that was refused.
+    pub(crate) fn invalid(message: impl Into<String>) -> ApiError {
+        ApiError::Validation(message.into())
+    }
+
+    /// Status and kind, as LoRAX names them.
+    fn kind(&self) -> (StatusCode, &'static str) {
+        match self {
+            ApiError::Malformed(_) => (StatusCode::BAD_REQUEST, "malformed"),
+            ApiError::Validation(_) => (StatusCode::UNPROCESSABLE_ENTITY, "validation"),
+            ApiError::Template(_) => (StatusCode::UNPROCESSABLE_ENTITY, "template_error"),
+            ApiError::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "too_large"),
+            ApiError::Overloaded => (StatusCode::TOO_MANY_REQUESTS, "overloaded"),
+            ApiError::AdapterNotFound(_) => (StatusCode::NOT_FOUND, "adapter_not_found"),
+            ApiError::AdapterForbidden(_) => (StatusCode::FORBIDDEN, "adapter_forbidden"),
+            ApiError::Generation(_) => (StatusCode::FAILED_DEPENDENCY, "generation"),
+            ApiError::Unavailable(_) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
+            ApiError::NoRoute => (StatusCode::NOT_FOUND, "not_found"),
+        }
+    }
+
+    /// The JSON of a dialect.
+    pub(crate) fn body(&self, dialect: Dialect) -> Value {
+        let (status, kind) = self.kind();
+        match dialect {
+            Dialect::Native => json!({"error": self.to_string(), "error_type": kind}),
+            Dialect::OpenAi => {
+                let family = if status.is_server_error() { "server_error" } else { "invalid_request_error" };
+                json!({"error": {"message": self.to_string(), "type": family, "param": null, "code": kind}})
+            }
+        }
+    }
+
+    /// The whole response.
+    pub(crate) fn respond(&self, dialect: Dialect) -> Response {
+        let status = match (dialect, self.kind().0) {
+            // OpenAI's clients know 400 as "your request is wrong".
+            (Dialect::OpenAi, StatusCode::UNPROCESSABLE_ENTITY) => StatusCode::BAD_REQUEST,
+            (_, status) => status,
+        };
+        (status, Json(self.body(dialect))).into_response()
+    }
+}
+
+/// Whose shapes to speak.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Dialect {
+    /// LoRAX's.
+    Native,
+    /// OpenAI's.
+    OpenAi,
+}
+
+impl From<Failure> for ApiError {
+    fn from(failure: Failure) -> ApiError {
+        match failure {
+            Failure::Unavailable => ApiError::Unavailable(failure.to_string()),
+            Failure::Refused(error) => ApiError::Validation(error.to_string()),
+            Failure::Generation(message) => ApiError::Generation(message),
+        }
+    }
+}
+
+impl From<ShardError> for ApiError {
+    fn from(error: ShardError) -> ApiError {
+        match error {
+            ShardError::NotFound(message) => ApiError::AdapterNotFound(message),
+            ShardError::Forbidden(message) => ApiError::AdapterForbidden(message),
+            ShardError::Invalid(message) => ApiError::Validation(message),
+            ShardError::Unavailable(_) => ApiError::Unavailable(error.to_string()),
+        }
+    }
+}

@@ -1,0 +1,288 @@
+//! Bodies of requests, and what they ask for.
+
+use std::collections::HashMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::{
+    api::{
+        ask::{Ask, Prompt},
+        error::ApiError,
+        generate::random_seed,
+    },
+    generation::Sampling,
+    server::App,
+    shards::AdapterRef,
+};
+
+/// Fields that both endpoints have.
+#[derive(Debug, Deserialize)]
+struct Common {
+    #[serde(default)]
+    model: String,
+    temperature: Option<f32>,
+    top_p: Option<f32>,
+    n: Option<u32>,
+    stream: Option<bool>,
+    stream_options: Option<StreamOptions>,
+    stop: Option<OneOrMany>,
+    presence_penalty: Option<f32>,
+    frequency_penalty: Option<f32>,
+    logit_bias: Option<HashMap<String, f32>>,
+    seed: Option<i64>,
+    response_format: Option<Value>,
+    // Beyond OpenAI's:
+    adapter_id: Option<String>,
+    adapter_source: Option<String>,
+    api_token: Option<String>,
+    top_k: Option<u32>,
+    min_p: Option<f32>,
+    typical_p: Option<f32>,
+    repetition_penalty: Option<f32>,
+    ignore_eos: Option<bool>,
+}
+
+#[derive(Debug, Deserialize)]
+struct StreamOptions {
+    #[serde(default)]
+    include_usage: bool,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
+
+/// Body of `/v1/completions`.
+#[derive(Debug, Deserialize)]
+pub(crate) struct CompletionRequest {
+    #[serde(flatten)]
+    common: Common,
+    prompt: Prompts,
+    max_tokens: Option<u32>,
+    logprobs: Option<u32>,
+    echo: Option<bool>,
+    best_of: Option<u32>,
+    suffix: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Prompts {
+    Text(String),
+    Tokens(Vec<u32>),
+    Texts(Vec<String>),
+    TokenLists(Vec<Vec<u32>>),
+}
+
+/// Body of `/v1/chat/completions`.
+#[derive(Debug, Deserialize)]
+pub(crate) struct ChatRequest {
+    #[serde(flatten)]
+    common: Common,
+    messages: Vec<Message>,
+    max_tokens: Option<u32>,
+    max_completion_tokens: Option<u32>,
+    logprobs: Option<bool>,
+    top_logprobs: Option<u32>,
+    tools: Option<Value>,
+    functions: Option<Value>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Message {
+    role: String,
+    content: Option<Content>,
+    name: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Content {
+    Text(String),
+    Parts(Vec<Part>),
+}
+
+#[derive(Debug, Deserialize)]
+struct Part {
+    r#type: String,
+    text: Option<String>,
+}
+
+/// A message as chat templates see it.
+#[derive(Debug, Serialize)]
+struct Plain {
+    role: String,
+    content: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
+}
+
+/// What the response looks like.
+#[derive(Debug, Clone)]
+pub(super) struct Options {
+    pub(super) chat: bool,
+    pub(super) model: String,
+    pub(super) stream: bool,
+    pub(super) include_usage: bool,
+    pub(super) logprobs: bool,
+    /// Put the prompt in front of the text: its own text where it came as text.
+    pub(super) echo: bool,
+}
+
+fn refuse_if(given: bool, field: &str) -> Result<(), ApiError> {
+    if given { Err(ApiError::invalid(format!("`{field}` is not supported"))) } else { Ok(()) }
+}
+
+impl Common {
+    fn check(&self) -> Result<(), ApiError> {
+        refuse_if(self.n.is_some_and(|n| n != 1), "n")?;
+        let is_text = |format: &Value| format["type"] == "text";
+        refuse_if(self.response_format.as_ref().is_some_and(|format| !is_text(format)), "response_format")
+    }
+
+    /// The adapter: by its own field, else the model's name unless that is the base model's.
+    fn adapter(&self, app: &App, bearer: Option<String>) -> Option<AdapterRef> {
+        let named = (self.model != app.config.model.id).then(|| self.model.clone());
+        let id = self.adapter_id.clone().or(named);
+        app.adapter(id, self.adapter_source.clone(), self.api_token.clone().or(bearer))
+    }
+
+    fn sampling(&self, num_top: u32) -> Result<Sampling, ApiError> {
+        let bias = self.logit_bias.iter().flatten().map(|(token, bias)| {
+            let id = token
+                .parse()
+                .map_err(|_| ApiError::invalid(format!("`logit_bias`: {token:?} is no token id")))?;
+            Ok((id, *bias))
+        });
+        Ok(Sampling {
+            temperature: self.temperature.unwrap_or(1.0),
+            top_k: self.top_k.unwrap_or(0),
+            top_p: self.top_p.unwrap_or(1.0),
+            min_p: self.min_p.unwrap_or(0.0),
+            typical_p: self.typical_p.unwrap_or(1.0),
+            repetition_penalty: self.repetition_penalty.unwrap_or(1.0),
+            frequency_penalty: self.frequency_penalty.unwrap_or(0.0),
+            presence_penalty: self.presence_penalty.unwrap_or(0.0),
+            seed: self.seed.map_or_else(random_seed, i64::cast_unsigned),
+            num_top,
+            logit_bias: bias.collect::<Result<_, ApiError>>()?,
+        })
+    }
+
+    fn ask(
+        &self,
+        app: &App,
+        prompt: Prompt,
+        bearer: Option<String>,
+        (max_new_tokens, num_top): (Option<u32>, u32),
+    ) -> Result<Ask, ApiError> {
+        Ok(Ask {
+            prompt,
+            max_new_tokens,
+            stop: match &self.stop {
+                None => Vec::new(),
+                Some(OneOrMany::One(stop)) => vec![stop.clone()],
+                Some(OneOrMany::Many(stops)) => stops.clone(),
+            },
+            ignore_eos: self.ignore_eos == Some(true),
+            adapter: self.adapter(app, bearer),
+            sampling: self.sampling(num_top)?,
+            prompt_logprobs: false,
+            truncate: None,
+        })
+    }
+
+    fn options(&self, app: &App, chat: bool) -> Options {
+        let model = if self.model.is_empty() { &app.config.model.id } else { &self.model };
+        Options {
+            chat,
+            model: model.clone(),
+            stream: self.stream == Some(true),
+            include_usage: self.stream_options.as_ref().is_some_and(|options| options.include_usage),
+            logprobs: false,
+            echo: false,
+        }
+    }
+}
+
+/// Prompts of one request.
+const MAX_PROMPTS: usize = 128;
+/// OpenAI's default of `max_tokens`.
+const MAX_TOKENS: u32 = 16;
+
+impl CompletionRequest {
+    pub(super) fn into_asks(
+        self,
+        app: &App,
+        bearer: Option<String>,
+    ) -> Result<(Vec<Ask>, Options), ApiError> {
+        let common = &self.common;
+        common.check()?;
+        refuse_if(self.best_of.is_some_and(|n| n != 1), "best_of")?;
+        refuse_if(self.suffix.is_some_and(|suffix| !suffix.is_empty()), "suffix")?;
+        let prompts: Vec<Prompt> = match self.prompt {
+            Prompts::Text(text) => vec![Prompt::Text(text)],
+            Prompts::Tokens(tokens) => vec![Prompt::Tokens(tokens)],
+            Prompts::Texts(texts) => texts.into_iter().map(Prompt::Text).collect(),
+            Prompts::TokenLists(lists) => lists.into_iter().map(Prompt::Tokens).collect(),
+        };
+        if prompts.is_empty() || prompts.len() > MAX_PROMPTS {
+            return Err(ApiError::invalid(format!("`prompt` must have 1 to {MAX_PROMPTS} elements")));
+        }
+        let echo = self.echo == Some(true);
+        let lengths = (Some(self.max_tokens.unwrap_or(MAX_TOKENS)), self.logprobs.unwrap_or(0));
+        let asks = prompts.into_iter().map(|prompt| {
+            let mut ask = common.ask(app, prompt, bearer.clone(), lengths)?;
+            ask.prompt_logprobs = echo && self.logprobs.is_some();
+            Ok(ask)
+        });
+        let asks = asks.collect::<Result<_, ApiError>>()?;
+        Ok((asks, Options { logprobs: self.logprobs.is_some(), echo, ..common.options(app, false) }))
+    }
+}
+
+impl ChatRequest {
+    pub(super) fn into_ask(self, app: &App, bearer: Option<String>) -> Result<(Ask, Options), ApiError> {
+        let common = &self.common;
+        common.check()?;
+        refuse_if(self.tools.is_some_and(|tools| tools != Value::Array(Vec::new())), "tools")?;
+        refuse_if(self.functions.is_some(), "functions")?;
+        if self.top_logprobs.is_some() && self.logprobs != Some(true) {
+            return Err(ApiError::invalid("`top_logprobs` needs `logprobs`"));
+        }
+        let Some(chat) = &app.chat else {
+            return Err(ApiError::Template("the model has no chat template".into()));
+        };
+        if self.messages.is_empty() {
+            return Err(ApiError::invalid("`messages` cannot be empty"));
+        }
+        let messages = self.messages.into_iter().map(Message::plain).collect::<Result<Vec<_>, _>>()?;
+        let prompt = chat.render(&messages).map_err(|error| ApiError::Template(error.to_string()))?;
+        let lengths = (self.max_completion_tokens.or(self.max_tokens), self.top_logprobs.unwrap_or(0));
+        let ask = common.ask(app, Prompt::Rendered(prompt), bearer, lengths)?;
+        Ok((ask, Options { logprobs: self.logprobs == Some(true), ..common.options(app, true) }))
+    }
+}
+
+impl Message {
+    fn plain(self) -> Result<Plain, ApiError> {
+        let content = match self.content {
+            None => String::new(),
+            Some(Content::Text(text)) => text,
+            Some(Content::Parts(parts)) => {
+                let text = |part: Part| match (part.r#type.as_str(), part.text) {
+                    ("text", Some(text)) => Ok(text),
+                    (other, _) => {
+                        Err(ApiError::invalid(format!("content of type {other:?} is not supported")))
+                    }
+                };
+                parts.into_iter().map(text).collect::<Result<_, _>>()?
+            }
+        };
+        Ok(Plain { role: self.role, content, name: self.name })
+    }
+}

@@ -1,0 +1,232 @@
+//! From a checked request to pieces of text.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use futures::{Stream, stream};
+use scheduler::Finish;
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::{
+    ask::{Ask, Prompt},
+    error::ApiError,
+};
+use crate::{
+    decoder::{Detokenizer, StopStrings},
+    engine::Running,
+    generation::{Job, Scored, Update},
+    server::App,
+    tokenizer::ModelTokenizer,
+};
+
+/// Why a text ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum FinishReason {
+    Length,
+    Eos,
+    /// The stop string that was found.
+    Stop(String),
+}
+
+/// One token and what it adds.
+#[derive(Debug, Clone)]
+pub(crate) struct Piece {
+    pub(crate) token: Scored,
+    /// What this token alone adds; special tokens by name.
+    pub(crate) token_text: String,
+    pub(crate) special: bool,
+    pub(crate) top: Vec<Scored>,
+    /// What is certain to belong to the answer by now, beyond what was told before.
+    pub(crate) text: String,
+    pub(crate) finish: Option<FinishReason>,
+}
+
+/// A sequence that is being generated. Dropping it cancels it.
+pub(crate) struct Generation {
+    pub(crate) prompt: Vec<u32>,
+    pub(crate) seed: u64,
+    pub(crate) timing: Timing,
+    /// Log-probabilities of the prompt's tokens but the first, complete before the first piece.
+    pub(crate) prompt_scores: Vec<Scored>,
+    tokenizer: Arc<ModelTokenizer>,
+    running: Running,
+    detokenizer: Detokenizer,
+    stops: StopStrings,
+    ended: bool,
+    _permit: Arc<OwnedSemaphorePermit>,
+}
+
+/// Where the time of a request went.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Timing {
+    pub(crate) received: Instant,
+    /// Tokenizing, checking, preparing the adapter.
+    pub(crate) validation: Duration,
+    pub(crate) queued: Duration,
+}
+
+impl App {
+    /// Takes one of the places for concurrent requests.
+    pub(crate) fn admit(&self) -> Result<Arc<OwnedSemaphorePermit>, ApiError> {
+        let permit = self.permits.clone().try_acquire_owned();
+        permit.map(Arc::new).map_err(|_| ApiError::Overloaded)
+    }
+
+    /// Checks a request and starts it.
+    pub(crate) async fn generate(
+        &self,
+        ask: Ask,
+        permit: Arc<OwnedSemaphorePermit>,
+    ) -> Result<Generation, ApiError> {
+        let received = Instant::now();
+        let info = self.engine.info();
+        let info =
+            info.ok_or_else(|| ApiError::Unavailable("the model is not available, try again".into()))?;
+        let rules = self.rules(&info);
+        ask.check(&rules)?;
+        let mut prompt = self.tokenize(&ask.prompt).await?;
+        let max_new_tokens = ask.fit(&mut prompt, &rules)?;
+        let adapter = match &ask.adapter {
+            Some(adapter) => Some(self.shards.prepare(adapter).await?),
+            None => None,
+        };
+        let stop_ids = if ask.ignore_eos { Arc::from([]) } else { Arc::from(info.eos_token_ids) };
+        let seed = ask.sampling.seed;
+        let job = Job {
+            prompt: prompt.clone(),
+            max_new_tokens,
+            stop_ids,
+            adapter,
+            sampling: ask.sampling,
+            prompt_logprobs: ask.prompt_logprobs,
+        };
+        let running = self.engine.submit(job).await?;
+        Ok(Generation {
+            prompt,
+            seed,
+            timing: Timing { received, validation: received.elapsed(), queued: Duration::ZERO },
+            prompt_scores: Vec::new(),
+            tokenizer: self.tokenizer.clone(),
+            running,
+            detokenizer: Detokenizer::new(self.tokenizer.clone(), true),
+            stops: StopStrings::new(ask.stop),
+            ended: false,
+            _permit: permit,
+        })
+    }
+
+    /// Tokenizes on one of the threads for it.
+    async fn tokenize(&self, prompt: &Prompt) -> Result<Vec<u32>, ApiError> {
+        let (text, add_special) = match prompt {
+            Prompt::Tokens(tokens) => return Ok(tokens.clone()),
+            Prompt::Text(text) => (text.clone(), true),
+            Prompt::Rendered(text) => (text.clone(), false),
+        };
+        // Never closed.
+        let _turn = self.tokenizing.acquire().await;
+        let tokenizer = self.tokenizer.clone();
+        let tokens = tokio::task::spawn_blocking(move || tokenizer.encode(&text, add_special)).await;
+        let tokens = tokens.map_err(|error| ApiError::Generation(error.to_string()))?;
+        tokens.map_err(|error| ApiError::invalid(format!("tokenizer error {error}")))
+    }
+}
+
+impl Generation {
+    /// The next token; `None` after the last.
+    pub(crate) async fn next(&mut self) -> Result<Option<Piece>, ApiError> {
+        if self.ended {
+            return Ok(None);
+        }
+        loop {
+            match self.running.next().await {
+                Some(Update::Started { queued }) => self.timing.queued = queued,
+                Some(Update::Prompt(scores)) => self.prompt_scores.extend(scores),
+                Some(Update::Token { token, top, finish }) => {
+                    return Ok(Some(self.piece(token, top, finish)));
+                }
+                Some(Update::Failed(failure)) => return Err(failure.into()),
+                None => return Err(ApiError::Generation("the client did not keep up".into())),
+            }
+        }
+    }
+
+    fn piece(&mut self, token: Scored, top: Vec<Scored>, finish: Option<Finish>) -> Piece {
+        let special = self.tokenizer.is_special(token.id);
+        let mut new = self.detokenizer.push(token.id);
+        if finish.is_some() {
+            new += &self.detokenizer.finish();
+        }
+        let scanned = self.stops.push(&new);
+        let mut text = scanned.text;
+        let finish = match (scanned.stop, finish) {
+            (Some(stop), _) => Some(FinishReason::Stop(stop)),
+            (None, Some(Finish::Length)) => Some(FinishReason::Length),
+            (None, Some(Finish::StopToken)) => Some(FinishReason::Eos),
+            (None, None) => None,
+        };
+        if finish.is_some() && !matches!(finish, Some(FinishReason::Stop(_))) {
+            text += &self.stops.finish();
+        }
+        self.ended = finish.is_some();
+        let token_text = if special { self.token_text(token.id) } else { new };
+        Piece { token, token_text, special, top, text, finish }
+    }
+
+    /// A token's own text.
+    pub(crate) fn token_text(&self, id: u32) -> String {
+        self.tokenizer.decode(&[id], false)
+    }
+
+    /// The prompt's text.
+    pub(crate) fn prompt_text(&self) -> String {
+        self.tokenizer.decode(&self.prompt, false)
+    }
+
+    /// As `token_text`, for when the generation itself has been given away.
+    pub(crate) fn names(&self) -> impl Fn(u32) -> String + Send + use<> {
+        let tokenizer = self.tokenizer.clone();
+        move |id| tokenizer.decode(&[id], false)
+    }
+
+    /// All that is to come.
+    pub(crate) fn pieces(self) -> impl Stream<Item = (Result<Piece, ApiError>, Timing)> + Send {
+        stream::unfold(Some(self), async |state| {
+            let mut generation = state?;
+            match generation.next().await {
+                Ok(Some(piece)) => {
+                    let timing = generation.timing;
+                    Some(((Ok(piece), timing), Some(generation)))
+                }
+                Ok(None) => None,
+                Err(error) => Some(((Err(error), generation.timing), None)),
+            }
+        })
+    }
+}
+
+/// A finished text.
+pub(crate) struct Answer {
+    pub(crate) pieces: Vec<Piece>,
+    pub(crate) text: String,
+    pub(crate) finish: FinishReason,
+}
+
+impl Generation {
+    /// Waits for the end.
+    pub(crate) async fn answer(&mut self) -> Result<Answer, ApiError> {
+        let (mut pieces, mut text) = (Vec::new(), String::new());
+        loop {
+            let Some(piece) = self.next().await? else {
+                return Err(ApiError::Generation("the text has no end".into()));
+            };
+            text += &piece.text;
+            let finish = piece.finish.clone();
+            pieces.push(piece);
+            if let Some(finish) = finish {
+                return Ok(Answer { pieces, text, finish });
+            }
+        }
+    }
+}

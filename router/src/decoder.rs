@@ -1,0 +1,152 @@
+//! From tokens to text as they come: never half a character, and no text that may turn out to be a stop string.
+
+use std::sync::Arc;
+
+use crate::tokenizer::ModelTokenizer;
+
+/// What a byte-level decoder writes for bytes that are no character (yet).
+const REPLACEMENT: char = '\u{fffd}';
+
+/// Tokens to text, one at a time.
+///
+/// The text of a token depends on the ones before it, so each piece is the difference of decoding a few tokens with and
+/// without the new ones. A character's bytes may come in several tokens: until it is whole there is no text.
+pub(crate) struct Detokenizer {
+    tokenizer: Arc<ModelTokenizer>,
+    skip_special: bool,
+    ids: Vec<u32>,
+    /// Where decoding begins: the tokens from here to `read` give the context.
+    prefix: usize,
+    /// Tokens whose text has been given out.
+    read: usize,
+}
+
+impl Detokenizer {
+    pub(crate) fn new(tokenizer: Arc<ModelTokenizer>, skip_special: bool) -> Detokenizer {
+        Detokenizer { tokenizer, skip_special, ids: Vec::new(), prefix: 0, read: 0 }
+    }
+
+    /// The text that a token adds; empty while a character is incomplete.
+    pub(crate) fn push(&mut self, id: u32) -> String {
+        self.ids.push(id);
+        self.take(false)
+    }
+
+    /// What is left when no more tokens come: incomplete characters as replacement characters.
+    pub(crate) fn finish(&mut self) -> String {
+        self.take(true)
+    }
+
+    fn take(&mut self, last: bool) -> String {
+        let before = self.tokenizer.decode(&self.ids[self.prefix..self.read], self.skip_special);
+        let after = self.tokenizer.decode(&self.ids[self.prefix..], self.skip_special);
+        if !last && after.ends_with(REPLACEMENT) {
+            return String::new();
+        }
+        let new = after.get(before.len()..).unwrap_or_default().to_owned();
+        self.prefix = self.read;
+        self.read = self.ids.len();
+        new
+    }
+}
+
+/// Looks for stop strings in text that comes in pieces.
+#[derive(Debug, Clone)]
+pub(crate) struct StopStrings {
+    stops: Vec<String>,
+    /// Text that could be the beginning of a stop string.
+    held: String,
+}
+
+/// What is known after a piece of text.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Scanned {
+    /// Text that belongs to the answer for certain.
+    pub(crate) text: String,
+    /// The stop string that was found; the answer ends before it.
+    pub(crate) stop: Option<String>,
+}
+
+impl StopStrings {
+    pub(crate) fn new(stops: Vec<String>) -> StopStrings {
+        StopStrings { stops, held: String::new() }
+    }
+
+    /// Takes a piece of text.
+    pub(crate) fn push(&mut self, piece: &str) -> Scanned {
+        if self.stops.is_empty() {
+            return Scanned { text: piece.to_owned(), stop: None };
+        }
+        self.held.push_str(piece);
+        let found = self
+            .stops
+            .iter()
+            .filter_map(|stop| Some((self.held.find(stop.as_str())?, stop)))
+            .min_by_key(|(at, _)| *at);
+        if let Some((at, stop)) = found {
+            let stop = stop.clone();
+            let text = self.held[..at].to_owned();
+            self.held.clear();
+            return Scanned { text, stop: Some(stop) };
+        }
+        let keep = self.stops.iter().map(|stop| overlap(&self.held, stop)).max().unwrap_or(0);
+        let text = self.held.drain(..self.held.len() - keep).collect();
+        Scanned { text, stop: None }
+    }
+
+    /// What was held back, when no more text comes.
+    pub(crate) fn finish(&mut self) -> String {
+        std::mem::take(&mut self.held)
+    }
+}
+
+/// Bytes at the end of `text` that are the beginning of `stop`.
+fn overlap(text: &str, stop: &str) -> usize {
+    let longest = text.len().min(stop.len().saturating_sub(1));
+    (1..=longest)
+        .rev()
+        .find(|&len| {
+            text.is_char_boundary(text.len() - len)
+                && stop.as_bytes().starts_with(&text.as_bytes()[text.len() - len..])
+        })
+        .unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Text given out and the stop string found, for text that comes in pieces.
+    fn scan(stops: &[&str], pieces: &[&str]) -> (String, Option<String>) {
+        let mut scanner = StopStrings::new(stops.iter().map(|stop| (*stop).to_owned()).collect());
+        let mut text = String::new();
+        for piece in pieces {
+            let scanned = scanner.push(piece);
+            text += &scanned.text;
+            if scanned.stop.is_some() {
+                return (text, scanned.stop);
+            }
+        }
+        (text + &scanner.finish(), None)
+    }
+
+    #[test]
+    fn stop_strings_are_found_across_pieces() {
+        for (stops, pieces, text, stop) in [
+            (&["END"][..], &["a E", "N", "D b"][..], "a ", Some("END")),
+            (&["END"], &["a E", "N", "X b"], "a ENX b", None),
+            (&["aab"], &["a", "a", "a", "b"], "a", Some("aab")),
+            (&["b", "ab"], &["xab"], "x", Some("ab")),
+            (&["é!"], &["caf", "é", "!"], "caf", Some("é!")),
+            (&["é!"], &["caf", "é", "?"], "café?", None),
+            (&["\n\n"], &["one\n", "two\n"], "one\ntwo\n", None),
+            (&[], &["any", "thing"], "anything", None),
+        ] {
+            assert_eq!(
+                scan(stops, pieces),
+                (text.to_owned(), stop.map(str::to_owned)),
+                "{stops:?} in {pieces:?}"
+            );
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! Routes, limits, start and stop.
+
+use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
+
+use axum::{
+    Json, Router,
+    body::to_bytes,
+    extract::{Request, State},
+    http::{HeaderValue, StatusCode, header::CONTENT_LENGTH},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use tokio::{net::TcpListener, sync::Semaphore, time::timeout};
+use tower_http::cors::{AllowOrigin, Any, CorsLayer};
+
+use crate::{
+    api::{
+        ask::Rules,
+        error::{ApiError, Dialect},
+        generate, openai,
+    },
+    chat::ChatTemplate,
+    config::Config,
+    engine::Engine,
+    shards::Shards,
+    tokenizer::{ModelTokenizer, TokenizerError},
+    wire::Info,
+};
+
+/// Why the router could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The tokenizer.
+    #[error("the tokenizer: {0}")]
+    Tokenizer(#[from] TokenizerError),
+    /// The chat template.
+    #[error("the chat template: {0}")]
+    Template(#[from] minijinja::Error),
+    /// The address.
+    #[error("{address}: {source}")]
+    Listen {
+        /// Where to listen.
+        address: String,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// An origin that is none.
+    #[error("cors-allow-origin: {0:?} is not an origin")]
+    Origin(String),
+    /// More shards than this version drives.
+    #[error("{0} shards: this version drives one")]
+    World(usize),
+}
+
+/// Everything that handlers need.
+pub struct App {
+    pub(crate) config: Config,
+    pub(crate) tokenizer: Arc<ModelTokenizer>,
+    pub(crate) chat: Option<ChatTemplate>,
+    pub(crate) shards: Shards,
+    pub(crate) engine: Engine,
+    pub(crate) permits: Arc<Semaphore>,
+    pub(crate) tokenizing: Semaphore,
+}
+
+impl App {
+    /// Reads the tokenizer and starts to look for the shards.
+    pub fn start(config: Config) -> Result<Arc<App>, StartError> {
+        let [socket] = &config.shards.uds[..] else { return Err(StartError::World(config.shards.uds.len())) };
+        let router = &config.router;
+        let tokenizer = ModelTokenizer::load(&config.model.path, router.tokenizer_config_path.as_deref())?;
+        let shards = Shards::new(socket);
+        Ok(Arc::new(App {
+            chat: ChatTemplate::new(&tokenizer)?,
+            tokenizer: Arc::new(tokenizer),
+            engine: Engine::start(shards.clone(), router.clone()),
+            shards,
+            permits: Arc::new(Semaphore::new(router.max_concurrent_requests)),
+            tokenizing: Semaphore::new(router.validation_workers.max(1)),
+            config,
+        }))
+    }
+
+    /// Waits until the shards can be reached.
+    pub async fn ready(&self) {
+        self.engine.ready().await;
+    }
+
+    pub(crate) fn rules(&self, info: &Info) -> Rules {
+        let router = &self.config.router;
+        let positions = info.max_positions as usize;
+        let total = router.max_total_tokens.unwrap_or(positions).min(positions);
+        Rules {
+            max_stop_sequences: router.max_stop_sequences,
+            max_input_length: router.max_input_length.unwrap_or(total - 1).min(total - 1),
+            max_total_tokens: total,
+            vocab_size: info.vocab_size,
+        }
+    }
+
+    /// Reads a body as JSON of one shape.
+    pub(crate) async fn read<T: DeserializeOwned>(&self, request: Request) -> Result<T, ApiError> {
+        let limit = self.config.router.max_body_bytes;
+        let said = request.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+        if said.is_some_and(|bytes: usize| bytes > limit) {
+            return Err(ApiError::TooLarge { limit });
+        }
+        // Fails for a body that is too long or that breaks off; nobody reads the answer to the latter.
+        let body = to_bytes(request.into_body(), limit).await.map_err(|_| ApiError::TooLarge { limit })?;
+        serde_json::from_slice(&body).map_err(|error| match error.classify() {
+            serde_json::error::Category::Data => ApiError::Validation(error.to_string()),
+            _ => ApiError::Malformed(error.to_string()),
+        })
+    }
+
+    /// All routes.
+    pub fn routes(self: &Arc<App>) -> Result<Router, StartError> {
+        let routes = Router::new()
+            .route("/", get(health).post(generate::either))
+            .route("/generate", post(generate::whole))
+            .route("/generate_stream", post(generate::stream))
+            .route("/health", get(health))
+            .route("/info", get(info))
+            .route("/v1/models", get(models))
+            .route("/v1/completions", post(openai::completions))
+            .route("/v1/chat/completions", post(openai::chat_completions))
+            .fallback(no_route)
+            .with_state(self.clone());
+        let origins = &self.config.router.cors_allow_origin;
+        if origins.is_empty() {
+            return Ok(routes);
+        }
+        let allowed = if origins.iter().any(|origin| origin == "*") {
+            AllowOrigin::from(Any)
+        } else {
+            let parse = |origin: &String| {
+                HeaderValue::from_str(origin).map_err(|_| StartError::Origin(origin.clone()))
+            };
+            AllowOrigin::list(origins.iter().map(parse).collect::<Result<Vec<_>, _>>()?)
+        };
+        Ok(routes.layer(CorsLayer::new().allow_origin(allowed).allow_methods(Any).allow_headers(Any)))
+    }
+}
+
+/// Where the configuration says to listen.
+pub async fn listen(config: &Config) -> Result<(TcpListener, SocketAddr), StartError> {
+    let address = format!("{}:{}", config.router.hostname, config.router.port);
+    let failed = |source| StartError::Listen { address: address.clone(), source };
+    let listener = TcpListener::bind(&address).await.map_err(failed)?;
+    let local = listener.local_addr().map_err(failed)?;
+    Ok((listener, local))
+}
+
+/// Serves until `stop`, then lets streams finish for as long as the configuration allows.
+pub async fn serve(
+    listener: TcpListener,
+    app: Arc<App>,
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> Result<(), StartError> {
+    let deadline = Duration::from_secs(app.config.router.shutdown_deadline_s);
+    let routes = app.routes()?;
+    let (stopping, stopped) = tokio::sync::oneshot::channel();
+    let graceful = async move {
+        stop.await;
+        // The receiver lives as long as the server.
+        let _ = stopping.send(());
+    };
+    let served = axum::serve(listener, routes).with_graceful_shutdown(graceful).into_future();
+    tokio::pin!(served);
+    let past_deadline = async {
+        if stopped.await.is_ok() && timeout(deadline, std::future::pending::<()>()).await.is_err() {
+            return;
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        result = &mut served => result.map_err(|source| StartError::Listen { address: "serving".into(), source }),
+        () = past_deadline => {
+            tracing::warn!("streams did not finish within {} s", deadline.as_secs());
+            Ok(())
+        }
+    }
+}
+
+async fn health(State(app): State<Arc<App>>) -> Response {
+    if app.engine.info().is_some() && app.shards.healthy().await {
+        return StatusCode::OK.into_response();
+    }
+    let body = json!({"error": "unhealthy", "error_type": "healthcheck"});
+    (StatusCode::SERVICE_UNAVAILABLE, Json(body)).into_response()
+}
+
+async fn info(State(app): State<Arc<App>>) -> Response {
+    let Some(info) = app.engine.info() else {
+        return ApiError::Unavailable("the model is not available, try again".into())
+            .respond(Dialect::Native);
+    };
+    let (rules, router, model) = (app.rules(&info), &app.config.router, &app.config.model);
+    let body: Value = json!({
+        "model_id": model.id,
+        "model_sha": model.sha,
+        "model_dtype": info.dtype,
+        "model_device_type": info.device,
+        "max_concurrent_requests": router.max_concurrent_requests,
+        "max_best_of": 1,
+        "max_stop_sequences": router.max_stop_sequences,
+        "max_input_length": rules.max_input_length,
+        "max_total_tokens": rules.max_total_tokens,
+        "max_batch_total_tokens": u64::from(info.num_blocks) * u64::from(info.block_size),
+        "max_active_adapters": info.num_slots,
+        "validation_workers": router.validation_workers,
+        "version": env!("CARGO_PKG_VERSION"),
+    });
+    Json(body).into_response()
+}
+
+async fn models(State(app): State<Arc<App>>) -> Json<Value> {
+    let model = json!({"id": app.config.model.id, "object": "model", "created": 0, "owned_by": "lorax"});
+    Json(json!({"object": "list", "data": [model]}))
+}
+
+async fn no_route(request: Request) -> Response {
+    let openai = request.uri().path().starts_with("/v1/");
+    ApiError::NoRoute.respond(if openai { Dialect::OpenAi } else { Dialect::Native })
+}

@@ -1,0 +1,136 @@
+//! The model's tokenizer and chat template, from a folder or from a GGUF file's metadata.
+
+mod from_gguf;
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use serde_json::Value;
+use tokenizers::Tokenizer;
+
+/// Why a tokenizer could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum TokenizerError {
+    /// A file cannot be read.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// A file is not JSON.
+    #[error("{}: {source}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: serde_json::Error,
+    },
+    /// The GGUF file's metadata.
+    #[error("{0}")]
+    Gguf(#[from] gguf::Error),
+    /// A kind of tokenizer that we do not build from metadata.
+    #[error("{key} {value:?} is not supported; known are {known}")]
+    Unsupported {
+        /// The metadata key.
+        key: &'static str,
+        /// Its value.
+        value: String,
+        /// What would be.
+        known: &'static str,
+    },
+    /// The library refused the definition.
+    #[error("{0}")]
+    Definition(#[source] tokenizers::Error),
+}
+
+/// Text to tokens and back, and how a chat becomes text.
+pub struct ModelTokenizer {
+    /// The library's tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Jinja source of the chat template, if the model has one.
+    pub chat_template: Option<String>,
+    /// Text of the token that begins a sequence.
+    pub bos_token: Option<String>,
+    /// Text of the token that ends one.
+    pub eos_token: Option<String>,
+}
+
+impl ModelTokenizer {
+    /// Reads what belongs to a model. `config` replaces its tokenizer_config.json.
+    pub fn load(model: &Path, config: Option<&Path>) -> Result<ModelTokenizer, TokenizerError> {
+        let is_file = model.is_file();
+        let mut found = if is_file { from_gguf::load(model)? } else { from_folder(model)? };
+        let config =
+            config.map(Path::to_owned).or_else(|| (!is_file).then(|| model.join("tokenizer_config.json")));
+        if let Some(path) = config.filter(|path| path.exists()) {
+            found.configure(&json(&path)?);
+        }
+        Ok(found)
+    }
+
+    /// Takes over what a tokenizer_config.json says.
+    fn configure(&mut self, config: &Value) {
+        // A special token is its text, or an object that has it.
+        let text = |key: &str| {
+            let value = config.get(key)?;
+            value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned)
+        };
+        self.bos_token = text("bos_token").or(self.bos_token.take());
+        self.eos_token = text("eos_token").or(self.eos_token.take());
+        // One template, or a list of named ones.
+        let template = match config.get("chat_template") {
+            Some(Value::String(template)) => Some(template.clone()),
+            Some(Value::Array(named)) => named
+                .iter()
+                .find(|entry| entry["name"] == "default")
+                .and_then(|entry| entry["template"].as_str())
+                .map(str::to_owned),
+            _ => None,
+        };
+        // A template in a file of its own goes first.
+        self.chat_template = self.chat_template.take().or(template);
+    }
+
+    /// Tokens of a text. Special tokens in it are recognized; none are added unless the tokenizer's own
+    /// post-processor does and `add_special` is set.
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
+        let encoding = self.tokenizer.encode_fast(text, add_special).map_err(TokenizerError::Definition)?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Text of tokens.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> String {
+        // Fails on ids alone that no tokenizer of this model can have given.
+        self.tokenizer.decode(ids, skip_special).unwrap_or_default()
+    }
+
+    /// Whether a token is special: not part of the text.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.tokenizer.get_added_tokens_decoder().get(&id).is_some_and(|token| token.special)
+    }
+}
+
+fn json(path: &Path) -> Result<Value, TokenizerError> {
+    let text = fs::read(path).map_err(|source| TokenizerError::Io { path: path.into(), source })?;
+    serde_json::from_slice(&text).map_err(|source| TokenizerError::Json { path: path.into(), source })
+}
+
+fn from_folder(folder: &Path) -> Result<ModelTokenizer, TokenizerError> {
+    let path = folder.join("tokenizer.json");
+    let text = fs::read(&path).map_err(|source| TokenizerError::Io { path, source })?;
+    let mut tokenizer = Tokenizer::from_bytes(text).map_err(TokenizerError::Definition)?;
+    // Length is the router's business, and a file may ask for either.
+    tokenizer.with_truncation(None).map_err(TokenizerError::Definition)?;
+    tokenizer.with_padding(None);
+    let template = folder.join("chat_template.jinja");
+    Ok(ModelTokenizer {
+        tokenizer,
+        chat_template: fs::read_to_string(template).ok(),
+        bos_token: None,
+        eos_token: None,
+    })
+}

@@ -1,0 +1,94 @@
+//! A byte-level BPE tokenizer from a GGUF file's metadata.
+
+use std::path::Path;
+
+use gguf::Gguf;
+use serde_json::{Map, Value, json};
+use tokenizers::Tokenizer;
+
+use super::{ModelTokenizer, TokenizerError};
+
+/// `token_type` of a special token in ggml's enumeration.
+const CONTROL: i32 = 3;
+/// `token_type` of a token that was added by a user of the tokenizer.
+const USER_DEFINED: i32 = 4;
+
+/// The split of Llama 3's tokenizer, from its published tokenizer.json.
+const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// Builds the definition that the tokenizer's own JSON would have, and lets the library read it.
+pub(super) fn load(path: &Path) -> Result<ModelTokenizer, TokenizerError> {
+    let file = Gguf::open(path)?;
+    let model: &str = file.require("tokenizer.ggml.model")?;
+    if model != "gpt2" {
+        let key = "tokenizer.ggml.model";
+        return Err(TokenizerError::Unsupported { key, value: model.into(), known: "gpt2" });
+    }
+    let tokens: &[String] = file.require("tokenizer.ggml.tokens")?;
+    let types: Vec<i32> = file.require("tokenizer.ggml.token_type")?;
+    let merges: &[String] = file.require("tokenizer.ggml.merges")?;
+    let special = |id: usize| types.get(id) == Some(&CONTROL);
+    let added: Vec<Value> = (0..tokens.len())
+        .filter(|&id| special(id) || types.get(id) == Some(&USER_DEFINED))
+        .map(|id| {
+            json!({
+                "id": id, "content": tokens[id], "special": special(id),
+                "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+            })
+        })
+        .collect();
+    let vocab: Map<String, Value> =
+        tokens.iter().zip(0..).map(|(token, id): (_, u32)| (token.clone(), id.into())).collect();
+    let merges: Vec<Value> = merges
+        .iter()
+        .filter_map(|merge| merge.split_once(' '))
+        .map(|(left, right)| json!([left, right]))
+        .collect();
+    let (pre_tokenizer, ignore_merges) = pre_tokenizer(file.get("tokenizer.ggml.pre")?.unwrap_or("default"))?;
+    let definition = json!({
+        "version": "1.0",
+        "truncation": null,
+        "padding": null,
+        "added_tokens": added,
+        "normalizer": null,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": null,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
+        "model": {
+            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
+            "ignore_merges": ignore_merges, "vocab": vocab, "merges": merges,
+        },
+    });
+    let text = |key: &str| -> Result<Option<String>, TokenizerError> {
+        let id: Option<u32> = file.get(key)?;
+        Ok(id.and_then(|id| tokens.get(id as usize)).cloned())
+    };
+    Ok(ModelTokenizer {
+        bos_token: text("tokenizer.ggml.bos_token_id")?,
+        eos_token: text("tokenizer.ggml.eos_token_id")?,
+        chat_template: file.get::<&str>("tokenizer.chat_template")?.map(str::to_owned),
+        tokenizer: Tokenizer::from_bytes(definition.to_string()).map_err(TokenizerError::Definition)?,
+    })
+}
+
+/// How text is split before merging, and whether a whole word of the vocabulary skips merging.
+fn pre_tokenizer(name: &str) -> Result<(Value, bool), TokenizerError> {
+    let byte_level = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
+    let sequence =
+        |first: Value, second: Value| json!({"type": "Sequence", "pretokenizers": [first, second]});
+    Ok(match name {
+        "gpt-2" => (byte_level(true), false),
+        "smollm" => (sequence(json!({"type": "Digits", "individual_digits": true}), byte_level(true)), false),
+        "llama-bpe" | "llama3" | "llama-v3" => {
+            let split = json!({
+                "type": "Split", "pattern": {"Regex": LLAMA3_SPLIT}, "behavior": "Isolated", "invert": false,
+            });
+            (sequence(split, byte_level(false)), true)
+        }
+        other => {
+            let (key, known) = ("tokenizer.ggml.pre", "gpt-2, smollm, llama-bpe");
+            return Err(TokenizerError::Unsupported { key, value: other.into(), known });
+        }
+    })
+}

@@ -1,0 +1,183 @@
+//! LoRA adapters in PEFT's format. What is read is exactly what PEFT would compute; what is not served is refused by
+//! the name of its field or tensor. Nothing is ignored.
+
+mod config;
+mod pattern;
+mod tensors;
+
+use std::{fmt, path::Path};
+
+use kernels::LoraPart;
+use sha2::{Digest, Sha256};
+
+use crate::{Config, LoadError};
+
+/// Name of an adapter's configuration in its folder.
+pub const CONFIG_FILE: &str = "adapter_config.json";
+/// Name of an adapter's tensors in its folder.
+pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+
+/// SHA-256 of all that determines an adapter's output.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ContentHash(pub [u8; 32]);
+
+impl fmt::Debug for ContentHash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0[..6].iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+/// Why an adapter was refused.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AdapterError {
+    /// A file that cannot be read, is cut short or corrupt.
+    #[error(transparent)]
+    File(#[from] LoadError),
+    /// A file that must be there.
+    #[error("{0} is missing")]
+    NoFile(&'static str),
+    /// A field whose value we cannot serve exactly.
+    #[error("{CONFIG_FILE}: {field} = {value} is not supported")]
+    Unsupported {
+        /// The field.
+        field: String,
+        /// Its value.
+        value: String,
+    },
+    /// A field that is missing or of another type.
+    #[error("{CONFIG_FILE}: {field} is missing or not {expected}")]
+    Field {
+        /// The field.
+        field: &'static str,
+        /// What it should be.
+        expected: &'static str,
+    },
+    /// A pattern that is no regular expression.
+    #[error("{CONFIG_FILE}: {field}: {source}")]
+    Pattern {
+        /// The field.
+        field: &'static str,
+        /// The cause.
+        source: regex::Error,
+    },
+    /// A target that this model does not have, or that deltas cannot attach to.
+    #[error("{CONFIG_FILE}: target_modules: {0:?} is no projection of this model that an adapter can change")]
+    Target(String),
+    /// No module of this model is targeted.
+    #[error("{CONFIG_FILE}: no module of this model is targeted")]
+    NoTarget,
+    /// A tensor that belongs to no targeted module.
+    #[error("{WEIGHTS_FILE}: tensor {0} belongs to no targeted module of this model")]
+    UnknownTensor(String),
+    /// A tensor that a targeted module needs.
+    #[error("{WEIGHTS_FILE}: tensor {0} is missing")]
+    MissingTensor(String),
+    /// A tensor of another shape than model and configuration imply.
+    #[error("{WEIGHTS_FILE}: tensor {name} has the shape {got:?}, expected {expected:?}")]
+    Shape {
+        /// The tensor.
+        name: String,
+        /// Its shape.
+        got: Vec<usize>,
+        /// The expected shape.
+        expected: [usize; 2],
+    },
+    /// A value that is no number.
+    #[error("{WEIGHTS_FILE}: tensor {0} has NaN or infinite values")]
+    NotFinite(String),
+}
+
+/// An adapter, ready to be staged.
+#[derive(Debug, Clone)]
+pub struct Adapter {
+    /// Its identity.
+    pub hash: ContentHash,
+    /// Its deltas, by site and slice.
+    pub parts: Vec<LoraPart>,
+    /// Its largest LoRA rank.
+    pub max_lora_rank: usize,
+    /// Names of the modules that it changes, distinct and sorted.
+    pub sites: Vec<String>,
+}
+
+/// A module that deltas can attach to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Module {
+    /// Its path in the model, such as `model.layers.0.self_attn.q_proj`.
+    path: String,
+    site: usize,
+    slice: usize,
+    inputs: usize,
+    outputs: usize,
+}
+
+impl Module {
+    /// Last part of the path.
+    fn name(&self) -> &str {
+        self.path.rsplit('.').next().unwrap_or_default()
+    }
+
+    /// All modules of a model, in the order of its sites.
+    fn all(config: &Config) -> Vec<Module> {
+        let sites = config.sites();
+        let names: [&[&str]; 4] = [
+            &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+            &["self_attn.o_proj"],
+            &["mlp.gate_proj", "mlp.up_proj"],
+            &["mlp.down_proj"],
+        ];
+        let path = |site: usize, slice: usize| {
+            let (layer, within) = (site / names.len(), site % names.len());
+            if layer == config.layers {
+                "lm_head".into()
+            } else {
+                format!("model.layers.{layer}.{}", names[within][slice])
+            }
+        };
+        let module = |site: usize, slice: usize| Module {
+            path: path(site, slice),
+            site,
+            slice,
+            inputs: sites[site].inputs,
+            outputs: sites[site].outputs[slice],
+        };
+        (0..sites.len())
+            .flat_map(|site| (0..sites[site].outputs.len()).map(move |slice| (site, slice)))
+            .map(|(site, slice)| module(site, slice))
+            .collect()
+    }
+}
+
+/// Reads the adapter in a folder and checks it against a model.
+pub fn read(folder: &Path, model: &Config) -> Result<Adapter, AdapterError> {
+    let config = config::AdapterConfig::read(folder)?;
+    let modules = Module::all(model);
+    let targets = config.targets(&modules)?;
+    let parts = tensors::read(folder, &config, &targets)?;
+    let mut sites: Vec<String> = targets.iter().map(|module| module.name().to_owned()).collect();
+    sites.sort_unstable();
+    sites.dedup();
+    Ok(Adapter {
+        hash: hash(&parts),
+        max_lora_rank: parts.iter().map(|part| part.lora_rank).max().unwrap_or(0),
+        parts,
+        sites,
+    })
+}
+
+/// Hashes what the kernels will compute with: two folders that give the same output have the same identity, however
+/// they are written.
+fn hash(parts: &[LoraPart]) -> ContentHash {
+    let mut sha = Sha256::new();
+    for part in parts {
+        for number in [part.site, part.slice, part.lora_rank, part.a.len(), part.b.len()] {
+            sha.update((number as u64).to_le_bytes());
+        }
+        for values in [&part.a, &part.b] {
+            let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+            sha.update(&bytes);
+        }
+    }
+    ContentHash(sha.finalize().into())
+}

@@ -1,0 +1,202 @@
+//! `adapter_config.json`: which modules are changed, at which rank, by which scale.
+
+use std::{fs, path::Path};
+
+use serde::{
+    Deserialize, Deserializer,
+    de::{MapAccess, Visitor},
+};
+use serde_json::{Map, Value};
+
+use super::{
+    AdapterError, CONFIG_FILE, Module,
+    pattern::{LayerFilter, Targets, pattern_key},
+};
+use crate::LoadError;
+
+/// Fields that have no say in the output.
+const HARMLESS: [&str; 11] = [
+    "auto_mapping",
+    "base_model_name_or_path",
+    "ensure_weight_tying",
+    "inference_mode",
+    "lora_dropout",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+];
+
+/// Ways to initialize that change the base weights: the tensors alone do not give the adapter's output.
+const CHANGES_BASE: [&str; 5] = ["pissa", "olora", "loftq", "corda", "lora_ga"];
+
+/// A map in the order of the file: PEFT takes the first pattern that matches.
+struct Ordered<T>(Vec<(String, T)>);
+
+impl<T> Default for Ordered<T> {
+    fn default() -> Self {
+        Ordered(Vec::new())
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Ordered<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Entries<T>(std::marker::PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Entries<T> {
+            type Value = Ordered<T>;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a map from patterns to numbers")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    entries.push(entry);
+                }
+                Ok(Ordered(entries))
+            }
+
+            fn visit_unit<E>(self) -> Result<Self::Value, E> {
+                Ok(Ordered(Vec::new()))
+            }
+        }
+        deserializer.deserialize_any(Entries(std::marker::PhantomData))
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+pub(super) enum OneOrMany<T> {
+    One(T),
+    Many(Vec<T>),
+}
+
+/// The fields that have a say. All others are in `rest`.
+#[derive(Deserialize)]
+struct File {
+    peft_type: Option<String>,
+    r: usize,
+    lora_alpha: f64,
+    target_modules: Option<OneOrMany<String>>,
+    exclude_modules: Option<OneOrMany<String>>,
+    layers_to_transform: Option<OneOrMany<usize>>,
+    layers_pattern: Option<OneOrMany<String>>,
+    #[serde(default)]
+    rank_pattern: Ordered<usize>,
+    #[serde(default)]
+    alpha_pattern: Ordered<f64>,
+    use_rslora: Option<bool>,
+    fan_in_fan_out: Option<bool>,
+    bias: Option<String>,
+    init_lora_weights: Option<Value>,
+    #[serde(flatten)]
+    rest: Map<String, Value>,
+}
+
+/// See the module.
+pub(super) struct AdapterConfig {
+    file: File,
+    targets: Targets,
+    excluded: Option<Targets>,
+    layers: LayerFilter,
+}
+
+impl AdapterConfig {
+    pub(super) fn read(folder: &Path) -> Result<AdapterConfig, AdapterError> {
+        let path = folder.join(CONFIG_FILE);
+        if !path.exists() {
+            return Err(AdapterError::NoFile(CONFIG_FILE));
+        }
+        let text = fs::read(&path).map_err(|source| LoadError::Io { path: path.clone(), source })?;
+        let json = |source| LoadError::Json { path: path.clone(), source };
+        let file: File = serde_json::from_slice(&text).map_err(json)?;
+        file.check()?;
+        let Some(targets) = &file.target_modules else {
+            return Err(AdapterError::Field { field: "target_modules", expected: "a list or a pattern" });
+        };
+        Ok(AdapterConfig {
+            targets: Targets::new("target_modules", targets)?,
+            excluded: file
+                .exclude_modules
+                .as_ref()
+                .map(|list| Targets::new("exclude_modules", list))
+                .transpose()?,
+            layers: LayerFilter::new(file.layers_to_transform.as_ref(), file.layers_pattern.as_ref())?,
+            file,
+        })
+    }
+
+    /// The modules that are changed.
+    pub(super) fn targets<'a>(&self, modules: &'a [Module]) -> Result<Vec<&'a Module>, AdapterError> {
+        if let Some(unknown) = self.targets.unknown(modules) {
+            return Err(AdapterError::Target(unknown.to_owned()));
+        }
+        let targeted = modules.iter().filter(|module| {
+            let path = &module.path;
+            !self.excluded.as_ref().is_some_and(|excluded| excluded.matches(path))
+                && self.targets.matches(path)
+                && (self.targets.is_pattern() || self.layers.allows(path))
+        });
+        let targeted: Vec<&Module> = targeted.collect();
+        if targeted.is_empty() { Err(AdapterError::NoTarget) } else { Ok(targeted) }
+    }
+
+    /// LoRA rank of a module.
+    pub(super) fn lora_rank(&self, module: &Module) -> Result<usize, AdapterError> {
+        Ok(pattern_key("rank_pattern", &self.file.rank_pattern.0, &module.path)?.unwrap_or(self.file.r))
+    }
+
+    /// What a module's delta is multiplied with: α/r, or α/√r (rsLoRA, Kalajdzievski, 2023).
+    pub(super) fn scale(&self, module: &Module) -> Result<f32, AdapterError> {
+        let lora_rank = self.lora_rank(module)? as f64;
+        let alpha = pattern_key("alpha_pattern", &self.file.alpha_pattern.0, &module.path)?;
+        let alpha = alpha.unwrap_or(self.file.lora_alpha);
+        let divisor = if self.file.use_rslora == Some(true) { lora_rank.sqrt() } else { lora_rank };
+        Ok((alpha / divisor) as f32)
+    }
+}
+
+impl File {
+    /// Refuses what would change the output in a way that is not served.
+    fn check(&self) -> Result<(), AdapterError> {
+        let refuse = |field: &str, value: &dyn std::fmt::Display| {
+            Err(AdapterError::Unsupported { field: field.into(), value: value.to_string() })
+        };
+        if self.peft_type.as_deref() != Some("LORA") {
+            return refuse("peft_type", &self.peft_type.as_deref().unwrap_or("null"));
+        }
+        if self.r == 0 || self.rank_pattern.0.iter().any(|(_, rank)| *rank == 0) {
+            return Err(AdapterError::Field { field: "r", expected: "a positive integer" });
+        }
+        let alphas = self.alpha_pattern.0.iter().map(|(_, alpha)| alpha).chain([&self.lora_alpha]);
+        if alphas.into_iter().any(|alpha| !alpha.is_finite()) {
+            return Err(AdapterError::Field { field: "lora_alpha", expected: "a finite number" });
+        }
+        if let Some(bias) = self.bias.as_deref().filter(|bias| *bias != "none") {
+            return refuse("bias", &bias);
+        }
+        if self.fan_in_fan_out == Some(true) {
+            return refuse("fan_in_fan_out", &true);
+        }
+        if let Some(Value::String(init)) = &self.init_lora_weights
+            && CHANGES_BASE.iter().any(|kind| init.starts_with(kind))
+        {
+            return refuse("init_lora_weights", init);
+        }
+        for (field, value) in &self.rest {
+            let is_empty = match value {
+                Value::Null | Value::Bool(false) => true,
+                Value::Array(items) => items.is_empty(),
+                Value::Object(fields) => fields.is_empty(),
+                _ => false,
+            };
+            if !is_empty && !HARMLESS.contains(&field.as_str()) {
+                return refuse(field, value);
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,164 @@
+//! PEFT's ways to name modules (`peft/tuners/tuners_utils.py`: `check_target_module_exists`, and
+//! `peft/utils/other.py`: `get_pattern_key`).
+
+use regex::Regex;
+
+use super::{AdapterError, Module, config::OneOrMany};
+
+/// PEFT's word for every projection but the output's.
+const ALL_LINEAR: &str = "all-linear";
+/// A module that exists but that deltas cannot attach to here.
+const EMBEDDINGS: &str = "model.embed_tokens";
+
+/// Modules by a list of names or path endings, or by a pattern of the whole path.
+pub(super) enum Targets {
+    Names(Vec<String>),
+    Pattern(Regex),
+    AllLinear,
+}
+
+/// A regular expression that must match the whole text.
+fn whole(field: &'static str, pattern: &str) -> Result<Regex, AdapterError> {
+    Regex::new(&format!("^(?:{pattern})$")).map_err(|source| AdapterError::Pattern { field, source })
+}
+
+impl Targets {
+    pub(super) fn new(field: &'static str, value: &OneOrMany<String>) -> Result<Targets, AdapterError> {
+        Ok(match value {
+            OneOrMany::One(all) if all == ALL_LINEAR => Targets::AllLinear,
+            OneOrMany::One(pattern) => Targets::Pattern(whole(field, pattern)?),
+            OneOrMany::Many(names) => Targets::Names(names.clone()),
+        })
+    }
+
+    /// Whether a layer filter is not asked: PEFT applies it to lists only.
+    pub(super) fn is_pattern(&self) -> bool {
+        matches!(self, Targets::Pattern(_))
+    }
+
+    pub(super) fn matches(&self, path: &str) -> bool {
+        match self {
+            Targets::Names(names) => names.iter().any(|name| ends_with(path, name)),
+            Targets::Pattern(pattern) => pattern.is_match(path),
+            Targets::AllLinear => path != "lm_head",
+        }
+    }
+
+    /// A target that deltas cannot attach to.
+    pub(super) fn unknown(&self, modules: &[Module]) -> Option<&str> {
+        match self {
+            Targets::Names(names) => names
+                .iter()
+                .find(|name| !modules.iter().any(|module| ends_with(&module.path, name)))
+                .map(String::as_str),
+            Targets::Pattern(pattern) => pattern.is_match(EMBEDDINGS).then_some(EMBEDDINGS),
+            Targets::AllLinear => None,
+        }
+    }
+}
+
+/// Whether a path is a name, or ends in it as a whole part.
+fn ends_with(path: &str, name: &str) -> bool {
+    path.strip_suffix(name).is_some_and(|before| before.is_empty() || before.ends_with('.'))
+}
+
+/// Which layers are changed.
+pub(super) struct LayerFilter {
+    layers: Option<Vec<usize>>,
+    /// Each has the layer's number as its first group.
+    patterns: Vec<Regex>,
+}
+
+impl LayerFilter {
+    pub(super) fn new(
+        layers: Option<&OneOrMany<usize>>,
+        patterns: Option<&OneOrMany<String>>,
+    ) -> Result<LayerFilter, AdapterError> {
+        let names: Vec<&str> = match patterns {
+            None => Vec::new(),
+            Some(OneOrMany::One(name)) => vec![name],
+            Some(OneOrMany::Many(names)) => names.iter().map(String::as_str).collect(),
+        };
+        let sources: Vec<String> = if names.is_empty() {
+            vec![r"^.*\.[^.]*\.(\d+)\.".into()]
+        } else {
+            names.iter().map(|name| format!(r"^.*\.{name}\.(\d+)\.")).collect()
+        };
+        let compile = |source: &String| {
+            Regex::new(source).map_err(|source| AdapterError::Pattern { field: "layers_pattern", source })
+        };
+        let layers = match layers {
+            None => None,
+            Some(OneOrMany::One(layer)) => Some(vec![*layer]),
+            // PEFT takes an empty list for "no filter".
+            Some(OneOrMany::Many(layers)) => (!layers.is_empty()).then(|| layers.clone()),
+        };
+        Ok(LayerFilter { layers, patterns: sources.iter().map(compile).collect::<Result<_, _>>()? })
+    }
+
+    pub(super) fn allows(&self, path: &str) -> bool {
+        let Some(layers) = &self.layers else { return true };
+        let number =
+            self.patterns.iter().find_map(|pattern| pattern.captures(path)?.get(1)?.as_str().parse().ok());
+        number.is_some_and(|number: usize| layers.contains(&number))
+    }
+}
+
+/// The value of the first pattern that matches the end of a path.
+pub(super) fn pattern_key<T: Copy>(
+    field: &'static str,
+    patterns: &[(String, T)],
+    path: &str,
+) -> Result<Option<T>, AdapterError> {
+    for (pattern, value) in patterns {
+        if whole(field, &format!(r"(?:.*\.)?(?:{pattern})"))?.is_match(path) {
+            return Ok(Some(*value));
+        }
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_whole_parts_of_a_path() {
+        for (path, name, matches) in [
+            ("model.layers.0.self_attn.q_proj", "q_proj", true),
+            ("model.layers.0.self_attn.q_proj", "self_attn.q_proj", true),
+            ("model.layers.0.self_attn.q_proj", "proj", false),
+            ("lm_head", "lm_head", true),
+            ("model.layers.10.mlp.up_proj", "0.mlp.up_proj", false),
+        ] {
+            assert_eq!(ends_with(path, name), matches, "{name} in {path}");
+        }
+    }
+
+    #[test]
+    fn layers_are_filtered_by_number() {
+        let some = LayerFilter::new(Some(&OneOrMany::Many(vec![1, 3])), None).unwrap();
+        assert!(some.allows("model.layers.1.mlp.up_proj"));
+        assert!(!some.allows("model.layers.2.mlp.up_proj"));
+        assert!(!some.allows("lm_head"));
+        let named =
+            LayerFilter::new(Some(&OneOrMany::One(2)), Some(&OneOrMany::One("layers".into()))).unwrap();
+        assert!(named.allows("model.layers.2.mlp.up_proj"));
+        assert!(LayerFilter::new(None, None).unwrap().allows("lm_head"));
+    }
+
+    #[test]
+    fn the_first_pattern_wins() {
+        let patterns =
+            [("q_proj".to_owned(), 4), (r"layers\.1\..*".to_owned(), 8), ("up_proj".to_owned(), 16)];
+        for (path, value) in [
+            ("model.layers.1.self_attn.q_proj", Some(4)),
+            ("model.layers.1.mlp.up_proj", Some(8)),
+            ("model.layers.0.mlp.up_proj", Some(16)),
+            ("model.layers.0.mlp.cup_proj", None),
+        ] {
+            assert_eq!(pattern_key("rank_pattern", &patterns, path).unwrap(), value, "{path}");
+        }
+        assert!(pattern_key("rank_pattern", &[("(".to_owned(), 1)], "x").is_err());
+    }
+}

@@ -1,0 +1,78 @@
+//! `adapter_model.safetensors`: A and B of every targeted module.
+
+use std::{collections::HashMap, path::Path};
+
+use kernels::{HostTensor, LoraPart};
+
+use super::{AdapterError, Module, WEIGHTS_FILE, config::AdapterConfig};
+use crate::weights::safetensors::TensorFile;
+
+/// What PEFT puts in front of a module's path.
+const PREFIX: &str = "base_model.model.";
+
+/// Where a tensor belongs: a module's path and "A" or "B".
+fn place(name: &str) -> Option<(&str, char)> {
+    let path = name.strip_prefix(PREFIX)?.strip_suffix(".weight")?;
+    // Checkpoints of a training run keep the adapter's name.
+    let path = path.strip_suffix(".default").unwrap_or(path);
+    let (module, matrix) = path.rsplit_once(".lora_")?;
+    match matrix {
+        "A" => Some((module, 'A')),
+        "B" => Some((module, 'B')),
+        _ => None,
+    }
+}
+
+/// Reads the deltas of all targets, in their order.
+pub(super) fn read(
+    folder: &Path,
+    config: &AdapterConfig,
+    targets: &[&Module],
+) -> Result<Vec<LoraPart>, AdapterError> {
+    let path = folder.join(WEIGHTS_FILE);
+    if !path.exists() {
+        return Err(AdapterError::NoFile(WEIGHTS_FILE));
+    }
+    let file = TensorFile::open(&path)?;
+    let names: Vec<String> = file.names().collect();
+    let mut places: HashMap<(&str, char), &str> = HashMap::new();
+    for name in &names {
+        let found = place(name).filter(|(path, _)| targets.iter().any(|module| module.path == *path));
+        let twice = found.is_some_and(|found| places.insert(found, name).is_some());
+        if found.is_none() || twice {
+            return Err(AdapterError::UnknownTensor(name.clone()));
+        }
+    }
+    targets.iter().map(|module| part(&file, &places, config, module)).collect()
+}
+
+fn part(
+    file: &TensorFile,
+    places: &HashMap<(&str, char), &str>,
+    config: &AdapterConfig,
+    module: &Module,
+) -> Result<LoraPart, AdapterError> {
+    let lora_rank = config.lora_rank(module)?;
+    let matrix = |which: char, expected: [usize; 2]| {
+        let name = places.get(&(module.path.as_str(), which)).copied();
+        let missing = || AdapterError::MissingTensor(format!("{PREFIX}{}.lora_{which}.weight", module.path));
+        values(file, name.ok_or_else(missing)?, expected)
+    };
+    let a = matrix('A', [lora_rank, module.inputs])?;
+    let mut b = matrix('B', [module.outputs, lora_rank])?;
+    let scale = config.scale(module)?;
+    b.iter_mut().for_each(|x| *x *= scale);
+    Ok(LoraPart { site: module.site, slice: module.slice, lora_rank, a, b })
+}
+
+fn values(file: &TensorFile, name: &str, expected: [usize; 2]) -> Result<Vec<f32>, AdapterError> {
+    let (shape, dtype, data) = file.read(name)?;
+    if shape != expected {
+        return Err(AdapterError::Shape { name: name.into(), got: shape, expected });
+    }
+    let values = HostTensor { dtype, rows: expected[0], cols: expected[1], data: data.into() }.to_f32();
+    if values.iter().any(|x| !x.is_finite()) {
+        return Err(AdapterError::NotFinite(name.into()));
+    }
+    Ok(values)
+}

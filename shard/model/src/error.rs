@@ -1,0 +1,91 @@
+//! What a model can be refused for.
+
+use std::{io, path::PathBuf};
+
+/// Result of loading.
+pub type Result<T> = std::result::Result<T, LoadError>;
+
+/// Why a model was refused.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LoadError {
+    /// A file cannot be read.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// A file is not the JSON that it should be.
+    #[error("{}: {source}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: serde_json::Error,
+    },
+    /// A GGUF file's own fault.
+    #[error(transparent)]
+    Gguf(#[from] gguf::Error),
+    /// A safetensors file that is cut short or wrong.
+    #[error("{}: {fault}", path.display())]
+    Safetensors {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        fault: String,
+    },
+    /// A value that we cannot serve exactly.
+    #[error("{field} {value} is not supported{}", if known.is_empty() { String::new() } else { format!("; known are {known}") })]
+    Unsupported {
+        /// The field of the configuration.
+        field: &'static str,
+        /// Its value.
+        value: String,
+        /// What would be.
+        known: &'static str,
+    },
+    /// A field of the configuration that is missing, or of another type.
+    #[error("{field} is missing or not {expected}")]
+    Field {
+        /// The field.
+        field: &'static str,
+        /// What it should be.
+        expected: &'static str,
+    },
+    /// Sizes that contradict each other.
+    #[error("{what}: {got}, expected {expected}")]
+    Inconsistent {
+        /// What has the size.
+        what: &'static str,
+        /// The size.
+        got: usize,
+        /// The size that others imply.
+        expected: usize,
+    },
+    /// No such tensor.
+    #[error("tensor {0} is missing")]
+    MissingTensor(String),
+    /// A tensor of another shape than the configuration implies.
+    #[error("tensor {name} has the shape {got:?}, expected {expected:?}")]
+    Shape {
+        /// The tensor.
+        name: String,
+        /// Its shape.
+        got: Vec<usize>,
+        /// The shape that the configuration implies.
+        expected: Vec<usize>,
+    },
+    /// A tensor of a type that we do not read.
+    #[error("tensor {name} has the type {dtype}, known are F32, F16 and BF16")]
+    TensorType {
+        /// The tensor.
+        name: String,
+        /// Its type.
+        dtype: String,
+    },
+    /// The backend cannot hold it.
+    #[error(transparent)]
+    Kernels(#[from] kernels::Error),
+}

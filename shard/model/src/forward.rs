@@ -1,0 +1,261 @@
+//! The forward pass of a Llama-like decoder.
+
+use std::path::Path;
+
+use kernels::{Attention, Backend, Comm, Heads, HostTensor, LinearLora, LoraSite, RowSet};
+
+use crate::{
+    Config, LoadError, LoadProgress, Result,
+    weights::{self, Source},
+};
+
+/// Sites of one layer, see [`Config::sites`].
+const SITES: usize = 4;
+
+/// What one step brings to the forward pass.
+pub struct Pass<'a, B: Backend> {
+    /// The device.
+    pub ops: &'a B,
+    /// The rows.
+    pub batch: &'a B::Batch,
+    /// Resident adapters.
+    pub slots: &'a B::LoraSlots,
+    /// Tokens sampled last.
+    pub sampler: &'a B::Sampler,
+    /// The other ranks.
+    pub comm: &'a dyn Comm<B>,
+}
+
+/// Activations, allocated once for the largest step.
+pub struct Scratch<B: Backend> {
+    /// Logits of the rows that wanted them, `[logit rows, vocab]`.
+    pub logits: B::Mat,
+    x: B::Mat,
+    residual: B::Mat,
+    qkv: B::Mat,
+    attn: B::Mat,
+    gate_up: B::Mat,
+    act: B::Mat,
+    last: B::Mat,
+}
+
+/// Keys and values of all layers.
+pub struct KvCache<B: Backend> {
+    layers: Vec<B::Kv>,
+}
+
+/// A projection with its low-rank site.
+struct Linear<B: Backend> {
+    weight: B::Weight,
+    bias: Option<B::Vector>,
+    site: usize,
+}
+
+impl<B: Backend> Linear<B> {
+    fn forward(&self, pass: &Pass<'_, B>, x: &B::Mat, y: &mut B::Mat) -> kernels::Result<()> {
+        let lora = LinearLora { slots: pass.slots, site: self.site, batch: pass.batch, rows: RowSet::All };
+        pass.ops.linear(x, &self.weight, self.bias.as_ref(), Some(lora), y)
+    }
+}
+
+struct Layer<B: Backend> {
+    attn_norm: B::Vector,
+    qkv: Linear<B>,
+    o: Linear<B>,
+    mlp_norm: B::Vector,
+    gate_up: Linear<B>,
+    down: Linear<B>,
+}
+
+/// A model's weights on a device.
+pub struct Model<B: Backend> {
+    config: Config,
+    embed: B::Weight,
+    layers: Vec<Layer<B>>,
+    norm: B::Vector,
+    /// `None` when the embedding table serves.
+    lm_head: Option<B::Weight>,
+    rope: B::Rope,
+}
+
+impl<B: Backend> Model<B> {
+    /// Loads a GGUF file or a folder in Hugging Face layout, and tells how far it is.
+    pub fn load(ops: &B, path: &Path, progress: &mut dyn FnMut(LoadProgress)) -> Result<Model<B>> {
+        let (config, source) = weights::open(path)?;
+        let total_bytes = source.total_bytes();
+        let mut loader =
+            Loader { ops, source: &*source, progress, done: LoadProgress { done_bytes: 0, total_bytes } };
+        let embed = loader.weight(&[("model.embed_tokens", config.vocab)], config.hidden)?;
+        let layers = (0..config.layers).map(|i| loader.layer(&config, i)).collect::<Result<_>>()?;
+        let norm = loader.vector("model.norm.weight", config.hidden)?;
+        let lm_head = match config.tied {
+            true => None,
+            false => Some(loader.weight(&[("lm_head", config.vocab)], config.hidden)?),
+        };
+        let rope = ops.rope(&config.rope.inv_freq(config.heads.dim), config.max_positions, 1.0)?;
+        Ok(Model { embed, layers, norm, lm_head, rope, config })
+    }
+
+    /// What the model looks like.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Where low-rank deltas can attach.
+    pub fn sites(&self) -> Vec<LoraSite> {
+        self.config.sites()
+    }
+
+    /// Keys and values of all layers, for `blocks` blocks.
+    pub fn kv_cache(&self, ops: &B, blocks: usize) -> kernels::Result<KvCache<B>> {
+        let layers =
+            self.layers.iter().map(|_| ops.kv(blocks, self.config.heads)).collect::<kernels::Result<_>>()?;
+        Ok(KvCache { layers })
+    }
+
+    /// Bytes of one block, all layers together.
+    pub fn kv_block_bytes(&self, ops: &B) -> usize {
+        ops.kv_block_bytes(self.config.heads) * self.layers.len()
+    }
+
+    /// Activations for steps of up to `max_rows` rows, `max_logit_rows` of them with logits.
+    pub fn scratch(&self, ops: &B, max_rows: usize, max_logit_rows: usize) -> kernels::Result<Scratch<B>> {
+        let Config { hidden, ffn, vocab, heads, .. } = self.config;
+        Ok(Scratch {
+            logits: ops.wide_mat(max_logit_rows, vocab)?,
+            x: ops.mat(max_rows, hidden)?,
+            residual: ops.wide_mat(max_rows, hidden)?,
+            qkv: ops.mat(max_rows, heads.qkv_cols())?,
+            attn: ops.mat(max_rows, heads.query * heads.dim)?,
+            gate_up: ops.mat(max_rows, 2 * ffn)?,
+            act: ops.mat(max_rows, ffn)?,
+            last: ops.mat(max_logit_rows, hidden)?,
+        })
+    }
+
+    /// Runs one step: stores its keys and values and computes the logits that it wants.
+    pub fn forward(
+        &self,
+        pass: &Pass<'_, B>,
+        s: &mut Scratch<B>,
+        kv: &mut KvCache<B>,
+    ) -> kernels::Result<()> {
+        let ops = pass.ops;
+        ops.step(pass.batch, || {
+            ops.embed(pass.batch, pass.sampler, &self.embed, &mut s.x)?;
+            for (i, (layer, kv)) in self.layers.iter().zip(&mut kv.layers).enumerate() {
+                if i == 0 {
+                    ops.rms_norm(&mut s.x, &mut s.residual, &layer.attn_norm, self.config.rms_eps)?;
+                } else {
+                    ops.add_rms_norm(&mut s.x, &mut s.residual, &layer.attn_norm, self.config.rms_eps)?;
+                }
+                self.layer(layer, pass, s, kv)?;
+            }
+            ops.add_rms_norm(&mut s.x, &mut s.residual, &self.norm, self.config.rms_eps)?;
+            ops.gather_logit_rows(&s.x, pass.batch, &mut s.last)?;
+            let site = self.layers.len() * SITES;
+            let lora = LinearLora { slots: pass.slots, site, batch: pass.batch, rows: RowSet::Logits };
+            let head = self.lm_head.as_ref().unwrap_or(&self.embed);
+            ops.linear(&s.last, head, None, Some(lora), &mut s.logits)
+        })
+    }
+
+    /// One layer behind its first norm; leaves what it adds to the residual stream in `s.x`.
+    fn layer(
+        &self,
+        layer: &Layer<B>,
+        pass: &Pass<'_, B>,
+        s: &mut Scratch<B>,
+        kv: &mut B::Kv,
+    ) -> kernels::Result<()> {
+        let Config { heads, window, rms_eps, .. } = self.config;
+        let attention = Attention { heads, scale: 1.0 / (heads.dim as f32).sqrt(), window, softcap: None };
+        layer.qkv.forward(pass, &s.x, &mut s.qkv)?;
+        pass.ops.rope_and_store(&mut s.qkv, heads, &self.rope, pass.batch, kv)?;
+        pass.ops.paged_attention(&s.qkv, &attention, pass.batch, kv, &mut s.attn)?;
+        layer.o.forward(pass, &s.attn, &mut s.x)?;
+        pass.comm.all_reduce(&mut s.x)?;
+        pass.ops.add_rms_norm(&mut s.x, &mut s.residual, &layer.mlp_norm, rms_eps)?;
+        layer.gate_up.forward(pass, &s.x, &mut s.gate_up)?;
+        pass.ops.silu_mul(&s.gate_up, &mut s.act)?;
+        layer.down.forward(pass, &s.act, &mut s.x)?;
+        pass.comm.all_reduce(&mut s.x)
+    }
+}
+
+/// Reads tensors, checks their shapes, and puts them on the device.
+struct Loader<'a, B: Backend> {
+    ops: &'a B,
+    source: &'a dyn Source,
+    progress: &'a mut dyn FnMut(LoadProgress),
+    done: LoadProgress,
+}
+
+impl<B: Backend> Loader<'_, B> {
+    fn tensor(&mut self, name: &str, rows: usize, cols: usize) -> Result<HostTensor<'static>> {
+        let tensor = self.source.tensor(name)?;
+        if (tensor.rows, tensor.cols) != (rows, cols) {
+            let (got, expected) = (vec![tensor.rows, tensor.cols], vec![rows, cols]);
+            return Err(LoadError::Shape { name: name.into(), got, expected });
+        }
+        self.done.done_bytes += self.source.bytes(name);
+        (self.progress)(self.done);
+        Ok(tensor)
+    }
+
+    /// The rows of several modules' weights, one after the other.
+    fn weight(&mut self, modules: &[(&str, usize)], cols: usize) -> Result<B::Weight> {
+        let parts =
+            modules.iter().map(|(module, rows)| self.tensor(&format!("{module}.weight"), *rows, cols));
+        let parts = parts.collect::<Result<Vec<_>>>()?;
+        Ok(self.ops.weight(&parts)?)
+    }
+
+    fn values(&mut self, name: &str, len: usize) -> Result<Vec<f32>> {
+        let tensor = self.tensor(name, 1, len)?;
+        Ok(tensor.to_f32())
+    }
+
+    fn vector(&mut self, name: &str, len: usize) -> Result<B::Vector> {
+        let values = self.values(name, len)?;
+        Ok(self.ops.vector(&values)?)
+    }
+
+    fn linear(
+        &mut self,
+        modules: &[(&str, usize)],
+        cols: usize,
+        (bias, site): (bool, usize),
+    ) -> Result<Linear<B>> {
+        let weight = self.weight(modules, cols)?;
+        let bias = if bias {
+            let values = modules.iter().map(|(module, rows)| self.values(&format!("{module}.bias"), *rows));
+            let values = values.collect::<Result<Vec<_>>>()?.concat();
+            Some(self.ops.vector(&values)?)
+        } else {
+            None
+        };
+        Ok(Linear { weight, bias, site })
+    }
+
+    fn layer(&mut self, config: &Config, i: usize) -> Result<Layer<B>> {
+        let at = |part: &str| format!("model.layers.{i}.{part}");
+        let (hidden, ffn, Heads { query, kv, dim }) = (config.hidden, config.ffn, config.heads);
+        let [q, k, v, o] = ["q", "k", "v", "o"].map(|part| at(&format!("self_attn.{part}_proj")));
+        let [gate, up, down] = ["gate", "up", "down"].map(|part| at(&format!("mlp.{part}_proj")));
+        let site = i * SITES;
+        let (attention, mlp) = (config.attention_bias, config.mlp_bias);
+        Ok(Layer {
+            attn_norm: self.vector(&at("input_layernorm.weight"), hidden)?,
+            qkv: self.linear(
+                &[(&q, query * dim), (&k, kv * dim), (&v, kv * dim)],
+                hidden,
+                (attention, site),
+            )?,
+            o: self.linear(&[(&o, hidden)], query * dim, (attention, site + 1))?,
+            mlp_norm: self.vector(&at("post_attention_layernorm.weight"), hidden)?,
+            gate_up: self.linear(&[(&gate, ffn), (&up, ffn)], hidden, (mlp, site + 2))?,
+            down: self.linear(&[(&down, hidden)], ffn, (mlp, site + 3))?,
+        })
+    }
+}

@@ -1,0 +1,106 @@
+//! Tensors of a Llama in a GGUF file, under their Hugging Face names.
+
+use std::path::Path;
+
+use gguf::Gguf;
+use kernels::{DType, HostTensor};
+
+use super::Source;
+use crate::{Config, LoadError, Result};
+
+/// An open file.
+pub(super) struct GgufSource {
+    file: Gguf,
+    query_heads: usize,
+    kv_heads: usize,
+}
+
+/// Opens a file.
+pub(super) fn open(path: &Path) -> Result<(Config, GgufSource)> {
+    let file = Gguf::open(path)?;
+    let config = Config::from_gguf(&file)?;
+    let (query_heads, kv_heads) = (config.heads.query, config.heads.kv);
+    Ok((config, GgufSource { file, query_heads, kv_heads }))
+}
+
+/// The file's name of a tensor.
+fn ggml_name(name: &str) -> Option<String> {
+    let rest = name.strip_suffix(".weight")?;
+    let ggml = match rest {
+        "model.embed_tokens" => "token_embd".into(),
+        "model.norm" => "output_norm".into(),
+        "lm_head" => "output".into(),
+        _ => {
+            let (layer, part) = rest.strip_prefix("model.layers.")?.split_once('.')?;
+            let part = match part {
+                "input_layernorm" => "attn_norm",
+                "post_attention_layernorm" => "ffn_norm",
+                "self_attn.q_proj" => "attn_q",
+                "self_attn.k_proj" => "attn_k",
+                "self_attn.v_proj" => "attn_v",
+                "self_attn.o_proj" => "attn_output",
+                "mlp.gate_proj" => "ffn_gate",
+                "mlp.up_proj" => "ffn_up",
+                "mlp.down_proj" => "ffn_down",
+                _ => return None,
+            };
+            format!("blk.{layer}.{part}")
+        }
+    };
+    Some(ggml + ".weight")
+}
+
+/// The converter interleaves the halves of every q and k head for its own form of rotation: row `2j + h` of a head is
+/// row `h · dim / 2 + j` of the original.
+fn unpermute(values: &[f32], heads: usize, cols: usize) -> Vec<f32> {
+    let rows = values.len() / cols;
+    let dim = rows / heads;
+    let source = |row: usize| {
+        let (head, within) = (row / dim, row % dim);
+        let (half, j) = (within / (dim / 2), within % (dim / 2));
+        head * dim + 2 * j + half
+    };
+    (0..rows).flat_map(|row| &values[source(row) * cols..][..cols]).copied().collect()
+}
+
+impl Source for GgufSource {
+    fn tensor(&self, name: &str) -> Result<HostTensor<'static>> {
+        let missing = || LoadError::MissingTensor(name.into());
+        let ggml = ggml_name(name).ok_or_else(missing)?;
+        let info = self.file.tensor(&ggml).ok_or_else(missing)?;
+        let cols = info.dims.first().copied().unwrap_or(1);
+        let rows = info.dims[1..].iter().product();
+        let mut values = self.file.dequantize(&ggml)?;
+        let heads = match ggml.rsplit('.').nth(1) {
+            Some("attn_q") => Some(self.query_heads),
+            Some("attn_k") => Some(self.kv_heads),
+            _ => None,
+        };
+        // Whole heads of an even size; anything else has a wrong shape, which is found out by whoever asked.
+        if let Some(heads) = heads.filter(|heads| rows % (2 * heads) == 0) {
+            values = unpermute(&values, heads, cols);
+        }
+        let data: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        Ok(HostTensor { dtype: DType::F32, rows, cols, data: data.into() })
+    }
+
+    fn bytes(&self, name: &str) -> u64 {
+        ggml_name(name).and_then(|name| self.file.tensor(&name)).map_or(0, |info| info.bytes() as u64)
+    }
+
+    fn total_bytes(&self) -> u64 {
+        self.file.tensors().iter().map(|info| info.bytes() as u64).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn heads_are_put_back_in_halves() {
+        // Two heads of four rows, one column; the converter stored halves interleaved.
+        let stored = [0.0, 2.0, 1.0, 3.0, 10.0, 12.0, 11.0, 13.0];
+        assert_eq!(unpermute(&stored, 2, 1), [0.0, 1.0, 2.0, 3.0, 10.0, 11.0, 12.0, 13.0]);
+    }
+}

@@ -1,0 +1,79 @@
+//! One safetensors file. The header is checked against the file before anything is read.
+
+use std::{
+    fs::File,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
+
+use kernels::DType;
+use safetensors::{Dtype, tensor::Metadata};
+
+use crate::{LoadError, Result};
+
+/// Longest header that is read; the format's own bound.
+const MAX_HEADER: u64 = 100_000_000;
+
+/// An open file.
+pub(crate) struct TensorFile {
+    path: PathBuf,
+    file: File,
+    metadata: Metadata,
+    /// Where the data begins.
+    data: u64,
+}
+
+impl TensorFile {
+    /// Opens a file and reads its header.
+    pub(crate) fn open(path: &Path) -> Result<TensorFile> {
+        let io = |source| LoadError::Io { path: path.into(), source };
+        let bad = |fault: String| LoadError::Safetensors { path: path.into(), fault };
+        let file = File::open(path).map_err(io)?;
+        let size = file.metadata().map_err(io)?.len();
+        let mut len = [0; 8];
+        if size < 8 {
+            return Err(bad(format!("truncated: {size} bytes")));
+        }
+        file.read_exact_at(&mut len, 0).map_err(io)?;
+        let len = u64::from_le_bytes(len);
+        if len > MAX_HEADER || len > size - 8 {
+            return Err(bad(format!("truncated or corrupt: a header of {len} bytes in a file of {size}")));
+        }
+        let mut header = vec![0; len as usize];
+        file.read_exact_at(&mut header, 8).map_err(io)?;
+        let metadata: Metadata =
+            serde_json::from_slice(&header).map_err(|error| bad(format!("corrupt header: {error}")))?;
+        let data = 8 + len;
+        let end = metadata.tensors().values().map(|info| info.data_offsets.1 as u64).max().unwrap_or(0);
+        if end != size - data {
+            return Err(bad(format!("truncated: {end} bytes of tensors in {} bytes of data", size - data)));
+        }
+        Ok(TensorFile { path: path.into(), file, metadata, data })
+    }
+
+    /// Names of all tensors.
+    pub(crate) fn names(&self) -> impl Iterator<Item = String> {
+        self.metadata.tensors().into_keys()
+    }
+
+    /// Bytes of a tensor; 0 if it is missing.
+    pub(crate) fn bytes(&self, name: &str) -> u64 {
+        self.metadata.info(name).map_or(0, |info| (info.data_offsets.1 - info.data_offsets.0) as u64)
+    }
+
+    /// Shape, type and bytes of a tensor.
+    pub(crate) fn read(&self, name: &str) -> Result<(Vec<usize>, DType, Vec<u8>)> {
+        let info = self.metadata.info(name).ok_or_else(|| LoadError::MissingTensor(name.into()))?;
+        let dtype = match info.dtype {
+            Dtype::F32 => DType::F32,
+            Dtype::F16 => DType::F16,
+            Dtype::BF16 => DType::Bf16,
+            other => return Err(LoadError::TensorType { name: name.into(), dtype: format!("{other:?}") }),
+        };
+        let (begin, end) = info.data_offsets;
+        let mut data = vec![0; end - begin];
+        let read = self.file.read_exact_at(&mut data, self.data + begin as u64);
+        read.map_err(|source| LoadError::Io { path: self.path.clone(), source })?;
+        Ok((info.shape.clone(), dtype, data))
+    }
+}

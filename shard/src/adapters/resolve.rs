@@ -1,0 +1,124 @@
+//! From a reference in a request to a folder that may be read.
+
+use std::{
+    io,
+    path::{Component, Path, PathBuf},
+};
+
+/// Why a reference was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ResolveError {
+    /// A source that this server does not read from.
+    #[error("adapter source {0:?} is not supported, only \"local\" is")]
+    Source(String),
+    /// A name that cannot be a folder.
+    #[error("adapter id {id:?} {fault}")]
+    Name {
+        /// The name.
+        id: String,
+        /// What is wrong with it.
+        fault: &'static str,
+    },
+    /// Nothing there.
+    #[error("adapter {0:?} does not exist")]
+    NotFound(String),
+    /// Outside of the folders that may be read.
+    #[error("adapter {0:?} is outside of the folders that adapters may be read from")]
+    Forbidden(String),
+    /// There, but unreadable.
+    #[error("adapter {id:?}: {source}")]
+    Io {
+        /// The name.
+        id: String,
+        /// The cause.
+        source: io::Error,
+    },
+}
+
+/// Longest name that is looked at, in bytes: Linux's limit for a path.
+const MAX_NAME: usize = 4096;
+
+/// The folders that adapters may be read from.
+#[derive(Debug, Clone, Default)]
+pub struct Roots {
+    /// Where relative names are looked up.
+    dir: Option<PathBuf>,
+    roots: Vec<PathBuf>,
+}
+
+impl Roots {
+    /// `dir` for relative names; it and `roots` may be read by absolute names. Folders must exist.
+    pub fn new(dir: Option<&Path>, roots: &[PathBuf]) -> io::Result<Roots> {
+        let dir = dir.map(Path::canonicalize).transpose()?;
+        let roots = roots.iter().map(|root| root.canonicalize()).chain(dir.clone().map(Ok));
+        Ok(Roots { roots: roots.collect::<io::Result<_>>()?, dir })
+    }
+
+    /// The folder of an adapter, with all links followed.
+    pub fn resolve(&self, source: &str, id: &str) -> Result<PathBuf, ResolveError> {
+        if source != "local" {
+            return Err(ResolveError::Source(source.into()));
+        }
+        let refuse = |fault| Err(ResolveError::Name { id: id.chars().take(100).collect(), fault });
+        if id.is_empty() {
+            return refuse("is empty");
+        }
+        if id.len() > MAX_NAME {
+            return refuse("is too long");
+        }
+        if id.chars().any(char::is_control) {
+            return refuse("has control characters");
+        }
+        let name = Path::new(id);
+        if name.components().any(|part| part == Component::ParentDir) {
+            return refuse("has a parent folder in it");
+        }
+        let path = match &self.dir {
+            _ if name.is_absolute() => name.to_owned(),
+            Some(dir) => dir.join(name),
+            None => return Err(ResolveError::NotFound(id.into())),
+        };
+        let allowed = |path: &Path| self.roots.iter().any(|root| path.starts_with(root));
+        match path.canonicalize() {
+            Ok(folder) if allowed(&folder) => Ok(folder),
+            // Whether something exists outside is nobody's business.
+            Ok(_) => Err(ResolveError::Forbidden(id.into())),
+            Err(_) if !allowed(&path) => Err(ResolveError::Forbidden(id.into())),
+            Err(source) if source.kind() == io::ErrorKind::NotFound => Err(ResolveError::NotFound(id.into())),
+            Err(source) => Err(ResolveError::Io { id: id.into(), source }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn only_folders_under_the_roots_are_found() {
+        let all = tempfile::tempdir().unwrap();
+        let at = |name: &str| all.path().join(name);
+        for folder in ["adapters/one", "shared/two", "secret/three"] {
+            std::fs::create_dir_all(at(folder)).unwrap();
+        }
+        symlink(at("secret/three"), at("adapters/escape")).unwrap();
+        symlink(at("shared/two"), at("adapters/within")).unwrap();
+        let roots = Roots::new(Some(&at("adapters")), &[at("shared")]).unwrap();
+        let find = |id: &str| roots.resolve("local", id);
+        assert!(find("one").unwrap().ends_with("adapters/one"));
+        assert!(find("within").unwrap().ends_with("shared/two"));
+        assert!(find(at("shared/two").to_str().unwrap()).is_ok());
+        assert!(matches!(find("nothing"), Err(ResolveError::NotFound(_))));
+        assert!(matches!(find("escape"), Err(ResolveError::Forbidden(_))));
+        for outside in [at("secret/three"), at("secret/nothing"), "/etc".into()] {
+            assert!(matches!(find(outside.to_str().unwrap()), Err(ResolveError::Forbidden(_))));
+        }
+        for bad in ["", "../secret/three", "one/../../secret/three", "o\nne", "o\0ne", &"x".repeat(5000)] {
+            assert!(matches!(find(bad), Err(ResolveError::Name { .. })), "{bad:?}");
+        }
+        assert!(matches!(roots.resolve("hub", "one"), Err(ResolveError::Source(_))));
+        assert!(Roots::new(Some(&at("missing")), &[]).is_err());
+    }
+}

@@ -1,0 +1,109 @@
+//! The step loop: one thread that owns the model's state and runs what it is sent, in order.
+
+mod pass;
+mod state;
+
+use std::{sync::Arc, time::Instant};
+
+use kernels::Backend;
+use model::Model;
+use tokio::sync::{
+    mpsc::{Receiver, Sender, error::TryRecvError},
+    oneshot,
+};
+
+use crate::{
+    adapters::Adapters,
+    step::{Event, Step},
+};
+use state::State;
+pub use state::{Limits, StepError};
+
+/// What the loop is sent.
+pub enum Command {
+    /// Run a step.
+    Step(Box<Step>),
+    /// Send events here from now on.
+    Attach(Sender<Result<Event, StepError>>),
+    /// Forget everything that runs.
+    Reset(oneshot::Sender<()>),
+}
+
+/// A model, the memory that it computes in, and everybody who listens.
+pub struct Engine<B: Backend> {
+    state: State<B>,
+    events: Option<Sender<Result<Event, StepError>>>,
+}
+
+impl<B: Backend> Engine<B> {
+    /// Sets all memory aside.
+    pub fn new(
+        ops: Arc<B>,
+        model: Arc<Model<B>>,
+        adapters: Arc<Adapters<B>>,
+        limits: Limits,
+    ) -> kernels::Result<Engine<B>> {
+        Ok(Engine { state: State::new(ops, model, adapters, limits)?, events: None })
+    }
+
+    /// Runs until all senders are gone. Errors: the device failed; nothing that it holds can be trusted.
+    pub fn run(mut self, mut commands: Receiver<Command>) -> kernels::Result<()> {
+        let mut launched: Option<pass::Launched<B>> = None;
+        loop {
+            let command = match &launched {
+                None => commands.blocking_recv().ok_or(TryRecvError::Disconnected),
+                Some(_) => commands.try_recv(),
+            };
+            match command {
+                Err(TryRecvError::Empty) => self.finish(&mut launched)?,
+                Err(TryRecvError::Disconnected) => return Ok(()),
+                Ok(Command::Attach(events)) => self.events = Some(events),
+                Ok(Command::Reset(done)) => {
+                    launched = None;
+                    self.events = None;
+                    self.state.reset()?;
+                    // Whoever asked may be gone.
+                    let _ = done.send(());
+                }
+                // Steps of a stream that has failed have nobody to answer to.
+                Ok(Command::Step(_)) if self.events.is_none() => {}
+                Ok(Command::Step(step)) => {
+                    let started = Instant::now();
+                    match self.state.launch(&step, started)? {
+                        Ok(next) => {
+                            self.finish(&mut launched)?;
+                            launched = Some(next);
+                        }
+                        Err(refused) => {
+                            self.finish(&mut launched)?;
+                            self.emit(Err(refused));
+                            self.events = None;
+                        }
+                    }
+                }
+            }
+            if launched.as_ref().is_some_and(|launched| self.state.is_ready(launched)) {
+                self.finish(&mut launched)?;
+            }
+            for event in self.state.slot_events()? {
+                self.emit(Ok(event));
+            }
+        }
+    }
+
+    fn finish(&mut self, launched: &mut Option<pass::Launched<B>>) -> kernels::Result<()> {
+        if let Some(launched) = launched.take() {
+            let result = self.state.collect(launched)?;
+            self.emit(Ok(Event::Step(result)));
+        }
+        Ok(())
+    }
+
+    fn emit(&mut self, event: Result<Event, StepError>) {
+        // The channel holds more than the two steps that may be in flight: a send waits only for a router that has
+        // stopped reading, and fails only when it is gone.
+        if self.events.as_ref().is_some_and(|events| events.blocking_send(event).is_err()) {
+            self.events = None;
+        }
+    }
+}

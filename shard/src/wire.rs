@@ -1,0 +1,128 @@
+//! Between messages and our own types, and from our errors to gRPC's.
+
+use kernels::{Sampled, SamplingParams};
+use model::adapter::ContentHash;
+use proto as wire;
+use tonic::Status;
+
+use crate::{
+    adapters::{PrepareError, Prepared, ResolveError},
+    engine::StepError,
+    step::{Event, NewSequence, Rows, Step, StepResult},
+};
+
+pub(crate) fn step(step: wire::Step) -> Result<Step, Status> {
+    Ok(Step {
+        id: step.id,
+        dropped: step.dropped,
+        unload: step.unload,
+        load: step
+            .load
+            .into_iter()
+            .map(|load| Ok((load.slot, content(&load.content)?)))
+            .collect::<Result<_, Status>>()?,
+        added: step.added.into_iter().map(new_sequence).collect(),
+        rows: step.rows.into_iter().map(rows).collect(),
+    })
+}
+
+fn content(bytes: &[u8]) -> Result<ContentHash, Status> {
+    let bytes = bytes.try_into();
+    bytes.map(ContentHash).map_err(|_| Status::invalid_argument("a content hash has 32 bytes"))
+}
+
+fn new_sequence(new: wire::NewSequence) -> NewSequence {
+    NewSequence {
+        sequence: new.sequence,
+        tokens: new.tokens,
+        prompt_len: new.prompt_len as usize,
+        slot: new.slot,
+        sampling: new.sampling.map(sampling).unwrap_or_default(),
+        prompt_logprobs: new.prompt_logprobs,
+    }
+}
+
+fn sampling(sampling: wire::Sampling) -> SamplingParams {
+    SamplingParams {
+        temperature: sampling.temperature,
+        top_k: sampling.top_k,
+        top_p: sampling.top_p,
+        min_p: sampling.min_p,
+        typical_p: sampling.typical_p,
+        repetition_penalty: sampling.repetition_penalty,
+        frequency_penalty: sampling.frequency_penalty,
+        presence_penalty: sampling.presence_penalty,
+        seed: sampling.seed,
+        num_top: sampling.num_top,
+        logit_bias: sampling.logit_bias.into_iter().map(|bias| (bias.token, bias.bias)).collect(),
+    }
+}
+
+fn rows(rows: wire::SequenceRows) -> Rows {
+    Rows {
+        sequence: rows.sequence,
+        position: rows.position as usize,
+        rows: rows.rows as usize,
+        new_blocks: rows.new_blocks,
+        sample: rows.sample,
+    }
+}
+
+pub(crate) fn event(event: Event) -> wire::ExecuteEvent {
+    use wire::execute_event::Event::{Slot, Step};
+    let event = match event {
+        Event::Step(result) => Step(step_result(result)),
+        Event::Slot { slot, content, error } => {
+            Slot(wire::SlotEvent { slot, content: content.0.to_vec(), error: error.unwrap_or_default() })
+        }
+    };
+    wire::ExecuteEvent { event: Some(event) }
+}
+
+fn step_result(result: StepResult) -> wire::StepResult {
+    let token = |id, logprob| wire::Token { id, logprob };
+    let tops = |top: Vec<(u32, f32)>| top.into_iter().map(|(id, logprob)| token(id, logprob)).collect();
+    let sampled = |(sequence, sampled): (u64, Sampled)| wire::Sampled {
+        sequence,
+        token: Some(token(sampled.token, sampled.logprob)),
+        top: tops(sampled.top),
+    };
+    let prompt = |(sequence, position, tokens): (u64, usize, Vec<Sampled>)| wire::PromptLogprobs {
+        sequence,
+        position: position as u32,
+        tokens: tokens.into_iter().map(|sampled| token(sampled.token, sampled.logprob)).collect(),
+    };
+    wire::StepResult {
+        id: result.id,
+        tokens: result.tokens.into_iter().map(sampled).collect(),
+        prompt: result.prompt.into_iter().map(prompt).collect(),
+        duration_us: result.duration_us,
+    }
+}
+
+pub(crate) fn prepared(prepared: Prepared) -> wire::PrepareResponse {
+    wire::PrepareResponse {
+        content: prepared.content.0.to_vec(),
+        bytes: prepared.bytes as u64,
+        max_lora_rank: prepared.max_lora_rank as u32,
+        sites: prepared.sites,
+    }
+}
+
+pub(crate) fn step_status(error: &StepError) -> Status {
+    Status::invalid_argument(error.to_string())
+}
+
+pub(crate) fn prepare_status(error: &PrepareError) -> Status {
+    let message = error.to_string();
+    match error {
+        PrepareError::Resolve(ResolveError::Source(_)) => Status::unimplemented(message),
+        PrepareError::Resolve(ResolveError::NotFound(_)) => Status::not_found(message),
+        PrepareError::Resolve(ResolveError::Forbidden(_)) => Status::permission_denied(message),
+        PrepareError::Resolve(ResolveError::Name { .. } | ResolveError::Io { .. })
+        | PrepareError::Adapter { .. }
+        | PrepareError::Stage { .. } => Status::invalid_argument(message),
+        PrepareError::TooLarge { .. } => Status::resource_exhausted(message),
+        PrepareError::Interrupted { .. } => Status::internal(message),
+    }
+}
