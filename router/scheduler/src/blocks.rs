@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::Arc,
+    hash::{DefaultHasher, Hash, Hasher},
 };
 
 use crate::AdapterKey;
@@ -16,20 +16,15 @@ pub(crate) enum Prefix {
     Block(u64),
 }
 
-/// What a published block is: the tokens of its positions, after those of its prefix. By induction an equal edge is an
-/// equal sequence of tokens, so nothing rests on a hash.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-struct Edge {
-    prefix: Prefix,
-    tokens: Vec<u32>,
-}
-
-/// A published block's place in the index.
+/// A published block's identity, beside its tokens: by induction an equal prefix and equal tokens are an equal
+/// sequence of tokens, so nothing rests on a hash.
 #[derive(Debug)]
 struct Published {
     /// Never used twice, so that a reused block cannot be taken for what it was.
     number: u64,
-    edge: Arc<Edge>,
+    prefix: Prefix,
+    /// Its key in the index.
+    hash: u64,
 }
 
 #[derive(Debug, Default)]
@@ -46,13 +41,22 @@ struct Block {
 pub(crate) struct Blocks {
     size: usize,
     blocks: Vec<Block>,
+    /// Of the published blocks, `size` to a block.
+    tokens: Vec<u32>,
     free: Vec<u32>,
     /// Least recently used first. Blocks are let go last position first, so a block leaves before its prefix does.
     idle: BTreeMap<u64, u32>,
-    /// Looked up only, never iterated.
-    index: HashMap<Arc<Edge>, u32>,
+    /// Published blocks by the hash of prefix and tokens; of several with the same hash, the first. Looked up only,
+    /// never iterated.
+    index: HashMap<u64, u32>,
     /// Counts publications and releases.
     ticks: u64,
+}
+
+fn hash(prefix: Prefix, tokens: &[u32]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (prefix, tokens).hash(&mut hasher);
+    hasher.finish()
 }
 
 impl Blocks {
@@ -60,6 +64,7 @@ impl Blocks {
         Self {
             size: size as usize,
             blocks: (0..count).map(|_| Block::default()).collect(),
+            tokens: vec![0; count as usize * size as usize],
             free: (0..count).rev().collect(),
             idle: BTreeMap::new(),
             index: HashMap::new(),
@@ -87,16 +92,25 @@ impl Blocks {
 
     /// The published blocks of the longest prefix of `tokens` in whole blocks.
     pub(crate) fn find(&self, adapter: Option<AdapterKey>, tokens: &[u32]) -> Vec<u32> {
-        let mut found = Vec::new();
-        let mut edge = Edge { prefix: Prefix::Start(adapter), tokens: Vec::with_capacity(self.size) };
-        for chunk in tokens.chunks_exact(self.size) {
-            edge.tokens.clear();
-            edge.tokens.extend_from_slice(chunk);
-            let Some(&block) = self.index.get(&edge) else { break };
-            found.push(block);
-            edge.prefix = self.prefix_of(block).unwrap_or(edge.prefix);
-        }
-        found
+        let mut prefix = Some(Prefix::Start(adapter));
+        let mut chunks = tokens.chunks_exact(self.size);
+        let next = || {
+            let block = self.known(prefix?, chunks.next()?)?;
+            prefix = self.prefix_of(block);
+            Some(block)
+        };
+        std::iter::from_fn(next).collect()
+    }
+
+    /// The block published as `tokens` after `prefix`.
+    fn known(&self, prefix: Prefix, tokens: &[u32]) -> Option<u32> {
+        let &block = self.index.get(&hash(prefix, tokens))?;
+        let same = self.blocks[block as usize].published.as_ref().is_some_and(|p| p.prefix == prefix);
+        (same && self.tokens_of(block) == tokens).then_some(block)
+    }
+
+    fn tokens_of(&self, block: u32) -> &[u32] {
+        &self.tokens[block as usize * self.size..][..self.size]
     }
 
     /// `block` as the prefix of the next one; `None` when it is not published.
@@ -121,7 +135,7 @@ impl Blocks {
         };
         let entry = &mut self.blocks[block as usize];
         if let Some(published) = entry.published.take() {
-            self.index.remove(&published.edge);
+            self.index.remove(&published.hash);
         }
         entry.holders = 1;
         Some(block)
@@ -146,17 +160,19 @@ impl Blocks {
     }
 
     /// Makes a full, computed block known as `tokens` after `prefix`, and returns it as the prefix of the next one. If
-    /// another block is known as that already, it stays the one, and `block` stays its holder's alone.
-    pub(crate) fn publish(&mut self, prefix: Prefix, tokens: &[u32], block: u32) -> Prefix {
-        let edge = Arc::new(Edge { prefix, tokens: tokens.to_vec() });
-        if let Some(&known) = self.index.get(&edge) {
-            return self.prefix_of(known).unwrap_or(prefix);
+    /// another block is known as that already, it stays the one, and `block` stays its holder's alone. `None` if the
+    /// hash is taken by something else: then neither it nor what follows can be known.
+    pub(crate) fn publish(&mut self, prefix: Prefix, tokens: &[u32], block: u32) -> Option<Prefix> {
+        let hash = hash(prefix, tokens);
+        if self.index.contains_key(&hash) {
+            return self.prefix_of(self.known(prefix, tokens)?);
         }
         self.ticks += 1;
         let number = self.ticks;
-        self.index.insert(Arc::clone(&edge), block);
-        self.blocks[block as usize].published = Some(Published { number, edge });
-        Prefix::Block(number)
+        self.index.insert(hash, block);
+        self.blocks[block as usize].published = Some(Published { number, prefix, hash });
+        self.tokens[block as usize * self.size..][..self.size].copy_from_slice(tokens);
+        Some(Prefix::Block(number))
     }
 
     /// Panics unless every block is counted exactly once and held by as many as `tables`, all sequences' blocks, say.
@@ -177,7 +193,8 @@ impl Blocks {
             assert!(!free[number as usize] || entry.published.is_none(), "free block {number} is published");
             if let Some(p) = &entry.published {
                 published += 1;
-                assert_eq!(self.index.get(&p.edge), Some(&number), "the index knows block {number}");
+                assert_eq!(self.index.get(&p.hash), Some(&number), "the index knows block {number}");
+                assert_eq!(p.hash, hash(p.prefix, self.tokens_of(number)), "hash of block {number}");
             }
         }
         assert_eq!(self.index.len(), published, "the index holds published blocks only");

@@ -207,7 +207,7 @@ impl Scheduler {
         {
             let start = run.published * size;
             let block = run.blocks[run.published];
-            run.prefix = Some(blocks.publish(prefix, &tokens[start..start + size], block));
+            run.prefix = blocks.publish(prefix, &tokens[start..start + size], block);
             run.published += 1;
         }
     }

@@ -153,7 +153,7 @@ impl Scheduler {
 
     /// Puts the step in flight.
     fn launch(&mut self, mut draft: Draft) -> StepPlan {
-        draft.rows.sort_by_key(|&(slot, arrival, _)| (slot, arrival));
+        draft.rows.sort_unstable_by_key(|&(slot, arrival, _)| (slot, arrival));
         let rows = draft.rows.iter().map(|(_, arrival, plan)| FlightRows {
             arrival: *arrival,
             id: plan.id,
