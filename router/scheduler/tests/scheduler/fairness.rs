@@ -135,13 +135,14 @@ fn a_hot_adapter_leaves_its_slot_to_a_cold_one() {
 #[test]
 fn an_overdue_adapter_goes_first_whatever_it_owes() {
     let mut crowd = Crowd::new(Limits { max_sequences: 1, max_prefill_rows: 200, max_rows: 200, ..limits() });
-    // Adapter 1 has had much, and others with less keep coming.
-    crowd.submit(1, 150, 60);
+    // Adapter 1 has had as much as 116 requests of each of the others, which would keep it waiting for 10 seconds.
+    crowd.submit(1, 150, 100);
     crowd.submit(1, 4, 1);
-    (0..200u8).for_each(|number| crowd.submit(2 + number % 3, 4, 4));
+    (0..600u64).for_each(|number| crowd.submit(2 + (number % 3) as u8, 1, 1));
     let mut elapsed = Duration::ZERO;
     while crowd.finished().get(&1) != Some(&2) {
         crowd.world.turn();
+        crowd.world.now += Duration::from_millis(20);
         elapsed = crowd.world.now;
     }
     assert!(elapsed < OVERDUE + Duration::from_secs(1), "{elapsed:?}");

@@ -96,7 +96,7 @@ fn play(limits: &Limits, ops: &[Op]) -> Vec<StepPlan> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn every_request_gets_the_tokens_it_gets_alone(limits in some_limits(), ops in vec(op(), 1..500)) {

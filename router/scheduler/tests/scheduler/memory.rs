@@ -33,9 +33,28 @@ fn the_youngest_gives_way_and_loses_nothing() {
     for id in 0..3 {
         world.submit(request(id, 0, prompt(id, 6), 30)).unwrap();
     }
+    let mut victims = Vec::new();
+    while victims.is_empty() {
+        let plan = world.plan().unwrap();
+        victims.extend(plan.dropped);
+        world.run();
+    }
+    assert_eq!(victims, [RequestId(2)]);
     world.run_to_end();
-    assert!(world.scheduler.stats().preemptions > 0);
     assert_eq!(world.finished, [0, 1, 2].map(RequestId), "the older end first");
+}
+
+#[test]
+fn nobody_is_admitted_into_blocks_that_others_need_next() {
+    let mut world = World::new(Limits { num_blocks: 16, max_rows: 99, max_prefill_rows: 99, ..limits() });
+    for id in 0..8 {
+        world.submit(request(id, 0, prompt(id, 12), 12)).unwrap();
+    }
+    // 3 blocks for the prompt, one for the token in flight, and one to grow into.
+    (0..3).for_each(|_| assert!(world.turn()));
+    let stats = world.scheduler.stats();
+    assert_eq!((stats.running, stats.preemptions), (3, 0));
+    world.run_to_end();
 }
 
 #[test]

@@ -192,7 +192,11 @@ impl World {
 
     /// Takes turns until nothing is to do: everything has ended then, and nothing is left behind.
     pub(crate) fn run_to_end(&mut self) {
-        while self.turn() {}
+        let mut turns = 0;
+        while self.turn() {
+            turns += 1;
+            assert!(turns < 20_000, "no end is in sight for {:?}", self.open.keys());
+        }
         assert!(self.open.is_empty(), "{:?} never end", self.open.keys());
         let stats = self.scheduler.stats();
         assert_eq!((stats.waiting, stats.running, stats.preempted, stats.in_flight), (0, 0, 0, 0));
