@@ -200,7 +200,7 @@ impl Scheduler {
     /// Makes the blocks of a sequence that have become full known to the prefix cache.
     fn publish(blocks: &mut Blocks, size: usize, sequence: &mut Sequence) {
         let (run, tokens) = (&mut sequence.run, &sequence.tokens);
-        // A failed sequence may have computed a token that is not known.
+        // The row of a token that never came.
         let computed = run.computed.min(tokens.len());
         while let Some(prefix) = run.prefix
             && (run.published + 1) * size <= computed

@@ -74,7 +74,7 @@ impl Draft {
 
 impl Scheduler {
     /// Plans the next step, to be run after all earlier ones. `None` while two are in flight, or when there is nothing
-    /// to do: ask again after the next call of `submit`, `complete`, `slot_ready` or `slot_failed`.
+    /// to do: ask again after any other call.
     pub fn next_step(&mut self, now: Duration) -> Option<StepPlan> {
         if self.flights.len() == MAX_IN_FLIGHT {
             return None;
