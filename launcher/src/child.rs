@@ -4,7 +4,7 @@ use std::{path::Path, process::ExitStatus, process::Stdio, time::Duration};
 
 use tokio::{
     io::{AsyncBufReadExt, AsyncRead, BufReader},
-    process::{Child as Process, Command},
+    process::{Child as Process, ChildStdin, Command},
     task::JoinHandle,
     time::timeout,
 };
@@ -13,6 +13,8 @@ use tokio::{
 pub(crate) struct Child {
     pub(crate) name: String,
     process: Process,
+    /// Closing it tells the child to stop. Held apart, because waiting for a process closes its own.
+    stdin: Option<ChildStdin>,
     log: JoinHandle<()>,
 }
 
@@ -34,7 +36,8 @@ impl Child {
             Some(lines) => tokio::spawn(pass_on(lines, prefix)),
             None => tokio::spawn(std::future::ready(())),
         };
-        Ok(Child { name: name.into(), process, log })
+        let stdin = process.stdin.take();
+        Ok(Child { name: name.into(), process, stdin, log })
     }
 
     /// Waits for its end, and for its last line.
@@ -47,7 +50,7 @@ impl Child {
 
     /// Asks it to end, and kills it after `patience`. True if it ended by itself, in order.
     pub(crate) async fn stop(mut self, patience: Duration) -> bool {
-        drop(self.process.stdin.take());
+        drop(self.stdin.take());
         match timeout(patience, self.ended()).await {
             Ok(Ok(status)) => status.success(),
             _ => {
