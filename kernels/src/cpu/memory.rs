@@ -1,6 +1,9 @@
 //! Host memory of the backend: activations, lines of packed weights, and rounding to bf16.
 
-use std::sync::Arc;
+use std::{
+    alloc::{Layout, alloc_zeroed},
+    sync::Arc,
+};
 
 use half::bf16;
 
@@ -11,14 +14,19 @@ use crate::{DType, Error, HostTensor, Matrix, Result};
 #[repr(C, align(64))]
 pub(super) struct Line(pub(super) [u32; 16]);
 
-/// Zeroed lines, or the typed error.
+/// Zeroed lines, or the typed error. The system hands out zeroed pages when they are first touched, so that memory for
+/// keys and values costs nothing until it is used.
 pub(super) fn lines(count: usize, what: &'static str) -> Result<Vec<Line>> {
-    let mut lines = Vec::new();
-    lines
-        .try_reserve_exact(count)
-        .map_err(|_| Error::OutOfMemory { bytes: count.saturating_mul(64), what })?;
-    lines.resize(count, Line([0; 16]));
-    Ok(lines)
+    let out_of_memory = || Error::OutOfMemory { bytes: count.saturating_mul(size_of::<Line>()), what };
+    if count == 0 {
+        return Ok(Vec::new());
+    }
+    let layout = Layout::array::<Line>(count).map_err(|_| out_of_memory())?;
+    // SAFETY: the layout is not empty; all-zero bytes are lines; length, capacity and layout are those of the vector.
+    unsafe {
+        let memory = alloc_zeroed(layout).cast::<Line>();
+        if memory.is_null() { Err(out_of_memory()) } else { Ok(Vec::from_raw_parts(memory, count, count)) }
+    }
 }
 
 /// Two f32 rounded to bf16, the first in the lower half.
