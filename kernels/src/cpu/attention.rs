@@ -9,7 +9,7 @@ use super::{
     CpuBackend,
     elementwise::{CpuRope, each_row},
     gemm::{Arithmetic, Single, Widened, tile},
-    memory::{CpuMat, Line, lines},
+    memory::{CpuMat, Line, Lines, round},
     pool::Shards,
     simd::{Kernel, Simd, run},
 };
@@ -17,13 +17,13 @@ use crate::{Attention, BLOCK_SIZE, Batch, DType, Error, Heads, Matrix, Result, S
 
 /// Blocks between two rescalings of the online softmax.
 const STRIDE: usize = 8;
-/// Query vectors that are computed together at most.
-const TILE: usize = 8;
+/// Query vectors that are computed together at most; fewer are padded with zeros to a multiple of 4.
+const TILE: usize = 12;
 
 /// Keys and values of one layer: by block and head, first the keys, then the values.
 #[derive(Debug)]
 pub struct CpuKv {
-    lines: Vec<Line>,
+    lines: Lines,
     heads: Heads,
     layout: Layout,
 }
@@ -71,7 +71,7 @@ impl Layout {
         if self.dtype == DType::F32 {
             panel[k].0[lane] = x.to_bits();
         } else {
-            let bits = u32::from(half::bf16::from_f32(x).to_bits());
+            let bits = round(x);
             let word = &mut panel[k / 2].0[lane];
             *word =
                 if k.is_multiple_of(2) { *word & 0xffff_0000 | bits } else { *word & 0xffff | bits << 16 };
@@ -82,7 +82,7 @@ impl Layout {
 impl CpuKv {
     pub(super) fn new(dtype: DType, blocks: usize, heads: Heads) -> Result<CpuKv> {
         let layout = Layout::new(dtype, heads.dim);
-        Ok(CpuKv { lines: lines(blocks * heads.kv * layout.lines(), "keys and values")?, heads, layout })
+        Ok(CpuKv { lines: Lines::new(blocks * heads.kv * layout.lines(), "keys and values")?, heads, layout })
     }
 
     pub(super) fn block_bytes(dtype: DType, heads: Heads) -> usize {
@@ -324,14 +324,14 @@ impl Unit<'_> {
             let mut v = 0;
             while v < self.vectors {
                 let q = (buffers.q[v].as_ptr().cast(), stride);
-                // SAFETY: the caller's promise; vectors beyond `vectors` are zero rows of the buffer, or v is the last.
+                // SAFETY: the caller's promise; the buffers have room for a multiple of 4 vectors.
                 unsafe {
-                    if self.vectors - v >= 4 {
+                    if self.vectors - v > 8 {
+                        self.score_tile::<S, A, 12>(q, keys, &mut buffers.scores[v..v + 12], i);
+                        v += 12;
+                    } else {
                         self.score_tile::<S, A, 4>(q, keys, &mut buffers.scores[v..v + 4], i);
                         v += 4;
-                    } else {
-                        self.score_tile::<S, A, 1>(q, keys, &mut buffers.scores[v..v + 1], i);
-                        v += 1;
                     }
                 }
             }
@@ -412,12 +412,12 @@ impl Unit<'_> {
             while v < self.vectors {
                 // SAFETY: as in `scores`.
                 unsafe {
-                    if self.vectors - v >= 4 {
+                    if self.vectors - v > 8 {
+                        self.value_tile::<S, A, 12>(buffers, v, panel, blocks);
+                        v += 12;
+                    } else {
                         self.value_tile::<S, A, 4>(buffers, v, panel, blocks);
                         v += 4;
-                    } else {
-                        self.value_tile::<S, A, 1>(buffers, v, panel, blocks);
-                        v += 1;
                     }
                 }
             }

@@ -124,19 +124,30 @@ fn prepare(be: &CpuBackend, x: &CpuMat, out: &mut Vec<Line>) -> usize {
         for i in chunk * per_chunk..((chunk + 1) * per_chunk).min(x.rows()) {
             // SAFETY: row i is this chunk's own.
             let lines = unsafe { out.slice(i * stride, stride) };
-            let words = lines.iter_mut().flat_map(|line| &mut line.0);
-            if dot {
-                let mut values = x.row(i).chunks(2);
-                words.for_each(|word| {
-                    *word = values.next().map_or(0, |v| pair(v[0], v.get(1).copied().unwrap_or(0.0)));
-                });
-            } else {
-                let mut values = x.row(i).iter();
-                words.for_each(|word| *word = values.next().map_or(0, |v| v.to_bits()));
+            let row = x.row(i);
+            let (whole, rest) = row.split_at(row.len() / per_line * per_line);
+            for (line, values) in lines.iter_mut().zip(whole.chunks_exact(per_line)) {
+                fill(line, values, dot);
+            }
+            for (k, line) in lines[whole.len() / per_line..].iter_mut().enumerate() {
+                let mut padded = [0.0; 32];
+                let values = rest.get(k * per_line..).unwrap_or_default();
+                padded[..values.len()].copy_from_slice(values);
+                fill(line, &padded[..per_line], dot);
             }
         }
     });
     stride * size_of::<Line>()
+}
+
+/// Fills a line with 32 values as bf16, or with 16 as they are.
+#[inline]
+fn fill(line: &mut Line, values: &[f32], dot: bool) {
+    if dot {
+        line.0.iter_mut().zip(values.chunks_exact(2)).for_each(|(word, v)| *word = pair(v[0], v[1]));
+    } else {
+        line.0.iter_mut().zip(values).for_each(|(word, v)| *word = v.to_bits());
+    }
 }
 
 /// Lists the pairs of segment and slice that have a delta, and makes room for their shrunk rows.

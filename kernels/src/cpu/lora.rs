@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::memory::{Line, Panels, lines, pair};
+use super::memory::{Line, Lines, Panels, pair};
 use crate::{DType, Error, LoraPart, LoraSite, Result};
 
 /// One delta of one slice.
@@ -11,7 +11,7 @@ pub(super) struct Delta {
     pub(super) lora_rank: usize,
     /// Row-major along the inputs, each row padded to whole lines: 16 f32 a line, or 32 bf16. For dot products
     /// of bf16 lane i of a line holds elements 2i and 2i + 1, for widening arithmetic i and i + 16.
-    pub(super) a: Vec<Line>,
+    pub(super) a: Lines,
     /// Lines of one row of A.
     pub(super) depth: usize,
     /// Scale included; panels over the outputs of the slice.
@@ -22,7 +22,7 @@ impl Delta {
     fn new(dtype: DType, dot: bool, site: &LoraSite, part: &LoraPart) -> Result<Delta> {
         let per_line = if dtype == DType::F32 { 16 } else { 32 };
         let depth = site.inputs.div_ceil(per_line);
-        let mut a = lines(part.lora_rank * depth, "an adapter")?;
+        let mut a = Lines::new(part.lora_rank * depth, "an adapter")?;
         for (i, row) in part.a.chunks_exact(site.inputs).enumerate() {
             let get = |k: usize| row.get(k).copied().unwrap_or(0.0);
             for (k, line) in a[i * depth..][..depth].iter_mut().enumerate() {

@@ -2,6 +2,8 @@
 
 use std::{
     alloc::{Layout, alloc_zeroed},
+    ops::{Deref, DerefMut},
+    slice,
     sync::Arc,
 };
 
@@ -14,25 +16,63 @@ use crate::{DType, Error, HostTensor, Matrix, Result};
 #[repr(C, align(64))]
 pub(super) struct Line(pub(super) [u32; 16]);
 
-/// Zeroed lines, or the typed error. The system hands out zeroed pages when they are first touched, so that memory for
-/// keys and values costs nothing until it is used.
-pub(super) fn lines(count: usize, what: &'static str) -> Result<Vec<Line>> {
-    let out_of_memory = || Error::OutOfMemory { bytes: count.saturating_mul(size_of::<Line>()), what };
-    if count == 0 {
-        return Ok(Vec::new());
+/// Zeroed lines. The system hands out zeroed pages when they are first touched, so memory for keys and values costs
+/// nothing until it is used; the standard library clears memory of this alignment itself, so the alignment is ours.
+#[derive(Debug)]
+pub(super) struct Lines {
+    words: Vec<u32>,
+    /// Words in front of the first line.
+    skip: usize,
+    count: usize,
+}
+
+impl Lines {
+    pub(super) fn new(count: usize, what: &'static str) -> Result<Lines> {
+        let bytes = count.saturating_add(1).saturating_mul(size_of::<Line>());
+        let out_of_memory = || Error::OutOfMemory { bytes, what };
+        let layout = Layout::array::<u32>(bytes / 4).map_err(|_| out_of_memory())?;
+        // SAFETY: the layout is not empty; zero bytes are words; length, capacity and layout are those of the vector.
+        let words = unsafe {
+            let memory = alloc_zeroed(layout).cast::<u32>();
+            if memory.is_null() {
+                return Err(out_of_memory());
+            }
+            Vec::from_raw_parts(memory, bytes / 4, bytes / 4)
+        };
+        let skip = words.as_ptr().align_offset(align_of::<Line>());
+        Ok(Lines { words, skip, count })
     }
-    let layout = Layout::array::<Line>(count).map_err(|_| out_of_memory())?;
-    // SAFETY: the layout is not empty; all-zero bytes are lines; length, capacity and layout are those of the vector.
-    unsafe {
-        let memory = alloc_zeroed(layout).cast::<Line>();
-        if memory.is_null() { Err(out_of_memory()) } else { Ok(Vec::from_raw_parts(memory, count, count)) }
+}
+
+impl Deref for Lines {
+    type Target = [Line];
+
+    fn deref(&self) -> &[Line] {
+        // SAFETY: `skip` words bring the alignment and are fewer than a line, and there is room for one line more than
+        // `count`; any words are a line.
+        unsafe { slice::from_raw_parts(self.words.as_ptr().add(self.skip).cast(), self.count) }
     }
+}
+
+impl DerefMut for Lines {
+    fn deref_mut(&mut self) -> &mut [Line] {
+        // SAFETY: as above.
+        unsafe { slice::from_raw_parts_mut(self.words.as_mut_ptr().add(self.skip).cast(), self.count) }
+    }
+}
+
+/// Bits of a value rounded to bf16, to nearest even; NaN stays NaN. Without a branch, so that loops vectorize.
+#[inline]
+pub(super) fn round(x: f32) -> u32 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    if x.is_nan() { bits >> 16 | 0x40 } else { rounded }
 }
 
 /// Two f32 rounded to bf16, the first in the lower half.
 #[inline]
 pub(super) fn pair(low: f32, high: f32) -> u32 {
-    u32::from(bf16::from_f32(low).to_bits()) | u32::from(bf16::from_f32(high).to_bits()) << 16
+    round(low) | round(high) << 16
 }
 
 /// The lower or upper bf16 of a pair.
@@ -117,7 +157,7 @@ fn element(dtype: DType, data: &[u8], i: usize) -> f32 {
 /// outputs and inputs are zero.
 #[derive(Debug, Clone)]
 pub struct Panels {
-    pub(super) lines: Arc<Vec<Line>>,
+    pub(super) lines: Arc<Lines>,
     pub(super) dtype: DType,
     pub(super) outputs: usize,
     pub(super) inputs: usize,
@@ -146,7 +186,7 @@ impl Panels {
     ) -> Result<Panels> {
         let per_line = Self::inputs_per_line(dtype);
         let depth = inputs.div_ceil(per_line);
-        let mut lines = lines(outputs.div_ceil(16) * depth, "weights")?;
+        let mut lines = Lines::new(outputs.div_ceil(16) * depth, "weights")?;
         for (at, line) in lines.iter_mut().enumerate() {
             let (panel, k) = (at / depth, at % depth * per_line);
             for (lane, word) in line.0.iter_mut().enumerate() {

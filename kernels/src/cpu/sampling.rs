@@ -2,7 +2,11 @@
 
 use std::collections::HashMap;
 
-use super::{CpuBackend, memory::CpuMat};
+use super::{
+    CpuBackend,
+    memory::CpuMat,
+    simd::{Kernel, Simd, Tier, run},
+};
 use crate::{Error, Matrix, Result, SampleRow, Sampled, SamplingParams};
 
 /// Sampling state by seat.
@@ -89,7 +93,7 @@ pub(super) fn sample(
     let seats = &sampler.seats;
     let sampled = each(be, rows.len(), |i| {
         let SampleRow { row, seat } = rows[i];
-        seats[seat as usize].choose(seat, logits.row(row as usize))
+        seats[seat as usize].choose(be.tier, seat, logits.row(row as usize))
     });
     for choice in &sampled {
         let seat = &mut sampler.seats[choice.seat as usize];
@@ -117,7 +121,7 @@ pub(super) fn score(
     Ok(each(be, targets.len(), |i| {
         let (row, token) = targets[i];
         let logits = logits.row(row as usize);
-        let normalizer = log_sum_exp(logits);
+        let normalizer = log_sum_exp(be.tier, logits);
         Sampled {
             seat: 0,
             token,
@@ -154,12 +158,35 @@ fn each(be: &CpuBackend, count: usize, f: impl Fn(usize) -> Sampled + Sync) -> V
     results.into_iter().filter_map(std::sync::OnceLock::into_inner).collect()
 }
 
-/// `ln Σ eˣ`. Sixteen running sums, which the compiler keeps in vector registers.
-fn log_sum_exp(logits: &[f32]) -> f32 {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 =
-        logits.chunks(4096).map(|chunk| f64::from(chunk.iter().map(|x| (x - max).exp()).sum::<f32>())).sum();
-    max + sum.ln() as f32
+/// `ln Σ eˣ`.
+fn log_sum_exp(tier: Tier, logits: &[f32]) -> f32 {
+    run(tier, LogSumExp(logits))
+}
+
+struct LogSumExp<'a>(&'a [f32]);
+
+impl Kernel for LogSumExp<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) -> f32 {
+        let (chunks, rest) = self.0.as_chunks::<16>();
+        let rest_max = rest.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        // SAFETY: the caller's promise; every chunk has 16 lanes.
+        unsafe {
+            let mut max = S::splat(rest_max);
+            for chunk in chunks {
+                max = S::max(max, S::load(chunk.as_ptr()));
+            }
+            let max = S::largest(max);
+            let mut sum = S::splat(0.0);
+            for chunk in chunks {
+                sum = S::add(sum, S::exp(S::add(S::load(chunk.as_ptr()), S::splat(-max))));
+            }
+            let rest: f32 = rest.iter().map(|x| (x - max).exp()).sum();
+            max + (S::sum(sum) + rest).ln()
+        }
+    }
 }
 
 /// Greater logit first, then lower id.
@@ -197,8 +224,8 @@ fn best_ids(logits: &[f32], count: usize) -> Vec<u32> {
 }
 
 impl Seat {
-    fn choose(&self, seat: u32, raw: &[f32]) -> Sampled {
-        let normalizer = log_sum_exp(raw);
+    fn choose(&self, tier: Tier, seat: u32, raw: &[f32]) -> Sampled {
+        let normalizer = log_sum_exp(tier, raw);
         let params = &self.params;
         let mut changed = Vec::new();
         let logits = if params.has_penalty() || !params.logit_bias.is_empty() {
