@@ -1,6 +1,12 @@
 //! `lorax-shard`: one rank of a model.
 
-use std::{io::IsTerminal, path::PathBuf, sync::Arc, thread, time::Duration};
+use std::{
+    io::IsTerminal,
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread,
+    time::Duration,
+};
 
 use anyhow::Context;
 use clap::Parser;
@@ -11,10 +17,10 @@ use lorax_shard::{
     config::{Config, Device, Precision},
     engine::{Engine, Limits},
     memory,
-    service::Service,
+    service::{self, Server},
+    step::Info,
 };
 use model::{LoadProgress, Model};
-use proto::InfoResponse;
 use tokio::{
     io::AsyncReadExt,
     net::UnixListener,
@@ -92,7 +98,7 @@ fn serve<B: Backend>(ops: Arc<B>, device: &str, config: &Config, rank: usize) ->
     let host_bytes = shard.adapter_host_bytes.unwrap_or(4 << 30) as usize;
     let adapters =
         Arc::new(Adapters::new(ops.clone(), description.clone(), model.sites(), roots, host_bytes));
-    let info = InfoResponse {
+    let info = Info {
         dtype: Precision::name(ops.dtype()).into(),
         device: device.into(),
         rank: rank as u32,
@@ -115,33 +121,34 @@ fn serve<B: Backend>(ops: Arc<B>, device: &str, config: &Config, rank: usize) ->
         // The main thread waits for this for as long as it serves.
         let _ = failed.send(engine.run(received));
     })?;
-    let service = Service::new(info, adapters, commands);
-    let socket = config.socket(rank)?.to_owned();
+    let service = service::new(info, adapters, commands);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    runtime.block_on(async move {
-        // A socket of an earlier life would refuse the name.
-        let _ = std::fs::remove_file(&socket);
-        let listener = UnixListener::bind(&socket).with_context(|| format!("{}", socket.display()))?;
-        tracing::info!(
-            blocks = limits.num_blocks,
-            slots = limits.num_slots,
-            "serving on {}",
-            socket.display()
-        );
-        let server = tonic::transport::Server::builder()
-            .add_service(service)
-            .serve_with_incoming(UnixListenerStream::new(listener));
-        tokio::select! {
-            served = server => served.context("the gRPC server"),
-            result = failure => match result {
-                Ok(result) => result.context("the engine stopped"),
-                Err(_) => anyhow::bail!("the engine panicked"),
-            },
-            () = told_to_stop() => Ok(()),
-        }
-    })?;
+    runtime.block_on(listen(config.socket(rank)?, service, failure))?;
     runtime.shutdown_timeout(Duration::from_secs(1));
     Ok(())
+}
+
+/// Answers the router until told to stop, or until the engine fails.
+async fn listen<B: Backend>(
+    socket: &Path,
+    service: Server<B>,
+    failure: oneshot::Receiver<kernels::Result<()>>,
+) -> anyhow::Result<()> {
+    // A socket of an earlier life would refuse the name.
+    let _ = std::fs::remove_file(socket);
+    let listener = UnixListener::bind(socket).with_context(|| format!("{}", socket.display()))?;
+    tracing::info!("serving on {}", socket.display());
+    let server = tonic::transport::Server::builder()
+        .add_service(service)
+        .serve_with_incoming(UnixListenerStream::new(listener));
+    tokio::select! {
+        served = server => served.context("the gRPC server"),
+        result = failure => match result {
+            Ok(result) => result.context("the engine stopped"),
+            Err(_) => anyhow::bail!("the engine panicked"),
+        },
+        () = told_to_stop() => Ok(()),
+    }
 }
 
 /// Ends with SIGTERM, SIGINT, or the launcher's end of stdin.

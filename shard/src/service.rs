@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::{adapters::Adapters, engine::Command, wire};
+use crate::{adapters::Adapters, engine::Command, step::Info, wire};
 
 /// Events on their way to the router: more than two steps can cause.
 const EVENTS: usize = 256;
@@ -24,20 +24,19 @@ pub struct Service<B: Backend> {
     engine: mpsc::Sender<Command>,
 }
 
-impl<B: Backend> Service<B> {
-    /// The service of one rank.
-    pub fn new(
-        info: InfoResponse,
-        adapters: Arc<Adapters<B>>,
-        engine: mpsc::Sender<Command>,
-    ) -> ShardServer<Service<B>> {
-        // A step that adds sequences carries their prompts: a step's worth of sequences at full length.
-        let limit = 64 << 20;
-        ShardServer::new(Service { info, adapters, engine })
-            .max_decoding_message_size(limit)
-            .max_encoding_message_size(limit)
-    }
+/// What answers the router.
+pub type Server<B> = ShardServer<Service<B>>;
 
+/// The service of one rank.
+pub fn new<B: Backend>(info: Info, adapters: Arc<Adapters<B>>, engine: mpsc::Sender<Command>) -> Server<B> {
+    // A step that adds sequences carries their prompts: a step's worth of sequences at full length.
+    let limit = 64 << 20;
+    ShardServer::new(Service { info: wire::info(info), adapters, engine })
+        .max_decoding_message_size(limit)
+        .max_encoding_message_size(limit)
+}
+
+impl<B: Backend> Service<B> {
     async fn send(&self, command: Command) -> Result<(), Status> {
         self.engine.send(command).await.map_err(|_| Status::unavailable("the engine has stopped"))
     }

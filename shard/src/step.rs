@@ -53,6 +53,26 @@ pub struct Rows {
     pub sample: bool,
 }
 
+/// What a shard serves, and how much room it has.
+#[derive(Debug, Clone)]
+#[expect(missing_docs, reason = "the fields are those of InfoResponse, which documents them")]
+pub struct Info {
+    pub dtype: String,
+    pub device: String,
+    pub rank: u32,
+    pub world: u32,
+    pub vocab_size: u32,
+    pub max_positions: u32,
+    pub eos_token_ids: Vec<u32>,
+    pub num_blocks: u32,
+    pub block_size: u32,
+    pub num_slots: u32,
+    pub adapter_bytes: u64,
+    pub max_rows: u32,
+    pub max_sequences: u32,
+    pub max_logit_rows: u32,
+}
+
 /// What a shard tells.
 #[derive(Debug, Clone)]
 pub enum Event {

@@ -8,8 +8,27 @@ use tonic::Status;
 use crate::{
     adapters::{PrepareError, Prepared, ResolveError},
     engine::StepError,
-    step::{Event, NewSequence, Rows, Step, StepResult},
+    step::{Event, Info, NewSequence, Rows, Step, StepResult},
 };
+
+pub(crate) fn info(info: Info) -> wire::InfoResponse {
+    wire::InfoResponse {
+        dtype: info.dtype,
+        device: info.device,
+        rank: info.rank,
+        world: info.world,
+        vocab_size: info.vocab_size,
+        max_positions: info.max_positions,
+        eos_token_ids: info.eos_token_ids,
+        num_blocks: info.num_blocks,
+        block_size: info.block_size,
+        num_slots: info.num_slots,
+        adapter_bytes: info.adapter_bytes,
+        max_rows: info.max_rows,
+        max_sequences: info.max_sequences,
+        max_logit_rows: info.max_logit_rows,
+    }
+}
 
 pub(crate) fn step(step: wire::Step) -> Result<Step, Status> {
     Ok(Step {
