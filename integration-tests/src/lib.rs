@@ -1,3 +1,4 @@
 //! The real binaries together: a harness that starts a whole server, and a load generator.
 
 pub mod load;
+pub mod server;

@@ -1,0 +1,139 @@
+//! A whole server for a test: launcher, router and shard as a user starts them, on a free port.
+
+use std::{
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use reqwest::{Client, Response};
+use serde_json::{Value, json};
+
+/// What a server gets to load the demo model.
+const START: Duration = Duration::from_secs(120);
+
+/// A running server; killed when it is dropped.
+pub struct Server {
+    launcher: Child,
+    /// Where it listens.
+    pub url: String,
+    /// For requests.
+    pub client: Client,
+}
+
+/// The folder of the fixtures.
+pub fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures")
+}
+
+/// The demo model, where `fetch_model.sh` puts it.
+pub fn demo_model() -> Result<PathBuf> {
+    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
+    let cache = cache.or_else(home).context("neither XDG_CACHE_HOME nor HOME is set")?;
+    let path = cache.join("lorax/models/SmolLM2-135M-Instruct.Q4_1.gguf");
+    if path.exists() { Ok(path) } else { bail!("{} is missing: make model", path.display()) }
+}
+
+/// A program of the workspace, built beside the tests.
+fn program(name: &str) -> Result<PathBuf> {
+    let test = std::env::current_exe()?;
+    let folder = test.parent().and_then(Path::parent).context("the folder of the tests")?;
+    let program = folder.join(name);
+    if program.exists() { Ok(program) } else { bail!("{} is missing: cargo build --bins", program.display()) }
+}
+
+impl Server {
+    /// Starts a server of the demo model and its adapters with further flags, and waits until it listens.
+    pub fn start(flags: &[&str]) -> Result<Server> {
+        let mut launcher = Command::new(program("lorax-launcher")?)
+            .args([
+                "--hostname",
+                "127.0.0.1",
+                "--port",
+                "0",
+                "--device",
+                "cpu",
+                "--model-id",
+            ])
+            .arg(demo_model()?)
+            .arg("--adapter-dir")
+            .arg(fixtures().join("adapters"))
+            .args(flags)
+            // Several servers run side by side in the tests.
+            .args(if flags.contains(&"--kv-memory") { &[][..] } else { &["--kv-memory", "256MiB"] })
+            .env("NO_COLOR", "1")
+            .stderr(Stdio::piped())
+            .spawn()?;
+        let stderr = launcher.stderr.take().context("the launcher's log")?;
+        let (lines, log) = mpsc::channel();
+        // Reads to the end, so that the launcher never waits for room in the pipe.
+        thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                // After the start nobody listens.
+                let _ = lines.send(line);
+            }
+        });
+        let (begun, mut said) = (Instant::now(), String::new());
+        while begun.elapsed() < START {
+            let Ok(line) = log.recv_timeout(START) else { break };
+            if let Some((_, address)) = line.split_once("listening on ") {
+                let url = format!("http://{}", address.trim());
+                return Ok(Server { launcher, url, client: Client::new() });
+            }
+            said = said + &line + "\n";
+        }
+        let _ = launcher.kill();
+        bail!("the server did not start:\n{said}")
+    }
+
+    /// Sends a JSON body.
+    pub async fn post(&self, path: &str, body: &Value) -> Result<Response> {
+        Ok(self.client.post(format!("{}{path}", self.url)).json(body).send().await?)
+    }
+
+    /// Greedy token ids of a prompt.
+    pub async fn tokens(&self, adapter: Option<&str>, prompt: &str, count: usize) -> Result<Vec<u64>> {
+        let parameters = json!({"adapter_id": adapter, "max_new_tokens": count, "details": true, "ignore_eos_token": true});
+        let response = self.post("/generate", &json!({"inputs": prompt, "parameters": parameters})).await?;
+        let body: Value = response.error_for_status()?.json().await?;
+        let tokens = body["details"]["tokens"].as_array().context("tokens")?;
+        tokens.iter().map(|token| token["id"].as_u64().context("an id")).collect()
+    }
+
+    /// Ids of the launcher's children whose name is `name`.
+    pub fn children(&self, name: &str) -> Result<Vec<u32>> {
+        let tasks = format!("/proc/{0}/task/{0}/children", self.launcher.id());
+        let ids = std::fs::read_to_string(tasks)?;
+        let ids = ids.split_whitespace().filter_map(|id| id.parse().ok());
+        Ok(ids
+            .filter(|id: &u32| {
+                std::fs::read_to_string(format!("/proc/{id}/comm")).is_ok_and(|comm| comm.trim() == name)
+            })
+            .collect())
+    }
+
+    /// Sends a signal to a process.
+    pub fn signal(id: u32, signal: &str) -> Result<()> {
+        let status = Command::new("kill").args([signal, &id.to_string()]).status()?;
+        if status.success() { Ok(()) } else { bail!("kill {signal} {id}: {status}") }
+    }
+
+    /// Asks the server to stop, and waits until it has.
+    pub fn terminate(&mut self) -> Result<ExitStatus> {
+        Self::signal(self.launcher.id(), "-TERM")?;
+        Ok(self.launcher.wait()?)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Its children end when the pipe to them closes.
+        let _ = self.launcher.kill();
+        let _ = self.launcher.wait();
+    }
+}

@@ -1,0 +1,140 @@
+//! The whole server with the demo model: what users get, what they are refused, and what happens when parts of it die.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use futures::{StreamExt, future::join_all};
+use integration_tests::server::Server;
+use reqwest::StatusCode;
+use serde_json::{Value, json};
+
+const ADAPTERS: [Option<&str>; 4] = [None, Some("sentiment"), Some("sql"), Some("pirate")];
+
+#[tokio::test]
+async fn a_mixed_batch_gives_everyone_the_tokens_they_get_alone() {
+    let server = Server::start(&[]).unwrap();
+    let server = &server;
+    let asks: Vec<_> = (0..32)
+        .map(|i| (ADAPTERS[i % 4], format!("Number {i}: {}", "Tell me about the sea. ".repeat(1 + i % 5))))
+        .collect();
+    let mut alone = Vec::new();
+    for (adapter, prompt) in &asks {
+        alone.push(server.tokens(*adapter, prompt, 12).await.unwrap());
+    }
+    let together = join_all(asks.iter().map(|(adapter, prompt)| server.tokens(*adapter, prompt, 12))).await;
+    for (i, (alone, together)) in alone.iter().zip(together).enumerate() {
+        assert_eq!(*alone, together.unwrap(), "request {i}, adapter {:?}", asks[i].0);
+    }
+    let texts: Vec<_> = join_all(ADAPTERS.map(|adapter| server.tokens(adapter, "What is a ship?", 8))).await;
+    let distinct: std::collections::BTreeSet<_> = texts.into_iter().map(Result::unwrap).collect();
+    assert_eq!(distinct.len(), 4, "every adapter has its own answer");
+}
+
+#[tokio::test]
+async fn preemption_and_small_chunks_change_no_token() {
+    let plain = Server::start(&["--prefix-caching", "false"]).unwrap();
+    // 24 MiB are about 1000 positions for eight sequences, and chunks are of 7 rows.
+    let tight = Server::start(&["--kv-memory", "6MiB", "--max-batch-prefill-tokens", "7"]).unwrap();
+    let prompts: Vec<String> = (0..8).map(|i| format!("Story {i}. Once upon a time")).collect();
+    let answers = async |server: &Server| {
+        let all = prompts.iter().enumerate().map(|(i, prompt)| server.tokens(ADAPTERS[i % 4], prompt, 40));
+        join_all(all).await.into_iter().map(Result::unwrap).collect::<Vec<_>>()
+    };
+    let expected = answers(&plain).await;
+    assert_eq!(answers(&tight).await, expected);
+    assert_eq!(answers(&tight).await, expected, "with the prefixes in the cache");
+}
+
+#[tokio::test]
+async fn what_cannot_be_served_is_refused_with_its_cause() {
+    let server = Server::start(&["--max-total-tokens", "128", "--max-body-size", "64KiB"]).unwrap();
+    let generate = |parameters: Value| json!({"inputs": "Hello", "parameters": parameters});
+    let cases = [
+        (json!({"inputs": ""}), 422, "cannot be empty"),
+        (json!({"inputs": "word ".repeat(300)}), 422, "at most 127 tokens"),
+        (json!({"inputs": 7}), 422, "invalid type"),
+        (generate(json!({"max_new_tokens": -1})), 422, "invalid value"),
+        (generate(json!({"max_new_tokens": 0})), 422, "strictly positive"),
+        (generate(json!({"max_new_tokens": 5000})), 422, "must be <= 128"),
+        (generate(json!({"temperature": -1.0})), 422, "`temperature` must be non-negative"),
+        (generate(json!({"temperature": "hot"})), 422, "invalid type"),
+        (generate(json!({"top_p": 0.0})), 422, "`top_p`"),
+        (generate(json!({"stop": vec!["x"; 9]})), 422, "up to 4 stop sequences"),
+        (generate(json!({"stop": ["x".repeat(100_000)]})), 413, "larger than 65536 bytes"),
+        (generate(json!({"best_of": 3})), 422, "`best_of` is not supported"),
+        (generate(json!({"merged_adapters": {"ids": ["a"]}})), 422, "`merged_adapters` is not supported"),
+        (generate(json!({"adapter_id": "no-such"})), 404, "does not exist"),
+        (generate(json!({"adapter_id": "../adapters/sql"})), 422, "parent folder"),
+        (generate(json!({"adapter_id": "s\u{7}ql"})), 422, "control characters"),
+        (generate(json!({"adapter_id": "/etc"})), 403, "outside"),
+        (generate(json!({"adapter_id": "sql", "adapter_source": "hub"})), 422, "only \"local\""),
+    ];
+    for (body, status, cause) in cases {
+        let response = server.post("/generate", &body).await.unwrap();
+        let (got, body): (_, Value) = (response.status(), response.json().await.unwrap());
+        assert_eq!(got.as_u16(), status, "{body}");
+        assert!(body["error"].as_str().unwrap().contains(cause), "{body}");
+        assert!(body["error_type"].is_string(), "{body}");
+    }
+    for raw in [&b"{\"inputs\": \"x"[..], b"\xff\xfe", b"", &[b'['; 5000]] {
+        let request = server.client.post(format!("{}/generate", server.url)).body(raw.to_vec());
+        let response = request.send().await.unwrap();
+        assert_eq!(response.status(), StatusCode::BAD_REQUEST);
+        assert_eq!(response.json::<Value>().await.unwrap()["error_type"], "malformed");
+    }
+    let openai = server.post("/v1/completions", &json!({"model": "nope", "prompt": "x"})).await.unwrap();
+    assert_eq!(openai.status(), StatusCode::NOT_FOUND);
+    assert!(openai.json::<Value>().await.unwrap()["error"]["message"].is_string());
+    assert_eq!(server.tokens(None, "Still here?", 3).await.unwrap().len(), 3);
+}
+
+#[tokio::test]
+async fn a_dead_shard_is_replaced_and_the_port_stays_open() {
+    let mut server = Server::start(&["--max-concurrent-requests", "3"]).unwrap();
+    let body = json!({"inputs": "Count:", "parameters": {"max_new_tokens": 2000, "ignore_eos_token": true}});
+    let mut streams = Vec::new();
+    for _ in 0..3 {
+        let response = server.post("/generate_stream", &body).await.unwrap();
+        let mut events = response.bytes_stream();
+        assert!(events.next().await.unwrap().unwrap().starts_with(b"data:"));
+        streams.push(events);
+    }
+    let refused = server.post("/generate", &body).await.unwrap();
+    assert_eq!(refused.status(), StatusCode::TOO_MANY_REQUESTS);
+    Server::signal(server.children("lorax-shard").unwrap()[0], "-KILL").unwrap();
+    for events in streams {
+        let all: Vec<_> = events.map(Result::unwrap).collect().await;
+        let text = String::from_utf8(all.concat()).unwrap();
+        assert!(
+            text.contains("\"error_type\":\"unavailable\""),
+            "{}",
+            &text[text.len().saturating_sub(300)..]
+        );
+    }
+    let (mut unavailable, mut recovered) = (false, false);
+    while !recovered {
+        let response =
+            server.post("/generate", &json!({"inputs": "Hi", "parameters": {"max_new_tokens": 2}})).await;
+        match response.unwrap().status() {
+            StatusCode::SERVICE_UNAVAILABLE => unavailable = true,
+            status => recovered = status == StatusCode::OK,
+        }
+    }
+    assert!(unavailable, "requests were answered with 503 meanwhile");
+    assert_eq!(server.terminate().unwrap().code(), Some(0));
+}
+
+#[tokio::test]
+async fn streams_finish_before_the_server_stops() {
+    let mut server = Server::start(&[]).unwrap();
+    let body = json!({"model": "pirate", "prompt": ["Hello", "What is a dog?"], "max_tokens": 60, "stream": true,
+        "temperature": 0, "ignore_eos": true, "stream_options": {"include_usage": true}});
+    let response = server.post("/v1/completions", &body).await.unwrap();
+    let mut events = response.bytes_stream();
+    let first = events.next().await.unwrap().unwrap();
+    let stopped = tokio::task::spawn_blocking(move || server.terminate().unwrap());
+    let rest: Vec<_> = events.map(Result::unwrap).collect().await;
+    let text = String::from_utf8([first.to_vec(), rest.concat()].concat()).unwrap();
+    assert_eq!(text.matches("\"finish_reason\":\"length\"").count(), 2);
+    assert!(text.contains("\"completion_tokens\":120"));
+    assert!(text.trim_end().ends_with("data: [DONE]"));
+    assert_eq!(stopped.await.unwrap().code(), Some(0));
+}
