@@ -51,15 +51,7 @@ impl Server {
     /// Starts a server of the demo model and its adapters with further flags, and waits until it listens.
     pub fn start(flags: &[&str]) -> Result<Server> {
         let mut launcher = Command::new(program("lorax-launcher")?)
-            .args([
-                "--hostname",
-                "127.0.0.1",
-                "--port",
-                "0",
-                "--device",
-                "cpu",
-                "--model-id",
-            ])
+            .args(["--hostname", "127.0.0.1", "--port", "0", "--device", "cpu", "--model-id"])
             .arg(demo_model()?)
             .arg("--adapter-dir")
             .arg(fixtures().join("adapters"))

@@ -23,7 +23,8 @@ async fn a_mixed_batch_gives_everyone_the_tokens_they_get_alone() {
     for (i, (alone, together)) in alone.iter().zip(together).enumerate() {
         assert_eq!(*alone, together.unwrap(), "request {i}, adapter {:?}", asks[i].0);
     }
-    let texts: Vec<_> = join_all(ADAPTERS.map(|adapter| server.tokens(adapter, "What is a ship?", 8))).await;
+    let prompt = "<|im_start|>user\nShow the name of all ships.<|im_end|>\n<|im_start|>assistant\n";
+    let texts: Vec<_> = join_all(ADAPTERS.map(|adapter| server.tokens(adapter, prompt, 8))).await;
     let distinct: std::collections::BTreeSet<_> = texts.into_iter().map(Result::unwrap).collect();
     assert_eq!(distinct.len(), 4, "every adapter has its own answer");
 }
@@ -74,7 +75,8 @@ async fn what_cannot_be_served_is_refused_with_its_cause() {
         assert!(body["error"].as_str().unwrap().contains(cause), "{body}");
         assert!(body["error_type"].is_string(), "{body}");
     }
-    for raw in [&b"{\"inputs\": \"x"[..], b"\xff\xfe", b"", &[b'['; 5000]] {
+    let nested = [&b"{\"x\":"[..], &[b'['; 5000]].concat();
+    for raw in [&b"{\"inputs\": \"x"[..], b"\xff\xfe", b"", &nested] {
         let request = server.client.post(format!("{}/generate", server.url)).body(raw.to_vec());
         let response = request.send().await.unwrap();
         assert_eq!(response.status(), StatusCode::BAD_REQUEST);
