@@ -4,6 +4,7 @@ pub mod adapter;
 mod config;
 mod error;
 mod forward;
+pub mod testing;
 mod weights;
 
 pub use config::{Config, Rope, RopeScaling};

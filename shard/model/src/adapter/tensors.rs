@@ -34,7 +34,9 @@ pub(super) fn read(
         return Err(AdapterError::NoFile(WEIGHTS_FILE));
     }
     let file = TensorFile::open(&path)?;
-    let names: Vec<String> = file.names().collect();
+    let mut names: Vec<String> = file.names().collect();
+    // Of several faults, the same one is reported every time.
+    names.sort_unstable();
     let mut places: HashMap<(&str, char), &str> = HashMap::new();
     for name in &names {
         let found = place(name).filter(|(path, _)| targets.iter().any(|module| module.path == *path));

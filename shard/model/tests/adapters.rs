@@ -1,0 +1,161 @@
+//! Which adapters are served, and which are refused with which words.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::{fs, path::Path};
+
+use model::{
+    Config,
+    adapter::{self, Adapter},
+    testing::{self, Files, Tensor},
+};
+use serde_json::{Value, json};
+
+const SEVEN: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+
+fn model_config() -> Config {
+    let folder = tempfile::tempdir().unwrap();
+    testing::model().write_model(folder.path()).unwrap();
+    Config::from_folder(folder.path()).unwrap()
+}
+
+fn read(files: &Files) -> Result<Adapter, String> {
+    let folder = tempfile::tempdir().unwrap();
+    files.write_adapter(folder.path()).unwrap();
+    adapter::read(folder.path(), &model_config()).map_err(|error| error.to_string())
+}
+
+fn with(field: &str, value: Value) -> Files {
+    let mut files = testing::adapter(&SEVEN, 4, 1);
+    files.config[field] = value;
+    files
+}
+
+#[test]
+fn all_projections_are_read_and_scaled() {
+    let files = testing::adapter(&SEVEN, 4, 1);
+    let plain = read(&files).unwrap();
+    assert_eq!((plain.parts.len(), plain.max_lora_rank), (14, 4));
+    assert_eq!(plain.sites, ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]);
+    let stored = &files.tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"].data;
+    let scale = plain.parts[0].b[0] / stored[0];
+    assert_eq!(scale, 2.0, "alpha / r");
+    let rslora = read(&with("use_rslora", json!(true))).unwrap();
+    assert_eq!(rslora.parts[0].b[0] / stored[0], 4.0, "alpha / √r");
+}
+
+#[test]
+fn identity_is_what_is_computed() {
+    let files = testing::adapter(&SEVEN, 4, 1);
+    let hash = read(&files).unwrap().hash;
+    let renamed = with("base_model_name_or_path", json!("elsewhere"));
+    assert_eq!(read(&renamed).unwrap().hash, hash, "names do not count");
+    assert_ne!(read(&with("lora_alpha", json!(9))).unwrap().hash, hash, "scales do");
+    assert_ne!(read(&testing::adapter(&SEVEN, 4, 2)).unwrap().hash, hash, "weights do");
+}
+
+#[test]
+fn ranks_and_scales_follow_their_patterns() {
+    let mut files = testing::adapter(&["q_proj", "up_proj"], 4, 1);
+    files.config["rank_pattern"] = json!({"layers.1.mlp.up_proj": 6});
+    files.config["alpha_pattern"] = json!({"q_proj": 12});
+    for (matrix, shape) in [("A", [6, 32]), ("B", [48, 6])] {
+        let name = format!("base_model.model.model.layers.1.mlp.up_proj.lora_{matrix}.weight");
+        files.tensors.insert(name, Tensor { shape: shape.into(), data: vec![0.5; shape[0] * shape[1]] });
+    }
+    let adapter = read(&files).unwrap();
+    let ranks: Vec<usize> = adapter.parts.iter().map(|part| part.lora_rank).collect();
+    assert_eq!(ranks, [4, 4, 4, 6]);
+    let stored = &files.tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"].data;
+    assert_eq!(adapter.parts[0].b[0] / stored[0], 3.0);
+}
+
+#[test]
+fn what_cannot_be_served_exactly_is_refused_by_name() {
+    let nan =
+        |value: f32| move |files: &mut Files| files.tensors.values_mut().next().unwrap().data[3] = value;
+    type Spoil = Box<dyn Fn(&mut Files)>;
+    let set = |field: &'static str, value: Value| -> Spoil {
+        Box::new(move |files: &mut Files| files.config[field] = value.clone())
+    };
+    let first = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight";
+    let cases: Vec<(Spoil, &str)> = vec![
+        (set("peft_type", json!("LOHA")), "peft_type = LOHA is not supported"),
+        (set("use_dora", json!(true)), "use_dora = true is not supported"),
+        (set("bias", json!("all")), "bias = all is not supported"),
+        (set("modules_to_save", json!(["lm_head"])), "modules_to_save = [\"lm_head\"] is not supported"),
+        (set("fan_in_fan_out", json!(true)), "fan_in_fan_out = true is not supported"),
+        (set("init_lora_weights", json!("pissa_niter_4")), "init_lora_weights = pissa_niter_4"),
+        (set("something_new", json!("x")), "something_new = \"x\" is not supported"),
+        (set("r", json!(0)), "r is missing or not a positive integer"),
+        (set("r", json!(-4)), "invalid value"),
+        (set("r", json!(8)), "has the shape [4, 32], expected [8, 32]"),
+        (set("target_modules", Value::Null), "target_modules is missing"),
+        (set("target_modules", json!(["q_proj", "c_attn"])), "\"c_attn\" is no projection of this model"),
+        (set("target_modules", json!(["embed_tokens"])), "\"embed_tokens\" is no projection"),
+        (set("target_modules", json!("(")), "target_modules: regex parse error"),
+        (set("target_modules", json!(".*nothing")), "no module of this model is targeted"),
+        (set("target_modules", json!(["q_proj"])), "belongs to no targeted module"),
+        (
+            set("layers_to_transform", json!([0])),
+            "layers.1.mlp.down_proj.lora_A.weight belongs to no targeted",
+        ),
+        (Box::new(nan(f32::NAN)), "has NaN or infinite values"),
+        (Box::new(nan(f32::NEG_INFINITY)), "has NaN or infinite values"),
+        (
+            Box::new(move |files| drop(files.tensors.remove(first))),
+            "layers.0.mlp.down_proj.lora_A.weight is missing",
+        ),
+        (
+            Box::new(|files| {
+                let dora = "base_model.model.model.layers.0.mlp.down_proj.lora_magnitude_vector";
+                files.tensors.insert(dora.into(), Tensor { shape: vec![32], data: vec![1.0; 32] });
+            }),
+            "lora_magnitude_vector belongs to no targeted module",
+        ),
+        (
+            Box::new(move |files| {
+                let other = Tensor { shape: vec![4, 2048], data: vec![0.0; 4 * 2048] };
+                files.tensors.insert(first.into(), other);
+            }),
+            "has the shape [4, 2048], expected [4, 48]",
+        ),
+    ];
+    for (spoil, cause) in cases {
+        let mut files = testing::adapter(&SEVEN, 4, 1);
+        spoil(&mut files);
+        let refusal = read(&files).err().unwrap_or_else(|| panic!("served in spite of: {cause}"));
+        assert!(refusal.contains(cause), "{refusal}");
+    }
+}
+
+#[test]
+fn damaged_folders_are_refused() {
+    type Spoil = fn(&Path);
+    let cases: [(Spoil, &str); 5] = [
+        (
+            |folder| fs::remove_file(folder.join(adapter::CONFIG_FILE)).unwrap(),
+            "adapter_config.json is missing",
+        ),
+        (
+            |folder| fs::remove_file(folder.join(adapter::WEIGHTS_FILE)).unwrap(),
+            "adapter_model.safetensors is missing",
+        ),
+        (|folder| fs::write(folder.join(adapter::CONFIG_FILE), "not json").unwrap(), "expected ident"),
+        (|folder| fs::write(folder.join(adapter::CONFIG_FILE), [0xff, 0xfe]).unwrap(), "adapter_config.json"),
+        (
+            |folder| {
+                let file = folder.join(adapter::WEIGHTS_FILE);
+                let all = fs::read(&file).unwrap();
+                fs::write(&file, &all[..all.len() / 2]).unwrap();
+            },
+            "truncated",
+        ),
+    ];
+    for (spoil, cause) in cases {
+        let folder = tempfile::tempdir().unwrap();
+        testing::adapter(&SEVEN, 4, 1).write_adapter(folder.path()).unwrap();
+        spoil(folder.path());
+        let refusal = adapter::read(folder.path(), &model_config()).err().unwrap().to_string();
+        assert!(refusal.contains(cause), "{refusal}");
+    }
+}

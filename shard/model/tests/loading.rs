@@ -1,0 +1,123 @@
+//! Which model folders are refused, and with which words.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::{fs, path::Path};
+
+use kernels::{DType, cpu::CpuBackend};
+use model::{
+    Model,
+    testing::{self, Files, Tensor, Tensors},
+};
+use serde_json::json;
+
+fn load(folder: &Path) -> model::Result<Model<CpuBackend>> {
+    let ops = CpuBackend::new(DType::F32, 1).unwrap();
+    Model::load(&ops, folder, &mut |_| {})
+}
+
+/// The message that a folder is refused with.
+fn refusal(folder: &Path) -> String {
+    load(folder).err().expect("it loaded").to_string()
+}
+
+#[test]
+fn a_folder_loads_and_shows_its_progress() {
+    let folder = tempfile::tempdir().unwrap();
+    testing::model().write_model(folder.path()).unwrap();
+    fs::write(folder.path().join("generation_config.json"), r#"{"eos_token_id": [2, 7]}"#).unwrap();
+    let ops = CpuBackend::new(DType::Bf16, 1).unwrap();
+    let mut seen = Vec::new();
+    let model = Model::load(&ops, folder.path(), &mut |progress| seen.push(progress)).unwrap();
+    assert_eq!(model.config().eos, [2, 7]);
+    assert!(seen.windows(2).all(|pair| pair[0].done_bytes < pair[1].done_bytes));
+    assert_eq!(seen.last().unwrap().done_bytes, seen[0].total_bytes, "it ends at the whole");
+}
+
+#[test]
+fn sharded_weights_load_as_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let files = testing::model();
+    files.write_model(folder.path()).unwrap();
+    let (first, second): (Tensors, Tensors) =
+        files.tensors.clone().into_iter().partition(|(name, _)| name.contains("layers.0"));
+    let shards = [("model-1.safetensors", first), ("model-2.safetensors", second)];
+    let mut weight_map = serde_json::Map::new();
+    for (shard, tensors) in shards {
+        weight_map.extend(tensors.keys().map(|name| (name.clone(), shard.into())));
+        Files { tensors, ..files.clone() }.write_model(&folder.path().join("part")).unwrap();
+        fs::rename(folder.path().join("part/model.safetensors"), folder.path().join(shard)).unwrap();
+    }
+    fs::remove_file(folder.path().join("model.safetensors")).unwrap();
+    let index = folder.path().join("model.safetensors.index.json");
+    fs::write(&index, json!({"weight_map": weight_map}).to_string()).unwrap();
+    assert!(load(folder.path()).is_ok());
+    fs::remove_file(folder.path().join("model-2.safetensors")).unwrap();
+    assert!(refusal(folder.path()).contains("model-2.safetensors: No such file"));
+    fs::write(&index, "{\"weight_map\": 3}").unwrap();
+    assert!(refusal(folder.path()).contains("index.json: invalid type"));
+}
+
+#[test]
+fn weights_that_contradict_the_configuration_are_refused() {
+    type Spoil = fn(&mut Files);
+    let cases: [(Spoil, &str); 6] = [
+        (
+            |files| drop(files.tensors.remove("model.layers.1.mlp.up_proj.weight")),
+            "tensor model.layers.1.mlp.up_proj.weight is missing",
+        ),
+        (
+            |files| {
+                let transposed = Tensor { shape: vec![32, 48], data: vec![0.0; 32 * 48] };
+                files.tensors.insert("model.layers.0.mlp.gate_proj.weight".into(), transposed);
+            },
+            "tensor model.layers.0.mlp.gate_proj.weight has the shape [32, 48], expected [48, 32]",
+        ),
+        (|files| files.config["vocab_size"] = json!(97), "has the shape [96, 32], expected [97, 32]"),
+        (
+            |files| files.config["num_hidden_layers"] = json!(3),
+            "tensor model.layers.2.input_layernorm.weight",
+        ),
+        (|files| files.config["attention_bias"] = json!(true), "self_attn.q_proj.bias is missing"),
+        (|files| files.config["quantization_config"] = json!({"bits": 4}), "quantization_config"),
+    ];
+    for (spoil, cause) in cases {
+        let folder = tempfile::tempdir().unwrap();
+        let mut files = testing::model();
+        spoil(&mut files);
+        files.write_model(folder.path()).unwrap();
+        let refusal = refusal(folder.path());
+        assert!(refusal.contains(cause), "{refusal}");
+    }
+}
+
+#[test]
+fn damaged_files_are_refused() {
+    type Spoil = fn(&Path, Vec<u8>);
+    let cases: [(Spoil, &str); 7] = [
+        (|file, _| fs::remove_file(file).unwrap(), "No such file"),
+        (|file, all| fs::write(file, &all[..all.len() - 5]).unwrap(), "truncated"),
+        (|file, all| fs::write(file, &all[..100]).unwrap(), "truncated"),
+        (|file, _| fs::write(file, b"abc").unwrap(), "truncated: 3 bytes"),
+        (|file, all| fs::write(file, [&[255; 8], &all[8..]].concat()).unwrap(), "corrupt"),
+        (
+            |file, all| fs::write(file, [&all[..8], &[b'x'; 50], &all[58..]].concat()).unwrap(),
+            "corrupt header",
+        ),
+        (|file, all| fs::write(file, [all, vec![0; 9]].concat()).unwrap(), "bytes of tensors in"),
+    ];
+    for (spoil, cause) in cases {
+        let folder = tempfile::tempdir().unwrap();
+        testing::model().write_model(folder.path()).unwrap();
+        let file = folder.path().join("model.safetensors");
+        spoil(&file, fs::read(&file).unwrap());
+        let refusal = refusal(folder.path());
+        assert!(refusal.contains(cause) && refusal.contains("model.safetensors"), "{cause}: {refusal}");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    assert!(refusal(folder.path()).contains("config.json: No such file"));
+    fs::write(folder.path().join("config.json"), "{").unwrap();
+    assert!(refusal(folder.path()).contains("config.json: EOF"));
+    fs::write(folder.path().join("model.gguf"), "GGUFabc").unwrap();
+    let gguf = refusal(&folder.path().join("model.gguf"));
+    assert!(gguf.contains("truncated"), "{gguf}");
+}
