@@ -3,7 +3,11 @@
 mod pass;
 mod state;
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use kernels::Backend;
 use model::Model;
@@ -19,10 +23,13 @@ use crate::{
 use state::State;
 pub use state::{Limits, StepError};
 
+/// How often an idle loop looks whether an adapter has arrived: far less than the milliseconds that a copy takes.
+const LOAD_POLL: Duration = Duration::from_micros(50);
+
 /// What the loop is sent.
 pub enum Command {
-    /// Run a step.
-    Step(Box<Step>),
+    /// Run a step, or refuse what came in its place.
+    Step(Result<Box<Step>, StepError>),
     /// Send events here from now on.
     Attach(Sender<Result<Event, StepError>>),
     /// Forget everything that runs.
@@ -50,12 +57,14 @@ impl<B: Backend> Engine<B> {
     pub fn run(mut self, mut commands: Receiver<Command>) -> kernels::Result<()> {
         let mut launched: Option<pass::Launched<B>> = None;
         loop {
-            let command = match &launched {
-                None => commands.blocking_recv().ok_or(TryRecvError::Disconnected),
-                Some(_) => commands.try_recv(),
+            let command = if launched.is_some() || self.state.is_loading() {
+                commands.try_recv()
+            } else {
+                commands.blocking_recv().ok_or(TryRecvError::Disconnected)
             };
             match command {
-                Err(TryRecvError::Empty) => self.finish(&mut launched)?,
+                Err(TryRecvError::Empty) if launched.is_some() => self.finish(&mut launched)?,
+                Err(TryRecvError::Empty) => thread::park_timeout(LOAD_POLL),
                 Err(TryRecvError::Disconnected) => return Ok(()),
                 Ok(Command::Attach(events)) => self.events = Some(events),
                 Ok(Command::Reset(done)) => {
@@ -68,14 +77,14 @@ impl<B: Backend> Engine<B> {
                 // Steps of a stream that has failed have nobody to answer to.
                 Ok(Command::Step(_)) if self.events.is_none() => {}
                 Ok(Command::Step(step)) => {
-                    let started = Instant::now();
-                    match self.state.launch(&step, started)? {
-                        Ok(next) => {
-                            self.finish(&mut launched)?;
-                            launched = Some(next);
-                        }
+                    let next = match step {
+                        Ok(step) => self.state.launch(&step, Instant::now())?,
+                        Err(refused) => Err(refused),
+                    };
+                    self.finish(&mut launched)?;
+                    match next {
+                        Ok(next) => launched = Some(next),
                         Err(refused) => {
-                            self.finish(&mut launched)?;
                             self.emit(Err(refused));
                             self.events = None;
                         }

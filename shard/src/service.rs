@@ -76,8 +76,8 @@ impl<B: Backend> Shard for Service<B> {
         tokio::spawn(async move {
             // The stream's end is the router's to decide; a broken one ends here, and the router resets.
             while let Some(Ok(step)) = steps.next().await {
-                let Ok(step) = wire::step(step) else { break };
-                if engine.send(Command::Step(Box::new(step))).await.is_err() {
+                let step = wire::step(step).map(Box::new);
+                if engine.send(Command::Step(step)).await.is_err() {
                     break;
                 }
             }

@@ -30,7 +30,7 @@ pub(crate) fn info(info: Info) -> wire::InfoResponse {
     }
 }
 
-pub(crate) fn step(step: wire::Step) -> Result<Step, Status> {
+pub(crate) fn step(step: wire::Step) -> Result<Step, StepError> {
     Ok(Step {
         id: step.id,
         dropped: step.dropped,
@@ -39,15 +39,14 @@ pub(crate) fn step(step: wire::Step) -> Result<Step, Status> {
             .load
             .into_iter()
             .map(|load| Ok((load.slot, content(&load.content)?)))
-            .collect::<Result<_, Status>>()?,
+            .collect::<Result<_, StepError>>()?,
         added: step.added.into_iter().map(new_sequence).collect(),
         rows: step.rows.into_iter().map(rows).collect(),
     })
 }
 
-fn content(bytes: &[u8]) -> Result<ContentHash, Status> {
-    let bytes = bytes.try_into();
-    bytes.map(ContentHash).map_err(|_| Status::invalid_argument("a content hash has 32 bytes"))
+fn content(bytes: &[u8]) -> Result<ContentHash, StepError> {
+    bytes.try_into().map(ContentHash).map_err(|_| StepError::ContentHash(bytes.len()))
 }
 
 fn new_sequence(new: wire::NewSequence) -> NewSequence {

@@ -57,6 +57,9 @@ pub enum StepError {
     /// A row uses a slot before it was reported ready.
     #[error("slot {0} is not ready")]
     SlotNotReady(u32),
+    /// An adapter that is named by something else than its SHA-256.
+    #[error("a content hash of {0} bytes")]
+    ContentHash(usize),
     /// Parameters or tokens that the model cannot take.
     #[error("sequence {sequence}: {message}")]
     Sequence {
@@ -235,6 +238,11 @@ impl<B: Backend> State<B> {
             },
         );
         Ok(())
+    }
+
+    /// Whether an adapter is on its way into a slot.
+    pub(super) fn is_loading(&self) -> bool {
+        self.slot_states.iter().any(|state| matches!(state, Slot::Loading(_)))
     }
 
     pub(super) fn is_slot_ready(&self, slot: u32) -> bool {
