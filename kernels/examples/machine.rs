@@ -3,28 +3,15 @@
 
 use std::{thread, time::Instant};
 
-use kernels::{
-    Backend, DType, HostTensor, Matrix,
-    cpu::{CpuBackend, Tier},
-};
+use kernels::{Backend, DType, HostTensor, Matrix, cpu::CpuBackend};
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
 fn main() -> Outcome<()> {
     let threads = thread::available_parallelism()?.get();
     let read = best(8, || read_bandwidth(threads));
-    let flops = |dtype, tier| -> Outcome<f64> {
-        if !Tier::available().contains(&tier) {
-            return Ok(0.0);
-        }
-        product_flops(&CpuBackend::with_tier(dtype, threads, tier)?)
-    };
-    let widest = if Tier::available().contains(&Tier::Avx512) { Tier::Avx512 } else { Tier::Avx2 };
-    println!(
-        r#"{{"threads": {threads}, "read_gb_s": {read:.1}, "f32_gflops": {:.0}, "bf16_dot_gflops": {:.0}}}"#,
-        flops(DType::F32, widest)?,
-        flops(DType::Bf16, Tier::Avx512Bf16)?,
-    );
+    let flops = product_flops(&CpuBackend::new(DType::F32, threads)?)?;
+    println!(r#"{{"threads": {threads}, "read_gb_s": {read:.1}, "f32_gflops": {flops:.0}}}"#);
     Ok(())
 }
 

@@ -13,10 +13,7 @@ mod pool;
 mod sampling;
 mod simd;
 
-use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Instant,
-};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::{
     Attention, Backend, Batch, DType, Error, Heads, HostTensor, LinearLora, LoraPart, LoraSite, Matrix,
@@ -31,9 +28,6 @@ pub use simd::Tier;
 
 use pool::{Pool, Shards};
 
-/// Timings of each arithmetic when one is chosen.
-const ROUNDS: usize = 20;
-
 /// The CPU of this machine.
 pub struct CpuBackend {
     dtype: DType,
@@ -44,28 +38,13 @@ pub struct CpuBackend {
 
 impl CpuBackend {
     /// A backend that stores weights and KV memory as `dtype` (f32 or bf16) and computes on `threads` threads, with
-    /// the fastest arithmetic that this machine has.
+    /// the widest vector unit that this machine has.
     pub fn new(dtype: DType, threads: usize) -> Result<CpuBackend> {
-        let tiers = Tier::available();
-        let mut tier = *tiers.last().unwrap_or(&Tier::Scalar);
-        // The dot product of bf16 is twice as fast as f32 on some machines, and half as fast on others. They are timed
-        // in turns, so that a moment when the machine is busy counts for both.
-        if tier == Tier::Avx512Bf16 && dtype == DType::Bf16 {
-            let [wide, dot] = [Tier::Avx512, tier].map(|tier| Self::with_tier(dtype, 1, tier));
-            let (wide, dot) = (wide?, dot?);
-            let mut best = [f64::INFINITY; 2];
-            for _ in 0..ROUNDS {
-                best[0] = best[0].min(wide.time_of_a_product());
-                best[1] = best[1].min(dot.time_of_a_product());
-            }
-            if best[0] < best[1] {
-                tier = Tier::Avx512;
-            }
-        }
+        let tier = Tier::available().last().copied().unwrap_or(Tier::Scalar);
         Self::with_tier(dtype, threads, tier)
     }
 
-    /// A backend with the arithmetic of a given tier.
+    /// A backend on the vector unit of a given tier.
     pub fn with_tier(dtype: DType, threads: usize, tier: Tier) -> Result<CpuBackend> {
         let unsupported = |what: String| Err(Error::Unsupported { backend: "cpu", what });
         if dtype == DType::F16 {
@@ -77,7 +56,7 @@ impl CpuBackend {
         Ok(CpuBackend { dtype, tier, pool: Pool::new(threads.max(1))?, scratch: Mutex::default() })
     }
 
-    /// The arithmetic in use.
+    /// The vector unit in use.
     pub fn tier(&self) -> Tier {
         self.tier
     }
@@ -85,23 +64,6 @@ impl CpuBackend {
     /// Threads that compute.
     pub fn threads(&self) -> usize {
         self.pool.threads()
-    }
-
-    /// Seconds of a small product that stays in cache: the best of a few.
-    fn time_of_a_product(&self) -> f64 {
-        let product = || -> Result<f64> {
-            let w = Panels::from_fn(self.dtype, [128, 256], |o, k| (o * 7 + k) as f32 % 3.0)?;
-            let (mut x, mut y) = (CpuMat::new(48, 256)?, CpuMat::new(48, 128)?);
-            x.set_rows(48);
-            let mut best = f64::INFINITY;
-            for _ in 0..5 {
-                let start = Instant::now();
-                linear::linear(self, &x, &w, None, None, &mut y)?;
-                best = best.min(start.elapsed().as_secs_f64());
-            }
-            Ok(best)
-        };
-        product().unwrap_or(f64::INFINITY)
     }
 
     fn scratch(&self) -> MutexGuard<'_, linear::Scratch> {
@@ -177,7 +139,7 @@ impl Backend for CpuBackend {
     }
 
     fn stage(&self, sites: &[LoraSite], parts: &[LoraPart]) -> Result<CpuAdapter> {
-        CpuAdapter::new(self.dtype, gemm::is_dot(self.tier, self.dtype), sites, parts)
+        CpuAdapter::new(self.dtype, sites, parts)
     }
 
     fn adapter_bytes(&self, adapter: &CpuAdapter) -> usize {

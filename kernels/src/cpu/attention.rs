@@ -436,8 +436,10 @@ impl Unit<'_> {
         let stride = STRIDE * BLOCK_SIZE * size_of::<f32>();
         // SAFETY: the caller's promise; 16 elements of each vector's output are there.
         unsafe {
-            let mut acc: [[S::V; 1]; R] =
-                std::array::from_fn(|r| [S::load(buffers.out[v + r][panel * 16..].as_ptr())]);
+            let mut acc = [[S::splat(0.0); 1]; R];
+            for (r, acc) in acc.iter_mut().enumerate() {
+                acc[0] = S::load(buffers.out[v + r][panel * 16..].as_ptr());
+            }
             for (i, &block) in blocks.iter().enumerate() {
                 let values = self.kv.block(block, self.head).add(layout.key + panel * layout.value);
                 let weights = buffers.scores[v][i * BLOCK_SIZE..].as_ptr().cast();

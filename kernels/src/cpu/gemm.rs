@@ -6,7 +6,7 @@
 use super::{
     memory::{Line, Panels},
     pool::Shards,
-    simd::{Kernel, Simd, Tier},
+    simd::{Kernel, Simd},
 };
 use crate::DType;
 
@@ -31,10 +31,6 @@ pub(super) struct Single;
 /// bf16 weights widened to f32, f32 activations.
 #[derive(Clone, Copy)]
 pub(super) struct Widened;
-
-/// bf16 weights and activations.
-#[derive(Clone, Copy)]
-pub(super) struct Dot;
 
 impl<S: Simd> Arithmetic<S> for Single {
     type Weights = S::V;
@@ -83,33 +79,13 @@ impl<S: Simd> Arithmetic<S> for Widened {
     }
 }
 
-impl<S: Simd> Arithmetic<S> for Dot {
-    type Weights = *const u32;
-    type Inputs = u32;
-    const INPUT_BYTES: usize = 4;
-
-    #[inline(always)]
-    unsafe fn weights(line: *const Line) -> *const u32 {
-        line.cast()
-    }
-    #[inline(always)]
-    unsafe fn inputs(x: *const u8) -> u32 {
-        // SAFETY: the caller's promise: INPUT_BYTES bytes.
-        unsafe { x.cast::<u32>().read_unaligned() }
-    }
-    #[inline(always)]
-    unsafe fn multiply_add(acc: S::V, line: *const u32, inputs: u32) -> S::V {
-        // SAFETY: `line` came from `weights`.
-        unsafe { S::dot_splat(acc, inputs, line) }
-    }
-}
-
 /// Adds the products of R rows with P panels to the accumulators.
 ///
 /// # Safety
 /// `x` holds R rows of `depth` lines' inputs, `x_stride` bytes apart; `w` holds P panels of `depth` lines, `w_stride`
 /// lines apart.
 #[inline(always)]
+#[allow(clippy::needless_range_loop, reason = "iterators take closures")]
 pub(super) unsafe fn tile<S: Simd, A: Arithmetic<S>, const R: usize, const P: usize>(
     (x, x_stride): (*const u8, usize),
     (w, w_stride): (*const Line, usize),
@@ -119,11 +95,15 @@ pub(super) unsafe fn tile<S: Simd, A: Arithmetic<S>, const R: usize, const P: us
     for k in 0..depth {
         // SAFETY: k < depth, and the caller's promise.
         unsafe {
-            let weights: [A::Weights; P] = std::array::from_fn(|p| A::weights(w.add(p * w_stride + k)));
-            for (r, acc) in acc.iter_mut().enumerate() {
+            // No closures here: they would be compiled without the instructions of `S`, and called.
+            let mut weights = [A::weights(w.add(k)); P];
+            for p in 1..P {
+                weights[p] = A::weights(w.add(p * w_stride + k));
+            }
+            for r in 0..R {
                 let inputs = A::inputs(x.add(r * x_stride + k * A::INPUT_BYTES));
-                for (acc, weights) in acc.iter_mut().zip(weights) {
-                    *acc = A::multiply_add(*acc, weights, inputs);
+                for p in 0..P {
+                    acc[r][p] = A::multiply_add(acc[r][p], weights[p], inputs);
                 }
             }
         }
@@ -155,7 +135,7 @@ pub(super) enum Begin<'a> {
 
 /// `y[r, o] (+)= x[r] · w[o]` for `rows` rows and the outputs of some panels.
 pub(super) struct Product<'a> {
-    /// Rows in the form that the weights' arithmetic reads: bf16 pairs or f32, padded with zeros to whole lines.
+    /// Rows of f32, padded with zeros to whole lines.
     pub(super) x: *const u8,
     /// Bytes from one row to the next.
     pub(super) x_stride: usize,
@@ -163,7 +143,6 @@ pub(super) struct Product<'a> {
     pub(super) w: &'a Panels,
     pub(super) panels: std::ops::Range<usize>,
     /// bf16 activations.
-    pub(super) dot: bool,
     pub(super) out: Output<'a>,
 }
 
@@ -253,10 +232,9 @@ impl Kernel for Product<'_> {
     unsafe fn run<S: Simd>(self) {
         // SAFETY: the caller's promise, and whoever made the product keeps its fields' promises.
         unsafe {
-            match (self.w.dtype, self.dot) {
-                (DType::F32, _) => self.all::<S, Single>(),
-                (_, true) => self.all::<S, Dot>(),
-                (_, false) => self.all::<S, Widened>(),
+            match self.w.dtype {
+                DType::F32 => self.all::<S, Single>(),
+                _ => self.all::<S, Widened>(),
             }
         }
     }
@@ -300,7 +278,7 @@ pub(super) unsafe fn store_some<S: Simd>(place: &mut [f32], v: S::V) {
 /// Sums `x[r] · a[i]` over rows stored along the inputs: the shrink of a low-rank delta, whose A has too few rows to
 /// make panels of. Written to `t[r, i]`.
 pub(super) struct Shrink<'a> {
-    /// Prepared rows, bf16 pairs or f32.
+    /// Prepared rows of f32.
     pub(super) x: *const u8,
     pub(super) x_stride: usize,
     pub(super) rows: usize,
@@ -308,7 +286,6 @@ pub(super) struct Shrink<'a> {
     pub(super) a: &'a [Line],
     pub(super) depth: usize,
     pub(super) dtype: DType,
-    pub(super) dot: bool,
     pub(super) t: &'a Shards<f32>,
     pub(super) t_offset: usize,
     pub(super) t_stride: usize,
@@ -327,12 +304,11 @@ impl Shrink<'_> {
                     let x = self.x.add((row + r) * self.x_stride);
                     for (q, acc) in acc.iter_mut().enumerate() {
                         let a = self.a.as_ptr().add((i + q) * self.depth + k);
-                        *acc = match (self.dtype, self.dot) {
-                            (DType::F32, _) => {
+                        *acc = match self.dtype {
+                            DType::F32 => {
                                 S::fma(S::load(x.cast::<f32>().add(k * 16)), S::load(a.cast()), *acc)
                             }
-                            (_, true) => S::dot_pairs(*acc, x.cast::<u32>().add(k * 16), a.cast()),
-                            (_, false) => {
+                            _ => {
                                 // Such an A is packed half by half, see `super::lora`.
                                 let x = x.cast::<f32>().add(k * 32);
                                 let acc = S::fma(S::load(x), S::widen_low(a.cast()), *acc);
@@ -377,9 +353,4 @@ impl Kernel for Shrink<'_> {
             }
         }
     }
-}
-
-/// Whether a tier rounds activations to bf16 before it multiplies them with bf16 weights.
-pub(super) fn is_dot(tier: Tier, dtype: DType) -> bool {
-    tier == Tier::Avx512Bf16 && dtype == DType::Bf16
 }

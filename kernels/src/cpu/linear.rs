@@ -2,24 +2,22 @@
 
 use super::{
     CpuBackend,
-    gemm::{Begin, Output, Product, Shrink, is_dot},
+    gemm::{Begin, Output, Product, Shrink},
     lora::{CpuSlots, Delta},
-    memory::{CpuMat, Line, Panels, pair},
+    memory::{CpuMat, Line, Panels},
     pool::Shards,
     simd::run,
 };
 use crate::{DType, Error, LinearLora, Matrix, Result, RowSet, Segment};
 
-/// Elements per chunk when rows are prepared in parallel.
-const PREPARE: usize = 1 << 15;
 /// Multiply-adds that make a chunk worth handing out.
 const CHUNK: usize = 1 << 17;
 
 /// Memory between the phases of an operation; grows to the largest step and stays.
 #[derive(Default)]
 pub(super) struct Scratch {
-    /// Activations in the form that the arithmetic reads.
-    x: Vec<Line>,
+    /// Padded activations.
+    x: Vec<f32>,
     /// Shrunk rows of all pairs of segment and slice.
     t: Vec<Line>,
     pairs: Vec<Pair>,
@@ -52,8 +50,8 @@ struct Call<'a> {
     be: &'a CpuBackend,
     w: &'a Panels,
     bias: Option<&'a [f32]>,
-    x: &'a [Line],
-    /// Bytes of a prepared row.
+    x: &'a [f32],
+    /// Bytes of a row.
     x_stride: usize,
     rows: usize,
     y: Shards<f32>,
@@ -83,18 +81,18 @@ pub(super) fn linear(
     let rows = x.rows();
     y.resize(op, rows)?;
     let scratch = &mut *be.scratch();
-    let x_stride = prepare(be, x, &mut scratch.x);
     scratch.pairs.clear();
     if let Some(lora) = &lora {
         find_pairs(lora, w, rows, scratch)?;
     }
     let t = Shards(scratch.t.as_mut_ptr().cast());
+    let (x, x_stride) = padded(x, &mut scratch.x);
     let call = Call {
         be,
         w,
         bias,
-        x: &scratch.x,
-        x_stride,
+        x,
+        x_stride: x_stride * size_of::<f32>(),
         rows,
         y: Shards(y.used_mut().as_mut_ptr()),
         t,
@@ -110,44 +108,18 @@ pub(super) fn linear(
     Ok(())
 }
 
-/// Brings rows into the form that the arithmetic reads, zero-padded to 32 columns, and returns a row's bytes.
-fn prepare(be: &CpuBackend, x: &CpuMat, out: &mut Vec<Line>) -> usize {
-    let dot = is_dot(be.tier, be.dtype);
-    let per_line = if dot { 32 } else { 16 };
-    let stride = x.cols().div_ceil(32) * 32 / per_line;
-    if out.len() < x.rows() * stride {
-        out.resize(x.rows() * stride, Line([0; 16]));
+/// Rows whose number of columns is whole lines of every type, and that number: `x` itself, or a zero-padded copy.
+fn padded<'a>(x: &'a CpuMat, copy: &'a mut Vec<f32>) -> (&'a [f32], usize) {
+    let (cols, stride) = (x.cols(), x.cols().next_multiple_of(32));
+    if stride == cols {
+        return (x.used(), stride);
     }
-    let per_chunk = (PREPARE / x.cols().max(1)).max(1);
-    let out = Shards(out.as_mut_ptr());
-    be.pool.run(x.rows().div_ceil(per_chunk), |chunk| {
-        for i in chunk * per_chunk..((chunk + 1) * per_chunk).min(x.rows()) {
-            // SAFETY: row i is this chunk's own.
-            let lines = unsafe { out.slice(i * stride, stride) };
-            let row = x.row(i);
-            let (whole, rest) = row.split_at(row.len() / per_line * per_line);
-            for (line, values) in lines.iter_mut().zip(whole.chunks_exact(per_line)) {
-                fill(line, values, dot);
-            }
-            for (k, line) in lines[whole.len() / per_line..].iter_mut().enumerate() {
-                let mut padded = [0.0; 32];
-                let values = rest.get(k * per_line..).unwrap_or_default();
-                padded[..values.len()].copy_from_slice(values);
-                fill(line, &padded[..per_line], dot);
-            }
-        }
-    });
-    stride * size_of::<Line>()
-}
-
-/// Fills a line with 32 values as bf16, or with 16 as they are.
-#[inline]
-fn fill(line: &mut Line, values: &[f32], dot: bool) {
-    if dot {
-        line.0.iter_mut().zip(values.chunks_exact(2)).for_each(|(word, v)| *word = pair(v[0], v[1]));
-    } else {
-        line.0.iter_mut().zip(values).for_each(|(word, v)| *word = v.to_bits());
+    copy.clear();
+    for i in 0..x.rows() {
+        copy.extend(x.row(i));
+        copy.resize((i + 1) * stride, 0.0);
     }
+    (copy, stride)
 }
 
 /// Lists the pairs of segment and slice that have a delta, and makes room for their shrunk rows.
@@ -259,7 +231,6 @@ impl Call<'_> {
                 rows: self.rows,
                 w: self.w,
                 panels: panel..panel + count,
-                dot: is_dot(self.be.tier, self.be.dtype),
                 out: Output { y: &self.y, offset: 0, stride: self.w.outputs, begin },
             },
         );
@@ -285,7 +256,6 @@ impl Call<'_> {
                 a: &delta.a,
                 depth: delta.depth,
                 dtype: self.be.dtype,
-                dot: is_dot(self.be.tier, self.be.dtype),
                 t: &self.t,
                 t_offset,
                 t_stride: pair.stride,
@@ -304,8 +274,6 @@ impl Call<'_> {
                 rows,
                 w: &delta.b,
                 panels: panel..panel + count,
-                // The shrunk rows are few: they keep their precision.
-                dot: false,
                 out: Output {
                     y: &self.y,
                     offset: pair.segment.start as usize * self.w.outputs + pair.column,

@@ -9,8 +9,8 @@ use crate::{DType, Error, LoraPart, LoraSite, Result};
 #[derive(Debug)]
 pub(super) struct Delta {
     pub(super) lora_rank: usize,
-    /// Row-major along the inputs, each row padded to whole lines: 16 f32 a line, or 32 bf16. For dot products
-    /// of bf16 lane i of a line holds elements 2i and 2i + 1, for widening arithmetic i and i + 16.
+    /// Row-major along the inputs, each row padded to whole lines: 16 f32 a line, or 32 bf16, whose lane i holds the
+    /// elements i and i + 16.
     pub(super) a: Lines,
     /// Lines of one row of A.
     pub(super) depth: usize,
@@ -19,7 +19,7 @@ pub(super) struct Delta {
 }
 
 impl Delta {
-    fn new(dtype: DType, dot: bool, site: &LoraSite, part: &LoraPart) -> Result<Delta> {
+    fn new(dtype: DType, site: &LoraSite, part: &LoraPart) -> Result<Delta> {
         let per_line = if dtype == DType::F32 { 16 } else { 32 };
         let depth = site.inputs.div_ceil(per_line);
         let mut a = Lines::new(part.lora_rank * depth, "an adapter")?;
@@ -28,10 +28,9 @@ impl Delta {
             for (k, line) in a[i * depth..][..depth].iter_mut().enumerate() {
                 for (lane, word) in line.0.iter_mut().enumerate() {
                     let first = k * per_line;
-                    *word = match (dtype, dot) {
-                        (DType::F32, _) => get(first + lane).to_bits(),
-                        (_, true) => pair(get(first + 2 * lane), get(first + 2 * lane + 1)),
-                        (_, false) => pair(get(first + lane), get(first + 16 + lane)),
+                    *word = match dtype {
+                        DType::F32 => get(first + lane).to_bits(),
+                        _ => pair(get(first + lane), get(first + 16 + lane)),
                     };
                 }
             }
@@ -56,7 +55,7 @@ pub struct CpuAdapter {
 }
 
 impl CpuAdapter {
-    pub(super) fn new(dtype: DType, dot: bool, sites: &[LoraSite], parts: &[LoraPart]) -> Result<CpuAdapter> {
+    pub(super) fn new(dtype: DType, sites: &[LoraSite], parts: &[LoraPart]) -> Result<CpuAdapter> {
         let op = "stage";
         let first = first_slices(sites);
         let mut deltas: Vec<Option<Delta>> = Vec::new();
@@ -83,7 +82,7 @@ impl CpuAdapter {
                     return Err(Error::Shape { op, what, got, expected });
                 }
             }
-            deltas[first[part.site] + part.slice] = Some(Delta::new(dtype, dot, site, part)?);
+            deltas[first[part.site] + part.slice] = Some(Delta::new(dtype, site, part)?);
         }
         let bytes = deltas.iter().flatten().map(Delta::bytes).sum();
         Ok(CpuAdapter { first, deltas, bytes })

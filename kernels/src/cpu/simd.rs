@@ -31,23 +31,6 @@ pub(super) trait Simd: Copy {
     unsafe fn widen_low(p: *const u32) -> Self::V;
     /// The upper bf16 of each of 16 u32, widened.
     unsafe fn widen_high(p: *const u32) -> Self::V;
-    /// `acc + low(a) · low(b) + high(a) · high(b)` for 16 pairs of bf16.
-    unsafe fn dot_pairs(acc: Self::V, a: *const u32, b: *const u32) -> Self::V {
-        // SAFETY: the caller's promise covers both pointers.
-        unsafe {
-            let acc = Self::fma(Self::widen_low(a), Self::widen_low(b), acc);
-            Self::fma(Self::widen_high(a), Self::widen_high(b), acc)
-        }
-    }
-    /// As `dot_pairs` with one pair of bf16 in all lanes of `a`.
-    unsafe fn dot_splat(acc: Self::V, a: u32, b: *const u32) -> Self::V {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let acc = Self::fma(Self::splat(f32::from_bits(a << 16)), Self::widen_low(b), acc);
-            Self::fma(Self::splat(f32::from_bits(a & 0xffff_0000)), Self::widen_high(b), acc)
-        }
-    }
-
     /// The sum of all lanes, always in the same order.
     #[inline(always)]
     unsafe fn sum(v: Self::V) -> f32 {
@@ -169,66 +152,6 @@ impl Simd for Avx512 {
     }
 }
 
-/// AVX-512 with its bf16 dot product.
-#[derive(Clone, Copy)]
-pub(super) struct Avx512Bf16;
-
-macro_rules! as_avx512 {
-    ($(fn $name:ident($($arg:ident: $type:ty),*) $(-> $ret:ty)?;)*) => {$(
-        #[inline(always)]
-        unsafe fn $name($($arg: $type),*) $(-> $ret)? {
-            // SAFETY: the caller's promise is the same.
-            unsafe { Avx512::$name($($arg),*) }
-        }
-    )*};
-}
-
-impl Simd for Avx512Bf16 {
-    type V = __m512;
-    const WIDE: bool = true;
-
-    as_avx512! {
-        fn splat(x: f32) -> __m512;
-        fn load(p: *const f32) -> __m512;
-        fn store(p: *mut f32, v: __m512);
-        fn add(a: __m512, b: __m512) -> __m512;
-        fn mul(a: __m512, b: __m512) -> __m512;
-        fn div(a: __m512, b: __m512) -> __m512;
-        fn max(a: __m512, b: __m512) -> __m512;
-        fn fma(a: __m512, b: __m512, c: __m512) -> __m512;
-        fn round(a: __m512) -> __m512;
-        fn scale(a: __m512, n: __m512) -> __m512;
-        fn zero_below(x: __m512, limit: f32, v: __m512) -> __m512;
-        fn widen_low(p: *const u32) -> __m512;
-        fn widen_high(p: *const u32) -> __m512;
-    }
-
-    #[inline(always)]
-    unsafe fn dot_pairs(acc: __m512, a: *const u32, b: *const u32) -> __m512 {
-        // SAFETY: the caller's promise; a vector of 32 bf16 is 512 plain bits.
-        unsafe {
-            let (a, b) = (_mm512_loadu_si512(a.cast()), _mm512_loadu_si512(b.cast()));
-            _mm512_dpbf16_ps(
-                acc,
-                std::mem::transmute::<__m512i, __m512bh>(a),
-                std::mem::transmute::<__m512i, __m512bh>(b),
-            )
-        }
-    }
-    #[inline(always)]
-    unsafe fn dot_splat(acc: __m512, a: u32, b: *const u32) -> __m512 {
-        // SAFETY: as above.
-        unsafe {
-            let (a, b) = (_mm512_set1_epi32(a.cast_signed()), _mm512_loadu_si512(b.cast()));
-            _mm512_dpbf16_ps(
-                acc,
-                std::mem::transmute::<__m512i, __m512bh>(a),
-                std::mem::transmute::<__m512i, __m512bh>(b),
-            )
-        }
-    }
-}
-
 /// AVX2 with FMA: sixteen lanes are two registers.
 #[derive(Clone, Copy)]
 pub(super) struct Avx2;
@@ -301,16 +224,19 @@ impl Simd for Avx2 {
     unsafe fn zero_below(x: Self::V, limit: f32, v: Self::V) -> Self::V {
         // SAFETY: see above.
         unsafe {
-            let keep = |x, v| _mm256_and_ps(_mm256_cmp_ps::<_CMP_GE_OQ>(x, _mm256_set1_ps(limit)), v);
-            (keep(x.0, v.0), keep(x.1, v.1))
+            let limit = _mm256_set1_ps(limit);
+            let (low, high) =
+                (_mm256_cmp_ps::<_CMP_GE_OQ>(x.0, limit), _mm256_cmp_ps::<_CMP_GE_OQ>(x.1, limit));
+            (_mm256_and_ps(low, v.0), _mm256_and_ps(high, v.1))
         }
     }
     #[inline(always)]
     unsafe fn widen_low(p: *const u32) -> Self::V {
         // SAFETY: see above.
         unsafe {
-            let half = |p: *const u32| _mm256_slli_epi32::<16>(_mm256_loadu_si256(p.cast()));
-            (_mm256_castsi256_ps(half(p)), _mm256_castsi256_ps(half(p.add(8))))
+            let (low, high) = (_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(8).cast()));
+            let (low, high) = (_mm256_slli_epi32::<16>(low), _mm256_slli_epi32::<16>(high));
+            (_mm256_castsi256_ps(low), _mm256_castsi256_ps(high))
         }
     }
     #[inline(always)]
@@ -318,8 +244,9 @@ impl Simd for Avx2 {
         // SAFETY: see above.
         unsafe {
             let mask = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
-            let half = |p: *const u32| _mm256_and_si256(_mm256_loadu_si256(p.cast()), mask);
-            (_mm256_castsi256_ps(half(p)), _mm256_castsi256_ps(half(p.add(8))))
+            let (low, high) = (_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(8).cast()));
+            let (low, high) = (_mm256_and_si256(low, mask), _mm256_and_si256(high, mask));
+            (_mm256_castsi256_ps(low), _mm256_castsi256_ps(high))
         }
     }
 }
@@ -392,7 +319,7 @@ impl Simd for Scalar {
     }
 }
 
-/// A vector unit with its way to multiply bf16, from the plainest to the widest.
+/// A vector unit, from the plainest to the widest. All of them widen bf16 to f32 and multiply that.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Tier {
     /// No vector instructions.
@@ -401,8 +328,6 @@ pub enum Tier {
     Avx2,
     /// AVX-512; bf16 widened to f32.
     Avx512,
-    /// AVX-512 with dot products of bf16: activations are rounded to bf16 on their way into a linear operation.
-    Avx512Bf16,
 }
 
 impl Tier {
@@ -414,9 +339,6 @@ impl Tier {
         }
         if is_x86_feature_detected!("avx512f") {
             tiers.push(Tier::Avx512);
-            if is_x86_feature_detected!("avx512bf16") {
-                tiers.push(Tier::Avx512Bf16);
-            }
         }
         tiers
     }
@@ -435,14 +357,9 @@ pub(super) trait Kernel {
 /// Runs a kernel on a tier.
 #[inline]
 pub(super) fn run<K: Kernel>(tier: Tier, kernel: K) -> K::Output {
-    #[target_feature(enable = "avx512f,avx512bf16,avx2,fma")]
-    unsafe fn avx512_bf16<K: Kernel>(kernel: K) -> K::Output {
-        // SAFETY: this function's features are those of the tier.
-        unsafe { kernel.run::<Avx512Bf16>() }
-    }
     #[target_feature(enable = "avx512f,avx2,fma")]
     unsafe fn avx512<K: Kernel>(kernel: K) -> K::Output {
-        // SAFETY: as above.
+        // SAFETY: this function's features are those of the tier.
         unsafe { kernel.run::<Avx512>() }
     }
     #[target_feature(enable = "avx2,fma")]
@@ -453,7 +370,6 @@ pub(super) fn run<K: Kernel>(tier: Tier, kernel: K) -> K::Output {
     // SAFETY: a backend is only made for a tier that the machine has.
     unsafe {
         match tier {
-            Tier::Avx512Bf16 => avx512_bf16(kernel),
             Tier::Avx512 => avx512(kernel),
             Tier::Avx2 => avx2(kernel),
             Tier::Scalar => kernel.run::<Scalar>(),
