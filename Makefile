@@ -79,10 +79,12 @@ bench-scheduler: ## Time to plan one step of a loaded server
 	cargo bench -p scheduler --bench schedule
 
 .PHONY: goldens
-goldens: ## Make the reference outputs anew (torch, transformers and PEFT; about 5 GB of packages)
+goldens: model ## Make the reference outputs anew (torch, transformers and PEFT; about 5 GB of packages)
 	python3 -m venv .venv-goldens
 	.venv-goldens/bin/pip install --quiet -r $(FIXTURES)/requirements-goldens.txt
-	.venv-goldens/bin/python $(FIXTURES)/make_goldens.py
+	.venv-goldens/bin/python $(FIXTURES)/gguf_to_hf.py "$$($(FIXTURES)/fetch_model.sh)" out/smollm2
+	.venv-goldens/bin/python $(FIXTURES)/make_tokenizer_cases.py out/smollm2
+	.venv-goldens/bin/python $(FIXTURES)/make_goldens.py "$$($(FIXTURES)/fetch_model.sh)"
 
 .PHONY: ci
 ci: lint test doc ## What CI runs
