@@ -89,3 +89,37 @@ impl serde_json::ser::Formatter for Spaced {
         out.write_all(b": ")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::{Path, PathBuf};
+
+    use serde::Deserialize;
+    use serde_json::Value;
+
+    use super::*;
+
+    #[derive(Deserialize)]
+    struct Case {
+        messages: Vec<Value>,
+        add_generation_prompt: bool,
+        text: String,
+    }
+
+    #[test]
+    fn templates_render_as_in_transformers() {
+        let home = || PathBuf::from(std::env::var_os("HOME").unwrap()).join(".cache");
+        let cache = std::env::var_os("XDG_CACHE_HOME").map_or_else(home, PathBuf::from);
+        let model = cache.join("lorax/models/SmolLM2-135M-Instruct.Q4_1.gguf");
+        let tokenizer = ModelTokenizer::load(&model, None).unwrap();
+        let template = ChatTemplate::new(&tokenizer).unwrap().unwrap();
+        let cases =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../integration-tests/fixtures/tokenizer/chat.json");
+        let cases: Vec<Case> = serde_json::from_slice(&std::fs::read(cases).unwrap()).unwrap();
+        let cases: Vec<Case> = cases.into_iter().filter(|case| case.add_generation_prompt).collect();
+        assert_eq!(cases.len(), 10);
+        for case in cases {
+            assert_eq!(template.render(&case.messages).unwrap(), case.text);
+        }
+    }
+}
