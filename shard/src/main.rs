@@ -16,7 +16,7 @@ use lorax_shard::{
     adapters::{Adapters, Roots},
     config::{Config, Device, Precision},
     engine::{Engine, Limits},
-    memory,
+    memory::{self, Room},
     service::{self, Server},
     step::Info,
 };
@@ -70,24 +70,68 @@ fn start_log(json: bool) {
 
 fn run(config: &Config, rank: usize) -> anyhow::Result<()> {
     let shard = &config.shard;
-    anyhow::ensure!(shard.device != Device::Cuda, "this build has no CUDA backend: use --device cpu");
     let dtype = shard.dtype.map_or(DType::Bf16, Precision::dtype);
+    #[cfg(feature = "cuda")]
+    if shard.device != Device::Cpu {
+        match kernels::cuda::CudaBackend::new(dtype, rank) {
+            Ok(ops) => return serve_cuda(ops, config, rank),
+            Err(error) if shard.device == Device::Cuda => return Err(error.into()),
+            Err(error) => tracing::warn!("no GPU is used: {error}"),
+        }
+    }
+    anyhow::ensure!(
+        shard.device != Device::Cuda,
+        "this build has no CUDA backend: build it with make cuda, or use --device cpu"
+    );
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let ops = CpuBackend::new(dtype, shard.threads.unwrap_or(cores))?;
     tracing::info!(dtype = Precision::name(dtype), tier = ?ops.tier(), threads = ops.threads(), "computing on the CPU");
-    serve(Arc::new(ops), "cpu", config, rank)
+    let room = |_: &CpuBackend| Ok(Room::on_host(shard.kv_memory_bytes, shard.adapter_memory_bytes));
+    serve(Arc::new(ops), &Target { name: "cpu", max_rows: 512, room: &room }, config, rank)
+}
+
+/// Serves from a GPU whose memory is shared out once the weights are on it.
+#[cfg(feature = "cuda")]
+fn serve_cuda(ops: kernels::cuda::CudaBackend, config: &Config, rank: usize) -> anyhow::Result<()> {
+    let shard = &config.shard;
+    let name = ops.name()?;
+    tracing::info!(dtype = Precision::name(ops.dtype()), "computing on {name}");
+    let room = |ops: &kernels::cuda::CudaBackend| {
+        let memory = ops.memory()?;
+        let fractions = (shard.cuda_memory_fraction, shard.adapter_memory_fraction);
+        let room =
+            Room::on_device((memory.free as u64, memory.total as u64), fractions, shard.kv_memory_bytes)?;
+        tracing::info!(kv_bytes = room.kv_bytes, adapter_bytes = room.adapter_bytes, "memory is shared out");
+        Ok(room)
+    };
+    serve(Arc::new(ops), &Target { name: &name, max_rows: 2048, room: &room }, config, rank)
+}
+
+/// What is known of a device before anything is loaded.
+struct Target<'a, B> {
+    name: &'a str,
+    /// Rows of the largest step unless the configuration says otherwise.
+    max_rows: usize,
+    /// The memory that is left once the weights are there.
+    room: &'a dyn Fn(&B) -> anyhow::Result<Room>,
 }
 
 /// Loads the model and serves it until told to stop.
-fn serve<B: Backend>(ops: Arc<B>, device: &str, config: &Config, rank: usize) -> anyhow::Result<()> {
+fn serve<B: Backend>(
+    ops: Arc<B>,
+    target: &Target<'_, B>,
+    config: &Config,
+    rank: usize,
+) -> anyhow::Result<()> {
     let shard = &config.shard;
     let model = Arc::new(load(&*ops, config)?);
     let description = model.config().clone();
     let max_sequences = shard.max_sequences.unwrap_or(128);
-    let max_rows = shard.max_rows.unwrap_or(512).max(max_sequences);
+    let max_rows = shard.max_rows.unwrap_or(target.max_rows).max(max_sequences);
+    let room = (target.room)(&ops)?;
     let most = max_sequences * description.max_positions.div_ceil(kernels::BLOCK_SIZE);
     let limits = Limits {
-        num_blocks: memory::blocks(shard.kv_memory_bytes, model.kv_block_bytes(&ops), most)?,
+        num_blocks: memory::blocks(room.kv_bytes, model.kv_block_bytes(&ops), most)?,
         num_slots: shard.num_slots.unwrap_or(128),
         max_rows,
         max_sequences,
@@ -100,7 +144,7 @@ fn serve<B: Backend>(ops: Arc<B>, device: &str, config: &Config, rank: usize) ->
         Arc::new(Adapters::new(ops.clone(), description.clone(), model.sites(), roots, host_bytes));
     let info = Info {
         dtype: Precision::name(ops.dtype()).into(),
-        device: device.into(),
+        device: target.name.into(),
         rank: rank as u32,
         world: config.shards.uds.len() as u32,
         vocab_size: description.vocab as u32,
@@ -109,7 +153,7 @@ fn serve<B: Backend>(ops: Arc<B>, device: &str, config: &Config, rank: usize) ->
         num_blocks: limits.num_blocks as u32,
         block_size: kernels::BLOCK_SIZE as u32,
         num_slots: limits.num_slots as u32,
-        adapter_bytes: shard.adapter_memory_bytes.unwrap_or(0),
+        adapter_bytes: room.adapter_bytes,
         max_rows: limits.max_rows as u32,
         max_sequences: limits.max_sequences as u32,
         max_logit_rows: limits.max_logit_rows as u32,
