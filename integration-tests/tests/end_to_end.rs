@@ -140,3 +140,32 @@ async fn streams_finish_before_the_server_stops() {
     assert!(text.trim_end().ends_with("data: [DONE]"));
     assert_eq!(stopped.await.unwrap().code(), Some(0));
 }
+
+#[test]
+fn openais_own_client_is_served() {
+    let server = Server::start(&[]).unwrap();
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let python = folder.join("../.venv/bin/python");
+    assert!(python.exists(), "{} is missing: make venv", python.display());
+    let status = std::process::Command::new(python)
+        .arg(folder.join("python/openai_client.py"))
+        .arg(format!("{}/v1", server.url))
+        .arg(integration_tests::server::demo_model().unwrap())
+        .status();
+    assert!(status.unwrap().success());
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_makes_room() {
+    // Blocks for 1000 positions: one long answer at a time, and a waiting one that runs only when they are freed.
+    let server = Server::start(&["--kv-memory", "24MiB", "--max-total-tokens", "900"]).unwrap();
+    let long = json!({"inputs": "Count:", "parameters": {"max_new_tokens": 890, "ignore_eos_token": true}});
+    for _ in 0..8 {
+        let mut events = server.post("/generate_stream", &long).await.unwrap().bytes_stream();
+        assert!(events.next().await.unwrap().unwrap().starts_with(b"data:"));
+    }
+    // Eight times that prompt would fill all blocks many times over and take minutes.
+    let begun = std::time::Instant::now();
+    assert_eq!(server.tokens(Some("pirate"), "Hello", 8).await.unwrap().len(), 8);
+    assert!(begun.elapsed() < std::time::Duration::from_secs(10), "{:?}", begun.elapsed());
+}
