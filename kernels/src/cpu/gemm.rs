@@ -79,6 +79,16 @@ impl<S: Simd> Arithmetic<S> for Widened {
     }
 }
 
+/// Lines of a panel that are asked for before they are read: what memory takes to answer while several rows multiply.
+const AHEAD: usize = 24;
+
+/// Asks for a line.
+#[inline(always)]
+fn prefetch(line: *const Line) {
+    // SAFETY: a hint; any address will do.
+    unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line.cast()) }
+}
+
 /// Adds the products of R rows with P panels to the accumulators.
 ///
 /// # Safety
@@ -99,6 +109,9 @@ pub(super) unsafe fn tile<S: Simd, A: Arithmetic<S>, const R: usize, const P: us
             let mut weights = [A::weights(w.add(k)); P];
             for p in 1..P {
                 weights[p] = A::weights(w.add(p * w_stride + k));
+            }
+            for p in 0..P {
+                prefetch(w.wrapping_add(p * w_stride + k + AHEAD));
             }
             for r in 0..R {
                 let inputs = A::inputs(x.add(r * x_stride + k * A::INPUT_BYTES));
