@@ -9,7 +9,7 @@ BINS     := -p lorax-launcher -p lorax-router -p lorax-shard
 
 .PHONY: help
 help: ## List the commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 .PHONY: demo
 demo: ## Build, fetch the demo model, serve it with three adapters and show them in one batch
@@ -69,10 +69,6 @@ bench-cpu: ## Speed of the CPU backend end to end, beside the floor of this mach
 	cargo build --release -p kernels --example machine
 	$(FIXTURES)/fetch_model.sh
 	python3 integration-tests/bench_cpu.py
-
-.PHONY: bench-ops
-bench-ops: ## Every operation of the CPU backend, beside the floor of this machine
-	cargo bench -p kernels --bench ops
 
 .PHONY: bench-scheduler
 bench-scheduler: ## Time to plan one step of a loaded server
