@@ -50,11 +50,16 @@ fn program(name: &str) -> Result<PathBuf> {
 impl Server {
     /// Starts a server of the demo model and its adapters with further flags, and waits until it listens.
     pub fn start(flags: &[&str]) -> Result<Server> {
+        Self::start_with(&demo_model()?, &fixtures().join("adapters"), flags)
+    }
+
+    /// Starts a server of any model and folder of adapters.
+    pub fn start_with(model: &Path, adapters: &Path, flags: &[&str]) -> Result<Server> {
         let mut launcher = Command::new(program("lorax-launcher")?)
             .args(["--hostname", "127.0.0.1", "--port", "0", "--device", "cpu", "--model-id"])
-            .arg(demo_model()?)
+            .arg(model)
             .arg("--adapter-dir")
-            .arg(fixtures().join("adapters"))
+            .arg(adapters)
             .args(flags)
             // Several servers run side by side in the tests.
             .args(if flags.contains(&"--kv-memory") { &[][..] } else { &["--kv-memory", "256MiB"] })

@@ -30,6 +30,27 @@ async fn a_mixed_batch_gives_everyone_the_tokens_they_get_alone() {
 }
 
 #[tokio::test]
+async fn a_folder_is_served_with_adapters_of_all_ranks_in_one_batch() {
+    let tiny = integration_tests::server::fixtures().join("tiny");
+    let server = Server::start_with(&tiny.join("model"), &tiny.join("adapters"), &[]).unwrap();
+    let names = [None, Some("r1"), Some("r3"), Some("r8"), Some("r16"), Some("r64")];
+    let ask = async |i: usize| {
+        let prompt = format!("{i} The Licensor and its affiliates");
+        server.tokens(names[i % names.len()], &prompt, 24).await.unwrap()
+    };
+    let mut alone = Vec::new();
+    for i in 0..32 {
+        alone.push(ask(i).await);
+    }
+    let together = join_all((0..32).map(ask)).await;
+    assert_eq!(together, alone);
+    let prompt =
+        json!({"model": "r64", "messages": [{"role": "user", "content": "Licensor"}], "max_tokens": 4});
+    let chat = server.post("/v1/chat/completions", &prompt).await.unwrap();
+    assert_eq!(chat.status(), StatusCode::OK, "the folder's own chat template is used");
+}
+
+#[tokio::test]
 async fn preemption_and_small_chunks_change_no_token() {
     let plain = Server::start(&["--prefix-caching", "false"]).unwrap();
     // 24 MiB are about 1000 positions for eight sequences, and chunks are of 7 rows.
