@@ -8,6 +8,7 @@ mod supervisor;
 
 use std::{
     fs::{self, Permissions},
+    io::IsTerminal,
     os::unix::fs::PermissionsExt,
     path::PathBuf,
     time::Duration,
@@ -30,7 +31,10 @@ fn main() {
         std::process::exit(if asked { 0 } else { EX_USAGE })
     });
     let filter = EnvFilter::try_from_env("LOG_LEVEL").unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
     if args.json_output {
         log.json().init()
     } else {

@@ -1,6 +1,6 @@
 //! `lorax-router`: the HTTP side of the server.
 
-use std::path::PathBuf;
+use std::{io::IsTerminal, path::PathBuf};
 
 use clap::Parser;
 use lorax_router::{App, config::Config, server};
@@ -29,7 +29,10 @@ fn main() {
         Err(error) => exit(EX_USAGE, &error.into()),
     };
     let filter = EnvFilter::try_from_env("LOG_LEVEL").unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
     if config.router.json_output {
         log.json().init()
     } else {

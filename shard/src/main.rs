@@ -64,7 +64,10 @@ fn exit(code: i32, error: &anyhow::Error) -> ! {
 
 fn start_log(json: bool) {
     let filter = EnvFilter::try_from_env("LOG_LEVEL").unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
     if json { log.json().init() } else { log.with_target(false).init() }
 }
 
