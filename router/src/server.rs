@@ -4,12 +4,12 @@ use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
-    body::to_bytes,
     extract::{Request, State},
-    http::{HeaderValue, StatusCode, header::CONTENT_LENGTH},
+    http::{HeaderValue, StatusCode},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
+use futures::StreamExt;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, sync::Semaphore, time::timeout};
@@ -28,6 +28,10 @@ use crate::{
     tokenizer::{ModelTokenizer, TokenizerError},
     wire::Info,
 };
+
+/// A body that is too large is still read, and dropped, up to so many times the limit: a client that is cut off while it
+/// sends never sees the answer.
+const DRAINED: usize = 8;
 
 /// Why the router could not start.
 #[derive(Debug, thiserror::Error)]
@@ -103,12 +107,20 @@ impl App {
     /// Reads a body as JSON of one shape.
     pub(crate) async fn read<T: DeserializeOwned>(&self, request: Request) -> Result<T, ApiError> {
         let limit = self.config.router.max_body_bytes;
-        let said = request.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
-        if said.is_some_and(|bytes: usize| bytes > limit) {
+        let mut chunks = request.into_body().into_data_stream();
+        let (mut body, mut bytes) = (Vec::new(), 0);
+        while let Some(chunk) = chunks.next().await {
+            let chunk = chunk.map_err(|error| ApiError::Malformed(error.to_string()))?;
+            bytes += chunk.len();
+            if bytes <= limit {
+                body.extend_from_slice(&chunk);
+            } else if bytes > DRAINED * limit {
+                break;
+            }
+        }
+        if bytes > limit {
             return Err(ApiError::TooLarge { limit });
         }
-        // Fails for a body that is too long or that breaks off; nobody reads the answer to the latter.
-        let body = to_bytes(request.into_body(), limit).await.map_err(|_| ApiError::TooLarge { limit })?;
         serde_json::from_slice(&body).map_err(|error| match error.classify() {
             serde_json::error::Category::Data => ApiError::Validation(error.to_string()),
             _ => ApiError::Malformed(error.to_string()),
