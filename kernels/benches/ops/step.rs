@@ -1,0 +1,157 @@
+//! Whole steps of a decoder of SmolLM2-135M's shape with random weights: what the operations add up to.
+
+use kernels::{
+    Attention, Backend, Batch, Heads, LinearLora, LoraSite, RowSet, SampleRow, SamplingParams,
+    cpu::{CpuBackend, CpuKv, CpuMat, CpuRope, CpuSampler, CpuSlots, Panels},
+    testing::{Numbers, batch},
+};
+
+use crate::{Bench, Cost, Outcome, linear::adapters, tensor};
+
+const LAYERS: usize = 30;
+const HIDDEN: usize = 576;
+const INNER: usize = 1536;
+const VOCAB: usize = 49152;
+const HEADS: Heads = Heads { query: 9, kv: 3, dim: 64 };
+
+struct Layer {
+    /// qkv, o, gate and up, down.
+    weights: [Panels; 4],
+    kv: CpuKv,
+}
+
+struct Model {
+    layers: Vec<Layer>,
+    table: Panels,
+    norm: Vec<f32>,
+    rope: CpuRope,
+    slots: CpuSlots,
+    /// Activations: the hidden state, the residual, qkv, attention, gate and up, their product, the last rows, logits.
+    mats: [CpuMat; 8],
+    sampler: CpuSampler,
+}
+
+/// The sites of one layer.
+fn layer_sites() -> [LoraSite; 4] {
+    [
+        LoraSite { inputs: HIDDEN, outputs: vec![HIDDEN, 192, 192] },
+        LoraSite { inputs: HIDDEN, outputs: vec![HIDDEN] },
+        LoraSite { inputs: HIDDEN, outputs: vec![INNER, INNER] },
+        LoraSite { inputs: INNER, outputs: vec![HIDDEN] },
+    ]
+}
+
+impl Model {
+    fn new(ops: &CpuBackend, rows: usize, blocks: usize) -> kernels::Result<Model> {
+        let mut numbers = Numbers(5);
+        let mut weight = |outputs: usize, inputs: usize| {
+            let mut table = numbers.table(outputs, inputs);
+            table.data.iter_mut().for_each(|x| *x /= 32.0);
+            ops.weight(&[tensor(&table)])
+        };
+        let layers = (0..LAYERS)
+            .map(|_| {
+                let weights = [
+                    weight(HEADS.qkv_cols(), HIDDEN)?,
+                    weight(HIDDEN, HIDDEN)?,
+                    weight(2 * INNER, HIDDEN)?,
+                    weight(HIDDEN, INNER)?,
+                ];
+                Ok(Layer { weights, kv: ops.kv(blocks, HEADS)? })
+            })
+            .collect::<kernels::Result<Vec<_>>>()?;
+        let sites: Vec<LoraSite> = (0..LAYERS).flat_map(|_| layer_sites()).collect();
+        let mat = |cols| ops.mat(rows, cols);
+        Ok(Model {
+            layers,
+            table: weight(VOCAB, HIDDEN)?,
+            norm: ops.vector(&[1.0; HIDDEN])?,
+            rope: ops.rope(&[0.5; 32], 8192, 1.0)?,
+            slots: adapters(ops, &sites)?.0,
+            mats: [
+                mat(HIDDEN)?,
+                mat(HIDDEN)?,
+                mat(HEADS.qkv_cols())?,
+                mat(HIDDEN)?,
+                mat(2 * INNER)?,
+                mat(INNER)?,
+                mat(HIDDEN)?,
+                ops.mat(rows.min(64), VOCAB)?,
+            ],
+            sampler: ops.sampler(rows, VOCAB)?,
+        })
+    }
+
+    fn step(&mut self, ops: &CpuBackend, batch: &Batch) -> kernels::Result<()> {
+        let [x, residual, qkv, attended, gate_up, inner, last, logits] = &mut self.mats;
+        let attention = Attention { heads: HEADS, scale: 0.125, window: None, softcap: None };
+        ops.embed(batch, &self.sampler, &self.table, x)?;
+        for (i, layer) in self.layers.iter_mut().enumerate() {
+            let lora = |site: usize| {
+                let lora = LinearLora { slots: &self.slots, site: 4 * i + site, batch, rows: RowSet::All };
+                (!batch.segments.is_empty()).then_some(lora)
+            };
+            if i == 0 {
+                ops.rms_norm(x, residual, &self.norm, 1e-5)?;
+            } else {
+                ops.add_rms_norm(x, residual, &self.norm, 1e-5)?;
+            }
+            ops.linear(x, &layer.weights[0], None, lora(0), qkv)?;
+            ops.rope_and_store(qkv, HEADS, &self.rope, batch, &mut layer.kv)?;
+            ops.paged_attention(qkv, &attention, batch, &layer.kv, attended)?;
+            ops.linear(attended, &layer.weights[1], None, lora(1), x)?;
+            ops.add_rms_norm(x, residual, &self.norm, 1e-5)?;
+            ops.linear(x, &layer.weights[2], None, lora(2), gate_up)?;
+            ops.silu_mul(gate_up, inner)?;
+            ops.linear(inner, &layer.weights[3], None, lora(3), x)?;
+        }
+        ops.add_rms_norm(x, residual, &self.norm, 1e-5)?;
+        ops.gather_logit_rows(x, batch, last)?;
+        ops.linear(last, &self.table, None, None, logits)?;
+        let rows = batch.logit_rows.len() as u32;
+        let places: Vec<_> = (0..rows).map(|i| SampleRow { row: i, seat: i }).collect();
+        ops.sample(logits, &places, &mut self.sampler).map(drop)
+    }
+}
+
+/// Elements that a step multiplies each row with, the head's only for rows that want logits.
+fn layer_elements() -> usize {
+    let site = |site: &LoraSite| site.inputs * site.outputs.iter().sum::<usize>();
+    LAYERS * layer_sites().iter().map(site).sum::<usize>()
+}
+
+pub(crate) fn all(bench: &Bench) -> Outcome<()> {
+    let decode = |count: usize| vec![(1, 128); count];
+    let cases = [
+        ("step decode 1, base", decode(1), vec![]),
+        ("step decode 1, rank 8", decode(1), vec![Some(1)]),
+        ("step decode 8, base", decode(8), vec![]),
+        ("step decode 8, 8 adapters", decode(8), (0..8).map(Some).collect()),
+        ("step decode 32, base", decode(32), vec![]),
+        ("step prefill 512, base", vec![(512, 0)], vec![]),
+        ("step prefill 512, rank 8", vec![(512, 0)], vec![Some(1)]),
+    ];
+    if !cases.iter().any(|case| bench.wants(case.0)) {
+        return Ok(());
+    }
+    let ops = &bench.ops;
+    let mut model = Model::new(ops, 512, 1024)?;
+    for (name, sequences, slots) in cases.into_iter().filter(|case| bench.wants(case.0)) {
+        let host = batch(&sequences, &slots);
+        for seat in 0..host.logit_rows.len() as u32 {
+            ops.seat(&mut model.sampler, seat, &SamplingParams::default(), &[], &[])?;
+        }
+        let ranks: usize =
+            host.segments.iter().map(|segment| crate::linear::RANKS[segment.slot as usize]).sum();
+        let per_rank: usize = layer_sites()
+            .iter()
+            .map(|site| site.inputs * site.outputs.len() + site.outputs.iter().sum::<usize>())
+            .sum();
+        let cost = Cost {
+            bytes: (layer_elements() + VOCAB * HIDDEN + ranks * per_rank * LAYERS) * ops.dtype().size(),
+            flops: 2 * (host.rows() * layer_elements() + host.logit_rows.len() * VOCAB * HIDDEN),
+        };
+        bench.time(name, cost, |_| model.step(ops, &host))?;
+    }
+    Ok(())
+}
