@@ -103,16 +103,45 @@ fn compile(toolkit: &Path, code: &[String], sources: &[PathBuf], out: &Path) -> 
     Ok(objects)
 }
 
+/// Compiles one source, unless its object is newer than all that it was made from.
 fn compile_one(toolkit: &Path, code: &[String], source: &Path, out: &Path) -> Result<PathBuf> {
     let object = out.join(source.with_extension("o").file_name().ok_or("a source has no name")?);
+    let made_from = object.with_extension("d");
+    let options = object.with_extension("options");
+    let wanted = format!("{} {}", toolkit.display(), code.join(" "));
+    if fs::read_to_string(&options).is_ok_and(|made_with| made_with == wanted)
+        && is_newer(&object, &made_from).unwrap_or(false)
+    {
+        return Ok(object);
+    }
     let report = run(Command::new(toolkit.join("bin/nvcc"))
         .args(["-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-fPIC,-fno-threadsafe-statics", "-c"])
         .args(code)
+        .arg("-MMD")
+        .arg("-MF")
+        .arg(&made_from)
         .arg(source)
         .arg("-o")
         .arg(&object))?;
-    refuse_spills(source, &report)?;
+    if let Err(spills) = refuse_spills(source, &report) {
+        fs::remove_file(&object)?;
+        return Err(spills);
+    }
+    fs::write(options, wanted)?;
     Ok(object)
+}
+
+/// Whether an object is newer than the files in its list of dependencies (`object: file file \ file`).
+fn is_newer(object: &Path, made_from: &Path) -> std::io::Result<bool> {
+    let made = fs::metadata(object)?.modified()?;
+    let list = fs::read_to_string(made_from)?;
+    let files = list.split_once(": ").map_or("", |(_, files)| files);
+    for file in files.split_whitespace().filter(|&file| file != "\\") {
+        if fs::metadata(file)?.modified()? > made {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Fails when ptxas reports that registers went to memory, unless the source says `// May spill: reason`.

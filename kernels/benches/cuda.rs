@@ -1,5 +1,8 @@
 //! A decode step and a prefill of Llama-3.1-8B's shape on the card, whole and by operation, with and without adapters.
 //! One JSON line for each figure. `cargo bench -p kernels --features cuda --bench cuda`
+//!
+//! `cuda once decode 32 16` runs one such step (rows, adapters) a second time, kernel by kernel between the marks that a
+//! profiler waits for: `ncu --profile-from-start off --csv --metrics gpu__time_duration.sum cuda once prefill 512 1`.
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a bench prints and fails by panicking")]
 
 use std::{sync::Arc, time::Instant};
@@ -228,13 +231,49 @@ fn report(what: &str, rows: usize, adapters: usize, op: &str, ms: f64) {
     );
 }
 
+/// One step's indices: decode rows at position 575, or the rows of one prompt.
+fn step(phase: &str, rows: usize, adapters: usize) -> Batch {
+    if phase == "prefill" {
+        return batch(&[(rows, 0)], &[(adapters > 0).then_some(1)]);
+    }
+    let mut host = batch(&vec![(1, 575); rows], &[]);
+    sort_by_slot(&mut host, rows, adapters);
+    host
+}
+
+/// Runs one step twice, the second time between the marks of a profiler.
+fn once(args: &[String]) {
+    let [phase, rows, adapters] = args else { panic!("once decode|prefill <rows> <adapters>") };
+    let host = step(phase, rows.parse().unwrap(), adapters.parse().unwrap());
+    let mut model = Model::new();
+    let ops = model.ops.clone();
+    ops.record_steps(false);
+    let mut device = ops.batch(MAX_ROWS, 16_384).unwrap();
+    for profiled in [false, true] {
+        ops.synchronize().unwrap();
+        if profiled {
+            cudarc::driver::profiler_start().unwrap();
+        }
+        ops.upload(&host, &mut device).unwrap();
+        ops.step(&device, || model.forward(&device, &|_| true)).unwrap();
+        let rows: Vec<_> =
+            (0..host.logit_rows.len() as u32).map(|row| SampleRow { row, seat: row }).collect();
+        let pending = ops.sample(&model.logits, &rows, &mut model.sampler).unwrap();
+        ops.collect(pending, &mut Vec::new()).unwrap();
+    }
+    cudarc::driver::profiler_stop().unwrap();
+}
+
 fn main() {
+    let args: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
+    if let Some(("once", args)) = args.split_first().map(|(first, rest)| (first.as_str(), rest)) {
+        return once(args);
+    }
     let mut model = Model::new();
     let ops = ["norm", "qkv", "rope", "attention", "o", "gate_up", "silu", "down", "head", "sample"];
     for rows in [1, 8, 32, 64, 128] {
         for adapters in [0, 1, ADAPTERS] {
-            let mut host = batch(&vec![(1, 575); rows], &[]);
-            sort_by_slot(&mut host, rows, adapters);
+            let host = step("decode", rows, adapters);
             report("decode", rows, adapters, "all", model.time(&host, &|_| true));
             if adapters != 1 && (rows == 1 || rows == 32 || rows == 128) {
                 for op in ops {
@@ -244,9 +283,8 @@ fn main() {
         }
     }
     for rows in [512, 2048] {
-        for slot in [None, Some(1)] {
-            let host = batch(&[(rows, 0)], &[slot]);
-            let adapters = usize::from(slot.is_some());
+        for adapters in [0, 1] {
+            let host = step("prefill", rows, adapters);
             report("prefill", rows, adapters, "all", model.time(&host, &|_| true));
             for op in ops {
                 report("prefill", rows, adapters, op, model.time(&host, &|name| name == op));

@@ -55,27 +55,48 @@ template <int DIM, int WARPS_M> constexpr int shared_elements() {
   return (16 * WARPS_M + kStages<DIM> * 2 * kTile) * kStride<DIM>;
 }
 
-// Keys and values of one head of one sequence.
+constexpr int kMaxSplits = 64;  // of one row, see `plan.rs`
+
+__device__ inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The blocks of one tile of keys. They are read a tile ahead, as addresses wait for them.
+struct Pages {
+  uint32_t block[kTile / kBlockSize];
+
+  __device__ void load(const uint32_t* table, uint32_t begin, uint32_t end) {
+#pragma unroll
+    for (int i = 0; i < kTile / kBlockSize; i++) {
+      uint32_t position = begin + i * kBlockSize;
+      block[i] = position < end ? table[position / kBlockSize] : 0u;
+    }
+  }
+
+  __device__ uint32_t of(int r) const {
+    return r < 32 ? (r < 16 ? block[0] : block[1]) : (r < 48 ? block[2] : block[3]);
+  }
+};
+static_assert(kTile / kBlockSize == 4, "Pages::of chooses one of four");
+
+// Keys and values of one head.
 template <typename T> struct Paged {
   const T* k;
   const T* v;
-  const uint32_t* table;
   int kv_heads, head, dim;
-
-  __device__ size_t at(uint32_t position) const {
-    size_t block = table[position / kBlockSize];
-    return ((block * kv_heads + head) * kBlockSize + position % kBlockSize) * dim;
-  }
 };
 
 template <typename T, int DIM>
-__device__ void load_tile(T* k, T* v, const Paged<T>& kv, uint32_t begin, uint32_t end) {
+__device__ void load_tile(T* k, T* v, const Paged<T>& kv, const Pages& pages, uint32_t begin, uint32_t end) {
   constexpr int kChunks = DIM / 8;
+  const size_t block_elements = (size_t)kv.kv_heads * kBlockSize * kv.dim;
 #pragma unroll 4
   for (int i = threadIdx.x; i < kTile * kChunks; i += kThreads) {
     int r = i / kChunks, c = i % kChunks * 8;
     bool valid = begin + r < end && c < kv.dim;
-    size_t from = valid ? kv.at(begin + r) + c : 0;
+    size_t from = pages.of(r) * block_elements + (kv.head * kBlockSize + r % kBlockSize) * kv.dim + (valid ? c : 0);
     copy_async(k + r * kStride<DIM> + c, kv.k + from, valid);
     copy_async(v + r * kStride<DIM> + c, kv.v + from, valid);
   }
@@ -117,8 +138,8 @@ template <int DIM> struct Softmax {
     sum[0] = sum[1] = 0.f;
   }
 
-  // Scores (log2) to probabilities relative to the new maximum.
-  template <int NT> __device__ void update(float (&s)[NT][4]) {
+  // Scores to probabilities relative to the new maximum; `log2` takes a score to a power of two.
+  template <int NT> __device__ void update(float (&s)[NT][4], float log2) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       float t = top[h];
@@ -126,24 +147,26 @@ template <int DIM> struct Softmax {
       for (int n = 0; n < NT; n++) t = fmaxf(t, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
       t = fmaxf(t, __shfl_xor_sync(~0u, t, 1));
       t = fmaxf(t, __shfl_xor_sync(~0u, t, 2));
-      float base = t == -INFINITY ? 0.f : t;
-      float shrink = exp2f(top[h] - base);
+      float base = t == -INFINITY ? 0.f : t * log2;
+      float shrink = exp2_fast(top[h] * log2 - base);
       top[h] = t;
       sum[h] *= shrink;
 #pragma unroll
       for (auto& o : out) o[2 * h] *= shrink, o[2 * h + 1] *= shrink;
 #pragma unroll
       for (int n = 0; n < NT; n++) {
-        s[n][2 * h] = exp2f(s[n][2 * h] - base);
-        s[n][2 * h + 1] = exp2f(s[n][2 * h + 1] - base);
+        s[n][2 * h] = exp2_fast(s[n][2 * h] * log2 - base);
+        s[n][2 * h + 1] = exp2_fast(s[n][2 * h + 1] * log2 - base);
         sum[h] += s[n][2 * h] + s[n][2 * h + 1];
       }
     }
   }
 
-  __device__ void finish() {
+  // Leaves the maximum as a power of two.
+  __device__ void finish(float log2) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
+      top[h] *= log2;
       sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
       sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
     }
@@ -186,27 +209,33 @@ __device__ void weigh(float (&out)[DIM / 8][4], const float (&p)[NT][4], const T
   }
 }
 
-// Scale, cap, causal and window mask; leaves scores in log2.
+// Cap of the scores.
+template <int NT> __device__ void cap(float (&s)[NT][4], const AttentionArgs& a) {
+#pragma unroll
+  for (auto& n : s)
+#pragma unroll
+    for (float& x : n) x = a.softcap * tanhf(x * a.scale / a.softcap);
+}
+
+// Causal and window mask.
 template <int NT>
-__device__ void mask(float (&s)[NT][4], const AttentionArgs& a, const uint32_t (&position)[2], uint32_t first_key,
-                     uint32_t end) {
+__device__ void mask(float (&s)[NT][4], int window, const uint32_t (&position)[2], uint32_t first_key, uint32_t end) {
   int lane = threadIdx.x % 32;
 #pragma unroll
   for (int n = 0; n < NT; n++) {
 #pragma unroll
     for (int e = 0; e < 4; e++) {
       uint32_t key = first_key + n * 8 + lane % 4 * 2 + e % 2, own = position[e / 2];
-      float x = s[n][e] * a.scale;
-      if (a.softcap > 0.f) x = a.softcap * tanhf(x / a.softcap);
-      bool seen = key <= own && key < end && (a.window == 0 || key + a.window > own);
-      s[n][e] = seen ? x * kLog2E : -INFINITY;
+      bool seen = key <= own && key < end && (window == 0 || key + window > own);
+      if (!seen) s[n][e] = -INFINITY;
     }
   }
 }
 
-// Merges the four warps' parts of the same 16 pairs; afterwards `merged` [16, DIM] holds their sum and scale[16] the
-// maximum and the sum of each pair.
-template <int DIM> __device__ void merge_warps(const Softmax<DIM>& part, float* parts, float2* scale, float* merged) {
+// Merges the four warps' parts of the same pairs; afterwards `merged` [pairs, DIM] holds their sum and `scale` the
+// maximum and the sum of each.
+template <int DIM>
+__device__ void merge_warps(const Softmax<DIM>& part, float* parts, float2* scale, float* merged, int pairs) {
   __shared__ float2 scales[4][16];
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   if (lane % 4 == 0) {
@@ -219,7 +248,7 @@ template <int DIM> __device__ void merge_warps(const Softmax<DIM>& part, float* 
     for (int e = 0; e < 4; e++)
       parts[(warp * 16 + lane / 4 + e / 2 * 8) * DIM + d * 8 + lane % 4 * 2 + e % 2] = part.out[d][e];
   __syncthreads();
-  for (int i = threadIdx.x; i < 16 * DIM; i += kThreads) {
+  for (int i = threadIdx.x; i < pairs * DIM; i += kThreads) {
     int m = i / DIM;
     float top = -INFINITY, sum = 0.f, out = 0.f;
     for (int w = 0; w < 4; w++) top = fmaxf(top, scales[w][m].x);
@@ -255,21 +284,29 @@ __device__ void combine_splits(const AttentionItem& item, const Pairs& pairs, co
   if (!last) return;
   __threadfence();
   if (threadIdx.x == 0) *arrived = 0;
+  __shared__ float weights[16][kMaxSplits];  // of each pair's parts in its result
+  if ((int)threadIdx.x < pairs_here) {
+    const float2* parts = a.partial_scale + (size_t)item.partial * a.query_heads + pairs.head(threadIdx.x);
+    float top = -INFINITY, sum = 0.f;
+    for (uint32_t s = 0; s < item.splits; s++) top = fmaxf(top, __ldcg(parts + s * a.query_heads).x);
+    for (uint32_t s = 0; s < item.splits; s++) {
+      float2 part = __ldcg(parts + s * a.query_heads);
+      weights[threadIdx.x][s] = exp2f(part.x - top);
+      sum += weights[threadIdx.x][s] * part.y;
+    }
+    for (uint32_t s = 0; s < item.splits; s++) weights[threadIdx.x][s] /= sum;
+  }
+  __syncthreads();
   for (int i = threadIdx.x; i < pairs_here * DIM; i += kThreads) {
     int m = i / DIM, d = i % DIM;
     if (d >= a.dim) continue;
-    size_t slot = (size_t)item.partial * a.query_heads + pairs.head(m);
-    float top = -INFINITY, sum = 0.f, out = 0.f;
+    const float* parts = a.partial_out + ((size_t)item.partial * a.query_heads + pairs.head(m)) * a.dim + d;
+    float out = 0.f;
+#pragma unroll 8
     for (uint32_t s = 0; s < item.splits; s++)
-      top = fmaxf(top, __ldcg(&a.partial_scale[slot + s * a.query_heads]).x);
-    for (uint32_t s = 0; s < item.splits; s++) {
-      float2 part = __ldcg(&a.partial_scale[slot + s * a.query_heads]);
-      float weight = exp2f(part.x - top);
-      sum += weight * part.y;
-      out += weight * __ldcg(&a.partial_out[(slot + s * a.query_heads) * a.dim + d]);
-    }
+      out += weights[m][s] * __ldcg(parts + (size_t)s * a.query_heads * a.dim);
     T* y = static_cast<T*>(a.y) + ((size_t)item.row * a.query_heads + pairs.head(m)) * a.dim;
-    y[d] = from_float<T>(out / sum);
+    y[d] = from_float<T>(out);
   }
 }
 
@@ -299,18 +336,19 @@ __global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ Atten
   extern __shared__ uint4 shared[];
   constexpr int kPairs = 16 * WARPS_M, kStageElements = 2 * kTile * kStride<DIM>;
   constexpr int kKeys = WARPS_M == 1 ? kTile / 4 : kTile, NT = kKeys / 8;  // keys of one warp
-  if (blockIdx.x >= *a.num_items) return;
+  release_next();
+  if (blockIdx.x >= *a.num_items) return await_previous();
   const AttentionItem item = a.items[blockIdx.x];
   int group = a.query_heads / a.kv_heads;
   Pairs pairs{item.row, (int)blockIdx.z * kPairs, (int)item.rows * group, group, (int)blockIdx.y};
-  if (pairs.first >= pairs.total) return;
+  if (pairs.first >= pairs.total) return await_previous();
 
   T* q = reinterpret_cast<T*>(shared);
   T* stages = q + kPairs * kStride<DIM>;
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int first_pair = WARPS_M == 1 ? 0 : warp * 16, first_key = WARPS_M == 1 ? warp * kKeys : 0;
-  Paged<T> kv{static_cast<const T*>(a.k), static_cast<const T*>(a.v), a.blocks + item.table, a.kv_heads,
-              (int)blockIdx.y,            a.dim};
+  Paged<T> kv{static_cast<const T*>(a.k), static_cast<const T*>(a.v), a.kv_heads, (int)blockIdx.y, a.dim};
+  const uint32_t* table = a.blocks + item.table;
 
   uint32_t last_pair = min(kPairs, pairs.total - pairs.first) - 1;
   uint32_t begin = item.kv_begin, end = min(item.kv_end, item.position + pairs.token(last_pair) + 1);
@@ -321,18 +359,24 @@ __global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ Atten
 #pragma unroll
   for (int h = 0; h < 2; h++)  // pairs past the last are computed as if they were it, and not written
     position[h] = item.position + pairs.token(min(first_pair + lane / 4 + h * 8, (int)last_pair));
+  const float log2 = a.softcap > 0.f ? kLog2E : a.scale * kLog2E;
 
+  Pages pages;
+  pages.load(table, begin, end);
+  await_previous();
   Softmax<DIM> part;
   part.clear();
   load_queries<T, DIM, kPairs>(q, static_cast<const T*>(a.qkv), pairs, a);
-  load_tile<T, DIM>(stages, stages + kTile * kStride<DIM>, kv, begin, end);
+  load_tile<T, DIM>(stages, stages + kTile * kStride<DIM>, kv, pages, begin, end);
+  pages.load(table, begin + kTile, end);
   int stage = 0;
   for (uint32_t tile = begin; tile < end; tile += kTile) {
     T* k = stages + stage * kStageElements;
     T* v = k + kTile * kStride<DIM>;
     if (kStages<DIM> == 2) {
       T* next = stages + (1 - stage) * kStageElements;
-      load_tile<T, DIM>(next, next + kTile * kStride<DIM>, kv, tile + kTile, end);
+      load_tile<T, DIM>(next, next + kTile * kStride<DIM>, kv, pages, tile + kTile, end);
+      pages.load(table, tile + 2 * kTile, end);
       copy_wait<1>();
       stage = 1 - stage;
     } else {
@@ -341,19 +385,24 @@ __global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ Atten
     __syncthreads();
     float s[NT][4];
     scores<T, DIM, NT>(s, q + first_pair * kStride<DIM>, k + first_key * kStride<DIM>);
-    mask<NT>(s, a, position, tile + first_key, end);
-    part.update(s);
+    if (a.softcap > 0.f) cap<NT>(s, a);
+    // Only the tiles at an edge have keys that some row does not see.
+    if (tile + kTile > min(oldest, end) || a.window > 0) mask<NT>(s, a.window, position, tile + first_key, end);
+    part.update(s, log2);
     weigh<T, DIM, NT>(part.out, s, v + first_key * kStride<DIM>);
     __syncthreads();
-    if (kStages<DIM> == 1) load_tile<T, DIM>(k, v, kv, tile + kTile, end);
+    if (kStages<DIM> == 1) {
+      load_tile<T, DIM>(k, v, kv, pages, tile + kTile, end);
+      pages.load(table, tile + 2 * kTile, end);
+    }
   }
   copy_wait<0>();
-  part.finish();
+  part.finish(log2);
   if constexpr (WARPS_M == 1) {
     __shared__ float2 scale[16];
     __syncthreads();
     float* merged = reinterpret_cast<float*>(stages);
-    merge_warps<DIM>(part, merged, scale, merged);
+    merge_warps<DIM>(part, merged, scale, merged, last_pair + 1);
     if (item.splits > 1) {
       combine_splits<T, DIM>(item, pairs, a, merged, scale);
       return;
@@ -375,8 +424,7 @@ int launch(const AttentionArgs& a, int max_items, int tiles, cudaStream_t stream
   static_assert(WARPS_M > 1 || kStages<DIM> * 2 * kTile * kStride<DIM> * sizeof(T) >= 4 * 16 * DIM * sizeof(float));
   static const cudaError_t e = cudaFuncSetAttribute(run, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (e != cudaSuccess) return static_cast<int>(e);
-  run<<<dim3(max_items, a.kv_heads, tiles), kThreads, kShared, stream>>>(a);
-  return launched();
+  return launch_chained(run, dim3(max_items, a.kv_heads, tiles), kThreads, kShared, stream, a);
 }
 
 // `prefill`: items of up to `rows` rows; else of one row.

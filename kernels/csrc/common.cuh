@@ -115,6 +115,26 @@ __device__ inline void copy_async(void* to, const void* from, bool valid) {
 __device__ inline void copy_commit() { asm volatile("cp.async.commit_group;"); }
 template <int PENDING> __device__ inline void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING)); }
 
+// ---- dependent launches ----
+// A kernel launched by `launch_chained` may start while the one before it in its stream still runs. What it does before
+// `await_previous` must not touch anything that a kernel of the same step writes: weights and tables of adapters may be
+// read. Every block of a kernel calls `release_next` at its start, and every block that uses activations
+// `await_previous`; so when a kernel is done, all before it are.
+
+__device__ inline void await_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ inline void release_next() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Begins to bring the line of `at` closer.
+__device__ inline void prefetch(const void* at) { asm volatile("prefetch.global.L1 [%0];" ::"l"(at)); }
+
 // ---- launchers ----
 
 // Runs `body` with `T` as the 2-byte element type `elem` names.
@@ -145,3 +165,29 @@ __host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; 
 
 // What a launcher returns: 0, or the runtime's error.
 inline int launched() { return static_cast<int>(cudaGetLastError()); }
+
+// Whether the current device can start a kernel before the one ahead of it has ended.
+inline bool can_chain() {
+  static const bool can = [] {
+    int device = 0, major = 0;
+    return cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+  }();
+  return can;
+}
+
+// Launches a kernel that calls `await_previous`.
+template <typename... P, typename... A>
+int launch_chained(void (*kernel)(P...), dim3 grid, int threads, size_t shared, cudaStream_t stream, const A&... args) {
+  cudaLaunchAttribute chained;
+  chained.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  chained.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &chained;
+  config.numAttrs = can_chain() ? 1 : 0;
+  return static_cast<int>(cudaLaunchKernelEx(&config, kernel, args...));
+}

@@ -10,6 +10,9 @@ __global__ void rms_norm(T* x, R* residual, const float* w, int cols, float eps)
   extern __shared__ float row[];
   x += (size_t)blockIdx.x * cols;
   residual += (size_t)blockIdx.x * cols;
+  release_next();
+  for (int i = threadIdx.x * N; i < cols; i += blockDim.x * N) prefetch(w + i);
+  await_previous();
   float squares = 0.f;
   for (int i = threadIdx.x * N; i < cols; i += blockDim.x * N) {
     float v[N];
@@ -45,8 +48,8 @@ int launch(void* x, void* residual, const float* w, int rows, int cols, float ep
     if (e != cudaSuccess) return static_cast<int>(e);
   }
   int threads = min(1024, ceil_div(ceil_div(cols, N), 32) * 32);
-  kernel<<<rows, threads, shared, stream>>>(static_cast<T*>(x), static_cast<R*>(residual), w, cols, eps);
-  return launched();
+  return launch_chained(kernel, dim3(rows), threads, shared, stream, static_cast<T*>(x), static_cast<R*>(residual), w,
+                        cols, eps);
 }
 
 template <typename T, typename R>

@@ -3,7 +3,7 @@
 
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 constexpr int kBlockSize = 16;          // positions in a block of KV memory
 constexpr uint32_t kNowhere = 0xffffffffu;  // of a row that pads a step
 
@@ -21,34 +21,49 @@ struct KvLayer {
   void* v;
 };
 
-// One block a row. Work items are (head, pair of elements j and j + dim/2).
-template <typename T>
+// Work items are (head, N neighbouring pairs of elements j and j + dim/2). Grid: (rows, blocks of work items).
+template <typename T, int N>
 __global__ void rope_and_store(T* qkv, const float2* table, const uint32_t* positions, const uint32_t* store_at,
                                KvLayer kv, int query_heads, int kv_heads, int dim) {
-  int half = dim / 2, heads = query_heads + 2 * kv_heads;
-  T* row = qkv + (size_t)blockIdx.x * heads * dim;
-  const float2* angles = table + (size_t)positions[blockIdx.x] * half;
-  uint32_t at = store_at[blockIdx.x];
-  for (int i = threadIdx.x; i < heads * half; i += blockDim.x) {
-    int head = i / half, j = i % half;
-    T* pair = row + head * dim + j;
-    T lo = pair[0], hi = pair[half];
-    if (head < query_heads + kv_heads) {
-      float2 a = angles[j];
-      float x = to_float(lo), y = to_float(hi);
-      lo = from_float<T>(x * a.x - y * a.y);
-      hi = from_float<T>(y * a.x + x * a.y);
-      pair[0] = lo;
-      pair[half] = hi;
-    }
-    if (head < query_heads || at == kNowhere) continue;
-    bool key = head < query_heads + kv_heads;
-    int kv_head = head - query_heads - (key ? 0 : kv_heads);
-    T* plane = static_cast<T*>(key ? kv.k : kv.v);
-    T* stored = plane + (((size_t)(at / kBlockSize) * kv_heads + kv_head) * kBlockSize + at % kBlockSize) * dim + j;
-    stored[0] = lo;
-    stored[half] = hi;
+  release_next();
+  const int half = dim / 2, packs = half / N, heads = query_heads + 2 * kv_heads;
+  const int item = blockIdx.y * kThreads + threadIdx.x, head = item / packs, j = item % packs * N;
+  if (head >= heads) return await_previous();
+  const bool rotated = head < query_heads + kv_heads, key = rotated && head >= query_heads;
+  const uint32_t at = store_at[blockIdx.x];
+  float2 angles[N];
+  if (rotated) {
+    const float2* row = table + (size_t)positions[blockIdx.x] * half + j;
+#pragma unroll
+    for (int i = 0; i < N; i++) angles[i] = row[i];
   }
+  await_previous();
+  T* pair = qkv + ((size_t)blockIdx.x * heads + head) * dim + j;
+  Pack<T, N> lo = *reinterpret_cast<Pack<T, N>*>(pair), hi = *reinterpret_cast<Pack<T, N>*>(pair + half);
+  if (rotated) {
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      float x = to_float(lo.v[i]), y = to_float(hi.v[i]);
+      lo.v[i] = from_float<T>(x * angles[i].x - y * angles[i].y);
+      hi.v[i] = from_float<T>(y * angles[i].x + x * angles[i].y);
+    }
+    *reinterpret_cast<Pack<T, N>*>(pair) = lo;
+    *reinterpret_cast<Pack<T, N>*>(pair + half) = hi;
+  }
+  if (head < query_heads || at == kNowhere) return;
+  const int kv_head = head - query_heads - (key ? 0 : kv_heads);
+  T* plane = static_cast<T*>(key ? kv.k : kv.v);
+  T* stored = plane + (((size_t)(at / kBlockSize) * kv_heads + kv_head) * kBlockSize + at % kBlockSize) * dim + j;
+  *reinterpret_cast<Pack<T, N>*>(stored) = lo;
+  *reinterpret_cast<Pack<T, N>*>(stored + half) = hi;
+}
+
+template <typename T, int N>
+int launch(T* qkv, const float2* table, const uint32_t* positions, const uint32_t* store_at, KvLayer kv, int rows,
+           int query_heads, int kv_heads, int dim, cudaStream_t stream) {
+  int items = (query_heads + 2 * kv_heads) * (dim / 2 / N);
+  return launch_chained(rope_and_store<T, N>, dim3(rows, ceil_div(items, kThreads)), kThreads, 0, stream, qkv, table,
+                        positions, store_at, kv, query_heads, kv_heads, dim);
 }
 
 }  // namespace
@@ -62,8 +77,8 @@ extern "C" int lorax_rope_table(const float* inv_freq, float2* table, int positi
 extern "C" int lorax_rope_and_store(int elem, void* qkv, const float2* table, const uint32_t* positions,
                                     const uint32_t* store_at, void* k, void* v, int rows, int query_heads,
                                     int kv_heads, int dim, cudaStream_t stream) {
-  WITH_HALF(elem, T,
-            rope_and_store<T><<<rows, kThreads, 0, stream>>>(static_cast<T*>(qkv), table, positions, store_at,
-                                                             KvLayer{k, v}, query_heads, kv_heads, dim));
-  return launched();
+  WITH_HALF(elem, T, {
+    auto run = dim % (2 * kPack) == 0 ? launch<T, kPack> : launch<T, 1>;
+    return run(static_cast<T*>(qkv), table, positions, store_at, KvLayer{k, v}, rows, query_heads, kv_heads, dim, stream);
+  });
 }

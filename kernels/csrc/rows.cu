@@ -12,16 +12,21 @@ template <typename T, int N> __device__ void copy_row(T* to, const T* from, int 
 
 template <typename T, int N>
 __global__ void embed(const int32_t* tokens, const int32_t* last, const T* table, T* y, int cols) {
+  release_next();
   int token = tokens[blockIdx.x];
   if (token < 0) token = last[-1 - token];
   copy_row<T, N>(y + (size_t)blockIdx.x * cols, table + (size_t)token * cols, cols);
 }
 
 template <typename T, int N> __global__ void gather(const T* x, const uint32_t* rows, T* y, int cols) {
+  release_next();
+  await_previous();
   copy_row<T, N>(y + (size_t)blockIdx.x * cols, x + (size_t)rows[blockIdx.x] * cols, cols);
 }
 
 template <typename T, int N> __global__ void silu_mul(const T* x, T* y, int cols) {
+  release_next();
+  await_previous();
   int i = (blockIdx.y * blockDim.x + threadIdx.x) * N;
   if (i >= cols) return;
   const T* gate = x + (size_t)blockIdx.x * 2 * cols + i;
@@ -34,6 +39,8 @@ template <typename T, int N> __global__ void silu_mul(const T* x, T* y, int cols
 }
 
 template <typename R> __global__ void add_bias(R* y, const float* bias, int cols) {
+  release_next();
+  await_previous();
   int i = blockIdx.y * blockDim.x + threadIdx.x;
   if (i >= cols) return;
   R* at = y + (size_t)blockIdx.x * cols + i;
@@ -71,24 +78,24 @@ extern "C" int lorax_gather(int elem, const void* x, const uint32_t* from, void*
                             cudaStream_t stream) {
   WITH_HALF(elem, T,
             BY_WIDTH(cols, N,
-                     gather<T, N><<<rows, kThreads, 0, stream>>>(static_cast<const T*>(x), from, static_cast<T*>(y),
-                                                                 cols)));
-  return launched();
+                     return (launch_chained(gather<T, N>, dim3(rows), kThreads, 0, stream, static_cast<const T*>(x), from,
+                                            static_cast<T*>(y), cols))));
 }
 
 extern "C" int lorax_silu_mul(int elem, const void* x, void* y, int rows, int cols, cudaStream_t stream) {
   WITH_HALF(elem, T, BY_WIDTH(cols, N, {
               dim3 grid(rows, ceil_div(cols, kThreads * N));
-              silu_mul<T, N><<<grid, kThreads, 0, stream>>>(static_cast<const T*>(x), static_cast<T*>(y), cols);
+              return (launch_chained(silu_mul<T, N>, grid, kThreads, 0, stream, static_cast<const T*>(x),
+                                     static_cast<T*>(y), cols));
             }));
-  return launched();
 }
 
 extern "C" int lorax_add_bias(int elem, int wide, void* y, const float* bias, int rows, int cols,
                               cudaStream_t stream) {
   dim3 grid(rows, ceil_div(cols, kThreads));
-  WITH_HALF(elem, T, WITH_WIDE(wide, T, R, add_bias<R><<<grid, kThreads, 0, stream>>>(static_cast<R*>(y), bias, cols)));
-  return launched();
+  WITH_HALF(elem, T,
+            WITH_WIDE(wide, T, R,
+                      return (launch_chained(add_bias<R>, grid, kThreads, 0, stream, static_cast<R*>(y), bias, cols))));
 }
 
 extern "C" int lorax_narrow(int elem, const float* x, void* y, size_t count, cudaStream_t stream) {

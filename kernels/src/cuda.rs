@@ -1,5 +1,5 @@
-//! The backend for NVIDIA GPUs: kernels of our own (`csrc`) and cuBLASLt, on one stream, with adapters copied and
-//! shrunk beside it. The driver and cuBLASLt are opened at run time, so that a binary with this backend starts
+//! The backend for NVIDIA GPUs: kernels of our own (`csrc`) and cuBLASLt, on one stream, with adapters copied beside
+//! it. The driver and cuBLASLt are opened at run time, so that a binary with this backend starts
 //! without them.
 
 mod attention;
@@ -30,7 +30,7 @@ pub use lora::{CudaAdapter, CudaSlots};
 pub use memory::{CudaKv, CudaMat, CudaRope, CudaVector, CudaWeight};
 pub use sampler::{CudaPending, CudaSampler};
 
-use device::{Device, Event, Stream, launched};
+use device::{Device, Stream, launched};
 use memory::expect;
 use staging::Staging;
 
@@ -54,12 +54,8 @@ pub struct CudaBackend {
     weight_staging: Mutex<Staging>,
     /// All steps.
     stream: Arc<Stream>,
-    /// Shrinks, beside base products.
-    aside: Stream,
     /// Adapters on their way to the card.
     copies: Stream,
-    forked: Event,
-    joined: Event,
     device: Arc<Device>,
 }
 
@@ -85,10 +81,7 @@ impl CudaBackend {
             staging: Mutex::new(Staging::new(&device, 16, 256 << 10)?),
             weight_staging: Mutex::new(Staging::new(&device, 4, 16 << 20)?),
             stream: Arc::new(Stream::new(&device)?),
-            aside: Stream::new(&device)?,
             copies: Stream::new(&device)?,
-            forked: Event::new()?,
-            joined: Event::new()?,
             device,
         })
     }
@@ -133,33 +126,6 @@ impl CudaBackend {
         }
         self.device.bind()?;
         launched(op, run(ffi::elem(self.dtype), self.stream.raw()))
-    }
-
-    /// As [`Self::launch`], on the stream beside the steps.
-    fn launch_aside(&self, op: &'static str, run: impl FnOnce(i32, CUstream) -> i32) -> Result<()> {
-        if !self.is_launching() {
-            return Ok(());
-        }
-        launched(op, run(ffi::elem(self.dtype), self.aside.raw()))
-    }
-
-    /// What is launched aside from now on runs after the steps' work so far.
-    fn fork(&self) -> Result<()> {
-        if !self.is_launching() {
-            return Ok(());
-        }
-        self.device.bind()?;
-        self.forked.record(&self.stream)?;
-        self.aside.wait(&self.forked)
-    }
-
-    /// The steps' work from now on runs after what was launched aside.
-    fn join(&self) -> Result<()> {
-        if !self.is_launching() {
-            return Ok(());
-        }
-        self.joined.record(&self.aside)?;
-        self.stream.wait(&self.joined)
     }
 
     fn norm(

@@ -96,8 +96,7 @@ pub(super) struct Largest {
 /// A step on the card.
 pub struct CudaBatch {
     buffer: DeviceBuf,
-    /// Sums of the shrink, which expand reads.
-    pub(super) mid: DeviceBuf,
+    pub(super) sums: Sums,
     id: u64,
     row_capacity: usize,
     exact: Sizes,
@@ -117,10 +116,9 @@ impl CudaBatch {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let items = plan::max_decode_items(rows) + plan::max_prefill_items(rows);
         let words = 8 + 4 * rows + items * AttentionItem::WORDS + 2 * 3 * rows + blocks;
-        let mid = mid_rows(rows) * MAX_SLICES * MAX_LORA_RANK * 4;
         Ok(CudaBatch {
             buffer: DeviceBuf::zeroed(&backend.device, words * 4, "a step's indices")?,
-            mid: DeviceBuf::new(&backend.device, mid, "low-rank sums")?,
+            sums: Sums::new(backend, rows)?,
             id: NEXT.fetch_add(1, Ordering::Relaxed),
             row_capacity: rows,
             exact: Sizes::default(),
@@ -161,11 +159,6 @@ impl CudaBatch {
     /// Slots that the rows use.
     pub(super) fn slots(&self, set: RowSet) -> &[u32] {
         &self.slots[index(set)]
-    }
-
-    /// How often the sums of `rows` rows may be split for [`Self::mid`] to hold them.
-    pub(super) fn max_splits(&self, rows: usize) -> usize {
-        mid_rows(self.row_capacity) / rows.max(1)
     }
 
     /// Names the recording that this step can use, if any: this object, its rows, its tiles.
@@ -261,9 +254,33 @@ impl CudaBatch {
     }
 }
 
-/// Rows of sums that a step of so many rows has room for: a few rows are split, many are not.
-fn mid_rows(rows: usize) -> usize {
-    rows.max(512)
+/// What shrinks leave for expands.
+pub(super) struct Sums {
+    /// `[rows, slices, ranks]`
+    pub(super) mid: DeviceBuf,
+    /// `[splits, rows, slices, ranks]`
+    pub(super) parts: DeviceBuf,
+    /// `[pieces of tiles]`
+    pub(super) arrived: DeviceBuf,
+}
+
+impl Sums {
+    /// Rows times splits that there is room for: few rows are split, many are not.
+    const SPLIT_ROWS: usize = 512;
+
+    fn new(backend: &CudaBackend, rows: usize) -> Result<Sums> {
+        let (what, ranks) = ("low-rank sums", MAX_SLICES * MAX_LORA_RANK);
+        Ok(Sums {
+            mid: DeviceBuf::new(&backend.device, rows * ranks * 2, what)?,
+            parts: DeviceBuf::new(&backend.device, Self::SPLIT_ROWS * ranks * 4, what)?,
+            arrived: DeviceBuf::zeroed(&backend.device, 4 * rows * 4, what)?,
+        })
+    }
+
+    /// How often the inputs of `rows` rows may be split.
+    pub(super) fn max_splits(&self, rows: usize) -> usize {
+        Self::SPLIT_ROWS / rows.max(1)
+    }
 }
 
 fn largest(host: &Batch) -> Largest {

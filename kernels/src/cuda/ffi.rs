@@ -52,6 +52,8 @@ pub(super) struct LoraArgs {
     pub(super) x: u64,
     pub(super) y: u64,
     pub(super) mid: u64,
+    pub(super) parts: u64,
+    pub(super) arrived: u64,
     pub(super) entry_stride: i32,
     pub(super) rows: i32,
     pub(super) inputs: i32,
@@ -59,6 +61,21 @@ pub(super) struct LoraArgs {
     pub(super) slices: i32,
     pub(super) splits: i32,
     pub(super) first_out: [i32; MAX_SLICES + 1],
+}
+
+/// Mirrors `SkinnyArgs` in `skinny.cu`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct SkinnyArgs {
+    pub(super) x: u64,
+    pub(super) w: u64,
+    pub(super) bias: u64,
+    pub(super) y: u64,
+    pub(super) rows: i32,
+    pub(super) inputs: i32,
+    pub(super) outputs: i32,
+    /// Set by the launcher.
+    pub(super) lora_blocks: i32,
 }
 
 /// `kMaxTop` in `sample.cu`.
@@ -146,6 +163,15 @@ unsafe extern "C" {
         query_heads: i32,
         kv_heads: i32,
         dim: i32,
+        stream: CUstream,
+    ) -> i32;
+    /// `lora` may be null.
+    pub(super) fn lorax_skinny(
+        args: *const SkinnyArgs,
+        lora: *const LoraArgs,
+        elem: i32,
+        wide: i32,
+        max_tiles: i32,
         stream: CUstream,
     ) -> i32;
     pub(super) fn lorax_lora_shrink(

@@ -5,11 +5,11 @@ use crate::{Segment, SequenceRows};
 /// Rows of one piece of prefill attention.
 const PREFILL_ROWS: u32 = 64;
 /// A long sequence's decode is split into pieces of at least so many positions.
-const MIN_SPLIT: u32 = 128;
+const MIN_SPLIT: u32 = 64;
 /// About how many pieces the decode rows of a step are split into, together, at least.
-const DECODE_PIECES: u32 = 64;
+const DECODE_PIECES: u32 = 32;
 /// Parts that split pieces leave behind, at most: below [`DECODE_PIECES`] sequences are longer than a piece, and
-/// together they fill so many whole ones.
+/// together they fill so many whole ones. Also how often one row is split at most (`kMaxSplits` in `attention.cuh`).
 pub(super) const MAX_PARTIALS: usize = 2 * DECODE_PIECES as usize;
 
 /// Mirrors `AttentionItem` in `attention.cuh`.
@@ -99,12 +99,12 @@ pub(super) fn prefill_items(sequences: &[SequenceRows]) -> Vec<AttentionItem> {
     items
 }
 
-/// Most rows of a tile, for a step of so many rows: enough tiles for the card when rows are few, enough rows to read
-/// an adapter seldom when they are many.
+/// Most rows of a tile, for a step of so many rows: as many as one tensor core tile takes when rows are few, enough to
+/// read an adapter seldom when they are many.
 pub(super) fn tile_rows(rows: usize) -> u32 {
     match rows {
         0..=8 => 8,
-        9..=256 => 32,
+        9..=256 => 16,
         _ => 64,
     }
 }
