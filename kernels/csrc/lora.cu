@@ -9,8 +9,10 @@ using namespace lora;
 constexpr int kShrinkWarps = 8;
 constexpr int kShrinkThreads = kShrinkWarps * 32;
 constexpr int kRows = 16;   // rows of x that a block multiplies
-constexpr int kBatch = 4;   // groups that it handles at once
+constexpr int kBatch = 3;   // groups that it handles at once: q, k and v of rank 16
 constexpr int kStep = 32;   // inputs that a warp handles at once
+// Steps whose loads are on their way. Rows that do not begin at 16-byte boundaries take too many registers for two.
+template <bool PACKED> constexpr int kStages = PACKED ? 2 : 1;
 constexpr int kRanks = kBatch * kGroup;
 
 using Sums = float[kShrinkWarps][kRanks][kRows + 1];
@@ -22,30 +24,34 @@ template <typename T> struct Piece {
   int begin, end;  // in steps of kStep inputs
 };
 
-// This thread's part of a batch of groups, kStep inputs.
-template <typename T, bool PACKED> struct Ranks {
-  uint4 lo[kBatch], hi[kBatch];
+// This thread's part of a batch of groups and of the rows, kStep inputs.
+template <typename T, bool PACKED> struct Stage {
+  uint4 lo[kBatch], hi[kBatch], x[2];
 
-  __device__ void load(const Group<T> (&groups)[kBatch], int inputs, int step) {
-    int lane = threadIdx.x % 32, own = lane / 4, k = step * kStep + lane % 4 * 8;
-    const uint4 zero = make_uint4(0, 0, 0, 0);
+  // Of step `step`, up to input `limit`.
+  __device__ void load_ranks(const Group<T> (&groups)[kBatch], int inputs, int limit, int step) {
+    const int lane = threadIdx.x % 32, own = lane / 4, k = step * kStep + lane % 4 * 8;
+    const uint32_t at = own * inputs;
 #pragma unroll
     for (int g = 0; g < kBatch; g++) {
-      const T* a = groups[g].a + (size_t)own * inputs;
-      lo[g] = own < groups[g].ranks ? load8<T, PACKED>(a, k, inputs) : zero;
-      hi[g] = own + 8 < groups[g].ranks ? load8<T, PACKED>(a + (size_t)8 * inputs, k, inputs) : zero;
+      lo[g] = load8<T, PACKED>(groups[g].a + at, k, own < groups[g].ranks ? limit : 0);
+      hi[g] = load8<T, PACKED>(groups[g].a + at + 8 * inputs, k, own + 8 < groups[g].ranks ? limit : 0);
     }
   }
 
-  __device__ void multiply(float (&d)[kBatch][2][4], const Piece<T>& p, int step) const {
-    int lane = threadIdx.x % 32, k = step * kStep + lane % 4 * 8;
+  __device__ void load_rows(const T* rows, int count, int inputs, int limit, int step) {
+    const int lane = threadIdx.x % 32, own = lane / 4, k = step * kStep + lane % 4 * 8;
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+      x[n] = load8<T, PACKED>(rows + (uint32_t)(own + 8 * n) * inputs, k, own + 8 * n < count ? limit : 0);
+  }
+
+  __device__ void multiply(float (&d)[kBatch][2][4], int rows) const {
 #pragma unroll
     for (int n = 0; n < 2; n++) {
-      if (n * 8 >= p.rows) break;
-      int row = min(n * 8 + lane / 4, p.rows - 1);  // results of repeated rows are not stored
-      uint4 v = load8<T, PACKED>(p.x + (size_t)row * p.inputs, k, p.inputs);
+      if (n * 8 >= rows) break;
 #pragma unroll
-      for (int g = 0; g < kBatch; g++) mma_quad<T>(d[g][n], lo[g], hi[g], v);
+      for (int g = 0; g < kBatch; g++) mma_quad<T>(d[g][n], lo[g], hi[g], x[n]);
     }
   }
 };
@@ -53,15 +59,24 @@ template <typename T, bool PACKED> struct Ranks {
 // Leaves each warp's sums of a batch of groups.
 template <typename T, bool PACKED>
 __device__ void multiply_batch(Sums& sums, const Group<T> (&groups)[kBatch], const Piece<T>& p, bool first) {
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, limit = min(p.inputs, p.end * kStep);
   float d[kBatch][2][4] = {};
-  Ranks<T, PACKED> ranks;
+  Stage<T, PACKED> stages[kStages<PACKED>];
   int step = p.begin + warp;
-  if (step < p.end) ranks.load(groups, p.inputs, step);
+#pragma unroll
+  for (int s = 0; s < kStages<PACKED>; s++) stages[s].load_ranks(groups, p.inputs, limit, step + s * kShrinkWarps);
   if (first) await_previous();
-  for (; step < p.end; step += kShrinkWarps) {
-    ranks.multiply(d, p, step);
-    if (step + kShrinkWarps < p.end) ranks.load(groups, p.inputs, step + kShrinkWarps);
+#pragma unroll
+  for (int s = 0; s < kStages<PACKED>; s++) stages[s].load_rows(p.x, p.rows, p.inputs, limit, step + s * kShrinkWarps);
+#pragma unroll 1
+  while (step < p.end) {
+#pragma unroll
+    for (int s = 0; s < kStages<PACKED>; s++) {
+      stages[s].multiply(d, p.rows);
+      stages[s].load_ranks(groups, p.inputs, limit, step + kStages<PACKED> * kShrinkWarps);
+      stages[s].load_rows(p.x, p.rows, p.inputs, limit, step + kStages<PACKED> * kShrinkWarps);
+      step += kShrinkWarps;
+    }
   }
   __syncthreads();  // the sums of the batch before are read
 #pragma unroll
@@ -99,7 +114,7 @@ __device__ void add_parts(const LoraArgs& p, const LoraEntry* entries, uint32_t*
 
 // Grid: (splits, pieces of kRows rows of a tile, tiles).
 template <typename T, bool PACKED>
-__global__ void __launch_bounds__(kShrinkThreads, 2) shrink(const __grid_constant__ LoraArgs p) {
+__global__ void __launch_bounds__(kShrinkThreads, PACKED ? 2 : 1) shrink(const __grid_constant__ LoraArgs p) {
   __shared__ Sums sums;
   release_next();
   const LoraTile tile = blockIdx.z < *p.num_tiles ? p.tiles[blockIdx.z] : LoraTile{0, 0, 0};
@@ -185,30 +200,48 @@ __device__ inline void add_outputs(R* y, int cols, const float (&low)[8], const 
   }
 }
 
-// Grid: (blocks of kExpandWarps · kOuts outputs, slices, tiles).
-template <typename T, typename R, bool PACKED>
-__global__ void __launch_bounds__(kExpandThreads) expand(const __grid_constant__ LoraArgs p) {
-  release_next();
-  const bool used = blockIdx.z < *p.num_tiles;
-  const LoraTile tile = p.tiles[used ? blockIdx.z : 0];
-  const LoraEntry entry = p.entries[(size_t)tile.slot * p.entry_stride + blockIdx.y];
-  const int rank = entry.lora_rank, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int first = p.first_out[blockIdx.y], outs = p.first_out[blockIdx.y + 1] - first;
-  const int out0 = (blockIdx.x * kExpandWarps + warp) * kOuts;
-  if (!used || rank == 0 || out0 >= outs) return await_previous();
-  const T* b = static_cast<const T*>(entry.b);
-  Columns<T, PACKED> columns;
-  columns.load(b, rank, 0, outs, out0);
-  await_previous();
+// kOuts outputs of one slice.
+template <typename T> struct Chunk {
+  const T* b;  // [rank, outs]
+  int rank;    // 0: nothing to add
+  int outs;    // of the slice
+  int out0;    // the chunk's first, in its slice
+  int column;  // of the slice in y
+  int slice;
+};
 
+// The c-th chunk when those of all slices are counted; rank 0 behind the last.
+template <typename T> __device__ inline Chunk<T> find_chunk(const LoraArgs& p, const LoraEntry* entries, int c) {
+  for (int s = 0; s < p.slices; s++) {
+    int outs = p.first_out[s + 1] - p.first_out[s], chunks = ceil_div(outs, kOuts);
+    if (c < chunks)
+      return {static_cast<const T*>(entries[s].b), (int)entries[s].lora_rank, outs, c * kOuts, p.first_out[s], s};
+    c -= chunks;
+  }
+  return {nullptr, 0, 0, 0, 0, 0};
+}
+
+// Grid: (blocks of kExpandWarps chunks, tiles).
+template <typename T, typename R, bool PACKED>
+__global__ void __launch_bounds__(kExpandThreads, 5) expand(const __grid_constant__ LoraArgs p) {
+  release_next();
+  if (blockIdx.y >= *p.num_tiles) return await_previous();
+  const LoraTile tile = p.tiles[blockIdx.y];
+  const LoraEntry* entries = p.entries + (size_t)tile.slot * p.entry_stride;
+  const int lane = threadIdx.x % 32;
+  const Chunk<T> chunk = find_chunk<T>(p, entries, blockIdx.x * kExpandWarps + threadIdx.x / 32);
+  if (chunk.rank == 0) return await_previous();
+  Columns<T, PACKED> columns;
+  columns.load(chunk.b, chunk.rank, 0, chunk.outs, chunk.out0);
+  await_previous();
+  const size_t stride = (size_t)p.slices * kMaxLoraRank;
   for (int m0 = 0; m0 < (int)tile.rows; m0 += 16) {
     float d[8][4] = {};
     const int row = m0 + lane / 4;
     const bool valid[2] = {row < (int)tile.rows, row + 8 < (int)tile.rows};
-    const size_t stride = (size_t)p.slices * kMaxLoraRank;
-    const T* mid = static_cast<const T*>(p.mid) + (tile.row + row) * stride + blockIdx.y * kMaxLoraRank + lane % 4 * 2;
-    for (int r0 = 0; r0 < rank; r0 += kGroup) {
-      if (rank > kGroup && (m0 > 0 || r0 > 0)) columns.load(b, rank, r0, outs, out0);
+    const T* mid = static_cast<const T*>(p.mid) + (tile.row + row) * stride + chunk.slice * kMaxLoraRank + lane % 4 * 2;
+    for (int r0 = 0; r0 < chunk.rank; r0 += kGroup) {
+      if (chunk.rank > kGroup && (m0 > 0 || r0 > 0)) columns.load(chunk.b, chunk.rank, r0, chunk.outs, chunk.out0);
       uint32_t a[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) {  // rows row, row + 8; ranks from r0 and from r0 + 8
@@ -217,15 +250,15 @@ __global__ void __launch_bounds__(kExpandThreads) expand(const __grid_constant__
       }
       columns.multiply(d, a);
     }
-    const int out = out0 + lane % 4 * 16;
+    const int out = chunk.out0 + lane % 4 * 16;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      if (!valid[h] || out >= outs) continue;
+      if (!valid[h] || out >= chunk.outs) continue;
       float low[8], high[8];
 #pragma unroll
       for (int n = 0; n < 8; n++) low[n] = d[n][2 * h], high[n] = d[n][2 * h + 1];
-      R* y = static_cast<R*>(p.y) + (size_t)(tile.row + row + 8 * h) * p.out_cols + first + out;
-      add_outputs<R, PACKED>(y, outs - out, low, high);
+      R* y = static_cast<R*>(p.y) + (size_t)(tile.row + row + 8 * h) * p.out_cols + chunk.column + out;
+      add_outputs<R, PACKED>(y, chunk.outs - out, low, high);
     }
   }
 }
@@ -242,14 +275,14 @@ extern "C" int lorax_lora_shrink(const LoraArgs* args, int elem, int max_tiles, 
 }
 
 extern "C" int lorax_lora_expand(const LoraArgs* args, int elem, int wide, int max_tiles, cudaStream_t stream) {
-  int widest = 0;
+  int chunks = 0;
   bool packed = args->out_cols % 8 == 0;
   for (int s = 0; s < args->slices; s++) {
     int outs = args->first_out[s + 1] - args->first_out[s];
-    widest = max(widest, outs);
+    chunks += ceil_div(outs, kOuts);
     packed = packed && outs % 8 == 0 && args->first_out[s] % 8 == 0;
   }
-  dim3 grid(ceil_div(widest, kExpandWarps * kOuts), args->slices, max_tiles);
+  dim3 grid(ceil_div(chunks, kExpandWarps), max_tiles);
   WITH_HALF(elem, T, WITH_WIDE(wide, T, R, {
               auto kernel = packed ? expand<T, R, true> : expand<T, R, false>;
               return launch_chained(kernel, grid, kExpandThreads, 0, stream, *args);

@@ -1,9 +1,9 @@
 // The product of a few rows, with the shrink of their deltas beside it: y = x · Wᵀ and mid = x · Aᵀ in one launch.
 //
 // Few rows are bound by reading the weights, so everything here is about having many 16-byte loads in flight: a block
-// takes 16 outputs, its eight warps take turns along the inputs, and each thread's loads go straight to registers. The
-// rows of x are small and come from L1. The first loads of weights are issued before the kernel waits for the one that
-// writes x: the memory stays busy while the small kernels between two products run.
+// takes 16 or 32 outputs, its eight warps take turns along the inputs, and each thread's loads go straight to
+// registers. The rows of x are small and come from L1 or L2. The first loads of weights are issued before the kernel
+// waits for the one that writes x: the memory stays busy while the small kernels between two products run.
 //
 // Outputs are the M of the tensor cores' tiles and rows their N: eight rows cost no more than one.
 #include "lora.cuh"
@@ -13,7 +13,7 @@ struct SkinnyArgs {
   const void* w;      // [outputs, inputs]
   const float* bias;  // [outputs], or null
   void* y;            // [rows, outputs]
-  int rows;           // at most 8
+  int rows;           // at most 32
   int inputs;         // a multiple of 8
   int outputs;
   int lora_blocks;  // the first blocks of the grid: the shrink's
@@ -23,14 +23,22 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
-constexpr int kOutputs = 16;  // of one block; as many as a group of ranks
-static_assert(kOutputs == lora::kGroup);
-constexpr int kRows = 8;
-constexpr int kUnroll = 4;              // loads of a thread from each of two outputs, before it waits for them
-constexpr int kStep = 32 * kUnroll;     // inputs of one warp at a time
-constexpr int kGroupBlocks = 4;         // for each slice of a tile of rows: blocks that share its groups of ranks
+constexpr int kGroupBlocks = 4;  // for each slice of a tile of rows: blocks that share its groups of ranks
 
-using Sums = float[kWarps][kOutputs][kRows + 1];
+// What a block computes and how it keeps its loads on their way: M · 16 outputs, N · 8 rows, steps of 32 · UNROLL
+// inputs of which STAGES are loaded at once, BLOCKS blocks on one multiprocessor.
+template <int M_, int N_, int UNROLL_, int STAGES_, int BLOCKS_> struct Form {
+  static constexpr int M = M_, N = N_, UNROLL = UNROLL_, STAGES = STAGES_, BLOCKS = BLOCKS_, kOutputs = 16 * M;
+  using Sums = float[kWarps][kOutputs][8 * N + 1];
+};
+// Up to 8 rows: deep for grids that leave room for few blocks, wide for others.
+using Wide = Form<1, 1, 4, 1, 3>;
+using Deep = Form<1, 1, 2, 3, 2>;
+constexpr int kDeepBlocks = 300;  // about as many deep blocks as a large card holds
+using Rows16 = Form<2, 2, 1, 3, 2>;
+using Rows32 = Form<2, 4, 1, 2, 2>;
+// The shrink beside them: a group of ranks, a tile of rows.
+template <typename F> using ShrinkForm = Form<1, F::N == 1 ? 1 : 2, F::UNROLL, F::STAGES, F::BLOCKS>;
 
 // Streams past L1, which is for x.
 __device__ inline uint4 load_weights(const void* from) {
@@ -41,70 +49,112 @@ __device__ inline uint4 load_weights(const void* from) {
   return v;
 }
 
-// This thread's part of 16 outputs, kStep inputs.
-struct Weights {
-  uint4 lo[kUnroll], hi[kUnroll];
+// Keeps its place among the loads of weights, so that few rows of x are held at a time.
+__device__ inline uint4 load_row(const void* from) {
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+  return v;
+}
 
-  // `w`: the first of the outputs, `outputs` of which exist.
-  template <typename T> __device__ void load(const T* w, int outputs, int inputs, int k) {
-    int lane = threadIdx.x % 32, own = lane / 4;
-    const uint4 zero = make_uint4(0, 0, 0, 0);
+// A thread's outputs and rows: every eighth from a first one on.
+template <typename T> struct Lane {
+  const T* w;
+  const T* x;
+  int outputs, rows;  // how many there are
+  int stride;         // elements from one to the next
+  int end;            // of its inputs
+};
+
+// A thread's part of a step.
+template <typename T, typename F> struct Weights {
+  uint4 w[F::UNROLL][2 * F::M];
+
+  __device__ void load(const Lane<T>& lane, int k) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; u++) {
-      int at = k + u * 32 + lane % 4 * 8;
-      bool inside = at < inputs;
-      lo[u] = inside && own < outputs ? load_weights(w + (size_t)own * inputs + at) : zero;
-      hi[u] = inside && own + 8 < outputs ? load_weights(w + (size_t)(own + 8) * inputs + at) : zero;
-    }
+    for (int u = 0; u < F::UNROLL; u++)
+#pragma unroll
+      for (int i = 0; i < 2 * F::M; i++) {
+        bool inside = k + u * 32 < lane.end && i < lane.outputs;
+        w[u][i] = inside ? load_weights(lane.w + (uint32_t)(i * lane.stride + k + u * 32)) : make_uint4(0, 0, 0, 0);
+      }
   }
 
-  template <typename T> __device__ void multiply(float (&d)[4], const T* x, int rows, int inputs, int k) const {
-    int lane = threadIdx.x % 32, row = lane / 4;
-    uint4 v[kUnroll];
+  __device__ void multiply(float (&d)[F::M][F::N][4], const Lane<T>& lane, int k) const {
 #pragma unroll
-    for (int u = 0; u < kUnroll; u++) {
-      int at = k + u * 32 + lane % 4 * 8;
-      v[u] = make_uint4(0, 0, 0, 0);
-      if (row < rows && at < inputs) v[u] = *reinterpret_cast<const uint4*>(x + (size_t)row * inputs + at);
+    for (int n0 = 0; n0 < F::N; n0 += 2) {  // two at a time: registers are short
+      uint4 x[2][F::UNROLL];
+#pragma unroll
+      for (int i = 0; i < 2 && n0 + i < F::N; i++)
+#pragma unroll
+        for (int u = 0; u < F::UNROLL; u++) {
+          bool inside = k + u * 32 < lane.end && n0 + i < lane.rows;
+          x[i][u] = inside ? load_row(lane.x + (uint32_t)((n0 + i) * lane.stride + k + u * 32)) : make_uint4(0, 0, 0, 0);
+        }
+#pragma unroll
+      for (int i = 0; i < 2 && n0 + i < F::N; i++)
+#pragma unroll
+        for (int u = 0; u < F::UNROLL; u++)
+#pragma unroll
+          for (int m = 0; m < F::M; m++)
+            lora::mma_quad<T>(d[m][n0 + i], w[u][2 * m], w[u][2 * m + 1], x[i][u]);
     }
-#pragma unroll
-    for (int u = 0; u < kUnroll; u++) lora::mma_quad<T>(d, lo[u], hi[u], v[u]);
   }
 };
 
-// What one block computes: outputs first .. first + 16 of a matrix, for some rows of x.
-template <typename T> struct Piece {
+// Some outputs of a matrix for some rows of x: the work of one block.
+template <typename T, typename F> struct Piece {
   const T* w;
   const T* x;
   int outputs, rows, inputs;
 
-  // Leaves sums[output][row] of the block; `waited`: the rows of x are there.
-  __device__ void run(Sums& sums, bool waited) const {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    float d[4] = {};
-    Weights weights;
+  // Leaves the sums of each warp; `waited`: the rows of x are there.
+  __device__ void run(typename F::Sums& sums, bool waited) const {
+    constexpr int kStep = 32 * F::UNROLL, kStride = kWarps * kStep;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, own = lane / 4;
+    const uint32_t offset = own * inputs + lane % 4 * 8;
+    const Lane<T> at{w + offset, x + offset, ceil_div(outputs - own, 8), ceil_div(rows - own, 8), 8 * inputs,
+                     inputs - lane % 4 * 8};
+    float d[F::M][F::N][4] = {};
+    Weights<T, F> stages[F::STAGES];
     int k = warp * kStep;
-    weights.load(w, outputs, inputs, k);
+#pragma unroll
+    for (int s = 0; s < F::STAGES; s++) stages[s].load(at, k + s * kStride);
     if (!waited) await_previous();
-    for (; k < inputs; k += kWarps * kStep) {
-      weights.multiply(d, x, rows, inputs, k);
-      if (k + kWarps * kStep < inputs) weights.load(w, outputs, inputs, k + kWarps * kStep);
+#pragma unroll 1
+    while (k < inputs) {
+#pragma unroll
+      for (int s = 0; s < F::STAGES; s++) {
+        stages[s].multiply(d, at, k);
+        stages[s].load(at, k + F::STAGES * kStride);
+        k += kStride;
+      }
     }
 #pragma unroll
-    for (int e = 0; e < 4; e++) sums[warp][lane / 4 + e / 2 * 8][lane % 4 * 2 + e % 2] = d[e];
+    for (int m = 0; m < F::M; m++)
+#pragma unroll
+      for (int n = 0; n < F::N; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+          sums[warp][m * 16 + lane / 4 + e / 2 * 8][n * 8 + lane % 4 * 2 + e % 2] = d[m][n][e];
     __syncthreads();
+  }
+
+  // Calls `store(output, row, sum)` for all of them.
+  template <typename Store> __device__ void finish(const typename F::Sums& sums, const Store& store) const {
+    const int output = threadIdx.x % F::kOutputs;
+#pragma unroll 1
+    for (int row = threadIdx.x / F::kOutputs; row < rows; row += kThreads / F::kOutputs) {
+      float sum = 0.f;
+#pragma unroll
+      for (int w = 0; w < kWarps; w++) sum += sums[w][output][row];
+      store(output, row, sum);
+    }
   }
 };
 
-__device__ inline float total(const Sums& sums, int output, int row) {
-  float sum = 0.f;
-#pragma unroll
-  for (int w = 0; w < kWarps; w++) sum += sums[w][output][row];
-  return sum;
-}
-
 // Block b of the shrink takes every so many-th group of 16 ranks of one tile.
-template <typename T> __device__ void shrink(const LoraArgs& p, Sums& sums) {
+template <typename T, typename F> __device__ void shrink(const LoraArgs& p, typename F::Sums& sums) {
+  static_assert(F::kOutputs == lora::kGroup);
   const int blocks = p.slices * kGroupBlocks, index = blockIdx.x / blocks;
   if (index >= (int)*p.num_tiles) return;
   const LoraTile tile = p.tiles[index];
@@ -114,42 +164,58 @@ template <typename T> __device__ void shrink(const LoraArgs& p, Sums& sums) {
     const auto group = lora::find_group<T>(entries, p.slices, p.inputs, g);
     if (group.ranks == 0) break;
     const T* x = static_cast<const T*>(p.x) + (size_t)tile.row * p.inputs;
-    const Piece<T> piece{group.a, x, group.ranks, (int)tile.rows, p.inputs};
+    const Piece<T, F> piece{group.a, x, group.ranks, (int)tile.rows, p.inputs};
     piece.run(sums, waited);
     waited = true;
-    int r = threadIdx.x % kOutputs, row = threadIdx.x / kOutputs;
-    if (row < piece.rows)
-      static_cast<T*>(p.mid)[(size_t)(tile.row + row) * p.slices * kMaxLoraRank + group.column + r] =
-          from_float<T>(total(sums, r, row));
+    T* mid = static_cast<T*>(p.mid) + (size_t)tile.row * p.slices * kMaxLoraRank + group.column;
+    piece.finish(sums, [&](int r, int row, float sum) {
+      mid[(size_t)row * p.slices * kMaxLoraRank + r] = from_float<T>(sum);
+    });
     __syncthreads();
   }
 }
 
-template <typename T, typename R>
-__global__ void __launch_bounds__(kThreads, 3) skinny(const __grid_constant__ SkinnyArgs a,
-                                                      const __grid_constant__ LoraArgs p) {
-  __shared__ Sums sums;
+template <typename T, typename R, typename F>
+__global__ void __launch_bounds__(kThreads, F::BLOCKS) skinny(const __grid_constant__ SkinnyArgs a,
+                                                              const __grid_constant__ LoraArgs p) {
+  __shared__ union {
+    typename F::Sums base;
+    typename ShrinkForm<F>::Sums shrink;
+  } sums;
   release_next();
-  if ((int)blockIdx.x < a.lora_blocks) return shrink<T>(p, sums);
-  int first = ((int)blockIdx.x - a.lora_blocks) * kOutputs;
-  Piece<T> piece{static_cast<const T*>(a.w) + (size_t)first * a.inputs, static_cast<const T*>(a.x),
-                 min(kOutputs, a.outputs - first), a.rows, a.inputs};
-  piece.run(sums, false);
-  int output = threadIdx.x % kOutputs, row = threadIdx.x / kOutputs;
-  if (row >= a.rows || output >= piece.outputs) return;
-  float y = total(sums, output, row) + (a.bias ? a.bias[first + output] : 0.f);
-  static_cast<R*>(a.y)[(size_t)row * a.outputs + first + output] = from_float<R>(y);
+  if ((int)blockIdx.x < a.lora_blocks) return shrink<T, ShrinkForm<F>>(p, sums.shrink);
+  const int first = ((int)blockIdx.x - a.lora_blocks) * F::kOutputs;
+  const Piece<T, F> piece{static_cast<const T*>(a.w) + (size_t)first * a.inputs, static_cast<const T*>(a.x),
+                          min(F::kOutputs, a.outputs - first), a.rows, a.inputs};
+  piece.run(sums.base, false);
+  piece.finish(sums.base, [&](int output, int row, float sum) {
+    if (output >= piece.outputs) return;
+    if (a.bias) sum += a.bias[first + output];
+    static_cast<R*>(a.y)[(size_t)row * a.outputs + first + output] = from_float<R>(sum);
+  });
+}
+
+template <typename T, typename R, typename F>
+int launch(const SkinnyArgs& a, const LoraArgs& lora, cudaStream_t stream) {
+  dim3 grid(a.lora_blocks + ceil_div(a.outputs, F::kOutputs));
+  return launch_chained(skinny<T, R, F>, grid, kThreads, 0, stream, a, lora);
+}
+
+template <typename T, typename R> int by_rows(const SkinnyArgs& a, const LoraArgs& lora, cudaStream_t stream) {
+  if (a.rows > 16) return launch<T, R, Rows32>(a, lora, stream);
+  if (a.rows > 8) return launch<T, R, Rows16>(a, lora, stream);
+  if (ceil_div(a.outputs, Deep::kOutputs) <= kDeepBlocks) return launch<T, R, Deep>(a, lora, stream);
+  return launch<T, R, Wide>(a, lora, stream);
 }
 
 }  // namespace
 
-// `lora`: null, or the deltas of the same rows, whose shrink is computed with `splits` 1 for `max_tiles` tiles.
+// `lora`: null, or the deltas of the same rows, whose shrink is computed with `splits` 1 for `max_tiles` tiles of at
+// most 16 rows (8 where there are no more than 8 rows).
 extern "C" int lorax_skinny(const SkinnyArgs* args, const LoraArgs* lora, int elem, int wide, int max_tiles,
                             cudaStream_t stream) {
-  const LoraArgs none = {};
   SkinnyArgs a = *args;
   a.lora_blocks = lora ? max_tiles * lora->slices * kGroupBlocks : 0;
-  dim3 grid(a.lora_blocks + ceil_div(a.outputs, kOutputs));
-  WITH_HALF(elem, T,
-            WITH_WIDE(wide, T, R, return (launch_chained(skinny<T, R>, grid, kThreads, 0, stream, a, lora ? *lora : none))));
+  const LoraArgs deltas = lora ? *lora : LoraArgs{};
+  WITH_HALF(elem, T, WITH_WIDE(wide, T, R, return (by_rows<T, R>(a, deltas, stream))));
 }

@@ -14,7 +14,7 @@ const MIN_SPLIT_INPUTS: usize = 256;
 /// Rows that one block of a shrink multiplies; `kRows` in `lora.cu`.
 const SHRINK_ROWS: usize = 16;
 /// Most rows of `skinny.cu`.
-const SKINNY_ROWS: usize = 8;
+const SKINNY_ROWS: usize = 32;
 
 pub(super) fn linear(
     be: &CudaBackend,
