@@ -74,6 +74,14 @@ bench-cpu: ## Speed of the CPU backend end to end, beside the floor of this mach
 bench-scheduler: ## Time to plan one step of a loaded server
 	cargo bench -p scheduler --bench schedule
 
+.PHONY: gpu-dry-run
+gpu-dry-run: ## The measurements and checks for a GPU, on the CPU with a tiny model (needs the environment of make goldens)
+	cargo build --release $(BINS) -p integration-tests --bins
+	.venv-goldens/bin/python integration-tests/gpu/run.py model base-8 lora many slots cold check reference soak \
+	  --bin target/release --out out/gpu-dry-run --work out/gpu-dry-run/work --device cpu --shape tiny --check-shape tiny \
+	  --vocab 2000 --adapters 48 --rounds 1 --scale 0.125 --seconds 20 --small-host "--adapter-host-memory 8MiB" \
+	  --flags "--max-batch-size 64 --prefix-caching false --adapter-host-memory 256MiB --kv-memory 512MiB"
+
 .PHONY: goldens
 goldens: model ## Make the reference outputs anew (torch, transformers and PEFT; about 5 GB of packages)
 	python3 -m venv .venv-goldens

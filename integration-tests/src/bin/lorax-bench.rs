@@ -9,7 +9,7 @@ use integration_tests::load::{
     arrivals::{Arrivals, Length, Popularity},
     client::Target,
     plot::plot,
-    report::{Objective, Report},
+    report::{Objective, Report, write_times},
     run::{Loop, run},
     workload::{Workload, read_trace},
 };
@@ -83,6 +83,9 @@ struct Args {
     /// Appends the report to this file as one line of JSON
     #[arg(long)]
     json: Option<PathBuf>,
+    /// Writes when each request was sent and each of its events came, one request a line of JSON
+    #[arg(long)]
+    times: Option<PathBuf>,
     /// Draws the run as SVG
     #[arg(long)]
     plot: Option<PathBuf>,
@@ -140,6 +143,9 @@ async fn main() -> Result<()> {
         let mut file = OpenOptions::new().create(true).append(true).open(path);
         let file = file.as_mut().map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))?;
         writeln!(file, "{}", serde_json::to_string(&report)?).context("cannot write the report")?;
+    }
+    if let Some(path) = &args.times {
+        write_times(path, &outcomes)?;
     }
     if let Some(path) = &args.plot {
         plot(path, &args.label, &outcomes)?;

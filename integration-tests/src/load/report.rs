@@ -1,8 +1,17 @@
 //! Figures of a run.
 
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    fs::File,
+    io::{BufWriter, Write},
+    path::Path,
+    time::Duration,
+};
 
+use anyhow::Context;
 use serde::Serialize;
+use serde_json::json;
 
 use super::client::Outcome;
 
@@ -118,6 +127,26 @@ impl Report {
     }
 }
 
+/// Writes one line of JSON per request: `adapter`, `sent_ms` and `events_ms` from the start of the run, `tokens`, `error`.
+///
+/// # Errors
+/// When the file cannot be written.
+pub fn write_times(path: &Path, outcomes: &[Outcome]) -> anyhow::Result<()> {
+    let ms = |time: &Duration| time.as_secs_f64() * 1e3;
+    let mut file = BufWriter::new(File::create(path).with_context(|| path.display().to_string())?);
+    for outcome in outcomes {
+        let line = json!({
+            "adapter": outcome.adapter,
+            "sent_ms": ms(&outcome.sent),
+            "events_ms": outcome.events.iter().map(ms).collect::<Vec<_>>(),
+            "tokens": outcome.tokens,
+            "error": outcome.error,
+        });
+        writeln!(file, "{line}")?;
+    }
+    Ok(file.flush()?)
+}
+
 fn gaps(outcome: &Outcome) -> impl Iterator<Item = Duration> {
     outcome.events.windows(2).map(|w| w[1] - w[0])
 }
@@ -207,6 +236,20 @@ mod tests {
         let (a, b) = (3.0 / 0.12, 2.0 / 0.34);
         let expected = (a + b) * (a + b) / (2.0 * (a * a + b * b));
         assert!((report.jain_index.unwrap() - expected).abs() < 1e-9);
+    }
+
+    #[test]
+    fn times_are_written_as_they_were() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let outcomes =
+            [outcome("a", 5, &[10, 30], None), Outcome { adapter: None, ..outcome("", 7, &[], Some("no")) }];
+        write_times(file.path(), &outcomes).unwrap();
+        let text = std::fs::read_to_string(&file).unwrap();
+        let lines: Vec<serde_json::Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        let first =
+            json!({"adapter": "a", "sent_ms": 5.0, "events_ms": [10.0, 30.0], "tokens": 2, "error": null});
+        let second = json!({"adapter": null, "sent_ms": 7.0, "events_ms": [], "tokens": 0, "error": "no"});
+        assert_eq!(lines, [first, second]);
     }
 
     #[test]

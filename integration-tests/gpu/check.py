@@ -1,0 +1,87 @@
+"""Correctness over HTTP: batches against single requests, and log-probabilities against transformers and PEFT."""
+
+import json
+import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from server import Server
+
+HERE = Path(__file__).resolve().parent
+TOLERANCE = 0.06  # of a log-probability in bf16
+REQUESTS, TOKENS = 64, 32
+
+
+def words(seed: int, count: int) -> str:
+    """A prompt that no other seed has."""
+    draw = random.Random(seed)
+    return " ".join("".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=4)) for _ in range(count))
+
+
+def prompts(adapters: list[str]) -> list[tuple[str, str]]:
+    """Adapters in turn, texts of different lengths."""
+    return [(adapters[i % len(adapters)], words(i, 4 + 9 * (i % 7))) for i in range(REQUESTS)]
+
+
+def answers(server: Server, asks: list[tuple[str, str]], at_once: int) -> list[list[dict]]:
+    """The tokens of every request, so many of them at the same time."""
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(lambda ask: server.generate(ask[1], ask[0], TOKENS)["tokens"], asks))
+
+
+def compare(name: str, expected: list[list[dict]], got: list[list[dict]]) -> dict:
+    """Where tokens first differ, the two most probable ones must have been within the tolerance of each other."""
+    result = dict(check=name, requests=len(expected), identical=0, near_ties=0, wrong=0, max_logprob_difference=0.0)
+    for want, have in zip(expected, got):
+        for a, b in zip(want, have, strict=True):
+            if a["id"] != b["id"]:
+                first, second = (top["logprob"] for top in a["alternative_tokens"][:2])
+                result["near_ties" if first - second <= TOLERANCE else "wrong"] += 1
+                break
+            difference = abs(a["logprob"] - b["logprob"])
+            result["max_logprob_difference"] = max(result["max_logprob_difference"], difference)
+        else:
+            result["identical"] += 1
+    return dict(result, passed=result["wrong"] == 0)
+
+
+def batches(start, adapters: list[str], variants: dict[str, list[str]], expected: list) -> list[dict]:
+    """Every request alone on the plain server, then all at once on servers with other flags. `start` makes a server.
+
+    `expected` is filled with the answers alone, or used if it has them already.
+    """
+    asks, results = prompts(adapters), []
+    for name, flags in variants.items():
+        with start(flags) as server:
+            if not expected:
+                expected.extend(answers(server, asks, 1))
+            results.append(compare(f"mixed batch equals alone: {name}", expected, answers(server, asks, 32)))
+            results.append(compare(f"the same again: {name}", expected, answers(server, asks[::-1], 64)[::-1]))
+    return results
+
+
+def reference(start, model: Path, adapters: Path, names: list[str | None], texts: list[str]) -> dict:
+    """Log-probabilities of prompts and answers beside those of transformers and PEFT in bf16 on the same device."""
+    asks = [(name, text) for name in names for text in texts]
+    with start([]) as server, ThreadPoolExecutor(8) as pool:
+        # First alone, so that the comparison is not of a lucky mix; eight at a time are another mix than the reference's.
+        details = list(pool.map(lambda ask: server.generate(ask[1], ask[0], TOKENS, prompt_scores=True), asks))
+    cases = [
+        dict(
+            adapter=name,
+            prompt=[token["id"] for token in detail["prefill"]],
+            prompt_logprobs=[token["logprob"] for token in detail["prefill"][1:]],
+            tokens=[token["id"] for token in detail["tokens"]],
+            logprobs=[token["logprob"] for token in detail["tokens"]],
+        )
+        for (name, _), detail in zip(asks, details)
+    ]
+    command = [sys.executable, HERE / "reference.py", model, adapters]
+    done = subprocess.run(list(map(str, command)), input=json.dumps(cases), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    result = json.loads(done.stdout.splitlines()[-1])
+    passed = result["max_difference"] <= TOLERANCE and result["wrong_tokens"] == 0
+    return dict(check=f"transformers and PEFT: {model.name}", cases=len(cases), **result, passed=passed)

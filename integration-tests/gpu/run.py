@@ -1,0 +1,223 @@
+#!/usr/bin/env python3
+"""Measures and checks a whole server on one GPU, phase by phase: see README.md.
+
+Every phase prints its results as it goes and appends them to OUT/results.jsonl; a table comes last. The model and its
+adapters stay in the work folder for the next call.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from check import batches, reference, words
+from loads import GROUPS, LOADS, Generator, table
+from server import Server
+from soak import Soak
+
+HERE = Path(__file__).resolve().parent
+FIXTURES = HERE.parent / "fixtures"
+CHECK_RANKS = [1, 2, 3, 4, 5, 8, 12, 16, 24, 32, 48, 64, 80, 96, 127, 128]
+QUESTIONS = [
+    "Show the name of all ships.",
+    "Review: The laptop was wonderful.",
+    "Once upon a time",
+    "def fibonacci(n):\n",
+    "Ships sail across the sea. " * 12,
+]
+LOG_BYTES = 4 << 20  # kept of the servers' log
+
+
+def merged(*lists: list[str]) -> list[str]:
+    """Flags and their values; later ones win."""
+    values = {flag: value for flags in lists for flag, value in zip(flags[::2], flags[1::2], strict=True)}
+    return [word for pair in values.items() for word in pair]
+
+
+class Session:
+    """Settings, results, and servers of one call."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.results, self.failed = args, [], []
+        args.out.mkdir(parents=True, exist_ok=True)
+        args.work.mkdir(parents=True, exist_ok=True)
+        self.log = args.out / "server.log"
+
+    def say(self, result: dict) -> dict:
+        """Keeps and prints a result."""
+        self.results.append(result)
+        line = json.dumps(result)
+        print(line, flush=True)
+        with open(self.args.out / "results.jsonl", "a") as f:
+            f.write(line + "\n")
+        return result
+
+    def server(self, flags: list[str], model: Path | None = None, adapters: Path | None = None) -> Server:
+        """A server of the large model, unless another is named."""
+        model, adapters = model or self.args.work / "model", adapters or self.args.work / "adapters"
+        flags = merged(["--device", self.args.device], self.args.flags, flags)
+        server = Server(self.args.bin, model, adapters, self.log, flags)
+        self.say(dict(ready_seconds=round(server.ready_seconds, 2), model=model.name, flags=" ".join(flags), memory=server.memory()))
+        return server
+
+    def make(self, folder: Path, shape: str, ranks: list[int]) -> None:
+        """Has a model and adapters written; a process of its own, so that nothing of it stays on the GPU."""
+        command = [sys.executable, HERE / "model.py", folder, "--shape", shape]
+        command += ["--ranks", ",".join(map(str, ranks))] if ranks else []
+        made = json.loads(subprocess.check_output(list(map(str, command)), text=True))
+        self.say(dict(made=str(folder), shape=shape, adapters=len(ranks), **made))
+
+    def guard(self, name: str, phase) -> None:
+        """Runs a phase; its failure is a result, and the others still run."""
+        begun = time.monotonic()
+        try:
+            phase()
+        except Exception as error:
+            self.failed.append(name)
+            self.say(dict(failed=name, error=f"{type(error).__name__}: {error}"[-3000:]))
+        print(f"# {name}: {time.monotonic() - begun:.1f} s", flush=True)
+
+    def cut_log(self) -> None:
+        """Keeps the end of the log."""
+        if self.log.exists() and self.log.stat().st_size > LOG_BYTES:
+            self.log.write_bytes(self.log.read_bytes()[-LOG_BYTES:])
+
+
+def make_model(s: Session) -> None:
+    """The large model with its adapters."""
+    s.make(s.args.work, s.args.shape, [16] * s.args.adapters)
+
+
+def measure(s: Session, names: list[str], slots: int | None) -> None:
+    """Loads on one server, with so many slots or its own number."""
+    many = any(LOADS[name].adapters > 32 for name in names if name in LOADS)
+    with s.server(["--max-active-adapters", str(slots)] if slots else []) as server:
+        generator = Generator(s.args.bin, server, s.args.vocab, s.args.out, s.args.scale)
+        if "cold" in names:
+            s.guard("cold", lambda: [s.say(r) for r in generator.cold()])
+        begun = time.monotonic()
+        if needed := max((LOADS[name].adapters for name in names if name != "cold"), default=0):
+            generator.touch(min(needed, len(generator.adapters)))
+            s.say(dict(touched=needed, seconds=round(time.monotonic() - begun, 2)))
+        for name in names:
+            if name != "cold":
+                label = f"{slots}-slots" if many and slots else "default"
+                s.guard(name, lambda: s.say(generator.measure(LOADS[name], s.args.rounds, label)))
+        s.say(dict(after="loads", memory=server.memory()))
+
+
+def check_batches(s: Session) -> None:
+    """Batches of adapters of many ranks against each request alone."""
+    folder = s.args.work / "wide"
+    s.make(folder, s.args.check_shape, CHECK_RANKS)
+    names = [f"a{i}" for i in range(len(CHECK_RANKS))]
+    variants = {"default": []}
+    variants["adapters evicted and loaded again"] = ["--max-active-adapters", "5", *s.args.small_host]
+    variants["prompts in chunks of 7"] = ["--max-batch-prefill-tokens", "7"]
+    variants |= {name: shlex.split(flags) for name, _, flags in (v.partition("=") for v in s.args.variant)}
+    start = lambda flags: s.server(flags, folder / "model", folder / "adapters")
+    for result in batches(start, names, variants, []):
+        s.say(result)
+
+
+def check_reference(s: Session) -> None:
+    """Log-probabilities beside transformers and PEFT, of the wide model and of the demo model."""
+    folder = s.args.work / "wide-16"
+    s.make(folder, s.args.check_shape, [16] * 3)
+    texts = [words(seed, count) for seed, count in [(1, 3), (2, 20), (3, 60), (4, 100)]]
+    start = lambda flags: s.server(flags, folder / "model", folder / "adapters")
+    s.say(reference(start, folder / "model", folder / "adapters", [None, "a0", "a1", "a2"], texts))
+
+
+def check_demo(s: Session) -> None:
+    """The demo model, served from its GGUF file, beside its conversion under transformers and PEFT."""
+    folder, adapters = s.args.work / "demo", FIXTURES / "adapters"
+    if not folder.exists():
+        convert = [sys.executable, FIXTURES / "gguf_to_hf.py", s.args.demo, folder]
+        subprocess.run(list(map(str, convert)), check=True)
+    names = sorted(path.name for path in adapters.iterdir())
+    start = lambda flags: s.server(flags, s.args.demo, adapters)
+    s.say(reference(start, folder, adapters, [None, *names], QUESTIONS))
+    for result in batches(start, names, {"default, demo model": []}, []):
+        s.say(result)
+
+
+def soak(s: Session) -> None:
+    """Random load; pools small enough to be full soon."""
+    flags = ["--max-active-adapters", "12", *s.args.small_host]
+    with s.server(flags) as server:
+        run = Soak(server, s.args.work / "adapters", s.args.seconds)
+        result = s.say(run.run())
+    for visitor in (s.args.work / "adapters").glob("visitor-*"):
+        subprocess.run(["rm", "-r", str(visitor)], check=True)
+    with open(s.args.out / "soak-memory.jsonl", "w") as f:
+        f.writelines(json.dumps(sample) + "\n" for sample in run.samples)
+    if not result["passed"]:
+        s.failed.append("soak")
+
+
+PHASES = ["model", *GROUPS, "slots", "cold", "check", "reference", "demo", "soak"]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("phases", nargs="+", help=f"of {' '.join(PHASES)}, or single loads: {' '.join(LOADS)}")
+    parser.add_argument("--bin", type=Path, required=True, help="folder of the four programs")
+    parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="gets results.jsonl, loads.jsonl, server.log")
+    parser.add_argument("--work", type=Path, default=Path("/dev/shm/lorax"), help="gets models and adapters")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--shape", default="8b", help="of the measured model")
+    parser.add_argument("--check-shape", default="8b-2-layers", help="of the checked model")
+    parser.add_argument("--vocab", type=int, default=128000, help="prompts are of ids below this")
+    parser.add_argument("--adapters", type=int, default=256, help="of the measured model")
+    parser.add_argument("--rounds", type=int, default=3, help="requests a stream")
+    parser.add_argument("--scale", type=float, default=1.0, help="of prompt and output lengths")
+    parser.add_argument("--seconds", type=float, default=540.0, help="of the soak")
+    parser.add_argument("--demo", type=Path, help="the demo model's GGUF file")
+    default = "--max-batch-size 256 --prefix-caching false --adapter-host-memory 26GiB"
+    parser.add_argument("--flags", type=shlex.split, default=shlex.split(default), help=f"of servers [{default}]")
+    parser.add_argument(
+        "--small-host", type=shlex.split, default=["--adapter-host-memory", "2GiB"], help="flags for a small host pool"
+    )
+    parser.add_argument("--variant", action="append", default=[], help="NAME=FLAGS: a further server for check")
+    args = parser.parse_args()
+    if unknown := [p for p in args.phases if p not in PHASES and p not in LOADS]:
+        parser.error(f"unknown: {' '.join(unknown)}")
+    if "demo" in args.phases and not args.demo:
+        parser.error("demo needs --demo")
+    return args
+
+
+def main() -> int:
+    args = arguments()
+    s = Session(args)
+    if "model" in args.phases:
+        s.guard("model", lambda: make_model(s))
+    names = [name for phase in args.phases for name in GROUPS.get(phase, [phase]) if name in LOADS or name == "cold"]
+    if names:
+        s.guard("loads", lambda: measure(s, names, None))
+    if "slots" in args.phases:
+        s.guard("slots", lambda: measure(s, GROUPS["many"], 32))
+    for name, phase in dict(check=check_batches, reference=check_reference, demo=check_demo, soak=soak).items():
+        if name in args.phases:
+            s.guard(name, lambda: phase(s))
+    s.cut_log()
+    measured = [r for r in s.results if "load" in r]
+    if measured:
+        print("\n".join(table(measured)))
+    by_name = {r["load"]: r["tokens"] for r in measured}
+    if {"base-32", "lora-32x32"} <= by_name.keys():
+        print(f"32 adapters / none, 32 streams: {by_name['lora-32x32'] / by_name['base-32']:.3f} (goal >= 0.80)")
+    for r in s.results:
+        if "check" in r:
+            print(f"{'passed' if r['passed'] else 'FAILED'}  {r['check']}")
+    bad = [r for r in s.results if r.get("passed") is False]
+    print("failed phases:", " ".join(s.failed) or "none")
+    return 1 if bad or s.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""Random load for minutes, with adapters that come, change and go, and clients that leave: no error and no growth."""
+
+import json
+import random
+import shutil
+import threading
+import time
+from pathlib import Path
+
+from check import words
+from server import Server
+
+SAMPLE_SECONDS = 2.0
+SLACK = 64 << 20  # bytes by which an allocator may wander
+
+
+class Soak:
+    """Clients, a thread that changes the folder of adapters, and samples of memory."""
+
+    def __init__(self, server: Server, folder: Path, seconds: float, clients: int = 48):
+        self.server, self.folder, self.end = server, folder, time.monotonic() + seconds
+        self.seconds, self.clients = seconds, clients
+        self.originals = sorted(p for p in folder.iterdir() if p.name.startswith("a"))
+        self.lock = threading.Lock()
+        self.visiting: dict[str, int] = {}  # adapters that come and go, and the requests that use them now
+        self.done = self.left = self.tokens = 0
+        self.errors: list[str] = []
+        self.samples: list[dict] = []
+
+    def run(self) -> dict:
+        """Everything until the end."""
+        threads = [threading.Thread(target=self.client, args=(i,)) for i in range(self.clients)]
+        threads += [threading.Thread(target=self.change, args=(4,))]
+        begun = time.monotonic()
+        for thread in threads:
+            thread.start()
+        while time.monotonic() < self.end:
+            self.samples.append(dict(second=round(time.monotonic() - begun, 1), **self.server.memory()))
+            time.sleep(SAMPLE_SECONDS)
+        for thread in threads:
+            thread.join()
+        self.samples.append(dict(second=round(time.monotonic() - begun, 1), **self.server.memory()))
+        growth = self.growth()
+        passed = not self.errors and all(g["after"] <= g["before"] * 1.02 + SLACK for g in growth.values())
+        return dict(
+            check="soak",
+            seconds=self.seconds,
+            requests=self.done,
+            left_early=self.left,
+            output_tokens=self.tokens,
+            errors=len(self.errors),
+            error_samples=sorted(set(self.errors))[:5],
+            memory=growth,
+            passed=passed,
+        )
+
+    def growth(self) -> dict:
+        """Largest use in the second quarter, when all pools have been filled, and in the last one."""
+        quarter = len(self.samples) // 4
+        names = self.samples[0].keys() - {"second"}
+        largest = lambda name, part: max((s[name] for s in part), default=0)
+        return {
+            name: dict(before=largest(name, self.samples[quarter : 2 * quarter]), after=largest(name, self.samples[-quarter:]))
+            for name in sorted(names)
+        }
+
+    def change(self, most: int) -> None:
+        """Copies an adapter under a new name, and removes one that nobody uses any more."""
+        for count in range(1_000_000):
+            if time.monotonic() > self.end:
+                return
+            name = f"visitor-{count}"
+            shutil.copytree(self.originals[count % len(self.originals)], self.folder / name)
+            weights = self.folder / name / "adapter_model.safetensors"
+            with open(weights, "r+b") as f:  # another content: the last weight's low byte
+                f.seek(-2, 2)
+                f.write(bytes([count % 251]))
+            with self.lock:
+                self.visiting[name] = 0
+                gone = [n for n, users in list(self.visiting.items())[:-most] if users == 0]
+                for old in gone:
+                    del self.visiting[old]
+            for old in gone:
+                shutil.rmtree(self.folder / old)
+            time.sleep(0.2)
+
+    def client(self, seed: int) -> None:
+        """One request after the other."""
+        draw = random.Random(seed)
+        while time.monotonic() < self.end:
+            with self.lock:
+                kind = draw.choice(["none", "known", "known", "visiting"])
+                visitors = list(self.visiting)
+                name = draw.choice(visitors) if kind == "visiting" and visitors else None
+                if name:
+                    self.visiting[name] += 1
+            adapter = name or (draw.choice(self.originals).name if kind != "none" else None)
+            try:
+                self.request(draw, adapter)
+            except Exception as error:  # whatever it is, it counts
+                self.errors.append(f"{type(error).__name__}: {error}")
+            if name:
+                with self.lock:
+                    self.visiting[name] -= 1
+
+    def request(self, draw: random.Random, adapter: str | None) -> None:
+        """A stream of random length and sampling; one in eight is left early."""
+        tokens, leave = draw.randint(1, 96), draw.random() < 0.125
+        parameters = dict(adapter_id=adapter, max_new_tokens=tokens, ignore_eos_token=True)
+        if draw.random() < 0.5:
+            parameters |= dict(do_sample=True, temperature=0.9, top_p=0.95, repetition_penalty=1.1)
+        body = dict(inputs=words(draw.randrange(1 << 30), draw.randint(1, 80)), parameters=parameters)
+        connection = self.server.connect()
+        try:
+            connection.request("POST", "/generate_stream", json.dumps(body), {"content-type": "application/json"})
+            response = connection.getresponse()
+            if response.status != 200:
+                raise RuntimeError(f"{response.status}: {response.read().decode()}")
+            events = 0
+            for line in response:
+                if not line.startswith(b"data:"):
+                    continue
+                event = json.loads(line[5:])
+                if "error" in event:
+                    raise RuntimeError(event["error"])
+                events += 1
+                if leave and events > tokens // 2:
+                    break
+            if not leave and events != tokens:
+                raise RuntimeError(f"{events} of {tokens} tokens came")
+            with self.lock:
+                self.done += 1
+                self.left += leave
+                self.tokens += events
+        finally:
+            connection.close()

@@ -1,0 +1,152 @@
+//! What the router costs: the real one, over HTTP and gRPC, with a shard that answers every step at once.
+//!
+//! Router, shard and clients have threads of their own, two, one and one, so that the CPU time of each is known. The
+//! tokenizer is byte-level, as Llama 3's, with 256 special tokens.
+
+mod client;
+mod shard;
+
+use std::{
+    error::Error,
+    fs,
+    io::{self, Write},
+    net::SocketAddr,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use client::Client;
+use futures::future::try_join_all;
+use lorax_router::{App, config::Config, server};
+use serde_json::json;
+use shard::Double;
+use tokio::runtime::{Builder, Runtime};
+
+type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
+
+const PROMPT: usize = 512;
+const OUTPUT: usize = 128;
+const SPECIAL: usize = 256;
+/// Streams, and requests of each.
+const SCENARIOS: [(usize, usize); 3] = [(1, 100), (32, 20), (256, 8)];
+
+/// Writes a tokenizer: bytes, then words of two and three letters, then special tokens. Returns the ordinary ones.
+fn write_tokenizer(folder: &Path) -> Result<u32> {
+    let kept = (33..=126u32).chain(161..=172).chain(174..=255);
+    let bytes = kept.chain(256..324).filter_map(char::from_u32).map(String::from);
+    let mut tokens: Vec<String> = bytes.collect();
+    let mut merges = Vec::new();
+    let letters = || ('a'..='z').map(String::from);
+    let pairs: Vec<String> = letters().flat_map(|a| letters().map(move |b| a.clone() + &b)).collect();
+    for pair in &pairs {
+        merges.push(format!("{} {}", &pair[..1], &pair[1..]));
+    }
+    tokens.extend(pairs.iter().cloned());
+    for (pair, letter) in pairs.iter().flat_map(|pair| letters().map(move |letter| (pair, letter))) {
+        merges.push(format!("{pair} {letter}"));
+        tokens.push(format!("{pair}{letter}"));
+    }
+    let ordinary = tokens.len();
+    let special = (0..SPECIAL).map(|i| {
+        json!({"id": ordinary + i, "content": format!("<|special_{i}|>"), "special": true, "single_word": false,
+            "lstrip": false, "rstrip": false, "normalized": false})
+    });
+    let special: Vec<_> = special.collect();
+    let byte_level =
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let vocab: serde_json::Map<_, _> =
+        tokens.into_iter().enumerate().map(|(i, token)| (token, json!(i))).collect();
+    let whole = json!({"version": "1.0", "added_tokens": special, "pre_tokenizer": byte_level, "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges}});
+    fs::write(folder.join("tokenizer.json"), whole.to_string())?;
+    Ok(ordinary as u32)
+}
+
+fn runtime(name: &str, threads: usize) -> Result<Runtime> {
+    Ok(Builder::new_multi_thread().worker_threads(threads).thread_name(name).enable_all().build()?)
+}
+
+/// Starts the router as its program does; returns where it listens.
+fn start_router(runtime: &Runtime, model: &Path, socket: &Path) -> Result<SocketAddr> {
+    let config: Config = serde_json::from_value(json!({
+        "model": {"id": "bench", "path": model, "revision": null, "sha": null},
+        "shards": {"uds": [socket]},
+        "router": {
+            "hostname": "127.0.0.1", "port": 0, "max_concurrent_requests": 1024, "max_stop_sequences": 4,
+            "max_input_length": null, "max_total_tokens": null, "max_batch_prefill_tokens": 1792,
+            "prefix_caching": false, "default_adapter_source": "local", "validation_workers": 2,
+            "max_body_bytes": 2 << 20, "shutdown_deadline_s": 1, "tokenizer_config_path": null,
+            "cors_allow_origin": [], "json_output": false,
+        },
+    }))?;
+    runtime.block_on(async {
+        let (listener, address) = server::listen(&config).await?;
+        let app = App::start(config)?;
+        app.ready().await;
+        tokio::spawn(server::serve(listener, app, std::future::pending()));
+        Ok(address)
+    })
+}
+
+/// CPU time of this process's threads of the given name.
+fn cpu(name: &str) -> Result<Duration> {
+    let mut ticks = 0;
+    for task in fs::read_dir("/proc/self/task")? {
+        // "id (name) state …": user and system time are fields 14 and 15.
+        let stat = fs::read_to_string(task?.path().join("stat"))?;
+        let Some((head, fields)) = stat.rsplit_once(") ") else { continue };
+        if head.ends_with(&format!("({name}")) {
+            ticks += fields.split(' ').skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum::<u64>();
+        }
+    }
+    Ok(Duration::from_millis(ticks * 10))
+}
+
+async fn load(address: SocketAddr, streams: usize, requests: usize) -> Result<()> {
+    let stream = || async {
+        let mut client = Client::connect(address, PROMPT, OUTPUT).await?;
+        for _ in 0..requests {
+            client.ask().await?;
+        }
+        Ok::<_, io::Error>(())
+    };
+    let tasks = (0..streams).map(|_| stream());
+    try_join_all(tasks).await?;
+    Ok(())
+}
+
+fn main() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let double = Double::new(write_tokenizer(folder.path())?);
+    let socket = folder.path().join("shard.sock");
+    let (shards, routers, clients) = (runtime("shard", 1)?, runtime("router", 2)?, runtime("client", 1)?);
+    let serving = double.clone();
+    let path = socket.clone();
+    shards.spawn(async move { serving.serve(&path).await });
+    let address = start_router(&routers, folder.path(), &socket)?;
+    let mut out = io::stdout().lock();
+    writeln!(out, "streams  tokens/s  steps/s  turn-around us p50/p99   CPU us a token: router  client  shard")?;
+    for (streams, requests) in SCENARIOS {
+        clients.block_on(async { tokio::spawn(load(address, streams, 1)).await })??;
+        double.take();
+        let names = ["router", "client", "shard"];
+        let before = names.map(cpu);
+        let begun = Instant::now();
+        clients.block_on(async { tokio::spawn(load(address, streams, requests)).await })??;
+        let seconds = begun.elapsed().as_secs_f64();
+        let mut seen = double.take();
+        seen.turnarounds.sort_unstable();
+        let at = |share: f64| {
+            let index = (share * seen.turnarounds.len() as f64) as usize;
+            seen.turnarounds.get(index).map_or(0, Duration::as_micros)
+        };
+        let tokens = (streams * requests * OUTPUT) as f64;
+        write!(out, "{streams:7} {:9.0} {:8.0}", tokens / seconds, seen.steps as f64 / seconds)?;
+        write!(out, " {:14} / {:5}                    ", at(0.5), at(0.99))?;
+        for (name, before) in names.into_iter().zip(before) {
+            write!(out, " {:7.1}", (cpu(name)? - before?).as_secs_f64() * 1e6 / tokens)?;
+        }
+        writeln!(out)?;
+    }
+    Ok(())
+}
