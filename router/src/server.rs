@@ -8,6 +8,7 @@ use axum::{
     http::{HeaderValue, StatusCode},
     response::{IntoResponse, Response},
     routing::{get, post},
+    serve::ListenerExt,
 };
 use futures::StreamExt;
 use serde::de::DeserializeOwned;
@@ -179,6 +180,13 @@ pub async fn serve(
         // The receiver lives as long as the server.
         let _ = stopping.send(());
     };
+    // A token is a small write that follows a small write: Nagle's algorithm would hold it back until the client's delayed
+    // acknowledgement, 40 ms.
+    let listener = listener.tap_io(|connection| {
+        if let Err(error) = connection.set_nodelay(true) {
+            tracing::debug!("TCP_NODELAY: {error}");
+        }
+    });
     let served = axum::serve(listener, routes).with_graceful_shutdown(graceful).into_future();
     tokio::pin!(served);
     let past_deadline = async {
