@@ -56,9 +56,9 @@ GROUPS = {
 class Generator:
     """Runs lorax-bench against a server."""
 
-    def __init__(self, binaries: Path, server: Server, vocab: int, out: Path, scale: float):
+    def __init__(self, binaries: Path, server: Server, vocab: int, out: Path, lengths: tuple[float, int]):
         self.command = [binaries / "lorax-bench", "--url", server.url, "--vocab", vocab]
-        self.out, self.scale = out, scale
+        self.out, (self.scale, self.steady) = out, lengths
         self.adapters = sorted((p.name for p in server.adapters.iterdir()), key=lambda name: int(name[1:]))
 
     def bench(self, *arguments) -> dict | None:
@@ -119,7 +119,7 @@ class Generator:
 
     def arrivals(self, kind: str, newcomers: list[str], streams: int = 16) -> dict:
         """Gaps of streams of the base model and of warm adapters, from the arrival of others to their first tokens."""
-        tokens, arrive = self.size(320), 0.5
+        tokens, arrive = self.steady, 0.5
         steady = [dict(time=0.0, adapter=self.adapters[i % 8], **{"in": 16}, out=tokens) for i in range(streams)]
         new = [dict(time=arrive, adapter=name, **{"in": 16}, out=4) for name in newcomers]
         requests = self.trace(steady + new, kind)

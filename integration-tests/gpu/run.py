@@ -95,7 +95,7 @@ def measure(s: Session, names: list[str], slots: int | None) -> None:
     """Loads on one server, with so many slots or its own number."""
     many = any(LOADS[name].adapters > 32 for name in names if name in LOADS)
     with s.server(["--max-active-adapters", str(slots)] if slots else []) as server:
-        generator = Generator(s.args.bin, server, s.args.vocab, s.args.out, s.args.scale)
+        generator = Generator(s.args.bin, server, s.args.vocab, s.args.out, (s.args.scale, s.args.steady))
         if "cold" in names:
             s.guard("cold", lambda: [s.say(r) for r in generator.cold()])
         begun = time.monotonic()
@@ -115,7 +115,7 @@ def check_batches(s: Session) -> None:
     s.make(folder, s.args.check_shape, CHECK_RANKS)
     names = [f"a{i}" for i in range(len(CHECK_RANKS))]
     variants = {"default": []}
-    variants["adapters evicted and loaded again"] = ["--max-active-adapters", "5", *s.args.small_host]
+    variants["adapters evicted and loaded again"] = ["--max-active-adapters", "5", "--adapter-host-memory", s.args.check_host]
     variants["prompts in chunks of 7"] = ["--max-batch-prefill-tokens", "7"]
     variants |= {name: shlex.split(flags) for name, _, flags in (v.partition("=") for v in s.args.variant)}
     start = lambda flags: s.server(flags, folder / "model", folder / "adapters")
@@ -147,7 +147,7 @@ def check_demo(s: Session) -> None:
 
 def soak(s: Session) -> None:
     """Random load; pools small enough to be full soon."""
-    flags = ["--max-active-adapters", "12", *s.args.small_host]
+    flags = ["--max-active-adapters", "12", "--adapter-host-memory", s.args.soak_host]
     with s.server(flags) as server:
         run = Soak(server, s.args.work / "adapters", s.args.seconds)
         result = s.say(run.run())
@@ -175,13 +175,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--adapters", type=int, default=256, help="of the measured model")
     parser.add_argument("--rounds", type=int, default=3, help="requests a stream")
     parser.add_argument("--scale", type=float, default=1.0, help="of prompt and output lengths")
+    parser.add_argument("--steady", type=int, default=320, help="tokens of streams during arrivals: two seconds' worth")
     parser.add_argument("--seconds", type=float, default=540.0, help="of the soak")
     parser.add_argument("--demo", type=Path, help="the demo model's GGUF file")
     default = "--max-batch-size 256 --prefix-caching false --adapter-host-memory 26GiB"
     parser.add_argument("--flags", type=shlex.split, default=shlex.split(default), help=f"of servers [{default}]")
-    parser.add_argument(
-        "--small-host", type=shlex.split, default=["--adapter-host-memory", "2GiB"], help="flags for a small host pool"
-    )
+    parser.add_argument("--check-host", default="100MiB", help="host memory that holds some of the checked adapters")
+    parser.add_argument("--soak-host", default="2GiB", help="host memory that holds some of the soaked adapters")
     parser.add_argument("--variant", action="append", default=[], help="NAME=FLAGS: a further server for check")
     args = parser.parse_args()
     if unknown := [p for p in args.phases if p not in PHASES and p not in LOADS]:
