@@ -6,6 +6,9 @@ use crate::tokenizer::ModelTokenizer;
 
 /// What a byte-level decoder writes for bytes that are no character (yet).
 const REPLACEMENT: char = '\u{fffd}';
+/// Most tokens that an incomplete character lies in: it has three bytes at most, and a token one at least. Bytes before
+/// those are no character for good.
+const INCOMPLETE: usize = 3;
 
 /// Tokens to text, one at a time.
 ///
@@ -38,14 +41,19 @@ impl Detokenizer {
     }
 
     fn take(&mut self, last: bool) -> String {
-        let before = self.tokenizer.decode(&self.ids[self.prefix..self.read], self.skip_special);
-        let after = self.tokenizer.decode(&self.ids[self.prefix..], self.skip_special);
+        let decode = |end: usize| self.tokenizer.decode(&self.ids[self.prefix..end], self.skip_special);
+        let mut end = self.ids.len();
+        let mut after = decode(end);
         if !last && after.ends_with(REPLACEMENT) {
-            return String::new();
+            end = end.saturating_sub(INCOMPLETE);
+            if end <= self.read {
+                return String::new();
+            }
+            after = decode(end);
         }
-        let new = after.get(before.len()..).unwrap_or_default().to_owned();
+        let new = after.get(decode(self.read).len()..).unwrap_or_default().to_owned();
         self.prefix = self.read;
-        self.read = self.ids.len();
+        self.read = end;
         new
     }
 }
@@ -81,6 +89,8 @@ impl StopStrings {
         let found = self
             .stops
             .iter()
+            // Preparing to look for a long string takes as long as the string.
+            .filter(|stop| stop.len() <= self.held.len())
             .filter_map(|stop| Some((self.held.find(stop.as_str())?, stop)))
             .min_by_key(|(at, _)| *at);
         if let Some((at, stop)) = found {

@@ -5,7 +5,7 @@ use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
 use axum::{
     Json, Router,
     extract::{Request, State},
-    http::{HeaderValue, StatusCode},
+    http::{HeaderValue, Method, StatusCode, Uri},
     response::{IntoResponse, Response},
     routing::{get, post},
     serve::ListenerExt,
@@ -140,6 +140,7 @@ impl App {
             .route("/v1/completions", post(openai::completions))
             .route("/v1/chat/completions", post(openai::chat_completions))
             .fallback(no_route)
+            .method_not_allowed_fallback(wrong_method)
             .with_state(self.clone());
         let origins = &self.config.router.cors_allow_origin;
         if origins.is_empty() {
@@ -241,7 +242,14 @@ async fn models(State(app): State<Arc<App>>) -> Json<Value> {
     Json(json!({"object": "list", "data": [model]}))
 }
 
-async fn no_route(request: Request) -> Response {
-    let openai = request.uri().path().starts_with("/v1/");
-    ApiError::NoRoute.respond(if openai { Dialect::OpenAi } else { Dialect::Native })
+async fn no_route(uri: Uri) -> Response {
+    ApiError::NoRoute.respond(dialect(&uri))
+}
+
+async fn wrong_method(method: Method, uri: Uri) -> Response {
+    ApiError::Method(method).respond(dialect(&uri))
+}
+
+fn dialect(uri: &Uri) -> Dialect {
+    if uri.path().starts_with("/v1/") { Dialect::OpenAi } else { Dialect::Native }
 }

@@ -2,7 +2,7 @@
 
 use axum::{
     Json,
-    http::StatusCode,
+    http::{Method, StatusCode},
     response::{IntoResponse, Response},
 };
 use serde_json::{Value, json};
@@ -45,6 +45,9 @@ pub(crate) enum ApiError {
     /// No such route.
     #[error("no such route")]
     NoRoute,
+    /// The route takes another method.
+    #[error("{0} is not allowed here")]
+    Method(Method),
 }
 
 impl ApiError {
@@ -66,6 +69,7 @@ impl ApiError {
             ApiError::Generation(_) => (StatusCode::FAILED_DEPENDENCY, "generation"),
             ApiError::Unavailable(_) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
             ApiError::NoRoute => (StatusCode::NOT_FOUND, "not_found"),
+            ApiError::Method(_) => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed"),
         }
     }
 

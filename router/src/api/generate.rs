@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use super::{
     ask::{Ask, Prompt},
     error::{ApiError, Dialect},
-    run::{Answer, FinishReason, Generation, Piece, Timing},
+    run::{Answer, FinishReason, Generation, Piece},
 };
 use crate::{
     generation::{Sampling, Scored},
@@ -282,34 +282,33 @@ fn token_json(piece: &Piece, alternatives: Vec<Value>) -> Value {
 fn events(generation: Generation, shape: Shape) -> impl IntoResponse {
     let (prompt_tokens, seed) = (generation.prompt.len(), generation.seed);
     let names = generation.names();
-    let events =
-        generation.pieces().scan((String::new(), 0), move |(text, tokens), (piece, _): (_, Timing)| {
-            let data = match piece {
-                Err(error) => error.body(Dialect::Native),
-                Ok(piece) => {
-                    *text += &piece.text;
-                    *tokens += 1;
-                    let details = piece.finish.as_ref().filter(|_| shape.details).map(|finish| {
-                        json!({
-                            "finish_reason": reason(finish),
-                            "prompt_tokens": prompt_tokens,
-                            "generated_tokens": tokens,
-                            "seed": seed,
-                        })
-                    });
-                    let alternatives = piece
-                        .top
-                        .iter()
-                        .map(|top| json!({"id": top.id, "text": names(top.id), "logprob": top.logprob}));
+    let events = generation.pieces().scan((String::new(), 0), move |(text, tokens), (piece, _)| {
+        let data = match piece {
+            Err(error) => error.body(Dialect::Native),
+            Ok(piece) => {
+                *text += &piece.text;
+                *tokens += 1;
+                let details = piece.finish.as_ref().filter(|_| shape.details).map(|finish| {
                     json!({
-                        "token": token_json(&piece, alternatives.collect()),
-                        "generated_text": piece.finish.as_ref().map(|finish| full(text, finish, &shape)),
-                        "details": details,
+                        "finish_reason": reason(finish),
+                        "prompt_tokens": prompt_tokens,
+                        "generated_tokens": tokens,
+                        "seed": seed,
                     })
-                }
-            };
-            futures::future::ready(Some(sse(&data)))
-        });
+                });
+                let alternatives = piece
+                    .top
+                    .iter()
+                    .map(|top| json!({"id": top.id, "text": names(top.id), "logprob": top.logprob}));
+                json!({
+                    "token": token_json(&piece, alternatives.collect()),
+                    "generated_text": piece.finish.as_ref().map(|finish| full(text, finish, &shape)),
+                    "details": details,
+                })
+            }
+        };
+        futures::future::ready(Some(sse(&data)))
+    });
     Sse::new(events).keep_alive(KeepAlive::default())
 }
 

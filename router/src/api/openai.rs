@@ -94,14 +94,14 @@ fn stream_events(head: Head, generations: Vec<Generation>, options: Options) -> 
         let mut choice = Choice::new(index, &generation, options.clone());
         let (head, usage) = (head.clone(), usage.clone());
         let opening = stream::iter(choice.opening().map(|delta| sse(&head.chunk(delta))));
-        let pieces = generation.pieces().flat_map(move |(piece, _)| {
+        let pieces = generation.pieces().flat_map(move |(piece, prompt)| {
             let events = match piece {
                 Err(error) => vec![error.body(Dialect::OpenAi)],
                 Ok(piece) => {
                     if let Ok(mut usage) = usage.lock() {
                         usage.add(0, 1);
                     }
-                    choice.push(piece).into_iter().map(|delta| head.chunk(delta)).collect()
+                    choice.push(piece, &prompt).into_iter().map(|delta| head.chunk(delta)).collect()
                 }
             };
             stream::iter(events.iter().map(sse).collect::<Vec<_>>())

@@ -51,10 +51,10 @@ pub(crate) struct Generation {
     /// Log-probabilities of the prompt's tokens but the first, complete before the first piece.
     pub(crate) prompt_scores: Vec<Scored>,
     tokenizer: Arc<ModelTokenizer>,
-    running: Running,
+    /// Gone once the text has ended: a sequence that has met a stop string does not know of it and would run on.
+    running: Option<Running>,
     detokenizer: Detokenizer,
     stops: StopStrings,
-    ended: bool,
     _permit: Arc<OwnedSemaphorePermit>,
 }
 
@@ -109,10 +109,9 @@ impl App {
             timing: Timing { received, validation: received.elapsed(), queued: Duration::ZERO },
             prompt_scores: Vec::new(),
             tokenizer: self.tokenizer.clone(),
-            running,
+            running: Some(running),
             detokenizer: Detokenizer::new(self.tokenizer.clone(), true),
             stops: StopStrings::new(ask.stop),
-            ended: false,
             _permit: permit,
         })
     }
@@ -136,11 +135,9 @@ impl App {
 impl Generation {
     /// The next token; `None` after the last.
     pub(crate) async fn next(&mut self) -> Result<Option<Piece>, ApiError> {
-        if self.ended {
-            return Ok(None);
-        }
         loop {
-            match self.running.next().await {
+            let Some(running) = &mut self.running else { return Ok(None) };
+            match running.next().await {
                 Some(Update::Started { queued }) => self.timing.queued = queued,
                 Some(Update::Prompt(scores)) => self.prompt_scores.extend(scores),
                 Some(Update::Token { token, top, finish }) => {
@@ -169,7 +166,9 @@ impl Generation {
         if finish.is_some() && !matches!(finish, Some(FinishReason::Stop(_))) {
             text += &self.stops.finish();
         }
-        self.ended = finish.is_some();
+        if finish.is_some() {
+            self.running = None;
+        }
         let token_text = if special { self.token_text(token.id) } else { new };
         Piece { token, token_text, special, top, text, finish }
     }
@@ -190,18 +189,14 @@ impl Generation {
         move |id| tokenizer.decode(&[id], false)
     }
 
-    /// All that is to come.
-    pub(crate) fn pieces(self) -> impl Stream<Item = (Result<Piece, ApiError>, Timing)> + Send {
+    /// All that is to come, with the prompt's log-probabilities beside the first piece.
+    pub(crate) fn pieces(self) -> impl Stream<Item = (Result<Piece, ApiError>, Vec<Scored>)> + Send {
         stream::unfold(Some(self), async |state| {
             let mut generation = state?;
-            match generation.next().await {
-                Ok(Some(piece)) => {
-                    let timing = generation.timing;
-                    Some(((Ok(piece), timing), Some(generation)))
-                }
-                Ok(None) => None,
-                Err(error) => Some(((Err(error), generation.timing), None)),
-            }
+            let piece = generation.next().await.transpose()?;
+            let scores = std::mem::take(&mut generation.prompt_scores);
+            let goes_on = piece.is_ok();
+            Some(((piece, scores), goes_on.then_some(generation)))
         })
     }
 }

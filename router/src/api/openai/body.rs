@@ -1,6 +1,9 @@
 //! Bodies of responses.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    iter,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use serde_json::{Value, json};
 
@@ -8,7 +11,10 @@ use super::{
     logprobs::{self, Reported},
     request::Options,
 };
-use crate::api::run::{Answer, FinishReason, Generation, Piece};
+use crate::{
+    api::run::{Answer, FinishReason, Generation, Piece},
+    generation::Scored,
+};
 
 /// Tokens in and out.
 #[derive(Debug, Clone, Default)]
@@ -101,21 +107,19 @@ fn report(piece: &Piece, name: impl Fn(u32) -> String) -> Reported {
     Reported { text: piece.token_text.clone(), logprob: Some(piece.token.logprob), top }
 }
 
-/// The prompt's tokens with their log-probabilities.
-fn report_prompt(generation: &Generation) -> Vec<Reported> {
-    let entry = |id, logprob| Reported { text: generation.token_text(id), logprob, top: Vec::new() };
-    let first = generation.prompt.first().map(|id| entry(*id, None));
-    first
-        .into_iter()
-        .chain(generation.prompt_scores.iter().map(|token| entry(token.id, Some(token.logprob))))
-        .collect()
+/// The prompt's tokens with their log-probabilities; nothing predicts the first.
+fn report_prompt(first: u32, scores: &[Scored], name: impl Fn(u32) -> String) -> Vec<Reported> {
+    let entry = |id, logprob| Reported { text: name(id), logprob, top: Vec::new() };
+    let rest = scores.iter().map(|token| entry(token.id, Some(token.logprob)));
+    iter::once(entry(first, None)).chain(rest).collect()
 }
 
 /// A choice of a whole response.
 pub(super) fn whole(index: usize, generation: &Generation, answer: &Answer, options: &Options) -> Value {
     let mut tokens: Vec<Reported> = Vec::new();
     if options.logprobs && options.echo {
-        tokens = report_prompt(generation);
+        tokens =
+            report_prompt(generation.prompt[0], &generation.prompt_scores, |id| generation.token_text(id));
     }
     if options.logprobs {
         tokens.extend(answer.pieces.iter().map(|piece| report(piece, |id| generation.token_text(id))));
@@ -145,7 +149,8 @@ pub(super) struct Choice {
     index: usize,
     options: Options,
     names: Box<dyn Fn(u32) -> String + Send>,
-    echo: Option<String>,
+    /// First token and text of a prompt that is to be told.
+    echo: Option<(u32, String)>,
     /// Characters of token texts so far.
     offset: usize,
     /// Tokens whose text has not been told.
@@ -155,7 +160,7 @@ pub(super) struct Choice {
 impl Choice {
     pub(super) fn new(index: usize, generation: &Generation, options: Options) -> Choice {
         let names = Box::new(generation.names());
-        let echo = options.echo.then(|| generation.prompt_text());
+        let echo = options.echo.then(|| (generation.prompt[0], generation.prompt_text()));
         Choice { index, options, names, echo, offset: 0, untold: Vec::new() }
     }
 
@@ -167,13 +172,26 @@ impl Choice {
                 json!({"index": self.index, "delta": delta, "logprobs": null, "finish_reason": null}),
             );
         }
-        let echo = self.echo.take()?;
-        self.offset = echo.chars().count();
-        Some(json!({"index": self.index, "text": echo, "logprobs": null, "finish_reason": null}))
+        // Log-probabilities of the prompt are there with the first token.
+        if self.options.logprobs { None } else { self.tell_prompt(&[]) }
     }
 
-    /// What a token adds; nothing while its text is not certain.
-    pub(super) fn push(&mut self, piece: Piece) -> Option<Value> {
+    fn tell_prompt(&mut self, scores: &[Scored]) -> Option<Value> {
+        let (first, text) = self.echo.take()?;
+        let logprobs = self
+            .options
+            .logprobs
+            .then(|| logprobs::completion(&report_prompt(first, scores, &self.names), 0));
+        self.offset = text.chars().count();
+        Some(json!({"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": null}))
+    }
+
+    /// What a token adds, with the prompt in front of the first; nothing while its text is not certain.
+    pub(super) fn push(&mut self, piece: Piece, prompt: &[Scored]) -> Vec<Value> {
+        self.tell_prompt(prompt).into_iter().chain(self.tell(piece)).collect()
+    }
+
+    fn tell(&mut self, piece: Piece) -> Option<Value> {
         if self.options.logprobs {
             self.untold.push(report(&piece, &self.names));
         }

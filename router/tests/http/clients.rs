@@ -1,0 +1,111 @@
+//! Clients that leave, and clients that do not read.
+
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpSocket,
+};
+
+use crate::{
+    router::{Router, tokens},
+    shard::{Gate, Script},
+};
+
+/// Blocks for one sequence of 96 positions.
+fn one_at_a_time() -> Script {
+    let mut script = Script::saying(tokens("a").repeat(1000));
+    script.info.num_blocks = 6;
+    script
+}
+
+fn long(prompt: &str) -> Value {
+    json!({"inputs": prompt, "parameters": {"max_new_tokens": 90}})
+}
+
+/// A connection that has sent a request and reads nothing by itself.
+async fn connect(router: &Router, path: &str, body: &Value) -> tokio::net::TcpStream {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    let mut stream = socket.connect(router.address.parse().unwrap()).await.unwrap();
+    let body = body.to_string();
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    stream
+}
+
+#[tokio::test]
+async fn one_that_leaves_makes_room_with_the_next_step() {
+    let router = Router::start_with(one_at_a_time(), |config| config.max_concurrent_requests = 2).await;
+    for (path, prompt) in [("/generate", "A"), ("/generate_stream", "B"), ("/v1/completions", "C")] {
+        let mut body = long(prompt);
+        body["prompt"] = json!(prompt);
+        body["max_tokens"] = json!(90);
+        router.shard.hold(Gate::Steps);
+        let leaving = connect(&router, path, &body).await;
+        let left = router.shard.sequence_of(&tokens(prompt)).await;
+        // Has room only when the first has given its blocks back.
+        let next = long("next");
+        let waiting = router.send("/generate_stream", &next).await;
+        router.has_room(false).await;
+        let in_flight = router.shard.saw(|seen| seen.steps.last().map(|step| step.id)).await + 1;
+        drop(leaving);
+        router.has_room(true).await;
+        router.shard.release(&Gate::Steps);
+        let step = router.shard.saw(|seen| seen.drop_of(left).cloned()).await;
+        assert_eq!(step.id, in_flight + 1, "{path}");
+        assert!(step.rows.iter().all(|rows| rows.sequence != left), "{path}");
+        assert_eq!(step.added.len(), 1, "{path}: the next takes its place");
+        assert!(waiting.text().await.unwrap().contains("\"generated_text\":\"aaa"), "{path}");
+    }
+}
+
+#[tokio::test]
+async fn one_that_leaves_while_it_waits_is_never_run() {
+    let router = Router::start_with(one_at_a_time(), |config| config.max_concurrent_requests = 2).await;
+    router.shard.hold(Gate::Steps);
+    let running = router.send("/generate_stream", &long("A")).await;
+    let waiting = connect(&router, "/generate", &long("B")).await;
+    router.has_room(false).await;
+    drop(waiting);
+    router.has_room(true).await;
+    router.shard.release(&Gate::Steps);
+    assert!(running.text().await.unwrap().contains("generated_text"));
+    router.ok("/generate", &long("C")).await;
+    let prompts: Vec<_> =
+        router.shard.saw(|seen| Some(seen.added().map(|new| new.tokens.clone()).collect())).await;
+    assert_eq!(prompts, [tokens("A"), tokens("C")]);
+}
+
+#[tokio::test]
+async fn one_that_does_not_read_is_cancelled_and_slows_nobody() {
+    let mut script = Script::saying(tokens("a").repeat(200_000));
+    script.info.max_positions = 1 << 20;
+    script.info.num_blocks = 1 << 16;
+    let router = Router::start(script).await;
+    let parameters = json!({"max_new_tokens": 150_000, "return_k_alternatives": 20});
+    let body = json!({"inputs": "slow", "parameters": parameters});
+    let mut slow = connect(&router, "/generate_stream", &body).await;
+    let id = router.shard.sequence_of(&tokens("slow")).await;
+    let quick = json!({"inputs": "quick", "parameters": {"max_new_tokens": 300}});
+    let cancelled = router.shard.saw(|seen| seen.drop_of(id).map(|step| step.id));
+    tokio::pin!(cancelled);
+    let mut answered = 0;
+    let step = loop {
+        tokio::select! {
+            step = &mut cancelled => break step,
+            answer = router.ok("/generate", &quick) => {
+                assert_eq!(answer["generated_text"].as_str().unwrap().len(), 300);
+                answered += 1;
+            }
+        }
+    };
+    assert!(answered > 0, "others are served meanwhile");
+    assert!(step < 100_000, "it filled its own buffers, no more: {step}");
+    let mut rest = String::new();
+    slow.read_to_string(&mut rest).await.unwrap();
+    assert!(rest.contains("the client did not keep up"), "{}", &rest[rest.len().saturating_sub(500)..]);
+    router.ok("/generate", &quick).await;
+}

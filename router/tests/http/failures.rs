@@ -1,0 +1,79 @@
+//! The shard fails: who is told, and what comes after.
+
+use serde_json::{Value, json};
+
+use crate::{
+    router::{Router, events, tokens},
+    shard::{Gate, Script},
+};
+
+async fn unavailable(router: &Router) {
+    let (status, body) = router.post("/generate", &json!({"inputs": "x"})).await;
+    assert_eq!((status.as_u16(), &body["error_type"]), (503, &json!("unavailable")));
+    let (status, body) = router.post("/v1/completions", &json!({"prompt": "x"})).await;
+    assert_eq!((status.as_u16(), &body["error"]["type"]), (503, &json!("server_error")));
+    assert_eq!(body["error"]["code"], "unavailable");
+    for path in ["/health", "/", "/info"] {
+        let response = router.get(path).await;
+        assert_eq!(response.status(), 503, "{path}");
+        assert!(response.json::<Value>().await.unwrap()["error"].is_string(), "{path}");
+    }
+    assert_eq!(router.get("/v1/models").await.status(), 200);
+}
+
+#[tokio::test]
+async fn a_broken_stream_fails_what_runs_and_starts_anew() {
+    let router = Router::start(Script::saying(tokens("a").repeat(1000))).await;
+    router.shard.hold(Gate::Steps);
+    let body = json!({"inputs": "A", "parameters": {"max_new_tokens": 900}});
+    let native = router.send("/generate_stream", &body).await;
+    let chat = json!({"messages": [{"role": "user", "content": "x"}], "max_tokens": 900, "stream": true});
+    let openai = router.send("/v1/chat/completions", &chat).await;
+    let third = json!({"inputs": "B", "parameters": {"max_new_tokens": 900}});
+    let whole = router.post("/generate", &third);
+    let breaks = async {
+        router.shard.saw(|seen| seen.steps.first().map(|_| ())).await;
+        router.shard.hold(Gate::Info);
+        router.shard.break_stream();
+        let native = events(&native.text().await.unwrap());
+        assert_eq!(native.last().unwrap()["error_type"], "unavailable", "{native:?}");
+        let openai = events(&openai.text().await.unwrap());
+        let [.., error, done] = &openai[..] else { panic!("{openai:?}") };
+        assert_eq!((&error["error"]["code"], done), (&json!("unavailable"), &json!("[DONE]")));
+    };
+    let ((status, body), ()) = tokio::join!(whole, breaks);
+    assert_eq!((status.as_u16(), &body["error_type"]), (503, &json!("unavailable")), "{body}");
+    unavailable(&router).await;
+    router.shard.release(&Gate::Info);
+    router.shard.release(&Gate::Steps);
+    router.shard.saw(|seen| (seen.resets == 2).then_some(())).await;
+    let answer = loop {
+        let (status, body) = router.post("/generate", &json!({"inputs": "C"})).await;
+        if status != 503 {
+            break body;
+        }
+    };
+    assert_eq!(answer["generated_text"].as_str().unwrap().len(), 1000);
+    let first = router.shard.saw(|seen| {
+        let at = seen.steps.iter().rposition(|step| step.id == 1)?;
+        Some((at, seen.steps[at].added.len()))
+    });
+    assert_eq!(first.await, (1, 1), "steps count from 1 again, and nothing of before is there");
+}
+
+#[tokio::test]
+async fn a_request_that_waits_is_told_too() {
+    let mut script = Script::saying(tokens("a").repeat(1000));
+    script.info.max_sequences = 1;
+    let router = Router::start(script).await;
+    router.shard.hold(Gate::Steps);
+    let body = |prompt: &str| json!({"inputs": prompt, "parameters": {"max_new_tokens": 900}});
+    let running = router.send("/generate_stream", &body("A")).await;
+    let waiting = router.send("/generate_stream", &body("B")).await;
+    router.shard.hold(Gate::Info);
+    router.shard.break_stream();
+    for stream in [running, waiting] {
+        let events = events(&stream.text().await.unwrap());
+        assert_eq!(events.last().unwrap()["error_type"], "unavailable");
+    }
+}

@@ -1,0 +1,12 @@
+//! The router over HTTP, in front of a scripted shard.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod adapters;
+mod clients;
+mod failures;
+mod generate;
+mod openai;
+mod refusals;
+mod router;
+mod shard;
+mod text;

@@ -1,0 +1,250 @@
+//! Requests that are refused: status, kind, and the shape of each dialect.
+
+use serde_json::{Value, json};
+use tonic::Status;
+
+use crate::{
+    router::{Router, tokens},
+    shard::{Gate, Script},
+};
+
+const NATIVE: [&str; 3] = ["/generate", "/generate_stream", "/"];
+const OPENAI: [&str; 2] = ["/v1/completions", "/v1/chat/completions"];
+
+fn assert_native(body: &Value, kind: &str, cause: &str) {
+    let fields: Vec<_> = body.as_object().unwrap().keys().collect();
+    assert_eq!(fields, ["error", "error_type"]);
+    assert_eq!(body["error_type"], kind, "{body}");
+    assert!(body["error"].as_str().unwrap().contains(cause), "{cause:?} in {body}");
+}
+
+fn assert_openai(body: &Value, code: &str, cause: &str) {
+    let fields: Vec<_> = body["error"].as_object().unwrap().keys().collect();
+    assert_eq!(fields, ["code", "message", "param", "type"], "{body}");
+    assert_eq!(body["error"]["code"], code, "{body}");
+    assert!(body["error"]["message"].as_str().unwrap().contains(cause), "{cause:?} in {body}");
+}
+
+/// What each route needs, so that it would be answered.
+fn good(path: &str) -> Value {
+    match path {
+        "/v1/completions" => json!({"prompt": "Hi"}),
+        "/v1/chat/completions" => json!({"messages": [{"role": "user", "content": "Hi"}]}),
+        _ => json!({"inputs": "Hi", "parameters": {}}),
+    }
+}
+
+/// A good body with one field more, where the dialect has its parameters.
+fn with(path: &str, name: &str, value: &Value) -> Value {
+    let mut body = good(path);
+    let fields = if NATIVE.contains(&path) { &mut body["parameters"] } else { &mut body };
+    fields[name] = value.clone();
+    body
+}
+
+#[tokio::test]
+async fn bodies_that_are_no_json() {
+    let router = Router::start(Script::saying(tokens("a"))).await;
+    let nested = [&b"{\"x\":"[..], &[b'['; 5000]].concat();
+    let cases: [&[u8]; 6] =
+        [b"", b"{\"inputs\": \"x", b"\xff\xfe", b"{\"inputs\": \"\xff\"}", b"nonsense", &nested];
+    for body in cases {
+        for path in NATIVE {
+            let (status, answer) = router.post_bytes(path, body.to_vec()).await;
+            assert_eq!(status, 400, "{path}: {answer}");
+            assert_native(&answer, "malformed", "not valid JSON");
+        }
+        for path in OPENAI {
+            let (status, answer) = router.post_bytes(path, body.to_vec()).await;
+            assert_eq!(status, 400, "{path}: {answer}");
+            assert_openai(&answer, "malformed", "not valid JSON");
+        }
+    }
+}
+
+#[tokio::test]
+async fn parameters_out_of_range() {
+    let router = Router::start(Script::saying(tokens("a"))).await;
+    let both = [
+        ("temperature", json!(-0.5), "`temperature`"),
+        ("temperature", json!("hot"), "invalid type"),
+        ("temperature", json!(1e39), "`temperature`"),
+        ("top_p", json!(0.0), "`top_p`"),
+        ("top_p", json!(1.5), "`top_p`"),
+        ("top_k", json!(-1), "invalid value"),
+        ("min_p", json!(2), "`min_p`"),
+        ("typical_p", json!(0), "`typical_p`"),
+        ("repetition_penalty", json!(0), "`repetition_penalty`"),
+        ("frequency_penalty", json!(3), "`frequency_penalty`"),
+        ("presence_penalty", json!(-3), "`presence_penalty`"),
+        ("stop", json!(vec!["x"; 5]), "up to 4"),
+        ("stop", json!([""]), "must not be empty"),
+        ("response_format", json!({"type": "json_object"}), "`response_format` is not supported"),
+    ];
+    let native = [
+        ("max_new_tokens", json!(-1), "invalid value"),
+        ("max_new_tokens", json!(0), "`max_new_tokens`"),
+        ("max_new_tokens", json!(5000), "must be <= 4096"),
+        ("truncate", json!(0), "`truncate`"),
+        ("seed", json!(-1), "invalid value"),
+        ("return_k_alternatives", json!(21), "at most 20"),
+        ("best_of", json!(2), "`best_of` is not supported"),
+        ("watermark", json!(true), "`watermark` is not supported"),
+        ("merged_adapters", json!({"ids": ["a"]}), "`merged_adapters` is not supported"),
+        ("decoder_input_details", json!(7), "invalid type"),
+    ];
+    let openai = [
+        ("max_tokens", json!(-1), "invalid value"),
+        ("max_tokens", json!(0), "strictly positive"),
+        ("n", json!(2), "`n` is not supported"),
+        ("logit_bias", json!({"no": 1}), "no token id"),
+        ("logit_bias", json!({"320": 1}), "`logit_bias`"),
+        ("logit_bias", json!({"7": 101}), "`logit_bias`"),
+    ];
+    for (name, value, cause) in both.iter().chain(&native) {
+        for path in NATIVE {
+            let (status, answer) = router.post(path, &with(path, name, value)).await;
+            assert_eq!(status, 422, "{path} {name} {answer}");
+            assert_native(&answer, "validation", cause);
+        }
+    }
+    for (name, value, cause) in both.iter().chain(&openai) {
+        for path in OPENAI {
+            let (status, answer) = router.post(path, &with(path, name, value)).await;
+            assert_eq!(status, 400, "{path} {name} {answer}");
+            assert_openai(&answer, "validation", cause);
+        }
+    }
+    router.ok("/generate", &good("/generate")).await;
+}
+
+#[tokio::test]
+async fn prompts_that_cannot_be_run() {
+    let limits = |config: &mut lorax_router::config::RouterConfig| config.max_total_tokens = Some(8);
+    let router = Router::start_with(Script::saying(tokens("a")), limits).await;
+    for (body, cause) in [
+        (json!({"inputs": ""}), "cannot be empty"),
+        (json!({"inputs": "a b c d e f g h"}), "at most 7 tokens"),
+        (json!({"inputs": 7}), "invalid type"),
+        (json!({}), "missing field `inputs`"),
+    ] {
+        for path in NATIVE {
+            let (status, answer) = router.post(path, &body).await;
+            assert_eq!(status, 422);
+            assert_native(&answer, "validation", cause);
+        }
+    }
+    for (prompt, cause) in [
+        (json!(""), "cannot be empty"),
+        (json!([]), "cannot be empty"),
+        (json!([[]]), "cannot be empty"),
+        (json!(["a", ""]), "cannot be empty"),
+        (json!([320]), "less than 320"),
+        (json!([-1]), "did not match"),
+        (json!(null), "did not match"),
+        (json!(vec!["a"; 129]), "1 to 128"),
+        (json!(vec![5; 8]), "at most 7 tokens"),
+    ] {
+        let (status, answer) =
+            router.post("/v1/completions", &json!({"prompt": prompt, "max_tokens": 1})).await;
+        assert_eq!(status, 400, "{answer}");
+        assert_openai(&answer, "validation", cause);
+    }
+    for (messages, cause) in [
+        (json!([]), "cannot be empty"),
+        (json!([{"content": "x"}]), "missing field `role`"),
+        (json!([{"role": "user", "content": [{"type": "image_url"}]}]), "\"image_url\" is not supported"),
+    ] {
+        let (status, answer) = router.post("/v1/chat/completions", &json!({"messages": messages})).await;
+        assert_eq!(status, 400, "{answer}");
+        assert_openai(&answer, "validation", cause);
+    }
+    let streamed = json!({"inputs": "x", "parameters": {"decoder_input_details": true}});
+    let (status, answer) = router.post("/generate_stream", &streamed).await;
+    assert_eq!(status, 422);
+    assert_native(&answer, "validation", "not supported when streaming");
+}
+
+#[tokio::test]
+async fn bodies_that_are_too_large() {
+    let router = Router::start(Script::saying(tokens("a"))).await;
+    for path in NATIVE {
+        let (status, answer) = router.post(path, &with(path, "stop", &json!(["x".repeat(100_000)]))).await;
+        assert_eq!(status, 413);
+        assert_native(&answer, "too_large", "larger than 65536 bytes");
+    }
+    for path in OPENAI {
+        let (status, answer) = router.post(path, &with(path, "stop", &json!(["x".repeat(100_000)]))).await;
+        assert_eq!(status, 413);
+        assert_openai(&answer, "too_large", "larger than 65536 bytes");
+    }
+}
+
+#[tokio::test]
+async fn more_requests_than_allowed() {
+    let one = |config: &mut lorax_router::config::RouterConfig| config.max_concurrent_requests = 1;
+    let router = Router::start_with(Script::saying(tokens("a")), one).await;
+    router.shard.hold(Gate::Steps);
+    let first = router.send("/generate_stream", &good("/generate")).await;
+    for path in NATIVE {
+        let (status, answer) = router.post(path, &good(path)).await;
+        assert_eq!(status, 429);
+        assert_native(&answer, "overloaded", "overloaded");
+    }
+    for path in OPENAI {
+        let (status, answer) = router.post(path, &good(path)).await;
+        assert_eq!(status, 429);
+        assert_openai(&answer, "overloaded", "overloaded");
+    }
+    assert_eq!(router.get("/info").await.status(), 200);
+    router.shard.release(&Gate::Steps);
+    assert!(first.text().await.unwrap().contains("\"generated_text\":\"a\""));
+    router.ok("/generate", &good("/generate")).await;
+}
+
+#[tokio::test]
+async fn adapters_that_cannot_be_prepared() {
+    let mut script = Script::saying(tokens("a"));
+    let cases = [
+        ("absent", Status::not_found("no absent"), 404, "adapter_not_found"),
+        ("secret", Status::permission_denied("no secret"), 403, "adapter_forbidden"),
+        ("broken", Status::invalid_argument("no broken"), 422, "validation"),
+        ("hub", Status::unimplemented("no hub"), 422, "validation"),
+        ("huge", Status::resource_exhausted("no huge"), 422, "validation"),
+        ("interrupted", Status::internal("no interrupted"), 503, "unavailable"),
+        ("gone", Status::unavailable("no gone"), 503, "unavailable"),
+    ];
+    script.refused = cases.iter().map(|(id, status, ..)| (*id, status.clone())).collect();
+    let router = Router::start(script).await;
+    for (id, _, status, kind) in cases {
+        for path in NATIVE {
+            let (got, answer) = router.post(path, &with(path, "adapter_id", &json!(id))).await;
+            assert_eq!(got, status, "{answer}");
+            assert_native(&answer, kind, &format!("no {id}"));
+        }
+        for path in OPENAI {
+            let (got, answer) = router.post(path, &with(path, "model", &json!(id))).await;
+            assert_eq!(got, if status == 422 { 400 } else { status }, "{answer}");
+            assert_openai(&answer, kind, &format!("no {id}"));
+        }
+    }
+    assert_eq!(router.shard.saw(|seen| Some(seen.added().count())).await, 0);
+    router.ok("/generate", &with("/generate", "adapter_id", &json!("good"))).await;
+}
+
+#[tokio::test]
+async fn routes_that_do_not_exist() {
+    let router = Router::start(Script::saying(tokens("a"))).await;
+    let (status, answer) = router.post("/no-such", &json!({})).await;
+    assert_eq!(status, 404);
+    assert_native(&answer, "not_found", "no such route");
+    let (status, answer) = router.post("/v1/embeddings", &json!({})).await;
+    assert_eq!(status, 404);
+    assert_openai(&answer, "not_found", "no such route");
+    let wrong = router.get("/generate").await;
+    assert_eq!(wrong.status(), 405);
+    assert_native(&wrong.json().await.unwrap(), "method_not_allowed", "GET");
+    let wrong = router.get("/v1/completions").await;
+    assert_eq!(wrong.status(), 405);
+    assert_openai(&wrong.json().await.unwrap(), "method_not_allowed", "GET");
+}

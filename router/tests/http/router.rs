@@ -1,0 +1,141 @@
+//! The router under test, on a free port, in front of a scripted shard.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::OnceLock,
+};
+
+use lorax_router::{
+    App,
+    config::{Config, ModelConfig, RouterConfig, ShardsConfig},
+    server,
+    tokenizer::ModelTokenizer,
+};
+use reqwest::{Client, Response, StatusCode};
+use serde_json::Value;
+use tokio::sync::oneshot;
+
+use crate::shard::{Script, ScriptedShard};
+
+/// What the base model is called.
+pub(crate) const MODEL: &str = "the/base-model";
+
+fn model() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../integration-tests/fixtures/tiny/model")
+}
+
+fn tokenizer() -> &'static ModelTokenizer {
+    static TOKENIZER: OnceLock<ModelTokenizer> = OnceLock::new();
+    TOKENIZER.get_or_init(|| ModelTokenizer::load(&model(), None).unwrap())
+}
+
+/// Tokens of a text.
+pub(crate) fn tokens(text: &str) -> Vec<u32> {
+    tokenizer().encode(text, false).unwrap()
+}
+
+/// What these tokens say together.
+pub(crate) fn text(tokens: &[u32]) -> String {
+    tokenizer().decode(tokens, false)
+}
+
+/// A running router.
+pub(crate) struct Router {
+    pub(crate) address: String,
+    pub(crate) shard: ScriptedShard,
+    client: Client,
+    /// Tells the server to stop when it is dropped.
+    _stop: oneshot::Sender<()>,
+    _folder: tempfile::TempDir,
+}
+
+impl Router {
+    pub(crate) async fn start(script: Script) -> Router {
+        Router::start_with(script, |_| {}).await
+    }
+
+    /// Starts with a changed configuration, and waits until the shard is connected.
+    pub(crate) async fn start_with(script: Script, change: impl FnOnce(&mut RouterConfig)) -> Router {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("shard.sock");
+        let shard = ScriptedShard::start(script, &socket);
+        let mut router = RouterConfig {
+            hostname: "127.0.0.1".into(),
+            port: 0,
+            max_concurrent_requests: 64,
+            max_stop_sequences: 4,
+            max_input_length: None,
+            max_total_tokens: None,
+            max_batch_prefill_tokens: None,
+            prefix_caching: false,
+            default_adapter_source: "local".into(),
+            validation_workers: 1,
+            max_body_bytes: 64 << 10,
+            shutdown_deadline_s: 1,
+            tokenizer_config_path: None,
+            cors_allow_origin: Vec::new(),
+            json_output: false,
+        };
+        change(&mut router);
+        let model = ModelConfig { id: MODEL.into(), path: model(), revision: None, sha: Some("abc".into()) };
+        let config = Config { model, shards: ShardsConfig { uds: vec![socket] }, router };
+        let (listener, address) = server::listen(&config).await.unwrap();
+        let app = App::start(config).unwrap();
+        app.ready().await;
+        let (stop, stopped) = oneshot::channel::<()>();
+        tokio::spawn(server::serve(listener, app, async { _ = stopped.await }));
+        Router { address: address.to_string(), shard, client: Client::new(), _stop: stop, _folder: folder }
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.address)
+    }
+
+    /// Sends JSON; the answer may still be under way.
+    pub(crate) async fn send(&self, path: &str, body: &Value) -> Response {
+        self.client.post(self.url(path)).json(body).send().await.unwrap()
+    }
+
+    /// Status and JSON of a whole answer.
+    pub(crate) async fn post(&self, path: &str, body: &Value) -> (StatusCode, Value) {
+        let response = self.send(path, body).await;
+        (response.status(), response.json().await.unwrap())
+    }
+
+    /// JSON of an answer that must be good.
+    pub(crate) async fn ok(&self, path: &str, body: &Value) -> Value {
+        let (status, body) = self.post(path, body).await;
+        assert_eq!(status, StatusCode::OK, "{body}");
+        body
+    }
+
+    /// Status and JSON of an answer to a body of any bytes.
+    pub(crate) async fn post_bytes(&self, path: &str, body: Vec<u8>) -> (StatusCode, Value) {
+        let response = self.client.post(self.url(path)).body(body).send().await.unwrap();
+        (response.status(), response.json().await.unwrap())
+    }
+
+    pub(crate) async fn get(&self, path: &str) -> Response {
+        self.client.get(self.url(path)).send().await.unwrap()
+    }
+
+    /// Waits until the router has room for a request, or has none.
+    pub(crate) async fn has_room(&self, room: bool) {
+        // It counts every request before it looks at it.
+        while (self.post("/generate", &Value::Null).await.0 != StatusCode::TOO_MANY_REQUESTS) != room {}
+    }
+
+    /// All events of a stream; OpenAI's mark of the end is a string.
+    pub(crate) async fn events(&self, path: &str, body: &Value) -> Vec<Value> {
+        let response = self.send(path, body).await;
+        assert_eq!(response.status(), StatusCode::OK);
+        assert_eq!(response.headers()["content-type"], "text/event-stream");
+        events(&response.text().await.unwrap())
+    }
+}
+
+/// What server-sent events carry.
+pub(crate) fn events(stream: &str) -> Vec<Value> {
+    let data = stream.split("\n\n").filter_map(|event| event.trim().strip_prefix("data:"));
+    data.map(|data| serde_json::from_str(data).unwrap_or_else(|_| data.trim().into())).collect()
+}

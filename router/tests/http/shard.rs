@@ -1,0 +1,306 @@
+//! A shard whose answers a test writes. It speaks the protocol over a Unix socket, computes nothing, remembers what it was
+//! told, and waits where it is told to.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    path::Path,
+    pin::Pin,
+    sync::{Arc, Mutex},
+};
+
+use proto::{
+    ExecuteEvent, HealthRequest, HealthResponse, InfoRequest, InfoResponse, NewSequence, PrepareRequest,
+    PrepareResponse, PromptLogprobs, ResetRequest, ResetResponse, Sampled, SequenceRows, SlotEvent, Step,
+    StepResult, Token,
+    execute_event::Event,
+    shard_server::{Shard, ShardServer},
+};
+use tokio::{
+    net::UnixListener,
+    sync::{Notify, mpsc, watch},
+};
+use tokio_stream::{Stream, wrappers::ReceiverStream, wrappers::UnixListenerStream};
+use tonic::{Request, Response, Status, Streaming};
+
+/// Where the shard can be made to wait.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Gate {
+    /// Before it says what it serves.
+    Info,
+    /// Before it answers a step.
+    Steps,
+    /// While it prepares this adapter.
+    Prepare(String),
+    /// While it copies this adapter into a slot.
+    Load(String),
+}
+
+/// All that it was told.
+#[derive(Debug, Default)]
+pub(crate) struct Seen {
+    pub(crate) steps: Vec<Step>,
+    pub(crate) prepared: Vec<PrepareRequest>,
+    pub(crate) resets: usize,
+}
+
+impl Seen {
+    /// Sequences that were added, in order.
+    pub(crate) fn added(&self) -> impl Iterator<Item = &NewSequence> {
+        self.steps.iter().flat_map(|step| &step.added)
+    }
+
+    /// The first step that drops a sequence.
+    pub(crate) fn drop_of(&self, sequence: u64) -> Option<&Step> {
+        self.steps.iter().find(|step| step.dropped.contains(&sequence))
+    }
+}
+
+type Answer = Box<dyn Fn(&[u32]) -> Vec<u32> + Send + Sync>;
+
+/// What the shard says of itself and how it answers.
+pub(crate) struct Script {
+    pub(crate) info: InfoResponse,
+    /// What follows a prompt. After its last token comes the end of the sequence, over and over.
+    pub(crate) answer: Answer,
+    /// Adapters that cannot be prepared, and why. All others can.
+    pub(crate) refused: HashMap<&'static str, Status>,
+    /// Adapters that cannot be copied into a slot so many times.
+    pub(crate) lost: Mutex<HashMap<&'static str, usize>>,
+}
+
+impl Script {
+    /// Answers every prompt with the same tokens.
+    pub(crate) fn saying(tokens: Vec<u32>) -> Script {
+        Script::answering(move |_| tokens.clone())
+    }
+
+    pub(crate) fn answering(answer: impl Fn(&[u32]) -> Vec<u32> + Send + Sync + 'static) -> Script {
+        let info = InfoResponse {
+            dtype: "float32".into(),
+            device: "cpu".into(),
+            rank: 0,
+            world: 1,
+            vocab_size: 320,
+            max_positions: 4096,
+            eos_token_ids: vec![EOS, 3],
+            num_blocks: 4096,
+            block_size: 16,
+            num_slots: 4,
+            adapter_bytes: 0,
+            max_rows: 256,
+            max_sequences: 16,
+            max_logit_rows: 256,
+        };
+        Script { info, answer: Box::new(answer), refused: HashMap::new(), lost: Mutex::default() }
+    }
+}
+
+/// The token that ends a sequence.
+pub(crate) const EOS: u32 = 1;
+
+/// The log-probability that every token has here; the same in f32 and in decimal.
+pub(crate) fn logprob(token: u32) -> f32 {
+    -(token as f32) / 64.0
+}
+
+/// Identity of an adapter: its name, padded.
+fn content(id: &str) -> Vec<u8> {
+    let mut content = id.as_bytes().to_vec();
+    content.resize(32, 0);
+    content
+}
+
+/// What a test holds of a running shard; it ends with the runtime.
+#[derive(Clone)]
+pub(crate) struct ScriptedShard {
+    script: Arc<Script>,
+    seen: watch::Sender<Seen>,
+    held: watch::Sender<BTreeSet<Gate>>,
+    breaks: Arc<Notify>,
+}
+
+impl ScriptedShard {
+    /// Serves at a socket.
+    pub(crate) fn start(script: Script, socket: &Path) -> ScriptedShard {
+        let shard = ScriptedShard {
+            script: Arc::new(script),
+            seen: watch::channel(Seen::default()).0,
+            held: watch::channel(BTreeSet::new()).0,
+            breaks: Arc::default(),
+        };
+        let connections = UnixListenerStream::new(UnixListener::bind(socket).unwrap());
+        let service = ShardServer::new(shard.clone());
+        tokio::spawn(
+            tonic::transport::Server::builder().add_service(service).serve_with_incoming(connections),
+        );
+        shard
+    }
+
+    pub(crate) fn hold(&self, gate: Gate) {
+        self.held.send_modify(|held| _ = held.insert(gate));
+    }
+
+    pub(crate) fn release(&self, gate: &Gate) {
+        self.held.send_modify(|held| _ = held.remove(gate));
+    }
+
+    /// Ends the stream of events with an error.
+    pub(crate) fn break_stream(&self) {
+        self.breaks.notify_one();
+    }
+
+    /// Waits until what it was told satisfies `wanted`, and returns what that gives.
+    pub(crate) async fn saw<T>(&self, wanted: impl Fn(&Seen) -> Option<T>) -> T {
+        let mut seen = self.seen.subscribe();
+        let seen = seen.wait_for(|seen| wanted(seen).is_some()).await.unwrap();
+        wanted(&seen).unwrap()
+    }
+
+    /// The one sequence whose prompt is this, once it runs.
+    pub(crate) async fn sequence_of(&self, prompt: &[u32]) -> u64 {
+        self.saw(|seen| seen.added().find(|new| new.tokens == prompt).map(|new| new.sequence)).await
+    }
+
+    async fn pass(&self, gate: &Gate) {
+        self.held.subscribe().wait_for(|held| !held.contains(gate)).await.unwrap();
+    }
+
+    async fn run(&self, mut steps: Streaming<Step>, events: mpsc::Sender<Result<ExecuteEvent, Status>>) {
+        let mut sequences = HashMap::new();
+        while let Ok(Some(step)) = steps.message().await {
+            self.seen.send_modify(|seen| seen.steps.push(step.clone()));
+            for load in &step.load {
+                tokio::spawn(self.clone().load(load.slot, load.content.clone(), events.clone()));
+            }
+            self.pass(&Gate::Steps).await;
+            let event = self.answer(step, &mut sequences).map(|result| event(Event::Step(result)));
+            if events.send(event).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    async fn load(self, slot: u32, content: Vec<u8>, events: mpsc::Sender<Result<ExecuteEvent, Status>>) {
+        let id = String::from_utf8(content.clone()).unwrap();
+        let id = id.trim_end_matches('\0');
+        self.pass(&Gate::Load(id.into())).await;
+        let gone = self.script.lost.lock().unwrap().get_mut(id).is_some_and(|times| {
+            let left = *times > 0;
+            *times -= usize::from(left);
+            left
+        });
+        let error = if gone { "it is gone".into() } else { String::new() };
+        // The stream may have ended meanwhile.
+        let _ = events.send(Ok(event(Event::Slot(SlotEvent { slot, content, error })))).await;
+    }
+
+    fn answer(&self, step: Step, sequences: &mut HashMap<u64, Running>) -> Result<StepResult, Status> {
+        for id in &step.dropped {
+            sequences.remove(id).ok_or_else(|| Status::invalid_argument(format!("{id} does not run")))?;
+        }
+        for new in step.added {
+            let prompt = &new.tokens[..new.prompt_len as usize];
+            let running = Running { answer: (self.script.answer)(prompt), new };
+            sequences.insert(running.new.sequence, running);
+        }
+        let mut result = StepResult { id: step.id, ..StepResult::default() };
+        for rows in &step.rows {
+            let running = sequences.get_mut(&rows.sequence);
+            let running = running.ok_or_else(|| Status::invalid_argument(format!("{rows:?}")))?;
+            result.prompt.extend(running.prompt(rows));
+            result.tokens.extend(rows.sample.then(|| running.sample()));
+        }
+        Ok(result)
+    }
+}
+
+fn event(event: Event) -> ExecuteEvent {
+    ExecuteEvent { event: Some(event) }
+}
+
+fn token(id: u32) -> Token {
+    Token { id, logprob: logprob(id) }
+}
+
+struct Running {
+    new: NewSequence,
+    answer: Vec<u32>,
+}
+
+impl Running {
+    fn sample(&mut self) -> Sampled {
+        let generated = self.new.tokens.len() - self.new.prompt_len as usize;
+        let id = self.answer.get(generated).copied().unwrap_or(EOS);
+        self.new.tokens.push(id);
+        let top = self.new.sampling.as_ref().map_or(0, |sampling| sampling.num_top);
+        Sampled {
+            sequence: self.new.sequence,
+            token: Some(token(id)),
+            top: (0..top).map(|i| token((id + i) % 320)).collect(),
+        }
+    }
+
+    fn prompt(&self, rows: &SequenceRows) -> Option<PromptLogprobs> {
+        let end = (rows.position + rows.rows).min(self.new.prompt_len - 1);
+        let scored = (rows.position..end).map(|at| token(self.new.tokens[at as usize + 1]));
+        let tokens: Vec<Token> = scored.collect();
+        (self.new.prompt_logprobs && !tokens.is_empty()).then_some(PromptLogprobs {
+            sequence: rows.sequence,
+            position: rows.position + 1,
+            tokens,
+        })
+    }
+}
+
+#[tonic::async_trait]
+impl Shard for ScriptedShard {
+    type ExecuteStream = Pin<Box<dyn Stream<Item = Result<ExecuteEvent, Status>> + Send>>;
+
+    async fn info(&self, _: Request<InfoRequest>) -> Result<Response<InfoResponse>, Status> {
+        self.pass(&Gate::Info).await;
+        Ok(Response::new(self.script.info.clone()))
+    }
+
+    async fn reset(&self, _: Request<ResetRequest>) -> Result<Response<ResetResponse>, Status> {
+        self.seen.send_modify(|seen| seen.resets += 1);
+        Ok(Response::new(ResetResponse {}))
+    }
+
+    async fn prepare(&self, request: Request<PrepareRequest>) -> Result<Response<PrepareResponse>, Status> {
+        let request = request.into_inner();
+        let id = request.id.clone();
+        self.seen.send_modify(|seen| seen.prepared.push(request));
+        self.pass(&Gate::Prepare(id.clone())).await;
+        match self.script.refused.get(id.as_str()) {
+            Some(status) => Err(status.clone()),
+            None => Ok(Response::new(PrepareResponse {
+                content: content(&id),
+                bytes: 1000,
+                max_lora_rank: 8,
+                sites: vec!["q_proj".into()],
+            })),
+        }
+    }
+
+    async fn execute(
+        &self,
+        request: Request<Streaming<Step>>,
+    ) -> Result<Response<Self::ExecuteStream>, Status> {
+        let (events, received) = mpsc::channel(16);
+        let (shard, steps) = (self.clone(), request.into_inner());
+        tokio::spawn(async move {
+            tokio::select! {
+                () = shard.run(steps, events.clone()) => {}
+                () = shard.breaks.notified() => {
+                    // The router may be gone.
+                    let _ = events.send(Err(Status::internal("told to break"))).await;
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(received))))
+    }
+
+    async fn health(&self, _: Request<HealthRequest>) -> Result<Response<HealthResponse>, Status> {
+        Ok(Response::new(HealthResponse {}))
+    }
+}
