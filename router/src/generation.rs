@@ -4,6 +4,8 @@ use std::{sync::Arc, time::Duration};
 
 use scheduler::{Adapter, Finish};
 
+use crate::shards::{AdapterRef, ShardError};
+
 /// How a sequence samples; neutral values switch a filter off.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Sampling {
@@ -47,7 +49,9 @@ pub(crate) struct Job {
     pub(crate) max_new_tokens: u32,
     /// Tokens that end the sequence.
     pub(crate) stop_ids: Arc<[u32]>,
-    pub(crate) adapter: Option<Adapter>,
+    pub(crate) adapter: Option<(AdapterRef, Adapter)>,
+    /// Times that its adapter has been prepared again.
+    pub(crate) reloads: u32,
     pub(crate) sampling: Sampling,
     pub(crate) prompt_logprobs: bool,
 }
@@ -89,6 +93,9 @@ pub(crate) enum Failure {
     /// It can never run here.
     #[error("{0}")]
     Refused(scheduler::SubmitError),
+    /// Its adapter, which was there, cannot be had again.
+    #[error(transparent)]
+    Adapter(ShardError),
     /// It failed while it ran.
     #[error("{0}")]
     Generation(String),

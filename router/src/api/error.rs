@@ -110,6 +110,7 @@ impl From<Failure> for ApiError {
         match failure {
             Failure::Unavailable => ApiError::Unavailable(failure.to_string()),
             Failure::Refused(error) => ApiError::Validation(error.to_string()),
+            Failure::Adapter(error) => error.into(),
             Failure::Generation(message) => ApiError::Generation(message),
         }
     }
