@@ -46,6 +46,8 @@ pub(crate) struct Piece {
 /// A sequence that is being generated. Dropping it cancels it.
 pub(crate) struct Generation {
     pub(crate) prompt: Vec<u32>,
+    /// The prompt as it was written, if it was text.
+    written: Option<String>,
     pub(crate) seed: u64,
     pub(crate) timing: Timing,
     /// Log-probabilities of the prompt's tokens but the first, complete before the first piece.
@@ -107,8 +109,10 @@ impl App {
             prompt_logprobs: ask.prompt_logprobs,
         };
         let running = self.engine.submit(job).await?;
+        let written = if let Prompt::Text(text) = ask.prompt { Some(text) } else { None };
         Ok(Generation {
             prompt,
+            written,
             seed,
             timing: Timing { received, validation: received.elapsed(), queued: Duration::ZERO },
             prompt_scores: Vec::new(),
@@ -182,9 +186,9 @@ impl Generation {
         self.tokenizer.decode(&[id], false)
     }
 
-    /// The prompt's text.
+    /// The prompt's text, without the special tokens that the tokenizer adds to text.
     pub(crate) fn prompt_text(&self) -> String {
-        self.tokenizer.decode(&self.prompt, false)
+        self.written.clone().unwrap_or_else(|| self.tokenizer.decode(&self.prompt, false))
     }
 
     /// As `token_text`, for when the generation itself has been given away.

@@ -38,7 +38,8 @@ async fn connect(router: &Router, path: &str, body: &Value) -> tokio::net::TcpSt
 
 #[tokio::test]
 async fn one_that_leaves_makes_room_with_the_next_step() {
-    let router = Router::start_with(one_at_a_time(), |config| config.max_concurrent_requests = 2).await;
+    let router =
+        Router::start_with(one_at_a_time(), |config| config.router.max_concurrent_requests = 2).await;
     for (path, prompt) in [("/generate", "A"), ("/generate_stream", "B"), ("/v1/completions", "C")] {
         let mut body = long(prompt);
         body["prompt"] = json!(prompt);
@@ -64,7 +65,8 @@ async fn one_that_leaves_makes_room_with_the_next_step() {
 
 #[tokio::test]
 async fn one_that_leaves_while_it_waits_is_never_run() {
-    let router = Router::start_with(one_at_a_time(), |config| config.max_concurrent_requests = 2).await;
+    let router =
+        Router::start_with(one_at_a_time(), |config| config.router.max_concurrent_requests = 2).await;
     router.shard.hold(Gate::Steps);
     let running = router.send("/generate_stream", &long("A")).await;
     let waiting = connect(&router, "/generate", &long("B")).await;

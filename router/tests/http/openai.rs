@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::{
-    router::{MODEL, Router, text, tokens},
+    router::{MODEL, Router, model, text, tokens},
     shard::{EOS, Script, logprob},
 };
 
@@ -99,6 +99,27 @@ async fn an_echo_comes_first_in_a_stream() {
         chunks.iter().map(|event| event["choices"][0]["logprobs"]["tokens"].clone()).collect();
     assert_eq!(tokens, [json!(["H", "i"]), json!(["a"]), json!(["b"])]);
     assert_eq!(chunks[1]["choices"][0]["logprobs"]["text_offset"], json!([2]));
+}
+
+#[tokio::test]
+async fn an_echo_is_the_prompt_as_it_was_written() {
+    // As Llama's, this tokenizer puts a token in front of every text.
+    let folder = tempfile::tempdir().unwrap();
+    let mut definition: Value =
+        serde_json::from_slice(&std::fs::read(model().join("tokenizer.json")).unwrap()).unwrap();
+    definition["post_processor"] = json!({"type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}});
+    std::fs::write(folder.path().join("tokenizer.json"), definition.to_string()).unwrap();
+    let path = folder.path().to_owned();
+    let router = Router::start_with(Script::saying(tokens("b")), |config| config.model.path = path).await;
+    let given = [vec![0], tokens("a")].concat();
+    for (prompt, echo) in [(json!("a"), "ab"), (json!(given), "<s>ab")] {
+        let body = json!({"prompt": prompt, "echo": true});
+        assert_eq!(texts(&router.ok("/v1/completions", &body).await), [echo]);
+        router.shard.sequence_of(&given).await;
+    }
 }
 
 #[tokio::test]

@@ -1,5 +1,6 @@
 //! Requests that are refused: status, kind, and the shape of each dialect.
 
+use lorax_router::config::Config;
 use serde_json::{Value, json};
 use tonic::Status;
 
@@ -120,7 +121,7 @@ async fn parameters_out_of_range() {
 
 #[tokio::test]
 async fn prompts_that_cannot_be_run() {
-    let limits = |config: &mut lorax_router::config::RouterConfig| config.max_total_tokens = Some(8);
+    let limits = |config: &mut Config| config.router.max_total_tokens = Some(8);
     let router = Router::start_with(Script::saying(tokens("a")), limits).await;
     for (body, cause) in [
         (json!({"inputs": ""}), "cannot be empty"),
@@ -182,7 +183,7 @@ async fn bodies_that_are_too_large() {
 
 #[tokio::test]
 async fn more_requests_than_allowed() {
-    let one = |config: &mut lorax_router::config::RouterConfig| config.max_concurrent_requests = 1;
+    let one = |config: &mut Config| config.router.max_concurrent_requests = 1;
     let router = Router::start_with(Script::saying(tokens("a")), one).await;
     router.shard.hold(Gate::Steps);
     let first = router.send("/generate_stream", &good("/generate")).await;

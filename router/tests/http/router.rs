@@ -20,7 +20,8 @@ use crate::shard::{Script, ScriptedShard};
 /// What the base model is called.
 pub(crate) const MODEL: &str = "the/base-model";
 
-fn model() -> PathBuf {
+/// The folder of the model whose tokenizer is used.
+pub(crate) fn model() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../integration-tests/fixtures/tiny/model")
 }
 
@@ -55,11 +56,11 @@ impl Router {
     }
 
     /// Starts with a changed configuration, and waits until the shard is connected.
-    pub(crate) async fn start_with(script: Script, change: impl FnOnce(&mut RouterConfig)) -> Router {
+    pub(crate) async fn start_with(script: Script, change: impl FnOnce(&mut Config)) -> Router {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("shard.sock");
         let shard = ScriptedShard::start(script, &socket);
-        let mut router = RouterConfig {
+        let router = RouterConfig {
             hostname: "127.0.0.1".into(),
             port: 0,
             max_concurrent_requests: 64,
@@ -76,9 +77,9 @@ impl Router {
             cors_allow_origin: Vec::new(),
             json_output: false,
         };
-        change(&mut router);
         let model = ModelConfig { id: MODEL.into(), path: model(), revision: None, sha: Some("abc".into()) };
-        let config = Config { model, shards: ShardsConfig { uds: vec![socket] }, router };
+        let mut config = Config { model, shards: ShardsConfig { uds: vec![socket] }, router };
+        change(&mut config);
         let (listener, address) = server::listen(&config).await.unwrap();
         let app = App::start(config).unwrap();
         app.ready().await;
