@@ -34,8 +34,8 @@ template <typename T, bool PACKED> struct Stage {
     const uint32_t at = own * inputs;
 #pragma unroll
     for (int g = 0; g < kBatch; g++) {
-      lo[g] = load8<T, PACKED>(groups[g].a + at, k, own < groups[g].ranks ? limit : 0);
-      hi[g] = load8<T, PACKED>(groups[g].a + at + 8 * inputs, k, own + 8 < groups[g].ranks ? limit : 0);
+      lo[g] = load8<T, PACKED, true>(groups[g].a + at, k, own < groups[g].ranks ? limit : 0);
+      hi[g] = load8<T, PACKED, true>(groups[g].a + at + 8 * inputs, k, own + 8 < groups[g].ranks ? limit : 0);
     }
   }
 
@@ -43,7 +43,7 @@ template <typename T, bool PACKED> struct Stage {
     const int lane = threadIdx.x % 32, own = lane / 4, k = step * kStep + lane % 4 * 8;
 #pragma unroll
     for (int n = 0; n < 2; n++)
-      x[n] = load8<T, PACKED>(rows + (uint32_t)(own + 8 * n) * inputs, k, own + 8 * n < count ? limit : 0);
+      x[n] = load8<T, PACKED, false>(rows + (uint32_t)(own + 8 * n) * inputs, k, own + 8 * n < count ? limit : 0);
   }
 
   __device__ void multiply(float (&d)[kBatch][2][4], int rows) const {
@@ -165,7 +165,7 @@ template <typename T, bool PACKED> struct Columns {
     for (int i = 0; i < 4; i++) {
       int own = r + i / 2 * 8 + i % 2;
       uint4 v = make_uint4(0, 0, 0, 0);
-      if (own < rank) v = load8<T, PACKED>(b + (size_t)own * outs, out0 + lane / 4 * 8, outs);
+      if (own < rank) v = load8<T, PACKED, true>(b + (size_t)own * outs, out0 + lane / 4 * 8, outs);
       w[i][0] = v.x, w[i][1] = v.y, w[i][2] = v.z, w[i][3] = v.w;
     }
   }

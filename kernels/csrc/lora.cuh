@@ -52,10 +52,12 @@ namespace lora {
 
 constexpr int kGroup = 16;  // ranks of one tensor core tile
 
-// Eight elements from `i` on; zeros from `limit` on. PACKED: rows begin at 16-byte boundaries.
-template <typename T, bool PACKED> __device__ inline uint4 load8(const T* row, int i, int limit) {
+// Eight elements from `i` on; zeros from `limit` on. PACKED: rows begin at 16-byte boundaries. FIXED: nobody writes
+// them while the kernel runs, which a kernel that starts early may assume of weights only.
+template <typename T, bool PACKED, bool FIXED> __device__ inline uint4 load8(const T* row, int i, int limit) {
   if constexpr (PACKED) {
-    return i < limit ? __ldg(reinterpret_cast<const uint4*>(row + i)) : make_uint4(0, 0, 0, 0);
+    const uint4* at = reinterpret_cast<const uint4*>(row + i);
+    return i < limit ? (FIXED ? __ldg(at) : *at) : make_uint4(0, 0, 0, 0);
   } else {
     Pack<T, 8> p;
 #pragma unroll

@@ -132,6 +132,12 @@ pub trait Backend: Send + Sync + Sized + 'static {
         ops()
     }
 
+    /// The decode steps that this device records, as (rows, runs of rows with an adapter): whoever runs each of them
+    /// twice before serving spares the first requests that time.
+    fn recorded_steps(&self) -> Vec<(usize, usize)> {
+        Vec::new()
+    }
+
     /// Semantics: `y[i] = table[token(i)]`, where a negative `batch.tokens[i]` is looked up in the sampler.
     fn embed(
         &self,

@@ -36,6 +36,12 @@ use staging::Staging;
 
 const BACKEND: &str = "cuda";
 
+/// Pinned buffers for small data on its way to the card: two steps, each with as many new sequences as there are seats,
+/// fill the ring without waiting for the steps before.
+const STAGES: usize = 512;
+/// A seat's data takes far less, a large step's indices a few of them.
+const STAGE_BYTES: usize = 64 << 10;
+
 fn unsupported(what: String) -> Error {
     Error::Unsupported { backend: BACKEND, what }
 }
@@ -78,7 +84,7 @@ impl CudaBackend {
             recorder: graph::Recorder::new(),
             partials: attention::Partials::new(&device)?,
             reports: sampler::Reports::new(&device)?,
-            staging: Mutex::new(Staging::new(&device, 16, 256 << 10)?),
+            staging: Mutex::new(Staging::new(&device, STAGES, STAGE_BYTES)?),
             weight_staging: Mutex::new(Staging::new(&device, 4, 16 << 20)?),
             stream: Arc::new(Stream::new(&device)?),
             copies: Stream::new(&device)?,
@@ -241,6 +247,10 @@ impl Backend for CudaBackend {
     fn step(&self, batch: &CudaBatch, ops: impl FnOnce() -> Result<()>) -> Result<()> {
         self.device.bind()?;
         self.recorder.step(&self.stream, batch, ops)
+    }
+
+    fn recorded_steps(&self) -> Vec<(usize, usize)> {
+        batch::recorded_steps()
     }
 
     fn embed(

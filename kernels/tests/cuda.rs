@@ -7,7 +7,7 @@ use std::sync::Arc;
 use kernels::{
     Attention, Backend, Batch, DType, Heads, HostTensor, LinearLora, LoraPart, LoraSite, Matrix, RowSet,
     SampleRow, SamplingParams,
-    cuda::{CudaBackend, CudaBatch, CudaMat, CudaSlots},
+    cuda::{CudaBackend, CudaBatch, CudaKv, CudaMat, CudaRope, CudaSlots, CudaVector, CudaWeight},
     reference::{self, Memory, Table},
     testing::{Numbers, assert_close, batch},
 };
@@ -74,6 +74,39 @@ fn deltas_of_aligned_shapes() {
             let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All };
             ops.linear(&mat(&ops, &x), &weight, None, Some(lora), &mut y).unwrap();
             assert_close("deltas", &ops.download(&y).unwrap(), &expected.data, DType::Bf16);
+        }
+    }
+}
+
+/// Every number of rows around the borders of the kernels for few of them, on inputs as long as a large model's.
+#[test]
+fn products_and_deltas_of_few_rows() {
+    let ops = backend();
+    let mut numbers = Numbers(24);
+    for inputs in [600, 4096, 14336] {
+        let sites = [LoraSite { inputs, outputs: vec![256, 64, 80] }];
+        let adapters: Vec<Vec<LoraPart>> = [16, 1, 33, 128]
+            .iter()
+            .map(|&r| (0..3).map(|slice| numbers.part((0, slice), &sites[0], r)).collect())
+            .collect();
+        let slots = resident(&ops, &sites, &adapters);
+        let w = numbers.table(400, inputs);
+        let weight = ops.weight(&[tensor(&w)]).unwrap();
+        for rows in [1, 3, 8, 9, 16, 17, 31, 32, 33, 70] {
+            let slots_of: Vec<Option<u32>> =
+                (0..rows).map(|i| Some((i * 5 / rows) as u32).filter(|&s| s < 4)).collect();
+            for with_deltas in [false, true] {
+                let host = batch(&vec![(1, 3); rows], if with_deltas { &slots_of } else { &[] });
+                let device = device_batch(&ops, &host);
+                let x = numbers.table(rows, inputs);
+                let mut expected = reference::linear(&x, &w, None);
+                reference::add_lora(&x, (0, &sites[0]), &host.segments, &adapters, &mut expected);
+                let mut y = ops.mat(rows, 400).unwrap();
+                let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All };
+                ops.linear(&mat(&ops, &x), &weight, None, Some(lora), &mut y).unwrap();
+                let what = format!("{rows} rows of {inputs}, deltas: {with_deltas}");
+                assert_close(&what, &ops.download(&y).unwrap(), &expected.data, DType::Bf16);
+            }
         }
     }
 }
@@ -198,6 +231,123 @@ fn decode_tokens(record: bool) -> Vec<Vec<u32>> {
         steps.push(sampled.iter().map(|s| s.token).collect());
     }
     steps
+}
+
+/// A decoder layer of random weights with two adapters, and its activations.
+struct Layer {
+    ops: CudaBackend,
+    weights: [CudaWeight; 4],
+    norm: CudaVector,
+    rope: CudaRope,
+    kv: CudaKv,
+    slots: CudaSlots,
+    x: CudaMat,
+    residual: CudaMat,
+    wide: [CudaMat; 4],
+}
+
+impl Layer {
+    const HIDDEN: usize = 2048;
+    const FFN: usize = 4096;
+    const HEADS: Heads = Heads { query: 16, kv: 4, dim: 128 };
+
+    fn new(rows: usize, blocks: usize) -> Layer {
+        let (ops, mut numbers) = (backend(), Numbers(26));
+        let (hidden, qkv) = (Self::HIDDEN, Self::HEADS.qkv_cols());
+        let sites = [
+            LoraSite { inputs: hidden, outputs: vec![2048, 512, 512] },
+            LoraSite { inputs: 2048, outputs: vec![hidden] },
+            LoraSite { inputs: hidden, outputs: vec![Self::FFN, Self::FFN] },
+            LoraSite { inputs: Self::FFN, outputs: vec![hidden] },
+        ];
+        let small = |mut table: Table| {
+            let scale = (table.cols as f32).sqrt().recip();
+            table.data.iter_mut().for_each(|x| *x *= scale);
+            table
+        };
+        let adapters: Vec<Vec<LoraPart>> = [16, 70]
+            .iter()
+            .map(|&r| {
+                let slices =
+                    sites.iter().enumerate().flat_map(|(i, s)| (0..s.outputs.len()).map(move |j| (i, j)));
+                slices.map(|at| numbers.part(at, &sites[at.0], r)).map(|part| scaled(part, 0.02)).collect()
+            })
+            .collect();
+        let mut weight = |rows, cols| ops.weight(&[tensor(&small(numbers.table(rows, cols)))]).unwrap();
+        let weights = [
+            weight(qkv, hidden),
+            weight(hidden, 2048),
+            weight(2 * Self::FFN, hidden),
+            weight(hidden, Self::FFN),
+        ];
+        let mat = |cols| ops.mat(rows, cols).unwrap();
+        Layer {
+            weights,
+            norm: ops.vector(&vec![1.0; hidden]).unwrap(),
+            rope: ops.rope(&[0.01; 64], 1024, 1.0).unwrap(),
+            kv: ops.kv(blocks, Self::HEADS).unwrap(),
+            slots: resident(&ops, &sites, &adapters),
+            x: mat(hidden),
+            residual: ops.wide_mat(rows, hidden).unwrap(),
+            wide: [mat(qkv), mat(2048), mat(2 * Self::FFN), mat(Self::FFN)],
+            ops,
+        }
+    }
+
+    /// Runs the layer a few times over; waits for the card after every operation if asked to.
+    fn run(&mut self, host: &Batch, wait: bool) -> Vec<f32> {
+        let Layer { ops, weights, norm, rope, kv, slots, x, residual, wide } = self;
+        let attention = Attention { heads: Self::HEADS, scale: 0.1, window: None, softcap: None };
+        let device = device_batch(ops, host);
+        let settle = |()| {
+            if wait {
+                ops.synchronize().unwrap()
+            }
+        };
+        ops.fill(x, &Numbers(27).table(host.rows(), Self::HIDDEN).data).unwrap();
+        ops.rms_norm(x, residual, norm, 1e-5).map(settle).unwrap();
+        let [qkv, attn, gate_up, act] = wide;
+        for _ in 0..6 {
+            let lora = |site| Some(LinearLora { slots, site, batch: &device, rows: RowSet::All });
+            ops.linear(x, &weights[0], None, lora(0), qkv).map(settle).unwrap();
+            ops.rope_and_store(qkv, Self::HEADS, rope, &device, kv).map(settle).unwrap();
+            ops.paged_attention(qkv, &attention, &device, kv, attn).map(settle).unwrap();
+            ops.linear(attn, &weights[1], None, lora(1), x).map(settle).unwrap();
+            ops.add_rms_norm(x, residual, norm, 1e-5).map(settle).unwrap();
+            ops.linear(x, &weights[2], None, lora(2), gate_up).map(settle).unwrap();
+            ops.silu_mul(gate_up, act).map(settle).unwrap();
+            ops.linear(act, &weights[3], None, lora(3), x).map(settle).unwrap();
+            ops.add_rms_norm(x, residual, norm, 1e-5).map(settle).unwrap();
+        }
+        ops.download(x).unwrap()
+    }
+}
+
+fn scaled(mut part: LoraPart, by: f32) -> LoraPart {
+    part.a.iter_mut().for_each(|x| *x *= by);
+    part
+}
+
+/// Kernels that start before the one ahead of them has ended compute what they compute one at a time.
+#[test]
+fn chained_kernels_wait_for_what_they_read() {
+    let mixed = |rows: usize| (0..rows).map(|i| [None, Some(0), Some(1)][i * 3 / rows]).collect::<Vec<_>>();
+    let cases = [
+        (vec![(1, 40)], vec![Some(0_u32)]),
+        (vec![(1, 40); 20], mixed(20)),
+        (vec![(1, 40); 100], mixed(100)),
+        (vec![(300, 0), (1, 9), (200, 0)], vec![Some(1), None, Some(0)]),
+    ];
+    for (sequences, slots) in cases {
+        let host = batch(&sequences, &slots);
+        let blocks = host.blocks.iter().max().map_or(0, |&b| b as usize + 1);
+        let mut layer = Layer::new(host.rows(), blocks);
+        let expected = layer.run(&host, true);
+        assert!(expected.iter().all(|x| x.is_finite()));
+        for _ in 0..5 {
+            assert!(layer.run(&host, false) == expected, "{} rows", host.rows());
+        }
+    }
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! The step loop: one thread that owns the model's state and runs what it is sent, in order.
 
 mod pass;
+mod rehearse;
 mod state;
 
 use std::{
@@ -43,7 +44,7 @@ pub struct Engine<B: Backend> {
 }
 
 impl<B: Backend> Engine<B> {
-    /// Sets all memory aside.
+    /// Sets memory aside, but for keys and values.
     pub fn new(
         ops: Arc<B>,
         model: Arc<Model<B>>,
@@ -51,6 +52,18 @@ impl<B: Backend> Engine<B> {
         limits: Limits,
     ) -> kernels::Result<Engine<B>> {
         Ok(Engine { state: State::new(ops, model, adapters, limits)?, events: None })
+    }
+
+    /// Runs the largest step once: what the device has left afterwards is free for keys, values and adapters.
+    pub fn rehearse(&mut self) -> kernels::Result<()> {
+        self.state.set_blocks(self.state.largest_blocks())?;
+        self.state.rehearse_largest()
+    }
+
+    /// Sets aside blocks for keys and values, and prepares the steps that use them.
+    pub fn set_blocks(&mut self, num_blocks: usize) -> kernels::Result<()> {
+        self.state.set_blocks(num_blocks)?;
+        self.state.record()
     }
 
     /// Runs until all senders are gone. Errors: the device failed; nothing that it holds can be trusted.
@@ -63,7 +76,8 @@ impl<B: Backend> Engine<B> {
                 commands.blocking_recv().ok_or(TryRecvError::Disconnected)
             };
             match command {
-                Err(TryRecvError::Empty) if launched.is_some() => self.finish(&mut launched)?,
+                // Neither the next step nor this one's result may wait for the other.
+                Err(TryRecvError::Empty) if launched.is_some() => thread::yield_now(),
                 Err(TryRecvError::Empty) => thread::park_timeout(LOAD_POLL),
                 Err(TryRecvError::Disconnected) => return Ok(()),
                 Ok(Command::Attach(events)) => self.events = Some(events),

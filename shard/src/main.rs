@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::Context;
@@ -90,10 +90,10 @@ fn run(config: &Config, rank: usize) -> anyhow::Result<()> {
     let ops = CpuBackend::new(dtype, shard.threads.unwrap_or(cores))?;
     tracing::info!(dtype = Precision::name(dtype), tier = ?ops.tier(), threads = ops.threads(), "computing on the CPU");
     let room = |_: &CpuBackend| Ok(Room::on_host(shard.kv_memory_bytes, shard.adapter_memory_bytes));
-    serve(Arc::new(ops), &Target { name: "cpu", max_rows: 512, room: &room }, config, rank)
+    serve(Arc::new(ops), &Target { name: "cpu", max_rows: 512, rehearses: false, room: &room }, config, rank)
 }
 
-/// Serves from a GPU whose memory is shared out once the weights are on it.
+/// Serves from a GPU whose memory is shared out once the weights and a step's needs are on it.
 #[cfg(feature = "cuda")]
 fn serve_cuda(ops: kernels::cuda::CudaBackend, config: &Config, rank: usize) -> anyhow::Result<()> {
     let shard = &config.shard;
@@ -107,7 +107,7 @@ fn serve_cuda(ops: kernels::cuda::CudaBackend, config: &Config, rank: usize) -> 
         tracing::info!(kv_bytes = room.kv_bytes, adapter_bytes = room.adapter_bytes, "memory is shared out");
         Ok(room)
     };
-    serve(Arc::new(ops), &Target { name: &name, max_rows: 2048, room: &room }, config, rank)
+    serve(Arc::new(ops), &Target { name: &name, max_rows: 2048, rehearses: true, room: &room }, config, rank)
 }
 
 /// What is known of a device before anything is loaded.
@@ -115,7 +115,9 @@ struct Target<'a, B> {
     name: &'a str,
     /// Rows of the largest step unless the configuration says otherwise.
     max_rows: usize,
-    /// The memory that is left once the weights are there.
+    /// Whether the largest step runs before memory is shared out, as the device's own needs show only then.
+    rehearses: bool,
+    /// The memory that is left then.
     room: &'a dyn Fn(&B) -> anyhow::Result<Room>,
 }
 
@@ -131,10 +133,7 @@ fn serve<B: Backend>(
     let description = model.config().clone();
     let max_sequences = shard.max_sequences.unwrap_or(128);
     let max_rows = shard.max_rows.unwrap_or(target.max_rows).max(max_sequences);
-    let room = (target.room)(&ops)?;
-    let most = max_sequences * description.max_positions.div_ceil(kernels::BLOCK_SIZE);
     let limits = Limits {
-        num_blocks: memory::blocks(room.kv_bytes, model.kv_block_bytes(&ops), most)?,
         num_slots: shard.num_slots.unwrap_or(128),
         max_rows,
         max_sequences,
@@ -145,6 +144,16 @@ fn serve<B: Backend>(
     let host_bytes = shard.adapter_host_bytes.unwrap_or(4 << 30) as usize;
     let adapters =
         Arc::new(Adapters::new(ops.clone(), description.clone(), model.sites(), roots, host_bytes));
+    let mut engine = Engine::new(ops.clone(), model.clone(), adapters.clone(), limits)?;
+    if target.rehearses {
+        engine.rehearse()?;
+    }
+    let room = (target.room)(&ops)?;
+    let most = max_sequences * description.max_positions.div_ceil(kernels::BLOCK_SIZE);
+    let num_blocks = memory::blocks(room.kv_bytes, model.kv_block_bytes(&ops), most)?;
+    let recording = Instant::now();
+    engine.set_blocks(num_blocks)?;
+    tracing::info!(num_blocks, seconds = recording.elapsed().as_secs_f32(), "ready to compute");
     let info = Info {
         dtype: Precision::name(ops.dtype()).into(),
         device: target.name.into(),
@@ -153,7 +162,7 @@ fn serve<B: Backend>(
         vocab_size: description.vocab as u32,
         max_positions: description.max_positions as u32,
         eos_token_ids: description.eos.clone(),
-        num_blocks: limits.num_blocks as u32,
+        num_blocks: num_blocks as u32,
         block_size: kernels::BLOCK_SIZE as u32,
         num_slots: limits.num_slots as u32,
         adapter_bytes: room.adapter_bytes,
@@ -161,7 +170,6 @@ fn serve<B: Backend>(
         max_sequences: limits.max_sequences as u32,
         max_logit_rows: limits.max_logit_rows as u32,
     };
-    let engine = Engine::new(ops, model, adapters.clone(), limits)?;
     let (commands, received) = mpsc::channel(16);
     let (failed, failure) = oneshot::channel();
     thread::Builder::new().name("engine".into()).spawn(move || {

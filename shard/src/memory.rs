@@ -15,8 +15,8 @@ pub enum TooSmall {
     },
     /// The weights have left too little.
     #[error(
-        "out of memory: {free} of {total} bytes are free once the weights are loaded; {reserved} of them are \
-         reserved (--cuda-memory-fraction) and steps take {ACTIVATIONS}"
+        "out of memory: {free} of {total} bytes are free beside the weights and a step; {reserved} of them are \
+         reserved (--cuda-memory-fraction) and recordings take {RECORDINGS}"
     )]
     Device {
         /// What is free.
@@ -28,8 +28,8 @@ pub enum TooSmall {
     },
 }
 
-/// Set aside for activations and logits of the largest step, and for the libraries' workspaces.
-const ACTIVATIONS: u64 = 3 << 30;
+/// Set aside for recorded steps and what the driver takes while adapters come and go.
+const RECORDINGS: u64 = 1 << 30;
 
 /// Memory for what grows and shrinks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,7 +54,7 @@ impl Room {
         kv: Option<u64>,
     ) -> Result<Room, TooSmall> {
         let reserved = (total as f64 * (1.0 - f64::from(used))) as u64;
-        let left = free.saturating_sub(reserved).saturating_sub(ACTIVATIONS);
+        let left = free.saturating_sub(reserved).saturating_sub(RECORDINGS);
         let adapter_bytes = (left as f64 * f64::from(adapters)) as u64;
         if left == 0 {
             return Err(TooSmall::Device { free, total, reserved });
@@ -100,9 +100,9 @@ mod tests {
     fn a_device_is_shared_out() {
         let gib = |n: u64| n << 30;
         let share = |kv| Room::on_device((gib(60), gib(80)), (0.75, 0.25), kv);
-        // 20 GiB stay free, 3 are for steps, and a quarter of 37 is for adapters.
-        let adapter_bytes = gib(37) / 4;
-        assert_eq!(share(None).unwrap(), Room { kv_bytes: gib(37) - adapter_bytes, adapter_bytes });
+        // 20 GiB stay free, 1 is for recordings, and a quarter of 39 is for adapters.
+        let adapter_bytes = gib(39) / 4;
+        assert_eq!(share(None).unwrap(), Room { kv_bytes: gib(39) - adapter_bytes, adapter_bytes });
         assert_eq!(share(Some(gib(2))).unwrap().kv_bytes, gib(2));
         let full = Room::on_device((gib(10), gib(80)), (0.9, 0.1), None).unwrap_err().to_string();
         assert!(full.contains("out of memory: 10737418240 of 85899345920 bytes are free"), "{full}");

@@ -36,9 +36,10 @@ impl Shard {
         let roots = Roots::new(Some(&at("adapters")), &[]).unwrap();
         let adapters =
             Arc::new(Adapters::new(ops.clone(), model.config().clone(), model.sites(), roots, 1 << 20));
-        let limits =
-            Limits { num_blocks: 16, num_slots: 2, max_rows: 32, max_sequences: 4, max_logit_rows: 32 };
-        let engine = Engine::new(ops, model, adapters.clone(), limits).unwrap();
+        let limits = Limits { num_slots: 2, max_rows: 32, max_sequences: 4, max_logit_rows: 32 };
+        let mut engine = Engine::new(ops, model, adapters.clone(), limits).unwrap();
+        engine.rehearse().unwrap();
+        engine.set_blocks(16).unwrap();
         let (commands, received) = mpsc::channel(16);
         thread::spawn(move || engine.run(received).unwrap());
         Shard { commands, adapters, _folder: folder }

@@ -27,6 +27,16 @@ const RECORDED_ROWS: [usize; 24] =
 /// Numbers of adapter tiles that decode steps are recorded for: a step without adapters launches nothing for them.
 const RECORDED_TILES: [usize; 5] = [0, 4, 16, 64, 256];
 
+/// The rows and tiles of every recording.
+pub(super) fn recorded_steps() -> Vec<(usize, usize)> {
+    let tiles_of = |&rows: &usize| {
+        let mut tiles: Vec<usize> = RECORDED_TILES.iter().map(|&tiles| tiles.min(rows)).collect();
+        tiles.dedup();
+        tiles.into_iter().map(move |tiles| (rows, tiles))
+    };
+    RECORDED_ROWS.iter().flat_map(tiles_of).collect()
+}
+
 fn at_least(sizes: &[usize], size: usize) -> Option<usize> {
     sizes.iter().copied().find(|&s| s >= size)
 }

@@ -241,9 +241,11 @@ impl DeviceBuf {
     /// Memory set to zero before this returns.
     pub(super) fn zeroed(device: &Arc<Device>, bytes: usize, what: &'static str) -> Result<DeviceBuf> {
         let buffer = DeviceBuf::new(device, bytes, what)?;
+        // On a stream of its own: waiting for the whole device would spoil a recording that another thread makes.
+        let stream = Stream::new(device)?;
         // SAFETY: just allocated.
-        unsafe { result::memset_d8_sync(buffer.at, 0, bytes) }.map_err(failed(what))?;
-        result::ctx::synchronize().map_err(failed(what))?;
+        unsafe { stream.clear(buffer.at, bytes)? };
+        stream.synchronize()?;
         Ok(buffer)
     }
 

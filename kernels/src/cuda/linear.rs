@@ -13,8 +13,9 @@ const SHRINK_BLOCKS: usize = 264;
 const MIN_SPLIT_INPUTS: usize = 256;
 /// Rows that one block of a shrink multiplies; `kRows` in `lora.cu`.
 const SHRINK_ROWS: usize = 16;
-/// Most rows of `skinny.cu`.
-const SKINNY_ROWS: usize = 32;
+/// Most rows that `skinny.cu` multiplies faster than cuBLASLt, and than cuBLASLt and a shrink one after the other.
+const SKINNY_ROWS: usize = 8;
+const SKINNY_ROWS_WITH_DELTAS: usize = 32;
 
 pub(super) fn linear(
     be: &CudaBackend,
@@ -32,7 +33,8 @@ pub(super) fn linear(
     }
     y.resize(op, x.rows())?;
     let deltas = lora.map(|lora| Deltas::new(x, &lora, y)).transpose()?.flatten();
-    if x.rows() <= SKINNY_ROWS && weight.inputs.is_multiple_of(8) {
+    let few = if deltas.is_some() { SKINNY_ROWS_WITH_DELTAS } else { SKINNY_ROWS };
+    if x.rows() <= few && weight.inputs.is_multiple_of(8) {
         skinny(be, x, (weight, bias), deltas.as_ref(), y)?;
     } else {
         if let Some(deltas) = &deltas {

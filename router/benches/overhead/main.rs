@@ -96,7 +96,8 @@ fn cpu(name: &str) -> Result<Duration> {
         let stat = fs::read_to_string(task?.path().join("stat"))?;
         let Some((head, fields)) = stat.rsplit_once(") ") else { continue };
         if head.ends_with(&format!("({name}")) {
-            ticks += fields.split(' ').skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum::<u64>();
+            ticks +=
+                fields.split(' ').skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum::<u64>();
         }
     }
     Ok(Duration::from_millis(ticks * 10))
@@ -125,7 +126,10 @@ fn main() -> Result<()> {
     shards.spawn(async move { serving.serve(&path).await });
     let address = start_router(&routers, folder.path(), &socket)?;
     let mut out = io::stdout().lock();
-    writeln!(out, "streams  tokens/s  steps/s  turn-around us p50/p99   CPU us a token: router  client  shard")?;
+    writeln!(
+        out,
+        "streams  tokens/s  steps/s  turn-around us p50/p99   CPU us a token: router  client  shard"
+    )?;
     for (streams, requests) in SCENARIOS {
         clients.block_on(async { tokio::spawn(load(address, streams, 1)).await })??;
         double.take();

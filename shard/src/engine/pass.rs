@@ -117,7 +117,7 @@ impl<B: Backend> State<B> {
     fn append(&mut self, rows: &Rows, wanted: &mut Wanted) -> Result<(), StepError> {
         let id = rows.sequence;
         for &block in &rows.new_blocks {
-            self.in_range("block", block as usize, self.limits.num_blocks)?;
+            self.in_range("block", block as usize, self.num_blocks)?;
         }
         let slot = self.sequences.get(&id).ok_or(StepError::UnknownSequence(id))?.slot;
         if let Some(slot) = slot.filter(|slot| !self.is_slot_ready(*slot)) {

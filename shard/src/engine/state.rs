@@ -3,7 +3,7 @@
 use std::{collections::HashMap, mem, sync::Arc};
 
 use kernels::{Backend, Batch};
-use model::{Model, adapter::ContentHash};
+use model::{Config, Model, adapter::ContentHash};
 
 use crate::{
     adapters::Adapters,
@@ -13,8 +13,6 @@ use crate::{
 /// How much room there is.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Blocks of KV memory.
-    pub num_blocks: usize,
     /// Adapters on the device.
     pub num_slots: usize,
     /// Rows of a step.
@@ -101,6 +99,7 @@ pub(super) struct State<B: Backend> {
     failed_loads: Vec<Event>,
     pub(super) slots: B::LoraSlots,
     pub(super) sampler: B::Sampler,
+    pub(super) num_blocks: usize,
     pub(super) kv: model::KvCache<B>,
     pub(super) scratch: model::Scratch<B>,
     pub(super) host: Batch,
@@ -114,13 +113,16 @@ impl<B: Backend> State<B> {
         adapters: Arc<Adapters<B>>,
         limits: Limits,
     ) -> kernels::Result<State<B>> {
-        let vocab = model.config().vocab;
+        let Config { vocab, max_positions, .. } = *model.config();
+        // Sequences may share blocks, but each has a table of its own.
+        let tables = limits.max_sequences * max_positions.div_ceil(kernels::BLOCK_SIZE);
         Ok(State {
             slots: ops.lora_slots(&model.sites(), limits.num_slots)?,
             sampler: ops.sampler(limits.max_sequences, vocab)?,
-            kv: model.kv_cache(&ops, limits.num_blocks)?,
+            num_blocks: 0,
+            kv: model.kv_cache(&ops, 0)?,
             scratch: model.scratch(&ops, limits.max_rows, limits.max_logit_rows)?,
-            batch: ops.batch(limits.max_rows, limits.num_blocks + limits.max_rows)?,
+            batch: ops.batch(limits.max_rows, tables)?,
             host: Batch::default(),
             sequences: HashMap::new(),
             free_seats: (0..limits.max_sequences as u32).rev().collect(),
@@ -131,6 +133,14 @@ impl<B: Backend> State<B> {
             adapters,
             limits,
         })
+    }
+
+    /// Replaces the memory for keys and values.
+    pub(super) fn set_blocks(&mut self, num_blocks: usize) -> kernels::Result<()> {
+        self.kv = self.model.kv_cache(&self.ops, 0)?;
+        self.kv = self.model.kv_cache(&self.ops, num_blocks)?;
+        self.num_blocks = num_blocks;
+        Ok(())
     }
 
     /// Forgets all sequences and empties all slots.

@@ -1,0 +1,91 @@
+//! Steps that run before the first request, on nobody's behalf: the largest one, after which the device has taken all
+//! the memory that steps need, and those that the device records.
+
+use std::{slice, sync::Arc, thread};
+
+use kernels::{BLOCK_SIZE, Backend, Batch, LoraPart, SampleRow, Segment, SequenceRows, Solo};
+use model::Pass;
+
+use super::{LOAD_POLL, state::State};
+
+impl<B: Backend> State<B> {
+    /// Runs a prefill of as many rows as a step may have. Needs [`State::largest_blocks`] blocks.
+    pub(super) fn rehearse_largest(&mut self) -> kernels::Result<()> {
+        let longest = self.limits.max_rows.min(self.model.config().max_positions);
+        let lens: Vec<usize> = (0..self.limits.max_rows)
+            .step_by(longest)
+            .map(|start| longest.min(self.limits.max_rows - start))
+            .collect();
+        self.rehearse(&batch(&lens, 0))
+    }
+
+    /// Blocks that the longest sequence of one step fills.
+    pub(super) fn largest_blocks(&self) -> usize {
+        self.limits.max_rows.div_ceil(BLOCK_SIZE)
+    }
+
+    /// Has the device record the steps that it wants to.
+    pub(super) fn record(&mut self) -> kernels::Result<()> {
+        let limit = self.limits.max_sequences.min(self.limits.max_logit_rows);
+        let steps: Vec<_> =
+            self.ops.recorded_steps().into_iter().filter(|(rows, _)| *rows <= limit).collect();
+        if steps.is_empty() {
+            return Ok(());
+        }
+        self.load_nothing()?;
+        for (rows, runs) in steps {
+            let step = batch(&vec![1; rows], runs);
+            self.rehearse(&step)?;
+            self.rehearse(&step)?;
+        }
+        self.ops.unload(&mut self.slots, 0)
+    }
+
+    /// Fills slot 0 with an adapter that adds nothing.
+    fn load_nothing(&mut self) -> kernels::Result<()> {
+        let sites = self.model.sites();
+        let nothing = sites.first().and_then(|site| Some((site.inputs, *site.outputs.first()?)));
+        let (inputs, outputs) = nothing.unwrap_or_default();
+        let part = LoraPart { site: 0, slice: 0, lora_rank: 1, a: vec![0.0; inputs], b: vec![0.0; outputs] };
+        let adapter = Arc::new(self.ops.stage(&sites, slice::from_ref(&part))?);
+        self.ops.load(&mut self.slots, 0, &adapter)?;
+        while self.ops.loaded(&mut self.slots)?.is_empty() {
+            thread::park_timeout(LOAD_POLL);
+        }
+        Ok(())
+    }
+
+    fn rehearse(&mut self, step: &Batch) -> kernels::Result<()> {
+        self.ops.upload(step, &mut self.batch)?;
+        let pass = Pass {
+            ops: &*self.ops,
+            batch: &self.batch,
+            slots: &self.slots,
+            sampler: &self.sampler,
+            comm: &Solo,
+        };
+        self.model.forward(&pass, &mut self.scratch, &mut self.kv)?;
+        let rows: Vec<_> =
+            (0..step.logit_rows.len() as u32).map(|row| SampleRow { row, seat: row }).collect();
+        let choices = self.ops.sample(&self.scratch.logits, &rows, &mut self.sampler)?;
+        self.ops.collect(choices, &mut Vec::new())
+    }
+}
+
+/// Sequences of so many rows from their beginning, all in the same blocks; the first `runs` rows are runs of their own
+/// with the adapter in slot 0.
+fn batch(lens: &[usize], runs: usize) -> Batch {
+    let longest = lens.iter().copied().max().unwrap_or(0);
+    let mut batch = Batch { blocks: (0..longest.div_ceil(BLOCK_SIZE) as u32).collect(), ..Batch::default() };
+    for &len in lens {
+        let start = batch.tokens.len() as u32;
+        batch.tokens.extend((0..len).map(|_| 0));
+        batch.positions.extend(0..len as u32);
+        batch.store_at.extend(0..len as u32);
+        batch.logit_rows.push(start + len as u32 - 1);
+        batch.sequences.push(SequenceRows { start, rows: len as u32, kv_len: len as u32, first_block: 0 });
+    }
+    batch.segments = (0..runs as u32).map(|row| Segment { start: row, end: row + 1, slot: 0 }).collect();
+    batch.logit_segments.clone_from(&batch.segments);
+    batch
+}
