@@ -163,7 +163,7 @@ def model_tensors(shape: Shape) -> list[Tensor]:
             gain = deep if site.endswith(("o_proj", "down_proj")) else 1.0
             tensors.append(Tensor(f"{prefix}.{site}.weight", (outputs, inputs), gain * inputs**-0.5))
     tensors.append(Tensor("model.norm.weight", (shape.hidden,), None))
-    tensors.append(Tensor("lm_head.weight", (shape.vocab, shape.hidden), 2.0 * shape.hidden**-0.5))
+    tensors.append(Tensor("lm_head.weight", (shape.vocab, shape.hidden), 0.02))  # Llama's `initializer_range`
     return tensors
 
 

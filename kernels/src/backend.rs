@@ -110,6 +110,11 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     // ---- adapters ----
 
+    /// Tells how many bytes of staged adapters there will be at most, so that a device can begin to set memory aside for
+    /// them. Returns at once.
+    fn expect_adapters(&self, bytes: usize) {
+        let _ = bytes;
+    }
     /// Lays an adapter out in host memory exactly as a device holds it. Runs beside steps, on any thread.
     fn stage(&self, sites: &[LoraSite], parts: &[LoraPart]) -> Result<Self::HostAdapter>;
     /// Bytes of a staged adapter, on the host and on the device alike.

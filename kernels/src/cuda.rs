@@ -12,6 +12,7 @@ mod graph;
 mod linear;
 mod lora;
 mod memory;
+mod pinned;
 mod plan;
 mod sampler;
 mod staging;
@@ -39,6 +40,8 @@ const BACKEND: &str = "cuda";
 /// Pinned buffers for small data on its way to the card: two steps, each with as many new sequences as there are seats,
 /// fill the ring without waiting for the steps before.
 const STAGES: usize = 512;
+/// Threads that can send weights at the same time.
+const WEIGHT_STAGINGS: usize = 8;
 /// A seat's data takes far less, a large step's indices a few of them.
 const STAGE_BYTES: usize = 64 << 10;
 
@@ -57,7 +60,8 @@ pub struct CudaBackend {
     partials: attention::Partials,
     reports: sampler::Reports,
     staging: Mutex<Staging>,
-    weight_staging: Mutex<Staging>,
+    weight_staging: Vec<Mutex<Staging>>,
+    pinned: Arc<pinned::PinnedPool>,
     /// All steps.
     stream: Arc<Stream>,
     /// Adapters on their way to the card.
@@ -85,7 +89,10 @@ impl CudaBackend {
             partials: attention::Partials::new(&device)?,
             reports: sampler::Reports::new(&device)?,
             staging: Mutex::new(Staging::new(&device, STAGES, STAGE_BYTES)?),
-            weight_staging: Mutex::new(Staging::new(&device, 4, 16 << 20)?),
+            weight_staging: (0..WEIGHT_STAGINGS)
+                .map(|_| Ok(Mutex::new(Staging::new(&device, 2, 8 << 20)?)))
+                .collect::<Result<_>>()?,
+            pinned: pinned::PinnedPool::new(&device),
             stream: Arc::new(Stream::new(&device)?),
             copies: Stream::new(&device)?,
             device,
@@ -116,8 +123,10 @@ impl CudaBackend {
         self.staging.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// One that nobody uses now, if there is one.
     fn weight_staging(&self) -> MutexGuard<'_, Staging> {
-        self.weight_staging.lock().unwrap_or_else(PoisonError::into_inner)
+        let idle = self.weight_staging.iter().find_map(|staging| staging.try_lock().ok());
+        idle.unwrap_or_else(|| self.weight_staging[0].lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// False while a recorded step is replayed.
@@ -218,6 +227,10 @@ impl Backend for CudaBackend {
     fn fill(&self, x: &mut CudaMat, values: &[f32]) -> Result<()> {
         self.device.bind()?;
         x.fill(self, values)
+    }
+
+    fn expect_adapters(&self, bytes: usize) {
+        self.pinned.set_aside(bytes);
     }
 
     fn stage(&self, sites: &[LoraSite], parts: &[LoraPart]) -> Result<CudaAdapter> {

@@ -6,6 +6,7 @@ use std::{
     collections::HashMap,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread,
     time::SystemTime,
 };
 
@@ -18,8 +19,8 @@ use tokio::sync::{OnceCell, Semaphore};
 
 pub use resolve::{ResolveError, Roots};
 
-/// Adapters that are read and checked at the same time.
-const PARALLEL: usize = 4;
+/// Most adapters that are read and checked at the same time; half of the cores are for others, too.
+const PARALLEL: usize = 8;
 
 /// Why an adapter cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -110,13 +111,14 @@ impl<B: Backend> Adapters<B> {
     /// An empty cache of at most `limit` bytes, over the folders of `roots`.
     pub fn new(ops: Arc<B>, config: Config, sites: Vec<LoraSite>, roots: Roots, limit: usize) -> Adapters<B> {
         let cache = Cache { known: HashMap::new(), resident: HashMap::new(), bytes: 0, clock: 0 };
+        let cores = thread::available_parallelism().map_or(1, usize::from);
         Adapters {
             ops,
             config,
             sites,
             roots,
             limit,
-            permits: Semaphore::new(PARALLEL),
+            permits: Semaphore::new((cores / 2).clamp(1, PARALLEL)),
             cache: Mutex::new(cache),
         }
     }

@@ -129,6 +129,8 @@ fn serve<B: Backend>(
     rank: usize,
 ) -> anyhow::Result<()> {
     let shard = &config.shard;
+    let host_bytes = shard.adapter_host_bytes.unwrap_or(4 << 30) as usize;
+    ops.expect_adapters(host_bytes);
     let model = Arc::new(load(&*ops, config)?);
     let description = model.config().clone();
     let max_sequences = shard.max_sequences.unwrap_or(128);
@@ -141,7 +143,6 @@ fn serve<B: Backend>(
     };
     let roots =
         Roots::new(shard.adapter_dir.as_deref(), &shard.adapter_roots).context("the adapter folders")?;
-    let host_bytes = shard.adapter_host_bytes.unwrap_or(4 << 30) as usize;
     let adapters =
         Arc::new(Adapters::new(ops.clone(), description.clone(), model.sites(), roots, host_bytes));
     let mut engine = Engine::new(ops.clone(), model.clone(), adapters.clone(), limits)?;

@@ -104,7 +104,7 @@ mod tests {
         let adapter_bytes = gib(39) / 4;
         assert_eq!(share(None).unwrap(), Room { kv_bytes: gib(39) - adapter_bytes, adapter_bytes });
         assert_eq!(share(Some(gib(2))).unwrap().kv_bytes, gib(2));
-        let full = Room::on_device((gib(10), gib(80)), (0.9, 0.1), None).unwrap_err().to_string();
-        assert!(full.contains("out of memory: 10737418240 of 85899345920 bytes are free"), "{full}");
+        let full = Room::on_device((gib(9), gib(80)), (0.9, 0.1), None).unwrap_err().to_string();
+        assert!(full.contains("out of memory: 9663676416 of 85899345920 bytes are free"), "{full}");
     }
 }

@@ -275,8 +275,8 @@ pub(super) struct Sums {
 }
 
 impl Sums {
-    /// Rows times splits that there is room for: few rows are split, many are not.
-    const SPLIT_ROWS: usize = 512;
+    /// Rows times splits that there is room for: a few rows are split often, thousands hardly.
+    const SPLIT_ROWS: usize = 4096;
 
     fn new(backend: &CudaBackend, rows: usize) -> Result<Sums> {
         let (what, ranks) = ("low-rank sums", MAX_SLICES * MAX_LORA_RANK);

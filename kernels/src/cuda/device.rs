@@ -126,13 +126,6 @@ impl Stream {
         unsafe { result::stream::synchronize(self.raw) }.map_err(failed("synchronize"))
     }
 
-    /// Work launched from now on runs after `event`.
-    pub(super) fn wait(&self, event: &Event) -> Result<()> {
-        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
-        // SAFETY: both live.
-        unsafe { result::stream::wait_event(self.raw, event.raw, flags) }.map_err(failed("wait for an event"))
-    }
-
     /// Copies pinned memory to the card, in stream order.
     ///
     /// # Safety

@@ -2,11 +2,14 @@
 
 use std::sync::Arc;
 
+use half::{bf16, f16};
+
 use super::{
     CudaBackend, convert,
-    device::{DeviceBuf, Event, PinnedBuf, PoolBuf},
+    device::{DeviceBuf, Event, PoolBuf},
     ffi::{MAX_LORA_RANK, MAX_SLICES},
     memory::expect,
+    pinned::Pieces,
     unsupported,
 };
 use crate::{DType, Error, LoraPart, LoraSite, Result};
@@ -18,7 +21,7 @@ const ENTRY: usize = 24;
 
 /// Where the delta of one slice lies in an adapter.
 #[derive(Debug, Clone, Copy)]
-struct Piece {
+struct Placed {
     /// Index of the slice when those of all sites are counted.
     slice: usize,
     lora_rank: u32,
@@ -28,8 +31,8 @@ struct Piece {
 
 /// An adapter in pinned memory: for each part A `[lora_rank, inputs]`, then B transposed `[lora_rank, outputs]`.
 pub struct CudaAdapter {
-    memory: PinnedBuf,
-    pieces: Vec<Piece>,
+    memory: Pieces,
+    parts: Vec<Placed>,
 }
 
 impl CudaAdapter {
@@ -41,32 +44,33 @@ impl CudaAdapter {
             bytes += (elements * size).next_multiple_of(ALIGN);
             at
         };
-        let mut pieces = Vec::with_capacity(parts.len());
+        let mut placed = Vec::with_capacity(parts.len());
         for part in parts {
             check_part(sites, part)?;
             let slice = first[part.site] + part.slice;
             let (a, b) = (reserve(part.a.len()), reserve(part.b.len()));
-            pieces.push(Piece { slice, lora_rank: part.lora_rank as u32, a, b });
+            placed.push(Placed { slice, lora_rank: part.lora_rank as u32, a, b });
         }
-        let mut memory = PinnedBuf::new(&be.device, bytes)?;
-        let out = memory.as_mut_slice();
-        for (part, piece) in parts.iter().zip(&pieces) {
-            write_all(be.dtype, part.a.iter().copied(), &mut out[piece.a..]);
+        let mut memory = be.pinned.take(bytes)?;
+        for (part, placed) in parts.iter().zip(&placed) {
+            memory.write(placed.a, &to_bytes(be.dtype, part.a.iter().copied()));
             let rank = part.lora_rank;
             let transposed = (0..rank).flat_map(|r| part.b.iter().skip(r).step_by(rank).copied());
-            write_all(be.dtype, transposed, &mut out[piece.b..]);
+            memory.write(placed.b, &to_bytes(be.dtype, transposed));
         }
-        Ok(CudaAdapter { memory, pieces })
+        Ok(CudaAdapter { memory, parts: placed })
     }
 
     pub(super) fn bytes(&self) -> usize {
-        self.memory.as_slice().len()
+        self.memory.bytes()
     }
 }
 
-fn write_all(dtype: DType, values: impl Iterator<Item = f32>, to: &mut [u8]) {
-    for (x, to) in values.zip(to.chunks_exact_mut(dtype.size())) {
-        convert::write(dtype, x, to);
+fn to_bytes(dtype: DType, values: impl Iterator<Item = f32>) -> Vec<u8> {
+    match dtype {
+        DType::F32 => values.flat_map(f32::to_le_bytes).collect(),
+        DType::Bf16 => values.flat_map(|x| bf16::from_f32(x).to_le_bytes()).collect(),
+        DType::F16 => values.flat_map(|x| f16::from_f32(x).to_le_bytes()).collect(),
     }
 }
 
@@ -153,8 +157,10 @@ impl CudaSlots {
         self.unload(slot)?;
         let memory = PoolBuf::new(&be.copies, &be.stream, adapter.bytes(), "an adapter")?;
         let copied = Event::new()?;
-        // SAFETY: the memory was just allocated on this stream; `Loading` keeps the source until the copy ended.
-        unsafe { be.copies.copy_in(memory.at(), adapter.memory.as_slice())? };
+        for (at, piece) in adapter.memory.iter() {
+            // SAFETY: the memory was just allocated on this stream; `Loading` keeps the source until the copy ended.
+            unsafe { be.copies.copy_in(memory.at() + at as u64, piece)? };
+        }
         copied.record(&be.copies)?;
         let resident = Resident { memory, adapter: adapter.clone() };
         self.loading.push(Loading { slot, resident, copied, abandoned: false });
@@ -188,7 +194,7 @@ impl CudaSlots {
         let stride = self.entry_stride();
         let at = resident.memory.at();
         let mut entries = vec![[0_u64; ENTRY / 8]; stride];
-        for piece in &resident.adapter.pieces {
+        for piece in &resident.adapter.parts {
             entries[piece.slice] = [at + piece.a as u64, at + piece.b as u64, u64::from(piece.lora_rank)];
         }
         let to = self.entries.at() + (slot as usize * stride * ENTRY) as u64;

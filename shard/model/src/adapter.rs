@@ -169,14 +169,18 @@ pub fn read(folder: &Path, model: &Config) -> Result<Adapter, AdapterError> {
 /// Hashes what the kernels will compute with: two folders that give the same output have the same identity, however
 /// they are written.
 fn hash(parts: &[LoraPart]) -> ContentHash {
+    const CHUNK: usize = 1024;
     let mut sha = Sha256::new();
     for part in parts {
         for number in [part.site, part.slice, part.lora_rank, part.a.len(), part.b.len()] {
             sha.update((number as u64).to_le_bytes());
         }
-        for values in [&part.a, &part.b] {
-            let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
-            sha.update(&bytes);
+        for values in part.a.chunks(CHUNK).chain(part.b.chunks(CHUNK)) {
+            let mut bytes = [0; 4 * CHUNK];
+            for (to, x) in bytes.chunks_exact_mut(4).zip(values) {
+                to.copy_from_slice(&x.to_le_bytes());
+            }
+            sha.update(&bytes[..4 * values.len()]);
         }
     }
     ContentHash(sha.finalize().into())

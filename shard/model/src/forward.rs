@@ -1,6 +1,14 @@
 //! The forward pass of a Llama-like decoder.
 
-use std::path::Path;
+use std::{
+    panic::resume_unwind,
+    path::Path,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+};
 
 use kernels::{Attention, Backend, Comm, Heads, HostTensor, LinearLora, LoraSite, RowSet};
 
@@ -80,13 +88,12 @@ pub struct Model<B: Backend> {
 
 impl<B: Backend> Model<B> {
     /// Loads a GGUF file or a folder in Hugging Face layout, and tells how far it is.
-    pub fn load(ops: &B, path: &Path, progress: &mut dyn FnMut(LoadProgress)) -> Result<Model<B>> {
+    pub fn load(ops: &B, path: &Path, progress: &mut Progress<'_>) -> Result<Model<B>> {
         let (config, source) = weights::open(path)?;
-        let total_bytes = source.total_bytes();
-        let mut loader =
-            Loader { ops, source: &*source, progress, done: LoadProgress { done_bytes: 0, total_bytes } };
+        let done = LoadProgress { done_bytes: 0, total_bytes: source.total_bytes() };
+        let loader = Loader { ops, source: &*source, progress: Mutex::new((progress, done)) };
         let embed = loader.weight(&[("model.embed_tokens", config.vocab)], config.hidden)?;
-        let layers = (0..config.layers).map(|i| loader.layer(&config, i)).collect::<Result<_>>()?;
+        let layers = loader.layers(&config)?;
         let norm = loader.vector("model.norm.weight", config.hidden)?;
         let lm_head = match config.tied {
             true => None,
@@ -183,46 +190,72 @@ impl<B: Backend> Model<B> {
     }
 }
 
+/// Whoever is told how far loading is.
+type Progress<'a> = dyn FnMut(LoadProgress) + Send + 'a;
+
+/// Threads that load layers: enough to read from the page cache as fast as a GPU takes weights.
+const LOADERS: usize = 8;
+
 /// Reads tensors, checks their shapes, and puts them on the device.
 struct Loader<'a, B: Backend> {
     ops: &'a B,
-    source: &'a dyn Source,
-    progress: &'a mut dyn FnMut(LoadProgress),
-    done: LoadProgress,
+    source: &'a (dyn Source + Sync),
+    progress: Mutex<(&'a mut Progress<'a>, LoadProgress)>,
 }
 
 impl<B: Backend> Loader<'_, B> {
-    fn tensor(&mut self, name: &str, rows: usize, cols: usize) -> Result<HostTensor<'static>> {
+    /// All layers, several at a time. Of several faults, that of the first layer is reported.
+    fn layers(&self, config: &Config) -> Result<Vec<Layer<B>>> {
+        let threads = thread::available_parallelism().map_or(1, usize::from).min(LOADERS);
+        let next = AtomicUsize::new(0);
+        let load = || {
+            let indices = std::iter::from_fn(|| Some(next.fetch_add(1, Ordering::Relaxed)));
+            let mine = indices.take_while(|&i| i < config.layers);
+            mine.map(|i| (i, self.layer(config, i))).collect::<Vec<_>>()
+        };
+        let mut layers: Vec<_> = thread::scope(|scope| {
+            let loaders: Vec<_> = (0..threads).map(|_| scope.spawn(load)).collect();
+            loaders
+                .into_iter()
+                .flat_map(|loader| loader.join().unwrap_or_else(|panic| resume_unwind(panic)))
+                .collect()
+        });
+        layers.sort_unstable_by_key(|(i, _)| *i);
+        layers.into_iter().map(|(_, layer)| layer).collect()
+    }
+
+    fn tensor(&self, name: &str, rows: usize, cols: usize) -> Result<HostTensor<'static>> {
         let tensor = self.source.tensor(name)?;
         if (tensor.rows, tensor.cols) != (rows, cols) {
             let (got, expected) = (vec![tensor.rows, tensor.cols], vec![rows, cols]);
             return Err(LoadError::Shape { name: name.into(), got, expected });
         }
-        self.done.done_bytes += self.source.bytes(name);
-        (self.progress)(self.done);
+        let (tell, done) = &mut *self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        done.done_bytes += self.source.bytes(name);
+        tell(*done);
         Ok(tensor)
     }
 
     /// The rows of several modules' weights, one after the other.
-    fn weight(&mut self, modules: &[(&str, usize)], cols: usize) -> Result<B::Weight> {
+    fn weight(&self, modules: &[(&str, usize)], cols: usize) -> Result<B::Weight> {
         let parts =
             modules.iter().map(|(module, rows)| self.tensor(&format!("{module}.weight"), *rows, cols));
         let parts = parts.collect::<Result<Vec<_>>>()?;
         Ok(self.ops.weight(&parts)?)
     }
 
-    fn values(&mut self, name: &str, len: usize) -> Result<Vec<f32>> {
+    fn values(&self, name: &str, len: usize) -> Result<Vec<f32>> {
         let tensor = self.tensor(name, 1, len)?;
         Ok(tensor.to_f32())
     }
 
-    fn vector(&mut self, name: &str, len: usize) -> Result<B::Vector> {
+    fn vector(&self, name: &str, len: usize) -> Result<B::Vector> {
         let values = self.values(name, len)?;
         Ok(self.ops.vector(&values)?)
     }
 
     fn linear(
-        &mut self,
+        &self,
         modules: &[(&str, usize)],
         cols: usize,
         (bias, site): (bool, usize),
@@ -238,7 +271,7 @@ impl<B: Backend> Loader<'_, B> {
         Ok(Linear { weight, bias, site })
     }
 
-    fn layer(&mut self, config: &Config, i: usize) -> Result<Layer<B>> {
+    fn layer(&self, config: &Config, i: usize) -> Result<Layer<B>> {
         let at = |part: &str| format!("model.layers.{i}.{part}");
         let (hidden, ffn, Heads { query, kv, dim }) = (config.hidden, config.ffn, config.heads);
         let [q, k, v, o] = ["q", "k", "v", "o"].map(|part| at(&format!("self_attn.{part}_proj")));

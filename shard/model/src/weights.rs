@@ -31,7 +31,7 @@ pub(crate) trait Source {
 }
 
 /// Opens a model: its configuration and its tensors.
-pub(crate) fn open(path: &Path) -> Result<(Config, Box<dyn Source>)> {
+pub(crate) fn open(path: &Path) -> Result<(Config, Box<dyn Source + Sync>)> {
     if path.is_file() {
         let (config, source) = from_gguf::open(path)?;
         return Ok((config, Box::new(source)));

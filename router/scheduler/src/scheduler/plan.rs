@@ -12,6 +12,10 @@ use crate::{
 /// all weights for few rows (the weights of VTC's experiments).
 const GENERATED: u64 = 2;
 
+/// Devices multiply rows in tiles, and a few rows beyond whole tiles cost as much as a tile more. GPUs have the largest
+/// ones: on an H100, 543 rows of an 8B-sized model took 18.7 ms and 512 rows 12.
+const TILE_ROWS: usize = 128;
+
 /// A step being planned, and what is left of its budgets.
 #[derive(Debug)]
 pub(super) struct Draft {
@@ -67,6 +71,17 @@ impl Draft {
         self.logits_left -= if sequence.prompt_logprobs { rows } else { usize::from(sample) };
     }
 
+    /// Cuts the prefill budget so that a step that fills it has whole tiles of rows together with those planned so far,
+    /// unless that would take half of it.
+    fn fill_tiles(&mut self) {
+        let planned: usize = self.rows.iter().map(|(.., plan)| plan.rows as usize).sum();
+        let total = (self.prefill_left + planned) / TILE_ROWS * TILE_ROWS;
+        let left = total.saturating_sub(planned);
+        if left >= self.prefill_left / 2 {
+            self.prefill_left = left;
+        }
+    }
+
     fn is_empty(&self) -> bool {
         self.rows.is_empty() && self.load.is_empty() && self.unload.is_empty()
     }
@@ -93,7 +108,11 @@ impl Scheduler {
     fn plan_running(&mut self, draft: &mut Draft) {
         let running = self.running.iter().map(|(&arrival, sequence)| (arrival, sequence.prefills()));
         let (prefilling, generating): (Vec<_>, Vec<_>) = running.partition(|&(_, prefills)| prefills);
-        for (arrival, _) in generating.into_iter().chain(prefilling) {
+        for (arrival, _) in generating {
+            self.plan_rows(arrival, draft);
+        }
+        draft.fill_tiles();
+        for (arrival, _) in prefilling {
             self.plan_rows(arrival, draft);
         }
     }
