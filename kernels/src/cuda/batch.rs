@@ -49,6 +49,8 @@ pub(super) struct Sizes {
     pub(super) decode_items: usize,
     pub(super) prefill_items: usize,
     pub(super) tiles: [usize; 2],
+    /// Pieces that a shrink cuts tiles with an adapter into.
+    pub(super) pieces: [usize; 2],
 }
 
 /// Device addresses of a step's sections.
@@ -61,7 +63,7 @@ pub(super) struct Sections {
     pub(super) logit_rows: u64,
     pub(super) decode_items: u64,
     pub(super) prefill_items: u64,
-    pub(super) tiles: [u64; 2],
+    tiles: [u64; 2],
     pub(super) blocks: u64,
 }
 
@@ -72,6 +74,10 @@ impl Sections {
 
     pub(super) fn num_prefill_items(&self) -> u64 {
         self.counts + 4
+    }
+
+    pub(super) fn tiles(&self, set: RowSet) -> u64 {
+        self.tiles[index(set)]
     }
 
     pub(super) fn num_tiles(&self, set: RowSet) -> u64 {
@@ -161,9 +167,10 @@ impl CudaBatch {
         Err(Error::Shape { op, what: "rows", got, expected: least })
     }
 
-    /// Tiles of a row set, and the most rows of one.
-    pub(super) fn tiles(&self, set: RowSet) -> (usize, u32, u64) {
-        (self.sizes().tiles[index(set)], self.tile_rows[index(set)], self.at.tiles[index(set)])
+    /// Tiles of a row set, the most rows of one, and the pieces of a shrink.
+    pub(super) fn tiles(&self, set: RowSet) -> (usize, u32, usize) {
+        let (sizes, set) = (self.sizes(), index(set));
+        (sizes.tiles[set], self.tile_rows[set], sizes.pieces[set])
     }
 
     /// Slots that the rows use.
@@ -203,8 +210,8 @@ impl CudaBatch {
         let rows = host.rows();
         let tile_rows = [rows, host.logit_rows.len()].map(plan::tile_rows);
         let tiles = [
-            plan::lora_tiles(&host.segments, tile_rows[0]),
-            plan::lora_tiles(&host.logit_segments, tile_rows[1]),
+            plan::lora_tiles(&host.segments, tile_rows[0], rows),
+            plan::lora_tiles(&host.logit_segments, tile_rows[1], host.logit_rows.len()),
         ];
         let decode = plan::decode_items(&host.sequences);
         let prefill = plan::prefill_items(&host.sequences);
@@ -214,6 +221,7 @@ impl CudaBatch {
             decode_items: decode.len(),
             prefill_items: prefill.len(),
             tiles: [tiles[0].len(), tiles[1].len()],
+            pieces: [plan::shrink_pieces(&tiles[0]), plan::shrink_pieces(&tiles[1])],
         };
         self.recorded = self.recorded_sizes(host);
         let room = self.recorded.unwrap_or(self.exact);
@@ -260,6 +268,7 @@ impl CudaBatch {
             decode_items: plan::max_decode_items(rows),
             prefill_items: 0,
             tiles: [tiles; 2],
+            pieces: [tiles; 2],
         })
     }
 }

@@ -5,25 +5,62 @@ use super::{
     gemm::{Operands, Shape},
     memory::expect,
 };
-use crate::{Error, LinearLora, Matrix, Result};
+use crate::{Backend, Error, LinearLora, Matrix, Result};
 
 /// Blocks that a shrink should have, about: two for each multiprocessor of a large card.
 const SHRINK_BLOCKS: usize = 264;
 /// Inputs that one block of a shrink reduces, at least: one step of each of its warps.
 const MIN_SPLIT_INPUTS: usize = 256;
-/// Rows that one block of a shrink multiplies; `kRows` in `lora.cu`.
-const SHRINK_ROWS: usize = 16;
 /// Most rows that `skinny.cu` multiplies faster than cuBLASLt, and than cuBLASLt and a shrink one after the other.
 const SKINNY_ROWS: usize = 8;
 const SKINNY_ROWS_WITH_DELTAS: usize = 32;
 
+type WeightAndBias<'a> = (&'a CudaWeight, Option<&'a CudaVector>);
+
 pub(super) fn linear(
     be: &CudaBackend,
     x: &CudaMat,
-    (weight, bias): (&CudaWeight, Option<&CudaVector>),
+    weight: WeightAndBias<'_>,
     lora: Option<LinearLora<'_, CudaBackend>>,
     y: &mut CudaMat,
 ) -> Result<()> {
+    match project(be, x, weight, lora, y)? {
+        Some(deltas) => deltas.expand(be, y.wide()),
+        None => Ok(()),
+    }
+}
+
+pub(super) fn gated_linear(
+    be: &CudaBackend,
+    x: &CudaMat,
+    weight: WeightAndBias<'_>,
+    lora: Option<LinearLora<'_, CudaBackend>>,
+    (gate_up, y): (&mut CudaMat, &mut CudaMat),
+) -> Result<()> {
+    let deltas = project(be, x, weight, lora, gate_up)?;
+    match deltas {
+        Some(deltas) if deltas.is_gated(y.cols()) => {
+            gate_up.expect_half("gated_linear")?;
+            y.expect_half("gated_linear")?;
+            y.resize("gated_linear", gate_up.rows())?;
+            deltas.expand_gated(be, y)
+        }
+        Some(deltas) => {
+            deltas.expand(be, gate_up.wide())?;
+            be.silu_mul(gate_up, y)
+        }
+        None => be.silu_mul(gate_up, y),
+    }
+}
+
+/// The base product; the deltas that it lacks are shrunk, ready to be added.
+fn project(
+    be: &CudaBackend,
+    x: &CudaMat,
+    (weight, bias): WeightAndBias<'_>,
+    lora: Option<LinearLora<'_, CudaBackend>>,
+    y: &mut CudaMat,
+) -> Result<Option<Deltas>> {
     let op = "linear";
     x.expect_half(op)?;
     x.expect_cols(op, "columns of x", weight.inputs)?;
@@ -42,17 +79,14 @@ pub(super) fn linear(
         }
         product(be, x, (weight, bias), y)?;
     }
-    match deltas {
-        Some(deltas) => deltas.expand(be, y.wide()),
-        None => Ok(()),
-    }
+    Ok(deltas)
 }
 
 /// The base product and the shrink of a few rows, in one launch.
 fn skinny(
     be: &CudaBackend,
     x: &CudaMat,
-    (weight, bias): (&CudaWeight, Option<&CudaVector>),
+    (weight, bias): WeightAndBias<'_>,
     deltas: Option<&Deltas>,
     y: &CudaMat,
 ) -> Result<()> {
@@ -77,12 +111,7 @@ fn skinny(
 }
 
 /// The base product of many rows.
-fn product(
-    be: &CudaBackend,
-    x: &CudaMat,
-    (weight, bias): (&CudaWeight, Option<&CudaVector>),
-    y: &CudaMat,
-) -> Result<()> {
+fn product(be: &CudaBackend, x: &CudaMat, (weight, bias): WeightAndBias<'_>, y: &CudaMat) -> Result<()> {
     if x.rows() > 0 && be.is_launching() {
         let shape =
             Shape { rows: x.rows(), inputs: weight.inputs, outputs: weight.outputs, wide: y.wide() != 0 };
@@ -100,7 +129,7 @@ fn product(
 struct Deltas {
     args: ffi::LoraArgs,
     max_tiles: usize,
-    tile_rows: usize,
+    tile_rows: u32,
 }
 
 impl Deltas {
@@ -117,12 +146,11 @@ impl Deltas {
         for &slot in batch.slots(lora.rows) {
             slots.expect_resident(op, slot)?;
         }
-        let (max_tiles, tile_rows, tiles) = batch.tiles(lora.rows);
+        let (max_tiles, tile_rows, pieces) = batch.tiles(lora.rows);
         if max_tiles == 0 {
             return Ok(None);
         }
-        let tile_rows = tile_rows as usize;
-        let wanted = SHRINK_BLOCKS / (max_tiles * tile_rows.div_ceil(SHRINK_ROWS));
+        let wanted = SHRINK_BLOCKS / pieces.max(1);
         let most = (site.inputs / MIN_SPLIT_INPUTS).min(batch.sums.max_splits(x.rows()));
         let mut first_out = [0; ffi::MAX_SLICES + 1];
         for (i, outputs) in site.outputs.iter().enumerate() {
@@ -130,7 +158,7 @@ impl Deltas {
         }
         let args = ffi::LoraArgs {
             entries: slots.entries_at(lora.site),
-            tiles,
+            tiles: batch.at.tiles(lora.rows),
             num_tiles: batch.at.num_tiles(lora.rows),
             x: x.at(),
             y: y.at(),
@@ -161,6 +189,21 @@ impl Deltas {
         // SAFETY: as in `shrink`.
         be.launch("linear", self.max_tiles, |elem, stream| unsafe {
             ffi::lorax_lora_expand(&raw const self.args, elem, wide, self.max_tiles as i32, stream)
+        })
+    }
+
+    /// Whether they belong to gate and up of this width, as the kernel that adds them on the way wants it.
+    fn is_gated(&self, width: usize) -> bool {
+        let ends = [0, width as i32, 2 * width as i32];
+        self.args.slices == 2 && self.args.first_out[..3] == ends && width.is_multiple_of(16)
+    }
+
+    /// `act = silu(gate) · up` with the deltas of both.
+    fn expand_gated(&self, be: &CudaBackend, act: &CudaMat) -> Result<()> {
+        // SAFETY: as in `shrink`; `act` has the rows and half of the columns of y.
+        be.launch("gated_linear", self.max_tiles, |elem, stream| unsafe {
+            let max_tiles = self.max_tiles as i32;
+            ffi::lorax_lora_expand_gated(&raw const self.args, elem, act.at(), max_tiles, stream)
         })
     }
 }
