@@ -3,6 +3,7 @@
 mod from_gguf;
 
 use std::{
+    collections::HashSet,
     fs, io,
     path::{Path, PathBuf},
 };
@@ -57,6 +58,8 @@ pub struct ModelTokenizer {
     pub bos_token: Option<String>,
     /// Text of the token that ends one.
     pub eos_token: Option<String>,
+    /// Ids of special tokens: the library would copy its whole table to tell one.
+    special: HashSet<u32>,
 }
 
 impl ModelTokenizer {
@@ -70,6 +73,12 @@ impl ModelTokenizer {
             found.configure(&json(&path)?);
         }
         Ok(found)
+    }
+
+    fn new(tokenizer: Tokenizer) -> ModelTokenizer {
+        let added = tokenizer.get_added_tokens_decoder();
+        let special = added.into_iter().filter(|(_, token)| token.special).map(|(id, _)| id).collect();
+        ModelTokenizer { tokenizer, chat_template: None, bos_token: None, eos_token: None, special }
     }
 
     /// Takes over what a tokenizer_config.json says.
@@ -110,7 +119,7 @@ impl ModelTokenizer {
 
     /// Whether a token is special: not part of the text.
     pub fn is_special(&self, id: u32) -> bool {
-        self.tokenizer.get_added_tokens_decoder().get(&id).is_some_and(|token| token.special)
+        self.special.contains(&id)
     }
 }
 
@@ -127,10 +136,5 @@ fn from_folder(folder: &Path) -> Result<ModelTokenizer, TokenizerError> {
     tokenizer.with_truncation(None).map_err(TokenizerError::Definition)?;
     tokenizer.with_padding(None);
     let template = folder.join("chat_template.jinja");
-    Ok(ModelTokenizer {
-        tokenizer,
-        chat_template: fs::read_to_string(template).ok(),
-        bos_token: None,
-        eos_token: None,
-    })
+    Ok(ModelTokenizer { chat_template: fs::read_to_string(template).ok(), ..ModelTokenizer::new(tokenizer) })
 }

@@ -1,4 +1,5 @@
-//! What the router costs: the real one, over HTTP and gRPC, with a shard that answers every step at once.
+//! What the router costs: the real one, over HTTP and gRPC, with a shard that computes nothing and takes no time for a
+//! step, or as long as a GPU would.
 //!
 //! Router, shard and clients have threads of their own, two, one and one, so that the CPU time of each is known. The
 //! tokenizer is byte-level, as Llama 3's, with 256 special tokens.
@@ -27,8 +28,11 @@ type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 const PROMPT: usize = 512;
 const OUTPUT: usize = 128;
 const SPECIAL: usize = 256;
-/// Streams, and requests of each.
-const SCENARIOS: [(usize, usize); 3] = [(1, 100), (32, 20), (256, 8)];
+/// Threads, by name.
+const NAMES: [&str; 3] = ["router", "shard", "client"];
+/// Streams, requests of each, and milliseconds that a step takes.
+const SCENARIOS: [(usize, usize, u64); 6] =
+    [(1, 100, 0), (32, 20, 0), (256, 8, 0), (1, 4, 5), (32, 4, 8), (256, 4, 10)];
 
 /// Writes a tokenizer: bytes, then words of two and three letters, then special tokens. Returns the ordinary ones.
 fn write_tokenizer(folder: &Path) -> Result<u32> {
@@ -126,15 +130,16 @@ fn main() -> Result<()> {
     shards.spawn(async move { serving.serve(&path).await });
     let address = start_router(&routers, folder.path(), &socket)?;
     let mut out = io::stdout().lock();
+    writeln!(out, "                                    turn-around, us         CPU, us a token      cores")?;
     writeln!(
         out,
-        "streams  tokens/s  steps/s  turn-around us p50/p99   CPU us a token: router  client  shard"
+        "streams  step ms  tokens/s  steps/s    p50    p99  idle %   client  shard router  router"
     )?;
-    for (streams, requests) in SCENARIOS {
+    for (streams, requests, pace) in SCENARIOS {
+        double.set_pace(Duration::from_millis(pace));
         clients.block_on(async { tokio::spawn(load(address, streams, 1)).await })??;
         double.take();
-        let names = ["router", "client", "shard"];
-        let before = names.map(cpu);
+        let before = NAMES.map(cpu);
         let begun = Instant::now();
         clients.block_on(async { tokio::spawn(load(address, streams, requests)).await })??;
         let seconds = begun.elapsed().as_secs_f64();
@@ -145,12 +150,15 @@ fn main() -> Result<()> {
             seen.turnarounds.get(index).map_or(0, Duration::as_micros)
         };
         let tokens = (streams * requests * OUTPUT) as f64;
-        write!(out, "{streams:7} {:9.0} {:8.0}", tokens / seconds, seen.steps as f64 / seconds)?;
-        write!(out, " {:14} / {:5}                    ", at(0.5), at(0.99))?;
-        for (name, before) in names.into_iter().zip(before) {
-            write!(out, " {:7.1}", (cpu(name)? - before?).as_secs_f64() * 1e6 / tokens)?;
+        write!(out, "{streams:7} {pace:8} {:9.0} {:8.0}", tokens / seconds, seen.steps as f64 / seconds)?;
+        write!(out, " {:6} {:6} {:7.1}  ", at(0.5), at(0.99), seen.idle.as_secs_f64() / seconds * 100.0)?;
+        let mut cores = 0.0;
+        for (name, before) in NAMES.into_iter().zip(before).rev() {
+            let used = (cpu(name)? - before?).as_secs_f64();
+            write!(out, " {:6.1}", used * 1e6 / tokens)?;
+            cores = used / seconds;
         }
-        writeln!(out)?;
+        writeln!(out, " {cores:7.2}")?;
     }
     Ok(())
 }

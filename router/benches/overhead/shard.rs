@@ -1,9 +1,9 @@
-//! A shard that computes nothing: every step is answered at once, with random tokens.
+//! A shard that computes nothing: every step is answered with random tokens, at once or after a set time.
 
 use std::{
     path::Path,
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -13,7 +13,7 @@ use proto::{
     execute_event::Event,
     shard_server::{Shard, ShardServer},
 };
-use tokio::{net::UnixListener, sync::mpsc};
+use tokio::{net::UnixListener, sync::mpsc, time::sleep};
 use tokio_stream::{
     Stream, StreamExt,
     wrappers::{ReceiverStream, UnixListenerStream},
@@ -26,28 +26,47 @@ const IN_FLIGHT: usize = 2;
 /// What the shard saw since it was last asked.
 #[derive(Debug, Default)]
 pub(crate) struct Seen {
-    /// Steps and tokens.
+    /// Steps that ran.
     pub(crate) steps: usize,
-    pub(crate) tokens: usize,
     /// From sending a step's result to receiving the step that it made room for.
     pub(crate) turnarounds: Vec<Duration>,
+    /// Without a step to run.
+    pub(crate) idle: Duration,
 }
 
 /// See the module.
 #[derive(Clone)]
 pub(crate) struct Double {
     vocab: u32,
-    seen: Arc<Mutex<Seen>>,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    seen: Seen,
+    /// What a step takes.
+    pace: Duration,
+    /// When the last results were sent, by the step's id modulo the steps in flight.
+    sent: [Option<Instant>; IN_FLIGHT],
 }
 
 impl Double {
     pub(crate) fn new(vocab: u32) -> Double {
-        Double { vocab, seen: Arc::default() }
+        Double { vocab, state: Arc::default() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Steps take so long from now on.
+    pub(crate) fn set_pace(&self, pace: Duration) {
+        self.state().pace = pace;
     }
 
     /// What was seen since the last call.
     pub(crate) fn take(&self) -> Seen {
-        std::mem::take(&mut *self.seen.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut self.state().seen)
     }
 
     /// Serves on a socket, for ever.
@@ -57,16 +76,38 @@ impl Double {
         Ok(server.serve_with_incoming(incoming).await?)
     }
 
-    fn note(&self, tokens: usize, turnaround: Option<Duration>) {
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        seen.steps += 1;
-        seen.tokens += tokens;
-        seen.turnarounds.extend(turnaround);
+    /// Notes that a step has come.
+    fn received(&self, id: u64) {
+        let state = &mut *self.state();
+        let sent = state.sent[id as usize % IN_FLIGHT];
+        state.seen.turnarounds.extend(sent.map(|sent| sent.elapsed()));
+    }
+
+    /// Runs steps in order, each for as long as the pace says.
+    async fn run(self, mut steps: mpsc::Receiver<Step>, events: mpsc::Sender<Result<ExecuteEvent, Status>>) {
+        let (mut random, mut free) = (1, Instant::now());
+        while let Some(step) = steps.recv().await {
+            let result = result(&step, self.vocab, &mut random);
+            let pace = {
+                let mut state = self.state();
+                state.seen.steps += 1;
+                state.seen.idle += free.elapsed();
+                state.pace
+            };
+            if !pace.is_zero() {
+                sleep(pace).await;
+            }
+            free = Instant::now();
+            self.state().sent[step.id as usize % IN_FLIGHT] = Some(free);
+            if events.send(Ok(ExecuteEvent { event: Some(Event::Step(result)) })).await.is_err() {
+                return;
+            }
+        }
     }
 }
 
 /// The result of a step; `state` is that of Knuth's MMIX generator.
-fn run(step: &Step, vocab: u32, state: &mut u64) -> StepResult {
+fn result(step: &Step, vocab: u32, state: &mut u64) -> StepResult {
     let mut sampled = |sequence| {
         *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         let token = Token { id: (*state >> 33) as u32 % vocab, logprob: -1.0 };
@@ -110,16 +151,15 @@ impl Shard for Double {
         request: Request<Streaming<Step>>,
     ) -> Result<Response<Self::ExecuteStream>, Status> {
         let mut steps = request.into_inner();
+        let (queue, queued) = mpsc::channel(16);
         let (events, received) = mpsc::channel(16);
+        self.state().sent = Default::default();
+        tokio::spawn(self.clone().run(queued, events));
         let this = self.clone();
         tokio::spawn(async move {
-            let (mut sent, mut state) = ([None; IN_FLIGHT], 1);
             while let Some(Ok(step)) = steps.next().await {
-                let at = step.id as usize % IN_FLIGHT;
-                let result = run(&step, this.vocab, &mut state);
-                this.note(result.tokens.len(), sent[at].map(|sent: Instant| sent.elapsed()));
-                sent[at] = Some(Instant::now());
-                if events.send(Ok(ExecuteEvent { event: Some(Event::Step(result)) })).await.is_err() {
+                this.received(step.id);
+                if queue.send(step).await.is_err() {
                     break;
                 }
             }

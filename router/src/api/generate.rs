@@ -1,6 +1,6 @@
 //! LoRAX's own interface: `/generate`, `/generate_stream`, and `/` for both.
 
-use std::{convert::Infallible, sync::Arc, time::Instant};
+use std::{sync::Arc, time::Instant};
 
 use axum::{
     Json,
@@ -12,7 +12,7 @@ use axum::{
     },
 };
 use futures::{StreamExt, stream};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{
@@ -312,12 +312,13 @@ fn events(generation: Generation, shape: Shape) -> impl IntoResponse {
     Sse::new(events).keep_alive(KeepAlive::default())
 }
 
-pub(super) fn sse(data: &Value) -> Result<Event, Infallible> {
-    Ok(Event::default().data(data.to_string()))
+/// An event of JSON.
+pub(super) fn sse(data: &impl Serialize) -> Result<Event, axum::Error> {
+    Event::default().json_data(data)
 }
 
 /// Stream that ends with OpenAI's mark.
-pub(super) fn done() -> impl futures::Stream<Item = Result<Event, Infallible>> {
+pub(super) fn done() -> impl futures::Stream<Item = Result<Event, axum::Error>> {
     stream::once(async { Ok(Event::default().data("[DONE]")) })
 }
 

@@ -79,7 +79,7 @@ async fn run(
         usage.add(generation.prompt.len(), answer.pieces.len());
         choices.push(body::whole(index, generation, answer, &options));
     }
-    Ok(Json(head.whole(choices, &usage)).into_response())
+    Ok(Json(head.whole(choices, usage)).into_response())
 }
 
 /// Events of all choices as they come, then the usage if it is wanted, then the mark of the end.
@@ -96,15 +96,15 @@ fn stream_events(head: Head, generations: Vec<Generation>, options: Options) -> 
         let opening = stream::iter(choice.opening().map(|delta| sse(&head.chunk(delta))));
         let pieces = generation.pieces().flat_map(move |(piece, prompt)| {
             let events = match piece {
-                Err(error) => vec![error.body(Dialect::OpenAi)],
+                Err(error) => vec![sse(&error.body(Dialect::OpenAi))],
                 Ok(piece) => {
                     if let Ok(mut usage) = usage.lock() {
                         usage.add(0, 1);
                     }
-                    choice.push(piece, &prompt).into_iter().map(|delta| head.chunk(delta)).collect()
+                    choice.push(piece, &prompt).map(|delta| sse(&head.chunk(delta))).collect()
                 }
             };
-            stream::iter(events.iter().map(sse).collect::<Vec<_>>())
+            stream::iter(events)
         });
         opening.chain(pieces).boxed()
     });
@@ -112,8 +112,8 @@ fn stream_events(head: Head, generations: Vec<Generation>, options: Options) -> 
     let last = {
         let usage = usage.clone();
         stream::once(async move {
-            let total = usage.lock().map(|usage| usage.clone()).unwrap_or_default();
-            sse(&head.usage_chunk(&total))
+            let total = usage.lock().map(|usage| *usage).unwrap_or_default();
+            sse(&head.usage_chunk(total))
         })
     };
     let last = stream::iter(with_usage.then_some(last)).flatten();

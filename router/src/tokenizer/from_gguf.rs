@@ -64,11 +64,12 @@ pub(super) fn load(path: &Path) -> Result<ModelTokenizer, TokenizerError> {
         let id: Option<u32> = file.get(key)?;
         Ok(id.and_then(|id| tokens.get(id as usize)).cloned())
     };
+    let tokenizer = Tokenizer::from_bytes(definition.to_string()).map_err(TokenizerError::Definition)?;
     Ok(ModelTokenizer {
         bos_token: text("tokenizer.ggml.bos_token_id")?,
         eos_token: text("tokenizer.ggml.eos_token_id")?,
         chat_template: file.get::<&str>("tokenizer.chat_template")?.map(str::to_owned),
-        tokenizer: Tokenizer::from_bytes(definition.to_string()).map_err(TokenizerError::Definition)?,
+        ..ModelTokenizer::new(tokenizer)
     })
 }
 

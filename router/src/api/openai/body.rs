@@ -5,6 +5,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::{
@@ -17,25 +18,55 @@ use crate::{
 };
 
 /// Tokens in and out.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Copy, Default, Serialize)]
 pub(super) struct Usage {
-    prompt: usize,
-    completion: usize,
+    prompt_tokens: usize,
+    completion_tokens: usize,
+    total_tokens: usize,
 }
 
 impl Usage {
     pub(super) fn add(&mut self, prompt: usize, completion: usize) {
-        self.prompt += prompt;
-        self.completion += completion;
+        self.prompt_tokens += prompt;
+        self.completion_tokens += completion;
+        self.total_tokens += prompt + completion;
     }
+}
 
-    fn json(&self) -> Value {
-        json!({
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.completion,
-            "total_tokens": self.prompt + self.completion,
-        })
-    }
+/// A response, or an event of one.
+#[derive(Debug, Serialize)]
+pub(super) struct Body<'a, C> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    choices: Vec<C>,
+    /// Null in the events of a stream that ends with its usage.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Option<Usage>>,
+}
+
+/// What an event adds to a choice.
+#[derive(Debug, Serialize)]
+pub(super) struct Delta {
+    index: usize,
+    /// Of a completion.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    text: Option<String>,
+    /// Of a chat.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    delta: Option<Message>,
+    logprobs: Option<Value>,
+    finish_reason: Option<&'static str>,
+}
+
+/// What an event adds to a chat's answer.
+#[derive(Debug, Default, Serialize)]
+struct Message {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<String>,
 }
 
 /// What all parts of a response have in common.
@@ -59,39 +90,27 @@ impl Head {
         }
     }
 
-    fn object(&self, object: &str, choices: Vec<Value>) -> Value {
-        json!({
-            "id": self.id,
-            "object": object,
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-        })
+    fn body<C>(&self, object: &'static str, choices: Vec<C>, usage: Option<Option<Usage>>) -> Body<'_, C> {
+        Body { id: &self.id, object, created: self.created, model: &self.model, choices, usage }
     }
 
-    pub(super) fn whole(&self, choices: Vec<Value>, usage: &Usage) -> Value {
-        let mut body = self.object(if self.chat { "chat.completion" } else { "text_completion" }, choices);
-        body["usage"] = usage.json();
-        body
+    pub(super) fn whole(&self, choices: Vec<Value>, usage: Usage) -> Body<'_, Value> {
+        let object = if self.chat { "chat.completion" } else { "text_completion" };
+        self.body(object, choices, Some(Some(usage)))
     }
 
     /// One event of a stream.
-    pub(super) fn chunk(&self, choice: Value) -> Value {
-        let mut body = self.chunk_of(vec![choice]);
-        if self.include_usage {
-            body["usage"] = Value::Null;
-        }
-        body
+    pub(super) fn chunk(&self, choice: Delta) -> Body<'_, Delta> {
+        self.body(self.chunk_object(), vec![choice], self.include_usage.then_some(None))
     }
 
-    pub(super) fn usage_chunk(&self, usage: &Usage) -> Value {
-        let mut body = self.chunk_of(Vec::new());
-        body["usage"] = usage.json();
-        body
+    /// The event with the usage.
+    pub(super) fn usage_chunk(&self, usage: Usage) -> Body<'_, Delta> {
+        self.body(self.chunk_object(), Vec::new(), Some(Some(usage)))
     }
 
-    fn chunk_of(&self, choices: Vec<Value>) -> Value {
-        self.object(if self.chat { "chat.completion.chunk" } else { "text_completion" }, choices)
+    fn chunk_object(&self) -> &'static str {
+        if self.chat { "chat.completion.chunk" } else { "text_completion" }
     }
 }
 
@@ -165,33 +184,31 @@ impl Choice {
     }
 
     /// What comes before the first token.
-    pub(super) fn opening(&mut self) -> Option<Value> {
+    pub(super) fn opening(&mut self) -> Option<Delta> {
         if self.options.chat {
-            let delta = json!({"role": "assistant", "content": ""});
-            return Some(
-                json!({"index": self.index, "delta": delta, "logprobs": null, "finish_reason": null}),
-            );
+            let message = Message { role: Some("assistant"), content: Some(String::new()) };
+            return Some(self.delta(None, Some(message), None, None));
         }
         // Log-probabilities of the prompt are there with the first token.
         if self.options.logprobs { None } else { self.tell_prompt(&[]) }
     }
 
-    fn tell_prompt(&mut self, scores: &[Scored]) -> Option<Value> {
+    fn tell_prompt(&mut self, scores: &[Scored]) -> Option<Delta> {
         let (first, text) = self.echo.take()?;
         let logprobs = self
             .options
             .logprobs
             .then(|| logprobs::completion(&report_prompt(first, scores, &self.names), 0));
         self.offset = text.chars().count();
-        Some(json!({"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": null}))
+        Some(self.delta(Some(text), None, logprobs, None))
     }
 
     /// What a token adds, with the prompt in front of the first; nothing while its text is not certain.
-    pub(super) fn push(&mut self, piece: Piece, prompt: &[Scored]) -> Vec<Value> {
-        self.tell_prompt(prompt).into_iter().chain(self.tell(piece)).collect()
+    pub(super) fn push(&mut self, piece: Piece, prompt: &[Scored]) -> impl Iterator<Item = Delta> + use<> {
+        self.tell_prompt(prompt).into_iter().chain(self.tell(piece))
     }
 
-    fn tell(&mut self, piece: Piece) -> Option<Value> {
+    fn tell(&mut self, piece: Piece) -> Option<Delta> {
         if self.options.logprobs {
             self.untold.push(report(&piece, &self.names));
         }
@@ -201,16 +218,22 @@ impl Choice {
         let told = std::mem::take(&mut self.untold);
         let finish_reason = piece.finish.as_ref().map(reason);
         if self.options.chat {
-            let delta = if piece.text.is_empty() { json!({}) } else { json!({"content": piece.text}) };
+            let message = Message { role: None, content: Some(piece.text).filter(|text| !text.is_empty()) };
             let logprobs = self.options.logprobs.then(|| logprobs::chat(&told));
-            return Some(json!({
-                "index": self.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason,
-            }));
+            return Some(self.delta(None, Some(message), logprobs, finish_reason));
         }
         let logprobs = self.options.logprobs.then(|| logprobs::completion(&told, self.offset));
         self.offset += told.iter().map(|token| token.text.chars().count()).sum::<usize>();
-        Some(json!({
-            "index": self.index, "text": piece.text, "logprobs": logprobs, "finish_reason": finish_reason,
-        }))
+        Some(self.delta(Some(piece.text), None, logprobs, finish_reason))
+    }
+
+    fn delta(
+        &self,
+        text: Option<String>,
+        delta: Option<Message>,
+        logprobs: Option<Value>,
+        finish_reason: Option<&'static str>,
+    ) -> Delta {
+        Delta { index: self.index, text, delta, logprobs, finish_reason }
     }
 }
