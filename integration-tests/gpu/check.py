@@ -62,26 +62,31 @@ def batches(start, adapters: list[str], variants: dict[str, list[str]], expected
     return results
 
 
-def reference(start, model: Path, adapters: Path, names: list[str | None], texts: list[str]) -> dict:
-    """Log-probabilities of prompts and answers beside those of transformers and PEFT in bf16 on the same device."""
-    asks = [(name, text) for name in names for text in texts]
+def reference(start, name: str, folders: tuple[Path, Path], names: list[str | None], texts: list[str]) -> dict:
+    """Log-probabilities of prompts and answers beside those of transformers and PEFT on the same device.
+
+    `folders` are the model's and the adapters'. Passes where they are within the tolerance of either computation there, in bf16 or in f32 from the same weights.
+    """
+    asks = [(adapter, text) for adapter in names for text in texts]
     with start([]) as server, ThreadPoolExecutor(8) as pool:
-        # First alone, so that the comparison is not of a lucky mix; eight at a time are another mix than the reference's.
         details = list(pool.map(lambda ask: server.generate(ask[1], ask[0], TOKENS, prompt_scores=True), asks))
     cases = [
         dict(
-            adapter=name,
+            adapter=adapter,
             prompt=[token["id"] for token in detail["prefill"]],
             prompt_logprobs=[token["logprob"] for token in detail["prefill"][1:]],
             tokens=[token["id"] for token in detail["tokens"]],
             logprobs=[token["logprob"] for token in detail["tokens"]],
         )
-        for (name, _), detail in zip(asks, details)
+        for (adapter, _), detail in zip(asks, details)
     ]
-    command = [sys.executable, HERE / "reference.py", model, adapters]
+    command = [sys.executable, HERE / "reference.py", *folders]
     done = subprocess.run(list(map(str, command)), input=json.dumps(cases), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
     result = json.loads(done.stdout.splitlines()[-1])
-    passed = result["max_difference"] <= TOLERANCE and result["wrong_tokens"] == 0
-    return dict(check=f"transformers and PEFT: {model.name}", cases=len(cases), **result, passed=passed)
+    passed = any(
+        result[f"to_{short}"]["max"] <= TOLERANCE and result["tokens"][dtype]["wrong"] == 0
+        for short, dtype in [("bf16", "bfloat16"), ("f32", "float32")]
+    )
+    return dict(check=f"transformers and PEFT: {name}", cases=len(cases), **result, passed=passed)

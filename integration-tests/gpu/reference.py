@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Reads cases from stdin, computes their log-probabilities with transformers and PEFT in bf16, prints the differences.
+"""Reads cases from stdin, computes their log-probabilities with transformers and PEFT, prints the differences.
 
-A case has an adapter's name or null, the ids of prompt and answer, and the log-probabilities that the server gave them.
+Twice, from weights in bf16: computed in bf16, whose every operation rounds, and in f32. The differences of these two say
+what the first of them is worth. A case has an adapter's name or null, the ids of prompt and answer, and the log-probabilities that the server gave them.
 """
 
 import argparse
@@ -28,15 +29,19 @@ def load(folder: Path, adapters: Path, adapter: str | None, dtype: torch.dtype) 
 
 
 @torch.no_grad()
-def differences(model: torch.nn.Module, case: dict) -> tuple[torch.Tensor, int, int]:
-    """Absolute differences of all log-probabilities; tokens that are not the best; of these, those far from it."""
+def score(model: torch.nn.Module, case: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of all tokens but the first; how far each token of the answer is behind the best one."""
     ids = torch.tensor([case["prompt"] + case["tokens"]], device=model.device)
     logprobs = model(ids).logits[0, :-1].float().log_softmax(-1)
-    given = torch.tensor(case["prompt_logprobs"] + case["logprobs"], device=model.device)
     chosen = logprobs.gather(1, ids[0, 1:, None])[:, 0]
     answer = slice(len(case["prompt"]) - 1, None)
-    behind = logprobs[answer].max(-1).values - chosen[answer]
-    return (chosen - given).abs().cpu(), int((behind > 0).sum()), int((behind > NEAR).sum())
+    return chosen.cpu(), (logprobs[answer].max(-1).values - chosen[answer]).cpu()
+
+
+def compared(a: torch.Tensor, b: torch.Tensor) -> dict:
+    """Largest and mean absolute difference."""
+    difference = (a - b).abs()
+    return dict(max=round(difference.max().item(), 5), mean=round(difference.mean().item(), 5))
 
 
 def main() -> None:
@@ -45,28 +50,22 @@ def main() -> None:
     parser.add_argument("adapters", type=Path)
     args = parser.parse_args()
     cases = sorted(json.load(sys.stdin), key=lambda case: case["adapter"] or "")
-    found = {torch.bfloat16: [], torch.float32: []}
-    not_best = wrong = 0
-    for name, group in itertools.groupby(cases, key=lambda case: case["adapter"]):
-        group = list(group)
-        for dtype, all_differences in found.items():
+    given = torch.tensor([x for case in cases for x in case["prompt_logprobs"] + case["logprobs"]])
+    scores, tokens = {}, {}
+    for dtype in (torch.bfloat16, torch.float32):
+        found = []
+        for name, group in itertools.groupby(cases, key=lambda case: case["adapter"]):
             model = load(args.model, args.adapters, name, dtype)
-            for case in group:
-                difference, second, far = differences(model, case)
-                all_differences.append(difference)
-                if dtype == torch.bfloat16:
-                    not_best, wrong = not_best + second, wrong + far
+            found += [score(model, case) for case in group]
             del model
-    bf16, f32 = (torch.cat(all_differences) for all_differences in found.values())
-    result = dict(
-        logprobs=bf16.numel(),
-        max_difference=bf16.max().item(),
-        mean_difference=bf16.mean().item(),
-        max_difference_to_f32=f32.max().item(),
-        near_ties=not_best - wrong,
-        wrong_tokens=wrong,
-    )
-    print(json.dumps({key: round(value, 5) for key, value in result.items()}))
+        name = str(dtype).removeprefix("torch.")
+        scores[name] = torch.cat([chosen for chosen, _ in found])
+        behind = torch.cat([behind for _, behind in found])
+        near_ties, wrong = ((behind > 0) & (behind <= NEAR)).sum(), (behind > NEAR).sum()
+        tokens[name] = dict(near_ties=near_ties.item(), wrong=wrong.item())
+    bf16, f32 = scores["bfloat16"], scores["float32"]
+    server = dict(to_bf16=compared(given, bf16), to_f32=compared(given, f32))
+    print(json.dumps(dict(logprobs=len(given), **server, bf16_to_f32=compared(bf16, f32), tokens=tokens)))
 
 
 if __name__ == "__main__":

@@ -129,7 +129,8 @@ def check_reference(s: Session) -> None:
     s.make(folder, s.args.check_shape, [16] * 3)
     texts = [words(seed, count) for seed, count in [(1, 3), (2, 20), (3, 60), (4, 100)]]
     start = lambda flags: s.server(flags, folder / "model", folder / "adapters")
-    s.say(reference(start, folder / "model", folder / "adapters", [None, "a0", "a1", "a2"], texts))
+    folders = (folder / "model", folder / "adapters")
+    s.say(reference(start, s.args.check_shape, folders, [None, "a0", "a1", "a2"], texts))
 
 
 def check_demo(s: Session) -> None:
@@ -140,7 +141,7 @@ def check_demo(s: Session) -> None:
         subprocess.run(list(map(str, convert)), check=True)
     names = sorted(path.name for path in adapters.iterdir())
     start = lambda flags: s.server(flags, s.args.demo, adapters)
-    s.say(reference(start, folder, adapters, [None, *names], QUESTIONS))
+    s.say(reference(start, "demo model", (folder, adapters), [None, *names], QUESTIONS))
     for result in batches(start, names, {"default, demo model": []}, []):
         s.say(result)
 
@@ -181,7 +182,7 @@ def arguments() -> argparse.Namespace:
     default = "--max-batch-size 256 --prefix-caching false --adapter-host-memory 26GiB"
     parser.add_argument("--flags", type=shlex.split, default=shlex.split(default), help=f"of servers [{default}]")
     parser.add_argument("--check-host", default="100MiB", help="host memory that holds some of the checked adapters")
-    parser.add_argument("--soak-host", default="2GiB", help="host memory that holds some of the soaked adapters")
+    parser.add_argument("--soak-host", default="4GiB", help="host memory that holds some of the soaked adapters")
     parser.add_argument("--variant", action="append", default=[], help="NAME=FLAGS: a further server for check")
     args = parser.parse_args()
     if unknown := [p for p in args.phases if p not in PHASES and p not in LOADS]:

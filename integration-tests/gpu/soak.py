@@ -17,7 +17,7 @@ SLACK = 64 << 20  # bytes by which an allocator may wander
 class Soak:
     """Clients, a thread that changes the folder of adapters, and samples of memory."""
 
-    def __init__(self, server: Server, folder: Path, seconds: float, clients: int = 48):
+    def __init__(self, server: Server, folder: Path, seconds: float, clients: int = 32):
         self.server, self.folder, self.end = server, folder, time.monotonic() + seconds
         self.seconds, self.clients = seconds, clients
         self.originals = sorted(p for p in folder.iterdir() if p.name.startswith("a"))
