@@ -44,7 +44,8 @@ fn main() {
         exit(EX_USAGE, &error);
     }
     if let Err(error) = run(&args) {
-        let usage = error.downcast_ref::<source::SourceError>().is_some();
+        let usage = error.downcast_ref::<source::SourceError>().is_some()
+            || error.downcast_ref::<supervisor::Failure>().is_some_and(supervisor::Failure::is_usage);
         exit(if usage { EX_USAGE } else { 1 }, &error);
     }
 }
@@ -74,6 +75,7 @@ fn check(args: &Args) -> anyhow::Result<()> {
     ] {
         ensure!(value > 0, "{flag} must be at least 1");
     }
+    ensure!(args.max_total_tokens.is_none_or(|total| total > 1), "--max-total-tokens must be at least 2");
     if let (Some(input), Some(total)) = (args.max_input_length, args.max_total_tokens) {
         ensure!(input < total, "--max-input-length {input} must be less than --max-total-tokens {total}");
     }

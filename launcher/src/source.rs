@@ -55,12 +55,12 @@ pub(crate) enum SourceError {
         source: Box<ApiError>,
     },
     /// Not downloaded before, and downloads are off.
-    #[error("{id}: {file} is not in the cache, and HF_HUB_OFFLINE is set")]
+    #[error("{id} at {revision} is not in the cache, and HF_HUB_OFFLINE is set")]
     Offline {
         /// The model.
         id: String,
-        /// What is missing.
-        file: &'static str,
+        /// The revision that was asked for.
+        revision: String,
     },
     /// The hub has no weights that we can load.
     #[error("{id} has neither safetensors nor a single GGUF file; it has: {files}")]
@@ -102,68 +102,102 @@ pub(crate) fn find(model_id: &str, revision: Option<&str>) -> Result<ModelFiles,
         return Err(SourceError::NotAnId(model_id.into()));
     }
     let revision = revision.or(tag);
-    let repo = Repo::with_revision(id.into(), RepoType::Model, revision.unwrap_or("main").into());
+    let asked = revision.unwrap_or("main");
     let offline = env::var("HF_HUB_OFFLINE").is_ok_and(|value| !matches!(value.as_str(), "" | "0" | "false"));
-    let (path, sha) = if offline { (from_cache(id, repo)?, None) } else { from_hub(id, repo)? };
-    Ok(ModelFiles { id: id.into(), path, revision: revision.map(str::to_owned), sha })
+    let (path, sha) = if offline { from_cache(id, asked)? } else { from_hub(id, asked)? };
+    Ok(ModelFiles { id: id.into(), path, revision: revision.map(str::to_owned), sha: Some(sha) })
 }
 
-fn from_cache(id: &str, repo: Repo) -> Result<PathBuf, SourceError> {
-    let file = SMALL_FILES[0];
-    let config = Cache::from_env().repo(repo).get(file);
-    let folder = config.as_deref().and_then(Path::parent).map(Path::to_owned);
-    folder.ok_or_else(|| SourceError::Offline { id: id.into(), file })
+fn at(id: &str, revision: &str) -> Repo {
+    Repo::with_revision(id.into(), RepoType::Model, revision.into())
 }
 
-fn from_hub(id: &str, repo: Repo) -> Result<(PathBuf, Option<String>), SourceError> {
+/// How a repository keeps its weights.
+enum Weights<'a> {
+    Whole,
+    Sharded,
+    Gguf(&'a str),
+}
+
+fn weights<'a>(id: &str, files: &'a [String]) -> Result<Weights<'a>, SourceError> {
+    let has = |name: &str| files.iter().any(|file| file == name);
+    let mut ggufs = files.iter().filter(|file| file.ends_with(".gguf"));
+    match (has(WEIGHTS), has(INDEX), ggufs.next(), ggufs.next()) {
+        (true, ..) => Ok(Weights::Whole),
+        (_, true, ..) => Ok(Weights::Sharded),
+        (_, _, Some(gguf), None) => Ok(Weights::Gguf(gguf)),
+        _ => Err(SourceError::NoWeights { id: id.into(), files: files.join(", ") }),
+    }
+}
+
+/// Path and commit of a model that was fetched before.
+fn from_cache(id: &str, revision: &str) -> Result<(PathBuf, String), SourceError> {
+    let missing = || SourceError::Offline { id: id.into(), revision: revision.into() };
+    let folder = Cache::from_env().repo(at(id, revision)).get(".").ok_or_else(missing)?;
+    let folder: PathBuf = folder.components().collect();
+    let sha = folder.file_name().ok_or_else(missing)?.to_string_lossy().into_owned();
+    let names = folder.read_dir().map_err(|_| missing())?.flatten();
+    let files: Vec<String> = names.map(|file| file.file_name().to_string_lossy().into_owned()).collect();
+    match weights(id, &files)? {
+        Weights::Gguf(file) => Ok((folder.join(file), sha)),
+        Weights::Whole | Weights::Sharded => Ok((folder, sha)),
+    }
+}
+
+/// Fetches what is not in the cache; returns path and commit.
+fn from_hub(id: &str, revision: &str) -> Result<(PathBuf, String), SourceError> {
     let hub = |source| SourceError::Hub { id: id.into(), source: Box::new(source) };
     let token = ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"].iter().find_map(|name| env::var(name).ok());
     let mut builder = ApiBuilder::from_env().with_progress(true).with_retries(3);
     if token.is_some() {
         builder = builder.with_token(token);
     }
-    let api = builder.build().map_err(hub)?.repo(repo);
-    let info = api.info().map_err(hub)?;
-    let files: Vec<&str> = info.siblings.iter().map(|file| file.rfilename.as_str()).collect();
+    let api = builder.build().map_err(hub)?;
+    let info = api.repo(at(id, revision)).info().map_err(hub)?;
+    let files: Vec<String> = info.siblings.into_iter().map(|file| file.rfilename).collect();
     tracing::info!(model = id, sha = info.sha, "fetching what is not in the cache");
-    let ggufs: Vec<&&str> = files.iter().filter(|file| file.ends_with(".gguf")).collect();
-    let has = |name: &str| files.contains(&name);
-    let path = if has(WEIGHTS) || has(INDEX) {
-        for file in SMALL_FILES.iter().filter(|file| has(file)) {
-            api.get(file).map_err(hub)?;
-        }
-        let config = api.get(SMALL_FILES[0]).map_err(hub)?;
-        if has(WEIGHTS) {
-            api.get(WEIGHTS).map_err(hub)?;
-        } else {
-            sharded_weights(id, &api)?;
-        }
-        config.parent().map(Path::to_owned)
-    } else if let [gguf] = ggufs[..] {
-        Some(api.get(gguf).map_err(hub)?)
+    // All files of one commit, however the branch moves and whatever of it is in the cache.
+    let repo = api.repo(at(id, &info.sha));
+    let weights = weights(id, &files)?;
+    let path = if let Weights::Gguf(file) = weights {
+        repo.get(file).map_err(hub)?
     } else {
-        None
+        for file in SMALL_FILES.iter().filter(|name| files.iter().any(|file| file == *name)) {
+            repo.get(file).map_err(hub)?;
+        }
+        match weights {
+            Weights::Sharded => sharded_weights(id, &repo, &files)?,
+            _ => repo.get(WEIGHTS).map_err(hub).map(drop)?,
+        }
+        let config = repo.get(SMALL_FILES[0]).map_err(hub)?;
+        config.parent().map(Path::to_owned).unwrap_or_default()
     };
-    let missing = || SourceError::NoWeights { id: id.into(), files: files.join(", ") };
-    Ok((path.ok_or_else(missing)?, Some(info.sha.clone())))
+    // So that the name leads to this commit when the hub cannot be asked.
+    let cached = Cache::from_env().repo(at(id, revision)).create_ref(&info.sha);
+    cached.map_err(|error| hub(error.into()))?;
+    Ok((path, info.sha))
 }
 
 /// Fetches every file that the index names.
-fn sharded_weights(id: &str, api: &ApiRepo) -> Result<(), SourceError> {
+fn sharded_weights(id: &str, repo: &ApiRepo, files: &[String]) -> Result<(), SourceError> {
     #[derive(Deserialize)]
     struct Index {
         weight_map: std::collections::BTreeMap<String, String>,
     }
     let hub = |source| SourceError::Hub { id: id.into(), source: Box::new(source) };
-    let path = api.get(INDEX).map_err(hub)?;
+    let path = repo.get(INDEX).map_err(hub)?;
     let broken = |message| SourceError::Index { path: path.clone(), message };
     let text = std::fs::read(&path).map_err(|error| broken(error.to_string()))?;
     let index: Index = serde_json::from_slice(&text).map_err(|error| broken(error.to_string()))?;
-    let mut files: Vec<&String> = index.weight_map.values().collect();
-    files.sort();
-    files.dedup();
-    for file in files {
-        api.get(file).map_err(hub)?;
+    let mut named: Vec<&String> = index.weight_map.values().collect();
+    named.sort();
+    named.dedup();
+    for file in named {
+        // A path out of the cache's folder is none of the repository's files.
+        if !files.contains(file) {
+            return Err(broken(format!("{file:?} is not in the repository")));
+        }
+        repo.get(file).map_err(hub)?;
     }
     Ok(())
 }

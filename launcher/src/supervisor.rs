@@ -48,6 +48,13 @@ pub(crate) enum Failure {
     Io(#[from] io::Error),
 }
 
+impl Failure {
+    /// Whether a process would not have this configuration.
+    pub(crate) fn is_usage(&self) -> bool {
+        matches!(self, Failure::NeverReady { status, .. } if status.code() == Some(crate::EX_USAGE))
+    }
+}
+
 /// What to run.
 pub(crate) struct Plan {
     /// Folder of the programs.

@@ -3,7 +3,7 @@
 use std::{io::IsTerminal, path::PathBuf};
 
 use clap::Parser;
-use lorax_router::{App, config::Config, server};
+use lorax_router::{App, StartError, config::Config, server};
 use tokio::{
     io::AsyncReadExt,
     signal::unix::{SignalKind, signal},
@@ -39,7 +39,8 @@ fn main() {
         log.with_target(false).init()
     }
     if let Err(error) = run(config) {
-        exit(1, &error);
+        let usage = error.downcast_ref::<StartError>().is_some_and(StartError::is_usage);
+        exit(if usage { EX_USAGE } else { 1 }, &error);
     }
 }
 

@@ -59,6 +59,13 @@ pub enum StartError {
     World(usize),
 }
 
+impl StartError {
+    /// Whether the configuration is at fault.
+    pub fn is_usage(&self) -> bool {
+        matches!(self, StartError::Origin(_) | StartError::World(_))
+    }
+}
+
 /// Everything that handlers need.
 pub struct App {
     pub(crate) config: Config,
@@ -68,6 +75,7 @@ pub struct App {
     pub(crate) engine: Engine,
     pub(crate) permits: Arc<Semaphore>,
     pub(crate) tokenizing: Semaphore,
+    cors: Option<CorsLayer>,
 }
 
 impl App {
@@ -84,6 +92,7 @@ impl App {
             shards,
             permits: Arc::new(Semaphore::new(router.max_concurrent_requests)),
             tokenizing: Semaphore::new(router.validation_workers.max(1)),
+            cors: cors(&router.cors_allow_origin)?,
             config,
         }))
     }
@@ -129,7 +138,7 @@ impl App {
     }
 
     /// All routes.
-    pub fn routes(self: &Arc<App>) -> Result<Router, StartError> {
+    pub fn routes(self: &Arc<App>) -> Router {
         let routes = Router::new()
             .route("/", get(health).post(generate::either))
             .route("/generate", post(generate::whole))
@@ -142,20 +151,26 @@ impl App {
             .fallback(no_route)
             .method_not_allowed_fallback(wrong_method)
             .with_state(self.clone());
-        let origins = &self.config.router.cors_allow_origin;
-        if origins.is_empty() {
-            return Ok(routes);
+        match &self.cors {
+            Some(cors) => routes.layer(cors.clone()),
+            None => routes,
         }
-        let allowed = if origins.iter().any(|origin| origin == "*") {
-            AllowOrigin::from(Any)
-        } else {
-            let parse = |origin: &String| {
-                HeaderValue::from_str(origin).map_err(|_| StartError::Origin(origin.clone()))
-            };
-            AllowOrigin::list(origins.iter().map(parse).collect::<Result<Vec<_>, _>>()?)
-        };
-        Ok(routes.layer(CorsLayer::new().allow_origin(allowed).allow_methods(Any).allow_headers(Any)))
     }
+}
+
+/// What browsers are told; nothing without origins.
+fn cors(origins: &[String]) -> Result<Option<CorsLayer>, StartError> {
+    if origins.is_empty() {
+        return Ok(None);
+    }
+    let allowed = if origins.iter().any(|origin| origin == "*") {
+        AllowOrigin::from(Any)
+    } else {
+        let parse =
+            |origin: &String| HeaderValue::from_str(origin).map_err(|_| StartError::Origin(origin.clone()));
+        AllowOrigin::list(origins.iter().map(parse).collect::<Result<Vec<_>, _>>()?)
+    };
+    Ok(Some(CorsLayer::new().allow_origin(allowed).allow_methods(Any).allow_headers(Any)))
 }
 
 /// Where the configuration says to listen.
@@ -174,7 +189,7 @@ pub async fn serve(
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), StartError> {
     let deadline = Duration::from_secs(app.config.router.shutdown_deadline_s);
-    let routes = app.routes()?;
+    let routes = app.routes();
     let (stopping, stopped) = tokio::sync::oneshot::channel();
     let graceful = async move {
         stop.await;

@@ -139,3 +139,20 @@ async fn headers_say_where_the_time_went() {
     assert_eq!(count("x-total-tokens"), count("x-prompt-tokens") + 2);
     assert!(count("x-total-time") >= count("x-inference-time"));
 }
+
+#[tokio::test]
+async fn browsers_are_told_who_may_ask() {
+    for (allowed, answer) in [
+        (&["http://here", "http://there"][..], Some("http://here")),
+        (&["http://there"], None),
+        (&["*"], Some("*")),
+        (&[], None),
+    ] {
+        let origins = allowed.iter().map(ToString::to_string).collect();
+        let script = Script::saying(tokens("x"));
+        let router = Router::start_with(script, |config| config.router.cors_allow_origin = origins).await;
+        let response = router.preflight("/generate", "http://here").await;
+        let header = response.headers().get("access-control-allow-origin");
+        assert_eq!(header.map(|header| header.to_str().unwrap()), answer, "{allowed:?}");
+    }
+}

@@ -1,11 +1,11 @@
 //! Requests that are refused: status, kind, and the shape of each dialect.
 
-use lorax_router::config::Config;
+use lorax_router::{App, config::Config};
 use serde_json::{Value, json};
 use tonic::Status;
 
 use crate::{
-    router::{Router, tokens},
+    router::{Router, configuration, tokens},
     shard::{Gate, Script},
 };
 
@@ -248,4 +248,13 @@ async fn routes_that_do_not_exist() {
     let wrong = router.get("/v1/completions").await;
     assert_eq!(wrong.status(), 405);
     assert_openai(&wrong.json().await.unwrap(), "method_not_allowed", "GET");
+}
+
+#[tokio::test]
+async fn an_origin_that_is_none() {
+    let mut config = configuration("/no/such/socket".into());
+    config.router.cors_allow_origin = vec!["http://here\n".into()];
+    let error = App::start(config).err().unwrap();
+    assert!(error.is_usage());
+    assert_eq!(error.to_string(), "cors-allow-origin: \"http://here\\n\" is not an origin");
 }

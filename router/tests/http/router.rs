@@ -11,7 +11,7 @@ use lorax_router::{
     server,
     tokenizer::ModelTokenizer,
 };
-use reqwest::{Client, Response, StatusCode};
+use reqwest::{Client, Method, Response, StatusCode};
 use serde_json::Value;
 use tokio::sync::oneshot;
 
@@ -40,6 +40,29 @@ pub(crate) fn text(tokens: &[u32]) -> String {
     tokenizer().decode(tokens, false)
 }
 
+/// A configuration in which every limit is small.
+pub(crate) fn configuration(socket: PathBuf) -> Config {
+    let router = RouterConfig {
+        hostname: "127.0.0.1".into(),
+        port: 0,
+        max_concurrent_requests: 64,
+        max_stop_sequences: 4,
+        max_input_length: None,
+        max_total_tokens: None,
+        max_batch_prefill_tokens: None,
+        prefix_caching: false,
+        default_adapter_source: "local".into(),
+        validation_workers: 1,
+        max_body_bytes: 64 << 10,
+        shutdown_deadline_s: 1,
+        tokenizer_config_path: None,
+        cors_allow_origin: Vec::new(),
+        json_output: false,
+    };
+    let model = ModelConfig { id: MODEL.into(), path: model(), revision: None, sha: Some("abc".into()) };
+    Config { model, shards: ShardsConfig { uds: vec![socket] }, router }
+}
+
 /// A running router.
 pub(crate) struct Router {
     pub(crate) address: String,
@@ -60,25 +83,7 @@ impl Router {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("shard.sock");
         let shard = ScriptedShard::start(script, &socket);
-        let router = RouterConfig {
-            hostname: "127.0.0.1".into(),
-            port: 0,
-            max_concurrent_requests: 64,
-            max_stop_sequences: 4,
-            max_input_length: None,
-            max_total_tokens: None,
-            max_batch_prefill_tokens: None,
-            prefix_caching: false,
-            default_adapter_source: "local".into(),
-            validation_workers: 1,
-            max_body_bytes: 64 << 10,
-            shutdown_deadline_s: 1,
-            tokenizer_config_path: None,
-            cors_allow_origin: Vec::new(),
-            json_output: false,
-        };
-        let model = ModelConfig { id: MODEL.into(), path: model(), revision: None, sha: Some("abc".into()) };
-        let mut config = Config { model, shards: ShardsConfig { uds: vec![socket] }, router };
+        let mut config = configuration(socket);
         change(&mut config);
         let (listener, address) = server::listen(&config).await.unwrap();
         let app = App::start(config).unwrap();
@@ -118,6 +123,12 @@ impl Router {
 
     pub(crate) async fn get(&self, path: &str) -> Response {
         self.client.get(self.url(path)).send().await.unwrap()
+    }
+
+    /// Asks as a browser does before a page of another origin posts.
+    pub(crate) async fn preflight(&self, path: &str, origin: &str) -> Response {
+        let request = self.client.request(Method::OPTIONS, self.url(path)).header("origin", origin);
+        request.header("access-control-request-method", "POST").send().await.unwrap()
     }
 
     /// Waits until the router has room for a request, or has none.

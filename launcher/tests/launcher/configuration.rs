@@ -1,0 +1,84 @@
+//! Flags and environment: what is refused, and what reaches the children.
+
+use serde_json::json;
+
+use crate::launcher::Launcher;
+
+#[test]
+fn what_cannot_work_is_refused_at_once() {
+    for (args, cause) in [
+        (&["--no-such-flag"][..], "--no-such-flag"),
+        (&["stray"], "stray"),
+        (&["--port", "http"], "--port"),
+        (&["--port", "70000"], "--port"),
+        (&["--dtype", "float8"], "--dtype"),
+        (&["--device", "tpu"], "--device"),
+        (&["--kv-memory", "2TiB"], "unknown unit"),
+        (&["--num-shard", "0"], "--num-shard must be at least 1"),
+        (&["--num-shard", "2"], "--num-shard 2: this version runs one shard"),
+        (&["--num-shard", "2", "--device", "cpu"], "one machine's CPU is one shard"),
+        (&["--adapter-source", "ftp"], "only \"local\" is supported"),
+        (&["--adapter-dir", "/no/such/folder"], "/no/such/folder is not a folder"),
+        (&["--adapter-roots", "/,/no/such/folder"], "/no/such/folder is not a folder"),
+        (&["--max-batch-size", "0"], "--max-batch-size must be at least 1"),
+        (&["--max-concurrent-requests", "0"], "--max-concurrent-requests must be"),
+        (&["--max-batch-prefill-tokens", "0"], "--max-batch-prefill-tokens must be"),
+        (&["--threads", "0"], "--threads must be"),
+        (&["--max-input-length", "9", "--max-total-tokens", "9"], "must be less than --max-total-tokens 9"),
+        (&["--max-total-tokens", "1"], "--max-total-tokens must be at least 2"),
+        (&["--adapter-memory-fraction", "1.5"], "--adapter-memory-fraction must be"),
+        (&["--cuda-memory-fraction=-1"], "--cuda-memory-fraction must be"),
+        (&["--model-id", "/no/such/model"], "neither a path that exists nor a hub id"),
+        (&["--model-id", "/"], "neither a folder with a config.json nor a GGUF file"),
+    ] {
+        let (status, log) = Launcher::with_model().args(args).fails();
+        assert_eq!(status, 64, "{args:?}: {log}");
+        assert!(log.contains(cause), "{cause:?} in {log}");
+    }
+}
+
+#[test]
+fn a_model_must_be_named() {
+    let (status, log) = Launcher::new().fails();
+    assert_eq!(status, 64);
+    assert!(log.contains("--model-id"), "{log}");
+}
+
+#[test]
+fn the_environment_is_checked_as_flags_are() {
+    for (name, value) in [("PORT", "http"), ("MAX_BATCH_SIZE", "0"), ("PREFIX_CACHING", "perhaps")] {
+        let (status, log) = Launcher::with_model().env(name, value).fails();
+        assert_eq!(status, 64, "{name}: {log}");
+    }
+}
+
+#[test]
+fn flags_come_before_the_environment_before_defaults() {
+    let mut launcher = Launcher::with_model()
+        .env("PORT", "1234")
+        .env("MAX_INPUT_LENGTH", "77")
+        .env("MAX_TOTAL_TOKENS", "99")
+        .env("ADAPTER_HOST_MEMORY", "5MiB")
+        .args(&["--port", "4321", "--max-input-length", "88", "--prefix-caching", "false"]);
+    let config = launcher.configuration();
+    for (section, name, value) in [
+        ("router", "port", json!(4321)),
+        ("router", "max_input_length", json!(88)),
+        ("router", "max_total_tokens", json!(99)),
+        ("router", "prefix_caching", json!(false)),
+        ("router", "max_concurrent_requests", json!(1024)),
+        ("router", "max_body_bytes", json!(2 << 20)),
+        ("shard", "adapter_host_bytes", json!(5 << 20)),
+        ("shard", "num_slots", json!(128)),
+        ("shard", "dtype", json!(null)),
+    ] {
+        assert_eq!(config[section][name], value, "{section}.{name}");
+    }
+}
+
+#[test]
+fn help_and_version_are_no_errors() {
+    for flag in ["--help", "--version"] {
+        assert_eq!(Launcher::new().args(&[flag]).fails().0, 0, "{flag}");
+    }
+}

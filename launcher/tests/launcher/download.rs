@@ -1,0 +1,192 @@
+//! Models from a hub.
+
+use std::{fs, net::TcpListener, path::Path};
+
+use serde_json::{Value, json};
+
+use crate::{
+    hub::{Hub, Repository},
+    launcher::Launcher,
+};
+
+const ID: &str = "org/name";
+const FILES: [(&str, &str); 5] = [
+    ("config.json", "{}"),
+    ("tokenizer.json", "{\"a\": 1}"),
+    ("model.safetensors", "these are the weights"),
+    ("README.md", "not needed"),
+    ("pytorch_model.bin", "not needed either"),
+];
+
+fn launcher(hub: &Hub, id: &str) -> Launcher {
+    Launcher::new().env("HF_ENDPOINT", &hub.url).args(&["--model-id", id])
+}
+
+/// Names and texts of the files in the folder of the model.
+fn files(config: &Value) -> Vec<(String, String)> {
+    let folder = Path::new(config["model"]["path"].as_str().unwrap());
+    let mut files: Vec<_> = fs::read_dir(folder)
+        .unwrap()
+        .map(|file| file.unwrap().path())
+        .map(|path| {
+            (path.file_name().unwrap().to_string_lossy().into_owned(), fs::read_to_string(path).unwrap())
+        })
+        .collect();
+    files.sort();
+    files
+}
+
+fn owned(files: &[(&str, &str)]) -> Vec<(String, String)> {
+    let mut files: Vec<_> = files.iter().map(|(name, text)| ((*name).into(), (*text).into())).collect();
+    files.sort();
+    files
+}
+
+#[test]
+fn what_is_needed_is_fetched_once() {
+    let hub = Hub::start(ID, Repository::new(&FILES));
+    let mut launcher = launcher(&hub, ID);
+    let config = launcher.configuration();
+    assert_eq!(files(&config), owned(&FILES[..3]));
+    let path = config["model"]["path"].as_str().unwrap();
+    assert!(path.starts_with(launcher.folder().join("hf/hub").to_str().unwrap()), "{path}: HF_HOME counts");
+    assert_eq!((&config["model"]["id"], &config["model"]["sha"]), (&json!(ID), &json!("c0")));
+    assert!(hub.asked().iter().all(|path| !path.contains("README") && !path.contains(".bin")));
+    assert_eq!(launcher.configuration()["model"]["path"], path);
+    assert_eq!(hub.asked(), ["/api/models/org/name/revision/main"]);
+}
+
+#[test]
+fn a_branch_that_moved_is_fetched_whole() {
+    let hub = Hub::start(ID, Repository::new(&FILES));
+    let mut launcher = launcher(&hub, ID);
+    launcher.configuration();
+    // Only the weights differ: the rest must not come from the other commit's folder, nor the weights.
+    let moved = [FILES[0], FILES[1], ("model.safetensors", "better weights")];
+    hub.replace(Repository::new(&FILES).with("main", "c1", &moved));
+    let config = launcher.configuration();
+    assert_eq!(config["model"]["sha"], "c1");
+    assert_eq!(files(&config), owned(&moved));
+}
+
+#[test]
+fn a_revision_is_asked_for_by_flag_or_name() {
+    let tagged = [FILES[0], FILES[1], ("model.safetensors", "tagged")];
+    let hub = Hub::start(ID, Repository::new(&FILES).with("v2", "c2", &tagged));
+    for (id, args) in [("org/name@v2", &[][..]), (ID, &["--revision", "v2"]), ("org/name@c2", &[])] {
+        let mut launcher = launcher(&hub, id).args(args);
+        let config = launcher.configuration();
+        assert_eq!(config["model"]["sha"], "c2");
+        assert_eq!(files(&config), owned(&tagged));
+        assert_eq!(config["model"]["id"], ID);
+    }
+    let (status, log) = launcher(&hub, "org/name@v3").fails();
+    assert_eq!(status, 64);
+    assert!(log.contains("org/name") && log.contains("404"), "{log}");
+}
+
+#[test]
+fn a_token_opens_what_is_not_public() {
+    let hub = Hub::start_with(ID, Repository::new(&FILES), Some("secret"), 0);
+    for name in ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"] {
+        let mut launcher = launcher(&hub, ID).env(name, "secret");
+        let config = launcher.configuration();
+        assert_eq!(files(&config), owned(&FILES[..3]), "{name}");
+    }
+    let (status, log) = launcher(&hub, ID).env("HF_TOKEN", "wrong").fails();
+    assert_eq!(status, 64);
+    assert!(log.contains("org/name") && log.contains("401"), "{log}");
+    assert!(!log.contains("wrong"), "no credential is logged: {log}");
+}
+
+#[test]
+fn every_file_of_an_index_is_fetched() {
+    let index =
+        json!({"weight_map": {"a": "x-1.safetensors", "b": "x-2.safetensors", "c": "x-1.safetensors"}});
+    let index = index.to_string();
+    let all = [
+        ("config.json", "{}"),
+        ("model.safetensors.index.json", &index),
+        ("x-1.safetensors", "one"),
+        ("x-2.safetensors", "two"),
+    ];
+    let hub = Hub::start(ID, Repository::new(&all));
+    let mut launcher = launcher(&hub, ID);
+    assert_eq!(files(&launcher.configuration()), owned(&all));
+}
+
+#[test]
+fn an_index_names_files_of_its_repository_alone() {
+    for (index, cause) in [
+        (r#"{"weight_map": {"a": "../../../../outside"}}"#, "is not in the repository"),
+        (r#"{"weight_map": {"a": 7}}"#, "invalid type"),
+        ("nonsense", "expected"),
+    ] {
+        let hub = Hub::start(
+            ID,
+            Repository::new(&[("config.json", "{}"), ("model.safetensors.index.json", index)]),
+        );
+        let (status, log) = launcher(&hub, ID).fails();
+        assert_eq!(status, 64, "{log}");
+        assert!(log.contains("model.safetensors.index.json") && log.contains(cause), "{log}");
+    }
+}
+
+#[test]
+fn a_single_gguf_file_is_a_model() {
+    let hub = Hub::start(ID, Repository::new(&[("README.md", "x"), ("m.gguf", "weights")]));
+    let mut launcher = launcher(&hub, ID);
+    let config = launcher.configuration();
+    let path = Path::new(config["model"]["path"].as_str().unwrap());
+    assert_eq!(
+        (path.file_name().unwrap(), &*fs::read_to_string(path).unwrap()),
+        ("m.gguf".as_ref(), "weights")
+    );
+    let mut offline = launcher.env("HF_HUB_OFFLINE", "1");
+    assert_eq!(offline.configuration()["model"], config["model"]);
+}
+
+#[test]
+fn weights_in_no_known_format_are_refused() {
+    for names in [&["config.json", "pytorch_model.bin"][..], &["a.gguf", "b.gguf"]] {
+        let all: Vec<_> = names.iter().map(|name| (*name, "x")).collect();
+        let hub = Hub::start(ID, Repository::new(&all));
+        let (status, log) = launcher(&hub, ID).fails();
+        assert_eq!(status, 64);
+        assert!(log.contains("neither safetensors nor a single GGUF") && log.contains(names[1]), "{log}");
+    }
+}
+
+#[test]
+fn offline_the_cache_is_enough() {
+    let hub = Hub::start(ID, Repository::new(&FILES).with("v2", "c2", &FILES));
+    let (status, log) = launcher(&hub, ID).env("HF_HUB_OFFLINE", "1").fails();
+    assert_eq!(status, 64);
+    assert!(log.contains("org/name at main is not in the cache, and HF_HUB_OFFLINE is set"), "{log}");
+    let mut launcher = launcher(&hub, ID);
+    let online = launcher.configuration();
+    hub.asked();
+    let mut launcher = launcher.env("HF_HUB_OFFLINE", "1");
+    assert_eq!(launcher.configuration()["model"], online["model"]);
+    let (status, log) = launcher.args(&["--revision", "v2"]).fails();
+    assert_eq!(status, 64);
+    assert!(log.contains("at v2"), "{log}");
+    assert!(hub.asked().is_empty(), "nobody was asked");
+}
+
+#[test]
+fn a_download_that_breaks_off_goes_on_where_it_was() {
+    let hub = Hub::start_with(ID, Repository::new(&FILES), None, 2);
+    let mut launcher = launcher(&hub, ID);
+    assert_eq!(files(&launcher.configuration()), owned(&FILES[..3]));
+}
+
+#[test]
+fn a_hub_that_is_not_there_is_named() {
+    // Nobody listens there once it is dropped.
+    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let launcher = Launcher::new().env("HF_ENDPOINT", &format!("http://{address}"));
+    let (status, log) = launcher.args(&["--model-id", ID]).fails();
+    assert_eq!(status, 64);
+    assert!(log.contains("org/name") && log.contains(&address), "{log}");
+}

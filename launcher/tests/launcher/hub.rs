@@ -1,0 +1,179 @@
+//! A hub on this machine: the two routes that a download needs, over repositories that a test writes.
+
+use std::{
+    collections::BTreeMap,
+    io::{BufRead, BufReader, Write},
+    net::{TcpListener, TcpStream},
+    sync::{Arc, Mutex},
+    thread,
+};
+
+use serde_json::{Value, json};
+
+/// A repository at each of its revisions.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Repository {
+    /// Commits by the names that lead to them.
+    pub(crate) revisions: BTreeMap<String, String>,
+    /// Files of each commit.
+    pub(crate) commits: BTreeMap<String, BTreeMap<String, Vec<u8>>>,
+}
+
+impl Repository {
+    /// A repository whose `main` has these files.
+    pub(crate) fn new(files: &[(&str, &str)]) -> Repository {
+        Repository::default().with("main", "c0", files)
+    }
+
+    /// Lets `revision` lead to a commit with these files.
+    pub(crate) fn with(mut self, revision: &str, commit: &str, files: &[(&str, &str)]) -> Repository {
+        let files = files.iter().map(|(name, text)| ((*name).to_owned(), text.as_bytes().to_vec())).collect();
+        self.revisions.insert(revision.into(), commit.into());
+        self.revisions.insert(commit.into(), commit.into());
+        self.commits.insert(commit.into(), files);
+        self
+    }
+}
+
+struct State {
+    id: String,
+    repository: Mutex<Repository>,
+    token: Option<String>,
+    /// Answers of files that break off half way.
+    breaks: Mutex<usize>,
+    asked: Mutex<Vec<String>>,
+}
+
+/// Serves one repository; ends with the process.
+pub(crate) struct Hub {
+    state: Arc<State>,
+    pub(crate) url: String,
+}
+
+impl Hub {
+    pub(crate) fn start(id: &str, repository: Repository) -> Hub {
+        Hub::start_with(id, repository, None, 0)
+    }
+
+    /// One that wants a token, and breaks off so many answers.
+    pub(crate) fn start_with(id: &str, repository: Repository, token: Option<&str>, breaks: usize) -> Hub {
+        let state = Arc::new(State {
+            id: id.into(),
+            repository: Mutex::new(repository),
+            token: token.map(str::to_owned),
+            breaks: Mutex::new(breaks),
+            asked: Mutex::default(),
+        });
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let serving = state.clone();
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                // A client that breaks off is not the test's business.
+                let _ = answer(&serving, stream.unwrap());
+            }
+        });
+        Hub { state, url }
+    }
+
+    pub(crate) fn replace(&self, repository: Repository) {
+        *self.state.repository.lock().unwrap() = repository;
+    }
+
+    /// Paths asked for since the last call.
+    pub(crate) fn asked(&self) -> Vec<String> {
+        std::mem::take(&mut self.state.asked.lock().unwrap())
+    }
+}
+
+/// Answers one request of a connection and closes it.
+fn answer(state: &State, mut stream: TcpStream) -> std::io::Result<()> {
+    let mut lines = BufReader::new(stream.try_clone()?).lines();
+    let request = lines.next().transpose()?.unwrap_or_default();
+    let path = request.split(' ').nth(1).unwrap_or_default().to_owned();
+    let mut headers = BTreeMap::new();
+    for line in lines {
+        let line = line?;
+        let Some((name, value)) = line.split_once(": ") else { break };
+        headers.insert(name.to_lowercase(), value.to_owned());
+    }
+    state.asked.lock().unwrap().push(path.clone());
+    let header = |name: &str| headers.get(name).map(String::as_str);
+    let expected = state.token.as_ref().map(|token| format!("Bearer {token}"));
+    if expected.is_some() && header("authorization") != expected.as_deref() {
+        return respond(&mut stream, "401 Unauthorized", &[], b"");
+    }
+    match find(state, &path) {
+        None => respond(&mut stream, "404 Not Found", &[], b""),
+        Some(Found::Info(info)) => respond(&mut stream, "200 OK", &[], info.to_string().as_bytes()),
+        Some(Found::File { commit, bytes }) => file(state, &mut stream, &commit, &bytes, header("range")),
+    }
+}
+
+enum Found {
+    Info(Value),
+    File { commit: String, bytes: Vec<u8> },
+}
+
+fn find(state: &State, path: &str) -> Option<Found> {
+    let repository = state.repository.lock().unwrap();
+    if let Some(revision) = path.strip_prefix(&format!("/api/models/{}/revision/", state.id)) {
+        let commit = repository.revisions.get(revision)?;
+        let files = repository.commits[commit].keys().map(|name| json!({"rfilename": name}));
+        return Some(Found::Info(json!({"sha": commit, "siblings": files.collect::<Vec<_>>()})));
+    }
+    let (revision, name) = path.strip_prefix(&format!("/{}/resolve/", state.id))?.split_once('/')?;
+    let commit = repository.revisions.get(revision)?;
+    let bytes = repository.commits[commit].get(name)?.clone();
+    Some(Found::File { commit: commit.clone(), bytes })
+}
+
+/// The part of a file that is asked for, as the hub does: with its commit and the hash of its content.
+fn file(
+    state: &State,
+    stream: &mut TcpStream,
+    commit: &str,
+    bytes: &[u8],
+    range: Option<&str>,
+) -> std::io::Result<()> {
+    let (first, last) = range.and_then(|range| range.strip_prefix("bytes=")?.split_once('-')).unwrap();
+    let first: usize = first.parse().unwrap();
+    let last = last.parse().unwrap_or(bytes.len().saturating_sub(1));
+    let part = &bytes[first..=last];
+    // FNV-1a: equal names for equal content alone.
+    let hash = bytes.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
+    });
+    let headers = [
+        ("x-repo-commit", commit.to_owned()),
+        ("etag", format!("\"{hash:x}\"")),
+        ("content-range", format!("bytes {first}-{last}/{}", bytes.len())),
+    ];
+    let mut breaks = state.breaks.lock().unwrap();
+    if part.len() > 1 && *breaks > 0 {
+        *breaks -= 1;
+        head(stream, "206 Partial Content", &headers, part.len())?;
+        return stream.write_all(&part[..part.len() / 2]);
+    }
+    respond(stream, "206 Partial Content", &headers, part)
+}
+
+fn head(
+    stream: &mut TcpStream,
+    status: &str,
+    headers: &[(&str, String)],
+    length: usize,
+) -> std::io::Result<()> {
+    let headers: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+    write!(stream, "HTTP/1.1 {status}\r\nconnection: close\r\ncontent-length: {length}\r\n{headers}\r\n")
+}
+
+fn respond(
+    stream: &mut TcpStream,
+    status: &str,
+    headers: &[(&str, String)],
+    body: &[u8],
+) -> std::io::Result<()> {
+    head(stream, status, headers, body.len())?;
+    stream.write_all(body)
+}

@@ -1,0 +1,8 @@
+//! The launcher with children and a hub that the tests write.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod children;
+mod configuration;
+mod download;
+mod hub;
+mod launcher;
