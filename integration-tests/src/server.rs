@@ -19,6 +19,7 @@ const START: Duration = Duration::from_secs(120);
 /// A running server; killed when it is dropped.
 pub struct Server {
     launcher: Child,
+    log: mpsc::Receiver<String>,
     /// Where it listens.
     pub url: String,
     /// For requests.
@@ -71,7 +72,7 @@ impl Server {
         // Reads to the end, so that the launcher never waits for room in the pipe.
         thread::spawn(move || {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                // After the start nobody listens.
+                // The test may be over.
                 let _ = lines.send(line);
             }
         });
@@ -80,7 +81,7 @@ impl Server {
             let Ok(line) = log.recv_timeout(START) else { break };
             if let Some((_, address)) = line.split_once("listening on ") {
                 let url = format!("http://{}", address.trim());
-                return Ok(Server { launcher, url, client: Client::new() });
+                return Ok(Server { launcher, log, url, client: Client::new() });
             }
             said = said + &line + "\n";
         }
@@ -100,6 +101,11 @@ impl Server {
         let body: Value = response.error_for_status()?.json().await?;
         let tokens = body["details"]["tokens"].as_array().context("tokens")?;
         tokens.iter().map(|token| token["id"].as_u64().context("an id")).collect()
+    }
+
+    /// How many lines of the log since the last call have `text` in them.
+    pub fn said(&self, text: &str) -> usize {
+        self.log.try_iter().filter(|line| line.contains(text)).count()
     }
 
     /// Ids of the launcher's children whose name is `name`.

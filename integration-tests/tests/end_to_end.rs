@@ -9,27 +9,6 @@ use serde_json::{Value, json};
 const ADAPTERS: [Option<&str>; 4] = [None, Some("sentiment"), Some("sql"), Some("pirate")];
 
 #[tokio::test]
-async fn a_mixed_batch_gives_everyone_the_tokens_they_get_alone() {
-    let server = Server::start(&[]).unwrap();
-    let server = &server;
-    let asks: Vec<_> = (0..32)
-        .map(|i| (ADAPTERS[i % 4], format!("Number {i}: {}", "Tell me about the sea. ".repeat(1 + i % 5))))
-        .collect();
-    let mut alone = Vec::new();
-    for (adapter, prompt) in &asks {
-        alone.push(server.tokens(*adapter, prompt, 12).await.unwrap());
-    }
-    let together = join_all(asks.iter().map(|(adapter, prompt)| server.tokens(*adapter, prompt, 12))).await;
-    for (i, (alone, together)) in alone.iter().zip(together).enumerate() {
-        assert_eq!(*alone, together.unwrap(), "request {i}, adapter {:?}", asks[i].0);
-    }
-    let prompt = "<|im_start|>user\nShow the name of all ships.<|im_end|>\n<|im_start|>assistant\n";
-    let texts: Vec<_> = join_all(ADAPTERS.map(|adapter| server.tokens(adapter, prompt, 8))).await;
-    let distinct: std::collections::BTreeSet<_> = texts.into_iter().map(Result::unwrap).collect();
-    assert_eq!(distinct.len(), 4, "every adapter has its own answer");
-}
-
-#[tokio::test]
 async fn a_folder_is_served_with_adapters_of_all_ranks_in_one_batch() {
     let tiny = integration_tests::server::fixtures().join("tiny");
     let server = Server::start_with(&tiny.join("model"), &tiny.join("adapters"), &[]).unwrap();
