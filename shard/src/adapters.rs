@@ -11,10 +11,7 @@ use std::{
 };
 
 use kernels::{Backend, LoraSite};
-use model::{
-    Config,
-    adapter::{self, AdapterError, ContentHash},
-};
+use model::adapter::{self, AdapterError, BaseModel, ContentHash};
 use tokio::sync::{OnceCell, Semaphore};
 
 pub use resolve::{ResolveError, Roots};
@@ -99,7 +96,7 @@ struct Cache<B: Backend> {
 /// See the module.
 pub struct Adapters<B: Backend> {
     ops: Arc<B>,
-    config: Config,
+    model: BaseModel,
     sites: Vec<LoraSite>,
     roots: Roots,
     limit: usize,
@@ -109,12 +106,18 @@ pub struct Adapters<B: Backend> {
 
 impl<B: Backend> Adapters<B> {
     /// An empty cache of at most `limit` bytes, over the folders of `roots`.
-    pub fn new(ops: Arc<B>, config: Config, sites: Vec<LoraSite>, roots: Roots, limit: usize) -> Adapters<B> {
+    pub fn new(
+        ops: Arc<B>,
+        model: BaseModel,
+        sites: Vec<LoraSite>,
+        roots: Roots,
+        limit: usize,
+    ) -> Adapters<B> {
         let cache = Cache { known: HashMap::new(), resident: HashMap::new(), bytes: 0, clock: 0 };
         let cores = thread::available_parallelism().map_or(1, usize::from);
         Adapters {
             ops,
-            config,
+            model,
             sites,
             roots,
             limit,
@@ -174,7 +177,7 @@ impl<B: Backend> Adapters<B> {
     }
 
     fn read_blocking(&self, folder: &std::path::Path, id: String) -> Result<Prepared, PrepareError> {
-        let adapter = match adapter::read(folder, &self.config) {
+        let adapter = match adapter::read(folder, &self.model) {
             Ok(adapter) => adapter,
             Err(source) => return Err(PrepareError::Adapter { id, source }),
         };

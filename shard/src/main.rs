@@ -20,7 +20,7 @@ use lorax_shard::{
     service::{self, Server},
     step::Info,
 };
-use model::{LoadProgress, Model};
+use model::{LoadProgress, Model, adapter::BaseModel};
 use tokio::{
     io::AsyncReadExt,
     net::UnixListener,
@@ -143,8 +143,8 @@ fn serve<B: Backend>(
     };
     let roots =
         Roots::new(shard.adapter_dir.as_deref(), &shard.adapter_roots).context("the adapter folders")?;
-    let adapters =
-        Arc::new(Adapters::new(ops.clone(), description.clone(), model.sites(), roots, host_bytes));
+    let base = BaseModel { config: description.clone(), path: config.model.path.clone(), dtype: ops.dtype() };
+    let adapters = Arc::new(Adapters::new(ops.clone(), base, model.sites(), roots, host_bytes));
     let mut engine = Engine::new(ops.clone(), model.clone(), adapters.clone(), limits)?;
     if target.rehearses {
         engine.rehearse()?;

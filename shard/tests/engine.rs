@@ -9,7 +9,11 @@ use lorax_shard::{
     engine::{Command, Engine, Limits, StepError},
     step::{Event, NewSequence, Rows, Step},
 };
-use model::{Model, adapter::ContentHash, testing};
+use model::{
+    Model,
+    adapter::{BaseModel, ContentHash},
+    testing,
+};
 use tokio::sync::{mpsc, oneshot};
 
 type Events = mpsc::Receiver<Result<Event, StepError>>;
@@ -34,8 +38,8 @@ impl Shard {
         let ops = Arc::new(CpuBackend::new(DType::F32, 1).unwrap());
         let model = Arc::new(Model::load(&*ops, &at("model"), &mut |_| {}).unwrap());
         let roots = Roots::new(Some(&at("adapters")), &[]).unwrap();
-        let adapters =
-            Arc::new(Adapters::new(ops.clone(), model.config().clone(), model.sites(), roots, 1 << 20));
+        let base = BaseModel { config: model.config().clone(), path: at("model"), dtype: DType::F32 };
+        let adapters = Arc::new(Adapters::new(ops.clone(), base, model.sites(), roots, 1 << 20));
         let limits = Limits { num_slots: 2, max_rows: 32, max_sequences: 4, max_logit_rows: 32 };
         let mut engine = Engine::new(ops, model, adapters.clone(), limits).unwrap();
         engine.rehearse().unwrap();

@@ -1,6 +1,7 @@
 //! LoRA adapters in PEFT's format. What is read is exactly what PEFT would compute; what is not served is refused by
 //! the name of its field or tensor. Nothing is ignored.
 
+mod base;
 mod config;
 mod pattern;
 mod tensors;
@@ -11,6 +12,7 @@ use kernels::LoraPart;
 use sha2::{Digest, Sha256};
 
 use crate::{Config, LoadError};
+pub use base::BaseModel;
 
 /// Name of an adapter's configuration in its folder.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -70,6 +72,14 @@ pub enum AdapterError {
     /// A tensor that belongs to no targeted module.
     #[error("{WEIGHTS_FILE}: tensor {0} belongs to no targeted module of this model")]
     UnknownTensor(String),
+    /// A tensor of the base model that came with the adapter and is another one.
+    #[error("{WEIGHTS_FILE}: tensor {name} is not {module} of this model")]
+    NotTheModels {
+        /// The tensor.
+        name: String,
+        /// What it would have to be.
+        module: String,
+    },
     /// A tensor that a targeted module needs.
     #[error("{WEIGHTS_FILE}: tensor {0} is missing")]
     MissingTensor(String),
@@ -150,11 +160,11 @@ impl Module {
 }
 
 /// Reads the adapter in a folder and checks it against a model.
-pub fn read(folder: &Path, model: &Config) -> Result<Adapter, AdapterError> {
+pub fn read(folder: &Path, model: &BaseModel) -> Result<Adapter, AdapterError> {
     let config = config::AdapterConfig::read(folder)?;
-    let modules = Module::all(model);
+    let modules = Module::all(&model.config);
     let targets = config.targets(&modules)?;
-    let parts = tensors::read(folder, &config, &targets)?;
+    let parts = tensors::read(folder, &config, &targets, model)?;
     let mut sites: Vec<String> = targets.iter().map(|module| module.name().to_owned()).collect();
     sites.sort_unstable();
     sites.dedup();

@@ -3,25 +3,32 @@
 
 use std::{fs, path::Path};
 
+use kernels::DType;
 use model::{
     Config,
-    adapter::{self, Adapter},
+    adapter::{self, Adapter, BaseModel},
     testing::{self, Files, Tensor},
 };
 use serde_json::{Value, json};
 
 const SEVEN: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
-fn model_config() -> Config {
-    let folder = tempfile::tempdir().unwrap();
-    testing::model().write_model(folder.path()).unwrap();
-    Config::from_folder(folder.path()).unwrap()
+/// Writes a model into a folder.
+fn model(folder: &Path, files: &Files, dtype: DType) -> BaseModel {
+    files.write_model(folder).unwrap();
+    BaseModel { config: Config::from_folder(folder).unwrap(), path: folder.into(), dtype }
 }
 
 fn read(files: &Files) -> Result<Adapter, String> {
+    read_for(files, &testing::model(), DType::F32)
+}
+
+fn read_for(files: &Files, base: &Files, dtype: DType) -> Result<Adapter, String> {
     let folder = tempfile::tempdir().unwrap();
-    files.write_adapter(folder.path()).unwrap();
-    adapter::read(folder.path(), &model_config()).map_err(|error| error.to_string())
+    let base = model(&folder.path().join("model"), base, dtype);
+    let adapter = folder.path().join("adapter");
+    files.write_adapter(&adapter).unwrap();
+    adapter::read(&adapter, &base).map_err(|error| error.to_string())
 }
 
 fn with(field: &str, value: Value) -> Files {
@@ -153,9 +160,72 @@ fn damaged_folders_are_refused() {
     ];
     for (spoil, cause) in cases {
         let folder = tempfile::tempdir().unwrap();
+        let base = model(&folder.path().join("model"), &testing::model(), DType::F32);
         testing::adapter(&SEVEN, 4, 1).write_adapter(folder.path()).unwrap();
         spoil(folder.path());
-        let refusal = adapter::read(folder.path(), &model_config()).err().unwrap().to_string();
+        let refusal = adapter::read(folder.path(), &base).err().unwrap().to_string();
         assert!(refusal.contains(cause), "{refusal}");
     }
+}
+
+/// An adapter on the head, with the copies of the model's own tensors that PEFT writes beside it.
+fn with_copies(base: &Files, copies: &[(&str, &str)]) -> Files {
+    let mut files = testing::adapter(&["q_proj"], 4, 1);
+    files.config["target_modules"] = json!(["q_proj", "lm_head"]);
+    for (matrix, shape) in [("A", [4, 32]), ("B", [96, 4])] {
+        let tensor = Tensor { shape: shape.into(), data: vec![0.25; shape[0] * shape[1]] };
+        files.tensors.insert(format!("base_model.model.lm_head.lora_{matrix}.weight"), tensor);
+    }
+    for (name, module) in copies {
+        let tensor = base.tensors[&format!("{module}.weight")].clone();
+        files.tensors.insert(format!("base_model.model.{name}.weight"), tensor);
+    }
+    files
+}
+
+#[test]
+fn copies_of_the_models_own_tensors_change_nothing() {
+    let base = testing::model();
+    let plain = read(&with_copies(&base, &[])).unwrap();
+    let copies = [("lm_head.base_layer", "lm_head"), ("model.embed_tokens", "model.embed_tokens")];
+    assert_eq!(read(&with_copies(&base, &copies)).unwrap().hash, plain.hash);
+    let mut tied = base.clone();
+    tied.config["tie_word_embeddings"] = json!(true);
+    tied.tensors.remove("lm_head.weight");
+    let copies = with_copies(&tied, &[("lm_head.base_layer", "model.embed_tokens")]);
+    assert_eq!(read_for(&copies, &tied, DType::F32).unwrap().hash, plain.hash);
+}
+
+#[test]
+fn copies_are_compared_as_they_are_computed_with() {
+    let base = testing::model();
+    let name = "base_model.model.lm_head.base_layer.weight";
+    let mut close = with_copies(&base, &[("lm_head.base_layer", "lm_head")]);
+    for x in &mut close.tensors.get_mut(name).unwrap().data {
+        // Beyond what bf16 can tell apart, for numbers that it has.
+        *x *= 1.0 + 1.0 / 1024.0;
+    }
+    assert!(read_for(&close, &base, DType::Bf16).is_ok());
+    let refusal = "adapter_model.safetensors: tensor base_model.model.lm_head.base_layer.weight is not lm_head of this model";
+    assert_eq!(read_for(&close, &base, DType::F32).err().unwrap(), refusal);
+}
+
+#[test]
+fn other_tensors_of_a_model_are_refused_by_name() {
+    let base = testing::model();
+    let name = "base_model.model.lm_head.base_layer.weight";
+    let copies = with_copies(&base, &[("lm_head.base_layer", "lm_head")]);
+    for (change, cause) in [
+        (|tensor: &mut Tensor| tensor.data[95 * 32 + 31] += 0.5, "is not lm_head of this model"),
+        (|tensor: &mut Tensor| tensor.data[7] = f32::NAN, "is not lm_head of this model"),
+        (|tensor: &mut Tensor| tensor.shape = vec![32, 96], "has the shape [32, 96], expected [96, 32]"),
+    ] as [(fn(&mut Tensor), &str); 3]
+    {
+        let mut files = copies.clone();
+        change(files.tensors.get_mut(name).unwrap());
+        let refusal = read(&files).err().unwrap();
+        assert!(refusal.contains(name) && refusal.contains(cause), "{refusal}");
+    }
+    let norm = with_copies(&base, &[("model.norm", "model.norm")]);
+    assert!(read(&norm).err().unwrap().contains("model.norm.weight belongs to no targeted module"));
 }

@@ -7,7 +7,10 @@ use std::{
 };
 
 use kernels::{BLOCK_SIZE, Backend, Batch, DType, Sampled, Segment, SequenceRows, Solo, cpu::CpuBackend};
-use model::{KvCache, Model, Pass, Scratch, adapter};
+use model::{
+    KvCache, Model, Pass, Scratch,
+    adapter::{self, BaseModel},
+};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -64,10 +67,12 @@ impl Runner {
     /// Loads a model, and the named adapters into slots by their order.
     fn new(dtype: DType, model: &Path, adapters: &[PathBuf], blocks: u32) -> Runner {
         let ops = CpuBackend::new(dtype, 2).unwrap();
+        let path = model.to_owned();
         let model = Model::load(&ops, model, &mut |_| {}).unwrap();
+        let base = BaseModel { config: model.config().clone(), path, dtype };
         let mut slots = ops.lora_slots(&model.sites(), adapters.len()).unwrap();
         for (slot, folder) in adapters.iter().enumerate() {
-            let parts = adapter::read(folder, model.config()).unwrap().parts;
+            let parts = adapter::read(folder, &base).unwrap().parts;
             let staged = Arc::new(ops.stage(&model.sites(), &parts).unwrap());
             ops.load(&mut slots, slot as u32, &staged).unwrap();
         }

@@ -4,11 +4,11 @@ use std::{collections::HashMap, path::Path};
 
 use kernels::{HostTensor, LoraPart};
 
-use super::{AdapterError, Module, WEIGHTS_FILE, config::AdapterConfig};
+use super::{AdapterError, BaseModel, Module, WEIGHTS_FILE, base::copied_module, config::AdapterConfig};
 use crate::weights::safetensors::TensorFile;
 
 /// What PEFT puts in front of a module's path.
-const PREFIX: &str = "base_model.model.";
+pub(super) const PREFIX: &str = "base_model.model.";
 
 /// Where a tensor belongs: a module's path and "A" or "B".
 fn place(name: &str) -> Option<(&str, char)> {
@@ -28,6 +28,7 @@ pub(super) fn read(
     folder: &Path,
     config: &AdapterConfig,
     targets: &[&Module],
+    model: &BaseModel,
 ) -> Result<Vec<LoraPart>, AdapterError> {
     let path = folder.join(WEIGHTS_FILE);
     if !path.exists() {
@@ -38,14 +39,23 @@ pub(super) fn read(
     // Of several faults, the same one is reported every time.
     names.sort_unstable();
     let mut places: HashMap<(&str, char), &str> = HashMap::new();
+    let mut copies = Vec::new();
     for name in &names {
+        if let Some(module) = copied_module(name) {
+            copies.push((name, module));
+            continue;
+        }
         let found = place(name).filter(|(path, _)| targets.iter().any(|module| module.path == *path));
         let twice = found.is_some_and(|found| places.insert(found, name).is_some());
         if found.is_none() || twice {
             return Err(AdapterError::UnknownTensor(name.clone()));
         }
     }
-    targets.iter().map(|module| part(&file, &places, config, module)).collect()
+    let parts =
+        targets.iter().map(|module| part(&file, &places, config, module)).collect::<Result<_, _>>()?;
+    // Last, because only these need the model's files.
+    copies.into_iter().try_for_each(|(name, module)| model.check_copy(&file, name, module))?;
+    Ok(parts)
 }
 
 fn part(

@@ -1,0 +1,64 @@
+//! The model that an adapter belongs to, and the copies of its tensors that PEFT writes beside A and B.
+
+use std::path::PathBuf;
+
+use kernels::{DType, HostTensor};
+
+use super::{AdapterError, tensors::PREFIX};
+use crate::{
+    Config,
+    weights::{self, safetensors::TensorFile},
+};
+
+/// A model that is served, as adapters are checked against it.
+#[derive(Debug, Clone)]
+pub struct BaseModel {
+    /// What it looks like.
+    pub config: Config,
+    /// Its files: a folder, or a GGUF file.
+    pub path: PathBuf,
+    /// What its weights are converted to.
+    pub dtype: DType,
+}
+
+/// Modules whose weights PEFT writes into an adapter that targets one of them, unless `save_embedding_layers` is off.
+const COPIED: [&str; 2] = ["lm_head", "model.embed_tokens"];
+
+/// The module that a tensor claims to be a copy of.
+pub(super) fn copied_module(name: &str) -> Option<&'static str> {
+    let module = name.strip_prefix(PREFIX)?.strip_suffix(".weight")?;
+    let module = module.strip_suffix(".base_layer").unwrap_or(module);
+    COPIED.into_iter().find(|copied| *copied == module)
+}
+
+impl BaseModel {
+    /// Refuses a tensor of an adapter that is not what the model has for `module`, once both are converted.
+    pub(super) fn check_copy(&self, file: &TensorFile, name: &str, module: &str) -> Result<(), AdapterError> {
+        let module = if self.config.tied { "model.embed_tokens" } else { module };
+        let (_, source) = weights::open(&self.path)?;
+        let base = source.tensor(&format!("{module}.weight"))?;
+        let (shape, dtype, data) = file.read(name)?;
+        let expected = [base.rows, base.cols];
+        if shape != expected {
+            return Err(AdapterError::Shape { name: name.into(), got: shape, expected });
+        }
+        let copy = HostTensor { dtype, rows: base.rows, cols: base.cols, data: data.into() };
+        if (0..base.rows).all(|row| self.converted(&base, row).eq(self.converted(&copy, row))) {
+            return Ok(());
+        }
+        Err(AdapterError::NotTheModels { name: name.into(), module: module.into() })
+    }
+
+    /// One row as it is computed with.
+    fn converted(&self, tensor: &HostTensor<'_>, row: usize) -> impl Iterator<Item = f32> {
+        let bytes = tensor.cols * tensor.dtype.size();
+        let data = tensor.data[row * bytes..][..bytes].into();
+        let row = HostTensor { dtype: tensor.dtype, rows: 1, cols: tensor.cols, data }.to_f32();
+        let dtype = self.dtype;
+        row.into_iter().map(move |x| match dtype {
+            DType::F32 => x,
+            DType::Bf16 => half::bf16::from_f32(x).to_f32(),
+            DType::F16 => half::f16::from_f32(x).to_f32(),
+        })
+    }
+}
