@@ -27,6 +27,8 @@ ADAPTERS = ROOT / "integration-tests" / "fixtures" / "adapters"
 PROMPT = "Show the name of all ships."
 NAMES = [None, "sentiment", "sql", "pirate"]
 READY_SECONDS = 120
+LIVE = sys.stdout.isatty()
+BOLD, PLAIN, CLEAR = ("\033[1m", "\033[0m", "\033[2K") if LIVE else ("", "", "")
 
 
 @dataclass
@@ -117,7 +119,7 @@ def render(answers: list[Answer]) -> list[str]:
     lines = []
     for a in answers:
         state = a.error or (f"{len(a.times):3d} tokens  {a.speed:5.1f} tok/s" if a.times else "waiting")
-        lines.append(f"\033[1m{a.adapter or 'base model':<12}\033[0m {state}"[: width + 8])
+        lines.append(f"{BOLD}{a.adapter or 'base model':<12}{PLAIN} {state}"[: width + len(BOLD + PLAIN)])
         wrapped = textwrap.wrap(" ".join(a.text.split()), width - 2)[:3]
         lines += ["  " + line for line in wrapped] + [""] * (3 - len(wrapped))
     return lines
@@ -127,18 +129,18 @@ def show(port: int) -> bool:
     """Streams the four answers at once; live on a terminal, once at the end otherwise. True if all came."""
     answers = [Answer(name) for name in NAMES]
     threads = [threading.Thread(target=a.stream, args=(port,), daemon=True) for a in answers]
-    print(f"\nOne prompt, four models, one running batch:  \033[1m{PROMPT}\033[0m\n")
+    print(f"\nOne prompt, four models, one running batch:  {BOLD}{PROMPT}{PLAIN}\n")
     for t in threads:
         t.start()
-    live, drawn = sys.stdout.isatty(), 0
-    while live and not all(a.done for a in answers):
+    drawn = 0
+    while LIVE and not all(a.done for a in answers):
         lines = render(answers)
-        print((f"\033[{drawn}A" if drawn else "") + "".join(f"\033[2K{line}\n" for line in lines), end="")
+        print((f"\033[{drawn}A" if drawn else "") + "".join(f"{CLEAR}{line}\n" for line in lines), end="")
         drawn = len(lines)
         time.sleep(0.05)
     for t in threads:
         t.join()
-    print((f"\033[{drawn}A" if drawn else "") + "".join(f"\033[2K{line}\n" for line in render(answers)))
+    print((f"\033[{drawn}A" if drawn else "") + "".join(f"{CLEAR}{line}\n" for line in render(answers)))
     times = [a.times for a in answers if a.times]
     if len(times) == len(answers):
         together = min(t[-1] for t in times) - max(t[0] for t in times)
