@@ -96,7 +96,7 @@ async fn adapters_that_are_being_loaded_stall_no_stream() {
         .await;
     // Each adapter has 20 MB to be read, checked and copied: without a stream of its own that is one long pause.
     let before = seen.iter().take_while(|seen| **seen == Seen::Token).count();
-    assert!(before >= 5, "{before} tokens before the first adapter was there");
+    assert!(before >= 3, "{before} tokens before the first adapter was there");
     assert!(seen.len() >= 5 * names.len(), "{} tokens while {} adapters came", seen.len(), names.len());
 }
 

@@ -19,7 +19,7 @@ use crate::child::Child;
 const BACKOFF: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(10)];
 /// After running this long, a process is taken to be well.
 const STABLE: Duration = Duration::from_secs(60);
-/// A process whose first life is shorter than this has a fault that restarts do not mend.
+/// A router whose first life is shorter than this, or than the shards take to load, has a fault that restarts do not mend.
 const FIRST_LIFE: Duration = Duration::from_secs(3);
 /// What shards get to stop, and what the router gets beyond its own deadline.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -115,6 +115,10 @@ impl Plan {
             .collect()
     }
 
+    fn shards_serve(&self) -> bool {
+        self.sockets.iter().all(|socket| socket.exists())
+    }
+
     fn start_router(&self) -> Result<Child, Failure> {
         self.start("router", "lorax-router", None)
     }
@@ -131,7 +135,7 @@ impl Plan {
                 () = any(&mut signals) => break,
                 (rank, status) = first(&mut shards) => {
                     let name = format!("shard-{rank}");
-                    served |= self.sockets.iter().all(|socket| socket.exists());
+                    served |= self.shards_serve();
                     let status = status?;
                     tracing::error!("{name} ended ({status})");
                     if !served {
@@ -147,7 +151,9 @@ impl Plan {
                 status = router.ended() => {
                     let status = status?;
                     tracing::error!("router ended ({status})");
-                    if router_lives == 0 && router_backoff.started.elapsed() < FIRST_LIFE {
+                    served |= self.shards_serve();
+                    let early = !served || router_backoff.started.elapsed() < FIRST_LIFE;
+                    if router_lives == 0 && early {
                         return Err(Failure::NeverReady { name: "router".into(), status });
                     }
                     router_lives += 1;
