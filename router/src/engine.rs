@@ -29,8 +29,6 @@ const COMMANDS: usize = 1024;
 const RELOADS: u32 = 16;
 /// Between two attempts to reach the shards.
 const RECONNECT: Duration = Duration::from_millis(100);
-/// Updates that are passed on sooner than a task is switched.
-const FEW: usize = 8;
 
 enum Command {
     Submit { id: RequestId, job: Box<Job>, updates: mpsc::Sender<Update> },
@@ -125,12 +123,10 @@ async fn serve(
             session,
             shards: shards.clone(),
             commands: again.clone(),
-            outbox: Vec::new(),
             begun: Instant::now(),
         };
         let ended = batcher.run(&mut commands).await;
         info.send_replace(None);
-        batcher.deliver();
         for (_, live) in batcher.live.drain() {
             // Whoever has stopped listening does not need to know.
             let _ = live.updates.try_send(Update::Failed(Failure::Unavailable));
@@ -173,8 +169,6 @@ struct Batcher {
     shards: Shards,
     /// Its own, for jobs that come back.
     commands: mpsc::WeakSender<Command>,
-    /// What requests are to be told, once the shards have been sent what they wait for.
-    outbox: Vec<(RequestId, Update)>,
     begun: Instant,
 }
 
@@ -193,15 +187,6 @@ impl Batcher {
                     Some((&job.sampling, job.prompt_logprobs))
                 });
                 self.session.send(step).await?;
-            }
-            if !self.outbox.is_empty() {
-                if self.outbox.len() > FEW {
-                    // Lets the connection write the step: behind hundreds of wake-ups it would come late.
-                    tokio::task::yield_now().await;
-                }
-                self.deliver();
-                // Whoever was found gone has made room.
-                continue;
             }
             tokio::select! {
                 command = commands.recv() => {
@@ -256,7 +241,7 @@ impl Batcher {
                 self.scheduler.slot_failed(slot, key)
             }
         };
-        events.into_iter().for_each(|event| self.tell(event, &mut HashMap::new()));
+        events.into_iter().for_each(|event| self.tell(event, &HashMap::new()));
     }
 
     fn complete(&mut self, result: StepResult) {
@@ -267,39 +252,44 @@ impl Batcher {
             let new: Vec<Scored> = tokens.into_iter().skip(known).collect();
             live.prompt_told += new.len() as u32;
             if !new.is_empty() {
-                self.outbox.push((id, Update::Prompt(new)));
+                self.send(id, Update::Prompt(new));
             }
         }
         let chosen: Vec<(RequestId, u32)> =
             result.tokens.iter().map(|(sequence, token, _)| (RequestId(*sequence), token.id)).collect();
-        let mut scored: HashMap<RequestId, (Scored, Vec<Scored>)> = result
+        let scored: HashMap<RequestId, (Scored, Vec<Scored>)> = result
             .tokens
             .into_iter()
             .map(|(sequence, token, top)| (RequestId(sequence), (token, top)))
             .collect();
         let events = self.scheduler.complete(result.id, &chosen);
-        events.into_iter().for_each(|event| self.tell(event, &mut scored));
+        events.into_iter().for_each(|event| self.tell(event, &scored));
     }
 
-    fn tell(&mut self, event: scheduler::Event, scored: &mut HashMap<RequestId, (Scored, Vec<Scored>)>) {
-        self.outbox.push(match event {
-            scheduler::Event::Started { id, queued, .. } => (id, Update::Started { queued }),
+    fn tell(&mut self, event: scheduler::Event, scored: &HashMap<RequestId, (Scored, Vec<Scored>)>) {
+        match event {
+            scheduler::Event::Started { id, queued, .. } => self.send(id, Update::Started { queued }),
             scheduler::Event::Token { id, token, finish } => {
                 // Tokens come from the step that is being completed.
                 let unknown = (Scored { id: token, logprob: f32::NAN }, Vec::new());
-                let (token, top) = scored.remove(&id).unwrap_or(unknown);
-                (id, Update::Token { token, top, finish })
-            }
-            scheduler::Event::Failed { id, reason: FailReason::AdapterLoad(_) }
-                if self.live.get(&id).is_some_and(|live| live.job.reloads < RELOADS) =>
-            {
-                self.live.remove(&id).into_iter().for_each(|live| self.reload(id, live));
-                return;
+                let (token, top) = scored.get(&id).cloned().unwrap_or(unknown);
+                self.send(id, Update::Token { token, top, finish });
+                if finish.is_some() {
+                    self.live.remove(&id);
+                }
             }
             scheduler::Event::Failed { id, reason } => {
-                (id, Update::Failed(Failure::Generation(reason.to_string())))
+                let Some(live) = self.live.remove(&id) else { return };
+                match reason {
+                    FailReason::AdapterLoad(_) if live.job.reloads < RELOADS => self.reload(id, live),
+                    reason => {
+                        // Whoever has stopped listening does not need to know.
+                        let failure = Failure::Generation(reason.to_string());
+                        let _ = live.updates.try_send(Update::Failed(failure));
+                    }
+                }
             }
-        });
+        }
     }
 
     /// Has the adapter of a job that has not begun prepared again, and submits the job again.
@@ -322,18 +312,12 @@ impl Batcher {
         });
     }
 
-    /// Passes all updates on. Whoever has gone or does not keep up is cancelled.
-    fn deliver(&mut self) {
-        for (id, update) in self.outbox.drain(..) {
-            let Some(live) = self.live.get(&id) else { continue };
-            let ends = matches!(update, Update::Failed(_) | Update::Token { finish: Some(_), .. });
-            let sent = live.updates.try_send(update).is_ok();
-            if !sent || ends {
-                self.live.remove(&id);
-            }
-            if !sent {
-                self.scheduler.cancel(id);
-            }
+    /// Passes an update on. Whoever has gone or does not keep up is cancelled.
+    fn send(&mut self, id: RequestId, update: Update) {
+        let Some(live) = self.live.get(&id) else { return };
+        if live.updates.try_send(update).is_err() {
+            self.live.remove(&id);
+            self.scheduler.cancel(id);
         }
     }
 }
