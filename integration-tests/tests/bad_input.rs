@@ -206,6 +206,7 @@ fn models() {
         let refusal = Server::start_with(&at(name), folder.path(), &[]).err().unwrap().to_string();
         let error = refusal.lines().find(|line| line.contains("error: ")).unwrap_or_default();
         assert!(error.contains(cause), "{name}: {refusal}");
-        assert!(refusal.contains("shard-0 could not start"), "{refusal}");
+        // Router and shard both read a GGUF file: whichever is first ends the start.
+        assert!(refusal.contains("could not start (exit status: 1)"), "{refusal}");
     }
 }

@@ -45,7 +45,8 @@ fn main() {
 }
 
 fn exit(code: i32, error: &anyhow::Error) -> ! {
-    eprintln!("error: {error:#}");
+    // These errors have their causes in their own words.
+    eprintln!("error: {error}");
     std::process::exit(code)
 }
 

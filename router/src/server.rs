@@ -1,6 +1,6 @@
 //! Routes, limits, start and stop.
 
-use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
+use std::{future::Future, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
@@ -38,8 +38,13 @@ const DRAINED: usize = 8;
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// The tokenizer.
-    #[error("the tokenizer: {0}")]
-    Tokenizer(#[from] TokenizerError),
+    #[error("the tokenizer of {}: {source}", path.display())]
+    Tokenizer {
+        /// The model.
+        path: PathBuf,
+        /// The cause.
+        source: TokenizerError,
+    },
     /// The chat template.
     #[error("the chat template: {0}")]
     Template(#[from] minijinja::Error),
@@ -83,7 +88,9 @@ impl App {
     pub fn start(config: Config) -> Result<Arc<App>, StartError> {
         let [socket] = &config.shards.uds[..] else { return Err(StartError::World(config.shards.uds.len())) };
         let router = &config.router;
-        let tokenizer = ModelTokenizer::load(&config.model.path, router.tokenizer_config_path.as_deref())?;
+        let path = &config.model.path;
+        let tokenizer = ModelTokenizer::load(path, router.tokenizer_config_path.as_deref())
+            .map_err(|source| StartError::Tokenizer { path: path.clone(), source })?;
         let shards = Shards::new(socket);
         Ok(Arc::new(App {
             chat: ChatTemplate::new(&tokenizer)?,
