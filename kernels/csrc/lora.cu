@@ -1,4 +1,3 @@
-// May spill: shrink keeps three registers in memory, which costs less than half as many blocks at a time would.
 #include "lora.cuh"
 
 namespace {
@@ -92,9 +91,8 @@ __device__ void multiply_batch(Sums& sums, const Group<T> (&groups)[kBatch], con
 
 // Adds the parts of all splits, in order, once the last of them is there.
 template <typename T>
-__device__ void add_parts(const LoraArgs& p, int row0, int rows) {
+__device__ void add_parts(const LoraArgs& p, const LoraEntry* entries, uint32_t* arrived, int row0, int rows) {
   __shared__ bool last;
-  uint32_t* arrived = p.arrived + blockIdx.z * gridDim.y + blockIdx.y;
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) last = atomicAdd(arrived, 1u) == (uint32_t)p.splits - 1;
@@ -102,7 +100,6 @@ __device__ void add_parts(const LoraArgs& p, int row0, int rows) {
   if (!last) return;
   __threadfence();
   if (threadIdx.x == 0) *arrived = 0;
-  const LoraEntry* entries = p.entries + (size_t)p.tiles[blockIdx.z].slot * p.entry_stride;
   const size_t cols = (size_t)p.slices * kMaxLoraRank, split = p.rows * cols;
   for (int s = 0; s < p.slices; s++) {
     int ranks = ceil_div((int)entries[s].lora_rank, kGroup) * kGroup;
@@ -120,10 +117,9 @@ template <typename T, bool PACKED>
 __global__ void __launch_bounds__(kShrinkThreads, PACKED ? 2 : 1) shrink(const __grid_constant__ LoraArgs p) {
   __shared__ Sums sums;
   release_next();
-  if (blockIdx.z >= *p.num_tiles) return await_previous();
-  const LoraTile tile = p.tiles[blockIdx.z];
+  const LoraTile tile = blockIdx.z < *p.num_tiles ? p.tiles[blockIdx.z] : LoraTile{0, 0, 0};
   const int first_row = blockIdx.y * kRows, rows = min(kRows, (int)tile.rows - first_row);
-  if (rows <= 0 || tile.slot == kNoSlot) return await_previous();
+  if (rows <= 0) return await_previous();
   const int row0 = tile.row + first_row;
   const LoraEntry* entries = p.entries + (size_t)tile.slot * p.entry_stride;
   const int steps = ceil_div(p.inputs, kStep), per_split = ceil_div(steps, p.splits);
@@ -150,7 +146,7 @@ __global__ void __launch_bounds__(kShrinkThreads, PACKED ? 2 : 1) shrink(const _
     }
   }
   await_previous();  // again, for a slot without a part here
-  if (p.splits > 1) add_parts<T>(p, row0, rows);
+  if (p.splits > 1) add_parts<T>(p, entries, p.arrived + blockIdx.z * gridDim.y + blockIdx.y, row0, rows);
 }
 
 // ---- expand ----
@@ -225,38 +221,12 @@ template <typename T> __device__ inline Chunk<T> find_chunk(const LoraArgs& p, c
   return {nullptr, 0, 0, 0, 0, 0};
 }
 
-// Two neighbouring ranks each of rows row, row + 8: from r0 on, and from r0 + 8 on. `mid`: this thread's place in its row.
-template <typename T>
-__device__ inline void load_mid(uint32_t (&a)[4], const T* mid, size_t stride, const bool (&valid)[2], int r0) {
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const T* at = mid + r0 + i % 2 * 8 * stride + i / 2 * 8;
-    a[i] = valid[i % 2] ? *reinterpret_cast<const uint32_t*>(at) : 0u;
-  }
-}
-
-// d += mid · Bᵀ, of the 16 rows from m0 on; `columns` has the first 16 ranks when m0 is 0.
-template <typename T, bool PACKED>
-__device__ void multiply_rows(float (&d)[8][4], const LoraArgs& p, const LoraTile& tile, const Chunk<T>& chunk,
-                              Columns<T, PACKED>& columns, int m0) {
-  const int lane = threadIdx.x % 32, row = m0 + lane / 4;
-  const bool valid[2] = {row < (int)tile.rows, row + 8 < (int)tile.rows};
-  const size_t stride = (size_t)p.slices * kMaxLoraRank;
-  const T* mid = static_cast<const T*>(p.mid) + (tile.row + row) * stride + chunk.slice * kMaxLoraRank + lane % 4 * 2;
-  for (int r0 = 0; r0 < chunk.rank; r0 += kGroup) {
-    if (chunk.rank > kGroup && (m0 > 0 || r0 > 0)) columns.load(chunk.b, chunk.rank, r0, chunk.outs, chunk.out0);
-    uint32_t a[4];
-    load_mid(a, mid, stride, valid, r0);
-    columns.multiply(d, a);
-  }
-}
-
 // Grid: (blocks of kExpandWarps chunks, tiles).
 template <typename T, typename R, bool PACKED>
 __global__ void __launch_bounds__(kExpandThreads, 5) expand(const __grid_constant__ LoraArgs p) {
   release_next();
-  const LoraTile tile = blockIdx.y < *p.num_tiles ? p.tiles[blockIdx.y] : LoraTile{0, 0, kNoSlot};
-  if (tile.slot == kNoSlot) return await_previous();
+  if (blockIdx.y >= *p.num_tiles) return await_previous();
+  const LoraTile tile = p.tiles[blockIdx.y];
   const LoraEntry* entries = p.entries + (size_t)tile.slot * p.entry_stride;
   const int lane = threadIdx.x % 32;
   const Chunk<T> chunk = find_chunk<T>(p, entries, blockIdx.x * kExpandWarps + threadIdx.x / 32);
@@ -264,72 +234,31 @@ __global__ void __launch_bounds__(kExpandThreads, 5) expand(const __grid_constan
   Columns<T, PACKED> columns;
   columns.load(chunk.b, chunk.rank, 0, chunk.outs, chunk.out0);
   await_previous();
+  const size_t stride = (size_t)p.slices * kMaxLoraRank;
   for (int m0 = 0; m0 < (int)tile.rows; m0 += 16) {
     float d[8][4] = {};
-    multiply_rows<T, PACKED>(d, p, tile, chunk, columns, m0);
-    const int row = m0 + lane / 4, out = chunk.out0 + lane % 4 * 16;
+    const int row = m0 + lane / 4;
+    const bool valid[2] = {row < (int)tile.rows, row + 8 < (int)tile.rows};
+    const T* mid = static_cast<const T*>(p.mid) + (tile.row + row) * stride + chunk.slice * kMaxLoraRank + lane % 4 * 2;
+    for (int r0 = 0; r0 < chunk.rank; r0 += kGroup) {
+      if (chunk.rank > kGroup && (m0 > 0 || r0 > 0)) columns.load(chunk.b, chunk.rank, r0, chunk.outs, chunk.out0);
+      uint32_t a[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) {  // rows row, row + 8; ranks from r0 and from r0 + 8
+        const T* at = mid + r0 + i % 2 * 8 * stride + i / 2 * 8;
+        a[i] = valid[i % 2] ? *reinterpret_cast<const uint32_t*>(at) : 0u;
+      }
+      columns.multiply(d, a);
+    }
+    const int out = chunk.out0 + lane % 4 * 16;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      if (row + 8 * h >= (int)tile.rows || out >= chunk.outs) continue;
+      if (!valid[h] || out >= chunk.outs) continue;
       float low[8], high[8];
 #pragma unroll
       for (int n = 0; n < 8; n++) low[n] = d[n][2 * h], high[n] = d[n][2 * h + 1];
       R* y = static_cast<R*>(p.y) + (size_t)(tile.row + row + 8 * h) * p.out_cols + chunk.column + out;
       add_outputs<R, PACKED>(y, chunk.outs - out, low, high);
-    }
-  }
-}
-
-// act = silu(gate) · up of eight neighbours, each with its delta.
-template <typename T>
-__device__ inline void gate_outputs(T* act, const T* gate, const T* up, const float (&gate_delta)[8], const float (&up_delta)[8]) {
-  float g[8], u[8];
-  load_floats<T, 8>(gate, g);
-  load_floats<T, 8>(up, u);
-#pragma unroll
-  for (int i = 0; i < 8; i++) {
-    float x = g[i] + gate_delta[i];
-    g[i] = x / (1.f + __expf(-x)) * (u[i] + up_delta[i]);
-  }
-  store_floats<T, 8>(act, g);
-}
-
-// act = silu(gate) · up, where y = [gate, up] lacks the deltas: they are added on the way. All rows are in tiles.
-// Grid: (blocks of kExpandWarps chunks of gate, tiles).
-template <typename T>
-__global__ void __launch_bounds__(kExpandThreads, 3) expand_gated(const __grid_constant__ LoraArgs p, T* act) {
-  release_next();
-  const LoraTile tile = blockIdx.y < *p.num_tiles ? p.tiles[blockIdx.y] : LoraTile{0, 0, kNoSlot};
-  const int lane = threadIdx.x % 32, outs = p.first_out[1], out0 = (blockIdx.x * kExpandWarps + threadIdx.x / 32) * kOuts;
-  if (tile.rows == 0 || out0 >= outs) return await_previous();
-  const LoraEntry* entries = p.entries + (size_t)(tile.slot == kNoSlot ? 0 : tile.slot) * p.entry_stride;
-  Chunk<T> chunks[2];
-  Columns<T, true> columns[2];
-#pragma unroll
-  for (int s = 0; s < 2; s++) {
-    int rank = tile.slot == kNoSlot ? 0 : (int)entries[s].lora_rank;
-    chunks[s] = {static_cast<const T*>(entries[s].b), rank, outs, out0, s * outs, s};
-    columns[s].load(chunks[s].b, rank, 0, outs, out0);
-  }
-  await_previous();
-  for (int m0 = 0; m0 < (int)tile.rows; m0 += 16) {
-    float d[2][8][4] = {};
-#pragma unroll
-    for (int s = 0; s < 2; s++) multiply_rows<T, true>(d[s], p, tile, chunks[s], columns[s], m0);
-    const int row = m0 + lane / 4, out = out0 + lane % 4 * 16;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      if (row + 8 * h >= (int)tile.rows || out >= outs) continue;
-      const size_t at = tile.row + row + 8 * h;
-      const T* gate = static_cast<const T*>(p.y) + at * p.out_cols + out;
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        float deltas[2][8];
-#pragma unroll
-        for (int n = 0; n < 8; n++)
-          deltas[0][n] = d[0][n][2 * h + half], deltas[1][n] = d[1][n][2 * h + half];
-        gate_outputs<T>(act + at * outs + out + half * 8, gate + half * 8, gate + outs + half * 8, deltas[0], deltas[1]);
-      }
     }
   }
 }
@@ -358,11 +287,4 @@ extern "C" int lorax_lora_expand(const LoraArgs* args, int elem, int wide, int m
               auto kernel = packed ? expand<T, R, true> : expand<T, R, false>;
               return launch_chained(kernel, grid, kExpandThreads, 0, stream, *args);
             }));
-}
-
-// For two slices of the same width, a multiple of 16; `act` is [rows, width].
-extern "C" int lorax_lora_expand_gated(const LoraArgs* args, int elem, void* act, int max_tiles, cudaStream_t stream) {
-  dim3 grid(ceil_div(args->first_out[1], kExpandWarps * kOuts), max_tiles);
-  WITH_HALF(elem, T,
-            return (launch_chained(expand_gated<T>, grid, kExpandThreads, 0, stream, *args, static_cast<T*>(act))));
 }

@@ -1,8 +1,8 @@
 // Low-rank deltas of many adapters in one launch: shrink (mid = x · Aᵀ) and expand (y += mid · Bᵀ).
 //
 // Weights are found through a table by (slot, slice) and are stored at their own rank: A [lora_rank, inputs], B
-// transposed, [lora_rank, outputs]. A launch covers tiles of consecutive rows with one slot, or with none; it is sized for
-// the most tiles that a step may have and blocks past `num_tiles` leave at once, so one CUDA graph serves every mix.
+// transposed, [lora_rank, outputs]. A launch covers tiles of consecutive rows with one slot; it is sized for the most
+// tiles that a step may have and blocks past `num_tiles` leave at once, so one CUDA graph serves every mix.
 //
 // Ranks are handled in groups of 16, those of all slices of a fused projection one after the other, so that x is read
 // once. Where rows are few, the inputs are split over blocks; the last of them to finish adds their sums in order: the
@@ -27,9 +27,8 @@ struct LoraEntry {
 struct LoraTile {
   uint32_t row;
   uint32_t rows;
-  uint32_t slot;  // kNoSlot: rows of the base model
+  uint32_t slot;
 };
-constexpr uint32_t kNoSlot = 0xffffffffu;
 
 struct LoraArgs {
   const LoraEntry* entries;  // [slots, entry_stride], from the site's first slice on

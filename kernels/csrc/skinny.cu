@@ -6,7 +6,6 @@
 // waits for the one that writes x: the memory stays busy while the small kernels between two products run.
 //
 // Outputs are the M of the tensor cores' tiles and rows their N: eight rows cost no more than one.
-// May spill: the form for 32 rows keeps two registers in memory.
 #include "lora.cuh"
 
 struct SkinnyArgs {
@@ -159,7 +158,6 @@ template <typename T, typename F> __device__ void shrink(const LoraArgs& p, type
   const int blocks = p.slices * kGroupBlocks, index = blockIdx.x / blocks;
   if (index >= (int)*p.num_tiles) return;
   const LoraTile tile = p.tiles[index];
-  if (tile.slot == kNoSlot) return;
   const LoraEntry* entries = p.entries + (size_t)tile.slot * p.entry_stride;
   bool waited = false;
   for (int g = blockIdx.x % blocks;; g += blocks) {

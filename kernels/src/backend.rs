@@ -163,20 +163,6 @@ pub trait Backend: Send + Sync + Sized + 'static {
         y: &mut Self::Mat,
     ) -> Result<()>;
 
-    /// Semantics: [`Self::linear`] into `gate_up`, then [`Self::silu_mul`] of it into `y`. What `gate_up` holds afterwards
-    /// is left open: a device may add the deltas on the way to `y`.
-    fn gated_linear(
-        &self,
-        x: &Self::Mat,
-        (weight, bias): (&Self::Weight, Option<&Self::Vector>),
-        lora: Option<LinearLora<'_, Self>>,
-        gate_up: &mut Self::Mat,
-        y: &mut Self::Mat,
-    ) -> Result<()> {
-        self.linear(x, weight, bias, lora, gate_up)?;
-        self.silu_mul(gate_up, y)
-    }
-
     /// Semantics: `residual[i] = x[i]`, then `x[i] = w · x[i] / √(mean(x[i]²) + eps)`: the first norm of a step.
     fn rms_norm(&self, x: &mut Self::Mat, residual: &mut Self::Mat, w: &Self::Vector, eps: f32)
     -> Result<()>;

@@ -303,17 +303,6 @@ impl Backend for CudaBackend {
         linear::linear(self, x, (weight, bias), lora, y)
     }
 
-    fn gated_linear(
-        &self,
-        x: &CudaMat,
-        weight: (&CudaWeight, Option<&CudaVector>),
-        lora: Option<LinearLora<'_, Self>>,
-        gate_up: &mut CudaMat,
-        y: &mut CudaMat,
-    ) -> Result<()> {
-        linear::gated_linear(self, x, weight, lora, (gate_up, y))
-    }
-
     fn rms_norm(&self, x: &mut CudaMat, residual: &mut CudaMat, w: &CudaVector, eps: f32) -> Result<()> {
         self.norm(("rms_norm", true), x, residual, (w, eps))
     }

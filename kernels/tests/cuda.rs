@@ -314,7 +314,8 @@ impl Layer {
             ops.paged_attention(qkv, &attention, &device, kv, attn).map(settle).unwrap();
             ops.linear(attn, &weights[1], None, lora(1), x).map(settle).unwrap();
             ops.add_rms_norm(x, residual, norm, 1e-5).map(settle).unwrap();
-            ops.gated_linear(x, (&weights[2], None), lora(2), gate_up, act).map(settle).unwrap();
+            ops.linear(x, &weights[2], None, lora(2), gate_up).map(settle).unwrap();
+            ops.silu_mul(gate_up, act).map(settle).unwrap();
             ops.linear(act, &weights[3], None, lora(3), x).map(settle).unwrap();
             ops.add_rms_norm(x, residual, norm, 1e-5).map(settle).unwrap();
         }

@@ -49,7 +49,7 @@ pub(super) struct Sizes {
     pub(super) decode_items: usize,
     pub(super) prefill_items: usize,
     pub(super) tiles: [usize; 2],
-    /// Pieces that a shrink cuts tiles with an adapter into.
+    /// Pieces that a shrink cuts tiles into.
     pub(super) pieces: [usize; 2],
 }
 
@@ -210,8 +210,8 @@ impl CudaBatch {
         let rows = host.rows();
         let tile_rows = [rows, host.logit_rows.len()].map(plan::tile_rows);
         let tiles = [
-            plan::lora_tiles(&host.segments, tile_rows[0], rows),
-            plan::lora_tiles(&host.logit_segments, tile_rows[1], host.logit_rows.len()),
+            plan::lora_tiles(&host.segments, tile_rows[0]),
+            plan::lora_tiles(&host.logit_segments, tile_rows[1]),
         ];
         let decode = plan::decode_items(&host.sequences);
         let prefill = plan::prefill_items(&host.sequences);

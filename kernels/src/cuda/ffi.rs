@@ -188,13 +188,6 @@ unsafe extern "C" {
         max_tiles: i32,
         stream: CUstream,
     ) -> i32;
-    pub(super) fn lorax_lora_expand_gated(
-        args: *const LoraArgs,
-        elem: i32,
-        act: u64,
-        max_tiles: i32,
-        stream: CUstream,
-    ) -> i32;
     pub(super) fn lorax_sample(
         args: *const SampleArgs,
         elem: i32,

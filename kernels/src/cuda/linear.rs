@@ -5,7 +5,7 @@ use super::{
     gemm::{Operands, Shape},
     memory::expect,
 };
-use crate::{Backend, Error, LinearLora, Matrix, Result};
+use crate::{Error, LinearLora, Matrix, Result};
 
 /// Blocks that a shrink should have, about: two for each multiprocessor of a large card.
 const SHRINK_BLOCKS: usize = 264;
@@ -15,52 +15,13 @@ const MIN_SPLIT_INPUTS: usize = 256;
 const SKINNY_ROWS: usize = 8;
 const SKINNY_ROWS_WITH_DELTAS: usize = 32;
 
-type WeightAndBias<'a> = (&'a CudaWeight, Option<&'a CudaVector>);
-
 pub(super) fn linear(
     be: &CudaBackend,
     x: &CudaMat,
-    weight: WeightAndBias<'_>,
+    (weight, bias): (&CudaWeight, Option<&CudaVector>),
     lora: Option<LinearLora<'_, CudaBackend>>,
     y: &mut CudaMat,
 ) -> Result<()> {
-    match project(be, x, weight, lora, y)? {
-        Some(deltas) => deltas.expand(be, y.wide()),
-        None => Ok(()),
-    }
-}
-
-pub(super) fn gated_linear(
-    be: &CudaBackend,
-    x: &CudaMat,
-    weight: WeightAndBias<'_>,
-    lora: Option<LinearLora<'_, CudaBackend>>,
-    (gate_up, y): (&mut CudaMat, &mut CudaMat),
-) -> Result<()> {
-    let deltas = project(be, x, weight, lora, gate_up)?;
-    match deltas {
-        Some(deltas) if deltas.is_gated(y.cols()) => {
-            gate_up.expect_half("gated_linear")?;
-            y.expect_half("gated_linear")?;
-            y.resize("gated_linear", gate_up.rows())?;
-            deltas.expand_gated(be, y)
-        }
-        Some(deltas) => {
-            deltas.expand(be, gate_up.wide())?;
-            be.silu_mul(gate_up, y)
-        }
-        None => be.silu_mul(gate_up, y),
-    }
-}
-
-/// The base product; the deltas that it lacks are shrunk, ready to be added.
-fn project(
-    be: &CudaBackend,
-    x: &CudaMat,
-    (weight, bias): WeightAndBias<'_>,
-    lora: Option<LinearLora<'_, CudaBackend>>,
-    y: &mut CudaMat,
-) -> Result<Option<Deltas>> {
     let op = "linear";
     x.expect_half(op)?;
     x.expect_cols(op, "columns of x", weight.inputs)?;
@@ -79,14 +40,17 @@ fn project(
         }
         product(be, x, (weight, bias), y)?;
     }
-    Ok(deltas)
+    match deltas {
+        Some(deltas) => deltas.expand(be, y.wide()),
+        None => Ok(()),
+    }
 }
 
 /// The base product and the shrink of a few rows, in one launch.
 fn skinny(
     be: &CudaBackend,
     x: &CudaMat,
-    (weight, bias): WeightAndBias<'_>,
+    (weight, bias): (&CudaWeight, Option<&CudaVector>),
     deltas: Option<&Deltas>,
     y: &CudaMat,
 ) -> Result<()> {
@@ -111,7 +75,12 @@ fn skinny(
 }
 
 /// The base product of many rows.
-fn product(be: &CudaBackend, x: &CudaMat, (weight, bias): WeightAndBias<'_>, y: &CudaMat) -> Result<()> {
+fn product(
+    be: &CudaBackend,
+    x: &CudaMat,
+    (weight, bias): (&CudaWeight, Option<&CudaVector>),
+    y: &CudaMat,
+) -> Result<()> {
     if x.rows() > 0 && be.is_launching() {
         let shape =
             Shape { rows: x.rows(), inputs: weight.inputs, outputs: weight.outputs, wide: y.wide() != 0 };
@@ -189,21 +158,6 @@ impl Deltas {
         // SAFETY: as in `shrink`.
         be.launch("linear", self.max_tiles, |elem, stream| unsafe {
             ffi::lorax_lora_expand(&raw const self.args, elem, wide, self.max_tiles as i32, stream)
-        })
-    }
-
-    /// Whether they belong to gate and up of this width, as the kernel that adds them on the way wants it.
-    fn is_gated(&self, width: usize) -> bool {
-        let ends = [0, width as i32, 2 * width as i32];
-        self.args.slices == 2 && self.args.first_out[..3] == ends && width.is_multiple_of(16)
-    }
-
-    /// `act = silu(gate) · up` with the deltas of both.
-    fn expand_gated(&self, be: &CudaBackend, act: &CudaMat) -> Result<()> {
-        // SAFETY: as in `shrink`; `act` has the rows and half of the columns of y.
-        be.launch("gated_linear", self.max_tiles, |elem, stream| unsafe {
-            let max_tiles = self.max_tiles as i32;
-            ffi::lorax_lora_expand_gated(&raw const self.args, elem, act.at(), max_tiles, stream)
         })
     }
 }

@@ -109,35 +109,21 @@ pub(super) fn tile_rows(rows: usize) -> u32 {
     }
 }
 
-/// The slot of tiles without an adapter; `kNoSlot` in `lora.cuh`.
-pub(super) const NO_SLOT: u32 = u32::MAX;
-
-/// All of `total` rows in tiles of at most `rows` rows with one slot or none: start, rows, slot. Empty if no row has a
-/// slot.
-pub(super) fn lora_tiles(segments: &[Segment], rows: u32, total: usize) -> Vec<[u32; 3]> {
-    let mut tiles = Vec::new();
-    let mut cut = |start: u32, end: u32, slot: u32| {
-        tiles.extend((start..end).step_by(rows as usize).map(|start| [start, rows.min(end - start), slot]));
-        end
+/// Segments cut into tiles of at most `rows` rows: start, rows, slot.
+pub(super) fn lora_tiles(segments: &[Segment], rows: u32) -> Vec<[u32; 3]> {
+    let cut = |s: &Segment| {
+        let (end, slot) = (s.end, s.slot);
+        (s.start..end).step_by(rows as usize).map(move |start| [start, rows.min(end - start), slot])
     };
-    let mut next = 0;
-    for s in segments {
-        cut(next, s.start, NO_SLOT);
-        next = cut(s.start, s.end, s.slot);
-    }
-    if !segments.is_empty() {
-        cut(next, total as u32, NO_SLOT);
-    }
-    tiles
+    segments.iter().flat_map(cut).collect()
 }
 
 /// Rows that one block of a shrink multiplies; `kRows` in `lora.cu`.
 const SHRINK_ROWS: u32 = 16;
 
-/// Pieces of so many rows in the tiles that have a slot.
+/// Pieces of so many rows in all tiles.
 pub(super) fn shrink_pieces(tiles: &[[u32; 3]]) -> usize {
-    let used = tiles.iter().filter(|[.., slot]| *slot != NO_SLOT);
-    used.map(|[_, rows, _]| rows.div_ceil(SHRINK_ROWS) as usize).sum()
+    tiles.iter().map(|[_, rows, _]| rows.div_ceil(SHRINK_ROWS) as usize).sum()
 }
 
 #[cfg(test)]
@@ -198,10 +184,8 @@ mod tests {
     #[test]
     fn tiles_stay_inside_their_segments() {
         let segments = [Segment { start: 2, end: 3, slot: 7 }, Segment { start: 10, end: 50, slot: 1 }];
-        let tiles = [[0, 2, NO_SLOT], [2, 1, 7], [3, 7, NO_SLOT], [10, 32, 1], [42, 8, 1], [50, 1, NO_SLOT]];
-        assert_eq!(lora_tiles(&segments, 32, 51), tiles);
-        assert_eq!(lora_tiles(&segments, 32, 50), tiles[..5]);
-        assert!(lora_tiles(&[], 8, 9).is_empty());
-        assert_eq!(shrink_pieces(&tiles), 1 + 2 + 1);
+        assert_eq!(lora_tiles(&segments, 32), [[2, 1, 7], [10, 32, 1], [42, 8, 1]]);
+        assert!(lora_tiles(&[], 8).is_empty());
+        assert_eq!(shrink_pieces(&lora_tiles(&segments, 32)), 1 + 2 + 1);
     }
 }

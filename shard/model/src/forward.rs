@@ -60,23 +60,9 @@ struct Linear<B: Backend> {
 }
 
 impl<B: Backend> Linear<B> {
-    fn lora<'a>(&self, pass: &Pass<'a, B>) -> Option<LinearLora<'a, B>> {
-        Some(LinearLora { slots: pass.slots, site: self.site, batch: pass.batch, rows: RowSet::All })
-    }
-
     fn forward(&self, pass: &Pass<'_, B>, x: &B::Mat, y: &mut B::Mat) -> kernels::Result<()> {
-        pass.ops.linear(x, &self.weight, self.bias.as_ref(), self.lora(pass), y)
-    }
-
-    /// Of a projection to gate and up: their gated product.
-    fn forward_gated(
-        &self,
-        pass: &Pass<'_, B>,
-        x: &B::Mat,
-        gate_up: &mut B::Mat,
-        y: &mut B::Mat,
-    ) -> kernels::Result<()> {
-        pass.ops.gated_linear(x, (&self.weight, self.bias.as_ref()), self.lora(pass), gate_up, y)
+        let lora = LinearLora { slots: pass.slots, site: self.site, batch: pass.batch, rows: RowSet::All };
+        pass.ops.linear(x, &self.weight, self.bias.as_ref(), Some(lora), y)
     }
 }
 
@@ -197,7 +183,8 @@ impl<B: Backend> Model<B> {
         layer.o.forward(pass, &s.attn, &mut s.x)?;
         pass.comm.all_reduce(&mut s.x)?;
         pass.ops.add_rms_norm(&mut s.x, &mut s.residual, &layer.mlp_norm, rms_eps)?;
-        layer.gate_up.forward_gated(pass, &s.x, &mut s.gate_up, &mut s.act)?;
+        layer.gate_up.forward(pass, &s.x, &mut s.gate_up)?;
+        pass.ops.silu_mul(&s.gate_up, &mut s.act)?;
         layer.down.forward(pass, &s.act, &mut s.x)?;
         pass.comm.all_reduce(&mut s.x)
     }
