@@ -77,7 +77,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// Choices on their way to the host.
     type Pending: Send;
 
-    /// The type of weights and KV memory.
+    /// The type of weights and of what KV memory takes (the CPU stores f16 beside bf16 weights: the same bytes).
     fn dtype(&self) -> DType;
 
     // ---- memory ----

@@ -6,6 +6,7 @@
 mod attention;
 mod elementwise;
 mod gemm;
+mod kv;
 mod linear;
 mod lora;
 mod memory;
@@ -19,8 +20,8 @@ use crate::{
     Attention, Backend, Batch, DType, Error, Heads, HostTensor, LinearLora, LoraPart, LoraSite, Matrix,
     Result, SampleRow, Sampled, SamplingParams,
 };
-pub use attention::CpuKv;
 pub use elementwise::CpuRope;
+pub use kv::CpuKv;
 pub use lora::{CpuAdapter, CpuSlots};
 pub use memory::{CpuMat, Panels};
 pub use sampling::CpuSampler;
@@ -37,7 +38,7 @@ pub struct CpuBackend {
 }
 
 impl CpuBackend {
-    /// A backend that stores weights and KV memory as `dtype` (f32 or bf16) and computes on `threads` threads, with
+    /// A backend that stores weights as `dtype` (f32 or bf16), keys and values as f32 or f16, and computes on `threads` threads, with
     /// the widest vector unit that this machine has.
     pub fn new(dtype: DType, threads: usize) -> Result<CpuBackend> {
         let tier = Tier::available().last().copied().unwrap_or(Tier::Scalar);
@@ -104,7 +105,7 @@ impl Backend for CpuBackend {
     }
 
     fn kv(&self, blocks: usize, heads: Heads) -> Result<CpuKv> {
-        if heads.dim > attention::MAX_DIM || heads.kv == 0 || !heads.query.is_multiple_of(heads.kv) {
+        if heads.kv == 0 || !heads.query.is_multiple_of(heads.kv) {
             return Err(Error::Unsupported { backend: "cpu", what: format!("attention with {heads:?}") });
         }
         CpuKv::new(self.dtype, blocks, heads)
@@ -224,7 +225,7 @@ impl Backend for CpuBackend {
         batch: &Batch,
         kv: &mut CpuKv,
     ) -> Result<()> {
-        attention::rope_and_store(self, qkv, heads, rope, batch, kv)
+        kv::rope_and_store(self, qkv, heads, rope, batch, kv)
     }
 
     fn paged_attention(

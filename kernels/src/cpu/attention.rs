@@ -1,156 +1,25 @@
 //! Attention over keys and values in blocks.
 //!
-//! A block of one head is laid out as panels, so that both products of attention are those of [`super::gemm`]: the keys
-//! as one panel whose outputs are the block's 16 positions, the values as panels whose outputs are 16 elements of the
-//! head. Softmax is online over strides of blocks (Milakov and Gimelshein, 2018; Dao et al., 2022); strides
-//! begin at position 0 for every row, so a row's result does not depend on the rows beside it.
+//! Softmax is online over strides of blocks (Milakov and Gimelshein, 2018; Dao et al., 2022); strides begin at position 0
+//! for every row, so a row's result does not depend on the rows beside it.
+
+use std::{cell::RefCell, ptr, slice};
 
 use super::{
     CpuBackend,
-    elementwise::{CpuRope, each_row},
-    gemm::{Arithmetic, Single, Widened, tile},
-    memory::{CpuMat, Line, Lines, round},
+    elementwise::each_row,
+    gemm::{Arithmetic, Half, Single, tile},
+    kv::CpuKv,
+    memory::{CpuMat, Line},
     pool::Shards,
     simd::{Kernel, Simd, run},
 };
-use crate::{Attention, BLOCK_SIZE, Batch, DType, Error, Heads, Matrix, Result, SequenceRows};
+use crate::{Attention, BLOCK_SIZE, Batch, DType, Error, Matrix, Result, SequenceRows};
 
-/// Blocks between two rescalings of the online softmax.
-const STRIDE: usize = 8;
+/// Positions between two rescalings of the online softmax.
+const POSITIONS: usize = 8 * BLOCK_SIZE;
 /// Query vectors that are computed together at most; fewer are padded with zeros to a multiple of 4.
-const TILE: usize = 12;
-
-/// Keys and values of one layer: by block and head, first the keys, then the values.
-#[derive(Debug)]
-pub struct CpuKv {
-    lines: Lines,
-    heads: Heads,
-    layout: Layout,
-}
-
-/// Where things are in a block of one head.
-#[derive(Debug, Clone, Copy)]
-struct Layout {
-    dtype: DType,
-    dim: usize,
-    /// Lines of the keys: one panel over the head's elements.
-    key: usize,
-    /// Lines of one panel of values: over the block's positions.
-    value: usize,
-}
-
-impl Layout {
-    fn new(dtype: DType, dim: usize) -> Layout {
-        let per_line = if dtype == DType::F32 { 1 } else { 2 };
-        Layout { dtype, dim, key: dim.div_ceil(per_line), value: BLOCK_SIZE / per_line }
-    }
-
-    fn panels(self) -> usize {
-        self.dim.div_ceil(16)
-    }
-
-    fn lines(self) -> usize {
-        self.key + self.panels() * self.value
-    }
-
-    /// Writes the key and value at `offset` of a block. A block's first position clears it: what was there belonged
-    /// to another sequence, and even multiplied by zero it must not be seen.
-    fn store(self, block: &mut [Line], offset: usize, key: &[f32], value: &[f32]) {
-        if offset == 0 {
-            block.fill(Line([0; 16]));
-        }
-        let (keys, values) = block.split_at_mut(self.key);
-        for j in 0..self.dim {
-            self.put(keys, j, offset, key[j]);
-            self.put(&mut values[j / 16 * self.value..], offset, j % 16, value[j]);
-        }
-    }
-
-    /// Puts `x` at depth `k` of a panel, in lane `lane`.
-    fn put(self, panel: &mut [Line], k: usize, lane: usize, x: f32) {
-        if self.dtype == DType::F32 {
-            panel[k].0[lane] = x.to_bits();
-        } else {
-            let bits = round(x);
-            let word = &mut panel[k / 2].0[lane];
-            *word =
-                if k.is_multiple_of(2) { *word & 0xffff_0000 | bits } else { *word & 0xffff | bits << 16 };
-        }
-    }
-}
-
-impl CpuKv {
-    pub(super) fn new(dtype: DType, blocks: usize, heads: Heads) -> Result<CpuKv> {
-        let layout = Layout::new(dtype, heads.dim);
-        Ok(CpuKv { lines: Lines::new(blocks * heads.kv * layout.lines(), "keys and values")?, heads, layout })
-    }
-
-    pub(super) fn block_bytes(dtype: DType, heads: Heads) -> usize {
-        heads.kv * Layout::new(dtype, heads.dim).lines() * size_of::<Line>()
-    }
-
-    fn blocks(&self) -> usize {
-        self.lines.len() / (self.heads.kv * self.layout.lines()).max(1)
-    }
-
-    fn block(&self, block: u32, head: usize) -> *const Line {
-        self.lines[(block as usize * self.heads.kv + head) * self.layout.lines()..].as_ptr()
-    }
-}
-
-pub(super) fn rope_and_store(
-    be: &CpuBackend,
-    qkv: &mut CpuMat,
-    heads: Heads,
-    rope: &CpuRope,
-    batch: &Batch,
-    kv: &mut CpuKv,
-) -> Result<()> {
-    let op = "rope_and_store";
-    let (rows, cols, dim) = (qkv.rows(), qkv.cols(), heads.dim);
-    for (what, got, expected) in [
-        ("columns of qkv", cols, heads.qkv_cols()),
-        ("rows of qkv", rows, batch.rows()),
-        ("heads of the memory", kv.heads.kv, heads.kv),
-        ("head size of the memory", kv.heads.dim, dim),
-    ] {
-        if got != expected {
-            return Err(Error::Shape { op, what, got, expected });
-        }
-    }
-    rope.check(op, heads, &batch.positions)?;
-    let limit = kv.blocks() * BLOCK_SIZE;
-    if let Some(&at) = batch.store_at.iter().find(|&&at| at as usize >= limit) {
-        return Err(Error::Index { op, what: "place in KV memory", index: at as usize, limit });
-    }
-    let per_head = kv.layout.lines();
-    let layout = kv.layout;
-    let memory = Shards(kv.lines.as_mut_ptr());
-    let data = Shards(qkv.used_mut().as_mut_ptr());
-    // By sequence, since the rows of one share words of a block.
-    let sequences = &batch.sequences;
-    be.pool.run(sequences.len() * heads.kv, |chunk| {
-        let (sequence, head) = (sequences[chunk / heads.kv], chunk % heads.kv);
-        let group = heads.query / heads.kv;
-        for i in sequence.start as usize..(sequence.start + sequence.rows) as usize {
-            // SAFETY: chunks have their own heads of their own rows, and their own blocks: a sequence stores into
-            // blocks that no other sequence of the step stores into.
-            unsafe {
-                let position = batch.positions[i];
-                for q in 0..group {
-                    rope.rotate(data.slice(i * cols + (head * group + q) * dim, dim), position);
-                }
-                let key = data.slice(i * cols + (heads.query + head) * dim, dim);
-                rope.rotate(key, position);
-                let value = data.slice(i * cols + (heads.query + heads.kv + head) * dim, dim);
-                let at = batch.store_at[i] as usize;
-                let block = memory.slice((at / BLOCK_SIZE * heads.kv + head) * per_head, per_head);
-                layout.store(block, at % BLOCK_SIZE, key, value);
-            }
-        }
-    });
-    Ok(())
-}
+const TILE: usize = 24;
 
 pub(super) fn paged_attention(
     be: &CpuBackend,
@@ -206,7 +75,10 @@ pub(super) fn paged_attention(
                 first: row * group + first,
                 vectors: TILE.min(vectors - first),
             };
-            run(be.tier, unit);
+            ROOM.with_borrow_mut(|room| {
+                let buffers = room.buffers(kv.layout.panels() * 16);
+                run(be.tier, Attend { unit, buffers });
+            });
         }
     });
     Ok(())
@@ -233,27 +105,53 @@ struct Running {
     sum: f32,
 }
 
-/// Largest head size that fits the buffers on the stack.
-pub(super) const MAX_DIM: usize = 256;
-
-/// What one unit computes on.
-#[repr(C, align(64))]
-struct Buffers {
-    q: [[f32; MAX_DIM]; TILE],
-    out: [[f32; MAX_DIM]; TILE],
-    scores: [[f32; STRIDE * BLOCK_SIZE]; TILE],
+/// Queries, sums of values, and scores of up to [`TILE`] vectors.
+struct Buffers<'a> {
+    q: &'a mut [f32],
+    out: &'a mut [f32],
+    scores: &'a mut [f32],
+    /// Elements of a query and of a sum: the head's size in whole panels.
+    width: usize,
 }
 
-impl Kernel for Unit<'_> {
+/// Memory of a thread's buffers.
+#[derive(Default)]
+struct Room(Vec<Line>);
+
+thread_local! {
+    static ROOM: RefCell<Room> = RefCell::default();
+}
+
+impl Room {
+    fn buffers(&mut self, width: usize) -> Buffers<'_> {
+        let lines = TILE * (2 * width + POSITIONS) / 16;
+        if self.0.len() < lines {
+            self.0.resize(lines, Line([0; 16]));
+        }
+        // SAFETY: the words of that many lines, which are f32 whatever they hold.
+        let all = unsafe { slice::from_raw_parts_mut(self.0.as_mut_ptr().cast::<f32>(), lines * 16) };
+        let (q, rest) = all.split_at_mut(TILE * width);
+        let (out, scores) = rest.split_at_mut(TILE * width);
+        Buffers { q, out, scores, width }
+    }
+}
+
+/// A unit, and the memory to do it in.
+struct Attend<'a> {
+    unit: Unit<'a>,
+    buffers: Buffers<'a>,
+}
+
+impl Kernel for Attend<'_> {
     type Output = ();
 
     #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
+    unsafe fn run<S: Simd>(mut self) {
         // SAFETY: the caller's promise.
         unsafe {
-            match self.kv.layout.dtype {
-                DType::F32 => self.attend::<S, Single>(),
-                _ => self.attend::<S, Widened>(),
+            match self.unit.kv.layout.dtype {
+                DType::F32 => self.unit.attend::<S, Single>(&mut self.buffers),
+                _ => self.unit.attend::<S, Half>(&mut self.buffers),
             }
         }
     }
@@ -274,42 +172,45 @@ impl Unit<'_> {
         end.saturating_sub(window)..end
     }
 
-    #[inline(always)]
-    unsafe fn attend<S: Simd, A: Arithmetic<S>>(&self) {
-        let dim = self.attention.heads.dim;
-        let mut buffers = Buffers {
-            q: [[0.0; MAX_DIM]; TILE],
-            out: [[0.0; MAX_DIM]; TILE],
-            scores: [[0.0; STRIDE * BLOCK_SIZE]; TILE],
-        };
+    /// Scaled queries, zeros behind them up to whole tiles, and sums of nothing.
+    fn begin(&self, buffers: &mut Buffers<'_>) {
+        let (dim, width) = (self.attention.heads.dim, buffers.width);
+        let used = self.vectors.next_multiple_of(4) * width;
+        buffers.q[..used].fill(0.0);
+        buffers.out[..used].fill(0.0);
         for v in 0..self.vectors {
             let (row, head) = self.place(v);
             let q = &self.qkv.row(self.sequence.start as usize + row)[head * dim..][..dim];
-            for (to, from) in buffers.q[v].iter_mut().zip(q) {
+            for (to, from) in buffers.q[v * width..].iter_mut().zip(q) {
                 *to = from * self.attention.scale;
             }
         }
+    }
+
+    #[inline(always)]
+    unsafe fn attend<S: Simd, A: Arithmetic<S>>(&self, buffers: &mut Buffers<'_>) {
+        self.begin(buffers);
         let mut running = [Running { max: f32::NEG_INFINITY, sum: 0.0 }; TILE];
         let end = self.sees(self.vectors - 1).end;
-        let positions = STRIDE * BLOCK_SIZE;
-        let begin = self.sees(0).start / positions * positions;
-        for start in (begin..end).step_by(positions) {
-            let blocks = &self.table[start / BLOCK_SIZE..end.min(start + positions).div_ceil(BLOCK_SIZE)];
-            // SAFETY: the caller's promise; blocks were checked, buffers hold TILE vectors of MAX_DIM.
+        let begin = self.sees(0).start / POSITIONS * POSITIONS;
+        for start in (begin..end).step_by(POSITIONS) {
+            let blocks = &self.table[start / BLOCK_SIZE..end.min(start + POSITIONS).div_ceil(BLOCK_SIZE)];
+            // SAFETY: the caller's promise; blocks were checked.
             unsafe {
-                self.scores::<S, A>(&mut buffers, blocks);
+                self.scores::<S, A>(buffers, blocks);
                 for (v, running) in running.iter_mut().enumerate().take(self.vectors) {
-                    self.softmax::<S>(&mut buffers, v, running, start, blocks.len() * BLOCK_SIZE);
+                    self.softmax::<S>(buffers, v, running, start, blocks.len() * BLOCK_SIZE);
                 }
-                self.values::<S, A>(&mut buffers, blocks);
+                self.values::<S, A>(buffers, blocks);
             }
         }
+        let dim = self.attention.heads.dim;
         for (v, running) in running.iter().enumerate().take(self.vectors) {
             let (row, head) = self.place(v);
             let cols = self.attention.heads.query * dim;
             // SAFETY: units have their own rows and heads.
             let y = unsafe { self.y.slice((self.sequence.start as usize + row) * cols + head * dim, dim) };
-            for (y, out) in y.iter_mut().zip(&buffers.out[v]) {
+            for (y, out) in y.iter_mut().zip(&buffers.out[v * buffers.width..]) {
                 *y = out / running.sum;
             }
         }
@@ -317,41 +218,66 @@ impl Unit<'_> {
 
     /// `scores[v, t] = q[v] · k[t]` for all positions of the blocks.
     #[inline(always)]
-    unsafe fn scores<S: Simd, A: Arithmetic<S>>(&self, buffers: &mut Buffers, blocks: &[u32]) {
-        let stride = MAX_DIM * size_of::<f32>();
-        for (i, &block) in blocks.iter().enumerate() {
-            let keys = self.kv.block(block, self.head);
-            let mut v = 0;
-            while v < self.vectors {
-                let q = (buffers.q[v].as_ptr().cast(), stride);
-                // SAFETY: the caller's promise; the buffers have room for a multiple of 4 vectors.
-                unsafe {
-                    if self.vectors - v > 8 {
-                        self.score_tile::<S, A, 12>(q, keys, &mut buffers.scores[v..v + 12], i);
-                        v += 12;
-                    } else {
-                        self.score_tile::<S, A, 4>(q, keys, &mut buffers.scores[v..v + 4], i);
-                        v += 4;
-                    }
+    unsafe fn scores<S: Simd, A: Arithmetic<S>>(&self, buffers: &mut Buffers<'_>, blocks: &[u32]) {
+        let mut v = 0;
+        while v < self.vectors {
+            // SAFETY: the caller's promise; the buffers have room for whole tiles.
+            v += unsafe {
+                match (S::WIDE, self.vectors - v) {
+                    (true, 9..) => self.scores_across::<S, A, 12, 2>(buffers, v, blocks),
+                    (true, _) => self.scores_across::<S, A, 4, 4>(buffers, v, blocks),
+                    (false, _) => self.scores_across::<S, A, 4, 1>(buffers, v, blocks),
                 }
-            }
+            };
         }
     }
 
+    /// R vectors from `v` on; returns R.
     #[inline(always)]
-    unsafe fn score_tile<S: Simd, A: Arithmetic<S>, const R: usize>(
+    unsafe fn scores_across<S: Simd, A: Arithmetic<S>, const R: usize, const P: usize>(
         &self,
-        q: (*const u8, usize),
-        keys: *const Line,
-        scores: &mut [[f32; STRIDE * BLOCK_SIZE]],
+        buffers: &mut Buffers<'_>,
+        v: usize,
+        blocks: &[u32],
+    ) -> usize {
+        let mut block = 0;
+        // SAFETY: the caller's promise.
+        unsafe {
+            while block + P <= blocks.len() {
+                self.score_tile::<S, A, R, P>(buffers, v, blocks, block);
+                block += P;
+            }
+            while block < blocks.len() {
+                self.score_tile::<S, A, R, 1>(buffers, v, blocks, block);
+                block += 1;
+            }
+        }
+        R
+    }
+
+    #[inline(always)]
+    unsafe fn score_tile<S: Simd, A: Arithmetic<S>, const R: usize, const P: usize>(
+        &self,
+        buffers: &mut Buffers<'_>,
+        v: usize,
+        blocks: &[u32],
         block: usize,
     ) {
+        let stride = buffers.width * size_of::<f32>();
+        let q = buffers.q[v * buffers.width..][..R * buffers.width].as_ptr().cast();
+        let scores = buffers.scores[v * POSITIONS..][..R * POSITIONS].as_mut_ptr();
+        let mut keys = [ptr::null(); P];
+        for (keys, block) in keys.iter_mut().zip(&blocks[block..]) {
+            *keys = self.kv.block(*block, self.head);
+        }
         // SAFETY: the caller's promise; a block has 16 lanes of scores.
         unsafe {
-            let mut acc = [[S::splat(0.0); 1]; R];
-            tile::<S, A, R, 1>(q, (keys, 0), self.kv.layout.key, &mut acc);
-            for (scores, acc) in scores.iter_mut().zip(acc) {
-                S::store(scores[block * BLOCK_SIZE..].as_mut_ptr(), acc[0]);
+            let mut acc = [[S::splat(0.0); P]; R];
+            tile::<S, A, R, P>((q, stride), keys, self.kv.layout.key, &mut acc);
+            for (r, acc) in acc.iter().enumerate() {
+                for (p, acc) in acc.iter().enumerate() {
+                    S::store(scores.add(r * POSITIONS + (block + p) * BLOCK_SIZE), *acc);
+                }
             }
         }
     }
@@ -360,14 +286,14 @@ impl Unit<'_> {
     #[inline(always)]
     unsafe fn softmax<S: Simd>(
         &self,
-        buffers: &mut Buffers,
+        buffers: &mut Buffers<'_>,
         v: usize,
         running: &mut Running,
         start: usize,
         len: usize,
     ) {
         let sees = self.sees(v);
-        let scores = &mut buffers.scores[v][..len];
+        let scores = &mut buffers.scores[v * POSITIONS..][..len];
         if let Some(cap) = self.attention.softcap {
             scores.iter_mut().for_each(|score| *score = cap * (*score / cap).tanh());
         }
@@ -395,7 +321,7 @@ impl Unit<'_> {
             if max != running.max {
                 let factor = (running.max - max).exp();
                 running.sum *= factor;
-                for chunk in buffers.out[v][..self.kv.layout.panels() * 16].chunks_mut(16) {
+                for chunk in buffers.out[v * buffers.width..][..buffers.width].chunks_mut(16) {
                     S::store(chunk.as_mut_ptr(), S::mul(S::load(chunk.as_ptr()), S::splat(factor)));
                 }
             }
@@ -406,47 +332,76 @@ impl Unit<'_> {
 
     /// `out[v] += weights[v, t] · v[t]` over all positions of the blocks.
     #[inline(always)]
-    unsafe fn values<S: Simd, A: Arithmetic<S>>(&self, buffers: &mut Buffers, blocks: &[u32]) {
-        for panel in 0..self.kv.layout.panels() {
-            let mut v = 0;
-            while v < self.vectors {
-                // SAFETY: as in `scores`.
-                unsafe {
-                    if self.vectors - v > 8 {
-                        self.value_tile::<S, A, 12>(buffers, v, panel, blocks);
-                        v += 12;
-                    } else {
-                        self.value_tile::<S, A, 4>(buffers, v, panel, blocks);
-                        v += 4;
-                    }
+    unsafe fn values<S: Simd, A: Arithmetic<S>>(&self, buffers: &mut Buffers<'_>, blocks: &[u32]) {
+        let mut v = 0;
+        while v < self.vectors {
+            // SAFETY: as in `scores`.
+            v += unsafe {
+                match (S::WIDE, self.vectors - v) {
+                    (true, 9..) => self.values_across::<S, A, 12, 2>(buffers, v, blocks),
+                    (true, _) => self.values_across::<S, A, 4, 4>(buffers, v, blocks),
+                    (false, _) => self.values_across::<S, A, 4, 1>(buffers, v, blocks),
                 }
-            }
+            };
         }
     }
 
+    /// R vectors from `v` on; returns R.
     #[inline(always)]
-    unsafe fn value_tile<S: Simd, A: Arithmetic<S>, const R: usize>(
+    unsafe fn values_across<S: Simd, A: Arithmetic<S>, const R: usize, const P: usize>(
         &self,
-        buffers: &mut Buffers,
+        buffers: &mut Buffers<'_>,
         v: usize,
-        panel: usize,
         blocks: &[u32],
+    ) -> usize {
+        let panels = self.kv.layout.panels();
+        let mut panel = 0;
+        // SAFETY: the caller's promise.
+        unsafe {
+            while panel + P <= panels {
+                self.value_tile::<S, A, R, P>(buffers, v, blocks, panel);
+                panel += P;
+            }
+            while panel < panels {
+                self.value_tile::<S, A, R, 1>(buffers, v, blocks, panel);
+                panel += 1;
+            }
+        }
+        R
+    }
+
+    #[inline(always)]
+    unsafe fn value_tile<S: Simd, A: Arithmetic<S>, const R: usize, const P: usize>(
+        &self,
+        buffers: &mut Buffers<'_>,
+        v: usize,
+        blocks: &[u32],
+        panel: usize,
     ) {
-        let layout = self.kv.layout;
-        let stride = STRIDE * BLOCK_SIZE * size_of::<f32>();
+        let (layout, width) = (self.kv.layout, buffers.width);
+        let out = buffers.out[v * width..][..R * width].as_mut_ptr();
+        let weights = buffers.scores[v * POSITIONS..][..R * POSITIONS].as_ptr();
         // SAFETY: the caller's promise; 16 elements of each vector's output are there.
         unsafe {
-            let mut acc = [[S::splat(0.0); 1]; R];
+            let mut acc = [[S::splat(0.0); P]; R];
             for (r, acc) in acc.iter_mut().enumerate() {
-                acc[0] = S::load(buffers.out[v + r][panel * 16..].as_ptr());
+                for (p, acc) in acc.iter_mut().enumerate() {
+                    *acc = S::load(out.add(r * width + (panel + p) * 16));
+                }
             }
             for (i, &block) in blocks.iter().enumerate() {
-                let values = self.kv.block(block, self.head).add(layout.key + panel * layout.value);
-                let weights = buffers.scores[v][i * BLOCK_SIZE..].as_ptr().cast();
-                tile::<S, A, R, 1>((weights, stride), (values, 0), layout.value, &mut acc);
+                let mut values = [self.kv.block(block, self.head).add(layout.key + panel * layout.value); P];
+                for p in 1..P {
+                    values[p] = values[p - 1].add(layout.value);
+                }
+                let weights = weights.add(i * BLOCK_SIZE).cast();
+                let stride = POSITIONS * size_of::<f32>();
+                tile::<S, A, R, P>((weights, stride), values, layout.value, &mut acc);
             }
             for (r, acc) in acc.iter().enumerate() {
-                S::store(buffers.out[v + r][panel * 16..].as_mut_ptr(), acc[0]);
+                for (p, acc) in acc.iter().enumerate() {
+                    S::store(out.add(r * width + (panel + p) * 16), *acc);
+                }
             }
         }
     }

@@ -28,6 +28,10 @@ pub(super) trait Arithmetic<S: Simd>: Copy {
 #[derive(Clone, Copy)]
 pub(super) struct Single;
 
+/// f16 in the order of the outputs widened to f32: keys and values.
+#[derive(Clone, Copy)]
+pub(super) struct Half;
+
 /// bf16 weights widened to f32, f32 activations.
 #[derive(Clone, Copy)]
 pub(super) struct Widened;
@@ -79,6 +83,28 @@ impl<S: Simd> Arithmetic<S> for Widened {
     }
 }
 
+impl<S: Simd> Arithmetic<S> for Half {
+    type Weights = (S::V, S::V);
+    type Inputs = (S::V, S::V);
+    const INPUT_BYTES: usize = 8;
+
+    #[inline(always)]
+    unsafe fn weights(line: *const Line) -> (S::V, S::V) {
+        // SAFETY: the caller's promise: a line.
+        unsafe { (S::load_half(line.cast()), S::load_half(line.cast::<u16>().add(16))) }
+    }
+    #[inline(always)]
+    unsafe fn inputs(x: *const u8) -> (S::V, S::V) {
+        // SAFETY: the caller's promise.
+        unsafe { <Widened as Arithmetic<S>>::inputs(x) }
+    }
+    #[inline(always)]
+    unsafe fn multiply_add(acc: S::V, w: (S::V, S::V), x: (S::V, S::V)) -> S::V {
+        // SAFETY: no memory is touched.
+        unsafe { <Widened as Arithmetic<S>>::multiply_add(acc, w, x) }
+    }
+}
+
 /// Lines of a panel that are asked for before they are read: what memory takes to answer while several rows multiply.
 const AHEAD: usize = 24;
 
@@ -92,13 +118,12 @@ fn prefetch(line: *const Line) {
 /// Adds the products of R rows with P panels to the accumulators.
 ///
 /// # Safety
-/// `x` holds R rows of `depth` lines' inputs, `x_stride` bytes apart; `w` holds P panels of `depth` lines, `w_stride`
-/// lines apart.
+/// `x` holds R rows of `depth` lines' inputs, `x_stride` bytes apart; each of `w` points to a panel of `depth` lines.
 #[inline(always)]
 #[allow(clippy::needless_range_loop, reason = "iterators take closures")]
 pub(super) unsafe fn tile<S: Simd, A: Arithmetic<S>, const R: usize, const P: usize>(
     (x, x_stride): (*const u8, usize),
-    (w, w_stride): (*const Line, usize),
+    w: [*const Line; P],
     depth: usize,
     acc: &mut [[S::V; P]; R],
 ) {
@@ -106,12 +131,12 @@ pub(super) unsafe fn tile<S: Simd, A: Arithmetic<S>, const R: usize, const P: us
         // SAFETY: k < depth, and the caller's promise.
         unsafe {
             // No closures here: they would be compiled without the instructions of `S`, and called.
-            let mut weights = [A::weights(w.add(k)); P];
+            let mut weights = [A::weights(w[0].add(k)); P];
             for p in 1..P {
-                weights[p] = A::weights(w.add(p * w_stride + k));
+                weights[p] = A::weights(w[p].add(k));
             }
             for p in 0..P {
-                prefetch(w.wrapping_add(p * w_stride + k + AHEAD));
+                prefetch(w[p].wrapping_add(k + AHEAD));
             }
             for r in 0..R {
                 let inputs = A::inputs(x.add(r * x_stride + k * A::INPUT_BYTES));
@@ -185,8 +210,11 @@ impl Product<'_> {
                 }
             }
             let x = self.x.add(row * self.x_stride);
-            let w = self.w.lines.as_ptr().add(panel * depth);
-            tile::<S, A, R, P>((x, self.x_stride), (w, depth), depth, &mut acc);
+            let mut w = [self.w.lines.as_ptr().add(panel * depth); P];
+            for p in 1..P {
+                w[p] = w[p - 1].add(depth);
+            }
+            tile::<S, A, R, P>((x, self.x_stride), w, depth, &mut acc);
             for (r, acc) in acc.iter().enumerate() {
                 for (p, acc) in acc.iter().enumerate() {
                     store_some::<S>(out(r, p).1, *acc);

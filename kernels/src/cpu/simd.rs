@@ -5,6 +5,11 @@
 
 use std::arch::x86_64::*;
 
+use half::f16;
+
+/// To nearest even.
+const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT;
+
 /// A vector unit.
 pub(super) trait Simd: Copy {
     /// Sixteen f32.
@@ -18,6 +23,9 @@ pub(super) trait Simd: Copy {
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
+    /// The smaller; `b` where one is NaN.
+    unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
+    /// The larger; `b` where one is NaN.
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
     /// `a · b + c`
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
@@ -31,6 +39,10 @@ pub(super) trait Simd: Copy {
     unsafe fn widen_low(p: *const u32) -> Self::V;
     /// The upper bf16 of each of 16 u32, widened.
     unsafe fn widen_high(p: *const u32) -> Self::V;
+    /// Sixteen f16, widened.
+    unsafe fn load_half(p: *const u16) -> Self::V;
+    /// Rounded to sixteen f16, to nearest even.
+    unsafe fn store_half(p: *mut u16, v: Self::V);
     /// The sum of all lanes, always in the same order.
     #[inline(always)]
     unsafe fn sum(v: Self::V) -> f32 {
@@ -113,6 +125,11 @@ impl Simd for Avx512 {
         unsafe { _mm512_div_ps(a, b) }
     }
     #[inline(always)]
+    unsafe fn min(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_min_ps(a, b) }
+    }
+    #[inline(always)]
     unsafe fn max(a: __m512, b: __m512) -> __m512 {
         // SAFETY: see above.
         unsafe { _mm512_max_ps(a, b) }
@@ -149,6 +166,16 @@ impl Simd for Avx512 {
             let mask = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
             _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p.cast()), mask))
         }
+    }
+    #[inline(always)]
+    unsafe fn load_half(p: *const u16) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn store_half(p: *mut u16, v: __m512) {
+        // SAFETY: see above.
+        unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<NEAREST>(v)) }
     }
 }
 
@@ -193,6 +220,11 @@ impl Simd for Avx2 {
     unsafe fn div(a: Self::V, b: Self::V) -> Self::V {
         // SAFETY: see above.
         unsafe { (_mm256_div_ps(a.0, b.0), _mm256_div_ps(a.1, b.1)) }
+    }
+    #[inline(always)]
+    unsafe fn min(a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: see above.
+        unsafe { (_mm256_min_ps(a.0, b.0), _mm256_min_ps(a.1, b.1)) }
     }
     #[inline(always)]
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V {
@@ -249,6 +281,21 @@ impl Simd for Avx2 {
             (_mm256_castsi256_ps(low), _mm256_castsi256_ps(high))
         }
     }
+    #[inline(always)]
+    unsafe fn load_half(p: *const u16) -> Self::V {
+        // SAFETY: see above.
+        unsafe {
+            (_mm256_cvtph_ps(_mm_loadu_si128(p.cast())), _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast())))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_half(p: *mut u16, v: Self::V) {
+        // SAFETY: see above.
+        unsafe {
+            _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<NEAREST>(v.0));
+            _mm_storeu_si128(p.add(8).cast(), _mm256_cvtps_ph::<NEAREST>(v.1));
+        }
+    }
 }
 
 /// No vector unit that we know: plain arrays, which the compiler vectorizes as it can.
@@ -287,6 +334,10 @@ impl Simd for Scalar {
         std::array::from_fn(|i| a[i] / b[i])
     }
     #[inline(always)]
+    unsafe fn min(a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|i| if a[i] < b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V {
         std::array::from_fn(|i| if a[i] > b[i] { a[i] } else { b[i] })
     }
@@ -317,6 +368,16 @@ impl Simd for Scalar {
         // SAFETY: see above.
         unsafe { p.cast::<[u32; 16]>().read_unaligned() }.map(|x| f32::from_bits(x & 0xffff_0000))
     }
+    #[inline(always)]
+    unsafe fn load_half(p: *const u16) -> Self::V {
+        // SAFETY: see above.
+        unsafe { p.cast::<[f16; 16]>().read_unaligned() }.map(f16::to_f32)
+    }
+    #[inline(always)]
+    unsafe fn store_half(p: *mut u16, v: Self::V) {
+        // SAFETY: see above.
+        unsafe { p.cast::<[f16; 16]>().write_unaligned(v.map(f16::from_f32)) }
+    }
 }
 
 /// A vector unit, from the plainest to the widest. All of them widen bf16 to f32 and multiply that.
@@ -324,7 +385,7 @@ impl Simd for Scalar {
 pub enum Tier {
     /// No vector instructions.
     Scalar,
-    /// AVX2 and FMA; bf16 widened to f32.
+    /// AVX2, FMA and F16C; bf16 widened to f32.
     Avx2,
     /// AVX-512; bf16 widened to f32.
     Avx512,
@@ -334,10 +395,11 @@ impl Tier {
     /// The tiers that this machine can run.
     pub fn available() -> Vec<Tier> {
         let mut tiers = vec![Tier::Scalar];
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+        let fma = is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+        if is_x86_feature_detected!("avx2") && fma {
             tiers.push(Tier::Avx2);
         }
-        if is_x86_feature_detected!("avx512f") {
+        if is_x86_feature_detected!("avx512f") && fma {
             tiers.push(Tier::Avx512);
         }
         tiers
@@ -357,12 +419,12 @@ pub(super) trait Kernel {
 /// Runs a kernel on a tier.
 #[inline]
 pub(super) fn run<K: Kernel>(tier: Tier, kernel: K) -> K::Output {
-    #[target_feature(enable = "avx512f,avx2,fma")]
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
     unsafe fn avx512<K: Kernel>(kernel: K) -> K::Output {
         // SAFETY: this function's features are those of the tier.
         unsafe { kernel.run::<Avx512>() }
     }
-    #[target_feature(enable = "avx2,fma")]
+    #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn avx2<K: Kernel>(kernel: K) -> K::Output {
         // SAFETY: as above.
         unsafe { kernel.run::<Avx2>() }

@@ -212,6 +212,5 @@ fn the_demo_model_is_peft_in_f32() {
 
 #[test]
 fn the_demo_model_is_peft_in_bf16() {
-    // One generated token of 5120 is 0.0514 off, all others are within 0.05. Prompts have very improbable tokens.
-    compare("smollm2-bf16.json", DType::Bf16, &demo_model(), &fixtures().join("adapters"), (0.055, 0.1));
+    compare("smollm2-bf16.json", DType::Bf16, &demo_model(), &fixtures().join("adapters"), (0.05, 0.05));
 }

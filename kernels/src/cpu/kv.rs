@@ -1,0 +1,187 @@
+//! Memory of keys and values in blocks, and what goes into it.
+//!
+//! A block of one head is laid out as panels, so that both products of attention are those of [`super::gemm`]: the keys
+//! as one panel whose outputs are the block's 16 positions, the values as panels whose outputs are 16 elements of the
+//! head. Beside bf16 weights elements are f16: the same bytes with eight times the precision, and the range is enough.
+
+use super::{
+    CpuBackend,
+    elementwise::CpuRope,
+    gemm::load_some,
+    memory::{CpuMat, Line, Lines},
+    pool::Shards,
+    simd::{Kernel, Simd, run},
+};
+use crate::{BLOCK_SIZE, Batch, DType, Error, Heads, Matrix, Result};
+
+/// Keys and values of one layer: by block and head, first the keys, then the values.
+#[derive(Debug)]
+pub struct CpuKv {
+    lines: Lines,
+    pub(super) heads: Heads,
+    pub(super) layout: Layout,
+}
+
+/// Where things are in a block of one head. Element k of lane i of a panel is its element `16 k + i`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Layout {
+    /// f32 or f16.
+    pub(super) dtype: DType,
+    dim: usize,
+    /// Lines of the keys: one panel over the head's elements.
+    pub(super) key: usize,
+    /// Lines of one panel of values: over the block's positions.
+    pub(super) value: usize,
+}
+
+impl Layout {
+    /// `dtype` is that of the weights.
+    fn new(dtype: DType, dim: usize) -> Layout {
+        let (dtype, per_line) = if dtype == DType::F32 { (DType::F32, 1) } else { (DType::F16, 2) };
+        Layout { dtype, dim, key: dim.div_ceil(per_line), value: BLOCK_SIZE / per_line }
+    }
+
+    /// Panels of the values.
+    pub(super) fn panels(self) -> usize {
+        self.dim.div_ceil(16)
+    }
+
+    fn lines(self) -> usize {
+        self.key + self.panels() * self.value
+    }
+}
+
+impl CpuKv {
+    pub(super) fn new(dtype: DType, blocks: usize, heads: Heads) -> Result<CpuKv> {
+        let layout = Layout::new(dtype, heads.dim);
+        Ok(CpuKv { lines: Lines::new(blocks * heads.kv * layout.lines(), "keys and values")?, heads, layout })
+    }
+
+    pub(super) fn block_bytes(dtype: DType, heads: Heads) -> usize {
+        heads.kv * Layout::new(dtype, heads.dim).lines() * size_of::<Line>()
+    }
+
+    pub(super) fn blocks(&self) -> usize {
+        self.lines.len() / (self.heads.kv * self.layout.lines()).max(1)
+    }
+
+    /// The keys of a block, and its values behind them.
+    pub(super) fn block(&self, block: u32, head: usize) -> *const Line {
+        self.lines[(block as usize * self.heads.kv + head) * self.layout.lines()..].as_ptr()
+    }
+}
+
+pub(super) fn rope_and_store(
+    be: &CpuBackend,
+    qkv: &mut CpuMat,
+    heads: Heads,
+    rope: &CpuRope,
+    batch: &Batch,
+    kv: &mut CpuKv,
+) -> Result<()> {
+    let op = "rope_and_store";
+    let (rows, cols, dim) = (qkv.rows(), qkv.cols(), heads.dim);
+    for (what, got, expected) in [
+        ("columns of qkv", cols, heads.qkv_cols()),
+        ("rows of qkv", rows, batch.rows()),
+        ("heads of the memory", kv.heads.kv, heads.kv),
+        ("head size of the memory", kv.heads.dim, dim),
+    ] {
+        if got != expected {
+            return Err(Error::Shape { op, what, got, expected });
+        }
+    }
+    rope.check(op, heads, &batch.positions)?;
+    let limit = kv.blocks() * BLOCK_SIZE;
+    if let Some(&at) = batch.store_at.iter().find(|&&at| at as usize >= limit) {
+        return Err(Error::Index { op, what: "place in KV memory", index: at as usize, limit });
+    }
+    let layout = kv.layout;
+    let memory = Shards(kv.lines.as_mut_ptr());
+    let data = Shards(qkv.used_mut().as_mut_ptr());
+    let group = heads.query / heads.kv;
+    // Rows of one block are one chunk: its first position clears it.
+    let block = |i: usize| batch.store_at[i] as usize / BLOCK_SIZE;
+    let runs: Vec<usize> = (0..rows).filter(|&i| i == 0 || block(i) != block(i - 1)).collect();
+    be.pool.run(runs.len() * heads.kv, |chunk| {
+        let (first, head) = (runs[chunk / heads.kv], chunk % heads.kv);
+        let end = runs.get(chunk / heads.kv + 1).copied().unwrap_or(rows);
+        for i in first..end {
+            // SAFETY: chunks have their own heads of their own rows, and their own blocks: a sequence stores into
+            // blocks that no other sequence of the step stores into.
+            unsafe {
+                let head_of = |h: usize| data.slice(i * cols + h * dim, dim);
+                for q in 0..group {
+                    rope.rotate(head_of(head * group + q), batch.positions[i]);
+                }
+                let key = head_of(heads.query + head);
+                rope.rotate(key, batch.positions[i]);
+                let place = memory.slice((block(i) * heads.kv + head) * layout.lines(), layout.lines());
+                let offset = batch.store_at[i] as usize % BLOCK_SIZE;
+                let value = head_of(heads.query + heads.kv + head);
+                run(be.tier, Store { layout, block: place, offset, key, value });
+            }
+        }
+    });
+    Ok(())
+}
+
+/// Writes the key and value at `offset` of a block. A block's first position clears it: what was there belonged
+/// to another sequence, and even multiplied by zero it must not be seen.
+struct Store<'a> {
+    layout: Layout,
+    block: &'a mut [Line],
+    offset: usize,
+    key: &'a [f32],
+    value: &'a [f32],
+}
+
+impl Kernel for Store<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        if self.offset == 0 {
+            self.block.fill(Line([0; 16]));
+        }
+        let (keys, values) = self.block.split_at_mut(self.layout.key);
+        // SAFETY: the caller's promise; a panel of the keys has 16 lanes of `dim` elements, each panel of the values 16
+        // lanes of 16.
+        unsafe {
+            match self.layout.dtype {
+                DType::F32 => {
+                    let keys = keys.as_mut_ptr().cast::<f32>().add(self.offset);
+                    for (j, x) in self.key.iter().enumerate() {
+                        keys.add(16 * j).write(*x);
+                    }
+                    for (panel, x) in self.value.chunks(16).enumerate() {
+                        let place = values.as_mut_ptr().add(panel * self.layout.value).cast::<f32>();
+                        S::store(place.add(16 * self.offset), load_some::<S>(x));
+                    }
+                }
+                _ => {
+                    let keys = keys.as_mut_ptr().cast::<u16>().add(self.offset);
+                    for (panel, x) in self.key.chunks(16).enumerate() {
+                        let mut halves = [0; 16];
+                        S::store_half(halves.as_mut_ptr(), saturated::<S>(load_some::<S>(x)));
+                        for (j, half) in halves.iter().enumerate().take(x.len()) {
+                            keys.add(16 * (16 * panel + j)).write(*half);
+                        }
+                    }
+                    for (panel, x) in self.value.chunks(16).enumerate() {
+                        let place = values.as_mut_ptr().add(panel * self.layout.value).cast::<u16>();
+                        S::store_half(place.add(16 * self.offset), saturated::<S>(load_some::<S>(x)));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Values beyond f16's range at its ends; NaN stays NaN.
+#[inline(always)]
+unsafe fn saturated<S: Simd>(x: S::V) -> S::V {
+    const LARGEST: f32 = 65504.0;
+    // SAFETY: no memory is touched.
+    unsafe { S::min(S::splat(LARGEST), S::max(S::splat(-LARGEST), x)) }
+}
