@@ -63,6 +63,28 @@ fn no_row_depends_on_its_neighbours_on_the_cpu() {
     on_cpu(a_row_does_not_depend_on_its_neighbours);
 }
 
+/// The CPU keeps keys and values in f16, whose range is smaller than theirs.
+#[test]
+fn values_beyond_f16_are_cut_off_on_the_cpu() {
+    let heads = Heads { query: 1, kv: 1, dim: 16 };
+    let attention = Attention { heads, scale: 1.0, window: None, softcap: None };
+    let host = batch(&[(1, 0)], &[]);
+    for tier in Tier::available() {
+        let ops = CpuBackend::with_tier(DType::Bf16, 1, tier).unwrap();
+        let rope = ops.rope(&[0.0; 8], 16, 1.0).unwrap();
+        let mut kv = ops.kv(1, heads).unwrap();
+        let device = device_batch(&ops, &host);
+        let mut qkv = Table { cols: 48, data: vec![1e6; 48] };
+        qkv.data[47] = -1e6;
+        let (mut x, mut y) = (mat(&ops, &qkv), ops.mat(1, 16).unwrap());
+        ops.rope_and_store(&mut x, heads, &rope, &device, &mut kv).unwrap();
+        ops.paged_attention(&x, &attention, &device, &kv, &mut y).unwrap();
+        let mut expected = [65504.0; 16];
+        expected[15] = -65504.0;
+        assert_eq!(ops.download(&y).unwrap(), expected, "{tier:?}");
+    }
+}
+
 fn mat<B: Backend>(ops: &B, table: &Table) -> B::Mat {
     let mut x = ops.mat(table.rows().max(1), table.cols).unwrap();
     ops.fill(&mut x, &table.data).unwrap();

@@ -106,11 +106,11 @@ impl<S: Simd> Arithmetic<S> for Half {
 }
 
 /// Lines of a panel that are asked for before they are read: what memory takes to answer while several rows multiply.
-const AHEAD: usize = 24;
+const AHEAD: usize = 40;
 
 /// Asks for a line.
 #[inline(always)]
-fn prefetch(line: *const Line) {
+pub(super) fn prefetch(line: *const Line) {
     // SAFETY: a hint; any address will do.
     unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line.cast()) }
 }
@@ -119,11 +119,12 @@ fn prefetch(line: *const Line) {
 ///
 /// # Safety
 /// `x` holds R rows of `depth` lines' inputs, `x_stride` bytes apart; each of `w` points to a panel of `depth` lines.
+/// Where the next tile's panels lie `jump` lines behind the ends of these, their first lines are asked for as well.
 #[inline(always)]
 #[allow(clippy::needless_range_loop, reason = "iterators take closures")]
 pub(super) unsafe fn tile<S: Simd, A: Arithmetic<S>, const R: usize, const P: usize>(
     (x, x_stride): (*const u8, usize),
-    w: [*const Line; P],
+    (w, jump): ([*const Line; P], usize),
     depth: usize,
     acc: &mut [[S::V; P]; R],
 ) {
@@ -135,8 +136,9 @@ pub(super) unsafe fn tile<S: Simd, A: Arithmetic<S>, const R: usize, const P: us
             for p in 1..P {
                 weights[p] = A::weights(w[p].add(k));
             }
+            let next = if k + AHEAD < depth { k + AHEAD } else { k + AHEAD + jump };
             for p in 0..P {
-                prefetch(w[p].wrapping_add(k + AHEAD));
+                prefetch(w[p].wrapping_add(next));
             }
             for r in 0..R {
                 let inputs = A::inputs(x.add(r * x_stride + k * A::INPUT_BYTES));
@@ -214,7 +216,7 @@ impl Product<'_> {
             for p in 1..P {
                 w[p] = w[p - 1].add(depth);
             }
-            tile::<S, A, R, P>((x, self.x_stride), w, depth, &mut acc);
+            tile::<S, A, R, P>((x, self.x_stride), (w, (P - 1) * depth), depth, &mut acc);
             for (r, acc) in acc.iter().enumerate() {
                 for (p, acc) in acc.iter().enumerate() {
                     store_some::<S>(out(r, p).1, *acc);
@@ -345,6 +347,7 @@ impl Shrink<'_> {
                     let x = self.x.add((row + r) * self.x_stride);
                     for (q, acc) in acc.iter_mut().enumerate() {
                         let a = self.a.as_ptr().add((i + q) * self.depth + k);
+                        prefetch(a.wrapping_add(Q * self.depth));
                         *acc = match self.dtype {
                             DType::F32 => {
                                 S::fma(S::load(x.cast::<f32>().add(k * 16)), S::load(a.cast()), *acc)
