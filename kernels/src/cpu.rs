@@ -27,6 +27,7 @@ pub use memory::{CpuMat, Panels};
 pub use sampling::CpuSampler;
 pub use simd::Tier;
 
+use memory::Arena;
 use pool::{Pool, Shards};
 
 /// The CPU of this machine.
@@ -35,7 +36,11 @@ pub struct CpuBackend {
     tier: Tier,
     pool: Pool,
     scratch: Mutex<linear::Scratch>,
+    arena: Mutex<Arena>,
 }
+
+/// Bytes that weights are allocated by.
+const REGION: usize = 32 << 20;
 
 impl CpuBackend {
     /// A backend that stores weights as `dtype` (f32 or bf16), keys and values as f32 or f16, and computes on `threads` threads, with
@@ -54,7 +59,8 @@ impl CpuBackend {
         if !Tier::available().contains(&tier) {
             return unsupported(format!("{tier:?} on this machine"));
         }
-        Ok(CpuBackend { dtype, tier, pool: Pool::new(threads.max(1))?, scratch: Mutex::default() })
+        let arena = Mutex::new(Arena::new(REGION));
+        Ok(CpuBackend { dtype, tier, pool: Pool::new(threads.max(1))?, scratch: Mutex::default(), arena })
     }
 
     /// The vector unit in use.
@@ -93,7 +99,8 @@ impl Backend for CpuBackend {
     }
 
     fn weight(&self, parts: &[HostTensor<'_>]) -> Result<Panels> {
-        Panels::pack(self.dtype, parts)
+        let mut arena = self.arena.lock().unwrap_or_else(PoisonError::into_inner);
+        Panels::pack(&mut arena, self.dtype, parts)
     }
 
     fn vector(&self, values: &[f32]) -> Result<Vec<f32>> {

@@ -54,7 +54,11 @@ impl Layout {
 impl CpuKv {
     pub(super) fn new(dtype: DType, blocks: usize, heads: Heads) -> Result<CpuKv> {
         let layout = Layout::new(dtype, heads.dim);
-        Ok(CpuKv { lines: Lines::new(blocks * heads.kv * layout.lines(), "keys and values")?, heads, layout })
+        Ok(CpuKv {
+            lines: Lines::zeroed(blocks * heads.kv * layout.lines(), "keys and values")?,
+            heads,
+            layout,
+        })
     }
 
     pub(super) fn block_bytes(dtype: DType, heads: Heads) -> usize {

@@ -1,9 +1,11 @@
 //! The one operation that most of a step's time goes to: `y = x · Wᵀ + bias`, with the rows' own low-rank deltas.
 
+use std::ops::Range;
+
 use super::{
     CpuBackend,
-    gemm::{Begin, Output, Product, Shrink},
-    lora::{CpuSlots, Delta},
+    gemm::{Begin, Output, Product, Shrink, prefetch},
+    lora::{CpuSlots, SiteDelta, SliceDelta},
     memory::{CpuMat, Line, Panels},
     pool::Shards,
     simd::run,
@@ -12,37 +14,34 @@ use crate::{DType, Error, LinearLora, Matrix, Result, RowSet, Segment};
 
 /// Multiply-adds that make a chunk worth handing out.
 const CHUNK: usize = 1 << 17;
+/// Lines of an adapter's A that make a chunk of a few rows.
+const CHUNK_LINES: usize = 512;
 
 /// Memory between the phases of an operation; grows to the largest step and stays.
 #[derive(Default)]
 pub(super) struct Scratch {
     /// Padded activations.
     x: Vec<f32>,
-    /// Shrunk rows of all pairs of segment and slice.
+    /// Shrunk rows of all deltas.
     t: Vec<Line>,
-    pairs: Vec<Pair>,
-    units: Vec<Unit>,
+    deltas: Vec<Delta>,
+    shrinks: Vec<Unit>,
 }
 
-/// A segment's rows meeting one slice of its adapter.
+/// A segment whose adapter has a delta here.
 #[derive(Clone, Copy)]
-struct Pair {
+struct Delta {
     segment: Segment,
-    slice: usize,
-    /// First column of the slice in `y`.
-    column: usize,
     /// Where its shrunk rows are, in f32 of `t`.
     t: usize,
-    /// f32 from one shrunk row to the next: the rank, rounded up to whole pairs of bf16.
-    stride: usize,
 }
 
-/// A piece of work of a phase: panels of the base weight, or a range of rows or panels of a pair.
+/// A piece of the first phase: rows of a delta's segment, times rows of its A.
 #[derive(Clone, Copy)]
-enum Unit {
-    Base { panel: usize, count: usize },
-    Shrink { pair: usize, row: usize, rows: usize },
-    Expand { pair: usize, panel: usize, count: usize },
+struct Unit {
+    delta: usize,
+    rows: (usize, usize),
+    a: (usize, usize),
 }
 
 /// Everything that the chunks of one call read.
@@ -56,7 +55,7 @@ struct Call<'a> {
     rows: usize,
     y: Shards<f32>,
     t: Shards<f32>,
-    pairs: &'a [Pair],
+    deltas: &'a [Delta],
     slots: Option<(&'a CpuSlots, usize)>,
 }
 
@@ -81,9 +80,9 @@ pub(super) fn linear(
     let rows = x.rows();
     y.resize(op, rows)?;
     let scratch = &mut *be.scratch();
-    scratch.pairs.clear();
+    scratch.deltas.clear();
     if let Some(lora) = &lora {
-        find_pairs(lora, w, rows, scratch)?;
+        find_deltas(lora, w, rows, scratch)?;
     }
     let t = Shards(scratch.t.as_mut_ptr().cast());
     let (x, x_stride) = padded(x, &mut scratch.x);
@@ -96,15 +95,20 @@ pub(super) fn linear(
         rows,
         y: Shards(y.used_mut().as_mut_ptr()),
         t,
-        pairs: &scratch.pairs,
+        deltas: &scratch.deltas,
         slots: lora.map(|lora| (lora.slots, lora.site)),
     };
-    call.first_phase(&mut scratch.units);
-    call.run(&scratch.units);
-    if !call.pairs.is_empty() {
-        call.second_phase(&mut scratch.units);
-        call.run(&scratch.units);
+    if !call.deltas.is_empty() {
+        call.list_shrinks(&mut scratch.shrinks);
+        be.pool.run(scratch.shrinks.len(), |i| call.shrink(scratch.shrinks[i]));
     }
+    let count = panels_per_unit(w, rows, be.pool.threads());
+    be.pool.run(w.panels().div_ceil(count), |i| {
+        let panels = i * count..((i + 1) * count).min(w.panels());
+        call.prefetch_expands(&panels);
+        call.base(panels.clone());
+        call.expand(&panels);
+    });
     Ok(())
 }
 
@@ -122,8 +126,8 @@ fn padded<'a>(x: &'a CpuMat, copy: &'a mut Vec<f32>) -> (&'a [f32], usize) {
     (copy, stride)
 }
 
-/// Lists the pairs of segment and slice that have a delta, and makes room for their shrunk rows.
-fn find_pairs(
+/// Lists the segments that have a delta, and makes room for their shrunk rows.
+fn find_deltas(
     lora: &LinearLora<'_, CpuBackend>,
     w: &Panels,
     rows: usize,
@@ -155,15 +159,9 @@ fn find_pairs(
                 limit: rows,
             });
         }
-        let adapter = lora.slots.resident(op, segment.slot)?;
-        let mut column = 0;
-        for (slice, width) in site.outputs.iter().enumerate() {
-            if let Some(delta) = adapter.delta(lora.site, slice) {
-                let stride = delta.lora_rank.next_multiple_of(2);
-                scratch.pairs.push(Pair { segment: *segment, slice, column, t, stride });
-                t += (segment.end - segment.start) as usize * stride;
-            }
-            column += width;
+        if let Some(delta) = lora.slots.resident(op, segment.slot)?.site(lora.site) {
+            scratch.deltas.push(Delta { segment: *segment, t });
+            t += (segment.end - segment.start) as usize * delta.width();
         }
     }
     if scratch.t.len() < t.div_ceil(16) {
@@ -173,55 +171,53 @@ fn find_pairs(
 }
 
 impl Call<'_> {
-    fn delta(&self, pair: &Pair) -> Option<&Delta> {
+    fn site(&self, delta: &Delta) -> Option<&SiteDelta> {
         let (slots, site) = self.slots?;
-        slots.slots[pair.segment.slot as usize].as_ref()?.delta(site, pair.slice)
+        slots.slots[delta.segment.slot as usize].as_ref()?.site(site)
     }
 
-    /// The base product and all shrinks: they read the same rows and write to different places.
-    fn first_phase(&self, units: &mut Vec<Unit>) {
+    /// Splits the shrinks by rows and by rows of A.
+    fn list_shrinks(&self, units: &mut Vec<Unit>) {
         units.clear();
-        for (i, pair) in self.pairs.iter().enumerate() {
-            let rows = (pair.segment.end - pair.segment.start) as usize;
-            let per_unit = (CHUNK / (self.w.inputs * pair.stride).max(1)).max(1).next_multiple_of(4);
-            units.extend((0..rows).step_by(per_unit).map(|row| Unit::Shrink {
-                pair: i,
-                row,
-                rows: per_unit.min(rows - row),
-            }));
+        for (i, delta) in self.deltas.iter().enumerate() {
+            let Some(site) = self.site(delta) else { continue };
+            let (rows, width) = ((delta.segment.end - delta.segment.start) as usize, site.width());
+            let a_step = (CHUNK_LINES / site.depth.max(1)).max(1).next_multiple_of(4);
+            let step = (CHUNK / (self.w.inputs * a_step.min(width)).max(1)).max(1).next_multiple_of(4);
+            for row in (0..rows).step_by(step) {
+                units.extend((0..width).step_by(a_step).map(|first| Unit {
+                    delta: i,
+                    rows: (row, step.min(rows - row)),
+                    a: (first, a_step.min(width - first)),
+                }));
+            }
         }
-        let count = panels_per_unit(self.w, self.rows, self.be.pool.threads());
-        let panels = self.w.panels();
-        units.extend(
-            (0..panels).step_by(count).map(|panel| Unit::Base { panel, count: count.min(panels - panel) }),
+    }
+
+    fn shrink(&self, unit: Unit) {
+        let delta = &self.deltas[unit.delta];
+        let Some(site) = self.site(delta) else { return };
+        let (row, rows) = unit.rows;
+        let (first, count) = unit.a;
+        let x_row = delta.segment.start as usize + row;
+        run(
+            self.be.tier,
+            Shrink {
+                x: self.x.as_ptr().cast::<u8>().wrapping_add(x_row * self.x_stride),
+                x_stride: self.x_stride,
+                rows,
+                a: &site.a[first * site.depth..][..count * site.depth],
+                depth: site.depth,
+                dtype: self.be.dtype,
+                t: &self.t,
+                t_offset: delta.t + row * site.width() + first,
+                t_stride: site.width(),
+            },
         );
     }
 
-    /// All expands: slices and segments have their own columns and rows.
-    fn second_phase(&self, units: &mut Vec<Unit>) {
-        units.clear();
-        for (i, pair) in self.pairs.iter().enumerate() {
-            let Some(delta) = self.delta(pair) else { continue };
-            let rows = (pair.segment.end - pair.segment.start) as usize;
-            let count = panels_per_unit(&delta.b, rows, 1);
-            let panels = delta.b.panels();
-            units.extend((0..panels).step_by(count).map(|panel| Unit::Expand {
-                pair: i,
-                panel,
-                count: count.min(panels - panel),
-            }));
-        }
-    }
-
-    fn run(&self, units: &[Unit]) {
-        self.be.pool.run(units.len(), |i| match units[i] {
-            Unit::Base { panel, count } => self.base(panel, count),
-            Unit::Shrink { pair, row, rows } => self.shrink(&self.pairs[pair], row, rows),
-            Unit::Expand { pair, panel, count } => self.expand(&self.pairs[pair], panel, count),
-        });
-    }
-
-    fn base(&self, panel: usize, count: usize) {
+    /// The base product of some panels.
+    fn base(&self, panels: Range<usize>) {
         let begin = self.bias.map_or(Begin::Zero, Begin::Bias);
         run(
             self.be.tier,
@@ -230,58 +226,60 @@ impl Call<'_> {
                 x_stride: self.x_stride,
                 rows: self.rows,
                 w: self.w,
-                panels: panel..panel + count,
+                panels,
                 out: Output { y: &self.y, offset: 0, stride: self.w.outputs, begin },
             },
         );
     }
 
-    fn shrink(&self, pair: &Pair, row: usize, rows: usize) {
-        let Some(delta) = self.delta(pair) else { return };
-        let first = pair.segment.start as usize + row;
-        let t_offset = pair.t + row * pair.stride;
-        if pair.stride > delta.lora_rank {
-            for r in 0..rows {
-                // SAFETY: the odd column behind the rank, in rows of this unit.
-                let odd = unsafe { self.t.slice(t_offset + r * pair.stride + delta.lora_rank, 1) };
-                odd.fill(0.0);
-            }
-        }
-        run(
-            self.be.tier,
-            Shrink {
-                x: self.x.as_ptr().cast::<u8>().wrapping_add(first * self.x_stride),
-                x_stride: self.x_stride,
-                rows,
-                a: &delta.a,
-                depth: delta.depth,
-                dtype: self.be.dtype,
-                t: &self.t,
-                t_offset,
-                t_stride: pair.stride,
+    /// All B that meet some panels of the base weight: the delta, its width, the slice, and the panels of the slice.
+    fn slices(
+        &self,
+        panels: &Range<usize>,
+    ) -> impl Iterator<Item = (&Delta, usize, &SliceDelta, Range<usize>)> {
+        let panels = panels.clone();
+        self.deltas.iter().filter_map(|delta| Some((delta, self.site(delta)?))).flat_map(
+            move |(delta, site)| {
+                let panels = panels.clone();
+                site.slices.iter().filter_map(move |slice| {
+                    let first = panels.start.max(slice.panel);
+                    let end = panels.end.min(slice.panel + slice.b.panels());
+                    (first < end)
+                        .then(|| (delta, site.width(), slice, first - slice.panel..end - slice.panel))
+                })
             },
-        );
+        )
     }
 
-    fn expand(&self, pair: &Pair, panel: usize, count: usize) {
-        let Some(delta) = self.delta(pair) else { return };
-        let rows = (pair.segment.end - pair.segment.start) as usize;
-        run(
-            self.be.tier,
-            Product {
-                x: self.t.0.cast_const().wrapping_add(pair.t).cast(),
-                x_stride: pair.stride * size_of::<f32>(),
-                rows,
-                w: &delta.b,
-                panels: panel..panel + count,
-                out: Output {
-                    y: &self.y,
-                    offset: pair.segment.start as usize * self.w.outputs + pair.column,
-                    stride: self.w.outputs,
-                    begin: Begin::Present,
+    /// Asks for what the expands of some panels will read, while the base product computes.
+    fn prefetch_expands(&self, panels: &Range<usize>) {
+        for (_, _, slice, panels) in self.slices(panels) {
+            let depth = slice.b.depth();
+            slice.b.lines[panels.start * depth..panels.end * depth].iter().for_each(|line| prefetch(line));
+        }
+    }
+
+    /// Adds the deltas to some panels of the base product, while it is in cache.
+    fn expand(&self, panels: &Range<usize>) {
+        for (delta, width, slice, panels) in self.slices(panels) {
+            let start = delta.segment.start as usize;
+            run(
+                self.be.tier,
+                Product {
+                    x: self.t.0.cast_const().wrapping_add(delta.t + slice.first).cast(),
+                    x_stride: width * size_of::<f32>(),
+                    rows: delta.segment.end as usize - start,
+                    w: &slice.b,
+                    panels,
+                    out: Output {
+                        y: &self.y,
+                        offset: start * self.w.outputs + slice.panel * 16,
+                        stride: self.w.outputs,
+                        begin: Begin::Present,
+                    },
                 },
-            },
-        );
+            );
+        }
     }
 }
 
@@ -289,6 +287,6 @@ impl Call<'_> {
 fn panels_per_unit(w: &Panels, rows: usize, threads: usize) -> usize {
     let work = rows * w.inputs * 16;
     let by_work = CHUNK.div_ceil(work.max(1));
-    let by_threads = w.panels().div_ceil(threads * 4);
+    let by_threads = w.panels().div_ceil(threads * 8);
     by_work.min(by_threads).max(1).next_multiple_of(if w.dtype == DType::F32 { 2 } else { 4 })
 }

@@ -2,109 +2,141 @@
 
 use std::sync::Arc;
 
-use super::memory::{Line, Lines, Panels, pair};
+use super::memory::{Arena, Line, Lines, Panels, pair};
 use crate::{DType, Error, LoraPart, LoraSite, Result};
 
-/// One delta of one slice.
+/// The deltas of one adapter at one site.
 #[derive(Debug)]
-pub(super) struct Delta {
-    pub(super) lora_rank: usize,
-    /// Row-major along the inputs, each row padded to whole lines: 16 f32 a line, or 32 bf16, whose lane i holds the
-    /// elements i and i + 16.
+pub(super) struct SiteDelta {
+    /// The A of all slices, one after the other, each with zero rows up to whole lines of its B. Row-major along the
+    /// inputs, each row padded to whole lines: 16 f32 a line, or 32 bf16, whose lane i holds the elements i and i + 16.
     pub(super) a: Lines,
     /// Lines of one row of A.
     pub(super) depth: usize,
-    /// Scale included; panels over the outputs of the slice.
+    pub(super) slices: Vec<SliceDelta>,
+}
+
+/// The B of one slice.
+#[derive(Debug)]
+pub(super) struct SliceDelta {
+    /// The slice's first row of A.
+    pub(super) first: usize,
+    /// The panel of the site's base weight that B's first panel lies on.
+    pub(super) panel: usize,
+    /// Scale included; panels over the outputs of the slice. They lie on the base weight's panels: if the slice begins
+    /// inside of one, there are zeros for the outputs before it.
     pub(super) b: Panels,
 }
 
-impl Delta {
-    fn new(dtype: DType, site: &LoraSite, part: &LoraPart) -> Result<Delta> {
-        let per_line = if dtype == DType::F32 { 16 } else { 32 };
-        let depth = site.inputs.div_ceil(per_line);
-        let mut a = Lines::new(part.lora_rank * depth, "an adapter")?;
-        for (i, row) in part.a.chunks_exact(site.inputs).enumerate() {
-            let get = |k: usize| row.get(k).copied().unwrap_or(0.0);
-            for (k, line) in a[i * depth..][..depth].iter_mut().enumerate() {
-                for (lane, word) in line.0.iter_mut().enumerate() {
-                    let first = k * per_line;
-                    *word = match dtype {
-                        DType::F32 => get(first + lane).to_bits(),
-                        _ => pair(get(first + lane), get(first + 16 + lane)),
-                    };
-                }
+impl SiteDelta {
+    /// `parts` are those of the site, by slice.
+    fn new(arena: &mut Arena, dtype: DType, site: &LoraSite, parts: &[&LoraPart]) -> Result<SiteDelta> {
+        let depth = site.inputs.div_ceil(a_elements_per_line(dtype));
+        let mut a = arena.lines(a_rows(dtype, parts) * depth, "an adapter")?;
+        let (mut slices, mut first) = (Vec::new(), 0);
+        for part in parts {
+            for (i, row) in part.a.chunks_exact(site.inputs).enumerate() {
+                pack_row(dtype, row, &mut a[(first + i) * depth..][..depth]);
             }
+            let column: usize = site.outputs[..part.slice].iter().sum();
+            let before = column % 16;
+            let shape = [before + site.outputs[part.slice], part.lora_rank];
+            let b = Panels::from_fn(arena, dtype, shape, |o, r| {
+                o.checked_sub(before).map_or(0.0, |o| part.b[o * part.lora_rank + r])
+            })?;
+            slices.push(SliceDelta { first, panel: column / 16, b });
+            first += a_rows(dtype, &[part]);
         }
-        let outputs = site.outputs[part.slice];
-        let b = Panels::from_fn(dtype, [outputs, part.lora_rank], |o, r| part.b[o * part.lora_rank + r])?;
-        Ok(Delta { lora_rank: part.lora_rank, a, depth, b })
+        Ok(SiteDelta { a, depth, slices })
+    }
+
+    /// Rows of A: elements of a shrunk row.
+    pub(super) fn width(&self) -> usize {
+        self.a.len() / self.depth.max(1)
     }
 
     fn bytes(&self) -> usize {
-        (self.a.len() + self.b.lines.len()) * size_of::<Line>()
+        let b: usize = self.slices.iter().map(|slice| slice.b.lines.len()).sum();
+        (self.a.len() + b) * size_of::<Line>()
     }
 }
 
-/// One adapter: its deltas by site and slice.
+fn a_elements_per_line(dtype: DType) -> usize {
+    if dtype == DType::F32 { 16 } else { 32 }
+}
+
+/// Rows that the A of some slices takes.
+fn a_rows(dtype: DType, parts: &[&LoraPart]) -> usize {
+    let whole = Panels::inputs_per_line(dtype);
+    parts.iter().map(|part| part.lora_rank.next_multiple_of(whole)).sum()
+}
+
+fn pack_row(dtype: DType, row: &[f32], lines: &mut [Line]) {
+    let get = |k: usize| row.get(k).copied().unwrap_or(0.0);
+    for (k, line) in lines.iter_mut().enumerate() {
+        let first = k * a_elements_per_line(dtype);
+        for (lane, word) in line.0.iter_mut().enumerate() {
+            *word = match dtype {
+                DType::F32 => get(first + lane).to_bits(),
+                _ => pair(get(first + lane), get(first + 16 + lane)),
+            };
+        }
+    }
+}
+
+/// One adapter: its deltas by site.
 #[derive(Debug)]
 pub struct CpuAdapter {
-    /// First entry of each site in `deltas`.
-    first: Vec<usize>,
-    deltas: Vec<Option<Delta>>,
+    sites: Vec<Option<SiteDelta>>,
     pub(super) bytes: usize,
 }
 
 impl CpuAdapter {
     pub(super) fn new(dtype: DType, sites: &[LoraSite], parts: &[LoraPart]) -> Result<CpuAdapter> {
-        let op = "stage";
-        let first = first_slices(sites);
-        let mut deltas: Vec<Option<Delta>> = Vec::new();
-        deltas.resize_with(sites.iter().map(|site| site.outputs.len()).sum(), || None);
+        let mut by_site = vec![Vec::new(); sites.len()];
+        let mut lines = 0;
         for part in parts {
-            let site = sites.get(part.site).ok_or(Error::Index {
-                op,
-                what: "site",
-                index: part.site,
-                limit: sites.len(),
-            })?;
-            let outputs = *site.outputs.get(part.slice).ok_or(Error::Index {
-                op,
-                what: "slice",
-                index: part.slice,
-                limit: site.outputs.len(),
-            })?;
-            for (what, got, expected) in [
-                ("elements of A", part.a.len(), part.lora_rank * site.inputs),
-                ("elements of B", part.b.len(), part.lora_rank * outputs),
-                ("ranks above 0", part.lora_rank.min(1), 1),
-            ] {
-                if got != expected {
-                    return Err(Error::Shape { op, what, got, expected });
-                }
-            }
-            deltas[first[part.site] + part.slice] = Some(Delta::new(dtype, site, part)?);
+            check(sites, part)?;
+            let site = &sites[part.site];
+            // A slice may begin inside of a panel.
+            let panels = site.outputs[part.slice].div_ceil(16) + 1;
+            lines += a_rows(dtype, &[part]) * site.inputs.div_ceil(a_elements_per_line(dtype));
+            lines += panels * part.lora_rank.div_ceil(Panels::inputs_per_line(dtype));
+            by_site[part.site].push(part);
         }
-        let bytes = deltas.iter().flatten().map(Delta::bytes).sum();
-        Ok(CpuAdapter { first, deltas, bytes })
+        let mut arena = Arena::new(lines * size_of::<Line>());
+        let deltas = by_site.iter_mut().zip(sites).map(|(parts, site)| {
+            parts.sort_by_key(|part| part.slice);
+            (!parts.is_empty()).then(|| SiteDelta::new(&mut arena, dtype, site, parts)).transpose()
+        });
+        let sites = deltas.collect::<Result<Vec<_>>>()?;
+        let bytes = sites.iter().flatten().map(SiteDelta::bytes).sum();
+        Ok(CpuAdapter { sites, bytes })
     }
 
-    /// The delta of a slice, if the adapter has one.
-    pub(super) fn delta(&self, site: usize, slice: usize) -> Option<&Delta> {
-        self.deltas[self.first[site] + slice].as_ref()
+    /// The deltas at a site, if the adapter has any there.
+    pub(super) fn site(&self, site: usize) -> Option<&SiteDelta> {
+        self.sites[site].as_ref()
     }
 }
 
-/// Index of every site's first slice when all slices are counted.
-fn first_slices(sites: &[LoraSite]) -> Vec<usize> {
-    let mut next = 0;
-    sites
-        .iter()
-        .map(|site| {
-            let first = next;
-            next += site.outputs.len();
-            first
-        })
-        .collect()
+fn check(sites: &[LoraSite], part: &LoraPart) -> Result<()> {
+    let op = "stage";
+    let limit = sites.len();
+    let site = sites.get(part.site).ok_or(Error::Index { op, what: "site", index: part.site, limit })?;
+    let limit = site.outputs.len();
+    let slice = Error::Index { op, what: "slice", index: part.slice, limit };
+    let outputs = *site.outputs.get(part.slice).ok_or(slice)?;
+    for (what, got, expected) in [
+        ("elements of A", part.a.len(), part.lora_rank * site.inputs),
+        ("elements of B", part.b.len(), part.lora_rank * outputs),
+        ("ranks above 0", part.lora_rank.min(1), 1),
+    ] {
+        if got != expected {
+            return Err(Error::Shape { op, what, got, expected });
+        }
+    }
+    Ok(())
 }
 
 /// The resident adapters.

@@ -1,7 +1,7 @@
 //! Host memory of the backend: activations, lines of packed weights, and rounding to bf16.
 
 use std::{
-    alloc::{Layout, alloc_zeroed},
+    alloc::{Layout, alloc, alloc_zeroed, dealloc},
     ops::{Deref, DerefMut},
     slice,
     sync::Arc,
@@ -16,31 +16,77 @@ use crate::{DType, Error, HostTensor, Matrix, Result};
 #[repr(C, align(64))]
 pub(super) struct Line(pub(super) [u32; 16]);
 
-/// Zeroed lines. The system hands out zeroed pages when they are first touched, so memory for keys and values costs
-/// nothing until it is used; the standard library clears memory of this alignment itself, so the alignment is ours.
+/// What huge pages are made of.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// Memory from the system.
+#[derive(Debug)]
+struct Region {
+    memory: *mut Line,
+    layout: Layout,
+}
+
+// SAFETY: a region only owns memory; the lines that refer to it do not overlap.
+unsafe impl Send for Region {}
+// SAFETY: as above.
+unsafe impl Sync for Region {}
+
+impl Region {
+    /// Memory that is read from front to back, again and again: on huge pages where the system has them, since walking
+    /// page tables would cost a fifth of the bandwidth. The lines are not initialized.
+    fn streamed(bytes: usize, what: &'static str) -> Result<Region> {
+        let out_of_memory = Error::OutOfMemory { bytes, what };
+        let align = if bytes < HUGE_PAGE { align_of::<Line>() } else { HUGE_PAGE };
+        let Ok(layout) = Layout::from_size_align(bytes, align) else { return Err(out_of_memory) };
+        // SAFETY: the layout is not empty.
+        let memory = unsafe { alloc(layout) };
+        if memory.is_null() {
+            return Err(out_of_memory);
+        }
+        #[cfg(target_os = "linux")]
+        // SAFETY: a hint about memory that is ours; that it may be refused does not matter.
+        unsafe {
+            libc::madvise(memory.cast(), bytes, libc::MADV_HUGEPAGE);
+        }
+        Ok(Region { memory: memory.cast(), layout })
+    }
+
+    /// Zeroed memory. The system hands out zeroed pages when they are first touched, so memory for keys and values
+    /// costs nothing until it is used. The standard library clears memory of a line's alignment itself, so the
+    /// alignment is the caller's: there is a line more than asked for.
+    fn zeroed(bytes: usize, what: &'static str) -> Result<Region> {
+        let out_of_memory = Error::OutOfMemory { bytes, what };
+        let Ok(layout) = Layout::from_size_align(bytes.saturating_add(size_of::<Line>()), 16) else {
+            return Err(out_of_memory);
+        };
+        // SAFETY: the layout is not empty.
+        let memory = unsafe { alloc_zeroed(layout) };
+        if memory.is_null() { Err(out_of_memory) } else { Ok(Region { memory: memory.cast(), layout }) }
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: from `alloc` with this layout.
+        unsafe { dealloc(self.memory.cast(), self.layout) }
+    }
+}
+
+/// Lines of a region, which lives as long as any of its lines.
 #[derive(Debug)]
 pub(super) struct Lines {
-    words: Vec<u32>,
-    /// Words in front of the first line.
+    region: Arc<Region>,
+    /// Bytes of the region in front of the first line.
     skip: usize,
     count: usize,
 }
 
 impl Lines {
-    pub(super) fn new(count: usize, what: &'static str) -> Result<Lines> {
-        let bytes = count.saturating_add(1).saturating_mul(size_of::<Line>());
-        let out_of_memory = || Error::OutOfMemory { bytes, what };
-        let layout = Layout::array::<u32>(bytes / 4).map_err(|_| out_of_memory())?;
-        // SAFETY: the layout is not empty; zero bytes are words; length, capacity and layout are those of the vector.
-        let words = unsafe {
-            let memory = alloc_zeroed(layout).cast::<u32>();
-            if memory.is_null() {
-                return Err(out_of_memory());
-            }
-            Vec::from_raw_parts(memory, bytes / 4, bytes / 4)
-        };
-        let skip = words.as_ptr().align_offset(align_of::<Line>());
-        Ok(Lines { words, skip, count })
+    /// Zeroed lines that cost nothing until they are touched.
+    pub(super) fn zeroed(count: usize, what: &'static str) -> Result<Lines> {
+        let region = Region::zeroed(count.saturating_mul(size_of::<Line>()), what)?;
+        let skip = region.memory.cast::<u8>().align_offset(align_of::<Line>());
+        Ok(Lines { region: Arc::new(region), skip, count })
     }
 }
 
@@ -48,16 +94,44 @@ impl Deref for Lines {
     type Target = [Line];
 
     fn deref(&self) -> &[Line] {
-        // SAFETY: `skip` words bring the alignment and are fewer than a line, and there is room for one line more than
-        // `count`; any words are a line.
-        unsafe { slice::from_raw_parts(self.words.as_ptr().add(self.skip).cast(), self.count) }
+        // SAFETY: `count` initialized lines lie behind `skip` bytes, aligned, and nobody else has them.
+        unsafe { slice::from_raw_parts(self.region.memory.byte_add(self.skip), self.count) }
     }
 }
 
 impl DerefMut for Lines {
     fn deref_mut(&mut self) -> &mut [Line] {
         // SAFETY: as above.
-        unsafe { slice::from_raw_parts_mut(self.words.as_mut_ptr().add(self.skip).cast(), self.count) }
+        unsafe { slice::from_raw_parts_mut(self.region.memory.byte_add(self.skip), self.count) }
+    }
+}
+
+/// Hands out lines that lie behind each other in large regions, so that small weights share huge pages.
+#[derive(Debug)]
+pub(super) struct Arena {
+    /// Bytes of a region, unless more are asked for at once.
+    region_bytes: usize,
+    /// The region at hand, and its bytes in use.
+    current: Option<(Arc<Region>, usize)>,
+}
+
+impl Arena {
+    /// An arena that asks the system for `region_bytes` at a time.
+    pub(super) fn new(region_bytes: usize) -> Arena {
+        Arena { region_bytes, current: None }
+    }
+
+    /// Zeroed lines.
+    pub(super) fn lines(&mut self, count: usize, what: &'static str) -> Result<Lines> {
+        let bytes = count.saturating_mul(size_of::<Line>());
+        let (region, used) = match self.current.take() {
+            Some((region, used)) if region.layout.size() - used >= bytes => (region, used),
+            _ => (Arc::new(Region::streamed(bytes.max(self.region_bytes).max(size_of::<Line>()), what)?), 0),
+        };
+        self.current = Some((region.clone(), used + bytes));
+        // SAFETY: there is room, and nobody else was given these bytes.
+        unsafe { region.memory.byte_add(used).write_bytes(0, count) };
+        Ok(Lines { region, skip: used, count })
     }
 }
 
@@ -180,13 +254,14 @@ impl Panels {
 
     /// The weight whose element is `get(output, input)`.
     pub(super) fn from_fn(
+        arena: &mut Arena,
         dtype: DType,
         [outputs, inputs]: [usize; 2],
         get: impl Fn(usize, usize) -> f32,
     ) -> Result<Panels> {
         let per_line = Self::inputs_per_line(dtype);
         let depth = inputs.div_ceil(per_line);
-        let mut lines = Lines::new(outputs.div_ceil(16) * depth, "weights")?;
+        let mut lines = arena.lines(outputs.div_ceil(16) * depth, "weights")?;
         for (at, line) in lines.iter_mut().enumerate() {
             let (panel, k) = (at / depth, at % depth * per_line);
             for (lane, word) in line.0.iter_mut().enumerate() {
@@ -203,7 +278,7 @@ impl Panels {
     }
 
     /// The rows of host tensors, one tensor after the other.
-    pub(super) fn pack(dtype: DType, parts: &[HostTensor<'_>]) -> Result<Panels> {
+    pub(super) fn pack(arena: &mut Arena, dtype: DType, parts: &[HostTensor<'_>]) -> Result<Panels> {
         let inputs = parts.first().map_or(0, |part| part.cols);
         // Where each output's row is.
         let mut rows = Vec::new();
@@ -218,7 +293,9 @@ impl Panels {
             let bytes = part.cols * part.dtype.size();
             rows.extend((0..part.rows).map(|row| (part.dtype, &part.data[row * bytes..][..bytes])));
         }
-        Self::from_fn(dtype, [rows.len(), inputs], |output, k| element(rows[output].0, rows[output].1, k))
+        Self::from_fn(arena, dtype, [rows.len(), inputs], |output, k| {
+            element(rows[output].0, rows[output].1, k)
+        })
     }
 
     /// One output's weights.
