@@ -43,28 +43,10 @@ pub(super) trait Simd: Copy {
     unsafe fn load_half(p: *const u16) -> Self::V;
     /// Rounded to sixteen f16, to nearest even.
     unsafe fn store_half(p: *mut u16, v: Self::V);
-    /// The sum of all lanes, always in the same order.
-    #[inline(always)]
-    unsafe fn sum(v: Self::V) -> f32 {
-        let mut lanes = [0.0; 16];
-        // SAFETY: 16 lanes fit.
-        unsafe { Self::store(lanes.as_mut_ptr(), v) };
-        for width in [8, 4, 2, 1] {
-            for i in 0..width {
-                lanes[i] += lanes[i + width];
-            }
-        }
-        lanes[0]
-    }
-
+    /// The sum of all lanes in the order of a tree: lanes i and i + 8, then i and i + 4, and so on.
+    unsafe fn sum(v: Self::V) -> f32;
     /// The largest lane.
-    #[inline(always)]
-    unsafe fn largest(v: Self::V) -> f32 {
-        let mut lanes = [0.0; 16];
-        // SAFETY: 16 lanes fit.
-        unsafe { Self::store(lanes.as_mut_ptr(), v) };
-        lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
-    }
+    unsafe fn largest(v: Self::V) -> f32;
 
     /// eˣ to about 2 ulp; 0 below -87. Range reduction by ln 2 in two parts and a polynomial of degree 6 (the scheme
     /// of Cody and Waite, 1980).
@@ -82,6 +64,28 @@ pub(super) trait Simd: Copy {
             }
             Self::zero_below(x, -87.0, Self::scale(p, n))
         }
+    }
+}
+
+/// The sum of eight lanes in the order of a tree.
+#[inline(always)]
+unsafe fn sum_of_eight(v: __m256) -> f32 {
+    // SAFETY: the caller's promise: AVX.
+    unsafe {
+        let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+        let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+        _mm_cvtss_f32(_mm_add_ss(v, _mm_shuffle_ps::<1>(v, v)))
+    }
+}
+
+/// The largest of eight lanes.
+#[inline(always)]
+unsafe fn largest_of_eight(v: __m256) -> f32 {
+    // SAFETY: the caller's promise: AVX.
+    unsafe {
+        let v = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+        let v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+        _mm_cvtss_f32(_mm_max_ss(v, _mm_shuffle_ps::<1>(v, v)))
     }
 }
 
@@ -168,6 +172,22 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn sum(v: __m512) -> f32 {
+        // SAFETY: see above.
+        unsafe {
+            let high = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(v)));
+            sum_of_eight(_mm256_add_ps(_mm512_castps512_ps256(v), high))
+        }
+    }
+    #[inline(always)]
+    unsafe fn largest(v: __m512) -> f32 {
+        // SAFETY: see above.
+        unsafe {
+            let high = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(v)));
+            largest_of_eight(_mm256_max_ps(_mm512_castps512_ps256(v), high))
+        }
+    }
+    #[inline(always)]
     unsafe fn load_half(p: *const u16) -> __m512 {
         // SAFETY: see above.
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
@@ -176,6 +196,16 @@ impl Simd for Avx512 {
     unsafe fn store_half(p: *mut u16, v: __m512) {
         // SAFETY: see above.
         unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<NEAREST>(v)) }
+    }
+}
+
+/// 2^n for integral n in [-126, 127].
+#[inline(always)]
+unsafe fn power_of_two(n: __m256) -> __m256 {
+    // SAFETY: the caller's promise: AVX2. n + 127 is the biased exponent.
+    unsafe {
+        let biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+        _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
     }
 }
 
@@ -243,14 +273,8 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn scale(a: Self::V, n: Self::V) -> Self::V {
-        // SAFETY: see above; n + 127 is the biased exponent of 2^n.
-        unsafe {
-            let power = |n| {
-                let biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
-            };
-            Self::mul(a, (power(n.0), power(n.1)))
-        }
+        // SAFETY: see above.
+        unsafe { Self::mul(a, (power_of_two(n.0), power_of_two(n.1))) }
     }
     #[inline(always)]
     unsafe fn zero_below(x: Self::V, limit: f32, v: Self::V) -> Self::V {
@@ -280,6 +304,16 @@ impl Simd for Avx2 {
             let (low, high) = (_mm256_and_si256(low, mask), _mm256_and_si256(high, mask));
             (_mm256_castsi256_ps(low), _mm256_castsi256_ps(high))
         }
+    }
+    #[inline(always)]
+    unsafe fn sum(v: Self::V) -> f32 {
+        // SAFETY: see above.
+        unsafe { sum_of_eight(_mm256_add_ps(v.0, v.1)) }
+    }
+    #[inline(always)]
+    unsafe fn largest(v: Self::V) -> f32 {
+        // SAFETY: see above.
+        unsafe { largest_of_eight(_mm256_max_ps(v.0, v.1)) }
     }
     #[inline(always)]
     unsafe fn load_half(p: *const u16) -> Self::V {
@@ -367,6 +401,19 @@ impl Simd for Scalar {
     unsafe fn widen_high(p: *const u32) -> Self::V {
         // SAFETY: see above.
         unsafe { p.cast::<[u32; 16]>().read_unaligned() }.map(|x| f32::from_bits(x & 0xffff_0000))
+    }
+    #[inline(always)]
+    unsafe fn sum(mut v: Self::V) -> f32 {
+        for width in [8, 4, 2, 1] {
+            for i in 0..width {
+                v[i] += v[i + width];
+            }
+        }
+        v[0]
+    }
+    #[inline(always)]
+    unsafe fn largest(v: Self::V) -> f32 {
+        v.into_iter().fold(f32::NEG_INFINITY, f32::max)
     }
     #[inline(always)]
     unsafe fn load_half(p: *const u16) -> Self::V {
