@@ -117,6 +117,7 @@ def check_batches(s: Session) -> None:
     variants = {"default": []}
     variants["adapters evicted and loaded again"] = ["--max-active-adapters", "5", "--adapter-host-memory", s.args.check_host]
     variants["prompts in chunks of 7"] = ["--max-batch-prefill-tokens", "7"]
+    variants["without graphs"] = ["--eager", "true"]
     variants |= {name: shlex.split(flags) for name, _, flags in (v.partition("=") for v in s.args.variant)}
     start = lambda flags: s.server(flags, folder / "model", folder / "adapters")
     for result in batches(start, names, variants, []):

@@ -263,7 +263,7 @@ impl Backend for CudaBackend {
     }
 
     fn recorded_steps(&self) -> Vec<(usize, usize)> {
-        batch::recorded_steps()
+        if self.recorder.is_enabled() { batch::recorded_steps() } else { Vec::new() }
     }
 
     fn embed(

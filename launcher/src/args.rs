@@ -67,6 +67,9 @@ pub(crate) struct Args {
     /// Share of a GPU's memory to use
     #[arg(long, env, default_value_t = 0.9)]
     pub(crate) cuda_memory_fraction: f32,
+    /// Launch the kernels of decode steps one by one, without CUDA graphs
+    #[arg(long, env, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
+    pub(crate) eager: bool,
     /// Memory for keys and values, such as 2GiB [default: a quarter of what is available]
     #[arg(long, env, value_parser = bytes)]
     pub(crate) kv_memory: Option<u64>,

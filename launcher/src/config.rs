@@ -59,6 +59,7 @@ pub(crate) fn build(args: &Args, model: &ModelFiles, sockets: &[impl AsRef<Path>
             "adapter_host_bytes": args.adapter_host_memory,
             "adapter_dir": args.adapter_dir,
             "adapter_roots": args.adapter_roots,
+            "eager": args.eager,
             "cuda_memory_fraction": args.cuda_memory_fraction,
             "adapter_memory_fraction": args.adapter_memory_fraction,
             "json_output": args.json_output,

@@ -134,6 +134,8 @@ pub struct ShardConfig {
     pub adapter_dir: Option<PathBuf>,
     /// Folders that adapters may be read from by absolute paths.
     pub adapter_roots: Vec<PathBuf>,
+    /// Whether decode steps are launched kernel by kernel where a device could record them.
+    pub eager: bool,
     /// Fraction of a GPU's memory to use.
     pub cuda_memory_fraction: f32,
     /// Fraction of that for adapters.

@@ -97,6 +97,7 @@ fn run(config: &Config, rank: usize) -> anyhow::Result<()> {
 #[cfg(feature = "cuda")]
 fn serve_cuda(ops: kernels::cuda::CudaBackend, config: &Config, rank: usize) -> anyhow::Result<()> {
     let shard = &config.shard;
+    ops.record_steps(!shard.eager);
     let name = ops.name()?;
     tracing::info!(dtype = Precision::name(ops.dtype()), "computing on {name}");
     let room = |ops: &kernels::cuda::CudaBackend| {

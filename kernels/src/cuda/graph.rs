@@ -54,6 +54,10 @@ impl Recorder {
         self.enabled.store(on, Ordering::Relaxed);
     }
 
+    pub(super) fn is_enabled(&self) -> bool {
+        self.enabled.load(Ordering::Relaxed)
+    }
+
     /// Whether operations only check their arguments now.
     pub(super) fn is_replaying(&self) -> bool {
         self.replaying.load(Ordering::Relaxed)
@@ -66,7 +70,7 @@ impl Recorder {
         batch: &CudaBatch,
         ops: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
-        let Some(key) = batch.recording_key().filter(|_| self.enabled.load(Ordering::Relaxed)) else {
+        let Some(key) = batch.recording_key().filter(|_| self.is_enabled()) else {
             return ops();
         };
         let mut recordings = self.recordings.lock().unwrap_or_else(PoisonError::into_inner);

@@ -65,8 +65,8 @@ impl<B: Backend> State<B> {
             comm: &Solo,
         };
         self.model.forward(&pass, &mut self.scratch, &mut self.kv)?;
-        let rows: Vec<_> =
-            (0..step.logit_rows.len() as u32).map(|row| SampleRow { row, seat: row }).collect();
+        let rows = step.logit_rows.len().min(self.limits.max_sequences) as u32;
+        let rows: Vec<_> = (0..rows).map(|row| SampleRow { row, seat: row }).collect();
         let choices = self.ops.sample(&self.scratch.logits, &rows, &mut self.sampler)?;
         self.ops.collect(choices, &mut Vec::new())
     }

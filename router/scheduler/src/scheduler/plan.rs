@@ -72,12 +72,12 @@ impl Draft {
     }
 
     /// Cuts the prefill budget so that a step that fills it has whole tiles of rows together with those planned so far,
-    /// unless that would take half of it.
+    /// unless that would take half of it or more.
     fn fill_tiles(&mut self) {
         let planned: usize = self.rows.iter().map(|(.., plan)| plan.rows as usize).sum();
         let total = (self.prefill_left + planned) / TILE_ROWS * TILE_ROWS;
         let left = total.saturating_sub(planned);
-        if left >= self.prefill_left / 2 {
+        if left > self.prefill_left / 2 {
             self.prefill_left = left;
         }
     }

@@ -70,6 +70,21 @@ fn a_server_without_rows_is_refused() {
 }
 
 #[test]
+fn a_full_step_has_whole_tiles_of_rows() {
+    let wide = Limits { num_blocks: 400, max_prefill_rows: 256, max_rows: 1024, ..limits() };
+    let mut world = World::new(wide);
+    for id in 1..4 {
+        world.submit(request(id, 0, prompt(id, 4), 9)).unwrap();
+    }
+    world.plan().unwrap();
+    world.submit(request(4, 0, prompt(4, 600), 1)).unwrap();
+    assert_eq!(rows(&mut world), [(1, 4, 1, true), (2, 4, 1, true), (3, 4, 1, true), (4, 0, 253, false)]);
+    world.run();
+    assert_eq!(rows(&mut world).last(), Some(&(4, 253, 253, false)));
+    world.run_to_end();
+}
+
+#[test]
 fn a_prompt_is_prefilled_in_chunks_beside_decode_rows() {
     let mut world = World::new(Limits { max_prefill_rows: 10, max_rows: 11, ..limits() });
     world.submit(request(1, 0, prompt(1, 4), 9)).unwrap();
