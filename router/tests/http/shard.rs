@@ -29,6 +29,8 @@ pub(crate) enum Gate {
     Info,
     /// Before it answers a step.
     Steps,
+    /// Before it answers the step with this id.
+    Step(u64),
     /// While it prepares this adapter.
     Prepare(String),
     /// While it copies this adapter into a slot.
@@ -173,6 +175,7 @@ impl ScriptedShard {
                 tokio::spawn(self.clone().load(load.slot, load.content.clone(), events.clone()));
             }
             self.pass(&Gate::Steps).await;
+            self.pass(&Gate::Step(step.id)).await;
             let event = self.answer(step, &mut sequences).map(|result| event(Event::Step(result)));
             if events.send(event).await.is_err() {
                 return;

@@ -3,8 +3,8 @@
 use serde_json::{Value, json};
 
 use crate::{
-    router::{Router, tokens},
-    shard::Script,
+    router::{Router, events, tokens},
+    shard::{Gate, Script},
 };
 
 /// A router whose shard answers with these pieces, each tokenized by itself.
@@ -103,17 +103,24 @@ async fn bytes_that_are_no_characters_do_not_stop_the_stream() {
 async fn a_sequence_ends_at_its_stop_string() {
     let answer = |prompt: &[u32]| if *prompt == tokens("short") { tokens("a END") } else { tokens("b") };
     let router = Router::start(Script::answering(answer)).await;
-    let body = json!({"prompt": ["short", "long"], "stop": "END", "max_tokens": 400, "ignore_eos": true});
-    let answer = router.ok("/v1/completions", &body).await;
-    assert_eq!(answer["choices"][0]["text"], "a ");
-    assert_eq!(answer["choices"][1]["finish_reason"], "length");
+    // Far behind the stop string, far before the last token.
+    let held = 20;
+    router.shard.hold(Gate::Step(held));
+    let body = json!({"prompt": [tokens("short"), tokens("long")], "stop": "END", "max_tokens": 400,
+        "ignore_eos": true, "stream": true});
+    let mut response = router.send("/v1/completions", &body).await;
+    let mut stream = String::new();
+    while !stream.contains("\"finish_reason\":\"stop\"") {
+        stream += std::str::from_utf8(&response.chunk().await.unwrap().unwrap()).unwrap();
+    }
+    router.shard.release(&Gate::Step(held));
     let short = router.shard.sequence_of(&tokens("short")).await;
-    let rows = router
-        .shard
-        .saw(|seen| {
-            seen.drop_of(short)?;
-            Some(seen.steps.iter().flat_map(|step| &step.rows).filter(|rows| rows.sequence == short).count())
-        })
-        .await;
-    assert!(rows < 100, "it ran on for {rows} steps while the other was generated");
+    let dropped = router.shard.saw(|seen| seen.drop_of(short).map(|step| step.id)).await;
+    assert!(dropped <= held + 2, "it ran on to step {dropped} while the other was generated");
+    stream += &response.text().await.unwrap();
+    let choices = events(&stream).into_iter().filter_map(|event| event["choices"].get(0).cloned());
+    let (ended, went_on): (Vec<_>, Vec<_>) = choices.partition(|choice| choice["index"] == 0);
+    let text: String = ended.iter().map(|choice| choice["text"].as_str().unwrap()).collect();
+    assert_eq!(text, "a ");
+    assert_eq!(went_on.last().unwrap()["finish_reason"], "length");
 }
