@@ -44,7 +44,7 @@ fn main() {
         exit(EX_USAGE, &error);
     }
     if let Err(error) = run(&args) {
-        let usage = error.downcast_ref::<source::SourceError>().is_some()
+        let usage = error.downcast_ref::<source::SourceError>().is_some_and(source::SourceError::is_usage)
             || error.downcast_ref::<supervisor::Failure>().is_some_and(supervisor::Failure::is_usage);
         exit(if usage { EX_USAGE } else { 1 }, &error);
     }

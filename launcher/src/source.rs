@@ -1,13 +1,18 @@
 //! Where the model's files are: on this machine, or on a hub from which they are fetched into its cache.
 
 use std::{
-    env,
+    collections::{BTreeMap, BTreeSet},
+    env, fs, io,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use hf_hub::{
     Cache, Repo, RepoType,
-    api::sync::{ApiBuilder, ApiError, ApiRepo},
+    api::{
+        RepoInfo,
+        sync::{ApiBuilder, ApiError, ApiRepo},
+    },
 };
 use serde::Deserialize;
 
@@ -23,6 +28,9 @@ const SMALL_FILES: [&str; 7] = [
 ];
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+
+/// What the hub gets to answer the first question, unless HF_HUB_ETAG_TIMEOUT says otherwise.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A model that is on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,11 +54,21 @@ pub(crate) enum SourceError {
     /// Neither a path nor a hub id.
     #[error("{0:?} is neither a path that exists nor a hub id")]
     NotAnId(String),
-    /// The hub refused, or cannot be reached.
+    /// The hub refused, or what it sent cannot be kept.
     #[error("{id}: {source}")]
     Hub {
         /// The model.
         id: String,
+        /// The cause.
+        source: Box<ApiError>,
+    },
+    /// The hub does not answer, and the model was not downloaded before.
+    #[error("{id} at {revision} is not in the cache, and the hub cannot be reached: {source}")]
+    Unreachable {
+        /// The model.
+        id: String,
+        /// The revision that was asked for.
+        revision: String,
         /// The cause.
         source: Box<ApiError>,
     },
@@ -80,6 +98,17 @@ pub(crate) enum SourceError {
     },
 }
 
+impl SourceError {
+    /// Whether the configuration is at fault.
+    pub(crate) fn is_usage(&self) -> bool {
+        match self {
+            SourceError::Hub { source, .. } => matches!(**source, ApiError::RequestError(_)),
+            SourceError::Unreachable { .. } => false,
+            _ => true,
+        }
+    }
+}
+
 /// Finds a model, and fetches it if it is not here.
 pub(crate) fn find(model_id: &str, revision: Option<&str>) -> Result<ModelFiles, SourceError> {
     let path = Path::new(model_id);
@@ -104,8 +133,51 @@ pub(crate) fn find(model_id: &str, revision: Option<&str>) -> Result<ModelFiles,
     let revision = revision.or(tag);
     let asked = revision.unwrap_or("main");
     let offline = env::var("HF_HUB_OFFLINE").is_ok_and(|value| !matches!(value.as_str(), "" | "0" | "false"));
-    let (path, sha) = if offline { from_cache(id, asked)? } else { from_hub(id, asked)? };
+    let (path, sha) = if offline {
+        let missing = || SourceError::Offline { id: id.into(), revision: asked.into() };
+        from_cache(id, asked).ok_or_else(missing)?
+    } else {
+        online(id, asked)?
+    };
     Ok(ModelFiles { id: id.into(), path, revision: revision.map(str::to_owned), sha: Some(sha) })
+}
+
+/// From the hub, or from the cache while the hub cannot be reached.
+fn online(id: &str, revision: &str) -> Result<(PathBuf, String), SourceError> {
+    match from_hub(id, revision) {
+        Err(SourceError::Hub { id, source }) if is_unreachable(&source) => {
+            let Some((path, sha)) = from_cache(&id, revision) else {
+                return Err(SourceError::Unreachable { id, revision: revision.into(), source });
+            };
+            tracing::warn!(
+                model = id,
+                sha,
+                "the hub cannot be reached, using what is in the cache: {source}"
+            );
+            Ok((path, sha))
+        }
+        found => found,
+    }
+}
+
+/// Whether a later attempt may end otherwise: no connection, no answer, or one that speaks of the hub's own trouble.
+fn is_unreachable(error: &ApiError) -> bool {
+    use io::ErrorKind as Io;
+    use ureq::ErrorKind as Http;
+    match error {
+        ApiError::RequestError(error) => match &**error {
+            ureq::Error::Status(status, _) => *status == 429 || *status >= 500,
+            ureq::Error::Transport(error) => {
+                matches!(error.kind(), Http::Dns | Http::ConnectionFailed | Http::ProxyConnect | Http::Io)
+            }
+        },
+        ApiError::IoError(error) => matches!(
+            error.kind(),
+            Io::TimedOut | Io::UnexpectedEof | Io::ConnectionReset | Io::ConnectionAborted
+        ),
+        ApiError::TooManyRetries(error) => is_unreachable(error),
+        _ => false,
+    }
 }
 
 fn at(id: &str, revision: &str) -> Repo {
@@ -130,17 +202,22 @@ fn weights<'a>(id: &str, files: &'a [String]) -> Result<Weights<'a>, SourceError
     }
 }
 
-/// Path and commit of a model that was fetched before.
-fn from_cache(id: &str, revision: &str) -> Result<(PathBuf, String), SourceError> {
-    let missing = || SourceError::Offline { id: id.into(), revision: revision.into() };
-    let folder = Cache::from_env().repo(at(id, revision)).get(".").ok_or_else(missing)?;
-    let folder: PathBuf = folder.components().collect();
-    let sha = folder.file_name().ok_or_else(missing)?.to_string_lossy().into_owned();
-    let names = folder.read_dir().map_err(|_| missing())?.flatten();
+/// Path and commit of a model that was fetched before, if all of it was.
+fn from_cache(id: &str, revision: &str) -> Option<(PathBuf, String)> {
+    let folder: PathBuf = Cache::from_env().repo(at(id, revision)).get(".")?.components().collect();
+    let sha = folder.file_name()?.to_string_lossy().into_owned();
+    // What is named but not there is a link whose end is missing.
+    let names = folder.read_dir().ok()?.flatten().filter(|file| file.path().exists());
     let files: Vec<String> = names.map(|file| file.file_name().to_string_lossy().into_owned()).collect();
-    match weights(id, &files)? {
-        Weights::Gguf(file) => Ok((folder.join(file), sha)),
-        Weights::Whole | Weights::Sharded => Ok((folder, sha)),
+    let config = || folder.join(SMALL_FILES[0]).exists();
+    match weights(id, &files).ok()? {
+        Weights::Gguf(file) => Some((folder.join(file), sha)),
+        Weights::Whole => config().then_some((folder, sha)),
+        Weights::Sharded => {
+            let named = sharded(&folder.join(INDEX)).ok()?;
+            let whole = config() && named.iter().all(|file| folder.join(file).exists());
+            whole.then_some((folder, sha))
+        }
     }
 }
 
@@ -153,7 +230,11 @@ fn from_hub(id: &str, revision: &str) -> Result<(PathBuf, String), SourceError> 
         builder = builder.with_token(token);
     }
     let api = builder.build().map_err(hub)?;
-    let info = api.repo(at(id, revision)).info().map_err(hub)?;
+    let patience = env::var("HF_HUB_ETAG_TIMEOUT").ok().and_then(|seconds| seconds.parse().ok());
+    let patience = patience.filter(|seconds| *seconds > 0).map_or(PATIENCE, Duration::from_secs);
+    let asked = api.repo(at(id, revision)).info_request().timeout(patience).call();
+    let answer = asked.map_err(|error| hub(Box::new(error).into()))?;
+    let info: RepoInfo = answer.into_json().map_err(|error| hub(error.into()))?;
     let files: Vec<String> = info.siblings.into_iter().map(|file| file.rfilename).collect();
     tracing::info!(model = id, sha = info.sha, "fetching what is not in the cache");
     // All files of one commit, however the branch moves and whatever of it is in the cache.
@@ -180,26 +261,28 @@ fn from_hub(id: &str, revision: &str) -> Result<(PathBuf, String), SourceError> 
 
 /// Fetches every file that the index names.
 fn sharded_weights(id: &str, repo: &ApiRepo, files: &[String]) -> Result<(), SourceError> {
-    #[derive(Deserialize)]
-    struct Index {
-        weight_map: std::collections::BTreeMap<String, String>,
-    }
     let hub = |source| SourceError::Hub { id: id.into(), source: Box::new(source) };
     let path = repo.get(INDEX).map_err(hub)?;
     let broken = |message| SourceError::Index { path: path.clone(), message };
-    let text = std::fs::read(&path).map_err(|error| broken(error.to_string()))?;
-    let index: Index = serde_json::from_slice(&text).map_err(|error| broken(error.to_string()))?;
-    let mut named: Vec<&String> = index.weight_map.values().collect();
-    named.sort();
-    named.dedup();
-    for file in named {
+    for file in sharded(&path).map_err(broken)? {
         // A path out of the cache's folder is none of the repository's files.
-        if !files.contains(file) {
+        if !files.contains(&file) {
             return Err(broken(format!("{file:?} is not in the repository")));
         }
-        repo.get(file).map_err(hub)?;
+        repo.get(&file).map_err(hub)?;
     }
     Ok(())
+}
+
+/// The files that an index names.
+fn sharded(index: &Path) -> Result<BTreeSet<String>, String> {
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let text = fs::read(index).map_err(|error| error.to_string())?;
+    let index: Index = serde_json::from_slice(&text).map_err(|error| error.to_string())?;
+    Ok(index.weight_map.into_values().collect())
 }
 
 #[cfg(test)]

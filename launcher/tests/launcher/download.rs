@@ -1,11 +1,15 @@
 //! Models from a hub.
 
-use std::{fs, net::TcpListener, path::Path};
+use std::{
+    fs,
+    net::{TcpListener, TcpStream},
+    path::Path,
+};
 
 use serde_json::{Value, json};
 
 use crate::{
-    hub::{Hub, Repository},
+    hub::{Hub, Repository, Trouble},
     launcher::Launcher,
 };
 
@@ -181,12 +185,106 @@ fn a_download_that_breaks_off_goes_on_where_it_was() {
     assert_eq!(files(&launcher.configuration()), owned(&FILES[..3]));
 }
 
+/// The URL of a hub that is not there. The port is that of a client, and no hub's as long as this client lives.
+fn nowhere() -> (String, (TcpListener, TcpStream)) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    (format!("http://{}", client.local_addr().unwrap()), (listener, client))
+}
+
+/// All that makes a hub useless, with what is said of it.
+const TROUBLES: [(Trouble, &str); 4] = [
+    (Trouble::Status("503 Service Unavailable"), "status code 503"),
+    (Trouble::Status("429 Too Many Requests"), "status code 429"),
+    (Trouble::Silence, "timed out"),
+    // Asked for first.
+    (Trouble::NoFiles, "config.json"),
+];
+
+/// The model's path and commit as the router gets them from a launcher that must say `warning`.
+fn warned(launcher: &mut Launcher, warning: &str) -> Value {
+    let mut running = launcher.start();
+    let lines = running.until("router up");
+    let said = lines.iter().find(|line| line.contains("using what is in the cache"));
+    assert!(
+        said.is_some_and(|line| line.contains("WARN") && line.contains(warning)),
+        "{warning}: {lines:#?}"
+    );
+    running.signal("-TERM");
+    assert_eq!(running.ended().0, Some(0));
+    let config: Value =
+        serde_json::from_slice(&fs::read(launcher.folder().join("config.json")).unwrap()).unwrap();
+    config["model"].clone()
+}
+
+#[test]
+fn what_is_in_the_cache_is_served_while_the_hub_cannot_be_reached() {
+    let moved = [FILES[0], FILES[1], ("model.safetensors", "better weights")];
+    for (trouble, cause) in TROUBLES {
+        let hub = Hub::start(ID, Repository::new(&FILES));
+        let mut launcher = launcher(&hub, ID).env("HF_HUB_ETAG_TIMEOUT", "1");
+        let before = launcher.configuration();
+        hub.replace(Repository::new(&FILES).with("main", "c1", &moved));
+        hub.fail(trouble);
+        assert_eq!(warned(&mut launcher, cause), before["model"]);
+        assert_eq!(files(&before), owned(&FILES[..3]));
+    }
+    let hub = Hub::start(ID, Repository::new(&FILES));
+    let mut launcher = launcher(&hub, ID);
+    let before = launcher.configuration();
+    let (nowhere, _held) = nowhere();
+    assert_eq!(warned(&mut launcher.env("HF_ENDPOINT", &nowhere), &nowhere), before["model"]);
+}
+
+#[test]
+fn without_a_hub_and_a_whole_copy_nothing_is_served() {
+    let index = json!({"weight_map": {"a": "x-1.safetensors", "b": "x-2.safetensors"}}).to_string();
+    let sharded = [
+        ("config.json", "{}"),
+        ("model.safetensors.index.json", &*index),
+        ("x-1.safetensors", "one"),
+        ("x-2.safetensors", "two"),
+    ];
+    for (all, lost) in
+        [(&FILES[..3], "model.safetensors"), (&FILES[..3], "config.json"), (&sharded, "x-2.safetensors")]
+    {
+        let hub = Hub::start(ID, Repository::new(all));
+        let mut launcher = launcher(&hub, ID);
+        let config = launcher.configuration();
+        let file = Path::new(config["model"]["path"].as_str().unwrap()).join(lost);
+        fs::remove_file(file.canonicalize().unwrap()).unwrap();
+        hub.fail(Trouble::Status("500 Internal Server Error"));
+        let (status, log) = launcher.fails();
+        assert_eq!(status, 1, "{lost}: {log}");
+        assert!(log.contains("org/name at main is not in the cache"), "{lost}: {log}");
+        assert!(log.contains("the hub cannot be reached") && log.contains("status code 500"), "{log}");
+    }
+}
+
 #[test]
 fn a_hub_that_is_not_there_is_named() {
-    // Nobody listens there once it is dropped.
-    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
-    let launcher = Launcher::new().env("HF_ENDPOINT", &format!("http://{address}"));
-    let (status, log) = launcher.args(&["--model-id", ID]).fails();
-    assert_eq!(status, 64);
-    assert!(log.contains("org/name") && log.contains(&address), "{log}");
+    for (trouble, cause) in TROUBLES {
+        let hub = Hub::start(ID, Repository::new(&FILES));
+        hub.fail(trouble);
+        let (status, log) = launcher(&hub, ID).env("HF_HUB_ETAG_TIMEOUT", "1").fails();
+        assert_eq!(status, 1, "{log}");
+        assert!(log.contains("org/name at main") && log.contains(cause), "{log}");
+    }
+    let (nowhere, _held) = nowhere();
+    let (status, log) = Launcher::new().env("HF_ENDPOINT", &nowhere).args(&["--model-id", ID]).fails();
+    assert_eq!(status, 1);
+    assert!(log.contains("org/name at main") && log.contains(&nowhere), "{log}");
+}
+
+#[test]
+fn what_the_hub_refuses_is_not_served_from_the_cache() {
+    for refusal in ["401 Unauthorized", "403 Forbidden", "404 Not Found"] {
+        let hub = Hub::start(ID, Repository::new(&FILES));
+        let mut launcher = launcher(&hub, ID);
+        launcher.configuration();
+        hub.fail(Trouble::Status(refusal));
+        let (status, log) = launcher.fails();
+        assert_eq!(status, 64, "{log}");
+        assert!(log.contains("org/name") && log.contains(&refusal[..3]), "{log}");
+    }
 }

@@ -35,10 +35,24 @@ impl Repository {
     }
 }
 
+/// What a hub in trouble does.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Trouble {
+    /// Answers with this status.
+    Status(&'static str),
+    /// Takes questions and does not answer.
+    Silence,
+    /// Says what it has, but closes the connection when it is asked for a file.
+    NoFiles,
+}
+
 struct State {
     id: String,
     repository: Mutex<Repository>,
     token: Option<String>,
+    trouble: Mutex<Option<Trouble>>,
+    /// Connections that wait for an answer.
+    unanswered: Mutex<Vec<TcpStream>>,
     /// Answers of files that break off half way.
     breaks: Mutex<usize>,
     asked: Mutex<Vec<String>>,
@@ -61,6 +75,8 @@ impl Hub {
             id: id.into(),
             repository: Mutex::new(repository),
             token: token.map(str::to_owned),
+            trouble: Mutex::default(),
+            unanswered: Mutex::default(),
             breaks: Mutex::new(breaks),
             asked: Mutex::default(),
         });
@@ -78,6 +94,11 @@ impl Hub {
 
     pub(crate) fn replace(&self, repository: Repository) {
         *self.state.repository.lock().unwrap() = repository;
+    }
+
+    /// Is in trouble from now on.
+    pub(crate) fn fail(&self, trouble: Trouble) {
+        *self.state.trouble.lock().unwrap() = Some(trouble);
     }
 
     /// Paths asked for since the last call.
@@ -98,6 +119,15 @@ fn answer(state: &State, mut stream: TcpStream) -> std::io::Result<()> {
         headers.insert(name.to_lowercase(), value.to_owned());
     }
     state.asked.lock().unwrap().push(path.clone());
+    match *state.trouble.lock().unwrap() {
+        Some(Trouble::Status(status)) => return respond(&mut stream, status, &[], b""),
+        Some(Trouble::Silence) => {
+            state.unanswered.lock().unwrap().push(stream);
+            return Ok(());
+        }
+        Some(Trouble::NoFiles) if path.contains("/resolve/") => return Ok(()),
+        _ => {}
+    }
     let header = |name: &str| headers.get(name).map(String::as_str);
     let expected = state.token.as_ref().map(|token| format!("Bearer {token}"));
     if expected.is_some() && header("authorization") != expected.as_deref() {
