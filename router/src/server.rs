@@ -34,6 +34,9 @@ use crate::{
 /// sends never sees the answer.
 const DRAINED: usize = 8;
 
+/// What the shard gets to say that it is well.
+const HEALTH: Duration = Duration::from_secs(3);
+
 /// Why the router could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -228,7 +231,7 @@ pub async fn serve(
 }
 
 async fn health(State(app): State<Arc<App>>) -> Response {
-    if app.engine.info().is_some() && app.shards.healthy().await {
+    if app.engine.info().is_some() && timeout(HEALTH, app.shards.healthy()).await.unwrap_or(false) {
         return StatusCode::OK.into_response();
     }
     let body = json!({"error": "unhealthy", "error_type": "healthcheck"});

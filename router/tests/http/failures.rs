@@ -77,3 +77,23 @@ async fn a_request_that_waits_is_told_too() {
         assert_eq!(events.last().unwrap()["error_type"], "unavailable");
     }
 }
+
+#[tokio::test]
+async fn a_shard_that_hangs_is_unhealthy() {
+    let router = Router::start(Script::saying(tokens("a"))).await;
+    for path in ["/health", "/"] {
+        router.shard.hold(Gate::Health);
+        let asked = router.shard.saw(|seen| Some(seen.health)).await;
+        let clock = async {
+            router.shard.saw(|seen| (seen.health > asked).then_some(())).await;
+            // From here on time passes as soon as everybody waits for it.
+            tokio::time::pause();
+        };
+        let (response, ()) = tokio::join!(router.get(path), clock);
+        tokio::time::resume();
+        assert_eq!(response.status(), 503, "{path}");
+        assert_eq!(response.json::<Value>().await.unwrap()["error_type"], "healthcheck", "{path}");
+        router.shard.release(&Gate::Health);
+        assert_eq!(router.get(path).await.status(), 200, "{path}");
+    }
+}

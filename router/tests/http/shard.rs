@@ -27,6 +27,8 @@ use tonic::{Request, Response, Status, Streaming};
 pub(crate) enum Gate {
     /// Before it says what it serves.
     Info,
+    /// Before it says that it is well.
+    Health,
     /// Before it answers a step.
     Steps,
     /// Before it answers the step with this id.
@@ -43,6 +45,7 @@ pub(crate) struct Seen {
     pub(crate) steps: Vec<Step>,
     pub(crate) prepared: Vec<PrepareRequest>,
     pub(crate) resets: usize,
+    pub(crate) health: usize,
 }
 
 impl Seen {
@@ -304,6 +307,8 @@ impl Shard for ScriptedShard {
     }
 
     async fn health(&self, _: Request<HealthRequest>) -> Result<Response<HealthResponse>, Status> {
+        self.seen.send_modify(|seen| seen.health += 1);
+        self.pass(&Gate::Health).await;
         Ok(Response::new(HealthResponse {}))
     }
 }
