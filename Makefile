@@ -91,4 +91,4 @@ goldens: model ## Make the reference outputs anew (torch, transformers and PEFT;
 	.venv-goldens/bin/python $(FIXTURES)/make_goldens.py "$$($(FIXTURES)/fetch_model.sh)"
 
 .PHONY: ci
-ci: lint test doc ## What CI runs
+ci: lint lint-cuda test doc ## What CI runs

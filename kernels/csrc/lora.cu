@@ -12,7 +12,7 @@ constexpr int kRows = 16;   // rows of x that a block multiplies
 constexpr int kBatch = 3;   // groups that it handles at once: q, k and v of rank 16
 constexpr int kStep = 32;   // inputs that a warp handles at once
 // Steps whose loads are on their way. Rows that do not begin at 16-byte boundaries take too many registers for two.
-template <bool PACKED> constexpr int kStages = PACKED ? 2 : 1;
+template <bool PACKED> constexpr int kStages = PACKED && kManyInFlight ? 2 : 1;
 constexpr int kRanks = kBatch * kGroup;
 
 using Sums = float[kShrinkWarps][kRanks][kRows + 1];

@@ -14,6 +14,13 @@
 
 #include "common.cuh"
 
+// Whether the kernels that keep most loads in flight have the registers for it: before Hopper they would spill some.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kManyInFlight = false;
+#else
+constexpr bool kManyInFlight = true;
+#endif
+
 constexpr int kMaxLoraRank = 512;
 constexpr int kMaxSlices = 4;
 

@@ -26,9 +26,11 @@ constexpr int kThreads = kWarps * 32;
 constexpr int kGroupBlocks = 4;  // for each slice of a tile of rows: blocks that share its groups of ranks
 
 // What a block computes and how it keeps its loads on their way: M · 16 outputs, N · 8 rows, steps of 32 · UNROLL
-// inputs of which STAGES are loaded at once, BLOCKS blocks on one multiprocessor.
-template <int M_, int N_, int UNROLL_, int STAGES_, int BLOCKS_> struct Form {
-  static constexpr int M = M_, N = N_, UNROLL = UNROLL_, STAGES = STAGES_, BLOCKS = BLOCKS_, kOutputs = 16 * M;
+// inputs of which STAGES (FEWER where registers do not suffice) are loaded at once, BLOCKS blocks on one
+// multiprocessor.
+template <int M_, int N_, int UNROLL_, int STAGES_, int BLOCKS_, int FEWER = STAGES_> struct Form {
+  static constexpr int M = M_, N = N_, UNROLL = UNROLL_, BLOCKS = BLOCKS_, kOutputs = 16 * M;
+  static constexpr int STAGES = kManyInFlight ? STAGES_ : FEWER;
   using Sums = float[kWarps][kOutputs][8 * N + 1];
 };
 // Up to 8 rows: deep for grids that leave room for few blocks, wide for others.
@@ -36,7 +38,7 @@ using Wide = Form<1, 1, 4, 1, 3>;
 using Deep = Form<1, 1, 2, 3, 2>;
 constexpr int kDeepBlocks = 300;  // about as many deep blocks as a large card holds
 using Rows16 = Form<2, 2, 1, 3, 2>;
-using Rows32 = Form<2, 4, 1, 2, 2>;
+using Rows32 = Form<2, 4, 1, 2, 2, 1>;
 // The shrink beside them: a group of ranks, a tile of rows.
 template <typename F> using ShrinkForm = Form<1, F::N == 1 ? 1 : 2, F::UNROLL, F::STAGES, F::BLOCKS>;
 
