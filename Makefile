@@ -70,6 +70,14 @@ bench-cpu: ## Speed of the CPU backend end to end, beside the floor of this mach
 	$(FIXTURES)/fetch_model.sh
 	python3 integration-tests/bench_cpu.py
 
+.PHONY: bench-ops
+bench-ops: ## Every operation of the CPU backend, beside what this machine does at most
+	cargo bench -p kernels --bench ops
+
+.PHONY: bench-cuda
+bench-cuda: cuda-toolchain ## Every operation of the CUDA backend beside what the card does at most, then whole steps
+	cargo bench -p kernels --features cuda --bench ops --bench cuda
+
 .PHONY: bench-scheduler
 bench-scheduler: ## Time to plan one step of a loaded server
 	cargo bench -p scheduler --bench schedule

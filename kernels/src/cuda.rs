@@ -31,7 +31,7 @@ pub use lora::{CudaAdapter, CudaSlots};
 pub use memory::{CudaKv, CudaMat, CudaRope, CudaVector, CudaWeight};
 pub use sampler::{CudaPending, CudaSampler};
 
-use device::{Device, Stream, launched};
+use device::{Device, Event, Stream, launched};
 use memory::expect;
 use staging::Staging;
 
@@ -48,6 +48,9 @@ const STAGE_BYTES: usize = 64 << 10;
 fn unsupported(what: String) -> Error {
     Error::Unsupported { backend: BACKEND, what }
 }
+
+/// A point in the work that was launched on a card.
+pub struct CudaMark(Event);
 
 /// One NVIDIA GPU of compute capability 8.0 or newer.
 ///
@@ -117,6 +120,21 @@ impl CudaBackend {
     /// Waits until the card has done all that was launched.
     pub fn synchronize(&self) -> Result<()> {
         self.stream.synchronize()
+    }
+
+    /// Marks the present end of what was launched.
+    pub fn mark(&self) -> Result<CudaMark> {
+        self.device.bind()?;
+        let event = Event::timed()?;
+        event.record(&self.stream)?;
+        Ok(CudaMark(event))
+    }
+
+    /// Seconds on the card's clock from one mark to a later one, for which this waits.
+    pub fn seconds_between(&self, from: &CudaMark, to: &CudaMark) -> Result<f64> {
+        self.device.bind()?;
+        to.0.synchronize()?;
+        to.0.seconds_since(&from.0)
     }
 
     fn staging(&self) -> MutexGuard<'_, Staging> {

@@ -4,111 +4,109 @@ use std::sync::Arc;
 
 use kernels::{
     Backend, Batch, LinearLora, LoraPart, LoraSite, RowSet,
-    cpu::{CpuBackend, CpuSlots},
     reference::{self, Table},
     testing::{Numbers, assert_close, batch},
 };
 
-use crate::{BEYOND_CACHE, Bench, Cost, Outcome, mat, tensor};
+use crate::{Bench, Cost, Machine, Outcome, mat, tensor, uploaded};
 
-/// Ranks of eight adapters that share a step.
-pub(crate) const RANKS: [usize; 8] = [4, 8, 16, 32, 8, 16, 4, 32];
-
-/// How adapters are spread over a step's rows.
-struct Mix {
-    name: &'static str,
-    /// Sequences of the step, by rows.
-    sequences: Vec<usize>,
-    /// Each sequence's adapter.
-    slots: Vec<Option<u32>>,
-}
-
-pub(crate) fn all(bench: &Bench) -> Outcome<()> {
-    for (name, inputs, outputs) in [
-        ("qkv", 576, vec![576, 192, 192]),
-        ("o", 576, vec![576]),
-        ("gate_up", 576, vec![1536, 1536]),
-        ("down", 1536, vec![576]),
-        ("lm_head", 576, vec![49152]),
-        ("large", 4096, vec![4096]),
-    ] {
-        let site = LoraSite { inputs, outputs };
-        let mut mixes: Vec<Mix> = [1, 2, 4, 8, 16, 64, 512]
-            .into_iter()
-            .filter(|rows| name != "lm_head" || *rows <= 16)
-            .map(|rows| Mix { name: "base", sequences: vec![rows], slots: vec![None] })
+pub(crate) fn all<M: Machine>(bench: &Bench<M>) -> Outcome<()> {
+    let shapes = &bench.shapes;
+    let most_logits = shapes.sampled.last().copied().unwrap_or(0);
+    for (name, site) in &shapes.sites {
+        let allowed = |rows, adapters| *name != "lm_head" || (rows <= most_logits && adapters == 0);
+        let mixes = shapes.mixes.iter().copied();
+        let mixes: Vec<_> = mixes
+            .filter(|&(rows, adapters)| allowed(rows, adapters))
+            .filter(|mix| bench.wants(&title(name, site, *mix)))
             .collect();
-        mixes.push(Mix { name: "1 adapter", sequences: vec![1], slots: vec![Some(1)] });
-        mixes.push(Mix { name: "8 adapters", sequences: vec![1; 8], slots: (0..8).map(Some).collect() });
-        mixes.push(Mix { name: "1 adapter", sequences: vec![512], slots: vec![Some(1)] });
-        mixes.retain(|mix| bench.wants(&title(name, &site, mix)));
-        if !mixes.is_empty() && (name != "lm_head" || mixes.iter().any(|mix| mix.name == "base")) {
-            mixes.retain(|mix| name != "lm_head" || mix.name == "base");
-            site_of(bench, name, &site, &mixes)?;
+        if !mixes.is_empty() {
+            site_of(bench, name, site, &mixes)?;
         }
     }
     Ok(())
 }
 
-fn title(name: &str, site: &LoraSite, mix: &Mix) -> String {
-    let (rows, outputs) = (mix.sequences.iter().sum::<usize>(), site.outputs.iter().sum::<usize>());
-    format!("linear {name} {rows}x{}x{outputs} {}", site.inputs, mix.name)
+fn title(name: &str, site: &LoraSite, (rows, adapters): (usize, usize)) -> String {
+    let mix = match adapters {
+        0 => "base".to_owned(),
+        1 => "1 adapter".to_owned(),
+        n => format!("{n} adapters"),
+    };
+    format!("linear {name} {rows}x{}x{} {mix}", site.inputs, site.outputs.iter().sum::<usize>())
 }
 
-/// One adapter for each of [`RANKS`], on all slices of all sites.
-pub(crate) fn adapters(
-    ops: &CpuBackend,
+/// One adapter for each rank, on all slices of all sites.
+pub(crate) fn adapters<B: Backend>(
+    ops: &B,
     sites: &[LoraSite],
-) -> kernels::Result<(CpuSlots, Vec<Vec<LoraPart>>)> {
+    ranks: &[usize],
+) -> kernels::Result<(B::LoraSlots, Vec<Vec<LoraPart>>)> {
     let mut numbers = Numbers(9);
-    let mut slots = ops.lora_slots(sites, RANKS.len())?;
+    let mut slots = ops.lora_slots(sites, ranks.len())?;
     let mut all = Vec::new();
-    for (slot, rank) in RANKS.into_iter().enumerate() {
+    for (slot, rank) in ranks.iter().enumerate() {
         let parts: Vec<LoraPart> = sites
             .iter()
             .enumerate()
             .flat_map(|(i, site)| (0..site.outputs.len()).map(move |slice| (i, slice)))
-            .map(|(i, slice)| numbers.part((i, slice), &sites[i], rank))
+            .map(|(i, slice)| numbers.part((i, slice), &sites[i], *rank))
             .collect();
         ops.load(&mut slots, slot as u32, &Arc::new(ops.stage(sites, &parts)?))?;
         all.push(parts);
     }
+    let mut loaded = 0;
+    while loaded < ranks.len() {
+        loaded += ops.loaded(&mut slots)?.len();
+    }
     Ok((slots, all))
 }
 
-fn site_of(bench: &Bench, name: &str, site: &LoraSite, mixes: &[Mix]) -> Outcome<()> {
-    let ops = &bench.ops;
+/// A step whose rows are shared evenly by some of the resident adapters.
+fn shared(rows: usize, adapters: usize, resident: usize) -> Batch {
+    let sequences = vec![(rows / adapters.max(1), 0); adapters.max(1)];
+    let slots: Vec<_> = (1..=adapters).map(|slot| Some((slot % resident) as u32)).collect();
+    batch(&sequences, &slots)
+}
+
+fn site_of<M: Machine>(
+    bench: &Bench<M>,
+    name: &str,
+    site: &LoraSite,
+    mixes: &[(usize, usize)],
+) -> Outcome<()> {
+    let (ops, ranks) = (bench.ops(), &bench.shapes.ranks);
     let outputs: usize = site.outputs.iter().sum();
     let mut numbers = Numbers(1);
     let w = numbers.table(outputs, site.inputs);
     let bytes = outputs * site.inputs * ops.dtype().size();
     let host = tensor(&w);
-    let weights = (0..BEYOND_CACHE.div_ceil(bytes))
+    let weights = (0..M::ROTATED.div_ceil(bytes).max(1))
         .map(|_| ops.weight(std::slice::from_ref(&host)))
         .collect::<kernels::Result<Vec<_>>>()?;
-    let sites = std::slice::from_ref(site);
-    let (slots, parts) = adapters(ops, sites)?;
-    for mix in mixes {
-        let sequences: Vec<(usize, usize)> = mix.sequences.iter().map(|rows| (*rows, 0)).collect();
-        let host = batch(&sequences, &mix.slots);
-        let mut device = ops.batch(host.rows(), host.blocks.len())?;
-        ops.upload(&host, &mut device)?;
-        let table = numbers.table(host.rows(), site.inputs);
-        let (x, mut y) = (mat(ops, &table)?, ops.mat(host.rows(), outputs)?);
+    let any = mixes.iter().any(|(_, adapters)| *adapters > 0);
+    let resident = any.then(|| adapters(ops, std::slice::from_ref(site), ranks)).transpose()?;
+    for &(rows, adapters) in mixes {
+        let host = shared(rows, adapters, ranks.len());
+        let device = uploaded(ops, &host)?;
+        let table = numbers.table(rows, site.inputs);
+        let x = mat(ops, &table)?;
+        let mut y = if name == "lm_head" { ops.wide_mat(rows, outputs)? } else { ops.mat(rows, outputs)? };
         let lora = || {
-            let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All };
-            (!host.segments.is_empty()).then_some(lora)
+            let (slots, _) = resident.as_ref().filter(|_| adapters > 0)?;
+            Some(LinearLora { slots, site: 0, batch: &device, rows: RowSet::All })
         };
         ops.linear(&x, &weights[0], None, lora(), &mut y)?;
-        check(ops, site, &w, (&table, &host, &parts), &ops.download(&y)?);
-        let mut cost = Cost { bytes, flops: 2 * host.rows() * site.inputs * outputs };
+        let parts = resident.as_ref().map_or(&[][..], |(_, parts)| parts);
+        check(ops, site, &w, (&table, &host, parts), &ops.download(&y)?);
+        let mut cost = Cost { bytes, flops: 2 * rows * site.inputs * outputs };
         for segment in &host.segments {
-            let rank = RANKS[segment.slot as usize];
+            let rank = ranks[segment.slot as usize];
             let elements = rank * (site.inputs * site.outputs.len() + outputs);
             cost.bytes += elements * ops.dtype().size();
             cost.flops += 2 * elements * (segment.end - segment.start) as usize;
         }
-        bench.time(&title(name, site, mix), cost, |i| {
+        bench.time(&title(name, site, (rows, adapters)), cost, |i| {
             ops.linear(&x, &weights[i % weights.len()], None, lora(), &mut y)
         })?;
     }
@@ -116,8 +114,8 @@ fn site_of(bench: &Bench, name: &str, site: &LoraSite, mixes: &[Mix]) -> Outcome
 }
 
 /// Compares the last row with the reference.
-fn check(
-    ops: &CpuBackend,
+fn check<B: Backend>(
+    ops: &B,
     site: &LoraSite,
     w: &Table,
     (x, host, parts): (&Table, &Batch, &[Vec<LoraPart>]),

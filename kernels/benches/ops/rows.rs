@@ -1,134 +1,107 @@
-//! Operations that touch each row, attention, and sampling.
+//! Operations that work row by row.
 
 use kernels::{
-    Attention, Backend, Heads, SampleRow, SamplingParams,
-    reference::{self, Memory},
+    Backend,
+    reference::{self, Table},
     testing::{Numbers, assert_close, batch},
 };
 
-use crate::{Bench, Cost, Outcome, mat};
+use crate::{Bench, Cost, Machine, Outcome, mat, tensor, uploaded, wide_mat};
 
-const HEADS: Heads = Heads { query: 9, kv: 3, dim: 64 };
+const EPS: f32 = 1e-5;
 
-pub(crate) fn all(bench: &Bench) -> Outcome<()> {
-    elementwise(bench)?;
-    for (sequences, before) in [(1, 511), (8, 511), (8, 2047)] {
-        attention(bench, &vec![(1, before); sequences])?;
+pub(crate) fn all<M: Machine>(bench: &Bench<M>) -> Outcome<()> {
+    for &rows in &bench.shapes.rows {
+        norms(bench, rows)?;
+        silu_mul(bench, rows)?;
     }
-    attention(bench, &[(512, 0)])?;
-    attention(bench, &[(512, 1536)])?;
-    sampling(bench)
+    embed(bench)?;
+    bench.shapes.rows.iter().try_for_each(|rows| gather(bench, *rows))
 }
 
-fn elementwise(bench: &Bench) -> Outcome<()> {
-    let ops = &bench.ops;
+fn norms<M: Machine>(bench: &Bench<M>, rows: usize) -> Outcome<()> {
+    let (ops, cols) = (bench.ops(), bench.shapes.hidden);
     let mut numbers = Numbers(2);
-    for rows in [1, 8, 512] {
-        let name = format!("add_rms_norm {rows}x576");
-        if bench.wants(&name) {
-            let (table, before) = (numbers.table(rows, 576), numbers.table(rows, 576));
-            let weights = numbers.table(1, 576).data;
-            let (mut x, mut residual) = (mat(ops, &table)?, mat(ops, &before)?);
-            let w = ops.vector(&weights)?;
-            ops.add_rms_norm(&mut x, &mut residual, &w, 1e-5)?;
-            let mut expected = table.clone();
-            reference::rms_norm(&mut expected, Some(&before), &weights, 1e-5);
-            assert_close("norm", &ops.download(&x)?, &expected.data, ops.dtype());
-            let cost = Cost { bytes: rows * 576 * 16, flops: rows * 576 * 5 };
-            bench.time(&name, cost, |_| ops.rms_norm(&mut x, &mut residual, &w, 1e-5))?;
+    for first in [true, false] {
+        let name = format!("{} {rows}x{cols}", if first { "rms_norm" } else { "add_rms_norm" });
+        if !bench.wants(&name) {
+            continue;
         }
-        let name = format!("silu_mul {rows}x1536");
-        if bench.wants(&name) {
-            let table = numbers.table(rows, 3072);
-            let (x, mut y) = (mat(ops, &table)?, ops.mat(rows, 1536)?);
-            ops.silu_mul(&x, &mut y)?;
-            assert_close("silu_mul", &ops.download(&y)?, &reference::silu_mul(&table).data, ops.dtype());
-            let cost = Cost { bytes: rows * 1536 * 12, flops: rows * 1536 * 16 };
-            bench.time(&name, cost, |_| ops.silu_mul(&x, &mut y))?;
-        }
+        let (table, before) = (numbers.table(rows, cols), numbers.table(rows, cols));
+        let weights = numbers.table(1, cols).data;
+        let (mut x, mut residual) = (mat(ops, &table)?, wide_mat(ops, &before)?);
+        let norm = |x: &mut _, residual: &mut _, w: &_| match first {
+            true => ops.rms_norm(x, residual, w, EPS),
+            false => ops.add_rms_norm(x, residual, w, EPS),
+        };
+        norm(&mut x, &mut residual, &ops.vector(&weights)?)?;
+        let mut expected = table;
+        reference::rms_norm(&mut expected, (!first).then_some(&before), &weights, EPS);
+        assert_close("norm", &ops.download(&x)?, &expected.data, ops.dtype());
+        // With these weights the rows keep their size, call after call.
+        let w = ops.vector(&vec![1.0; cols])?;
+        // The residual is f32, and read only where something is added to it.
+        let bytes = rows * cols * (2 * M::ELEMENT + if first { 4 } else { 8 });
+        bench.time(&name, Cost { bytes, flops: rows * cols * 5 }, |_| norm(&mut x, &mut residual, &w))?;
     }
     Ok(())
 }
 
-/// Attention of sequences `(rows, tokens before them)`, and the rotation and storing of their rows.
-fn attention(bench: &Bench, sequences: &[(usize, usize)]) -> Outcome<()> {
-    let ops = &bench.ops;
-    let shape = format!("{}x{}, {} before", sequences.len(), sequences[0].0, sequences[0].1);
-    let (store, attend) = (format!("rope_and_store {shape}"), format!("paged_attention {shape}"));
-    if !bench.wants(&store) && !bench.wants(&attend) {
+fn silu_mul<M: Machine>(bench: &Bench<M>, rows: usize) -> Outcome<()> {
+    let (ops, cols) = (bench.ops(), bench.shapes.inner);
+    let name = format!("silu_mul {rows}x{cols}");
+    if !bench.wants(&name) {
         return Ok(());
     }
-    let host = batch(sequences, &[]);
-    let blocks = host.blocks.iter().max().map_or(0, |block| *block as usize + 1);
-    let inv_freq: Vec<f32> = (0..32).map(|j| 0.8_f32.powi(j)).collect();
-    let (rope, mut kv) = (ops.rope(&inv_freq, 8192, 1.0)?, ops.kv(blocks, HEADS)?);
-    let mut memory = Memory::new(blocks, HEADS);
-    let mut numbers = Numbers(3);
-    let attention = Attention { heads: HEADS, scale: 0.125, window: None, softcap: None };
-    // What comes before, then the rows themselves.
-    let before: Vec<_> = sequences.iter().map(|(rows, before)| (before + rows, 0)).collect();
-    for host in [batch(&before, &[]), host.clone()] {
-        let table = numbers.table(host.rows(), HEADS.qkv_cols());
-        let mut x = mat(ops, &table)?;
-        ops.rope_and_store(&mut x, HEADS, &rope, &host, &mut kv)?;
-        let mut expected = table;
-        reference::rope_and_store(&mut expected, HEADS, &inv_freq, &host, &mut memory);
-        assert_close("rope_and_store", &ops.download(&x)?, &expected.data, ops.dtype());
+    let table = Numbers(2).table(rows, 2 * cols);
+    let (x, mut y) = (mat(ops, &table)?, ops.mat(rows, cols)?);
+    ops.silu_mul(&x, &mut y)?;
+    assert_close("silu_mul", &ops.download(&y)?, &reference::silu_mul(&table).data, ops.dtype());
+    let cost = Cost { bytes: rows * cols * 3 * M::ELEMENT, flops: rows * cols * 16 };
+    bench.time(&name, cost, |_| ops.silu_mul(&x, &mut y))
+}
+
+/// Looks up rows of a table that is large enough to spread them.
+fn embed<M: Machine>(bench: &Bench<M>) -> Outcome<()> {
+    let (ops, cols, tokens) = (bench.ops(), bench.shapes.hidden, bench.shapes.vocab / 8);
+    let name = |rows: usize| format!("embed {rows}x{cols}");
+    if !bench.shapes.rows.iter().any(|rows| bench.wants(&name(*rows))) {
+        return Ok(());
     }
-    let mut x = mat(ops, &numbers.table(host.rows(), HEADS.qkv_cols()))?;
-    let mut y = ops.mat(host.rows(), HEADS.query * HEADS.dim)?;
-    ops.paged_attention(&x, &attention, &host, &kv, &mut y)?;
-    let table = reference::Table { cols: HEADS.qkv_cols(), data: ops.download(&x)? };
-    let expected = reference::paged_attention(&table, &attention, &host, &memory);
-    assert_close("paged_attention", &ops.download(&y)?, &expected.data, ops.dtype());
-    let seen: usize = sequences.iter().map(|(rows, before)| rows * before + rows * (rows + 1) / 2).sum();
-    let tokens: usize = sequences.iter().map(|(rows, before)| rows + before).sum();
-    let cost = Cost {
-        bytes: 2 * tokens * HEADS.kv * HEADS.dim * ops.dtype().size(),
-        flops: 4 * seen * HEADS.query * HEADS.dim,
-    };
-    if bench.wants(&attend) {
-        bench.time(&attend, cost, |_| ops.paged_attention(&x, &attention, &host, &kv, &mut y))?;
-    }
-    if bench.wants(&store) {
-        let elements = host.rows() * HEADS.qkv_cols();
-        let cost = Cost { bytes: elements * 8, flops: elements * 3 };
-        bench.time(&store, cost, |_| ops.rope_and_store(&mut x, HEADS, &rope, &host, &mut kv))?;
+    let table = Numbers(6).table(tokens, cols);
+    let (weight, sampler) = (ops.weight(&[tensor(&table)])?, ops.sampler(1, tokens)?);
+    for &rows in bench.shapes.rows.iter().filter(|rows| bench.wants(&name(**rows))) {
+        let mut host = batch(&[(rows, 0)], &[]);
+        host.tokens = (0..rows).map(|i| (997 * i % tokens) as i32).collect();
+        let (device, mut y) = (uploaded(ops, &host)?, ops.mat(rows, cols)?);
+        ops.embed(&device, &sampler, &weight, &mut y)?;
+        let expected: Vec<f32> = host.tokens.iter().flat_map(|&t| table.row(t as usize)).copied().collect();
+        assert_close("embed", &ops.download(&y)?, &expected, ops.dtype());
+        let cost = Cost { bytes: rows * cols * (ops.dtype().size() + M::ELEMENT), flops: 0 };
+        bench.time(&name(rows), cost, |_| ops.embed(&device, &sampler, &weight, &mut y))?;
     }
     Ok(())
 }
 
-fn sampling(bench: &Bench) -> Outcome<()> {
-    let ops = &bench.ops;
-    let vocab = 49152;
-    let warm = SamplingParams { temperature: 0.8, seed: 3, ..Default::default() };
-    for (name, params) in [
-        ("greedy", SamplingParams::default()),
-        ("greedy, top 5 reported", SamplingParams { num_top: 5, ..Default::default() }),
-        ("temperature", warm.clone()),
-        ("top-k 40", SamplingParams { top_k: 40, ..warm.clone() }),
-        ("top-p 0.9", SamplingParams { top_p: 0.9, ..warm.clone() }),
-    ] {
-        for rows in [1, 8] {
-            let name = format!("sample {rows}x{vocab} {name}");
-            if !bench.wants(&name) {
-                continue;
-            }
-            let mut table = Numbers(4).table(rows, vocab);
-            table.data.iter_mut().for_each(|x| *x *= 10.0);
-            let logits = mat(ops, &table)?;
-            let mut sampler = ops.sampler(rows, vocab)?;
-            let places: Vec<_> = (0..rows as u32).map(|i| SampleRow { row: i, seat: i }).collect();
-            for place in &places {
-                ops.seat(&mut sampler, place.seat, &params, &[1], &[])?;
-            }
-            for sampled in ops.sample(&logits, &places, &mut sampler)? {
-                let expected = reference::log_softmax(table.row(sampled.seat as usize));
-                assert!((sampled.logprob - expected[sampled.token as usize]).abs() < 1e-3, "{name}");
-            }
-            let cost = Cost { bytes: rows * vocab * 4, flops: rows * vocab * 10 };
-            bench.time(&name, cost, |_| ops.sample(&logits, &places, &mut sampler).map(drop))?;
-        }
+/// Gathers every second row.
+fn gather<M: Machine>(bench: &Bench<M>, rows: usize) -> Outcome<()> {
+    let (ops, cols) = (bench.ops(), bench.shapes.hidden);
+    let name = format!("gather_logit_rows {rows}x{cols}");
+    if !bench.wants(&name) {
+        return Ok(());
     }
-    Ok(())
+    let host = batch(&vec![(2, 0); rows], &[]);
+    let table = Numbers(5).table(host.rows(), cols);
+    let (device, x, mut y) = (uploaded(ops, &host)?, mat(ops, &table)?, ops.mat(rows, cols)?);
+    ops.gather_logit_rows(&x, &device, &mut y)?;
+    let expected = gathered(&table, &host.logit_rows);
+    assert_close("gather_logit_rows", &ops.download(&y)?, &expected.data, ops.dtype());
+    let cost = Cost { bytes: rows * cols * 2 * M::ELEMENT, flops: 0 };
+    bench.time(&name, cost, |_| ops.gather_logit_rows(&x, &device, &mut y))
+}
+
+/// Some rows of a table.
+pub(crate) fn gathered(table: &Table, rows: &[u32]) -> Table {
+    let data = rows.iter().flat_map(|row| table.row(*row as usize)).copied().collect();
+    Table { cols: table.cols, data }
 }

@@ -1,18 +1,19 @@
 //! Whole steps of a decoder of SmolLM2-135M's shape with random weights: what the operations add up to.
 
 use kernels::{
-    Attention, Backend, Batch, Heads, LinearLora, LoraSite, RowSet, SampleRow, SamplingParams,
+    Attention, Backend, Batch, LinearLora, LoraSite, RowSet, SampleRow, SamplingParams,
     cpu::{CpuBackend, CpuKv, CpuMat, CpuRope, CpuSampler, CpuSlots, Panels},
     testing::{Numbers, batch},
 };
 
-use crate::{Bench, Cost, Outcome, linear::adapters, tensor};
+use crate::{
+    Bench, Cost, Outcome,
+    cpu::{Cpu, HEADS, HIDDEN, INNER, RANKS, VOCAB},
+    linear::adapters,
+    tensor,
+};
 
 const LAYERS: usize = 30;
-const HIDDEN: usize = 576;
-const INNER: usize = 1536;
-const VOCAB: usize = 49152;
-const HEADS: Heads = Heads { query: 9, kv: 3, dim: 64 };
 
 struct Layer {
     /// qkv, o, gate and up, down.
@@ -31,14 +32,8 @@ struct Model {
     sampler: CpuSampler,
 }
 
-/// The sites of one layer.
 fn layer_sites() -> [LoraSite; 4] {
-    [
-        LoraSite { inputs: HIDDEN, outputs: vec![HIDDEN, 192, 192] },
-        LoraSite { inputs: HIDDEN, outputs: vec![HIDDEN] },
-        LoraSite { inputs: HIDDEN, outputs: vec![INNER, INNER] },
-        LoraSite { inputs: INNER, outputs: vec![HIDDEN] },
-    ]
+    crate::layer_sites(HIDDEN, INNER, HEADS).map(|(_, site)| site)
 }
 
 impl Model {
@@ -67,7 +62,7 @@ impl Model {
             table: weight(VOCAB, HIDDEN)?,
             norm: ops.vector(&[1.0; HIDDEN])?,
             rope: ops.rope(&[0.5; 32], 8192, 1.0)?,
-            slots: adapters(ops, &sites)?.0,
+            slots: adapters(ops, &sites, &RANKS)?.0,
             mats: [
                 mat(HIDDEN)?,
                 mat(HIDDEN)?,
@@ -120,7 +115,7 @@ fn layer_elements() -> usize {
     LAYERS * layer_sites().iter().map(site).sum::<usize>()
 }
 
-pub(crate) fn all(bench: &Bench) -> Outcome<()> {
+pub(crate) fn all(bench: &Bench<Cpu>) -> Outcome<()> {
     let decode = |count: usize| vec![(1, 128); count];
     let cases = [
         ("step decode 1, base", decode(1), vec![]),
@@ -134,15 +129,14 @@ pub(crate) fn all(bench: &Bench) -> Outcome<()> {
     if !cases.iter().any(|case| bench.wants(case.0)) {
         return Ok(());
     }
-    let ops = &bench.ops;
+    let ops = bench.ops();
     let mut model = Model::new(ops, 512, 1024)?;
     for (name, sequences, slots) in cases.into_iter().filter(|case| bench.wants(case.0)) {
         let host = batch(&sequences, &slots);
         for seat in 0..host.logit_rows.len() as u32 {
             ops.seat(&mut model.sampler, seat, &SamplingParams::default(), &[], &[])?;
         }
-        let ranks: usize =
-            host.segments.iter().map(|segment| crate::linear::RANKS[segment.slot as usize]).sum();
+        let ranks: usize = host.segments.iter().map(|segment| RANKS[segment.slot as usize]).sum();
         let per_rank: usize = layer_sites()
             .iter()
             .map(|site| site.inputs * site.outputs.len() + site.outputs.iter().sum::<usize>())

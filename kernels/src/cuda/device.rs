@@ -173,9 +173,23 @@ unsafe impl Sync for Event {}
 
 impl Event {
     pub(super) fn new() -> Result<Event> {
-        let raw =
-            result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).map_err(failed("event"))?;
-        Ok(Event { raw })
+        Event::with(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
+    }
+
+    /// An event that notes the time, for [`Self::seconds_since`].
+    pub(super) fn timed() -> Result<Event> {
+        Event::with(sys::CUevent_flags::CU_EVENT_DEFAULT)
+    }
+
+    fn with(flags: sys::CUevent_flags) -> Result<Event> {
+        Ok(Event { raw: result::event::create(flags).map_err(failed("event"))? })
+    }
+
+    /// Seconds on the card's clock since it reached an earlier event. Both are timed and reached.
+    pub(super) fn seconds_since(&self, earlier: &Event) -> Result<f64> {
+        // SAFETY: both live.
+        let millis = unsafe { result::event::elapsed(earlier.raw, self.raw) };
+        Ok(f64::from(millis.map_err(failed("time between events"))?) * 1e-3)
     }
 
     /// Moves the event to the present end of a stream.

@@ -1,0 +1,121 @@
+//! Attention, and the rotation and storing of its rows.
+
+use kernels::{
+    Attention, Backend, Batch, Heads, Matrix, SequenceRows,
+    reference::{self, Memory, Table},
+    testing::{Numbers, assert_close, batch},
+};
+
+use crate::{Bench, Cost, Machine, Outcome, mat, rows::gathered, uploaded};
+
+pub(crate) fn all<M: Machine>(bench: &Bench<M>) -> Outcome<()> {
+    bench.shapes.attention.iter().try_for_each(|shape| attention(bench, *shape))
+}
+
+/// Keys and values of one layer, and what they should be.
+struct Stored<B: Backend> {
+    heads: Heads,
+    rope: B::Rope,
+    inv_freq: Vec<f32>,
+    kv: B::Kv,
+    memory: Memory,
+    numbers: Numbers,
+}
+
+impl<B: Backend> Stored<B> {
+    fn new(ops: &B, heads: Heads, blocks: usize) -> kernels::Result<Self> {
+        let inv_freq: Vec<f32> = (0..heads.dim / 2).map(|j| 0.8_f32.powi(j as i32)).collect();
+        Ok(Stored {
+            heads,
+            rope: ops.rope(&inv_freq, 8192, 1.0)?,
+            inv_freq,
+            kv: ops.kv(blocks, heads)?,
+            memory: Memory::new(blocks, heads),
+            numbers: Numbers(3),
+        })
+    }
+
+    /// Rotates and stores random rows, and returns them.
+    fn store(&mut self, ops: &B, host: &Batch) -> kernels::Result<B::Mat> {
+        let mut table = self.numbers.table(host.rows(), self.heads.qkv_cols());
+        let mut x = mat(ops, &table)?;
+        ops.rope_and_store(&mut x, self.heads, &self.rope, &uploaded(ops, host)?, &mut self.kv)?;
+        reference::rope_and_store(&mut table, self.heads, &self.inv_freq, host, &mut self.memory);
+        assert_close("rope_and_store", &ops.download(&x)?, &table.data, ops.dtype());
+        Ok(x)
+    }
+
+    /// Compares the last row of every sequence with the reference.
+    fn check(
+        &self,
+        ops: &B,
+        attention: &Attention,
+        host: &Batch,
+        (x, y): (&B::Mat, &B::Mat),
+    ) -> kernels::Result<()> {
+        let last = |m: &B::Mat| -> kernels::Result<Table> {
+            Ok(gathered(&Table { cols: m.cols(), data: ops.download(m)? }, &host.logit_rows))
+        };
+        let sequences = host.sequences.iter().zip(0..);
+        let rows = Batch {
+            sequences: sequences.map(|(s, start)| SequenceRows { start, rows: 1, ..*s }).collect(),
+            blocks: host.blocks.clone(),
+            ..Batch::default()
+        };
+        let expected = reference::paged_attention(&last(x)?, attention, &rows, &self.memory);
+        assert_close("paged_attention", &last(y)?.data, &expected.data, ops.dtype());
+        Ok(())
+    }
+}
+
+/// One sequence of a step as a step of its own.
+fn alone(host: &Batch, sequence: &SequenceRows) -> Batch {
+    let rows = sequence.start as usize..(sequence.start + sequence.rows) as usize;
+    Batch {
+        tokens: host.tokens[rows.clone()].to_vec(),
+        positions: host.positions[rows.clone()].to_vec(),
+        store_at: host.store_at[rows].to_vec(),
+        sequences: vec![SequenceRows { start: 0, ..*sequence }],
+        blocks: host.blocks.clone(),
+        ..Batch::default()
+    }
+}
+
+/// Attention of some sequences of so many rows, with so many tokens before them.
+fn attention<M: Machine>(bench: &Bench<M>, (count, rows, before): (usize, usize, usize)) -> Outcome<()> {
+    let (ops, heads) = (bench.ops(), bench.shapes.heads);
+    let shape = format!("{count}x{rows}, {before} before");
+    let (store, attend) = (format!("rope_and_store {shape}"), format!("paged_attention {shape}"));
+    if !bench.wants(&store) && !bench.wants(&attend) {
+        return Ok(());
+    }
+    let host = batch(&vec![(rows, before); count], &[]);
+    let blocks = host.blocks.iter().max().map_or(0, |block| *block as usize + 1);
+    let mut stored = Stored::new(ops, heads, blocks)?;
+    // What comes before, in the same blocks; then the rows themselves.
+    let whole = batch(&vec![(before + rows, 0); count], &[]);
+    for sequence in &whole.sequences {
+        stored.store(ops, &alone(&whole, sequence))?;
+    }
+    let (mut x, device) = (stored.store(ops, &host)?, uploaded(ops, &host)?);
+    let mut y = ops.mat(host.rows(), heads.query * heads.dim)?;
+    let attention = Attention { heads, scale: (heads.dim as f32).powf(-0.5), window: None, softcap: None };
+    ops.paged_attention(&x, &attention, &device, &stored.kv, &mut y)?;
+    stored.check(ops, &attention, &host, (&x, &y))?;
+    let seen = count * (rows * before + rows * (rows + 1) / 2);
+    if bench.wants(&attend) {
+        let cost = Cost {
+            bytes: 2 * count * (rows + before) * heads.kv * heads.dim * ops.dtype().size(),
+            flops: 4 * seen * heads.query * heads.dim,
+        };
+        bench.time(&attend, cost, |_| ops.paged_attention(&x, &attention, &device, &stored.kv, &mut y))?;
+    }
+    if bench.wants(&store) {
+        // Reads all columns, writes the rotated ones in place and two parts to memory.
+        let moved = (2 * heads.query + 3 * heads.kv) * M::ELEMENT + 2 * heads.kv * ops.dtype().size();
+        let cost = Cost { bytes: host.rows() * heads.dim * moved, flops: host.rows() * heads.qkv_cols() * 3 };
+        let Stored { rope, kv, .. } = &mut stored;
+        bench.time(&store, cost, |_| ops.rope_and_store(&mut x, heads, rope, &device, kv))?;
+    }
+    Ok(())
+}
