@@ -1,5 +1,5 @@
 //! The CPU of this machine, at the shapes of SmolLM2-135M. Times are the best of many, since other work on the machine
-//! only ever adds to them.
+//! only ever adds to them. Activations stay in caches, as in a step: what works on them alone may beat memory's ceiling.
 
 #[path = "../../examples/machine/ceiling.rs"]
 mod ceiling;
