@@ -36,6 +36,8 @@ async fn refused(server: &Server, path: &str, body: &Value, status: u16, cause: 
         _ => (&body["error"]["message"], &body["error"]["code"]),
     };
     assert!(message.as_str().unwrap().contains(cause), "{cause:?} in {body}");
+    let folders = std::env::temp_dir();
+    assert!(!message.as_str().unwrap().contains(folders.to_str().unwrap()), "{body} says where files are");
     assert!(kind.is_string(), "{body}");
 }
 

@@ -35,7 +35,7 @@ impl fmt::Debug for ContentHash {
 pub enum AdapterError {
     /// A file that cannot be read, is cut short or corrupt.
     #[error(transparent)]
-    File(#[from] LoadError),
+    File(LoadError),
     /// A file that must be there.
     #[error("{0} is missing")]
     NoFile(&'static str),
@@ -96,6 +96,13 @@ pub enum AdapterError {
     /// A value that is no number.
     #[error("{WEIGHTS_FILE}: tensor {0} has NaN or infinite values")]
     NotFinite(String),
+}
+
+impl From<LoadError> for AdapterError {
+    fn from(error: LoadError) -> AdapterError {
+        // Whoever asked for the adapter is told, and is not to learn where this machine keeps its files.
+        AdapterError::File(error.without_folder())
+    }
 }
 
 /// An adapter, ready to be staged.

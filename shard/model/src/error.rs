@@ -89,3 +89,18 @@ pub enum LoadError {
     #[error(transparent)]
     Kernels(#[from] kernels::Error),
 }
+
+impl LoadError {
+    /// With the names of files alone.
+    pub(crate) fn without_folder(mut self) -> LoadError {
+        let path = match &mut self {
+            LoadError::Io { path, .. }
+            | LoadError::Json { path, .. }
+            | LoadError::Safetensors { path, .. } => path,
+            LoadError::Gguf(gguf::Error::Io { path, .. }) => path,
+            _ => return self,
+        };
+        *path = path.file_name().map(PathBuf::from).unwrap_or_default();
+        self
+    }
+}

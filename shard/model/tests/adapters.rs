@@ -132,13 +132,19 @@ fn what_cannot_be_served_exactly_is_refused_by_name() {
         spoil(&mut files);
         let refusal = read(&files).err().unwrap_or_else(|| panic!("served in spite of: {cause}"));
         assert!(refusal.contains(cause), "{refusal}");
+        assert!(!refusal.contains('/'), "clients are not told where files are: {refusal}");
     }
+}
+
+fn replace_by_folder(file: &Path) {
+    fs::remove_file(file).unwrap();
+    fs::create_dir(file).unwrap();
 }
 
 #[test]
 fn damaged_folders_are_refused() {
     type Spoil = fn(&Path);
-    let cases: [(Spoil, &str); 5] = [
+    let cases: [(Spoil, &str); 7] = [
         (
             |folder| fs::remove_file(folder.join(adapter::CONFIG_FILE)).unwrap(),
             "adapter_config.json is missing",
@@ -147,7 +153,10 @@ fn damaged_folders_are_refused() {
             |folder| fs::remove_file(folder.join(adapter::WEIGHTS_FILE)).unwrap(),
             "adapter_model.safetensors is missing",
         ),
-        (|folder| fs::write(folder.join(adapter::CONFIG_FILE), "not json").unwrap(), "expected ident"),
+        (
+            |folder| fs::write(folder.join(adapter::CONFIG_FILE), "not json").unwrap(),
+            "adapter_config.json: expected ident",
+        ),
         (|folder| fs::write(folder.join(adapter::CONFIG_FILE), [0xff, 0xfe]).unwrap(), "adapter_config.json"),
         (
             |folder| {
@@ -155,8 +164,10 @@ fn damaged_folders_are_refused() {
                 let all = fs::read(&file).unwrap();
                 fs::write(&file, &all[..all.len() / 2]).unwrap();
             },
-            "truncated",
+            "adapter_model.safetensors: truncated",
         ),
+        (|folder| replace_by_folder(&folder.join(adapter::CONFIG_FILE)), "adapter_config.json: "),
+        (|folder| replace_by_folder(&folder.join(adapter::WEIGHTS_FILE)), "adapter_model.safetensors: "),
     ];
     for (spoil, cause) in cases {
         let folder = tempfile::tempdir().unwrap();
@@ -194,6 +205,17 @@ fn copies_of_the_models_own_tensors_change_nothing() {
     tied.tensors.remove("lm_head.weight");
     let copies = with_copies(&tied, &[("lm_head.base_layer", "model.embed_tokens")]);
     assert_eq!(read_for(&copies, &tied, DType::F32).unwrap().hash, plain.hash);
+}
+
+#[test]
+fn a_model_that_is_gone_is_not_said_to_be_anywhere() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = model(&folder.path().join("model"), &testing::model(), DType::F32);
+    let copies = [("lm_head.base_layer", "lm_head")];
+    with_copies(&testing::model(), &copies).write_adapter(folder.path()).unwrap();
+    fs::remove_file(folder.path().join("model/model.safetensors")).unwrap();
+    let refusal = adapter::read(folder.path(), &base).err().unwrap().to_string();
+    assert!(refusal.starts_with("model.safetensors: ") && !refusal.contains('/'), "{refusal}");
 }
 
 #[test]
