@@ -25,8 +25,6 @@ use crate::{
 const UPDATES: usize = 1024;
 /// Commands on their way to the task.
 const COMMANDS: usize = 1024;
-/// Times that an adapter is fetched again for one job: memory pressure can take its host copy before it is in a slot.
-const RELOADS: u32 = 16;
 /// Between two attempts to reach the shards.
 const RECONNECT: Duration = Duration::from_millis(100);
 
@@ -69,7 +67,7 @@ impl Engine {
     pub(crate) fn start(shards: Shards, config: RouterConfig) -> Engine {
         let (commands, received) = mpsc::channel(COMMANDS);
         let (info, watched) = watch::channel(None);
-        tokio::spawn(serve(shards, config, (commands.downgrade(), received), info));
+        tokio::spawn(serve(shards, config, received, info));
         Engine { commands, ids: Arc::default(), info: watched }
     }
 
@@ -106,7 +104,7 @@ struct Live {
 async fn serve(
     shards: Shards,
     config: RouterConfig,
-    (again, mut commands): (mpsc::WeakSender<Command>, mpsc::Receiver<Command>),
+    mut commands: mpsc::Receiver<Command>,
     info: watch::Sender<Option<Info>>,
 ) {
     loop {
@@ -121,8 +119,6 @@ async fn serve(
             scheduler: Scheduler::new(limits),
             live: HashMap::new(),
             session,
-            shards: shards.clone(),
-            commands: again.clone(),
             begun: Instant::now(),
         };
         let ended = batcher.run(&mut commands).await;
@@ -166,9 +162,6 @@ struct Batcher {
     scheduler: Scheduler,
     live: HashMap<RequestId, Live>,
     session: Session,
-    shards: Shards,
-    /// Its own, for jobs that come back.
-    commands: mpsc::WeakSender<Command>,
     begun: Instant,
 }
 
@@ -209,15 +202,13 @@ impl Batcher {
                     self.scheduler.cancel(id);
                 }
             }
-            // It left while its adapter was fetched again.
-            Command::Submit { updates, .. } if updates.is_closed() => {}
             Command::Submit { id, job, updates } => {
                 let request = Request {
                     id,
                     prompt: job.prompt.clone(),
                     max_new_tokens: job.max_new_tokens,
                     stop_ids: job.stop_ids.clone(),
-                    adapter: job.adapter.as_ref().map(|(_, adapter)| *adapter),
+                    adapter: job.adapter,
                     prompt_logprobs: job.prompt_logprobs,
                 };
                 match self.scheduler.submit(request, self.now()) {
@@ -279,37 +270,14 @@ impl Batcher {
                 }
             }
             scheduler::Event::Failed { id, reason } => {
-                let Some(live) = self.live.remove(&id) else { return };
-                match reason {
-                    FailReason::AdapterLoad(_) if live.job.reloads < RELOADS => self.reload(id, live),
-                    reason => {
-                        // Whoever has stopped listening does not need to know.
-                        let failure = Failure::Generation(reason.to_string());
-                        let _ = live.updates.try_send(Update::Failed(failure));
-                    }
-                }
+                let failure = match reason {
+                    FailReason::AdapterLoad(_) => Failure::Adapter(reason.to_string()),
+                    FailReason::NoToken { .. } => Failure::Generation(reason.to_string()),
+                };
+                self.send(id, Update::Failed(failure));
+                self.live.remove(&id);
             }
         }
-    }
-
-    /// Has the adapter of a job that has not begun prepared again, and submits the job again.
-    fn reload(&self, id: RequestId, Live { mut job, updates, .. }: Live) {
-        let (shards, commands) = (self.shards.clone(), self.commands.clone());
-        tokio::spawn(async move {
-            let Some((reference, adapter)) = &mut job.adapter else { return };
-            match shards.prepare(reference).await {
-                Ok(prepared) => *adapter = prepared,
-                Err(error) => {
-                    let _ = updates.try_send(Update::Failed(Failure::Adapter(error)));
-                    return;
-                }
-            }
-            job.reloads += 1;
-            if let Some(commands) = commands.upgrade() {
-                // Fails only with the task, and then the updates end.
-                let _ = commands.send(Command::Submit { id, job, updates }).await;
-            }
-        });
     }
 
     /// Passes an update on. Whoever has gone or does not keep up is cancelled.

@@ -4,8 +4,6 @@ use std::{sync::Arc, time::Duration};
 
 use scheduler::{Adapter, Finish};
 
-use crate::shards::{AdapterRef, ShardError};
-
 /// How a sequence samples; neutral values switch a filter off.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Sampling {
@@ -49,9 +47,7 @@ pub(crate) struct Job {
     pub(crate) max_new_tokens: u32,
     /// Tokens that end the sequence.
     pub(crate) stop_ids: Arc<[u32]>,
-    pub(crate) adapter: Option<(AdapterRef, Adapter)>,
-    /// Times that its adapter has been prepared again.
-    pub(crate) reloads: u32,
+    pub(crate) adapter: Option<Adapter>,
     pub(crate) sampling: Sampling,
     pub(crate) prompt_logprobs: bool,
 }
@@ -93,9 +89,9 @@ pub(crate) enum Failure {
     /// It can never run here.
     #[error("{0}")]
     Refused(scheduler::SubmitError),
-    /// Its adapter, which was there, cannot be had again.
-    #[error(transparent)]
-    Adapter(ShardError),
+    /// Its adapter was there and is not any more: its files have changed, or the shards have started anew.
+    #[error("{0}, try again")]
+    Adapter(String),
     /// It failed while it ran.
     #[error("{0}")]
     Generation(String),

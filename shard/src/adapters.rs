@@ -12,7 +12,10 @@ use std::{
 
 use kernels::{Backend, LoraSite};
 use model::adapter::{self, AdapterError, BaseModel, ContentHash};
-use tokio::sync::{OnceCell, Semaphore};
+use tokio::{
+    runtime::Handle,
+    sync::{OnceCell, Semaphore, oneshot},
+};
 
 pub use resolve::{ResolveError, Roots};
 
@@ -59,6 +62,23 @@ pub enum PrepareError {
     },
 }
 
+/// Why an adapter that was prepared cannot be had again.
+#[derive(Debug, thiserror::Error)]
+pub enum FetchError {
+    /// This process has never read it.
+    #[error("it was never prepared")]
+    Unknown,
+    /// Its files are another adapter by now.
+    #[error("its files have changed")]
+    Changed,
+    /// Its files cannot be read any more.
+    #[error(transparent)]
+    Read(#[from] PrepareError),
+}
+
+/// A host copy on its way.
+pub type Fetch<B> = oneshot::Receiver<Result<Arc<<B as Backend>::HostAdapter>, FetchError>>;
+
 /// What a caller learns of an adapter.
 #[derive(Debug, Clone)]
 pub struct Prepared {
@@ -79,6 +99,9 @@ struct Version {
     files: Vec<Option<(u64, SystemTime)>>,
 }
 
+/// What is known of an adapter, and its host copy.
+type Read<B> = (Prepared, Arc<<B as Backend>::HostAdapter>);
+
 struct Resident<B: Backend> {
     adapter: Arc<B::HostAdapter>,
     bytes: usize,
@@ -89,6 +112,8 @@ struct Cache<B: Backend> {
     /// What is known of versions; shared by callers who ask at the same time.
     known: HashMap<Version, Arc<OnceCell<Prepared>>>,
     resident: HashMap<ContentHash, Resident<B>>,
+    /// Where each adapter was read last.
+    folders: HashMap<ContentHash, PathBuf>,
     bytes: usize,
     clock: u64,
 }
@@ -100,20 +125,29 @@ pub struct Adapters<B: Backend> {
     sites: Vec<LoraSite>,
     roots: Roots,
     limit: usize,
+    runtime: Handle,
     permits: Semaphore,
     cache: Mutex<Cache<B>>,
 }
 
 impl<B: Backend> Adapters<B> {
-    /// An empty cache of at most `limit` bytes, over the folders of `roots`.
+    /// An empty cache of at most `limit` bytes, over the folders of `roots`; what it reads by itself, it reads on
+    /// `runtime`.
     pub fn new(
         ops: Arc<B>,
         model: BaseModel,
         sites: Vec<LoraSite>,
         roots: Roots,
         limit: usize,
+        runtime: Handle,
     ) -> Adapters<B> {
-        let cache = Cache { known: HashMap::new(), resident: HashMap::new(), bytes: 0, clock: 0 };
+        let cache = Cache {
+            known: HashMap::new(),
+            resident: HashMap::new(),
+            folders: HashMap::new(),
+            bytes: 0,
+            clock: 0,
+        };
         let cores = thread::available_parallelism().map_or(1, usize::from);
         Adapters {
             ops,
@@ -121,6 +155,7 @@ impl<B: Backend> Adapters<B> {
             sites,
             roots,
             limit,
+            runtime,
             permits: Semaphore::new((cores / 2).clamp(1, PARALLEL)),
             cache: Mutex::new(cache),
         }
@@ -158,7 +193,8 @@ impl<B: Backend> Adapters<B> {
         } else {
             known
         };
-        let result = known.get_or_try_init(|| self.read(version.folder.clone(), id)).await.cloned();
+        let read = async || Ok(self.read(version.folder.clone(), id).await?.0);
+        let result = known.get_or_try_init(read).await.cloned();
         if result.is_err() {
             // A broken adapter leaves nothing behind, and is read anew when it is asked for again.
             self.cache().known.remove(&version);
@@ -166,18 +202,18 @@ impl<B: Backend> Adapters<B> {
         result
     }
 
-    async fn read(self: &Arc<Self>, folder: PathBuf, id: &str) -> Result<Prepared, PrepareError> {
+    async fn read(self: &Arc<Self>, folder: PathBuf, id: &str) -> Result<Read<B>, PrepareError> {
         let interrupted = |_| PrepareError::Interrupted { id: id.into() };
         let _permit =
             self.permits.acquire().await.map_err(|_| PrepareError::Interrupted { id: id.into() })?;
         let (this, id_there) = (self.clone(), id.to_owned());
-        tokio::task::spawn_blocking(move || this.read_blocking(&folder, id_there))
+        tokio::task::spawn_blocking(move || this.read_blocking(folder, id_there))
             .await
             .map_err(interrupted)?
     }
 
-    fn read_blocking(&self, folder: &std::path::Path, id: String) -> Result<Prepared, PrepareError> {
-        let adapter = match adapter::read(folder, &self.model) {
+    fn read_blocking(&self, folder: PathBuf, id: String) -> Result<Read<B>, PrepareError> {
+        let adapter = match adapter::read(&folder, &self.model) {
             Ok(adapter) => adapter,
             Err(source) => return Err(PrepareError::Adapter { id, source }),
         };
@@ -189,19 +225,23 @@ impl<B: Backend> Adapters<B> {
         if bytes > self.limit {
             return Err(PrepareError::TooLarge { id, bytes, limit: self.limit });
         }
-        self.cache().insert(adapter.hash, staged, bytes, self.limit);
+        let mut cache = self.cache();
+        cache.insert(adapter.hash, staged.clone(), bytes, self.limit);
+        cache.folders.insert(adapter.hash, folder);
+        drop(cache);
         tracing::info!(
             adapter = id,
             bytes,
             lora_rank = adapter.max_lora_rank,
             "adapter ready in host memory"
         );
-        Ok(Prepared {
+        let prepared = Prepared {
             content: adapter.hash,
             bytes,
             max_lora_rank: adapter.max_lora_rank,
             sites: adapter.sites,
-        })
+        };
+        Ok((prepared, staged))
     }
 
     /// The host copy of an adapter, if it is still there.
@@ -212,6 +252,25 @@ impl<B: Backend> Adapters<B> {
         let resident = cache.resident.get_mut(&content)?;
         resident.used = clock;
         Some(resident.adapter.clone())
+    }
+
+    /// Reads an adapter again that memory pressure has taken since it was prepared. Whoever holds the result has the
+    /// copy: it cannot be taken once more before it is used.
+    pub fn fetch(self: &Arc<Self>, content: ContentHash) -> Fetch<B> {
+        let (found, waiting) = oneshot::channel();
+        let this = self.clone();
+        self.runtime.spawn(async move {
+            // The slot may not be wanted any more.
+            let _ = found.send(this.read_again(content).await);
+        });
+        waiting
+    }
+
+    async fn read_again(self: &Arc<Self>, content: ContentHash) -> Result<Arc<B::HostAdapter>, FetchError> {
+        let folder = self.cache().folders.get(&content).cloned().ok_or(FetchError::Unknown)?;
+        let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let (prepared, adapter) = self.read(folder, &name).await?;
+        if prepared.content == content { Ok(adapter) } else { Err(FetchError::Changed) }
     }
 }
 

@@ -145,7 +145,9 @@ fn serve<B: Backend>(
     let roots =
         Roots::new(shard.adapter_dir.as_deref(), &shard.adapter_roots).context("the adapter folders")?;
     let base = BaseModel { config: description.clone(), path: config.model.path.clone(), dtype: ops.dtype() };
-    let adapters = Arc::new(Adapters::new(ops.clone(), base, model.sites(), roots, host_bytes));
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let reads = runtime.handle().clone();
+    let adapters = Arc::new(Adapters::new(ops.clone(), base, model.sites(), roots, host_bytes, reads));
     let mut engine = Engine::new(ops.clone(), model.clone(), adapters.clone(), limits)?;
     if target.rehearses {
         engine.rehearse()?;
@@ -179,7 +181,6 @@ fn serve<B: Backend>(
         let _ = failed.send(engine.run(received));
     })?;
     let service = service::new(info, adapters, commands);
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(listen(config.socket(rank)?, service, failure))?;
     runtime.shutdown_timeout(Duration::from_secs(1));
     Ok(())

@@ -1,7 +1,7 @@
 //! The step loop on a small model: what it answers, and which steps it refuses.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::{sync::Arc, thread};
+use std::{fs, path::Path, sync::Arc, thread};
 
 use kernels::{DType, cpu::CpuBackend};
 use lorax_shard::{
@@ -14,7 +14,10 @@ use model::{
     adapter::{BaseModel, ContentHash},
     testing,
 };
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    runtime::Handle,
+    sync::{mpsc, oneshot},
+};
 
 type Events = mpsc::Receiver<Result<Event, StepError>>;
 
@@ -22,31 +25,35 @@ type Events = mpsc::Receiver<Result<Event, StepError>>;
 struct Shard {
     commands: mpsc::Sender<Command>,
     adapters: Arc<Adapters<CpuBackend>>,
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
 }
 
 impl Shard {
     fn start() -> Shard {
+        Shard::with_host_memory(1 << 20)
+    }
+
+    /// One that keeps so many bytes of adapters in host memory.
+    fn with_host_memory(bytes: usize) -> Shard {
         let folder = tempfile::tempdir().unwrap();
         let at = |name: &str| folder.path().join(name);
         testing::model().write_model(&at("model")).unwrap();
         for (name, seed) in [("one", 1), ("two", 2)] {
-            testing::adapter(&["q_proj", "down_proj"], 3, seed)
-                .write_adapter(&at("adapters").join(name))
-                .unwrap();
+            write_adapter(&at("adapters").join(name), seed);
         }
         let ops = Arc::new(CpuBackend::new(DType::F32, 1).unwrap());
         let model = Arc::new(Model::load(&*ops, &at("model"), &mut |_| {}).unwrap());
         let roots = Roots::new(Some(&at("adapters")), &[]).unwrap();
         let base = BaseModel { config: model.config().clone(), path: at("model"), dtype: DType::F32 };
-        let adapters = Arc::new(Adapters::new(ops.clone(), base, model.sites(), roots, 1 << 20));
+        let adapters =
+            Arc::new(Adapters::new(ops.clone(), base, model.sites(), roots, bytes, Handle::current()));
         let limits = Limits { num_slots: 2, max_rows: 32, max_sequences: 4, max_logit_rows: 32 };
         let mut engine = Engine::new(ops, model, adapters.clone(), limits).unwrap();
         engine.rehearse().unwrap();
         engine.set_blocks(16).unwrap();
         let (commands, received) = mpsc::channel(16);
         thread::spawn(move || engine.run(received).unwrap());
-        Shard { commands, adapters, _folder: folder }
+        Shard { commands, adapters, folder }
     }
 
     /// Forgets everything and listens.
@@ -104,6 +111,19 @@ impl Shard {
             tokens.extend(answer(&mut events).await);
         }
         tokens
+    }
+}
+
+fn write_adapter(folder: &Path, seed: u64) {
+    testing::adapter(&["q_proj", "down_proj"], 3, seed).write_adapter(folder).unwrap();
+}
+
+/// How the next load into a slot ends: the slot, and the error.
+async fn slot_event(events: &mut Events) -> (u32, Option<String>) {
+    loop {
+        if let Event::Slot { slot, error, .. } = events.recv().await.unwrap().unwrap() {
+            return (slot, error);
+        }
     }
 }
 
@@ -165,11 +185,56 @@ async fn steps_that_contradict_the_protocol_are_refused_and_harm_nobody() {
     }
     let mut events = shard.attach().await;
     shard.send(Step { load: vec![(0, ContentHash([7; 32]))], ..Step::default() }).await;
-    let gone = loop {
-        if let Event::Slot { error: Some(error), .. } = events.recv().await.unwrap().unwrap() {
-            break error;
-        }
-    };
-    assert_eq!(gone, "its copy in host memory was evicted");
+    assert_eq!(slot_event(&mut events).await, (0, Some("it was never prepared".into())));
     assert_eq!(shard.generate(None, 20, false).await, plain, "nothing of it is left");
+}
+
+#[tokio::test]
+async fn adapters_that_memory_has_no_room_for_are_read_again_for_their_slots() {
+    let plenty = Shard::start();
+    let (mut expected, mut bytes) = (Vec::new(), 0);
+    for name in ["one", "two"] {
+        let prepared = plenty.adapters.prepare("local", name).await.unwrap();
+        bytes = prepared.bytes;
+        expected.push((prepared.content, plenty.generate(Some((0, prepared.content)), 20, false).await));
+    }
+    // Room for one.
+    let scarce = Shard::with_host_memory(bytes);
+    for name in ["one", "two"] {
+        scarce.adapters.prepare("local", name).await.unwrap();
+    }
+    let (one, two) = (expected[0].0, expected[1].0);
+    assert!(scarce.adapters.get(one).is_none() && scarce.adapters.get(two).is_some());
+    for slot in [0, 1] {
+        for (content, tokens) in &expected {
+            assert_eq!(scarce.generate(Some((slot, *content)), 20, false).await, *tokens);
+        }
+    }
+    let mut events = scarce.attach().await;
+    scarce.send(Step { load: vec![(0, one), (1, two)], ..Step::default() }).await;
+    let mut ready = [slot_event(&mut events).await, slot_event(&mut events).await];
+    ready.sort();
+    assert_eq!(ready, [(0, None), (1, None)], "both at the same time");
+}
+
+#[tokio::test]
+async fn what_cannot_be_read_again_is_reported() {
+    let plenty = Shard::start();
+    let bytes = plenty.adapters.prepare("local", "one").await.unwrap().bytes;
+    type Spoil = fn(&Path);
+    let spoils: [(Spoil, &str); 2] = [
+        (|folder| write_adapter(folder, 3), "its files have changed"),
+        (|folder| fs::remove_dir_all(folder).unwrap(), "adapter one: adapter_config.json is missing"),
+    ];
+    for (spoil, cause) in spoils {
+        let shard = Shard::with_host_memory(bytes);
+        let one = shard.adapters.prepare("local", "one").await.unwrap().content;
+        let two = shard.adapters.prepare("local", "two").await.unwrap().content;
+        spoil(&shard.folder.path().join("adapters/one"));
+        let mut events = shard.attach().await;
+        shard.send(Step { load: vec![(0, one)], ..Step::default() }).await;
+        assert_eq!(slot_event(&mut events).await, (0, Some(cause.into())));
+        shard.send(Step { load: vec![(0, two)], ..Step::default() }).await;
+        assert_eq!(slot_event(&mut events).await, (0, None), "the slot is free again");
+    }
 }

@@ -104,7 +104,7 @@ pub struct Step {
 pub struct SlotLoad {
     #[prost(uint32, tag = "1")]
     pub slot: u32,
-    /// Content hash of a prepared adapter.
+    /// Content hash of a prepared adapter. It is read again if memory pressure has taken its host copy.
     #[prost(bytes = "vec", tag = "2")]
     pub content: ::prost::alloc::vec::Vec<u8>,
 }
@@ -261,7 +261,8 @@ pub struct SlotEvent {
     /// Content hash that was to be loaded.
     #[prost(bytes = "vec", tag = "2")]
     pub content: ::prost::alloc::vec::Vec<u8>,
-    /// Empty when the adapter is ready; else why it could not be loaded (its host copy is gone, or the copy failed).
+    /// Empty when the adapter is ready; else why it could not be loaded: it was never prepared here, or its files are
+    /// not there any more or have changed.
     #[prost(string, tag = "3")]
     pub error: ::prost::alloc::string::String,
 }

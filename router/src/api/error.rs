@@ -108,9 +108,8 @@ pub(crate) enum Dialect {
 impl From<Failure> for ApiError {
     fn from(failure: Failure) -> ApiError {
         match failure {
-            Failure::Unavailable => ApiError::Unavailable(failure.to_string()),
+            Failure::Unavailable | Failure::Adapter(_) => ApiError::Unavailable(failure.to_string()),
             Failure::Refused(error) => ApiError::Validation(error.to_string()),
-            Failure::Adapter(error) => error.into(),
             Failure::Generation(message) => ApiError::Generation(message),
         }
     }

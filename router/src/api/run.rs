@@ -90,11 +90,8 @@ impl App {
         ask.check(&rules)?;
         let mut prompt = self.tokenize(&ask.prompt).await?;
         let max_new_tokens = ask.fit(&mut prompt, &rules)?;
-        let adapter = match ask.adapter {
-            Some(reference) => {
-                let adapter = self.shards.prepare(&reference).await?;
-                Some((reference, adapter))
-            }
+        let adapter = match &ask.adapter {
+            Some(adapter) => Some(self.shards.prepare(adapter).await?),
             None => None,
         };
         let stop_ids = if ask.ignore_eos { Arc::from([]) } else { Arc::from(info.eos_token_ids) };
@@ -104,7 +101,6 @@ impl App {
             max_new_tokens,
             stop_ids,
             adapter,
-            reloads: 0,
             sampling: ask.sampling,
             prompt_logprobs: ask.prompt_logprobs,
         };

@@ -2,10 +2,10 @@
 //! told, and waits where it is told to.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     path::Path,
     pin::Pin,
-    sync::{Arc, Mutex},
+    sync::Arc,
 };
 
 use proto::{
@@ -69,8 +69,8 @@ pub(crate) struct Script {
     pub(crate) answer: Answer,
     /// Adapters that cannot be prepared, and why. All others can.
     pub(crate) refused: HashMap<&'static str, Status>,
-    /// Adapters that cannot be copied into a slot so many times.
-    pub(crate) lost: Mutex<HashMap<&'static str, usize>>,
+    /// Adapters that cannot be copied into a slot.
+    pub(crate) lost: HashSet<&'static str>,
 }
 
 impl Script {
@@ -96,7 +96,7 @@ impl Script {
             max_sequences: 16,
             max_logit_rows: 256,
         };
-        Script { info, answer: Box::new(answer), refused: HashMap::new(), lost: Mutex::default() }
+        Script { info, answer: Box::new(answer), refused: HashMap::new(), lost: HashSet::new() }
     }
 }
 
@@ -190,11 +190,7 @@ impl ScriptedShard {
         let id = String::from_utf8(content.clone()).unwrap();
         let id = id.trim_end_matches('\0');
         self.pass(&Gate::Load(id.into())).await;
-        let gone = self.script.lost.lock().unwrap().get_mut(id).is_some_and(|times| {
-            let left = *times > 0;
-            *times -= usize::from(left);
-            left
-        });
+        let gone = self.script.lost.contains(id);
         let error = if gone { "it is gone".into() } else { String::new() };
         // The stream may have ended meanwhile.
         let _ = events.send(Ok(event(Event::Slot(SlotEvent { slot, content, error })))).await;

@@ -4,9 +4,10 @@ use std::{collections::HashMap, mem, sync::Arc};
 
 use kernels::{Backend, Batch};
 use model::{Config, Model, adapter::ContentHash};
+use tokio::sync::oneshot::error::TryRecvError;
 
 use crate::{
-    adapters::Adapters,
+    adapters::{Adapters, Fetch},
     step::{Event, NewSequence, Step},
 };
 
@@ -80,9 +81,10 @@ pub(super) struct Sequence {
 }
 
 /// What a slot holds.
-#[derive(Clone)]
-enum Slot {
+enum Slot<B: Backend> {
     Empty,
+    /// Its adapter is on its way into host memory.
+    Fetching(ContentHash, Fetch<B>),
     Loading(ContentHash),
     Ready,
 }
@@ -95,8 +97,7 @@ pub(super) struct State<B: Backend> {
     pub(super) limits: Limits,
     pub(super) sequences: HashMap<u64, Sequence>,
     free_seats: Vec<u32>,
-    slot_states: Vec<Slot>,
-    failed_loads: Vec<Event>,
+    slot_states: Vec<Slot<B>>,
     pub(super) slots: B::LoraSlots,
     pub(super) sampler: B::Sampler,
     pub(super) num_blocks: usize,
@@ -126,8 +127,7 @@ impl<B: Backend> State<B> {
             host: Batch::default(),
             sequences: HashMap::new(),
             free_seats: (0..limits.max_sequences as u32).rev().collect(),
-            slot_states: vec![Slot::Empty; limits.num_slots],
-            failed_loads: Vec::new(),
+            slot_states: (0..limits.num_slots).map(|_| Slot::Empty).collect(),
             ops,
             model,
             adapters,
@@ -147,9 +147,9 @@ impl<B: Backend> State<B> {
     pub(super) fn reset(&mut self) -> kernels::Result<()> {
         self.sequences.clear();
         self.free_seats = (0..self.limits.max_sequences as u32).rev().collect();
-        self.failed_loads.clear();
         for slot in 0..self.limits.num_slots {
-            if !matches!(mem::replace(&mut self.slot_states[slot], Slot::Empty), Slot::Empty) {
+            let held = mem::replace(&mut self.slot_states[slot], Slot::Empty);
+            if matches!(held, Slot::Loading(_) | Slot::Ready) {
                 self.ops.unload(&mut self.slots, slot as u32)?;
             }
         }
@@ -158,7 +158,7 @@ impl<B: Backend> State<B> {
 
     /// Loads that have ended since the last call.
     pub(super) fn slot_events(&mut self) -> kernels::Result<Vec<Event>> {
-        let mut events = mem::take(&mut self.failed_loads);
+        let mut events = self.load_fetched()?;
         for slot in self.ops.loaded(&mut self.slots)? {
             let state = &mut self.slot_states[slot as usize];
             if let Slot::Loading(content) = state {
@@ -167,6 +167,28 @@ impl<B: Backend> State<B> {
             }
         }
         Ok(events)
+    }
+
+    /// Begins to copy what has arrived in host memory; returns what could not be had.
+    fn load_fetched(&mut self) -> kernels::Result<Vec<Event>> {
+        let mut failed = Vec::new();
+        for (slot, state) in (0..).zip(&mut self.slot_states) {
+            let Slot::Fetching(content, fetch) = state else { continue };
+            let content = *content;
+            let error = match fetch.try_recv() {
+                Err(TryRecvError::Empty) => continue,
+                Ok(Ok(adapter)) => {
+                    *state = Slot::Loading(content);
+                    self.ops.load(&mut self.slots, slot, &adapter)?;
+                    continue;
+                }
+                Ok(Err(error)) => error.to_string(),
+                Err(TryRecvError::Closed) => "reading it was interrupted".into(),
+            };
+            *state = Slot::Empty;
+            failed.push(Event::Slot { slot, content, error: Some(error) });
+        }
+        Ok(failed)
     }
 
     /// What must happen before the rows of a step, in the order of its fields.
@@ -193,11 +215,10 @@ impl<B: Backend> State<B> {
                     self.slot_states[slot as usize] = Slot::Loading(content);
                     self.ops.load(&mut self.slots, slot, &adapter)?;
                 }
-                None => self.failed_loads.push(Event::Slot {
-                    slot,
-                    content,
-                    error: Some("its copy in host memory was evicted".into()),
-                }),
+                // Memory pressure has taken it since it was prepared.
+                None => {
+                    self.slot_states[slot as usize] = Slot::Fetching(content, self.adapters.fetch(content))
+                }
             }
         }
         for new in &step.added {
@@ -252,7 +273,7 @@ impl<B: Backend> State<B> {
 
     /// Whether an adapter is on its way into a slot.
     pub(super) fn is_loading(&self) -> bool {
-        self.slot_states.iter().any(|state| matches!(state, Slot::Loading(_)))
+        self.slot_states.iter().any(|state| matches!(state, Slot::Fetching(..) | Slot::Loading(_)))
     }
 
     pub(super) fn is_slot_ready(&self, slot: u32) -> bool {
