@@ -109,8 +109,8 @@ async fn adapters_that_memory_has_no_room_for_come_back() {
     }
     let model = fixtures().join("tiny/model");
     let plenty = Server::start_with(&model, folder.path(), &[]).unwrap();
-    // Host memory for two or three of them, slots for two.
-    let flags = ["--adapter-host-memory", "192KiB", "--max-active-adapters", "2"];
+    // Host memory for one of them, slots for two.
+    let flags = ["--adapter-host-memory", "64KiB", "--max-active-adapters", "2"];
     let scarce = Server::start_with(&model, folder.path(), &flags).unwrap();
     let prompt = "The Licensor and its affiliates";
     let all = async |server: &Server| {
