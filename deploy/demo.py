@@ -155,8 +155,8 @@ def print_lines_to_try(port: int) -> None:
     print(f"""
 Still serving on {url}. Try:
 
-  curl {url}/generate -H 'content-type: application/json' \\
-    -d '{{"inputs": "Show the name of all users.", "parameters": {{"adapter_id": "sql", "max_new_tokens": 32}}}}'
+  curl {url}/v1/chat/completions -H 'content-type: application/json' \\
+    -d '{{"model": "sql", "messages": [{{"role": "user", "content": "Show the name of all users."}}], "max_tokens": 32}}'
 
   python3 - <<'PY'   # pip install openai
   from openai import OpenAI
