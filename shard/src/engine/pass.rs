@@ -46,15 +46,7 @@ impl<B: Backend> State<B> {
         };
         let (mut tokens, mut scores) = (None, None);
         if self.host.rows() > 0 {
-            self.ops.upload(&self.host, &mut self.batch)?;
-            let pass = Pass {
-                ops: &*self.ops,
-                batch: &self.batch,
-                slots: &self.slots,
-                sampler: &self.sampler,
-                comm: &Solo,
-            };
-            self.model.forward(&pass, &mut self.scratch, &mut self.kv)?;
+            self.forward()?;
             let logits = &self.scratch.logits;
             if !wanted.targets.is_empty() {
                 debug_assert!(logits.rows() >= wanted.targets.len());
@@ -66,6 +58,19 @@ impl<B: Backend> State<B> {
         }
         let Wanted { sampled, scored, .. } = wanted;
         Ok(Ok(Launched { id: step.id, started, sampled, tokens, scored, scores }))
+    }
+
+    /// Starts the pass of the rows in `self.host`.
+    pub(super) fn forward(&mut self) -> kernels::Result<()> {
+        self.ops.upload(&self.host, &mut self.batch)?;
+        let pass = Pass {
+            ops: &*self.ops,
+            batch: &self.batch,
+            slots: &self.slots,
+            sampler: &self.sampler,
+            comm: &Solo,
+        };
+        self.model.forward(&pass, &mut self.scratch, &mut self.kv)
     }
 
     pub(super) fn is_ready(&self, launched: &Launched<B>) -> bool {

@@ -3,8 +3,7 @@
 
 use std::{slice, sync::Arc, thread};
 
-use kernels::{BLOCK_SIZE, Backend, Batch, LoraPart, SampleRow, Segment, SequenceRows, Solo};
-use model::Pass;
+use kernels::{BLOCK_SIZE, Backend, Batch, LoraPart, SampleRow, Segment, SequenceRows};
 
 use super::{LOAD_POLL, state::State};
 
@@ -56,15 +55,8 @@ impl<B: Backend> State<B> {
     }
 
     fn rehearse(&mut self, step: &Batch) -> kernels::Result<()> {
-        self.ops.upload(step, &mut self.batch)?;
-        let pass = Pass {
-            ops: &*self.ops,
-            batch: &self.batch,
-            slots: &self.slots,
-            sampler: &self.sampler,
-            comm: &Solo,
-        };
-        self.model.forward(&pass, &mut self.scratch, &mut self.kv)?;
+        self.host.clone_from(step);
+        self.forward()?;
         let rows = step.logit_rows.len().min(self.limits.max_sequences) as u32;
         let rows: Vec<_> = (0..rows).map(|row| SampleRow { row, seat: row }).collect();
         let choices = self.ops.sample(&self.scratch.logits, &rows, &mut self.sampler)?;
