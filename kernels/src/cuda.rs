@@ -40,10 +40,10 @@ const BACKEND: &str = "cuda";
 /// Pinned buffers for small data on its way to the card: two steps, each with as many new sequences as there are seats,
 /// fill the ring without waiting for the steps before.
 const STAGES: usize = 512;
-/// Threads that can send weights at the same time.
-const WEIGHT_STAGINGS: usize = 8;
 /// A seat's data takes far less, a large step's indices a few of them.
 const STAGE_BYTES: usize = 64 << 10;
+/// Threads that can send weights at the same time.
+const WEIGHT_STAGINGS: usize = 8;
 
 fn unsupported(what: String) -> Error {
     Error::Unsupported { backend: BACKEND, what }

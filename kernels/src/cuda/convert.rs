@@ -14,7 +14,7 @@ fn read(dtype: DType, bytes: &[u8]) -> f32 {
 }
 
 /// Writes one element.
-pub(super) fn write(dtype: DType, x: f32, to: &mut [u8]) {
+fn write(dtype: DType, x: f32, to: &mut [u8]) {
     match dtype {
         DType::F32 => to.copy_from_slice(&x.to_le_bytes()),
         DType::Bf16 => to.copy_from_slice(&bf16::from_f32(x).to_le_bytes()),
@@ -36,6 +36,15 @@ pub(super) fn convert(from_type: DType, from: &[u8], to_type: DType, to: &mut [u
 /// Little-endian elements as f32.
 pub(super) fn to_f32(dtype: DType, bytes: &[u8]) -> Vec<f32> {
     bytes.chunks_exact(dtype.size()).map(|b| read(dtype, b)).collect()
+}
+
+/// Values as little-endian elements.
+pub(super) fn from_f32(dtype: DType, values: impl Iterator<Item = f32>) -> Vec<u8> {
+    match dtype {
+        DType::F32 => values.flat_map(f32::to_le_bytes).collect(),
+        DType::Bf16 => values.flat_map(|x| bf16::from_f32(x).to_le_bytes()).collect(),
+        DType::F16 => values.flat_map(|x| f16::from_f32(x).to_le_bytes()).collect(),
+    }
 }
 
 /// The bytes of values that are sent to the card as they are.

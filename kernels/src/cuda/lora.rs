@@ -2,8 +2,6 @@
 
 use std::sync::Arc;
 
-use half::{bf16, f16};
-
 use super::{
     CudaBackend, convert,
     device::{DeviceBuf, Event, PoolBuf},
@@ -12,7 +10,7 @@ use super::{
     pinned::Pieces,
     unsupported,
 };
-use crate::{DType, Error, LoraPart, LoraSite, Result};
+use crate::{Error, LoraPart, LoraSite, Result};
 
 /// Every matrix begins at a multiple of so many bytes.
 const ALIGN: usize = 256;
@@ -53,24 +51,16 @@ impl CudaAdapter {
         }
         let mut memory = be.pinned.take(bytes)?;
         for (part, placed) in parts.iter().zip(&placed) {
-            memory.write(placed.a, &to_bytes(be.dtype, part.a.iter().copied()));
+            memory.write(placed.a, &convert::from_f32(be.dtype, part.a.iter().copied()));
             let rank = part.lora_rank;
             let transposed = (0..rank).flat_map(|r| part.b.iter().skip(r).step_by(rank).copied());
-            memory.write(placed.b, &to_bytes(be.dtype, transposed));
+            memory.write(placed.b, &convert::from_f32(be.dtype, transposed));
         }
         Ok(CudaAdapter { memory, parts: placed })
     }
 
     pub(super) fn bytes(&self) -> usize {
         self.memory.bytes()
-    }
-}
-
-fn to_bytes(dtype: DType, values: impl Iterator<Item = f32>) -> Vec<u8> {
-    match dtype {
-        DType::F32 => values.flat_map(f32::to_le_bytes).collect(),
-        DType::Bf16 => values.flat_map(|x| bf16::from_f32(x).to_le_bytes()).collect(),
-        DType::F16 => values.flat_map(|x| f16::from_f32(x).to_le_bytes()).collect(),
     }
 }
 
