@@ -5,7 +5,7 @@ use std::{slice, sync::Arc, thread};
 
 use kernels::{BLOCK_SIZE, Backend, Batch, LoraPart, SampleRow, Segment, SequenceRows};
 
-use super::{LOAD_POLL, state::State};
+use super::{LOAD_POLL, Limits, state::State};
 
 impl<B: Backend> State<B> {
     /// Runs a prefill of as many rows as a step may have. Needs [`State::largest_blocks`] blocks.
@@ -25,9 +25,8 @@ impl<B: Backend> State<B> {
 
     /// Has the device record the steps that it wants to.
     pub(super) fn record(&mut self) -> kernels::Result<()> {
-        let limit = self.limits.max_sequences.min(self.limits.max_logit_rows);
-        let steps: Vec<_> =
-            self.ops.recorded_steps().into_iter().filter(|(rows, _)| *rows <= limit).collect();
+        let Limits { max_sequences, max_logit_rows, .. } = self.limits;
+        let steps = in_use(self.ops.recorded_steps(), max_sequences, max_logit_rows);
         if steps.is_empty() {
             return Ok(());
         }
@@ -64,6 +63,19 @@ impl<B: Backend> State<B> {
     }
 }
 
+/// The recorded steps (rows, runs) that decoding may use: up to the first size that holds all sequences, if logits have
+/// room for it.
+fn in_use(
+    mut steps: Vec<(usize, usize)>,
+    max_sequences: usize,
+    max_logit_rows: usize,
+) -> Vec<(usize, usize)> {
+    let sizes = steps.iter().map(|(rows, _)| *rows);
+    let largest = sizes.filter(|&rows| rows >= max_sequences).min().unwrap_or(usize::MAX);
+    steps.retain(|&(rows, _)| rows <= largest.min(max_logit_rows));
+    steps
+}
+
 /// Sequences of so many rows from their beginning, all in the same blocks; the first `runs` rows are runs of their own
 /// with the adapter in slot 0.
 fn batch(lens: &[usize], runs: usize) -> Batch {
@@ -80,4 +92,19 @@ fn batch(lens: &[usize], runs: usize) -> Batch {
     batch.segments = (0..runs as u32).map(|row| Segment { start: row, end: row + 1, slot: 0 }).collect();
     batch.logit_segments.clone_from(&batch.segments);
     batch
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_size_that_decoding_may_use_is_recorded() {
+        let steps = vec![(1, 0), (1, 1), (96, 0), (112, 0), (112, 16), (128, 0)];
+        assert_eq!(in_use(steps.clone(), 100, 256), steps[..5]);
+        assert_eq!(in_use(steps.clone(), 96, 256), steps[..3]);
+        assert_eq!(in_use(steps.clone(), 100, 100), steps[..3]);
+        assert_eq!(in_use(steps.clone(), 500, 500), steps);
+        assert!(in_use(Vec::new(), 8, 8).is_empty());
+    }
 }
