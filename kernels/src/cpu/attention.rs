@@ -273,7 +273,7 @@ impl Unit<'_> {
         // SAFETY: the caller's promise; a block has 16 lanes of scores.
         unsafe {
             let mut acc = [[S::splat(0.0); P]; R];
-            tile::<S, A, R, P>((q, stride), (keys, 0), self.kv.layout.key, &mut acc);
+            tile::<S, A, R, P>((q, stride), (keys, 1), self.kv.layout.key, &mut acc);
             for (r, acc) in acc.iter().enumerate() {
                 for (p, acc) in acc.iter().enumerate() {
                     S::store(scores.add(r * POSITIONS + (block + p) * BLOCK_SIZE), *acc);
@@ -396,7 +396,7 @@ impl Unit<'_> {
                 }
                 let weights = weights.add(i * BLOCK_SIZE).cast();
                 let stride = POSITIONS * size_of::<f32>();
-                tile::<S, A, R, P>((weights, stride), (values, 0), layout.value, &mut acc);
+                tile::<S, A, R, P>((weights, stride), (values, 1), layout.value, &mut acc);
             }
             for (r, acc) in acc.iter().enumerate() {
                 for (p, acc) in acc.iter().enumerate() {

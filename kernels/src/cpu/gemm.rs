@@ -4,7 +4,7 @@
 //! whatever the tile it is computed in: a row's result does not depend on how many rows there are.
 
 use super::{
-    memory::{Line, Panels},
+    memory::{GROUP, Line, Panels},
     pool::Shards,
     simd::{Kernel, Simd},
 };
@@ -105,7 +105,7 @@ impl<S: Simd> Arithmetic<S> for Half {
     }
 }
 
-/// Lines of a panel that are asked for before they are read: what memory takes to answer while several rows multiply.
+/// Lines of a panel that are asked for before they are read: what memory takes to answer while a row multiplies.
 const AHEAD: usize = 40;
 
 /// Asks for a line.
@@ -118,13 +118,13 @@ pub(super) fn prefetch(line: *const Line) {
 /// Adds the products of R rows with P panels to the accumulators.
 ///
 /// # Safety
-/// `x` holds R rows of `depth` lines' inputs, `x_stride` bytes apart; each of `w` points to a panel of `depth` lines.
-/// Where the next tile's panels lie `jump` lines behind the ends of these, their first lines are asked for as well.
+/// `x` holds R rows of `depth` lines' inputs, `x_stride` bytes apart; each of `w` points to a panel of `depth` lines,
+/// `step` lines apart.
 #[inline(always)]
 #[allow(clippy::needless_range_loop, reason = "iterators take closures")]
 pub(super) unsafe fn tile<S: Simd, A: Arithmetic<S>, const R: usize, const P: usize>(
     (x, x_stride): (*const u8, usize),
-    (w, jump): ([*const Line; P], usize),
+    (w, step): ([*const Line; P], usize),
     depth: usize,
     acc: &mut [[S::V; P]; R],
 ) {
@@ -132,13 +132,13 @@ pub(super) unsafe fn tile<S: Simd, A: Arithmetic<S>, const R: usize, const P: us
         // SAFETY: k < depth, and the caller's promise.
         unsafe {
             // No closures here: they would be compiled without the instructions of `S`, and called.
-            let mut weights = [A::weights(w[0].add(k)); P];
+            let mut weights = [A::weights(w[0].add(k * step)); P];
             for p in 1..P {
-                weights[p] = A::weights(w[p].add(k));
+                weights[p] = A::weights(w[p].add(k * step));
             }
-            let next = if k + AHEAD < depth { k + AHEAD } else { k + AHEAD + jump };
             for p in 0..P {
-                prefetch(w[p].wrapping_add(next));
+                // Behind the last line, the next tile's are: groups of panels lie behind each other.
+                prefetch(w[p].wrapping_add((k + AHEAD) * step));
             }
             for r in 0..R {
                 let inputs = A::inputs(x.add(r * x_stride + k * A::INPUT_BYTES));
@@ -182,13 +182,12 @@ pub(super) struct Product<'a> {
     pub(super) rows: usize,
     pub(super) w: &'a Panels,
     pub(super) panels: std::ops::Range<usize>,
-    /// bf16 activations.
     pub(super) out: Output<'a>,
 }
 
 impl Product<'_> {
     /// # Safety
-    /// `S`'s instructions; `x` and `out` as their fields say, R rows from `row` on, P panels from `panel` on.
+    /// `S`'s instructions; `x` and `out` as their fields say, R rows from `row` on, P panels of one group from `panel` on.
     #[inline(always)]
     unsafe fn at<S: Simd, A: Arithmetic<S>, const R: usize, const P: usize>(&self, row: usize, panel: usize) {
         let depth = self.w.depth();
@@ -212,11 +211,12 @@ impl Product<'_> {
                 }
             }
             let x = self.x.add(row * self.x_stride);
-            let mut w = [self.w.lines.as_ptr().add(panel * depth); P];
+            let (first, step) = self.w.place(panel);
+            let mut w = [self.w.lines.as_ptr().add(first); P];
             for p in 1..P {
-                w[p] = w[p - 1].add(depth);
+                w[p] = w[p - 1].add(1);
             }
-            tile::<S, A, R, P>((x, self.x_stride), (w, (P - 1) * depth), depth, &mut acc);
+            tile::<S, A, R, P>((x, self.x_stride), (w, step), depth, &mut acc);
             for (r, acc) in acc.iter().enumerate() {
                 for (p, acc) in acc.iter().enumerate() {
                     store_some::<S>(out(r, p).1, *acc);
@@ -234,13 +234,14 @@ impl Product<'_> {
         let mut panel = self.panels.start;
         // SAFETY: the caller's promise.
         unsafe {
-            while panel + P <= self.panels.end {
-                self.at::<S, A, R, P>(row, panel);
-                panel += P;
-            }
             while panel < self.panels.end {
-                self.at::<S, A, R, 1>(row, panel);
-                panel += 1;
+                if panel % GROUP + P <= GROUP && panel + P <= self.panels.end {
+                    self.at::<S, A, R, P>(row, panel);
+                    panel += P;
+                } else {
+                    self.at::<S, A, R, 1>(row, panel);
+                    panel += 1;
+                }
             }
         }
         R
@@ -257,11 +258,10 @@ impl Product<'_> {
                 row += match (self.rows - row, S::WIDE) {
                     (12.., true) => self.across::<S, A, 12, 2>(row),
                     (8.., true) => self.across::<S, A, 8, 2>(row),
-                    (4.., true) => self.across::<S, A, 4, 4>(row),
+                    (4.., true) => self.across::<S, A, 4, 2>(row),
                     (4.., false) => self.across::<S, A, 4, 1>(row),
-                    (2.., true) => self.across::<S, A, 2, 4>(row),
-                    (2.., false) => self.across::<S, A, 2, 2>(row),
-                    _ => self.across::<S, A, 1, 4>(row),
+                    (2.., _) => self.across::<S, A, 2, 2>(row),
+                    _ => self.across::<S, A, 1, 2>(row),
                 };
             }
         }

@@ -6,14 +6,17 @@ use super::{
     CpuBackend,
     gemm::{Begin, Output, Product, Shrink, prefetch},
     lora::{CpuSlots, SiteDelta, SliceDelta},
-    memory::{CpuMat, Line, Panels},
+    memory::{CpuMat, GROUP, Line, Panels},
     pool::Shards,
     simd::run,
 };
-use crate::{DType, Error, LinearLora, Matrix, Result, RowSet, Segment};
+use crate::{Error, LinearLora, Matrix, Result, RowSet, Segment};
 
-/// Multiply-adds that make a chunk worth handing out.
-const CHUNK: usize = 1 << 17;
+/// Multiply-adds of a chunk of the base product, if all threads get several such chunks: the first lines of a chunk come
+/// late from memory, since nobody asked for them while the one before was multiplied.
+const CHUNK: usize = 1 << 20;
+/// Multiply-adds of a chunk of the shrink.
+const SHRINK_CHUNK: usize = 1 << 17;
 /// Lines of an adapter's A that make a chunk of a few rows.
 const CHUNK_LINES: usize = 512;
 
@@ -183,7 +186,7 @@ impl Call<'_> {
             let Some(site) = self.site(delta) else { continue };
             let (rows, width) = ((delta.segment.end - delta.segment.start) as usize, site.width());
             let a_step = (CHUNK_LINES / site.depth.max(1)).max(1).next_multiple_of(4);
-            let step = (CHUNK / (self.w.inputs * a_step.min(width)).max(1)).max(1).next_multiple_of(4);
+            let step = (SHRINK_CHUNK / (self.w.inputs * a_step.min(width)).max(1)).max(1).next_multiple_of(4);
             for row in (0..rows).step_by(step) {
                 units.extend((0..width).step_by(a_step).map(|first| Unit {
                     delta: i,
@@ -254,8 +257,7 @@ impl Call<'_> {
     /// Asks for what the expands of some panels will read, while the base product computes.
     fn prefetch_expands(&self, panels: &Range<usize>) {
         for (_, _, slice, panels) in self.slices(panels) {
-            let depth = slice.b.depth();
-            slice.b.lines[panels.start * depth..panels.end * depth].iter().for_each(|line| prefetch(line));
+            slice.b.groups(&panels).iter().for_each(|line| prefetch(line));
         }
     }
 
@@ -283,10 +285,10 @@ impl Call<'_> {
     }
 }
 
-/// Panels that make a chunk: few enough that every thread gets several, enough to be worth a claim.
+/// Panels that make a chunk: few enough that every thread gets several.
 fn panels_per_unit(w: &Panels, rows: usize, threads: usize) -> usize {
     let work = rows * w.inputs * 16;
     let by_work = CHUNK.div_ceil(work.max(1));
     let by_threads = w.panels().div_ceil(threads * 8);
-    by_work.min(by_threads).max(1).next_multiple_of(if w.dtype == DType::F32 { 2 } else { 4 })
+    by_work.min(by_threads).max(1).next_multiple_of(GROUP)
 }

@@ -2,7 +2,7 @@
 
 use std::{
     alloc::{Layout, alloc, alloc_zeroed, dealloc},
-    ops::{Deref, DerefMut},
+    ops::{Deref, DerefMut, Range},
     slice,
     sync::Arc,
 };
@@ -226,8 +226,12 @@ fn element(dtype: DType, data: &[u8], i: usize) -> f32 {
     }
 }
 
+/// Panels whose lines lie beside each other: as many as a tile multiplies, so that it reads one stream.
+pub(super) const GROUP: usize = 2;
+
 /// A weight `[outputs, inputs]` in panels of 16 outputs. A line of a panel holds one input (f32) or two (bf16: lane i
-/// is `w[i][2k] | w[i][2k + 1] << 16`) of all 16 outputs, so a step reads a panel from front to back, once. Missing
+/// is `w[i][2k] | w[i][2k + 1] << 16`) of all 16 outputs. Two panels make a group: the first line of each, then the
+/// second of each, and so on, so a step reads a group from front to back, once; the last panel may be alone. Missing
 /// outputs and inputs are zero.
 #[derive(Debug, Clone)]
 pub struct Panels {
@@ -252,6 +256,17 @@ impl Panels {
         self.outputs.div_ceil(16)
     }
 
+    /// Where the first line of a panel is, and how many lines behind it the next is.
+    pub(super) fn place(&self, panel: usize) -> (usize, usize) {
+        place(panel, self.panels(), self.depth())
+    }
+
+    /// The lines of all groups that some panels belong to.
+    pub(super) fn groups(&self, panels: &Range<usize>) -> &[Line] {
+        let end = panels.end.next_multiple_of(GROUP).min(self.panels());
+        &self.lines[panels.start / GROUP * GROUP * self.depth()..end * self.depth()]
+    }
+
     /// The weight whose element is `get(output, input)`.
     pub(super) fn from_fn(
         arena: &mut Arena,
@@ -261,12 +276,13 @@ impl Panels {
     ) -> Result<Panels> {
         let per_line = Self::inputs_per_line(dtype);
         let depth = inputs.div_ceil(per_line);
-        let mut lines = arena.lines(outputs.div_ceil(16) * depth, "weights")?;
-        for (at, line) in lines.iter_mut().enumerate() {
-            let (panel, k) = (at / depth, at % depth * per_line);
-            for (lane, word) in line.0.iter_mut().enumerate() {
-                let output = panel * 16 + lane;
-                if output < outputs {
+        let panels = outputs.div_ceil(16);
+        let mut lines = arena.lines(panels * depth, "weights")?;
+        for panel in 0..panels {
+            let (first, step) = place(panel, panels, depth);
+            for (k, line) in lines[first..].iter_mut().step_by(step).take(depth).enumerate() {
+                let k = k * per_line;
+                for (word, output) in line.0.iter_mut().zip(panel * 16..outputs) {
                     *word = match dtype {
                         DType::F32 => get(output, k).to_bits(),
                         _ => pair(get(output, k), if k + 1 < inputs { get(output, k + 1) } else { 0.0 }),
@@ -300,14 +316,19 @@ impl Panels {
 
     /// One output's weights.
     pub(super) fn read_row(&self, output: usize, out: &mut [f32]) {
-        let depth = self.depth();
-        let lines = &self.lines[output / 16 * depth..][..depth];
+        let (first, step) = self.place(output / 16);
         let lane = output % 16;
         for (k, x) in out.iter_mut().enumerate() {
             *x = match self.dtype {
-                DType::F32 => f32::from_bits(lines[k].0[lane]),
-                _ => of_pair(lines[k / 2].0[lane], !k.is_multiple_of(2)),
+                DType::F32 => f32::from_bits(self.lines[first + k * step].0[lane]),
+                _ => of_pair(self.lines[first + k / 2 * step].0[lane], !k.is_multiple_of(2)),
             };
         }
     }
+}
+
+/// Where the first line of one of `panels` panels of `depth` lines is, and how many lines behind it the next is.
+fn place(panel: usize, panels: usize, depth: usize) -> (usize, usize) {
+    let group = panel / GROUP * GROUP;
+    (group * depth + panel % GROUP, GROUP.min(panels - group))
 }
