@@ -114,6 +114,7 @@ fn adapters(ops: &CudaBackend) -> CudaSlots {
 impl Model {
     fn new() -> Model {
         let ops = Arc::new(CudaBackend::new(DType::Bf16, 0).unwrap());
+        ops.time_products("").unwrap();
         let start = Instant::now();
         let random = Random::new(VOCAB * HIDDEN * 2);
         let weight = |rows, cols| ops.weight(&[random.tensor(rows, cols)]).unwrap();

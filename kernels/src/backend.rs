@@ -143,6 +143,13 @@ pub trait Backend: Send + Sync + Sized + 'static {
         Vec::new()
     }
 
+    /// Numbers of rows, up to `max_rows`, of further steps that this device wants to run before serving: it times
+    /// algorithms then, as it does in recorded ones.
+    fn rehearsed_rows(&self, max_rows: usize) -> Vec<usize> {
+        let _ = max_rows;
+        Vec::new()
+    }
+
     /// Semantics: `y[i] = table[token(i)]`, where a negative `batch.tokens[i]` is looked up in the sampler.
     fn embed(
         &self,

@@ -117,6 +117,22 @@ impl CudaBackend {
         self.recorder.enable(on);
     }
 
+    /// What the choices between algorithms of matrix products depend on: the card and the version of cuBLASLt.
+    pub fn product_choices_of(&self) -> Result<String> {
+        Ok(format!("{} {:?} cublasLt {}", self.name()?, self.dtype, gemm::Gemm::version()))
+    }
+
+    /// Has algorithms of matrix products timed, at the first launch of every size that `known`, an earlier result of
+    /// [`Self::product_choices`] for the same card and version, does not have.
+    pub fn time_products(&self, known: &str) -> Result<()> {
+        self.gemm.learn(known)
+    }
+
+    /// Ends that: the choices that were made, a line each.
+    pub fn product_choices(&self) -> String {
+        self.gemm.learnt()
+    }
+
     /// Waits until the card has done all that was launched.
     pub fn synchronize(&self) -> Result<()> {
         self.stream.synchronize()
@@ -282,6 +298,10 @@ impl Backend for CudaBackend {
 
     fn recorded_steps(&self) -> Vec<(usize, usize)> {
         if self.recorder.is_enabled() { batch::recorded_steps() } else { Vec::new() }
+    }
+
+    fn rehearsed_rows(&self, max_rows: usize) -> Vec<usize> {
+        if self.gemm.is_learning() { gemm::large_rows(max_rows) } else { Vec::new() }
     }
 
     fn embed(

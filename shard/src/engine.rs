@@ -54,10 +54,11 @@ impl<B: Backend> Engine<B> {
         Ok(Engine { state: State::new(ops, model, adapters, limits)?, events: None })
     }
 
-    /// Runs the largest step once: what the device has left afterwards is free for keys, values and adapters.
+    /// Runs the largest step and others like it: what the device has left afterwards is free for keys, values and
+    /// adapters.
     pub fn rehearse(&mut self) -> kernels::Result<()> {
         self.state.set_blocks(self.state.largest_blocks())?;
-        self.state.rehearse_largest()
+        self.state.rehearse_prefill()
     }
 
     /// Sets aside blocks for keys and values, and prepares the steps that use them.

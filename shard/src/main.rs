@@ -12,6 +12,8 @@ use anyhow::Context;
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use kernels::{Backend, DType, cpu::CpuBackend};
+#[cfg(feature = "cuda")]
+use lorax_shard::choices::ChoiceFile;
 use lorax_shard::{
     adapters::{Adapters, Roots},
     config::{Config, Device, Precision},
@@ -90,7 +92,8 @@ fn run(config: &Config, rank: usize) -> anyhow::Result<()> {
     let ops = CpuBackend::new(dtype, shard.threads.unwrap_or(cores))?;
     tracing::info!(dtype = Precision::name(dtype), tier = ?ops.tier(), threads = ops.threads(), "computing on the CPU");
     let room = |_: &CpuBackend| Ok(Room::on_host(shard.kv_memory_bytes, shard.adapter_memory_bytes));
-    serve(Arc::new(ops), &Target { name: "cpu", max_rows: 512, rehearses: false, room: &room }, config, rank)
+    let target = Target { name: "cpu", max_rows: 512, rehearses: false, room: &room, ready: &|_| () };
+    serve(Arc::new(ops), &target, config, rank)
 }
 
 /// Serves from a GPU whose memory is shared out once the weights and a step's needs are on it.
@@ -108,7 +111,17 @@ fn serve_cuda(ops: kernels::cuda::CudaBackend, config: &Config, rank: usize) -> 
         tracing::info!(kv_bytes = room.kv_bytes, adapter_bytes = room.adapter_bytes, "memory is shared out");
         Ok(room)
     };
-    serve(Arc::new(ops), &Target { name: &name, max_rows: 2048, rehearses: true, room: &room }, config, rank)
+    let choices = ChoiceFile::of(&ops.product_choices_of()?);
+    let known = choices.as_ref().map(ChoiceFile::read).unwrap_or_default();
+    ops.time_products(&known)?;
+    let ready = |ops: &kernels::cuda::CudaBackend| {
+        let text = ops.product_choices();
+        if let Some(Err(error)) = choices.as_ref().filter(|_| text != known).map(|file| file.write(&text)) {
+            tracing::warn!("the next start will time matrix products again: {error}");
+        }
+    };
+    let target = Target { name: &name, max_rows: 2048, rehearses: true, room: &room, ready: &ready };
+    serve(Arc::new(ops), &target, config, rank)
 }
 
 /// What is known of a device before anything is loaded.
@@ -120,6 +133,8 @@ struct Target<'a, B> {
     rehearses: bool,
     /// The memory that is left then.
     room: &'a dyn Fn(&B) -> anyhow::Result<Room>,
+    /// Called once no more steps are rehearsed.
+    ready: &'a dyn Fn(&B),
 }
 
 /// Loads the model and serves it until told to stop.
@@ -157,6 +172,7 @@ fn serve<B: Backend>(
     let num_blocks = memory::blocks(room.kv_bytes, model.kv_block_bytes(&ops), most)?;
     let recording = Instant::now();
     engine.set_blocks(num_blocks)?;
+    (target.ready)(&ops);
     tracing::info!(num_blocks, seconds = recording.elapsed().as_secs_f32(), "ready to compute");
     let info = Info {
         dtype: Precision::name(ops.dtype()).into(),

@@ -1,9 +1,12 @@
-//! `y = x · Wᵀ` through cuBLASLt. Plans are made once a shape and kept.
+//! `y = x · Wᵀ` through cuBLASLt. Plans are made once a shape and kept; while steps are rehearsed, every algorithm that
+//! the library offers for a shape is timed.
+
+mod choices;
 
 use std::{
     collections::{HashMap, hash_map::Entry},
     ffi::c_void,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use cudarc::cublaslt::{
@@ -17,18 +20,23 @@ use super::{
     ffi,
 };
 use crate::{DType, Error, Result};
+use choices::{Choices, Clock};
+
+pub(super) use choices::large_rows;
 
 /// Of `cublasOperation_t`, which the bindings of cuBLASLt leave out.
 const CUBLAS_OP_T: i32 = 1;
 /// NVIDIA's advice for Hopper.
 const WORKSPACE: usize = 32 << 20;
+/// Algorithms of a shape that are timed.
+const CANDIDATES: usize = 16;
 
 fn failed(e: CublasError) -> Error {
     Error::Device { op: "linear", library: "cuBLASLt", code: e.0 as i32 }
 }
 
 /// `y[rows, outputs] = x[rows, inputs] · w[outputs, inputs]ᵀ`
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Shape {
     pub(super) rows: usize,
     pub(super) inputs: usize,
@@ -45,19 +53,18 @@ pub(super) struct Operands {
     pub(super) y: u64,
 }
 
-/// Descriptors of one shape and the algorithm chosen for it. cuBLASLt is column-major: it computes
+/// Descriptors of one shape. cuBLASLt is column-major: it computes
 /// `yᵀ [outputs, rows] = (Wᵀ)ᵀ · xᵀ`, all with their rows as columns.
-struct Plan {
+struct Layouts {
     description: sys::cublasLtMatmulDesc_t,
     w: sys::cublasLtMatrixLayout_t,
     x: sys::cublasLtMatrixLayout_t,
     y: sys::cublasLtMatrixLayout_t,
-    algorithm: sys::cublasLtMatmulAlgo_t,
 }
 
-impl Drop for Plan {
+impl Drop for Layouts {
     fn drop(&mut self) {
-        // SAFETY: made by `Gemm::plan`, destroyed once. A failure leaks a few bytes at the end of the process.
+        // SAFETY: made by `Gemm::layouts`, destroyed once. A failure leaks a few bytes at the end of the process.
         unsafe {
             let _ = result::destroy_matmul_desc(self.description);
             for layout in [self.w, self.x, self.y] {
@@ -67,12 +74,28 @@ impl Drop for Plan {
     }
 }
 
+/// Layouts and the algorithm chosen for them.
+struct Plan {
+    layouts: Layouts,
+    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+/// What is known of products.
+#[derive(Default)]
+struct Known {
+    plans: HashMap<Shape, Plan>,
+    choices: Choices,
+    /// While steps are rehearsed.
+    clock: Option<Clock>,
+}
+
 /// cuBLASLt with its workspace and plans.
 pub(super) struct Gemm {
     handle: sys::cublasLtHandle_t,
     workspace: DeviceBuf,
     dtype: DType,
-    plans: Mutex<HashMap<Shape, Plan>>,
+    device: Arc<Device>,
+    known: Mutex<Known>,
 }
 
 // SAFETY: the handle may be used from any thread; plans are behind a lock.
@@ -89,35 +112,92 @@ impl Gemm {
         }
         let workspace = DeviceBuf::new(device, WORKSPACE, "the cuBLASLt workspace")?;
         let handle = result::create_handle().map_err(failed)?;
-        Ok(Gemm { handle, workspace, dtype, plans: Mutex::default() })
+        Ok(Gemm { handle, workspace, dtype, device: device.clone(), known: Mutex::default() })
+    }
+
+    /// The library's version.
+    pub(super) fn version() -> usize {
+        // SAFETY: takes nothing and touches nothing.
+        unsafe { sys::cublasLtGetVersion() }
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on, shapes that `text` and what was learnt before say nothing of are timed at their first launch.
+    pub(super) fn learn(&self, text: &str) -> Result<()> {
+        let clock = Clock::new(&self.device)?;
+        let known = &mut *self.known();
+        known.choices.add_text(text);
+        known.plans.clear();
+        known.clock = Some(clock);
+        Ok(())
+    }
+
+    /// Ends that, and returns all that is known.
+    pub(super) fn learnt(&self) -> String {
+        let known = &mut *self.known();
+        known.clock = None;
+        known.choices.to_text()
+    }
+
+    /// Whether shapes are timed now.
+    pub(super) fn is_learning(&self) -> bool {
+        self.known().clock.is_some()
     }
 
     /// Launches the product.
     pub(super) fn run(&self, stream: &Stream, shape: Shape, operands: Operands) -> Result<()> {
-        let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
+        let Known { plans, choices, clock } = &mut *self.known();
         let plan = match plans.entry(shape) {
-            Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(new) => new.insert(self.plan(shape)?),
+            Entry::Occupied(planned) => planned.into_mut(),
+            Entry::Vacant(new) => {
+                let layouts = self.layouts(shape)?;
+                let kept = choices.get(shape).filter(|algorithm| self.can_run(&layouts, algorithm));
+                let algorithm = match (kept, clock) {
+                    (Some(algorithm), _) => algorithm,
+                    (None, None) => self.offered::<1>(&layouts)?[0],
+                    (None, Some(clock)) => {
+                        let offered = self.offered::<CANDIDATES>(&layouts)?;
+                        let launch = |algorithm| self.launch(stream, &layouts, &algorithm, operands);
+                        let fastest = clock.fastest(stream, &offered, launch)?.unwrap_or(offered[0]);
+                        choices.insert(shape, fastest);
+                        fastest
+                    }
+                };
+                new.insert(Plan { layouts, algorithm })
+            }
         };
+        self.launch(stream, &plan.layouts, &plan.algorithm, operands)
+    }
+
+    fn launch(
+        &self,
+        stream: &Stream,
+        layouts: &Layouts,
+        algorithm: &sys::cublasLtMatmulAlgo_t,
+        operands: Operands,
+    ) -> Result<()> {
         let (one, zero) = (1.0_f32, 0.0_f32);
         let y = ffi::pointer(operands.y);
-        // SAFETY: the plan's layouts are those of the operands, which the caller sized by `shape`; the scalars are
+        // SAFETY: the layouts are those of the operands, which the caller of `run` sized by the shape; the scalars are
         // read before the call returns.
         unsafe {
             result::matmul(
                 self.handle,
-                plan.description,
+                layouts.description,
                 (&raw const one).cast(),
                 (&raw const zero).cast(),
                 ffi::pointer(operands.w),
-                plan.w,
+                layouts.w,
                 ffi::pointer(operands.x),
-                plan.x,
+                layouts.x,
                 y,
-                plan.y,
+                layouts.y,
                 y,
-                plan.y,
-                &plan.algorithm,
+                layouts.y,
+                algorithm,
                 ffi::pointer(self.workspace.at()),
                 self.workspace.bytes(),
                 stream.raw().cast(),
@@ -126,7 +206,7 @@ impl Gemm {
         .map_err(failed)
     }
 
-    fn plan(&self, shape: Shape) -> Result<Plan> {
+    fn layouts(&self, shape: Shape) -> Result<Layouts> {
         let half = match self.dtype {
             DType::F16 => sys::cudaDataType_t::CUDA_R_16F,
             _ => sys::cudaDataType_t::CUDA_R_16BF,
@@ -137,57 +217,82 @@ impl Gemm {
         };
         let (inputs, outputs, rows) = (shape.inputs, shape.outputs, shape.rows);
         let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
-        let mut plan = Plan {
+        let layouts = Layouts {
             description: result::create_matmul_desc(compute, float).map_err(failed)?,
             w: layout(half, inputs, outputs)?,
             x: layout(half, inputs, rows)?,
             y: layout(if shape.wide { float } else { half }, outputs, rows)?,
-            // SAFETY: plain numbers, overwritten below.
-            algorithm: unsafe { std::mem::zeroed() },
         };
         let transposed = CUBLAS_OP_T;
         let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
         let value = (&raw const transposed).cast::<c_void>();
         // SAFETY: the attribute is of that type.
         unsafe {
-            result::set_matmul_desc_attribute(plan.description, attribute, value, size_of_val(&transposed))
+            result::set_matmul_desc_attribute(layouts.description, attribute, value, size_of_val(&transposed))
         }
         .map_err(failed)?;
-        plan.algorithm = self.best(&plan)?;
-        Ok(plan)
+        Ok(layouts)
     }
 
-    /// The algorithm that cuBLASLt expects to be fastest.
-    fn best(&self, plan: &Plan) -> Result<sys::cublasLtMatmulAlgo_t> {
+    /// Whether an algorithm, kept from another shape or run, fits these layouts and the workspace.
+    fn can_run(&self, layouts: &Layouts, algorithm: &sys::cublasLtMatmulAlgo_t) -> bool {
+        let Layouts { description, w, x, y } = *layouts;
+        let mut needs = no_result();
+        // SAFETY: all descriptors live.
+        let status = unsafe {
+            sys::cublasLtMatmulAlgoCheck(self.handle, description, w, x, y, y, algorithm, &raw mut needs)
+        };
+        status == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS && needs.workspaceSize <= WORKSPACE
+    }
+
+    /// Up to N algorithms, at least one, in the order of their expected speed.
+    fn offered<const N: usize>(&self, layouts: &Layouts) -> Result<Vec<sys::cublasLtMatmulAlgo_t>> {
+        let Layouts { description, w, x, y } = *layouts;
         let preference = result::create_matmul_pref().map_err(failed)?;
         let attribute = sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
         let value = (&raw const WORKSPACE_BYTES).cast::<c_void>();
-        // SAFETY: the attribute is a u64, and all descriptors live.
-        let found = unsafe {
+        let (mut found, mut count) = ([no_result(); N], 0);
+        // SAFETY: the attribute is a u64, all descriptors live, and there is room for N results.
+        let asked = unsafe {
             let set = result::set_matmul_pref_attribute(preference, attribute, value, size_of::<u64>());
-            let found = set.and_then(|()| {
-                result::get_matmul_algo_heuristic(
-                    self.handle,
-                    plan.description,
-                    plan.w,
-                    plan.x,
-                    plan.y,
-                    plan.y,
+            let asked = set.and_then(|()| {
+                let (handle, found) = (self.handle, found.as_mut_ptr());
+                let count = &raw mut count;
+                sys::cublasLtMatmulAlgoGetHeuristic(
+                    handle,
+                    description,
+                    w,
+                    x,
+                    y,
+                    y,
                     preference,
+                    N as i32,
+                    found,
+                    count,
                 )
+                .result()
             });
             let _ = result::destroy_matmul_pref(preference);
-            found
+            asked
         };
-        Ok(found.map_err(failed)?.algo)
+        asked.map_err(failed)?;
+        if count == 0 {
+            return Err(failed(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)));
+        }
+        Ok(found[..count as usize].iter().map(|result| result.algo).collect())
     }
+}
+
+fn no_result() -> sys::cublasLtMatmulHeuristicResult_t {
+    // SAFETY: plain numbers.
+    unsafe { std::mem::zeroed() }
 }
 
 static WORKSPACE_BYTES: u64 = WORKSPACE as u64;
 
 impl Drop for Gemm {
     fn drop(&mut self) {
-        self.plans.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
+        self.known.get_mut().unwrap_or_else(PoisonError::into_inner).plans.clear();
         // SAFETY: created by `new`.
         let _ = unsafe { result::destroy_handle(self.handle) };
     }

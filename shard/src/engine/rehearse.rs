@@ -1,21 +1,24 @@
 //! Steps that run before the first request, on nobody's behalf: the largest one, after which the device has taken all
-//! the memory that steps need, and those that the device records.
+//! the memory that steps need, those that it times, and those that it records.
 
-use std::{slice, sync::Arc, thread};
+use std::{iter, slice, sync::Arc, thread};
 
 use kernels::{BLOCK_SIZE, Backend, Batch, LoraPart, SampleRow, Segment, SequenceRows};
 
 use super::{LOAD_POLL, Limits, state::State};
 
 impl<B: Backend> State<B> {
-    /// Runs a prefill of as many rows as a step may have. Needs [`State::largest_blocks`] blocks.
-    pub(super) fn rehearse_largest(&mut self) -> kernels::Result<()> {
-        let longest = self.limits.max_rows.min(self.model.config().max_positions);
-        let lens: Vec<usize> = (0..self.limits.max_rows)
-            .step_by(longest)
-            .map(|start| longest.min(self.limits.max_rows - start))
-            .collect();
-        self.rehearse(&batch(&lens, 0))
+    /// Runs a prefill of as many rows as a step may have, and those that the device wants to. Needs
+    /// [`State::largest_blocks`] blocks.
+    pub(super) fn rehearse_prefill(&mut self) -> kernels::Result<()> {
+        let longest = self.model.config().max_positions;
+        let max_rows = self.limits.max_rows;
+        for rows in iter::once(max_rows).chain(self.ops.rehearsed_rows(max_rows)) {
+            let lens: Vec<usize> =
+                (0..rows).step_by(longest).map(|start| longest.min(rows - start)).collect();
+            self.rehearse(&batch(&lens, 0))?;
+        }
+        Ok(())
     }
 
     /// Blocks that the longest sequence of one step fills.
