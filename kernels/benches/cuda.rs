@@ -1,6 +1,8 @@
 //! A decode step and a prefill of Llama-3.1-8B's shape on the card, whole and by operation, with and without adapters.
 //! One JSON line for each figure. `cargo bench -p kernels --features cuda --bench cuda`
 //!
+//! `cuda time decode 32 16 prefill 512 1` times only such steps (rows, adapters), whole.
+//!
 //! `cuda once decode 32 16` runs one such step (rows, adapters) a second time, kernel by kernel between the marks that a
 //! profiler waits for: `ncu --profile-from-start off --csv --metrics gpu__time_duration.sum cuda once prefill 512 1`.
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a bench prints and fails by panicking")]
@@ -271,6 +273,13 @@ fn main() {
         return once(args);
     }
     let mut model = Model::new();
+    if let Some(("time", steps)) = args.split_first().map(|(first, rest)| (first.as_str(), rest)) {
+        for [phase, rows, adapters] in steps.as_chunks().0 {
+            let (rows, adapters) = (rows.parse().unwrap(), adapters.parse().unwrap());
+            report(phase, rows, adapters, "all", model.time(&step(phase, rows, adapters), &|_| true));
+        }
+        return;
+    }
     let ops = ["norm", "qkv", "rope", "attention", "o", "gate_up", "silu", "down", "head", "sample"];
     for rows in [1, 8, 32, 64, 128] {
         for adapters in [0, 1, ADAPTERS] {

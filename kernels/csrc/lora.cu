@@ -153,19 +153,17 @@ __global__ void __launch_bounds__(kShrinkThreads, PACKED ? 2 : 1) shrink(const _
 
 constexpr int kExpandWarps = 4;
 constexpr int kExpandThreads = kExpandWarps * 32;
-constexpr int kOuts = 64;  // outputs of one warp
 
-// B of 16 ranks for 64 outputs: this thread's eight outputs of ranks r, r + 1, r + 8, r + 9.
-template <typename T, bool PACKED> struct Columns {
+// B of 16 ranks for a block of outputs: this thread's eight outputs of ranks r, r + 1, r + 8, r + 9.
+template <typename T> struct Columns {
   uint32_t w[4][4];
 
-  __device__ void load(const T* b, int rank, int r0, int outs, int out0) {
+  __device__ void load(const T* b, int rank, int r0) {
     int lane = threadIdx.x % 32, r = r0 + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       int own = r + i / 2 * 8 + i % 2;
-      uint4 v = make_uint4(0, 0, 0, 0);
-      if (own < rank) v = load8<T, PACKED, true>(b + (size_t)own * outs, out0 + lane / 4 * 8, outs);
+      uint4 v = load8<T, true, true>(b + own * kOutBlock, lane / 4 * 8, own < rank ? kOutBlock : 0);
       w[i][0] = v.x, w[i][1] = v.y, w[i][2] = v.z, w[i][3] = v.w;
     }
   }
@@ -200,9 +198,9 @@ __device__ inline void add_outputs(R* y, int cols, const float (&low)[8], const 
   }
 }
 
-// kOuts outputs of one slice.
+// A block of outputs of one slice.
 template <typename T> struct Chunk {
-  const T* b;  // [rank, outs]
+  const T* b;  // [rank, kOutBlock]
   int rank;    // 0: nothing to add
   int outs;    // of the slice
   int out0;    // the chunk's first, in its slice
@@ -213,9 +211,9 @@ template <typename T> struct Chunk {
 // The c-th chunk when those of all slices are counted; rank 0 behind the last.
 template <typename T> __device__ inline Chunk<T> find_chunk(const LoraArgs& p, const LoraEntry* entries, int c) {
   for (int s = 0; s < p.slices; s++) {
-    int outs = p.first_out[s + 1] - p.first_out[s], chunks = ceil_div(outs, kOuts);
+    int outs = p.first_out[s + 1] - p.first_out[s], chunks = ceil_div(outs, kOutBlock), out0 = c * kOutBlock;
     if (c < chunks)
-      return {static_cast<const T*>(entries[s].b), (int)entries[s].lora_rank, outs, c * kOuts, p.first_out[s], s};
+      return {find_b<T>(entries[s], out0), (int)entries[s].lora_rank, outs, out0, p.first_out[s], s};
     c -= chunks;
   }
   return {nullptr, 0, 0, 0, 0, 0};
@@ -231,8 +229,8 @@ __global__ void __launch_bounds__(kExpandThreads, 5) expand(const __grid_constan
   const int lane = threadIdx.x % 32;
   const Chunk<T> chunk = find_chunk<T>(p, entries, blockIdx.x * kExpandWarps + threadIdx.x / 32);
   if (chunk.rank == 0) return await_previous();
-  Columns<T, PACKED> columns;
-  columns.load(chunk.b, chunk.rank, 0, chunk.outs, chunk.out0);
+  Columns<T> columns;
+  columns.load(chunk.b, chunk.rank, 0);
   await_previous();
   const size_t stride = (size_t)p.slices * kMaxLoraRank;
   for (int m0 = 0; m0 < (int)tile.rows; m0 += 16) {
@@ -241,7 +239,7 @@ __global__ void __launch_bounds__(kExpandThreads, 5) expand(const __grid_constan
     const bool valid[2] = {row < (int)tile.rows, row + 8 < (int)tile.rows};
     const T* mid = static_cast<const T*>(p.mid) + (tile.row + row) * stride + chunk.slice * kMaxLoraRank + lane % 4 * 2;
     for (int r0 = 0; r0 < chunk.rank; r0 += kGroup) {
-      if (chunk.rank > kGroup && (m0 > 0 || r0 > 0)) columns.load(chunk.b, chunk.rank, r0, chunk.outs, chunk.out0);
+      if (chunk.rank > kGroup && (m0 > 0 || r0 > 0)) columns.load(chunk.b, chunk.rank, r0);
       uint32_t a[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) {  // rows row, row + 8; ranks from r0 and from r0 + 8
@@ -279,7 +277,7 @@ extern "C" int lorax_lora_expand(const LoraArgs* args, int elem, int wide, int m
   bool packed = args->out_cols % 8 == 0;
   for (int s = 0; s < args->slices; s++) {
     int outs = args->first_out[s + 1] - args->first_out[s];
-    chunks += ceil_div(outs, kOuts);
+    chunks += ceil_div(outs, kOutBlock);
     packed = packed && outs % 8 == 0 && args->first_out[s] % 8 == 0;
   }
   dim3 grid(ceil_div(chunks, kExpandWarps), max_tiles);

@@ -1,7 +1,7 @@
 // Low-rank deltas of many adapters in one launch: shrink (mid = x · Aᵀ) and expand (y += mid · Bᵀ).
 //
 // Weights are found through a table by (slot, slice) and are stored at their own rank: A [lora_rank, inputs], B
-// transposed, [lora_rank, outputs]. A launch covers tiles of consecutive rows with one slot; it is sized for the most
+// transposed in blocks of 64 outputs, [blocks, lora_rank, 64] with zeros behind the last output. A launch covers tiles of consecutive rows with one slot; it is sized for the most
 // tiles that a step may have and blocks past `num_tiles` leave at once, so one CUDA graph serves every mix.
 //
 // Ranks are handled in groups of 16, those of all slices of a fused projection one after the other, so that x is read
@@ -57,7 +57,13 @@ struct LoraArgs {
 
 namespace lora {
 
-constexpr int kGroup = 16;  // ranks of one tensor core tile
+constexpr int kGroup = 16;     // ranks of one tensor core tile
+constexpr int kOutBlock = 64;  // outputs whose B lies together
+
+// Where the B of some outputs of one slice begins; the next rank's is kOutBlock elements behind.
+template <typename T> __device__ inline const T* find_b(const LoraEntry& entry, int out) {
+  return static_cast<const T*>(entry.b) + (size_t)(out / kOutBlock) * kOutBlock * entry.lora_rank + out % kOutBlock;
+}
 
 // Eight elements from `i` on; zeros from `limit` on. PACKED: rows begin at 16-byte boundaries. FIXED: nobody writes
 // them while the kernel runs, which a kernel that starts early may assume of weights only.

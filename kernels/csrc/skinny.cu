@@ -16,7 +16,6 @@ struct SkinnyArgs {
   int rows;           // at most 32
   int inputs;         // a multiple of 8
   int outputs;
-  int lora_blocks;  // the first blocks of the grid: the shrink's
 };
 
 namespace {
@@ -179,14 +178,14 @@ template <typename T, typename F> __device__ void shrink(const LoraArgs& p, type
 
 template <typename T, typename R, typename F>
 __global__ void __launch_bounds__(kThreads, F::BLOCKS) skinny(const __grid_constant__ SkinnyArgs a,
-                                                              const __grid_constant__ LoraArgs p) {
+                                                              const __grid_constant__ LoraArgs p, int lora_blocks) {
   __shared__ union {
     typename F::Sums base;
     typename ShrinkForm<F>::Sums shrink;
   } sums;
   release_next();
-  if ((int)blockIdx.x < a.lora_blocks) return shrink<T, ShrinkForm<F>>(p, sums.shrink);
-  const int first = ((int)blockIdx.x - a.lora_blocks) * F::kOutputs;
+  if ((int)blockIdx.x < lora_blocks) return shrink<T, ShrinkForm<F>>(p, sums.shrink);
+  const int first = ((int)blockIdx.x - lora_blocks) * F::kOutputs;
   const Piece<T, F> piece{static_cast<const T*>(a.w) + (size_t)first * a.inputs, static_cast<const T*>(a.x),
                           min(F::kOutputs, a.outputs - first), a.rows, a.inputs};
   piece.run(sums.base, false);
@@ -197,17 +196,19 @@ __global__ void __launch_bounds__(kThreads, F::BLOCKS) skinny(const __grid_const
   });
 }
 
+// The first blocks of the grid are the shrink's.
 template <typename T, typename R, typename F>
-int launch(const SkinnyArgs& a, const LoraArgs& lora, cudaStream_t stream) {
-  dim3 grid(a.lora_blocks + ceil_div(a.outputs, F::kOutputs));
-  return launch_chained(skinny<T, R, F>, grid, kThreads, 0, stream, a, lora);
+int launch(const SkinnyArgs& a, const LoraArgs& lora, int lora_blocks, cudaStream_t stream) {
+  dim3 grid(lora_blocks + ceil_div(a.outputs, F::kOutputs));
+  return launch_chained(skinny<T, R, F>, grid, kThreads, 0, stream, a, lora, lora_blocks);
 }
 
-template <typename T, typename R> int by_rows(const SkinnyArgs& a, const LoraArgs& lora, cudaStream_t stream) {
-  if (a.rows > 16) return launch<T, R, Rows32>(a, lora, stream);
-  if (a.rows > 8) return launch<T, R, Rows16>(a, lora, stream);
-  if (ceil_div(a.outputs, Deep::kOutputs) <= kDeepBlocks) return launch<T, R, Deep>(a, lora, stream);
-  return launch<T, R, Wide>(a, lora, stream);
+template <typename T, typename R>
+int by_rows(const SkinnyArgs& a, const LoraArgs& lora, int lora_blocks, cudaStream_t stream) {
+  if (a.rows > 16) return launch<T, R, Rows32>(a, lora, lora_blocks, stream);
+  if (a.rows > 8) return launch<T, R, Rows16>(a, lora, lora_blocks, stream);
+  if (ceil_div(a.outputs, Deep::kOutputs) <= kDeepBlocks) return launch<T, R, Deep>(a, lora, lora_blocks, stream);
+  return launch<T, R, Wide>(a, lora, lora_blocks, stream);
 }
 
 }  // namespace
@@ -216,8 +217,7 @@ template <typename T, typename R> int by_rows(const SkinnyArgs& a, const LoraArg
 // most 16 rows (8 where there are no more than 8 rows).
 extern "C" int lorax_skinny(const SkinnyArgs* args, const LoraArgs* lora, int elem, int wide, int max_tiles,
                             cudaStream_t stream) {
-  SkinnyArgs a = *args;
-  a.lora_blocks = lora ? max_tiles * lora->slices * kGroupBlocks : 0;
+  const int lora_blocks = lora ? max_tiles * lora->slices * kGroupBlocks : 0;
   const LoraArgs deltas = lora ? *lora : LoraArgs{};
-  WITH_HALF(elem, T, WITH_WIDE(wide, T, R, return (by_rows<T, R>(a, deltas, stream))));
+  WITH_HALF(elem, T, WITH_WIDE(wide, T, R, return (by_rows<T, R>(*args, deltas, lora_blocks, stream))));
 }

@@ -39,6 +39,8 @@ pub(super) struct AttentionArgs {
 
 /// `kMaxLoraRank` in `lora.cuh`.
 pub(super) const MAX_LORA_RANK: usize = 512;
+/// `kOutBlock` in `lora.cuh`.
+pub(super) const OUT_BLOCK: usize = 64;
 /// `kMaxSlices` in `lora.cuh`.
 pub(super) const MAX_SLICES: usize = 4;
 
@@ -74,8 +76,6 @@ pub(super) struct SkinnyArgs {
     pub(super) rows: i32,
     pub(super) inputs: i32,
     pub(super) outputs: i32,
-    /// Set by the launcher.
-    pub(super) lora_blocks: i32,
 }
 
 /// `kMaxTop` in `sample.cu`.

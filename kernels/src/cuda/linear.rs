@@ -62,7 +62,6 @@ fn skinny(
         rows: x.rows() as i32,
         inputs: weight.inputs as i32,
         outputs: weight.outputs as i32,
-        lora_blocks: 0,
     };
     // The kernel does not split the inputs.
     let lora = deltas.map(|deltas| ffi::LoraArgs { splits: 1, ..deltas.args });

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::{
     CudaBackend, convert,
     device::{DeviceBuf, Event, PoolBuf},
-    ffi::{MAX_LORA_RANK, MAX_SLICES},
+    ffi::{MAX_LORA_RANK, MAX_SLICES, OUT_BLOCK},
     memory::expect,
     pinned::Pieces,
     unsupported,
@@ -27,7 +27,8 @@ struct Placed {
     b: usize,
 }
 
-/// An adapter in pinned memory: for each part A `[lora_rank, inputs]`, then B transposed `[lora_rank, outputs]`.
+/// An adapter in pinned memory: for each part A `[lora_rank, inputs]`, then B transposed in blocks of outputs,
+/// `[blocks, lora_rank, OUT_BLOCK]`, with zeros behind the last output.
 pub struct CudaAdapter {
     memory: Pieces,
     parts: Vec<Placed>,
@@ -46,15 +47,14 @@ impl CudaAdapter {
         for part in parts {
             check_part(sites, part)?;
             let slice = first[part.site] + part.slice;
-            let (a, b) = (reserve(part.a.len()), reserve(part.b.len()));
+            let outputs = sites[part.site].outputs[part.slice].next_multiple_of(OUT_BLOCK);
+            let (a, b) = (reserve(part.a.len()), reserve(outputs * part.lora_rank));
             placed.push(Placed { slice, lora_rank: part.lora_rank as u32, a, b });
         }
         let mut memory = be.pinned.take(bytes)?;
         for (part, placed) in parts.iter().zip(&placed) {
             memory.write(placed.a, &convert::from_f32(be.dtype, part.a.iter().copied()));
-            let rank = part.lora_rank;
-            let transposed = (0..rank).flat_map(|r| part.b.iter().skip(r).step_by(rank).copied());
-            memory.write(placed.b, &convert::from_f32(be.dtype, transposed));
+            memory.write(placed.b, &convert::from_f32(be.dtype, blocked(part)));
         }
         Ok(CudaAdapter { memory, parts: placed })
     }
@@ -62,6 +62,15 @@ impl CudaAdapter {
     pub(super) fn bytes(&self) -> usize {
         self.memory.bytes()
     }
+}
+
+/// B in the order of [`CudaAdapter`].
+fn blocked(part: &LoraPart) -> impl Iterator<Item = f32> {
+    let rank = part.lora_rank;
+    part.b.chunks(OUT_BLOCK * rank).flat_map(move |block| {
+        let element = move |r, output| block.get(output * rank + r).copied().unwrap_or_default();
+        (0..rank).flat_map(move |r| (0..OUT_BLOCK).map(move |output| element(r, output)))
+    })
 }
 
 fn check_part(sites: &[LoraSite], part: &LoraPart) -> Result<()> {
