@@ -7,12 +7,14 @@
 // Online softmax: Milakov and Gimelshein, 2018; splitting and merging: Dao et al., FlashDecoding, 2023.
 #pragma once
 
+#include <limits.h>
+
 #include "common.cuh"
 
 // A piece of work, as `cuda/plan.rs` lays it out.
 struct AttentionItem {
   uint32_t row;       // first row
-  uint32_t rows;      // consecutive rows of one sequence
+  uint32_t rows;      // consecutive rows of one sequence, at most kPrefillRows
   uint32_t position;  // of the first row
   uint32_t table;     // where the sequence's block table begins
   uint32_t kv_begin;  // positions to attend to; a multiple of 16
@@ -43,6 +45,7 @@ struct AttentionArgs {
 
 namespace attention {
 
+constexpr int kPrefillRows = 128;  // see `plan.rs`
 constexpr int kThreads = 128;
 constexpr int kBlockSize = 16;
 constexpr int kTile = 64;  // keys of one step of the loop
@@ -125,6 +128,36 @@ __device__ void load_queries(T* q, const T* qkv, const Pairs& pairs, const Atten
   }
 }
 
+// The keys that the pairs of a block see.
+struct Span {
+  int last_pair;          // of the block
+  uint32_t first, last;   // positions of its first and last rows
+  uint32_t begin, end;    // keys that one of them sees
+
+  __device__ Span(const AttentionItem& item, const Pairs& pairs, int most, int window) {
+    last_pair = min(most, pairs.total - pairs.first) - 1;
+    first = item.position + pairs.token(0);
+    last = item.position + pairs.token(last_pair);
+    begin = item.kv_begin;
+    end = min(item.kv_end, last + 1);
+    if (window > 0 && first + 1 > (uint32_t)window)
+      begin = max(begin, (first + 1 - window) / kBlockSize * kBlockSize);
+  }
+
+  // Of a pair's row. Pairs past the last are computed as if they were it, and not written.
+  __device__ uint32_t position(const Pairs& pairs, int m) const {
+    return last - pairs.token(last_pair) + pairs.token(min(m, last_pair));
+  }
+
+  // Whether some row does not see some of `keys` keys from `tile` on.
+  __device__ bool edge(uint32_t tile, int keys, int window) const {
+    return tile + keys > min(first + 1, end) || (window > 0 && tile + window <= last);
+  }
+};
+
+// Takes a score, before its scale where it has no cap, to a power of two.
+__device__ inline float log2_of_score(const AttentionArgs& a) { return a.softcap > 0.f ? kLog2E : a.scale * kLog2E; }
+
 // One warp's running softmax over 16 pairs: this thread's part of two of them, l / 4 and l / 4 + 8.
 template <int DIM> struct Softmax {
   float out[DIM / 8][4];
@@ -138,8 +171,9 @@ template <int DIM> struct Softmax {
     sum[0] = sum[1] = 0.f;
   }
 
-  // Scores to probabilities relative to the new maximum; `log2` takes a score to a power of two.
-  template <int NT> __device__ void update(float (&s)[NT][4], float log2) {
+  // Scores to probabilities relative to the new maximum; `log2` takes a score to a power of two. Leaves in `shrink` what
+  // `out` is to be multiplied by.
+  template <int NT> __device__ __forceinline__ void update(float (&s)[NT][4], float log2, float (&shrink)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       float t = top[h];
@@ -148,11 +182,9 @@ template <int DIM> struct Softmax {
       t = fmaxf(t, __shfl_xor_sync(~0u, t, 1));
       t = fmaxf(t, __shfl_xor_sync(~0u, t, 2));
       float base = t == -INFINITY ? 0.f : t * log2;
-      float shrink = exp2_fast(top[h] * log2 - base);
+      shrink[h] = exp2_fast(top[h] * log2 - base);
       top[h] = t;
-      sum[h] *= shrink;
-#pragma unroll
-      for (auto& o : out) o[2 * h] *= shrink, o[2 * h + 1] *= shrink;
+      sum[h] *= shrink[h];
 #pragma unroll
       for (int n = 0; n < NT; n++) {
         s[n][2 * h] = exp2_fast(s[n][2 * h] * log2 - base);
@@ -160,6 +192,11 @@ template <int DIM> struct Softmax {
         sum[h] += s[n][2 * h] + s[n][2 * h + 1];
       }
     }
+  }
+
+  __device__ __forceinline__ void rescale(const float (&shrink)[2]) {
+#pragma unroll
+    for (auto& o : out) o[0] *= shrink[0], o[1] *= shrink[0], o[2] *= shrink[1], o[3] *= shrink[1];
   }
 
   // Leaves the maximum as a power of two.
@@ -209,26 +246,29 @@ __device__ void weigh(float (&out)[DIM / 8][4], const float (&p)[NT][4], const T
   }
 }
 
-// Cap of the scores.
-template <int NT> __device__ void cap(float (&s)[NT][4], const AttentionArgs& a) {
+// Cap of the scores: tanh(x) is 1 - 2 / (e^2x + 1).
+template <int NT> __device__ __forceinline__ void cap(float (&s)[NT][4], const AttentionArgs& a) {
+  const float power = 2.f * kLog2E * a.scale / a.softcap;
 #pragma unroll
   for (auto& n : s)
 #pragma unroll
-    for (float& x : n) x = a.softcap * tanhf(x * a.scale / a.softcap);
+    for (float& x : n) x = a.softcap * (1.f - __fdividef(2.f, exp2_fast(x * power) + 1.f));
 }
 
 // Causal and window mask.
 template <int NT>
-__device__ void mask(float (&s)[NT][4], int window, const uint32_t (&position)[2], uint32_t first_key, uint32_t end) {
-  int lane = threadIdx.x % 32;
+__device__ __forceinline__ void mask(float (&s)[NT][4], int window, const uint32_t (&position)[2], uint32_t first_key,
+                                     uint32_t end) {
+  int own_key = first_key + threadIdx.x % 4 * 2;
 #pragma unroll
-  for (int n = 0; n < NT; n++) {
+  for (int h = 0; h < 2; h++) {
+    int last = (int)min(position[h], end - 1) - own_key;
+    int before = window > 0 ? (int)position[h] - window - own_key : INT_MIN;
 #pragma unroll
-    for (int e = 0; e < 4; e++) {
-      uint32_t key = first_key + n * 8 + lane % 4 * 2 + e % 2, own = position[e / 2];
-      bool seen = key <= own && key < end && (window == 0 || key + window > own);
-      if (!seen) s[n][e] = -INFINITY;
-    }
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+      for (int e = 0; e < 2; e++)
+        if (n * 8 + e > last || n * 8 + e <= before) s[n][2 * h + e] = -INFINITY;
   }
 }
 
@@ -312,7 +352,7 @@ __device__ void combine_splits(const AttentionItem& item, const Pairs& pairs, co
 
 // Prefill's epilogue: each warp writes its own 16 pairs.
 template <typename T, int DIM>
-__device__ void write_rows(const Softmax<DIM>& part, const Pairs& pairs, const AttentionArgs& a) {
+__device__ __forceinline__ void write_rows(const Softmax<DIM>& part, const Pairs& pairs, const AttentionArgs& a) {
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
@@ -350,16 +390,12 @@ __global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ Atten
   Paged<T> kv{static_cast<const T*>(a.k), static_cast<const T*>(a.v), a.kv_heads, (int)blockIdx.y, a.dim};
   const uint32_t* table = a.blocks + item.table;
 
-  uint32_t last_pair = min(kPairs, pairs.total - pairs.first) - 1;
-  uint32_t begin = item.kv_begin, end = min(item.kv_end, item.position + pairs.token(last_pair) + 1);
-  uint32_t oldest = item.position + pairs.token(0) + 1;
-  if (a.window > 0 && oldest > (uint32_t)a.window)
-    begin = max(begin, (oldest - a.window) / kBlockSize * kBlockSize);
+  const Span span(item, pairs, kPairs, a.window);
+  const uint32_t begin = span.begin, end = span.end;
   uint32_t position[2];
 #pragma unroll
-  for (int h = 0; h < 2; h++)  // pairs past the last are computed as if they were it, and not written
-    position[h] = item.position + pairs.token(min(first_pair + lane / 4 + h * 8, (int)last_pair));
-  const float log2 = a.softcap > 0.f ? kLog2E : a.scale * kLog2E;
+  for (int h = 0; h < 2; h++) position[h] = span.position(pairs, first_pair + lane / 4 + h * 8);
+  const float log2 = log2_of_score(a);
 
   Pages pages;
   pages.load(table, begin, end);
@@ -387,8 +423,10 @@ __global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ Atten
     scores<T, DIM, NT>(s, q + first_pair * kStride<DIM>, k + first_key * kStride<DIM>);
     if (a.softcap > 0.f) cap<NT>(s, a);
     // Only the tiles at an edge have keys that some row does not see.
-    if (tile + kTile > min(oldest, end) || a.window > 0) mask<NT>(s, a.window, position, tile + first_key, end);
-    part.update(s, log2);
+    if (span.edge(tile, kTile, a.window)) mask<NT>(s, a.window, position, tile + first_key, end);
+    float shrink[2];
+    part.update(s, log2, shrink);
+    part.rescale(shrink);
     weigh<T, DIM, NT>(part.out, s, v + first_key * kStride<DIM>);
     __syncthreads();
     if (kStages<DIM> == 1) {
@@ -402,12 +440,12 @@ __global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ Atten
     __shared__ float2 scale[16];
     __syncthreads();
     float* merged = reinterpret_cast<float*>(stages);
-    merge_warps<DIM>(part, merged, scale, merged, last_pair + 1);
+    merge_warps<DIM>(part, merged, scale, merged, span.last_pair + 1);
     if (item.splits > 1) {
       combine_splits<T, DIM>(item, pairs, a, merged, scale);
       return;
     }
-    for (int i = threadIdx.x; i <= (int)last_pair * DIM + DIM - 1; i += kThreads) {
+    for (int i = threadIdx.x; i <= span.last_pair * DIM + DIM - 1; i += kThreads) {
       int m = i / DIM, d = i % DIM;
       T* y = static_cast<T*>(a.y) + ((size_t)item.row * a.query_heads + pairs.head(m)) * a.dim;
       if (d < a.dim) y[d] = from_float<T>(merged[i] / scale[m].y);
@@ -427,11 +465,11 @@ int launch(const AttentionArgs& a, int max_items, int tiles, cudaStream_t stream
   return launch_chained(run, dim3(max_items, a.kv_heads, tiles), kThreads, kShared, stream, a);
 }
 
-// `prefill`: items of up to `rows` rows; else of one row.
+// `prefill`: items of several rows; else of one row.
 template <int DIM> int by_type(const AttentionArgs& a, int elem, int prefill, int max_items, cudaStream_t stream) {
   int group = a.query_heads / a.kv_heads;
   WITH_HALF(elem, T, {
-    if (prefill) return (launch<T, DIM, 4>(a, max_items, group, stream));  // 64 rows · group / 64 pairs
+    if (prefill) return (launch<T, DIM, 4>(a, max_items, kPrefillRows * group / 64, stream));
     return (launch<T, DIM, 1>(a, max_items, ceil_div(group, 16), stream));
   });
 }

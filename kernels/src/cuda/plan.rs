@@ -2,8 +2,8 @@
 
 use crate::{Segment, SequenceRows};
 
-/// Rows of one piece of prefill attention.
-const PREFILL_ROWS: u32 = 64;
+/// Rows of one piece of prefill attention, `kPrefillRows` in `attention.cuh`.
+const PREFILL_ROWS: u32 = 128;
 /// A long sequence's decode is split into pieces of at least so many positions.
 const MIN_SPLIT: u32 = 64;
 /// About how many pieces the decode rows of a step are split into, together, at least.

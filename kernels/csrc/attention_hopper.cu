@@ -1,0 +1,313 @@
+// Prefill attention on Hopper's asynchronous matrix units. Items, packing, masks and softmax are those of
+// `attention.cuh`.
+//
+// A block has 128 pairs. Two warpgroups compute 64 each, a third brings keys and values through two rings of tiles in
+// shared memory. While a warpgroup turns the scores of one tile into probabilities, the matrix units weigh the values of
+// the tile before, and do the other warpgroup's products: the two take turns. Shah et al., FlashAttention-3, 2024.
+#include "attention.cuh"
+#include "wgmma.cuh"
+
+namespace hopper {
+
+using attention::Pairs;
+using attention::Softmax;
+using attention::Span;
+using wgmma::Barrier;
+
+constexpr int kTile = 128;  // keys
+constexpr int kWarpgroup = 128;
+constexpr int kGroupPairs = 64;  // of a warpgroup
+constexpr int kGroups = 2;       // that compute
+constexpr int kPairs = kGroups * kGroupPairs;
+constexpr int kThreads = (kGroups + 1) * kWarpgroup;
+constexpr int kTilePages = kTile / attention::kBlockSize;
+constexpr int kLoadRegisters = 40, kComputeRegisters = 232;
+static_assert(kWarpgroup * (kLoadRegisters + kGroups * kComputeRegisters) <= 65536, "registers of a multiprocessor");
+
+// Named barriers: one of each warpgroup for its own use, one for its turn.
+constexpr int kOwnBarrier = 1, kTurnBarrier = kOwnBarrier + kGroups;
+
+template <int DIM> constexpr int kStages = DIM <= 64 ? 4 : 2;
+template <int DIM> constexpr int kTileBytes = kTile * DIM * 2;
+template <int DIM> constexpr int kQueryBytes = kGroupPairs * DIM * 2;  // of a warpgroup
+template <int DIM>
+constexpr int kShared = kGroups * kQueryBytes<DIM> + 2 * kStages<DIM> * kTileBytes<DIM> + wgmma::kAtomBytes;
+
+// Tiles on their way from the warpgroup that loads to those that compute. Tile i is in stage i % STAGES.
+template <int DIM> struct Ring {
+  static constexpr int kStages = hopper::kStages<DIM>;
+  char* tiles;
+  uint32_t barriers;  // [stages] of full stages, [stages] of empty ones
+
+  __device__ char* tile(int i) const { return tiles + i % kStages * kTileBytes<DIM>; }
+  __device__ Barrier full(int i) const { return {barriers + i % kStages * 8}; }
+  __device__ Barrier empty(int i) const { return {barriers + (kStages + i % kStages) * 8}; }
+  __device__ void init(int warps) const {
+    for (int i = 0; i < kStages; i++) full(i).init(kWarpgroup), empty(i).init(warps);
+  }
+
+  // For those that compute: tile i has come; this warp is done with it.
+  __device__ void await(int i) const { full(i).wait(i / kStages); }
+  __device__ void release(int i) const {
+    if (threadIdx.x % 32 == 0) empty(i).arrive();
+  }
+};
+
+// A block's work as all its warpgroups see it.
+struct Work {
+  Pairs pairs;
+  Span span;
+  const uint32_t* table;
+  int tiles, groups;  // that have pairs
+};
+
+// The part of one thread in bringing rows of 128 threads' width: the same chunk of every kStep-th row.
+template <int DIM> struct Share {
+  static constexpr int kChunks = DIM / 8, kStep = kWarpgroup / kChunks;
+  static_assert(kStep % 8 == 0, "a thread's rows have their chunks in the same place");
+  int row, chunk;
+  __device__ Share() : row(threadIdx.x % kWarpgroup / kChunks), chunk(threadIdx.x % kChunks) {}
+};
+
+// Brings one tile after the other: keys before the values of the tile before, as they are needed.
+template <typename T, int DIM>
+__device__ __forceinline__ void load(const Work& work, const AttentionArgs& a, const Ring<DIM>& keys,
+                                     const Ring<DIM>& values) {
+  const Share<DIM> share;
+  const bool inside = share.chunk * 8 < a.dim;
+  const size_t block_elements = (size_t)a.kv_heads * attention::kBlockSize * a.dim;
+  const size_t own = ((size_t)work.pairs.kv_head * attention::kBlockSize + share.row) * a.dim + share.chunk * 8;
+  const uint32_t to = wgmma::swizzled(share.row, share.chunk, kTile);
+  Barrier landing{0};
+  auto land = [&] {
+    wgmma::publish();
+    landing.arrive();
+  };
+  auto bring = [&](const Ring<DIM>& ring, const void* memory, int i) {
+    const uint32_t begin = work.span.begin + i * kTile;
+    uint32_t page[kTilePages];
+#pragma unroll
+    for (int p = 0; p < kTilePages; p++) {
+      uint32_t position = begin + p * attention::kBlockSize;
+      page[p] = position < work.span.end ? work.table[position / attention::kBlockSize] : 0u;
+    }
+    if (i >= ring.kStages) ring.empty(i).wait(i / ring.kStages - 1);
+    const T* from = static_cast<const T*>(memory);
+    char* tile = ring.tile(i) + to;
+#pragma unroll
+    for (int r = 0; r < kTile; r += share.kStep) {
+      bool valid = inside && begin + share.row + r < work.span.end;
+      size_t at = page[r / attention::kBlockSize] * block_elements + own + r % attention::kBlockSize * a.dim;
+      copy_async(tile + r * wgmma::kRowBytes, from + (valid ? at : 0), valid);
+    }
+    copy_commit();
+    if (landing.at != 0) {
+      copy_wait<1>();
+      land();
+    }
+    landing = ring.full(i);
+  };
+  for (int i = 0; i <= work.tiles; i++) {
+    if (i < work.tiles) bring(keys, a.k, i);
+    if (i > 0) bring(values, a.v, i - 1);
+  }
+  copy_wait<0>();
+  land();
+}
+
+// Brings a warpgroup's own 64 pairs.
+template <typename T, int DIM>
+__device__ __forceinline__ void load_queries(char* to, const Work& work, const AttentionArgs& a, int group) {
+  const Share<DIM> share;
+  const size_t stride = (size_t)(a.query_heads + 2 * a.kv_heads) * a.dim;
+  to += wgmma::swizzled(share.row, share.chunk, kGroupPairs);
+#pragma unroll
+  for (int r = 0; r < kGroupPairs; r += share.kStep) {
+    int m = group * kGroupPairs + share.row + r;
+    bool valid = work.pairs.valid(m) && share.chunk * 8 < a.dim;
+    size_t at = (work.pairs.row + work.pairs.token(m)) * stride + (size_t)work.pairs.head(m) * a.dim + share.chunk * 8;
+    copy_async(to + r * wgmma::kRowBytes, static_cast<const T*>(a.qkv) + (valid ? at : 0), valid);
+  }
+  copy_commit();
+  copy_wait<0>();
+  wgmma::publish();
+  wgmma::sync(kOwnBarrier + group, kWarpgroup);
+}
+
+// Begins the scores of 64 pairs and a tile of keys.
+template <typename T, int DIM>
+__device__ __forceinline__ void scores(float (&s)[kTile / 8][4], const char* queries, const char* keys) {
+  const uint64_t q = wgmma::descriptor(shared_address(queries), kGroupPairs * wgmma::kRowBytes);
+  const uint64_t k = wgmma::descriptor(shared_address(keys), kTile * wgmma::kRowBytes);
+#pragma unroll
+  for (int d = 0; d < DIM; d += 16) {
+    const int panel = d / wgmma::kPanel, inside = d % wgmma::kPanel * 2;
+    wgmma::multiply<T>(s, wgmma::advance(q, panel * kGroupPairs * wgmma::kRowBytes + inside),
+                       wgmma::advance(k, panel * kTile * wgmma::kRowBytes + inside), d > 0);
+  }
+  wgmma::commit();
+}
+
+// Begins to add a tile of values, weighed by probabilities.
+template <typename T, int DIM>
+__device__ __forceinline__ void weigh(float (&out)[DIM / 8][4], const uint32_t (&p)[kTile / 16][4],
+                                      const char* values) {
+  const uint64_t v = wgmma::descriptor(shared_address(values), kTile * wgmma::kRowBytes);
+#pragma unroll
+  for (int i = 0; i < kTile / 16; i++)
+    wgmma::multiply<T>(out, p[i], wgmma::advance(v, i * 16 * wgmma::kRowBytes));
+  wgmma::commit();
+}
+
+// Accumulators of scores are laid out as an operand of the next product, but for their type.
+template <typename T>
+__device__ __forceinline__ void narrow(uint32_t (&p)[kTile / 16][4], const float (&s)[kTile / 8][4]) {
+#pragma unroll
+  for (int i = 0; i < kTile / 16; i++)
+#pragma unroll
+    for (int j = 0; j < 4; j++) p[i][j] = pack2<T>(s[2 * i + j / 2][j % 2 * 2], s[2 * i + j / 2][j % 2 * 2 + 1]);
+}
+
+// The turns of the two warpgroups: one issues its products when the other has issued its own.
+struct Turns {
+  int group, last;  // last tile
+  bool both;
+
+  __device__ void begin() const {
+    if (both && group == 1 && last > 0) wgmma::arrive(kTurnBarrier, kGroups * kWarpgroup);
+  }
+  __device__ void await() const {
+    if (both) wgmma::sync(kTurnBarrier + group, kGroups * kWarpgroup);
+  }
+  // Nobody waits for the end of the last turn.
+  __device__ void pass(int i) const {
+    if (both && (group == 0 || i < last)) wgmma::arrive(kTurnBarrier + 1 - group, kGroups * kWarpgroup);
+  }
+};
+
+template <typename T, int DIM>
+__device__ __forceinline__ void compute(const Work& work, const AttentionArgs& a, char* queries, const Ring<DIM>& keys,
+                                        const Ring<DIM>& values, int group) {
+  const Span& span = work.span;
+  uint32_t position[2];
+#pragma unroll
+  for (int h = 0; h < 2; h++)
+    position[h] = span.position(work.pairs, threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + h * 8);
+  const float log2 = attention::log2_of_score(a);
+  queries += group * kQueryBytes<DIM>;
+  load_queries<T, DIM>(queries, work, a, group);
+
+  Softmax<DIM> part;
+  part.clear();
+  float s[kTile / 8][4], shrink[2];
+  uint32_t p[kTile / 16][4];
+  auto weights = [&](int i) {
+    const uint32_t tile = span.begin + i * kTile;
+    if (a.softcap > 0.f) attention::cap(s, a);
+    if (span.edge(tile, kTile, a.window)) attention::mask(s, a.window, position, tile, span.end);
+    part.update(s, log2, shrink);
+  };
+  const Turns turns{group, work.tiles - 1, work.groups == kGroups};
+  turns.begin();
+  keys.await(0);
+  wgmma::begin();
+  scores<T, DIM>(s, queries, keys.tile(0));
+  wgmma::wait<0>(s);
+  keys.release(0);
+  weights(0);
+  narrow<T>(p, s);
+  for (int i = 1; i < work.tiles; i++) {
+    keys.await(i);
+    turns.await();
+    wgmma::begin();
+    scores<T, DIM>(s, queries, keys.tile(i));
+    values.await(i - 1);
+    wgmma::begin();
+    weigh<T, DIM>(part.out, p, values.tile(i - 1));
+    turns.pass(i);
+    wgmma::wait<1>(s);
+    keys.release(i);
+    weights(i);
+    wgmma::wait<0>(part.out);
+    values.release(i - 1);
+    part.rescale(shrink);
+    narrow<T>(p, s);
+  }
+  values.await(work.tiles - 1);
+  wgmma::begin();
+  weigh<T, DIM>(part.out, p, values.tile(work.tiles - 1));
+  wgmma::wait<0>(part.out);
+  part.finish(log2);
+  attention::write_rows<T, DIM>(part, work.pairs, a);
+}
+
+// Grid: for each item, for each kv head, tiles of 128 pairs.
+template <typename T, int DIM> __global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ AttentionArgs a) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ char shared[];
+  __shared__ uint64_t barriers[4 * kStages<DIM>];
+  release_next();
+  const uint32_t item_index = blockIdx.x / a.query_heads;
+  if (item_index >= *a.num_items) return await_previous();
+  const AttentionItem item = a.items[item_index];
+  const int group_heads = a.query_heads / a.kv_heads, rest = blockIdx.x % a.query_heads;
+  const Pairs pairs{item.row, rest % group_heads * kPairs, (int)item.rows * group_heads, group_heads,
+                    rest / group_heads};
+  if (pairs.first >= pairs.total) return await_previous();
+  const Span span(item, pairs, kPairs, a.window);
+  const Work work{pairs, span, a.blocks + item.table, ceil_div(span.end - span.begin, kTile),
+                  pairs.total - pairs.first > kGroupPairs ? 2 : 1};
+
+  char* queries = shared + (-shared_address(shared) & (wgmma::kAtomBytes - 1));
+  const uint32_t barrier = shared_address(barriers);
+  const Ring<DIM> keys{queries + kGroups * kQueryBytes<DIM>, barrier};
+  const Ring<DIM> values{keys.tiles + kStages<DIM> * kTileBytes<DIM>, barrier + 2 * kStages<DIM> * 8};
+  if (threadIdx.x == 0) {
+    keys.init(work.groups * 4);
+    values.init(work.groups * 4);
+  }
+  __syncthreads();
+  await_previous();
+  const int group = __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0);
+  if (group == kGroups) {
+    wgmma::shrink_to<kLoadRegisters>();
+    load<T, DIM>(work, a, keys, values);
+  } else if (group < work.groups) {
+    wgmma::grow_to<kComputeRegisters>();
+    compute<T, DIM>(work, a, queries, keys, values, group);
+  }
+#endif
+}
+
+template <typename T, int DIM> int launch(const AttentionArgs& a, int max_items, cudaStream_t stream) {
+  auto run = kernel<T, DIM>;
+  static const cudaError_t e =
+      cudaFuncSetAttribute(run, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared<DIM>);
+  if (e != cudaSuccess) return static_cast<int>(e);
+  const int tiles = attention::kPrefillRows * (a.query_heads / a.kv_heads) / kPairs;
+  return launch_chained(run, dim3(max_items * a.kv_heads * tiles), kThreads, kShared<DIM>, stream, a);
+}
+static_assert(attention::kPrefillRows == kPairs, "the kernel counts a group's size of tiles for each item");
+
+}  // namespace hopper
+
+// Whether the kernel was compiled for the current device.
+extern "C" int lorax_has_hopper_attention() {
+#ifdef LORAX_SM_90A
+  int device = 0, major = 0, minor = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
+         minor == 0;
+#else
+  return 0;
+#endif
+}
+
+// Items of several rows, heads of up to 128.
+extern "C" int lorax_attention_hopper(const AttentionArgs* args, int elem, int max_items, cudaStream_t stream) {
+  WITH_HALF(elem, T, {
+    if (args->dim <= 64) return (hopper::launch<T, 64>(*args, max_items, stream));
+    return (hopper::launch<T, 128>(*args, max_items, stream));
+  });
+}

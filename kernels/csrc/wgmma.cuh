@@ -1,0 +1,135 @@
+// Hopper's asynchronous matrix units, of sm_90a alone: products of a warpgroup (four warps, 64 rows), and what hands
+// shared memory over to them. PTX ISA, "Asynchronous warpgroup level matrix instructions" and "mbarrier".
+#pragma once
+
+#include "common.cuh"
+
+namespace wgmma {
+
+// ---- matrices in shared memory ----
+// 64 columns of 2 bytes are one panel: rows of 128 bytes one behind the other, of which every eight are a swizzle atom
+// of 1024 bytes, aligned to as many. A matrix is its panels side by side.
+
+constexpr int kPanel = 64;      // columns
+constexpr int kRowBytes = 128;  // of a panel
+constexpr int kAtomBytes = 8 * kRowBytes;
+
+// Where 16 bytes, columns 8 · chunk and on of row `r`, are in a matrix of `rows` rows. The swizzle permutes the chunks of
+// a row: bits 4-6 of the address by bits 7-9.
+__host__ __device__ constexpr uint32_t swizzled(int r, int chunk, int rows) {
+  return (chunk / 8 * rows + r) * kRowBytes + ((chunk % 8) ^ (r % 8)) * 16;
+}
+
+// "Matrix descriptor": bits 0-13 the address, 16-29 the leading byte offset, 32-45 the stride byte offset, all in units
+// of 16 bytes; 49-51 the base offset, 0 as atoms are aligned; 62-63 the swizzle, 1 for 128 bytes. An operand steps from
+// eight rows to the next by the stride; a transposed one, from panel to panel, by the leading offset.
+__device__ inline uint64_t descriptor(uint32_t address, uint32_t panel_bytes) {
+  return (uint64_t)1 << 62 | (uint64_t)(kAtomBytes >> 4) << 32 | (uint64_t)(panel_bytes >> 4) << 16 |
+         (address & 0x3ffff) >> 4;
+}
+
+// `bytes` further on. The field of the address does not overflow: shared memory is smaller than it can name.
+__device__ inline uint64_t advance(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }
+
+// ---- products ----
+// They run until `wait`; until then their registers must not be touched, nor their shared memory be written.
+// Accumulators are as those of mma.m16n8k16: warp w has rows 16 · w and on, d[j] columns 8 · j and on.
+
+__device__ inline void begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Until all but the last PENDING commits are done, among which is the one that computes `d`.
+template <int PENDING, int NT> __device__ __forceinline__ void wait(float (&d)[NT][4]) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+#pragma unroll
+  for (int j = 0; j < NT; j++)  // no use of them moves up past the wait
+#pragma unroll
+    for (int e = 0; e < 4; e++) asm volatile("" : "+f"(d[j][e])::"memory");
+}
+
+#define REGISTERS_32 \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
+  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
+#define REGISTERS_64 \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
+  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
+  "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
+  "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}"
+#define ACCUMULATORS_4(d, j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define ACCUMULATORS_16(d, j) \
+  ACCUMULATORS_4(d, j), ACCUMULATORS_4(d, j + 1), ACCUMULATORS_4(d, j + 2), ACCUMULATORS_4(d, j + 3)
+#define ACCUMULATORS_32(d) ACCUMULATORS_16(d, 0), ACCUMULATORS_16(d, 4)
+#define ACCUMULATORS_64(d) ACCUMULATORS_32(d), ACCUMULATORS_16(d, 8), ACCUMULATORS_16(d, 12)
+
+// d [64, 128] (+)= a [64, 16] · b [128, 16]^T, both in shared memory.
+template <typename T> __device__ inline void multiply(float (&d)[16][4], uint64_t a, uint64_t b, bool add);
+
+// d [64, 8 · NT] += a [64, 16] · b [16, 8 · NT], b in shared memory, a as an operand of mma.m16n8k16.
+template <typename T> __device__ inline void multiply(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b);
+template <typename T> __device__ inline void multiply(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b);
+
+#define DEFINE_MULTIPLY(T, TYPE)                                                                                   \
+  template <> __device__ __forceinline__ void multiply<T>(float (&d)[16][4], uint64_t a, uint64_t b, bool add) {   \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE \
+                 " " REGISTERS_64 ", %64, %65, p, 1, 1, 0, 0;}"                                                    \
+                 : ACCUMULATORS_64(d)                                                                              \
+                 : "l"(a), "l"(b), "r"((int)add));                                                                 \
+  }                                                                                                                \
+  template <> __device__ __forceinline__ void multiply<T>(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {  \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " " REGISTERS_32                      \
+                 ", {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"                                                           \
+                 : ACCUMULATORS_32(d)                                                                              \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                            \
+  }                                                                                                                \
+  template <> __device__ __forceinline__ void multiply<T>(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) { \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " " REGISTERS_64                     \
+                 ", {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"                                                           \
+                 : ACCUMULATORS_64(d)                                                                              \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                            \
+  }
+
+DEFINE_MULTIPLY(bf16, "bf16")
+DEFINE_MULTIPLY(f16, "f16")
+
+// ---- handing over ----
+
+// What this thread wrote to shared memory, by copies that it waited for too, is there for products that are issued after
+// a barrier behind this.
+__device__ inline void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Gives registers back to the block, or takes them; every warp of a warpgroup does.
+template <int REGISTERS> __device__ inline void shrink_to() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+template <int REGISTERS> __device__ inline void grow_to() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+// Named barriers 1 to 15; 0 is __syncthreads. `threads` counts those that arrive and those that wait.
+__device__ inline void sync(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ inline void arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// A barrier in shared memory, at `at`. Its phases end when `count` threads have arrived.
+struct Barrier {
+  uint32_t at;
+
+  __device__ void init(int count) const { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count)); }
+  __device__ void arrive() const { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory"); }
+  // Until phase number `phase` has ended, which is the present one or the one before.
+  __device__ __forceinline__ void wait(int phase) const {
+    uint32_t over;
+    do {
+      asm volatile(
+          "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+          : "=r"(over)
+          : "r"(at), "r"(phase & 1)
+          : "memory");
+    } while (!over);
+  }
+};
+
+}  // namespace wgmma
