@@ -72,13 +72,17 @@ fn sources() -> Result<Vec<PathBuf>> {
     Ok(sources)
 }
 
-/// nvcc's options for machine code of every architecture and PTX of the last one without a letter.
+/// nvcc's options for machine code of every architecture and PTX of the last one without a letter. The host's code
+/// learns whether the card's own code of Hopper, which no other card runs, is among them.
 fn code_options(archs: &str) -> Vec<String> {
     let archs: Vec<&str> = archs.split(';').filter(|a| !a.is_empty()).collect();
     let mut options: Vec<String> =
         archs.iter().map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}")).collect();
     if let Some(a) = archs.iter().rfind(|a| a.bytes().all(|b| b.is_ascii_digit())) {
         options.push(format!("-gencode=arch=compute_{a},code=compute_{a}"));
+    }
+    if archs.contains(&"90a") {
+        options.push("-DLORAX_SM_90A".to_owned());
     }
     options
 }

@@ -69,6 +69,20 @@ template <int DIM> struct Share {
   __device__ Share() : row(threadIdx.x % kWarpgroup / kChunks), chunk(threadIdx.x % kChunks) {}
 };
 
+// The tile that this thread began to copy last.
+struct Landing {
+  Barrier stage;  // at 0: none
+
+  // Waits for it, but not for COPIES that were begun after it, and says that it has come.
+  template <int COPIES> __device__ void finish() {
+    if (stage.at == 0) return;
+    copy_wait<COPIES>();
+    wgmma::publish();
+    stage.arrive();
+    stage.at = 0;
+  }
+};
+
 // Brings one tile after the other: keys before the values of the tile before, as they are needed.
 template <typename T, int DIM>
 __device__ __forceinline__ void load(const Work& work, const AttentionArgs& a, const Ring<DIM>& keys,
@@ -78,11 +92,7 @@ __device__ __forceinline__ void load(const Work& work, const AttentionArgs& a, c
   const size_t block_elements = (size_t)a.kv_heads * attention::kBlockSize * a.dim;
   const size_t own = ((size_t)work.pairs.kv_head * attention::kBlockSize + share.row) * a.dim + share.chunk * 8;
   const uint32_t to = wgmma::swizzled(share.row, share.chunk, kTile);
-  Barrier landing{0};
-  auto land = [&] {
-    wgmma::publish();
-    landing.arrive();
-  };
+  Landing landing{};
   auto bring = [&](const Ring<DIM>& ring, const void* memory, int i) {
     const uint32_t begin = work.span.begin + i * kTile;
     uint32_t page[kTilePages];
@@ -91,7 +101,11 @@ __device__ __forceinline__ void load(const Work& work, const AttentionArgs& a, c
       uint32_t position = begin + p * attention::kBlockSize;
       page[p] = position < work.span.end ? work.table[position / attention::kBlockSize] : 0u;
     }
-    if (i >= ring.kStages) ring.empty(i).wait(i / ring.kStages - 1);
+    if (i >= ring.kStages) {
+      const int before = i / ring.kStages - 1;
+      if (!ring.empty(i).is_over(before)) landing.finish<0>();  // before this one's place is free
+      ring.empty(i).wait(before);
+    }
     const T* from = static_cast<const T*>(memory);
     char* tile = ring.tile(i) + to;
 #pragma unroll
@@ -101,18 +115,14 @@ __device__ __forceinline__ void load(const Work& work, const AttentionArgs& a, c
       copy_async(tile + r * wgmma::kRowBytes, from + (valid ? at : 0), valid);
     }
     copy_commit();
-    if (landing.at != 0) {
-      copy_wait<1>();
-      land();
-    }
-    landing = ring.full(i);
+    landing.finish<1>();
+    landing.stage = ring.full(i);
   };
   for (int i = 0; i <= work.tiles; i++) {
     if (i < work.tiles) bring(keys, a.k, i);
     if (i > 0) bring(values, a.v, i - 1);
   }
-  copy_wait<0>();
-  land();
+  landing.finish<0>();
 }
 
 // Brings a warpgroup's own 64 pairs.
@@ -216,8 +226,8 @@ __device__ __forceinline__ void compute(const Work& work, const AttentionArgs& a
   keys.release(0);
   weights(0);
   narrow<T>(p, s);
+  if (work.tiles > 1) keys.await(1);
   for (int i = 1; i < work.tiles; i++) {
-    keys.await(i);
     turns.await();
     wgmma::begin();
     scores<T, DIM>(s, queries, keys.tile(i));
@@ -228,6 +238,8 @@ __device__ __forceinline__ void compute(const Work& work, const AttentionArgs& a
     wgmma::wait<1>(s);
     keys.release(i);
     weights(i);
+    // A branch, over which the compiler moves no wait for values up before the weights.
+    if (i + 1 < work.tiles) keys.await(i + 1);
     wgmma::wait<0>(part.out);
     values.release(i - 1);
     part.rescale(shrink);

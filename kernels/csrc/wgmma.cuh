@@ -113,23 +113,30 @@ __device__ inline void arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+#define WAIT_FOR_PHASE(OP)                                                                             \
+  uint32_t over;                                                                                       \
+  asm volatile("{.reg .pred p; mbarrier." OP ".parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}" \
+               : "=r"(over)                                                                            \
+               : "r"(at), "r"(phase & 1)                                                               \
+               : "memory");                                                                            \
+  return over;
+
 // A barrier in shared memory, at `at`. Its phases end when `count` threads have arrived.
 struct Barrier {
   uint32_t at;
 
   __device__ void init(int count) const { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count)); }
   __device__ void arrive() const { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory"); }
-  // Until phase number `phase` has ended, which is the present one or the one before.
+  // Whether phase number `phase` has ended, which is the present one or the one before.
+  __device__ __forceinline__ bool is_over(int phase) const { WAIT_FOR_PHASE("test_wait") }
   __device__ __forceinline__ void wait(int phase) const {
-    uint32_t over;
-    do {
-      asm volatile(
-          "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-          : "=r"(over)
-          : "r"(at), "r"(phase & 1)
-          : "memory");
-    } while (!over);
+    while (!may_wait(phase)) {
+    }
   }
+
+ private:
+  // As `is_over`, but sleeps a while if it is not.
+  __device__ __forceinline__ bool may_wait(int phase) const { WAIT_FOR_PHASE("try_wait") }
 };
 
 }  // namespace wgmma

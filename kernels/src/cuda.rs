@@ -61,6 +61,7 @@ pub struct CudaBackend {
     gemm: gemm::Gemm,
     recorder: graph::Recorder,
     partials: attention::Partials,
+    hopper_attention: bool,
     reports: sampler::Reports,
     staging: Mutex<Staging>,
     weight_staging: Vec<Mutex<Staging>>,
@@ -90,6 +91,7 @@ impl CudaBackend {
             gemm: gemm::Gemm::new(&device, dtype)?,
             recorder: graph::Recorder::new(),
             partials: attention::Partials::new(&device)?,
+            hopper_attention: attention::has_hopper_kernel(),
             reports: sampler::Reports::new(&device)?,
             staging: Mutex::new(Staging::new(&device, STAGES, STAGE_BYTES)?),
             weight_staging: (0..WEIGHT_STAGINGS)

@@ -136,33 +136,65 @@ fn wide_residual_and_logits_keep_f32() {
 /// Decode over a context long enough to be split, and a chunk of prefill behind a long one.
 #[test]
 fn attention_over_long_contexts() {
-    let ops = backend();
+    let steps = [[(600, 0), (64, 0)], [(98, 600), (1, 64)], [(1, 698), (4, 65)], [(1, 699), (1, 69)]];
     for (query, kv, dim, window) in [(32, 8, 128, None), (6, 2, 96, Some(300)), (20, 1, 64, None)] {
-        let mut numbers = Numbers(23);
-        let heads = Heads { query, kv, dim };
-        let attention = Attention { heads, scale: 0.3, window, softcap: None };
-        let inv_freq = vec![0.01; dim / 2];
-        let rope = ops.rope(&inv_freq, 4096, 1.0).unwrap();
-        let blocks = 2 * (700_usize.div_ceil(16) + 70_usize.div_ceil(16) + 1);
-        let (mut cache, mut memory) = (ops.kv(blocks, heads).unwrap(), Memory::new(blocks, heads));
-        // All steps keep the same number of blocks for each sequence, so that its table does not move.
-        let table = batch(&[(700, 0), (70, 0)], &[]).blocks;
-        let steps = [[(600, 0), (64, 0)], [(98, 600), (1, 64)], [(1, 698), (4, 65)], [(1, 699), (1, 69)]];
-        for step in steps {
-            let mut host = batch(&step, &[]);
-            host.blocks.clone_from(&table);
-            host.sequences[1].first_block = 700_usize.div_ceil(16) as u32;
-            host.store_at = stores(&host);
-            let qkv = numbers.table(host.rows(), heads.qkv_cols());
-            let device = device_batch(&ops, &host);
-            let mut x = mat(&ops, &qkv);
-            ops.rope_and_store(&mut x, heads, &rope, &device, &mut cache).unwrap();
-            let mut rotated = qkv.clone();
-            reference::rope_and_store(&mut rotated, heads, &inv_freq, &host, &mut memory);
-            let mut y = ops.mat(host.rows(), query * dim).unwrap();
-            ops.paged_attention(&x, &attention, &device, &cache, &mut y).unwrap();
-            let expected = reference::paged_attention(&rotated, &attention, &host, &memory);
-            assert_close("attention", &ops.download(&y).unwrap(), &expected.data, DType::Bf16);
+        let attention = Attention { heads: Heads { query, kv, dim }, scale: 0.3, window, softcap: None };
+        check_attention(&[backend()], &attention, &steps);
+    }
+}
+
+/// Prefill of odd lengths, whole and in chunks, beside decode rows: groups and head sizes of every kind, edges of causal
+/// and window masks at every place of a tile.
+#[test]
+fn attention_of_prefills() {
+    let backends = [DType::Bf16, DType::F16].map(|dtype| CudaBackend::new(dtype, 0).unwrap());
+    let steps = [[(301, 0), (1, 0), (65, 0), (2, 0)], [(160, 301), (255, 1), (1, 65), (1, 2)]];
+    for (query, kv, dim) in [(2, 2, 128), (4, 1, 128), (8, 1, 64), (6, 2, 96), (9, 1, 40), (2, 2, 64)] {
+        let plain = Attention { heads: Heads { query, kv, dim }, scale: 0.3, window: None, softcap: None };
+        check_attention(&backends, &plain, &steps);
+        check_attention(&backends, &Attention { window: Some(37), ..plain }, &steps);
+        check_attention(&backends, &Attention { window: Some(150), softcap: Some(2.0), ..plain }, &steps);
+    }
+    let plain =
+        Attention { heads: Heads { query: 8, kv: 2, dim: 128 }, scale: 0.3, window: None, softcap: None };
+    let whole = [127, 128, 129, 33, 640].map(|rows| (rows, 0));
+    check_attention(&backends, &plain, &[whole, whole.map(|(rows, _)| (1, rows))]);
+}
+
+/// Runs steps of the same sequences, their rows and the tokens before them, and checks each.
+fn check_attention<const N: usize>(
+    backends: &[CudaBackend],
+    attention: &Attention,
+    steps: &[[(usize, usize); N]],
+) {
+    let (heads, mut numbers) = (attention.heads, Numbers(23));
+    let inv_freq = vec![0.01; heads.dim / 2];
+    // All steps keep the same number of blocks for each sequence, so that its table does not move.
+    let longest = steps[steps.len() - 1].map(|(rows, before)| (rows + before, 0));
+    let table = batch(&longest, &[]);
+    let blocks = table.blocks.iter().max().map_or(0, |&block| block as usize + 1);
+    let mut memory = Memory::new(blocks, heads);
+    let mut caches: Vec<_> = backends.iter().map(|ops| ops.kv(blocks, heads).unwrap()).collect();
+    for step in steps {
+        let mut host = batch(step, &[]);
+        host.blocks.clone_from(&table.blocks);
+        for (sequence, placed) in host.sequences.iter_mut().zip(&table.sequences) {
+            sequence.first_block = placed.first_block;
+        }
+        host.store_at = stores(&host);
+        let qkv = numbers.table(host.rows(), heads.qkv_cols());
+        let mut rotated = qkv.clone();
+        reference::rope_and_store(&mut rotated, heads, &inv_freq, &host, &mut memory);
+        let expected = reference::paged_attention(&rotated, attention, &host, &memory);
+        for (ops, cache) in backends.iter().zip(&mut caches) {
+            let rope = ops.rope(&inv_freq, 4096, 1.0).unwrap();
+            let device = device_batch(ops, &host);
+            let mut x = mat(ops, &qkv);
+            ops.rope_and_store(&mut x, heads, &rope, &device, cache).unwrap();
+            let mut y = ops.mat(host.rows(), heads.query * heads.dim).unwrap();
+            ops.paged_attention(&x, attention, &device, cache, &mut y).unwrap();
+            let what = format!("{attention:?} of {step:?}");
+            assert_close(&what, &ops.download(&y).unwrap(), &expected.data, ops.dtype());
         }
     }
 }

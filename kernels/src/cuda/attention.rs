@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::{
     BACKEND, CudaBackend, CudaBatch, CudaKv, CudaMat, CudaRope,
+    batch::Sizes,
     device::{Device, DeviceBuf},
     ffi, plan,
 };
@@ -23,6 +24,24 @@ const LAUNCHERS: [(usize, ffi::AttentionLauncher); 4] = [
 
 fn launcher(dim: usize) -> Option<ffi::AttentionLauncher> {
     LAUNCHERS.iter().find(|(size, _)| dim <= *size && dim.is_multiple_of(8)).map(|(_, launcher)| *launcher)
+}
+
+/// The largest heads of the kernel for Hopper.
+const HOPPER_DIM: usize = 128;
+/// Pairs of a row and a query head that one warpgroup of that kernel computes. It pays where pieces of prefill have as
+/// many on average.
+const HOPPER_PAIRS: usize = 64;
+
+/// Whether that kernel runs on the card that is bound.
+pub(super) fn has_hopper_kernel() -> bool {
+    // SAFETY: asks the runtime about the current device.
+    unsafe { ffi::lorax_has_hopper_attention() != 0 }
+}
+
+/// Whether a step's prefill is computed by the kernel for Hopper.
+fn suits_hopper(be: &CudaBackend, heads: Heads, sizes: &Sizes) -> bool {
+    let pairs = sizes.prefill_rows * (heads.query / heads.kv);
+    be.hopper_attention && heads.dim <= HOPPER_DIM && pairs >= sizes.prefill_items * HOPPER_PAIRS
 }
 
 /// Refuses heads that no kernel computes.
@@ -136,8 +155,13 @@ pub(super) fn paged_attention(
     })?;
     args.items = batch.at.prefill_items;
     args.num_items = batch.at.num_prefill_items();
-    // SAFETY: as above.
+    let (items, hopper) = (sizes.prefill_items as i32, suits_hopper(be, heads, &sizes));
+    // SAFETY: as above; the kernel for Hopper is launched where it runs.
     be.launch(op, sizes.prefill_items, |elem, stream| unsafe {
-        launcher(&raw const args, elem, 1, sizes.prefill_items as i32, stream)
+        if hopper {
+            ffi::lorax_attention_hopper(&raw const args, elem, items, stream)
+        } else {
+            launcher(&raw const args, elem, 1, items, stream)
+        }
     })
 }

@@ -48,6 +48,7 @@ pub(super) struct Sizes {
     pub(super) logit_rows: usize,
     pub(super) decode_items: usize,
     pub(super) prefill_items: usize,
+    pub(super) prefill_rows: usize,
     pub(super) tiles: [usize; 2],
     /// Pieces that a shrink cuts tiles into.
     pub(super) pieces: [usize; 2],
@@ -220,6 +221,7 @@ impl CudaBatch {
             logit_rows: host.logit_rows.len(),
             decode_items: decode.len(),
             prefill_items: prefill.len(),
+            prefill_rows: prefill.iter().map(|item| item.rows as usize).sum(),
             tiles: [tiles[0].len(), tiles[1].len()],
             pieces: [plan::shrink_pieces(&tiles[0]), plan::shrink_pieces(&tiles[1])],
         };
@@ -267,6 +269,7 @@ impl CudaBatch {
             logit_rows: rows,
             decode_items: plan::max_decode_items(rows),
             prefill_items: 0,
+            prefill_rows: 0,
             tiles: [tiles; 2],
             pieces: [tiles; 2],
         })

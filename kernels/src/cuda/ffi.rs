@@ -247,6 +247,13 @@ unsafe extern "C" {
     ) -> i32;
 }
 
+unsafe extern "C" {
+    /// Whether [`lorax_attention_hopper`] runs on the current device.
+    pub(super) fn lorax_has_hopper_attention() -> i32;
+    /// Prefill with heads of up to 128.
+    pub(super) fn lorax_attention_hopper(a: *const AttentionArgs, elem: i32, items: i32, s: CUstream) -> i32;
+}
+
 /// Where `c_void` pointers of a library take device addresses.
 pub(super) fn pointer(at: u64) -> *mut c_void {
     at as *mut c_void
