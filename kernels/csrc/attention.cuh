@@ -130,9 +130,9 @@ __device__ void load_queries(T* q, const T* qkv, const Pairs& pairs, const Atten
 
 // The keys that the pairs of a block see.
 struct Span {
-  int last_pair;          // of the block
-  uint32_t first, last;   // positions of its first and last rows
-  uint32_t begin, end;    // keys that one of them sees
+  int last_pair;         // of the block
+  uint32_t first, last;  // positions of its first and last rows
+  uint32_t begin, end;   // keys that one of them sees
 
   __device__ Span(const AttentionItem& item, const Pairs& pairs, int most, int window) {
     last_pair = min(most, pairs.total - pairs.first) - 1;
@@ -156,7 +156,9 @@ struct Span {
 };
 
 // Takes a score, before its scale where it has no cap, to a power of two.
-__device__ inline float log2_of_score(const AttentionArgs& a) { return a.softcap > 0.f ? kLog2E : a.scale * kLog2E; }
+__device__ inline float log2_of_score(const AttentionArgs& a) {
+  return a.softcap > 0.f ? kLog2E : a.scale * kLog2E;
+}
 
 // One warp's running softmax over 16 pairs: this thread's part of two of them, l / 4 and l / 4 + 8.
 template <int DIM> struct Softmax {
@@ -171,8 +173,8 @@ template <int DIM> struct Softmax {
     sum[0] = sum[1] = 0.f;
   }
 
-  // Scores to probabilities relative to the new maximum; `log2` takes a score to a power of two. Leaves in `shrink` what
-  // `out` is to be multiplied by.
+  // Scores to probabilities relative to the new maximum; `log2` takes a score to a power of two. Leaves in `shrink`
+  // what `out` is to be multiplied by.
   template <int NT> __device__ __forceinline__ void update(float (&s)[NT][4], float log2, float (&shrink)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {

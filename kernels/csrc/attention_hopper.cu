@@ -2,13 +2,14 @@
 // `attention.cuh`.
 //
 // A block has 128 pairs. Two warpgroups compute 64 each, a third brings keys and values through two rings of tiles in
-// shared memory. While a warpgroup turns the scores of one tile into probabilities, the matrix units weigh the values of
-// the tile before, and do the other warpgroup's products: the two take turns. Shah et al., FlashAttention-3, 2024.
+// shared memory. While a warpgroup turns the scores of one tile into probabilities, the matrix units weigh the values
+// of the tile before, and do the other warpgroup's products: the two take turns. Shah et al., FlashAttention-3, 2024.
 #include "attention.cuh"
 #include "wgmma.cuh"
 
 namespace hopper {
 
+using attention::kBlockSize;
 using attention::Pairs;
 using attention::Softmax;
 using attention::Span;
@@ -20,7 +21,6 @@ constexpr int kGroupPairs = 64;  // of a warpgroup
 constexpr int kGroups = 2;       // that compute
 constexpr int kPairs = kGroups * kGroupPairs;
 constexpr int kThreads = (kGroups + 1) * kWarpgroup;
-constexpr int kTilePages = kTile / attention::kBlockSize;
 constexpr int kLoadRegisters = 40, kComputeRegisters = 232;
 static_assert(kWarpgroup * (kLoadRegisters + kGroups * kComputeRegisters) <= 65536, "registers of a multiprocessor");
 
@@ -89,31 +89,28 @@ __device__ __forceinline__ void load(const Work& work, const AttentionArgs& a, c
                                      const Ring<DIM>& values) {
   const Share<DIM> share;
   const bool inside = share.chunk * 8 < a.dim;
-  const size_t block_elements = (size_t)a.kv_heads * attention::kBlockSize * a.dim;
-  const size_t own = ((size_t)work.pairs.kv_head * attention::kBlockSize + share.row) * a.dim + share.chunk * 8;
+  const uint32_t block_elements = a.kv_heads * kBlockSize * a.dim;
+  const size_t own = (work.pairs.kv_head * kBlockSize + share.row) * a.dim + (inside ? share.chunk * 8 : 0);
   const uint32_t to = wgmma::swizzled(share.row, share.chunk, kTile);
   Landing landing{};
   auto bring = [&](const Ring<DIM>& ring, const void* memory, int i) {
     const uint32_t begin = work.span.begin + i * kTile;
-    uint32_t page[kTilePages];
+    constexpr int kPages = kTile / kBlockSize;
+    uint32_t page[kPages];
 #pragma unroll
-    for (int p = 0; p < kTilePages; p++) {
-      uint32_t position = begin + p * attention::kBlockSize;
-      page[p] = position < work.span.end ? work.table[position / attention::kBlockSize] : 0u;
-    }
+    for (int p = 0; p < kPages; p++) page[p] = work.table[min(begin + p * kBlockSize, work.span.end - 1) / kBlockSize];
     if (i >= ring.kStages) {
       const int before = i / ring.kStages - 1;
       if (!ring.empty(i).is_over(before)) landing.finish<0>();  // before this one's place is free
       ring.empty(i).wait(before);
     }
-    const T* from = static_cast<const T*>(memory);
+    const T* from = static_cast<const T*>(memory) + own;
     char* tile = ring.tile(i) + to;
+    const int rows = inside ? (int)(work.span.end - begin) - share.row : 0;
 #pragma unroll
-    for (int r = 0; r < kTile; r += share.kStep) {
-      bool valid = inside && begin + share.row + r < work.span.end;
-      size_t at = page[r / attention::kBlockSize] * block_elements + own + r % attention::kBlockSize * a.dim;
-      copy_async(tile + r * wgmma::kRowBytes, from + (valid ? at : 0), valid);
-    }
+    for (int r = 0; r < kTile; r += share.kStep)
+      copy_async(tile + r * wgmma::kRowBytes,
+                 from + (size_t)page[r / kBlockSize] * block_elements + r % kBlockSize * a.dim, r < rows);
     copy_commit();
     landing.finish<1>();
     landing.stage = ring.full(i);
@@ -254,7 +251,8 @@ __device__ __forceinline__ void compute(const Work& work, const AttentionArgs& a
 }
 
 // Grid: for each item, for each kv head, tiles of 128 pairs.
-template <typename T, int DIM> __global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ AttentionArgs a) {
+template <typename T, int DIM>
+__global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ AttentionArgs a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ char shared[];
   __shared__ uint64_t barriers[4 * kStages<DIM>];

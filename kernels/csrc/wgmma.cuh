@@ -14,8 +14,8 @@ constexpr int kPanel = 64;      // columns
 constexpr int kRowBytes = 128;  // of a panel
 constexpr int kAtomBytes = 8 * kRowBytes;
 
-// Where 16 bytes, columns 8 · chunk and on of row `r`, are in a matrix of `rows` rows. The swizzle permutes the chunks of
-// a row: bits 4-6 of the address by bits 7-9.
+// Where 16 bytes, columns 8 · chunk and on of row `r`, are in a matrix of `rows` rows. The swizzle permutes the chunks
+// of a row: bits 4-6 of the address by bits 7-9.
 __host__ __device__ constexpr uint32_t swizzled(int r, int chunk, int rows) {
   return (chunk / 8 * rows + r) * kRowBytes + ((chunk % 8) ^ (r % 8)) * 16;
 }
@@ -93,8 +93,8 @@ DEFINE_MULTIPLY(f16, "f16")
 
 // ---- handing over ----
 
-// What this thread wrote to shared memory, by copies that it waited for too, is there for products that are issued after
-// a barrier behind this.
+// What this thread wrote to shared memory, by copies that it waited for too, is there for products that are issued
+// after a barrier behind this.
 __device__ inline void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Gives registers back to the block, or takes them; every warp of a warpgroup does.
@@ -113,19 +113,21 @@ __device__ inline void arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-#define WAIT_FOR_PHASE(OP)                                                                             \
-  uint32_t over;                                                                                       \
-  asm volatile("{.reg .pred p; mbarrier." OP ".parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}" \
-               : "=r"(over)                                                                            \
-               : "r"(at), "r"(phase & 1)                                                               \
-               : "memory");                                                                            \
+#define WAIT_FOR_PHASE(OP)                                                                                     \
+  uint32_t over;                                                                                               \
+  asm volatile("{.reg .pred p; mbarrier." OP ".parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"     \
+               : "=r"(over)                                                                                    \
+               : "r"(at), "r"(phase & 1)                                                                       \
+               : "memory");                                                                                    \
   return over;
 
 // A barrier in shared memory, at `at`. Its phases end when `count` threads have arrived.
 struct Barrier {
   uint32_t at;
 
-  __device__ void init(int count) const { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count)); }
+  __device__ void init(int count) const {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
+  }
   __device__ void arrive() const { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory"); }
   // Whether phase number `phase` has ended, which is the present one or the one before.
   __device__ __forceinline__ bool is_over(int phase) const { WAIT_FOR_PHASE("test_wait") }
