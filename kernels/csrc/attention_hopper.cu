@@ -276,6 +276,8 @@ __global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ Atten
     keys.init(work.groups * 4);
     values.init(work.groups * 4);
   }
+  const uint32_t page = span.begin / kBlockSize + threadIdx.x * 32;  // 32 fill a line
+  if (page * kBlockSize < span.end) prefetch(work.table + page);
   __syncthreads();
   await_previous();
   const int group = __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0);
