@@ -186,10 +186,7 @@ impl Model {
                 ops.add_rms_norm(x, residual, &layer.norm, EPS)?;
             }
             if wanted("gate_up") {
-                ops.linear(x, &layer.gate_up, None, lora(4 * i + 2), gate_up)?;
-            }
-            if wanted("silu") {
-                ops.silu_mul(gate_up, act)?;
+                ops.gated_linear(x, (&layer.gate_up, None), lora(4 * i + 2), gate_up, act)?;
             }
             if wanted("down") {
                 ops.linear(act, &layer.down, None, lora(4 * i + 3), x)?;
@@ -280,7 +277,7 @@ fn main() {
         }
         return;
     }
-    let ops = ["norm", "qkv", "rope", "attention", "o", "gate_up", "silu", "down", "head", "sample"];
+    let ops = ["norm", "qkv", "rope", "attention", "o", "gate_up", "down", "head", "sample"];
     for rows in [1, 8, 32, 64, 128] {
         for adapters in [0, 1, ADAPTERS] {
             let host = step("decode", rows, adapters);

@@ -55,6 +55,8 @@ template <typename T, int N> __device__ inline void store_floats(T* to, const fl
   }
 }
 
+__device__ inline float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
+
 __device__ inline float warp_sum(float x) {
 #pragma unroll
   for (int d = 16; d > 0; d >>= 1) x += __shfl_xor_sync(~0u, x, d);

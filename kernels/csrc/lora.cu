@@ -154,21 +154,24 @@ __global__ void __launch_bounds__(kShrinkThreads, PACKED ? 2 : 1) shrink(const _
 constexpr int kExpandWarps = 4;
 constexpr int kExpandThreads = kExpandWarps * 32;
 
+// A thread has outputs 8 · (lane % 4) .. + 8 of a block, and those kHalf behind: neighbours read whole sectors.
+constexpr int kHalf = kOutBlock / 2;
+
 // B of 16 ranks for a block of outputs: this thread's eight outputs of ranks r, r + 1, r + 8, r + 9.
 template <typename T> struct Columns {
   uint32_t w[4][4];
 
   __device__ void load(const T* b, int rank, int r0) {
-    int lane = threadIdx.x % 32, r = r0 + lane % 4 * 2;
+    int lane = threadIdx.x % 32, r = r0 + lane % 4 * 2, out = lane / 8 * 8 + lane / 4 % 2 * kHalf;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       int own = r + i / 2 * 8 + i % 2;
-      uint4 v = load8<T, true, true>(b + own * kOutBlock, lane / 4 * 8, own < rank ? kOutBlock : 0);
+      uint4 v = load8<T, true, true>(b + own * kOutBlock, out, own < rank ? kOutBlock : 0);
       w[i][0] = v.x, w[i][1] = v.y, w[i][2] = v.z, w[i][3] = v.w;
     }
   }
 
-  // Column j of product n is output 8 · j + n.
+  // Column j of product n is output n of the eight that the threads of lane / 4 = j have loaded.
   __device__ void multiply(float (&d)[8][4], const uint32_t (&a)[4]) const {
 #pragma unroll
     for (int n = 0; n < 8; n++) {
@@ -178,22 +181,32 @@ template <typename T> struct Columns {
   }
 };
 
-// Adds 16 neighbouring outputs to a row of y.
+// Two rows, eight apart, of 16 ranks.
+template <typename T>
+__device__ inline void load_mid(uint32_t (&a)[4], const T* mid, size_t stride, const bool (&valid)[2]) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const T* at = mid + i % 2 * 8 * stride + i / 2 * 8;
+    a[i] = valid[i % 2] ? *reinterpret_cast<const uint32_t*>(at) : 0u;
+  }
+}
+
+// Adds a thread's outputs to a row of y, of which `cols` are there from the first of them on.
 template <typename R, bool PACKED>
 __device__ inline void add_outputs(R* y, int cols, const float (&low)[8], const float (&high)[8]) {
-  if (PACKED && cols >= 16) {
+  if (PACKED && cols >= kHalf + 8) {
     float v[2][8];
     load_floats<R, 8>(y, v[0]);
-    load_floats<R, 8>(y + 8, v[1]);
+    load_floats<R, 8>(y + kHalf, v[1]);
 #pragma unroll
     for (int i = 0; i < 8; i++) v[0][i] += low[i], v[1][i] += high[i];
     store_floats<R, 8>(y, v[0]);
-    store_floats<R, 8>(y + 8, v[1]);
+    store_floats<R, 8>(y + kHalf, v[1]);
   } else {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       if (i < cols) y[i] = from_float<R>(to_float(y[i]) + low[i]);
-      if (i + 8 < cols) y[i + 8] = from_float<R>(to_float(y[i + 8]) + high[i]);
+      if (i + kHalf < cols) y[i + kHalf] = from_float<R>(to_float(y[i + kHalf]) + high[i]);
     }
   }
 }
@@ -241,14 +254,10 @@ __global__ void __launch_bounds__(kExpandThreads, 5) expand(const __grid_constan
     for (int r0 = 0; r0 < chunk.rank; r0 += kGroup) {
       if (chunk.rank > kGroup && (m0 > 0 || r0 > 0)) columns.load(chunk.b, chunk.rank, r0);
       uint32_t a[4];
-#pragma unroll
-      for (int i = 0; i < 4; i++) {  // rows row, row + 8; ranks from r0 and from r0 + 8
-        const T* at = mid + r0 + i % 2 * 8 * stride + i / 2 * 8;
-        a[i] = valid[i % 2] ? *reinterpret_cast<const uint32_t*>(at) : 0u;
-      }
+      load_mid(a, mid + r0, stride, valid);
       columns.multiply(d, a);
     }
-    const int out = chunk.out0 + lane % 4 * 16;
+    const int out = chunk.out0 + lane % 4 * 8;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       if (!valid[h] || out >= chunk.outs) continue;
@@ -257,6 +266,82 @@ __global__ void __launch_bounds__(kExpandThreads, 5) expand(const __grid_constan
       for (int n = 0; n < 8; n++) low[n] = d[n][2 * h], high[n] = d[n][2 * h + 1];
       R* y = static_cast<R*>(p.y) + (size_t)(tile.row + row + 8 * h) * p.out_cols + chunk.column + out;
       add_outputs<R, PACKED>(y, chunk.outs - out, low, high);
+    }
+  }
+}
+
+// Adds the deltas of a gate and an up projection side by side, and gates: act = silu(gate) · up. Their sums stay in
+// registers, where an expand and the gating of its own would write and read them once more. Grid: (blocks of
+// kExpandWarps blocks of outputs, tiles of all rows: those without an adapter have the slot kNoSlot).
+template <typename T>
+__global__ void __launch_bounds__(kExpandThreads, 3) expand_silu_mul(const __grid_constant__ LoraArgs p, T* act) {
+  release_next();
+  const LoraTile tile = p.tiles[blockIdx.y];
+  const int lane = threadIdx.x % 32, inner = p.first_out[1];
+  const int out0 = (blockIdx.x * kExpandWarps + threadIdx.x / 32) * kOutBlock;
+  if (out0 >= inner) return await_previous();
+  Columns<T> columns[2];
+  const T* b[2];
+  int ranks[2] = {0, 0};
+  if (tile.slot != kNoSlot) {
+#pragma unroll
+    for (int s = 0; s < 2; s++) {
+      const LoraEntry entry = p.entries[(size_t)tile.slot * p.entry_stride + s];
+      ranks[s] = entry.lora_rank;
+      b[s] = find_b<T>(entry, out0);
+      columns[s].load(b[s], ranks[s], 0);
+    }
+  }
+  await_previous();
+  const size_t stride = (size_t)p.slices * kMaxLoraRank;
+  const T* mid = static_cast<const T*>(p.mid) + (tile.row + lane / 4) * stride + lane % 4 * 2;
+  const int out = out0 + lane % 4 * 8;
+#pragma unroll 1
+  for (int m0 = 0; m0 < (int)tile.rows; m0 += 16) {
+    const int row = m0 + lane / 4;
+    const bool valid[2] = {row < (int)tile.rows, row + 8 < (int)tile.rows};
+    Pack<T, 8> y[2][2][2];  // all on their way at once: rows behind the last read it again
+#pragma unroll
+    for (int s = 0; s < 2; s++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const size_t own = tile.row + min(row + 8 * h, (int)tile.rows - 1);
+        const T* at = static_cast<const T*>(p.y) + own * p.out_cols + p.first_out[s] + out;
+        y[s][h][0] = *reinterpret_cast<const Pack<T, 8>*>(at);
+        y[s][h][1] = *reinterpret_cast<const Pack<T, 8>*>(at + kHalf);
+      }
+    uint32_t a[2][4];
+#pragma unroll
+    for (int s = 0; s < 2; s++)
+      if (ranks[s] > 0) load_mid(a[s], mid + m0 * stride + s * kMaxLoraRank, stride, valid);
+    float d[2][8][4];
+#pragma unroll
+    for (int s = 0; s < 2; s++)
+#pragma unroll
+      for (int n = 0; n < 8; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) d[s][n][e] = to_float(y[s][e / 2][e % 2].v[n]);
+#pragma unroll
+    for (int s = 0; s < 2; s++) {
+#pragma unroll 1
+      for (int r0 = 0; r0 < ranks[s]; r0 += kGroup) {
+        if (ranks[s] > kGroup && (m0 > 0 || r0 > 0)) columns[s].load(b[s], ranks[s], r0);
+        if (r0 > 0) load_mid(a[s], mid + m0 * stride + s * kMaxLoraRank + r0, stride, valid);
+        columns[s].multiply(d[s], a[s]);
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      if (!valid[h]) continue;
+      float low[8], high[8];
+#pragma unroll
+      for (int n = 0; n < 8; n++) {
+        low[n] = silu(d[0][n][2 * h]) * d[1][n][2 * h];
+        high[n] = silu(d[0][n][2 * h + 1]) * d[1][n][2 * h + 1];
+      }
+      T* y = act + (size_t)(tile.row + row + 8 * h) * inner + out;
+      store_floats<T, 8>(y, low);
+      store_floats<T, 8>(y + kHalf, high);
     }
   }
 }
@@ -285,4 +370,11 @@ extern "C" int lorax_lora_expand(const LoraArgs* args, int elem, int wide, int m
               auto kernel = packed ? expand<T, R, true> : expand<T, R, false>;
               return launch_chained(kernel, grid, kExpandThreads, 0, stream, *args);
             }));
+}
+
+// `act` [rows, inner]; `tiles` cover all rows; `args` has two slices of `inner` outputs, a multiple of 64.
+extern "C" int lorax_lora_expand_silu_mul(const LoraArgs* args, void* act, int elem, int tiles, cudaStream_t stream) {
+  dim3 grid(ceil_div(args->first_out[1], kExpandWarps * kOutBlock), tiles);
+  WITH_HALF(elem, T,
+            return launch_chained(expand_silu_mul<T>, grid, kExpandThreads, 0, stream, *args, static_cast<T*>(act)));
 }

@@ -23,6 +23,7 @@ constexpr bool kManyInFlight = true;
 
 constexpr int kMaxLoraRank = 512;
 constexpr int kMaxSlices = 4;
+constexpr uint32_t kNoSlot = ~0u;
 
 struct LoraEntry {
   const void* a;

@@ -34,7 +34,7 @@ template <typename T, int N> __global__ void silu_mul(const T* x, T* y, int cols
   load_floats<T, N>(gate, g);
   load_floats<T, N>(gate + cols, u);
 #pragma unroll
-  for (int j = 0; j < N; j++) g[j] = g[j] / (1.f + __expf(-g[j])) * u[j];
+  for (int j = 0; j < N; j++) g[j] = silu(g[j]) * u[j];
   store_floats<T, N>(y + (size_t)blockIdx.x * cols + i, g);
 }
 

@@ -76,6 +76,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     type Sampler: Send;
     /// Choices on their way to the host.
     type Pending: Send;
+    /// A point in the work that was launched.
+    type Mark: Send;
 
     /// The type of weights and of what KV memory takes (the CPU stores f16 beside bf16 weights: the same bytes).
     fn dtype(&self) -> DType;
@@ -137,6 +139,11 @@ pub trait Backend: Send + Sync + Sized + 'static {
         ops()
     }
 
+    /// Marks the present end of what was launched.
+    fn mark(&self) -> Result<Self::Mark>;
+    /// Seconds on the device's clock from one mark to a later one, for which this waits.
+    fn seconds_between(&self, from: &Self::Mark, to: &Self::Mark) -> Result<f64>;
+
     /// The decode steps that this device records, as (rows, runs of rows with an adapter): whoever runs each of them
     /// twice before serving spares the first requests that time.
     fn recorded_steps(&self) -> Vec<(usize, usize)> {
@@ -169,6 +176,20 @@ pub trait Backend: Send + Sync + Sized + 'static {
         lora: Option<LinearLora<'_, Self>>,
         y: &mut Self::Mat,
     ) -> Result<()>;
+
+    /// [`Self::linear`] of a gate and an up projection side by side, then [`Self::silu_mul`]. What `gate_up` holds
+    /// afterwards is unspecified.
+    fn gated_linear(
+        &self,
+        x: &Self::Mat,
+        (weight, bias): (&Self::Weight, Option<&Self::Vector>),
+        lora: Option<LinearLora<'_, Self>>,
+        gate_up: &mut Self::Mat,
+        y: &mut Self::Mat,
+    ) -> Result<()> {
+        self.linear(x, weight, bias, lora, gate_up)?;
+        self.silu_mul(gate_up, y)
+    }
 
     /// Semantics: `residual[i] = x[i]`, then `x[i] = w · x[i] / √(mean(x[i]²) + eps)`: the first norm of a step.
     fn rms_norm(&self, x: &mut Self::Mat, residual: &mut Self::Mat, w: &Self::Vector, eps: f32)

@@ -14,7 +14,10 @@ mod pool;
 mod sampling;
 mod simd;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
+};
 
 use crate::{
     Attention, Backend, Batch, DType, Error, Heads, HostTensor, LinearLora, LoraPart, LoraSite, Matrix,
@@ -89,9 +92,18 @@ impl Backend for CpuBackend {
     type LoraSlots = CpuSlots;
     type Sampler = CpuSampler;
     type Pending = Vec<Sampled>;
+    type Mark = Instant;
 
     fn dtype(&self) -> DType {
         self.dtype
+    }
+
+    fn mark(&self) -> Result<Instant> {
+        Ok(Instant::now())
+    }
+
+    fn seconds_between(&self, from: &Instant, to: &Instant) -> Result<f64> {
+        Ok((*to - *from).as_secs_f64())
     }
 
     fn mat(&self, rows: usize, cols: usize) -> Result<CpuMat> {

@@ -140,21 +140,6 @@ impl CudaBackend {
         self.stream.synchronize()
     }
 
-    /// Marks the present end of what was launched.
-    pub fn mark(&self) -> Result<CudaMark> {
-        self.device.bind()?;
-        let event = Event::timed()?;
-        event.record(&self.stream)?;
-        Ok(CudaMark(event))
-    }
-
-    /// Seconds on the card's clock from one mark to a later one, for which this waits.
-    pub fn seconds_between(&self, from: &CudaMark, to: &CudaMark) -> Result<f64> {
-        self.device.bind()?;
-        to.0.synchronize()?;
-        to.0.seconds_since(&from.0)
-    }
-
     fn staging(&self) -> MutexGuard<'_, Staging> {
         self.staging.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -214,6 +199,7 @@ impl Backend for CudaBackend {
     type LoraSlots = CudaSlots;
     type Sampler = CudaSampler;
     type Pending = CudaPending;
+    type Mark = CudaMark;
 
     fn dtype(&self) -> DType {
         self.dtype
@@ -298,6 +284,19 @@ impl Backend for CudaBackend {
         self.recorder.step(&self.stream, batch, ops)
     }
 
+    fn mark(&self) -> Result<CudaMark> {
+        self.device.bind()?;
+        let event = Event::timed()?;
+        event.record(&self.stream)?;
+        Ok(CudaMark(event))
+    }
+
+    fn seconds_between(&self, from: &CudaMark, to: &CudaMark) -> Result<f64> {
+        self.device.bind()?;
+        to.0.synchronize()?;
+        to.0.seconds_since(&from.0)
+    }
+
     fn recorded_steps(&self) -> Vec<(usize, usize)> {
         if self.recorder.is_enabled() { batch::recorded_steps() } else { Vec::new() }
     }
@@ -341,6 +340,17 @@ impl Backend for CudaBackend {
         y: &mut CudaMat,
     ) -> Result<()> {
         linear::linear(self, x, (weight, bias), lora, y)
+    }
+
+    fn gated_linear(
+        &self,
+        x: &CudaMat,
+        weight: (&CudaWeight, Option<&CudaVector>),
+        lora: Option<LinearLora<'_, Self>>,
+        gate_up: &mut CudaMat,
+        y: &mut CudaMat,
+    ) -> Result<()> {
+        linear::gated_linear(self, x, weight, lora, (gate_up, y))
     }
 
     fn rms_norm(&self, x: &mut CudaMat, residual: &mut CudaMat, w: &CudaVector, eps: f32) -> Result<()> {

@@ -2,7 +2,7 @@
 //! on the rows beside it.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::sync::Arc;
+use std::{slice, sync::Arc};
 
 use kernels::{
     Attention, Backend, Batch, DType, Heads, HostTensor, LinearLora, LoraPart, LoraSite, Matrix, RowSet,
@@ -52,6 +52,7 @@ macro_rules! on_every_backend {
 on_every_backend!(
     linear_of_any_shape,
     low_rank_deltas_of_mixed_ranks,
+    gated_projections_with_deltas,
     norms_and_activations,
     attention_over_blocks,
     embedding_takes_the_token_sampled_last,
@@ -183,6 +184,36 @@ fn low_rank_deltas_of_mixed_ranks<B: Backend>(ops: &B) {
                 ops.linear(&mat(ops, &x), &weight, None, Some(lora), &mut y).unwrap();
                 assert_close("linear with deltas", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
             }
+        }
+    }
+}
+
+fn gated_projections_with_deltas<B: Backend>(ops: &B) {
+    let mut numbers = Numbers(7);
+    for inner in [128, 20] {
+        let site = LoraSite { inputs: 72, outputs: vec![inner; 2] };
+        // The last one has no delta on the gate.
+        let adapters: Vec<Vec<_>> = [(16, 0), (1, 0), (40, 1)]
+            .into_iter()
+            .map(|(rank, first)| (first..2).map(|slice| numbers.part((0, slice), &site, rank)).collect())
+            .collect();
+        let slots = fill_slots(ops, slice::from_ref(&site), &adapters);
+        let (w, bias) = (numbers.table(2 * inner, 72), numbers.table(1, 2 * inner).data);
+        let (weight, vector) = (ops.weight(&[tensor(&w)]).unwrap(), ops.vector(&bias).unwrap());
+        for sequences in [vec![(1, 3); 5], vec![(3, 0), (270, 0), (1, 9), (70, 0), (65, 1)]] {
+            let slots_of = [None, Some(0), None, Some(2), Some(1)];
+            let host = batch(&sequences, &slots_of);
+            let device = device_batch(ops, &host);
+            let x = numbers.table(host.rows(), 72);
+            let mut expected = reference::linear(&x, &w, Some(&bias));
+            reference::add_lora(&x, (0, &site), &host.segments, &adapters, &mut expected);
+            let expected = reference::silu_mul(&expected);
+            let mut gate_up = ops.mat(host.rows(), 2 * inner).unwrap();
+            let mut y = ops.mat(host.rows(), inner).unwrap();
+            let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All };
+            ops.gated_linear(&mat(ops, &x), (&weight, Some(&vector)), Some(lora), &mut gate_up, &mut y)
+                .unwrap();
+            assert_close("gated", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
         }
     }
 }

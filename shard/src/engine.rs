@@ -1,5 +1,6 @@
 //! The step loop: one thread that owns the model's state and runs what it is sent, in order.
 
+mod idle;
 mod pass;
 mod rehearse;
 mod state;

@@ -52,6 +52,8 @@ pub(super) struct Sizes {
     pub(super) tiles: [usize; 2],
     /// Pieces that a shrink cuts tiles into.
     pub(super) pieces: [usize; 2],
+    /// Tiles of all rows, those without an adapter last; none in a recorded step.
+    pub(super) all_tiles: usize,
 }
 
 /// Device addresses of a step's sections.
@@ -174,6 +176,12 @@ impl CudaBatch {
         (sizes.tiles[set], self.tile_rows[set], sizes.pieces[set])
     }
 
+    /// Tiles of all rows, which lie behind each other from those with adapters on; none where a recording must serve
+    /// steps with other numbers of them.
+    pub(super) fn all_tiles(&self) -> Option<usize> {
+        Some(self.sizes().all_tiles).filter(|&tiles| tiles > 0)
+    }
+
     /// Slots that the rows use.
     pub(super) fn slots(&self, set: RowSet) -> &[u32] {
         &self.slots[index(set)]
@@ -224,8 +232,14 @@ impl CudaBatch {
             prefill_rows: prefill.iter().map(|item| item.rows as usize).sum(),
             tiles: [tiles[0].len(), tiles[1].len()],
             pieces: [plan::shrink_pieces(&tiles[0]), plan::shrink_pieces(&tiles[1])],
+            all_tiles: 0,
         };
         self.recorded = self.recorded_sizes(host);
+        let mut bare = Vec::new();
+        if self.recorded.is_none() {
+            bare = plan::bare_tiles(&host.segments, rows as u32, tile_rows[0]);
+            self.exact.all_tiles = tiles[0].len() + bare.len();
+        }
         let room = self.recorded.unwrap_or(self.exact);
         let mut pack = Pack { words: &mut self.words, base: self.buffer.at() };
         pack.words.clear();
@@ -239,7 +253,7 @@ impl CudaBatch {
             decode_items: pack.items(&decode, room.decode_items),
             prefill_items: pack.items(&prefill, room.prefill_items),
             tiles: [
-                pack.section(tiles[0].iter().flatten().copied(), 3 * room.tiles[0], 0),
+                pack.section(tiles[0].iter().chain(&bare).flatten().copied(), 3 * room.tiles[0], 0),
                 pack.section(tiles[1].iter().flatten().copied(), 3 * room.tiles[1], 0),
             ],
             blocks: pack.section(host.blocks.iter().copied(), host.blocks.len(), 0),
@@ -272,6 +286,7 @@ impl CudaBatch {
             prefill_rows: 0,
             tiles: [tiles; 2],
             pieces: [tiles; 2],
+            all_tiles: 0,
         })
     }
 }

@@ -188,6 +188,13 @@ unsafe extern "C" {
         max_tiles: i32,
         stream: CUstream,
     ) -> i32;
+    pub(super) fn lorax_lora_expand_silu_mul(
+        args: *const LoraArgs,
+        act: u64,
+        elem: i32,
+        tiles: i32,
+        stream: CUstream,
+    ) -> i32;
     pub(super) fn lorax_sample(
         args: *const SampleArgs,
         elem: i32,

@@ -5,12 +5,14 @@ use super::{
     gemm::{Operands, Shape},
     memory::expect,
 };
-use crate::{Error, LinearLora, Matrix, Result};
+use crate::{Backend, Error, LinearLora, Matrix, Result, RowSet};
 
 /// Blocks that a shrink should have, about: two for each multiprocessor of a large card.
 const SHRINK_BLOCKS: usize = 264;
 /// Inputs that one block of a shrink reduces, at least: one step of each of its warps.
 const MIN_SPLIT_INPUTS: usize = 256;
+/// Most rows of the tiles of small steps; `kRows` in `lora.cu`.
+const SMALL_TILE: u32 = 16;
 /// Most rows that `skinny.cu` multiplies faster than cuBLASLt, and than cuBLASLt and a shrink one after the other.
 const SKINNY_ROWS: usize = 8;
 const SKINNY_ROWS_WITH_DELTAS: usize = 32;
@@ -22,6 +24,36 @@ pub(super) fn linear(
     lora: Option<LinearLora<'_, CudaBackend>>,
     y: &mut CudaMat,
 ) -> Result<()> {
+    match base(be, x, (weight, bias), lora, y)? {
+        Some(deltas) => deltas.expand(be, y),
+        None => Ok(()),
+    }
+}
+
+/// A gate and an up projection side by side, with their deltas, and the gating.
+pub(super) fn gated_linear(
+    be: &CudaBackend,
+    x: &CudaMat,
+    weight: (&CudaWeight, Option<&CudaVector>),
+    lora: Option<LinearLora<'_, CudaBackend>>,
+    (gate_up, y): (&mut CudaMat, &mut CudaMat),
+) -> Result<()> {
+    match base(be, x, weight, lora, gate_up)? {
+        Some(deltas) if deltas.can_gate(gate_up, y) => return deltas.expand_silu_mul(be, gate_up, y),
+        Some(deltas) => deltas.expand(be, gate_up)?,
+        None => {}
+    }
+    be.silu_mul(gate_up, y)
+}
+
+/// The base product and the shrink. Returns the deltas that are to be added.
+fn base<'a>(
+    be: &CudaBackend,
+    x: &CudaMat,
+    (weight, bias): (&CudaWeight, Option<&CudaVector>),
+    lora: Option<LinearLora<'a, CudaBackend>>,
+    y: &mut CudaMat,
+) -> Result<Option<Deltas<'a>>> {
     let op = "linear";
     x.expect_half(op)?;
     x.expect_cols(op, "columns of x", weight.inputs)?;
@@ -40,10 +72,7 @@ pub(super) fn linear(
         }
         product(be, x, (weight, bias), y)?;
     }
-    match deltas {
-        Some(deltas) => deltas.expand(be, y.wide()),
-        None => Ok(()),
-    }
+    Ok(deltas)
 }
 
 /// The base product and the shrink of a few rows, in one launch.
@@ -51,7 +80,7 @@ fn skinny(
     be: &CudaBackend,
     x: &CudaMat,
     (weight, bias): (&CudaWeight, Option<&CudaVector>),
-    deltas: Option<&Deltas>,
+    deltas: Option<&Deltas<'_>>,
     y: &CudaMat,
 ) -> Result<()> {
     let args = ffi::SkinnyArgs {
@@ -94,17 +123,18 @@ fn product(
 }
 
 /// The deltas of one operation, ready to launch.
-struct Deltas {
+struct Deltas<'a> {
     args: ffi::LoraArgs,
     max_tiles: usize,
     tile_rows: u32,
+    batch: &'a CudaBatch,
 }
 
-impl Deltas {
+impl<'a> Deltas<'a> {
     /// None if no row has an adapter.
-    fn new(x: &CudaMat, lora: &LinearLora<'_, CudaBackend>, y: &CudaMat) -> Result<Option<Deltas>> {
+    fn new(x: &CudaMat, lora: &LinearLora<'a, CudaBackend>, y: &CudaMat) -> Result<Option<Deltas<'a>>> {
         let op = "linear";
-        let (slots, batch): (&CudaSlots, &CudaBatch) = (lora.slots, lora.batch);
+        let (slots, batch): (&CudaSlots, &'a CudaBatch) = (lora.slots, lora.batch);
         let limit = slots.sites.len();
         let site = slots.sites.get(lora.site);
         let site = site.ok_or(Error::Index { op, what: "site", index: lora.site, limit })?;
@@ -141,7 +171,7 @@ impl Deltas {
             splits: wanted.min(most).max(1) as i32,
             first_out,
         };
-        Ok(Some(Deltas { args, max_tiles, tile_rows }))
+        Ok(Some(Deltas { args, max_tiles, tile_rows, batch }))
     }
 
     fn shrink(&self, be: &CudaBackend) -> Result<()> {
@@ -153,10 +183,31 @@ impl Deltas {
     }
 
     /// Adds the deltas to y.
-    fn expand(&self, be: &CudaBackend, wide: i32) -> Result<()> {
+    fn expand(&self, be: &CudaBackend, y: &CudaMat) -> Result<()> {
         // SAFETY: as in `shrink`.
         be.launch("linear", self.max_tiles, |elem, stream| unsafe {
-            ffi::lorax_lora_expand(&raw const self.args, elem, wide, self.max_tiles as i32, stream)
+            ffi::lorax_lora_expand(&raw const self.args, elem, y.wide(), self.max_tiles as i32, stream)
+        })
+    }
+
+    /// Whether `expand_silu_mul` takes these matrices, and is faster than a kernel for each: in large steps it saves
+    /// reading and writing gate and up once, in small ones it has too few blocks.
+    fn can_gate(&self, gate_up: &CudaMat, y: &CudaMat) -> bool {
+        let inner = y.cols();
+        let halves = self.args.slices == 2 && self.args.first_out[1] as usize == inner;
+        let whole = inner.is_multiple_of(ffi::OUT_BLOCK) && gate_up.cols() == 2 * inner;
+        let half_size = gate_up.wide() == 0 && y.wide() == 0;
+        let all = self.args.tiles == self.batch.at.tiles(RowSet::All) && self.batch.all_tiles().is_some();
+        halves && whole && half_size && all && self.tile_rows > SMALL_TILE
+    }
+
+    /// Adds the deltas to gate and up on their way into `y`; `gate_up` stays as it is.
+    fn expand_silu_mul(&self, be: &CudaBackend, gate_up: &CudaMat, y: &mut CudaMat) -> Result<()> {
+        y.resize("silu_mul", gate_up.rows())?;
+        let tiles = self.batch.all_tiles().unwrap_or(0);
+        // SAFETY: as in `shrink`; the tiles cover the rows of `gate_up`, of which `y` has as many.
+        be.launch("silu_mul", tiles, |elem, stream| unsafe {
+            ffi::lorax_lora_expand_silu_mul(&raw const self.args, y.at(), elem, tiles as i32, stream)
         })
     }
 }

@@ -126,6 +126,17 @@ pub(super) fn shrink_pieces(tiles: &[[u32; 3]]) -> usize {
     tiles.iter().map(|[_, rows, _]| rows.div_ceil(SHRINK_ROWS) as usize).sum()
 }
 
+/// The slot of rows without an adapter; `kNoSlot` in `lora.cuh`.
+pub(super) const NO_SLOT: u32 = u32::MAX;
+
+/// Tiles of the rows, `all` in number, that lie in no segment.
+pub(super) fn bare_tiles(segments: &[Segment], all: u32, rows: u32) -> Vec<[u32; 3]> {
+    let starts = std::iter::once(0).chain(segments.iter().map(|s| s.end));
+    let ends = segments.iter().map(|s| s.start).chain([all]);
+    let gaps: Vec<_> = starts.zip(ends).map(|(start, end)| Segment { start, end, slot: NO_SLOT }).collect();
+    lora_tiles(&gaps, rows)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -187,5 +198,6 @@ mod tests {
         assert_eq!(lora_tiles(&segments, 32), [[2, 1, 7], [10, 32, 1], [42, 8, 1]]);
         assert!(lora_tiles(&[], 8).is_empty());
         assert_eq!(shrink_pieces(&lora_tiles(&segments, 32)), 1 + 2 + 1);
+        assert_eq!(bare_tiles(&segments, 200, 64), [[0, 3, NO_SLOT]]);
     }
 }

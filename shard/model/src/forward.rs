@@ -60,9 +60,12 @@ struct Linear<B: Backend> {
 }
 
 impl<B: Backend> Linear<B> {
+    fn lora<'a>(&self, pass: &Pass<'a, B>) -> Option<LinearLora<'a, B>> {
+        Some(LinearLora { slots: pass.slots, site: self.site, batch: pass.batch, rows: RowSet::All })
+    }
+
     fn forward(&self, pass: &Pass<'_, B>, x: &B::Mat, y: &mut B::Mat) -> kernels::Result<()> {
-        let lora = LinearLora { slots: pass.slots, site: self.site, batch: pass.batch, rows: RowSet::All };
-        pass.ops.linear(x, &self.weight, self.bias.as_ref(), Some(lora), y)
+        pass.ops.linear(x, &self.weight, self.bias.as_ref(), self.lora(pass), y)
     }
 }
 
@@ -183,8 +186,9 @@ impl<B: Backend> Model<B> {
         layer.o.forward(pass, &s.attn, &mut s.x)?;
         pass.comm.all_reduce(&mut s.x)?;
         pass.ops.add_rms_norm(&mut s.x, &mut s.residual, &layer.mlp_norm, rms_eps)?;
-        layer.gate_up.forward(pass, &s.x, &mut s.gate_up)?;
-        pass.ops.silu_mul(&s.gate_up, &mut s.act)?;
+        let Linear { weight, bias, .. } = &layer.gate_up;
+        let lora = layer.gate_up.lora(pass);
+        pass.ops.gated_linear(&s.x, (weight, bias.as_ref()), lora, &mut s.gate_up, &mut s.act)?;
         layer.down.forward(pass, &s.act, &mut s.x)?;
         pass.comm.all_reduce(&mut s.x)
     }

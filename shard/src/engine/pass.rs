@@ -5,7 +5,10 @@ use std::time::Instant;
 use kernels::{BLOCK_SIZE, Backend, Matrix, SampleRow, Sampled, Segment, SequenceRows, Solo};
 use model::Pass;
 
-use super::state::{State, StepError};
+use super::{
+    idle::Marks,
+    state::{State, StepError},
+};
 use crate::step::{Rows, Step, StepResult};
 
 /// A pass whose choices are on their way.
@@ -18,6 +21,7 @@ pub(super) struct Launched<B: Backend> {
     /// Sequences with scored prompt tokens: id, position of the first token, number of tokens.
     scored: Vec<(u64, usize, usize)>,
     scores: Option<B::Pending>,
+    marks: Option<Marks<B>>,
 }
 
 /// What is wanted of a step's logits.
@@ -44,6 +48,7 @@ impl<B: Backend> State<B> {
             Ok(wanted) => wanted,
             Err(error) => return Ok(Err(error)),
         };
+        let begin = self.mark()?;
         let (mut tokens, mut scores) = (None, None);
         if self.host.rows() > 0 {
             self.forward()?;
@@ -56,8 +61,15 @@ impl<B: Backend> State<B> {
                 tokens = Some(self.ops.sample(logits, &wanted.rows, &mut self.sampler)?);
             }
         }
+        let rows = self.host.rows();
+        let rows = (self.host.sequences.len() == rows).then_some(rows);
+        let marks = begin.zip(self.mark()?).map(|(begin, end)| Marks { begin, end, rows });
         let Wanted { sampled, scored, .. } = wanted;
-        Ok(Ok(Launched { id: step.id, started, sampled, tokens, scored, scores }))
+        Ok(Ok(Launched { id: step.id, started, sampled, tokens, scored, scores, marks }))
+    }
+
+    fn mark(&self) -> kernels::Result<Option<B::Mark>> {
+        self.idle.as_ref().map(|_| self.ops.mark()).transpose()
     }
 
     /// Starts the pass of the rows in `self.host`.
@@ -78,7 +90,7 @@ impl<B: Backend> State<B> {
     }
 
     /// Waits for a pass.
-    pub(super) fn collect(&self, launched: Launched<B>) -> kernels::Result<StepResult> {
+    pub(super) fn collect(&mut self, launched: Launched<B>) -> kernels::Result<StepResult> {
         let all = |pending: Option<B::Pending>| -> kernels::Result<Vec<Sampled>> {
             let mut out = Vec::new();
             pending.map_or(Ok(()), |pending| self.ops.collect(pending, &mut out))?;
@@ -89,12 +101,16 @@ impl<B: Backend> State<B> {
             .scored
             .into_iter()
             .map(|(sequence, position, count)| (sequence, position, scores.by_ref().take(count).collect()));
-        Ok(StepResult {
+        let result = StepResult {
             id: launched.id,
             prompt: prompt.collect(),
             tokens: launched.sampled.into_iter().zip(all(launched.tokens)?).collect(),
             duration_us: launched.started.elapsed().as_micros() as u64,
-        })
+        };
+        if let (Some(idle), Some(marks)) = (&mut self.idle, launched.marks) {
+            idle.note(&self.ops, marks)?;
+        }
+        Ok(result)
     }
 
     /// Builds the index data of a step in `self.host`.

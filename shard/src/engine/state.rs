@@ -6,6 +6,7 @@ use kernels::{Backend, Batch};
 use model::{Config, Model, adapter::ContentHash};
 use tokio::sync::oneshot::error::TryRecvError;
 
+use super::idle::Idle;
 use crate::{
     adapters::{Adapters, Fetch},
     step::{Event, NewSequence, Step},
@@ -105,6 +106,7 @@ pub(super) struct State<B: Backend> {
     pub(super) scratch: model::Scratch<B>,
     pub(super) host: Batch,
     pub(super) batch: B::Batch,
+    pub(super) idle: Option<Idle<B>>,
 }
 
 impl<B: Backend> State<B> {
@@ -125,6 +127,7 @@ impl<B: Backend> State<B> {
             scratch: model.scratch(&ops, limits.max_rows, limits.max_logit_rows)?,
             batch: ops.batch(limits.max_rows, tables)?,
             host: Batch::default(),
+            idle: Idle::new(),
             sequences: HashMap::new(),
             free_seats: (0..limits.max_sequences as u32).rev().collect(),
             slot_states: (0..limits.num_slots).map(|_| Slot::Empty).collect(),
