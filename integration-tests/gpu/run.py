@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from check import batches, reference, words
+from crash import Crash
 from loads import GROUPS, LOADS, Generator, table
 from server import Server
 from soak import Soak
@@ -161,7 +162,13 @@ def soak(s: Session) -> None:
         s.failed.append("soak")
 
 
-PHASES = ["model", *GROUPS, "slots", "cold", "check", "reference", "demo", "soak"]
+def crash(s: Session) -> None:
+    """A shard that is killed under load."""
+    with s.server([]) as server:
+        s.say(Crash(server).run())
+
+
+PHASES = ["model", *GROUPS, "slots", "cold", "check", "reference", "demo", "crash", "soak"]
 
 
 def arguments() -> argparse.Namespace:
@@ -203,7 +210,7 @@ def main() -> int:
         s.guard("loads", lambda: measure(s, names, None))
     if "slots" in args.phases:
         s.guard("slots", lambda: measure(s, GROUPS["many"], 32))
-    for name, phase in dict(check=check_batches, reference=check_reference, demo=check_demo, soak=soak).items():
+    for name, phase in dict(check=check_batches, reference=check_reference, demo=check_demo, crash=crash, soak=soak).items():
         if name in args.phases:
             s.guard(name, lambda: phase(s))
     s.cut_log()

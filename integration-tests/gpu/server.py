@@ -82,13 +82,19 @@ class Server:
         parameters |= dict(return_k_alternatives=2, decoder_input_details=prompt_scores)
         return self.post("/generate", dict(inputs=text, parameters=parameters))["details"]
 
+    def _children(self) -> list[dict]:
+        """What the system knows of the launcher's processes."""
+        pids = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        texts = [Path(f"/proc/{pid}/status").read_text().splitlines() for pid in pids]
+        return [dict(line.split(":", 1) for line in lines if ":" in line) for lines in texts]
+
+    def child(self, name: str) -> int:
+        """The process id of one of its processes."""
+        return next(int(status["Pid"]) for status in self._children() if status["Name"].strip() == name)
+
     def memory(self) -> dict:
         """Resident bytes of its processes by name, and of the first GPU in use where there is one."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        found = {}
-        for child in children:
-            status = dict(line.split(":", 1) for line in Path(f"/proc/{child}/status").read_text().splitlines() if ":" in line)
-            found[status["Name"].strip()] = int(status["VmRSS"].split()[0]) * 1024
+        found = {status["Name"].strip(): int(status["VmRSS"].split()[0]) * 1024 for status in self._children()}
         gpu = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
         try:
             found["device"] = int(subprocess.check_output(gpu, text=True).split()[0]) << 20
