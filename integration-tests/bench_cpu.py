@@ -11,14 +11,15 @@ import argparse
 import json
 import os
 import random
+import selectors
 import shutil
+import socket
 import statistics
 import struct
 import subprocess
 import tempfile
 import threading
 import time
-import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +40,7 @@ RANKS = [4, 8, 16, 24, 32]
 PARAMETERS = 134_515_008  # of the model; tied embeddings are read once a step, as the output projection
 PROMPT_PARAMETERS = PARAMETERS - 49152 * HIDDEN  # a prompt's rows need no logits but the last
 TOKENS = 128
+EVENT = b"\ndata:"  # JSON has no line breaks
 
 
 def random_bf16(count: int) -> bytes:
@@ -77,40 +79,54 @@ class Server:
         self.process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, env={**os.environ, "NO_COLOR": "1"})
         for line in self.process.stderr:
             if "listening on " in line:
-                self.url = "http://" + line.split("listening on ")[1].strip()
+                host, port = line.split("listening on ")[1].strip().rsplit(":", 1)
+                self.address = (host, int(port))
                 break
         else:
             raise SystemExit(f"the server ended with code {self.process.wait()}")
         threading.Thread(target=self.process.stderr.read, daemon=True).start()
 
-    def stream(self, adapter: str | None, prompt: str, tokens: int, times: list[float]) -> None:
-        """Appends the time of the request and of every token."""
-        parameters = dict(max_new_tokens=tokens, ignore_eos_token=True, adapter_id=adapter)
-        body = json.dumps(dict(inputs=prompt, parameters=parameters)).encode()
-        request = urllib.request.Request(self.url + "/generate_stream", body, {"content-type": "application/json"})
-        times.append(time.perf_counter())
-        with urllib.request.urlopen(request) as response:
-            times.extend(time.perf_counter() for line in response if line.startswith(b"data:"))
+    def streams(self, requests: list[tuple[str | None, str, int]]) -> list[list[float]]:
+        """The times of each request (adapter, prompt, tokens) and of its tokens, all at once.
+
+        The server has both cores to itself but for this: one thread that counts events and parses nothing.
+        """
+        times, tails = [], []
+        with selectors.DefaultSelector() as waiting:
+            for i, (adapter, prompt, tokens) in enumerate(requests):
+                parameters = dict(max_new_tokens=tokens, ignore_eos_token=True, adapter_id=adapter)
+                body = json.dumps(dict(inputs=prompt, parameters=parameters)).encode()
+                head = "POST /generate_stream HTTP/1.1\r\nhost: bench\r\nconnection: close\r\ncontent-type: application/json\r\n"
+                connection = socket.create_connection(self.address)
+                times.append([time.perf_counter()])
+                tails.append(b"")
+                connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+                waiting.register(connection, selectors.EVENT_READ, i)
+            while waiting.get_map():
+                for key, _ in waiting.select():
+                    data, now = key.fileobj.recv(1 << 16), time.perf_counter()
+                    seen = tails[key.data] + data
+                    if len(times[key.data]) == 1 and seen.startswith(b"HTTP") and not seen.startswith(b"HTTP/1.1 200"):
+                        raise SystemExit(seen.decode(errors="replace"))
+                    times[key.data] += [now] * seen.count(EVENT)
+                    # What may be the beginning of an event.
+                    tails[key.data] = seen[-len(EVENT) + 1 :]
+                    if not data:
+                        waiting.unregister(key.fileobj)
+                        key.fileobj.close()
+        return times
 
     def together(self, adapters: list[str | None]) -> float:
         """Tokens a second of streams that run at the same time, from the last first token to the first last one."""
-        all_times = [[] for _ in adapters]
-        threads = [
-            threading.Thread(target=self.stream, args=(adapter, f"Story {i}. Once upon a time", TOKENS, times))
-            for i, (adapter, times) in enumerate(zip(adapters, all_times))
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        requests = [(adapter, f"Story {i}. Once upon a time", TOKENS) for i, adapter in enumerate(adapters)]
+        all_times = self.streams(requests)
         begin, end = max(times[1] for times in all_times), min(times[-1] for times in all_times)
         return sum(begin < t <= end for times in all_times for t in times[1:]) / (end - begin)
 
     def first_token(self, adapter: str | None) -> float:
         """Seconds to the first token of 512 tokens that were not seen before."""
         words = ["sea", "dog", "tree", "ship", "house", "red", "big", "cat"]  # a token each, with the space
-        times = []
-        self.stream(adapter, " ".join(random.choices(words, k=512)), 1, times)
+        [times] = self.streams([(adapter, " ".join(random.choices(words, k=512)), 1)])
         return times[1] - times[0]
 
 
@@ -132,7 +148,7 @@ def main() -> None:
         server = Server(args.bin, adapters)
         try:
             for adapter in [None, *names]:
-                server.stream(adapter, "Hello", 4, [])
+                server.streams([(adapter, "Hello", 4)])
             loads = dict(
                 one_base=lambda: server.together([None]),
                 one_adapter=lambda: server.together(["pirate"]),
@@ -157,7 +173,7 @@ def main() -> None:
             server.process.terminate()
             server.process.wait()
     result = {name: round(statistics.median(values), 3) for name, values in figures.items()}
-    machine = {name: round(statistics.median(c[name] for c in ceilings), 1) for name in ceilings[0]}
+    machine = {name: statistics.median(c[name] for c in ceilings) for name in ceilings[0]}
     step = 2 * PARAMETERS / machine["read_gb_s"] / 1e9
     eight = max(step, 8 * 2 * PARAMETERS / machine["f32_gflops"] / 1e9)
     floor = dict(
