@@ -273,6 +273,9 @@ impl Kernel for Product<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
+        // Nobody asked for the first lines yet; all at once they come soonest.
+        let (first, step) = self.w.place(self.panels.start);
+        self.w.lines[first..].iter().take(AHEAD * step).for_each(|line| prefetch(line));
         // SAFETY: the caller's promise, and whoever made the product keeps its fields' promises.
         unsafe {
             match self.w.dtype {
@@ -378,6 +381,8 @@ impl Kernel for Shrink<'_> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let lora_rank = self.a.len().checked_div(self.depth).unwrap_or(0);
+        // As in a product.
+        self.a.iter().take(4 * self.depth).for_each(|line| prefetch(line));
         // SAFETY: the caller's promise, and whoever made the shrink keeps its fields' promises.
         unsafe {
             let mut row = 0;
