@@ -146,7 +146,8 @@ fn serve<B: Backend>(
 ) -> anyhow::Result<()> {
     let shard = &config.shard;
     let host_bytes = shard.adapter_host_bytes.unwrap_or(4 << 30) as usize;
-    ops.expect_adapters(host_bytes);
+    // Locked memory is lost to everybody else.
+    ops.expect_adapters(host_bytes.min((memory::available() / 4) as usize));
     let model = Arc::new(load(&*ops, config)?);
     let description = model.config().clone();
     let max_sequences = shard.max_sequences.unwrap_or(128);

@@ -73,7 +73,7 @@ pub fn blocks(budget: u64, block_bytes: usize, most: usize) -> Result<usize, Too
 }
 
 /// Bytes that the system could give without swapping; 4 GiB where it does not say.
-fn available() -> u64 {
+pub fn available() -> u64 {
     fs::read_to_string("/proc/meminfo")
         .ok()
         .and_then(|text| {
