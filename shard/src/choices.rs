@@ -14,7 +14,9 @@ impl ChoiceFile {
     /// The file for what `of` names, below `XDG_CACHE_HOME` or `~/.cache`; none if there is no such folder.
     pub fn of(of: &str) -> Option<ChoiceFile> {
         let home = || Some(PathBuf::from(env::var_os("HOME")?).join(".cache"));
-        let cache = env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(home)?;
+        // An empty variable counts as none, by the XDG specification.
+        let cache = env::var_os("XDG_CACHE_HOME").filter(|folder| !folder.is_empty());
+        let cache = cache.map(PathBuf::from).or_else(home)?;
         Some(ChoiceFile::within(&cache.join("lorax").join("products"), of))
     }
 
