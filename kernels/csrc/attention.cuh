@@ -306,49 +306,63 @@ __device__ void merge_warps(const Softmax<DIM>& part, float* parts, float2* scal
   __syncthreads();
 }
 
-// Adds this block's part to those of its siblings; the last one writes the rows.
+// Turns the scales of all parts of a row into what each part weighs in the result; the same bits in every order of
+// arrival. `weights` [16 pairs, kMaxSplits].
+__device__ inline void weigh_splits(float2 (&weights)[16][kMaxSplits], const AttentionItem& item, const Pairs& pairs,
+                                    int pairs_here, const AttentionArgs& a) {
+  const float2* parts = a.partial_scale + (size_t)item.partial * a.query_heads + pairs.head(0);
+  for (int i = threadIdx.x; i < pairs_here * (int)item.splits; i += kThreads)
+    weights[i % pairs_here][i / pairs_here] = __ldcg(parts + i / pairs_here * a.query_heads + i % pairs_here);
+  __syncthreads();
+  if ((int)threadIdx.x < pairs_here) {
+    float2* own = weights[threadIdx.x];
+    float top = -INFINITY, sum = 0.f;
+    for (uint32_t s = 0; s < item.splits; s++) top = fmaxf(top, own[s].x);
+    for (uint32_t s = 0; s < item.splits; s++) {
+      own[s].x = exp2f(own[s].x - top);
+      sum += own[s].x * own[s].y;
+    }
+    for (uint32_t s = 0; s < item.splits; s++) own[s].x /= sum;
+  }
+  __syncthreads();
+}
+
+// Adds this block's part to those of its siblings; the last one writes the rows. A row's heads are neighbours.
 template <typename T, int DIM>
 __device__ void combine_splits(const AttentionItem& item, const Pairs& pairs, const AttentionArgs& a,
                                const float* merged, const float2* scale) {
   __shared__ bool last;
-  int pairs_here = min(16, pairs.total - pairs.first);
-  for (int i = threadIdx.x; i < pairs_here * DIM; i += kThreads) {
-    int m = i / DIM, d = i % DIM;
-    size_t slot = (size_t)(item.partial + item.split) * a.query_heads + pairs.head(m);
-    if (d < a.dim) a.partial_out[slot * a.dim + d] = merged[i];
-    if (d == 0) a.partial_scale[slot] = scale[m];
+  const int pairs_here = min(16, pairs.total - pairs.first), packs = a.dim / 4;
+  const size_t heads = (size_t)item.partial * a.query_heads + pairs.head(0);  // of the first part
+  const size_t part = (size_t)a.query_heads * a.dim;                          // from one part to the next
+  for (int i = threadIdx.x; i < pairs_here * packs; i += kThreads) {
+    float v[4];
+    load_floats<float, 4>(merged + i / packs * DIM + i % packs * 4, v);
+    store_floats<float, 4>(a.partial_out + heads * a.dim + item.split * part + i * 4, v);
   }
+  if ((int)threadIdx.x < pairs_here)
+    a.partial_scale[heads + item.split * a.query_heads + threadIdx.x] = scale[threadIdx.x];
   __threadfence();
   __syncthreads();
-  uint32_t* arrived = a.arrived + (size_t)item.partial * a.query_heads + pairs.head(0);
+  uint32_t* arrived = a.arrived + heads;
   if (threadIdx.x == 0) last = atomicAdd(arrived, 1u) == item.splits - 1;
   __syncthreads();
   if (!last) return;
   __threadfence();
   if (threadIdx.x == 0) *arrived = 0;
-  __shared__ float weights[16][kMaxSplits];  // of each pair's parts in its result
-  if ((int)threadIdx.x < pairs_here) {
-    const float2* parts = a.partial_scale + (size_t)item.partial * a.query_heads + pairs.head(threadIdx.x);
-    float top = -INFINITY, sum = 0.f;
-    for (uint32_t s = 0; s < item.splits; s++) top = fmaxf(top, __ldcg(parts + s * a.query_heads).x);
-    for (uint32_t s = 0; s < item.splits; s++) {
-      float2 part = __ldcg(parts + s * a.query_heads);
-      weights[threadIdx.x][s] = exp2f(part.x - top);
-      sum += weights[threadIdx.x][s] * part.y;
-    }
-    for (uint32_t s = 0; s < item.splits; s++) weights[threadIdx.x][s] /= sum;
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < pairs_here * DIM; i += kThreads) {
-    int m = i / DIM, d = i % DIM;
-    if (d >= a.dim) continue;
-    const float* parts = a.partial_out + ((size_t)item.partial * a.query_heads + pairs.head(m)) * a.dim + d;
-    float out = 0.f;
+  __shared__ float2 weights[16][kMaxSplits];
+  weigh_splits(weights, item, pairs, pairs_here, a);
+  for (int i = threadIdx.x; i < pairs_here * packs; i += kThreads) {
+    const float4* parts = reinterpret_cast<const float4*>(a.partial_out + heads * a.dim) + i;
+    const float2* own = weights[i / packs];
+    float out[4] = {};
 #pragma unroll 8
-    for (uint32_t s = 0; s < item.splits; s++)
-      out += weights[m][s] * __ldcg(parts + (size_t)s * a.query_heads * a.dim);
-    T* y = static_cast<T*>(a.y) + ((size_t)item.row * a.query_heads + pairs.head(m)) * a.dim;
-    y[d] = from_float<T>(out);
+    for (uint32_t s = 0; s < item.splits; s++) {
+      float4 v = __ldcg(parts + s * (part / 4));
+      out[0] += own[s].x * v.x, out[1] += own[s].x * v.y, out[2] += own[s].x * v.z, out[3] += own[s].x * v.w;
+    }
+    T* y = static_cast<T*>(a.y) + ((size_t)item.row * a.query_heads + pairs.head(0)) * a.dim;
+    store_floats<T, 4>(y + i * 4, out);
   }
 }
 

@@ -303,8 +303,8 @@ static_assert(attention::kPrefillRows == kPairs, "the kernel counts a group's si
 
 }  // namespace hopper
 
-// Whether the kernel was compiled for the current device.
-extern "C" int lorax_has_hopper_attention() {
+// Whether the current device is Hopper's, and kernels were compiled for it.
+extern "C" int lorax_is_hopper() {
 #ifdef LORAX_SM_90A
   int device = 0, major = 0, minor = 0;
   return cudaGetDevice(&device) == cudaSuccess &&

@@ -183,18 +183,28 @@ inline bool can_chain() {
   return can;
 }
 
-// Launches a kernel that calls `await_previous`.
+// Launches a kernel that calls `await_previous`, in clusters of so many blocks along x.
 template <typename... P, typename... A>
-int launch_chained(void (*kernel)(P...), dim3 grid, int threads, size_t shared, cudaStream_t stream, const A&... args) {
-  cudaLaunchAttribute chained;
-  chained.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  chained.val.programmaticStreamSerializationAllowed = 1;
+int launch_clusters(void (*kernel)(P...), dim3 grid, int cluster, int threads, size_t shared, cudaStream_t stream,
+                    const A&... args) {
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = cluster;
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  config.attrs = &chained;
-  config.numAttrs = can_chain() ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = can_chain() ? (cluster > 1 ? 2 : 1) : 0;
   return static_cast<int>(cudaLaunchKernelEx(&config, kernel, args...));
+}
+
+// Launches a kernel that calls `await_previous`.
+template <typename... P, typename... A>
+int launch_chained(void (*kernel)(P...), dim3 grid, int threads, size_t shared, cudaStream_t stream, const A&... args) {
+  return launch_clusters(kernel, grid, 1, threads, shared, stream, args...);
 }

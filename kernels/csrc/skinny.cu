@@ -6,17 +6,7 @@
 // waits for the one that writes x: the memory stays busy while the small kernels between two products run.
 //
 // Outputs are the M of the tensor cores' tiles and rows their N: eight rows cost no more than one.
-#include "lora.cuh"
-
-struct SkinnyArgs {
-  const void* x;      // [rows, inputs]
-  const void* w;      // [outputs, inputs]
-  const float* bias;  // [outputs], or null
-  void* y;            // [rows, outputs]
-  int rows;           // at most 32
-  int inputs;         // a multiple of 8
-  int outputs;
-};
+#include "linear.cuh"
 
 namespace {
 
@@ -177,7 +167,7 @@ template <typename T, typename F> __device__ void shrink(const LoraArgs& p, type
 }
 
 template <typename T, typename R, typename F>
-__global__ void __launch_bounds__(kThreads, F::BLOCKS) skinny(const __grid_constant__ SkinnyArgs a,
+__global__ void __launch_bounds__(kThreads, F::BLOCKS) skinny(const __grid_constant__ LinearArgs a,
                                                               const __grid_constant__ LoraArgs p, int lora_blocks) {
   __shared__ union {
     typename F::Sums base;
@@ -198,13 +188,13 @@ __global__ void __launch_bounds__(kThreads, F::BLOCKS) skinny(const __grid_const
 
 // The first blocks of the grid are the shrink's.
 template <typename T, typename R, typename F>
-int launch(const SkinnyArgs& a, const LoraArgs& lora, int lora_blocks, cudaStream_t stream) {
+int launch(const LinearArgs& a, const LoraArgs& lora, int lora_blocks, cudaStream_t stream) {
   dim3 grid(lora_blocks + ceil_div(a.outputs, F::kOutputs));
   return launch_chained(skinny<T, R, F>, grid, kThreads, 0, stream, a, lora, lora_blocks);
 }
 
 template <typename T, typename R>
-int by_rows(const SkinnyArgs& a, const LoraArgs& lora, int lora_blocks, cudaStream_t stream) {
+int by_rows(const LinearArgs& a, const LoraArgs& lora, int lora_blocks, cudaStream_t stream) {
   if (a.rows > 16) return launch<T, R, Rows32>(a, lora, lora_blocks, stream);
   if (a.rows > 8) return launch<T, R, Rows16>(a, lora, lora_blocks, stream);
   if (ceil_div(a.outputs, Deep::kOutputs) <= kDeepBlocks) return launch<T, R, Deep>(a, lora, lora_blocks, stream);
@@ -213,9 +203,9 @@ int by_rows(const SkinnyArgs& a, const LoraArgs& lora, int lora_blocks, cudaStre
 
 }  // namespace
 
-// `lora`: null, or the deltas of the same rows, whose shrink is computed with `splits` 1 for `max_tiles` tiles of at
+// At most 32 rows. `lora`: null, or the deltas of the same rows, whose shrink is computed with `splits` 1 for `max_tiles` tiles of at
 // most 16 rows (8 where there are no more than 8 rows).
-extern "C" int lorax_skinny(const SkinnyArgs* args, const LoraArgs* lora, int elem, int wide, int max_tiles,
+extern "C" int lorax_skinny(const LinearArgs* args, const LoraArgs* lora, int elem, int wide, int max_tiles,
                             cudaStream_t stream) {
   const int lora_blocks = lora ? max_tiles * lora->slices * kGroupBlocks : 0;
   const LoraArgs deltas = lora ? *lora : LoraArgs{};

@@ -47,6 +47,9 @@ template <int PENDING, int NT> __device__ __forceinline__ void wait(float (&d)[N
     for (int e = 0; e < 4; e++) asm volatile("" : "+f"(d[j][e])::"memory");
 }
 
+#define REGISTERS_4 "{%0,%1,%2,%3}"
+#define REGISTERS_8 "{%0,%1,%2,%3,%4,%5,%6,%7}"
+#define REGISTERS_16 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}"
 #define REGISTERS_32 \
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
   "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
@@ -56,35 +59,43 @@ template <int PENDING, int NT> __device__ __forceinline__ void wait(float (&d)[N
   "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
   "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}"
 #define ACCUMULATORS_4(d, j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
-#define ACCUMULATORS_16(d, j) \
-  ACCUMULATORS_4(d, j), ACCUMULATORS_4(d, j + 1), ACCUMULATORS_4(d, j + 2), ACCUMULATORS_4(d, j + 3)
-#define ACCUMULATORS_32(d) ACCUMULATORS_16(d, 0), ACCUMULATORS_16(d, 4)
-#define ACCUMULATORS_64(d) ACCUMULATORS_32(d), ACCUMULATORS_16(d, 8), ACCUMULATORS_16(d, 12)
+#define ACCUMULATORS_8(d, j) ACCUMULATORS_4(d, j), ACCUMULATORS_4(d, j + 1)
+#define ACCUMULATORS_16(d, j) ACCUMULATORS_8(d, j), ACCUMULATORS_8(d, j + 2)
+#define ACCUMULATORS_32(d, j) ACCUMULATORS_16(d, j), ACCUMULATORS_16(d, j + 4)
+#define ACCUMULATORS_64(d, j) ACCUMULATORS_32(d, j), ACCUMULATORS_32(d, j + 8)
 
-// d [64, 128] (+)= a [64, 16] · b [128, 16]^T, both in shared memory.
-template <typename T> __device__ inline void multiply(float (&d)[16][4], uint64_t a, uint64_t b, bool add);
+// d [64, 8 · NT] (+)= a [64, 16] · b [8 · NT, 16]^T, both in shared memory.
+template <typename T, int NT> __device__ void multiply(float (&d)[NT][4], uint64_t a, uint64_t b, bool add) = delete;
 
 // d [64, 8 · NT] += a [64, 16] · b [16, 8 · NT], b in shared memory, a as an operand of mma.m16n8k16.
 template <typename T> __device__ inline void multiply(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b);
 template <typename T> __device__ inline void multiply(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b);
 
-#define DEFINE_MULTIPLY(T, TYPE)                                                                                   \
-  template <> __device__ __forceinline__ void multiply<T>(float (&d)[16][4], uint64_t a, uint64_t b, bool add) {   \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE \
-                 " " REGISTERS_64 ", %64, %65, p, 1, 1, 0, 0;}"                                                    \
-                 : ACCUMULATORS_64(d)                                                                              \
+// A, B, ADD: the operands behind the 4 · NT accumulators.
+#define DEFINE_SHARED(T, TYPE, NT, COLUMNS, COUNT, A, B, ADD)                                                     \
+  template <> __device__ __forceinline__ void multiply<T, NT>(float (&d)[NT][4], uint64_t a, uint64_t b, bool add) { \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %" ADD ", 0; wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32." TYPE \
+                 "." TYPE " " REGISTERS_##COUNT ", %" A ", %" B ", p, 1, 1, 0, 0;}"                                 \
+                 : ACCUMULATORS_##COUNT(d, 0)                                                                      \
                  : "l"(a), "l"(b), "r"((int)add));                                                                 \
-  }                                                                                                                \
+  }
+
+#define DEFINE_MULTIPLY(T, TYPE)                                                                                   \
+  DEFINE_SHARED(T, TYPE, 1, "8", 4, "4", "5", "6")                                                                 \
+  DEFINE_SHARED(T, TYPE, 2, "16", 8, "8", "9", "10")                                                               \
+  DEFINE_SHARED(T, TYPE, 4, "32", 16, "16", "17", "18")                                                            \
+  DEFINE_SHARED(T, TYPE, 8, "64", 32, "32", "33", "34")                                                            \
+  DEFINE_SHARED(T, TYPE, 16, "128", 64, "64", "65", "66")                                                          \
   template <> __device__ __forceinline__ void multiply<T>(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {  \
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " " REGISTERS_32                      \
                  ", {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"                                                           \
-                 : ACCUMULATORS_32(d)                                                                              \
+                 : ACCUMULATORS_32(d, 0)                                                                           \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                            \
   }                                                                                                                \
   template <> __device__ __forceinline__ void multiply<T>(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) { \
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " " REGISTERS_64                     \
                  ", {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"                                                           \
-                 : ACCUMULATORS_64(d)                                                                              \
+                 : ACCUMULATORS_64(d, 0)                                                                           \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                            \
   }
 
@@ -129,6 +140,10 @@ struct Barrier {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
   }
   __device__ void arrive() const { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory"); }
+  // Once all that this thread began to copy has come.
+  __device__ void arrive_after_copies() const {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(at) : "memory");
+  }
   // Whether phase number `phase` has ended, which is the present one or the one before.
   __device__ __forceinline__ bool is_over(int phase) const { WAIT_FOR_PHASE("test_wait") }
   __device__ __forceinline__ void wait(int phase) const {
@@ -140,5 +155,33 @@ struct Barrier {
   // As `is_over`, but sleeps a while if it is not.
   __device__ __forceinline__ bool may_wait(int phase) const { WAIT_FOR_PHASE("try_wait") }
 };
+
+// ---- clusters ----
+// Blocks that run at the same time and read each other's shared memory. A kernel launched without is a cluster of one.
+
+__device__ inline uint32_t cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ inline uint32_t cluster_size() {
+  uint32_t size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+__device__ inline void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// sums += the four numbers at the same address of another block's shared memory.
+__device__ inline void add_remote(float (&sums)[4], uint32_t address, uint32_t rank) {
+  float v[4];
+  asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %4, %5; ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [there];}"
+               : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+               : "r"(address), "r"(rank)
+               : "memory");
+#pragma unroll
+  for (int i = 0; i < 4; i++) sums[i] += v[i];
+}
 
 }  // namespace wgmma

@@ -61,7 +61,8 @@ pub struct CudaBackend {
     gemm: gemm::Gemm,
     recorder: graph::Recorder,
     partials: attention::Partials,
-    hopper_attention: bool,
+    /// Whether the card runs the kernels for Hopper.
+    hopper: bool,
     reports: sampler::Reports,
     staging: Mutex<Staging>,
     weight_staging: Vec<Mutex<Staging>>,
@@ -91,7 +92,8 @@ impl CudaBackend {
             gemm: gemm::Gemm::new(&device, dtype)?,
             recorder: graph::Recorder::new(),
             partials: attention::Partials::new(&device)?,
-            hopper_attention: attention::has_hopper_kernel(),
+            // SAFETY: asks the runtime about the current device.
+            hopper: unsafe { ffi::lorax_is_hopper() != 0 },
             reports: sampler::Reports::new(&device)?,
             staging: Mutex::new(Staging::new(&device, STAGES, STAGE_BYTES)?),
             weight_staging: (0..WEIGHT_STAGINGS)

@@ -32,16 +32,10 @@ const HOPPER_DIM: usize = 128;
 /// many on average.
 const HOPPER_PAIRS: usize = 64;
 
-/// Whether that kernel runs on the card that is bound.
-pub(super) fn has_hopper_kernel() -> bool {
-    // SAFETY: asks the runtime about the current device.
-    unsafe { ffi::lorax_has_hopper_attention() != 0 }
-}
-
 /// Whether a step's prefill is computed by the kernel for Hopper.
 fn suits_hopper(be: &CudaBackend, heads: Heads, sizes: &Sizes) -> bool {
     let pairs = sizes.prefill_rows * (heads.query / heads.kv);
-    be.hopper_attention && heads.dim <= HOPPER_DIM && pairs >= sizes.prefill_items * HOPPER_PAIRS
+    be.hopper && heads.dim <= HOPPER_DIM && pairs >= sizes.prefill_items * HOPPER_PAIRS
 }
 
 /// Refuses heads that no kernel computes.

@@ -65,10 +65,10 @@ pub(super) struct LoraArgs {
     pub(super) first_out: [i32; MAX_SLICES + 1],
 }
 
-/// Mirrors `SkinnyArgs` in `skinny.cu`.
+/// Mirrors `LinearArgs` in `linear.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy)]
-pub(super) struct SkinnyArgs {
+pub(super) struct LinearArgs {
     pub(super) x: u64,
     pub(super) w: u64,
     pub(super) bias: u64,
@@ -165,15 +165,6 @@ unsafe extern "C" {
         dim: i32,
         stream: CUstream,
     ) -> i32;
-    /// `lora` may be null.
-    pub(super) fn lorax_skinny(
-        args: *const SkinnyArgs,
-        lora: *const LoraArgs,
-        elem: i32,
-        wide: i32,
-        max_tiles: i32,
-        stream: CUstream,
-    ) -> i32;
     pub(super) fn lorax_lora_shrink(
         args: *const LoraArgs,
         elem: i32,
@@ -219,6 +210,31 @@ unsafe extern "C" {
     ) -> i32;
 }
 
+/// A launcher of the product of few rows; `lora` may be null. Arguments: both, the element type, whether y is f32, tiles
+/// of deltas, the stream.
+pub(super) type LinearLauncher =
+    unsafe extern "C" fn(*const LinearArgs, *const LoraArgs, i32, i32, i32, CUstream) -> i32;
+
+unsafe extern "C" {
+    pub(super) fn lorax_skinny(
+        args: *const LinearArgs,
+        lora: *const LoraArgs,
+        elem: i32,
+        wide: i32,
+        max_tiles: i32,
+        stream: CUstream,
+    ) -> i32;
+    /// Up to 64 rows.
+    pub(super) fn lorax_linear_hopper(
+        args: *const LinearArgs,
+        lora: *const LoraArgs,
+        elem: i32,
+        wide: i32,
+        max_tiles: i32,
+        stream: CUstream,
+    ) -> i32;
+}
+
 /// A launcher of attention for one head size.
 pub(super) type AttentionLauncher =
     unsafe extern "C" fn(*const AttentionArgs, i32, i32, i32, CUstream) -> i32;
@@ -255,8 +271,8 @@ unsafe extern "C" {
 }
 
 unsafe extern "C" {
-    /// Whether [`lorax_attention_hopper`] runs on the current device.
-    pub(super) fn lorax_has_hopper_attention() -> i32;
+    /// Whether the current device runs the kernels whose names end in `_hopper`.
+    pub(super) fn lorax_is_hopper() -> i32;
     /// Prefill with heads of up to 128.
     pub(super) fn lorax_attention_hopper(a: *const AttentionArgs, elem: i32, items: i32, s: CUstream) -> i32;
 }

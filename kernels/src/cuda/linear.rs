@@ -1,5 +1,7 @@
 //! Base product and low-rank deltas of one linear operation.
 
+use std::ops::RangeInclusive;
+
 use super::{
     CudaBackend, CudaBatch, CudaMat, CudaSlots, CudaVector, CudaWeight, ffi,
     gemm::{Operands, Shape},
@@ -16,6 +18,9 @@ const SMALL_TILE: u32 = 16;
 /// Most rows that `skinny.cu` multiplies faster than cuBLASLt, and than cuBLASLt and a shrink one after the other.
 const SKINNY_ROWS: usize = 8;
 const SKINNY_ROWS_WITH_DELTAS: usize = 32;
+/// Rows that `linear_hopper.cu` multiplies faster than either, on the card that it is for.
+const HOPPER_ROWS: RangeInclusive<usize> = 5..=8;
+const HOPPER_ROWS_WITH_DELTAS: RangeInclusive<usize> = 5..=64;
 
 pub(super) fn linear(
     be: &CudaBackend,
@@ -63,9 +68,8 @@ fn base<'a>(
     }
     y.resize(op, x.rows())?;
     let deltas = lora.map(|lora| Deltas::new(x, &lora, y)).transpose()?.flatten();
-    let few = if deltas.is_some() { SKINNY_ROWS_WITH_DELTAS } else { SKINNY_ROWS };
-    if x.rows() <= few && weight.inputs.is_multiple_of(8) {
-        skinny(be, x, (weight, bias), deltas.as_ref(), y)?;
+    if let Some(kernel) = kernel_of_few_rows(be, x.rows(), weight.inputs, deltas.is_some()) {
+        few_rows(be, kernel, x, (weight, bias), deltas.as_ref(), y)?;
     } else {
         if let Some(deltas) = &deltas {
             deltas.shrink(be)?;
@@ -75,15 +79,36 @@ fn base<'a>(
     Ok(deltas)
 }
 
-/// The base product and the shrink of a few rows, in one launch.
-fn skinny(
+/// The kernel that multiplies so many rows, and shrinks them beside it, faster than cuBLASLt; none: cuBLASLt does.
+fn kernel_of_few_rows(
     be: &CudaBackend,
+    rows: usize,
+    inputs: usize,
+    deltas: bool,
+) -> Option<ffi::LinearLauncher> {
+    let (skinny, hopper) = match deltas {
+        false => (SKINNY_ROWS, HOPPER_ROWS),
+        true => (SKINNY_ROWS_WITH_DELTAS, HOPPER_ROWS_WITH_DELTAS),
+    };
+    if !inputs.is_multiple_of(8) {
+        return None;
+    }
+    if be.hopper && hopper.contains(&rows) {
+        return Some(ffi::lorax_linear_hopper);
+    }
+    (rows <= skinny).then_some(ffi::lorax_skinny)
+}
+
+/// The base product and the shrink of a few rows, in one launch.
+fn few_rows(
+    be: &CudaBackend,
+    kernel: ffi::LinearLauncher,
     x: &CudaMat,
     (weight, bias): (&CudaWeight, Option<&CudaVector>),
     deltas: Option<&Deltas<'_>>,
     y: &CudaMat,
 ) -> Result<()> {
-    let args = ffi::SkinnyArgs {
+    let args = ffi::LinearArgs {
         x: x.at(),
         w: weight.buffer.at(),
         bias: bias.map_or(0, |bias| bias.buffer.at()),
@@ -98,7 +123,7 @@ fn skinny(
     let max_tiles = deltas.map_or(0, |deltas| deltas.max_tiles as i32);
     // SAFETY: shapes were checked; the tables hold only resident slots of these sites.
     be.launch("linear", x.rows(), |elem, stream| unsafe {
-        ffi::lorax_skinny(&raw const args, lora_at, elem, y.wide(), max_tiles, stream)
+        kernel(&raw const args, lora_at, elem, y.wide(), max_tiles, stream)
     })
 }
 
