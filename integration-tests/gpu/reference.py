@@ -24,8 +24,10 @@ def load(folder: Path, adapters: Path, adapter: str | None, dtype: torch.dtype) 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
     if adapter:
         model = PeftModel.from_pretrained(model, adapters / adapter, autocast_adapter_dtype=False)
-        model = model.to(torch.bfloat16)
-    return model.to(device=device, dtype=dtype).eval()
+    # Not `model.to(dtype)`, which would round the frequencies of the rotary embedding, too.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16).to(dtype)
+    return model.to(device).eval()
 
 
 @torch.no_grad()
