@@ -249,13 +249,10 @@ impl Gemm {
     fn offered<const N: usize>(&self, layouts: &Layouts) -> Result<Vec<sys::cublasLtMatmulAlgo_t>> {
         let Layouts { description, w, x, y } = *layouts;
         let preference = result::create_matmul_pref().map_err(failed)?;
-        let attribute = sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-        let value = (&raw const WORKSPACE_BYTES).cast::<c_void>();
         let (mut found, mut count) = ([no_result(); N], 0);
-        // SAFETY: the attribute is a u64, all descriptors live, and there is room for N results.
+        // SAFETY: all descriptors live, and there is room for N results.
         let asked = unsafe {
-            let set = result::set_matmul_pref_attribute(preference, attribute, value, size_of::<u64>());
-            let asked = set.and_then(|()| {
+            let asked = prefer(preference).and_then(|()| {
                 let (handle, found) = (self.handle, found.as_mut_ptr());
                 let count = &raw mut count;
                 sys::cublasLtMatmulAlgoGetHeuristic(
@@ -288,7 +285,21 @@ fn no_result() -> sys::cublasLtMatmulHeuristicResult_t {
     unsafe { std::mem::zeroed() }
 }
 
-static WORKSPACE_BYTES: u64 = WORKSPACE as u64;
+/// Limits the workspace, and has parts of a sum that several blocks share added in f32. By default they may be added in
+/// the type of the result, each rounded to it.
+fn prefer(preference: sys::cublasLtMatmulPreference_t) -> std::result::Result<(), CublasError> {
+    use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
+    let bytes = WORKSPACE as u64;
+    let schemes = sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
+    let (bytes_at, schemes_at) = ((&raw const bytes).cast(), (&raw const schemes).cast());
+    // SAFETY: the preference lives; the attributes are a u64 and a u32, which are copied.
+    unsafe {
+        let attribute = Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+        result::set_matmul_pref_attribute(preference, attribute, bytes_at, size_of_val(&bytes))?;
+        let attribute = Attribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK;
+        result::set_matmul_pref_attribute(preference, attribute, schemes_at, size_of_val(&schemes))
+    }
+}
 
 impl Drop for Gemm {
     fn drop(&mut self) {
