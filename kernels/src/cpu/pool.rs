@@ -1,8 +1,13 @@
-//! Threads that take small chunks of one job at a time.
+//! Threads that share the chunks of one job at a time.
 //!
-//! A job is a number of chunks and a function of the chunk's index. Whoever is free claims the next chunk, the calling
-//! thread included, so a core that is busy elsewhere costs no more than the chunk it holds. Workers spin for a moment
-//! between jobs, since the operations of a step follow each other within microseconds, and park after that.
+//! A job is a number of chunks and a function of the chunk's index. Every thread has a share of neighbouring chunks, which
+//! it claims from the front: it streams what they read in order, and jobs of as many chunks give it the same ones. Whoever
+//! has none left claims from the backs of others' shares, so a core that is busy elsewhere costs no more than the chunk
+//! it holds. What a thread writes often lies on a line of its own: cores may be far apart, and a line takes longer
+//! from one to the other than memory takes to answer.
+//!
+//! Workers spin for a moment between jobs, since the operations of a step follow each other within microseconds, and
+//! park after that.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
@@ -20,14 +25,26 @@ const SPINS_BEFORE_YIELD: u32 = 2_000;
 
 type Call = unsafe fn(*const (), usize);
 
-/// The job at hand. `turn` is `epoch << 32 | next chunk`: a chunk is claimed by adding 1 while the epoch still is
-/// the one whose function was read, so a worker that comes late never touches a job that has ended.
-struct Shared {
-    turn: AtomicU64,
-    chunks: AtomicUsize,
-    done: AtomicUsize,
+/// A thread's share of the job at hand.
+#[derive(Default)]
+#[repr(align(128))]
+struct Share {
+    /// The chunks that nobody claimed: `first << 32 | end`. A claim is a compare-exchange, and the job is read after it:
+    /// whatever the claimer saw before, the chunk belongs to the job that is there now, which cannot end before it.
+    left: AtomicU64,
     call: AtomicPtr<()>,
     data: AtomicPtr<()>,
+    done: Done,
+}
+
+/// Chunks that a thread has finished since it began, of whatever share. Only the thread itself stores.
+#[derive(Default)]
+#[repr(align(128))]
+struct Done(AtomicUsize);
+
+struct Shared {
+    /// The caller's is the first.
+    shares: Vec<Share>,
     sleepers: AtomicUsize,
     panicked: AtomicBool,
     stop: AtomicBool,
@@ -38,18 +55,15 @@ pub(super) struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
     wakers: Vec<Thread>,
-    epoch: Mutex<u32>,
+    /// Chunks of all jobs so far. Held until a job has ended: callers on several threads take turns.
+    chunks: Mutex<usize>,
 }
 
 impl Pool {
     /// A pool that computes on `threads` threads, the calling one included.
     pub(super) fn new(threads: usize) -> std::io::Result<Pool> {
         let shared = Arc::new(Shared {
-            turn: AtomicU64::new(0),
-            chunks: AtomicUsize::new(0),
-            done: AtomicUsize::new(0),
-            call: AtomicPtr::default(),
-            data: AtomicPtr::default(),
+            shares: (0..threads).map(|_| Share::default()).collect(),
             sleepers: AtomicUsize::new(0),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
@@ -57,11 +71,11 @@ impl Pool {
         let workers = (1..threads)
             .map(|i| {
                 let shared = shared.clone();
-                thread::Builder::new().name(format!("kernel-{i}")).spawn(move || shared.work())
+                thread::Builder::new().name(format!("kernel-{i}")).spawn(move || shared.work(i))
             })
             .collect::<Result<Vec<_>, _>>()?;
         let wakers = workers.iter().map(|worker| worker.thread().clone()).collect();
-        Ok(Pool { shared, workers, wakers, epoch: Mutex::new(0) })
+        Ok(Pool { shared, workers, wakers, chunks: Mutex::new(0) })
     }
 
     /// Threads that compute, the calling one included.
@@ -69,27 +83,30 @@ impl Pool {
         self.workers.len() + 1
     }
 
-    /// Calls `f(0) … f(chunks - 1)`, each once, on all threads, and returns when all calls have.
+    /// Calls `f(0) … f(chunks - 1)`, each once, on all threads, and returns when all calls have. There are less than
+    /// 2³² chunks.
     pub(super) fn run<F: Fn(usize) + Sync>(&self, chunks: usize, f: F) {
         if chunks <= 1 || self.workers.is_empty() {
             (0..chunks).for_each(f);
             return;
         }
-        // Held until the job has ended: callers on several threads take turns.
-        let mut epoch = self.epoch.lock().unwrap_or_else(PoisonError::into_inner);
-        *epoch = epoch.wrapping_add(1);
+        let mut all = self.chunks.lock().unwrap_or_else(PoisonError::into_inner);
+        *all = all.wrapping_add(chunks);
         let shared = &*self.shared;
-        shared.chunks.store(chunks, Relaxed);
-        shared.done.store(0, Relaxed);
-        shared.call.store(call::<F> as Call as *mut (), Relaxed);
-        shared.data.store((&raw const f).cast_mut().cast(), Relaxed);
-        shared.turn.store(u64::from(*epoch) << 32, SeqCst);
-        if shared.sleepers.load(SeqCst) > 0 {
+        // Workers first: the caller is here already.
+        for (i, share) in shared.shares.iter().enumerate().rev() {
+            let bound = |i: usize| (i * chunks / self.threads()) as u64;
+            share.call.store(call::<F> as Call as *mut (), Relaxed);
+            share.data.store((&raw const f).cast_mut().cast(), Relaxed);
+            share.left.store(bound(i) << 32 | bound(i + 1), Release);
+        }
+        // A worker that falls asleep right now is not seen: then its share is claimed by others.
+        if shared.sleepers.load(Relaxed) > 0 {
             self.wakers.iter().for_each(Thread::unpark);
         }
-        shared.take_chunks(*epoch);
+        shared.work_off(0);
         let mut spins = 0;
-        while shared.done.load(Acquire) < chunks {
+        while shared.done() != *all {
             spins += 1;
             if spins < SPINS_BEFORE_YIELD { std::hint::spin_loop() } else { thread::yield_now() }
         }
@@ -117,24 +134,49 @@ unsafe fn call<F: Fn(usize) + Sync>(data: *const (), chunk: usize) {
     unsafe { (*data.cast::<F>())(chunk) }
 }
 
+impl Share {
+    fn is_empty(&self) -> bool {
+        let left = self.left.load(Relaxed);
+        left >> 32 >= left & u64::from(u32::MAX)
+    }
+
+    /// A chunk of the front or the back.
+    fn claim(&self, front: bool) -> Option<usize> {
+        let mut left = self.left.load(Relaxed);
+        loop {
+            let (first, end) = (left >> 32, left & u64::from(u32::MAX));
+            if first >= end {
+                return None;
+            }
+            let (chunk, rest) = if front { (first, left + (1 << 32)) } else { (end - 1, left - 1) };
+            match self.left.compare_exchange_weak(left, rest, Acquire, Relaxed) {
+                Ok(_) => return Some(chunk as usize),
+                Err(now) => left = now,
+            }
+        }
+    }
+}
+
 impl Shared {
-    fn work(&self) {
-        let mut seen = 0;
+    /// Chunks finished by all threads.
+    fn done(&self) -> usize {
+        self.shares.iter().fold(0, |sum, share| sum.wrapping_add(share.done.0.load(Acquire)))
+    }
+
+    /// The life of thread `me`.
+    fn work(&self, me: usize) {
         let mut spins = 0;
         while !self.stop.load(Relaxed) {
-            let epoch = (self.turn.load(Acquire) >> 32) as u32;
-            if epoch != seen {
-                seen = epoch;
+            if !self.shares[me].is_empty() {
                 spins = 0;
-                self.take_chunks(epoch);
+                self.work_off(me);
             } else if spins < SPINS {
                 spins += 1;
                 std::hint::spin_loop();
             } else {
                 spins = 0;
                 self.sleepers.fetch_add(1, SeqCst);
-                // A job published before the increment is seen here; one published after it unparks.
-                if (self.turn.load(SeqCst) >> 32) as u32 == seen && !self.stop.load(SeqCst) {
+                if self.shares[me].is_empty() && !self.stop.load(SeqCst) {
                     thread::park();
                 }
                 self.sleepers.fetch_sub(1, SeqCst);
@@ -142,30 +184,23 @@ impl Shared {
         }
     }
 
-    fn take_chunks(&self, epoch: u32) {
-        let (chunks, call, data) =
-            (self.chunks.load(Relaxed), self.call.load(Relaxed), self.data.load(Relaxed));
-        let mut turn = self.turn.load(Acquire);
-        loop {
-            let next = (turn & u64::from(u32::MAX)) as usize;
-            if (turn >> 32) as u32 != epoch || next >= chunks {
-                return;
-            }
-            match self.turn.compare_exchange_weak(turn, turn + 1, AcqRel, Acquire) {
-                Err(now) => turn = now,
-                Ok(_) => {
-                    // SAFETY: the claim succeeded, so the job of this epoch has not ended: `call` and `data` are its own
-                    // function, alive until `done` reaches `chunks`, which this chunk is part of.
-                    let result = catch_unwind(AssertUnwindSafe(|| unsafe {
-                        let call = std::mem::transmute::<*mut (), Call>(call);
-                        call(data, next);
-                    }));
-                    if result.is_err() {
-                        self.panicked.store(true, Relaxed);
-                    }
-                    self.done.fetch_add(1, Release);
-                    turn = self.turn.load(Acquire);
+    /// Claims and finishes chunks until there are none: of the thread's own share, then of the shares behind it.
+    fn work_off(&self, me: usize) {
+        let done = &self.shares[me].done.0;
+        for i in 0..self.shares.len() {
+            let share = &self.shares[(me + i) % self.shares.len()];
+            while let Some(chunk) = share.claim(i == 0) {
+                let (call, data) = (share.call.load(Relaxed), share.data.load(Relaxed));
+                // SAFETY: the claim succeeded, so the job of this chunk has not ended: `call` and `data` are its own function,
+                // stored before the share that the claim acquired, alive until all chunks are done.
+                let result = catch_unwind(AssertUnwindSafe(|| unsafe {
+                    let call = std::mem::transmute::<*mut (), Call>(call);
+                    call(data, chunk);
+                }));
+                if result.is_err() {
+                    self.panicked.store(true, Relaxed);
                 }
+                done.store(done.load(Relaxed).wrapping_add(1), Release);
             }
         }
     }
