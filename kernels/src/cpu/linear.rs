@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::{
     CpuBackend,
     gemm::{Begin, Output, Product, Shrink, prefetch},
-    lora::{CpuSlots, SiteDelta, SliceDelta},
+    lora::{SiteDelta, SliceDelta},
     memory::{CpuMat, GROUP, Line, Panels},
     pool::Shards,
     simd::run,
@@ -27,24 +27,29 @@ pub(super) struct Scratch {
     x: Vec<f32>,
     /// Shrunk rows of all deltas.
     t: Vec<Line>,
-    deltas: Vec<Delta>,
-    shrinks: Vec<Unit>,
 }
 
 /// A segment whose adapter has a delta here.
-#[derive(Clone, Copy)]
-struct Delta {
+struct Delta<'a> {
     segment: Segment,
+    site: &'a SiteDelta,
     /// Where its shrunk rows are, in f32 of `t`.
     t: usize,
 }
 
 /// A piece of the first phase: rows of a delta's segment, times rows of its A.
-#[derive(Clone, Copy)]
-struct Unit {
-    delta: usize,
+struct ShrinkUnit<'a> {
+    delta: &'a Delta<'a>,
     rows: (usize, usize),
     a: (usize, usize),
+}
+
+/// One slice's part of a delta: what is added to some columns of a segment's rows.
+struct Expand<'a> {
+    slice: &'a SliceDelta,
+    rows: Range<usize>,
+    /// Where the slice's part of the first shrunk row is, and f32 from one row to the next.
+    t: (usize, usize),
 }
 
 /// Everything that the chunks of one call read.
@@ -58,8 +63,7 @@ struct Call<'a> {
     rows: usize,
     y: Shards<f32>,
     t: Shards<f32>,
-    deltas: &'a [Delta],
-    slots: Option<(&'a CpuSlots, usize)>,
+    expands: Vec<Expand<'a>>,
 }
 
 pub(super) fn linear(
@@ -83,10 +87,10 @@ pub(super) fn linear(
     let rows = x.rows();
     y.resize(op, rows)?;
     let scratch = &mut *be.scratch();
-    scratch.deltas.clear();
-    if let Some(lora) = &lora {
-        find_deltas(lora, w, rows, scratch)?;
-    }
+    let deltas = match &lora {
+        Some(lora) => find_deltas(lora, w, rows, &mut scratch.t)?,
+        None => Vec::new(),
+    };
     let t = Shards(scratch.t.as_mut_ptr().cast());
     let (x, x_stride) = padded(x, &mut scratch.x);
     let call = Call {
@@ -98,12 +102,11 @@ pub(super) fn linear(
         rows,
         y: Shards(y.used_mut().as_mut_ptr()),
         t,
-        deltas: &scratch.deltas,
-        slots: lora.map(|lora| (lora.slots, lora.site)),
+        expands: deltas.iter().flat_map(Delta::expands).collect(),
     };
-    if !call.deltas.is_empty() {
-        call.list_shrinks(&mut scratch.shrinks);
-        be.pool.run(scratch.shrinks.len(), |i| call.shrink(scratch.shrinks[i]));
+    if !deltas.is_empty() {
+        let units: Vec<_> = deltas.iter().flat_map(Delta::shrinks).collect();
+        be.pool.run(units.len(), |i| call.shrink(&units[i]));
     }
     let count = panels_per_unit(w, rows, be.pool.threads());
     be.pool.run(w.panels().div_ceil(count), |i| {
@@ -130,12 +133,12 @@ fn padded<'a>(x: &'a CpuMat, copy: &'a mut Vec<f32>) -> (&'a [f32], usize) {
 }
 
 /// Lists the segments that have a delta, and makes room for their shrunk rows.
-fn find_deltas(
-    lora: &LinearLora<'_, CpuBackend>,
+fn find_deltas<'a>(
+    lora: &LinearLora<'a, CpuBackend>,
     w: &Panels,
     rows: usize,
-    scratch: &mut Scratch,
-) -> Result<()> {
+    room: &mut Vec<Line>,
+) -> Result<Vec<Delta<'a>>> {
     let op = "linear";
     let segments = match lora.rows {
         RowSet::All => &lora.batch.segments,
@@ -152,7 +155,7 @@ fn find_deltas(
             return Err(Error::Shape { op, what, got, expected });
         }
     }
-    let mut t = 0;
+    let (mut deltas, mut t) = (Vec::with_capacity(segments.len()), 0);
     for segment in segments {
         if segment.end as usize > rows {
             return Err(Error::Index {
@@ -162,51 +165,61 @@ fn find_deltas(
                 limit: rows,
             });
         }
-        if let Some(delta) = lora.slots.resident(op, segment.slot)?.site(lora.site) {
-            scratch.deltas.push(Delta { segment: *segment, t });
-            t += (segment.end - segment.start) as usize * delta.width();
+        if let Some(site) = lora.slots.resident(op, segment.slot)?.site(lora.site) {
+            deltas.push(Delta { segment: *segment, site, t });
+            t += (segment.end - segment.start) as usize * site.width();
         }
     }
-    if scratch.t.len() < t.div_ceil(16) {
-        scratch.t.resize(t.div_ceil(16), Line([0; 16]));
+    if room.len() < t.div_ceil(16) {
+        room.resize(t.div_ceil(16), Line([0; 16]));
     }
-    Ok(())
+    Ok(deltas)
+}
+
+impl<'a> Delta<'a> {
+    fn rows(&self) -> Range<usize> {
+        self.segment.start as usize..self.segment.end as usize
+    }
+
+    /// The shrink in pieces, by rows and by rows of A.
+    fn shrinks(&'a self) -> impl Iterator<Item = ShrinkUnit<'a>> {
+        let (rows, width, depth) = (self.rows().len(), self.site.width(), self.site.depth.max(1));
+        let a_step = (CHUNK_LINES / depth).max(1).next_multiple_of(4);
+        let step = (SHRINK_CHUNK / (depth * 32 * a_step.min(width)).max(1)).max(1).next_multiple_of(4);
+        (0..rows).step_by(step).flat_map(move |row| {
+            (0..width).step_by(a_step).map(move |first| ShrinkUnit {
+                delta: self,
+                rows: (row, step.min(rows - row)),
+                a: (first, a_step.min(width - first)),
+            })
+        })
+    }
+
+    fn expands(&self) -> impl Iterator<Item = Expand<'a>> {
+        let (rows, t, width) = (self.rows(), self.t, self.site.width());
+        let expand =
+            move |slice: &'a SliceDelta| Expand { slice, rows: rows.clone(), t: (t + slice.first, width) };
+        self.site.slices.iter().map(expand)
+    }
+}
+
+impl Expand<'_> {
+    /// The panels of B that lie on some panels of the base weight.
+    fn panels(&self, base: &Range<usize>) -> Range<usize> {
+        let (first, count) = (self.slice.panel, self.slice.b.panels());
+        base.start.saturating_sub(first)..base.end.saturating_sub(first).min(count)
+    }
 }
 
 impl Call<'_> {
-    fn site(&self, delta: &Delta) -> Option<&SiteDelta> {
-        let (slots, site) = self.slots?;
-        slots.slots[delta.segment.slot as usize].as_ref()?.site(site)
-    }
-
-    /// Splits the shrinks by rows and by rows of A.
-    fn list_shrinks(&self, units: &mut Vec<Unit>) {
-        units.clear();
-        for (i, delta) in self.deltas.iter().enumerate() {
-            let Some(site) = self.site(delta) else { continue };
-            let (rows, width) = ((delta.segment.end - delta.segment.start) as usize, site.width());
-            let a_step = (CHUNK_LINES / site.depth.max(1)).max(1).next_multiple_of(4);
-            let step = (SHRINK_CHUNK / (self.w.inputs * a_step.min(width)).max(1)).max(1).next_multiple_of(4);
-            for row in (0..rows).step_by(step) {
-                units.extend((0..width).step_by(a_step).map(|first| Unit {
-                    delta: i,
-                    rows: (row, step.min(rows - row)),
-                    a: (first, a_step.min(width - first)),
-                }));
-            }
-        }
-    }
-
-    fn shrink(&self, unit: Unit) {
-        let delta = &self.deltas[unit.delta];
-        let Some(site) = self.site(delta) else { return };
+    fn shrink(&self, unit: &ShrinkUnit<'_>) {
+        let (delta, site) = (unit.delta, unit.delta.site);
         let (row, rows) = unit.rows;
         let (first, count) = unit.a;
-        let x_row = delta.segment.start as usize + row;
         run(
             self.be.tier,
             Shrink {
-                x: self.x.as_ptr().cast::<u8>().wrapping_add(x_row * self.x_stride),
+                x: self.x.as_ptr().cast::<u8>().wrapping_add((delta.rows().start + row) * self.x_stride),
                 x_stride: self.x_stride,
                 rows,
                 a: &site.a[first * site.depth..][..count * site.depth],
@@ -235,47 +248,34 @@ impl Call<'_> {
         );
     }
 
-    /// All B that meet some panels of the base weight: the delta, its width, the slice, and the panels of the slice.
-    fn slices(
-        &self,
-        panels: &Range<usize>,
-    ) -> impl Iterator<Item = (&Delta, usize, &SliceDelta, Range<usize>)> {
-        let panels = panels.clone();
-        self.deltas.iter().filter_map(|delta| Some((delta, self.site(delta)?))).flat_map(
-            move |(delta, site)| {
-                let panels = panels.clone();
-                site.slices.iter().filter_map(move |slice| {
-                    let first = panels.start.max(slice.panel);
-                    let end = panels.end.min(slice.panel + slice.b.panels());
-                    (first < end)
-                        .then(|| (delta, site.width(), slice, first - slice.panel..end - slice.panel))
-                })
-            },
-        )
-    }
-
     /// Asks for what the expands of some panels will read, while the base product computes.
     fn prefetch_expands(&self, panels: &Range<usize>) {
-        for (_, _, slice, panels) in self.slices(panels) {
-            slice.b.groups(&panels).iter().for_each(|line| prefetch(line));
+        for expand in &self.expands {
+            let panels = expand.panels(panels);
+            if !panels.is_empty() {
+                expand.slice.b.groups(&panels).iter().for_each(|line| prefetch(line));
+            }
         }
     }
 
     /// Adds the deltas to some panels of the base product, while it is in cache.
     fn expand(&self, panels: &Range<usize>) {
-        for (delta, width, slice, panels) in self.slices(panels) {
-            let start = delta.segment.start as usize;
+        for expand in &self.expands {
+            let (panels, slice, (t, t_stride)) = (expand.panels(panels), expand.slice, expand.t);
+            if panels.is_empty() {
+                continue;
+            }
             run(
                 self.be.tier,
                 Product {
-                    x: self.t.0.cast_const().wrapping_add(delta.t + slice.first).cast(),
-                    x_stride: width * size_of::<f32>(),
-                    rows: delta.segment.end as usize - start,
+                    x: self.t.0.cast_const().wrapping_add(t).cast(),
+                    x_stride: t_stride * size_of::<f32>(),
+                    rows: expand.rows.len(),
                     w: &slice.b,
                     panels,
                     out: Output {
                         y: &self.y,
-                        offset: start * self.w.outputs + slice.panel * 16,
+                        offset: expand.rows.start * self.w.outputs + slice.panel * 16,
                         stride: self.w.outputs,
                         begin: Begin::Present,
                     },

@@ -155,36 +155,37 @@ pub(super) fn of_pair(pair: u32, upper: bool) -> f32 {
     f32::from_bits(if upper { pair & 0xffff_0000 } else { pair << 16 })
 }
 
-/// Activations, f32 row-major.
+/// Activations, f32 row-major. They begin on a line, and so does each row of a multiple of 16 columns: what a panel of
+/// outputs writes is one core's alone.
 #[derive(Debug)]
 pub struct CpuMat {
-    data: Vec<f32>,
+    data: Lines,
+    /// Rows that there is room for.
+    capacity: usize,
     rows: usize,
     cols: usize,
 }
 
 impl CpuMat {
     pub(super) fn new(rows: usize, cols: usize) -> Result<CpuMat> {
-        let len = rows.saturating_mul(cols);
-        let mut data = Vec::new();
-        data.try_reserve_exact(len)
-            .map_err(|_| Error::OutOfMemory { bytes: len.saturating_mul(4), what: "activations" })?;
-        data.resize(len, 0.0);
-        Ok(CpuMat { data, rows: 0, cols })
+        let data = Lines::zeroed(rows.saturating_mul(cols).div_ceil(16), "activations")?;
+        Ok(CpuMat { data, capacity: if cols == 0 { 0 } else { rows }, rows: 0, cols })
     }
 
     /// The rows in use.
     pub(super) fn used(&self) -> &[f32] {
-        &self.data[..self.rows * self.cols]
+        // SAFETY: the words of the lines, which are f32 whatever they hold; `new` made room for `capacity` rows.
+        unsafe { slice::from_raw_parts(self.data.as_ptr().cast(), self.rows * self.cols) }
     }
 
     /// The rows in use.
     pub(super) fn used_mut(&mut self) -> &mut [f32] {
-        &mut self.data[..self.rows * self.cols]
+        // SAFETY: as above.
+        unsafe { slice::from_raw_parts_mut(self.data.as_mut_ptr().cast(), self.rows * self.cols) }
     }
 
     pub(super) fn row(&self, i: usize) -> &[f32] {
-        &self.data[i * self.cols..][..self.cols]
+        &self.used()[i * self.cols..][..self.cols]
     }
 
     /// Puts `rows` rows to use; refuses more than there are.
@@ -208,7 +209,7 @@ impl Matrix for CpuMat {
     }
 
     fn capacity(&self) -> usize {
-        self.data.len().checked_div(self.cols).unwrap_or(0)
+        self.capacity
     }
 
     fn set_rows(&mut self, rows: usize) {
