@@ -96,8 +96,7 @@ impl Model {
             ops.paged_attention(qkv, &attention, batch, &layer.kv, attended)?;
             ops.linear(attended, &layer.weights[1], None, lora(1), x)?;
             ops.add_rms_norm(x, residual, &self.norm, 1e-5)?;
-            ops.linear(x, &layer.weights[2], None, lora(2), gate_up)?;
-            ops.silu_mul(gate_up, inner)?;
+            ops.gated_linear(x, (&layer.weights[2], None), lora(2), gate_up, inner)?;
             ops.linear(inner, &layer.weights[3], None, lora(3), x)?;
         }
         ops.add_rms_norm(x, residual, &self.norm, 1e-5)?;

@@ -225,7 +225,8 @@ impl Unit<'_> {
             v += unsafe {
                 match (S::WIDE, self.vectors - v) {
                     (true, 9..) => self.scores_across::<S, A, 12, 2>(buffers, v, blocks),
-                    (true, _) => self.scores_across::<S, A, 4, 4>(buffers, v, blocks),
+                    (true, 4..) => self.scores_across::<S, A, 4, 4>(buffers, v, blocks),
+                    (true, _) => self.scores_across::<S, A, 3, 4>(buffers, v, blocks),
                     (false, _) => self.scores_across::<S, A, 4, 1>(buffers, v, blocks),
                 }
             };
@@ -339,7 +340,8 @@ impl Unit<'_> {
             v += unsafe {
                 match (S::WIDE, self.vectors - v) {
                     (true, 9..) => self.values_across::<S, A, 12, 2>(buffers, v, blocks),
-                    (true, _) => self.values_across::<S, A, 4, 4>(buffers, v, blocks),
+                    (true, 4..) => self.values_across::<S, A, 4, 4>(buffers, v, blocks),
+                    (true, _) => self.values_across::<S, A, 3, 4>(buffers, v, blocks),
                     (false, _) => self.values_across::<S, A, 4, 1>(buffers, v, blocks),
                 }
             };

@@ -85,10 +85,11 @@ pub(super) fn norm(
     Ok(())
 }
 
-struct SiluMul<'a> {
-    gate: &'a [f32],
-    up: &'a [f32],
-    y: &'a mut [f32],
+/// `y = silu(gate) · up`
+pub(super) struct SiluMul<'a> {
+    pub(super) gate: &'a [f32],
+    pub(super) up: &'a [f32],
+    pub(super) y: &'a mut [f32],
 }
 
 impl Kernel for SiluMul<'_> {

@@ -350,7 +350,7 @@ impl Shrink<'_> {
                     let x = self.x.add((row + r) * self.x_stride);
                     for (q, acc) in acc.iter_mut().enumerate() {
                         let a = self.a.as_ptr().add((i + q) * self.depth + k);
-                        prefetch(a.wrapping_add(Q * self.depth));
+                        prefetch(a.wrapping_add(2 * Q * self.depth));
                         *acc = match self.dtype {
                             DType::F32 => {
                                 S::fma(S::load(x.cast::<f32>().add(k * 16)), S::load(a.cast()), *acc)
@@ -382,7 +382,7 @@ impl Kernel for Shrink<'_> {
     unsafe fn run<S: Simd>(self) {
         let lora_rank = self.a.len().checked_div(self.depth).unwrap_or(0);
         // As in a product.
-        self.a.iter().take(4 * self.depth).for_each(|line| prefetch(line));
+        self.a.iter().take(8 * self.depth).for_each(|line| prefetch(line));
         // SAFETY: the caller's promise, and whoever made the shrink keeps its fields' promises.
         unsafe {
             let mut row = 0;

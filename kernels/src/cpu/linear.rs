@@ -1,9 +1,11 @@
-//! The one operation that most of a step's time goes to: `y = x · Wᵀ + bias`, with the rows' own low-rank deltas.
+//! The one operation that most of a step's time goes to: `y = x · Wᵀ + bias`, with the rows' own low-rank deltas, and
+//! with the activation behind it where there is one.
 
 use std::ops::Range;
 
 use super::{
     CpuBackend,
+    elementwise::{SiluMul, silu_mul},
     gemm::{Begin, Output, Product, Shrink, prefetch},
     lora::{SiteDelta, SliceDelta},
     memory::{CpuMat, GROUP, Line, Panels},
@@ -15,8 +17,8 @@ use crate::{Error, LinearLora, Matrix, Result, RowSet, Segment};
 /// Multiply-adds of a chunk of the base product, if all threads get several such chunks: the first lines of a chunk come
 /// late from memory, since nobody asked for them while the one before was multiplied.
 const CHUNK: usize = 1 << 20;
-/// Multiply-adds of a chunk of the shrink.
-const SHRINK_CHUNK: usize = 1 << 17;
+/// Rows times lines of A that make a chunk of the shrink.
+const SHRINK_CHUNK: usize = 1 << 12;
 /// Lines of an adapter's A that make a chunk of a few rows.
 const CHUNK_LINES: usize = 512;
 
@@ -69,51 +71,47 @@ struct Call<'a> {
 pub(super) fn linear(
     be: &CpuBackend,
     x: &CpuMat,
-    w: &Panels,
-    bias: Option<&[f32]>,
+    weight: (&Panels, Option<&[f32]>),
     lora: Option<LinearLora<'_, CpuBackend>>,
     y: &mut CpuMat,
 ) -> Result<()> {
-    let op = "linear";
-    for (what, got, expected) in [
-        ("columns of x", x.cols(), w.inputs),
-        ("columns of y", y.cols(), w.outputs),
-        ("elements of the bias", bias.map_or(w.outputs, <[f32]>::len), w.outputs),
-    ] {
-        if got != expected {
-            return Err(Error::Shape { op, what, got, expected });
-        }
-    }
-    let rows = x.rows();
-    y.resize(op, rows)?;
     let scratch = &mut *be.scratch();
-    let deltas = match &lora {
-        Some(lora) => find_deltas(lora, w, rows, &mut scratch.t)?,
-        None => Vec::new(),
-    };
-    let t = Shards(scratch.t.as_mut_ptr().cast());
-    let (x, x_stride) = padded(x, &mut scratch.x);
-    let call = Call {
-        be,
-        w,
-        bias,
-        x,
-        x_stride: x_stride * size_of::<f32>(),
-        rows,
-        y: Shards(y.used_mut().as_mut_ptr()),
-        t,
-        expands: deltas.iter().flat_map(Delta::expands).collect(),
-    };
-    if !deltas.is_empty() {
-        let units: Vec<_> = deltas.iter().flat_map(Delta::shrinks).collect();
-        be.pool.run(units.len(), |i| call.shrink(&units[i]));
+    let call = Call::begin((be, scratch), x, weight, lora, y)?;
+    call.for_chunks(call.w.panels(), call.rows, |panels| call.sum([panels]));
+    Ok(())
+}
+
+/// As the contract says; a chunk is some columns of the gate with those of the projection beside it, so what is
+/// multiplied with each other is still in the core's own cache.
+pub(super) fn gated_linear(
+    be: &CpuBackend,
+    x: &CpuMat,
+    weight: (&Panels, Option<&[f32]>),
+    lora: Option<LinearLora<'_, CpuBackend>>,
+    gate_up: &mut CpuMat,
+    y: &mut CpuMat,
+) -> Result<()> {
+    let cols = y.cols();
+    if !cols.is_multiple_of(16) || gate_up.cols() != 2 * cols {
+        linear(be, x, weight, lora, gate_up)?;
+        return silu_mul(be, gate_up, y);
     }
-    let count = panels_per_unit(w, rows, be.pool.threads());
-    be.pool.run(w.panels().div_ceil(count), |i| {
-        let panels = i * count..((i + 1) * count).min(w.panels());
-        call.prefetch_expands(&panels);
-        call.base(panels.clone());
-        call.expand(&panels);
+    y.resize("gated_linear", x.rows())?;
+    let y = Shards(y.used_mut().as_mut_ptr());
+    let scratch = &mut *be.scratch();
+    let call = Call::begin((be, scratch), x, weight, lora, gate_up)?;
+    let half = cols / 16;
+    call.for_chunks(half, 2 * call.rows, |panels| {
+        let (first, width) = (panels.start * 16, panels.len() * 16);
+        call.sum([panels.clone(), panels.start + half..panels.end + half]);
+        for row in 0..call.rows {
+            // SAFETY: these columns are this chunk's own, of the sums as of their product.
+            let [gate, up, y] = unsafe {
+                let sums = |col: usize| call.y.slice(row * 2 * cols + col, width);
+                [sums(first), sums(cols + first), y.slice(row * cols + first, width)]
+            };
+            run(be.tier, SiluMul { gate, up, y });
+        }
     });
     Ok(())
 }
@@ -185,7 +183,7 @@ impl<'a> Delta<'a> {
     fn shrinks(&'a self) -> impl Iterator<Item = ShrinkUnit<'a>> {
         let (rows, width, depth) = (self.rows().len(), self.site.width(), self.site.depth.max(1));
         let a_step = (CHUNK_LINES / depth).max(1).next_multiple_of(4);
-        let step = (SHRINK_CHUNK / (depth * 32 * a_step.min(width)).max(1)).max(1).next_multiple_of(4);
+        let step = (SHRINK_CHUNK / (depth * a_step.min(width)).max(1)).max(1).next_multiple_of(4);
         (0..rows).step_by(step).flat_map(move |row| {
             (0..width).step_by(a_step).map(move |first| ShrinkUnit {
                 delta: self,
@@ -211,7 +209,64 @@ impl Expand<'_> {
     }
 }
 
-impl Call<'_> {
+impl<'a> Call<'a> {
+    /// Checks shapes, makes room in `y`, and shrinks the rows that have deltas.
+    fn begin(
+        (be, scratch): (&'a CpuBackend, &'a mut Scratch),
+        x: &'a CpuMat,
+        (w, bias): (&'a Panels, Option<&'a [f32]>),
+        lora: Option<LinearLora<'a, CpuBackend>>,
+        y: &mut CpuMat,
+    ) -> Result<Call<'a>> {
+        let op = "linear";
+        for (what, got, expected) in [
+            ("columns of x", x.cols(), w.inputs),
+            ("columns of y", y.cols(), w.outputs),
+            ("elements of the bias", bias.map_or(w.outputs, <[f32]>::len), w.outputs),
+        ] {
+            if got != expected {
+                return Err(Error::Shape { op, what, got, expected });
+            }
+        }
+        let rows = x.rows();
+        y.resize(op, rows)?;
+        let deltas = match &lora {
+            Some(lora) => find_deltas(lora, w, rows, &mut scratch.t)?,
+            None => Vec::new(),
+        };
+        let (x, x_stride) = padded(x, &mut scratch.x);
+        let call = Call {
+            be,
+            w,
+            bias,
+            x,
+            x_stride: x_stride * size_of::<f32>(),
+            rows,
+            y: Shards(y.used_mut().as_mut_ptr()),
+            t: Shards(scratch.t.as_mut_ptr().cast()),
+            expands: deltas.iter().flat_map(Delta::expands).collect(),
+        };
+        let units: Vec<_> = deltas.iter().flat_map(Delta::shrinks).collect();
+        be.pool.run(units.len(), |i| call.shrink(&units[i]));
+        Ok(call)
+    }
+
+    /// Calls `f` with panels that make a chunk, until all of `panels` had their turn, `rows` times each.
+    fn for_chunks(&self, panels: usize, rows: usize, f: impl Fn(Range<usize>) + Sync) {
+        let pool = &self.be.pool;
+        let count = panels_per_unit((panels, self.w.inputs), rows, pool.threads());
+        pool.run(panels.div_ceil(count), |i| f(i * count..((i + 1) * count).min(panels)));
+    }
+
+    /// The sums of some panels: the base product, and the deltas while it is in cache.
+    fn sum<const N: usize>(&self, parts: [Range<usize>; N]) {
+        parts.iter().for_each(|panels| self.prefetch_expands(panels));
+        for panels in parts {
+            self.base(panels.clone());
+            self.expand(&panels);
+        }
+    }
+
     fn shrink(&self, unit: &ShrinkUnit<'_>) {
         let (delta, site) = (unit.delta, unit.delta.site);
         let (row, rows) = unit.rows;
@@ -286,9 +341,9 @@ impl Call<'_> {
 }
 
 /// Panels that make a chunk: few enough that every thread gets several.
-fn panels_per_unit(w: &Panels, rows: usize, threads: usize) -> usize {
-    let work = rows * w.inputs * 16;
+fn panels_per_unit((panels, inputs): (usize, usize), rows: usize, threads: usize) -> usize {
+    let work = rows * inputs * 16;
     let by_work = CHUNK.div_ceil(work.max(1));
-    let by_threads = w.panels().div_ceil(threads * 8);
+    let by_threads = panels.div_ceil(threads * 8);
     by_work.min(by_threads).max(1).next_multiple_of(GROUP)
 }
