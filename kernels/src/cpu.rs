@@ -228,17 +228,6 @@ impl Backend for CpuBackend {
         linear::linear(self, x, (weight, bias.map(Vec::as_slice)), lora, y)
     }
 
-    fn gated_linear(
-        &self,
-        x: &CpuMat,
-        (weight, bias): (&Panels, Option<&Vec<f32>>),
-        lora: Option<LinearLora<'_, Self>>,
-        gate_up: &mut CpuMat,
-        y: &mut CpuMat,
-    ) -> Result<()> {
-        linear::gated_linear(self, x, (weight, bias.map(Vec::as_slice)), lora, gate_up, y)
-    }
-
     fn rms_norm(&self, x: &mut CpuMat, residual: &mut CpuMat, w: &Vec<f32>, eps: f32) -> Result<()> {
         elementwise::norm(self, x, residual, w, (eps, false))
     }

@@ -14,10 +14,11 @@ const CHUNK: usize = 1 << 13;
 
 /// Calls `f` for every row in some chunk.
 pub(super) fn each_row(be: &CpuBackend, rows: usize, cols: usize, f: impl Fn(usize) + Sync) {
-    let per_chunk = (CHUNK / cols.max(1)).max(1);
-    be.pool.run(rows.div_ceil(per_chunk), |chunk| {
-        (chunk * per_chunk..((chunk + 1) * per_chunk).min(rows)).for_each(&f);
-    });
+    let mut chunks = (rows * cols).div_ceil(CHUNK).min(rows);
+    if chunks > 1 {
+        chunks = chunks.next_multiple_of(be.pool.threads()).min(rows);
+    }
+    be.pool.run(chunks, |i| (i * rows / chunks..(i + 1) * rows / chunks).for_each(&f));
 }
 
 struct Norm<'a> {
@@ -85,11 +86,10 @@ pub(super) fn norm(
     Ok(())
 }
 
-/// `y = silu(gate) · up`
-pub(super) struct SiluMul<'a> {
-    pub(super) gate: &'a [f32],
-    pub(super) up: &'a [f32],
-    pub(super) y: &'a mut [f32],
+struct SiluMul<'a> {
+    gate: &'a [f32],
+    up: &'a [f32],
+    y: &'a mut [f32],
 }
 
 impl Kernel for SiluMul<'_> {

@@ -4,7 +4,7 @@
 //! whatever the tile it is computed in: a row's result does not depend on how many rows there are.
 
 use super::{
-    memory::{GROUP, Line, Panels},
+    memory::{GROUP, Line, View},
     pool::Shards,
     simd::{Kernel, Simd},
 };
@@ -150,6 +150,12 @@ pub(super) unsafe fn tile<S: Simd, A: Arithmetic<S>, const R: usize, const P: us
     }
 }
 
+/// Asks for the first lines of a product that nobody asked for yet: all at once they come soonest.
+pub(super) fn prefetch_first(w: View<'_>, panel: usize) {
+    let (first, step) = w.place(panel);
+    w.lines[first..].iter().take(AHEAD * step).for_each(|line| prefetch(line));
+}
+
 /// Where the products go.
 #[derive(Clone, Copy)]
 pub(super) struct Output<'a> {
@@ -180,7 +186,7 @@ pub(super) struct Product<'a> {
     /// Bytes from one row to the next.
     pub(super) x_stride: usize,
     pub(super) rows: usize,
-    pub(super) w: &'a Panels,
+    pub(super) w: View<'a>,
     pub(super) panels: std::ops::Range<usize>,
     pub(super) out: Output<'a>,
 }
@@ -273,9 +279,6 @@ impl Kernel for Product<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        // Nobody asked for the first lines yet; all at once they come soonest.
-        let (first, step) = self.w.place(self.panels.start);
-        self.w.lines[first..].iter().take(AHEAD * step).for_each(|line| prefetch(line));
         // SAFETY: the caller's promise, and whoever made the product keeps its fields' promises.
         unsafe {
             match self.w.dtype {
@@ -381,8 +384,6 @@ impl Kernel for Shrink<'_> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let lora_rank = self.a.len().checked_div(self.depth).unwrap_or(0);
-        // As in a product.
-        self.a.iter().take(8 * self.depth).for_each(|line| prefetch(line));
         // SAFETY: the caller's promise, and whoever made the shrink keeps its fields' promises.
         unsafe {
             let mut row = 0;

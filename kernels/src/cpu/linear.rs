@@ -1,22 +1,21 @@
-//! The one operation that most of a step's time goes to: `y = x · Wᵀ + bias`, with the rows' own low-rank deltas, and
-//! with the activation behind it where there is one.
+//! The one operation that most of a step's time goes to: `y = x · Wᵀ + bias`, with the rows' own low-rank deltas.
 
 use std::ops::Range;
 
 use super::{
     CpuBackend,
-    elementwise::{SiluMul, silu_mul},
-    gemm::{Begin, Output, Product, Shrink, prefetch},
-    lora::{SiteDelta, SliceDelta},
-    memory::{CpuMat, GROUP, Line, Panels},
+    gemm::{Begin, Output, Product, Shrink, prefetch, prefetch_first},
+    lora::SiteDelta,
+    memory::{CpuMat, GROUP, Line, Panels, View},
     pool::Shards,
     simd::run,
 };
 use crate::{Error, LinearLora, Matrix, Result, RowSet, Segment};
 
-/// Multiply-adds of a chunk of the base product, if all threads get several such chunks: the first lines of a chunk come
-/// late from memory, since nobody asked for them while the one before was multiplied.
+/// Multiply-adds of a chunk of the base product at most, if that leaves it a group of panels.
 const CHUNK: usize = 1 << 20;
+/// Chunks of a product that every thread gets at least, so that a late thread leaves some to the others.
+const CHUNKS: usize = 4;
 /// Rows times lines of A that make a chunk of the shrink.
 const SHRINK_CHUNK: usize = 1 << 12;
 /// Lines of an adapter's A that make a chunk of a few rows.
@@ -39,16 +38,23 @@ struct Delta<'a> {
     t: usize,
 }
 
-/// A piece of the first phase: rows of a delta's segment, times rows of its A.
-struct ShrinkUnit<'a> {
-    delta: &'a Delta<'a>,
+/// A piece of the first phase: rows of a delta's segment, times rows of its A. As in [`Expand`], all that a core must
+/// know to begin: what leads to a delta is in nobody's cache, since a whole step has passed since it was used.
+struct Unit<'a> {
+    /// First row, and how many.
     rows: (usize, usize),
-    a: (usize, usize),
+    a: &'a [Line],
+    /// Lines of a row of A.
+    depth: usize,
+    /// Where the result goes, and f32 from one row to the next.
+    t: (usize, usize),
 }
 
 /// One slice's part of a delta: what is added to some columns of a segment's rows.
 struct Expand<'a> {
-    slice: &'a SliceDelta,
+    b: View<'a>,
+    /// The panel of the base weight that B's first panel lies on.
+    panel: usize,
     rows: Range<usize>,
     /// Where the slice's part of the first shrunk row is, and f32 from one row to the next.
     t: (usize, usize),
@@ -57,7 +63,7 @@ struct Expand<'a> {
 /// Everything that the chunks of one call read.
 struct Call<'a> {
     be: &'a CpuBackend,
-    w: &'a Panels,
+    w: View<'a>,
     bias: Option<&'a [f32]>,
     x: &'a [f32],
     /// Bytes of a row.
@@ -77,42 +83,7 @@ pub(super) fn linear(
 ) -> Result<()> {
     let scratch = &mut *be.scratch();
     let call = Call::begin((be, scratch), x, weight, lora, y)?;
-    call.for_chunks(call.w.panels(), call.rows, |panels| call.sum([panels]));
-    Ok(())
-}
-
-/// As the contract says; a chunk is some columns of the gate with those of the projection beside it, so what is
-/// multiplied with each other is still in the core's own cache.
-pub(super) fn gated_linear(
-    be: &CpuBackend,
-    x: &CpuMat,
-    weight: (&Panels, Option<&[f32]>),
-    lora: Option<LinearLora<'_, CpuBackend>>,
-    gate_up: &mut CpuMat,
-    y: &mut CpuMat,
-) -> Result<()> {
-    let cols = y.cols();
-    if !cols.is_multiple_of(16) || gate_up.cols() != 2 * cols {
-        linear(be, x, weight, lora, gate_up)?;
-        return silu_mul(be, gate_up, y);
-    }
-    y.resize("gated_linear", x.rows())?;
-    let y = Shards(y.used_mut().as_mut_ptr());
-    let scratch = &mut *be.scratch();
-    let call = Call::begin((be, scratch), x, weight, lora, gate_up)?;
-    let half = cols / 16;
-    call.for_chunks(half, 2 * call.rows, |panels| {
-        let (first, width) = (panels.start * 16, panels.len() * 16);
-        call.sum([panels.clone(), panels.start + half..panels.end + half]);
-        for row in 0..call.rows {
-            // SAFETY: these columns are this chunk's own, of the sums as of their product.
-            let [gate, up, y] = unsafe {
-                let sums = |col: usize| call.y.slice(row * 2 * cols + col, width);
-                [sums(first), sums(cols + first), y.slice(row * cols + first, width)]
-            };
-            run(be.tier, SiluMul { gate, up, y });
-        }
-    });
+    call.for_chunks(|panels| call.sum(&panels));
     Ok(())
 }
 
@@ -180,32 +151,44 @@ impl<'a> Delta<'a> {
     }
 
     /// The shrink in pieces, by rows and by rows of A.
-    fn shrinks(&'a self) -> impl Iterator<Item = ShrinkUnit<'a>> {
-        let (rows, width, depth) = (self.rows().len(), self.site.width(), self.site.depth.max(1));
+    fn shrinks(&self) -> impl Iterator<Item = Unit<'a>> {
+        let (segment, t, a) = (self.rows(), self.t, &self.site.a);
+        let (width, depth) = (self.site.width(), self.site.depth.max(1));
         let a_step = (CHUNK_LINES / depth).max(1).next_multiple_of(4);
         let step = (SHRINK_CHUNK / (depth * a_step.min(width)).max(1)).max(1).next_multiple_of(4);
-        (0..rows).step_by(step).flat_map(move |row| {
-            (0..width).step_by(a_step).map(move |first| ShrinkUnit {
-                delta: self,
-                rows: (row, step.min(rows - row)),
-                a: (first, a_step.min(width - first)),
+        segment.clone().step_by(step).flat_map(move |row| {
+            let (rows, t) = (step.min(segment.end - row), t + (row - segment.start) * width);
+            a.chunks(a_step * depth).enumerate().map(move |(i, a)| Unit {
+                rows: (row, rows),
+                a,
+                depth,
+                t: (t + i * a_step, width),
             })
         })
     }
 
     fn expands(&self) -> impl Iterator<Item = Expand<'a>> {
         let (rows, t, width) = (self.rows(), self.t, self.site.width());
-        let expand =
-            move |slice: &'a SliceDelta| Expand { slice, rows: rows.clone(), t: (t + slice.first, width) };
-        self.site.slices.iter().map(expand)
+        self.site.slices.iter().map(move |slice| Expand {
+            b: slice.b.view(),
+            panel: slice.panel,
+            rows: rows.clone(),
+            t: (t + slice.first, width),
+        })
+    }
+}
+
+impl Unit<'_> {
+    /// Asks for the first rows of A.
+    fn prefetch(&self) {
+        self.a.iter().take(8 * self.depth).for_each(|line| prefetch(line));
     }
 }
 
 impl Expand<'_> {
     /// The panels of B that lie on some panels of the base weight.
     fn panels(&self, base: &Range<usize>) -> Range<usize> {
-        let (first, count) = (self.slice.panel, self.slice.b.panels());
-        base.start.saturating_sub(first)..base.end.saturating_sub(first).min(count)
+        base.start.saturating_sub(self.panel)..base.end.saturating_sub(self.panel).min(self.b.panels())
     }
 }
 
@@ -237,7 +220,7 @@ impl<'a> Call<'a> {
         let (x, x_stride) = padded(x, &mut scratch.x);
         let call = Call {
             be,
-            w,
+            w: w.view(),
             bias,
             x,
             x_stride: x_stride * size_of::<f32>(),
@@ -247,42 +230,46 @@ impl<'a> Call<'a> {
             expands: deltas.iter().flat_map(Delta::expands).collect(),
         };
         let units: Vec<_> = deltas.iter().flat_map(Delta::shrinks).collect();
-        be.pool.run(units.len(), |i| call.shrink(&units[i]));
+        be.pool.run(units.len(), |i| {
+            // Its own if it is the first of its core, and those of the next while it computes.
+            units[i..].iter().take(2).for_each(Unit::prefetch);
+            call.shrink(&units[i]);
+        });
         Ok(call)
     }
 
-    /// Calls `f` with panels that make a chunk, until all of `panels` had their turn, `rows` times each.
-    fn for_chunks(&self, panels: usize, rows: usize, f: impl Fn(Range<usize>) + Sync) {
-        let pool = &self.be.pool;
-        let count = panels_per_unit((panels, self.w.inputs), rows, pool.threads());
-        pool.run(panels.div_ceil(count), |i| f(i * count..((i + 1) * count).min(panels)));
+    /// Calls `f` with the panels of each chunk.
+    fn for_chunks(&self, f: impl Fn(Range<usize>) + Sync) {
+        let (pool, panels) = (&self.be.pool, self.w.panels());
+        let by_work = (self.rows * self.w.inputs * panels * 16).div_ceil(CHUNK);
+        let groups = panels.div_ceil(GROUP);
+        let chunks = by_work.max(pool.threads() * CHUNKS).next_multiple_of(pool.threads()).min(groups);
+        let bound = |i: usize| (i * groups / chunks * GROUP).min(panels);
+        pool.run(chunks, |i| f(bound(i)..bound(i + 1)));
     }
 
     /// The sums of some panels: the base product, and the deltas while it is in cache.
-    fn sum<const N: usize>(&self, parts: [Range<usize>; N]) {
-        parts.iter().for_each(|panels| self.prefetch_expands(panels));
-        for panels in parts {
-            self.base(panels.clone());
-            self.expand(&panels);
-        }
+    fn sum(&self, panels: &Range<usize>) {
+        prefetch_first(self.w, panels.start);
+        self.prefetch_expands(panels);
+        self.base(panels.clone());
+        self.expand(panels);
     }
 
-    fn shrink(&self, unit: &ShrinkUnit<'_>) {
-        let (delta, site) = (unit.delta, unit.delta.site);
-        let (row, rows) = unit.rows;
-        let (first, count) = unit.a;
+    fn shrink(&self, unit: &Unit<'_>) {
+        let ((row, rows), (t_offset, t_stride)) = (unit.rows, unit.t);
         run(
             self.be.tier,
             Shrink {
-                x: self.x.as_ptr().cast::<u8>().wrapping_add((delta.rows().start + row) * self.x_stride),
+                x: self.x.as_ptr().cast::<u8>().wrapping_add(row * self.x_stride),
                 x_stride: self.x_stride,
                 rows,
-                a: &site.a[first * site.depth..][..count * site.depth],
-                depth: site.depth,
+                a: unit.a,
+                depth: unit.depth,
                 dtype: self.be.dtype,
                 t: &self.t,
-                t_offset: delta.t + row * site.width() + first,
-                t_stride: site.width(),
+                t_offset,
+                t_stride,
             },
         );
     }
@@ -308,7 +295,7 @@ impl<'a> Call<'a> {
         for expand in &self.expands {
             let panels = expand.panels(panels);
             if !panels.is_empty() {
-                expand.slice.b.groups(&panels).iter().for_each(|line| prefetch(line));
+                expand.b.groups(&panels).iter().for_each(|line| prefetch(line));
             }
         }
     }
@@ -316,7 +303,7 @@ impl<'a> Call<'a> {
     /// Adds the deltas to some panels of the base product, while it is in cache.
     fn expand(&self, panels: &Range<usize>) {
         for expand in &self.expands {
-            let (panels, slice, (t, t_stride)) = (expand.panels(panels), expand.slice, expand.t);
+            let (panels, (t, t_stride)) = (expand.panels(panels), expand.t);
             if panels.is_empty() {
                 continue;
             }
@@ -326,11 +313,11 @@ impl<'a> Call<'a> {
                     x: self.t.0.cast_const().wrapping_add(t).cast(),
                     x_stride: t_stride * size_of::<f32>(),
                     rows: expand.rows.len(),
-                    w: &slice.b,
+                    w: expand.b,
                     panels,
                     out: Output {
                         y: &self.y,
-                        offset: expand.rows.start * self.w.outputs + slice.panel * 16,
+                        offset: expand.rows.start * self.w.outputs + expand.panel * 16,
                         stride: self.w.outputs,
                         begin: Begin::Present,
                     },
@@ -338,12 +325,4 @@ impl<'a> Call<'a> {
             );
         }
     }
-}
-
-/// Panels that make a chunk: few enough that every thread gets several.
-fn panels_per_unit((panels, inputs): (usize, usize), rows: usize, threads: usize) -> usize {
-    let work = rows * inputs * 16;
-    let by_work = CHUNK.div_ceil(work.max(1));
-    let by_threads = panels.div_ceil(threads * 8);
-    by_work.min(by_threads).max(1).next_multiple_of(GROUP)
 }

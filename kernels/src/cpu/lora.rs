@@ -56,7 +56,7 @@ impl SiteDelta {
     }
 
     fn bytes(&self) -> usize {
-        let b: usize = self.slices.iter().map(|slice| slice.b.lines.len()).sum();
+        let b: usize = self.slices.iter().map(|slice| slice.b.view().lines.len()).sum();
         (self.a.len() + b) * size_of::<Line>()
     }
 }

@@ -75,18 +75,23 @@ impl Drop for Region {
 /// Lines of a region, which lives as long as any of its lines.
 #[derive(Debug)]
 pub(super) struct Lines {
-    region: Arc<Region>,
-    /// Bytes of the region in front of the first line.
-    skip: usize,
+    _region: Arc<Region>,
+    /// In the region: whoever reads the lines need not look it up there first.
+    first: *mut Line,
     count: usize,
 }
+
+// SAFETY: lines own their part of the region.
+unsafe impl Send for Lines {}
+// SAFETY: as above.
+unsafe impl Sync for Lines {}
 
 impl Lines {
     /// Zeroed lines that cost nothing until they are touched.
     pub(super) fn zeroed(count: usize, what: &'static str) -> Result<Lines> {
         let region = Region::zeroed(count.saturating_mul(size_of::<Line>()), what)?;
         let skip = region.memory.cast::<u8>().align_offset(align_of::<Line>());
-        Ok(Lines { region: Arc::new(region), skip, count })
+        Ok(Lines { first: region.memory.wrapping_byte_add(skip), _region: Arc::new(region), count })
     }
 }
 
@@ -94,15 +99,15 @@ impl Deref for Lines {
     type Target = [Line];
 
     fn deref(&self) -> &[Line] {
-        // SAFETY: `count` initialized lines lie behind `skip` bytes, aligned, and nobody else has them.
-        unsafe { slice::from_raw_parts(self.region.memory.byte_add(self.skip), self.count) }
+        // SAFETY: `count` initialized lines lie there, aligned, and nobody else has them.
+        unsafe { slice::from_raw_parts(self.first, self.count) }
     }
 }
 
 impl DerefMut for Lines {
     fn deref_mut(&mut self) -> &mut [Line] {
         // SAFETY: as above.
-        unsafe { slice::from_raw_parts_mut(self.region.memory.byte_add(self.skip), self.count) }
+        unsafe { slice::from_raw_parts_mut(self.first, self.count) }
     }
 }
 
@@ -129,9 +134,10 @@ impl Arena {
             _ => (Arc::new(Region::streamed(bytes.max(self.region_bytes).max(size_of::<Line>()), what)?), 0),
         };
         self.current = Some((region.clone(), used + bytes));
+        let first = region.memory.wrapping_byte_add(used);
         // SAFETY: there is room, and nobody else was given these bytes.
-        unsafe { region.memory.byte_add(used).write_bytes(0, count) };
-        Ok(Lines { region, skip: used, count })
+        unsafe { first.write_bytes(0, count) };
+        Ok(Lines { _region: region, first, count })
     }
 }
 
@@ -236,21 +242,32 @@ pub(super) const GROUP: usize = 2;
 /// outputs and inputs are zero.
 #[derive(Debug, Clone)]
 pub struct Panels {
-    pub(super) lines: Arc<Lines>,
+    /// Keeps the lines.
+    _owner: Arc<Lines>,
+    first: *const Line,
     pub(super) dtype: DType,
     pub(super) outputs: usize,
     pub(super) inputs: usize,
 }
 
-impl Panels {
-    /// Inputs that share a line.
-    pub(super) fn inputs_per_line(dtype: DType) -> usize {
-        if dtype == DType::F32 { 1 } else { 2 }
-    }
+// SAFETY: nobody writes to the lines once they are panels.
+unsafe impl Send for Panels {}
+// SAFETY: as above.
+unsafe impl Sync for Panels {}
 
+/// Panels as a product reads them: all that there is to know, without a pointer to follow.
+#[derive(Clone, Copy)]
+pub(super) struct View<'a> {
+    pub(super) lines: &'a [Line],
+    pub(super) dtype: DType,
+    pub(super) outputs: usize,
+    pub(super) inputs: usize,
+}
+
+impl<'a> View<'a> {
     /// Lines of one panel.
     pub(super) fn depth(&self) -> usize {
-        self.inputs.div_ceil(Self::inputs_per_line(self.dtype))
+        self.inputs.div_ceil(Panels::inputs_per_line(self.dtype))
     }
 
     pub(super) fn panels(&self) -> usize {
@@ -263,9 +280,23 @@ impl Panels {
     }
 
     /// The lines of all groups that some panels belong to.
-    pub(super) fn groups(&self, panels: &Range<usize>) -> &[Line] {
+    pub(super) fn groups(&self, panels: &Range<usize>) -> &'a [Line] {
         let end = panels.end.next_multiple_of(GROUP).min(self.panels());
         &self.lines[panels.start / GROUP * GROUP * self.depth()..end * self.depth()]
+    }
+}
+
+impl Panels {
+    /// Inputs that share a line.
+    pub(super) fn inputs_per_line(dtype: DType) -> usize {
+        if dtype == DType::F32 { 1 } else { 2 }
+    }
+
+    pub(super) fn view(&self) -> View<'_> {
+        let (dtype, outputs, inputs) = (self.dtype, self.outputs, self.inputs);
+        let count = outputs.div_ceil(16) * inputs.div_ceil(Self::inputs_per_line(dtype));
+        // SAFETY: `from_fn` made that many lines, which live as long as their owner.
+        View { lines: unsafe { slice::from_raw_parts(self.first, count) }, dtype, outputs, inputs }
     }
 
     /// The weight whose element is `get(output, input)`.
@@ -291,7 +322,7 @@ impl Panels {
                 }
             }
         }
-        Ok(Panels { lines: Arc::new(lines), dtype, outputs, inputs })
+        Ok(Panels { first: lines.as_ptr(), _owner: Arc::new(lines), dtype, outputs, inputs })
     }
 
     /// The rows of host tensors, one tensor after the other.
@@ -317,12 +348,13 @@ impl Panels {
 
     /// One output's weights.
     pub(super) fn read_row(&self, output: usize, out: &mut [f32]) {
-        let (first, step) = self.place(output / 16);
+        let view = self.view();
+        let (first, step) = view.place(output / 16);
         let lane = output % 16;
         for (k, x) in out.iter_mut().enumerate() {
             *x = match self.dtype {
-                DType::F32 => f32::from_bits(self.lines[first + k * step].0[lane]),
-                _ => of_pair(self.lines[first + k / 2 * step].0[lane], !k.is_multiple_of(2)),
+                DType::F32 => f32::from_bits(view.lines[first + k * step].0[lane]),
+                _ => of_pair(view.lines[first + k / 2 * step].0[lane], !k.is_multiple_of(2)),
             };
         }
     }
