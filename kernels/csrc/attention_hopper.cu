@@ -22,7 +22,8 @@ constexpr int kGroups = 2;       // that compute
 constexpr int kPairs = kGroups * kGroupPairs;
 constexpr int kThreads = (kGroups + 1) * kWarpgroup;
 constexpr int kLoadRegisters = 40, kComputeRegisters = 232;
-static_assert(kWarpgroup * (kLoadRegisters + kGroups * kComputeRegisters) <= 65536, "registers of a multiprocessor");
+static_assert(kLoadRegisters + kGroups * kComputeRegisters <= (kGroups + 1) * (65536 / kThreads / 8 * 8),
+              "registers that a block is launched with");
 
 // Named barriers: one of each warpgroup for its own use, one for its turn.
 constexpr int kOwnBarrier = 1, kTurnBarrier = kOwnBarrier + kGroups;

@@ -1,8 +1,9 @@
 // Low-rank deltas of many adapters in one launch: shrink (mid = x · Aᵀ) and expand (y += mid · Bᵀ).
 //
 // Weights are found through a table by (slot, slice) and are stored at their own rank: A [lora_rank, inputs], B
-// transposed in blocks of 64 outputs, [blocks, lora_rank, 64] with zeros behind the last output. A launch covers tiles of consecutive rows with one slot; it is sized for the most
-// tiles that a step may have and blocks past `num_tiles` leave at once, so one CUDA graph serves every mix.
+// transposed in blocks of 64 outputs, [blocks, lora_rank, 64] with zeros behind the last output. A launch covers tiles
+// of consecutive rows with one slot; it is sized for the most tiles that a step may have and blocks past `num_tiles`
+// leave at once, so one CUDA graph serves every mix.
 //
 // Ranks are handled in groups of 16, those of all slices of a fused projection one after the other, so that x is read
 // once. Where rows are few, the inputs are split over blocks; the last of them to finish adds their sums in order: the
@@ -61,9 +62,9 @@ namespace lora {
 constexpr int kGroup = 16;     // ranks of one tensor core tile
 constexpr int kOutBlock = 64;  // outputs whose B lies together
 
-// Where the B of some outputs of one slice begins; the next rank's is kOutBlock elements behind.
+// Where the B of the block of outputs from `out` on begins; the next rank's is kOutBlock elements behind.
 template <typename T> __device__ inline const T* find_b(const LoraEntry& entry, int out) {
-  return static_cast<const T*>(entry.b) + (size_t)(out / kOutBlock) * kOutBlock * entry.lora_rank + out % kOutBlock;
+  return static_cast<const T*>(entry.b) + (size_t)out * entry.lora_rank;
 }
 
 // Eight elements from `i` on; zeros from `limit` on. PACKED: rows begin at 16-byte boundaries. FIXED: nobody writes

@@ -72,12 +72,12 @@ template <typename T> __device__ inline void multiply(float (&d)[8][4], const ui
 template <typename T> __device__ inline void multiply(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b);
 
 // A, B, ADD: the operands behind the 4 · NT accumulators.
-#define DEFINE_SHARED(T, TYPE, NT, COLUMNS, COUNT, A, B, ADD)                                                     \
+#define DEFINE_SHARED(T, TYPE, NT, COLUMNS, COUNT, A, B, ADD)                                                       \
   template <> __device__ __forceinline__ void multiply<T, NT>(float (&d)[NT][4], uint64_t a, uint64_t b, bool add) { \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %" ADD ", 0; wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32." TYPE \
-                 "." TYPE " " REGISTERS_##COUNT ", %" A ", %" B ", p, 1, 1, 0, 0;}"                                 \
-                 : ACCUMULATORS_##COUNT(d, 0)                                                                      \
-                 : "l"(a), "l"(b), "r"((int)add));                                                                 \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %" ADD ", 0; wgmma.mma_async.sync.aligned.m64n" COLUMNS             \
+                 "k16.f32." TYPE "." TYPE " " REGISTERS_##COUNT ", %" A ", %" B ", p, 1, 1, 0, 0;}"                  \
+                 : ACCUMULATORS_##COUNT(d, 0)                                                                       \
+                 : "l"(a), "l"(b), "r"((int)add));                                                                  \
   }
 
 #define DEFINE_MULTIPLY(T, TYPE)                                                                                   \
@@ -176,10 +176,12 @@ __device__ inline void cluster_sync() {
 // sums += the four numbers at the same address of another block's shared memory.
 __device__ inline void add_remote(float (&sums)[4], uint32_t address, uint32_t rank) {
   float v[4];
-  asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %4, %5; ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [there];}"
-               : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
-               : "r"(address), "r"(rank)
-               : "memory");
+  asm volatile(
+      "{.reg .b32 there; mapa.shared::cluster.u32 there, %4, %5;"
+      "ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [there];}"
+      : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+      : "r"(address), "r"(rank)
+      : "memory");
 #pragma unroll
   for (int i = 0; i < 4; i++) sums[i] += v[i];
 }
