@@ -146,7 +146,7 @@ def show(port: int) -> bool:
     times = [a.times for a in answers if a.times]
     if len(times) == len(answers):
         # The shortest answer has two tokens: it may end as the last one begins.
-        together = min(t[-1] for t in times) - max(a.sent for a in answers)
+        together = max(min(t[-1] for t in times) - max(a.sent for a in answers), 0)
         total, span = sum(map(len, times)), max(t[-1] for t in times) - min(t[0] for t in times)
         print(f"All four ran together until the shortest ended after {together:.2f} s; {total / span:.0f} tokens/s in all.")
     return len(times) == len(answers)

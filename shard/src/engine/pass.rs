@@ -62,7 +62,7 @@ impl<B: Backend> State<B> {
             }
         }
         let rows = self.host.rows();
-        let rows = (self.host.sequences.len() == rows).then_some(rows);
+        let rows = (rows > 0 && self.host.sequences.len() == rows).then_some(rows);
         let marks = begin.zip(self.mark()?).map(|(begin, end)| Marks { begin, end, rows });
         let Wanted { sampled, scored, .. } = wanted;
         Ok(Ok(Launched { id: step.id, started, sampled, tokens, scored, scores, marks }))

@@ -76,7 +76,8 @@ fn line(text: &str) -> Option<(Shape, [u64; 8])> {
     let (rows, inputs, outputs, wide) = (number()?, number()?, number()?, number()?);
     let mut data = [0; 8];
     for word in &mut data {
-        *word = u64::from_str_radix(words.next()?, 16).ok()?;
+        let digits = words.next().filter(|digits| digits.len() == 16)?;
+        *word = u64::from_str_radix(digits, 16).ok()?;
     }
     words.next().is_none().then_some((Shape { rows, inputs, outputs, wide: wide != 0 }, data))
 }
@@ -140,6 +141,7 @@ mod tests {
         choices.insert(shape, sys::cublasLtMatmulAlgo_t { data: [1, 2, 3, u64::MAX, 5, 6, 7, 8] });
         let mut again = Choices::default();
         again.add_text("garbage\n1 2 3\n512 64 96 1 zz\n");
+        again.add_text(choices.to_text().trim_end().trim_end_matches('8'));
         assert!(again.0.is_empty());
         again.add_text(&choices.to_text());
         assert_eq!(again.0, choices.0);
