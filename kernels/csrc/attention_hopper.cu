@@ -34,25 +34,8 @@ template <int DIM> constexpr int kQueryBytes = kGroupPairs * DIM * 2;  // of a w
 template <int DIM>
 constexpr int kShared = kGroups * kQueryBytes<DIM> + 2 * kStages<DIM> * kTileBytes<DIM> + wgmma::kAtomBytes;
 
-// Tiles on their way from the warpgroup that loads to those that compute. Tile i is in stage i % STAGES.
-template <int DIM> struct Ring {
-  static constexpr int kStages = hopper::kStages<DIM>;
-  char* tiles;
-  uint32_t barriers;  // [stages] of full stages, [stages] of empty ones
-
-  __device__ char* tile(int i) const { return tiles + i % kStages * kTileBytes<DIM>; }
-  __device__ Barrier full(int i) const { return {barriers + i % kStages * 8}; }
-  __device__ Barrier empty(int i) const { return {barriers + (kStages + i % kStages) * 8}; }
-  __device__ void init(int warps) const {
-    for (int i = 0; i < kStages; i++) full(i).init(kWarpgroup), empty(i).init(warps);
-  }
-
-  // For those that compute: tile i has come; this warp is done with it.
-  __device__ void await(int i) const { full(i).wait(i / kStages); }
-  __device__ void release(int i) const {
-    if (threadIdx.x % 32 == 0) empty(i).arrive();
-  }
-};
+// Tiles of keys, or of values.
+template <int DIM> using Ring = wgmma::Ring<kStages<DIM>, kTileBytes<DIM>>;
 
 // A block's work as all its warpgroups see it.
 struct Work {
@@ -106,7 +89,7 @@ __device__ __forceinline__ void load(const Work& work, const AttentionArgs& a, c
       ring.empty(i).wait(before);
     }
     const T* from = static_cast<const T*>(memory) + own;
-    char* tile = ring.tile(i) + to;
+    char* tile = ring.stage(i) + to;
     const int rows = inside ? (int)(work.span.end - begin) - share.row : 0;
 #pragma unroll
     for (int r = 0; r < kTile; r += share.kStep)
@@ -219,7 +202,7 @@ __device__ __forceinline__ void compute(const Work& work, const AttentionArgs& a
   turns.begin();
   keys.await(0);
   wgmma::begin();
-  scores<T, DIM>(s, queries, keys.tile(0));
+  scores<T, DIM>(s, queries, keys.stage(0));
   wgmma::wait<0>(s);
   keys.release(0);
   weights(0);
@@ -228,10 +211,10 @@ __device__ __forceinline__ void compute(const Work& work, const AttentionArgs& a
   for (int i = 1; i < work.tiles; i++) {
     turns.await();
     wgmma::begin();
-    scores<T, DIM>(s, queries, keys.tile(i));
+    scores<T, DIM>(s, queries, keys.stage(i));
     values.await(i - 1);
     wgmma::begin();
-    weigh<T, DIM>(part.out, p, values.tile(i - 1));
+    weigh<T, DIM>(part.out, p, values.stage(i - 1));
     turns.pass(i);
     wgmma::wait<1>(s);
     keys.release(i);
@@ -245,7 +228,7 @@ __device__ __forceinline__ void compute(const Work& work, const AttentionArgs& a
   }
   values.await(work.tiles - 1);
   wgmma::begin();
-  weigh<T, DIM>(part.out, p, values.tile(work.tiles - 1));
+  weigh<T, DIM>(part.out, p, values.stage(work.tiles - 1));
   wgmma::wait<0>(part.out);
   part.finish(log2);
   attention::write_rows<T, DIM>(part, work.pairs, a);
@@ -272,10 +255,10 @@ __global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ Atten
   char* queries = shared + (-shared_address(shared) & (wgmma::kAtomBytes - 1));
   const uint32_t barrier = shared_address(barriers);
   const Ring<DIM> keys{queries + kGroups * kQueryBytes<DIM>, barrier};
-  const Ring<DIM> values{keys.tiles + kStages<DIM> * kTileBytes<DIM>, barrier + 2 * kStages<DIM> * 8};
+  const Ring<DIM> values{keys.stages + kStages<DIM> * kTileBytes<DIM>, barrier + 2 * kStages<DIM> * 8};
   if (threadIdx.x == 0) {
-    keys.init(work.groups * 4);
-    values.init(work.groups * 4);
+    keys.init(kWarpgroup, work.groups * 4);
+    values.init(kWarpgroup, work.groups * 4);
   }
   const uint32_t page = span.begin / kBlockSize + threadIdx.x * 32;  // 32 fill a line
   if (page * kBlockSize < span.end) prefetch(work.table + page);

@@ -14,8 +14,6 @@
 
 namespace {
 
-using wgmma::Barrier;
-
 constexpr int kWarpgroup = 128;
 constexpr int kStep = wgmma::kPanel;        // inputs of a stage
 constexpr int kChunks = kStep / 8;          // of 16 bytes
@@ -39,22 +37,12 @@ template <int M, int N> struct Form {
   static_assert(N * kSumsStride * 4 <= kStages * kStageBytes, "sums take the place of the stages");
 };
 
-// Stages on their way from the warpgroup that copies to those that multiply. Step i is in stage i % kStages.
-template <int M, int N> struct Ring {
-  static constexpr int kStages = Form<M, N>::kStages;
-  char* stages;
-  uint32_t barriers;  // [kStages] of full stages, [kStages] of empty ones
-
-  __device__ char* weights(int i) const { return stages + i % kStages * Form<M, N>::kStageBytes; }
+// Stages of weights, with the rows of x behind them.
+template <int M, int N> struct Ring : wgmma::Ring<Form<M, N>::kStages, Form<M, N>::kStageBytes> {
+  __device__ char* weights(int i) const { return this->stage(i); }
   __device__ char* rows(int i) const { return weights(i) + Form<M, N>::kWeightBytes; }
-  __device__ Barrier full(int i) const { return {barriers + i % kStages * 8}; }
-  __device__ Barrier empty(int i) const { return {barriers + (kStages + i % kStages) * 8}; }
-  __device__ void init() const {
-    // A thread that copies arrives once for its weights and once for its rows.
-    for (int i = 0; i < kStages; i++) full(i).init(2 * kWarpgroup), empty(i).init(Form<M, N>::kMultiplying * 4);
-  }
   __device__ void await_empty(int i) const {
-    if (i >= kStages) empty(i).wait(i / kStages - 1);
+    if (i >= this->kStages) this->empty(i).wait(i / this->kStages - 1);
   }
 };
 
@@ -136,7 +124,7 @@ template <typename T, int M, int N> __device__ void multiply(const Ring<M, N>& r
   float d[N / 8][4] = {};
 #pragma unroll 1
   for (int i = first; i < first + steps; i++) {
-    ring.full(i).wait(i / Ring<M, N>::kStages);
+    ring.await(i);
     wgmma::publish();  // what the copying threads wrote
     const uint32_t weights = shared_address(ring.weights(i)) + group * 64 * wgmma::kRowBytes;
     const uint64_t w = wgmma::descriptor(weights, 0), x = wgmma::descriptor(shared_address(ring.rows(i)), 0);
@@ -146,7 +134,7 @@ template <typename T, int M, int N> __device__ void multiply(const Ring<M, N>& r
       wgmma::multiply<T, N / 8>(d, wgmma::advance(w, k * 32), wgmma::advance(x, k * 32), true);
     wgmma::commit();
     wgmma::wait<0>(d);
-    if (threadIdx.x % 32 == 0) ring.empty(i).arrive();
+    ring.release(i);
   }
   wgmma::sync(1, Form<M, N>::kMultiplying * kWarpgroup);  // nobody reads the stages any more
   const int lane = threadIdx.x % 32, output = group * 64 + threadIdx.x % kWarpgroup / 32 * 16 + lane / 4;
@@ -240,8 +228,9 @@ __global__ void __launch_bounds__(Form<M, N>::kThreads, kBlocks)
     piece.x += (size_t)tile.row * a.inputs;
     piece.rows = tile.rows;
   }
-  const Ring<M, N> ring{shared + (-shared_address(shared) & (wgmma::kAtomBytes - 1)), shared_address(barriers)};
-  if (threadIdx.x == 0) ring.init();
+  const Ring<M, N> ring{{shared + (-shared_address(shared) & (wgmma::kAtomBytes - 1)), shared_address(barriers)}};
+  // A thread that copies arrives once for its weights and once for its rows.
+  if (threadIdx.x == 0) ring.init(2 * kWarpgroup, Form<M, N>::kMultiplying * 4);
   __syncthreads();
   if (index < lora_tiles)
     shrink<T, M, N>(p, tile, piece, ring);

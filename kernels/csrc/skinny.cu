@@ -203,8 +203,8 @@ int by_rows(const LinearArgs& a, const LoraArgs& lora, int lora_blocks, cudaStre
 
 }  // namespace
 
-// At most 32 rows. `lora`: null, or the deltas of the same rows, whose shrink is computed with `splits` 1 for `max_tiles` tiles of at
-// most 16 rows (8 where there are no more than 8 rows).
+// At most 32 rows. `lora`: null, or the deltas of the same rows, whose shrink is computed with `splits` 1 for
+// `max_tiles` tiles of at most 16 rows (8 where there are no more than 8 rows).
 extern "C" int lorax_skinny(const LinearArgs* args, const LoraArgs* lora, int elem, int wide, int max_tiles,
                             cudaStream_t stream) {
   const int lora_blocks = lora ? max_tiles * lora->slices * kGroupBlocks : 0;

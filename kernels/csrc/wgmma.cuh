@@ -156,6 +156,28 @@ struct Barrier {
   __device__ __forceinline__ bool may_wait(int phase) const { WAIT_FOR_PHASE("try_wait") }
 };
 
+// Stages in shared memory, of BYTES each, on their way from threads that copy to warps that multiply. Tile i is in stage
+// i % STAGES.
+template <int STAGES, int BYTES> struct Ring {
+  static constexpr int kStages = STAGES;
+  char* stages;
+  uint32_t barriers;  // [STAGES] of full stages, [STAGES] of empty ones
+
+  __device__ char* stage(int i) const { return stages + i % STAGES * BYTES; }
+  __device__ Barrier full(int i) const { return {barriers + i % STAGES * 8}; }
+  __device__ Barrier empty(int i) const { return {barriers + (STAGES + i % STAGES) * 8}; }
+  // `arrivals` of those that copy make a stage full, those of `warps` that multiply make it empty.
+  __device__ void init(int arrivals, int warps) const {
+    for (int i = 0; i < STAGES; i++) full(i).init(arrivals), empty(i).init(warps);
+  }
+
+  // For those that multiply: tile i has come; this warp is done with it.
+  __device__ void await(int i) const { full(i).wait(i / STAGES); }
+  __device__ void release(int i) const {
+    if (threadIdx.x % 32 == 0) empty(i).arrive();
+  }
+};
+
 // ---- clusters ----
 // Blocks that run at the same time and read each other's shared memory. A kernel launched without is a cluster of one.
 
