@@ -82,8 +82,7 @@ pub(super) fn linear(
     y: &mut CpuMat,
 ) -> Result<()> {
     let scratch = &mut *be.scratch();
-    let call = Call::begin((be, scratch), x, weight, lora, y)?;
-    call.for_chunks(|panels| call.sum(&panels));
+    Call::begin((be, scratch), x, weight, lora, y)?.sum();
     Ok(())
 }
 
@@ -238,18 +237,18 @@ impl<'a> Call<'a> {
         Ok(call)
     }
 
-    /// Calls `f` with the panels of each chunk.
-    fn for_chunks(&self, f: impl Fn(Range<usize>) + Sync) {
+    /// All sums, in chunks of panels.
+    fn sum(&self) {
         let (pool, panels) = (&self.be.pool, self.w.panels());
         let by_work = (self.rows * self.w.inputs * panels * 16).div_ceil(CHUNK);
         let groups = panels.div_ceil(GROUP);
         let chunks = by_work.max(pool.threads() * CHUNKS).next_multiple_of(pool.threads()).min(groups);
         let bound = |i: usize| (i * groups / chunks * GROUP).min(panels);
-        pool.run(chunks, |i| f(bound(i)..bound(i + 1)));
+        pool.run(chunks, |i| self.sum_panels(&(bound(i)..bound(i + 1))));
     }
 
-    /// The sums of some panels: the base product, and the deltas while it is in cache.
-    fn sum(&self, panels: &Range<usize>) {
+    /// The base product of some panels, and the deltas while it is in cache.
+    fn sum_panels(&self, panels: &Range<usize>) {
         prefetch_first(self.w, panels.start);
         self.prefetch_expands(panels);
         self.base(panels.clone());
