@@ -10,8 +10,8 @@
 use std::{sync::Arc, time::Instant};
 
 use kernels::{
-    Attention, Backend, Batch, DType, Heads, HostTensor, LinearLora, LoraSite, Matrix, RowSet, SampleRow,
-    SamplingParams,
+    Attention, Backend, Batch, DType, Heads, HostTensor, LinearLora, LoraSite, Matrix, Projection, RowSet,
+    SampleRow, SamplingParams,
     cuda::{
         CudaBackend, CudaBatch, CudaKv, CudaMat, CudaRope, CudaSampler, CudaSlots, CudaVector, CudaWeight,
     },
@@ -161,17 +161,17 @@ impl Model {
     fn forward(&mut self, batch: &CudaBatch, wanted: &dyn Fn(&str) -> bool) -> kernels::Result<()> {
         let Model { ops, slots, x, residual, qkv, attn, gate_up, act, last, logits, .. } = self;
         let lora = |site| Some(LinearLora { slots, site, batch, rows: RowSet::All });
-        ops.embed(batch, &self.sampler, &self.embed, x)?;
-        let rows = x.rows();
+        ops.embed(batch, &self.sampler, &self.embed, residual)?;
+        let rows = residual.rows();
         for m in [&mut *x, residual, qkv, attn, gate_up, act] {
             m.set_rows(rows);
         }
+        if wanted("norm") {
+            ops.rms_norm(residual, &self.layers[0].norm, EPS, x)?;
+        }
         for (i, layer) in self.layers.iter_mut().enumerate() {
-            if wanted("norm") {
-                ops.add_rms_norm(x, residual, &layer.norm, EPS)?;
-            }
             if wanted("qkv") {
-                ops.linear(x, &layer.qkv, None, lora(4 * i), qkv)?;
+                ops.linear(x, Projection::new(&layer.qkv, lora(4 * i)), qkv)?;
             }
             if wanted("rope") {
                 ops.rope_and_store(qkv, HEADS, &self.rope, batch, &mut layer.kv)?;
@@ -179,21 +179,19 @@ impl Model {
             if wanted("attention") {
                 ops.paged_attention(qkv, &ATTENTION, batch, &layer.kv, attn)?;
             }
+            let norm = (&layer.norm, EPS);
             if wanted("o") {
-                ops.linear(attn, &layer.o, None, lora(4 * i + 1), x)?;
-            }
-            if wanted("norm") {
-                ops.add_rms_norm(x, residual, &layer.norm, EPS)?;
+                ops.add_linear_norm(attn, Projection::new(&layer.o, lora(4 * i + 1)), residual, norm, x)?;
             }
             if wanted("gate_up") {
-                ops.gated_linear(x, (&layer.gate_up, None), lora(4 * i + 2), gate_up, act)?;
+                ops.gated_linear(x, Projection::new(&layer.gate_up, lora(4 * i + 2)), gate_up, act)?;
             }
             if wanted("down") {
-                ops.linear(act, &layer.down, None, lora(4 * i + 3), x)?;
+                ops.add_linear_norm(act, Projection::new(&layer.down, lora(4 * i + 3)), residual, norm, x)?;
             }
         }
         ops.gather_logit_rows(x, batch, last)?;
-        if wanted("head") { ops.linear(last, &self.head, None, None, logits) } else { Ok(()) }
+        if wanted("head") { ops.linear(last, Projection::new(&self.head, None), logits) } else { Ok(()) }
     }
 
     /// Median milliseconds of a step.

@@ -11,4 +11,5 @@ struct LinearArgs {
   int rows;
   int inputs;  // a multiple of 8
   int outputs;
+  int add;  // not 0: added to what y, of f32, holds
 };

@@ -108,4 +108,41 @@ template <typename T> __device__ inline Group<T> find_group(const LoraEntry* ent
   return {nullptr, 0, 0};
 }
 
+// A thread has outputs 8 · (lane % 4) .. + 8 of a block, and those kHalf behind: neighbours read whole sectors.
+constexpr int kHalf = kOutBlock / 2;
+
+// B of 16 ranks for a block of outputs: this thread's eight outputs of ranks r, r + 1, r + 8, r + 9.
+template <typename T> struct Columns {
+  uint32_t w[4][4];
+
+  __device__ void load(const T* b, int rank, int r0) {
+    int lane = threadIdx.x % 32, r = r0 + lane % 4 * 2, out = lane / 8 * 8 + lane / 4 % 2 * kHalf;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      int own = r + i / 2 * 8 + i % 2;
+      uint4 v = load8<T, true, true>(b + own * kOutBlock, out, own < rank ? kOutBlock : 0);
+      w[i][0] = v.x, w[i][1] = v.y, w[i][2] = v.z, w[i][3] = v.w;
+    }
+  }
+
+  // Column j of product n is output n of the eight that the threads of lane / 4 = j have loaded.
+  __device__ void multiply(float (&d)[8][4], const uint32_t (&a)[4]) const {
+#pragma unroll
+    for (int n = 0; n < 8; n++) {
+      unsigned pick = n % 2 ? 0x7632 : 0x5410;
+      mma<T>(d[n], a, __byte_perm(w[0][n / 2], w[1][n / 2], pick), __byte_perm(w[2][n / 2], w[3][n / 2], pick));
+    }
+  }
+};
+
+// Two rows, eight apart, of 16 ranks.
+template <typename T>
+__device__ inline void load_mid(uint32_t (&a)[4], const T* mid, size_t stride, const bool (&valid)[2]) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const T* at = mid + i % 2 * 8 * stride + i / 2 * 8;
+    a[i] = valid[i % 2] ? *reinterpret_cast<const uint32_t*>(at) : 0u;
+  }
+}
+
 }  // namespace lora

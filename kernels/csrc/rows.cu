@@ -11,11 +11,17 @@ template <typename T, int N> __device__ void copy_row(T* to, const T* from, int 
 }
 
 template <typename T, int N>
-__global__ void embed(const int32_t* tokens, const int32_t* last, const T* table, T* y, int cols) {
+__global__ void embed(const int32_t* tokens, const int32_t* last, const T* table, float* y, int cols) {
   release_next();
   int token = tokens[blockIdx.x];
   if (token < 0) token = last[-1 - token];
-  copy_row<T, N>(y + (size_t)blockIdx.x * cols, table + (size_t)token * cols, cols);
+  table += (size_t)token * cols;
+  y += (size_t)blockIdx.x * cols;
+  for (int i = threadIdx.x * N; i < cols; i += blockDim.x * N) {
+    float v[N];
+    load_floats<T, N>(table + i, v);
+    store_floats<float, N>(y + i, v);
+  }
 }
 
 template <typename T, int N> __global__ void gather(const T* x, const uint32_t* rows, T* y, int cols) {
@@ -65,12 +71,11 @@ template <typename T> __global__ void narrow(const float* x, T* y, size_t count)
     }                               \
   } while (0)
 
-extern "C" int lorax_embed(int elem, const int32_t* tokens, const int32_t* last, const void* table, void* y, int rows,
+extern "C" int lorax_embed(int elem, const int32_t* tokens, const int32_t* last, const void* table, float* y, int rows,
                            int cols, cudaStream_t stream) {
   WITH_HALF(elem, T,
             BY_WIDTH(cols, N,
-                     embed<T, N><<<rows, kThreads, 0, stream>>>(tokens, last, static_cast<const T*>(table),
-                                                                static_cast<T*>(y), cols)));
+                     embed<T, N><<<rows, kThreads, 0, stream>>>(tokens, last, static_cast<const T*>(table), y, cols)));
   return launched();
 }
 

@@ -191,8 +191,19 @@ __device__ inline uint32_t cluster_size() {
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
   return size;
 }
+__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 __device__ inline void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
+  cluster_arrive();
+  cluster_wait();
+}
+
+// Puts a number at the same address of another block's shared memory.
+__device__ inline void store_remote(uint32_t address, uint32_t rank, float v) {
+  asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.f32 [there], %2;}" ::"r"(
+                   address),
+               "r"(rank), "f"(v)
+               : "memory");
 }
 
 // sums += the four numbers at the same address of another block's shared memory.

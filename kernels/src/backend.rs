@@ -37,6 +37,23 @@ pub struct Attention {
     pub softcap: Option<f32>,
 }
 
+/// What [`Backend::linear`] multiplies rows with.
+pub struct Projection<'a, B: Backend> {
+    /// W.
+    pub weight: &'a B::Weight,
+    /// Added to every row, one element for each output.
+    pub bias: Option<&'a B::Vector>,
+    /// Of the rows that have an adapter.
+    pub lora: Option<LinearLora<'a, B>>,
+}
+
+impl<'a, B: Backend> Projection<'a, B> {
+    /// One without a bias.
+    pub fn new(weight: &'a B::Weight, lora: Option<LinearLora<'a, B>>) -> Projection<'a, B> {
+        Projection { weight, bias: None, lora }
+    }
+}
+
 /// The low-rank deltas of one [`Backend::linear`]: the resident adapters, the site, and the rows that `x` holds.
 pub struct LinearLora<'a, B: Backend> {
     /// All resident adapters.
@@ -157,7 +174,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
         Vec::new()
     }
 
-    /// Semantics: `y[i] = table[token(i)]`, where a negative `batch.tokens[i]` is looked up in the sampler.
+    /// Semantics: `y[i] = table[token(i)]`, where a negative `batch.tokens[i]` is looked up in the sampler. `y` is the
+    /// residual stream, a [`Self::wide_mat`].
     fn embed(
         &self,
         batch: &Self::Batch,
@@ -166,43 +184,42 @@ pub trait Backend: Send + Sync + Sized + 'static {
         y: &mut Self::Mat,
     ) -> Result<()>;
 
-    /// Semantics: `y[i] = x[i] · Wᵀ + bias`, and for every segment of `lora` with row i in it and every slice s that its
-    /// adapter has: `y[i, range(s)] += x[i] · A_sᵀ · B_sᵀ`.
-    fn linear(
+    /// Semantics: `y[i] = x[i] · Wᵀ + bias`, and for every segment of `by.lora` with row i in it and every slice s that
+    /// its adapter has: `y[i, range(s)] += x[i] · A_sᵀ · B_sᵀ`.
+    fn linear(&self, x: &Self::Mat, by: Projection<'_, Self>, y: &mut Self::Mat) -> Result<()>;
+
+    /// As [`Self::linear`], but the sums are added to what `y`, a [`Self::wide_mat`] of as many rows as `x`, holds: a
+    /// projection onto the residual stream, without rounding in between.
+    fn add_linear(&self, x: &Self::Mat, by: Projection<'_, Self>, y: &mut Self::Mat) -> Result<()>;
+
+    /// [`Self::add_linear`] to the residual stream, then [`Self::rms_norm`] of it.
+    fn add_linear_norm(
         &self,
         x: &Self::Mat,
-        weight: &Self::Weight,
-        bias: Option<&Self::Vector>,
-        lora: Option<LinearLora<'_, Self>>,
+        by: Projection<'_, Self>,
+        residual: &mut Self::Mat,
+        (norm, eps): (&Self::Vector, f32),
         y: &mut Self::Mat,
-    ) -> Result<()>;
+    ) -> Result<()> {
+        self.add_linear(x, by, residual)?;
+        self.rms_norm(residual, norm, eps, y)
+    }
 
     /// [`Self::linear`] of a gate and an up projection side by side, then [`Self::silu_mul`]. What `gate_up` holds
     /// afterwards is unspecified.
     fn gated_linear(
         &self,
         x: &Self::Mat,
-        (weight, bias): (&Self::Weight, Option<&Self::Vector>),
-        lora: Option<LinearLora<'_, Self>>,
+        by: Projection<'_, Self>,
         gate_up: &mut Self::Mat,
         y: &mut Self::Mat,
     ) -> Result<()> {
-        self.linear(x, weight, bias, lora, gate_up)?;
+        self.linear(x, by, gate_up)?;
         self.silu_mul(gate_up, y)
     }
 
-    /// Semantics: `residual[i] = x[i]`, then `x[i] = w · x[i] / √(mean(x[i]²) + eps)`: the first norm of a step.
-    fn rms_norm(&self, x: &mut Self::Mat, residual: &mut Self::Mat, w: &Self::Vector, eps: f32)
-    -> Result<()>;
-
-    /// Semantics: `residual[i] += x[i]`, then `x[i] = w · residual[i] / √(mean(residual[i]²) + eps)`.
-    fn add_rms_norm(
-        &self,
-        x: &mut Self::Mat,
-        residual: &mut Self::Mat,
-        w: &Self::Vector,
-        eps: f32,
-    ) -> Result<()>;
+    /// Semantics: `y[i] = w · x[i] / √(mean(x[i]²) + eps)`. `x` is the residual stream, a [`Self::wide_mat`].
+    fn rms_norm(&self, x: &Self::Mat, w: &Self::Vector, eps: f32, y: &mut Self::Mat) -> Result<()>;
 
     /// Rotates the queries and keys of `qkv` `[rows, (query + 2 · kv) · dim]` in place by their positions (half-split
     /// pairs: element j with j + dim/2) and stores keys and values at `batch.store_at`.

@@ -20,7 +20,7 @@ use std::{
 };
 
 use crate::{
-    Attention, Backend, Batch, DType, Error, Heads, HostTensor, LinearLora, LoraPart, LoraSite, Matrix,
+    Attention, Backend, Batch, DType, Error, Heads, HostTensor, LoraPart, LoraSite, Matrix, Projection,
     Result, SampleRow, Sampled, SamplingParams,
 };
 pub use elementwise::CpuRope;
@@ -217,23 +217,16 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn linear(
-        &self,
-        x: &CpuMat,
-        weight: &Panels,
-        bias: Option<&Vec<f32>>,
-        lora: Option<LinearLora<'_, Self>>,
-        y: &mut CpuMat,
-    ) -> Result<()> {
-        linear::linear(self, x, (weight, bias.map(Vec::as_slice)), lora, y)
+    fn linear(&self, x: &CpuMat, by: Projection<'_, Self>, y: &mut CpuMat) -> Result<()> {
+        linear::linear(self, x, by, (y, false))
     }
 
-    fn rms_norm(&self, x: &mut CpuMat, residual: &mut CpuMat, w: &Vec<f32>, eps: f32) -> Result<()> {
-        elementwise::norm(self, x, residual, w, (eps, false))
+    fn add_linear(&self, x: &CpuMat, by: Projection<'_, Self>, y: &mut CpuMat) -> Result<()> {
+        linear::linear(self, x, by, (y, true))
     }
 
-    fn add_rms_norm(&self, x: &mut CpuMat, residual: &mut CpuMat, w: &Vec<f32>, eps: f32) -> Result<()> {
-        elementwise::norm(self, x, residual, w, (eps, true))
+    fn rms_norm(&self, x: &CpuMat, w: &Vec<f32>, eps: f32, y: &mut CpuMat) -> Result<()> {
+        elementwise::rms_norm(self, x, w, eps, y)
     }
 
     fn rope_and_store(

@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use cudarc::driver::sys::{CUdevice_attribute, CUstream};
 
 use crate::{
-    Attention, Backend, Batch, DType, Error, Heads, HostTensor, LinearLora, LoraPart, LoraSite, Matrix,
+    Attention, Backend, Batch, DType, Error, Heads, HostTensor, LoraPart, LoraSite, Matrix, Projection,
     Result, RowSet, SampleRow, Sampled, SamplingParams,
 };
 pub use batch::CudaBatch;
@@ -165,29 +165,6 @@ impl CudaBackend {
         self.device.bind()?;
         launched(op, run(ffi::elem(self.dtype), self.stream.raw()))
     }
-
-    fn norm(
-        &self,
-        (op, first): (&'static str, bool),
-        x: &mut CudaMat,
-        residual: &mut CudaMat,
-        (w, eps): (&CudaVector, f32),
-    ) -> Result<()> {
-        x.expect_half(op)?;
-        residual.expect_cols(op, "columns of the residual", x.cols())?;
-        expect(op, "weights", w.len, x.cols())?;
-        if first {
-            residual.resize(op, x.rows())?;
-        }
-        expect(op, "rows of the residual", residual.rows(), x.rows())?;
-        let (rows, cols) = (x.rows() as i32, x.cols() as i32);
-        // SAFETY: shapes were checked.
-        self.launch(op, x.rows(), |elem, stream| unsafe {
-            let (wide, first) = (residual.wide(), i32::from(first));
-            let w = w.buffer.at();
-            ffi::lorax_rms_norm(elem, wide, first, x.at(), residual.at(), w, rows, cols, eps, stream)
-        })
-    }
 }
 
 impl Backend for CudaBackend {
@@ -315,7 +292,7 @@ impl Backend for CudaBackend {
         y: &mut CudaMat,
     ) -> Result<()> {
         let op = "embed";
-        y.expect_half(op)?;
+        y.expect_wide(op)?;
         y.expect_cols(op, "columns of y", table.inputs)?;
         for (what, largest, limit) in
             [("token", batch.largest.token, table.outputs), ("seat", batch.largest.seat, sampler.seats)]
@@ -333,34 +310,47 @@ impl Backend for CudaBackend {
         })
     }
 
-    fn linear(
+    fn linear(&self, x: &CudaMat, by: Projection<'_, Self>, y: &mut CudaMat) -> Result<()> {
+        linear::linear(self, x, by, (y, false))
+    }
+
+    fn add_linear(&self, x: &CudaMat, by: Projection<'_, Self>, y: &mut CudaMat) -> Result<()> {
+        linear::linear(self, x, by, (y, true))
+    }
+
+    fn add_linear_norm(
         &self,
         x: &CudaMat,
-        weight: &CudaWeight,
-        bias: Option<&CudaVector>,
-        lora: Option<LinearLora<'_, Self>>,
+        by: Projection<'_, Self>,
+        residual: &mut CudaMat,
+        norm: (&CudaVector, f32),
         y: &mut CudaMat,
     ) -> Result<()> {
-        linear::linear(self, x, (weight, bias), lora, y)
+        linear::add_linear_norm(self, x, by, residual, (norm, y))
     }
 
     fn gated_linear(
         &self,
         x: &CudaMat,
-        weight: (&CudaWeight, Option<&CudaVector>),
-        lora: Option<LinearLora<'_, Self>>,
+        by: Projection<'_, Self>,
         gate_up: &mut CudaMat,
         y: &mut CudaMat,
     ) -> Result<()> {
-        linear::gated_linear(self, x, weight, lora, (gate_up, y))
+        linear::gated_linear(self, x, by, (gate_up, y))
     }
 
-    fn rms_norm(&self, x: &mut CudaMat, residual: &mut CudaMat, w: &CudaVector, eps: f32) -> Result<()> {
-        self.norm(("rms_norm", true), x, residual, (w, eps))
-    }
-
-    fn add_rms_norm(&self, x: &mut CudaMat, residual: &mut CudaMat, w: &CudaVector, eps: f32) -> Result<()> {
-        self.norm(("add_rms_norm", false), x, residual, (w, eps))
+    fn rms_norm(&self, x: &CudaMat, w: &CudaVector, eps: f32, y: &mut CudaMat) -> Result<()> {
+        let op = "rms_norm";
+        x.expect_wide(op)?;
+        y.expect_half(op)?;
+        y.expect_cols(op, "columns of y", x.cols())?;
+        expect(op, "weights", w.len, x.cols())?;
+        y.resize(op, x.rows())?;
+        let (rows, cols) = (x.rows() as i32, x.cols() as i32);
+        // SAFETY: shapes were checked.
+        self.launch(op, x.rows(), |elem, stream| unsafe {
+            ffi::lorax_rms_norm(elem, x.at(), w.buffer.at(), y.at(), rows, cols, eps, stream)
+        })
     }
 
     fn rope_and_store(

@@ -17,7 +17,7 @@ mod sampling;
 mod tensor;
 pub mod testing;
 
-pub use backend::{Attention, Backend, Heads, LinearLora};
+pub use backend::{Attention, Backend, Heads, LinearLora, Projection};
 pub use batch::{BLOCK_SIZE, Batch, RowSet, Segment, SequenceRows};
 pub use comm::{Comm, Solo};
 pub use error::{Error, Result};

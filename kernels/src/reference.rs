@@ -34,6 +34,11 @@ pub fn linear(x: &Table, w: &Table, bias: Option<&[f32]>) -> Table {
     Table { cols: w.rows(), data: (0..x.rows()).flat_map(row).collect() }
 }
 
+/// Adds one table to another.
+pub fn add(x: &Table, y: &mut Table) {
+    y.data.iter_mut().zip(&x.data).for_each(|(y, x)| *y += x);
+}
+
 /// Adds the deltas of `adapters[slot]` at a site to the rows of its segments.
 pub fn add_lora(
     x: &Table,
@@ -55,20 +60,14 @@ pub fn add_lora(
     }
 }
 
-/// `residual[i] = x[i] (+ residual[i])`, `x[i] = w · residual[i] / √(mean(residual[i]²) + eps)`
-pub fn rms_norm(x: &mut Table, residual: Option<&Table>, w: &[f32], eps: f32) -> Table {
-    let mut sums = x.clone();
-    if let Some(residual) = residual {
-        sums.data.iter_mut().zip(&residual.data).for_each(|(sum, residual)| *sum += residual);
-    }
-    for i in 0..x.rows() {
-        let row = sums.row(i);
+/// `y[i] = w · x[i] / √(mean(x[i]²) + eps)`
+pub fn rms_norm(x: &Table, w: &[f32], eps: f32) -> Table {
+    let row = |i: usize| {
+        let row = x.row(i);
         let factor = 1.0 / (dot(row, row) / x.cols as f32 + eps).sqrt();
-        for (j, w) in w.iter().enumerate() {
-            x.data[i * x.cols + j] = sums.data[i * x.cols + j] * factor * w;
-        }
-    }
-    sums
+        row.iter().zip(w).map(move |(x, w)| x * factor * w)
+    };
+    Table { cols: x.cols, data: (0..x.rows()).flat_map(row).collect() }
 }
 
 /// `y[i, j] = silu(x[i, j]) · x[i, n + j]`

@@ -5,8 +5,8 @@
 use std::{slice, sync::Arc};
 
 use kernels::{
-    Attention, Backend, Batch, DType, Heads, HostTensor, LinearLora, LoraPart, LoraSite, Matrix, RowSet,
-    SampleRow, Sampled, SamplingParams,
+    Attention, Backend, Batch, DType, Heads, HostTensor, LinearLora, LoraPart, LoraSite, Matrix, Projection,
+    RowSet, SampleRow, Sampled, SamplingParams,
     cpu::{CpuBackend, Tier},
     reference::{self, Memory, Table},
     testing::{Numbers, assert_close, batch},
@@ -53,6 +53,7 @@ on_every_backend!(
     linear_of_any_shape,
     low_rank_deltas_of_mixed_ranks,
     gated_projections_with_deltas,
+    normed_projections_with_deltas,
     norms_and_activations,
     attention_over_blocks,
     embedding_takes_the_token_sampled_last,
@@ -92,6 +93,12 @@ fn mat<B: Backend>(ops: &B, table: &Table) -> B::Mat {
     x
 }
 
+fn wide_mat<B: Backend>(ops: &B, table: &Table) -> B::Mat {
+    let mut x = ops.wide_mat(table.rows().max(1), table.cols).unwrap();
+    ops.fill(&mut x, &table.data).unwrap();
+    x
+}
+
 fn tensor(table: &Table) -> HostTensor<'static> {
     let data = table.data.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
     HostTensor { dtype: DType::F32, rows: table.rows(), cols: table.cols, data: data.into() }
@@ -117,9 +124,26 @@ fn linear_of_any_shape<B: Backend>(ops: &B) {
         let vector = ops.vector(&bias).unwrap();
         for (bias, vector) in [(None, None), (Some(bias.as_slice()), Some(&vector))] {
             let expected = reference::linear(&x, &w, bias);
-            ops.linear(&mat(ops, &x), &weight, vector, None, &mut y).unwrap();
+            ops.linear(&mat(ops, &x), Projection { weight: &weight, bias: vector, lora: None }, &mut y)
+                .unwrap();
             assert_close("linear", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
+            let mut sums = numbers.table(rows, outputs);
+            let mut wide = wide_mat(ops, &sums);
+            reference::add(&expected, &mut sums);
+            ops.add_linear(
+                &mat(ops, &x),
+                Projection { weight: &weight, bias: vector, lora: None },
+                &mut wide,
+            )
+            .unwrap();
+            assert_close("linear onto", &ops.download(&wide).unwrap(), &sums.data, ops.dtype());
         }
+        let mut other = ops.wide_mat(rows + 1, outputs).unwrap();
+        let refused = ops
+            .add_linear(&mat(ops, &x), Projection::new(&weight, None), &mut other)
+            .unwrap_err()
+            .to_string();
+        assert!(refused.contains("rows of y"), "{refused}");
     }
 }
 
@@ -180,9 +204,14 @@ fn low_rank_deltas_of_mixed_ranks<B: Backend>(ops: &B) {
                 reference::add_lora(&x, (site, shape), segments, &adapters, &mut expected);
                 let weight = ops.weight(&[tensor(&w)]).unwrap();
                 let mut y = ops.mat(count, outputs).unwrap();
-                let lora = LinearLora { slots: &slots, site, batch: &batch, rows };
-                ops.linear(&mat(ops, &x), &weight, None, Some(lora), &mut y).unwrap();
+                let lora = || Some(LinearLora { slots: &slots, site, batch: &batch, rows });
+                ops.linear(&mat(ops, &x), Projection::new(&weight, lora()), &mut y).unwrap();
                 assert_close("linear with deltas", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
+                let mut sums = numbers.table(count, outputs);
+                let mut wide = wide_mat(ops, &sums);
+                reference::add(&expected, &mut sums);
+                ops.add_linear(&mat(ops, &x), Projection::new(&weight, lora()), &mut wide).unwrap();
+                assert_close("deltas onto", &ops.download(&wide).unwrap(), &sums.data, ops.dtype());
             }
         }
     }
@@ -211,9 +240,55 @@ fn gated_projections_with_deltas<B: Backend>(ops: &B) {
             let mut gate_up = ops.mat(host.rows(), 2 * inner).unwrap();
             let mut y = ops.mat(host.rows(), inner).unwrap();
             let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All };
-            ops.gated_linear(&mat(ops, &x), (&weight, Some(&vector)), Some(lora), &mut gate_up, &mut y)
-                .unwrap();
+            ops.gated_linear(
+                &mat(ops, &x),
+                Projection { weight: &weight, bias: Some(&vector), lora: Some(lora) },
+                &mut gate_up,
+                &mut y,
+            )
+            .unwrap();
             assert_close("gated", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
+        }
+    }
+}
+
+fn normed_projections_with_deltas<B: Backend>(ops: &B) {
+    let mut numbers = Numbers(8);
+    for outputs in [64, 1024, 576, 4160, 36] {
+        let site = LoraSite { inputs: 72, outputs: vec![outputs] };
+        let adapters: Vec<Vec<_>> = [16, 1, 40].map(|rank| vec![numbers.part((0, 0), &site, rank)]).into();
+        let slots = fill_slots(ops, slice::from_ref(&site), &adapters);
+        let (w, bias) = (numbers.table(outputs, 72), numbers.table(1, outputs).data);
+        let norm = numbers.table(1, outputs).data;
+        let weight = (&ops.weight(&[tensor(&w)]).unwrap(), Some(&ops.vector(&bias).unwrap()));
+        let vector = ops.vector(&norm).unwrap();
+        let slots_of = [None, Some(0), None, Some(2), Some(1)];
+        for (sequences, slots_of) in [
+            (vec![(1, 3); 5], &slots_of[..]),
+            (vec![(1, 3); 3], &[]),
+            (vec![(3, 0), (270, 0), (1, 9), (70, 0), (65, 1)], &slots_of),
+        ] {
+            let host = batch(&sequences, slots_of);
+            let device = device_batch(ops, &host);
+            let (x, mut sums) = (numbers.table(host.rows(), 72), numbers.table(host.rows(), outputs));
+            let mut residual = wide_mat(ops, &sums);
+            let mut products = reference::linear(&x, &w, Some(&bias));
+            reference::add_lora(&x, (0, &site), &host.segments, &adapters, &mut products);
+            reference::add(&products, &mut sums);
+            let mut y = ops.mat(host.rows(), outputs).unwrap();
+            let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All };
+            let (x, norm_of) = (mat(ops, &x), (&vector, 1e-5));
+            ops.add_linear_norm(
+                &x,
+                Projection { weight: weight.0, bias: weight.1, lora: Some(lora) },
+                &mut residual,
+                norm_of,
+                &mut y,
+            )
+            .unwrap();
+            assert_close("stream", &ops.download(&residual).unwrap(), &sums.data, ops.dtype());
+            let expected = reference::rms_norm(&sums, &norm, 1e-5);
+            assert_close("normed", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
         }
     }
 }
@@ -230,7 +305,7 @@ fn a_row_does_not_depend_on_its_neighbours<B: Backend>(ops: &B) {
         let part = Table { cols: 70, data: x.data[first * 70..][..rows * 70].to_vec() };
         let mut y = ops.mat(rows, 99).unwrap();
         let lora = LinearLora { slots: &slots, site: 1, batch: &batch, rows: RowSet::All };
-        ops.linear(&mat(ops, &part), &weight, None, Some(lora), &mut y).unwrap();
+        ops.linear(&mat(ops, &part), Projection::new(&weight, Some(lora)), &mut y).unwrap();
         ops.download(&y).unwrap()
     };
     let whole = product(0, 37);
@@ -242,24 +317,14 @@ fn a_row_does_not_depend_on_its_neighbours<B: Backend>(ops: &B) {
 fn norms_and_activations<B: Backend>(ops: &B) {
     let mut numbers = Numbers(4);
     for (rows, cols) in [(1, 1), (1, 64), (7, 33), (20, 576)] {
-        let (mut x, before) = (numbers.table(rows, cols), numbers.table(rows, cols));
+        let mut x = numbers.table(rows, cols);
         let w = numbers.table(1, cols).data;
-        let (weight, mut residual) = (ops.vector(&w).unwrap(), mat(ops, &before));
-        for add in [true, false] {
-            let mut y = mat(ops, &x);
-            let mut expected = x.clone();
-            let sums = reference::rms_norm(&mut expected, add.then_some(&before), &w, 1e-5);
-            if add {
-                ops.add_rms_norm(&mut y, &mut residual, &weight, 1e-5).unwrap();
-            } else {
-                ops.rms_norm(&mut y, &mut residual, &weight, 1e-5).unwrap();
-            }
-            assert_close("norm", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
-            assert_close("residual", &ops.download(&residual).unwrap(), &sums.data, ops.dtype());
-        }
+        let mut y = ops.mat(rows, cols).unwrap();
+        ops.rms_norm(&wide_mat(ops, &x), &ops.vector(&w).unwrap(), 1e-5, &mut y).unwrap();
+        let expected = reference::rms_norm(&x, &w, 1e-5);
+        assert_close("norm", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
         x.data.extend(x.data.clone().iter().map(|x| x * 90.0));
         let gates = Table { cols: 2 * cols, data: x.data };
-        let mut y = ops.mat(rows, cols).unwrap();
         ops.silu_mul(&mat(ops, &gates), &mut y).unwrap();
         assert_close("silu_mul", &ops.download(&y).unwrap(), &reference::silu_mul(&gates).data, ops.dtype());
     }
@@ -325,12 +390,12 @@ fn embedding_takes_the_token_sampled_last<B: Backend>(ops: &B) {
     assert_eq!(collect(ops, pending)[0].token, 17);
     let mut host = batch(&[(2, 0)], &[]);
     host.tokens = vec![5, -3];
-    let mut y = ops.mat(2, 40).unwrap();
+    let mut y = ops.wide_mat(2, 40).unwrap();
     ops.embed(&device_batch(ops, &host), &sampler, &weight, &mut y).unwrap();
-    let expected = [table.row(5), table.row(17)].concat();
-    assert_close("embed", &ops.download(&y).unwrap(), &expected, ops.dtype());
+    let expected = Table { cols: 40, data: [table.row(5), table.row(17)].concat() };
+    assert_close("embed", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
     let mut last = ops.mat(2, 40).unwrap();
-    ops.gather_logit_rows(&y, &device_batch(ops, &host), &mut last).unwrap();
+    ops.gather_logit_rows(&mat(ops, &expected), &device_batch(ops, &host), &mut last).unwrap();
     assert_eq!(last.rows(), 1);
     assert_close("gather", &ops.download(&last).unwrap(), table.row(17), ops.dtype());
 }
@@ -403,6 +468,6 @@ fn contradicting_indices_are_refused() {
     let lora = LinearLora { slots: &slots, site: 0, batch: &good, rows: RowSet::All };
     y.set_rows(4);
     let mut out = ops.mat(8, 4).unwrap();
-    let refused = ops.linear(&y, &table, None, Some(lora), &mut out).unwrap_err().to_string();
+    let refused = ops.linear(&y, Projection::new(&table, Some(lora)), &mut out).unwrap_err().to_string();
     assert_eq!(refused, "linear: slot 0 is empty");
 }

@@ -5,8 +5,8 @@
 use std::sync::Arc;
 
 use kernels::{
-    Attention, Backend, Batch, DType, Heads, HostTensor, LinearLora, LoraPart, LoraSite, Matrix, RowSet,
-    SampleRow, SamplingParams,
+    Attention, Backend, Batch, DType, Heads, HostTensor, LinearLora, LoraPart, LoraSite, Matrix, Projection,
+    RowSet, SampleRow, SamplingParams,
     cuda::{CudaBackend, CudaBatch, CudaKv, CudaMat, CudaRope, CudaSlots, CudaVector, CudaWeight},
     reference::{self, Memory, Table},
     testing::{Numbers, assert_close, batch},
@@ -18,6 +18,12 @@ fn backend() -> CudaBackend {
 
 fn mat(ops: &CudaBackend, table: &Table) -> CudaMat {
     let mut x = ops.mat(table.rows(), table.cols).unwrap();
+    ops.fill(&mut x, &table.data).unwrap();
+    x
+}
+
+fn wide_mat(ops: &CudaBackend, table: &Table) -> CudaMat {
+    let mut x = ops.wide_mat(table.rows(), table.cols).unwrap();
     ops.fill(&mut x, &table.data).unwrap();
     x
 }
@@ -72,9 +78,15 @@ fn deltas_of_aligned_shapes() {
         let weight = ops.weight(&[tensor(&w)]).unwrap();
         for mut y in [ops.mat(host.rows(), 832).unwrap(), ops.wide_mat(host.rows(), 832).unwrap()] {
             let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All };
-            ops.linear(&mat(&ops, &x), &weight, None, Some(lora), &mut y).unwrap();
+            ops.linear(&mat(&ops, &x), Projection::new(&weight, Some(lora)), &mut y).unwrap();
             assert_close("deltas", &ops.download(&y).unwrap(), &expected.data, DType::Bf16);
         }
+        let mut sums = numbers.table(host.rows(), 832);
+        let mut y = wide_mat(&ops, &sums);
+        reference::add(&expected, &mut sums);
+        let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All };
+        ops.add_linear(&mat(&ops, &x), Projection::new(&weight, Some(lora)), &mut y).unwrap();
+        assert_close("deltas onto", &ops.download(&y).unwrap(), &sums.data, DType::Bf16);
     }
 }
 
@@ -102,10 +114,15 @@ fn products_and_deltas_of_few_rows() {
                 let mut expected = reference::linear(&x, &w, None);
                 reference::add_lora(&x, (0, &sites[0]), &host.segments, &adapters, &mut expected);
                 let mut y = ops.mat(rows, 400).unwrap();
-                let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All };
-                ops.linear(&mat(&ops, &x), &weight, None, Some(lora), &mut y).unwrap();
+                let lora = || LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All };
+                ops.linear(&mat(&ops, &x), Projection::new(&weight, Some(lora())), &mut y).unwrap();
                 let what = format!("{rows} rows of {inputs}, deltas: {with_deltas}");
                 assert_close(&what, &ops.download(&y).unwrap(), &expected.data, DType::Bf16);
+                let mut sums = numbers.table(rows, 400);
+                let mut y = wide_mat(&ops, &sums);
+                reference::add(&expected, &mut sums);
+                ops.add_linear(&mat(&ops, &x), Projection::new(&weight, Some(lora())), &mut y).unwrap();
+                assert_close(&what, &ops.download(&y).unwrap(), &sums.data, DType::Bf16);
             }
         }
     }
@@ -115,22 +132,22 @@ fn products_and_deltas_of_few_rows() {
 fn wide_residual_and_logits_keep_f32() {
     let ops = backend();
     let mut numbers = Numbers(22);
-    let (x, before) = (numbers.table(3, 256), numbers.table(3, 256));
-    let before = Table { cols: 256, data: before.data.iter().map(|x| x + 1e-4).collect() };
-    let w = vec![1.0; 256];
-    let mut residual = ops.wide_mat(3, 256).unwrap();
-    ops.fill(&mut residual, &before.data).unwrap();
-    let (mut y, mut expected) = (mat(&ops, &x), x.clone());
-    let sums = reference::rms_norm(&mut expected, Some(&before), &w, 1e-5);
-    ops.add_rms_norm(&mut y, &mut residual, &ops.vector(&w).unwrap(), 1e-5).unwrap();
-    assert_close("residual", &ops.download(&residual).unwrap(), &sums.data, DType::F32);
-    assert_close("norm", &ops.download(&y).unwrap(), &expected.data, DType::Bf16);
-
     let table = numbers.table(1000, 256);
-    let mut logits = ops.wide_mat(3, 1000).unwrap();
-    ops.linear(&mat(&ops, &x), &ops.weight(&[tensor(&table)]).unwrap(), None, None, &mut logits).unwrap();
-    let logits = ops.download(&logits).unwrap();
-    assert_close("logits", &logits, &reference::linear(&x, &table, None).data, DType::F32);
+    let weight = ops.weight(&[tensor(&table)]).unwrap();
+    // By each way that products of some rows go.
+    for rows in [3, 6, 20, 200] {
+        let x = numbers.table(rows, 256);
+        let expected = reference::linear(&x, &table, None);
+        let mut logits = ops.wide_mat(rows, 1000).unwrap();
+        ops.linear(&mat(&ops, &x), Projection::new(&weight, None), &mut logits).unwrap();
+        assert_close("logits", &ops.download(&logits).unwrap(), &expected.data, DType::F32);
+        let mut sums = numbers.table(rows, 1000);
+        sums.data.iter_mut().for_each(|x| *x += 1e-4);
+        let mut residual = wide_mat(&ops, &sums);
+        reference::add(&expected, &mut sums);
+        ops.add_linear(&mat(&ops, &x), Projection::new(&weight, None), &mut residual).unwrap();
+        assert_close("residual", &ops.download(&residual).unwrap(), &sums.data, DType::F32);
+    }
 }
 
 /// Decode over a context long enough to be split, and a chunk of prefill behind a long one.
@@ -246,11 +263,11 @@ fn decode_tokens(record: bool) -> Vec<Vec<u32>> {
         host.tokens = (0..rows).map(known).collect();
         ops.upload(&host, &mut device).unwrap();
         ops.step(&device, || {
-            ops.embed(&device, &sampler, &table, &mut x)?;
-            ops.rms_norm(&mut x, &mut residual, &weights, 1e-5)?;
+            ops.embed(&device, &sampler, &table, &mut residual)?;
+            ops.rms_norm(&residual, &weights, 1e-5, &mut x)?;
             ops.gather_logit_rows(&x, &device, &mut last)?;
             let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::Logits };
-            ops.linear(&last, &head, None, Some(lora), &mut logits)
+            ops.linear(&last, Projection::new(&head, Some(lora)), &mut logits)
         })
         .unwrap();
         assert!(logits.rows() >= rows);
@@ -336,22 +353,38 @@ impl Layer {
                 ops.synchronize().unwrap()
             }
         };
-        ops.fill(x, &Numbers(27).table(host.rows(), Self::HIDDEN).data).unwrap();
-        ops.rms_norm(x, residual, norm, 1e-5).map(settle).unwrap();
+        ops.fill(residual, &Numbers(27).table(host.rows(), Self::HIDDEN).data).unwrap();
+        ops.rms_norm(residual, norm, 1e-5, x).map(settle).unwrap();
         let [qkv, attn, gate_up, act] = wide;
         for _ in 0..6 {
             let lora = |site| Some(LinearLora { slots, site, batch: &device, rows: RowSet::All });
-            ops.linear(x, &weights[0], None, lora(0), qkv).map(settle).unwrap();
+            ops.linear(x, Projection::new(&weights[0], lora(0)), qkv).map(settle).unwrap();
             ops.rope_and_store(qkv, Self::HEADS, rope, &device, kv).map(settle).unwrap();
             ops.paged_attention(qkv, &attention, &device, kv, attn).map(settle).unwrap();
-            ops.linear(attn, &weights[1], None, lora(1), x).map(settle).unwrap();
-            ops.add_rms_norm(x, residual, norm, 1e-5).map(settle).unwrap();
-            ops.linear(x, &weights[2], None, lora(2), gate_up).map(settle).unwrap();
+            let o = (&weights[1], None);
+            ops.add_linear_norm(
+                attn,
+                Projection { weight: o.0, bias: o.1, lora: lora(1) },
+                residual,
+                (norm, 1e-5),
+                x,
+            )
+            .map(settle)
+            .unwrap();
+            ops.linear(x, Projection::new(&weights[2], lora(2)), gate_up).map(settle).unwrap();
             ops.silu_mul(gate_up, act).map(settle).unwrap();
-            ops.linear(act, &weights[3], None, lora(3), x).map(settle).unwrap();
-            ops.add_rms_norm(x, residual, norm, 1e-5).map(settle).unwrap();
+            let down = (&weights[3], None);
+            ops.add_linear_norm(
+                act,
+                Projection { weight: down.0, bias: down.1, lora: lora(3) },
+                residual,
+                (norm, 1e-5),
+                x,
+            )
+            .map(settle)
+            .unwrap();
         }
-        ops.download(x).unwrap()
+        ops.download(residual).unwrap()
     }
 }
 
@@ -397,14 +430,14 @@ fn an_adapter_can_be_replaced_while_steps_run() {
         while ops.loaded(&mut slots).unwrap().is_empty() {}
         let mut y = ops.mat(1, 64).unwrap();
         let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All };
-        ops.linear(&mat(&ops, &x), &weight, None, Some(lora), &mut y).unwrap();
+        ops.linear(&mat(&ops, &x), Projection::new(&weight, Some(lora)), &mut y).unwrap();
         ops.unload(&mut slots, 1).unwrap();
         let mut expected = Table { cols: 64, data: vec![0.0; 64] };
         let segments = batch(&[(1, 0)], &[Some(0)]).segments;
         reference::add_lora(&x, (0, &sites[0]), &segments, &[parts], &mut expected);
         assert_close("delta", &ops.download(&y).unwrap(), &expected.data, DType::Bf16);
         let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All };
-        let refused = ops.linear(&mat(&ops, &x), &weight, None, Some(lora), &mut y).unwrap_err();
+        let refused = ops.linear(&mat(&ops, &x), Projection::new(&weight, Some(lora)), &mut y).unwrap_err();
         assert_eq!(refused.to_string(), "linear: slot 1 is empty");
     }
 }
@@ -424,7 +457,7 @@ fn what_the_card_cannot_do_is_refused() {
     assert!(ops.stage(&sites, &[part]).is_err());
     let table = ops.weight(&[tensor(&Numbers(1).table(4, 8))]).unwrap();
     let sampler = ops.sampler(1, 4).unwrap();
-    let mut y = ops.mat(8, 8).unwrap();
+    let mut y = ops.wide_mat(8, 8).unwrap();
     let device = device_batch(&ops, &batch(&[(3, 4)], &[]));
     let refused = ops.embed(&device, &sampler, &table, &mut y).unwrap_err().to_string();
     assert_eq!(refused, "embed: token 6 is out of range, limit 4");

@@ -6,7 +6,7 @@ use std::{cell::RefCell, ptr::null_mut, time::Instant};
 
 use cudarc::driver::{DriverError, result};
 use kernels::{
-    Backend, DType, Heads, LoraSite,
+    Backend, DType, Heads, LoraSite, Projection,
     cuda::{CudaBackend, CudaMat, CudaWeight},
     testing::Numbers,
 };
@@ -56,7 +56,7 @@ impl Card {
         let mut numbers = Numbers(7);
         let weight = self.ops.weight(&[tensor(&numbers.table(n, n))])?;
         let (x, mut y) = (mat(&self.ops, &numbers.table(n, n))?, self.ops.mat(n, n)?);
-        let seconds = self.seconds(&mut |_| self.ops.linear(&x, &weight, None, None, &mut y))?;
+        let seconds = self.seconds(&mut |_| self.ops.linear(&x, Projection::new(&weight, None), &mut y))?;
         Ok(2e-9 * (n as f64).powi(3) / seconds)
     }
 }
@@ -96,7 +96,7 @@ impl Machine for Card {
     fn seconds(&self, f: &mut dyn FnMut(usize) -> kernels::Result<()>) -> kernels::Result<f64> {
         let mut marks = Vec::new();
         for call in 0..UNTIMED + TIMED {
-            self.ops.linear(&self.row, &self.flush, None, None, &mut self.sink.borrow_mut())?;
+            self.ops.linear(&self.row, Projection::new(&self.flush, None), &mut self.sink.borrow_mut())?;
             let start = self.ops.mark()?;
             f(call)?;
             marks.push((start, self.ops.mark()?));

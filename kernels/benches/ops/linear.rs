@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use kernels::{
-    Backend, Batch, LinearLora, LoraPart, LoraSite, RowSet,
+    Backend, Batch, LinearLora, LoraPart, LoraSite, Projection, RowSet,
     reference::{self, Table},
     testing::{Numbers, assert_close, batch},
 };
@@ -96,7 +96,7 @@ fn site_of<M: Machine>(
             let (slots, _) = resident.as_ref().filter(|_| adapters > 0)?;
             Some(LinearLora { slots, site: 0, batch: &device, rows: RowSet::All })
         };
-        ops.linear(&x, &weights[0], None, lora(), &mut y)?;
+        ops.linear(&x, Projection::new(&weights[0], lora()), &mut y)?;
         let parts = resident.as_ref().map_or(&[][..], |(_, parts)| parts);
         check(ops, site, &w, (&table, &host, parts), &ops.download(&y)?);
         let mut cost = Cost { bytes, flops: 2 * rows * site.inputs * outputs };
@@ -107,7 +107,7 @@ fn site_of<M: Machine>(
             cost.flops += 2 * elements * (segment.end - segment.start) as usize;
         }
         bench.time(&title(name, site, (rows, adapters)), cost, |i| {
-            ops.linear(&x, &weights[i % weights.len()], None, lora(), &mut y)
+            ops.linear(&x, Projection::new(&weights[i % weights.len()], lora()), &mut y)
         })?;
     }
     Ok(())

@@ -22,29 +22,17 @@ pub(crate) fn all<M: Machine>(bench: &Bench<M>) -> Outcome<()> {
 fn norms<M: Machine>(bench: &Bench<M>, rows: usize) -> Outcome<()> {
     let (ops, cols) = (bench.ops(), bench.shapes.hidden);
     let mut numbers = Numbers(2);
-    for first in [true, false] {
-        let name = format!("{} {rows}x{cols}", if first { "rms_norm" } else { "add_rms_norm" });
-        if !bench.wants(&name) {
-            continue;
-        }
-        let (table, before) = (numbers.table(rows, cols), numbers.table(rows, cols));
-        let weights = numbers.table(1, cols).data;
-        let (mut x, mut residual) = (mat(ops, &table)?, wide_mat(ops, &before)?);
-        let norm = |x: &mut _, residual: &mut _, w: &_| match first {
-            true => ops.rms_norm(x, residual, w, EPS),
-            false => ops.add_rms_norm(x, residual, w, EPS),
-        };
-        norm(&mut x, &mut residual, &ops.vector(&weights)?)?;
-        let mut expected = table;
-        reference::rms_norm(&mut expected, (!first).then_some(&before), &weights, EPS);
-        assert_close("norm", &ops.download(&x)?, &expected.data, ops.dtype());
-        // With these weights the rows keep their size, call after call.
-        let w = ops.vector(&vec![1.0; cols])?;
-        // The residual is f32, and read only where something is added to it.
-        let bytes = rows * cols * (2 * M::ELEMENT + if first { 4 } else { 8 });
-        bench.time(&name, Cost { bytes, flops: rows * cols * 5 }, |_| norm(&mut x, &mut residual, &w))?;
+    let name = format!("rms_norm {rows}x{cols}");
+    if !bench.wants(&name) {
+        return Ok(());
     }
-    Ok(())
+    let (table, weights) = (numbers.table(rows, cols), numbers.table(1, cols).data);
+    let (x, mut y, w) = (wide_mat(ops, &table)?, ops.mat(rows, cols)?, ops.vector(&weights)?);
+    ops.rms_norm(&x, &w, EPS, &mut y)?;
+    let expected = reference::rms_norm(&table, &weights, EPS);
+    assert_close("norm", &ops.download(&y)?, &expected.data, ops.dtype());
+    let cost = Cost { bytes: rows * cols * (4 + M::ELEMENT), flops: rows * cols * 4 };
+    bench.time(&name, cost, |_| ops.rms_norm(&x, &w, EPS, &mut y))
 }
 
 fn silu_mul<M: Machine>(bench: &Bench<M>, rows: usize) -> Outcome<()> {
@@ -73,11 +61,11 @@ fn embed<M: Machine>(bench: &Bench<M>) -> Outcome<()> {
     for &rows in bench.shapes.rows.iter().filter(|rows| bench.wants(&name(**rows))) {
         let mut host = batch(&[(rows, 0)], &[]);
         host.tokens = (0..rows).map(|i| (997 * i % tokens) as i32).collect();
-        let (device, mut y) = (uploaded(ops, &host)?, ops.mat(rows, cols)?);
+        let (device, mut y) = (uploaded(ops, &host)?, ops.wide_mat(rows, cols)?);
         ops.embed(&device, &sampler, &weight, &mut y)?;
         let expected: Vec<f32> = host.tokens.iter().flat_map(|&t| table.row(t as usize)).copied().collect();
         assert_close("embed", &ops.download(&y)?, &expected, ops.dtype());
-        let cost = Cost { bytes: rows * cols * (ops.dtype().size() + M::ELEMENT), flops: 0 };
+        let cost = Cost { bytes: rows * cols * (ops.dtype().size() + 4), flops: 0 };
         bench.time(&name(rows), cost, |_| ops.embed(&device, &sampler, &weight, &mut y))?;
     }
     Ok(())

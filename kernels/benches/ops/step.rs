@@ -1,7 +1,7 @@
 //! Whole steps of a decoder of SmolLM2-135M's shape with random weights: what the operations add up to.
 
 use kernels::{
-    Attention, Backend, Batch, LinearLora, LoraSite, RowSet, SampleRow, SamplingParams,
+    Attention, Backend, Batch, LinearLora, LoraSite, Projection, RowSet, SampleRow, SamplingParams,
     cpu::{CpuBackend, CpuKv, CpuMat, CpuRope, CpuSampler, CpuSlots, Panels},
     testing::{Numbers, batch},
 };
@@ -80,28 +80,24 @@ impl Model {
     fn step(&mut self, ops: &CpuBackend, batch: &Batch) -> kernels::Result<()> {
         let [x, residual, qkv, attended, gate_up, inner, last, logits] = &mut self.mats;
         let attention = Attention { heads: HEADS, scale: 0.125, window: None, softcap: None };
-        ops.embed(batch, &self.sampler, &self.table, x)?;
+        ops.embed(batch, &self.sampler, &self.table, residual)?;
         for (i, layer) in self.layers.iter_mut().enumerate() {
             let lora = |site: usize| {
                 let lora = LinearLora { slots: &self.slots, site: 4 * i + site, batch, rows: RowSet::All };
                 (!batch.segments.is_empty()).then_some(lora)
             };
-            if i == 0 {
-                ops.rms_norm(x, residual, &self.norm, 1e-5)?;
-            } else {
-                ops.add_rms_norm(x, residual, &self.norm, 1e-5)?;
-            }
-            ops.linear(x, &layer.weights[0], None, lora(0), qkv)?;
+            ops.rms_norm(residual, &self.norm, 1e-5, x)?;
+            ops.linear(x, Projection::new(&layer.weights[0], lora(0)), qkv)?;
             ops.rope_and_store(qkv, HEADS, &self.rope, batch, &mut layer.kv)?;
             ops.paged_attention(qkv, &attention, batch, &layer.kv, attended)?;
-            ops.linear(attended, &layer.weights[1], None, lora(1), x)?;
-            ops.add_rms_norm(x, residual, &self.norm, 1e-5)?;
-            ops.gated_linear(x, (&layer.weights[2], None), lora(2), gate_up, inner)?;
-            ops.linear(inner, &layer.weights[3], None, lora(3), x)?;
+            ops.add_linear(attended, Projection::new(&layer.weights[1], lora(1)), residual)?;
+            ops.rms_norm(residual, &self.norm, 1e-5, x)?;
+            ops.gated_linear(x, Projection::new(&layer.weights[2], lora(2)), gate_up, inner)?;
+            ops.add_linear(inner, Projection::new(&layer.weights[3], lora(3)), residual)?;
         }
-        ops.add_rms_norm(x, residual, &self.norm, 1e-5)?;
+        ops.rms_norm(residual, &self.norm, 1e-5, x)?;
         ops.gather_logit_rows(x, batch, last)?;
-        ops.linear(last, &self.table, None, None, logits)?;
+        ops.linear(last, Projection::new(&self.table, None), logits)?;
         let rows = batch.logit_rows.len() as u32;
         let places: Vec<_> = (0..rows).map(|i| SampleRow { row: i, seat: i }).collect();
         ops.sample(logits, &places, &mut self.sampler).map(drop)

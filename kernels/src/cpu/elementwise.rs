@@ -22,12 +22,10 @@ pub(super) fn each_row(be: &CpuBackend, rows: usize, cols: usize, f: impl Fn(usi
 }
 
 struct Norm<'a> {
-    x: &'a mut [f32],
-    residual: &'a mut [f32],
-    /// Whether the residual had a value before.
-    add: bool,
+    x: &'a [f32],
     w: &'a [f32],
     eps: f32,
+    y: &'a mut [f32],
 }
 
 impl Kernel for Norm<'_> {
@@ -38,50 +36,33 @@ impl Kernel for Norm<'_> {
         // SAFETY: the caller's promise; all loads and stores stay in the chunks.
         unsafe {
             let mut squares = S::splat(0.0);
-            for (x, residual) in self.x.chunks(16).zip(self.residual.chunks_mut(16)) {
-                let mut sum = load_some::<S>(x);
-                if self.add {
-                    sum = S::add(sum, load_some::<S>(residual));
-                }
-                store_some::<S>(residual, sum);
-                squares = S::fma(sum, sum, squares);
+            for x in self.x.chunks(16) {
+                let x = load_some::<S>(x);
+                squares = S::fma(x, x, squares);
             }
             let mean = S::sum(squares) / self.w.len() as f32;
             let factor = S::splat(1.0 / (mean + self.eps).sqrt());
-            let weights = self.w.chunks(16);
-            for ((x, residual), w) in self.x.chunks_mut(16).zip(self.residual.chunks(16)).zip(weights) {
-                let normed = S::mul(load_some::<S>(residual), factor);
-                store_some::<S>(x, S::mul(normed, load_some::<S>(w)));
+            for ((x, w), y) in self.x.chunks(16).zip(self.w.chunks(16)).zip(self.y.chunks_mut(16)) {
+                let normed = S::mul(load_some::<S>(x), factor);
+                store_some::<S>(y, S::mul(normed, load_some::<S>(w)));
             }
         }
     }
 }
 
-pub(super) fn norm(
-    be: &CpuBackend,
-    x: &mut CpuMat,
-    residual: &mut CpuMat,
-    w: &[f32],
-    (eps, add): (f32, bool),
-) -> Result<()> {
+pub(super) fn rms_norm(be: &CpuBackend, x: &CpuMat, w: &[f32], eps: f32, y: &mut CpuMat) -> Result<()> {
     let op = "rms_norm";
     let (rows, cols) = (x.rows(), x.cols());
-    for (what, got, expected) in [
-        ("columns of the residual", residual.cols(), cols),
-        ("elements of the weight", w.len(), cols),
-        ("rows of the residual", if add { residual.rows() } else { rows }, rows),
-    ] {
-        if got != expected {
-            return Err(Error::Shape { op, what, got, expected });
+    for (what, got) in [("columns of y", y.cols()), ("elements of the weight", w.len())] {
+        if got != cols {
+            return Err(Error::Shape { op, what, got, expected: cols });
         }
     }
-    residual.resize(op, rows)?;
-    let x = Shards(x.used_mut().as_mut_ptr());
-    let residual = Shards(residual.used_mut().as_mut_ptr());
+    y.resize(op, rows)?;
+    let y = Shards(y.used_mut().as_mut_ptr());
     each_row(be, rows, cols, |i| {
         // SAFETY: row i is this call's own.
-        let (x, residual) = unsafe { (x.slice(i * cols, cols), residual.slice(i * cols, cols)) };
-        run(be.tier, Norm { x, residual, add, w, eps });
+        run(be.tier, Norm { x: x.row(i), w, eps, y: unsafe { y.slice(i * cols, cols) } });
     });
     Ok(())
 }

@@ -165,18 +165,10 @@ pub(super) struct Output<'a> {
     pub(super) offset: usize,
     /// Elements from one row to the next.
     pub(super) stride: usize,
-    /// What an element begins with.
-    pub(super) begin: Begin<'a>,
-}
-
-/// What a sum begins with.
-#[derive(Clone, Copy)]
-pub(super) enum Begin<'a> {
-    Zero,
-    /// One value for each output.
-    Bias(&'a [f32]),
-    /// What is there.
-    Present,
+    /// What the sums begin with, a value for each output; zeros if none.
+    pub(super) bias: Option<&'a [f32]>,
+    /// Whether the sums are added to what is there: at their end, since it may be far larger than they are.
+    pub(super) add: bool,
 }
 
 /// `y[r, o] (+)= x[r] · w[o]` for `rows` rows and the outputs of some panels.
@@ -208,12 +200,10 @@ impl Product<'_> {
             };
             for (r, acc) in acc.iter_mut().enumerate() {
                 for (p, acc) in acc.iter_mut().enumerate() {
-                    let (first, place) = out(r, p);
-                    *acc = match self.out.begin {
-                        Begin::Zero => continue,
-                        Begin::Bias(bias) => load_some::<S>(&bias[first..first + place.len()]),
-                        Begin::Present => load_some::<S>(place),
-                    };
+                    if let Some(bias) = self.out.bias {
+                        let (first, place) = out(r, p);
+                        *acc = load_some::<S>(&bias[first..first + place.len()]);
+                    }
                 }
             }
             let x = self.x.add(row * self.x_stride);
@@ -225,7 +215,9 @@ impl Product<'_> {
             tile::<S, A, R, P>((x, self.x_stride), (w, step), depth, &mut acc);
             for (r, acc) in acc.iter().enumerate() {
                 for (p, acc) in acc.iter().enumerate() {
-                    store_some::<S>(out(r, p).1, *acc);
+                    let place = out(r, p).1;
+                    let sum = if self.out.add { S::add(load_some::<S>(place), *acc) } else { *acc };
+                    store_some::<S>(place, sum);
                 }
             }
         }

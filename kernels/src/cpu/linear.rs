@@ -4,13 +4,13 @@ use std::ops::Range;
 
 use super::{
     CpuBackend,
-    gemm::{Begin, Output, Product, Shrink, prefetch, prefetch_first},
+    gemm::{Output, Product, Shrink, prefetch, prefetch_first},
     lora::SiteDelta,
     memory::{CpuMat, GROUP, Line, Panels, View},
     pool::Shards,
     simd::run,
 };
-use crate::{Error, LinearLora, Matrix, Result, RowSet, Segment};
+use crate::{Error, LinearLora, Matrix, Projection, Result, RowSet, Segment};
 
 /// Multiply-adds of a chunk of the base product at most, if that leaves it a group of panels.
 const CHUNK: usize = 1 << 20;
@@ -70,6 +70,8 @@ struct Call<'a> {
     x_stride: usize,
     rows: usize,
     y: Shards<f32>,
+    /// Whether the sums are added to what `y` holds.
+    add: bool,
     t: Shards<f32>,
     expands: Vec<Expand<'a>>,
 }
@@ -77,12 +79,11 @@ struct Call<'a> {
 pub(super) fn linear(
     be: &CpuBackend,
     x: &CpuMat,
-    weight: (&Panels, Option<&[f32]>),
-    lora: Option<LinearLora<'_, CpuBackend>>,
-    y: &mut CpuMat,
+    by: Projection<'_, CpuBackend>,
+    (y, add): (&mut CpuMat, bool),
 ) -> Result<()> {
     let scratch = &mut *be.scratch();
-    Call::begin((be, scratch), x, weight, lora, y)?.sum();
+    Call::begin((be, scratch), x, by, (y, add))?.sum();
     Ok(())
 }
 
@@ -196,15 +197,16 @@ impl<'a> Call<'a> {
     fn begin(
         (be, scratch): (&'a CpuBackend, &'a mut Scratch),
         x: &'a CpuMat,
-        (w, bias): (&'a Panels, Option<&'a [f32]>),
-        lora: Option<LinearLora<'a, CpuBackend>>,
-        y: &mut CpuMat,
+        by: Projection<'a, CpuBackend>,
+        (y, add): (&mut CpuMat, bool),
     ) -> Result<Call<'a>> {
         let op = "linear";
+        let (w, bias) = (by.weight, by.bias.map(Vec::as_slice));
         for (what, got, expected) in [
             ("columns of x", x.cols(), w.inputs),
             ("columns of y", y.cols(), w.outputs),
             ("elements of the bias", bias.map_or(w.outputs, <[f32]>::len), w.outputs),
+            ("rows of y", if add { y.rows() } else { x.rows() }, x.rows()),
         ] {
             if got != expected {
                 return Err(Error::Shape { op, what, got, expected });
@@ -212,7 +214,7 @@ impl<'a> Call<'a> {
         }
         let rows = x.rows();
         y.resize(op, rows)?;
-        let deltas = match &lora {
+        let deltas = match &by.lora {
             Some(lora) => find_deltas(lora, w, rows, &mut scratch.t)?,
             None => Vec::new(),
         };
@@ -225,6 +227,7 @@ impl<'a> Call<'a> {
             x_stride: x_stride * size_of::<f32>(),
             rows,
             y: Shards(y.used_mut().as_mut_ptr()),
+            add,
             t: Shards(scratch.t.as_mut_ptr().cast()),
             expands: deltas.iter().flat_map(Delta::expands).collect(),
         };
@@ -275,7 +278,6 @@ impl<'a> Call<'a> {
 
     /// The base product of some panels.
     fn base(&self, panels: Range<usize>) {
-        let begin = self.bias.map_or(Begin::Zero, Begin::Bias);
         run(
             self.be.tier,
             Product {
@@ -284,7 +286,7 @@ impl<'a> Call<'a> {
                 rows: self.rows,
                 w: self.w,
                 panels,
-                out: Output { y: &self.y, offset: 0, stride: self.w.outputs, begin },
+                out: Output { y: &self.y, offset: 0, stride: self.w.outputs, bias: self.bias, add: self.add },
             },
         );
     }
@@ -318,7 +320,8 @@ impl<'a> Call<'a> {
                         y: &self.y,
                         offset: expand.rows.start * self.w.outputs + expand.panel * 16,
                         stride: self.w.outputs,
-                        begin: Begin::Present,
+                        bias: None,
+                        add: true,
                     },
                 },
             );

@@ -52,7 +52,7 @@ pub(super) struct Sizes {
     pub(super) tiles: [usize; 2],
     /// Pieces that a shrink cuts tiles into.
     pub(super) pieces: [usize; 2],
-    /// Tiles of all rows, those without an adapter last; none in a recorded step.
+    /// Tiles of all rows, those without an adapter last.
     pub(super) all_tiles: usize,
 }
 
@@ -85,6 +85,11 @@ impl Sections {
 
     pub(super) fn num_tiles(&self, set: RowSet) -> u64 {
         self.counts + 8 + 4 * index(set) as u64
+    }
+
+    /// Of all rows, with and without adapters.
+    pub(super) fn num_all_tiles(&self) -> u64 {
+        self.counts + 16
     }
 }
 
@@ -176,10 +181,9 @@ impl CudaBatch {
         (sizes.tiles[set], self.tile_rows[set], sizes.pieces[set])
     }
 
-    /// Tiles of all rows, which lie behind each other from those with adapters on; none where a recording must serve
-    /// steps with other numbers of them.
-    pub(super) fn all_tiles(&self) -> Option<usize> {
-        Some(self.sizes().all_tiles).filter(|&tiles| tiles > 0)
+    /// Tiles of all rows, which lie behind each other from those with adapters on.
+    pub(super) fn all_tiles(&self) -> usize {
+        self.sizes().all_tiles
     }
 
     /// Slots that the rows use.
@@ -222,6 +226,7 @@ impl CudaBatch {
             plan::lora_tiles(&host.segments, tile_rows[0]),
             plan::lora_tiles(&host.logit_segments, tile_rows[1]),
         ];
+        let bare = plan::bare_tiles(&host.segments, rows as u32, tile_rows[0]);
         let decode = plan::decode_items(&host.sequences);
         let prefill = plan::prefill_items(&host.sequences);
         self.exact = Sizes {
@@ -232,18 +237,13 @@ impl CudaBatch {
             prefill_rows: prefill.iter().map(|item| item.rows as usize).sum(),
             tiles: [tiles[0].len(), tiles[1].len()],
             pieces: [plan::shrink_pieces(&tiles[0]), plan::shrink_pieces(&tiles[1])],
-            all_tiles: 0,
+            all_tiles: tiles[0].len() + bare.len(),
         };
         self.recorded = self.recorded_sizes(host);
-        let mut bare = Vec::new();
-        if self.recorded.is_none() {
-            bare = plan::bare_tiles(&host.segments, rows as u32, tile_rows[0]);
-            self.exact.all_tiles = tiles[0].len() + bare.len();
-        }
         let room = self.recorded.unwrap_or(self.exact);
         let mut pack = Pack { words: &mut self.words, base: self.buffer.at() };
         pack.words.clear();
-        let counts = [decode.len(), prefill.len(), tiles[0].len(), tiles[1].len()];
+        let counts = [decode.len(), prefill.len(), tiles[0].len(), tiles[1].len(), self.exact.all_tiles];
         self.at = Sections {
             counts: pack.section(counts.map(|c| c as u32), 8, 0),
             tokens: pack.section(host.tokens.iter().map(|&t| t.cast_unsigned()), room.rows, 0),
@@ -253,7 +253,7 @@ impl CudaBatch {
             decode_items: pack.items(&decode, room.decode_items),
             prefill_items: pack.items(&prefill, room.prefill_items),
             tiles: [
-                pack.section(tiles[0].iter().chain(&bare).flatten().copied(), 3 * room.tiles[0], 0),
+                pack.section(tiles[0].iter().chain(&bare).flatten().copied(), 3 * room.all_tiles, 0),
                 pack.section(tiles[1].iter().flatten().copied(), 3 * room.tiles[1], 0),
             ],
             blocks: pack.section(host.blocks.iter().copied(), host.blocks.len(), 0),
@@ -286,7 +286,7 @@ impl CudaBatch {
             prefill_rows: 0,
             tiles: [tiles; 2],
             pieces: [tiles; 2],
-            all_tiles: 0,
+            all_tiles: rows,
         })
     }
 }

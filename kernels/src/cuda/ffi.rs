@@ -41,6 +41,8 @@ pub(super) struct AttentionArgs {
 pub(super) const MAX_LORA_RANK: usize = 512;
 /// `kOutBlock` in `lora.cuh`.
 pub(super) const OUT_BLOCK: usize = 64;
+/// Most outputs of `lorax_expand_norm_hopper`.
+pub(super) const MAX_NORMED: usize = 8192;
 /// `kMaxSlices` in `lora.cuh`.
 pub(super) const MAX_SLICES: usize = 4;
 
@@ -76,6 +78,8 @@ pub(super) struct LinearArgs {
     pub(super) rows: i32,
     pub(super) inputs: i32,
     pub(super) outputs: i32,
+    /// Not 0: added to what y, of f32, holds.
+    pub(super) add: i32,
 }
 
 /// `kMaxTop` in `sample.cu`.
@@ -133,11 +137,9 @@ unsafe extern "C" {
     ) -> i32;
     pub(super) fn lorax_rms_norm(
         elem: i32,
-        wide: i32,
-        first: i32,
         x: u64,
-        residual: u64,
         w: u64,
+        y: u64,
         rows: i32,
         cols: i32,
         eps: f32,
@@ -271,6 +273,17 @@ unsafe extern "C" {
 }
 
 unsafe extern "C" {
+    /// Adds the deltas of one slice to y, of f32, and norms it.
+    pub(super) fn lorax_expand_norm_hopper(
+        args: *const LoraArgs,
+        w: u64,
+        eps: f32,
+        y: u64,
+        elem: i32,
+        max_tiles: i32,
+        tile_rows: i32,
+        stream: CUstream,
+    ) -> i32;
     /// Whether the current device runs the kernels whose names end in `_hopper`.
     pub(super) fn lorax_is_hopper() -> i32;
     /// Prefill with heads of up to 128.

@@ -35,7 +35,7 @@ fn failed(e: CublasError) -> Error {
     Error::Device { op: "linear", library: "cuBLASLt", code: e.0 as i32 }
 }
 
-/// `y[rows, outputs] = x[rows, inputs] · w[outputs, inputs]ᵀ`
+/// `y[rows, outputs] (+)= x[rows, inputs] · w[outputs, inputs]ᵀ`
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Shape {
     pub(super) rows: usize,
@@ -43,6 +43,8 @@ pub(super) struct Shape {
     pub(super) outputs: usize,
     /// Whether y is f32.
     pub(super) wide: bool,
+    /// Whether the product is added to what y holds.
+    pub(super) add: bool,
 }
 
 /// Device addresses of the three matrices.
@@ -160,7 +162,7 @@ impl Gemm {
                     (None, None) => self.offered::<1>(&layouts)?[0],
                     (None, Some(clock)) => {
                         let offered = self.offered::<CANDIDATES>(&layouts)?;
-                        let launch = |algorithm| self.launch(stream, &layouts, &algorithm, operands);
+                        let launch = |algorithm| self.launch(stream, (&layouts, &algorithm), shape, operands);
                         let fastest = clock.fastest(stream, &offered, launch)?.unwrap_or(offered[0]);
                         choices.insert(shape, fastest);
                         fastest
@@ -169,17 +171,17 @@ impl Gemm {
                 new.insert(Plan { layouts, algorithm })
             }
         };
-        self.launch(stream, &plan.layouts, &plan.algorithm, operands)
+        self.launch(stream, (&plan.layouts, &plan.algorithm), shape, operands)
     }
 
     fn launch(
         &self,
         stream: &Stream,
-        layouts: &Layouts,
-        algorithm: &sys::cublasLtMatmulAlgo_t,
+        (layouts, algorithm): (&Layouts, &sys::cublasLtMatmulAlgo_t),
+        shape: Shape,
         operands: Operands,
     ) -> Result<()> {
-        let (one, zero) = (1.0_f32, 0.0_f32);
+        let (one, before) = (1.0_f32, f32::from(u8::from(shape.add)));
         let y = ffi::pointer(operands.y);
         // SAFETY: the layouts are those of the operands, which the caller of `run` sized by the shape; the scalars are
         // read before the call returns.
@@ -188,7 +190,7 @@ impl Gemm {
                 self.handle,
                 layouts.description,
                 (&raw const one).cast(),
-                (&raw const zero).cast(),
+                (&raw const before).cast(),
                 ffi::pointer(operands.w),
                 layouts.w,
                 ffi::pointer(operands.x),

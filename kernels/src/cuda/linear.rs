@@ -7,7 +7,7 @@ use super::{
     gemm::{Operands, Shape},
     memory::expect,
 };
-use crate::{Backend, Error, LinearLora, Matrix, Result, RowSet};
+use crate::{Backend, Error, LinearLora, Matrix, Projection, Result, RowSet};
 
 /// Blocks that a shrink should have, about: two for each multiprocessor of a large card.
 const SHRINK_BLOCKS: usize = 264;
@@ -25,11 +25,10 @@ const HOPPER_ROWS_WITH_DELTAS: RangeInclusive<usize> = 5..=64;
 pub(super) fn linear(
     be: &CudaBackend,
     x: &CudaMat,
-    (weight, bias): (&CudaWeight, Option<&CudaVector>),
-    lora: Option<LinearLora<'_, CudaBackend>>,
-    y: &mut CudaMat,
+    by: Projection<'_, CudaBackend>,
+    (y, add): (&mut CudaMat, bool),
 ) -> Result<()> {
-    match base(be, x, (weight, bias), lora, y)? {
+    match base(be, x, by, (y, add))? {
         Some(deltas) => deltas.expand(be, y),
         None => Ok(()),
     }
@@ -39,11 +38,10 @@ pub(super) fn linear(
 pub(super) fn gated_linear(
     be: &CudaBackend,
     x: &CudaMat,
-    weight: (&CudaWeight, Option<&CudaVector>),
-    lora: Option<LinearLora<'_, CudaBackend>>,
+    by: Projection<'_, CudaBackend>,
     (gate_up, y): (&mut CudaMat, &mut CudaMat),
 ) -> Result<()> {
-    match base(be, x, weight, lora, gate_up)? {
+    match base(be, x, by, (gate_up, false))? {
         Some(deltas) if deltas.can_gate(gate_up, y) => return deltas.expand_silu_mul(be, gate_up, y),
         Some(deltas) => deltas.expand(be, gate_up)?,
         None => {}
@@ -51,30 +49,52 @@ pub(super) fn gated_linear(
     be.silu_mul(gate_up, y)
 }
 
-/// The base product and the shrink. Returns the deltas that are to be added.
+/// A projection onto the residual stream, with its deltas, and the norm of the stream.
+pub(super) fn add_linear_norm(
+    be: &CudaBackend,
+    x: &CudaMat,
+    by: Projection<'_, CudaBackend>,
+    residual: &mut CudaMat,
+    ((norm, eps), y): ((&CudaVector, f32), &mut CudaMat),
+) -> Result<()> {
+    match base(be, x, by, (residual, true))? {
+        Some(deltas) if be.hopper && deltas.can_norm() => {
+            return deltas.expand_norm(be, residual, (norm, eps), y);
+        }
+        Some(deltas) => deltas.expand(be, residual)?,
+        None => {}
+    }
+    be.rms_norm(residual, norm, eps, y)
+}
+
+/// The base product, added to what `y` holds or in place of it, and the shrink. Returns the deltas that are to be added.
 fn base<'a>(
     be: &CudaBackend,
     x: &CudaMat,
-    (weight, bias): (&CudaWeight, Option<&CudaVector>),
-    lora: Option<LinearLora<'a, CudaBackend>>,
-    y: &mut CudaMat,
+    by: Projection<'a, CudaBackend>,
+    (y, add): (&mut CudaMat, bool),
 ) -> Result<Option<Deltas<'a>>> {
     let op = "linear";
+    let Projection { weight, bias, lora } = by;
     x.expect_half(op)?;
     x.expect_cols(op, "columns of x", weight.inputs)?;
     y.expect_cols(op, "columns of y", weight.outputs)?;
     if let Some(bias) = bias {
         expect(op, "elements of the bias", bias.len, weight.outputs)?;
     }
+    if add {
+        y.expect_wide(op)?;
+        expect(op, "rows of y", y.rows(), x.rows())?;
+    }
     y.resize(op, x.rows())?;
     let deltas = lora.map(|lora| Deltas::new(x, &lora, y)).transpose()?.flatten();
     if let Some(kernel) = kernel_of_few_rows(be, x.rows(), weight.inputs, deltas.is_some()) {
-        few_rows(be, kernel, x, (weight, bias), deltas.as_ref(), y)?;
+        few_rows(be, kernel, x, (weight, bias), deltas.as_ref(), (y, add))?;
     } else {
         if let Some(deltas) = &deltas {
             deltas.shrink(be)?;
         }
-        product(be, x, (weight, bias), y)?;
+        product(be, x, (weight, bias), (y, add))?;
     }
     Ok(deltas)
 }
@@ -106,7 +126,7 @@ fn few_rows(
     x: &CudaMat,
     (weight, bias): (&CudaWeight, Option<&CudaVector>),
     deltas: Option<&Deltas<'_>>,
-    y: &CudaMat,
+    (y, add): (&CudaMat, bool),
 ) -> Result<()> {
     let args = ffi::LinearArgs {
         x: x.at(),
@@ -116,6 +136,7 @@ fn few_rows(
         rows: x.rows() as i32,
         inputs: weight.inputs as i32,
         outputs: weight.outputs as i32,
+        add: i32::from(add),
     };
     // The kernel does not split the inputs.
     let lora = deltas.map(|deltas| ffi::LoraArgs { splits: 1, ..deltas.args });
@@ -132,11 +153,11 @@ fn product(
     be: &CudaBackend,
     x: &CudaMat,
     (weight, bias): (&CudaWeight, Option<&CudaVector>),
-    y: &CudaMat,
+    (y, add): (&CudaMat, bool),
 ) -> Result<()> {
     if x.rows() > 0 && be.is_launching() {
-        let shape =
-            Shape { rows: x.rows(), inputs: weight.inputs, outputs: weight.outputs, wide: y.wide() != 0 };
+        let (inputs, outputs) = (weight.inputs, weight.outputs);
+        let shape = Shape { rows: x.rows(), inputs, outputs, wide: y.wide() != 0, add };
         be.gemm.run(&be.stream, shape, Operands { x: x.at(), w: weight.buffer.at(), y: y.at() })?;
     }
     let Some(bias) = bias else { return Ok(()) };
@@ -222,17 +243,52 @@ impl<'a> Deltas<'a> {
         let halves = self.args.slices == 2 && self.args.first_out[1] as usize == inner;
         let whole = inner.is_multiple_of(ffi::OUT_BLOCK) && gate_up.cols() == 2 * inner;
         let half_size = gate_up.wide() == 0 && y.wide() == 0;
-        let all = self.args.tiles == self.batch.at.tiles(RowSet::All) && self.batch.all_tiles().is_some();
-        halves && whole && half_size && all && self.tile_rows > SMALL_TILE
+        halves && whole && half_size && self.is_of_all_rows() && self.tile_rows > SMALL_TILE
+    }
+
+    /// Whether the tiles that follow these are of the rows without an adapter.
+    fn is_of_all_rows(&self) -> bool {
+        self.args.tiles == self.batch.at.tiles(RowSet::All)
     }
 
     /// Adds the deltas to gate and up on their way into `y`; `gate_up` stays as it is.
     fn expand_silu_mul(&self, be: &CudaBackend, gate_up: &CudaMat, y: &mut CudaMat) -> Result<()> {
         y.resize("silu_mul", gate_up.rows())?;
-        let tiles = self.batch.all_tiles().unwrap_or(0);
+        let tiles = self.batch.all_tiles();
         // SAFETY: as in `shrink`; the tiles cover the rows of `gate_up`, of which `y` has as many.
         be.launch("silu_mul", tiles, |elem, stream| unsafe {
             ffi::lorax_lora_expand_silu_mul(&raw const self.args, y.at(), elem, tiles as i32, stream)
+        })
+    }
+
+    /// Whether `expand_norm` takes these outputs.
+    fn can_norm(&self) -> bool {
+        let outputs = self.args.out_cols as usize;
+        self.args.slices == 1
+            && outputs.is_multiple_of(ffi::OUT_BLOCK)
+            && outputs <= ffi::MAX_NORMED
+            && self.is_of_all_rows()
+    }
+
+    /// Adds the deltas to `residual`, and norms it.
+    fn expand_norm(
+        &self,
+        be: &CudaBackend,
+        residual: &CudaMat,
+        (norm, eps): (&CudaVector, f32),
+        y: &mut CudaMat,
+    ) -> Result<()> {
+        let op = "rms_norm";
+        y.expect_half(op)?;
+        y.expect_cols(op, "columns of y", residual.cols())?;
+        expect(op, "weights", norm.len, residual.cols())?;
+        y.resize(op, residual.rows())?;
+        let args = ffi::LoraArgs { num_tiles: self.batch.at.num_all_tiles(), ..self.args };
+        let (tiles, tile_rows) = (self.batch.all_tiles(), self.tile_rows as i32);
+        // SAFETY: as in `shrink`; the tiles cover the rows of `residual`, of which `y` has as many.
+        be.launch(op, tiles, |elem, stream| unsafe {
+            let (w, tiles) = (norm.buffer.at(), tiles as i32);
+            ffi::lorax_expand_norm_hopper(&raw const args, w, eps, y.at(), elem, tiles, tile_rows, stream)
         })
     }
 }

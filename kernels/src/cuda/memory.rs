@@ -49,6 +49,14 @@ impl CudaMat {
         Ok(())
     }
 
+    /// Refuses a matrix that is not of f32.
+    pub(super) fn expect_wide(&self, op: &'static str) -> Result<()> {
+        if self.dtype == DType::F32 {
+            return Ok(());
+        }
+        Err(super::unsupported(format!("{op} of activations that are not wide")))
+    }
+
     pub(super) fn download(&self, backend: &CudaBackend) -> Result<Vec<f32>> {
         let mut bytes = vec![0; self.rows * self.cols * self.dtype.size()];
         backend.stream.synchronize()?;

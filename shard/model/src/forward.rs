@@ -10,7 +10,7 @@ use std::{
     thread,
 };
 
-use kernels::{Attention, Backend, Comm, Heads, HostTensor, LinearLora, LoraSite, RowSet};
+use kernels::{Attention, Backend, Comm, Heads, HostTensor, LinearLora, LoraSite, Projection, RowSet};
 
 use crate::{
     Config, LoadError, LoadProgress, Result,
@@ -60,14 +60,41 @@ struct Linear<B: Backend> {
 }
 
 impl<B: Backend> Linear<B> {
-    fn lora<'a>(&self, pass: &Pass<'a, B>) -> Option<LinearLora<'a, B>> {
-        Some(LinearLora { slots: pass.slots, site: self.site, batch: pass.batch, rows: RowSet::All })
+    fn projection<'a>(&'a self, pass: &Pass<'a, B>) -> Projection<'a, B> {
+        let lora = LinearLora { slots: pass.slots, site: self.site, batch: pass.batch, rows: RowSet::All };
+        Projection { weight: &self.weight, bias: self.bias.as_ref(), lora: Some(lora) }
     }
 
     fn forward(&self, pass: &Pass<'_, B>, x: &B::Mat, y: &mut B::Mat) -> kernels::Result<()> {
-        pass.ops.linear(x, &self.weight, self.bias.as_ref(), self.lora(pass), y)
+        pass.ops.linear(x, self.projection(pass), y)
+    }
+
+    /// Adds this projection of `x` to the residual stream, and norms that into `y`. Where every rank has a share, one of
+    /// them adds its own to the stream, the others put theirs in its place, and the sum over ranks is the stream again.
+    fn add_norm(
+        &self,
+        pass: &Pass<'_, B>,
+        x: &B::Mat,
+        residual: &mut B::Mat,
+        norm: Norm<'_, B>,
+        y: &mut B::Mat,
+    ) -> kernels::Result<()> {
+        let projection = self.projection(pass);
+        if pass.comm.ranks() == 1 {
+            return pass.ops.add_linear_norm(x, projection, residual, norm, y);
+        }
+        if pass.comm.rank() == 0 {
+            pass.ops.add_linear(x, projection, residual)?;
+        } else {
+            pass.ops.linear(x, projection, residual)?;
+        }
+        pass.comm.all_reduce(residual)?;
+        pass.ops.rms_norm(residual, norm.0, norm.1, y)
     }
 }
+
+/// Weights of a norm, and what is added to the mean of squares.
+type Norm<'a, B> = (&'a <B as Backend>::Vector, f32);
 
 struct Layer<B: Backend> {
     attn_norm: B::Vector,
@@ -152,28 +179,28 @@ impl<B: Backend> Model<B> {
     ) -> kernels::Result<()> {
         let ops = pass.ops;
         ops.step(pass.batch, || {
-            ops.embed(pass.batch, pass.sampler, &self.embed, &mut s.x)?;
-            for (i, (layer, kv)) in self.layers.iter().zip(&mut kv.layers).enumerate() {
-                if i == 0 {
-                    ops.rms_norm(&mut s.x, &mut s.residual, &layer.attn_norm, self.config.rms_eps)?;
-                } else {
-                    ops.add_rms_norm(&mut s.x, &mut s.residual, &layer.attn_norm, self.config.rms_eps)?;
-                }
-                self.layer(layer, pass, s, kv)?;
+            ops.embed(pass.batch, pass.sampler, &self.embed, &mut s.residual)?;
+            let norms = self.layers.iter().map(|layer| &layer.attn_norm).chain([&self.norm]);
+            let mut norms = norms.map(|norm| (norm, self.config.rms_eps));
+            if let Some((norm, eps)) = norms.next() {
+                ops.rms_norm(&s.residual, norm, eps, &mut s.x)?;
             }
-            ops.add_rms_norm(&mut s.x, &mut s.residual, &self.norm, self.config.rms_eps)?;
+            for ((layer, next), kv) in self.layers.iter().zip(norms).zip(&mut kv.layers) {
+                self.layer(layer, next, pass, s, kv)?;
+            }
             ops.gather_logit_rows(&s.x, pass.batch, &mut s.last)?;
             let site = self.layers.len() * SITES;
             let lora = LinearLora { slots: pass.slots, site, batch: pass.batch, rows: RowSet::Logits };
-            let head = self.lm_head.as_ref().unwrap_or(&self.embed);
-            ops.linear(&s.last, head, None, Some(lora), &mut s.logits)
+            let weight = self.lm_head.as_ref().unwrap_or(&self.embed);
+            ops.linear(&s.last, Projection::new(weight, Some(lora)), &mut s.logits)
         })
     }
 
-    /// One layer behind its first norm; leaves what it adds to the residual stream in `s.x`.
+    /// One layer behind its first norm, up to the `next` one: from `s.x` to `s.x`, and onto the residual stream.
     fn layer(
         &self,
         layer: &Layer<B>,
+        next: Norm<'_, B>,
         pass: &Pass<'_, B>,
         s: &mut Scratch<B>,
         kv: &mut B::Kv,
@@ -183,14 +210,10 @@ impl<B: Backend> Model<B> {
         layer.qkv.forward(pass, &s.x, &mut s.qkv)?;
         pass.ops.rope_and_store(&mut s.qkv, heads, &self.rope, pass.batch, kv)?;
         pass.ops.paged_attention(&s.qkv, &attention, pass.batch, kv, &mut s.attn)?;
-        layer.o.forward(pass, &s.attn, &mut s.x)?;
-        pass.comm.all_reduce(&mut s.x)?;
-        pass.ops.add_rms_norm(&mut s.x, &mut s.residual, &layer.mlp_norm, rms_eps)?;
-        let Linear { weight, bias, .. } = &layer.gate_up;
-        let lora = layer.gate_up.lora(pass);
-        pass.ops.gated_linear(&s.x, (weight, bias.as_ref()), lora, &mut s.gate_up, &mut s.act)?;
-        layer.down.forward(pass, &s.act, &mut s.x)?;
-        pass.comm.all_reduce(&mut s.x)
+        layer.o.add_norm(pass, &s.attn, &mut s.residual, (&layer.mlp_norm, rms_eps), &mut s.x)?;
+        let gate_up = layer.gate_up.projection(pass);
+        pass.ops.gated_linear(&s.x, gate_up, &mut s.gate_up, &mut s.act)?;
+        layer.down.add_norm(pass, &s.act, &mut s.residual, next, &mut s.x)
     }
 }
 
