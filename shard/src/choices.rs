@@ -1,9 +1,11 @@
 //! What a device found out about itself, kept for the next start.
 
 use std::{
-    env, fs, io,
+    env,
+    fs::{self, Permissions},
+    io::{self, Write},
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
-    process,
 };
 
 /// A text file in the user's cache, one for each card and library version.
@@ -30,14 +32,18 @@ impl ChoiceFile {
         fs::read_to_string(&self.0).unwrap_or_default()
     }
 
-    /// Keeps a text in place of the one before. Others see either of them whole.
+    /// Keeps a text in place of the one before. Others, and whoever looks after a crash, see either of them whole; a
+    /// failure leaves nothing behind.
     pub fn write(&self, text: &str) -> io::Result<()> {
-        if let Some(folder) = self.0.parent() {
-            fs::create_dir_all(folder)?;
-        }
-        let new = self.0.with_extension(process::id().to_string());
-        fs::write(&new, text)?;
-        fs::rename(&new, &self.0)
+        let folder = self.0.parent().unwrap_or(Path::new("."));
+        fs::create_dir_all(folder)?;
+        // Others may share the folder: as readable as any file.
+        let permissions = Permissions::from_mode(0o666);
+        let mut new = tempfile::Builder::new().permissions(permissions).tempfile_in(folder)?;
+        new.write_all(text.as_bytes())?;
+        new.as_file().sync_all()?;
+        new.persist(&self.0)?;
+        Ok(())
     }
 }
 
@@ -55,5 +61,14 @@ mod tests {
         file.write("two").unwrap();
         assert_eq!(file.read(), "two");
         assert_eq!(fs::read_dir(folder.path().join("new")).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_cannot_be_kept_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = ChoiceFile::within(folder.path(), "card");
+        fs::create_dir(&file.0).unwrap();
+        assert!(file.write("text").is_err());
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 }
