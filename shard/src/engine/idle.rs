@@ -1,6 +1,8 @@
 //! How long the device waits between decode steps, by its own clock. Measured for those who read the debug log: marks
 //! are small work of their own.
 
+use std::collections::HashMap;
+
 use kernels::Backend;
 
 /// Steps that one report covers.
@@ -16,29 +18,74 @@ pub(super) struct Marks<B: Backend> {
 
 /// Waits between neighbouring decode steps of the same number of rows.
 pub(super) struct Idle<B: Backend> {
+    /// Whether anybody reads it, and the device can tell.
+    on: bool,
     last: Option<Marks<B>>,
-    /// Seconds.
+    /// By the number of rows.
+    waits: HashMap<usize, Waits>,
+}
+
+/// What is not reported yet of one number of rows, in seconds.
+#[derive(Default)]
+struct Waits {
     gaps: Vec<f64>,
+    /// Spent in the steps after them.
     busy: f64,
 }
 
 impl<B: Backend> Idle<B> {
-    /// One that measures, if the debug log is on.
-    pub(super) fn new() -> Option<Idle<B>> {
-        tracing::enabled!(tracing::Level::DEBUG).then(|| Idle { last: None, gaps: Vec::new(), busy: 0.0 })
+    /// Measures if the debug log is on.
+    pub(super) fn new() -> Idle<B> {
+        Idle { on: tracing::enabled!(tracing::Level::DEBUG), last: None, waits: HashMap::new() }
+    }
+
+    /// The present end of what was launched, if it is measured.
+    pub(super) fn mark(&mut self, ops: &B) -> Option<B::Mark> {
+        if !self.on {
+            return None;
+        }
+        let mark = ops.mark();
+        self.measured(mark)
     }
 
     /// Notes a step that has ended.
-    pub(super) fn note(&mut self, ops: &B, marks: Marks<B>) -> kernels::Result<()> {
-        if let Some(last) = self.last.take().filter(|last| marks.rows.is_some() && last.rows == marks.rows) {
-            self.gaps.push(ops.seconds_between(&last.end, &marks.begin)?);
-            self.busy += ops.seconds_between(&marks.begin, &marks.end)?;
-        }
-        if self.gaps.len() == REPORTED {
-            self.report(marks.rows.unwrap_or(0));
+    pub(super) fn note(&mut self, ops: &B, marks: Marks<B>) {
+        let last = self.last.take().filter(|last| last.rows == marks.rows);
+        if let Some((last, rows)) = last.zip(marks.rows).filter(|_| self.on) {
+            let gap = ops.seconds_between(&last.end, &marks.begin);
+            let times = gap.and_then(|gap| Ok((gap, ops.seconds_between(&marks.begin, &marks.end)?)));
+            if let Some((gap, busy)) = self.measured(times) {
+                self.waits.entry(rows).or_default().add(rows, gap, busy);
+            }
         }
         self.last = Some(marks);
-        Ok(())
+    }
+
+    /// The next step follows no other: the wait before it is nobody's fault.
+    pub(super) fn interrupt(&mut self) {
+        self.last = None;
+    }
+
+    /// What cannot be measured is not tried again: the log is no reason to stop serving.
+    fn measured<T>(&mut self, result: kernels::Result<T>) -> Option<T> {
+        result
+            .inspect_err(|error| {
+                self.on = false;
+                tracing::warn!("the waits between decode steps are not measured any more: {error}");
+            })
+            .ok()
+    }
+}
+
+impl Waits {
+    /// Reports when there are enough.
+    fn add(&mut self, rows: usize, gap: f64, busy: f64) {
+        self.gaps.push(gap);
+        self.busy += busy;
+        if self.gaps.len() == REPORTED {
+            self.report(rows);
+            *self = Waits::default();
+        }
     }
 
     fn report(&mut self, rows: usize) {
@@ -53,7 +100,74 @@ impl<B: Backend> Idle<B> {
             idle_share = idle / (idle + self.busy),
             "between decode steps"
         );
-        self.gaps.clear();
-        self.busy = 0.0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{self, Write},
+        sync::{Arc, Mutex},
+        time::{Duration, Instant},
+    };
+
+    use kernels::{DType, cpu::CpuBackend};
+    use tracing::Level;
+
+    use super::*;
+
+    /// A log that a test reads.
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// What is logged of steps (milliseconds of the gap before, of the step, rows), with interruptions (none).
+    fn logged(steps: impl IntoIterator<Item = Option<(u64, u64, usize)>>) -> String {
+        let log = Log::default();
+        let writer = log.clone();
+        let subscriber =
+            tracing_subscriber::fmt().with_max_level(Level::DEBUG).with_writer(move || writer.clone());
+        tracing::subscriber::with_default(subscriber.with_ansi(false).finish(), || {
+            let ops = CpuBackend::new(DType::F32, 1).unwrap();
+            let mut idle = Idle::new();
+            let mut now = Instant::now();
+            for step in steps {
+                let Some((gap, busy, rows)) = step else {
+                    idle.interrupt();
+                    continue;
+                };
+                let begin = now + Duration::from_millis(gap);
+                now = begin + Duration::from_millis(busy);
+                idle.note(&ops, Marks { begin, end: now, rows: Some(rows) });
+            }
+        });
+        String::from_utf8(log.0.lock().unwrap().clone()).unwrap()
+    }
+
+    #[test]
+    fn a_report_is_of_one_number_of_rows() {
+        let few = vec![Some((2, 6, 4)); 1 + REPORTED / 2];
+        let many = vec![Some((1, 19, 64)); 1 + REPORTED];
+        let log = logged([few.clone(), many, few].concat());
+        let lines: Vec<_> = log.lines().collect();
+        assert_eq!(lines.len(), 2, "{log}");
+        assert!(lines[0].contains("rows=64 step_ms=19") && lines[0].contains("gap_us_p99=1000"), "{log}");
+        assert!(lines[1].contains("rows=4 step_ms=6") && lines[1].contains("idle_share=0.25"), "{log}");
+    }
+
+    #[test]
+    fn an_interruption_is_no_wait() {
+        let steps = [vec![Some((2, 6, 4)); REPORTED], vec![None], vec![Some((5000, 6, 4)), Some((2, 6, 4))]];
+        let log = logged(steps.concat());
+        assert!(log.contains("rows=4 step_ms=6") && log.contains("idle_share=0.25"), "{log}");
     }
 }

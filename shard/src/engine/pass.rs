@@ -48,7 +48,7 @@ impl<B: Backend> State<B> {
             Ok(wanted) => wanted,
             Err(error) => return Ok(Err(error)),
         };
-        let begin = self.mark()?;
+        let begin = self.idle.mark(&self.ops);
         let (mut tokens, mut scores) = (None, None);
         if self.host.rows() > 0 {
             self.forward()?;
@@ -63,13 +63,9 @@ impl<B: Backend> State<B> {
         }
         let rows = self.host.rows();
         let rows = (rows > 0 && self.host.sequences.len() == rows).then_some(rows);
-        let marks = begin.zip(self.mark()?).map(|(begin, end)| Marks { begin, end, rows });
+        let marks = begin.zip(self.idle.mark(&self.ops)).map(|(begin, end)| Marks { begin, end, rows });
         let Wanted { sampled, scored, .. } = wanted;
         Ok(Ok(Launched { id: step.id, started, sampled, tokens, scored, scores, marks }))
-    }
-
-    fn mark(&self) -> kernels::Result<Option<B::Mark>> {
-        self.idle.as_ref().map(|_| self.ops.mark()).transpose()
     }
 
     /// Starts the pass of the rows in `self.host`.
@@ -107,8 +103,8 @@ impl<B: Backend> State<B> {
             tokens: launched.sampled.into_iter().zip(all(launched.tokens)?).collect(),
             duration_us: launched.started.elapsed().as_micros() as u64,
         };
-        if let (Some(idle), Some(marks)) = (&mut self.idle, launched.marks) {
-            idle.note(&self.ops, marks)?;
+        if let Some(marks) = launched.marks {
+            self.idle.note(&self.ops, marks);
         }
         Ok(result)
     }

@@ -106,7 +106,7 @@ pub(super) struct State<B: Backend> {
     pub(super) scratch: model::Scratch<B>,
     pub(super) host: Batch,
     pub(super) batch: B::Batch,
-    pub(super) idle: Option<Idle<B>>,
+    pub(super) idle: Idle<B>,
 }
 
 impl<B: Backend> State<B> {
@@ -148,6 +148,7 @@ impl<B: Backend> State<B> {
 
     /// Forgets all sequences and empties all slots.
     pub(super) fn reset(&mut self) -> kernels::Result<()> {
+        self.idle.interrupt();
         self.sequences.clear();
         self.free_seats = (0..self.limits.max_sequences as u32).rev().collect();
         for slot in 0..self.limits.num_slots {
