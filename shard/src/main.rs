@@ -91,7 +91,8 @@ fn run(config: &Config, rank: usize) -> anyhow::Result<()> {
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let ops = CpuBackend::new(dtype, shard.threads.unwrap_or(cores))?;
     tracing::info!(dtype = Precision::name(dtype), tier = ?ops.tier(), threads = ops.threads(), "computing on the CPU");
-    let room = |_: &CpuBackend| Ok(Room::on_host(shard.kv_memory_bytes, shard.adapter_memory_bytes));
+    let ranks = config.shards.uds.len();
+    let room = |_: &CpuBackend| Ok(Room::on_host(shard.kv_memory_bytes, shard.adapter_memory_bytes, ranks));
     let target = Target { name: "cpu", max_rows: 512, rehearses: false, room: &room, ready: &|_| () };
     serve(Arc::new(ops), &target, config, rank)
 }
@@ -147,7 +148,7 @@ fn serve<B: Backend>(
     let shard = &config.shard;
     let host_bytes = shard.adapter_host_bytes.unwrap_or(4 << 30) as usize;
     // Locked memory is lost to everybody else.
-    ops.expect_adapters(host_bytes.min((memory::available() / 4) as usize));
+    ops.expect_adapters(host_bytes.min(memory::quarter(config.shards.uds.len()) as usize));
     let model = Arc::new(load(&*ops, config)?);
     let description = model.config().clone();
     let max_sequences = shard.max_sequences.unwrap_or(128);

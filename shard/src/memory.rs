@@ -1,6 +1,6 @@
 //! How a device's memory is shared out.
 
-use std::fs;
+use std::{fs, path::Path};
 
 /// Why memory could not be shared out.
 #[derive(Debug, thiserror::Error)]
@@ -41,9 +41,9 @@ pub struct Room {
 }
 
 impl Room {
-    /// What was asked for, or by default a quarter of the memory that is available.
-    pub fn on_host(kv: Option<u64>, adapters: Option<u64>) -> Room {
-        Room { kv_bytes: kv.unwrap_or_else(|| available() / 4), adapter_bytes: adapters.unwrap_or(0) }
+    /// What was asked for, or by default this rank's part of a [`quarter`] of the memory that is available.
+    pub fn on_host(kv: Option<u64>, adapters: Option<u64>, ranks: usize) -> Room {
+        Room { kv_bytes: kv.unwrap_or_else(|| quarter(ranks)), adapter_bytes: adapters.unwrap_or(0) }
     }
 
     /// Shares out what is `free` of `total` bytes: `used` of the total may be in use, and of what that leaves the
@@ -72,15 +72,54 @@ pub fn blocks(budget: u64, block_bytes: usize, most: usize) -> Result<usize, Too
     }
 }
 
-/// Bytes that the system could give without swapping; 4 GiB where it does not say.
-pub fn available() -> u64 {
-    fs::read_to_string("/proc/meminfo")
-        .ok()
-        .and_then(|text| {
-            let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-            line.trim().trim_end_matches(" kB").parse::<u64>().ok()
-        })
-        .map_or(4 << 30, |kib| kib * 1024)
+/// A quarter of the memory that is available, shared out among so many ranks on this machine. Bytes.
+pub fn quarter(ranks: usize) -> u64 {
+    available(Path::new("/")) / 4 / ranks.max(1) as u64
+}
+
+/// Bytes that the system below `root` could give without swapping: to this machine, 4 GiB where it does not say, and to
+/// the control groups that this process is in.
+fn available(root: &Path) -> u64 {
+    let machine = field(&root.join("proc/meminfo"), "MemAvailable:").map_or(4 << 30, |kib| kib * 1024);
+    let groups = fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
+    groups.lines().filter_map(|group| group_room(root, group)).fold(machine, u64::min)
+}
+
+/// The least room of a control group and those above it; none if they have no limit. `group` is what a process is told
+/// of it, "id:controllers:path".
+fn group_room(root: &Path, group: &str) -> Option<u64> {
+    let mut fields = group.splitn(3, ':').skip(1);
+    let (controllers, path) = (fields.next()?, fields.next()?);
+    let (mount, names) = match controllers {
+        "" => ("sys/fs/cgroup", ["memory.max", "memory.current", "inactive_file", "active_file"]),
+        _ if controllers.split(',').any(|name| name == "memory") => (
+            "sys/fs/cgroup/memory",
+            ["memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", "total_active_file"],
+        ),
+        _ => return None,
+    };
+    let [limit, used, inactive, active] = names;
+    // A container may see its own group at the mount's root, and the path that the machine has for it.
+    let rooms = Path::new(path.trim_start_matches('/')).ancestors().filter_map(|path| {
+        let folder = root.join(mount).join(path);
+        let number = |name| number(&fs::read_to_string(folder.join(name)).ok()?);
+        // Pages of files, such as the model's, count as used, but give way.
+        let pages = |name| field(&folder.join("memory.stat"), name).unwrap_or(0);
+        let used = number(used)?.saturating_sub(pages(inactive) + pages(active));
+        Some(number(limit)?.saturating_sub(used))
+    });
+    rooms.min()
+}
+
+/// The number after a name at the beginning of a line.
+fn field(file: &Path, name: &str) -> Option<u64> {
+    let text = fs::read_to_string(file).ok()?;
+    let mut lines = text.lines().map(str::split_ascii_whitespace);
+    lines.find_map(|mut words| (words.next() == Some(name)).then(|| words.next())).flatten().and_then(number)
+}
+
+fn number(text: &str) -> Option<u64> {
+    text.trim().parse().ok()
 }
 
 #[cfg(test)]
@@ -91,7 +130,7 @@ mod tests {
     fn blocks_fit_the_budget() {
         assert_eq!(blocks(1000, 64, 100).unwrap(), 15);
         assert_eq!(blocks(1000, 64, 4).unwrap(), 4);
-        assert!(Room::on_host(None, None).kv_bytes > 1 << 20);
+        assert!(Room::on_host(None, None, 1).kv_bytes > 1 << 20);
         let refused = blocks(10, 64, 4).unwrap_err().to_string();
         assert_eq!(refused, "10 bytes of KV memory hold no block of 64 bytes");
     }
@@ -106,5 +145,68 @@ mod tests {
         assert_eq!(share(Some(gib(2))).unwrap().kv_bytes, gib(2));
         let full = Room::on_device((gib(9), gib(80)), (0.9, 0.1), None).unwrap_err().to_string();
         assert!(full.contains("out of memory: 9663676416 of 85899345920 bytes are free"), "{full}");
+    }
+    /// Memory below a root of these files, in bytes.
+    fn available(files: &[(&str, &str)]) -> u64 {
+        let root = tempfile::tempdir().unwrap();
+        for (path, text) in files {
+            let path = root.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        super::available(root.path())
+    }
+
+    const MACHINE: (&str, &str) =
+        ("proc/meminfo", "MemTotal:        9000 kB\nMemAvailable:    8000 kB\nBuffers:  1 kB\n");
+
+    #[test]
+    fn a_machine_without_groups_gives_what_it_has() {
+        assert_eq!(available(&[]), 4 << 30);
+        assert_eq!(available(&[MACHINE]), 8_192_000);
+        let unknown = ("proc/self/cgroup", "0::/gone\n1:cpu:/x\nnonsense\n");
+        assert_eq!(available(&[MACHINE, unknown]), 8_192_000);
+    }
+
+    #[test]
+    fn the_tightest_group_bounds_what_is_available() {
+        let files = [
+            MACHINE,
+            ("proc/self/cgroup", "0::/pod/container\n"),
+            ("sys/fs/cgroup/pod/container/memory.max", "max\n"),
+            ("sys/fs/cgroup/pod/container/memory.current", "2000000\n"),
+            ("sys/fs/cgroup/pod/memory.max", "5000000\n"),
+            ("sys/fs/cgroup/pod/memory.current", "3000000\n"),
+        ];
+        assert_eq!(available(&files), 2_000_000);
+        let pages = ("sys/fs/cgroup/pod/memory.stat", "anon 1\ninactive_file 700000\nactive_file 300000\n");
+        assert_eq!(available(&[&files[..], &[pages]].concat()), 3_000_000);
+        let wide = ("sys/fs/cgroup/pod/memory.max", "50000000\n");
+        assert_eq!(available(&[&files[..], &[wide]].concat()), 8_192_000);
+        let full = ("sys/fs/cgroup/pod/memory.current", "6000000\n");
+        assert_eq!(available(&[&files[..], &[full]].concat()), 0);
+    }
+
+    #[test]
+    fn groups_of_the_first_version_count() {
+        let files = [
+            MACHINE,
+            ("proc/self/cgroup", "5:cpu,cpuacct:/c\n4:hugetlb,memory:/docker/c\n0::/\n"),
+            // The container's own group is the root of what it sees.
+            ("sys/fs/cgroup/memory/memory.limit_in_bytes", "4000000\n"),
+            ("sys/fs/cgroup/memory/memory.usage_in_bytes", "3000000\n"),
+            ("sys/fs/cgroup/memory/memory.stat", "active_file 9\ntotal_active_file 500000\n"),
+        ];
+        assert_eq!(available(&files), 1_500_000);
+        let unlimited = ("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n");
+        assert_eq!(available(&[&files[..], &[unlimited]].concat()), 8_192_000);
+    }
+
+    #[test]
+    fn ranks_share_a_machine() {
+        let room = |ranks| Room::on_host(None, None, ranks).kv_bytes as f64;
+        let share = room(4) / room(1);
+        assert!((0.2..0.3).contains(&share), "{share}: other programs take little in between");
+        assert_eq!(Room::on_host(Some(7), Some(5), 4), Room { kv_bytes: 7, adapter_bytes: 5 });
     }
 }
