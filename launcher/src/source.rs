@@ -1,5 +1,7 @@
 //! Where the model's files are: on this machine, or on a hub from which they are fetched into its cache.
 
+mod commit;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     env, fs, io,
@@ -11,10 +13,12 @@ use hf_hub::{
     Cache, Repo, RepoType,
     api::{
         RepoInfo,
-        sync::{ApiBuilder, ApiError, ApiRepo},
+        sync::{ApiBuilder, ApiError},
     },
 };
 use serde::Deserialize;
+
+use commit::Commit;
 
 /// Files beside the weights. The first must be there.
 const SMALL_FILES: [&str; 7] = [
@@ -29,8 +33,10 @@ const SMALL_FILES: [&str; 7] = [
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
-/// What the hub gets to answer the first question, unless HF_HUB_ETAG_TIMEOUT says otherwise.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// What the hub gets to answer the first question, and to send the next bytes of a file, unless these variables say
+/// otherwise in seconds.
+const ANSWER: (&str, Duration) = ("HF_HUB_ETAG_TIMEOUT", Duration::from_secs(10));
+const BYTES: (&str, Duration) = ("HF_HUB_DOWNLOAD_TIMEOUT", Duration::from_secs(60));
 
 /// A model that is on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -184,6 +190,12 @@ fn at(id: &str, revision: &str) -> Repo {
     Repo::with_revision(id.into(), RepoType::Model, revision.into())
 }
 
+/// What the environment says, or the default.
+fn patience((variable, default): (&str, Duration)) -> Duration {
+    let seconds = env::var(variable).ok().and_then(|seconds| seconds.parse().ok());
+    seconds.filter(|seconds| *seconds > 0).map_or(default, Duration::from_secs)
+}
+
 /// How a repository keeps its weights.
 enum Weights<'a> {
     Whole,
@@ -225,20 +237,18 @@ fn from_cache(id: &str, revision: &str) -> Option<(PathBuf, String)> {
 fn from_hub(id: &str, revision: &str) -> Result<(PathBuf, String), SourceError> {
     let hub = |source| SourceError::Hub { id: id.into(), source: Box::new(source) };
     let token = ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"].iter().find_map(|name| env::var(name).ok());
-    let mut builder = ApiBuilder::from_env().with_progress(true).with_retries(3);
+    let mut builder = ApiBuilder::from_env().with_retries(3);
     if token.is_some() {
         builder = builder.with_token(token);
     }
     let api = builder.build().map_err(hub)?;
-    let patience = env::var("HF_HUB_ETAG_TIMEOUT").ok().and_then(|seconds| seconds.parse().ok());
-    let patience = patience.filter(|seconds| *seconds > 0).map_or(PATIENCE, Duration::from_secs);
-    let asked = api.repo(at(id, revision)).info_request().timeout(patience).call();
+    let asked = api.repo(at(id, revision)).info_request().timeout(patience(ANSWER)).call();
     let answer = asked.map_err(|error| hub(Box::new(error).into()))?;
     let info: RepoInfo = answer.into_json().map_err(|error| hub(error.into()))?;
     let files: Vec<String> = info.siblings.into_iter().map(|file| file.rfilename).collect();
     tracing::info!(model = id, sha = info.sha, "fetching what is not in the cache");
     // All files of one commit, however the branch moves and whatever of it is in the cache.
-    let repo = api.repo(at(id, &info.sha));
+    let repo = Commit { api, repo: at(id, &info.sha), patience: patience(BYTES) };
     let weights = weights(id, &files)?;
     let path = if let Weights::Gguf(file) = weights {
         repo.get(file).map_err(hub)?
@@ -260,7 +270,7 @@ fn from_hub(id: &str, revision: &str) -> Result<(PathBuf, String), SourceError> 
 }
 
 /// Fetches every file that the index names.
-fn sharded_weights(id: &str, repo: &ApiRepo, files: &[String]) -> Result<(), SourceError> {
+fn sharded_weights(id: &str, repo: &Commit, files: &[String]) -> Result<(), SourceError> {
     let hub = |source| SourceError::Hub { id: id.into(), source: Box::new(source) };
     let path = repo.get(INDEX).map_err(hub)?;
     let broken = |message| SourceError::Index { path: path.clone(), message };

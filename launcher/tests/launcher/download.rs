@@ -193,13 +193,19 @@ fn nowhere() -> (String, (TcpListener, TcpStream)) {
 }
 
 /// All that makes a hub useless, with what is said of it.
-const TROUBLES: [(Trouble, &str); 4] = [
+const TROUBLES: [(Trouble, &str); 5] = [
     (Trouble::Status("503 Service Unavailable"), "status code 503"),
     (Trouble::Status("429 Too Many Requests"), "status code 429"),
     (Trouble::Silence, "timed out"),
     // Asked for first.
     (Trouble::NoFiles, "config.json"),
+    (Trouble::Stall, "waiting for config.json: nothing came for 1 s"),
 ];
+
+/// One that soon finds that a hub does not answer.
+fn impatient(launcher: Launcher) -> Launcher {
+    launcher.env("HF_HUB_ETAG_TIMEOUT", "1").env("HF_HUB_DOWNLOAD_TIMEOUT", "1")
+}
 
 /// The model's path and commit as the router gets them from a launcher that must say `warning`.
 fn warned(launcher: &mut Launcher, warning: &str) -> Value {
@@ -222,10 +228,11 @@ fn what_is_in_the_cache_is_served_while_the_hub_cannot_be_reached() {
     let moved = [FILES[0], FILES[1], ("model.safetensors", "better weights")];
     for (trouble, cause) in TROUBLES {
         let hub = Hub::start(ID, Repository::new(&FILES));
-        let mut launcher = launcher(&hub, ID).env("HF_HUB_ETAG_TIMEOUT", "1");
+        let mut launcher = launcher(&hub, ID);
         let before = launcher.configuration();
         hub.replace(Repository::new(&FILES).with("main", "c1", &moved));
         hub.fail(trouble);
+        let mut launcher = impatient(launcher);
         assert_eq!(warned(&mut launcher, cause), before["model"]);
         assert_eq!(files(&before), owned(&FILES[..3]));
     }
@@ -266,7 +273,7 @@ fn a_hub_that_is_not_there_is_named() {
     for (trouble, cause) in TROUBLES {
         let hub = Hub::start(ID, Repository::new(&FILES));
         hub.fail(trouble);
-        let (status, log) = launcher(&hub, ID).env("HF_HUB_ETAG_TIMEOUT", "1").fails();
+        let (status, log) = impatient(launcher(&hub, ID)).fails();
         assert_eq!(status, 1, "{log}");
         assert!(log.contains("org/name at main") && log.contains(cause), "{log}");
     }

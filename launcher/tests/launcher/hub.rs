@@ -44,6 +44,8 @@ pub(crate) enum Trouble {
     Silence,
     /// Says what it has, but closes the connection when it is asked for a file.
     NoFiles,
+    /// Sends half of a file, and then nothing.
+    Stall,
 }
 
 struct State {
@@ -51,7 +53,7 @@ struct State {
     repository: Mutex<Repository>,
     token: Option<String>,
     trouble: Mutex<Option<Trouble>>,
-    /// Connections that wait for an answer.
+    /// Connections that wait for an answer, or for the rest of one.
     unanswered: Mutex<Vec<TcpStream>>,
     /// Answers of files that break off half way.
     breaks: Mutex<usize>,
@@ -182,10 +184,18 @@ fn file(
     let mut breaks = state.breaks.lock().unwrap();
     if part.len() > 1 && *breaks > 0 {
         *breaks -= 1;
-        head(stream, "206 Partial Content", &headers, part.len())?;
-        return stream.write_all(&part[..part.len() / 2]);
+        return half(stream, &headers, part);
+    }
+    if part.len() > 1 && matches!(*state.trouble.lock().unwrap(), Some(Trouble::Stall)) {
+        state.unanswered.lock().unwrap().push(stream.try_clone()?);
+        return half(stream, &headers, part);
     }
     respond(stream, "206 Partial Content", &headers, part)
+}
+
+fn half(stream: &mut TcpStream, headers: &[(&str, String)], part: &[u8]) -> std::io::Result<()> {
+    head(stream, "206 Partial Content", headers, part.len())?;
+    stream.write_all(&part[..part.len() / 2])
 }
 
 fn head(
