@@ -127,9 +127,9 @@ fn compile_one(toolkit: &Path, code: &[String], source: &Path, out: &Path) -> Re
         .arg(source)
         .arg("-o")
         .arg(&object))?;
-    if let Err(spills) = refuse_spills(source, &report) {
+    if let Err(slow) = refuse_slow_code(source, &report) {
         fs::remove_file(&object)?;
-        return Err(spills);
+        return Err(slow);
     }
     fs::write(options, wanted)?;
     Ok(object)
@@ -148,18 +148,21 @@ fn is_newer(object: &Path, made_from: &Path) -> std::io::Result<bool> {
     Ok(true)
 }
 
-/// Fails when ptxas reports that registers went to memory, unless the source says `// May spill: reason`.
-fn refuse_spills(source: &Path, report: &str) -> Result<()> {
-    if fs::read_to_string(source)?.contains("// May spill:") {
-        return Ok(());
-    }
+/// Fails when ptxas reports that registers went to memory, unless the source says `// May spill: reason`, or that it
+/// lost the point of an instruction of Hopper's: products that wait for each other, `setmaxnreg` without effect.
+fn refuse_slow_code(source: &Path, report: &str) -> Result<()> {
+    let may_spill = fs::read_to_string(source)?.contains("// May spill:");
     let mut kernel = "";
     for line in report.lines() {
+        if line.contains("Potential Performance Loss") {
+            return Err(format!("{}: {}", source.display(), line.trim()).into());
+        }
         if let Some((_, name)) = line.split_once("Function properties for ") {
             kernel = name;
         }
-        if line.contains("bytes spill stores") && !line.contains(" 0 bytes spill stores, 0 bytes spill loads")
-        {
+        let spills = line.contains("bytes spill stores")
+            && !line.contains(" 0 bytes spill stores, 0 bytes spill loads");
+        if spills && !may_spill {
             return Err(format!("{}: {kernel}: {}", source.display(), line.trim()).into());
         }
     }
