@@ -40,7 +40,7 @@ RANKS = [4, 8, 16, 24, 32]
 PARAMETERS = 134_515_008  # of the model; tied embeddings are read once a step, as the output projection
 PROMPT_PARAMETERS = PARAMETERS - 49152 * HIDDEN  # a prompt's rows need no logits but the last
 TOKENS = 128
-EVENT = b"\ndata:"  # JSON has no line breaks
+ERROR = b'"error":'  # a key: quotes within JSON's strings are escaped
 
 
 def random_bf16(count: int) -> bytes:
@@ -91,7 +91,7 @@ class Server:
 
         The server has both cores to itself but for this: one thread that counts events and parses nothing.
         """
-        times, tails = [], []
+        times, rests = [], []
         with selectors.DefaultSelector() as waiting:
             for i, (adapter, prompt, tokens) in enumerate(requests):
                 parameters = dict(max_new_tokens=tokens, ignore_eos_token=True, adapter_id=adapter)
@@ -99,21 +99,24 @@ class Server:
                 head = "POST /generate_stream HTTP/1.1\r\nhost: bench\r\nconnection: close\r\ncontent-type: application/json\r\n"
                 connection = socket.create_connection(self.address)
                 times.append([time.perf_counter()])
-                tails.append(b"")
+                rests.append(b"")
                 connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
                 waiting.register(connection, selectors.EVENT_READ, i)
             while waiting.get_map():
                 for key, _ in waiting.select():
                     data, now = key.fileobj.recv(1 << 16), time.perf_counter()
-                    seen = tails[key.data] + data
-                    if len(times[key.data]) == 1 and seen.startswith(b"HTTP") and not seen.startswith(b"HTTP/1.1 200"):
-                        raise SystemExit(seen.decode(errors="replace"))
-                    times[key.data] += [now] * seen.count(EVENT)
-                    # What may be the beginning of an event.
-                    tails[key.data] = seen[-len(EVENT) + 1 :]
+                    *lines, rests[key.data] = (rests[key.data] + data).split(b"\n")
+                    for line in lines:
+                        if ERROR in line or line.startswith(b"HTTP/") and not line.startswith(b"HTTP/1.1 200"):
+                            raise SystemExit((line + rests[key.data]).decode(errors="replace"))
+                        if line.startswith(b"data:"):
+                            times[key.data].append(now)
                     if not data:
                         waiting.unregister(key.fileobj)
                         key.fileobj.close()
+        for (_, _, tokens), came in zip(requests, times, strict=True):
+            if len(came) - 1 != tokens:
+                raise SystemExit(f"{len(came) - 1} of {tokens} tokens came")
         return times
 
     def together(self, adapters: list[str | None]) -> float:
