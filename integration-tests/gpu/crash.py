@@ -31,7 +31,7 @@ class Crash:
         try:
             time.sleep(WARM_SECONDS)
             killed = time.monotonic()
-            os.kill(self.server.child("lorax-shard"), signal.SIGKILL)
+            os.kill(self.server.processes()["lorax-shard"], signal.SIGKILL)
             recovered = self.recovery(killed)
         finally:
             self.back.set()

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 READY_SECONDS = 240
+PROGRAMS = {"lorax-router", "lorax-shard"}
 
 
 class Server:
@@ -22,6 +23,7 @@ class Server:
             list(map(str, command)), stderr=subprocess.PIPE, text=True, errors="replace", env={**os.environ, "NO_COLOR": "1"}
         )
         self.adapters, self.tail, self.address = adapters, [], None
+        self.on_cpu = dict(zip(flags[::2], flags[1::2], strict=True)).get("--device") == "cpu"
         self.listening = threading.Event()
         self.reader = threading.Thread(target=self._read, args=(log,), daemon=True)
         self.reader.start()
@@ -82,22 +84,39 @@ class Server:
         parameters |= dict(return_k_alternatives=2, decoder_input_details=prompt_scores)
         return self.post("/generate", dict(inputs=text, parameters=parameters))["details"]
 
-    def _children(self) -> list[dict]:
-        """What the system knows of the launcher's processes."""
-        pids = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        texts = [Path(f"/proc/{pid}/status").read_text().splitlines() for pid in pids]
-        return [dict(line.split(":", 1) for line in lines if ":" in line) for lines in texts]
+    def processes(self) -> dict[str, int]:
+        """Process ids of the router and the shard."""
+        return {name: int(status["Pid"]) for name, status in self._children().items()}
 
-    def child(self, name: str) -> int:
-        """The process id of one of its processes."""
-        return next(int(status["Pid"]) for status in self._children() if status["Name"].strip() == name)
+    def memory(self) -> dict[str, int]:
+        """Resident bytes of the router and the shard; where a GPU is in use, also what is used of it."""
+        children = self._children()
+        found = {name: int(status["VmRSS"].split()[0]) * 1024 for name, status in children.items()}
+        return found | ({} if self.on_cpu else device_memory({int(status["Pid"]) for status in children.values()}))
 
-    def memory(self) -> dict:
-        """Resident bytes of its processes by name, and of the first GPU in use where there is one."""
-        found = {status["Name"].strip(): int(status["VmRSS"].split()[0]) * 1024 for status in self._children()}
-        gpu = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        try:
-            found["device"] = int(subprocess.check_output(gpu, text=True).split()[0]) << 20
-        except (OSError, subprocess.CalledProcessError, IndexError, ValueError):
-            pass  # no GPU in this machine
+    def _children(self) -> dict[str, dict[str, str]]:
+        """What the system knows of the router and the shard. An error when either does not run."""
+        if (code := self.process.poll()) is not None:
+            raise RuntimeError(f"the launcher ended with code {code}")
+        found = {}
+        for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
+            try:
+                lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it has ended since
+            status = dict(line.split(":", 1) for line in lines if ":" in line)
+            if "VmRSS" in status:  # it has not ended
+                found[status["Name"].strip()] = status
+        if missing := PROGRAMS - found.keys():
+            raise RuntimeError(f"not running: {' '.join(sorted(missing))}")
         return found
+
+
+def device_memory(pids: set[int]) -> dict[str, int]:
+    """Bytes that the driver counts for these processes; those of the whole first GPU where it does not tell them apart."""
+    ask = lambda query: subprocess.check_output(["nvidia-smi", query, "--format=csv,noheader,nounits"], text=True)
+    apps = [line.partition(",") for line in ask("--query-compute-apps=pid,used_memory").splitlines()]
+    own = [used.strip() for pid, _, used in apps if pid.strip() in map(str, pids)]
+    if own and all(used.isdecimal() for used in own):
+        return dict(device=sum(map(int, own)) << 20)
+    return dict(whole_device=int(ask("--query-gpu=memory.used").split()[0]) << 20)
