@@ -1,4 +1,4 @@
-"""A shard that is killed under load: who was served gets an error, and the port answers again soon."""
+"""A shard that is killed under load: who was served gets an error, who asks meanwhile is refused, and the next one serves."""
 
 import http.client
 import json
@@ -6,80 +6,87 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from check import words
-from server import Server
+from server import Refused, Server
 
-CLIENTS, TOKENS = 16, 256
-WARM_SECONDS, RECOVERY_SECONDS = 2.0, 120.0
+CLIENTS, TOKENS = 16, 3000  # more tokens than a stream gets before the kill
+FIRST_TOKENS_SECONDS, RECOVERY_SECONDS = 60.0, 120.0
+PAUSE_SECONDS = 0.05  # between requests while there is no shard
 
 
 class Crash:
-    """Streams that go on until the server is back, and what they were told."""
+    """Streams that are cut, and requests until the server is back."""
 
     def __init__(self, server: Server):
         self.server = server
-        self.back = threading.Event()
-        self.told: dict[str, int] = {}
-        self.lock = threading.Lock()
+        self.begun = threading.Semaphore(0)  # streams that have had a token
 
     def run(self) -> dict:
-        """Kills the shard amid streams, and waits for the first answer of the next one."""
-        threads = [threading.Thread(target=self.client, args=(i,)) for i in range(CLIENTS)]
-        for thread in threads:
-            thread.start()
-        try:
-            time.sleep(WARM_SECONDS)
+        """Kills the shard when every stream has had a token, and waits for the first answer of the next shard."""
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            streams = [pool.submit(self.stream, words(seed, 40)) for seed in range(CLIENTS)]
+            self.wait_for_tokens(streams)
             killed = time.monotonic()
             os.kill(self.server.processes()["lorax-shard"], signal.SIGKILL)
-            recovered = self.recovery(killed)
-        finally:
-            self.back.set()
-            for thread in threads:
-                thread.join()
-        silent = [how for how in self.told if how not in ("answered", "503", "error event")]
+            recovered, meanwhile = self.recovery(killed)
+            ends = [stream.result() for stream in streams]
+        told = Counter(how for how, _ in ends)
         return dict(
             check="a shard killed under load",
             recovery_seconds=recovered,
-            requests=self.told,
-            passed=recovered is not None and not silent and self.told.get("error event", 0) > 0,
+            last_stream_ended_seconds=round(max(when for _, when in ends) - killed, 3),
+            streams=told,
+            meanwhile=meanwhile,
+            passed=recovered is not None and told == {"error event": CLIENTS} and meanwhile.keys() == {"503"},
         )
 
-    def recovery(self, since: float) -> float | None:
-        """Seconds until a request is answered again."""
+    def wait_for_tokens(self, streams: list[Future]) -> None:
+        """Returns when all streams have had one."""
+        deadline = time.monotonic() + FIRST_TOKENS_SECONDS
+        for count in range(CLIENTS):
+            if not self.begun.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                ended = [stream.result()[0] for stream in streams if stream.done()]
+                raise RuntimeError(f"{count} of {CLIENTS} streams had a token in {FIRST_TOKENS_SECONDS:.0f} s; ended: {ended}")
+
+    def recovery(self, since: float) -> tuple[float | None, Counter]:
+        """Seconds until a request is answered again, and how those before it ended."""
+        meanwhile = Counter()
         while time.monotonic() < since + RECOVERY_SECONDS:
             try:
                 self.server.generate("Hello", None, 4)
-                return round(time.monotonic() - since, 2)
-            except (RuntimeError, OSError, ValueError, http.client.HTTPException):
-                time.sleep(0.1)
-        return None
+                return round(time.monotonic() - since, 2), meanwhile
+            except Refused as refused:
+                meanwhile[str(refused.status)] += 1
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                meanwhile[type(error).__name__] += 1
+            time.sleep(PAUSE_SECONDS)
+        return None, meanwhile
 
-    def client(self, seed: int) -> None:
-        """One stream after the other."""
-        count = 0
-        while not self.back.is_set():
-            how = self.stream(words(1000 * seed + count, 40))
-            with self.lock:
-                self.told[how] = self.told.get(how, 0) + 1
-            count += 1
-            if how != "answered":
-                self.back.wait(0.2)
-
-    def stream(self, text: str) -> str:
-        """How a stream ended."""
+    def stream(self, text: str) -> tuple[str, float]:
+        """How a stream ended, and when."""
         body = dict(inputs=text, parameters=dict(max_new_tokens=TOKENS, ignore_eos_token=True))
         connection = self.server.connect()
         try:
             connection.request("POST", "/generate_stream", json.dumps(body), {"content-type": "application/json"})
             response = connection.getresponse()
-            if response.status != 200:
-                return str(response.status)
-            events = [json.loads(line[5:]) for line in response if line.startswith(b"data:")]
-            if events and "error" in events[-1]:
-                return "error event"
-            return "answered" if len(events) == TOKENS else "broken off"
+            how = self.read(response) if response.status == 200 else str(response.status)
         except (OSError, ValueError, http.client.HTTPException) as error:
-            return type(error).__name__
+            how = type(error).__name__
         finally:
             connection.close()
+        return how, time.monotonic()
+
+    def read(self, response: http.client.HTTPResponse) -> str:
+        """Reads a stream; how it ended."""
+        events = 0
+        lines = (line for line in response if line.startswith(b"data:"))
+        for event in map(lambda line: json.loads(line[5:]), lines):
+            if "error" in event:
+                return "error event" if next(lines, None) is None else "events after an error"
+            events += 1
+            if events == 1:
+                self.begun.release()
+        return "answered" if events == TOKENS else "broken off"

@@ -12,6 +12,14 @@ READY_SECONDS = 240
 PROGRAMS = {"lorax-router", "lorax-shard"}
 
 
+class Refused(RuntimeError):
+    """An answer that is not 200."""
+
+    def __init__(self, status: int, answer: dict):
+        super().__init__(f"{status}: {answer}")
+        self.status = status
+
+
 class Server:
     """A launcher on a free port, waited for. Use as a context manager: it stops the server."""
 
@@ -73,7 +81,7 @@ class Server:
             response = connection.getresponse()
             answer = json.loads(response.read())
             if response.status != 200:
-                raise RuntimeError(f"{response.status}: {answer}")
+                raise Refused(response.status, answer)
             return answer
         finally:
             connection.close()
