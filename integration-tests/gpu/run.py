@@ -8,6 +8,7 @@ adapters stay in the work folder for the next call.
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -153,13 +154,13 @@ def soak(s: Session) -> None:
     flags = ["--max-active-adapters", "12", "--adapter-host-memory", s.args.soak_host]
     with s.server(flags) as server:
         run = Soak(server, s.args.work / "adapters", s.args.seconds)
-        result = s.say(run.run())
-    for visitor in (s.args.work / "adapters").glob("visitor-*"):
-        subprocess.run(["rm", "-r", str(visitor)], check=True)
-    with open(s.args.out / "soak-memory.jsonl", "w") as f:
-        f.writelines(json.dumps(sample) + "\n" for sample in run.samples)
-    if not result["passed"]:
-        s.failed.append("soak")
+        try:
+            s.say(run.run())
+        finally:
+            for visitor in (s.args.work / "adapters").glob("visitor-*"):
+                shutil.rmtree(visitor)
+            with open(s.args.out / "soak-memory.jsonl", "w") as f:
+                f.writelines(json.dumps(sample) + "\n" for sample in run.samples)
 
 
 def crash(s: Session) -> None:
@@ -223,9 +224,10 @@ def main() -> int:
     for r in s.results:
         if "check" in r:
             print(f"{'passed' if r['passed'] else 'FAILED'}  {r['check']}")
-    bad = [r for r in s.results if r.get("passed") is False]
-    print("failed phases:", " ".join(s.failed) or "none")
-    return 1 if bad or s.failed else 0
+    s.failed += [r["check"] for r in s.results if r.get("passed") is False]
+    s.failed += [f"{r['load']} ({r['errors']} requests)" for r in measured if r["errors"]]
+    print("failed:", ", ".join(s.failed) or "none")
+    return 1 if s.failed else 0
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Random load for minutes, with adapters that come, change and go, and clients that leave: no error and no growth."""
+"""Random load for minutes, with adapters that come and go, and clients that leave: no error and no growth."""
 
+import itertools
 import json
 import random
 import shutil
@@ -23,7 +24,7 @@ class Soak:
         self.originals = sorted(p for p in folder.iterdir() if p.name.startswith("a"))
         self.lock = threading.Lock()
         self.visiting: dict[str, int] = {}  # adapters that come and go, and the requests that use them now
-        self.done = self.left = self.tokens = 0
+        self.done = self.left = self.tokens = self.visitors = 0  # visitors: requests that used one
         self.errors: list[str] = []
         self.samples: list[dict] = []
 
@@ -31,58 +32,76 @@ class Soak:
         """Everything until the end."""
         threads = [threading.Thread(target=self.client, args=(i,)) for i in range(self.clients)]
         threads += [threading.Thread(target=self.change, args=(4,))]
-        begun = time.monotonic()
+        processes, begun = self.server.processes(), time.monotonic()
         for thread in threads:
             thread.start()
-        while time.monotonic() < self.end:
-            self.samples.append(dict(second=round(time.monotonic() - begun, 1), **self.server.memory()))
-            time.sleep(SAMPLE_SECONDS)
-        for thread in threads:
-            thread.join()
-        self.samples.append(dict(second=round(time.monotonic() - begun, 1), **self.server.memory()))
+        try:
+            while time.monotonic() < self.end:
+                self.sample(begun)
+                time.sleep(SAMPLE_SECONDS)
+        finally:
+            self.end = 0.0
+            for thread in threads:
+                thread.join()
+        self.sample(begun)
+        if self.server.processes() != processes:
+            self.errors.append("a process was started again")
         growth = self.growth()
-        passed = not self.errors and all(g["after"] <= g["before"] * 1.02 + SLACK for g in growth.values())
+        steady = all(g["after"] <= g["before"] * 1.02 + SLACK for g in growth.values())
         return dict(
             check="soak",
             seconds=self.seconds,
             requests=self.done,
             left_early=self.left,
+            visitors=self.visitors,
             output_tokens=self.tokens,
             errors=len(self.errors),
             error_samples=sorted(set(self.errors))[:5],
             memory=growth,
-            passed=passed,
+            passed=steady and not self.errors and min(self.done, self.left, self.visitors) > 0,
         )
+
+    def sample(self, begun: float) -> None:
+        """Notes the memory in use."""
+        self.samples.append(dict(second=round(time.monotonic() - begun, 1), **self.server.memory()))
 
     def growth(self) -> dict:
         """Largest use in the second quarter, when all pools have been filled, and in the last one."""
         quarter = len(self.samples) // 4
         names = self.samples[0].keys() - {"second"}
-        largest = lambda name, part: max((s[name] for s in part), default=0)
+        if quarter == 0 or any(s.keys() - {"second"} != names for s in self.samples):
+            raise RuntimeError(f"{len(self.samples)} samples of memory, too few or not of the same things")
+        largest = lambda name, part: max(s[name] for s in part)
         return {
             name: dict(before=largest(name, self.samples[quarter : 2 * quarter]), after=largest(name, self.samples[-quarter:]))
             for name in sorted(names)
         }
 
     def change(self, most: int) -> None:
-        """Copies an adapter under a new name, and removes one that nobody uses any more."""
-        for count in range(1_000_000):
-            if time.monotonic() > self.end:
-                return
-            name = f"visitor-{count}"
-            shutil.copytree(self.originals[count % len(self.originals)], self.folder / name)
-            weights = self.folder / name / "adapter_model.safetensors"
-            with open(weights, "r+b") as f:  # another content: the last weight's low byte
-                f.seek(-2, 2)
-                f.write(bytes([count % 251]))
-            with self.lock:
-                self.visiting[name] = 0
-                gone = [n for n, users in list(self.visiting.items())[:-most] if users == 0]
-                for old in gone:
-                    del self.visiting[old]
+        """Has adapters come and go until the end."""
+        try:
+            for count in itertools.count():
+                if time.monotonic() > self.end:
+                    return
+                self.visit(f"visitor-{count}", self.originals[count % len(self.originals)], count, most)
+                time.sleep(0.2)
+        except Exception as error:  # without it the soak would go on and prove less
+            self.errors.append(f"changing adapters: {type(error).__name__}: {error}")
+
+    def visit(self, name: str, original: Path, count: int, most: int) -> None:
+        """Copies an adapter under a new name, and removes those before the last few that nobody uses any more."""
+        shutil.copytree(original, self.folder / name)
+        weights = self.folder / name / "adapter_model.safetensors"
+        with open(weights, "r+b") as f:  # another content: the last weight's low byte
+            f.seek(-2, 2)
+            f.write(bytes([count % 251]))
+        with self.lock:
+            self.visiting[name] = 0
+            gone = [n for n, users in list(self.visiting.items())[:-most] if users == 0]
             for old in gone:
-                shutil.rmtree(self.folder / old)
-            time.sleep(0.2)
+                del self.visiting[old]
+        for old in gone:
+            shutil.rmtree(self.folder / old)
 
     def client(self, seed: int) -> None:
         """One request after the other."""
@@ -97,6 +116,8 @@ class Soak:
             adapter = name or (draw.choice(self.originals).name if kind != "none" else None)
             try:
                 self.request(draw, adapter)
+                with self.lock:
+                    self.visitors += name is not None
             except Exception as error:  # whatever it is, it counts
                 self.errors.append(f"{type(error).__name__}: {error}")
             if name:
@@ -126,6 +147,8 @@ class Soak:
                 events += 1
                 if leave and events > tokens // 2:
                     break
+            else:
+                leave = False  # it was not left before it ended
             if not leave and events != tokens:
                 raise RuntimeError(f"{events} of {tokens} tokens came")
             with self.lock:
