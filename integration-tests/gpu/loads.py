@@ -61,17 +61,27 @@ class Generator:
         self.out, (self.scale, self.steady) = out, lengths
         self.adapters = sorted((p.name for p in server.adapters.iterdir()), key=lambda name: int(name[1:]))
 
-    def bench(self, *arguments) -> dict | None:
-        """One run; its report if it is asked for with `--json`. Failed requests are in the report."""
-        done = subprocess.run(list(map(str, [*self.command, *arguments])), capture_output=True, text=True)
-        if "--json" not in arguments:
-            if done.returncode:
-                raise RuntimeError(done.stderr)
-            return None
-        try:
-            return json.loads(Path(arguments[arguments.index("--json") + 1]).read_text().splitlines()[-1])
-        except (OSError, IndexError) as error:
-            raise RuntimeError(done.stderr) from error
+    def bench(self, *arguments) -> None:
+        """One run, none of whose requests may fail."""
+        done = self.run(*arguments)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+
+    def report(self, *arguments) -> dict:
+        """One run's report, which is also kept; failed requests are in it."""
+        path = self.out / "report.json"
+        path.unlink(missing_ok=True)
+        done = self.run(*arguments, "--json", path)
+        if not path.exists():
+            raise RuntimeError(done.stderr)
+        line = path.read_text()
+        path.unlink()
+        with open(self.out / "loads.jsonl", "a") as f:
+            f.write(line)
+        return json.loads(line)
+
+    def run(self, *arguments) -> subprocess.CompletedProcess:
+        return subprocess.run(list(map(str, [*self.command, *arguments])), capture_output=True, text=True)
 
     def named(self, adapters: int) -> list:
         """Arguments for the first adapters."""
@@ -93,8 +103,10 @@ class Generator:
         self.bench(*streams, *prompt, "--requests", load.streams, "--output-tokens", min(load.output, 12), "--seed", 99)
         requests = max(rounds * load.streams, 4 * rounds if load.streams > 1 or load.output > 1 else 10 * rounds)
         label = load.name if slots == "default" else f"{load.name}/{slots}"
-        counts = ["--requests", requests, "--output-tokens", min(load.output, self.size(OUTPUT))]
-        report = self.bench(*streams, *prompt, *counts, "--label", label, "--json", self.out / "loads.jsonl")
+        output = min(load.output, self.size(OUTPUT))
+        report = self.report(*streams, *prompt, "--requests", requests, "--output-tokens", output, "--label", label)
+        if report["output_tokens"] != report["requests"] * output:
+            raise RuntimeError(f"{report['requests']} answers of {output} tokens had {report['output_tokens']} in all")
         middle = lambda figure: report[figure] and report[figure]["p50"]
         return dict(
             load=label,
@@ -134,8 +146,10 @@ class Generator:
             for a, b in zip(r["events_ms"], r["events_ms"][1:])
             if window[0] <= b <= window[1]
         ]
+        if not gaps:
+            raise RuntimeError("no token of the streams came while others arrived: let them be longer with --steady")
         gaps.sort()
-        at = lambda q: gaps[min(len(gaps) - 1, int(q * len(gaps)))] if gaps else None
+        at = lambda q: gaps[min(len(gaps) - 1, int(q * len(gaps)))]
         waited = [r["events_ms"][0] - r["sent_ms"] for r in begun]
         return dict(
             arrivals=kind,
@@ -143,7 +157,7 @@ class Generator:
             gaps=len(gaps),
             gap_p50=at(0.5),
             gap_p99=at(0.99),
-            gap_max=gaps[-1] if gaps else None,
+            gap_max=gaps[-1],
             newcomers_ttft=statistics.median(waited) if waited else None,
             window_ms=None if end == float("inf") else end - window[0],
         )
