@@ -87,9 +87,9 @@ class Server:
             connection.close()
 
     def generate(self, text: str, adapter: str | None, tokens: int, prompt_scores: bool = False) -> dict:
-        """Greedy answer with the ids and log-probabilities of its tokens, and the two most probable ones at each."""
+        """Greedy answer with the ids and log-probabilities of its tokens, and the most probable ones at each."""
         parameters = dict(adapter_id=adapter, max_new_tokens=tokens, ignore_eos_token=True, details=True)
-        parameters |= dict(return_k_alternatives=2, decoder_input_details=prompt_scores)
+        parameters |= dict(return_k_alternatives=5, decoder_input_details=prompt_scores)
         return self.post("/generate", dict(inputs=text, parameters=parameters))["details"]
 
     def processes(self) -> dict[str, int]:
