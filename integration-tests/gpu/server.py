@@ -21,7 +21,7 @@ class Refused(RuntimeError):
 
 
 class Server:
-    """A launcher on a free port, waited for. Use as a context manager: it stops the server."""
+    """A launcher on a free port, waited for. Use as a context manager: it stops the server, which must end in order."""
 
     def __init__(self, binaries: Path, model: Path, adapters: Path, log: Path, flags: list[str]):
         command = [binaries / "lorax-launcher", "--model-id", model, "--adapter-dir", adapters]
@@ -57,17 +57,19 @@ class Server:
     def __enter__(self) -> "Server":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.stop()
+    def __exit__(self, kind, *_) -> None:
+        code = self.stop()
+        if code != 0 and kind is None:
+            raise RuntimeError(f"the launcher ended with code {code}:\n" + "".join(self.tail))
 
-    def stop(self) -> None:
-        """Ends it, gently at first."""
+    def stop(self) -> int:
+        """Ends it, gently at first; its exit code."""
         self.process.terminate()
         try:
-            self.process.wait(40)
+            return self.process.wait(40)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
+            return self.process.wait()
 
     def connect(self) -> http.client.HTTPConnection:
         """A connection of its own for one thread."""
