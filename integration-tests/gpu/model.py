@@ -188,32 +188,48 @@ def write_model(folder: Path, shape: Shape, seed: int = 1) -> int:
     special = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=SPECIAL[0], eos_token=SPECIAL[1])
     for name, content in {
         "model.safetensors.index.json": index,
-        "config.json": config(shape),
         "tokenizer.json": tokenizer(shape.vocab),
         "tokenizer_config.json": special,
+        "config.json": config(shape),  # last: a model that has it is whole
     }.items():
         (folder / name).write_text(json.dumps(content))
     return total
 
 
+def adapter_config(shape: Shape, lora_rank: int) -> dict:
+    """adapter_config.json of an adapter on all seven projections."""
+    targets = [site.split(".")[1] for site in shape.sites()]
+    settings = dict(peft_type="LORA", task_type="CAUSAL_LM", r=lora_rank, lora_alpha=lora_rank, bias="none")
+    return dict(settings, target_modules=targets)
+
+
 def write_adapter(folder: Path, shape: Shape, lora_rank: int, seed: int) -> int:
     """A random adapter on all seven projections; returns its bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    targets = [site.split(".")[1] for site in shape.sites()]
-    settings = dict(peft_type="LORA", task_type="CAUSAL_LM", r=lora_rank, lora_alpha=lora_rank, bias="none")
-    (folder / "adapter_config.json").write_text(json.dumps(dict(settings, target_modules=targets)))
     tensors = []
     for layer, (site, (inputs, outputs)) in itertools.product(range(shape.layers), shape.sites().items()):
         prefix = f"base_model.model.model.layers.{layer}.{site}"
         tensors.append(Tensor(f"{prefix}.lora_A.weight", (lora_rank, inputs), inputs**-0.5))
         tensors.append(Tensor(f"{prefix}.lora_B.weight", (outputs, lora_rank), 0.3 * lora_rank**-0.5))
     write_file(folder / "adapter_model.safetensors", tensors, seed)
+    # Last: an adapter that has it is whole.
+    (folder / "adapter_config.json").write_text(json.dumps(adapter_config(shape, lora_rank)))
     return sum(t.size for t in tensors)
+
+
+def holds(path: Path, content: dict) -> bool:
+    """Whether a file of JSON is there, which must have this content."""
+    if not path.exists():
+        return False
+    if json.loads(path.read_text()) != content:
+        raise SystemExit(f"{path} is of another shape or rank: remove it, or name another folder")
+    return True
 
 
 def write_adapters(folder: Path, shape: Shape, lora_ranks: list[int]) -> int:
     """Adapters `a0`, `a1`, … of the given ranks; those that are there already stay. Returns the bytes written."""
-    missing = [(i, r) for i, r in enumerate(lora_ranks) if not (folder / f"a{i}").exists()]
+    there = lambda i, r: holds(folder / f"a{i}" / "adapter_config.json", adapter_config(shape, r))
+    missing = [(i, r) for i, r in enumerate(lora_ranks) if not there(i, r)]
     with ThreadPoolExecutor(WRITERS) as pool:
         sizes = pool.map(lambda one: write_adapter(folder / f"a{one[0]}", shape, one[1], 7_000_000 + one[0]), missing)
     return sum(sizes)
@@ -226,7 +242,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=lambda s: [int(r) for r in s.split(",")], default=[], help="of the adapters")
     args = parser.parse_args()
     shape, begun, written = SHAPES[args.shape], time.monotonic(), 0
-    if not (args.folder / "model" / "config.json").exists():
+    if not holds(args.folder / "model" / "config.json", config(shape)):
         written += write_model(args.folder / "model", shape)
     written += write_adapters(args.folder / "adapters", shape, args.ranks)
     print(json.dumps(dict(bytes=written, seconds=round(time.monotonic() - begun, 2))))
