@@ -110,6 +110,7 @@ class Generator:
         middle = lambda figure: report[figure] and report[figure]["p50"]
         return dict(
             load=label,
+            adapters=min(load.adapters, len(self.adapters)),
             tokens=report["output_tokens_per_second"],
             ttft=middle("ttft_ms"),
             tpot=middle("tpot_ms"),
@@ -164,6 +165,8 @@ class Generator:
 
     def cold(self, count: int = 16) -> list[dict]:
         """Nobody arrives, known adapters do, adapters that nothing was read of do."""
+        if len(self.adapters) < 8 + 2 * count:
+            raise RuntimeError(f"{len(self.adapters)} adapters: too few to have some that were never read")
         warm, unknown = self.adapters[8 : 8 + count], self.adapters[-count:]
         self.touch(8 + count)
         return [self.arrivals("nobody", []), self.arrivals("warm adapters", warm), self.arrivals("cold adapters", unknown)]
@@ -180,15 +183,16 @@ def verdict(result: dict, slots: str) -> str:
     return f"{figure} {relation} {value}: {'met' if met else 'MISSED'}"
 
 
-def table(results: list[dict]) -> list[str]:
-    """Our figures beside the peer's."""
+def table(results: list[dict], comparable: bool) -> list[str]:
+    """Our figures; beside the peer's and the goals where model and card are those that the peer had."""
     show = lambda x, digits=1: "-" if x is None else f"{x:.{digits}f}"
     lines = [f"{'load':32}{'tok/s':>8}{'vLLM':>7}{'TTFT':>8}{'vLLM':>7}{'TPOT':>8}{'vLLM':>7}  err  goal"]
     for r in results:
         name, _, slots = r["load"].partition("/")
-        tokens, ttft, tpot = LOADS[name].peer
+        same = comparable and r["adapters"] == LOADS[name].adapters
+        tokens, ttft, tpot = LOADS[name].peer if same else (None, None, None)
         lines.append(
             f"{r['load']:32}{show(r['tokens'], 0):>8}{show(tokens, 0):>7}{show(r['ttft']):>8}{show(ttft, 0):>7}"
-            f"{show(r['tpot'], 2):>8}{show(tpot, 2):>7}{r['errors']:5}  {verdict(r, slots or 'default')}"
+            f"{show(r['tpot'], 2):>8}{show(tpot, 2):>7}{r['errors']:5}  {verdict(r, slots or 'default') if same else ''}"
         )
     return lines

@@ -101,8 +101,9 @@ def measure(s: Session, names: list[str], slots: int | None) -> None:
         if "cold" in names:
             s.guard("cold", lambda: [s.say(r) for r in generator.cold()])
         begun = time.monotonic()
-        if needed := max((LOADS[name].adapters for name in names if name != "cold"), default=0):
-            generator.touch(min(needed, len(generator.adapters)))
+        needed = max((LOADS[name].adapters for name in names if name != "cold"), default=0)
+        if needed := min(needed, len(generator.adapters)):
+            generator.touch(needed)
             s.say(dict(touched=needed, seconds=round(time.monotonic() - begun, 2)))
         for name in names:
             if name != "cold":
@@ -140,8 +141,10 @@ def check_demo(s: Session) -> None:
     """The demo model, served from its GGUF file, beside its conversion under transformers and PEFT."""
     folder, adapters = s.args.work / "demo", FIXTURES / "adapters"
     if not folder.exists():
-        convert = [sys.executable, FIXTURES / "gguf_to_hf.py", s.args.demo, folder]
-        subprocess.run(list(map(str, convert)), check=True)
+        part = s.args.work / "demo.part"  # of a conversion that was stopped midway, perhaps
+        shutil.rmtree(part, ignore_errors=True)
+        subprocess.run(list(map(str, [sys.executable, FIXTURES / "gguf_to_hf.py", s.args.demo, part])), check=True)
+        part.rename(folder)
     names = sorted(path.name for path in adapters.iterdir())
     start = lambda flags: s.server(flags, s.args.demo, adapters)
     s.say(reference(start, "demo model", (folder, adapters), [None, *names], QUESTIONS))
@@ -216,10 +219,11 @@ def main() -> int:
             s.guard(name, lambda: phase(s))
     s.cut_log()
     measured = [r for r in s.results if "load" in r]
+    comparable = args.shape == "8b" and args.device != "cpu" and args.scale == 1.0
     if measured:
-        print("\n".join(table(measured)))
+        print("\n".join(table(measured, comparable)))
     by_name = {r["load"]: r["tokens"] for r in measured}
-    if {"base-32", "lora-32x32"} <= by_name.keys():
+    if comparable and {"base-32", "lora-32x32"} <= by_name.keys():
         print(f"32 adapters / none, 32 streams: {by_name['lora-32x32'] / by_name['base-32']:.3f} (goal >= 0.80)")
     for r in s.results:
         if "check" in r:
