@@ -6,8 +6,8 @@ cd "$(dirname "$0")/.."
 
 mkdir -p carry
 built=$(
-  cargo test -p kernels --features cuda --no-run --message-format json
-  cargo build -p kernels --features cuda --bench cuda --bench ops --message-format json
+  cargo test -p kernels --features cuda --no-run --message-format json &&
+    cargo build -p kernels --features cuda --bench cuda --bench ops --message-format json
 )
 for target in test:conformance:conformance test:cuda:cuda_tests bench:cuda:cuda_bench bench:ops:ops_bench; do
   IFS=: read -r kind name as <<< "$target"
