@@ -62,7 +62,12 @@ class Session:
         model, adapters = model or self.args.work / "model", adapters or self.args.work / "adapters"
         flags = merged(["--device", self.args.device], self.args.flags, flags)
         server = Server(self.args.bin, model, adapters, self.log, flags)
-        self.say(dict(ready_seconds=round(server.ready_seconds, 2), model=model.name, flags=" ".join(flags), memory=server.memory()))
+        ready = dict(ready_seconds=round(server.ready_seconds, 2), model=model.name, flags=" ".join(flags))
+        try:
+            self.say(dict(ready, memory=server.memory()))
+        except BaseException:
+            server.stop()  # nobody else has it yet
+            raise
         return server
 
     def make(self, folder: Path, shape: str, ranks: list[int]) -> None:
