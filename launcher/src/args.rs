@@ -89,7 +89,7 @@ pub(crate) struct Args {
     /// Tokens of prompt and output together [default: what the model's positions allow]
     #[arg(long, env)]
     pub(crate) max_total_tokens: Option<usize>,
-    /// Prompt tokens in one step [default: 512]
+    /// Most prompt tokens in one step [default: 512, and slowly more while prompts wait]
     #[arg(long, env)]
     pub(crate) max_batch_prefill_tokens: Option<usize>,
     /// Sequences that run at the same time

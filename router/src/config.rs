@@ -77,7 +77,7 @@ pub struct RouterConfig {
     pub max_input_length: Option<usize>,
     /// Tokens of prompt and output together.
     pub max_total_tokens: Option<usize>,
-    /// Prompt tokens in one step.
+    /// Most prompt tokens in one step; the scheduler decides if none.
     pub max_batch_prefill_tokens: Option<usize>,
     /// Reuse keys and values of equal prefixes.
     pub prefix_caching: bool,

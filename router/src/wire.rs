@@ -46,7 +46,7 @@ impl From<proto::InfoResponse> for Info {
 impl Info {
     /// What the scheduler plans with.
     pub(crate) fn limits(&self, config: &RouterConfig) -> Limits {
-        let prefill = config.max_batch_prefill_tokens.unwrap_or(512);
+        let most = |tokens| u32::try_from(tokens).unwrap_or(u32::MAX).clamp(1, self.max_rows);
         Limits {
             num_blocks: self.num_blocks,
             block_size: self.block_size,
@@ -55,7 +55,7 @@ impl Info {
             max_rows: self.max_rows,
             max_sequences: self.max_sequences,
             max_logit_rows: self.max_logit_rows,
-            max_prefill_rows: u32::try_from(prefill).unwrap_or(u32::MAX).clamp(1, self.max_rows),
+            max_prefill_rows: config.max_batch_prefill_tokens.map(most),
             prefix_caching: config.prefix_caching,
         }
     }

@@ -68,7 +68,7 @@ impl Server {
             max_rows: 1_024,
             max_sequences: RUNNING,
             max_logit_rows: 1_024,
-            max_prefill_rows: 512,
+            max_prefill_rows: None,
             prefix_caching: true,
         };
         Self {

@@ -10,7 +10,7 @@
 //! # fn main() -> Result<(), SubmitError> {
 //! # let limits = Limits {
 //! #     num_blocks: 64, block_size: 16, num_slots: 4, adapter_bytes: 0, max_rows: 64, max_sequences: 8,
-//! #     max_logit_rows: 64, max_prefill_rows: 32, prefix_caching: true,
+//! #     max_logit_rows: 64, max_prefill_rows: None, prefix_caching: true,
 //! # };
 //! # let now = Duration::ZERO;
 //! let mut scheduler = Scheduler::new(limits);

@@ -61,8 +61,9 @@ pub struct Limits {
     pub max_sequences: u32,
     /// Rows of a step whose logits are computed: sampled ones, and all of a request with `prompt_logprobs`.
     pub max_logit_rows: u32,
-    /// Prompt rows in a step: what a running sequence waits between two tokens grows with it.
-    pub max_prefill_rows: u32,
+    /// Prompt rows in a step: what a running sequence waits between two tokens grows with it. `None` for a number that
+    /// follows the load.
+    pub max_prefill_rows: Option<u32>,
     /// Reuse the KV of equal prefixes of the same adapter.
     pub prefix_caching: bool,
 }
@@ -86,7 +87,7 @@ impl Limits {
             self.max_rows,
             self.max_sequences,
             self.max_logit_rows,
-            self.max_prefill_rows,
+            self.max_prefill_rows.unwrap_or(1),
         ];
         assert!(positive.iter().all(|&limit| limit > 0), "a limit is zero: {self:?}");
     }

@@ -9,6 +9,8 @@ use std::{
     time::Duration,
 };
 
+use plan::PrefillBudget;
+
 use crate::{
     AdapterKey, Event, FailReason, Limits, Request, RequestId, Stats, SubmitError,
     blocks::Blocks,
@@ -63,6 +65,7 @@ pub struct Scheduler {
     flights: VecDeque<Flight>,
     /// Seats to free with the next step.
     dropped: Vec<RequestId>,
+    prefill_budget: PrefillBudget,
     arrivals: Arrival,
     steps: u64,
     preemptions: u64,
@@ -85,6 +88,7 @@ impl Scheduler {
             tickets: HashMap::new(),
             flights: VecDeque::new(),
             dropped: Vec::new(),
+            prefill_budget: PrefillBudget::default(),
             arrivals: 0,
             steps: 0,
             preemptions: 0,

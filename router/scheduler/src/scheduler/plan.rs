@@ -16,6 +16,44 @@ const GENERATED: u64 = 2;
 /// ones: on an H100, 543 rows of an 8B-sized model took 18.7 ms and 512 rows 12.
 const TILE_ROWS: usize = 128;
 
+/// Prompt rows of a step, unless a limit is set: about where more of them no longer make each of them cheaper.
+const PREFILL_ROWS: usize = 512;
+/// What is added to that with every step that has no more room for prompts, and taken off again with every other.
+const PREFILL_GROWTH: usize = 4;
+
+/// How many prompt rows a step may have. A fixed number leaves seats empty where prompts are long for their answers or
+/// sequences are many; a large one makes everybody wait for each prompt. So this one grows slowly while prompts wait:
+/// they keep arriving in turn, where steps that take all of them at once would keep them in lockstep for ever.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct PrefillBudget(usize);
+
+impl Default for PrefillBudget {
+    fn default() -> Self {
+        Self(PREFILL_ROWS)
+    }
+}
+
+impl PrefillBudget {
+    /// Prompt rows beside so many decode rows: whole tiles together, but for less than half of what was wanted.
+    fn rows(self, limits: &Limits, decode: usize) -> usize {
+        let (wanted, tiles) = match limits.max_prefill_rows {
+            Some(most) => (most as usize, (most as usize + decode) / TILE_ROWS),
+            None => (self.0, (self.0 + decode + TILE_ROWS / 2) / TILE_ROWS),
+        };
+        let rows = (tiles * TILE_ROWS).saturating_sub(decode);
+        if rows > wanted / 2 { rows } else { wanted }
+    }
+
+    /// Learns whether a step had room for more prompts.
+    fn follow(&mut self, limits: &Limits, had_room: bool) {
+        let most = (limits.max_rows as usize).max(PREFILL_ROWS);
+        self.0 = match had_room {
+            true => self.0.saturating_sub(PREFILL_GROWTH).max(PREFILL_ROWS),
+            false => (self.0 + PREFILL_GROWTH).min(most),
+        };
+    }
+}
+
 /// A step being planned, and what is left of its budgets.
 #[derive(Debug)]
 pub(super) struct Draft {
@@ -34,7 +72,7 @@ impl Draft {
         Self {
             id,
             rows_left: limits.max_rows as usize,
-            prefill_left: limits.max_prefill_rows as usize,
+            prefill_left: 0,
             logits_left: limits.max_logit_rows as usize,
             unload: Vec::new(),
             load: Vec::new(),
@@ -71,17 +109,6 @@ impl Draft {
         self.logits_left -= if sequence.prompt_logprobs { rows } else { usize::from(sample) };
     }
 
-    /// Cuts the prefill budget so that a step that fills it has whole tiles of rows together with those planned so far,
-    /// unless that would take half of it or more.
-    fn fill_tiles(&mut self) {
-        let planned: usize = self.rows.iter().map(|(.., plan)| plan.rows as usize).sum();
-        let total = (self.prefill_left + planned) / TILE_ROWS * TILE_ROWS;
-        let left = total.saturating_sub(planned);
-        if left > self.prefill_left / 2 {
-            self.prefill_left = left;
-        }
-    }
-
     fn is_empty(&self) -> bool {
         self.rows.is_empty() && self.load.is_empty() && self.unload.is_empty()
     }
@@ -98,6 +125,7 @@ impl Scheduler {
         self.plan_running(&mut draft);
         self.load_adapters(&mut draft, now);
         self.admit(&mut draft, now);
+        self.prefill_budget.follow(&self.limits, draft.prefill_left > 0);
         if draft.is_empty() && self.dropped.is_empty() {
             return None;
         }
@@ -111,7 +139,8 @@ impl Scheduler {
         for (arrival, _) in generating {
             self.plan_rows(arrival, draft);
         }
-        draft.fill_tiles();
+        let decode = draft.rows.iter().map(|(.., plan)| plan.rows as usize).sum();
+        draft.prefill_left = self.prefill_budget.rows(&self.limits, decode);
         for (arrival, _) in prefilling {
             self.plan_rows(arrival, draft);
         }

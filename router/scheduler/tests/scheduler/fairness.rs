@@ -134,7 +134,8 @@ fn a_hot_adapter_leaves_its_slot_to_a_cold_one() {
 
 #[test]
 fn an_overdue_adapter_goes_first_whatever_it_owes() {
-    let mut crowd = Crowd::new(Limits { max_sequences: 1, max_prefill_rows: 200, max_rows: 200, ..limits() });
+    let mut crowd =
+        Crowd::new(Limits { max_sequences: 1, max_prefill_rows: Some(200), max_rows: 200, ..limits() });
     // Adapter 1 has had as much as 116 requests of each of the others, which would keep it waiting for 10 seconds.
     crowd.submit(1, 150, 100);
     crowd.submit(1, 4, 1);

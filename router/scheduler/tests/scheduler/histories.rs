@@ -40,7 +40,7 @@ fn op() -> impl Strategy<Value = Op> {
 
 fn some_limits() -> impl Strategy<Value = Limits> {
     let sizes = (4..40u32, 1..7u32, 1..5u32, prop_oneof![Just(0), Just(10), Just(25)]);
-    let budgets = (1..24u32, 1..7u32, 1..24u32, 1..16u32);
+    let budgets = (1..24u32, 1..7u32, 1..24u32, prop::option::of(1..16u32));
     (sizes, budgets, any::<bool>()).prop_map(|(sizes, budgets, prefix_caching)| Limits {
         num_blocks: sizes.0,
         block_size: sizes.1,

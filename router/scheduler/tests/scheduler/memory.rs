@@ -46,7 +46,8 @@ fn the_youngest_gives_way_and_loses_nothing() {
 
 #[test]
 fn nobody_is_admitted_into_blocks_that_others_need_next() {
-    let mut world = World::new(Limits { num_blocks: 16, max_rows: 99, max_prefill_rows: 99, ..limits() });
+    let mut world =
+        World::new(Limits { num_blocks: 16, max_rows: 99, max_prefill_rows: Some(99), ..limits() });
     for id in 0..8 {
         world.submit(request(id, 0, prompt(id, 12), 12)).unwrap();
     }

@@ -71,7 +71,7 @@ fn a_server_without_rows_is_refused() {
 
 #[test]
 fn a_full_step_has_whole_tiles_of_rows() {
-    let wide = Limits { num_blocks: 400, max_prefill_rows: 256, max_rows: 1024, ..limits() };
+    let wide = Limits { num_blocks: 400, max_prefill_rows: Some(256), max_rows: 1024, ..limits() };
     let mut world = World::new(wide);
     for id in 1..4 {
         world.submit(request(id, 0, prompt(id, 4), 9)).unwrap();
@@ -85,8 +85,46 @@ fn a_full_step_has_whole_tiles_of_rows() {
 }
 
 #[test]
+fn the_prefill_budget_follows_the_load() {
+    let wide = Limits {
+        num_blocks: 20_000,
+        max_prefill_rows: None,
+        max_rows: 2048,
+        max_sequences: 128,
+        max_logit_rows: 128,
+        ..limits()
+    };
+    let mut world = World::new(wide);
+    for id in 0..70 {
+        world.submit(request(id, 0, prompt(id, 2), 200)).unwrap();
+    }
+    world.turn();
+    // 512 and 70 rows are nearer to 640 than to 512.
+    world.submit(request(100, 0, prompt(100, 60_000), 1)).unwrap();
+    let prefill = |world: &mut World| {
+        let rows = rows(world).last().map_or(0, |&(_, _, rows, _)| rows);
+        world.run();
+        rows
+    };
+    assert_eq!(prefill(&mut world), 640 - 70);
+    // Every step without room for the rest of the prompt adds 4 rows: the next tile is nearer from 634 rows on.
+    let grown: Vec<u32> = (0..80).map(|_| prefill(&mut world)).collect();
+    assert!(grown.is_sorted());
+    assert_eq!(grown.iter().filter(|&&rows| rows == 640 - 70).count(), 30);
+    assert_eq!(grown.last(), Some(&(896 - 70)));
+    // It is forgotten as slowly.
+    world.cancel(RequestId(100));
+    for _ in 0..80 {
+        prefill(&mut world);
+    }
+    world.submit(request(101, 0, prompt(101, 6000), 1)).unwrap();
+    assert_eq!(prefill(&mut world), 640 - 70);
+    world.run_to_end();
+}
+
+#[test]
 fn a_prompt_is_prefilled_in_chunks_beside_decode_rows() {
-    let mut world = World::new(Limits { max_prefill_rows: 10, max_rows: 11, ..limits() });
+    let mut world = World::new(Limits { max_prefill_rows: Some(10), max_rows: 11, ..limits() });
     world.submit(request(1, 0, prompt(1, 4), 9)).unwrap();
     world.submit(request(2, 0, prompt(2, 25), 2)).unwrap();
     assert_eq!(rows(&mut world), [(1, 0, 4, true), (2, 0, 6, false)]);

@@ -23,7 +23,7 @@ pub(crate) fn limits() -> Limits {
         max_rows: 32,
         max_sequences: 8,
         max_logit_rows: 32,
-        max_prefill_rows: 16,
+        max_prefill_rows: Some(16),
         prefix_caching: true,
     }
 }
@@ -256,7 +256,8 @@ impl World {
             logits += if scored { planned.rows } else { u32::from(planned.sample) };
         }
         assert!(rows <= self.limits.max_rows, "{rows} rows");
-        assert!(prefill <= self.limits.max_prefill_rows, "{prefill} prefill rows");
+        let most = self.limits.max_prefill_rows.unwrap_or(self.limits.max_rows);
+        assert!(prefill <= most, "{prefill} prefill rows");
         assert!(logits <= self.limits.max_logit_rows, "{logits} logit rows");
         let adapters = plan.rows.iter().map(|planned| self.open[&planned.id].adapter.map(|a| a.key));
         let mut runs: Vec<_> = adapters.collect();
