@@ -287,19 +287,6 @@ static_assert(attention::kPrefillRows == kPairs, "the kernel counts a group's si
 
 }  // namespace hopper
 
-// Whether the current device is Hopper's, and kernels were compiled for it.
-extern "C" int lorax_is_hopper() {
-#ifdef LORAX_SM_90A
-  int device = 0, major = 0, minor = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
-         minor == 0;
-#else
-  return 0;
-#endif
-}
-
 // Items of several rows, heads of up to 128.
 extern "C" int lorax_attention_hopper(const AttentionArgs* args, int elem, int max_items, cudaStream_t stream) {
   WITH_HALF(elem, T, {

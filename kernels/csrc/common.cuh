@@ -174,14 +174,7 @@ __host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; 
 inline int launched() { return static_cast<int>(cudaGetLastError()); }
 
 // Whether the current device can start a kernel before the one ahead of it has ended.
-inline bool can_chain() {
-  static const bool can = [] {
-    int device = 0, major = 0;
-    return cudaGetDevice(&device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
-  }();
-  return can;
-}
+bool can_chain();
 
 // Launches a kernel that calls `await_previous`, in clusters of so many blocks along x.
 template <typename... P, typename... A>

@@ -54,8 +54,8 @@ pub struct CudaMark(Event);
 
 /// One NVIDIA GPU of compute capability 8.0 or newer.
 ///
-/// A row's result may differ in its last bits with the number of rows of a step, which the choice of a matrix
-/// product's algorithm depends on; it does not depend on what the other rows hold.
+/// A row's result may differ in its last bits with the shape of a step, which the choice of a kernel depends on: its
+/// number of rows, whether any has an adapter, the lengths of prompts. It does not depend on what the other rows hold.
 pub struct CudaBackend {
     dtype: DType,
     gemm: gemm::Gemm,
@@ -281,7 +281,7 @@ impl Backend for CudaBackend {
     }
 
     fn rehearsed_rows(&self, max_rows: usize) -> Vec<usize> {
-        if self.gemm.is_learning() { gemm::large_rows(max_rows) } else { Vec::new() }
+        if self.gemm.is_learning() { gemm::classes(max_rows) } else { Vec::new() }
     }
 
     fn embed(

@@ -22,7 +22,7 @@ use super::{
 use crate::{DType, Error, Result};
 use choices::{Choices, Clock};
 
-pub(super) use choices::large_rows;
+pub(super) use choices::classes;
 
 /// Of `cublasOperation_t`, which the bindings of cuBLASLt leave out.
 const CUBLAS_OP_T: i32 = 1;

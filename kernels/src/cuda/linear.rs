@@ -174,6 +174,7 @@ struct Deltas<'a> {
     max_tiles: usize,
     tile_rows: u32,
     batch: &'a CudaBatch,
+    rows: RowSet,
 }
 
 impl<'a> Deltas<'a> {
@@ -217,7 +218,7 @@ impl<'a> Deltas<'a> {
             splits: wanted.min(most).max(1) as i32,
             first_out,
         };
-        Ok(Some(Deltas { args, max_tiles, tile_rows, batch }))
+        Ok(Some(Deltas { args, max_tiles, tile_rows, batch, rows: lora.rows }))
     }
 
     fn shrink(&self, be: &CudaBackend) -> Result<()> {
@@ -243,12 +244,7 @@ impl<'a> Deltas<'a> {
         let halves = self.args.slices == 2 && self.args.first_out[1] as usize == inner;
         let whole = inner.is_multiple_of(ffi::OUT_BLOCK) && gate_up.cols() == 2 * inner;
         let half_size = gate_up.wide() == 0 && y.wide() == 0;
-        halves && whole && half_size && self.is_of_all_rows() && self.tile_rows > SMALL_TILE
-    }
-
-    /// Whether the tiles that follow these are of the rows without an adapter.
-    fn is_of_all_rows(&self) -> bool {
-        self.args.tiles == self.batch.at.tiles(RowSet::All)
+        halves && whole && half_size && self.rows == RowSet::All && self.tile_rows > SMALL_TILE
     }
 
     /// Adds the deltas to gate and up on their way into `y`; `gate_up` stays as it is.
@@ -267,7 +263,7 @@ impl<'a> Deltas<'a> {
         self.args.slices == 1
             && outputs.is_multiple_of(ffi::OUT_BLOCK)
             && outputs <= ffi::MAX_NORMED
-            && self.is_of_all_rows()
+            && self.rows == RowSet::All
     }
 
     /// Adds the deltas to `residual`, and norms it.

@@ -198,6 +198,8 @@ mod tests {
         assert_eq!(lora_tiles(&segments, 32), [[2, 1, 7], [10, 32, 1], [42, 8, 1]]);
         assert!(lora_tiles(&[], 8).is_empty());
         assert_eq!(shrink_pieces(&lora_tiles(&segments, 32)), 1 + 2 + 1);
-        assert_eq!(bare_tiles(&segments, 200, 64), [[0, 3, NO_SLOT]]);
+        let bare =
+            [[0, 2], [3, 7], [50, 64], [114, 64], [178, 22]].map(|[start, rows]| [start, rows, NO_SLOT]);
+        assert_eq!(bare_tiles(&segments, 200, 64), bare);
     }
 }

@@ -3,7 +3,7 @@
 //! An algorithm is 64 opaque bytes, which the library lets its callers keep and use again with the same version of it
 //! (cuBLAS documentation, `cublasLtMatmulAlgo_t`).
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, iter, sync::Arc};
 
 use cudarc::cublaslt::sys;
 
@@ -24,21 +24,25 @@ const WORTH: f64 = 0.98;
 /// More than the second-level cache of any card holds: weights come from memory in a step.
 const FLUSHED: usize = 128 << 20;
 
-impl Shape {
-    /// The shape that stands for all that share an algorithm with this one.
-    fn class(self) -> Shape {
-        let step = match self.rows {
-            0..=64 => 8,
-            65..=LARGE_ROWS => 16,
-            _ => TILE_ROWS,
-        };
-        Shape { rows: self.rows.next_multiple_of(step), ..self }
-    }
+/// The number of rows that stands for all that share algorithms with this one.
+fn class(rows: usize) -> usize {
+    rows.next_multiple_of(match rows {
+        0..=64 => 8,
+        65..=LARGE_ROWS => 16,
+        _ => TILE_ROWS,
+    })
 }
 
-/// The rows of steps, up to `max_rows`, that meet every class beyond those of decode steps.
-pub(in crate::cuda) fn large_rows(max_rows: usize) -> Vec<usize> {
-    (LARGE_ROWS + TILE_ROWS..=max_rows).step_by(TILE_ROWS).collect()
+/// One number of rows, up to `max_rows`, of every class.
+pub(in crate::cuda) fn classes(max_rows: usize) -> Vec<usize> {
+    let classes = iter::successors(Some(class(1)), |rows| Some(class(rows + 1)));
+    classes.take_while(|rows| *rows <= max_rows).collect()
+}
+
+impl Shape {
+    fn class(self) -> Shape {
+        Shape { rows: class(self.rows), ..self }
+    }
 }
 
 /// Algorithms by class of shapes.
@@ -154,8 +158,10 @@ mod tests {
     }
 
     #[test]
-    fn every_class_of_large_steps_is_met() {
-        assert_eq!(large_rows(700), [384, 512, 640]);
-        assert!(large_rows(300).is_empty());
+    fn every_number_of_rows_is_of_a_class_that_is_met() {
+        let met = classes(2048);
+        assert!((1..=2048).all(|rows| met.contains(&class(rows))));
+        assert!(met.is_sorted() && met.len() < 40);
+        assert_eq!(classes(20), [8, 16]);
     }
 }
