@@ -105,8 +105,11 @@ impl<S: Simd> Arithmetic<S> for Half {
     }
 }
 
-/// Lines of a panel that are asked for before they are read: what memory takes to answer while a row multiplies.
-const AHEAD: usize = 40;
+/// Lines of a panel that are asked for before they are read. A few rows take less time than memory and its own streams
+/// do most; many take more, so that every line that is late is time lost.
+const fn ahead(rows: usize) -> usize {
+    if rows < 8 { 40 } else { 80 }
+}
 
 /// Asks for a line.
 #[inline(always)]
@@ -138,7 +141,7 @@ pub(super) unsafe fn tile<S: Simd, A: Arithmetic<S>, const R: usize, const P: us
             }
             for p in 0..P {
                 // Behind the last line, the next tile's are: groups of panels lie behind each other.
-                prefetch(w[p].wrapping_add((k + AHEAD) * step));
+                prefetch(w[p].wrapping_add((k + ahead(R)) * step));
             }
             for r in 0..R {
                 let inputs = A::inputs(x.add(r * x_stride + k * A::INPUT_BYTES));
@@ -151,9 +154,9 @@ pub(super) unsafe fn tile<S: Simd, A: Arithmetic<S>, const R: usize, const P: us
 }
 
 /// Asks for the first lines of a product that nobody asked for yet: all at once they come soonest.
-pub(super) fn prefetch_first(w: View<'_>, panel: usize) {
+pub(super) fn prefetch_first(w: View<'_>, panel: usize, rows: usize) {
     let (first, step) = w.place(panel);
-    w.lines[first..].iter().take(AHEAD * step).for_each(|line| prefetch(line));
+    w.lines[first..].iter().take(ahead(rows) * step).for_each(|line| prefetch(line));
 }
 
 /// Where the products go.

@@ -252,7 +252,7 @@ impl<'a> Call<'a> {
 
     /// The base product of some panels, and the deltas while it is in cache.
     fn sum_panels(&self, panels: &Range<usize>) {
-        prefetch_first(self.w, panels.start);
+        prefetch_first(self.w, panels.start, self.rows);
         self.prefetch_expands(panels);
         self.base(panels.clone());
         self.expand(panels);
