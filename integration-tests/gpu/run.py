@@ -17,7 +17,7 @@ from pathlib import Path
 from check import batches, reference, words
 from crash import Crash
 from loads import GROUPS, LOADS, Generator, table
-from server import Server
+from server import Server, card
 from soak import Soak
 
 HERE = Path(__file__).resolve().parent
@@ -212,6 +212,8 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     args = arguments()
     s = Session(args)
+    gpu = card() if args.device != "cpu" else None
+    s.say(dict(card=gpu))
     if "model" in args.phases:
         s.guard("model", lambda: make_model(s))
     names = [name for phase in args.phases for name in GROUPS.get(phase, [phase]) if name in LOADS or name == "cold"]
@@ -224,7 +226,7 @@ def main() -> int:
             s.guard(name, lambda: phase(s))
     s.cut_log()
     measured = [r for r in s.results if "load" in r]
-    comparable = args.shape == "8b" and args.device != "cpu" and args.scale == 1.0
+    comparable = args.shape == "8b" and args.device != "cpu" and args.scale == 1.0 and "H100" in (gpu or "")
     if measured:
         print("\n".join(table(measured, comparable)))
     by_name = {r["load"]: r["tokens"] for r in measured}

@@ -122,6 +122,14 @@ class Server:
         return found
 
 
+def card() -> str | None:
+    """The name of the first GPU; none on a machine without one."""
+    try:
+        return subprocess.check_output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], text=True).splitlines()[0]
+    except FileNotFoundError:
+        return None
+
+
 def device_memory(pids: set[int]) -> dict[str, int]:
     """Bytes that the driver counts for these processes; those of the whole first GPU where it does not tell them apart."""
     ask = lambda query: subprocess.check_output(["nvidia-smi", query, "--format=csv,noheader,nounits"], text=True)

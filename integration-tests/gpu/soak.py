@@ -24,7 +24,7 @@ class Soak:
         self.originals = sorted(p for p in folder.iterdir() if p.name.startswith("a"))
         self.lock = threading.Lock()
         self.visiting: dict[str, int] = {}  # adapters that come and go, and the requests that use them now
-        self.done = self.left = self.tokens = self.visitors = 0  # visitors: requests that used one
+        self.done = self.left = self.tokens = self.visits = 0  # visits: requests that used such an adapter
         self.errors: list[str] = []
         self.samples: list[dict] = []
 
@@ -53,12 +53,12 @@ class Soak:
             seconds=self.seconds,
             requests=self.done,
             left_early=self.left,
-            visitors=self.visitors,
+            visits=self.visits,
             output_tokens=self.tokens,
             errors=len(self.errors),
             error_samples=sorted(set(self.errors))[:5],
             memory=growth,
-            passed=steady and not self.errors and min(self.done, self.left, self.visitors) > 0,
+            passed=steady and not self.errors and min(self.done, self.left, self.visits) > 0,
         )
 
     def sample(self, begun: float) -> None:
@@ -117,7 +117,7 @@ class Soak:
             try:
                 self.request(draw, adapter)
                 with self.lock:
-                    self.visitors += name is not None
+                    self.visits += name is not None
             except Exception as error:  # whatever it is, it counts
                 self.errors.append(f"{type(error).__name__}: {error}")
             if name:

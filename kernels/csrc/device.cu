@@ -12,7 +12,9 @@ __global__ void probe() {}
 bool can_chain() {
   static const bool can = [] {
     cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, probe) == cudaSuccess && attributes.ptxVersion >= 90;
+    if (cudaFuncGetAttributes(&attributes, probe) == cudaSuccess) return attributes.ptxVersion >= 90;
+    cudaGetLastError();  // not the next launch's
+    return false;
   }();
   return can;
 }

@@ -12,6 +12,7 @@ constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
 constexpr int kRows = 16;
 constexpr int kMaxBlocks = 8;  // of a cluster: more are not portable
+constexpr int kMaxOutputs = kMaxBlocks * kWarps * 2 * lora::kOutBlock;
 
 // The columns of a thread in a block of outputs, of two rows eight apart: as Columns has them.
 using Part = float[2][2][8];
@@ -152,10 +153,11 @@ int launch(const LoraArgs& args, const float* w, float eps, void* y, dim3 grid, 
 
 }  // namespace
 
-// `y` [rows, out_cols]; `args` has one slice of outputs, a multiple of 64 and at most 8192; its tiles cover all rows and
-// have at most `tile_rows` each.
+// `y` [rows, out_cols]; `args` has one slice of outputs, a multiple of 64 and at most kMaxOutputs; its tiles cover all
+// rows and have at most `tile_rows` each.
 extern "C" int lorax_expand_norm_hopper(const LoraArgs* args, const float* w, float eps, void* y, int elem, int max_tiles,
                                         int tile_rows, cudaStream_t stream) {
+  if (args->out_cols > kMaxOutputs) return cudaErrorInvalidValue;
   const dim3 grid(1, ceil_div(tile_rows, kRows), max_tiles);
   const bool narrow = args->out_cols <= kMaxBlocks * kWarps * lora::kOutBlock;
   WITH_HALF(elem, T, {

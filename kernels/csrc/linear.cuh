@@ -13,3 +13,10 @@ struct LinearArgs {
   int outputs;
   int add;  // not 0: added to what y, of f32, holds
 };
+
+// Adds without waiting for what is there: the second-level cache does it, and nobody else adds to this element.
+template <typename R> __device__ inline void store_sum(R* y, float sum, int add) {
+  if constexpr (sizeof(R) == 4)
+    if (add) return (void)atomicAdd(y, sum);
+  *y = from_float<R>(sum);
+}

@@ -191,14 +191,14 @@ __device__ void shrink(const LoraArgs& p, const LoraTile& tile, Piece<T> piece, 
     });
 }
 
-// Adds without waiting for what is there: the second-level cache does it, and nobody else adds to these four.
+// As `store_sum`, four at a time.
 __device__ inline void add_floats(float* y, const float (&sums)[4]) {
   asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(y), "f"(sums[0]), "f"(sums[1]), "f"(sums[2]),
                "f"(sums[3])
                : "memory");
 }
 
-template <typename R> __device__ inline void store(R* y, const float (&sums)[4], int add) {
+template <typename R> __device__ inline void store_sums(R* y, const float (&sums)[4], int add) {
   if constexpr (sizeof(R) == 4)
     if (add) return add_floats(y, sums);
   store_floats<R, 4>(y, sums);
@@ -213,11 +213,11 @@ __device__ void base(const LinearArgs& a, int output0, const Piece<T>& piece, co
 #pragma unroll
     for (int i = 0; i < 4; i++) own[i] = sums[i] + (a.bias && first + i < a.outputs ? a.bias[first + i] : 0.f);
     if (a.outputs % 4 == 0) {
-      if (first < a.outputs) store<R>(y, own, a.add);
+      if (first < a.outputs) store_sums<R>(y, own, a.add);
     } else {
 #pragma unroll
       for (int i = 0; i < 4; i++)
-        if (first + i < a.outputs) y[i] = from_float<R>(own[i] + (a.add ? to_float(y[i]) : 0.f));
+        if (first + i < a.outputs) store_sum<R>(y + i, own[i], a.add);
     }
   });
 }

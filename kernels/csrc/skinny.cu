@@ -166,12 +166,6 @@ template <typename T, typename F> __device__ void shrink(const LoraArgs& p, type
   }
 }
 
-template <typename R> __device__ inline void store_sum(R* y, float sum, int add) {
-  if constexpr (sizeof(R) == 4)
-    if (add) return (void)atomicAdd(y, sum);  // without waiting for what is there; nobody else adds to it
-  *y = from_float<R>(sum);
-}
-
 template <typename T, typename R, typename F>
 __global__ void __launch_bounds__(kThreads, F::BLOCKS) skinny(const __grid_constant__ LinearArgs a,
                                                               const __grid_constant__ LoraArgs p, int lora_blocks) {

@@ -32,7 +32,6 @@ pub use memory::{CudaKv, CudaMat, CudaRope, CudaVector, CudaWeight};
 pub use sampler::{CudaPending, CudaSampler};
 
 use device::{Device, Event, Stream, launched};
-use memory::expect;
 use staging::Staging;
 
 const BACKEND: &str = "cuda";
@@ -341,10 +340,7 @@ impl Backend for CudaBackend {
 
     fn rms_norm(&self, x: &CudaMat, w: &CudaVector, eps: f32, y: &mut CudaMat) -> Result<()> {
         let op = "rms_norm";
-        x.expect_wide(op)?;
-        y.expect_half(op)?;
-        y.expect_cols(op, "columns of y", x.cols())?;
-        expect(op, "weights", w.len, x.cols())?;
+        linear::expect_norm(x, w, y)?;
         y.resize(op, x.rows())?;
         let (rows, cols) = (x.rows() as i32, x.cols() as i32);
         // SAFETY: shapes were checked.

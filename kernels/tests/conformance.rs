@@ -260,7 +260,7 @@ fn normed_projections_with_deltas<B: Backend>(ops: &B) {
         let slots = fill_slots(ops, slice::from_ref(&site), &adapters);
         let (w, bias) = (numbers.table(outputs, 72), numbers.table(1, outputs).data);
         let norm = numbers.table(1, outputs).data;
-        let weight = (&ops.weight(&[tensor(&w)]).unwrap(), Some(&ops.vector(&bias).unwrap()));
+        let (weight, bias_of) = (ops.weight(&[tensor(&w)]).unwrap(), ops.vector(&bias).unwrap());
         let vector = ops.vector(&norm).unwrap();
         let slots_of = [None, Some(0), None, Some(2), Some(1)];
         for (sequences, slots_of) in [
@@ -280,7 +280,7 @@ fn normed_projections_with_deltas<B: Backend>(ops: &B) {
             let (x, norm_of) = (mat(ops, &x), (&vector, 1e-5));
             ops.add_linear_norm(
                 &x,
-                Projection { weight: weight.0, bias: weight.1, lora: Some(lora) },
+                Projection { weight: &weight, bias: Some(&bias_of), lora: Some(lora) },
                 &mut residual,
                 norm_of,
                 &mut y,

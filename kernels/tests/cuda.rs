@@ -361,28 +361,12 @@ impl Layer {
             ops.linear(x, Projection::new(&weights[0], lora(0)), qkv).map(settle).unwrap();
             ops.rope_and_store(qkv, Self::HEADS, rope, &device, kv).map(settle).unwrap();
             ops.paged_attention(qkv, &attention, &device, kv, attn).map(settle).unwrap();
-            let o = (&weights[1], None);
-            ops.add_linear_norm(
-                attn,
-                Projection { weight: o.0, bias: o.1, lora: lora(1) },
-                residual,
-                (norm, 1e-5),
-                x,
-            )
-            .map(settle)
-            .unwrap();
+            let (o, to) = (Projection::new(&weights[1], lora(1)), (&*norm, 1e-5));
+            ops.add_linear_norm(attn, o, residual, to, x).map(settle).unwrap();
             ops.linear(x, Projection::new(&weights[2], lora(2)), gate_up).map(settle).unwrap();
             ops.silu_mul(gate_up, act).map(settle).unwrap();
-            let down = (&weights[3], None);
-            ops.add_linear_norm(
-                act,
-                Projection { weight: down.0, bias: down.1, lora: lora(3) },
-                residual,
-                (norm, 1e-5),
-                x,
-            )
-            .map(settle)
-            .unwrap();
+            let down = Projection::new(&weights[3], lora(3));
+            ops.add_linear_norm(act, down, residual, to, x).map(settle).unwrap();
         }
         ops.download(residual).unwrap()
     }

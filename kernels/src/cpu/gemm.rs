@@ -105,8 +105,8 @@ impl<S: Simd> Arithmetic<S> for Half {
     }
 }
 
-/// Lines of a panel that are asked for before they are read. A few rows take less time than memory and its own streams
-/// do most; many take more, so that every line that is late is time lost.
+/// Lines of a panel that are asked for before `rows` rows are multiplied with them. A few rows wait for memory whatever
+/// they ask for, and the processor asks by itself; many take longer than memory does, unless a line comes late.
 const fn ahead(rows: usize) -> usize {
     if rows < 8 { 40 } else { 80 }
 }

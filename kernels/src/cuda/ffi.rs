@@ -41,7 +41,7 @@ pub(super) struct AttentionArgs {
 pub(super) const MAX_LORA_RANK: usize = 512;
 /// `kOutBlock` in `lora.cuh`.
 pub(super) const OUT_BLOCK: usize = 64;
-/// Most outputs of `lorax_expand_norm_hopper`.
+/// `kMaxOutputs` in `expand_norm_hopper.cu`.
 pub(super) const MAX_NORMED: usize = 8192;
 /// `kMaxSlices` in `lora.cuh`.
 pub(super) const MAX_SLICES: usize = 4;

@@ -1,4 +1,4 @@
-//! `y = x · Wᵀ` through cuBLASLt. Plans are made once a shape and kept; while steps are rehearsed, every algorithm that
+//! `y (+)= x · Wᵀ` through cuBLASLt. Plans are made once a shape and kept; while steps are rehearsed, every algorithm that
 //! the library offers for a shape is timed.
 
 mod choices;

@@ -57,6 +57,7 @@ pub(super) fn add_linear_norm(
     residual: &mut CudaMat,
     ((norm, eps), y): ((&CudaVector, f32), &mut CudaMat),
 ) -> Result<()> {
+    expect_norm(residual, norm, y)?;
     match base(be, x, by, (residual, true))? {
         Some(deltas) if be.hopper && deltas.can_norm() => {
             return deltas.expand_norm(be, residual, (norm, eps), y);
@@ -65,6 +66,15 @@ pub(super) fn add_linear_norm(
         None => {}
     }
     be.rms_norm(residual, norm, eps, y)
+}
+
+/// Refuses weights and a result that are not of the stream's width: before anything is added to it.
+pub(super) fn expect_norm(x: &CudaMat, w: &CudaVector, y: &CudaMat) -> Result<()> {
+    let op = "rms_norm";
+    x.expect_wide(op)?;
+    y.expect_half(op)?;
+    y.expect_cols(op, "columns of y", x.cols())?;
+    expect(op, "weights", w.len, x.cols())
 }
 
 /// The base product, added to what `y` holds or in place of it, and the shrink. Returns the deltas that are to be added.
@@ -244,6 +254,7 @@ impl<'a> Deltas<'a> {
         let halves = self.args.slices == 2 && self.args.first_out[1] as usize == inner;
         let whole = inner.is_multiple_of(ffi::OUT_BLOCK) && gate_up.cols() == 2 * inner;
         let half_size = gate_up.wide() == 0 && y.wide() == 0;
+        // Recorded steps, which have room for more tiles than there are, have small ones.
         halves && whole && half_size && self.rows == RowSet::All && self.tile_rows > SMALL_TILE
     }
 
@@ -275,9 +286,6 @@ impl<'a> Deltas<'a> {
         y: &mut CudaMat,
     ) -> Result<()> {
         let op = "rms_norm";
-        y.expect_half(op)?;
-        y.expect_cols(op, "columns of y", residual.cols())?;
-        expect(op, "weights", norm.len, residual.cols())?;
         y.resize(op, residual.rows())?;
         let args = ffi::LoraArgs { num_tiles: self.batch.at.num_all_tiles(), ..self.args };
         let (tiles, tile_rows) = (self.batch.all_tiles(), self.tile_rows as i32);

@@ -21,7 +21,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 pub(super) struct Commit {
     pub(super) api: Api,
     pub(super) repo: Repo,
-    /// What the hub gets to send the next bytes of a file.
+    /// What the hub gets to send the next bytes of a file, the first ones after its headers and a wait for whoever
+    /// fetches the same file.
     pub(super) patience: Duration,
 }
 
@@ -52,7 +53,8 @@ impl Commit {
                 Ok(News::End(result)) => return result,
                 Err(RecvTimeoutError::Timeout) => {
                     let seconds = self.patience.as_secs();
-                    let message = format!("while waiting for {file}: nothing came for {seconds} s");
+                    let name = super::BYTES.0;
+                    let message = format!("while waiting for {file}: nothing came for {seconds} s ({name})");
                     return Err(io::Error::new(io::ErrorKind::TimedOut, message).into());
                 }
                 Err(RecvTimeoutError::Disconnected) => {

@@ -70,7 +70,8 @@ impl<B: Backend> Linear<B> {
     }
 
     /// Adds this projection of `x` to the residual stream, and norms that into `y`. Where every rank has a share, one of
-    /// them adds its own to the stream, the others put theirs in its place, and the sum over ranks is the stream again.
+    /// them adds its own, with the bias, to the stream, the others put theirs in its place, and the sum over ranks is the
+    /// stream again.
     fn add_norm(
         &self,
         pass: &Pass<'_, B>,
@@ -86,7 +87,7 @@ impl<B: Backend> Linear<B> {
         if pass.comm.rank() == 0 {
             pass.ops.add_linear(x, projection, residual)?;
         } else {
-            pass.ops.linear(x, projection, residual)?;
+            pass.ops.linear(x, Projection { bias: None, ..projection }, residual)?;
         }
         pass.comm.all_reduce(residual)?;
         pass.ops.rms_norm(residual, norm.0, norm.1, y)

@@ -1,23 +1,61 @@
 //! The forward pass of a small model.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use kernels::{Backend, Comm, DType, Solo, cpu::CpuBackend, testing::batch};
+use std::sync::{
+    Mutex,
+    mpsc::{Receiver, Sender, channel},
+};
+
+use kernels::{Backend, Comm, DType, Matrix, Solo, cpu::CpuBackend, testing::batch};
 use model::{Model, Pass, testing};
 
-/// The first of two ranks, of which the other has no share.
-struct FirstOfTwo;
+/// One of two ranks that have the whole model each, so that the share of either is a whole projection.
+struct OfTwo {
+    rank: usize,
+    ops: CpuBackend,
+    /// The stream after the projection before.
+    before: Mutex<Vec<f32>>,
+    to: Sender<Vec<f32>>,
+    from: Mutex<Receiver<Vec<f32>>>,
+}
 
-impl<B: Backend> Comm<B> for FirstOfTwo {
+impl OfTwo {
+    fn pair() -> [OfTwo; 2] {
+        let ((to_second, from_first), (to_first, from_second)) = (channel(), channel());
+        [(0, to_second, from_second), (1, to_first, from_first)].map(|(rank, to, from)| OfTwo {
+            rank,
+            ops: CpuBackend::new(DType::F32, 1).unwrap(),
+            before: Mutex::default(),
+            to,
+            from: Mutex::new(from),
+        })
+    }
+}
+
+impl Comm<CpuBackend> for OfTwo {
     fn ranks(&self) -> usize {
         2
     }
 
     fn rank(&self) -> usize {
-        0
+        self.rank
     }
 
-    fn all_reduce(&self, _x: &mut B::Mat) -> kernels::Result<()> {
-        Ok(())
+    /// The first rank has added the projection to the stream, the second has it alone: a sum would count it twice. What
+    /// one rank alone computes is the first's, which must have gained what the second has.
+    fn all_reduce(&self, x: &mut <CpuBackend as Backend>::Mat) -> kernels::Result<()> {
+        let own = self.ops.download(x)?;
+        self.to.send(own.clone()).unwrap();
+        let other = self.from.lock().unwrap().recv().unwrap();
+        assert_eq!(own.len(), x.rows() * x.cols());
+        let (stream, share) = if self.rank == 0 { (own, other) } else { (other, own) };
+        let mut before = self.before.lock().unwrap();
+        if !before.is_empty() {
+            let gains = stream.iter().zip(before.iter()).zip(&share);
+            assert!(gains.into_iter().all(|((after, before), share)| (after - before - share).abs() < 1e-4));
+        }
+        before.clone_from(&stream);
+        self.ops.fill(x, &stream)
     }
 }
 
@@ -41,9 +79,13 @@ fn logits(comm: &dyn Comm<CpuBackend>) -> Vec<f32> {
 }
 
 #[test]
-fn a_rank_with_all_the_shares_computes_what_one_alone_does() {
+fn one_rank_adds_to_the_stream_and_the_others_bring_their_shares() {
     let alone = logits(&Solo);
     assert_eq!(alone.len(), 2 * 96);
     assert!(alone.iter().all(|x| x.is_finite()) && alone.iter().any(|x| x.abs() > 0.1));
-    assert_eq!(logits(&FirstOfTwo), alone);
+    let pair = OfTwo::pair();
+    let both = std::thread::scope(|scope| {
+        pair.each_ref().map(|rank| scope.spawn(|| logits(rank))).map(|rank| rank.join().unwrap())
+    });
+    assert_eq!(both, [alone.clone(), alone]);
 }

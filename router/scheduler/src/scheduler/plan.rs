@@ -18,7 +18,8 @@ const TILE_ROWS: usize = 128;
 
 /// Prompt rows of a step, unless a limit is set: about where more of them no longer make each of them cheaper.
 const PREFILL_ROWS: usize = 512;
-/// What is added to that with every step that has no more room for prompts, and taken off again with every other.
+/// What is added to that with every step that has no more room for prompts, and taken off again with every other. When
+/// nothing is left to do, all of it is.
 const PREFILL_GROWTH: usize = 4;
 
 /// How many prompt rows a step may have. A fixed number leaves seats empty where prompts are long for their answers or
@@ -34,7 +35,8 @@ impl Default for PrefillBudget {
 }
 
 impl PrefillBudget {
-    /// Prompt rows beside so many decode rows: whole tiles together, but for less than half of what was wanted.
+    /// Prompt rows beside so many decode rows: whole tiles together, as many as a limit allows or else the nearest number,
+    /// unless a limit leaves less than half of itself then.
     fn rows(self, limits: &Limits, decode: usize) -> usize {
         let (wanted, tiles) = match limits.max_prefill_rows {
             Some(most) => (most as usize, (most as usize + decode) / TILE_ROWS),
@@ -44,7 +46,7 @@ impl PrefillBudget {
         if rows > wanted / 2 { rows } else { wanted }
     }
 
-    /// Learns whether a step had room for more prompts.
+    /// Learns whether a step had room for more prompt rows.
     fn follow(&mut self, limits: &Limits, had_room: bool) {
         let most = (limits.max_rows as usize).max(PREFILL_ROWS);
         self.0 = match had_room {
@@ -125,10 +127,13 @@ impl Scheduler {
         self.plan_running(&mut draft);
         self.load_adapters(&mut draft, now);
         self.admit(&mut draft, now);
-        self.prefill_budget.follow(&self.limits, draft.prefill_left > 0);
         if draft.is_empty() && self.dropped.is_empty() {
+            if self.running.is_empty() {
+                self.prefill_budget = PrefillBudget::default();
+            }
             return None;
         }
+        self.prefill_budget.follow(&self.limits, draft.has_room());
         Some(self.launch(draft))
     }
 

@@ -112,14 +112,29 @@ fn the_prefill_budget_follows_the_load() {
     assert!(grown.is_sorted());
     assert_eq!(grown.iter().filter(|&&rows| rows == 640 - 70).count(), 30);
     assert_eq!(grown.last(), Some(&(896 - 70)));
-    // It is forgotten as slowly.
+    // It is forgotten as slowly, while others generate.
     world.cancel(RequestId(100));
-    for _ in 0..80 {
-        prefill(&mut world);
+    for (id, steps, expected) in [(101, 25, 768 - 70), (102, 80, 640 - 70)] {
+        for _ in 0..steps {
+            prefill(&mut world);
+        }
+        world.submit(request(id, 0, prompt(id, 6000), 1)).unwrap();
+        assert_eq!(prefill(&mut world), expected, "after {steps} steps");
+        world.cancel(RequestId(id));
     }
-    world.submit(request(101, 0, prompt(101, 6000), 1)).unwrap();
-    assert_eq!(prefill(&mut world), 640 - 70);
     world.run_to_end();
+}
+
+#[test]
+fn an_idle_server_forgets_the_prefill_budget() {
+    let wide = Limits { num_blocks: 20_000, max_prefill_rows: None, max_rows: 2048, ..limits() };
+    let mut world = World::new(wide);
+    for id in 0..2 {
+        world.submit(request(id, 0, prompt(id, 60_000), 1)).unwrap();
+        assert_eq!(rows(&mut world), [(id, 0, 512, false)]);
+        world.run_to_end();
+        assert!(world.plan().is_none());
+    }
 }
 
 #[test]
