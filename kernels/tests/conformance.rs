@@ -54,6 +54,7 @@ on_every_backend!(
     low_rank_deltas_of_mixed_ranks,
     gated_projections_with_deltas,
     normed_projections_with_deltas,
+    the_stream_is_not_rounded,
     norms_and_activations,
     attention_over_blocks,
     embedding_takes_the_token_sampled_last,
@@ -289,6 +290,44 @@ fn normed_projections_with_deltas<B: Backend>(ops: &B) {
             assert_close("stream", &ops.download(&residual).unwrap(), &sums.data, ops.dtype());
             let expected = reference::rms_norm(&sums, &norm, 1e-5);
             assert_close("normed", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
+        }
+    }
+}
+
+/// Products and shrunk rows of small integers are exact in every type: what is lost would be lost of the stream.
+fn the_stream_is_not_rounded<B: Backend>(ops: &B) {
+    let mut numbers = Numbers(9);
+    let mut signs = |rows: usize, cols: usize, scale: f32| {
+        let data = (0..rows * cols).map(|_| (numbers.below(3) as f32 - 1.0) * scale).collect();
+        Table { cols, data }
+    };
+    for outputs in [128, 36] {
+        let site = LoraSite { inputs: 64, outputs: vec![outputs] };
+        let (a, b) = (signs(20, 64, 1.0).data, signs(outputs, 20, 1.0 / 64.0).data);
+        let adapters = [vec![LoraPart { site: 0, slice: 0, lora_rank: 20, a, b }]];
+        let slots = fill_slots(ops, slice::from_ref(&site), &adapters);
+        let w = signs(outputs, 64, 1.0);
+        let (weight, norm) = (ops.weight(&[tensor(&w)]).unwrap(), ops.vector(&vec![1.0; outputs]).unwrap());
+        for rows in [1, 7, 20, 50, 100, 300] {
+            for slots_of in [vec![None, None], vec![Some(0), None]] {
+                let host = batch(&[(rows, 0), (1, 5)], &slots_of);
+                let device = device_batch(ops, &host);
+                let x = signs(host.rows(), 64, 1.0);
+                let mut sums = signs(host.rows(), outputs, 1.0);
+                sums.data.iter_mut().for_each(|x| *x += 1e-4);
+                let mut streams = [wide_mat(ops, &sums), wide_mat(ops, &sums)];
+                let mut products = reference::linear(&x, &w, None);
+                reference::add_lora(&x, (0, &site), &host.segments, &adapters, &mut products);
+                reference::add(&products, &mut sums);
+                let lora = || Some(LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All });
+                let (x, mut y) = (mat(ops, &x), ops.mat(host.rows(), outputs).unwrap());
+                ops.add_linear(&x, Projection::new(&weight, lora()), &mut streams[0]).unwrap();
+                let by = Projection::new(&weight, lora());
+                ops.add_linear_norm(&x, by, &mut streams[1], (&norm, 1e-5), &mut y).unwrap();
+                for stream in &streams {
+                    assert_close("stream", &ops.download(stream).unwrap(), &sums.data, DType::F32);
+                }
+            }
         }
     }
 }

@@ -236,22 +236,25 @@ fn recorded_steps_equal_launched_ones() {
 
 /// Greedy tokens of a few decode steps of changing size through a toy model of one layer without attention.
 fn decode_tokens(record: bool) -> Vec<Vec<u32>> {
-    let (hidden, vocab, most) = (64, 200, 12);
+    let (hidden, vocab, most) = (640, 200, 12);
     let ops = backend();
     ops.record_steps(record);
     let mut numbers = Numbers(24);
-    let sites = [LoraSite { inputs: hidden, outputs: vec![vocab] }];
-    let adapters: Vec<_> = [4, 40].iter().map(|&r| vec![numbers.part((0, 0), &sites[0], r)]).collect();
+    let sites = [vocab, hidden].map(|outputs| LoraSite { inputs: hidden, outputs: vec![outputs] });
+    let adapters: Vec<Vec<_>> = [4, 40]
+        .iter()
+        .map(|&r| (0..2).map(|site| scaled(numbers.part((site, 0), &sites[site], r), 0.05)).collect())
+        .collect();
     let slots = resident(&ops, &sites, &adapters);
-    let (table, head) = (numbers.table(vocab, hidden), numbers.table(vocab, hidden));
-    let (table, head) = (ops.weight(&[tensor(&table)]).unwrap(), ops.weight(&[tensor(&head)]).unwrap());
+    let mut weight = |rows| ops.weight(&[tensor(&numbers.table(rows, hidden))]).unwrap();
+    let (table, head, inner) = (weight(vocab), weight(vocab), weight(hidden));
     let weights = ops.vector(&vec![1.0; hidden]).unwrap();
     let mut sampler = ops.sampler(most, vocab).unwrap();
     for seat in 0..most as u32 {
         ops.seat(&mut sampler, seat, &SamplingParams::default(), &[], &[]).unwrap();
     }
     let mut device = ops.batch(most, 64).unwrap();
-    let (mut x, mut last) = (ops.mat(most, hidden).unwrap(), ops.mat(most, hidden).unwrap());
+    let [mut x, mut y, mut last] = [0; 3].map(|_| ops.mat(most, hidden).unwrap());
     let (mut residual, mut logits) =
         (ops.wide_mat(most, hidden).unwrap(), ops.wide_mat(most, vocab).unwrap());
     let mut steps = Vec::new();
@@ -265,9 +268,11 @@ fn decode_tokens(record: bool) -> Vec<Vec<u32>> {
         ops.step(&device, || {
             ops.embed(&device, &sampler, &table, &mut residual)?;
             ops.rms_norm(&residual, &weights, 1e-5, &mut x)?;
-            ops.gather_logit_rows(&x, &device, &mut last)?;
-            let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::Logits };
-            ops.linear(&last, Projection::new(&head, Some(lora)), &mut logits)
+            let lora = |site, rows| Some(LinearLora { slots: &slots, site, batch: &device, rows });
+            let by = Projection::new(&inner, lora(1, RowSet::All));
+            ops.add_linear_norm(&x, by, &mut residual, (&weights, 1e-5), &mut y)?;
+            ops.gather_logit_rows(&y, &device, &mut last)?;
+            ops.linear(&last, Projection::new(&head, lora(0, RowSet::Logits)), &mut logits)
         })
         .unwrap();
         assert!(logits.rows() >= rows);
