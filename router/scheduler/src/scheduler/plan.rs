@@ -133,7 +133,8 @@ impl Scheduler {
             }
             return None;
         }
-        self.prefill_budget.follow(&self.limits, draft.has_room());
+        // Not `has_room`: where every seat generates, logits are used up though no prompt waits.
+        self.prefill_budget.follow(&self.limits, draft.prefill_left > 0);
         Some(self.launch(draft))
     }
 

@@ -126,6 +126,22 @@ fn the_prefill_budget_follows_the_load() {
 }
 
 #[test]
+fn the_prefill_budget_rests_while_all_seats_generate() {
+    let seats = Limits { max_sequences: 4, max_logit_rows: 4, max_rows: 2048, ..limits() };
+    let mut world = World::new(Limits { num_blocks: 20_000, max_prefill_rows: None, ..seats });
+    for id in 0..4 {
+        world.submit(request(id, 0, prompt(id, 2), 400)).unwrap();
+    }
+    for _ in 0..100 {
+        world.turn();
+    }
+    world.cancel(RequestId(0));
+    world.submit(request(9, 0, prompt(9, 6000), 1)).unwrap();
+    assert_eq!(rows(&mut world).last(), Some(&(9, 0, 512 - 3, false)));
+    world.run_to_end();
+}
+
+#[test]
 fn an_idle_server_forgets_the_prefill_budget() {
     let wide = Limits { num_blocks: 20_000, max_prefill_rows: None, max_rows: 2048, ..limits() };
     let mut world = World::new(wide);
