@@ -88,16 +88,17 @@ fn values_beyond_f16_are_cut_off_on_the_cpu() {
     }
 }
 
-fn mat<B: Backend>(ops: &B, table: &Table) -> B::Mat {
-    let mut x = ops.mat(table.rows().max(1), table.cols).unwrap();
+fn filled<B: Backend>(ops: &B, mut x: B::Mat, table: &Table) -> B::Mat {
     ops.fill(&mut x, &table.data).unwrap();
     x
 }
 
+fn mat<B: Backend>(ops: &B, table: &Table) -> B::Mat {
+    filled(ops, ops.mat(table.rows().max(1), table.cols).unwrap(), table)
+}
+
 fn wide_mat<B: Backend>(ops: &B, table: &Table) -> B::Mat {
-    let mut x = ops.wide_mat(table.rows().max(1), table.cols).unwrap();
-    ops.fill(&mut x, &table.data).unwrap();
-    x
+    filled(ops, ops.wide_mat(table.rows().max(1), table.cols).unwrap(), table)
 }
 
 fn tensor(table: &Table) -> HostTensor<'static> {

@@ -16,16 +16,17 @@ fn backend() -> CudaBackend {
     CudaBackend::new(DType::Bf16, 0).unwrap()
 }
 
-fn mat(ops: &CudaBackend, table: &Table) -> CudaMat {
-    let mut x = ops.mat(table.rows(), table.cols).unwrap();
+fn filled(ops: &CudaBackend, mut x: CudaMat, table: &Table) -> CudaMat {
     ops.fill(&mut x, &table.data).unwrap();
     x
 }
 
+fn mat(ops: &CudaBackend, table: &Table) -> CudaMat {
+    filled(ops, ops.mat(table.rows(), table.cols).unwrap(), table)
+}
+
 fn wide_mat(ops: &CudaBackend, table: &Table) -> CudaMat {
-    let mut x = ops.wide_mat(table.rows(), table.cols).unwrap();
-    ops.fill(&mut x, &table.data).unwrap();
-    x
+    filled(ops, ops.wide_mat(table.rows(), table.cols).unwrap(), table)
 }
 
 fn tensor(table: &Table) -> HostTensor<'static> {
@@ -226,7 +227,7 @@ fn stores(host: &Batch) -> Vec<u32> {
     .collect()
 }
 
-/// Steps of one operation of each kind, replayed from a recording, equal the same steps launched one by one.
+/// Steps with deltas before and behind a norm, replayed from a recording, equal the same steps launched one by one.
 #[test]
 fn recorded_steps_equal_launched_ones() {
     let recorded = decode_tokens(true);

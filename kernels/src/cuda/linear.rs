@@ -289,7 +289,8 @@ impl<'a> Deltas<'a> {
         y.resize(op, residual.rows())?;
         let args = ffi::LoraArgs { num_tiles: self.batch.at.num_all_tiles(), ..self.args };
         let (tiles, tile_rows) = (self.batch.all_tiles(), self.tile_rows as i32);
-        // SAFETY: as in `shrink`; the tiles cover the rows of `residual`, of which `y` has as many.
+        // SAFETY: as in `shrink`; the tiles lie within the rows of `residual`, of which `y` has as many. Spare rows of a
+        // recorded step are in none: what `y` has there is never read but for themselves.
         be.launch(op, tiles, |elem, stream| unsafe {
             let (w, tiles) = (norm.buffer.at(), tiles as i32);
             ffi::lorax_expand_norm_hopper(&raw const args, w, eps, y.at(), elem, tiles, tile_rows, stream)

@@ -145,7 +145,7 @@ impl Scheduler {
         for (arrival, _) in generating {
             self.plan_rows(arrival, draft);
         }
-        let decode = draft.rows.iter().map(|(.., plan)| plan.rows as usize).sum();
+        let decode = self.limits.max_rows as usize - draft.rows_left;
         draft.prefill_left = self.prefill_budget.rows(&self.limits, decode);
         for (arrival, _) in prefilling {
             self.plan_rows(arrival, draft);
