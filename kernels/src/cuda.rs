@@ -31,7 +31,7 @@ pub use lora::{CudaAdapter, CudaSlots};
 pub use memory::{CudaKv, CudaMat, CudaRope, CudaVector, CudaWeight};
 pub use sampler::{CudaPending, CudaSampler};
 
-use device::{Device, Event, Stream, launched};
+use device::{Branch, Device, Event, Stream, launched};
 use staging::Staging;
 
 const BACKEND: &str = "cuda";
@@ -68,6 +68,8 @@ pub struct CudaBackend {
     pinned: Arc<pinned::PinnedPool>,
     /// All steps.
     stream: Arc<Stream>,
+    /// Shrinks beside base products.
+    branch: Branch,
     /// Adapters on their way to the card.
     copies: Stream,
     device: Arc<Device>,
@@ -100,6 +102,7 @@ impl CudaBackend {
                 .collect::<Result<_>>()?,
             pinned: pinned::PinnedPool::new(&device),
             stream: Arc::new(Stream::new(&device)?),
+            branch: Branch::new(&device)?,
             copies: Stream::new(&device)?,
             device,
         })
@@ -158,11 +161,22 @@ impl CudaBackend {
 
     /// Runs a launcher with the element type and the stream of the steps, unless there is nothing to compute.
     fn launch(&self, op: &'static str, count: usize, run: impl FnOnce(i32, CUstream) -> i32) -> Result<()> {
+        self.launch_on(&self.stream, op, count, run)
+    }
+
+    /// As [`Self::launch`], with another stream.
+    fn launch_on(
+        &self,
+        stream: &Stream,
+        op: &'static str,
+        count: usize,
+        run: impl FnOnce(i32, CUstream) -> i32,
+    ) -> Result<()> {
         if count == 0 || !self.is_launching() {
             return Ok(());
         }
         self.device.bind()?;
-        launched(op, run(ffi::elem(self.dtype), self.stream.raw()))
+        launched(op, run(ffi::elem(self.dtype), stream.raw()))
     }
 }
 

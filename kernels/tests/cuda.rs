@@ -237,7 +237,7 @@ fn recorded_steps_equal_launched_ones() {
 
 /// Greedy tokens of a few decode steps of changing size through a toy model of one layer without attention.
 fn decode_tokens(record: bool) -> Vec<Vec<u32>> {
-    let (hidden, vocab, most) = (640, 200, 12);
+    let (hidden, vocab, most) = (640, 200, 70);
     let ops = backend();
     ops.record_steps(record);
     let mut numbers = Numbers(24);
@@ -260,7 +260,7 @@ fn decode_tokens(record: bool) -> Vec<Vec<u32>> {
         (ops.wide_mat(most, hidden).unwrap(), ops.wide_mat(most, vocab).unwrap());
     let mut steps = Vec::new();
     let mut pending = Vec::new();
-    for (step, rows) in [9, 9, 10, 3, 9, 12, 10, 3, 3, 11].into_iter().enumerate() {
+    for (step, rows) in [9, 9, 10, 3, 66, 9, 12, 66, 10, 3, 66, 3, 11, 70].into_iter().enumerate() {
         let slots_of: Vec<_> = (0..rows).map(|i| [None, Some(0), Some(1)][(i + step) % 3]).collect();
         let mut host = batch(&vec![(1, step); rows], &slots_of);
         let known = |seat: usize| if step == 0 { seat as i32 * 5 } else { -1 - seat as i32 };

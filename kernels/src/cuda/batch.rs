@@ -196,6 +196,11 @@ impl CudaBatch {
         self.recorded.map(|sizes| (self.id, sizes.rows, sizes.tiles[0]))
     }
 
+    /// Whether launches are those of a recording.
+    pub(super) fn is_recording(&self) -> bool {
+        self.recording.get()
+    }
+
     /// Sizes launches for a recording from now on, or for exactly this step.
     pub(super) fn set_recording(&self, on: bool) {
         self.recording.set(on);

@@ -126,6 +126,13 @@ impl Stream {
         unsafe { result::stream::synchronize(self.raw) }.map_err(failed("synchronize"))
     }
 
+    /// Has all later work wait for what was ahead of an event when it was recorded.
+    pub(super) fn wait_for(&self, event: &Event) -> Result<()> {
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: both live.
+        unsafe { result::stream::wait_event(self.raw, event.raw, flags) }.map_err(failed("wait for an event"))
+    }
+
     /// Copies pinned memory to the card, in stream order.
     ///
     /// # Safety
@@ -219,6 +226,35 @@ impl Drop for Event {
     fn drop(&mut self) {
         // SAFETY: created by `new`.
         let _ = unsafe { result::event::destroy(self.raw) };
+    }
+}
+
+/// A second queue, for work that may run beside a part of a first one's.
+pub(super) struct Branch {
+    stream: Stream,
+    forked: Event,
+    joined: Event,
+}
+
+impl Branch {
+    pub(super) fn new(device: &Arc<Device>) -> Result<Branch> {
+        Ok(Branch { stream: Stream::new(device)?, forked: Event::new()?, joined: Event::new()? })
+    }
+
+    pub(super) fn stream(&self) -> &Stream {
+        &self.stream
+    }
+
+    /// What is launched here from now on runs behind what `trunk` has so far.
+    pub(super) fn fork(&self, trunk: &Stream) -> Result<()> {
+        self.forked.record(trunk)?;
+        self.stream.wait_for(&self.forked)
+    }
+
+    /// What is launched on `trunk` from now on runs behind what was launched here.
+    pub(super) fn join(&self, trunk: &Stream) -> Result<()> {
+        self.joined.record(&self.stream)?;
+        trunk.wait_for(&self.joined)
     }
 }
 

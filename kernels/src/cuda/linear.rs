@@ -3,7 +3,9 @@
 use std::ops::RangeInclusive;
 
 use super::{
-    CudaBackend, CudaBatch, CudaMat, CudaSlots, CudaVector, CudaWeight, ffi,
+    CudaBackend, CudaBatch, CudaMat, CudaSlots, CudaVector, CudaWeight,
+    device::Stream,
+    ffi,
     gemm::{Operands, Shape},
     memory::expect,
 };
@@ -20,7 +22,7 @@ const SKINNY_ROWS: usize = 8;
 const SKINNY_ROWS_WITH_DELTAS: usize = 32;
 /// Rows that `linear_hopper.cu` multiplies faster than either, on the card that it is for.
 const HOPPER_ROWS: RangeInclusive<usize> = 5..=8;
-const HOPPER_ROWS_WITH_DELTAS: RangeInclusive<usize> = 5..=64;
+const HOPPER_ROWS_WITH_DELTAS: RangeInclusive<usize> = 5..=56;
 
 pub(super) fn linear(
     be: &CudaBackend,
@@ -101,10 +103,7 @@ fn base<'a>(
     if let Some(kernel) = kernel_of_few_rows(be, x.rows(), weight.inputs, deltas.is_some()) {
         few_rows(be, kernel, x, (weight, bias), deltas.as_ref(), (y, add))?;
     } else {
-        if let Some(deltas) = &deltas {
-            deltas.shrink(be)?;
-        }
-        product(be, x, (weight, bias), (y, add))?;
+        many_rows(be, x, (weight, bias), deltas.as_ref(), (y, add))?;
     }
     Ok(deltas)
 }
@@ -156,6 +155,27 @@ fn few_rows(
     be.launch("linear", x.rows(), |elem, stream| unsafe {
         kernel(&raw const args, lora_at, elem, y.wide(), max_tiles, stream)
     })
+}
+
+/// The base product of many rows, and their shrink.
+fn many_rows(
+    be: &CudaBackend,
+    x: &CudaMat,
+    weight: (&CudaWeight, Option<&CudaVector>),
+    deltas: Option<&Deltas<'_>>,
+    y: (&CudaMat, bool),
+) -> Result<()> {
+    let Some(deltas) = deltas else { return product(be, x, weight, y) };
+    // Launched one by one, and where products are large, to fork and join costs more than a shrink.
+    if !deltas.batch.is_recording() || !be.is_launching() {
+        deltas.shrink(be, &be.stream)?;
+        return product(be, x, weight, y);
+    }
+    // The product first: it takes its multiprocessors, and the shrink those that it leaves.
+    be.branch.fork(&be.stream)?;
+    product(be, x, weight, y)?;
+    deltas.shrink(be, be.branch.stream())?;
+    be.branch.join(&be.stream)
 }
 
 /// The base product of many rows.
@@ -231,9 +251,9 @@ impl<'a> Deltas<'a> {
         Ok(Some(Deltas { args, max_tiles, tile_rows, batch, rows: lora.rows }))
     }
 
-    fn shrink(&self, be: &CudaBackend) -> Result<()> {
+    fn shrink(&self, be: &CudaBackend, stream: &Stream) -> Result<()> {
         // SAFETY: shapes were checked; the tables hold only resident slots of these sites.
-        be.launch("linear", self.max_tiles, |elem, stream| unsafe {
+        be.launch_on(stream, "linear", self.max_tiles, |elem, stream| unsafe {
             let (max_tiles, tile_rows) = (self.max_tiles as i32, self.tile_rows as i32);
             ffi::lorax_lora_shrink(&raw const self.args, elem, max_tiles, tile_rows, stream)
         })
