@@ -25,6 +25,8 @@ const VOCAB: usize = 128_256;
 const HEADS: Heads = Heads { query: 32, kv: 8, dim: 128 };
 const MAX_ROWS: usize = 2048;
 const ADAPTERS: usize = 32;
+/// Rows of the prompt in a mixed step: with 32 decode rows, what the scheduler plans.
+const PROMPT: usize = 480;
 const RANK: usize = 16;
 const EPS: f32 = 1e-5;
 const ATTENTION: Attention = Attention { heads: HEADS, scale: 0.088_388, window: None, softcap: None };
@@ -229,10 +231,22 @@ fn report(what: &str, rows: usize, adapters: usize, op: &str, ms: f64) {
     );
 }
 
-/// One step's indices: decode rows at position 575, or the rows of one prompt.
+/// One step's indices: decode rows at position 575, the rows of one prompt, or both.
 fn step(phase: &str, rows: usize, adapters: usize) -> Batch {
     if phase == "prefill" {
         return batch(&[(rows, 0)], &[(adapters > 0).then_some(1)]);
+    }
+    if phase == "mixed" {
+        let decode = rows - PROMPT;
+        let mut sequences = vec![(1, 575); decode];
+        sequences.push((PROMPT, 0));
+        let mut host = batch(&sequences, &[]);
+        sort_by_slot(&mut host, decode, adapters);
+        // The prompt is of the last adapter.
+        for (segments, end) in [(&mut host.segments, rows), (&mut host.logit_segments, decode + 1)] {
+            segments.last_mut().into_iter().for_each(|last| last.end = end as u32);
+        }
+        return host;
     }
     let mut host = batch(&vec![(1, 575); rows], &[]);
     sort_by_slot(&mut host, rows, adapters);
@@ -241,7 +255,7 @@ fn step(phase: &str, rows: usize, adapters: usize) -> Batch {
 
 /// Runs one step twice, the second time between the marks of a profiler.
 fn once(args: &[String]) {
-    let [phase, rows, adapters] = args else { panic!("once decode|prefill <rows> <adapters>") };
+    let [phase, rows, adapters] = args else { panic!("once decode|prefill|mixed <rows> <adapters>") };
     let host = step(phase, rows.parse().unwrap(), adapters.parse().unwrap());
     let mut model = Model::new();
     let ops = model.ops.clone();
@@ -287,12 +301,14 @@ fn main() {
             }
         }
     }
-    for rows in [512, 2048] {
-        for adapters in [0, 1] {
-            let host = step("prefill", rows, adapters);
-            report("prefill", rows, adapters, "all", model.time(&host, &|_| true));
+    for (phase, rows, most) in
+        [("prefill", 512, 1), ("prefill", 2048, 1), ("mixed", 512, ADAPTERS), ("mixed", 640, ADAPTERS)]
+    {
+        for adapters in [0, most] {
+            let host = step(phase, rows, adapters);
+            report(phase, rows, adapters, "all", model.time(&host, &|_| true));
             for op in ops {
-                report("prefill", rows, adapters, op, model.time(&host, &|name| name == op));
+                report(phase, rows, adapters, op, model.time(&host, &|name| name == op));
             }
         }
     }

@@ -256,7 +256,7 @@ fn gated_projections_with_deltas<B: Backend>(ops: &B) {
 
 fn normed_projections_with_deltas<B: Backend>(ops: &B) {
     let mut numbers = Numbers(8);
-    for outputs in [64, 1024, 576, 4160, 36] {
+    for outputs in [64, 1024, 576, 4096, 4160, 8192, 36] {
         let site = LoraSite { inputs: 72, outputs: vec![outputs] };
         let adapters: Vec<Vec<_>> = [16, 1, 40].map(|rank| vec![numbers.part((0, 0), &site, rank)]).into();
         let slots = fill_slots(ops, slice::from_ref(&site), &adapters);
