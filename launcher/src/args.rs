@@ -89,7 +89,7 @@ pub(crate) struct Args {
     /// Tokens of prompt and output together [default: what the model's positions allow]
     #[arg(long, env)]
     pub(crate) max_total_tokens: Option<usize>,
-    /// Most prompt tokens in one step [default: 512, and slowly more while prompts wait]
+    /// Most prompt tokens in one step, which begins with 512 and has slowly more while prompts wait [default: no bound]
     #[arg(long, env)]
     pub(crate) max_batch_prefill_tokens: Option<usize>,
     /// Sequences that run at the same time

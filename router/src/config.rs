@@ -77,7 +77,7 @@ pub struct RouterConfig {
     pub max_input_length: Option<usize>,
     /// Tokens of prompt and output together.
     pub max_total_tokens: Option<usize>,
-    /// Most prompt tokens in one step; the scheduler decides if none.
+    /// Most prompt tokens in one step; if none, as many as it may have rows.
     pub max_batch_prefill_tokens: Option<usize>,
     /// Reuse keys and values of equal prefixes.
     pub prefix_caching: bool,

@@ -61,8 +61,8 @@ pub struct Limits {
     pub max_sequences: u32,
     /// Rows of a step whose logits are computed: sampled ones, and all of a request with `prompt_logprobs`.
     pub max_logit_rows: u32,
-    /// Prompt rows in a step: what a running sequence waits between two tokens grows with it. `None` for a number that
-    /// follows the load.
+    /// Most prompt rows in a step, of which it has fewer while the load allows: what a running sequence waits between two
+    /// tokens grows with them.
     pub max_prefill_rows: Option<u32>,
     /// Reuse the KV of equal prefixes of the same adapter.
     pub prefix_caching: bool,
@@ -72,6 +72,11 @@ impl Limits {
     /// Sequences that may run at the same time: each can have its decode row in every step.
     pub(crate) fn seats(&self) -> usize {
         self.max_sequences.min(self.max_rows).min(self.max_logit_rows) as usize
+    }
+
+    /// Prompt rows that a step may have at most.
+    pub(crate) fn most_prefill_rows(&self) -> usize {
+        self.max_prefill_rows.unwrap_or(self.max_rows) as usize
     }
 
     /// Blocks that hold `positions` token positions.

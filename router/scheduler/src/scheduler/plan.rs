@@ -16,7 +16,7 @@ const GENERATED: u64 = 2;
 /// ones: on an H100, 543 rows of an 8B-sized model took 18.7 ms and 512 rows 12.
 const TILE_ROWS: usize = 128;
 
-/// Prompt rows of a step, unless a limit is set: about where more of them no longer make each of them cheaper.
+/// Prompt rows of a step, unless the limit is lower: about where more of them no longer make each of them cheaper.
 const PREFILL_ROWS: usize = 512;
 /// What is added to that with every step that has no more room for prompts, and taken off again with every other. When
 /// nothing is left to do, all of it is.
@@ -35,20 +35,21 @@ impl Default for PrefillBudget {
 }
 
 impl PrefillBudget {
-    /// Prompt rows beside so many decode rows: whole tiles together, as many as a limit allows or else the nearest number,
-    /// unless a limit leaves less than half of itself then.
+    /// Prompt rows beside so many decode rows: the nearest number that makes whole tiles together and that the limit
+    /// allows, unless that is less than half of what the limit leaves of the budget.
     fn rows(self, limits: &Limits, decode: usize) -> usize {
-        let (wanted, tiles) = match limits.max_prefill_rows {
-            Some(most) => (most as usize, (most as usize + decode) / TILE_ROWS),
-            None => (self.0, (self.0 + decode + TILE_ROWS / 2) / TILE_ROWS),
-        };
-        let rows = (tiles * TILE_ROWS).saturating_sub(decode);
+        let most = limits.most_prefill_rows();
+        let wanted = self.0.min(most);
+        let mut rows = ((wanted + decode + TILE_ROWS / 2) / TILE_ROWS * TILE_ROWS).saturating_sub(decode);
+        if rows > most {
+            rows = rows.saturating_sub(TILE_ROWS);
+        }
         if rows > wanted / 2 { rows } else { wanted }
     }
 
     /// Learns whether a step had room for more prompt rows.
     fn follow(&mut self, limits: &Limits, had_room: bool) {
-        let most = (limits.max_rows as usize).max(PREFILL_ROWS);
+        let most = limits.most_prefill_rows().max(PREFILL_ROWS);
         self.0 = match had_room {
             true => self.0.saturating_sub(PREFILL_GROWTH).max(PREFILL_ROWS),
             false => (self.0 + PREFILL_GROWTH).min(most),

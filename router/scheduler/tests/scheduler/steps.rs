@@ -126,6 +126,30 @@ fn the_prefill_budget_follows_the_load() {
 }
 
 #[test]
+fn a_limit_bounds_the_prefill_budget() {
+    let most = |limit, decode| {
+        let limits = Limits { num_blocks: 20_000, max_prefill_rows: Some(limit), max_rows: 2048, ..limits() };
+        let mut world = World::new(limits);
+        for id in 0..decode {
+            world.submit(request(id, 0, prompt(id, 2), 400)).unwrap();
+        }
+        world.turn();
+        world.submit(request(100, 0, prompt(100, 60_000), 1)).unwrap();
+        let mut prefill = || {
+            let rows = rows(&mut world).last().map_or(0, |&(_, _, rows, _)| rows);
+            world.run();
+            rows
+        };
+        let first = prefill();
+        (first, (0..60).map(|_| prefill()).max())
+    };
+    assert_eq!(most(100, 3), (100, Some(100)), "less than a tile");
+    assert_eq!(most(256, 3), (253, Some(253)));
+    assert_eq!(most(700, 3), (509, Some(637)), "whole tiles, and few at first");
+    assert_eq!(most(1792, 0), (512, Some(768)), "what 60 steps add");
+}
+
+#[test]
 fn the_prefill_budget_rests_while_all_seats_generate() {
     let seats = Limits { max_sequences: 4, max_logit_rows: 4, max_rows: 2048, ..limits() };
     let mut world = World::new(Limits { num_blocks: 20_000, max_prefill_rows: None, ..seats });
