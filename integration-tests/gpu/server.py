@@ -63,13 +63,15 @@ class Server:
             raise RuntimeError(f"the launcher ended with code {code}:\n" + "".join(self.tail))
 
     def stop(self) -> int:
-        """Ends it, gently at first; its exit code."""
+        """Ends it, gently at first; its exit code. Its last words are in the log then."""
         self.process.terminate()
         try:
-            return self.process.wait(40)
+            code = self.process.wait(40)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            return self.process.wait()
+            code = self.process.wait()
+        self.reader.join(10)  # longer where a child holds the pipe
+        return code
 
     def connect(self) -> http.client.HTTPConnection:
         """A connection of its own for one thread."""

@@ -80,6 +80,16 @@ async fn a_dead_shard_is_replaced_and_the_port_stays_open() {
     assert_eq!(server.terminate().unwrap().code(), Some(0));
 }
 
+/// A shard that does not react is killed, which the launcher's exit code tells.
+#[tokio::test]
+async fn a_process_that_had_to_be_killed_is_told_of() {
+    let mut server = Server::start(&[]).unwrap();
+    let shard = server.children("lorax-shard").unwrap()[0];
+    Server::signal(shard, "-STOP").unwrap();
+    assert_eq!(server.terminate().unwrap().code(), Some(1));
+    assert!(!std::path::Path::new(&format!("/proc/{shard}")).exists());
+}
+
 #[tokio::test]
 async fn streams_finish_before_the_server_stops() {
     let mut server = Server::start(&[]).unwrap();

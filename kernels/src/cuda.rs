@@ -1,6 +1,6 @@
-//! The backend for NVIDIA GPUs: kernels of our own (`csrc`) and cuBLASLt, on one stream, with adapters copied beside
-//! it. The driver and cuBLASLt are opened at run time, so that a binary with this backend starts
-//! without them.
+//! The backend for NVIDIA GPUs: kernels of our own (`csrc`) and cuBLASLt, on one stream and a branch of it, with adapters
+//! copied beside them. The driver and cuBLASLt are opened at run time, so that a binary with this backend starts without
+//! them.
 
 mod attention;
 mod batch;

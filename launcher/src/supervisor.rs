@@ -43,6 +43,9 @@ pub(crate) enum Failure {
         /// How it ended.
         status: ExitStatus,
     },
+    /// One was killed while stopping, or ended with an error.
+    #[error("not every process stopped in order")]
+    Disorder,
     /// The system would not tell us of signals or children.
     #[error("{0}")]
     Io(#[from] io::Error),
@@ -166,16 +169,19 @@ impl Plan {
         }
         tracing::info!("stopping: streams have {} s to finish", self.deadline.as_secs());
         tokio::select! {
-            () = any(&mut signals) => tracing::warn!("told twice: stopping at once"),
-            () = self.stop(router, shards) => {}
+            () = any(&mut signals) => {
+                tracing::warn!("told twice: stopping at once");
+                Ok(())
+            }
+            in_order = self.stop(router, shards) => if in_order { Ok(()) } else { Err(Failure::Disorder) },
         }
-        Ok(())
     }
 
-    /// The router first, so that streams can finish.
-    async fn stop(&self, router: Child, shards: Vec<Child>) {
-        router.stop(self.deadline + PATIENCE).await;
-        futures::future::join_all(shards.into_iter().map(|shard| shard.stop(PATIENCE))).await;
+    /// The router first, so that streams can finish. True if all ended by themselves, in order.
+    async fn stop(&self, router: Child, shards: Vec<Child>) -> bool {
+        let router = router.stop(self.deadline + PATIENCE).await;
+        let shards = futures::future::join_all(shards.into_iter().map(|shard| shard.stop(PATIENCE))).await;
+        router && shards.into_iter().all(|in_order| in_order)
     }
 }
 
