@@ -199,7 +199,8 @@ int launch_clusters(void (*kernel)(P...), dim3 grid, int cluster, int threads, s
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = count;
-  return static_cast<int>(cudaLaunchKernelEx(&config, kernel, args...));
+  cudaLaunchKernelEx(&config, kernel, args...);
+  return launched();
 }
 
 // Launches a kernel that calls `await_previous`.

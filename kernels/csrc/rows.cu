@@ -53,11 +53,6 @@ template <typename R> __global__ void add_bias(R* y, const float* bias, int cols
   *at = from_float<R>(to_float(*at) + bias[i]);
 }
 
-template <typename T> __global__ void narrow(const float* x, T* y, size_t count) {
-  size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
-  if (i < count) y[i] = from_float<T>(x[i]);
-}
-
 }  // namespace
 
 #define BY_WIDTH(cols, N, ...)      \
@@ -101,10 +96,4 @@ extern "C" int lorax_add_bias(int elem, int wide, void* y, const float* bias, in
   WITH_HALF(elem, T,
             WITH_WIDE(wide, T, R,
                       return (launch_chained(add_bias<R>, grid, kThreads, 0, stream, static_cast<R*>(y), bias, cols))));
-}
-
-extern "C" int lorax_narrow(int elem, const float* x, void* y, size_t count, cudaStream_t stream) {
-  unsigned blocks = static_cast<unsigned>((count + kThreads - 1) / kThreads);
-  WITH_HALF(elem, T, narrow<T><<<blocks, kThreads, 0, stream>>>(x, static_cast<T*>(y), count));
-  return launched();
 }

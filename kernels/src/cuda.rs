@@ -76,8 +76,8 @@ pub struct CudaBackend {
 }
 
 impl CudaBackend {
-    /// A backend on card `ordinal` that stores weights, activations and KV memory as `dtype` (bf16 or f16). Errors:
-    /// what the machine lacks.
+    /// A backend on card `ordinal` that stores weights, activations and KV memory as `dtype` (bf16 or f16); one card a
+    /// process, as kernels are set up once. Errors: what the machine lacks.
     pub fn new(dtype: DType, ordinal: usize) -> Result<CudaBackend> {
         if dtype == DType::F32 {
             return Err(unsupported("float32 (use bfloat16 or float16)".into()));

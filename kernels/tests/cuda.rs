@@ -105,7 +105,7 @@ fn products_and_deltas_of_few_rows() {
         let slots = resident(&ops, &sites, &adapters);
         let w = numbers.table(400, inputs);
         let weight = ops.weight(&[tensor(&w)]).unwrap();
-        for rows in [1, 3, 8, 9, 16, 17, 31, 32, 33, 70] {
+        for rows in [1, 3, 4, 5, 8, 9, 16, 17, 31, 32, 33, 48, 56, 57, 70] {
             let slots_of: Vec<Option<u32>> =
                 (0..rows).map(|i| Some((i * 5 / rows) as u32).filter(|&s| s < 4)).collect();
             for with_deltas in [false, true] {
@@ -290,7 +290,7 @@ fn decode_tokens(record: bool) -> Vec<Vec<u32>> {
 
 /// A decoder layer of random weights with two adapters, and its activations.
 struct Layer {
-    ops: CudaBackend,
+    ops: Arc<CudaBackend>,
     weights: [CudaWeight; 4],
     norm: CudaVector,
     rope: CudaRope,
@@ -345,28 +345,42 @@ impl Layer {
             x: mat(hidden),
             residual: ops.wide_mat(rows, hidden).unwrap(),
             wide: [mat(qkv), mat(2048), mat(2 * Self::FFN), mat(Self::FFN)],
-            ops,
+            ops: Arc::new(ops),
         }
     }
 
-    /// Runs the layer a few times over; waits for the card after every operation if asked to.
-    fn run(&mut self, host: &Batch, wait: bool) -> Vec<f32> {
+    /// The layer a few times over, one operation after the other or, of a decode step, from its second run on as a
+    /// recording. Waits for the card after every operation if asked to.
+    fn run(&mut self, device: &CudaBatch, rows: usize, (record, wait): (bool, bool)) -> Vec<f32> {
+        let ops = self.ops.clone();
+        ops.fill(&mut self.residual, &Numbers(27).table(rows, Self::HIDDEN).data).unwrap();
+        if record {
+            ops.step(device, || {
+                self.launch(device, wait);
+                Ok(())
+            })
+            .unwrap();
+        } else {
+            self.launch(device, wait);
+        }
+        ops.download(&self.residual).unwrap()
+    }
+
+    fn launch(&mut self, device: &CudaBatch, wait: bool) {
         let Layer { ops, weights, norm, rope, kv, slots, x, residual, wide } = self;
         let attention = Attention { heads: Self::HEADS, scale: 0.1, window: None, softcap: None };
-        let device = device_batch(ops, host);
         let settle = |()| {
             if wait {
                 ops.synchronize().unwrap()
             }
         };
-        ops.fill(residual, &Numbers(27).table(host.rows(), Self::HIDDEN).data).unwrap();
         ops.rms_norm(residual, norm, 1e-5, x).map(settle).unwrap();
         let [qkv, attn, gate_up, act] = wide;
         for _ in 0..6 {
-            let lora = |site| Some(LinearLora { slots, site, batch: &device, rows: RowSet::All });
+            let lora = |site| Some(LinearLora { slots, site, batch: device, rows: RowSet::All });
             ops.linear(x, Projection::new(&weights[0], lora(0)), qkv).map(settle).unwrap();
-            ops.rope_and_store(qkv, Self::HEADS, rope, &device, kv).map(settle).unwrap();
-            ops.paged_attention(qkv, &attention, &device, kv, attn).map(settle).unwrap();
+            ops.rope_and_store(qkv, Self::HEADS, rope, device, kv).map(settle).unwrap();
+            ops.paged_attention(qkv, &attention, device, kv, attn).map(settle).unwrap();
             let (o, to) = (Projection::new(&weights[1], lora(1)), (&*norm, 1e-5));
             ops.add_linear_norm(attn, o, residual, to, x).map(settle).unwrap();
             ops.linear(x, Projection::new(&weights[2], lora(2)), gate_up).map(settle).unwrap();
@@ -374,7 +388,6 @@ impl Layer {
             let down = Projection::new(&weights[3], lora(3));
             ops.add_linear_norm(act, down, residual, to, x).map(settle).unwrap();
         }
-        ops.download(residual).unwrap()
     }
 }
 
@@ -383,7 +396,8 @@ fn scaled(mut part: LoraPart, by: f32) -> LoraPart {
     part
 }
 
-/// Kernels that start before the one ahead of them has ended compute what they compute one at a time.
+/// Kernels that start before the one ahead of them has ended, or run beside another, compute what they compute one at a
+/// time.
 #[test]
 fn chained_kernels_wait_for_what_they_read() {
     let mixed = |rows: usize| (0..rows).map(|i| [None, Some(0), Some(1)][i * 3 / rows]).collect::<Vec<_>>();
@@ -397,10 +411,14 @@ fn chained_kernels_wait_for_what_they_read() {
         let host = batch(&sequences, &slots);
         let blocks = host.blocks.iter().max().map_or(0, |&b| b as usize + 1);
         let mut layer = Layer::new(host.rows(), blocks);
-        let expected = layer.run(&host, true);
+        let device = device_batch(&layer.ops, &host);
+        let expected = layer.run(&device, host.rows(), (false, true));
         assert!(expected.iter().all(|x| x.is_finite()));
-        for _ in 0..5 {
-            assert!(layer.run(&host, false) == expected, "{} rows", host.rows());
+        for record in [false, true] {
+            for _ in 0..5 {
+                let got = layer.run(&device, host.rows(), (record, false));
+                assert!(got == expected, "{} rows, recorded: {record}", host.rows());
+            }
         }
     }
 }

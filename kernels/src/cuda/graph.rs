@@ -33,6 +33,16 @@ impl Drop for Recording {
     }
 }
 
+/// What was captured, to be instantiated.
+struct Captured(sys::CUgraph);
+
+impl Drop for Captured {
+    fn drop(&mut self) {
+        // SAFETY: a capture made it, and nobody else destroys it. A failure leaks it.
+        let _ = unsafe { graph::destroy(self.0) };
+    }
+}
+
 /// The recordings of a backend.
 pub(super) struct Recorder {
     enabled: AtomicBool,
@@ -110,13 +120,10 @@ fn record(stream: &Stream, ops: impl FnOnce() -> Result<()>) -> Result<Recording
     unsafe { result::stream::begin_capture(stream.raw(), mode) }.map_err(failed(op))?;
     let launched = ops();
     // SAFETY: capture began above.
-    let captured = unsafe { result::stream::end_capture(stream.raw()) };
+    let captured = unsafe { result::stream::end_capture(stream.raw()) }.map(Captured);
     launched?;
     let captured = captured.map_err(failed(op))?;
-    // SAFETY: the graph was just captured, and is destroyed once.
-    unsafe {
-        let instance = graph::instantiate(captured, sys::CUgraphInstantiate_flags(0));
-        let _ = graph::destroy(captured);
-        Ok(Recording(instance.map_err(failed(op))?))
-    }
+    // SAFETY: the graph lives.
+    let instance = unsafe { graph::instantiate(captured.0, sys::CUgraphInstantiate_flags(0)) };
+    Ok(Recording(instance.map_err(failed(op))?))
 }

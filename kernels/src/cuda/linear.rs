@@ -166,7 +166,7 @@ fn many_rows(
     y: (&CudaMat, bool),
 ) -> Result<()> {
     let Some(deltas) = deltas else { return product(be, x, weight, y) };
-    // Launched one by one, and where products are large, to fork and join costs more than a shrink.
+    // Beside the large products of other steps there is no room for a shrink; and a replay launches nothing.
     if !deltas.batch.is_recording() || !be.is_launching() {
         deltas.shrink(be, &be.stream)?;
         return product(be, x, weight, y);

@@ -175,11 +175,15 @@ fn expect_below(op: &'static str, what: &'static str, index: u32, limit: usize) 
     if index < limit { Ok(()) } else { Err(Error::Index { op, what, index, limit }) }
 }
 
+/// Logits divided by less might overflow, and the most probable token has all the probability long before.
+const LEAST_TEMPERATURE: f32 = 1e-6;
+
 /// A `SeatParams` of `sample.cu`.
 fn seat_params(params: &SamplingParams, penalized: bool) -> Vec<u8> {
     let mut words = Vec::with_capacity(PARAMS);
+    let warm = params.temperature >= LEAST_TEMPERATURE;
     for x in [
-        params.temperature,
+        if warm { params.temperature } else { 0.0 },
         params.top_p,
         params.min_p,
         params.typical_p,

@@ -2,6 +2,8 @@
 //! on the rows beside it.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod sampling;
+
 use std::{slice, sync::Arc};
 
 use kernels::{
@@ -49,6 +51,11 @@ macro_rules! on_every_backend {
     };
 }
 
+use sampling::{
+    draws_depend_on_their_seat_alone, penalties_over_a_large_vocabulary, sampling_filters_and_reports,
+    sampling_of_a_large_vocabulary,
+};
+
 on_every_backend!(
     linear_of_any_shape,
     low_rank_deltas_of_mixed_ranks,
@@ -59,6 +66,9 @@ on_every_backend!(
     attention_over_blocks,
     embedding_takes_the_token_sampled_last,
     sampling_filters_and_reports,
+    sampling_of_a_large_vocabulary,
+    penalties_over_a_large_vocabulary,
+    draws_depend_on_their_seat_alone,
 );
 
 #[test]
@@ -438,45 +448,6 @@ fn embedding_takes_the_token_sampled_last<B: Backend>(ops: &B) {
     ops.gather_logit_rows(&mat(ops, &expected), &device_batch(ops, &host), &mut last).unwrap();
     assert_eq!(last.rows(), 1);
     assert_close("gather", &ops.download(&last).unwrap(), table.row(17), ops.dtype());
-}
-
-fn sampling_filters_and_reports<B: Backend>(ops: &B) {
-    let logits = Numbers(7).table(3, 50);
-    let x = mat(ops, &logits);
-    let logprobs = reference::log_softmax(logits.row(1));
-    let mut order: Vec<u32> = (0..50).collect();
-    order.sort_by(|a, b| logprobs[*b as usize].total_cmp(&logprobs[*a as usize]).then(a.cmp(b)));
-    let draw = |params: SamplingParams, output: &[u32]| {
-        let mut sampler = ops.sampler(2, 50).unwrap();
-        ops.seat(&mut sampler, 1, &params, &[order[2]], output).unwrap();
-        collect(ops, ops.sample(&x, &[SampleRow { row: 1, seat: 1 }], &mut sampler).unwrap()).remove(0)
-    };
-    let greedy = draw(SamplingParams { num_top: 3, ..Default::default() }, &[]);
-    assert_eq!(greedy.token, order[0]);
-    assert!((greedy.logprob - logprobs[order[0] as usize]).abs() < 1e-4);
-    assert_eq!(greedy.top.iter().map(|top| top.0).collect::<Vec<_>>(), order[..3]);
-    let biased = SamplingParams { logit_bias: vec![(order[9], 50.0)], ..Default::default() };
-    assert_eq!(draw(biased, &[]).token, order[9]);
-    let present = SamplingParams { presence_penalty: 90.0, ..Default::default() };
-    assert_eq!(draw(present.clone(), &[]).token, order[0], "the prompt does not count");
-    assert_eq!(draw(present, &[order[0]]).token, order[1]);
-    let warm = SamplingParams { temperature: 1.5, seed: 11, ..Default::default() };
-    let kept = |params: &SamplingParams| {
-        let mut kept: Vec<u32> =
-            (0..300).map(|seed| draw(SamplingParams { seed, ..params.clone() }, &[]).token).collect();
-        kept.sort_unstable();
-        kept.dedup();
-        kept.len()
-    };
-    assert!(kept(&warm) > 30);
-    assert_eq!(kept(&SamplingParams { top_k: 3, ..warm.clone() }), 3);
-    assert_eq!(kept(&SamplingParams { top_p: 1e-6, ..warm.clone() }), 1);
-    assert_eq!(kept(&SamplingParams { min_p: 1.0, ..warm.clone() }), 1);
-    assert!(kept(&SamplingParams { typical_p: 0.2, ..warm.clone() }) < 20);
-    assert_eq!(draw(warm.clone(), &[]), draw(warm.clone(), &[]), "a seed gives the same token");
-    let scored = collect(ops, ops.score(&x, &[(1, 5), (1, 6)], 1).unwrap());
-    assert!((scored[1].logprob - logprobs[6]).abs() < 1e-4);
-    assert_eq!(scored[0].top[0].0, order[0]);
 }
 
 #[test]

@@ -1,0 +1,147 @@
+//! Choices of the next token.
+
+use kernels::{
+    Backend, SampleRow, SamplingParams,
+    reference::{self, Table},
+    testing::Numbers,
+};
+
+use super::{collect, mat, wide_mat};
+
+pub(super) fn sampling_filters_and_reports<B: Backend>(ops: &B) {
+    let logits = Numbers(7).table(3, 50);
+    let x = mat(ops, &logits);
+    let logprobs = reference::log_softmax(logits.row(1));
+    let mut order: Vec<u32> = (0..50).collect();
+    order.sort_by(|a, b| logprobs[*b as usize].total_cmp(&logprobs[*a as usize]).then(a.cmp(b)));
+    let draw = |params: SamplingParams, output: &[u32]| {
+        let mut sampler = ops.sampler(2, 50).unwrap();
+        ops.seat(&mut sampler, 1, &params, &[order[2]], output).unwrap();
+        collect(ops, ops.sample(&x, &[SampleRow { row: 1, seat: 1 }], &mut sampler).unwrap()).remove(0)
+    };
+    let greedy = draw(SamplingParams { num_top: 3, ..Default::default() }, &[]);
+    assert_eq!(greedy.token, order[0]);
+    assert!((greedy.logprob - logprobs[order[0] as usize]).abs() < 1e-4);
+    assert_eq!(greedy.top.iter().map(|top| top.0).collect::<Vec<_>>(), order[..3]);
+    let biased = SamplingParams { logit_bias: vec![(order[9], 50.0)], ..Default::default() };
+    assert_eq!(draw(biased, &[]).token, order[9]);
+    let present = SamplingParams { presence_penalty: 90.0, ..Default::default() };
+    assert_eq!(draw(present.clone(), &[]).token, order[0], "the prompt does not count");
+    assert_eq!(draw(present, &[order[0]]).token, order[1]);
+    let warm = SamplingParams { temperature: 1.5, seed: 11, ..Default::default() };
+    let kept = |params: &SamplingParams| {
+        let mut kept: Vec<u32> =
+            (0..300).map(|seed| draw(SamplingParams { seed, ..params.clone() }, &[]).token).collect();
+        kept.sort_unstable();
+        kept.dedup();
+        kept.len()
+    };
+    assert!(kept(&warm) > 30);
+    assert_eq!(kept(&SamplingParams { top_k: 3, ..warm.clone() }), 3);
+    assert_eq!(kept(&SamplingParams { top_p: 1e-6, ..warm.clone() }), 1);
+    assert_eq!(kept(&SamplingParams { min_p: 1.0, ..warm.clone() }), 1);
+    assert!(kept(&SamplingParams { typical_p: 0.2, ..warm.clone() }) < 20);
+    assert_eq!(draw(warm.clone(), &[]), draw(warm.clone(), &[]), "a seed gives the same token");
+    let scored = collect(ops, ops.score(&x, &[(1, 5), (1, 6)], 1).unwrap());
+    assert!((scored[1].logprob - logprobs[6]).abs() < 1e-4);
+    assert_eq!(scored[0].top[0].0, order[0]);
+}
+
+/// Tokens across a vocabulary of a real model's size, most probable first, a quarter apart in their logits; the others
+/// have next to no probability.
+fn peaks() -> (Vec<u32>, Table) {
+    let vocab = 70_001;
+    let order: Vec<u32> = (0..30).map(|i| 7 + 2311 * i).collect();
+    let mut logits = Numbers(12).table(1, vocab as usize);
+    logits.data.iter_mut().for_each(|x| *x -= 20.0);
+    for (i, &token) in order.iter().enumerate() {
+        logits.data[token as usize] = 8.0 - 0.25 * i as f32;
+    }
+    (order, logits)
+}
+
+pub(super) fn sampling_of_a_large_vocabulary<B: Backend>(ops: &B) {
+    let (order, logits) = peaks();
+    let vocab = logits.cols;
+    let logprobs = reference::log_softmax(&logits.data);
+    let probable: Vec<f64> = order.iter().map(|&t| f64::from(logprobs[t as usize]).exp()).collect();
+    let (x, rows) = (wide_mat(ops, &logits), 64);
+    let all: Vec<_> = (0..rows).map(|seat| SampleRow { row: 0, seat }).collect();
+    let warm = SamplingParams { temperature: 1.0, ..Default::default() };
+    let kept = |params: SamplingParams| {
+        let mut sampler = ops.sampler(rows as usize, vocab).unwrap();
+        for seat in 0..rows {
+            let params = SamplingParams { seed: u64::from(seat), ..params.clone() };
+            ops.seat(&mut sampler, seat, &params, &[], &[]).unwrap();
+        }
+        let draws = (0..4).flat_map(|_| collect(ops, ops.sample(&x, &all, &mut sampler).unwrap()));
+        let mut ranks: Vec<_> = draws.map(|s| order.iter().position(|&t| t == s.token).unwrap()).collect();
+        ranks.sort_unstable();
+        ranks.dedup();
+        ranks
+    };
+    let upto = |share: f64, order: &[usize]| {
+        let mut kept = Vec::new();
+        for &i in order {
+            if kept.iter().map(|&i: &usize| probable[i]).sum::<f64>() < share {
+                kept.push(i);
+            }
+        }
+        kept.sort_unstable();
+        kept
+    };
+    let by_rank: Vec<usize> = (0..order.len()).collect();
+    assert_eq!(kept(SamplingParams { top_k: 5, ..warm.clone() }), [0, 1, 2, 3, 4]);
+    assert_eq!(kept(SamplingParams { min_p: 0.3, ..warm.clone() }), [0, 1, 2, 3, 4]);
+    assert_eq!(kept(SamplingParams { top_p: 0.8, ..warm.clone() }), upto(0.8, &by_rank));
+    let entropy: f64 = probable.iter().map(|p| -p * p.ln()).sum();
+    let mut typical = by_rank;
+    typical.sort_by(|&a, &b| {
+        let away = |i: usize| (-probable[i].ln() - entropy).abs();
+        away(a).total_cmp(&away(b))
+    });
+    assert_eq!(kept(SamplingParams { typical_p: 0.5, ..warm }), upto(0.5, &typical));
+}
+
+pub(super) fn penalties_over_a_large_vocabulary<B: Backend>(ops: &B) {
+    let (order, logits) = peaks();
+    let x = wide_mat(ops, &logits);
+    let greedy = |params: SamplingParams, prompt: &[u32], output: &[u32]| {
+        let mut sampler = ops.sampler(1, logits.cols).unwrap();
+        ops.seat(&mut sampler, 0, &params, prompt, output).unwrap();
+        collect(ops, ops.sample(&x, &[SampleRow { row: 0, seat: 0 }], &mut sampler).unwrap()).remove(0).token
+    };
+    let mut prompt: Vec<u32> = (0..3000).map(|i| order[20] + i).collect();
+    prompt[2999] = order[0];
+    let repeats = SamplingParams { repetition_penalty: 1.5, ..Default::default() };
+    assert_eq!(greedy(repeats, &prompt, &[]), order[1], "the end of a long prompt counts");
+    let frequent = |penalty| SamplingParams { frequency_penalty: penalty, ..Default::default() };
+    assert_eq!(greedy(frequent(0.08), &[], &[order[0]; 3]), order[0]);
+    assert_eq!(greedy(frequent(0.09), &[], &[order[0]; 3]), order[1]);
+    assert_eq!(greedy(SamplingParams { temperature: 1e-38, ..Default::default() }, &[], &[]), order[0]);
+}
+
+pub(super) fn draws_depend_on_their_seat_alone<B: Backend>(ops: &B) {
+    let (_, logits) = peaks();
+    let x = wide_mat(ops, &logits);
+    let others = [
+        SamplingParams::default(),
+        SamplingParams { temperature: 2.0, top_p: 0.5, seed: 3, ..Default::default() },
+        SamplingParams { temperature: 0.7, repetition_penalty: 1.2, seed: 77, ..Default::default() },
+    ];
+    let params = SamplingParams { temperature: 1.0, top_p: 0.95, seed: 77, ..Default::default() };
+    let draws = |seat: u32, seats: u32| {
+        let mut sampler = ops.sampler(seats as usize, logits.cols).unwrap();
+        for other in 0..seats {
+            let params = if other == seat { &params } else { &others[other as usize % 3] };
+            ops.seat(&mut sampler, other, params, &[], &[]).unwrap();
+        }
+        let rows: Vec<_> = (0..seats).rev().map(|seat| SampleRow { row: 0, seat }).collect();
+        let mut draw = || collect(ops, ops.sample(&x, &rows, &mut sampler).unwrap());
+        let own = (0..12).map(|_| draw().into_iter().find(|s| s.seat == seat).unwrap().token);
+        own.collect::<Vec<_>>()
+    };
+    let alone = draws(0, 1);
+    assert!(alone.iter().any(|token| token != &alone[0]), "draws differ");
+    assert_eq!(draws(41, 64), alone);
+}
