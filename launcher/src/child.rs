@@ -15,7 +15,8 @@ pub(crate) struct Child {
     process: Process,
     /// Closing it tells the child to stop. Held apart, because waiting for a process closes its own.
     stdin: Option<ChildStdin>,
-    log: JoinHandle<()>,
+    /// None once it has ended.
+    log: Option<JoinHandle<()>>,
 }
 
 impl Child {
@@ -37,19 +38,24 @@ impl Child {
             None => tokio::spawn(std::future::ready(())),
         };
         let stdin = process.stdin.take();
-        Ok(Child { name: name.into(), process, stdin, log })
+        Ok(Child { name: name.into(), process, stdin, log: Some(log) })
     }
 
     /// Waits for its end, and for its last line.
     pub(crate) async fn ended(&mut self) -> std::io::Result<ExitStatus> {
         let status = self.process.wait().await?;
-        // A grandchild could hold the pipe open for ever.
-        let _ = timeout(Duration::from_secs(1), &mut self.log).await;
+        if let Some(log) = self.log.take() {
+            // A grandchild could hold the pipe open for ever.
+            let _ = timeout(Duration::from_secs(1), log).await;
+        }
         Ok(status)
     }
 
-    /// Asks it to end, and kills it after `patience`. True if it ended by itself, in order.
+    /// Asks it to end, and kills it after `patience`. True if it ended by itself, in order, or had ended before.
     pub(crate) async fn stop(mut self, patience: Duration) -> bool {
+        if self.log.is_none() {
+            return true;
+        }
         drop(self.stdin.take());
         match timeout(patience, self.ended()).await {
             Ok(Ok(status)) => status.success(),

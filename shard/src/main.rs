@@ -1,5 +1,7 @@
 //! `lorax-shard`: one rank of a model.
 
+mod parent;
+
 use std::{
     io::IsTerminal,
     path::{Path, PathBuf},
@@ -23,8 +25,8 @@ use lorax_shard::{
     step::Info,
 };
 use model::{LoadProgress, Model, adapter::BaseModel};
+use parent::Parent;
 use tokio::{
-    io::AsyncReadExt,
     net::UnixListener,
     signal::unix::{SignalKind, signal},
     sync::{mpsc, oneshot},
@@ -54,7 +56,11 @@ fn main() {
         Err(error) => exit(EX_USAGE, &error.into()),
     };
     start_log(config.shard.json_output);
-    if let Err(error) = run(&config, args.rank) {
+    let parent = match Parent::watch() {
+        Ok(parent) => parent,
+        Err(error) => exit(1, &error.into()),
+    };
+    if let Err(error) = run(&config, args.rank, &parent) {
         exit(1, &error);
     }
 }
@@ -73,13 +79,13 @@ fn start_log(json: bool) {
     if json { log.json().init() } else { log.with_target(false).init() }
 }
 
-fn run(config: &Config, rank: usize) -> anyhow::Result<()> {
+fn run(config: &Config, rank: usize, parent: &Parent) -> anyhow::Result<()> {
     let shard = &config.shard;
     let dtype = shard.dtype.map_or(DType::Bf16, Precision::dtype);
     #[cfg(feature = "cuda")]
     if shard.device != Device::Cpu {
         match kernels::cuda::CudaBackend::new(dtype, rank) {
-            Ok(ops) => return serve_cuda(ops, config, rank),
+            Ok(ops) => return serve_cuda(ops, config, rank, parent),
             Err(error) if shard.device == Device::Cuda => return Err(error.into()),
             Err(error) => tracing::warn!("no GPU is used: {error}"),
         }
@@ -94,12 +100,17 @@ fn run(config: &Config, rank: usize) -> anyhow::Result<()> {
     let ranks = config.shards.uds.len();
     let room = |_: &CpuBackend| Ok(Room::on_host(shard.kv_memory_bytes, shard.adapter_memory_bytes, ranks));
     let target = Target { name: "cpu", max_rows: 512, rehearses: false, room: &room, ready: &|_| () };
-    serve(Arc::new(ops), &target, config, rank)
+    serve(Arc::new(ops), &target, (config, rank), parent)
 }
 
 /// Serves from a GPU whose memory is shared out once the weights and a step's needs are on it.
 #[cfg(feature = "cuda")]
-fn serve_cuda(ops: kernels::cuda::CudaBackend, config: &Config, rank: usize) -> anyhow::Result<()> {
+fn serve_cuda(
+    ops: kernels::cuda::CudaBackend,
+    config: &Config,
+    rank: usize,
+    parent: &Parent,
+) -> anyhow::Result<()> {
     let shard = &config.shard;
     ops.record_steps(!shard.eager);
     let name = ops.name()?;
@@ -122,7 +133,7 @@ fn serve_cuda(ops: kernels::cuda::CudaBackend, config: &Config, rank: usize) -> 
         }
     };
     let target = Target { name: &name, max_rows: 2048, rehearses: true, room: &room, ready: &ready };
-    serve(Arc::new(ops), &target, config, rank)
+    serve(Arc::new(ops), &target, (config, rank), parent)
 }
 
 /// What is known of a device before anything is loaded.
@@ -142,8 +153,8 @@ struct Target<'a, B> {
 fn serve<B: Backend>(
     ops: Arc<B>,
     target: &Target<'_, B>,
-    config: &Config,
-    rank: usize,
+    (config, rank): (&Config, usize),
+    parent: &Parent,
 ) -> anyhow::Result<()> {
     let shard = &config.shard;
     let host_bytes = shard.adapter_host_bytes.unwrap_or(4 << 30) as usize;
@@ -199,12 +210,19 @@ fn serve<B: Backend>(
         let _ = failed.send(engine.run(received));
     })?;
     let service = service::new(info, adapters, commands);
-    runtime.block_on(listen(config.socket(rank)?, service, failure))?;
+    let socket = config.socket(rank)?;
+    let ended = runtime.block_on(async {
+        tokio::select! {
+            ended = listen(socket, service, failure) => ended,
+            () = told_to_stop(parent) => Ok(()),
+        }
+    });
+    // Whatever adapter is being read: whoever waits for it is gone, and after a failure the launcher waits for our end.
     runtime.shutdown_timeout(Duration::from_secs(1));
-    Ok(())
+    ended
 }
 
-/// Answers the router until told to stop, or until the engine fails.
+/// Answers the router until the engine fails.
 async fn listen<B: Backend>(
     socket: &Path,
     service: Server<B>,
@@ -223,27 +241,21 @@ async fn listen<B: Backend>(
             Ok(result) => result.context("the engine stopped"),
             Err(_) => anyhow::bail!("the engine panicked"),
         },
-        () = told_to_stop() => Ok(()),
     }
 }
 
 /// Ends with SIGTERM, SIGINT, or the launcher's end of stdin.
-async fn told_to_stop() {
+async fn told_to_stop(parent: &Parent) {
     let wait = async |kind| match signal(kind) {
         Ok(mut signal) => {
             signal.recv().await;
         }
         Err(_) => std::future::pending().await,
     };
-    let stdin_closed = async {
-        let mut buffer = [0; 64];
-        let mut stdin = tokio::io::stdin();
-        while matches!(stdin.read(&mut buffer).await, Ok(1..)) {}
-    };
     tokio::select! {
         () = wait(SignalKind::terminate()) => {}
         () = wait(SignalKind::interrupt()) => {}
-        () = stdin_closed => {}
+        () = parent.gone() => {}
     }
 }
 

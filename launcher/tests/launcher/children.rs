@@ -58,6 +58,18 @@ fn a_shard_that_dies_is_started_again_after_longer_and_longer() {
 }
 
 #[test]
+fn a_server_whose_router_is_about_to_be_restarted_can_be_stopped() {
+    // Longer than a life that is taken for a fault.
+    let mut launcher = Launcher::with_model().router("say router up; sleep 3.2; exit 5");
+    let mut running = launcher.start();
+    running.until("restarting in");
+    running.signal("-TERM");
+    let (status, lines) = running.ended();
+    assert_eq!(status, Some(0), "{lines:?}");
+    assert!(lines.iter().any(|line| line.contains("shard down")), "{lines:?}");
+}
+
+#[test]
 fn a_child_that_never_serves_ends_it_all() {
     for (shard, router, status, cause) in [
         ("say no room; exit 3", "serve", 1, "shard-0 could not start (exit status: 3)"),

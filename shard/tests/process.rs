@@ -1,0 +1,59 @@
+//! The process itself: when it ends.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::{
+    io::{BufRead, BufReader},
+    path::Path,
+    process::{Child, Command, Stdio},
+};
+
+use serde_json::json;
+
+/// A shard of a small model, with its stdin open.
+fn start(folder: &Path) -> Child {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../integration-tests/fixtures");
+    let config = json!({
+        "model": {"id": "tiny", "path": fixtures.join("tiny/model"), "revision": null, "sha": null},
+        "shards": {"uds": [folder.join("shard.sock")]},
+        "shard": {
+            "dtype": null, "device": "cpu", "threads": 1, "max_rows": null, "max_sequences": 4,
+            "max_logit_rows": null, "num_slots": 2, "kv_memory_bytes": 1 << 20, "adapter_memory_bytes": null,
+            "adapter_host_bytes": 1 << 20, "adapter_dir": null, "adapter_roots": [], "eager": false,
+            "cuda_memory_fraction": 0.9, "adapter_memory_fraction": 0.5, "json_output": false,
+        },
+    });
+    let path = folder.join("config.json");
+    std::fs::write(&path, config.to_string()).unwrap();
+    Command::new(env!("CARGO_BIN_EXE_lorax-shard"))
+        .args(["--config".as_ref(), path.as_os_str()])
+        .stdin(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+#[test]
+fn a_shard_ends_with_whoever_holds_its_stdin() {
+    let folder = tempfile::tempdir().unwrap();
+    for served in [false, true] {
+        let mut shard = start(folder.path());
+        let mut log = BufReader::new(shard.stderr.take().unwrap()).lines().map(Result::unwrap);
+        if served {
+            assert!(log.any(|line| line.contains("serving on")));
+        }
+        drop(shard.stdin.take());
+        assert_eq!(log.find(|line| line.starts_with("error")), None);
+        assert_eq!(shard.wait().unwrap().code(), Some(0), "served: {served}");
+    }
+}
+
+#[test]
+fn a_shard_that_fails_ends_though_its_stdin_is_open() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::create_dir_all(folder.path().join("shard.sock/in the way")).unwrap();
+    let mut shard = start(folder.path());
+    // To wait for a child closes its stdin.
+    let held = shard.stdin.take();
+    assert_eq!(shard.wait().unwrap().code(), Some(1));
+    drop(held);
+}
