@@ -19,7 +19,7 @@ use lorax_shard::choices::ChoiceFile;
 use lorax_shard::{
     adapters::{Adapters, Roots},
     config::{Config, Device, Precision},
-    engine::{Engine, Limits},
+    engine::{Command, Engine, Limits},
     memory::{self, Room},
     service::{self, Server},
     step::Info,
@@ -204,29 +204,33 @@ fn serve<B: Backend>(
         max_logit_rows: limits.max_logit_rows as u32,
     };
     let (commands, received) = mpsc::channel(16);
-    let (failed, failure) = oneshot::channel();
-    thread::Builder::new().name("engine".into()).spawn(move || {
-        // The main thread waits for this for as long as it serves.
-        let _ = failed.send(engine.run(received));
-    })?;
+    let failure = start_engine(engine, received)?;
     let service = service::new(info, adapters, commands);
-    let socket = config.socket(rank)?;
-    let ended = runtime.block_on(async {
-        tokio::select! {
-            ended = listen(socket, service, failure) => ended,
-            () = told_to_stop(parent) => Ok(()),
-        }
-    });
-    // Whatever adapter is being read: whoever waits for it is gone, and after a failure the launcher waits for our end.
+    let ended = runtime.block_on(listen(config.socket(rank)?, service, failure, parent));
+    // Whoever waits for an adapter that is being read is gone, and after a failure the launcher waits for our end.
     runtime.shutdown_timeout(Duration::from_secs(1));
     ended
 }
 
-/// Answers the router until the engine fails.
+/// Runs the engine on a thread; resolves when it ends.
+fn start_engine<B: Backend>(
+    engine: Engine<B>,
+    commands: mpsc::Receiver<Command>,
+) -> std::io::Result<oneshot::Receiver<kernels::Result<()>>> {
+    let (failed, failure) = oneshot::channel();
+    thread::Builder::new().name("engine".into()).spawn(move || {
+        // The main thread waits for this for as long as it serves.
+        let _ = failed.send(engine.run(commands));
+    })?;
+    Ok(failure)
+}
+
+/// Answers the router until told to stop, or until the engine fails.
 async fn listen<B: Backend>(
     socket: &Path,
     service: Server<B>,
     failure: oneshot::Receiver<kernels::Result<()>>,
+    parent: &Parent,
 ) -> anyhow::Result<()> {
     // A socket of an earlier life would refuse the name.
     let _ = std::fs::remove_file(socket);
@@ -241,6 +245,7 @@ async fn listen<B: Backend>(
             Ok(result) => result.context("the engine stopped"),
             Err(_) => anyhow::bail!("the engine panicked"),
         },
+        () = told_to_stop(parent) => Ok(()),
     }
 }
 
