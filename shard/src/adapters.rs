@@ -126,7 +126,7 @@ pub struct Adapters<B: Backend> {
     roots: Roots,
     limit: usize,
     runtime: Handle,
-    permits: Semaphore,
+    permits: Arc<Semaphore>,
     cache: Mutex<Cache<B>>,
 }
 
@@ -156,7 +156,7 @@ impl<B: Backend> Adapters<B> {
             roots,
             limit,
             runtime,
-            permits: Semaphore::new((cores / 2).clamp(1, PARALLEL)),
+            permits: Arc::new(Semaphore::new((cores / 2).clamp(1, PARALLEL))),
             cache: Mutex::new(cache),
         }
     }
@@ -168,48 +168,70 @@ impl<B: Backend> Adapters<B> {
     /// Resolves a reference and makes sure that its adapter is in host memory. The reference is resolved every time,
     /// whatever is cached: that is where access is checked.
     pub async fn prepare(self: &Arc<Self>, source: &str, id: &str) -> Result<Prepared, PrepareError> {
-        let folder = self.roots.resolve(source, id)?;
-        let version = Version {
-            files: [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE]
-                .map(|file| {
-                    let data = folder.join(file).metadata().ok()?;
-                    Some((data.len(), data.modified().ok()?))
-                })
-                .to_vec(),
-            folder,
-        };
+        let interrupted = |_| PrepareError::Interrupted { id: id.into() };
+        let (this, source, name) = (self.clone(), source.to_owned(), id.to_owned());
+        // Folders may be far away.
+        let version = tokio::task::spawn_blocking(move || this.version(&source, &name));
+        let version = version.await.map_err(interrupted)??;
         let known = self.cache().known.entry(version.clone()).or_default().clone();
         if let Some(prepared) = known.get().filter(|prepared| self.get(prepared.content).is_some()) {
             return Ok(prepared.clone());
         }
-        // Evicted since: read it again.
-        let known = if known.initialized() {
+        // A task of its own: it goes on when its caller leaves, whom others may have joined.
+        let (this, name) = (self.clone(), id.to_owned());
+        let reading = self.runtime.spawn(async move { this.read_version(version, known, &name).await });
+        reading.await.map_err(interrupted)?
+    }
+
+    /// A folder as it is now.
+    fn version(&self, source: &str, id: &str) -> Result<Version, PrepareError> {
+        let folder = self.roots.resolve(source, id)?;
+        let file = |name| {
+            let data = folder.join(name).metadata().ok()?;
+            Some((data.len(), data.modified().ok()?))
+        };
+        let files = [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE].map(file).to_vec();
+        Ok(Version { folder, files })
+    }
+
+    /// Reads a version that is not in memory, once for all who ask at the same time.
+    async fn read_version(
+        self: &Arc<Self>,
+        version: Version,
+        mut known: Arc<OnceCell<Prepared>>,
+        id: &str,
+    ) -> Result<Prepared, PrepareError> {
+        if known.initialized() {
+            // Evicted since: read it again.
             let mut cache = self.cache();
             let entry = cache.known.entry(version.clone()).or_default();
             if Arc::ptr_eq(entry, &known) {
                 *entry = Arc::default();
             }
-            entry.clone()
-        } else {
-            known
-        };
+            known = entry.clone();
+        }
         let read = async || Ok(self.read(version.folder.clone(), id).await?.0);
         let result = known.get_or_try_init(read).await.cloned();
-        if result.is_err() {
+        let mut cache = self.cache();
+        match &result {
+            // What the folder was before is not asked for any more.
+            Ok(_) => cache.known.retain(|other, _| other.folder != version.folder || *other == version),
             // A broken adapter leaves nothing behind, and is read anew when it is asked for again.
-            self.cache().known.remove(&version);
+            Err(_) => drop(cache.known.remove(&version)),
         }
         result
     }
 
     async fn read(self: &Arc<Self>, folder: PathBuf, id: &str) -> Result<Read<B>, PrepareError> {
-        let interrupted = |_| PrepareError::Interrupted { id: id.into() };
-        let _permit =
-            self.permits.acquire().await.map_err(|_| PrepareError::Interrupted { id: id.into() })?;
+        let interrupted = || PrepareError::Interrupted { id: id.into() };
+        let permit = self.permits.clone().acquire_owned().await.map_err(|_| interrupted())?;
         let (this, id_there) = (self.clone(), id.to_owned());
-        tokio::task::spawn_blocking(move || this.read_blocking(folder, id_there))
-            .await
-            .map_err(interrupted)?
+        let reading = tokio::task::spawn_blocking(move || {
+            // Until it has ended, whoever waits for it.
+            let _permit = permit;
+            this.read_blocking(folder, id_there)
+        });
+        reading.await.map_err(|_| interrupted())?
     }
 
     fn read_blocking(&self, folder: PathBuf, id: String) -> Result<Read<B>, PrepareError> {
