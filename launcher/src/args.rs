@@ -61,7 +61,7 @@ pub(crate) struct Args {
     /// Adapters on the device at the same time
     #[arg(long, env, default_value_t = 128)]
     pub(crate) max_active_adapters: usize,
-    /// Share of device memory for adapters
+    /// Share for adapters of the GPU memory that weights leave
     #[arg(long, env, default_value_t = 0.1)]
     pub(crate) adapter_memory_fraction: f32,
     /// Share of a GPU's memory to use
@@ -70,10 +70,10 @@ pub(crate) struct Args {
     /// Launch the kernels of decode steps one by one, without CUDA graphs
     #[arg(long, env, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
     pub(crate) eager: bool,
-    /// Memory for keys and values, such as 2GiB [default: a quarter of what is available]
+    /// Memory for keys and values, such as 2GiB [default: on a GPU all that is left, else a quarter of what is available]
     #[arg(long, env, value_parser = bytes)]
     pub(crate) kv_memory: Option<u64>,
-    /// Host memory for adapters, such as 4GiB
+    /// Host memory for adapters, such as 4GiB; those in slots may take more
     #[arg(long, env, value_parser = bytes, default_value = "4GiB")]
     pub(crate) adapter_host_memory: u64,
 

@@ -13,6 +13,16 @@ pub enum TooSmall {
         /// A block of all layers.
         block: u64,
     },
+    /// More was asked for than there is.
+    #[error(
+        "{asked} bytes of KV memory do not fit (--kv-memory): {left} are left beside weights, a step, and adapters"
+    )]
+    Kv {
+        /// What was asked for.
+        asked: u64,
+        /// What there is.
+        left: u64,
+    },
     /// The weights have left too little.
     #[error(
         "out of memory: {free} of {total} bytes are free beside the weights and a step; {reserved} of them are \
@@ -55,11 +65,16 @@ impl Room {
     ) -> Result<Room, TooSmall> {
         let reserved = (total as f64 * (1.0 - f64::from(used))) as u64;
         let left = free.saturating_sub(reserved).saturating_sub(RECORDINGS);
-        let adapter_bytes = (left as f64 * f64::from(adapters)) as u64;
         if left == 0 {
             return Err(TooSmall::Device { free, total, reserved });
         }
-        Ok(Room { kv_bytes: kv.unwrap_or(u64::MAX).min(left - adapter_bytes), adapter_bytes })
+        // None at all would be no bound; in one byte no adapter fits either.
+        let adapter_bytes = ((left as f64 * f64::from(adapters)) as u64).max(1);
+        let left = left - adapter_bytes;
+        match kv {
+            Some(asked) if asked > left => Err(TooSmall::Kv { asked, left }),
+            kv => Ok(Room { kv_bytes: kv.unwrap_or(left), adapter_bytes }),
+        }
     }
 }
 
@@ -147,6 +162,13 @@ mod tests {
         let adapter_bytes = gib(39) / 4;
         assert_eq!(share(None).unwrap(), Room { kv_bytes: gib(39) - adapter_bytes, adapter_bytes });
         assert_eq!(share(Some(gib(2))).unwrap().kv_bytes, gib(2));
+        let greedy = share(Some(gib(30))).unwrap_err().to_string();
+        assert!(
+            greedy
+                .starts_with("32212254720 bytes of KV memory do not fit (--kv-memory): 31406948352 are left")
+        );
+        let without = Room::on_device((gib(60), gib(80)), (0.75, 0.0), None).unwrap();
+        assert_eq!(without, Room { kv_bytes: gib(39) - 1, adapter_bytes: 1 }, "0 would be no bound");
         let full = Room::on_device((gib(9), gib(80)), (0.9, 0.1), None).unwrap_err().to_string();
         assert!(full.contains("out of memory: 9663676416 of 85899345920 bytes are free"), "{full}");
     }

@@ -445,7 +445,7 @@ pub mod shard_client {
             req.extensions_mut().insert(GrpcMethod::new("shard.v1.Shard", "Execute"));
             self.inner.streaming(req, path, codec).await
         }
-        /// Answers as long as the shard can run steps.
+        /// Answers as long as the step loop runs, but does not wait for a step, which may take long.
         pub async fn health(
             &mut self,
             request: impl tonic::IntoRequest<super::HealthRequest>,
@@ -507,7 +507,7 @@ pub mod shard_server {
             &self,
             request: tonic::Request<tonic::Streaming<super::Step>>,
         ) -> std::result::Result<tonic::Response<Self::ExecuteStream>, tonic::Status>;
-        /// Answers as long as the shard can run steps.
+        /// Answers as long as the step loop runs, but does not wait for a step, which may take long.
         async fn health(
             &self,
             request: tonic::Request<super::HealthRequest>,
