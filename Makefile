@@ -44,7 +44,7 @@ cuda: cuda-toolchain ## Build the server with the CUDA backend
 
 .PHONY: lint-cuda
 lint-cuda: cuda-toolchain ## Compile the CUDA kernels for CI's architectures, fail on what makes them slow, run clippy and tests without a GPU
-	LORAX_CUDA_ARCHS="80;90a" cargo clippy -p kernels --features cuda --all-targets -- -D warnings
+	LORAX_CUDA_ARCHS="80;90a" cargo clippy -p kernels -p lorax-shard --features kernels/cuda,lorax-shard/cuda --all-targets -- -D warnings
 	LORAX_CUDA_ARCHS="80;90a" cargo test -p kernels --features cuda --lib
 
 .PHONY: fmt
