@@ -1,12 +1,16 @@
 //! `lorax-router`: the HTTP side of the server.
 
-use std::{io::IsTerminal, path::PathBuf};
+use std::{
+    io::{self, IsTerminal},
+    path::PathBuf,
+    thread,
+};
 
 use clap::Parser;
 use lorax_router::{App, StartError, config::Config, server};
 use tokio::{
-    io::AsyncReadExt,
     signal::unix::{SignalKind, signal},
+    sync::oneshot,
 };
 use tracing_subscriber::EnvFilter;
 
@@ -52,33 +56,33 @@ fn exit(code: i32, error: &anyhow::Error) -> ! {
 
 #[tokio::main(worker_threads = 2)]
 async fn run(config: Config) -> anyhow::Result<()> {
-    // Before anything else: a port that is taken is found out at once.
+    let mut stop = Box::pin(told_to_stop()?);
+    // Before anything slow: a port that is taken is found out at once.
     let (listener, address) = server::listen(&config).await?;
     let app = App::start(config)?;
     tokio::select! {
         () = app.ready() => {}
-        () = told_to_stop() => return Ok(()),
+        () = &mut stop => return Ok(()),
     }
     tracing::info!("listening on {address}");
-    Ok(server::serve(listener, app, told_to_stop()).await?)
+    Ok(server::serve(listener, app, stop).await?)
 }
 
-/// Ends with SIGTERM, SIGINT, or the launcher's end of stdin.
-async fn told_to_stop() {
-    let wait = async |kind| match signal(kind) {
-        Ok(mut signal) => {
-            signal.recv().await;
+/// Ends with SIGTERM, SIGINT, or the launcher's end of stdin; signals are caught from the call on.
+fn told_to_stop() -> io::Result<impl Future<Output = ()> + Send> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let (closing, closed) = oneshot::channel();
+    // Not one of the runtime's threads: it would wait for the read to end before it ends itself.
+    thread::spawn(move || {
+        // An error is an end, and by then nobody may listen.
+        let _ = io::copy(&mut io::stdin().lock(), &mut io::sink());
+        let _ = closing.send(());
+    });
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            _ = closed => {}
         }
-        Err(_) => std::future::pending().await,
-    };
-    let stdin_closed = async {
-        let mut buffer = [0; 64];
-        let mut stdin = tokio::io::stdin();
-        while matches!(stdin.read(&mut buffer).await, Ok(1..)) {}
-    };
-    tokio::select! {
-        () = wait(SignalKind::terminate()) => {}
-        () = wait(SignalKind::interrupt()) => {}
-        () = stdin_closed => {}
-    }
+    })
 }

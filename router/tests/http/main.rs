@@ -6,6 +6,7 @@ mod clients;
 mod failures;
 mod generate;
 mod openai;
+mod process;
 mod refusals;
 mod router;
 mod shard;

@@ -252,7 +252,7 @@ async fn routes_that_do_not_exist() {
 
 #[tokio::test]
 async fn an_origin_that_is_none() {
-    let mut config = configuration("/no/such/socket".into());
+    let mut config = configuration("/no/such/socket".as_ref());
     config.router.cors_allow_origin = vec!["http://here\n".into()];
     let error = App::start(config).err().unwrap();
     assert!(error.is_usage());

@@ -5,14 +5,9 @@ use std::{
     sync::OnceLock,
 };
 
-use lorax_router::{
-    App,
-    config::{Config, ModelConfig, RouterConfig, ShardsConfig},
-    server,
-    tokenizer::ModelTokenizer,
-};
+use lorax_router::{App, config::Config, server, tokenizer::ModelTokenizer};
 use reqwest::{Client, Method, Response, StatusCode};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::sync::oneshot;
 
 use crate::shard::{Script, ScriptedShard};
@@ -40,27 +35,24 @@ pub(crate) fn text(tokens: &[u32]) -> String {
     tokenizer().decode(tokens, false)
 }
 
-/// A configuration in which every limit is small.
-pub(crate) fn configuration(socket: PathBuf) -> Config {
-    let router = RouterConfig {
-        hostname: "127.0.0.1".into(),
-        port: 0,
-        max_concurrent_requests: 64,
-        max_stop_sequences: 4,
-        max_input_length: None,
-        max_total_tokens: None,
-        max_batch_prefill_tokens: None,
-        prefix_caching: false,
-        default_adapter_source: "local".into(),
-        validation_workers: 1,
-        max_body_bytes: 64 << 10,
-        shutdown_deadline_s: 1,
-        tokenizer_config_path: None,
-        cors_allow_origin: Vec::new(),
-        json_output: false,
-    };
-    let model = ModelConfig { id: MODEL.into(), path: model(), revision: None, sha: Some("abc".into()) };
-    Config { model, shards: ShardsConfig { uds: vec![socket] }, router }
+/// A configuration in which every limit is small, as the launcher writes it.
+pub(crate) fn configuration_file(socket: &Path) -> Value {
+    json!({
+        "model": {"id": MODEL, "path": model(), "revision": null, "sha": "abc"},
+        "shards": {"uds": [socket]},
+        "router": {
+            "hostname": "127.0.0.1", "port": 0, "max_concurrent_requests": 64, "max_stop_sequences": 4,
+            "max_input_length": null, "max_total_tokens": null, "max_batch_prefill_tokens": null,
+            "prefix_caching": false, "default_adapter_source": "local", "validation_workers": 1,
+            "max_body_bytes": 64 << 10, "shutdown_deadline_s": 1, "tokenizer_config_path": null,
+            "cors_allow_origin": [], "json_output": false,
+        },
+    })
+}
+
+/// The same, read.
+pub(crate) fn configuration(socket: &Path) -> Config {
+    serde_json::from_value(configuration_file(socket)).unwrap()
 }
 
 /// A running router.
@@ -83,7 +75,7 @@ impl Router {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("shard.sock");
         let shard = ScriptedShard::start(script, &socket);
-        let mut config = configuration(socket);
+        let mut config = configuration(&socket);
         change(&mut config);
         let (listener, address) = server::listen(&config).await.unwrap();
         let app = App::start(config).unwrap();

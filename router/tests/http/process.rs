@@ -1,0 +1,91 @@
+//! The program itself: what it says, and how it ends.
+
+use std::{fs, process::Stdio, time::Duration};
+
+use serde_json::Value;
+use tokio::{
+    io::{AsyncBufReadExt, BufReader, Lines},
+    process::{Child, ChildStderr, ChildStdin, Command},
+    time::timeout,
+};
+
+use crate::{
+    router::{configuration_file, tokens},
+    shard::{Script, ScriptedShard},
+};
+
+/// What a program gets to end; it takes milliseconds.
+const END: Duration = Duration::from_secs(30);
+
+/// A router in a process of its own, in front of a scripted shard. Killed when it is dropped.
+struct Program {
+    process: Child,
+    /// Held apart, because waiting for a process closes its own.
+    stdin: ChildStdin,
+    log: Lines<BufReader<ChildStderr>>,
+    _folder: tempfile::TempDir,
+}
+
+impl Program {
+    fn start(script: Script, change: impl FnOnce(&mut Value)) -> Program {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("shard.sock");
+        ScriptedShard::start(script, &socket);
+        let mut configuration = configuration_file(&socket);
+        change(&mut configuration["router"]);
+        let file = folder.path().join("config.json");
+        fs::write(&file, configuration.to_string()).unwrap();
+        let mut process = Command::new(env!("CARGO_BIN_EXE_lorax-router"))
+            .arg("--config")
+            .arg(file)
+            .env_remove("LOG_LEVEL")
+            .stdin(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let stdin = process.stdin.take().unwrap();
+        let log = BufReader::new(process.stderr.take().unwrap()).lines();
+        Program { process, stdin, log, _folder: folder }
+    }
+
+    /// Waits for a line of the log, and returns what follows `text` in it.
+    async fn says(&mut self, text: &str) -> String {
+        loop {
+            let line =
+                self.log.next_line().await.unwrap().unwrap_or_else(|| panic!("it never says {text:?}"));
+            if let Some((_, rest)) = line.split_once(text) {
+                return rest.trim().to_owned();
+            }
+        }
+    }
+
+    async fn signal(&self, signal: &str) {
+        let id = self.process.id().unwrap().to_string();
+        assert!(Command::new("kill").args([signal, &id]).status().await.unwrap().success());
+    }
+
+    /// Waits for its end, and returns its exit code.
+    async fn ended(&mut self) -> Option<i32> {
+        timeout(END, self.process.wait()).await.unwrap().unwrap().code()
+    }
+}
+
+#[tokio::test]
+async fn a_signal_ends_it_though_its_stdin_stays_open() {
+    for signal in ["-TERM", "-INT"] {
+        let mut program = Program::start(Script::saying(tokens("a")), |_| {});
+        program.says("listening on ").await;
+        program.signal(signal).await;
+        assert_eq!(program.ended().await, Some(0), "{signal}");
+    }
+}
+
+#[tokio::test]
+async fn the_end_of_its_stdin_ends_it() {
+    let mut program = Program::start(Script::saying(tokens("a")), |_| {});
+    program.says("listening on ").await;
+    let Program { mut process, stdin, .. } = program;
+    drop(stdin);
+    assert_eq!(timeout(END, process.wait()).await.unwrap().unwrap().code(), Some(0));
+}
