@@ -56,15 +56,16 @@ fn exit(code: i32, error: &anyhow::Error) -> ! {
 
 #[tokio::main(worker_threads = 2)]
 async fn run(config: Config) -> anyhow::Result<()> {
-    let mut stop = Box::pin(told_to_stop()?);
+    let stop = told_to_stop()?;
     // Before anything slow: a port that is taken is found out at once.
     let (listener, address) = server::listen(&config).await?;
     let app = App::start(config)?;
-    tokio::select! {
-        () = app.ready() => {}
-        () = &mut stop => return Ok(()),
-    }
-    tracing::info!("listening on {address}");
+    tracing::info!("waiting for the model; {address} answers 503 until it is ready");
+    let starting = app.clone();
+    tokio::spawn(async move {
+        starting.ready().await;
+        tracing::info!("listening on {address}");
+    });
     Ok(server::serve(listener, app, stop).await?)
 }
 

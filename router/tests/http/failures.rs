@@ -22,6 +22,18 @@ async fn unavailable(router: &Router) {
 }
 
 #[tokio::test]
+async fn until_the_shard_is_there_requests_are_answered_all_the_same() {
+    let mut script = Script::saying(tokens("a"));
+    script.held.insert(Gate::Info);
+    let router = Router::launch(script, |_| {}).await;
+    unavailable(&router).await;
+    router.shard.release(&Gate::Info);
+    router.app.ready().await;
+    router.ok("/generate", &json!({"inputs": "x"})).await;
+    assert_eq!(router.get("/health").await.status(), 200);
+}
+
+#[tokio::test]
 async fn a_broken_stream_fails_what_runs_and_starts_anew() {
     let router = Router::start(Script::saying(tokens("a").repeat(1000))).await;
     router.shard.hold(Gate::Steps);

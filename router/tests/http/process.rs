@@ -11,7 +11,7 @@ use tokio::{
 
 use crate::{
     router::{configuration_file, tokens},
-    shard::{Script, ScriptedShard},
+    shard::{Gate, Script, ScriptedShard},
 };
 
 /// What a program gets to end; it takes milliseconds.
@@ -23,6 +23,7 @@ struct Program {
     /// Held apart, because waiting for a process closes its own.
     stdin: ChildStdin,
     log: Lines<BufReader<ChildStderr>>,
+    shard: ScriptedShard,
     _folder: tempfile::TempDir,
 }
 
@@ -30,7 +31,7 @@ impl Program {
     fn start(script: Script, change: impl FnOnce(&mut Value)) -> Program {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("shard.sock");
-        ScriptedShard::start(script, &socket);
+        let shard = ScriptedShard::start(script, &socket);
         let mut configuration = configuration_file(&socket);
         change(&mut configuration["router"]);
         let file = folder.path().join("config.json");
@@ -46,7 +47,7 @@ impl Program {
             .unwrap();
         let stdin = process.stdin.take().unwrap();
         let log = BufReader::new(process.stderr.take().unwrap()).lines();
-        Program { process, stdin, log, _folder: folder }
+        Program { process, stdin, log, shard, _folder: folder }
     }
 
     /// Waits for a line of the log, and returns what follows `text` in it.
@@ -69,6 +70,30 @@ impl Program {
     async fn ended(&mut self) -> Option<i32> {
         timeout(END, self.process.wait()).await.unwrap().unwrap().code()
     }
+}
+
+#[tokio::test]
+async fn it_serves_at_once_and_says_when_the_model_is_ready() {
+    let mut script = Script::saying(tokens("a"));
+    script.held.insert(Gate::Info);
+    let mut program = Program::start(script, |_| {});
+    let line = program.says("waiting for the model; ").await;
+    let address = line.split(' ').next().unwrap();
+    let health = async || reqwest::get(format!("http://{address}/health")).await.unwrap().status();
+    assert_eq!(health().await, 503);
+    program.shard.release(&Gate::Info);
+    assert_eq!(program.says("listening on ").await, address);
+    assert_eq!(health().await, 200);
+}
+
+#[tokio::test]
+async fn a_signal_ends_it_while_the_model_loads() {
+    let mut script = Script::saying(tokens("a"));
+    script.held.insert(Gate::Info);
+    let mut program = Program::start(script, |_| {});
+    program.says("waiting for the model").await;
+    program.signal("-TERM").await;
+    assert_eq!(program.ended().await, Some(0));
 }
 
 #[tokio::test]

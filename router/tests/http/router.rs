@@ -2,7 +2,7 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::OnceLock,
+    sync::{Arc, OnceLock},
 };
 
 use lorax_router::{App, config::Config, server, tokenizer::ModelTokenizer};
@@ -59,6 +59,7 @@ pub(crate) fn configuration(socket: &Path) -> Config {
 pub(crate) struct Router {
     pub(crate) address: String,
     pub(crate) shard: ScriptedShard,
+    pub(crate) app: Arc<App>,
     client: Client,
     /// Tells the server to stop when it is dropped.
     _stop: oneshot::Sender<()>,
@@ -72,6 +73,13 @@ impl Router {
 
     /// Starts with a changed configuration, and waits until the shard is connected.
     pub(crate) async fn start_with(script: Script, change: impl FnOnce(&mut Config)) -> Router {
+        let router = Router::launch(script, change).await;
+        router.app.ready().await;
+        router
+    }
+
+    /// Starts with a changed configuration.
+    pub(crate) async fn launch(script: Script, change: impl FnOnce(&mut Config)) -> Router {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("shard.sock");
         let shard = ScriptedShard::start(script, &socket);
@@ -79,10 +87,10 @@ impl Router {
         change(&mut config);
         let (listener, address) = server::listen(&config).await.unwrap();
         let app = App::start(config).unwrap();
-        app.ready().await;
         let (stop, stopped) = oneshot::channel::<()>();
-        tokio::spawn(server::serve(listener, app, async { _ = stopped.await }));
-        Router { address: address.to_string(), shard, client: Client::new(), _stop: stop, _folder: folder }
+        tokio::spawn(server::serve(listener, app.clone(), async { _ = stopped.await }));
+        let client = Client::new();
+        Router { address: address.to_string(), shard, app, client, _stop: stop, _folder: folder }
     }
 
     fn url(&self, path: &str) -> String {

@@ -71,6 +71,8 @@ pub(crate) struct Script {
     pub(crate) refused: HashMap<&'static str, Status>,
     /// Adapters that cannot be copied into a slot.
     pub(crate) lost: HashSet<&'static str>,
+    /// Where it waits from the start.
+    pub(crate) held: BTreeSet<Gate>,
 }
 
 impl Script {
@@ -96,7 +98,13 @@ impl Script {
             max_sequences: 16,
             max_logit_rows: 256,
         };
-        Script { info, answer: Box::new(answer), refused: HashMap::new(), lost: HashSet::new() }
+        Script {
+            info,
+            answer: Box::new(answer),
+            refused: HashMap::new(),
+            lost: HashSet::new(),
+            held: BTreeSet::new(),
+        }
     }
 }
 
@@ -128,9 +136,9 @@ impl ScriptedShard {
     /// Serves at a socket.
     pub(crate) fn start(script: Script, socket: &Path) -> ScriptedShard {
         let shard = ScriptedShard {
+            held: watch::channel(script.held.clone()).0,
             script: Arc::new(script),
             seen: watch::channel(Seen::default()).0,
-            held: watch::channel(BTreeSet::new()).0,
             breaks: Arc::default(),
         };
         let connections = UnixListenerStream::new(UnixListener::bind(socket).unwrap());
