@@ -86,7 +86,8 @@ pub(crate) struct Args {
     /// Tokens of a prompt [default: max-total-tokens - 1]
     #[arg(long, env)]
     pub(crate) max_input_length: Option<usize>,
-    /// Tokens of prompt and output together [default: what the model's positions allow]
+    /// Tokens of prompt and output together; lowered, with a warning, to what fits [default: what the model's positions
+    /// and the memory for keys and values allow]
     #[arg(long, env)]
     pub(crate) max_total_tokens: Option<usize>,
     /// Most prompt tokens in one step, which begins with 512 and has slowly more while prompts wait [default: no bound]

@@ -113,6 +113,10 @@ async fn serve(
             () = refuse_all(&mut commands) => return,
         };
         tracing::info!(device = session.info.device, dtype = session.info.dtype, "connected to the shard");
+        let most = session.info.max_total_tokens();
+        if let Some(asked) = config.max_total_tokens.filter(|asked| *asked > most) {
+            tracing::warn!("max-total-tokens: {asked} do not fit, a request may have {most}");
+        }
         info.send_replace(Some(session.info.clone()));
         let limits = session.info.limits(&config);
         let mut batcher = Batcher {

@@ -114,8 +114,8 @@ impl App {
 
     pub(crate) fn rules(&self, info: &Info) -> Rules {
         let router = &self.config.router;
-        let positions = info.max_positions as usize;
-        let total = router.max_total_tokens.unwrap_or(positions).min(positions);
+        let most = info.max_total_tokens();
+        let total = router.max_total_tokens.map_or(most, |asked| asked.min(most));
         Rules {
             max_stop_sequences: router.max_stop_sequences,
             max_input_length: router.max_input_length.unwrap_or(total - 1).min(total - 1),

@@ -44,6 +44,13 @@ impl From<proto::InfoResponse> for Info {
 }
 
 impl Info {
+    /// Most tokens of prompt and output together: the model has a position for each, and KV memory for all but the last,
+    /// which is never computed with.
+    pub(crate) fn max_total_tokens(&self) -> usize {
+        let held = u64::from(self.num_blocks) * u64::from(self.block_size);
+        u64::from(self.max_positions).min(held + 1) as usize
+    }
+
     /// What the scheduler plans with.
     pub(crate) fn limits(&self, config: &RouterConfig) -> Limits {
         let most = |tokens| u32::try_from(tokens).unwrap_or(u32::MAX).clamp(1, self.max_rows);

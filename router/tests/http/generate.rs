@@ -129,6 +129,28 @@ async fn the_server_tells_what_it_is() {
 }
 
 #[tokio::test]
+async fn a_request_may_fill_what_memory_holds() {
+    let mut script = Script::saying(tokens("a").repeat(1000));
+    (script.info.num_blocks, script.info.block_size) = (6, 16);
+    let router = Router::start(script).await;
+    let info: Value = router.get("/info").await.json().await.unwrap();
+    assert_eq!((&info["max_total_tokens"], &info["max_input_length"]), (&json!(97), &json!(96)));
+    let prompt = tokens("Hello").len();
+    let body = |parameters: Value| json!({"inputs": "Hello", "parameters": parameters});
+    let whole = router.ok("/generate", &body(json!({"details": true}))).await;
+    assert_eq!(whole["details"]["generated_tokens"], 97 - prompt);
+    assert_eq!(whole["details"]["finish_reason"], "length");
+    assert_eq!(router.events("/generate_stream", &body(json!({}))).await.len(), 97 - prompt);
+    for path in ["/generate", "/generate_stream"] {
+        let (status, answer) = router.post(path, &body(json!({"max_new_tokens": 98 - prompt}))).await;
+        assert_eq!(status, 422, "{path}");
+        assert!(answer["error"].as_str().unwrap().contains("must be <= 97"), "{answer}");
+    }
+    let full = json!({"prompt": vec![5; 96], "max_tokens": 1});
+    assert_eq!(router.ok("/v1/completions", &full).await["usage"]["total_tokens"], 97);
+}
+
+#[tokio::test]
 async fn headers_say_where_the_time_went() {
     let router = saying(" the").await;
     let body = json!({"inputs": "Hello", "parameters": {"adapter_id": "sql"}});

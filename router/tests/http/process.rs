@@ -87,6 +87,14 @@ async fn it_serves_at_once_and_says_when_the_model_is_ready() {
 }
 
 #[tokio::test]
+async fn a_limit_that_does_not_fit_is_told_of() {
+    let more = |router: &mut Value| router["max_total_tokens"] = 5000.into();
+    let mut program = Program::start(Script::saying(tokens("a")), more);
+    assert_eq!(program.says("max-total-tokens: ").await, "5000 do not fit, a request may have 4096");
+    program.says("listening on ").await;
+}
+
+#[tokio::test]
 async fn a_signal_ends_it_while_the_model_loads() {
     let mut script = Script::saying(tokens("a"));
     script.held.insert(Gate::Info);
