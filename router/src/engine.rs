@@ -4,13 +4,13 @@
 
 use std::{
     collections::HashMap,
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
 use scheduler::{FailReason, Request, RequestId, Scheduler};
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{OwnedSemaphorePermit, mpsc, watch},
     time::sleep,
 };
 
@@ -29,8 +29,32 @@ const COMMANDS: usize = 1024;
 const RECONNECT: Duration = Duration::from_millis(100);
 
 enum Command {
-    Submit { id: RequestId, job: Box<Job>, updates: mpsc::Sender<Update> },
+    Submit { id: RequestId, job: Box<Job>, updates: mpsc::Sender<Update>, place: Place },
     Cancel(RequestId),
+}
+
+/// What counts a request among the concurrent ones; all its sequences share it.
+pub(crate) type Permit = Arc<OwnedSemaphorePermit>;
+
+/// A sequence's hold of its request's permit. There are two, and the first that is dropped lets go: the task's when the
+/// sequence ends or is cancelled, which a client that does not read never learns, and the client's when it has all it
+/// wants, which the task learns later.
+struct Place(Arc<Mutex<Option<Permit>>>);
+
+impl Place {
+    fn pair(permit: Permit) -> (Place, Place) {
+        let shared = Arc::new(Mutex::new(Some(permit)));
+        (Place(shared.clone()), Place(shared))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // Nobody panics with the lock.
+        if let Ok(mut permit) = self.0.lock() {
+            *permit = None;
+        }
+    }
 }
 
 /// Gives jobs to the task.
@@ -46,6 +70,7 @@ pub(crate) struct Running {
     id: RequestId,
     updates: mpsc::Receiver<Update>,
     commands: mpsc::Sender<Command>,
+    _place: Place,
 }
 
 impl Running {
@@ -82,13 +107,14 @@ impl Engine {
         let _ = self.info.clone().wait_for(Option::is_some).await;
     }
 
-    /// Hands over a job.
-    pub(crate) async fn submit(&self, job: Job) -> Result<Running, Failure> {
+    /// Hands over a job, which holds the permit until it ends.
+    pub(crate) async fn submit(&self, job: Job, permit: Permit) -> Result<Running, Failure> {
         let id = RequestId(self.ids.fetch_add(1, std::sync::atomic::Ordering::Relaxed));
         let (updates, received) = mpsc::channel(UPDATES);
-        let command = Command::Submit { id, job: Box::new(job), updates };
+        let (place, other) = Place::pair(permit);
+        let command = Command::Submit { id, job: Box::new(job), updates, place };
         self.commands.send(command).await.map_err(|_| Failure::Unavailable)?;
-        Ok(Running { id, updates: received, commands: self.commands.clone() })
+        Ok(Running { id, updates: received, commands: self.commands.clone(), _place: other })
     }
 }
 
@@ -98,6 +124,7 @@ struct Live {
     updates: mpsc::Sender<Update>,
     /// Prompt positions whose log-probabilities have been told; they come again after a preemption.
     prompt_told: u32,
+    _place: Place,
 }
 
 /// Connects, serves until the connection breaks, and begins again. Ends with the last handle.
@@ -206,7 +233,7 @@ impl Batcher {
                     self.scheduler.cancel(id);
                 }
             }
-            Command::Submit { id, job, updates } => {
+            Command::Submit { id, job, updates, place } => {
                 let request = Request {
                     id,
                     prompt: job.prompt.clone(),
@@ -217,7 +244,7 @@ impl Batcher {
                 };
                 match self.scheduler.submit(request, self.now()) {
                     Ok(()) => {
-                        self.live.insert(id, Live { job, updates, prompt_told: 1 });
+                        self.live.insert(id, Live { job, updates, prompt_told: 1, _place: place });
                     }
                     Err(error) => {
                         let _ = updates.try_send(Update::Failed(Failure::Refused(error)));

@@ -24,7 +24,7 @@ use crate::{
     },
     chat::ChatTemplate,
     config::Config,
-    engine::Engine,
+    engine::{Engine, Permit},
     shards::Shards,
     tokenizer::{ModelTokenizer, TokenizerError},
     wire::Info,
@@ -33,6 +33,9 @@ use crate::{
 /// A body that is too large is still read, and dropped, up to so many times the limit: a client that is cut off while it
 /// sends never sees the answer.
 const DRAINED: usize = 8;
+
+/// What a client gets to send its body.
+const BODY: Duration = Duration::from_secs(30);
 
 /// What the shard gets to say that it is well.
 const HEALTH: Duration = Duration::from_secs(3);
@@ -124,8 +127,22 @@ impl App {
         }
     }
 
-    /// Reads a body as JSON of one shape.
-    pub(crate) async fn read<T: DeserializeOwned>(&self, request: Request) -> Result<T, ApiError> {
+    /// Reads a body as JSON of one shape, and takes one of the places for concurrent requests: not before the body is
+    /// there, so that nobody holds a place by sending slowly.
+    pub(crate) async fn accept<T: DeserializeOwned>(
+        &self,
+        request: Request,
+    ) -> Result<(T, Permit), ApiError> {
+        let body = timeout(BODY, self.read(request)).await.map_err(|_| ApiError::Slow)??;
+        let permit = self.permits.clone().try_acquire_owned().map_err(|_| ApiError::Overloaded)?;
+        let body = serde_json::from_slice(&body).map_err(|error| match error.classify() {
+            serde_json::error::Category::Data => ApiError::Validation(error.to_string()),
+            _ => ApiError::Malformed(error.to_string()),
+        })?;
+        Ok((body, Arc::new(permit)))
+    }
+
+    async fn read(&self, request: Request) -> Result<Vec<u8>, ApiError> {
         let limit = self.config.router.max_body_bytes;
         let mut chunks = request.into_body().into_data_stream();
         let (mut body, mut bytes) = (Vec::new(), 0);
@@ -138,13 +155,7 @@ impl App {
                 break;
             }
         }
-        if bytes > limit {
-            return Err(ApiError::TooLarge { limit });
-        }
-        serde_json::from_slice(&body).map_err(|error| match error.classify() {
-            serde_json::error::Category::Data => ApiError::Validation(error.to_string()),
-            _ => ApiError::Malformed(error.to_string()),
-        })
+        if bytes > limit { Err(ApiError::TooLarge { limit }) } else { Ok(body) }
     }
 
     /// All routes.

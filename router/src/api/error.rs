@@ -27,6 +27,9 @@ pub(crate) enum ApiError {
         /// What is allowed.
         limit: usize,
     },
+    /// The body did not come in time.
+    #[error("the body did not come in time")]
+    Slow,
     /// Too many requests at the same time.
     #[error("Model is overloaded")]
     Overloaded,
@@ -63,6 +66,7 @@ impl ApiError {
             ApiError::Validation(_) => (StatusCode::UNPROCESSABLE_ENTITY, "validation"),
             ApiError::Template(_) => (StatusCode::UNPROCESSABLE_ENTITY, "template_error"),
             ApiError::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "too_large"),
+            ApiError::Slow => (StatusCode::REQUEST_TIMEOUT, "timeout"),
             ApiError::Overloaded => (StatusCode::TOO_MANY_REQUESTS, "overloaded"),
             ApiError::AdapterNotFound(_) => (StatusCode::NOT_FOUND, "adapter_not_found"),
             ApiError::AdapterForbidden(_) => (StatusCode::FORBIDDEN, "adapter_forbidden"),

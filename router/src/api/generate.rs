@@ -188,9 +188,8 @@ async fn generate(
     streams: impl Fn(&GenerateRequest) -> bool,
     as_list: bool,
 ) -> Result<Response, ApiError> {
-    let permit = app.admit()?;
     let bearer = bearer(request.headers());
-    let body: GenerateRequest = app.read(request).await?;
+    let (body, permit) = app.accept::<GenerateRequest>(request).await?;
     let streams = streams(&body);
     let (mut ask, shape) = body.into_ask(app)?;
     if let Some(adapter) = &mut ask.adapter {

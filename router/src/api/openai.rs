@@ -32,16 +32,15 @@ use super::{
     generate::{bearer, done, sse},
     run::Generation,
 };
-use crate::server::App;
+use crate::{engine::Permit, server::App};
 use body::{Choice, Head, Usage};
 use request::{ChatRequest, CompletionRequest, Options};
 
 /// `POST /v1/completions`
 pub(crate) async fn completions(State(app): State<Arc<App>>, request: Request) -> Response {
     let answer = async {
-        let permit = app.admit()?;
         let bearer = bearer(request.headers());
-        let body: CompletionRequest = app.read(request).await?;
+        let (body, permit) = app.accept::<CompletionRequest>(request).await?;
         let (asks, options) = body.into_asks(&app, bearer)?;
         run(&app, asks, options, permit).await
     };
@@ -51,21 +50,15 @@ pub(crate) async fn completions(State(app): State<Arc<App>>, request: Request) -
 /// `POST /v1/chat/completions`
 pub(crate) async fn chat_completions(State(app): State<Arc<App>>, request: Request) -> Response {
     let answer = async {
-        let permit = app.admit()?;
         let bearer = bearer(request.headers());
-        let body: ChatRequest = app.read(request).await?;
+        let (body, permit) = app.accept::<ChatRequest>(request).await?;
         let (ask, options) = body.into_ask(&app, bearer)?;
         run(&app, vec![ask], options, permit).await
     };
     answer.await.unwrap_or_else(|error: ApiError| error.respond(Dialect::OpenAi))
 }
 
-async fn run(
-    app: &App,
-    asks: Vec<Ask>,
-    options: Options,
-    permit: Arc<tokio::sync::OwnedSemaphorePermit>,
-) -> Result<Response, ApiError> {
+async fn run(app: &App, asks: Vec<Ask>, options: Options, permit: Permit) -> Result<Response, ApiError> {
     let generations = try_join_all(asks.into_iter().map(|ask| app.generate(ask, permit.clone()))).await?;
     let head = Head::new(&options, new_id(options.chat));
     if options.stream {

@@ -7,7 +7,6 @@ use std::{
 
 use futures::{Stream, stream};
 use scheduler::Finish;
-use tokio::sync::OwnedSemaphorePermit;
 
 use super::{
     ask::{Ask, Prompt},
@@ -15,7 +14,7 @@ use super::{
 };
 use crate::{
     decoder::{Detokenizer, StopStrings},
-    engine::Running,
+    engine::{Permit, Running},
     generation::{Job, Scored, Update},
     server::App,
     tokenizer::ModelTokenizer,
@@ -57,7 +56,6 @@ pub(crate) struct Generation {
     running: Option<Running>,
     detokenizer: Detokenizer,
     stops: StopStrings,
-    _permit: Arc<OwnedSemaphorePermit>,
 }
 
 /// Where the time of a request went.
@@ -70,18 +68,8 @@ pub(crate) struct Timing {
 }
 
 impl App {
-    /// Takes one of the places for concurrent requests.
-    pub(crate) fn admit(&self) -> Result<Arc<OwnedSemaphorePermit>, ApiError> {
-        let permit = self.permits.clone().try_acquire_owned();
-        permit.map(Arc::new).map_err(|_| ApiError::Overloaded)
-    }
-
     /// Checks a request and starts it.
-    pub(crate) async fn generate(
-        &self,
-        ask: Ask,
-        permit: Arc<OwnedSemaphorePermit>,
-    ) -> Result<Generation, ApiError> {
+    pub(crate) async fn generate(&self, ask: Ask, permit: Permit) -> Result<Generation, ApiError> {
         let received = Instant::now();
         let info = self.engine.info();
         let info =
@@ -104,7 +92,7 @@ impl App {
             sampling: ask.sampling,
             prompt_logprobs: ask.prompt_logprobs,
         };
-        let running = self.engine.submit(job).await?;
+        let running = self.engine.submit(job, permit).await?;
         let written = if let Prompt::Text(text) = ask.prompt { Some(text) } else { None };
         Ok(Generation {
             prompt,
@@ -116,7 +104,6 @@ impl App {
             running: Some(running),
             detokenizer: Detokenizer::new(self.tokenizer.clone(), true),
             stops: StopStrings::new(ask.stop),
-            _permit: permit,
         })
     }
 

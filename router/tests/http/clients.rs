@@ -81,16 +81,25 @@ async fn one_that_leaves_while_it_waits_is_never_run() {
     assert_eq!(prompts, [tokens("A"), tokens("C")]);
 }
 
-#[tokio::test]
-async fn one_that_does_not_read_is_cancelled_and_slows_nobody() {
+/// Says more than buffers hold.
+fn endless() -> Script {
     let mut script = Script::saying(tokens("a").repeat(200_000));
     script.info.max_positions = 1 << 20;
     script.info.num_blocks = 1 << 16;
-    let router = Router::start(script).await;
+    script
+}
+
+/// A request for more than buffers hold.
+fn flood() -> Value {
     let parameters = json!({"max_new_tokens": 150_000, "return_k_alternatives": 20});
-    let body = json!({"inputs": "slow", "parameters": parameters});
+    json!({"inputs": "slow", "parameters": parameters})
+}
+
+#[tokio::test]
+async fn one_that_does_not_read_is_cancelled_and_slows_nobody() {
+    let router = Router::start(endless()).await;
     router.shard.hold(Gate::Steps);
-    let mut slow = connect(&router, "/generate_stream", &body).await;
+    let mut slow = connect(&router, "/generate_stream", &flood()).await;
     let id = router.shard.sequence_of(&tokens("slow")).await;
     let quick = json!({"inputs": "quick", "parameters": {"max_new_tokens": 300}});
     let answering = router.send("/generate_stream", &quick).await;
@@ -105,4 +114,46 @@ async fn one_that_does_not_read_is_cancelled_and_slows_nobody() {
     slow.read_to_string(&mut rest).await.unwrap();
     assert!(rest.contains("the client did not keep up"), "{}", &rest[rest.len().saturating_sub(500)..]);
     router.ok("/generate", &quick).await;
+}
+
+#[tokio::test]
+async fn one_that_does_not_read_keeps_nobody_out() {
+    let router = Router::start_with(endless(), |config| config.router.max_concurrent_requests = 1).await;
+    let slow = connect(&router, "/generate_stream", &flood()).await;
+    let id = router.shard.sequence_of(&tokens("slow")).await;
+    router.shard.saw(|seen| seen.drop_of(id).map(|_| ())).await;
+    router.ok("/generate", &json!({"inputs": "quick", "parameters": {"max_new_tokens": 3}})).await;
+    drop(slow);
+}
+
+#[tokio::test]
+async fn one_that_does_not_send_keeps_nobody_out_and_is_told_in_the_end() {
+    let script = Script::saying(tokens("a"));
+    let router = Router::start_with(script, |config| config.router.max_concurrent_requests = 1).await;
+    for (path, answer) in [
+        ("/generate", json!({"error": "the body did not come in time", "error_type": "timeout"})),
+        (
+            "/v1/completions",
+            json!({"error": {"message": "the body did not come in time", "type": "invalid_request_error",
+                "param": null, "code": "timeout"}}),
+        ),
+    ] {
+        let mut stalled = tokio::net::TcpStream::connect(&router.address).await.unwrap();
+        let head = format!("POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 9\r\n");
+        stalled.write_all(format!("{head}expect: 100-continue\r\n\r\n").as_bytes()).await.unwrap();
+        // Comes when the router begins to read the body.
+        let mut told = [0; 25];
+        stalled.read_exact(&mut told).await.unwrap();
+        assert_eq!(&told, b"HTTP/1.1 100 Continue\r\n\r\n");
+        stalled.write_all(b"{").await.unwrap();
+        router.ok("/generate", &json!({"inputs": "x"})).await;
+        // From here on time passes as soon as everybody waits for it.
+        tokio::time::pause();
+        let mut response = String::new();
+        stalled.read_to_string(&mut response).await.unwrap();
+        tokio::time::resume();
+        assert!(response.starts_with("HTTP/1.1 408 "), "{response}");
+        let body: Value = serde_json::from_str(response.split("\r\n\r\n").nth(1).unwrap()).unwrap();
+        assert_eq!(body, answer);
+    }
 }

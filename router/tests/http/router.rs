@@ -133,7 +133,7 @@ impl Router {
 
     /// Waits until the router has room for a request, or has none.
     pub(crate) async fn has_room(&self, room: bool) {
-        // It counts every request before it looks at it.
+        // It counts a request before it looks at what it says.
         while (self.post("/generate", &Value::Null).await.0 != StatusCode::TOO_MANY_REQUESTS) != room {}
     }
 
