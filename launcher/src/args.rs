@@ -105,7 +105,7 @@ pub(crate) struct Args {
     /// Largest request body
     #[arg(long, env, value_parser = bytes, default_value = "2MiB")]
     pub(crate) max_body_size: u64,
-    /// Replaces the model's tokenizer_config.json
+    /// Replaces the model's tokenizer_config.json; a chat template in it goes before all of the model's
     #[arg(long, env)]
     pub(crate) tokenizer_config_path: Option<PathBuf>,
 

@@ -73,7 +73,12 @@ pub enum StartError {
 impl StartError {
     /// Whether the configuration is at fault.
     pub fn is_usage(&self) -> bool {
-        matches!(self, StartError::Origin(_) | StartError::World(_))
+        matches!(
+            self,
+            StartError::Origin(_)
+                | StartError::World(_)
+                | StartError::Tokenizer { source: TokenizerError::Given(_), .. }
+        )
     }
 }
 

@@ -33,6 +33,9 @@ pub enum TokenizerError {
     /// The GGUF file's metadata.
     #[error("{0}")]
     Gguf(#[from] gguf::Error),
+    /// The tokenizer_config.json that the user named.
+    #[error("tokenizer-config-path: {0}")]
+    Given(#[source] Box<TokenizerError>),
     /// A kind of tokenizer that we do not build from metadata.
     #[error("{key} {value:?} is not supported; known are {known}")]
     Unsupported {
@@ -63,14 +66,21 @@ pub struct ModelTokenizer {
 }
 
 impl ModelTokenizer {
-    /// Reads what belongs to a model. `config` replaces its tokenizer_config.json.
-    pub fn load(model: &Path, config: Option<&Path>) -> Result<ModelTokenizer, TokenizerError> {
+    /// Reads what belongs to a model. `given` replaces its tokenizer_config.json; its chat template, if it has one, goes
+    /// before all of the model's.
+    pub fn load(model: &Path, given: Option<&Path>) -> Result<ModelTokenizer, TokenizerError> {
         let is_file = model.is_file();
         let mut found = if is_file { from_gguf::load(model)? } else { from_folder(model)? };
-        let config =
-            config.map(Path::to_owned).or_else(|| (!is_file).then(|| model.join("tokenizer_config.json")));
-        if let Some(path) = config.filter(|path| path.exists()) {
-            found.configure(&json(&path)?);
+        let own = model.join("tokenizer_config.json");
+        if let Some(path) = given {
+            let config = json(path).map_err(|error| TokenizerError::Given(Box::new(error)))?;
+            found.name_special_tokens(&config);
+            found.chat_template = template(&config).or(found.chat_template);
+        } else if !is_file && own.exists() {
+            let config = json(&own)?;
+            found.name_special_tokens(&config);
+            // A template in a file of its own goes first.
+            found.chat_template = found.chat_template.or_else(|| template(&config));
         }
         Ok(found)
     }
@@ -81,27 +91,15 @@ impl ModelTokenizer {
         ModelTokenizer { tokenizer, chat_template: None, bos_token: None, eos_token: None, special }
     }
 
-    /// Takes over what a tokenizer_config.json says.
-    fn configure(&mut self, config: &Value) {
-        // A special token is its text, or an object that has it.
+    /// Takes over the special tokens that a tokenizer_config.json names.
+    fn name_special_tokens(&mut self, config: &Value) {
+        // Each is its text, or an object that has it.
         let text = |key: &str| {
             let value = config.get(key)?;
             value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned)
         };
         self.bos_token = text("bos_token").or(self.bos_token.take());
         self.eos_token = text("eos_token").or(self.eos_token.take());
-        // One template, or a list of named ones.
-        let template = match config.get("chat_template") {
-            Some(Value::String(template)) => Some(template.clone()),
-            Some(Value::Array(named)) => named
-                .iter()
-                .find(|entry| entry["name"] == "default")
-                .and_then(|entry| entry["template"].as_str())
-                .map(str::to_owned),
-            _ => None,
-        };
-        // A template in a file of its own goes first.
-        self.chat_template = self.chat_template.take().or(template);
     }
 
     /// Tokens of a text. Special tokens in it are recognized; none are added unless the tokenizer's own
@@ -123,6 +121,15 @@ impl ModelTokenizer {
     }
 }
 
+/// The chat template of a tokenizer_config.json: the only one, or the default of several named ones.
+fn template(config: &Value) -> Option<String> {
+    let template = match config.get("chat_template")? {
+        Value::Array(named) => named.iter().find(|entry| entry["name"] == "default")?.get("template")?,
+        template => template,
+    };
+    template.as_str().map(str::to_owned)
+}
+
 fn json(path: &Path) -> Result<Value, TokenizerError> {
     let text = fs::read(path).map_err(|source| TokenizerError::Io { path: path.into(), source })?;
     serde_json::from_slice(&text).map_err(|source| TokenizerError::Json { path: path.into(), source })
@@ -135,6 +142,11 @@ fn from_folder(folder: &Path) -> Result<ModelTokenizer, TokenizerError> {
     // Length is the router's business, and a file may ask for either.
     tokenizer.with_truncation(None).map_err(TokenizerError::Definition)?;
     tokenizer.with_padding(None);
-    let template = folder.join("chat_template.jinja");
-    Ok(ModelTokenizer { chat_template: fs::read_to_string(template).ok(), ..ModelTokenizer::new(tokenizer) })
+    let path = folder.join("chat_template.jinja");
+    let chat_template = match fs::read_to_string(&path) {
+        Ok(template) => Some(template),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(source) => return Err(TokenizerError::Io { path, source }),
+    };
+    Ok(ModelTokenizer { chat_template, ..ModelTokenizer::new(tokenizer) })
 }

@@ -87,6 +87,15 @@ async fn it_serves_at_once_and_says_when_the_model_is_ready() {
 }
 
 #[tokio::test]
+async fn a_tokenizer_configuration_that_is_not_there_is_bad_usage() {
+    let absent = |router: &mut Value| router["tokenizer_config_path"] = "/no/such.json".into();
+    let mut program = Program::start(Script::saying(tokens("a")), absent);
+    let cause = program.says("tokenizer-config-path: ").await;
+    assert!(cause.starts_with("/no/such.json: No such file"), "{cause}");
+    assert_eq!(program.ended().await, Some(64));
+}
+
+#[tokio::test]
 async fn a_limit_that_does_not_fit_is_told_of() {
     let more = |router: &mut Value| router["max_total_tokens"] = 5000.into();
     let mut program = Program::start(Script::saying(tokens("a")), more);
