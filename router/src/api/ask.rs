@@ -1,5 +1,7 @@
 //! What a request asks for, whichever dialect it came in, and the rules that it must keep.
 
+use serde_json::{Map, Value};
+
 use super::error::ApiError;
 use crate::{generation::Sampling, shards::AdapterRef};
 
@@ -15,6 +17,18 @@ pub(crate) enum Prompt {
     /// Text of a chat template, which has its special tokens in it.
     Rendered(String),
     Tokens(Vec<u32>),
+}
+
+/// Fields of a body that no other field of its type took.
+pub(crate) type Rest = Map<String, Value>;
+
+/// Refuses fields that we make nothing of, by name. A null and an empty list ask for nothing.
+pub(crate) fn refuse(rest: &Rest, harmless: impl Fn(&str, &Value) -> bool) -> Result<(), ApiError> {
+    let nothing = |value: &Value| value.is_null() || value.as_array().is_some_and(Vec::is_empty);
+    match rest.iter().find(|(name, value)| !nothing(value) && !harmless(name, value)) {
+        Some((name, _)) => Err(ApiError::unsupported(name)),
+        None => Ok(()),
+    }
 }
 
 /// One sequence to generate.

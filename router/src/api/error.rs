@@ -59,6 +59,11 @@ impl ApiError {
         ApiError::Validation(message.into())
     }
 
+    /// A field that was refused.
+    pub(crate) fn unsupported(field: &str) -> ApiError {
+        ApiError::Validation(format!("`{field}` is not supported"))
+    }
+
     /// Status and kind, as LoRAX names them.
     fn kind(&self) -> (StatusCode, &'static str) {
         match self {

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{
-    ask::{Ask, Prompt},
+    ask::{Ask, Prompt, Rest, refuse},
     error::{ApiError, Dialect},
     run::{Answer, FinishReason, Generation, Piece},
 };
@@ -33,6 +33,8 @@ pub(crate) struct GenerateRequest {
     parameters: Option<Parameters>,
     #[serde(default)]
     stream: bool,
+    #[serde(flatten)]
+    rest: Rest,
 }
 
 /// As LoRAX documents them; a null is the same as nothing.
@@ -41,9 +43,7 @@ pub(crate) struct GenerateRequest {
 struct Parameters {
     adapter_id: Option<String>,
     adapter_source: Option<String>,
-    merged_adapters: Option<Value>,
     api_token: Option<String>,
-    best_of: Option<usize>,
     temperature: Option<f32>,
     repetition_penalty: Option<f32>,
     frequency_penalty: Option<f32>,
@@ -58,12 +58,12 @@ struct Parameters {
     return_full_text: Option<bool>,
     stop: Option<Vec<String>>,
     truncate: Option<usize>,
-    watermark: Option<bool>,
     details: Option<bool>,
     decoder_input_details: Option<bool>,
     return_k_alternatives: Option<u32>,
     seed: Option<u64>,
-    response_format: Option<Value>,
+    #[serde(flatten)]
+    rest: Rest,
 }
 
 /// What the response has in it.
@@ -80,16 +80,12 @@ struct Shape {
 impl GenerateRequest {
     fn into_ask(self, app: &App) -> Result<(Ask, Shape), ApiError> {
         let p = self.parameters.unwrap_or_default();
-        for (name, given) in [
-            ("best_of", p.best_of.is_some_and(|n| n != 1)),
-            ("watermark", p.watermark == Some(true)),
-            ("merged_adapters", p.merged_adapters.is_some()),
-            ("response_format", p.response_format.is_some()),
-        ] {
-            if given {
-                return Err(ApiError::invalid(format!("`{name}` is not supported")));
-            }
-        }
+        refuse(&self.rest, |_, _| false)?;
+        refuse(&p.rest, |name, value| match name {
+            "best_of" => value == 1,
+            "watermark" | "apply_chat_template" => value == false,
+            _ => false,
+        })?;
         if self.inputs.is_empty() {
             return Err(ApiError::invalid("`inputs` cannot be empty"));
         }

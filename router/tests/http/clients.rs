@@ -41,9 +41,10 @@ async fn one_that_leaves_makes_room_with_the_next_step() {
     for path in ["/generate", "/generate_stream", "/v1/completions"] {
         let router =
             Router::start_with(one_at_a_time(), |config| config.router.max_concurrent_requests = 2).await;
-        let mut body = long("A");
-        body["prompt"] = json!("A");
-        body["max_tokens"] = json!(90);
+        let body = match path {
+            "/v1/completions" => json!({"prompt": "A", "max_tokens": 90}),
+            _ => long("A"),
+        };
         router.shard.hold(Gate::Steps);
         let leaving = connect(&router, path, &body).await;
         let left = router.shard.sequence_of(&tokens("A")).await;

@@ -43,6 +43,20 @@ fn with(path: &str, name: &str, value: &Value) -> Value {
     body
 }
 
+/// Sends good bodies with one field more, and checks how they are refused.
+async fn field_refused(router: &Router, paths: &[&str], name: &str, value: &Value, cause: &str) {
+    for path in paths {
+        let (status, answer) = router.post(path, &with(path, name, value)).await;
+        if NATIVE.contains(path) {
+            assert_eq!(status, 422, "{path} {name} {answer}");
+            assert_native(&answer, "validation", cause);
+        } else {
+            assert_eq!(status, 400, "{path} {name} {answer}");
+            assert_openai(&answer, "validation", cause);
+        }
+    }
+}
+
 #[tokio::test]
 async fn bodies_that_are_no_json() {
     let router = Router::start(Script::saying(tokens("a"))).await;
@@ -80,7 +94,6 @@ async fn parameters_out_of_range() {
         ("presence_penalty", json!(-3), "`presence_penalty`"),
         ("stop", json!(vec!["x"; 5]), "up to 4"),
         ("stop", json!([""]), "must not be empty"),
-        ("response_format", json!({"type": "json_object"}), "`response_format` is not supported"),
     ];
     let native = [
         ("max_new_tokens", json!(-1), "invalid value"),
@@ -89,34 +102,100 @@ async fn parameters_out_of_range() {
         ("truncate", json!(0), "`truncate`"),
         ("seed", json!(-1), "invalid value"),
         ("return_k_alternatives", json!(21), "at most 20"),
-        ("best_of", json!(2), "`best_of` is not supported"),
-        ("watermark", json!(true), "`watermark` is not supported"),
-        ("merged_adapters", json!({"ids": ["a"]}), "`merged_adapters` is not supported"),
         ("decoder_input_details", json!(7), "invalid type"),
     ];
     let openai = [
         ("max_tokens", json!(-1), "invalid value"),
         ("max_tokens", json!(0), "strictly positive"),
-        ("n", json!(2), "`n` is not supported"),
         ("logit_bias", json!({"no": 1}), "no token id"),
         ("logit_bias", json!({"320": 1}), "`logit_bias`"),
         ("logit_bias", json!({"7": 101}), "`logit_bias`"),
     ];
     for (name, value, cause) in both.iter().chain(&native) {
-        for path in NATIVE {
-            let (status, answer) = router.post(path, &with(path, name, value)).await;
-            assert_eq!(status, 422, "{path} {name} {answer}");
-            assert_native(&answer, "validation", cause);
-        }
+        field_refused(&router, &NATIVE, name, value, cause).await;
     }
     for (name, value, cause) in both.iter().chain(&openai) {
-        for path in OPENAI {
-            let (status, answer) = router.post(path, &with(path, name, value)).await;
-            assert_eq!(status, 400, "{path} {name} {answer}");
-            assert_openai(&answer, "validation", cause);
-        }
+        field_refused(&router, &OPENAI, name, value, cause).await;
     }
     router.ok("/generate", &good("/generate")).await;
+}
+
+#[tokio::test]
+async fn fields_that_are_not_supported() {
+    let router = Router::start(Script::saying(tokens("a"))).await;
+    let both = [
+        ("best_of", json!(2)),
+        ("response_format", json!({"type": "json_object"})),
+        ("guided_json", json!({})),
+        ("temprature", json!(0)),
+        ("tools", json!([{"type": "function"}])),
+    ];
+    let native = [
+        ("max_new_token", json!(5)),
+        ("grammar", json!({"type": "json"})),
+        ("apply_chat_template", json!(true)),
+        ("watermark", json!(true)),
+        ("merged_adapters", json!({"ids": ["a"]})),
+    ];
+    let openai = [
+        ("n", json!(2)),
+        ("suffix", json!("b")),
+        ("tool_choice", json!("required")),
+        ("functions", json!([{"name": "f"}])),
+    ];
+    for (name, value) in both.iter().chain(&native) {
+        field_refused(&router, &NATIVE, name, value, &format!("`{name}` is not supported")).await;
+    }
+    for (name, value) in both.iter().chain(&openai) {
+        field_refused(&router, &OPENAI, name, value, &format!("`{name}` is not supported")).await;
+    }
+    let options = json!({"continuous": true});
+    field_refused(&router, &OPENAI, "stream_options", &options, "`continuous` is not supported").await;
+    let beside = json!({"inputs": "x", "max_new_tokens": 5});
+    for path in NATIVE {
+        let (status, answer) = router.post(path, &beside).await;
+        assert_eq!(status, 422, "{path}");
+        assert_native(&answer, "validation", "`max_new_tokens` is not supported");
+    }
+}
+
+#[tokio::test]
+async fn fields_that_ask_for_nothing_are_taken() {
+    let router = Router::start(Script::saying(tokens("a"))).await;
+    let parameters = json!({"best_of": 1, "watermark": false, "apply_chat_template": false, "merged_adapters": null,
+        "response_format": null, "grammar": null, "stop": []});
+    for path in ["/generate", "/"] {
+        router.ok(path, &json!({"inputs": "x", "parameters": parameters, "stream": false})).await;
+    }
+    for (name, value) in [
+        ("user", json!("somebody")),
+        ("metadata", json!({"a": "b"})),
+        ("store", json!(true)),
+        ("service_tier", json!("auto")),
+        ("safety_identifier", json!("x")),
+        ("prompt_cache_key", json!("x")),
+        ("parallel_tool_calls", json!(false)),
+        ("n", json!(1)),
+        ("best_of", json!(1)),
+        ("suffix", json!("")),
+        ("tools", json!([])),
+        ("tools", json!(null)),
+        ("tool_choice", json!("auto")),
+        ("tool_choice", json!("none")),
+        ("response_format", json!({"type": "text"})),
+        ("stream_options", json!({"include_obfuscation": false})),
+        ("ignore_eos_token", json!(false)),
+        ("whatever", json!(null)),
+    ] {
+        for path in OPENAI {
+            router.ok(path, &with(path, name, &value)).await;
+        }
+    }
+    // As OpenAI's clients give an answer back.
+    let answer = json!({"role": "assistant", "content": "a", "refusal": null, "annotations": [], "audio": null,
+        "function_call": null, "tool_calls": null});
+    let user = json!({"role": "user", "content": "x", "name": "somebody"});
+    router.ok("/v1/chat/completions", &json!({"messages": [user, answer, user]})).await;
 }
 
 #[tokio::test]
@@ -155,6 +234,9 @@ async fn prompts_that_cannot_be_run() {
         (json!([]), "cannot be empty"),
         (json!([{"content": "x"}]), "missing field `role`"),
         (json!([{"role": "user", "content": [{"type": "image_url"}]}]), "\"image_url\" is not supported"),
+        (json!([{"role": "assistant", "tool_calls": [{"id": "a"}]}]), "`tool_calls` is not supported"),
+        (json!([{"role": "user", "content": "x", "tool_call_id": "a"}]), "`tool_call_id` is not supported"),
+        (json!([{"role": "tool", "content": "x"}]), "role \"tool\" are not supported"),
     ] {
         let (status, answer) = router.post("/v1/chat/completions", &json!({"messages": messages})).await;
         assert_eq!(status, 400, "{answer}");

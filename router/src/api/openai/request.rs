@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::{
     api::{
-        ask::{Ask, Prompt},
+        ask::{Ask, Prompt, Rest, refuse},
         error::ApiError,
         generate::random_seed,
     },
@@ -23,7 +23,6 @@ struct Common {
     model: String,
     temperature: Option<f32>,
     top_p: Option<f32>,
-    n: Option<u32>,
     stream: Option<bool>,
     stream_options: Option<StreamOptions>,
     stop: Option<OneOrMany>,
@@ -31,7 +30,6 @@ struct Common {
     frequency_penalty: Option<f32>,
     logit_bias: Option<HashMap<String, f32>>,
     seed: Option<i64>,
-    response_format: Option<Value>,
     // Beyond OpenAI's:
     adapter_id: Option<String>,
     adapter_source: Option<String>,
@@ -40,6 +38,7 @@ struct Common {
     min_p: Option<f32>,
     typical_p: Option<f32>,
     repetition_penalty: Option<f32>,
+    #[serde(alias = "ignore_eos_token")]
     ignore_eos: Option<bool>,
 }
 
@@ -47,6 +46,8 @@ struct Common {
 struct StreamOptions {
     #[serde(default)]
     include_usage: bool,
+    #[serde(flatten)]
+    rest: Rest,
 }
 
 #[derive(Debug, Deserialize)]
@@ -65,8 +66,8 @@ pub(crate) struct CompletionRequest {
     max_tokens: Option<u32>,
     logprobs: Option<u32>,
     echo: Option<bool>,
-    best_of: Option<u32>,
-    suffix: Option<String>,
+    #[serde(flatten)]
+    rest: Rest,
 }
 
 #[derive(Debug, Deserialize)]
@@ -88,8 +89,8 @@ pub(crate) struct ChatRequest {
     max_completion_tokens: Option<u32>,
     logprobs: Option<bool>,
     top_logprobs: Option<u32>,
-    tools: Option<Value>,
-    functions: Option<Value>,
+    #[serde(flatten)]
+    rest: Rest,
 }
 
 #[derive(Debug, Deserialize)]
@@ -97,6 +98,8 @@ struct Message {
     role: String,
     content: Option<Content>,
     name: Option<String>,
+    #[serde(flatten)]
+    rest: Rest,
 }
 
 #[derive(Debug, Deserialize)]
@@ -133,15 +136,31 @@ pub(super) struct Options {
     pub(super) echo: bool,
 }
 
-fn refuse_if(given: bool, field: &str) -> Result<(), ApiError> {
-    if given { Err(ApiError::invalid(format!("`{field}` is not supported"))) } else { Ok(()) }
+/// Whether a field that we make nothing of has a value that changes nothing here.
+fn harmless(name: &str, value: &Value) -> bool {
+    match name {
+        "user"
+        | "metadata"
+        | "store"
+        | "service_tier"
+        | "safety_identifier"
+        | "prompt_cache_key"
+        | "parallel_tool_calls" => true,
+        "n" | "best_of" => value == 1,
+        "suffix" => value == "",
+        "response_format" => value["type"] == "text",
+        // Of no tools.
+        "tool_choice" | "function_call" => value == "none" || value == "auto",
+        _ => false,
+    }
 }
 
 impl Common {
-    fn check(&self) -> Result<(), ApiError> {
-        refuse_if(self.n.is_some_and(|n| n != 1), "n")?;
-        let is_text = |format: &Value| format["type"] == "text";
-        refuse_if(self.response_format.as_ref().is_some_and(|format| !is_text(format)), "response_format")
+    fn check(&self, rest: &Rest) -> Result<(), ApiError> {
+        refuse(rest, harmless)?;
+        self.stream_options
+            .as_ref()
+            .map_or(Ok(()), |options| refuse(&options.rest, |name, _| name == "include_obfuscation"))
     }
 
     /// The adapter: by its own field, else the model's name unless that is the base model's.
@@ -221,9 +240,7 @@ impl CompletionRequest {
         bearer: Option<String>,
     ) -> Result<(Vec<Ask>, Options), ApiError> {
         let common = &self.common;
-        common.check()?;
-        refuse_if(self.best_of.is_some_and(|n| n != 1), "best_of")?;
-        refuse_if(self.suffix.is_some_and(|suffix| !suffix.is_empty()), "suffix")?;
+        common.check(&self.rest)?;
         let prompts: Vec<Prompt> = match self.prompt {
             Prompts::Text(text) => vec![Prompt::Text(text)],
             Prompts::Tokens(tokens) => vec![Prompt::Tokens(tokens)],
@@ -248,9 +265,7 @@ impl CompletionRequest {
 impl ChatRequest {
     pub(super) fn into_ask(self, app: &App, bearer: Option<String>) -> Result<(Ask, Options), ApiError> {
         let common = &self.common;
-        common.check()?;
-        refuse_if(self.tools.is_some_and(|tools| tools != Value::Array(Vec::new())), "tools")?;
-        refuse_if(self.functions.is_some(), "functions")?;
+        common.check(&self.rest)?;
         if self.top_logprobs.is_some() && self.logprobs != Some(true) {
             return Err(ApiError::invalid("`top_logprobs` needs `logprobs`"));
         }
@@ -270,6 +285,10 @@ impl ChatRequest {
 
 impl Message {
     fn plain(self) -> Result<Plain, ApiError> {
+        refuse(&self.rest, |_, _| false)?;
+        if matches!(self.role.as_str(), "tool" | "function") {
+            return Err(ApiError::invalid(format!("messages of role {:?} are not supported", self.role)));
+        }
         let content = match self.content {
             None => String::new(),
             Some(Content::Text(text)) => text,
