@@ -21,8 +21,8 @@ use crate::{
     wire::{self, Event, Info, StepResult},
 };
 
-/// Updates that a client may be behind.
-const UPDATES: usize = 1024;
+/// Updates that a client may be behind, and one place for why there are no more.
+const UPDATES: usize = 1024 + 1;
 /// Commands on their way to the task.
 const COMMANDS: usize = 1024;
 /// Between two attempts to reach the shards.
@@ -127,6 +127,13 @@ struct Live {
     _place: Place,
 }
 
+impl Live {
+    /// Tells the client that nothing follows; there is a place for it, unless the client has gone.
+    fn fail(self, failure: Failure) {
+        let _ = self.updates.try_send(Update::Failed(failure));
+    }
+}
+
 /// Connects, serves until the connection breaks, and begins again. Ends with the last handle.
 async fn serve(
     shards: Shards,
@@ -154,10 +161,7 @@ async fn serve(
         };
         let ended = batcher.run(&mut commands).await;
         info.send_replace(None);
-        for (_, live) in batcher.live.drain() {
-            // Whoever has stopped listening does not need to know.
-            let _ = live.updates.try_send(Update::Failed(Failure::Unavailable));
-        }
+        batcher.live.drain().for_each(|(_, live)| live.fail(Failure::Unavailable));
         match ended {
             Ok(()) => return,
             Err(error) => tracing::warn!("lost the shard: {error}"),
@@ -305,8 +309,9 @@ impl Batcher {
                     FailReason::AdapterLoad(_) => Failure::Adapter(reason.to_string()),
                     FailReason::NoToken { .. } => Failure::Generation(reason.to_string()),
                 };
-                self.send(id, Update::Failed(failure));
-                self.live.remove(&id);
+                if let Some(live) = self.live.remove(&id) {
+                    live.fail(failure);
+                }
             }
         }
     }
@@ -314,9 +319,12 @@ impl Batcher {
     /// Passes an update on. Whoever has gone or does not keep up is cancelled.
     fn send(&mut self, id: RequestId, update: Update) {
         let Some(live) = self.live.get(&id) else { return };
-        if live.updates.try_send(update).is_err() {
-            self.live.remove(&id);
-            self.scheduler.cancel(id);
+        if live.updates.capacity() > 1 && live.updates.try_send(update).is_ok() {
+            return;
         }
+        if let Some(live) = self.live.remove(&id) {
+            live.fail(Failure::Generation("the client did not keep up".into()));
+        }
+        self.scheduler.cancel(id);
     }
 }

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     decoder::{Detokenizer, StopStrings},
     engine::{Permit, Running},
-    generation::{Job, Scored, Update},
+    generation::{Failure, Job, Scored, Update},
     server::App,
     tokenizer::ModelTokenizer,
 };
@@ -135,7 +135,8 @@ impl Generation {
                     return Ok(Some(self.piece(token, top, finish)));
                 }
                 Some(Update::Failed(failure)) => return Err(failure.into()),
-                None => return Err(ApiError::Generation("the client did not keep up".into())),
+                // The server stops.
+                None => return Err(Failure::Unavailable.into()),
             }
         }
     }

@@ -1,5 +1,6 @@
 //! The shard fails: who is told, and what comes after.
 
+use proto::Step;
 use serde_json::{Value, json};
 
 use crate::{
@@ -88,6 +89,34 @@ async fn a_request_that_waits_is_told_too() {
         let events = events(&stream.text().await.unwrap());
         assert_eq!(events.last().unwrap()["error_type"], "unavailable");
     }
+}
+
+#[tokio::test]
+async fn a_client_as_far_behind_as_may_be_is_told_why_too() {
+    let router = Router::start(Script::saying(tokens("a").repeat(2000))).await;
+    // Leaves the adapter in its slot and no step in flight.
+    router.ok("/v1/completions", &json!({"model": "sql", "prompt": "A", "max_tokens": 1})).await;
+    // Of two prompts the first runs, and nobody reads its tokens until the second is there as well.
+    router.shard.hold(Gate::Preparation(3));
+    router.shard.hold(Gate::Steps);
+    let body = json!({"model": "sql", "prompt": ["A", "A"], "max_tokens": 2000, "stream": true});
+    let breaks = async {
+        let begun = |step: &&Step| !step.added.is_empty();
+        let first = router.shard.saw(|seen| seen.steps.iter().filter(begun).nth(1).map(|step| step.id)).await;
+        let last = first + 1023;
+        router.shard.hold(Gate::Step(last));
+        router.shard.release(&Gate::Steps);
+        router.shard.saw(|seen| seen.steps.iter().find(|step| step.id == last).map(|_| ())).await;
+        router.shard.hold(Gate::Info);
+        router.shard.break_stream();
+        while router.get("/info").await.status() == 200 {}
+        router.shard.release(&Gate::Preparation(3));
+    };
+    let (events, ()) = tokio::join!(router.events("/v1/completions", &body), breaks);
+    let failures: Vec<_> = events.iter().filter_map(|event| event["error"]["code"].as_str()).collect();
+    assert_eq!(failures, ["unavailable"; 2]);
+    // Beside those: a token of each step that was answered, and the mark of the end.
+    assert_eq!(events.len(), 2 + 1023 + 1);
 }
 
 #[tokio::test]

@@ -35,6 +35,8 @@ pub(crate) enum Gate {
     Step(u64),
     /// While it prepares this adapter.
     Prepare(String),
+    /// While it does so for the n-th time, from 1, whatever the adapter.
+    Preparation(usize),
     /// While it copies this adapter into a slot.
     Load(String),
 }
@@ -279,8 +281,13 @@ impl Shard for ScriptedShard {
     async fn prepare(&self, request: Request<PrepareRequest>) -> Result<Response<PrepareResponse>, Status> {
         let request = request.into_inner();
         let id = request.id.clone();
-        self.seen.send_modify(|seen| seen.prepared.push(request));
+        let mut number = 0;
+        self.seen.send_modify(|seen| {
+            seen.prepared.push(request);
+            number = seen.prepared.len();
+        });
         self.pass(&Gate::Prepare(id.clone())).await;
+        self.pass(&Gate::Preparation(number)).await;
         match self.script.refused.get(id.as_str()) {
             Some(status) => Err(status.clone()),
             None => Ok(Response::new(PrepareResponse {
