@@ -131,8 +131,23 @@ impl Queues {
         order.overdue(now).or_else(|| order.least_served(service))
     }
 
+    /// How readily an adapter gives its slot to a queue, if at all: the more, the more service it has had than that one,
+    /// and to one that is overdue the later its own requests came to wait. Whoever yields most is given nothing in turn:
+    /// a slot does not go from hand to hand.
+    pub(crate) fn yields(&self, key: AdapterKey, to: QueueId, now: Duration) -> Option<(Duration, u64)> {
+        let owner = self.by_adapter.get(&Some(key)).map(|&id| self.get(id));
+        let service = owner.map_or(0, |owner| owner.service);
+        let wants = self.get(to);
+        if !self.overdue(to, now) {
+            return (service > wants.service).then_some((Duration::ZERO, service));
+        }
+        let waits = owner.filter(|owner| !owner.waiting.is_empty());
+        let since = waits.map_or(Duration::MAX, |owner| owner.since);
+        (since > wants.since).then_some((since, service))
+    }
+
     /// Whether the queue has been waiting for as long as anybody should.
-    pub(crate) fn overdue(&self, id: QueueId, now: Duration) -> bool {
+    fn overdue(&self, id: QueueId, now: Duration) -> bool {
         now.saturating_sub(self.get(id).since) >= OVERDUE
     }
 
@@ -209,11 +224,6 @@ impl Queues {
     /// Whether requests of the adapter wait.
     pub(crate) fn waits(&self, key: AdapterKey) -> bool {
         self.by_adapter.get(&Some(key)).is_some_and(|&id| !self.get(id).waiting.is_empty())
-    }
-
-    /// Service that the adapter has had, in virtual tokens.
-    pub(crate) fn service(&self, key: AdapterKey) -> u64 {
-        self.by_adapter.get(&Some(key)).map_or(0, |&id| self.get(id).service)
     }
 
     pub(crate) fn get(&self, id: QueueId) -> &Queue {

@@ -176,14 +176,13 @@ impl Slots {
         }
     }
 
-    /// Promises the slot of the adapter that has had the most `service`, at least `floor`, among those that have had
-    /// their slice, to one of the `wanting` adapters without one. No more slots drain than are wanted, nor than a
-    /// quarter of all, so that the others keep the batch full.
-    pub(crate) fn drain(
+    /// Promises the slot of an adapter to one of the `wanting` ones without: of those that have had their slice, the one
+    /// that `yields` most; none, it does not. No more slots drain than are wanted, nor than a quarter of all, so that
+    /// the others keep the batch full.
+    pub(crate) fn drain<R: Ord>(
         &mut self,
         wanting: usize,
-        floor: u64,
-        service: impl Fn(AdapterKey) -> u64,
+        yields: impl Fn(AdapterKey) -> Option<R>,
     ) -> Option<Drained> {
         let draining = self.occupied().filter(|(_, s)| s.state == State::Draining && s.users > 0).count();
         if draining >= (self.slots.len() / 4).max(1).min(wanting) {
@@ -192,8 +191,7 @@ impl Slots {
         let (_, id) = self
             .occupied()
             .filter(|(_, slot)| slot.state == State::Ready && slot.earned >= SLICE)
-            .map(|(id, slot)| (service(slot.adapter.key), id))
-            .filter(|&(service, _)| service >= floor)
+            .filter_map(|(id, slot)| Some((yields(slot.adapter.key)?, id)))
             .max()?;
         let slot = self.slots[id as usize].as_mut()?;
         slot.state = State::Draining;

@@ -44,10 +44,8 @@ impl Scheduler {
     /// Has an adapter leave its slot, when its last sequence ends, for one that has had less service or has waited for
     /// too long. True when that is at once.
     fn drain_slot(&mut self, queue: QueueId, now: Duration) -> bool {
-        let service = self.queues.get(queue).service;
-        let floor = if self.queues.overdue(queue, now) { 0 } else { service };
         let queues = &self.queues;
-        let drained = self.slots.drain(queues.absent(), floor, |key| queues.service(key));
+        let drained = self.slots.drain(queues.absent(), |key| queues.yields(key, queue, now));
         let Some(drained) = drained else { return false };
         self.queues.set_residency(drained.key, Residency::Held);
         drained.free

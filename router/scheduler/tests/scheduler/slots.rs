@@ -137,3 +137,52 @@ fn a_slot_in_use_is_not_taken() {
     }
     world.run_to_end();
 }
+
+/// As many adapters as there are slots, each in one and with its slice behind it.
+fn warm(limits: Limits) -> World {
+    let mut world = World::new(limits);
+    for number in 1..=4 {
+        world.submit(request(u64::from(number), number, prompt(1, 1100), 2)).unwrap();
+        world.run_to_end();
+    }
+    world
+}
+
+#[test]
+fn a_burst_for_one_adapter_too_many_loads_that_one_alone() {
+    for seats in [1, 3, 8] {
+        let mut world = warm(Limits { num_slots: 4, num_blocks: 400, max_sequences: seats, ..limits() });
+        // The one without a slot comes first, in the middle, and last.
+        for (round, numbers) in [[5, 1, 2, 3, 4], [1, 2, 6, 3, 4], [1, 2, 3, 4, 7]].into_iter().enumerate() {
+            for (id, number) in (100 + 10 * round as u64..).zip(numbers) {
+                world.submit(request(id, number, prompt(id, 3), 3)).unwrap();
+            }
+            let plan = world.plan().unwrap();
+            assert!(plan.load.len() <= 1, "{seats} seats: {:?}", plan.load);
+            assert!(!plan.added.is_empty(), "{seats} seats");
+            world.run_to_end();
+        }
+    }
+}
+
+#[test]
+fn overdue_adapters_do_not_take_slots_of_each_other() {
+    let mut world = warm(Limits { num_slots: 4, num_blocks: 400, max_sequences: 2, ..limits() });
+    for id in 100..102 {
+        world.submit(request(id, 0, prompt(id, 3), 1400)).unwrap();
+    }
+    world.turn();
+    for number in 1..=5 {
+        world.submit(request(200 + u64::from(number), number, prompt(2, 3), 3)).unwrap();
+    }
+    let mut loads = 0;
+    while world.open.contains_key(&RequestId(100)) {
+        while let Some(plan) = world.plan() {
+            loads += plan.load.len();
+        }
+        world.turn();
+    }
+    assert!(world.now > scheduler::OVERDUE, "{:?}", world.now);
+    assert!(loads <= 1, "{loads} loads while nobody could start");
+    world.run_to_end();
+}
