@@ -133,6 +133,7 @@ impl Scheduler {
         });
         let arrival = sequence.arrival;
         self.running.insert(arrival, sequence);
+        draft.shared = self.hopeful() > 0;
         self.plan_rows(arrival, draft);
         self.running.get(&arrival).map_or(0, |sequence| self.blocks_to_come(sequence))
     }

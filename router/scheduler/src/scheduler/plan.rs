@@ -62,7 +62,11 @@ impl PrefillBudget {
 pub(super) struct Draft {
     pub(super) id: u64,
     rows_left: usize,
+    /// Prompt rows of the step, and those that are left.
+    prefill: usize,
     prefill_left: usize,
+    /// Whether others than the prompt that is planned could use what is left.
+    pub(super) shared: bool,
     logits_left: usize,
     pub(super) unload: Vec<u32>,
     pub(super) load: Vec<(u32, AdapterKey)>,
@@ -75,7 +79,9 @@ impl Draft {
         Self {
             id,
             rows_left: limits.max_rows as usize,
+            prefill: 0,
             prefill_left: 0,
+            shared: false,
             logits_left: limits.max_logit_rows as usize,
             unload: Vec::new(),
             load: Vec::new(),
@@ -94,7 +100,7 @@ impl Draft {
         let wanted = sequence.rows_to_plan();
         let mut rows = wanted.min(self.rows_left);
         if sequence.prefills() {
-            rows = rows.min(self.prefill_left);
+            rows = rows.min(self.prefill_room(wanted));
         }
         if sequence.prompt_logprobs {
             rows = rows.min(self.logits_left);
@@ -102,6 +108,15 @@ impl Draft {
             rows = rows.saturating_sub(1);
         }
         rows
+    }
+
+    /// Rows for a prompt of which so many are left. One that takes many more steps leaves a tile to others.
+    fn prefill_room(&self, wanted: usize) -> usize {
+        let left = self.prefill_left;
+        match self.shared && wanted > 2 * self.prefill {
+            true => left.saturating_sub(TILE_ROWS).max(left.div_ceil(2)),
+            false => left,
+        }
     }
 
     fn spend(&mut self, sequence: &Sequence, rows: usize, sample: bool) {
@@ -147,10 +162,19 @@ impl Scheduler {
             self.plan_rows(arrival, draft);
         }
         let decode = self.limits.max_rows as usize - draft.rows_left;
-        draft.prefill_left = self.prefill_budget.rows(&self.limits, decode);
+        draft.prefill = self.prefill_budget.rows(&self.limits, decode);
+        draft.prefill_left = draft.prefill;
+        let mut others = prefilling.len() + self.hopeful();
         for (arrival, _) in prefilling {
+            others -= 1;
+            draft.shared = others > 0;
             self.plan_rows(arrival, draft);
         }
+    }
+
+    /// Who has no seat and would like one.
+    pub(super) fn hopeful(&self) -> usize {
+        self.preempted.len() + self.queues.waiting()
     }
 
     /// Plans as many rows of a sequence as it has and as budgets and blocks allow; none if it does not run, having been

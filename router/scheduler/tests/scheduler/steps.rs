@@ -126,6 +126,22 @@ fn the_prefill_budget_follows_the_load() {
 }
 
 #[test]
+fn a_long_prompt_leaves_room_for_short_ones() {
+    for (limit, long) in [(None, 384), (Some(100), 50), (Some(1), 1)] {
+        let wide = Limits { num_blocks: 20_000, max_prefill_rows: limit, max_rows: 2048, ..limits() };
+        let mut world = World::new(wide);
+        world.submit(request(1, 0, prompt(1, 9_000), 1)).unwrap();
+        world.submit(request(2, 0, prompt(2, 9_000), 1)).unwrap();
+        world.turn();
+        world.submit(request(3, 0, prompt(3, 16), 1)).unwrap();
+        let planned = rows(&mut world);
+        assert_eq!((planned[0].0, planned[0].2), (1, long), "limit {limit:?}");
+        assert_eq!(planned.contains(&(3, 0, 16, true)), limit != Some(1), "limit {limit:?}: {planned:?}");
+        world.run_to_end();
+    }
+}
+
+#[test]
 fn a_limit_bounds_the_prefill_budget() {
     let most = |limit, decode| {
         let limits = Limits { num_blocks: 20_000, max_prefill_rows: Some(limit), max_rows: 2048, ..limits() };
