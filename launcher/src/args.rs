@@ -1,6 +1,6 @@
 //! Flags and environment, named as LoRAX names them.
 
-use std::path::PathBuf;
+use std::{net::IpAddr, path::PathBuf};
 
 use clap::{ArgAction, Parser, ValueEnum};
 
@@ -109,8 +109,8 @@ pub(crate) struct Args {
     #[arg(long, env)]
     pub(crate) tokenizer_config_path: Option<PathBuf>,
 
-    /// Address to listen on
-    #[arg(long, env, default_value = "0.0.0.0")]
+    /// Address to listen on; the environment's HOSTNAME only if it is one, as containers keep their names there
+    #[arg(long, default_value_t = address_of_environment())]
     pub(crate) hostname: String,
     /// Port to listen on; 0 for any that is free
     #[arg(long, short, env, default_value_t = 3000)]
@@ -124,6 +124,11 @@ pub(crate) struct Args {
     /// Log JSON lines
     #[arg(long, env)]
     pub(crate) json_output: bool,
+}
+
+fn address_of_environment() -> String {
+    let named = std::env::var("HOSTNAME").ok();
+    named.filter(|name| name.parse::<IpAddr>().is_ok()).unwrap_or_else(|| "0.0.0.0".into())
 }
 
 /// A number of bytes with an optional unit: `123`, `512MiB`, `2GiB`, `4GB`.

@@ -9,7 +9,7 @@ mod supervisor;
 use std::{
     fs::{self, Permissions},
     io::IsTerminal,
-    os::unix::fs::PermissionsExt,
+    os::unix::{fs::PermissionsExt, net::SocketAddr},
     path::PathBuf,
     time::Duration,
 };
@@ -65,16 +65,19 @@ fn check(args: &Args) -> anyhow::Result<()> {
         "--adapter-source {:?}: only \"local\" is supported",
         args.adapter_source
     );
-    for (flag, value) in [
-        ("--max-concurrent-requests", args.max_concurrent_requests),
-        ("--max-batch-size", args.max_batch_size),
-        ("--validation-workers", args.validation_workers),
-        ("--threads", args.threads.unwrap_or(1)),
-        ("--max-input-length", args.max_input_length.unwrap_or(1)),
-        ("--max-batch-prefill-tokens", args.max_batch_prefill_tokens.unwrap_or(1)),
+    for (flag, value, most) in [
+        ("--max-concurrent-requests", args.max_concurrent_requests, 1 << 20),
+        ("--max-batch-size", args.max_batch_size, 1 << 16),
+        ("--validation-workers", args.validation_workers, 1 << 10),
+        ("--threads", args.threads.unwrap_or(1), 1 << 10),
+        ("--max-input-length", args.max_input_length.unwrap_or(1), usize::MAX),
+        ("--max-batch-prefill-tokens", args.max_batch_prefill_tokens.unwrap_or(1), 1 << 20),
     ] {
         ensure!(value > 0, "{flag} must be at least 1");
+        ensure!(value <= most, "{flag} must be at most {most}");
     }
+    ensure!(args.max_active_adapters <= 1 << 16, "--max-active-adapters must be at most {}", 1 << 16);
+    ensure!(args.shutdown_deadline <= 1 << 32, "--shutdown-deadline must be at most {} s", 1_u64 << 32);
     ensure!(args.max_total_tokens.is_none_or(|total| total > 1), "--max-total-tokens must be at least 2");
     if let (Some(input), Some(total)) = (args.max_input_length, args.max_total_tokens) {
         ensure!(input < total, "--max-input-length {input} must be less than --max-total-tokens {total}");
@@ -95,11 +98,17 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let model = source::find(&args.model_id, args.revision.as_deref())?;
     // Sockets and configuration are this user's alone.
     let folder =
-        tempfile::Builder::new().prefix("lorax-").permissions(Permissions::from_mode(0o700)).tempdir()?;
+        tempfile::Builder::new().prefix("lorax-").permissions(Permissions::from_mode(0o700)).tempdir();
+    let folder = folder.context("making the folder of sockets and configuration")?;
     let sockets: Vec<PathBuf> =
         (0..args.num_shard).map(|rank| folder.path().join(format!("shard-{rank}.sock"))).collect();
+    for socket in &sockets {
+        // The system's bound, found out before a model is loaded.
+        SocketAddr::from_pathname(socket).with_context(|| format!("{} as a socket", socket.display()))?;
+    }
     let config = folder.path().join("config.json");
-    fs::write(&config, serde_json::to_vec_pretty(&config::build(args, &model, &sockets))?)?;
+    fs::write(&config, serde_json::to_vec_pretty(&config::build(args, &model, &sockets))?)
+        .with_context(|| format!("writing {}", config.display()))?;
     let program = std::env::current_exe().context("finding the folder of this program")?;
     let plan = Plan {
         programs: program.parent().map(PathBuf::from).context("finding the folder of this program")?,

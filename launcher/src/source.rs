@@ -133,7 +133,7 @@ pub(crate) fn find(model_id: &str, revision: Option<&str>) -> Result<ModelFiles,
             && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
             && !part.contains("..")
     };
-    if id.split('/').count() > 2 || !id.split('/').all(name) {
+    if model_id.starts_with(['.', '~']) || id.split('/').count() > 2 || !id.split('/').all(name) {
         return Err(SourceError::NotAnId(model_id.into()));
     }
     let revision = revision.or(tag);

@@ -21,6 +21,10 @@ fn what_cannot_work_is_refused_at_once() {
         (&["--adapter-dir", "/no/such/folder"], "/no/such/folder is not a folder"),
         (&["--adapter-roots", "/,/no/such/folder"], "/no/such/folder is not a folder"),
         (&["--max-batch-size", "0"], "--max-batch-size must be at least 1"),
+        (&["--max-batch-size", "18446744073709551615"], "--max-batch-size must be at most 65536"),
+        (&["--max-active-adapters", "18446744073709551615"], "--max-active-adapters must be at most"),
+        (&["--threads", "100000"], "--threads must be at most 1024"),
+        (&["--shutdown-deadline", "18446744073709551615"], "--shutdown-deadline must be at most"),
         (&["--max-concurrent-requests", "0"], "--max-concurrent-requests must be"),
         (&["--max-batch-prefill-tokens", "0"], "--max-batch-prefill-tokens must be"),
         (&["--threads", "0"], "--threads must be"),
@@ -29,6 +33,7 @@ fn what_cannot_work_is_refused_at_once() {
         (&["--adapter-memory-fraction", "1.5"], "--adapter-memory-fraction must be"),
         (&["--cuda-memory-fraction=-1"], "--cuda-memory-fraction must be"),
         (&["--model-id", "/no/such/model"], "neither a path that exists nor a hub id"),
+        (&["--model-id", "./nope"], "neither a path that exists nor a hub id"),
         (&["--model-id", "/"], "neither a folder with a config.json nor a GGUF file"),
     ] {
         let (status, log) = Launcher::with_model().args(args).fails();
@@ -49,6 +54,14 @@ fn the_environment_is_checked_as_flags_are() {
     for (name, value) in [("PORT", "http"), ("MAX_BATCH_SIZE", "0"), ("PREFIX_CACHING", "perhaps")] {
         let (status, log) = Launcher::with_model().env(name, value).fails();
         assert_eq!(status, 64, "{name}: {log}");
+    }
+}
+
+#[test]
+fn a_container_s_name_is_no_address_to_listen_on() {
+    for (name, address) in [("3f2a9c0d1e77", "0.0.0.0"), ("127.0.0.1", "127.0.0.1"), ("::1", "::1")] {
+        let config = Launcher::with_model().env("HOSTNAME", name).configuration();
+        assert_eq!(config["router"]["hostname"], json!(address));
     }
 }
 
