@@ -66,7 +66,8 @@ async fn run(config: Config) -> anyhow::Result<()> {
         starting.ready().await;
         tracing::info!("listening on {address}");
     });
-    Ok(server::serve(listener, app, stop).await?)
+    server::serve(listener, app, stop).await;
+    Ok(())
 }
 
 /// Ends with SIGTERM, SIGINT, or the launcher's end of stdin; signals are caught from the call on.

@@ -1,6 +1,6 @@
 //! Routes, limits, start and stop.
 
-use std::{future::Future, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{future::Future, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
@@ -8,12 +8,20 @@ use axum::{
     http::{HeaderValue, Method, StatusCode, Uri},
     response::{IntoResponse, Response},
     routing::{get, post},
-    serve::ListenerExt,
 };
 use futures::StreamExt;
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::{conn::auto, graceful::GracefulShutdown},
+    service::TowerToHyperService,
+};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use tokio::{net::TcpListener, sync::Semaphore, time::timeout};
+use tokio::{
+    net::TcpListener,
+    sync::Semaphore,
+    time::{sleep, timeout},
+};
 use tower_http::cors::{AllowOrigin, Any, CorsLayer};
 
 use crate::{
@@ -33,6 +41,9 @@ use crate::{
 /// A body that is too large is still read, and dropped, up to so many times the limit: a client that is cut off while it
 /// sends never sees the answer.
 const DRAINED: usize = 8;
+
+/// What a client gets to send the head of its next request: connections without one are closed.
+const HEAD: Duration = Duration::from_secs(75);
 
 /// What a client gets to send its body.
 const BODY: Duration = Duration::from_secs(30);
@@ -201,48 +212,54 @@ fn cors(origins: &[String]) -> Result<Option<CorsLayer>, StartError> {
 
 /// Where the configuration says to listen.
 pub async fn listen(config: &Config) -> Result<(TcpListener, SocketAddr), StartError> {
-    let address = format!("{}:{}", config.router.hostname, config.router.port);
-    let failed = |source| StartError::Listen { address: address.clone(), source };
-    let listener = TcpListener::bind(&address).await.map_err(failed)?;
+    let (host, port) = (config.router.hostname.trim_matches(['[', ']']), config.router.port);
+    let failed = |source| StartError::Listen { address: format!("{host}:{port}"), source };
+    let listener = TcpListener::bind((host, port)).await.map_err(failed)?;
     let local = listener.local_addr().map_err(failed)?;
     Ok((listener, local))
 }
 
 /// Serves until `stop`, then lets streams finish for as long as the configuration allows.
-pub async fn serve(
-    listener: TcpListener,
-    app: Arc<App>,
-    stop: impl Future<Output = ()> + Send + 'static,
-) -> Result<(), StartError> {
+pub async fn serve(listener: TcpListener, app: Arc<App>, stop: impl Future<Output = ()>) {
     let deadline = Duration::from_secs(app.config.router.shutdown_deadline_s);
     let routes = app.routes();
-    let (stopping, stopped) = tokio::sync::oneshot::channel();
-    let graceful = async move {
-        stop.await;
-        // The receiver lives as long as the server.
-        let _ = stopping.send(());
-    };
-    // A token is a small write that follows a small write: Nagle's algorithm would hold it back until the client's delayed
-    // acknowledgement, 40 ms.
-    let listener = listener.tap_io(|connection| {
-        if let Err(error) = connection.set_nodelay(true) {
+    // To tell HTTP/2 from HTTP/1 takes the first bytes, for which there is no limit.
+    let mut server = auto::Builder::new(TokioExecutor::new()).http1_only();
+    server.http1().timer(TokioTimer::new()).header_read_timeout(HEAD);
+    let connections = GracefulShutdown::new();
+    tokio::pin!(stop);
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = &mut stop => break,
+        };
+        let socket = match accepted {
+            Ok((socket, _)) => socket,
+            // The client's doing.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
+            Err(error) => {
+                tracing::error!("no connection can be accepted: {error}");
+                sleep(Duration::from_secs(1)).await;
+                continue;
+            }
+        };
+        // A token is a small write that follows a small write: Nagle's algorithm would hold it back until the client's
+        // delayed acknowledgement, 40 ms.
+        if let Err(error) = socket.set_nodelay(true) {
             tracing::debug!("TCP_NODELAY: {error}");
         }
-    });
-    let served = axum::serve(listener, routes).with_graceful_shutdown(graceful).into_future();
-    tokio::pin!(served);
-    let past_deadline = async {
-        if stopped.await.is_ok() && timeout(deadline, std::future::pending::<()>()).await.is_err() {
-            return;
-        }
-        std::future::pending::<()>().await;
-    };
-    tokio::select! {
-        result = &mut served => result.map_err(|source| StartError::Listen { address: "serving".into(), source }),
-        () = past_deadline => {
-            tracing::warn!("streams did not finish within {} s", deadline.as_secs());
-            Ok(())
-        }
+        let service = TowerToHyperService::new(routes.clone());
+        let served = server.serve_connection(TokioIo::new(socket), service).into_owned();
+        let served = connections.watch(served);
+        tokio::spawn(async move {
+            if let Err(error) = served.await {
+                tracing::debug!("a connection: {error}");
+            }
+        });
+    }
+    drop(listener);
+    if timeout(deadline, connections.shutdown()).await.is_err() {
+        tracing::warn!("streams did not finish within {} s", deadline.as_secs());
     }
 }
 
