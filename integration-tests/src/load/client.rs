@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use anyhow::ensure;
 use futures::StreamExt;
 use serde_json::json;
 
@@ -25,6 +26,8 @@ pub struct Target {
 pub struct Outcome {
     /// Adapter asked for.
     pub adapter: Option<String>,
+    /// Tokens asked for.
+    pub asked: usize,
     /// When it was sent, from the start of the run.
     pub sent: Duration,
     /// When each event with text came, from the start of the run.
@@ -52,15 +55,18 @@ impl Target {
     /// Streams one completion.
     pub async fn send(&self, ask: &Ask, start: Instant, progress: &indicatif::ProgressBar) -> Outcome {
         let sent = start.elapsed();
-        let mut out =
-            Outcome { adapter: ask.adapter.clone(), sent, events: Vec::new(), tokens: 0, error: None };
-        if let Err(error) = self.stream(ask, start, progress, &mut out).await {
-            out.error = Some(format!("{error:#}"));
+        let mut answer = Answer::default();
+        let streamed = self.stream(ask, start, progress, &mut answer).await;
+        let asked = self.ignore_eos.then_some(ask.output_tokens);
+        let ended = streamed.and_then(|()| answer.check(asked));
+        Outcome {
+            adapter: ask.adapter.clone(),
+            asked: ask.output_tokens,
+            sent,
+            tokens: answer.usage.unwrap_or(answer.events.len()),
+            events: answer.events,
+            error: ended.err().map(|error| format!("{error:#}")),
         }
-        if out.tokens == 0 {
-            out.tokens = out.events.len();
-        }
-        out
     }
 
     async fn stream(
@@ -68,7 +74,7 @@ impl Target {
         ask: &Ask,
         start: Instant,
         progress: &indicatif::ProgressBar,
-        out: &mut Outcome,
+        answer: &mut Answer,
     ) -> anyhow::Result<()> {
         let body = json!({
             "model": ask.adapter.as_deref().unwrap_or(&self.base),
@@ -87,38 +93,60 @@ impl Target {
         let mut lines = Lines::default();
         while let Some(bytes) = stream.next().await {
             let now = start.elapsed();
-            lines.push(&bytes?, |data| on_event(data, now, progress, out))?;
+            lines.push(&bytes?, |data| answer.on_event(data, now, progress))?;
         }
-        anyhow::ensure!(!out.events.is_empty(), "the stream ended without a token");
         Ok(())
     }
 }
 
-/// Handles the data of one server-sent event. Text events are only counted, not parsed: at 10,000 tokens a second the
-/// load generator must not be what is measured.
-fn on_event(
-    data: &[u8],
-    now: Duration,
-    progress: &indicatif::ProgressBar,
-    out: &mut Outcome,
-) -> anyhow::Result<()> {
-    if data == b"[DONE]" {
-        return Ok(());
+/// What has come of an answer.
+#[derive(Debug, Default)]
+struct Answer {
+    events: Vec<Duration>,
+    /// Tokens by the server's count.
+    usage: Option<usize>,
+    /// The server said that this is all.
+    done: bool,
+}
+
+impl Answer {
+    /// Handles the data of one server-sent event. Text events are only counted, not parsed: at 10,000 tokens a second
+    /// the load generator must not be what is measured.
+    fn on_event(
+        &mut self,
+        data: &[u8],
+        now: Duration,
+        progress: &indicatif::ProgressBar,
+    ) -> anyhow::Result<()> {
+        if data == b"[DONE]" {
+            self.done = true;
+            return Ok(());
+        }
+        let empty_choices = contains(data, b"\"choices\":[]") || contains(data, b"\"choices\": []");
+        if !empty_choices && !contains(data, b"\"error\"") {
+            self.events.push(now);
+            progress.inc(1);
+            return Ok(());
+        }
+        let event: serde_json::Value = serde_json::from_slice(data)?;
+        if let Some(error) = event.get("error") {
+            anyhow::bail!("{error}");
+        }
+        if let Some(tokens) = event["usage"]["completion_tokens"].as_u64() {
+            self.usage = Some(tokens as usize);
+        }
+        Ok(())
     }
-    let empty_choices = contains(data, b"\"choices\":[]") || contains(data, b"\"choices\": []");
-    if !empty_choices && !contains(data, b"\"error\"") {
-        out.events.push(now);
-        progress.inc(1);
-        return Ok(());
+
+    /// Whether a stream that ended was the whole answer; `asked` is given where nothing but that number of tokens is.
+    fn check(&self, asked: Option<usize>) -> anyhow::Result<()> {
+        ensure!(!self.events.is_empty(), "the stream ended without a token");
+        ensure!(self.done, "the stream ended without [DONE]");
+        if let (Some(asked), Some(tokens)) = (asked, self.usage) {
+            ensure!(tokens == asked, "{tokens} tokens came, {asked} were asked for");
+        }
+        Ok(())
     }
-    let event: serde_json::Value = serde_json::from_slice(data)?;
-    if let Some(error) = event.get("error") {
-        anyhow::bail!("{error}");
-    }
-    if let Some(tokens) = event["usage"]["completion_tokens"].as_u64() {
-        out.tokens = tokens as usize;
-    }
-    Ok(())
 }
 
 fn contains(haystack: &[u8], needle: &[u8]) -> bool {
@@ -153,6 +181,11 @@ impl Lines {
 
 #[cfg(test)]
 mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
     use super::*;
 
     #[test]
@@ -172,19 +205,52 @@ mod tests {
         }
     }
 
-    #[test]
-    fn usage_wins_over_the_number_of_events() {
-        let bar = indicatif::ProgressBar::hidden();
-        let mut out = Outcome { adapter: None, sent: Duration::ZERO, events: vec![], tokens: 0, error: None };
-        on_event(b"{\"choices\":[{\"text\":\"hi\"}]}", Duration::from_secs(1), &bar, &mut out).unwrap();
-        on_event(
-            b"{\"choices\":[],\"usage\":{\"completion_tokens\":3}}",
-            Duration::from_secs(2),
-            &bar,
-            &mut out,
-        )
-        .unwrap();
-        assert_eq!((out.events.len(), out.tokens), (1, 3));
-        assert!(on_event(b"{\"error\":{\"message\":\"no\"}}", Duration::ZERO, &bar, &mut out).is_err());
+    const TOKEN: &str = "data: {\"choices\":[{\"text\":\"hi\"}]}\n\n";
+    const DONE: &str = "data: [DONE]\n\n";
+
+    fn usage(tokens: usize) -> String {
+        format!("data: {{\"choices\":[],\"usage\":{{\"completion_tokens\":{tokens}}}}}\n\n")
+    }
+
+    /// What becomes of a request for 3 tokens that is answered with these events.
+    async fn answered(events: String, ignore_eos: bool) -> Outcome {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let server = tokio::spawn(async move {
+            let (mut connection, _) = listener.accept().await.unwrap();
+            let mut request = Vec::new();
+            while !request.ends_with(b"}") {
+                connection.read_buf(&mut request).await.unwrap();
+            }
+            let answer = format!("HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n{events}");
+            connection.write_all(answer.as_bytes()).await.unwrap();
+        });
+        let target = Target { url, base: String::new(), ignore_eos, http: reqwest::Client::new() };
+        let ask = Ask { adapter: None, prompt: vec![1], output_tokens: 3 };
+        let outcome = target.send(&ask, Instant::now(), &indicatif::ProgressBar::hidden()).await;
+        server.await.unwrap();
+        outcome
+    }
+
+    #[tokio::test]
+    async fn usage_wins_over_the_number_of_events() {
+        let outcome = answered([TOKEN, TOKEN, &usage(3), DONE].concat(), true).await;
+        assert_eq!((outcome.error, outcome.events.len(), outcome.tokens), (None, 2, 3));
+        let outcome = answered([TOKEN, TOKEN, DONE].concat(), true).await;
+        assert_eq!((outcome.error, outcome.tokens, outcome.asked), (None, 2, 3));
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_is_not_the_whole_answer_failed() {
+        let error = async |events: &[&str], ignore_eos| {
+            answered(events.concat(), ignore_eos).await.error.unwrap_or_default()
+        };
+        for cut in [&[TOKEN][..], &[TOKEN, &usage(3)]] {
+            assert!(error(cut, true).await.contains("[DONE]"), "{cut:?}");
+        }
+        assert!(error(&[DONE], true).await.contains("without a token"));
+        assert!(error(&[TOKEN, &usage(1), DONE], true).await.contains("1 tokens came, 3"));
+        assert_eq!(error(&[TOKEN, &usage(1), DONE], false).await, "", "the model may end early");
+        assert!(error(&[TOKEN, "data: {\"error\":\"no\"}\n\n", DONE], true).await.contains("no"));
     }
 }

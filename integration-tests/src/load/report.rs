@@ -151,9 +151,11 @@ fn gaps(outcome: &Outcome) -> impl Iterator<Item = Duration> {
     outcome.events.windows(2).map(|w| w[1] - w[0])
 }
 
+/// An answer without a time per output token met no goal for it, unless a single token was asked for.
 fn meets(outcome: &Outcome, goal: Objective) -> bool {
-    let within = |time: Option<Duration>, limit| time.is_none_or(|t| t.as_secs_f64() * 1e3 <= limit);
-    within(outcome.ttft(), goal.ttft_ms) && within(outcome.tpot(), goal.tpot_ms)
+    let within = |time: Duration, limit| time.as_secs_f64() * 1e3 <= limit;
+    outcome.ttft().is_some_and(|ttft| within(ttft, goal.ttft_ms))
+        && outcome.tpot().map_or(outcome.asked == 1, |tpot| within(tpot, goal.tpot_ms))
 }
 
 fn by_adapter(good: &[&Outcome]) -> BTreeMap<String, AdapterFigures> {
@@ -213,6 +215,7 @@ mod tests {
     fn outcome(adapter: &str, sent: u64, events: &[u64], error: Option<&str>) -> Outcome {
         Outcome {
             adapter: Some(adapter.into()),
+            asked: events.len(),
             sent: Duration::from_millis(sent),
             events: events.iter().map(|t| Duration::from_millis(*t)).collect(),
             tokens: events.len(),
@@ -236,6 +239,16 @@ mod tests {
         let (a, b) = (3.0 / 0.12, 2.0 / 0.34);
         let expected = (a + b) * (a + b) / (2.0 * (a * a + b * b));
         assert!((report.jain_index.unwrap() - expected).abs() < 1e-9);
+    }
+
+    #[test]
+    fn one_token_meets_an_objective_only_where_one_was_asked_for() {
+        let short = outcome("a", 0, &[100], None);
+        let goal = Some(Objective { ttft_ms: 200.0, tpot_ms: 50.0 });
+        for (asked, met) in [(1, 1.0), (128, 0.0)] {
+            let report = Report::new("x", &[Outcome { asked, ..short.clone() }], goal);
+            assert_eq!(report.objective_met, Some(met), "{asked} asked for");
+        }
     }
 
     #[test]
