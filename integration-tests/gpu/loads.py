@@ -149,7 +149,7 @@ class Generator:
             raise RuntimeError("no token of the streams came while others arrived: let them be longer with --steady")
         gaps.sort()
         at = lambda q: gaps[min(len(gaps) - 1, int(q * len(gaps)))]
-        waited = [r["events_ms"][0] - r["sent_ms"] for r in begun]
+        waited = [r["events_ms"][0] - r["planned_ms"] for r in begun]
         return dict(
             arrivals=kind,
             newcomers=len(newcomers),

@@ -28,6 +28,9 @@ pub struct Outcome {
     pub adapter: Option<String>,
     /// Tokens asked for.
     pub asked: usize,
+    /// When it was to be sent, from the start of the run. Latencies count from here: a user does not wait less because
+    /// the generator was late.
+    pub planned: Duration,
     /// When it was sent, from the start of the run.
     pub sent: Duration,
     /// When each event with text came, from the start of the run.
@@ -41,7 +44,12 @@ pub struct Outcome {
 impl Outcome {
     /// Time to first token.
     pub fn ttft(&self) -> Option<Duration> {
-        self.events.first().map(|first| *first - self.sent)
+        self.events.first().map(|first| *first - self.planned)
+    }
+
+    /// By how much the generator was late.
+    pub fn lateness(&self) -> Duration {
+        self.sent - self.planned
     }
 
     /// Mean time per token after the first.
@@ -52,17 +60,23 @@ impl Outcome {
 }
 
 impl Target {
-    /// Streams one completion.
-    pub async fn send(&self, ask: &Ask, start: Instant, progress: &indicatif::ProgressBar) -> Outcome {
-        let sent = start.elapsed();
-        let mut answer = Answer::default();
+    /// Streams one completion that is to be sent at `planned`, which has come.
+    pub async fn send(
+        &self,
+        ask: &Ask,
+        start: Instant,
+        planned: Duration,
+        progress: &indicatif::ProgressBar,
+    ) -> Outcome {
+        let mut answer = Answer { sent: planned, ..Answer::default() };
         let streamed = self.stream(ask, start, progress, &mut answer).await;
         let asked = self.ignore_eos.then_some(ask.output_tokens);
         let ended = streamed.and_then(|()| answer.check(asked));
         Outcome {
             adapter: ask.adapter.clone(),
             asked: ask.output_tokens,
-            sent,
+            planned,
+            sent: answer.sent,
             tokens: answer.usage.unwrap_or(answer.events.len()),
             events: answer.events,
             error: ended.err().map(|error| format!("{error:#}")),
@@ -85,7 +99,9 @@ impl Target {
             "stream": true,
             "stream_options": {"include_usage": true},
         });
-        let response = self.http.post(format!("{}/v1/completions", self.url)).json(&body).send().await?;
+        let request = self.http.post(format!("{}/v1/completions", self.url)).json(&body);
+        answer.sent = start.elapsed();
+        let response = request.send().await?;
         if !response.status().is_success() {
             anyhow::bail!("{}: {}", response.status(), response.text().await?);
         }
@@ -99,9 +115,10 @@ impl Target {
     }
 }
 
-/// What has come of an answer.
+/// A request on its way, and what has come of its answer.
 #[derive(Debug, Default)]
 struct Answer {
+    sent: Duration,
     events: Vec<Duration>,
     /// Tokens by the server's count.
     usage: Option<usize>,
@@ -227,7 +244,8 @@ mod tests {
         });
         let target = Target { url, base: String::new(), ignore_eos, http: reqwest::Client::new() };
         let ask = Ask { adapter: None, prompt: vec![1], output_tokens: 3 };
-        let outcome = target.send(&ask, Instant::now(), &indicatif::ProgressBar::hidden()).await;
+        let outcome =
+            target.send(&ask, Instant::now(), Duration::ZERO, &indicatif::ProgressBar::hidden()).await;
         server.await.unwrap();
         outcome
     }

@@ -74,8 +74,8 @@ mod tests {
     fn a_run_becomes_a_picture_and_an_empty_one_an_error() {
         let path = tempfile::NamedTempFile::new().unwrap();
         let events = (1..100).map(|i| Duration::from_millis(i * 7)).collect();
-        let outcome =
-            Outcome { adapter: None, asked: 99, sent: Duration::ZERO, events, tokens: 99, error: None };
+        let (planned, sent) = (Duration::ZERO, Duration::ZERO);
+        let outcome = Outcome { adapter: None, asked: 99, planned, sent, events, tokens: 99, error: None };
         plot(path.path(), "run", &[outcome]).unwrap();
         let svg = std::fs::read_to_string(&path).unwrap();
         assert!(svg.contains("<polyline") && svg.contains("output tokens/s"));

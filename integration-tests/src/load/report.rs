@@ -56,7 +56,7 @@ pub struct AdapterFigures {
     pub ttft_p99: f64,
     /// 99th percentile of the gap between tokens, milliseconds.
     pub gap_p99: f64,
-    /// Mean over its requests of tokens a second from sending to the last token.
+    /// Mean over its requests of tokens a second from when it was to be sent to the last token.
     pub tokens_per_second: f64,
 }
 
@@ -71,7 +71,7 @@ pub struct Report {
     pub errors: usize,
     /// The first few distinct failures.
     pub error_samples: Vec<String>,
-    /// First request sent to last token received, seconds.
+    /// First request due to last token received, seconds.
     pub seconds: f64,
     /// Output tokens.
     pub output_tokens: usize,
@@ -79,7 +79,10 @@ pub struct Report {
     pub output_tokens_per_second: f64,
     /// Requests answered a second.
     pub requests_per_second: f64,
-    /// Time to first token.
+    /// How much later than planned requests were sent; where it is not small beside the latencies, the generator is
+    /// the bottleneck.
+    pub late_ms: Option<Quantiles>,
+    /// Time to first token, from when the request was to be sent.
     pub ttft_ms: Option<Quantiles>,
     /// Mean time per output token after the first, of each request.
     pub tpot_ms: Option<Quantiles>,
@@ -97,7 +100,7 @@ impl Report {
     /// Computes the figures.
     pub fn new(label: &str, outcomes: &[Outcome], objective: Option<Objective>) -> Self {
         let good: Vec<&Outcome> = outcomes.iter().filter(|o| o.error.is_none()).collect();
-        let begin = outcomes.iter().map(|o| o.sent).min().unwrap_or_default();
+        let begin = outcomes.iter().map(|o| o.planned).min().unwrap_or_default();
         let end = good.iter().filter_map(|o| o.events.last()).max().copied().unwrap_or(begin);
         let seconds = (end - begin).as_secs_f64().max(1e-9);
         let output_tokens = good.iter().map(|o| o.tokens).sum();
@@ -115,6 +118,7 @@ impl Report {
             output_tokens,
             output_tokens_per_second: output_tokens as f64 / seconds,
             requests_per_second: good.len() as f64 / seconds,
+            late_ms: Quantiles::of(outcomes.iter().map(Outcome::lateness).collect()),
             ttft_ms: Quantiles::of(good.iter().filter_map(|o| o.ttft()).collect()),
             tpot_ms: Quantiles::of(good.iter().filter_map(|o| o.tpot()).collect()),
             gap_ms: Quantiles::of(good.iter().flat_map(|o| gaps(o)).collect()),
@@ -127,7 +131,8 @@ impl Report {
     }
 }
 
-/// Writes one line of JSON per request: `adapter`, `sent_ms` and `events_ms` from the start of the run, `tokens`, `error`.
+/// Writes one line of JSON per request: `adapter`, `planned_ms`, `sent_ms` and `events_ms` from the start of the run,
+/// `tokens`, `error`.
 ///
 /// # Errors
 /// When the file cannot be written.
@@ -137,6 +142,7 @@ pub fn write_times(path: &Path, outcomes: &[Outcome]) -> anyhow::Result<()> {
     for outcome in outcomes {
         let line = json!({
             "adapter": outcome.adapter,
+            "planned_ms": ms(&outcome.planned),
             "sent_ms": ms(&outcome.sent),
             "events_ms": outcome.events.iter().map(ms).collect::<Vec<_>>(),
             "tokens": outcome.tokens,
@@ -166,8 +172,8 @@ fn by_adapter(good: &[&Outcome]) -> BTreeMap<String, AdapterFigures> {
     let p99 = |values: Vec<Duration>| Quantiles::of(values).map_or(0.0, |q| q.p99);
     let figures = |group: Vec<&Outcome>| {
         let speed = |o: &&Outcome| {
-            let end = o.events.last().copied().unwrap_or(o.sent);
-            o.tokens as f64 / (end - o.sent).as_secs_f64().max(1e-9)
+            let end = o.events.last().copied().unwrap_or(o.planned);
+            o.tokens as f64 / (end - o.planned).as_secs_f64().max(1e-9)
         };
         AdapterFigures {
             requests: group.len(),
@@ -198,6 +204,7 @@ impl fmt::Display for Report {
         writeln!(f, "  TTFT, ms     {}   (p50 / p90 / p99)", quantiles(self.ttft_ms))?;
         writeln!(f, "  TPOT, ms     {}", quantiles(self.tpot_ms))?;
         writeln!(f, "  gap, ms      {}", quantiles(self.gap_ms))?;
+        writeln!(f, "  late, ms     {}", quantiles(self.late_ms))?;
         if let Some(share) = self.objective_met {
             writeln!(f, "  objective    {:.1} % met", share * 100.0)?;
         }
@@ -216,6 +223,7 @@ mod tests {
         Outcome {
             adapter: Some(adapter.into()),
             asked: events.len(),
+            planned: Duration::from_millis(sent),
             sent: Duration::from_millis(sent),
             events: events.iter().map(|t| Duration::from_millis(*t)).collect(),
             tokens: events.len(),
@@ -252,16 +260,29 @@ mod tests {
     }
 
     #[test]
+    fn latencies_count_from_when_a_request_was_to_be_sent() {
+        let late = Outcome { planned: Duration::ZERO, ..outcome("a", 70, &[100, 110], None) };
+        let report = Report::new("x", &[late], Some(Objective { ttft_ms: 50.0, tpot_ms: 50.0 }));
+        let all = |ms| Some(Quantiles { p50: ms, p90: ms, p99: ms });
+        assert_eq!(
+            (report.late_ms, report.ttft_ms, report.objective_met),
+            (all(70.0), all(100.0), Some(0.0))
+        );
+        assert!((report.seconds - 0.11).abs() < 1e-9);
+        assert!((report.adapters["a"].tokens_per_second - 2.0 / 0.11).abs() < 1e-9);
+    }
+
+    #[test]
     fn times_are_written_as_they_were() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let outcomes =
-            [outcome("a", 5, &[10, 30], None), Outcome { adapter: None, ..outcome("", 7, &[], Some("no")) }];
+        let late =
+            Outcome { adapter: None, planned: Duration::from_millis(4), ..outcome("", 7, &[], Some("no")) };
+        let outcomes = [outcome("a", 5, &[10, 30], None), late];
         write_times(file.path(), &outcomes).unwrap();
         let text = std::fs::read_to_string(&file).unwrap();
         let lines: Vec<serde_json::Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
-        let first =
-            json!({"adapter": "a", "sent_ms": 5.0, "events_ms": [10.0, 30.0], "tokens": 2, "error": null});
-        let second = json!({"adapter": null, "sent_ms": 7.0, "events_ms": [], "tokens": 0, "error": "no"});
+        let first = json!({"adapter": "a", "planned_ms": 5.0, "sent_ms": 5.0, "events_ms": [10.0, 30.0], "tokens": 2, "error": null});
+        let second = json!({"adapter": null, "planned_ms": 4.0, "sent_ms": 7.0, "events_ms": [], "tokens": 0, "error": "no"});
         assert_eq!(lines, [first, second]);
     }
 

@@ -86,7 +86,9 @@ async fn closed(
                 if request >= requests {
                     return outcomes;
                 }
-                outcomes.push(target.send(&workload.ask(request, stream), start, &progress).await);
+                let planned = start.elapsed();
+                let ask = workload.ask(request, stream);
+                outcomes.push(target.send(&ask, start, planned, &progress).await);
             }
         });
     }
@@ -97,9 +99,28 @@ async fn open(target: &Target, asks: Vec<(f64, Ask)>, progress: &ProgressBar) ->
     let start = Instant::now();
     let mut tasks = JoinSet::new();
     for (time, ask) in asks {
-        tokio::time::sleep_until((start + Duration::from_secs_f64(time)).into()).await;
+        let planned = Duration::from_secs_f64(time);
+        tokio::time::sleep_until((start + planned).into()).await;
         let (target, progress) = (target.clone(), progress.clone());
-        tasks.spawn(async move { target.send(&ask, start, &progress).await });
+        tasks.spawn(async move { target.send(&ask, start, planned, &progress).await });
     }
     tasks.join_all().await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_request_is_late_when_the_generator_is_slow() {
+        // Closed again: nobody answers there.
+        let url =
+            format!("http://{}", std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap());
+        let target = Target { url, base: String::new(), ignore_eos: true, http: reqwest::Client::new() };
+        // A prompt whose text takes long to write.
+        let ask = Ask { adapter: None, prompt: vec![7; 300_000], output_tokens: 1 };
+        let outcomes = open(&target, vec![(0.0, ask)], &ProgressBar::hidden()).await;
+        assert_eq!(outcomes[0].planned, Duration::ZERO);
+        assert!(outcomes[0].lateness() > Duration::from_millis(1), "{:?}", outcomes[0].lateness());
+    }
 }
