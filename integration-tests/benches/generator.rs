@@ -113,12 +113,7 @@ fn main() -> Result<()> {
     writeln!(out, "pace ms  tokens/s  generator: CPU us a token, cores")?;
     for (pace, requests) in [(0, 16 * STREAMS), (10, 2 * STREAMS)] {
         let address = server.block_on(async { tokio::spawn(serve(Duration::from_millis(pace))).await })??;
-        let target = Target {
-            url: format!("http://{address}"),
-            base: String::new(),
-            ignore_eos: true,
-            http: reqwest::Client::builder().tcp_nodelay(true).build()?,
-        };
+        let target = Target::new(&format!("http://{address}"), "", true, Duration::from_secs(60))?;
         let length = |text: &str| text.parse();
         let workload = Workload {
             adapters: Vec::new(),

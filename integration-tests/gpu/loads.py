@@ -9,6 +9,8 @@ from pathlib import Path
 from server import Server
 
 PROMPT, OUTPUT = 512, 128
+SILENT_SECONDS = 120  # that a stream may be; reading 256 adapters takes 24
+RUN_SECONDS = 900  # of one load; half a minute is usual
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ class Generator:
         return json.loads(line)
 
     def run(self, *arguments) -> subprocess.CompletedProcess:
-        return subprocess.run(list(map(str, [*self.command, *arguments])), capture_output=True, text=True)
+        command = [*self.command, "--timeout", SILENT_SECONDS, *arguments]
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=RUN_SECONDS)
 
     def named(self, adapters: int) -> list:
         """Arguments for the first adapters."""

@@ -1,7 +1,7 @@
 //! Load generator for OpenAI-compatible servers with many adapters.
 #![allow(clippy::print_stdout, reason = "the report is this program's output")]
 
-use std::{fs::OpenOptions, io::Write, path::PathBuf};
+use std::{fs::OpenOptions, io::Write, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
@@ -71,6 +71,9 @@ struct Args {
     /// Lets the model end its answers early
     #[arg(long)]
     respect_eos: bool,
+    /// A request fails after so many seconds without a byte from the server
+    #[arg(long, default_value_t = 300.0)]
+    timeout: f64,
     /// Seed of all draws
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -124,12 +127,8 @@ impl Args {
 async fn main() -> Result<()> {
     let args = Args::parse();
     ensure!(args.vocab > 0 && args.streams > 0 && args.requests > 0, "nothing to ask");
-    let target = Target {
-        url: args.url.trim_end_matches('/').to_owned(),
-        base: args.model.clone(),
-        ignore_eos: !args.respect_eos,
-        http: reqwest::Client::builder().tcp_nodelay(true).build()?,
-    };
+    let timeout = Duration::try_from_secs_f64(args.timeout).context("--timeout")?;
+    let target = Target::new(&args.url, &args.model, !args.respect_eos, timeout)?;
     let workload = args.workload();
     if args.warmup > 0 {
         let seed = workload.seed.wrapping_add(1 << 60);

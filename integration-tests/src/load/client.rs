@@ -17,8 +17,8 @@ pub struct Target {
     pub base: String,
     /// Generate all the tokens asked for.
     pub ignore_eos: bool,
-    /// The connection pool.
-    pub http: reqwest::Client,
+    http: reqwest::Client,
+    timeout: Duration,
 }
 
 /// What came back for one request.
@@ -60,6 +60,17 @@ impl Outcome {
 }
 
 impl Target {
+    /// A server at `url`, whose base model is called `base`. A request fails when for `timeout` not a byte comes.
+    ///
+    /// # Errors
+    /// When the connection pool cannot be made.
+    pub fn new(url: &str, base: &str, ignore_eos: bool, timeout: Duration) -> anyhow::Result<Self> {
+        let http =
+            reqwest::Client::builder().tcp_nodelay(true).connect_timeout(timeout).read_timeout(timeout);
+        let url = url.trim_end_matches('/').to_owned();
+        Ok(Self { url, base: base.to_owned(), ignore_eos, http: http.build()?, timeout })
+    }
+
     /// Streams one completion that is to be sent at `planned`, which has come.
     pub async fn send(
         &self,
@@ -79,7 +90,14 @@ impl Target {
             sent: answer.sent,
             tokens: answer.usage.unwrap_or(answer.events.len()),
             events: answer.events,
-            error: ended.err().map(|error| format!("{error:#}")),
+            error: ended.err().map(|error| self.explain(&error)),
+        }
+    }
+
+    fn explain(&self, error: &anyhow::Error) -> String {
+        match error.downcast_ref::<reqwest::Error>() {
+            Some(timeout) if timeout.is_timeout() => format!("nothing came for {:?}", self.timeout),
+            _ => format!("{error:#}"),
         }
     }
 
@@ -222,6 +240,7 @@ mod tests {
         }
     }
 
+    const HEAD: &str = "HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n";
     const TOKEN: &str = "data: {\"choices\":[{\"text\":\"hi\"}]}\n\n";
     const DONE: &str = "data: [DONE]\n\n";
 
@@ -229,25 +248,42 @@ mod tests {
         format!("data: {{\"choices\":[],\"usage\":{{\"completion_tokens\":{tokens}}}}}\n\n")
     }
 
-    /// What becomes of a request for 3 tokens that is answered with these events.
-    async fn answered(events: String, ignore_eos: bool) -> Outcome {
+    /// What becomes of a request for 3 tokens that is answered with these bytes, and then nothing until it has failed
+    /// or, unless it `stalls`, the end of the connection.
+    async fn exchange(bytes: String, ignore_eos: bool, stalls: bool) -> Outcome {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let server = tokio::spawn(async move {
             let (mut connection, _) = listener.accept().await.unwrap();
             let mut request = Vec::new();
             while !request.ends_with(b"}") {
-                connection.read_buf(&mut request).await.unwrap();
+                assert_ne!(connection.read_buf(&mut request).await.unwrap(), 0);
             }
-            let answer = format!("HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n{events}");
-            connection.write_all(answer.as_bytes()).await.unwrap();
+            connection.write_all(bytes.as_bytes()).await.unwrap();
+            if stalls {
+                // The other side gives up.
+                assert_eq!(connection.read_buf(&mut request).await.unwrap(), 0);
+            }
         });
-        let target = Target { url, base: String::new(), ignore_eos, http: reqwest::Client::new() };
+        let timeout = if stalls { Duration::from_millis(200) } else { Duration::from_secs(60) };
+        let target = Target::new(&url, "", ignore_eos, timeout).unwrap();
         let ask = Ask { adapter: None, prompt: vec![1], output_tokens: 3 };
         let outcome =
             target.send(&ask, Instant::now(), Duration::ZERO, &indicatif::ProgressBar::hidden()).await;
         server.await.unwrap();
         outcome
+    }
+
+    async fn answered(events: String, ignore_eos: bool) -> Outcome {
+        exchange(format!("{HEAD}{events}"), ignore_eos, false).await
+    }
+
+    #[tokio::test]
+    async fn a_server_that_falls_silent_fails_the_request() {
+        for bytes in [String::new(), HEAD.to_owned(), format!("{HEAD}{TOKEN}")] {
+            let outcome = exchange(bytes, true, true).await;
+            assert_eq!(outcome.error.as_deref(), Some("nothing came for 200ms"));
+        }
     }
 
     #[tokio::test]

@@ -116,7 +116,7 @@ mod tests {
         // Closed again: nobody answers there.
         let url =
             format!("http://{}", std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap());
-        let target = Target { url, base: String::new(), ignore_eos: true, http: reqwest::Client::new() };
+        let target = Target::new(&url, "", true, Duration::from_secs(60)).unwrap();
         // A prompt whose text takes long to write.
         let ask = Ask { adapter: None, prompt: vec![7; 300_000], output_tokens: 1 };
         let outcomes = open(&target, vec![(0.0, ask)], &ProgressBar::hidden()).await;
