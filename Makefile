@@ -21,6 +21,7 @@ demo: ## Build, fetch the demo model, serve it with three adapters and show them
 test: venv model ## Set up what the tests need and run them all
 	cargo build --workspace --bins
 	cargo test --workspace
+	python3 -m unittest discover --start-directory integration-tests/gpu --pattern tests.py
 
 .PHONY: venv
 venv: $(VENV)/.installed ## Python tools of the tests, pinned and hashed, in .venv

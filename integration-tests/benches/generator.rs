@@ -114,6 +114,7 @@ fn main() -> Result<()> {
     for (pace, requests) in [(0, 16 * STREAMS), (10, 2 * STREAMS)] {
         let address = server.block_on(async { tokio::spawn(serve(Duration::from_millis(pace))).await })??;
         let target = Target::new(&format!("http://{address}"), "", true, Duration::from_secs(60))?;
+        let seed = 1;
         let length = |text: &str| text.parse();
         let workload = Workload {
             adapters: Vec::new(),
@@ -121,14 +122,14 @@ fn main() -> Result<()> {
             prompt_tokens: length("512")?,
             output_tokens: length(&OUTPUT.to_string())?,
             vocab: 128_000,
-            seed: 1,
+            seed,
         };
         let (before, begun) = (cpu("generator")?, Instant::now());
         let pace_of = Loop::Closed { streams: STREAMS, requests };
         let outcomes = generator
             .block_on(async { tokio::spawn(async move { run(&target, &workload, pace_of).await }).await })?;
         let (used, seconds) = (cpu("generator")? - before, begun.elapsed().as_secs_f64());
-        let report = Report::new("generator", &outcomes, None);
+        let report = Report::new("generator", seed, &outcomes, None);
         ensure!(report.errors == 0 && report.output_tokens == requests * OUTPUT, "{report}");
         let (tokens, speed) = (report.output_tokens as f64, report.output_tokens_per_second);
         writeln!(out, "{pace:7} {speed:9.0} {:13.1} {:21.2}", used * 1e6 / tokens, used / seconds)?;

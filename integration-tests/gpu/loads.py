@@ -3,6 +3,7 @@
 import json
 import statistics
 import subprocess
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,17 +64,17 @@ class Generator:
         self.out, (self.scale, self.steady) = out, lengths
         self.adapters = sorted((p.name for p in server.adapters.iterdir()), key=lambda name: int(name[1:]))
 
-    def bench(self, *arguments) -> None:
+    def bench(self, label: str, *arguments) -> None:
         """One run, none of whose requests may fail."""
-        done = self.run(*arguments)
+        done = self.run(label, *arguments)
         if done.returncode:
             raise RuntimeError(done.stderr)
 
-    def report(self, *arguments) -> dict:
+    def report(self, label: str, *arguments) -> dict:
         """One run's report, which is also kept; failed requests are in it."""
         path = self.out / "report.json"
         path.unlink(missing_ok=True)
-        done = self.run(*arguments, "--json", path)
+        done = self.run(label, *arguments, "--json", path)
         if not path.exists():
             raise RuntimeError(done.stderr)
         line = path.read_text()
@@ -82,8 +83,10 @@ class Generator:
             f.write(line)
         return json.loads(line)
 
-    def run(self, *arguments) -> subprocess.CompletedProcess:
-        command = [*self.command, "--timeout", SILENT_SECONDS, *arguments]
+    def run(self, label: str, *arguments) -> subprocess.CompletedProcess:
+        """One run, with prompts that no other label has: the server may have a prefix cache."""
+        named = ["--label", label, "--seed", zlib.crc32(label.encode()), "--timeout", SILENT_SECONDS]
+        command = [*self.command, *named, *arguments]
         return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=RUN_SECONDS)
 
     def named(self, adapters: int) -> list:
@@ -97,17 +100,18 @@ class Generator:
     def touch(self, adapters: int) -> None:
         """Has the first adapters read into host memory."""
         short = ["--prompt-tokens", 8, "--output-tokens", 1, "--streams", 16, "--requests", adapters]
-        self.bench(*self.named(adapters), "--popularity", "round-robin", *short)
+        self.bench(f"touch {adapters}", *self.named(adapters), "--popularity", "round-robin", *short)
 
     def measure(self, load: Load, rounds: int, slots: str) -> dict:
         """Warms up and measures."""
         streams = ["--streams", load.streams, *self.named(load.adapters), "--popularity", load.popularity]
         prompt = ["--prompt-tokens", self.size(PROMPT)]
-        self.bench(*streams, *prompt, "--requests", load.streams, "--output-tokens", min(load.output, 12), "--seed", 99)
+        few = ["--requests", load.streams, "--output-tokens", min(load.output, 12)]
+        self.bench(f"{load.name} warm-up", *streams, *prompt, *few)
         requests = max(rounds * load.streams, 4 * rounds if load.streams > 1 or load.output > 1 else 10 * rounds)
         label = load.name if slots == "default" else f"{load.name}/{slots}"
         output = min(load.output, self.size(OUTPUT))
-        report = self.report(*streams, *prompt, "--requests", requests, "--output-tokens", output, "--label", label)
+        report = self.report(label, *streams, *prompt, "--requests", requests, "--output-tokens", output)
         middle = lambda figure: report[figure] and report[figure]["p50"]
         return dict(
             load=label,
@@ -125,7 +129,7 @@ class Generator:
         """Replays a trace; the raw times of every request."""
         path, times = self.out / "trace.jsonl", self.out / "times.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        self.bench("--trace", path, "--times", times, "--label", label)
+        self.bench(label, "--trace", path, "--times", times)
         found = [json.loads(line) for line in times.read_text().splitlines()]
         path.unlink()
         times.unlink()

@@ -30,6 +30,7 @@ QUESTIONS = [
     "def fibonacci(n):\n",
     "Ships sail across the sea. " * 12,
 ]
+FLAGS = ["--max-batch-size", "256", "--prefix-caching", "false", "--adapter-host-memory", "26GiB"]  # of servers
 LOG_BYTES = 4 << 20  # kept of the servers' log
 
 
@@ -60,7 +61,7 @@ class Session:
     def server(self, flags: list[str], model: Path | None = None, adapters: Path | None = None) -> Server:
         """A server of the large model, unless another is named."""
         model, adapters = model or self.args.work / "model", adapters or self.args.work / "adapters"
-        flags = merged(["--device", self.args.device], self.args.flags, flags)
+        flags = merged(["--device", self.args.device], FLAGS, self.args.flags, flags)
         server = Server(self.args.bin, model, adapters, self.log, flags)
         ready = dict(ready_seconds=round(server.ready_seconds, 2), model=model.name, flags=" ".join(flags))
         try:
@@ -196,8 +197,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steady", type=int, default=320, help="tokens of streams during arrivals: two seconds' worth")
     parser.add_argument("--seconds", type=float, default=540.0, help="of the soak")
     parser.add_argument("--demo", type=Path, help="the demo model's GGUF file")
-    default = "--max-batch-size 256 --prefix-caching false --adapter-host-memory 26GiB"
-    parser.add_argument("--flags", type=shlex.split, default=shlex.split(default), help=f"of servers [{default}]")
+    parser.add_argument("--flags", type=shlex.split, default=[], help=f"of servers, beside or instead of {' '.join(FLAGS)}")
     parser.add_argument("--check-host", default="100MiB", help="host memory that holds some of the checked adapters")
     parser.add_argument("--soak-host", default="4GiB", help="host memory that holds some of the soaked adapters")
     parser.add_argument("--variant", action="append", default=[], help="NAME=FLAGS: a further server for check")
@@ -216,7 +216,8 @@ def main() -> int:
     s.say(dict(card=gpu))
     if "model" in args.phases:
         s.guard("model", lambda: make_model(s))
-    names = [name for phase in args.phases for name in GROUPS.get(phase, [phase]) if name in LOADS or name == "cold"]
+    asked = [name for phase in args.phases for name in GROUPS.get(phase, [phase]) if name in LOADS or name == "cold"]
+    names = list(dict.fromkeys(asked))  # each once: again it would find its prompts in the prefix cache
     if names:
         s.guard("loads", lambda: measure(s, names, None))
     if "slots" in args.phases:

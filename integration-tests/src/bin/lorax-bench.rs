@@ -74,8 +74,9 @@ struct Args {
     /// A request fails after so many seconds without a byte from the server
     #[arg(long, default_value_t = 300.0)]
     timeout: f64,
-    /// Seed of all draws
-    #[arg(long, default_value_t = 1)]
+    /// Seed of all draws. Random unless given: servers keep prompts in a prefix cache, so the same ones again measure
+    /// that cache
+    #[arg(long, default_value_t = rand::random::<u32>().into(), hide_default_value = true)]
     seed: u64,
     /// Objective: time to first token, milliseconds
     #[arg(long, requires = "slo_tpot_ms")]
@@ -136,7 +137,7 @@ async fn main() -> Result<()> {
         run(&target, &Workload { seed, ..workload.clone() }, pace).await;
     }
     let outcomes = run(&target, &workload, args.pace()?).await;
-    let report = Report::new(&args.label, &outcomes, args.objective());
+    let report = Report::new(&args.label, args.seed, &outcomes, args.objective());
     print!("{report}");
     if let Some(path) = &args.json {
         let mut file = OpenOptions::new().create(true).append(true).open(path);

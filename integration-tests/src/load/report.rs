@@ -65,6 +65,8 @@ pub struct AdapterFigures {
 pub struct Report {
     /// What the run was; copied from the command line.
     pub label: String,
+    /// Seed of its draws.
+    pub seed: u64,
     /// Requests answered in full.
     pub requests: usize,
     /// Requests that failed.
@@ -98,7 +100,7 @@ pub struct Report {
 
 impl Report {
     /// Computes the figures.
-    pub fn new(label: &str, outcomes: &[Outcome], objective: Option<Objective>) -> Self {
+    pub fn new(label: &str, seed: u64, outcomes: &[Outcome], objective: Option<Objective>) -> Self {
         let good: Vec<&Outcome> = outcomes.iter().filter(|o| o.error.is_none()).collect();
         let begin = outcomes.iter().map(|o| o.planned).min().unwrap_or_default();
         let end = good.iter().filter_map(|o| o.events.last()).max().copied().unwrap_or(begin);
@@ -111,6 +113,7 @@ impl Report {
         error_samples.truncate(5);
         Self {
             label: label.to_owned(),
+            seed,
             requests: good.len(),
             errors: outcomes.len() - good.len(),
             error_samples,
@@ -198,6 +201,7 @@ impl fmt::Display for Report {
             q.map_or("-".into(), |q| format!("{:.1} / {:.1} / {:.1}", q.p50, q.p90, q.p99))
         };
         writeln!(f, "{}", self.label)?;
+        writeln!(f, "  seed         {}", self.seed)?;
         writeln!(f, "  requests     {} in {:.2} s, {} failed", self.requests, self.seconds, self.errors)?;
         let (tokens, requests) = (self.output_tokens_per_second, self.requests_per_second);
         writeln!(f, "  output       {tokens:.1} tokens/s, {requests:.2} requests/s")?;
@@ -238,9 +242,10 @@ mod tests {
             outcome("b", 0, &[300, 340], None),
             outcome("b", 50, &[], Some("no")),
         ];
-        let report = Report::new("x", &outcomes, Some(Objective { ttft_ms: 200.0, tpot_ms: 50.0 }));
+        let report = Report::new("x", 1, &outcomes, Some(Objective { ttft_ms: 200.0, tpot_ms: 50.0 }));
         assert_eq!((report.requests, report.errors, report.output_tokens), (2, 1, 5));
         assert!((report.seconds - 0.34).abs() < 1e-9);
+        assert!(report.to_string().contains("seed         1\n"), "{report}");
         assert_eq!(report.ttft_ms, Some(Quantiles { p50: 100.0, p90: 300.0, p99: 300.0 }));
         assert_eq!(report.gap_ms, Some(Quantiles { p50: 10.0, p90: 40.0, p99: 40.0 }));
         assert_eq!(report.objective_met, Some(1.0 / 3.0));
@@ -254,7 +259,7 @@ mod tests {
         let short = outcome("a", 0, &[100], None);
         let goal = Some(Objective { ttft_ms: 200.0, tpot_ms: 50.0 });
         for (asked, met) in [(1, 1.0), (128, 0.0)] {
-            let report = Report::new("x", &[Outcome { asked, ..short.clone() }], goal);
+            let report = Report::new("x", 1, &[Outcome { asked, ..short.clone() }], goal);
             assert_eq!(report.objective_met, Some(met), "{asked} asked for");
         }
     }
@@ -262,7 +267,7 @@ mod tests {
     #[test]
     fn latencies_count_from_when_a_request_was_to_be_sent() {
         let late = Outcome { planned: Duration::ZERO, ..outcome("a", 70, &[100, 110], None) };
-        let report = Report::new("x", &[late], Some(Objective { ttft_ms: 50.0, tpot_ms: 50.0 }));
+        let report = Report::new("x", 1, &[late], Some(Objective { ttft_ms: 50.0, tpot_ms: 50.0 }));
         let all = |ms| Some(Quantiles { p50: ms, p90: ms, p99: ms });
         assert_eq!(
             (report.late_ms, report.ttft_ms, report.objective_met),
@@ -288,7 +293,7 @@ mod tests {
 
     #[test]
     fn a_run_without_answers_has_no_quantiles() {
-        let report = Report::new("x", &[outcome("a", 0, &[], Some("refused"))], None);
+        let report = Report::new("x", 1, &[outcome("a", 0, &[], Some("refused"))], None);
         assert_eq!((report.requests, report.errors, report.ttft_ms), (0, 1, None));
         assert_eq!(report.error_samples, ["refused"]);
     }
