@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from check import batches, reference, words
+from check import EVICTED, batches, reference, words
 from crash import Crash
 from loads import GROUPS, LOADS, Generator, table
 from server import Server, card
@@ -124,7 +124,7 @@ def check_batches(s: Session) -> None:
     s.make(folder, s.args.check_shape, CHECK_RANKS)
     names = [f"a{i}" for i in range(len(CHECK_RANKS))]
     variants = {"default": []}
-    variants["adapters evicted and loaded again"] = ["--max-active-adapters", "5", "--adapter-host-memory", s.args.check_host]
+    variants[EVICTED] = ["--max-active-adapters", "5", "--adapter-host-memory", s.args.check_host]
     variants["prompts in chunks of 7"] = ["--max-batch-prefill-tokens", "7"]
     variants["without graphs"] = ["--eager", "true"]
     variants |= {name: shlex.split(flags) for name, _, flags in (v.partition("=") for v in s.args.variant)}

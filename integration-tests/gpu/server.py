@@ -31,6 +31,7 @@ class Server:
             list(map(str, command)), stderr=subprocess.PIPE, text=True, errors="replace", env={**os.environ, "NO_COLOR": "1"}
         )
         self.adapters, self.tail, self.address = adapters, [], None
+        self.adapters_read = 0  # from disk, by the shard's log
         self.on_cpu = dict(zip(flags[::2], flags[1::2], strict=True)).get("--device") == "cpu"
         self.listening = threading.Event()
         self.reader = threading.Thread(target=self._read, args=(log,), daemon=True)
@@ -43,12 +44,13 @@ class Server:
         self.url = f"http://{self.address}"
 
     def _read(self, log: Path) -> None:
-        """Copies the log, and finds the address in it."""
+        """Copies the log; finds the address in it and counts adapters."""
         with open(log, "a", buffering=1) as out:
             out.write(f"$ {' '.join(self.process.args)}\n")
             for line in self.process.stderr:
                 out.write(line)
                 self.tail = self.tail[-30:] + [line]
+                self.adapters_read += "adapter ready in host memory" in line
                 if "listening on " in line:
                     self.address = line.split("listening on ")[1].strip()
                     self.listening.set()
