@@ -9,12 +9,12 @@ use super::client::Outcome;
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-/// Writes the picture.
+/// Writes the picture. Failed requests are not in it.
 ///
 /// # Errors
 /// When nothing was answered, or the file cannot be written.
 pub fn plot(path: &Path, label: &str, outcomes: &[Outcome]) -> Result<()> {
-    let good: Vec<&Outcome> = outcomes.iter().filter(|o| !o.events.is_empty()).collect();
+    let good: Vec<&Outcome> = outcomes.iter().filter(|o| o.error.is_none()).collect();
     anyhow::ensure!(!good.is_empty(), "nothing to plot: no request was answered");
     let root = SVGBackend::new(path, (900, 760)).into_drawing_area();
     root.fill(&WHITE).map_err(error)?;
@@ -25,7 +25,7 @@ pub fn plot(path: &Path, label: &str, outcomes: &[Outcome]) -> Result<()> {
     let gaps = quantile_curve(good.iter().flat_map(|o| o.events.windows(2).map(|w| w[1] - w[0])).collect());
     let (left, right) = bottom.split_horizontally(450);
     draw(&left, "time to first token, ms", "percentile", &ttft)?;
-    draw(&right, "gap between tokens, ms", "percentile", &gaps)?;
+    draw(&right, "gap between events, ms", "percentile", &gaps)?;
     root.present().map_err(error)
 }
 
@@ -33,13 +33,17 @@ fn error(e: impl std::fmt::Display) -> anyhow::Error {
     anyhow!("cannot draw: {e}")
 }
 
-/// Tokens a second in windows of a fiftieth of the run.
+/// Tokens a second in windows of a fiftieth of the run. An event may carry several tokens: each event of a request is
+/// taken to carry the same number.
 fn throughput(good: &[&Outcome]) -> Vec<(f64, f64)> {
     let end = good.iter().filter_map(|o| o.events.last()).max().copied().unwrap_or_default().as_secs_f64();
     let width = (end / 50.0).max(1e-3);
     let mut windows = vec![0.0; (end / width) as usize + 1];
-    for event in good.iter().flat_map(|o| &o.events) {
-        windows[(event.as_secs_f64() / width) as usize] += 1.0 / width;
+    for outcome in good {
+        let tokens_per_event = outcome.tokens as f64 / outcome.events.len() as f64;
+        for event in &outcome.events {
+            windows[(event.as_secs_f64() / width) as usize] += tokens_per_event / width;
+        }
     }
     windows.into_iter().enumerate().map(|(i, rate)| (i as f64 * width, rate)).collect()
 }
@@ -70,15 +74,34 @@ fn draw(area: &Area<'_>, title: &str, x_title: &str, points: &[(f64, f64)]) -> R
 mod tests {
     use super::*;
 
+    fn outcome(events: usize, tokens: usize, error: Option<&str>) -> Outcome {
+        Outcome {
+            adapter: None,
+            asked: tokens,
+            planned: Duration::ZERO,
+            sent: Duration::ZERO,
+            events: (1..=events as u64).map(|i| Duration::from_millis(i * 7)).collect(),
+            tokens,
+            error: error.map(str::to_owned),
+        }
+    }
+
     #[test]
-    fn a_run_becomes_a_picture_and_an_empty_one_an_error() {
+    fn a_run_becomes_a_picture_and_one_without_answers_an_error() {
         let path = tempfile::NamedTempFile::new().unwrap();
-        let events = (1..100).map(|i| Duration::from_millis(i * 7)).collect();
-        let (planned, sent) = (Duration::ZERO, Duration::ZERO);
-        let outcome = Outcome { adapter: None, asked: 99, planned, sent, events, tokens: 99, error: None };
-        plot(path.path(), "run", &[outcome]).unwrap();
+        plot(path.path(), "run", &[outcome(99, 99, None)]).unwrap();
         let svg = std::fs::read_to_string(&path).unwrap();
         assert!(svg.contains("<polyline") && svg.contains("output tokens/s"));
         assert!(plot(path.path(), "run", &[]).is_err());
+        assert!(plot(path.path(), "run", &[outcome(99, 99, Some("cut short"))]).is_err());
+    }
+
+    #[test]
+    fn all_tokens_are_in_the_curve_however_many_an_event_carries() {
+        let (one, several) = (outcome(100, 100, None), outcome(50, 200, None));
+        let curve = throughput(&[&one, &several]);
+        let width = curve[1].0;
+        let tokens: f64 = curve.iter().map(|(_, rate)| rate * width).sum();
+        assert!((tokens - 300.0).abs() < 1e-6, "{tokens}");
     }
 }
