@@ -8,6 +8,7 @@ use std::{
 
 use lorax_router::tokenizer::{ModelTokenizer, TokenizerError};
 use serde::Deserialize;
+use serde_json::Value;
 
 #[derive(Deserialize)]
 struct Case {
@@ -104,4 +105,78 @@ fn files_that_cannot_be_read_are_told_of() {
     fs::write(model.join("chat_template.jinja"), [0xff, 0xfe]).unwrap();
     let error = refusal(None);
     assert!(error.to_string().contains("chat_template.jinja: stream did not contain valid UTF-8"), "{error}");
+}
+
+/// A GGUF file of metadata alone, being put together.
+#[derive(Clone, Default)]
+struct Metadata {
+    pairs: u64,
+    bytes: Vec<u8>,
+}
+
+impl Metadata {
+    fn text(text: &str) -> Vec<u8> {
+        [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
+    }
+
+    /// A pair with its type's code and the value's bytes as they are in the file.
+    fn with(mut self, key: &str, code: u32, value: &[u8]) -> Metadata {
+        self.bytes
+            .extend([&Self::text(&format!("tokenizer.ggml.{key}")), &code.to_le_bytes()[..], value].concat());
+        self.pairs += 1;
+        self
+    }
+
+    fn with_array(self, key: &str, code: u32, elements: Vec<Vec<u8>>) -> Metadata {
+        let head = [&code.to_le_bytes()[..], &(elements.len() as u64).to_le_bytes()].concat();
+        self.with(key, 9, &[head, elements.concat()].concat())
+    }
+
+    /// The tiny model's vocabulary, to be split in this way.
+    fn tiny(pre: &str) -> Metadata {
+        let definition = fs::read(tiny().join("tokenizer.json")).unwrap();
+        let definition: Value = serde_json::from_slice(&definition).unwrap();
+        let vocab = definition["model"]["vocab"].as_object().unwrap();
+        let mut tokens: Vec<&String> = vocab.keys().collect();
+        tokens.sort_by_key(|token| vocab[*token].as_u64());
+        let types = (0..tokens.len()).map(|id| if id < 4 { 3i32 } else { 1 });
+        let merges = definition["model"]["merges"].as_array().unwrap();
+        let merge = |merge: &Value| format!("{} {}", merge[0].as_str().unwrap(), merge[1].as_str().unwrap());
+        Metadata::default()
+            .with("model", 8, &Self::text("gpt2"))
+            .with("pre", 8, &Self::text(pre))
+            .with_array("tokens", 8, tokens.into_iter().map(|token| Self::text(token)).collect())
+            .with_array("token_type", 5, types.map(|ty| ty.to_le_bytes().to_vec()).collect())
+            .with_array("merges", 8, merges.iter().map(|pair| Self::text(&merge(pair))).collect())
+            .with("eos_token_id", 4, &1u32.to_le_bytes())
+    }
+
+    fn load(&self) -> ModelTokenizer {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let head = [&b"GGUF"[..], &3u32.to_le_bytes(), &0u64.to_le_bytes(), &self.pairs.to_le_bytes()];
+        fs::write(file.path(), [&head.concat(), &self.bytes[..]].concat()).unwrap();
+        ModelTokenizer::load(file.path(), None).unwrap()
+    }
+}
+
+#[test]
+fn a_file_says_which_tokens_go_around_a_text() {
+    let around = |metadata: &Metadata| {
+        let tokenizer = metadata.load();
+        let bare = tokenizer.encode("Licensor", false).unwrap();
+        let whole = tokenizer.encode("Licensor", true).unwrap();
+        let at = whole.windows(bare.len()).position(|ids| ids == bare).unwrap();
+        (whole[..at].to_vec(), whole[at + bare.len()..].to_vec())
+    };
+    let flag = |metadata: &Metadata, key: &str, on: bool| metadata.clone().with(key, 7, &[on.into()]);
+    for (pre, by_default) in [("llama-bpe", vec![0]), ("gpt-2", vec![])] {
+        let nameless = Metadata::tiny(pre);
+        let silent = nameless.clone().with("bos_token_id", 4, &0u32.to_le_bytes());
+        assert_eq!(around(&silent), (by_default, vec![]), "{pre}");
+        assert_eq!(around(&flag(&silent, "add_bos_token", true)), (vec![0], vec![]), "{pre}");
+        let without = flag(&silent, "add_bos_token", false);
+        assert_eq!(around(&without), (vec![], vec![]), "{pre}");
+        assert_eq!(around(&flag(&without, "add_eos_token", true)), (vec![], vec![1]), "{pre}");
+        assert_eq!(around(&flag(&nameless, "add_bos_token", true)), (vec![], vec![]), "no such token, {pre}");
+    }
 }

@@ -44,7 +44,9 @@ pub(super) fn load(path: &Path) -> Result<ModelTokenizer, TokenizerError> {
         .filter_map(|merge| merge.split_once(' '))
         .map(|(left, right)| json!([left, right]))
         .collect();
-    let (pre_tokenizer, ignore_merges) = pre_tokenizer(file.get("tokenizer.ggml.pre")?.unwrap_or("default"))?;
+    let (pre_tokenizer, llama3) = pre_tokenizer(file.get("tokenizer.ggml.pre")?.unwrap_or("default"))?;
+    // Llama 3's takes a whole word of the vocabulary without merging. Older files of it do not say that it adds BOS.
+    let (ignore_merges, adds_bos) = (llama3, llama3);
     let definition = json!({
         "version": "1.0",
         "truncation": null,
@@ -52,7 +54,7 @@ pub(super) fn load(path: &Path) -> Result<ModelTokenizer, TokenizerError> {
         "added_tokens": added,
         "normalizer": null,
         "pre_tokenizer": pre_tokenizer,
-        "post_processor": null,
+        "post_processor": post_processor(&file, tokens, adds_bos)?,
         "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
         "model": {
             "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
@@ -73,7 +75,32 @@ pub(super) fn load(path: &Path) -> Result<ModelTokenizer, TokenizerError> {
     })
 }
 
-/// How text is split before merging, and whether a whole word of the vocabulary skips merging.
+/// What puts BOS and EOS around a text; `adds_bos` is for files that do not say.
+fn post_processor(file: &Gguf, tokens: &[String], adds_bos: bool) -> Result<Value, TokenizerError> {
+    let token = |adds: &str, default: bool, id: &str| -> Result<Option<(&str, u32)>, TokenizerError> {
+        let adds = file.get(adds)?.unwrap_or(default);
+        let id: Option<u32> = file.get(id)?.filter(|_| adds);
+        Ok(id.and_then(|id| Some((tokens.get(id as usize)?.as_str(), id))))
+    };
+    let bos = token("tokenizer.ggml.add_bos_token", adds_bos, "tokenizer.ggml.bos_token_id")?;
+    let eos = token("tokenizer.ggml.add_eos_token", false, "tokenizer.ggml.eos_token_id")?;
+    let around = |sequence: &str| -> Vec<Value> {
+        let special = |token: Option<(&str, u32)>| {
+            token.map(|(text, _)| json!({"SpecialToken": {"id": text, "type_id": 0}}))
+        };
+        let sequence = json!({"Sequence": {"id": sequence, "type_id": 0}});
+        special(bos).into_iter().chain([sequence]).chain(special(eos)).collect()
+    };
+    let special: Map<String, Value> = bos
+        .into_iter()
+        .chain(eos)
+        .map(|(text, id)| (text.to_owned(), json!({"id": text, "ids": [id], "tokens": [text]})))
+        .collect();
+    let pair = [around("A"), around("B")].concat();
+    Ok(json!({"type": "TemplateProcessing", "single": around("A"), "pair": pair, "special_tokens": special}))
+}
+
+/// How text is split before merging, and whether it is Llama 3's way.
 fn pre_tokenizer(name: &str) -> Result<(Value, bool), TokenizerError> {
     let byte_level = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
     let sequence =
