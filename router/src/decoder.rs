@@ -10,13 +10,12 @@ const REPLACEMENT: char = '\u{fffd}';
 /// those are no character for good.
 const INCOMPLETE: usize = 3;
 
-/// Tokens to text, one at a time.
+/// Tokens to text, one at a time; special tokens have none.
 ///
 /// The text of a token depends on the ones before it, so each piece is the difference of decoding a few tokens with and
 /// without the new ones. A character's bytes may come in several tokens: until it is whole there is no text.
 pub(crate) struct Detokenizer {
     tokenizer: Arc<ModelTokenizer>,
-    skip_special: bool,
     ids: Vec<u32>,
     /// Where decoding begins: the tokens from here to `read` give the context.
     prefix: usize,
@@ -25,12 +24,24 @@ pub(crate) struct Detokenizer {
 }
 
 impl Detokenizer {
-    pub(crate) fn new(tokenizer: Arc<ModelTokenizer>, skip_special: bool) -> Detokenizer {
-        Detokenizer { tokenizer, skip_special, ids: Vec::new(), prefix: 0, read: 0 }
+    /// Begins behind a prompt: sentencepiece's decoders leave out the space that a text begins with.
+    pub(crate) fn new(tokenizer: Arc<ModelTokenizer>, prompt: &[u32]) -> Detokenizer {
+        let last = prompt.iter().rev().filter(|id| !tokenizer.is_special(**id)).take(INCOMPLETE + 1);
+        let mut ids: Vec<u32> = last.copied().collect();
+        ids.reverse();
+        // The fewest that do not begin within a character.
+        let begins = |from: &usize| !tokenizer.decode(&ids[*from..], true).starts_with(REPLACEMENT);
+        let from = (0..ids.len()).rev().find(begins).unwrap_or(0);
+        ids.drain(..from);
+        Detokenizer { tokenizer, prefix: 0, read: ids.len(), ids }
     }
 
     /// The text that a token adds; empty while a character is incomplete.
     pub(crate) fn push(&mut self, id: u32) -> String {
+        // A special token would be the next one's context, and is none.
+        if self.tokenizer.is_special(id) {
+            return String::new();
+        }
         self.ids.push(id);
         self.take(false)
     }
@@ -41,7 +52,7 @@ impl Detokenizer {
     }
 
     fn take(&mut self, last: bool) -> String {
-        let decode = |end: usize| self.tokenizer.decode(&self.ids[self.prefix..end], self.skip_special);
+        let decode = |end: usize| self.tokenizer.decode(&self.ids[self.prefix..end], true);
         let mut end = self.ids.len();
         let mut after = decode(end);
         if !last && after.ends_with(REPLACEMENT) {
@@ -51,11 +62,17 @@ impl Detokenizer {
             }
             after = decode(end);
         }
-        let new = after.get(decode(self.read).len()..).unwrap_or_default().to_owned();
+        let new = added(&decode(self.read), &after).to_owned();
         self.prefix = self.read;
         self.read = end;
         new
     }
+}
+
+/// What `after` has beyond `before`. A prompt of tokens may end within a character, which is then another one.
+fn added<'a>(before: &str, after: &'a str) -> &'a str {
+    let same = before.char_indices().zip(after.chars()).find(|((_, old), new)| old != new);
+    after.get(same.map_or(before.len(), |((at, _), _)| at)..).unwrap_or_default()
 }
 
 /// Looks for stop strings in text that comes in pieces.

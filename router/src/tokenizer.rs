@@ -115,6 +115,13 @@ impl ModelTokenizer {
         self.tokenizer.decode(ids, skip_special).unwrap_or_default()
     }
 
+    /// Text of one token, special or not, as it is within a text: sentencepiece's decoders leave out the space that a
+    /// text begins with, so the token is taken behind itself.
+    pub fn token_text(&self, id: u32) -> String {
+        let (one, two) = (self.decode(&[id], false), self.decode(&[id, id], false));
+        two.strip_prefix(&one).map(str::to_owned).unwrap_or(one)
+    }
+
     /// Whether a token is special: not part of the text.
     pub fn is_special(&self, id: u32) -> bool {
         self.special.contains(&id)

@@ -180,3 +180,13 @@ fn a_file_says_which_tokens_go_around_a_text() {
         assert_eq!(around(&flag(&nameless, "add_bos_token", true)), (vec![], vec![]), "no such token, {pre}");
     }
 }
+
+#[test]
+fn a_token_has_the_text_that_it_adds_within_a_text() {
+    let tokenizer = ModelTokenizer::load(&tiny(), None).unwrap();
+    for text in ["a", " ", "<s>", "or"] {
+        let ids = tokenizer.encode(text, false).unwrap();
+        assert_eq!(ids.len(), 1, "{text}");
+        assert_eq!(tokenizer.token_text(ids[0]), text);
+    }
+}

@@ -95,6 +95,7 @@ impl App {
         let running = self.engine.submit(job, permit).await?;
         let written = if let Prompt::Text(text) = ask.prompt { Some(text) } else { None };
         Ok(Generation {
+            detokenizer: Detokenizer::new(self.tokenizer.clone(), &prompt),
             prompt,
             written,
             seed,
@@ -102,7 +103,6 @@ impl App {
             prompt_scores: Vec::new(),
             tokenizer: self.tokenizer.clone(),
             running: Some(running),
-            detokenizer: Detokenizer::new(self.tokenizer.clone(), true),
             stops: StopStrings::new(ask.stop),
         })
     }
@@ -167,7 +167,7 @@ impl Generation {
 
     /// A token's own text.
     pub(crate) fn token_text(&self, id: u32) -> String {
-        self.tokenizer.decode(&[id], false)
+        self.tokenizer.token_text(id)
     }
 
     /// The prompt's text, without the special tokens that the tokenizer adds to text.
@@ -178,7 +178,7 @@ impl Generation {
     /// As `token_text`, for when the generation itself has been given away.
     pub(crate) fn names(&self) -> impl Fn(u32) -> String + Send + use<> {
         let tokenizer = self.tokenizer.clone();
-        move |id| tokenizer.decode(&[id], false)
+        move |id| tokenizer.token_text(id)
     }
 
     /// All that is to come, with the prompt's log-probabilities beside the first piece.

@@ -1,6 +1,7 @@
 //! Text from tokens: characters and stop strings that lie across their borders.
 
-use serde_json::{Value, json};
+use lorax_router::tokenizer::ModelTokenizer;
+use serde_json::{Map, Value, json};
 
 use crate::{
     router::{Router, events, tokens},
@@ -123,4 +124,84 @@ async fn a_sequence_ends_at_its_stop_string() {
     let text: String = ended.iter().map(|choice| choice["text"].as_str().unwrap()).collect();
     assert_eq!(text, "a ");
     assert_eq!(went_on.last().unwrap()["finish_reason"], "length");
+}
+
+/// A folder with a tokenizer as Llama 2's: words that begin with a space, bytes, and a decoder that leaves out the space
+/// that a text begins with.
+fn sentencepiece() -> (tempfile::TempDir, ModelTokenizer) {
+    let special = ["<unk>", "<s>", "</s>"].map(str::to_owned);
+    let bytes = (0..=255).map(|byte| format!("<0x{byte:02X}>"));
+    let words = ["▁", "▁is", "▁Paris", "."].map(str::to_owned);
+    let vocab: Map<String, Value> = special
+        .iter()
+        .cloned()
+        .chain(bytes)
+        .chain(words)
+        .zip(0..)
+        .map(|(token, id)| (token, id.into()))
+        .collect();
+    let added = special.iter().zip(0..).map(|(content, id)| {
+        json!({"id": id, "content": content, "special": true, "single_word": false, "lstrip": false,
+            "rstrip": false, "normalized": false})
+    });
+    let definition = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": added.collect::<Vec<_>>(),
+        "normalizer": null, "pre_tokenizer": null, "post_processor": null,
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
+            {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ]},
+        "model": {"type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
+            "vocab": vocab, "merges": []},
+    });
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("tokenizer.json"), definition.to_string()).unwrap();
+    let tokenizer = ModelTokenizer::load(folder.path(), None).unwrap();
+    (folder, tokenizer)
+}
+
+#[tokio::test]
+async fn an_answer_keeps_the_space_that_it_begins_with() {
+    let (folder, tokenizer) = sentencepiece();
+    let ids = |tokens: &[&str]| -> Vec<u32> {
+        tokens.iter().map(|token| tokenizer.tokenizer.token_to_id(token).unwrap()).collect()
+    };
+    let smile = ["<0xF0>", "<0x9F>", "<0x99>", "<0x82>"];
+    for (prompt, answer, text) in [
+        (ids(&["▁is"]), ids(&["▁Paris", "."]), " Paris."),
+        (ids(&["▁is", "▁"]), ids(&["▁Paris"]), " Paris"),
+        (ids(&["<s>"]), ids(&["▁Paris", "▁is"]), "Paris is"),
+        (ids(&["▁is", "<unk>", "<s>"]), ids(&["▁Paris"]), " Paris"),
+        (ids(&["▁is"]), [ids(&["<unk>"]), ids(&["▁Paris"])].concat(), " Paris"),
+        (ids(&[&["▁is"], &smile[..], &smile[..]].concat()), ids(&smile), "🙂"),
+        (ids(&[&["▁is"], &smile[..2]].concat()), ids(&[&smile[2..], &["▁is"]].concat()), "🙂 is"),
+    ] {
+        let (path, tokens) = (folder.path().to_owned(), answer.len());
+        let router = Router::start_with(Script::saying(answer), |config| config.model.path = path).await;
+        let mut body = json!({"prompt": prompt, "max_tokens": tokens});
+        assert_eq!(router.ok("/v1/completions", &body).await["choices"][0]["text"], text, "{prompt:?}");
+        body["stream"] = true.into();
+        let events = router.events("/v1/completions", &body).await;
+        let texts = events.iter().filter_map(|event| event["choices"][0]["text"].as_str());
+        assert_eq!(texts.collect::<String>(), text, "streamed, {prompt:?}");
+    }
+}
+
+#[tokio::test]
+async fn texts_of_tokens_have_the_space_that_they_begin_with() {
+    let (folder, tokenizer) = sentencepiece();
+    let answer = ["▁Paris", "▁is", "."].map(|token| tokenizer.tokenizer.token_to_id(token).unwrap());
+    let path = folder.path().to_owned();
+    let router = Router::start_with(Script::saying(answer.into()), |config| config.model.path = path).await;
+    let parameters = json!({"max_new_tokens": 3, "details": true, "return_k_alternatives": 1});
+    let answer = router.ok("/generate", &json!({"inputs": "x", "parameters": parameters})).await;
+    assert_eq!(answer["generated_text"], " Paris is.");
+    let tokens = answer["details"]["tokens"].as_array().unwrap();
+    for (token, text) in tokens.iter().zip([" Paris", " is", "."]) {
+        assert_eq!((&token["text"], &token["alternative_tokens"][0]["text"]), (&json!(text), &json!(text)));
+    }
+    let parameters = json!({"max_new_tokens": 3, "stop": [" Paris i"]});
+    let answer = router.ok("/generate", &json!({"inputs": "x", "parameters": parameters})).await;
+    assert_eq!(answer["generated_text"], " Paris i");
 }
