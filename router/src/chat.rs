@@ -25,6 +25,10 @@ impl ChatTemplate {
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
+        environment.add_function("strftime_now", |format: &str| {
+            jiff::fmt::strtime::format(format, &jiff::Zoned::now())
+                .map_err(|error| Error::new(ErrorKind::InvalidOperation, error.to_string()))
+        });
         environment.add_filter("tojson", to_json);
         environment.add_template_owned(NAME, source)?;
         Ok(Some(ChatTemplate {
@@ -104,6 +108,23 @@ mod tests {
         messages: Vec<Value>,
         add_generation_prompt: bool,
         text: String,
+    }
+
+    #[test]
+    fn templates_can_tell_the_time() {
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../integration-tests/fixtures/tiny/model");
+        let source =
+            "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% else %}never{% endif %}";
+        let mut tokenizer = ModelTokenizer::load(&model, None).unwrap();
+        let mut render = |source: &str| {
+            tokenizer.chat_template = Some(source.to_owned());
+            ChatTemplate::new(&tokenizer).unwrap().unwrap().render(&[(); 0])
+        };
+        let today = || jiff::Zoned::now().strftime("%d %b %Y").to_string();
+        let (before, told, after) = (today(), render(source).unwrap(), today());
+        assert!(told == before || told == after, "{told}");
+        assert_eq!(render("{{ strftime_now('100%%') }}").unwrap(), "100%");
+        assert!(render("{{ strftime_now('%!') }}").is_err(), "no such directive");
     }
 
     #[test]
