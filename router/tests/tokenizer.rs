@@ -14,6 +14,9 @@ use serde_json::Value;
 struct Case {
     text: String,
     ids: Vec<u32>,
+    /// What the ids say; not with all cases.
+    #[serde(default)]
+    decoded: String,
 }
 
 fn demo_model() -> PathBuf {
@@ -22,9 +25,12 @@ fn demo_model() -> PathBuf {
     cache.join("lorax/models/SmolLM2-135M-Instruct.Q4_1.gguf")
 }
 
+fn fixture(file: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../integration-tests/fixtures/tokenizer").join(file)
+}
+
 fn cases(file: &str) -> Vec<Case> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../integration-tests/fixtures/tokenizer");
-    serde_json::from_slice(&std::fs::read(folder.join(file)).unwrap()).unwrap()
+    serde_json::from_slice(&std::fs::read(fixture(file)).unwrap()).unwrap()
 }
 
 #[test]
@@ -34,6 +40,17 @@ fn ids_are_those_of_transformers() {
     assert!(cases.len() > 700);
     for case in cases {
         assert_eq!(tokenizer.encode(&case.text, false).unwrap(), case.ids, "{:?}", case.text);
+    }
+}
+
+#[test]
+fn sentencepiece_is_that_of_transformers() {
+    let tokenizer = ModelTokenizer::load(&fixture("sentencepiece.gguf"), None).unwrap();
+    let cases = cases("sentencepiece.json");
+    assert!(cases.len() > 300);
+    for case in cases {
+        assert_eq!(tokenizer.encode(&case.text, true).unwrap(), case.ids, "{:?}", case.text);
+        assert_eq!(tokenizer.decode(&case.ids, false), case.decoded, "{:?}", case.text);
     }
 }
 

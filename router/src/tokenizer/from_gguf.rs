@@ -1,4 +1,6 @@
-//! A byte-level BPE tokenizer from a GGUF file's metadata.
+//! A tokenizer from a GGUF file's metadata.
+
+mod sentencepiece;
 
 use std::path::Path;
 
@@ -8,7 +10,9 @@ use tokenizers::Tokenizer;
 
 use super::{ModelTokenizer, TokenizerError};
 
-/// `token_type` of a special token in ggml's enumeration.
+/// `token_type` of the token for what no other says, in ggml's enumeration.
+const UNKNOWN: i32 = 2;
+/// `token_type` of a special token.
 const CONTROL: i32 = 3;
 /// `token_type` of a token that was added by a user of the tokenizer.
 const USER_DEFINED: i32 = 4;
@@ -19,49 +23,20 @@ const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L
 /// Builds the definition that the tokenizer's own JSON would have, and lets the library read it.
 pub(super) fn load(path: &Path) -> Result<ModelTokenizer, TokenizerError> {
     let file = Gguf::open(path)?;
-    let model: &str = file.require("tokenizer.ggml.model")?;
-    if model != "gpt2" {
-        let key = "tokenizer.ggml.model";
-        return Err(TokenizerError::Unsupported { key, value: model.into(), known: "gpt2" });
-    }
     let tokens: &[String] = file.require("tokenizer.ggml.tokens")?;
     let types: Vec<i32> = file.require("tokenizer.ggml.token_type")?;
-    let merges: &[String] = file.require("tokenizer.ggml.merges")?;
-    let special = |id: usize| types.get(id) == Some(&CONTROL);
-    let added: Vec<Value> = (0..tokens.len())
-        .filter(|&id| special(id) || types.get(id) == Some(&USER_DEFINED))
-        .map(|id| {
-            json!({
-                "id": id, "content": tokens[id], "special": special(id),
-                "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
-            })
-        })
-        .collect();
     let vocab: Map<String, Value> =
         tokens.iter().zip(0..).map(|(token, id): (_, u32)| (token.clone(), id.into())).collect();
-    let merges: Vec<Value> = merges
-        .iter()
-        .filter_map(|merge| merge.split_once(' '))
-        .map(|(left, right)| json!([left, right]))
-        .collect();
-    let (pre_tokenizer, llama3) = pre_tokenizer(file.get("tokenizer.ggml.pre")?.unwrap_or("default"))?;
-    // Llama 3's takes a whole word of the vocabulary without merging. Older files of it do not say that it adds BOS.
-    let (ignore_merges, adds_bos) = (llama3, llama3);
-    let definition = json!({
-        "version": "1.0",
-        "truncation": null,
-        "padding": null,
-        "added_tokens": added,
-        "normalizer": null,
-        "pre_tokenizer": pre_tokenizer,
-        "post_processor": post_processor(&file, tokens, adds_bos)?,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
-        "model": {
-            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
-            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
-            "ignore_merges": ignore_merges, "vocab": vocab, "merges": merges,
-        },
-    });
+    let mut definition = match file.require("tokenizer.ggml.model")? {
+        "gpt2" => byte_level(&file, tokens)?,
+        "llama" => sentencepiece::definition(&file, tokens)?,
+        other => {
+            let (key, known) = ("tokenizer.ggml.model", "gpt2, llama");
+            return Err(TokenizerError::Unsupported { key, value: other.into(), known });
+        }
+    };
+    definition["added_tokens"] = added_tokens(tokens, &types);
+    definition["model"]["vocab"] = vocab.into();
     let text = |key: &str| -> Result<Option<String>, TokenizerError> {
         let id: Option<u32> = file.get(key)?;
         Ok(id.and_then(|id| tokens.get(id as usize)).cloned())
@@ -73,6 +48,44 @@ pub(super) fn load(path: &Path) -> Result<ModelTokenizer, TokenizerError> {
         chat_template: file.get::<&str>("tokenizer.chat_template")?.map(str::to_owned),
         ..ModelTokenizer::new(tokenizer)
     })
+}
+
+/// Tokens that are found in a text before it is split.
+fn added_tokens(tokens: &[String], types: &[i32]) -> Value {
+    let special = |ty: i32| matches!(ty, UNKNOWN | CONTROL);
+    let added =
+        tokens.iter().zip(types).zip(0..).filter(|((_, ty), _)| special(**ty) || **ty == USER_DEFINED);
+    added
+        .map(|((token, ty), id): (_, u32)| {
+            json!({
+                "id": id, "content": token, "special": special(*ty),
+                "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+            })
+        })
+        .collect()
+}
+
+/// A byte-level tokenizer, but for its vocabulary and added tokens.
+fn byte_level(file: &Gguf, tokens: &[String]) -> Result<Value, TokenizerError> {
+    let merges: &[String] = file.require("tokenizer.ggml.merges")?;
+    let merges: Vec<_> = merges.iter().filter_map(|merge| merge.split_once(' ')).collect();
+    let (pre_tokenizer, llama3) = pre_tokenizer(file.get("tokenizer.ggml.pre")?.unwrap_or("default"))?;
+    // Llama 3's takes a whole word of the vocabulary without merging. Older files of it do not say that it adds BOS.
+    let (ignore_merges, adds_bos) = (llama3, llama3);
+    Ok(json!({
+        "version": "1.0",
+        "truncation": null,
+        "padding": null,
+        "normalizer": null,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": post_processor(file, tokens, adds_bos)?,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
+        "model": {
+            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
+            "ignore_merges": ignore_merges, "merges": merges,
+        },
+    }))
 }
 
 /// What puts BOS and EOS around a text; `adds_bos` is for files that do not say.

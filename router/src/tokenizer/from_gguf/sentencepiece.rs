@@ -1,0 +1,62 @@
+//! A sentencepiece tokenizer, as Llama 2's and Mistral's, as BPE with bytes for what the vocabulary lacks.
+
+use std::{cmp::Reverse, collections::HashMap};
+
+use gguf::Gguf;
+use serde_json::{Value, json};
+
+use super::{TokenizerError, post_processor};
+
+/// What sentencepiece writes for a space.
+const SPACE: &str = "\u{2581}";
+
+/// The tokenizer, but for its vocabulary and added tokens.
+pub(super) fn definition(file: &Gguf, tokens: &[String]) -> Result<Value, TokenizerError> {
+    let scores: &[f32] = file.require("tokenizer.ggml.scores")?;
+    let unknown = file.get("tokenizer.ggml.unknown_token_id")?.and_then(|id: u32| tokens.get(id as usize));
+    let prefix = file.get("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
+    let mut decoders = vec![
+        json!({"type": "Replace", "pattern": {"String": SPACE}, "content": " "}),
+        json!({"type": "ByteFallback"}),
+        json!({"type": "Fuse"}),
+    ];
+    if prefix {
+        decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
+    }
+    Ok(json!({
+        "version": "1.0",
+        "truncation": null,
+        "padding": null,
+        "normalizer": null,
+        "pre_tokenizer": {
+            "type": "Metaspace", "replacement": SPACE, "split": false,
+            "prepend_scheme": if prefix { "first" } else { "never" },
+        },
+        "post_processor": post_processor(file, tokens, true)?,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {
+            "type": "BPE", "dropout": null, "unk_token": unknown, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
+            "merges": merges(tokens, scores),
+        },
+    }))
+}
+
+/// The merges that the scores amount to: of two neighbours that make a token together, those of the best one merge first.
+/// What goes first among equal scores is as in transformers.
+fn merges<'a>(tokens: &'a [String], scores: &[f32]) -> Vec<(&'a str, &'a str)> {
+    let ids: HashMap<&str, usize> = tokens.iter().map(String::as_str).zip(0..).collect();
+    let mut found = Vec::new();
+    for (token, score) in tokens.iter().zip(scores) {
+        let first = found.len();
+        for (letters, (at, _)) in token.char_indices().enumerate().skip(1) {
+            let (left, right) = token.split_at(at);
+            if let (Some(&l), Some(&r)) = (ids.get(left), ids.get(right)) {
+                found.push((*score, letters, right.chars().count(), (l, r), (left, right)));
+            }
+        }
+        found[first..].sort_by_key(|(.., ids, _)| *ids);
+    }
+    found.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| Reverse((a.1, a.2)).cmp(&Reverse((b.1, b.2)))));
+    found.into_iter().map(|(.., pair)| pair).collect()
+}
