@@ -16,11 +16,12 @@ const INCOMPLETE: usize = 3;
 /// without the new ones. A character's bytes may come in several tokens: until it is whole there is no text.
 pub(crate) struct Detokenizer {
     tokenizer: Arc<ModelTokenizer>,
+    /// The context, then tokens whose text has not been given out.
     ids: Vec<u32>,
-    /// Where decoding begins: the tokens from here to `read` give the context.
-    prefix: usize,
-    /// Tokens whose text has been given out.
-    read: usize,
+    /// Tokens of the context.
+    context: usize,
+    /// The context's text.
+    before: String,
 }
 
 impl Detokenizer {
@@ -29,11 +30,10 @@ impl Detokenizer {
         let last = prompt.iter().rev().filter(|id| !tokenizer.is_special(**id)).take(INCOMPLETE + 1);
         let mut ids: Vec<u32> = last.copied().collect();
         ids.reverse();
-        // The fewest that do not begin within a character.
-        let begins = |from: &usize| !tokenizer.decode(&ids[*from..], true).starts_with(REPLACEMENT);
-        let from = (0..ids.len()).rev().find(begins).unwrap_or(0);
-        ids.drain(..from);
-        Detokenizer { tokenizer, prefix: 0, read: ids.len(), ids }
+        let end = ids.len();
+        let mut detokenizer = Detokenizer { tokenizer, ids, context: 0, before: String::new() };
+        detokenizer.give_out(end);
+        detokenizer
     }
 
     /// The text that a token adds; empty while a character is incomplete.
@@ -52,20 +52,30 @@ impl Detokenizer {
     }
 
     fn take(&mut self, last: bool) -> String {
-        let decode = |end: usize| self.tokenizer.decode(&self.ids[self.prefix..end], true);
+        let decode = |end: usize| self.tokenizer.decode(&self.ids[..end], true);
         let mut end = self.ids.len();
         let mut after = decode(end);
         if !last && after.ends_with(REPLACEMENT) {
             end = end.saturating_sub(INCOMPLETE);
-            if end <= self.read {
+            if end <= self.context {
                 return String::new();
             }
             after = decode(end);
         }
-        let new = added(&decode(self.read), &after).to_owned();
-        self.prefix = self.read;
-        self.read = end;
+        let new = added(&self.before, &after).to_owned();
+        self.give_out(end);
         new
+    }
+
+    /// Makes a context of the tokens before `end`: the fewest that do not begin within a character.
+    fn give_out(&mut self, end: usize) {
+        let first = end.saturating_sub(INCOMPLETE + 1);
+        let context = |from: usize| (from, self.tokenizer.decode(&self.ids[from..end], true));
+        let whole = (first..end).rev().map(context).find(|(_, text)| !text.starts_with(REPLACEMENT));
+        let (from, before) = whole.unwrap_or_else(|| context(first));
+        self.ids.drain(..from);
+        self.context = end - from;
+        self.before = before;
     }
 }
 
@@ -141,7 +151,38 @@ fn overlap(text: &str, stop: &str) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use serde_json::Value;
+
     use super::*;
+
+    /// Texts, each taken apart at every token: what comes behind the prompt is what it adds to the prompt's text.
+    #[test]
+    fn an_answer_is_what_it_adds_to_the_prompt() {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../integration-tests/fixtures");
+        let texts = std::fs::read(fixtures.join("tokenizer/sentencepiece.json")).unwrap();
+        let texts: Vec<Value> = serde_json::from_slice(&texts).unwrap();
+        let texts = || texts.iter().filter_map(|case| case["text"].as_str());
+        for model in ["tokenizer/sentencepiece.gguf", "tiny/model"] {
+            let tokenizer = Arc::new(ModelTokenizer::load(&fixtures.join(model), None).unwrap());
+            for text in texts().filter(|text| text.len() < 300 && !text.contains(REPLACEMENT)) {
+                let ids = tokenizer.encode(text, true).unwrap();
+                let whole = tokenizer.decode(&ids, true);
+                for at in 1..ids.len() {
+                    let (prompt, answer) = ids.split_at(at);
+                    let before = tokenizer.decode(prompt, true);
+                    if before.ends_with(REPLACEMENT) {
+                        continue;
+                    }
+                    let mut detokenizer = Detokenizer::new(tokenizer.clone(), prompt);
+                    let mut told: String = answer.iter().map(|id| detokenizer.push(*id)).collect();
+                    told += &detokenizer.finish();
+                    assert_eq!(Some(&*told), whole.strip_prefix(&before), "{text:?} behind {at} tokens");
+                }
+            }
+        }
+    }
 
     /// Text given out and the stop string found, for text that comes in pieces.
     fn scan(stops: &[&str], pieces: &[&str]) -> (String, Option<String>) {
