@@ -206,6 +206,12 @@ impl Config {
         let table = file
             .tensor("token_embd.weight")
             .ok_or_else(|| LoadError::MissingTensor("token_embd.weight".into()))?;
+        // No field tells of biases. Where one projection has one, its neighbours must.
+        let has_bias = |part: &str| {
+            let is_bias =
+                |name: &str| name.ends_with(".bias") && name.split('.').any(|at| at.starts_with(part));
+            file.tensors().iter().any(|info| is_bias(&info.name))
+        };
         let config = Config {
             hidden,
             layers: size("block_count")?,
@@ -226,8 +232,8 @@ impl Config {
                 scaling: RopeScaling::None,
             },
             tied: file.tensor("output.weight").is_none(),
-            attention_bias: false,
-            mlp_bias: false,
+            attention_bias: has_bias("attn_"),
+            mlp_bias: has_bias("ffn_"),
             window: None,
         };
         // Llama 3.1's frequency factors come as a tensor.

@@ -67,6 +67,9 @@ pub enum LoadError {
     /// No such tensor.
     #[error("tensor {0} is missing")]
     MissingTensor(String),
+    /// A tensor that no module of the model takes.
+    #[error("tensor {0} belongs to no module of the model")]
+    UnknownTensor(String),
     /// A tensor of another shape than the configuration implies.
     #[error("tensor {name} has the shape {got:?}, expected {expected:?}")]
     Shape {

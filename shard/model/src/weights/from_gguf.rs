@@ -15,39 +15,64 @@ pub(super) struct GgufSource {
     kv_heads: usize,
 }
 
-/// Opens a file.
+/// Opens a file. A tensor that no module takes is refused: without it, this would be another model.
 pub(super) fn open(path: &Path) -> Result<(Config, GgufSource)> {
     let file = Gguf::open(path)?;
     let config = Config::from_gguf(&file)?;
+    if let Some(other) = file.tensors().iter().find(|info| !is_used(&info.name, config.layers)) {
+        return Err(LoadError::UnknownTensor(other.name.clone()));
+    }
     let (query_heads, kv_heads) = (config.heads.query, config.heads.kv);
     Ok((config, GgufSource { file, query_heads, kv_heads }))
 }
 
+/// Modules outside of the layers: by their Hugging Face names, and by the file's.
+const OUTER: [(&str, &str); 3] =
+    [("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output")];
+/// Norms of a layer.
+const NORMS: [(&str, &str); 2] = [("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm")];
+/// Projections of a layer, which may have biases.
+const PROJECTIONS: [(&str, &str); 7] = [
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+];
+
 /// The file's name of a tensor.
 fn ggml_name(name: &str) -> Option<String> {
-    let rest = name.strip_suffix(".weight")?;
-    let ggml = match rest {
-        "model.embed_tokens" => "token_embd".into(),
-        "model.norm" => "output_norm".into(),
-        "lm_head" => "output".into(),
-        _ => {
-            let (layer, part) = rest.strip_prefix("model.layers.")?.split_once('.')?;
-            let part = match part {
-                "input_layernorm" => "attn_norm",
-                "post_attention_layernorm" => "ffn_norm",
-                "self_attn.q_proj" => "attn_q",
-                "self_attn.k_proj" => "attn_k",
-                "self_attn.v_proj" => "attn_v",
-                "self_attn.o_proj" => "attn_output",
-                "mlp.gate_proj" => "ffn_gate",
-                "mlp.up_proj" => "ffn_up",
-                "mlp.down_proj" => "ffn_down",
-                _ => return None,
-            };
-            format!("blk.{layer}.{part}")
+    let (module, kind) = name.rsplit_once('.')?;
+    let ggml = |pairs: &[(&str, &'static str)], module: &str| {
+        pairs.iter().find(|(known, _)| *known == module).map(|(_, ggml)| *ggml)
+    };
+    if let Some(ggml) = ggml(&OUTER, module) {
+        return Some(format!("{ggml}.{kind}"));
+    }
+    let (layer, part) = module.strip_prefix("model.layers.")?.split_once('.')?;
+    let part = ggml(&NORMS, part).or(ggml(&PROJECTIONS, part))?;
+    Some(format!("blk.{layer}.{part}.{kind}"))
+}
+
+/// Whether a model of so many layers has a use for a tensor of this name in the file.
+fn is_used(name: &str, layers: usize) -> bool {
+    let has = |pairs: &[(&str, &str)], part: &str| pairs.iter().any(|(_, ggml)| *ggml == part);
+    let Some((module, kind)) = name.rsplit_once('.') else { return false };
+    let in_layer = module.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
+    let (norm_or_outer, projection) = match in_layer {
+        None => (has(&OUTER, module), false),
+        Some((layer, part)) => {
+            let exists = layer.parse().is_ok_and(|i: usize| i < layers && i.to_string() == layer);
+            (exists && has(&NORMS, part), exists && has(&PROJECTIONS, part))
         }
     };
-    Some(ggml + ".weight")
+    match kind {
+        "weight" => norm_or_outer || projection,
+        "bias" => projection,
+        _ => false,
+    }
 }
 
 /// The converter interleaves the halves of every q and k head for its own form of rotation: row `2j + h` of a head is
@@ -69,16 +94,18 @@ impl Source for GgufSource {
         let ggml = ggml_name(name).ok_or_else(missing)?;
         let info = self.file.tensor(&ggml).ok_or_else(missing)?;
         let cols = info.dims.first().copied().unwrap_or(1);
-        let rows = info.dims[1..].iter().product();
+        let rows: usize = info.dims.iter().skip(1).product();
         let mut values = self.file.dequantize(&ggml)?;
         let heads = match ggml.rsplit('.').nth(1) {
             Some("attn_q") => Some(self.query_heads),
             Some("attn_k") => Some(self.kv_heads),
             _ => None,
         };
+        // A bias has an element where a weight has a row.
+        let (outputs, width) = if ggml.ends_with(".bias") { (cols, 1) } else { (rows, cols) };
         // Whole heads of an even size; anything else has a wrong shape, which is found out by whoever asked.
-        if let Some(heads) = heads.filter(|heads| rows % (2 * heads) == 0) {
-            values = unpermute(&values, heads, cols);
+        if let Some(heads) = heads.filter(|heads| outputs % (2 * heads) == 0) {
+            values = unpermute(&values, heads, width);
         }
         let data: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
         Ok(HostTensor { dtype: DType::F32, rows, cols, data: data.into() })
