@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::{LoadError, Result};
 
 /// How rotary frequencies are changed for longer contexts.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
     /// As trained.
     None,
@@ -26,10 +26,12 @@ pub enum RopeScaling {
         /// Context length before scaling.
         original: f32,
     },
+    /// Each frequency is divided by its own factor, `[dim / 2]`: how GGUF files say Llama 3.1's.
+    Factors(Vec<f32>),
 }
 
 /// A rotary embedding.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
     /// Base of the frequencies.
     pub theta: f32,
@@ -40,16 +42,18 @@ pub struct Rope {
 impl Rope {
     /// Frequency of each pair of elements of a head of `dim` elements.
     pub fn inv_freq(&self, dim: usize) -> Vec<f32> {
-        let scaled = |freq: f32| match self.scaling {
+        let scaled = |(j, freq): (usize, f32)| match &self.scaling {
             RopeScaling::None => freq,
             RopeScaling::Linear(factor) => freq / factor,
+            RopeScaling::Factors(factors) => freq / factors[j],
             RopeScaling::Llama3 { factor, low, high, original } => {
                 let wavelength = TAU / freq;
                 let ramp = ((original / wavelength - low) / (high - low)).clamp(0.0, 1.0);
                 freq / factor * (1.0 - ramp) + freq * ramp
             }
         };
-        (0..dim / 2).map(|j| scaled(self.theta.powf(-2.0 * j as f32 / dim as f32))).collect()
+        let freqs = (0..dim / 2).map(|j| self.theta.powf(-2.0 * j as f32 / dim as f32));
+        freqs.enumerate().map(scaled).collect()
     }
 }
 
@@ -212,15 +216,14 @@ impl Config {
                 |name: &str| name.ends_with(".bias") && name.split('.').any(|at| at.starts_with(part));
             file.tensors().iter().any(|info| is_bias(&info.name))
         };
+        let dim = file.get::<u32>("llama.attention.key_length")?.map_or(hidden / query, |dim| dim as usize);
         let config = Config {
             hidden,
             layers: size("block_count")?,
             heads: Heads {
                 query,
                 kv: file.get::<u32>("llama.attention.head_count_kv")?.map_or(query, |kv| kv as usize),
-                dim: file
-                    .get::<u32>("llama.attention.key_length")?
-                    .map_or(hidden / query, |dim| dim as usize),
+                dim,
             },
             ffn: size("feed_forward_length")?,
             vocab: table.dims.get(1).copied().unwrap_or(0),
@@ -229,21 +232,13 @@ impl Config {
             rms_eps: file.require("llama.attention.layer_norm_rms_epsilon")?,
             rope: Rope {
                 theta: file.get("llama.rope.freq_base")?.unwrap_or(10_000.0),
-                scaling: RopeScaling::None,
+                scaling: rope_factors(file, dim)?,
             },
             tied: file.tensor("output.weight").is_none(),
             attention_bias: has_bias("attn_"),
             mlp_bias: has_bias("ffn_"),
             window: None,
         };
-        // Llama 3.1's frequency factors come as a tensor.
-        if file.tensor("rope_freqs.weight").is_some() {
-            return Err(LoadError::Unsupported {
-                field: "rope_freqs.weight",
-                value: "in a GGUF file".into(),
-                known: "",
-            });
-        }
         config.check()
     }
 
@@ -281,6 +276,23 @@ impl Config {
         let layers = std::iter::repeat_n(layer, self.layers).flatten();
         layers.chain([site(self.hidden, &[self.vocab])]).collect()
     }
+}
+
+/// Tensor of a GGUF file that divides rotary frequencies, `[dim / 2]`.
+pub(crate) const ROPE_FACTORS: &str = "rope_freqs.weight";
+
+/// The factors of a GGUF file's rotary frequencies for heads of `dim` elements, if it has any.
+fn rope_factors(file: &Gguf, dim: usize) -> Result<RopeScaling> {
+    let Some(info) = file.tensor(ROPE_FACTORS) else { return Ok(RopeScaling::None) };
+    if info.dims != [dim / 2] {
+        let (got, expected) = (info.dims.clone(), vec![dim / 2]);
+        return Err(LoadError::Shape { name: ROPE_FACTORS.into(), got, expected });
+    }
+    let factors = file.dequantize(ROPE_FACTORS)?;
+    if factors.iter().any(|factor| !factor.is_finite() || *factor <= 0.0) {
+        return Err(LoadError::Field { field: ROPE_FACTORS, expected: "positive numbers" });
+    }
+    Ok(RopeScaling::Factors(factors))
 }
 
 /// The rotary embedding, from either generation of field names.
@@ -376,7 +388,8 @@ mod tests {
             theta: 500_000.0,
             scaling: RopeScaling::Llama3 { factor: 8.0, low: 1.0, high: 4.0, original: 8192.0 },
         };
-        let (scaled, plain) = (rope.inv_freq(128), Rope { scaling: RopeScaling::None, ..rope }.inv_freq(128));
+        let plain = Rope { scaling: RopeScaling::None, ..rope.clone() };
+        let (scaled, plain) = (rope.inv_freq(128), plain.inv_freq(128));
         assert_eq!(scaled[0], 1.0);
         assert_eq!(scaled[20], plain[20]);
         assert!((scaled[63] - plain[63] / 8.0).abs() < 1e-12);

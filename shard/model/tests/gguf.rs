@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 
 use kernels::{Backend, DType, Solo, cpu::CpuBackend, testing::batch};
 use model::{
-    Model, Pass,
+    Model, Pass, Rope, RopeScaling,
     testing::{self, Files, Tensor},
 };
 use serde_json::json;
@@ -164,5 +164,37 @@ fn a_tensor_that_no_module_takes_is_refused_by_name() {
         let extra = Tensor { shape: vec![DIM], data: vec![3.0; DIM] };
         let refusal = gguf_logits(&testing::model(), &[(name, extra)]).unwrap_err();
         assert_eq!(refusal, format!("tensor {name} belongs to no module of the model"));
+    }
+}
+
+#[test]
+fn rotary_frequencies_are_divided_by_the_files_factors() {
+    let mut files = testing::model();
+    // What the converter computes from the parameters: 1, a ramp, and the whole factor.
+    files.config["rope_scaling"] = json!({
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    });
+    let mut rope = Rope {
+        theta: 10_000.0,
+        scaling: RopeScaling::Llama3 { factor: 8.0, low: 1.0, high: 4.0, original: 64.0 },
+    };
+    let scaled = rope.inv_freq(DIM);
+    rope.scaling = RopeScaling::None;
+    let data: Vec<f32> =
+        rope.inv_freq(DIM).iter().zip(&scaled).map(|(plain, scaled)| plain / scaled).collect();
+    assert_eq!((data[0], data[3]), (1.0, 8.0));
+    let factors =
+        |data: &[f32]| [("rope_freqs.weight", Tensor { shape: vec![data.len()], data: data.into() })];
+    let (logits, expected) = (gguf_logits(&files, &factors(&data)).unwrap(), folder_logits(&files));
+    assert!(logits.iter().zip(&expected).all(|(x, y)| (x - y).abs() < 1e-4));
+    let plain = folder_logits(&testing::model());
+    assert!(logits.iter().zip(&plain).any(|(x, y)| (x - y).abs() > 1e-2), "they have a say");
+    for (data, cause) in [
+        (&data[..3], "tensor rope_freqs.weight has the shape [3], expected [4]"),
+        (&[1.0, 0.0, 1.0, 1.0], "rope_freqs.weight is missing or not positive numbers"),
+        (&[1.0, 1.0, f32::NAN, 1.0], "rope_freqs.weight is missing or not positive numbers"),
+    ] {
+        assert_eq!(gguf_logits(&files, &factors(data)).unwrap_err(), cause);
     }
 }

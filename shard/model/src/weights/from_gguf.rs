@@ -6,7 +6,7 @@ use gguf::Gguf;
 use kernels::{DType, HostTensor};
 
 use super::Source;
-use crate::{Config, LoadError, Result};
+use crate::{Config, LoadError, Result, config::ROPE_FACTORS};
 
 /// An open file.
 pub(super) struct GgufSource {
@@ -59,6 +59,9 @@ fn ggml_name(name: &str) -> Option<String> {
 /// Whether a model of so many layers has a use for a tensor of this name in the file.
 fn is_used(name: &str, layers: usize) -> bool {
     let has = |pairs: &[(&str, &str)], part: &str| pairs.iter().any(|(_, ggml)| *ggml == part);
+    if name == ROPE_FACTORS {
+        return true;
+    }
     let Some((module, kind)) = name.rsplit_once('.') else { return false };
     let in_layer = module.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
     let (norm_or_outer, projection) = match in_layer {
@@ -116,7 +119,8 @@ impl Source for GgufSource {
     }
 
     fn total_bytes(&self) -> u64 {
-        self.file.tensors().iter().map(|info| info.bytes() as u64).sum()
+        let loaded = self.file.tensors().iter().filter(|info| info.name != ROPE_FACTORS);
+        loaded.map(|info| info.bytes() as u64).sum()
     }
 }
 
