@@ -61,6 +61,15 @@ fn identity_is_what_is_computed() {
 }
 
 #[test]
+fn ways_to_initialize_that_keep_the_base_change_nothing() {
+    let hash = read(&testing::adapter(&SEVEN, 4, 1)).unwrap().hash;
+    let ways = ["eva", "gaussian", "Gaussian", "mica", "orthogonal"].map(Value::from);
+    for way in ways.into_iter().chain([Value::Null, json!(true), json!(false)]) {
+        assert_eq!(read(&with("init_lora_weights", way)).unwrap().hash, hash);
+    }
+}
+
+#[test]
 fn ranks_and_scales_follow_their_patterns() {
     let mut files = testing::adapter(&["q_proj", "up_proj"], 4, 1);
     files.config["rank_pattern"] = json!({"layers.1.mlp.up_proj": 6});
@@ -92,6 +101,9 @@ fn what_cannot_be_served_exactly_is_refused_by_name() {
         (set("modules_to_save", json!(["lm_head"])), "modules_to_save = [\"lm_head\"] is not supported"),
         (set("fan_in_fan_out", json!(true)), "fan_in_fan_out = true is not supported"),
         (set("init_lora_weights", json!("pissa_niter_4")), "init_lora_weights = pissa_niter_4"),
+        (set("init_lora_weights", json!("OLoRA")), "init_lora_weights = OLoRA is not supported"),
+        (set("init_lora_weights", json!("new_way")), "init_lora_weights = new_way is not supported"),
+        (set("init_lora_weights", json!(["eva"])), "init_lora_weights = [\"eva\"] is not supported"),
         (set("something_new", json!("x")), "something_new = \"x\" is not supported"),
         (set("r", json!(0)), "r is missing or not a positive integer"),
         (set("r", json!(-4)), "invalid value"),

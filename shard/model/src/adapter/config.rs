@@ -29,8 +29,9 @@ const HARMLESS: [&str; 11] = [
     "task_type",
 ];
 
-/// Ways to initialize that change the base weights: the tensors alone do not give the adapter's output.
-const CHANGES_BASE: [&str; 5] = ["pissa", "olora", "loftq", "corda", "lora_ga"];
+/// Ways to initialize, in lower case, after which the tensors alone give the adapter's output. Others change the base
+/// weights too.
+const KEEPS_BASE: [&str; 4] = ["eva", "gaussian", "mica", "orthogonal"];
 
 /// A map in the order of the file: PEFT takes the first pattern that matches.
 struct Ordered<T>(Vec<(String, T)>);
@@ -181,10 +182,16 @@ impl File {
         if self.fan_in_fan_out == Some(true) {
             return refuse("fan_in_fan_out", &true);
         }
-        if let Some(Value::String(init)) = &self.init_lora_weights
-            && CHANGES_BASE.iter().any(|kind| init.starts_with(kind))
-        {
-            return refuse("init_lora_weights", init);
+        let keeps_base = match &self.init_lora_weights {
+            None | Some(Value::Bool(_)) => true,
+            Some(Value::String(init)) => KEEPS_BASE.contains(&init.to_lowercase().as_str()),
+            Some(_) => false,
+        };
+        if let Some(init) = self.init_lora_weights.as_ref().filter(|_| !keeps_base) {
+            return refuse(
+                "init_lora_weights",
+                &init.as_str().map_or_else(|| init.to_string(), str::to_owned),
+            );
         }
         for (field, value) in &self.rest {
             let is_empty = match value {
