@@ -3,6 +3,7 @@
 pub mod adapter;
 mod config;
 mod error;
+mod files;
 mod forward;
 pub mod testing;
 mod weights;

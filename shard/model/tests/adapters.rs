@@ -1,7 +1,7 @@
 //! Which adapters are served, and which are refused with which words.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::{fs, path::Path};
+use std::{fs, os::unix::fs::symlink, path::Path, process::Command};
 
 use kernels::DType;
 use model::{
@@ -153,10 +153,30 @@ fn replace_by_folder(file: &Path) {
     fs::create_dir(file).unwrap();
 }
 
+fn replace_by_pipe(file: &Path) {
+    fs::remove_file(file).unwrap();
+    assert!(Command::new("mkfifo").arg(file).status().unwrap().success());
+}
+
+fn replace_by_device(file: &Path) {
+    fs::remove_file(file).unwrap();
+    symlink("/dev/zero", file).unwrap();
+}
+
+/// Spoils an adapter's folder, and sees it refused.
+fn assert_refused(spoil: fn(&Path), cause: &str) {
+    let folder = tempfile::tempdir().unwrap();
+    let base = model(&folder.path().join("model"), &testing::model(), DType::F32);
+    testing::adapter(&SEVEN, 4, 1).write_adapter(folder.path()).unwrap();
+    spoil(folder.path());
+    let refusal = adapter::read(folder.path(), &base).err().unwrap().to_string();
+    assert!(refusal.contains(cause), "{refusal}");
+}
+
 #[test]
 fn damaged_folders_are_refused() {
     type Spoil = fn(&Path);
-    let cases: [(Spoil, &str); 7] = [
+    let cases: [(Spoil, &str); 5] = [
         (
             |folder| fs::remove_file(folder.join(adapter::CONFIG_FILE)).unwrap(),
             "adapter_config.json is missing",
@@ -178,16 +198,50 @@ fn damaged_folders_are_refused() {
             },
             "adapter_model.safetensors: truncated",
         ),
-        (|folder| replace_by_folder(&folder.join(adapter::CONFIG_FILE)), "adapter_config.json: "),
-        (|folder| replace_by_folder(&folder.join(adapter::WEIGHTS_FILE)), "adapter_model.safetensors: "),
     ];
     for (spoil, cause) in cases {
-        let folder = tempfile::tempdir().unwrap();
-        let base = model(&folder.path().join("model"), &testing::model(), DType::F32);
-        testing::adapter(&SEVEN, 4, 1).write_adapter(folder.path()).unwrap();
-        spoil(folder.path());
-        let refusal = adapter::read(folder.path(), &base).err().unwrap().to_string();
-        assert!(refusal.contains(cause), "{refusal}");
+        assert_refused(spoil, cause);
+    }
+}
+
+#[test]
+fn files_without_an_end_are_refused() {
+    type Spoil = fn(&Path);
+    let cases: [(Spoil, &str); 7] = [
+        (
+            |folder| replace_by_folder(&folder.join(adapter::CONFIG_FILE)),
+            "adapter_config.json: not a regular file",
+        ),
+        (
+            |folder| replace_by_folder(&folder.join(adapter::WEIGHTS_FILE)),
+            "adapter_model.safetensors: not a regular file",
+        ),
+        (
+            |folder| replace_by_pipe(&folder.join(adapter::CONFIG_FILE)),
+            "adapter_config.json: not a regular file",
+        ),
+        (
+            |folder| replace_by_pipe(&folder.join(adapter::WEIGHTS_FILE)),
+            "adapter_model.safetensors: not a regular file",
+        ),
+        (
+            |folder| replace_by_device(&folder.join(adapter::CONFIG_FILE)),
+            "adapter_config.json: not a regular file",
+        ),
+        (
+            |folder| replace_by_device(&folder.join(adapter::WEIGHTS_FILE)),
+            "adapter_model.safetensors: not a regular file",
+        ),
+        (
+            |folder| {
+                let config = fs::OpenOptions::new().append(true).open(folder.join(adapter::CONFIG_FILE));
+                config.unwrap().set_len(1 << 40).unwrap();
+            },
+            "adapter_config.json: longer than 1048576 bytes",
+        ),
+    ];
+    for (spoil, cause) in cases {
+        assert_refused(spoil, cause);
     }
 }
 

@@ -1,6 +1,6 @@
 //! `adapter_config.json`: which modules are changed, at which rank, by which scale.
 
-use std::{fs, path::Path};
+use std::path::Path;
 
 use serde::{
     Deserialize, Deserializer,
@@ -12,7 +12,10 @@ use super::{
     AdapterError, CONFIG_FILE, Module,
     pattern::{LayerFilter, Targets, pattern_key},
 };
-use crate::LoadError;
+use crate::{LoadError, files};
+
+/// Longest configuration that is read.
+const MAX_CONFIG: u64 = 1 << 20;
 
 /// Fields that have no say in the output.
 const HARMLESS: [&str; 11] = [
@@ -111,7 +114,7 @@ impl AdapterConfig {
         if !path.exists() {
             return Err(AdapterError::NoFile(CONFIG_FILE));
         }
-        let text = fs::read(&path).map_err(|source| LoadError::Io { path: path.clone(), source })?;
+        let text = files::read(&path, MAX_CONFIG)?;
         let json = |source| LoadError::Json { path: path.clone(), source };
         let file: File = serde_json::from_slice(&text).map_err(json)?;
         file.check()?;

@@ -9,7 +9,7 @@ use std::{
 use kernels::DType;
 use safetensors::{Dtype, tensor::Metadata};
 
-use crate::{LoadError, Result};
+use crate::{LoadError, Result, files};
 
 /// Longest header that is read; the format's own bound.
 const MAX_HEADER: u64 = 100_000_000;
@@ -28,7 +28,7 @@ impl TensorFile {
     pub(crate) fn open(path: &Path) -> Result<TensorFile> {
         let io = |source| LoadError::Io { path: path.into(), source };
         let bad = |fault: String| LoadError::Safetensors { path: path.into(), fault };
-        let file = File::open(path).map_err(io)?;
+        let file = files::open(path)?;
         let size = file.metadata().map_err(io)?.len();
         let mut len = [0; 8];
         if size < 8 {

@@ -1,0 +1,29 @@
+//! Files that others name. Opening a pipe would wait for its writer, and a device may never end.
+
+use std::{
+    fs::{self, File},
+    io::{self, Read},
+    path::Path,
+};
+
+use crate::{LoadError, Result};
+
+/// Opens a file if it is a regular one, or a link to one.
+pub(crate) fn open(path: &Path) -> Result<File> {
+    let regular = |path: &Path| match fs::metadata(path)?.is_file() {
+        true => File::open(path),
+        false => Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file")),
+    };
+    regular(path).map_err(|source| LoadError::Io { path: path.into(), source })
+}
+
+/// Reads a regular file of at most `limit` bytes.
+pub(crate) fn read(path: &Path, limit: u64) -> Result<Vec<u8>> {
+    let mut content = Vec::new();
+    let io = |source| LoadError::Io { path: path.into(), source };
+    open(path)?.take(limit + 1).read_to_end(&mut content).map_err(io)?;
+    if content.len() as u64 > limit {
+        return Err(io(io::Error::new(io::ErrorKind::FileTooLarge, format!("longer than {limit} bytes"))));
+    }
+    Ok(content)
+}
