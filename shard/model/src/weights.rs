@@ -79,12 +79,15 @@ impl Folder {
 impl Source for Folder {
     fn tensor(&self, name: &str) -> Result<HostTensor<'static>> {
         let file = self.file(name).ok_or_else(|| LoadError::MissingTensor(name.into()))?;
-        let (shape, dtype, data) = file.read(name)?;
-        let (rows, cols) = match shape[..] {
+        let (rows, cols) = match *file.shape(name)? {
             [cols] => (1, cols),
             [rows, cols] => (rows, cols),
-            _ => return Err(LoadError::Shape { name: name.into(), got: shape, expected: vec![0, 0] }),
+            ref other => {
+                let got = other.to_vec();
+                return Err(LoadError::Shape { name: name.into(), got, expected: vec![0, 0] });
+            }
         };
+        let (dtype, data) = file.read(name)?;
         Ok(HostTensor { dtype, rows, cols, data: data.into() })
     }
 

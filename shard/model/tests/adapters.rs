@@ -260,6 +260,36 @@ fn with_copies(base: &Files, copies: &[(&str, &str)]) -> Files {
     files
 }
 
+/// Adds a tensor to a file, all of it a hole.
+fn add_hole(file: &Path, name: &str, shape: [u64; 2]) {
+    let all = fs::read(file).unwrap();
+    let (len, rest) = all.split_first_chunk().unwrap();
+    let (header, data) = rest.split_at(u64::from_le_bytes(*len) as usize);
+    let mut header: Value = serde_json::from_slice(header).unwrap();
+    let begin = data.len() as u64;
+    let end = begin + 4 * shape[0] * shape[1];
+    header[name] = json!({"dtype": "F32", "shape": shape, "data_offsets": [begin, end]});
+    let header = header.to_string();
+    let len = header.len() as u64;
+    fs::write(file, [&len.to_le_bytes(), header.as_bytes(), data].concat()).unwrap();
+    fs::OpenOptions::new().append(true).open(file).unwrap().set_len(8 + len + end).unwrap();
+}
+
+#[test]
+fn tensors_of_another_shape_are_refused_unread() {
+    for name in ["model.layers.0.self_attn.q_proj.lora_A", "lm_head.base_layer"] {
+        let folder = tempfile::tempdir().unwrap();
+        let base = model(&folder.path().join("model"), &testing::model(), DType::F32);
+        let mut files = with_copies(&testing::model(), &[]);
+        let name = format!("base_model.model.{name}.weight");
+        files.tensors.remove(&name);
+        files.write_adapter(folder.path()).unwrap();
+        add_hole(&folder.path().join(adapter::WEIGHTS_FILE), &name, [4, 1 << 36]);
+        let refusal = adapter::read(folder.path(), &base).err().unwrap().to_string();
+        assert!(refusal.contains(&format!("{name} has the shape [4, 68719476736]")), "{refusal}");
+    }
+}
+
 #[test]
 fn copies_of_the_models_own_tensors_change_nothing() {
     let base = testing::model();

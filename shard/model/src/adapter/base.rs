@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use kernels::{DType, HostTensor};
 
-use super::{AdapterError, tensors::PREFIX};
+use super::{
+    AdapterError,
+    tensors::{self, PREFIX},
+};
 use crate::{
     Config,
     weights::{self, safetensors::TensorFile},
@@ -35,15 +38,12 @@ impl BaseModel {
     /// Refuses a tensor of an adapter that is not what the model has for `module`, once both are converted.
     pub(super) fn check_copy(&self, file: &TensorFile, name: &str, module: &str) -> Result<(), AdapterError> {
         let module = if self.config.tied { "model.embed_tokens" } else { module };
+        let copy = tensors::matrix(file, name, [self.config.vocab, self.config.hidden])?;
         let (_, source) = weights::open(&self.path)?;
         let base = source.tensor(&format!("{module}.weight"))?;
-        let (shape, dtype, data) = file.read(name)?;
-        let expected = [base.rows, base.cols];
-        if shape != expected {
-            return Err(AdapterError::Shape { name: name.into(), got: shape, expected });
-        }
-        let copy = HostTensor { dtype, rows: base.rows, cols: base.cols, data: data.into() };
-        if (0..base.rows).all(|row| self.converted(&base, row).eq(self.converted(&copy, row))) {
+        let same = (base.rows, base.cols) == (copy.rows, copy.cols)
+            && (0..base.rows).all(|row| self.converted(&base, row).eq(self.converted(&copy, row)));
+        if same {
             return Ok(());
         }
         Err(AdapterError::NotTheModels { name: name.into(), module: module.into() })

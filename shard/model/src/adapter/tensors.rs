@@ -65,24 +65,34 @@ fn part(
     module: &Module,
 ) -> Result<LoraPart, AdapterError> {
     let lora_rank = config.lora_rank(module)?;
-    let matrix = |which: char, expected: [usize; 2]| {
+    let read = |which: char, expected: [usize; 2]| {
         let name = places.get(&(module.path.as_str(), which)).copied();
         let missing = || AdapterError::MissingTensor(format!("{PREFIX}{}.lora_{which}.weight", module.path));
         values(file, name.ok_or_else(missing)?, expected)
     };
-    let a = matrix('A', [lora_rank, module.inputs])?;
-    let mut b = matrix('B', [module.outputs, lora_rank])?;
+    let a = read('A', [lora_rank, module.inputs])?;
+    let mut b = read('B', [module.outputs, lora_rank])?;
     let scale = config.scale(module)?;
     b.iter_mut().for_each(|x| *x *= scale);
     Ok(LoraPart { site: module.site, slice: module.slice, lora_rank, a, b })
 }
 
-fn values(file: &TensorFile, name: &str, expected: [usize; 2]) -> Result<Vec<f32>, AdapterError> {
-    let (shape, dtype, data) = file.read(name)?;
+/// A tensor of the expected shape. One of another shape, which may be of any length, is not read.
+pub(super) fn matrix(
+    file: &TensorFile,
+    name: &str,
+    expected: [usize; 2],
+) -> Result<HostTensor<'static>, AdapterError> {
+    let shape = file.shape(name)?;
     if shape != expected {
-        return Err(AdapterError::Shape { name: name.into(), got: shape, expected });
+        return Err(AdapterError::Shape { name: name.into(), got: shape.into(), expected });
     }
-    let values = HostTensor { dtype, rows: expected[0], cols: expected[1], data: data.into() }.to_f32();
+    let (dtype, data) = file.read(name)?;
+    Ok(HostTensor { dtype, rows: expected[0], cols: expected[1], data: data.into() })
+}
+
+fn values(file: &TensorFile, name: &str, expected: [usize; 2]) -> Result<Vec<f32>, AdapterError> {
+    let values = matrix(file, name, expected)?.to_f32();
     if values.iter().any(|x| !x.is_finite()) {
         return Err(AdapterError::NotFinite(name.into()));
     }

@@ -7,7 +7,10 @@ use std::{
 };
 
 use kernels::DType;
-use safetensors::{Dtype, tensor::Metadata};
+use safetensors::{
+    Dtype,
+    tensor::{Metadata, TensorInfo},
+};
 
 use crate::{LoadError, Result, files};
 
@@ -61,9 +64,18 @@ impl TensorFile {
         self.metadata.info(name).map_or(0, |info| (info.data_offsets.1 - info.data_offsets.0) as u64)
     }
 
-    /// Shape, type and bytes of a tensor.
-    pub(crate) fn read(&self, name: &str) -> Result<(Vec<usize>, DType, Vec<u8>)> {
-        let info = self.metadata.info(name).ok_or_else(|| LoadError::MissingTensor(name.into()))?;
+    fn info(&self, name: &str) -> Result<&TensorInfo> {
+        self.metadata.info(name).ok_or_else(|| LoadError::MissingTensor(name.into()))
+    }
+
+    /// Shape of a tensor, from the header.
+    pub(crate) fn shape(&self, name: &str) -> Result<&[usize]> {
+        Ok(&self.info(name)?.shape)
+    }
+
+    /// Type and bytes of a tensor. Whoever has a use for one shape alone compares that first.
+    pub(crate) fn read(&self, name: &str) -> Result<(DType, Vec<u8>)> {
+        let info = self.info(name)?;
         let dtype = match info.dtype {
             Dtype::F32 => DType::F32,
             Dtype::F16 => DType::F16,
@@ -74,6 +86,6 @@ impl TensorFile {
         let mut data = vec![0; end - begin];
         let read = self.file.read_exact_at(&mut data, self.data + begin as u64);
         read.map_err(|source| LoadError::Io { path: self.path.clone(), source })?;
-        Ok((info.shape.clone(), dtype, data))
+        Ok((dtype, data))
     }
 }
