@@ -138,7 +138,8 @@ fn eos_ids(value: Option<&Value>) -> Vec<u32> {
 }
 
 impl Config {
-    /// Reads a folder's `config.json`, and the tokens that end a sequence from its `generation_config.json`.
+    /// Reads a folder's `config.json`, and the tokens that end a sequence from its `generation_config.json`. Only
+    /// [`Model::load`](crate::Model::load) finds out that a model said to be tied has an output projection after all.
     pub fn from_folder(folder: &Path) -> Result<Config> {
         let mut config = Config::from_json(read_json(&folder.join("config.json"))?)?;
         let generation = folder.join("generation_config.json");

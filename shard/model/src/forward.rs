@@ -120,7 +120,8 @@ pub struct Model<B: Backend> {
 impl<B: Backend> Model<B> {
     /// Loads a GGUF file or a folder in Hugging Face layout, and tells how far it is.
     pub fn load(ops: &B, path: &Path, progress: &mut Progress<'_>) -> Result<Model<B>> {
-        let (config, source) = weights::open(path)?;
+        let (mut config, source) = weights::open(path)?;
+        config.tied = config.tied && !has_own_head(&*source)?;
         let done = LoadProgress { done_bytes: 0, total_bytes: source.total_bytes() };
         let loader = Loader { ops, source: &*source, progress: Mutex::new((progress, done)) };
         let embed = loader.weight(&[("model.embed_tokens", config.vocab)], config.hidden)?;
@@ -216,6 +217,17 @@ impl<B: Backend> Model<B> {
         pass.ops.gated_linear(&s.x, gate_up, &mut s.gate_up, &mut s.act)?;
         layer.down.add_norm(pass, &s.act, &mut s.residual, next, &mut s.x)
     }
+}
+
+/// Whether a model has an output projection other than its embedding table. transformers then uses it, though the
+/// configuration says that there is one for both.
+fn has_own_head(source: &dyn Source) -> Result<bool> {
+    let head = "lm_head.weight";
+    if source.bytes(head) == 0 {
+        return Ok(false);
+    }
+    let (head, table) = (source.tensor(head)?, source.tensor("model.embed_tokens.weight")?);
+    Ok((head.dtype, head.rows, head.cols, &head.data) != (table.dtype, table.rows, table.cols, &table.data))
 }
 
 /// Whoever is told how far loading is.

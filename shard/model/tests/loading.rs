@@ -58,6 +58,22 @@ fn sharded_weights_load_as_one() {
 }
 
 #[test]
+fn a_head_that_is_not_the_table_is_used() {
+    let mut files = testing::model();
+    files.config["tie_word_embeddings"] = json!(true);
+    let tied = |files: &Files| {
+        let folder = tempfile::tempdir().unwrap();
+        files.write_model(folder.path()).unwrap();
+        load(folder.path()).unwrap().config().tied
+    };
+    assert!(!tied(&files), "the file has another one");
+    files.tensors.insert("lm_head.weight".into(), files.tensors["model.embed_tokens.weight"].clone());
+    assert!(tied(&files), "the file has it twice");
+    files.tensors.remove("lm_head.weight");
+    assert!(tied(&files));
+}
+
+#[test]
 fn weights_that_contradict_the_configuration_are_refused() {
     type Spoil = fn(&mut Files);
     let cases: [(Spoil, &str); 6] = [
