@@ -8,7 +8,7 @@ mod tensors;
 
 use std::{fmt, path::Path};
 
-use kernels::LoraPart;
+use kernels::{DType, LoraPart};
 use sha2::{Digest, Sha256};
 
 use crate::{Config, LoadError};
@@ -96,6 +96,16 @@ pub enum AdapterError {
     /// A value that is no number.
     #[error("{WEIGHTS_FILE}: tensor {0} has NaN or infinite values")]
     NotFinite(String),
+    /// A value that the type computed with cannot hold.
+    #[error("{WEIGHTS_FILE}: tensor {name} has values that, times {scale}, are too large for {dtype:?}")]
+    TooLarge {
+        /// The tensor.
+        name: String,
+        /// What its values are multiplied with.
+        scale: f32,
+        /// The type computed with.
+        dtype: DType,
+    },
 }
 
 impl From<LoadError> for AdapterError {

@@ -148,6 +148,30 @@ fn what_cannot_be_served_exactly_is_refused_by_name() {
     }
 }
 
+#[test]
+fn values_beyond_the_type_computed_with_are_refused() {
+    let types = [DType::F32, DType::Bf16, DType::F16];
+    for (matrix, value, alpha, fits) in [
+        ("A", 60_000.0, 4.0, [true, true, true]),
+        ("A", 70_000.0, 4.0, [true, true, false]),
+        ("B", 60_000.0, 8.0, [true, true, false]),
+        ("B", -60_000.0, 8.0, [true, true, false]),
+        ("B", 70_000.0, 2.0, [true, true, true]),
+        ("B", f32::MAX, 4.0, [true, false, false]),
+        ("B", 1e38, 64.0, [false, false, false]),
+        ("B", 1.0, 1e300, [false, false, false]),
+    ] {
+        let mut files = with("lora_alpha", json!(alpha));
+        let name = format!("base_model.model.model.layers.1.mlp.up_proj.lora_{matrix}.weight");
+        files.tensors.get_mut(&name).unwrap().data[5] = value;
+        for (dtype, fits) in types.into_iter().zip(fits) {
+            let read = read_for(&files, &testing::model(), dtype);
+            assert_eq!(read.is_ok(), fits, "{matrix} {value} {alpha} {dtype:?}");
+            assert!(read.err().is_none_or(|refusal| refusal.contains("are too large for")));
+        }
+    }
+}
+
 fn replace_by_folder(file: &Path) {
     fs::remove_file(file).unwrap();
     fs::create_dir(file).unwrap();

@@ -54,11 +54,15 @@ impl BaseModel {
         let bytes = tensor.cols * tensor.dtype.size();
         let data = tensor.data[row * bytes..][..bytes].into();
         let row = HostTensor { dtype: tensor.dtype, rows: 1, cols: tensor.cols, data }.to_f32();
-        let dtype = self.dtype;
-        row.into_iter().map(move |x| match dtype {
+        row.into_iter().map(|x| self.rounded(x))
+    }
+
+    /// A number as it is computed with; infinite if the type cannot hold it.
+    pub(super) fn rounded(&self, x: f32) -> f32 {
+        match self.dtype {
             DType::F32 => x,
             DType::Bf16 => half::bf16::from_f32(x).to_f32(),
             DType::F16 => half::f16::from_f32(x).to_f32(),
-        })
+        }
     }
 }

@@ -52,7 +52,7 @@ pub(super) fn read(
         }
     }
     let parts =
-        targets.iter().map(|module| part(&file, &places, config, module)).collect::<Result<_, _>>()?;
+        targets.iter().map(|module| part(&file, &places, config, module, model)).collect::<Result<_, _>>()?;
     // Last, because only these need the model's files.
     copies.into_iter().try_for_each(|(name, module)| model.check_copy(&file, name, module))?;
     Ok(parts)
@@ -63,17 +63,24 @@ fn part(
     places: &HashMap<(&str, char), &str>,
     config: &AdapterConfig,
     module: &Module,
+    model: &BaseModel,
 ) -> Result<LoraPart, AdapterError> {
     let lora_rank = config.lora_rank(module)?;
-    let read = |which: char, expected: [usize; 2]| {
+    let read = |which: char, expected: [usize; 2], scale: f32| {
         let name = places.get(&(module.path.as_str(), which)).copied();
         let missing = || AdapterError::MissingTensor(format!("{PREFIX}{}.lora_{which}.weight", module.path));
-        values(file, name.ok_or_else(missing)?, expected)
+        let name = name.ok_or_else(missing)?;
+        let mut values = values(file, name, expected)?;
+        values.iter_mut().for_each(|x| *x *= scale);
+        // Rounding keeps the order: if the type can hold the largest, it can hold all.
+        let largest = values.iter().fold(0.0, |largest: f32, x| largest.max(x.abs()));
+        if scale.is_finite() && model.rounded(largest).is_finite() {
+            return Ok(values);
+        }
+        Err(AdapterError::TooLarge { name: name.into(), scale, dtype: model.dtype })
     };
-    let a = read('A', [lora_rank, module.inputs])?;
-    let mut b = read('B', [module.outputs, lora_rank])?;
-    let scale = config.scale(module)?;
-    b.iter_mut().for_each(|x| *x *= scale);
+    let a = read('A', [lora_rank, module.inputs], 1.0)?;
+    let b = read('B', [module.outputs, lora_rank], config.scale(module)?)?;
     Ok(LoraPart { site: module.site, slice: module.slice, lora_rank, a, b })
 }
 
