@@ -327,6 +327,42 @@ fn copies_of_the_models_own_tensors_change_nothing() {
     assert_eq!(read_for(&copies, &tied, DType::F32).unwrap().hash, plain.hash);
 }
 
+/// The paths of the modules that an adapter changes.
+fn paths(files: &Files) -> std::collections::BTreeSet<String> {
+    let path =
+        |name: &String| Some(name.strip_prefix("base_model.model.")?.split_once(".lora_")?.0.to_owned());
+    files.tensors.keys().filter_map(path).collect()
+}
+
+#[test]
+fn layers_are_asked_for_by_endings_of_paths_alone() {
+    let all = testing::adapter(&SEVEN, 4, 1);
+    let paths = paths(&all);
+    for (targets, layers, changed) in [
+        (json!(SEVEN), json!([0]), 7),
+        (json!(SEVEN), json!(0), 7),
+        (json!(SEVEN), json!([]), 14),
+        (json!(paths), json!([0]), 14),
+        (json!("all-linear"), json!([0]), 14),
+        (json!(".*_proj"), json!([0]), 14),
+        (json!(["q_proj", "model.layers.1.mlp.up_proj"]), json!([0]), 2),
+    ] {
+        let mut files = all.clone();
+        files.config["target_modules"] = targets.clone();
+        files.config["layers_to_transform"] = layers.clone();
+        files.tensors.retain(|name, _| match changed {
+            14 => true,
+            7 => name.contains("layers.0."),
+            _ => name.contains("layers.0.self_attn.q_proj") || name.contains("layers.1.mlp.up_proj"),
+        });
+        assert_eq!(read(&files).unwrap().parts.len(), changed, "{targets} {layers}");
+    }
+    let mut files = with_copies(&testing::model(), &[]);
+    files.config["layers_to_transform"] = json!([1]);
+    files.tensors.retain(|name, _| !name.contains("layers.0."));
+    assert_eq!(read(&files).unwrap().sites, ["lm_head", "q_proj"]);
+}
+
 #[test]
 fn a_model_that_is_gone_is_not_said_to_be_anywhere() {
     let folder = tempfile::tempdir().unwrap();

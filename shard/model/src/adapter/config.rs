@@ -142,7 +142,7 @@ impl AdapterConfig {
             let path = &module.path;
             !self.excluded.as_ref().is_some_and(|excluded| excluded.matches(path))
                 && self.targets.matches(path)
-                && (self.targets.is_pattern() || self.layers.allows(path))
+                && (!self.targets.is_filtered(path) || self.layers.allows(path))
         });
         let targeted: Vec<&Module> = targeted.collect();
         if targeted.is_empty() { Err(AdapterError::NoTarget) } else { Ok(targeted) }

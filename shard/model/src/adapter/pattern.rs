@@ -31,9 +31,12 @@ impl Targets {
         })
     }
 
-    /// Whether a layer filter is not asked: PEFT applies it to lists only.
-    pub(super) fn is_pattern(&self) -> bool {
-        matches!(self, Targets::Pattern(_))
+    /// Whether the layer filter has a say in a path that matches: PEFT asks it about endings of paths only.
+    pub(super) fn is_filtered(&self, path: &str) -> bool {
+        match self {
+            Targets::Names(names) => !names.iter().any(|name| name == path),
+            Targets::Pattern(_) | Targets::AllLinear => false,
+        }
     }
 
     pub(super) fn matches(&self, path: &str) -> bool {
@@ -65,7 +68,7 @@ fn ends_with(path: &str, name: &str) -> bool {
 /// Which layers are changed.
 pub(super) struct LayerFilter {
     layers: Option<Vec<usize>>,
-    /// Each has the layer's number as its first group.
+    /// Each has the layer's number as its group `idx`.
     patterns: Vec<Regex>,
 }
 
@@ -74,15 +77,11 @@ impl LayerFilter {
         layers: Option<&OneOrMany<usize>>,
         patterns: Option<&OneOrMany<String>>,
     ) -> Result<LayerFilter, AdapterError> {
-        let names: Vec<&str> = match patterns {
-            None => Vec::new(),
-            Some(OneOrMany::One(name)) => vec![name],
-            Some(OneOrMany::Many(names)) => names.iter().map(String::as_str).collect(),
-        };
-        let sources: Vec<String> = if names.is_empty() {
-            vec![r"^.*\.[^.]*\.(\d+)\.".into()]
-        } else {
-            names.iter().map(|name| format!(r"^.*\.{name}\.(\d+)\.")).collect()
+        let named = |name: &String| format!(r"^(?:(?:^|.*?\.){name}\.(?P<idx>\d+)\.)");
+        let sources: Vec<String> = match patterns {
+            Some(OneOrMany::One(name)) if !name.is_empty() => vec![named(name)],
+            Some(OneOrMany::Many(names)) if !names.is_empty() => names.iter().map(named).collect(),
+            _ => vec![r"^.*?\.[^.]*\.(?P<idx>\d+)\.".into()],
         };
         let compile = |source: &String| {
             Regex::new(source).map_err(|source| AdapterError::Pattern { field: "layers_pattern", source })
@@ -98,8 +97,9 @@ impl LayerFilter {
 
     pub(super) fn allows(&self, path: &str) -> bool {
         let Some(layers) = &self.layers else { return true };
-        let number =
-            self.patterns.iter().find_map(|pattern| pattern.captures(path)?.get(1)?.as_str().parse().ok());
+        // The first pattern that matches decides, with or without a number.
+        let found = self.patterns.iter().find_map(|pattern| pattern.captures(path));
+        let number = found.and_then(|found| found.name("idx")?.as_str().parse().ok());
         number.is_some_and(|number: usize| layers.contains(&number))
     }
 }
@@ -140,11 +140,21 @@ mod tests {
         let some = LayerFilter::new(Some(&OneOrMany::Many(vec![1, 3])), None).unwrap();
         assert!(some.allows("model.layers.1.mlp.up_proj"));
         assert!(!some.allows("model.layers.2.mlp.up_proj"));
-        assert!(!some.allows("lm_head"));
-        let named =
-            LayerFilter::new(Some(&OneOrMany::One(2)), Some(&OneOrMany::One("layers".into()))).unwrap();
-        assert!(named.allows("model.layers.2.mlp.up_proj"));
         assert!(LayerFilter::new(None, None).unwrap().allows("lm_head"));
+        for (name, allows) in [
+            ("layers", true),
+            ("model.layers", true),
+            ("(layers|h)", true),
+            ("h", false),
+            ("", true),
+            // As PEFT puts it into its own pattern, the number belongs to the second of these alone.
+            ("layers|h", false),
+        ] {
+            let named = Some(OneOrMany::One(name.to_owned()));
+            let filter = LayerFilter::new(Some(&OneOrMany::One(2)), named.as_ref()).unwrap();
+            assert_eq!(filter.allows("model.layers.2.mlp.up_proj"), allows, "{name}");
+            assert!(!filter.allows("model.layers.1.mlp.up_proj"), "{name}");
+        }
     }
 
     #[test]
