@@ -181,8 +181,8 @@ pub fn read(folder: &Path, model: &BaseModel) -> Result<Adapter, AdapterError> {
     let config = config::AdapterConfig::read(folder)?;
     let modules = Module::all(&model.config);
     let targets = config.targets(&modules)?;
-    let parts = tensors::read(folder, &config, &targets, model)?;
-    let mut sites: Vec<String> = targets.iter().map(|module| module.name().to_owned()).collect();
+    let parts = tensors::read(folder, &targets, model)?;
+    let mut sites: Vec<String> = targets.iter().map(|target| target.module.name().to_owned()).collect();
     sites.sort_unstable();
     sites.dedup();
     Ok(Adapter {

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use super::{
     AdapterError, CONFIG_FILE, Module,
-    pattern::{LayerFilter, Targets, pattern_key},
+    pattern::{LayerFilter, Targets, pattern_values},
 };
 use crate::{LoadError, files};
 
@@ -108,6 +108,14 @@ pub(super) struct AdapterConfig {
     layers: LayerFilter,
 }
 
+/// A module that is changed.
+pub(super) struct Target<'a> {
+    pub(super) module: &'a Module,
+    pub(super) lora_rank: usize,
+    /// What its delta is multiplied with.
+    pub(super) scale: f32,
+}
+
 impl AdapterConfig {
     pub(super) fn read(folder: &Path) -> Result<AdapterConfig, AdapterError> {
         let path = folder.join(CONFIG_FILE);
@@ -133,8 +141,8 @@ impl AdapterConfig {
         })
     }
 
-    /// The modules that are changed.
-    pub(super) fn targets<'a>(&self, modules: &'a [Module]) -> Result<Vec<&'a Module>, AdapterError> {
+    /// The modules that are changed, and how.
+    pub(super) fn targets<'a>(&self, modules: &'a [Module]) -> Result<Vec<Target<'a>>, AdapterError> {
         if let Some(unknown) = self.targets.unknown(modules) {
             return Err(AdapterError::Target(unknown.to_owned()));
         }
@@ -145,21 +153,24 @@ impl AdapterConfig {
                 && (!self.targets.is_filtered(path) || self.layers.allows(path))
         });
         let targeted: Vec<&Module> = targeted.collect();
-        if targeted.is_empty() { Err(AdapterError::NoTarget) } else { Ok(targeted) }
+        if targeted.is_empty() {
+            return Err(AdapterError::NoTarget);
+        }
+        let paths: Vec<&str> = targeted.iter().map(|module| module.path.as_str()).collect();
+        let lora_ranks = pattern_values("rank_pattern", &self.file.rank_pattern.0, &paths)?;
+        let alphas = pattern_values("alpha_pattern", &self.file.alpha_pattern.0, &paths)?;
+        let target = |((module, lora_rank), alpha): ((_, Option<usize>), Option<f64>)| {
+            let lora_rank = lora_rank.unwrap_or(self.file.r);
+            Target { module, lora_rank, scale: self.scale(alpha.unwrap_or(self.file.lora_alpha), lora_rank) }
+        };
+        Ok(targeted.into_iter().zip(lora_ranks).zip(alphas).map(target).collect())
     }
 
-    /// LoRA rank of a module.
-    pub(super) fn lora_rank(&self, module: &Module) -> Result<usize, AdapterError> {
-        Ok(pattern_key("rank_pattern", &self.file.rank_pattern.0, &module.path)?.unwrap_or(self.file.r))
-    }
-
-    /// What a module's delta is multiplied with: α/r, or α/√r (rsLoRA, Kalajdzievski, 2023).
-    pub(super) fn scale(&self, module: &Module) -> Result<f32, AdapterError> {
-        let lora_rank = self.lora_rank(module)? as f64;
-        let alpha = pattern_key("alpha_pattern", &self.file.alpha_pattern.0, &module.path)?;
-        let alpha = alpha.unwrap_or(self.file.lora_alpha);
+    /// α/r, or α/√r (rsLoRA, Kalajdzievski, 2023).
+    fn scale(&self, alpha: f64, lora_rank: usize) -> f32 {
+        let lora_rank = lora_rank as f64;
         let divisor = if self.file.use_rslora == Some(true) { lora_rank.sqrt() } else { lora_rank };
-        Ok((alpha / divisor) as f32)
+        (alpha / divisor) as f32
     }
 }
 

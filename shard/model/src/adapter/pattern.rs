@@ -104,18 +104,23 @@ impl LayerFilter {
     }
 }
 
-/// The value of the first pattern that matches the end of a path.
-pub(super) fn pattern_key<T: Copy>(
+/// Per path, the value of the first pattern that matches its end. Patterns are compiled one at a time: together, they
+/// could take any amount of memory.
+pub(super) fn pattern_values<T: Copy>(
     field: &'static str,
     patterns: &[(String, T)],
-    path: &str,
-) -> Result<Option<T>, AdapterError> {
+    paths: &[&str],
+) -> Result<Vec<Option<T>>, AdapterError> {
+    let mut values = vec![None; paths.len()];
     for (pattern, value) in patterns {
-        if whole(field, &format!(r"(?:.*\.)?(?:{pattern})"))?.is_match(path) {
-            return Ok(Some(*value));
+        let pattern = whole(field, &format!(r"(?:.*\.)?(?:{pattern})"))?;
+        for (path, found) in paths.iter().zip(&mut values) {
+            if found.is_none() && pattern.is_match(path) {
+                *found = Some(*value);
+            }
         }
     }
-    Ok(None)
+    Ok(values)
 }
 
 #[cfg(test)]
@@ -161,14 +166,14 @@ mod tests {
     fn the_first_pattern_wins() {
         let patterns =
             [("q_proj".to_owned(), 4), (r"layers\.1\..*".to_owned(), 8), ("up_proj".to_owned(), 16)];
-        for (path, value) in [
-            ("model.layers.1.self_attn.q_proj", Some(4)),
-            ("model.layers.1.mlp.up_proj", Some(8)),
-            ("model.layers.0.mlp.up_proj", Some(16)),
-            ("model.layers.0.mlp.cup_proj", None),
-        ] {
-            assert_eq!(pattern_key("rank_pattern", &patterns, path).unwrap(), value, "{path}");
-        }
-        assert!(pattern_key("rank_pattern", &[("(".to_owned(), 1)], "x").is_err());
+        let paths = [
+            "model.layers.1.self_attn.q_proj",
+            "model.layers.1.mlp.up_proj",
+            "model.layers.0.mlp.up_proj",
+            "model.layers.0.mlp.cup_proj",
+        ];
+        let values = pattern_values("rank_pattern", &patterns, &paths).unwrap();
+        assert_eq!(values, [Some(4), Some(8), Some(16), None]);
+        assert!(pattern_values("rank_pattern", &[("(".to_owned(), 1)], &paths).is_err());
     }
 }

@@ -4,7 +4,7 @@ use std::{collections::HashMap, path::Path};
 
 use kernels::{HostTensor, LoraPart};
 
-use super::{AdapterError, BaseModel, Module, WEIGHTS_FILE, base::copied_module, config::AdapterConfig};
+use super::{AdapterError, BaseModel, WEIGHTS_FILE, base::copied_module, config::Target};
 use crate::weights::safetensors::TensorFile;
 
 /// What PEFT puts in front of a module's path.
@@ -26,8 +26,7 @@ fn place(name: &str) -> Option<(&str, char)> {
 /// Reads the deltas of all targets, in their order.
 pub(super) fn read(
     folder: &Path,
-    config: &AdapterConfig,
-    targets: &[&Module],
+    targets: &[Target<'_>],
     model: &BaseModel,
 ) -> Result<Vec<LoraPart>, AdapterError> {
     let path = folder.join(WEIGHTS_FILE);
@@ -45,14 +44,13 @@ pub(super) fn read(
             copies.push((name, module));
             continue;
         }
-        let found = place(name).filter(|(path, _)| targets.iter().any(|module| module.path == *path));
+        let found = place(name).filter(|(path, _)| targets.iter().any(|target| target.module.path == *path));
         let twice = found.is_some_and(|found| places.insert(found, name).is_some());
         if found.is_none() || twice {
             return Err(AdapterError::UnknownTensor(name.clone()));
         }
     }
-    let parts =
-        targets.iter().map(|module| part(&file, &places, config, module, model)).collect::<Result<_, _>>()?;
+    let parts = targets.iter().map(|target| part(&file, &places, target, model)).collect::<Result<_, _>>()?;
     // Last, because only these need the model's files.
     copies.into_iter().try_for_each(|(name, module)| model.check_copy(&file, name, module))?;
     Ok(parts)
@@ -61,11 +59,10 @@ pub(super) fn read(
 fn part(
     file: &TensorFile,
     places: &HashMap<(&str, char), &str>,
-    config: &AdapterConfig,
-    module: &Module,
+    target: &Target<'_>,
     model: &BaseModel,
 ) -> Result<LoraPart, AdapterError> {
-    let lora_rank = config.lora_rank(module)?;
+    let Target { module, lora_rank, scale } = *target;
     let read = |which: char, expected: [usize; 2], scale: f32| {
         let name = places.get(&(module.path.as_str(), which)).copied();
         let missing = || AdapterError::MissingTensor(format!("{PREFIX}{}.lora_{which}.weight", module.path));
@@ -80,7 +77,7 @@ fn part(
         Err(AdapterError::TooLarge { name: name.into(), scale, dtype: model.dtype })
     };
     let a = read('A', [lora_rank, module.inputs], 1.0)?;
-    let b = read('B', [module.outputs, lora_rank], config.scale(module)?)?;
+    let b = read('B', [module.outputs, lora_rank], scale)?;
     Ok(LoraPart { site: module.site, slice: module.slice, lora_rank, a, b })
 }
 
