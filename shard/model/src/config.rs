@@ -57,6 +57,11 @@ impl Rope {
     }
 }
 
+/// Most layers of a model.
+const MAX_LAYERS: usize = 1 << 10;
+/// Most positions of a model; the longest context that a Llama was trained for.
+const MAX_POSITIONS: usize = 1 << 22;
+
 /// A Llama-like decoder.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
@@ -186,7 +191,7 @@ impl Config {
             tied: fields.flag("tie_word_embeddings")?,
             attention_bias: fields.flag("attention_bias")?,
             mlp_bias: fields.flag("mlp_bias")?,
-            window: fields.size("sliding_window")?.map(|window| window as u32),
+            window: window(&fields)?,
         };
         config.check()
     }
@@ -255,6 +260,15 @@ impl Config {
         if self.layers == 0 || self.vocab == 0 || self.ffn == 0 || self.max_positions == 0 {
             return inconsistent("a size of the model", 0, 1);
         }
+        // Memory is taken for each of them before weights are there to contradict.
+        if self.layers > MAX_LAYERS {
+            let expected = "a positive integer up to 1024";
+            return Err(LoadError::Field { field: "num_hidden_layers", expected });
+        }
+        if self.max_positions > MAX_POSITIONS {
+            let expected = "a positive integer up to 4194304";
+            return Err(LoadError::Field { field: "max_position_embeddings", expected });
+        }
         if !self.rms_eps.is_finite() || !self.rope.theta.is_finite() || self.rope.theta <= 0.0 {
             return Err(LoadError::Field {
                 field: "rms_norm_eps or rope_theta",
@@ -276,6 +290,16 @@ impl Config {
         ];
         let layers = std::iter::repeat_n(layer, self.layers).flatten();
         layers.chain([site(self.hidden, &[self.vocab])]).collect()
+    }
+}
+
+/// Positions that a row sees: a Mistral's field, 4096 if it is absent, all if it is null. A Llama has none.
+fn window(fields: &Fields) -> Result<Option<u32>> {
+    let field = "sliding_window";
+    match (fields.0["architectures"][0].as_str(), fields.0.get(field)) {
+        (Some("MistralForCausalLM"), None) => Ok(Some(4096)),
+        (Some("MistralForCausalLM"), Some(_)) => Ok(fields.size(field)?.map(|window| window as u32)),
+        _ => Ok(None),
     }
 }
 
@@ -377,8 +401,30 @@ mod tests {
                 json!(3),
                 "num_attention_heads, a multiple of num_key_value_heads: 4, expected 3",
             ),
+            (
+                "num_hidden_layers",
+                json!(i32::MAX),
+                "num_hidden_layers is missing or not a positive integer up to 1024",
+            ),
+            (
+                "max_position_embeddings",
+                json!(i32::MAX),
+                "max_position_embeddings is missing or not a positive integer up to 4194304",
+            ),
         ] {
             assert_eq!(with(field, value).unwrap_err().to_string(), message);
+        }
+    }
+
+    #[test]
+    fn only_a_mistral_has_a_window() {
+        assert_eq!(with("sliding_window", json!(64)).unwrap().window, None);
+        let mut mistral = base();
+        mistral["architectures"] = json!(["MistralForCausalLM"]);
+        assert_eq!(Config::from_json(mistral.clone()).unwrap().window, Some(4096));
+        for (value, window) in [(json!(64), Some(64)), (Value::Null, None)] {
+            mistral["sliding_window"] = value;
+            assert_eq!(Config::from_json(mistral.clone()).unwrap().window, window);
         }
     }
 
