@@ -158,7 +158,7 @@ fn each(be: &CpuBackend, count: usize, f: impl Fn(usize) -> Sampled + Sync) -> V
     results.into_iter().filter_map(std::sync::OnceLock::into_inner).collect()
 }
 
-/// `ln Σ eˣ`.
+/// `ln Σ eˣ`; a NaN adds nothing.
 fn log_sum_exp(tier: Tier, logits: &[f32]) -> f32 {
     run(tier, LogSumExp(logits))
 }
@@ -176,29 +176,36 @@ impl Kernel for LogSumExp<'_> {
         unsafe {
             let mut max = S::splat(rest_max);
             for chunk in chunks {
-                max = S::max(max, S::load(chunk.as_ptr()));
+                max = S::max(S::load(chunk.as_ptr()), max);
             }
             let max = S::largest(max);
             let mut sum = S::splat(0.0);
             for chunk in chunks {
                 sum = S::add(sum, S::exp(S::add(S::load(chunk.as_ptr()), S::splat(-max))));
             }
-            let rest: f32 = rest.iter().map(|x| (x - max).exp()).sum();
+            let rest: f32 = rest.iter().filter(|x| !x.is_nan()).map(|x| (x - max).exp()).sum();
             max + (S::sum(sum) + rest).ln()
         }
     }
 }
 
-/// Greater logit first, then lower id.
-fn by_logit(logits: &[f32]) -> impl Fn(&u32, &u32) -> std::cmp::Ordering {
-    move |a, b| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b))
+/// A logit, where NaN is that of a token which is never chosen.
+fn or_never(logit: f32) -> f32 {
+    if logit.is_nan() { f32::NEG_INFINITY } else { logit }
 }
 
+/// Greater logit first, then lower id.
+fn by_logit(logits: &[f32]) -> impl Fn(&u32, &u32) -> std::cmp::Ordering {
+    let logit = |id: u32| or_never(logits[id as usize]);
+    move |a, b| logit(*b).total_cmp(&logit(*a)).then(a.cmp(b))
+}
+
+/// The first token of the greatest logit; 0 where none can be chosen.
 fn argmax(logits: &[f32]) -> u32 {
-    let mut best = 0;
+    let (mut best, mut most) = (0, f32::NEG_INFINITY);
     for (i, x) in logits.iter().enumerate() {
-        if *x > logits[best] {
-            best = i;
+        if *x > most {
+            (best, most) = (i, *x);
         }
     }
     best as u32
@@ -259,8 +266,12 @@ impl Seat {
         }
     }
 
-    /// One draw from the filtered distribution.
+    /// One draw from the filtered distribution. An infinite logit has all the probability.
     fn draw(&self, logits: &[f32]) -> u32 {
+        let best = argmax(logits);
+        if !logits[best as usize].is_finite() {
+            return best;
+        }
         let mut kept = self.candidates(logits);
         let params = &self.params;
         if params.typical_p < 1.0 {
@@ -292,7 +303,7 @@ impl Seat {
         let max = logits[ids[0] as usize];
         let mut kept: Vec<(u32, f32)> = ids
             .into_iter()
-            .map(|id| (id, ((logits[id as usize] - max) / params.temperature).exp()))
+            .map(|id| (id, ((or_never(logits[id as usize]) - max) / params.temperature).exp()))
             .collect();
         let total: f32 = kept.iter().map(|candidate| candidate.1).sum();
         kept.iter_mut().for_each(|candidate| candidate.1 /= total);

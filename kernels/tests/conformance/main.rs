@@ -53,7 +53,7 @@ macro_rules! on_every_backend {
 
 use sampling::{
     draws_depend_on_their_seat_alone, penalties_over_a_large_vocabulary, sampling_filters_and_reports,
-    sampling_of_a_large_vocabulary,
+    sampling_of_a_large_vocabulary, tokens_without_a_probability_are_never_chosen,
 };
 
 on_every_backend!(
@@ -69,11 +69,17 @@ on_every_backend!(
     sampling_of_a_large_vocabulary,
     penalties_over_a_large_vocabulary,
     draws_depend_on_their_seat_alone,
+    tokens_without_a_probability_are_never_chosen,
 );
 
 #[test]
 fn no_row_depends_on_its_neighbours_on_the_cpu() {
     on_cpu(a_row_does_not_depend_on_its_neighbours);
+}
+
+#[test]
+fn any_logits_give_a_token_on_the_cpu() {
+    on_cpu(sampling::any_logits_give_a_token);
 }
 
 /// The CPU keeps keys and values in f16, whose range is smaller than theirs.

@@ -2,6 +2,7 @@
 
 use kernels::{
     Backend, SampleRow, SamplingParams,
+    cpu::CpuBackend,
     reference::{self, Table},
     testing::Numbers,
 };
@@ -144,4 +145,79 @@ pub(super) fn draws_depend_on_their_seat_alone<B: Backend>(ops: &B) {
     let alone = draws(0, 1);
     assert!(alone.iter().any(|token| token != &alone[0]), "draws differ");
     assert_eq!(draws(41, 64), alone);
+}
+
+/// Every way to choose: the most probable token, and draws through each filter.
+fn ways() -> Vec<SamplingParams> {
+    let warm = SamplingParams { temperature: 0.7, ..Default::default() };
+    vec![
+        SamplingParams::default(),
+        warm.clone(),
+        SamplingParams { top_k: 3, ..warm.clone() },
+        SamplingParams { top_p: 0.9, ..warm.clone() },
+        SamplingParams { typical_p: 0.9, ..warm.clone() },
+        SamplingParams { min_p: 0.1, ..warm.clone() },
+        SamplingParams { top_k: 9, top_p: 0.9, typical_p: 0.9, min_p: 0.1, ..warm },
+    ]
+}
+
+/// Eight tokens chosen from one row of logits.
+fn chosen<B: Backend>(ops: &B, logits: &[f32], params: &SamplingParams) -> Vec<u32> {
+    let x = wide_mat(ops, &Table { cols: logits.len(), data: logits.to_vec() });
+    let mut sampler = ops.sampler(1, logits.len()).unwrap();
+    ops.seat(&mut sampler, 0, params, &[], &[]).unwrap();
+    let mut choose = || ops.sample(&x, &[SampleRow { row: 0, seat: 0 }], &mut sampler).unwrap();
+    (0..8).map(|_| collect(ops, choose()).remove(0).token).collect()
+}
+
+/// A row whose NaN and negative infinity are at its ends and between: all but two tokens, at 40 and 1001.
+fn holes() -> Vec<f32> {
+    let mut logits: Vec<f32> =
+        (0..1003).map(|i| if i % 2 == 0 { f32::NAN } else { f32::NEG_INFINITY }).collect();
+    (logits[40], logits[1001]) = (1.0, 1.5);
+    logits
+}
+
+pub(super) fn tokens_without_a_probability_are_never_chosen<B: Backend>(ops: &B) {
+    let logits = holes();
+    for params in ways() {
+        let tokens = chosen(ops, &logits, &SamplingParams { top_k: 0, ..params.clone() });
+        assert!(tokens.iter().all(|token| [40, 1001].contains(token)), "{params:?}: {tokens:?}");
+    }
+    assert_eq!(chosen(ops, &logits, &SamplingParams::default()), [1001; 8]);
+    let mut sampler = ops.sampler(1, logits.len()).unwrap();
+    ops.seat(&mut sampler, 0, &SamplingParams::default(), &[], &[]).unwrap();
+    let x = wide_mat(ops, &Table { cols: logits.len(), data: logits });
+    let sampled = ops.sample(&x, &[SampleRow { row: 0, seat: 0 }], &mut sampler).unwrap();
+    let logprob = -(-0.5_f32).exp().ln_1p();
+    assert!((collect(ops, sampled)[0].logprob - logprob).abs() < 1e-4, "of the tokens that have one");
+    let infinite: Vec<f32> = (0..50).map(|i| if i == 31 { f32::INFINITY } else { i as f32 }).collect();
+    assert_eq!(chosen(ops, &infinite, &SamplingParams::default()), [31; 8]);
+    for logits in [[f32::NAN; 50], [f32::NEG_INFINITY; 50]] {
+        assert_eq!(chosen(ops, &logits, &SamplingParams::default()), [0; 8], "there is no other");
+    }
+}
+
+/// What the CPU answers to logits that are no distribution.
+pub(super) fn any_logits_give_a_token(ops: &CpuBackend) {
+    let mut infinite = Numbers(9).table(1, 70).data;
+    (infinite[3], infinite[64]) = (f32::INFINITY, f32::INFINITY);
+    infinite[0] = f32::NAN;
+    for params in ways() {
+        assert_eq!(chosen(ops, &infinite, &params), [3; 8], "{params:?}");
+        assert_eq!(chosen(ops, &[f32::NAN; 70], &params), [0; 8], "{params:?}");
+        assert_eq!(chosen(ops, &[f32::NEG_INFINITY; 70], &params), [0; 8], "{params:?}");
+        let tokens = chosen(ops, &holes(), &params);
+        assert!(tokens.iter().all(|token| [40, 1001].contains(token)), "{params:?}: {tokens:?}");
+        let mut extreme = vec![f32::MIN; 70];
+        extreme[20] = f32::MAX;
+        assert_eq!(chosen(ops, &extreme, &params), [20; 8], "{params:?}");
+    }
+    let overflowing =
+        SamplingParams { repetition_penalty: 1e-39, min_p: 0.1, temperature: 1.0, ..Default::default() };
+    let mut sampler = ops.sampler(1, 70).unwrap();
+    ops.seat(&mut sampler, 0, &overflowing, &[5], &[]).unwrap();
+    let x = wide_mat(ops, &Table { cols: 70, data: vec![2.0; 70] });
+    let sampled = ops.sample(&x, &[SampleRow { row: 0, seat: 0 }], &mut sampler).unwrap();
+    assert_eq!(collect(ops, sampled)[0].token, 5);
 }

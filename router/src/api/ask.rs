@@ -9,6 +9,8 @@ use crate::{generation::Sampling, shards::AdapterRef};
 const MAX_TOP: u32 = 20;
 /// Entries of a logit bias.
 const MAX_BIAS: usize = 1024;
+/// Repetition penalties: no logit that they divide or multiply overflows.
+const PENALTIES: std::ops::RangeInclusive<f32> = 0.01..=100.0;
 
 /// Text, or what it was tokenized to.
 #[derive(Debug, Clone, PartialEq)]
@@ -79,7 +81,10 @@ impl Ask {
             (s.top_p > 0.0 && s.top_p <= 1.0, "`top_p` must be > 0.0 and <= 1.0".into()),
             ((0.0..=1.0).contains(&s.min_p), "`min_p` must be between 0.0 and 1.0".into()),
             (s.typical_p > 0.0 && s.typical_p <= 1.0, "`typical_p` must be > 0.0 and <= 1.0".into()),
-            (s.repetition_penalty > 0.0, "`repetition_penalty` must be strictly positive".into()),
+            (
+                PENALTIES.contains(&s.repetition_penalty),
+                "`repetition_penalty` must be >= 0.01 and <= 100.0".into(),
+            ),
             (s.frequency_penalty.abs() <= 2.0, "`frequency_penalty` must be >= -2.0 and <= 2.0".into()),
             (s.presence_penalty.abs() <= 2.0, "`presence_penalty` must be >= -2.0 and <= 2.0".into()),
             (

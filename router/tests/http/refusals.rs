@@ -90,6 +90,8 @@ async fn parameters_out_of_range() {
         ("min_p", json!(2), "`min_p`"),
         ("typical_p", json!(0), "`typical_p`"),
         ("repetition_penalty", json!(0), "`repetition_penalty`"),
+        ("repetition_penalty", json!(1e-39), "`repetition_penalty`"),
+        ("repetition_penalty", json!(101), "`repetition_penalty`"),
         ("frequency_penalty", json!(3), "`frequency_penalty`"),
         ("presence_penalty", json!(-3), "`presence_penalty`"),
         ("stop", json!(vec!["x"; 5]), "up to 4"),
