@@ -1,6 +1,12 @@
 //! Choosing tokens.
 
-use std::collections::HashMap;
+mod draw;
+mod ranking;
+
+use std::{
+    collections::HashMap,
+    sync::{Mutex, OnceLock, PoisonError},
+};
 
 use super::{
     CpuBackend,
@@ -8,12 +14,24 @@ use super::{
     simd::{Kernel, Simd, Tier, run},
 };
 use crate::{Error, Matrix, Result, SampleRow, Sampled, SamplingParams};
+use ranking::{Buffers, Ranking, lane_maxima};
 
 /// Sampling state by seat.
 #[derive(Debug)]
 pub struct CpuSampler {
     vocab: usize,
     seats: Vec<Seat>,
+    /// As much as there were rows at once.
+    spare: Mutex<Vec<Scratch>>,
+}
+
+/// Memory of a choice, kept from one to the next.
+#[derive(Debug, Default)]
+struct Scratch {
+    /// Logits with penalties.
+    logits: Vec<f32>,
+    top: Buffers,
+    draw: draw::Scratch,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -28,7 +46,7 @@ struct Seat {
 
 impl CpuSampler {
     pub(super) fn new(seats: usize, vocab: usize) -> CpuSampler {
-        CpuSampler { vocab, seats: vec![Seat::default(); seats] }
+        CpuSampler { vocab, seats: vec![Seat::default(); seats], spare: Mutex::default() }
     }
 
     /// The token sampled last at a seat.
@@ -90,10 +108,13 @@ pub(super) fn sample(
     for row in rows {
         sampler.last(op, row.seat as usize)?;
     }
-    let seats = &sampler.seats;
+    let (seats, spare) = (&sampler.seats, || sampler.spare.lock().unwrap_or_else(PoisonError::into_inner));
     let sampled = each(be, rows.len(), |i| {
         let SampleRow { row, seat } = rows[i];
-        seats[seat as usize].choose(be.tier, seat, logits.row(row as usize))
+        let mut scratch = spare().pop().unwrap_or_default();
+        let choice = seats[seat as usize].choose(be.tier, seat, logits.row(row as usize), &mut scratch);
+        spare().push(scratch);
+        choice
     });
     for choice in &sampled {
         let seat = &mut sampler.seats[choice.seat as usize];
@@ -126,7 +147,7 @@ pub(super) fn score(
             seat: 0,
             token,
             logprob: logits[token as usize] - normalizer,
-            top: top(logits, num_top, normalizer),
+            top: top(logits, num_top, normalizer, &mut Buffers::default()),
         }
     }))
 }
@@ -151,11 +172,11 @@ fn check_rows(
 
 /// `f(0) … f(count - 1)`, computed on all threads.
 fn each(be: &CpuBackend, count: usize, f: impl Fn(usize) -> Sampled + Sync) -> Vec<Sampled> {
-    let results: Vec<std::sync::OnceLock<Sampled>> = (0..count).map(|_| std::sync::OnceLock::new()).collect();
+    let results: Vec<OnceLock<Sampled>> = (0..count).map(|_| OnceLock::new()).collect();
     be.pool.run(count, |i| {
         results[i].get_or_init(|| f(i));
     });
-    results.into_iter().filter_map(std::sync::OnceLock::into_inner).collect()
+    results.into_iter().filter_map(OnceLock::into_inner).collect()
 }
 
 /// `ln Σ eˣ`; a NaN adds nothing.
@@ -189,65 +210,44 @@ impl Kernel for LogSumExp<'_> {
     }
 }
 
-/// A logit, where NaN is that of a token which is never chosen.
-fn or_never(logit: f32) -> f32 {
-    if logit.is_nan() { f32::NEG_INFINITY } else { logit }
-}
-
-/// Greater logit first, then lower id.
-fn by_logit(logits: &[f32]) -> impl Fn(&u32, &u32) -> std::cmp::Ordering {
-    let logit = |id: u32| or_never(logits[id as usize]);
-    move |a, b| logit(*b).total_cmp(&logit(*a)).then(a.cmp(b))
-}
-
 /// The first token of the greatest logit; 0 where none can be chosen.
 fn argmax(logits: &[f32]) -> u32 {
-    let (mut best, mut most) = (0, f32::NEG_INFINITY);
-    for (i, x) in logits.iter().enumerate() {
-        if *x > most {
-            (best, most) = (i, *x);
-        }
-    }
-    best as u32
+    let most = lane_maxima(logits).into_iter().fold(f32::NEG_INFINITY, f32::max);
+    let best = logits.iter().position(|x| *x == most && most > f32::NEG_INFINITY);
+    best.unwrap_or(0) as u32
 }
 
-fn top(logits: &[f32], count: u32, normalizer: f32) -> Vec<(u32, f32)> {
+/// The `count` most probable tokens that have a probability, best first, with its logarithm.
+fn top(logits: &[f32], count: u32, normalizer: f32, buffers: &mut Buffers) -> Vec<(u32, f32)> {
     if count == 0 {
         return Vec::new();
     }
-    let ids = best_ids(logits, count as usize);
-    ids.into_iter().map(|id| (id, logits[id as usize] - normalizer)).collect()
-}
-
-/// The `count` tokens of greatest logit, greatest first.
-fn best_ids(logits: &[f32], count: usize) -> Vec<u32> {
-    let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
-    if count < ids.len() && count > 0 {
-        ids.select_nth_unstable_by(count - 1, by_logit(logits));
-    }
-    ids.truncate(count);
-    ids.sort_unstable_by(by_logit(logits));
-    ids
+    let mut ranking = Ranking::new(logits, buffers);
+    ranking.first(count as usize).map(|id| (id, logits[id as usize] - normalizer)).collect()
 }
 
 impl Seat {
-    fn choose(&self, tier: Tier, seat: u32, raw: &[f32]) -> Sampled {
+    fn choose(&self, tier: Tier, seat: u32, raw: &[f32], scratch: &mut Scratch) -> Sampled {
         let normalizer = log_sum_exp(tier, raw);
         let params = &self.params;
-        let mut changed = Vec::new();
         let logits = if params.has_penalty() || !params.logit_bias.is_empty() {
-            changed.extend_from_slice(raw);
-            self.penalize(&mut changed);
-            &changed
+            scratch.logits.clear();
+            scratch.logits.extend_from_slice(raw);
+            self.penalize(&mut scratch.logits);
+            &scratch.logits
         } else {
             raw
         };
-        let token = if params.temperature == 0.0 { argmax(logits) } else { self.draw(logits) };
+        let mut token = argmax(logits);
+        // An infinite logit has all the probability.
+        if params.temperature != 0.0 && logits[token as usize].is_finite() {
+            token = draw::draw(params, self.drawn, tier, logits, &mut scratch.draw);
+        }
         Sampled {
             seat,
             token,
             logprob: raw[token as usize] - normalizer,
-            top: top(raw, params.num_top, normalizer),
+            top: top(raw, params.num_top, normalizer, &mut scratch.top),
         }
     }
 
@@ -265,81 +265,4 @@ impl Seat {
             logits[token as usize] += bias;
         }
     }
-
-    /// One draw from the filtered distribution. An infinite logit has all the probability.
-    fn draw(&self, logits: &[f32]) -> u32 {
-        let best = argmax(logits);
-        if !logits[best as usize].is_finite() {
-            return best;
-        }
-        let mut kept = self.candidates(logits);
-        let params = &self.params;
-        if params.typical_p < 1.0 {
-            typical(&mut kept, params.typical_p);
-        }
-        if params.top_p < 1.0 {
-            kept.truncate(covering(&kept, params.top_p));
-        }
-        if params.min_p > 0.0 {
-            let least = params.min_p * kept[0].1;
-            kept.retain(|candidate| candidate.1 >= least);
-        }
-        let total: f32 = kept.iter().map(|candidate| candidate.1).sum();
-        let mut left = uniform(params.seed, self.drawn) * f64::from(total);
-        for (token, p) in &kept {
-            left -= f64::from(*p);
-            if left < 0.0 {
-                return *token;
-            }
-        }
-        kept[kept.len() - 1].0
-    }
-
-    /// Tokens and probabilities after temperature and top-k, most probable first.
-    fn candidates(&self, logits: &[f32]) -> Vec<(u32, f32)> {
-        let params = &self.params;
-        let k = if params.top_k == 0 { logits.len() } else { (params.top_k as usize).min(logits.len()) };
-        let ids = best_ids(logits, k);
-        let max = logits[ids[0] as usize];
-        let mut kept: Vec<(u32, f32)> = ids
-            .into_iter()
-            .map(|id| (id, ((or_never(logits[id as usize]) - max) / params.temperature).exp()))
-            .collect();
-        let total: f32 = kept.iter().map(|candidate| candidate.1).sum();
-        kept.iter_mut().for_each(|candidate| candidate.1 /= total);
-        kept
-    }
-}
-
-/// How many candidates from the front have `mass` together, at least 1.
-fn covering(kept: &[(u32, f32)], mass: f32) -> usize {
-    let total: f32 = kept.iter().map(|candidate| candidate.1).sum();
-    let mut sum = 0.0;
-    let reached = kept.iter().position(|candidate| {
-        sum += candidate.1;
-        sum >= mass * total
-    });
-    reached.map_or(kept.len(), |last| last + 1)
-}
-
-/// Keeps the candidates whose surprise is nearest to the entropy, most probable first as before.
-fn typical(kept: &mut Vec<(u32, f32)>, mass: f32) {
-    let surprise = |p: f32| -p.max(f32::MIN_POSITIVE).ln();
-    let entropy: f32 = kept.iter().map(|(_, p)| p * surprise(*p)).sum();
-    kept.sort_by(|a, b| {
-        (surprise(a.1) - entropy).abs().total_cmp(&(surprise(b.1) - entropy).abs()).then(a.0.cmp(&b.0))
-    });
-    kept.truncate(covering(kept, mass));
-    kept.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-}
-
-/// Draw `i` of a sequence, in [0, 1): SplitMix64's mixing function (Steele et al., 2014) over seed and counter.
-fn uniform(seed: u64, i: u64) -> f64 {
-    let mix = |mut z: u64| {
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    };
-    let bits = mix(mix(seed).wrapping_add(i.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15)));
-    (bits >> 11) as f64 / (1u64 << 53) as f64
 }

@@ -52,8 +52,9 @@ macro_rules! on_every_backend {
 }
 
 use sampling::{
-    draws_depend_on_their_seat_alone, penalties_over_a_large_vocabulary, sampling_filters_and_reports,
-    sampling_of_a_large_vocabulary, tokens_without_a_probability_are_never_chosen,
+    draws_depend_on_their_seat_alone, penalties_over_a_large_vocabulary, sampling_among_thousands_of_tokens,
+    sampling_filters_and_reports, sampling_of_a_large_vocabulary,
+    tokens_without_a_probability_are_never_chosen,
 };
 
 on_every_backend!(
@@ -67,6 +68,7 @@ on_every_backend!(
     embedding_takes_the_token_sampled_last,
     sampling_filters_and_reports,
     sampling_of_a_large_vocabulary,
+    sampling_among_thousands_of_tokens,
     penalties_over_a_large_vocabulary,
     draws_depend_on_their_seat_alone,
     tokens_without_a_probability_are_never_chosen,

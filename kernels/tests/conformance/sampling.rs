@@ -147,6 +147,29 @@ pub(super) fn draws_depend_on_their_seat_alone<B: Backend>(ops: &B) {
     assert_eq!(draws(41, 64), alone);
 }
 
+pub(super) fn sampling_among_thousands_of_tokens<B: Backend>(ops: &B) {
+    let vocab = 20_001;
+    // Every token is a ten-thousandth below the one before it.
+    let rank = |token: u32| token as usize * 7919 % vocab;
+    let data = (0..vocab as u32).map(|token| -1e-4 * rank(token) as f32).collect();
+    let (x, rows) = (wide_mat(ops, &Table { cols: vocab, data }), 200);
+    let last = |params: SamplingParams| {
+        let mut sampler = ops.sampler(rows as usize, vocab).unwrap();
+        let all: Vec<_> = (0..rows).map(|seat| SampleRow { row: 0, seat }).collect();
+        for seat in 0..rows {
+            let params = SamplingParams { temperature: 1.0, seed: u64::from(seat), ..params.clone() };
+            ops.seat(&mut sampler, seat, &params, &[], &[]).unwrap();
+        }
+        let sampled = collect(ops, ops.sample(&x, &all, &mut sampler).unwrap());
+        sampled.iter().map(|sampled| rank(sampled.token)).max().unwrap()
+    };
+    // e^-2 of the mass is beyond the last token: 0.9 of it is reached at -ln(1 - 0.9 (1 - e^-2)) = 1.506.
+    assert!((18_000..vocab).contains(&last(SamplingParams::default())));
+    assert!((14_000..15_070).contains(&last(SamplingParams { top_p: 0.9, ..Default::default() })));
+    assert!((6_500..6_940).contains(&last(SamplingParams { min_p: 0.5, ..Default::default() })));
+    assert!((8_500..9_000).contains(&last(SamplingParams { top_k: 9_000, ..Default::default() })));
+}
+
 /// Every way to choose: the most probable token, and draws through each filter.
 fn ways() -> Vec<SamplingParams> {
     let warm = SamplingParams { temperature: 0.7, ..Default::default() };
