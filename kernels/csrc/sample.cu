@@ -166,7 +166,8 @@ __device__ void keep_min_p(Kept& kept, float p, int vocab) {
 
 __device__ uint32_t choose(const float* z, const SeatParams& p, int vocab, uint32_t index) {
   Peak peak = find_peak(z, vocab);
-  if (p.temperature <= 0.f) return id_of(peak.rank);
+  // An infinite logit has all the probability; of a row of NaN no token has any.
+  if (p.temperature <= 0.f || !isfinite(peak.top)) return id_of(peak.rank);
   Kept kept{z, peak.top, 0.f, 0.f, 0, 0, INFINITY};
   if (p.top_k > 0 && p.top_k < (uint32_t)vocab)
     kept.cut = select(vocab, p.top_k, [&](int t, uint64_t& rank, uint64_t& weight) {

@@ -33,10 +33,10 @@ enum Command {
     Cancel(RequestId),
 }
 
-/// What counts a request among the concurrent ones; all its sequences share it.
-pub(crate) type Permit = Arc<OwnedSemaphorePermit>;
+/// What counts a sequence among the concurrent ones.
+pub(crate) type Permit = OwnedSemaphorePermit;
 
-/// A sequence's hold of its request's permit. There are two, and the first that is dropped lets go: the task's when the
+/// A hold of a sequence's permit. There are two, and the first that is dropped lets go: the task's when the
 /// sequence ends or is cancelled, which a client that does not read never learns, and the client's when it has all it
 /// wants, which the task learns later.
 struct Place(Arc<Mutex<Option<Permit>>>);

@@ -150,12 +150,17 @@ impl App {
         request: Request,
     ) -> Result<(T, Permit), ApiError> {
         let body = timeout(BODY, self.read(request)).await.map_err(|_| ApiError::Slow)??;
-        let permit = self.permits.clone().try_acquire_owned().map_err(|_| ApiError::Overloaded)?;
+        let permit = self.admit()?;
         let body = serde_json::from_slice(&body).map_err(|error| match error.classify() {
             serde_json::error::Category::Data => ApiError::Validation(error.to_string()),
             _ => ApiError::Malformed(error.to_string()),
         })?;
-        Ok((body, Arc::new(permit)))
+        Ok((body, permit))
+    }
+
+    /// Takes one of the places for concurrent requests.
+    pub(crate) fn admit(&self) -> Result<Permit, ApiError> {
+        self.permits.clone().try_acquire_owned().map_err(|_| ApiError::Overloaded)
     }
 
     async fn read(&self, request: Request) -> Result<Vec<u8>, ApiError> {

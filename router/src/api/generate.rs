@@ -31,8 +31,7 @@ use crate::{
 pub(crate) struct GenerateRequest {
     inputs: String,
     parameters: Option<Parameters>,
-    #[serde(default)]
-    stream: bool,
+    stream: Option<bool>,
     #[serde(flatten)]
     rest: Rest,
 }
@@ -163,7 +162,7 @@ pub(crate) async fn stream(State(app): State<Arc<App>>, request: Request) -> Res
 
 /// `POST /`: by the field `stream`; a whole answer is the only element of a list.
 pub(crate) async fn either(State(app): State<Arc<App>>, request: Request) -> Response {
-    respond(&app, request, |request| request.stream, true).await
+    respond(&app, request, |request| request.stream == Some(true), true).await
 }
 
 async fn respond(

@@ -5,6 +5,7 @@ mod logprobs;
 mod request;
 
 use std::{
+    iter,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -59,7 +60,11 @@ pub(crate) async fn chat_completions(State(app): State<Arc<App>>, request: Reque
 }
 
 async fn run(app: &App, asks: Vec<Ask>, options: Options, permit: Permit) -> Result<Response, ApiError> {
-    let generations = try_join_all(asks.into_iter().map(|ask| app.generate(ask, permit.clone()))).await?;
+    // Each prompt is as much work as a request of its own.
+    let others = (1..asks.len()).map(|_| app.admit()).collect::<Result<Vec<_>, _>>()?;
+    let permits = iter::once(permit).chain(others);
+    let started = asks.into_iter().zip(permits).map(|(ask, permit)| app.generate(ask, permit));
+    let generations = try_join_all(started).await?;
     let head = Head::new(&options, new_id(options.chat));
     if options.stream {
         return Ok(stream_events(head, generations, options).into_response());

@@ -173,3 +173,15 @@ async fn one_that_never_ends_its_head_is_cut_off() {
         assert!(response.is_empty() || response.starts_with("HTTP/1.1 408 "), "{response}");
     }
 }
+
+#[tokio::test]
+async fn each_prompt_of_a_list_takes_a_place() {
+    let script = Script::saying(tokens("a"));
+    let router = Router::start_with(script, |config| config.router.max_concurrent_requests = 2).await;
+    let body = |prompts: &[&str]| json!({"prompt": prompts, "max_tokens": 1, "model": null, "stream": null});
+    for _ in 0..3 {
+        router.ok("/v1/completions", &body(&["x", "y"])).await;
+        let (status, answer) = router.post("/v1/completions", &body(&["x", "y", "z"])).await;
+        assert_eq!((status.as_u16(), &answer["error"]["code"]), (429, &json!("overloaded")));
+    }
+}

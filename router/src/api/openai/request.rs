@@ -19,8 +19,7 @@ use crate::{
 /// Fields that both endpoints have.
 #[derive(Debug, Deserialize)]
 struct Common {
-    #[serde(default)]
-    model: String,
+    model: Option<String>,
     temperature: Option<f32>,
     top_p: Option<f32>,
     stream: Option<bool>,
@@ -44,8 +43,7 @@ struct Common {
 
 #[derive(Debug, Deserialize)]
 struct StreamOptions {
-    #[serde(default)]
-    include_usage: bool,
+    include_usage: Option<bool>,
     #[serde(flatten)]
     rest: Rest,
 }
@@ -165,7 +163,7 @@ impl Common {
 
     /// The adapter: by its own field, else the model's name unless that is the base model's.
     fn adapter(&self, app: &App, bearer: Option<String>) -> Option<AdapterRef> {
-        let named = (self.model != app.config.model.id).then(|| self.model.clone());
+        let named = self.model.clone().filter(|model| *model != app.config.model.id);
         let id = self.adapter_id.clone().or(named);
         app.adapter(id, self.adapter_source.clone(), self.api_token.clone().or(bearer))
     }
@@ -216,12 +214,16 @@ impl Common {
     }
 
     fn options(&self, app: &App, chat: bool) -> Options {
-        let model = if self.model.is_empty() { &app.config.model.id } else { &self.model };
+        let model = self.model.as_ref().filter(|model| !model.is_empty()).unwrap_or(&app.config.model.id);
         Options {
             chat,
             model: model.clone(),
             stream: self.stream == Some(true),
-            include_usage: self.stream_options.as_ref().is_some_and(|options| options.include_usage),
+            include_usage: self
+                .stream_options
+                .as_ref()
+                .and_then(|options| options.include_usage)
+                .unwrap_or(false),
             logprobs: false,
             echo: false,
         }
