@@ -162,14 +162,18 @@ async fn one_that_does_not_send_keeps_nobody_out_and_is_told_in_the_end() {
 #[tokio::test]
 async fn one_that_never_ends_its_head_is_cut_off() {
     let router = Router::start(Script::saying(tokens("a"))).await;
+    let mut stalled = Vec::new();
     for head in ["", "GET /health HT", "POST /generate HTTP/1.1\r\nhost: x\r\n"] {
-        let mut stalled = tokio::net::TcpStream::connect(&router.address).await.unwrap();
-        stalled.write_all(head.as_bytes()).await.unwrap();
-        router.ok("/generate", &json!({"inputs": "x"})).await;
-        tokio::time::pause();
+        let mut socket = tokio::net::TcpStream::connect(&router.address).await.unwrap();
+        socket.write_all(head.as_bytes()).await.unwrap();
+        stalled.push(socket);
+    }
+    // The others are there by then.
+    router.ok("/generate", &json!({"inputs": "x"})).await;
+    tokio::time::pause();
+    for mut socket in stalled {
         let mut response = String::new();
-        stalled.read_to_string(&mut response).await.unwrap();
-        tokio::time::resume();
+        socket.read_to_string(&mut response).await.unwrap();
         assert!(response.is_empty() || response.starts_with("HTTP/1.1 408 "), "{response}");
     }
 }
