@@ -299,6 +299,10 @@ impl Batcher {
                 // Tokens come from the step that is being completed.
                 let unknown = (Scored { id: token, logprob: f32::NAN }, Vec::new());
                 let (token, top) = scored.get(&id).cloned().unwrap_or(unknown);
+                if token.logprob.is_nan() {
+                    // An adapter's finite weights can still be too large to compute with.
+                    return self.give_up(id, "the logits are not numbers");
+                }
                 self.send(id, Update::Token { token, top, finish });
                 if finish.is_some() {
                     self.live.remove(&id);
@@ -322,8 +326,12 @@ impl Batcher {
         if live.updates.capacity() > 1 && live.updates.try_send(update).is_ok() {
             return;
         }
+        self.give_up(id, "the client did not keep up");
+    }
+
+    fn give_up(&mut self, id: RequestId, why: &str) {
         if let Some(live) = self.live.remove(&id) {
-            live.fail(Failure::Generation("the client did not keep up".into()));
+            live.fail(Failure::Generation(why.into()));
         }
         self.scheduler.cancel(id);
     }

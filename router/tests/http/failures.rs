@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use crate::{
     router::{Router, events, tokens},
-    shard::{Gate, Script},
+    shard::{Gate, IMPROBABLE, Script},
 };
 
 async fn unavailable(router: &Router) {
@@ -137,4 +137,16 @@ async fn a_shard_that_hangs_is_unhealthy() {
         router.shard.release(&Gate::Health);
         assert_eq!(router.get(path).await.status(), 200, "{path}");
     }
+}
+
+#[tokio::test]
+async fn what_is_not_computed_with_numbers_is_not_an_answer() {
+    let said = [tokens("a"), vec![IMPROBABLE], tokens("a")].concat();
+    let router = Router::start(Script::saying(said)).await;
+    let body = json!({"inputs": "x", "parameters": {"max_new_tokens": 3, "ignore_eos_token": true}});
+    let (status, answer) = router.post("/generate", &body).await;
+    assert_eq!(status.as_u16(), 424);
+    let error = "Request failed during generation: the logits are not numbers";
+    assert_eq!(answer, json!({"error": error, "error_type": "generation"}));
+    assert_eq!(router.get("/health").await.status(), 200);
 }

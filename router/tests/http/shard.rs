@@ -113,8 +113,14 @@ impl Script {
 /// The token that ends a sequence.
 pub(crate) const EOS: u32 = 1;
 
+/// A token whose logits were not numbers.
+pub(crate) const IMPROBABLE: u32 = 4001;
+
 /// The log-probability that every token has here; the same in f32 and in decimal.
 pub(crate) fn logprob(token: u32) -> f32 {
+    if token == IMPROBABLE {
+        return f32::NAN;
+    }
     -(token as f32) / 64.0
 }
 
