@@ -65,18 +65,18 @@ fn check(args: &Args) -> anyhow::Result<()> {
         "--adapter-source {:?}: only \"local\" is supported",
         args.adapter_source
     );
-    for (flag, value, most) in [
-        ("--max-concurrent-requests", args.max_concurrent_requests, 1 << 20),
-        ("--max-batch-size", args.max_batch_size, 1 << 16),
-        ("--validation-workers", args.validation_workers, 1 << 10),
-        ("--threads", args.threads.unwrap_or(1), 1 << 10),
-        ("--max-input-length", args.max_input_length.unwrap_or(1), usize::MAX),
-        ("--max-batch-prefill-tokens", args.max_batch_prefill_tokens.unwrap_or(1), 1 << 20),
+    for (flag, value, least, most) in [
+        ("--max-concurrent-requests", args.max_concurrent_requests, 1, 1 << 20),
+        ("--max-batch-size", args.max_batch_size, 1, 1 << 16),
+        ("--max-active-adapters", args.max_active_adapters, 0, 1 << 16),
+        ("--validation-workers", args.validation_workers, 1, 1 << 10),
+        ("--threads", args.threads.unwrap_or(1), 1, 1 << 10),
+        ("--max-input-length", args.max_input_length.unwrap_or(1), 1, usize::MAX),
+        ("--max-batch-prefill-tokens", args.max_batch_prefill_tokens.unwrap_or(1), 1, 1 << 20),
     ] {
-        ensure!(value > 0, "{flag} must be at least 1");
+        ensure!(value >= least, "{flag} must be at least {least}");
         ensure!(value <= most, "{flag} must be at most {most}");
     }
-    ensure!(args.max_active_adapters <= 1 << 16, "--max-active-adapters must be at most {}", 1 << 16);
     ensure!(args.shutdown_deadline <= 1 << 32, "--shutdown-deadline must be at most {} s", 1_u64 << 32);
     ensure!(args.max_total_tokens.is_none_or(|total| total > 1), "--max-total-tokens must be at least 2");
     if let (Some(input), Some(total)) = (args.max_input_length, args.max_total_tokens) {

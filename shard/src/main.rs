@@ -100,7 +100,7 @@ fn run(config: &Config, rank: usize, parent: &Parent) -> anyhow::Result<()> {
     let ranks = config.shards.uds.len();
     let room = |_: &CpuBackend| Ok(Room::on_host(shard.kv_memory_bytes, shard.adapter_memory_bytes, ranks));
     let target = Target { name: "cpu", max_rows: 512, rehearses: false, room: &room, ready: &|_| () };
-    serve(Arc::new(ops), &target, (config, rank), parent)
+    serve(Arc::new(ops), &target, config, rank, parent)
 }
 
 /// Serves from a GPU whose memory is shared out once the weights and a step's needs are on it.
@@ -133,7 +133,7 @@ fn serve_cuda(
         }
     };
     let target = Target { name: &name, max_rows: 2048, rehearses: true, room: &room, ready: &ready };
-    serve(Arc::new(ops), &target, (config, rank), parent)
+    serve(Arc::new(ops), &target, config, rank, parent)
 }
 
 /// What is known of a device before anything is loaded.
@@ -153,7 +153,8 @@ struct Target<'a, B> {
 fn serve<B: Backend>(
     ops: Arc<B>,
     target: &Target<'_, B>,
-    (config, rank): (&Config, usize),
+    config: &Config,
+    rank: usize,
     parent: &Parent,
 ) -> anyhow::Result<()> {
     let shard = &config.shard;

@@ -176,9 +176,9 @@ impl Slots {
         }
     }
 
-    /// Promises the slot of an adapter to one of the `wanting` ones without: of those that have had their slice, the one
-    /// that `yields` most; none, it does not. No more slots drain than are wanted, nor than a quarter of all, so that
-    /// the others keep the batch full.
+    /// Promises the slot of an adapter to one of the `wanting` ones without: of those that have had their slice, and for
+    /// which `yields` gives a number at all, that of the greatest. No more slots drain than are wanted, nor than a quarter
+    /// of all, so that the others keep the batch full.
     pub(crate) fn drain<R: Ord>(
         &mut self,
         wanting: usize,

@@ -188,7 +188,7 @@ fn replace_by_device(file: &Path) {
 }
 
 /// Spoils an adapter's folder, and sees it refused.
-fn assert_refused(spoil: fn(&Path), cause: &str) {
+fn assert_refused(spoil: impl Fn(&Path), cause: &str) {
     let folder = tempfile::tempdir().unwrap();
     let base = model(&folder.path().join("model"), &testing::model(), DType::F32);
     testing::adapter(&SEVEN, 4, 1).write_adapter(folder.path()).unwrap();
@@ -230,43 +230,16 @@ fn damaged_folders_are_refused() {
 
 #[test]
 fn files_without_an_end_are_refused() {
-    type Spoil = fn(&Path);
-    let cases: [(Spoil, &str); 7] = [
-        (
-            |folder| replace_by_folder(&folder.join(adapter::CONFIG_FILE)),
-            "adapter_config.json: not a regular file",
-        ),
-        (
-            |folder| replace_by_folder(&folder.join(adapter::WEIGHTS_FILE)),
-            "adapter_model.safetensors: not a regular file",
-        ),
-        (
-            |folder| replace_by_pipe(&folder.join(adapter::CONFIG_FILE)),
-            "adapter_config.json: not a regular file",
-        ),
-        (
-            |folder| replace_by_pipe(&folder.join(adapter::WEIGHTS_FILE)),
-            "adapter_model.safetensors: not a regular file",
-        ),
-        (
-            |folder| replace_by_device(&folder.join(adapter::CONFIG_FILE)),
-            "adapter_config.json: not a regular file",
-        ),
-        (
-            |folder| replace_by_device(&folder.join(adapter::WEIGHTS_FILE)),
-            "adapter_model.safetensors: not a regular file",
-        ),
-        (
-            |folder| {
-                let config = fs::OpenOptions::new().append(true).open(folder.join(adapter::CONFIG_FILE));
-                config.unwrap().set_len(1 << 40).unwrap();
-            },
-            "adapter_config.json: longer than 1048576 bytes",
-        ),
-    ];
-    for (spoil, cause) in cases {
-        assert_refused(spoil, cause);
+    for replace in [replace_by_folder, replace_by_pipe, replace_by_device] {
+        for file in [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE] {
+            assert_refused(|folder| replace(&folder.join(file)), &format!("{file}: not a regular file"));
+        }
     }
+    let lengthen = |folder: &Path| {
+        let config = fs::OpenOptions::new().append(true).open(folder.join(adapter::CONFIG_FILE));
+        config.unwrap().set_len(1 << 40).unwrap();
+    };
+    assert_refused(lengthen, "adapter_config.json: longer than 1048576 bytes");
 }
 
 /// An adapter on the head, with the copies of the model's own tensors that PEFT writes beside it.
