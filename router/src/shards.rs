@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use hyper_util::rt::TokioIo;
-use proto::{HealthRequest, InfoRequest, PrepareRequest, ResetRequest, shard_client::ShardClient};
+use proto::{AttachRequest, HealthRequest, InfoRequest, PrepareRequest, shard_client::ShardClient};
 use scheduler::Adapter;
 use tokio::{net::UnixStream, sync::mpsc};
 use tokio_stream::wrappers::ReceiverStream;
@@ -90,7 +90,7 @@ impl Shards {
     pub(crate) async fn session(&self) -> Result<Session, ShardError> {
         let mut client = self.client.clone();
         let info = client.info(InfoRequest {}).await?.into_inner().into();
-        client.reset(ResetRequest {}).await?;
+        client.attach(AttachRequest::default()).await?;
         let (steps, outgoing) = mpsc::channel(STEPS);
         let events = client.execute(ReceiverStream::new(outgoing)).await?.into_inner();
         Ok(Session { info, steps, events })

@@ -96,6 +96,7 @@ pub(crate) fn step<'a>(
             .collect(),
         added: added.collect(),
         rows: plan.rows.into_iter().map(rows).collect(),
+        session: 0,
     }
 }
 
@@ -169,7 +170,10 @@ pub(crate) fn event(event: proto::ExecuteEvent) -> Option<Event> {
             prompt: result
                 .prompt
                 .into_iter()
-                .map(|part| (part.sequence, part.position, part.tokens.into_iter().map(scored).collect()))
+                .map(|part| {
+                    let tokens = part.tokens.into_iter().filter_map(|scored| scored.token);
+                    (part.sequence, part.position, tokens.map(scored).collect())
+                })
                 .collect(),
         })),
         Slot(slot) => Some(Event::Slot {

@@ -4,8 +4,8 @@ use std::{pin::Pin, sync::Arc};
 
 use kernels::Backend;
 use proto::{
-    ExecuteEvent, HealthRequest, HealthResponse, InfoRequest, InfoResponse, PrepareRequest, PrepareResponse,
-    ResetRequest, ResetResponse, Step,
+    AttachRequest, AttachResponse, ExecuteEvent, HealthRequest, HealthResponse, InfoRequest, InfoResponse,
+    PrepareRequest, PrepareResponse, Step,
     shard_server::{Shard, ShardServer},
 };
 use tokio::sync::{mpsc, oneshot};
@@ -50,11 +50,11 @@ impl<B: Backend> Shard for Service<B> {
         Ok(Response::new(self.info.clone()))
     }
 
-    async fn reset(&self, _: Request<ResetRequest>) -> Result<Response<ResetResponse>, Status> {
+    async fn attach(&self, _: Request<AttachRequest>) -> Result<Response<AttachResponse>, Status> {
         let (done, waiting) = oneshot::channel();
         self.send(Command::Reset(done)).await?;
         waiting.await.map_err(|_| Status::unavailable("the engine has stopped"))?;
-        Ok(Response::new(ResetResponse {}))
+        Ok(Response::new(AttachResponse::default()))
     }
 
     async fn prepare(&self, request: Request<PrepareRequest>) -> Result<Response<PrepareResponse>, Status> {
@@ -91,6 +91,6 @@ impl<B: Backend> Shard for Service<B> {
         if self.engine.is_closed() {
             return Err(Status::unavailable("the engine has stopped"));
         }
-        Ok(Response::new(HealthResponse {}))
+        Ok(Response::new(HealthResponse::default()))
     }
 }

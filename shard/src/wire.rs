@@ -27,6 +27,7 @@ pub(crate) fn info(info: Info) -> wire::InfoResponse {
         max_rows: info.max_rows,
         max_sequences: info.max_sequences,
         max_logit_rows: info.max_logit_rows,
+        longest_step_us: 0,
     }
 }
 
@@ -94,7 +95,7 @@ pub(crate) fn event(event: Event) -> wire::ExecuteEvent {
             Slot(wire::SlotEvent { slot, content: content.0.to_vec(), error: error.unwrap_or_default() })
         }
     };
-    wire::ExecuteEvent { event: Some(event) }
+    wire::ExecuteEvent { event: Some(event), session: 0 }
 }
 
 fn step_result(result: StepResult) -> wire::StepResult {
@@ -108,13 +109,20 @@ fn step_result(result: StepResult) -> wire::StepResult {
     let prompt = |(sequence, position, tokens): (u64, usize, Vec<Sampled>)| wire::PromptLogprobs {
         sequence,
         position: position as u32,
-        tokens: tokens.into_iter().map(|sampled| token(sampled.token, sampled.logprob)).collect(),
+        tokens: tokens
+            .into_iter()
+            .map(|sampled| wire::ScoredToken {
+                token: Some(token(sampled.token, sampled.logprob)),
+                top: tops(sampled.top),
+            })
+            .collect(),
     };
     wire::StepResult {
         id: result.id,
         tokens: result.tokens.into_iter().map(sampled).collect(),
         prompt: result.prompt.into_iter().map(prompt).collect(),
         duration_us: result.duration_us,
+        refused: Vec::new(),
     }
 }
 

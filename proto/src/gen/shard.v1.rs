@@ -43,11 +43,45 @@ pub struct InfoResponse {
     /// Rows of one step whose logits can be computed.
     #[prost(uint32, tag = "14")]
     pub max_logit_rows: u32,
+    /// The longest step of the warm-up, in microseconds. 0: no step was run.
+    #[prost(uint64, tag = "15")]
+    pub longest_step_us: u64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct ResetRequest {}
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct ResetResponse {}
+pub struct AttachRequest {
+    /// The number of the session, chosen by the router. All ranks get the same, and no two sessions of a shard's life do.
+    #[prost(uint64, tag = "1")]
+    pub session: u64,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct AttachResponse {
+    /// Adapters in slots, ready to be used. A load that was under way has been given up: its slot is empty.
+    #[prost(message, repeated, tag = "1")]
+    pub slots: ::prost::alloc::vec::Vec<FilledSlot>,
+    /// Adapters in host memory.
+    #[prost(message, repeated, tag = "2")]
+    pub host: ::prost::alloc::vec::Vec<HeldAdapter>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FilledSlot {
+    #[prost(uint32, tag = "1")]
+    pub slot: u32,
+    /// Content hash of the adapter.
+    #[prost(bytes = "vec", tag = "2")]
+    pub content: ::prost::alloc::vec::Vec<u8>,
+    /// Bytes that it takes in its slot, on this rank.
+    #[prost(uint64, tag = "3")]
+    pub bytes: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct HeldAdapter {
+    /// Content hash of the adapter.
+    #[prost(bytes = "vec", tag = "1")]
+    pub content: ::prost::alloc::vec::Vec<u8>,
+    /// Bytes that it takes in host memory, on this rank.
+    #[prost(uint64, tag = "2")]
+    pub bytes: u64,
+}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PrepareRequest {
     /// Where the adapter comes from: "local". Other sources are refused with UNIMPLEMENTED.
@@ -81,7 +115,7 @@ pub struct PrepareResponse {
 /// One forward pass over a ragged batch of rows, with what must happen before it. Applied in field order.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Step {
-    /// Consecutive from 1 after a Reset.
+    /// Consecutive from 1 in a session.
     #[prost(uint64, tag = "1")]
     pub id: u64,
     /// Sequences that have ended: their seats are free.
@@ -99,6 +133,9 @@ pub struct Step {
     /// The rows of the pass, by sequence. Sequences with the same slot follow each other. May be empty.
     #[prost(message, repeated, tag = "6")]
     pub rows: ::prost::alloc::vec::Vec<SequenceRows>,
+    /// The session that the step belongs to.
+    #[prost(uint64, tag = "7")]
+    pub session: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SlotLoad {
@@ -125,7 +162,7 @@ pub struct NewSequence {
     /// How it samples.
     #[prost(message, optional, tag = "5")]
     pub sampling: ::core::option::Option<Sampling>,
-    /// Report log-probabilities of the prompt's tokens as they are computed.
+    /// Report log-probabilities of the prompt's tokens as they are computed, with `sampling.num_top` alternatives each.
     #[prost(bool, tag = "6")]
     pub prompt_logprobs: bool,
 }
@@ -194,6 +231,9 @@ pub struct SequenceRows {
 /// What a rank tells while it executes.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ExecuteEvent {
+    /// The session that the event belongs to.
+    #[prost(uint64, tag = "3")]
+    pub session: u64,
     #[prost(oneof = "execute_event::Event", tags = "1, 2")]
     pub event: ::core::option::Option<execute_event::Event>,
 }
@@ -223,6 +263,18 @@ pub struct StepResult {
     /// How long the pass took, in microseconds.
     #[prost(uint64, tag = "4")]
     pub duration_us: u64,
+    /// Sequences of `added` that the shard cannot take. Their rows, in this step and the ones that follow, are passed over
+    /// until they are dropped; everybody else's are computed.
+    #[prost(message, repeated, tag = "5")]
+    pub refused: ::prost::alloc::vec::Vec<Refused>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Refused {
+    #[prost(uint64, tag = "1")]
+    pub sequence: u64,
+    /// Why, in words for the client.
+    #[prost(string, tag = "2")]
+    pub reason: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Sampled {
@@ -252,7 +304,15 @@ pub struct PromptLogprobs {
     pub position: u32,
     /// Tokens at this and the following positions.
     #[prost(message, repeated, tag = "3")]
-    pub tokens: ::prost::alloc::vec::Vec<Token>,
+    pub tokens: ::prost::alloc::vec::Vec<ScoredToken>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ScoredToken {
+    #[prost(message, optional, tag = "1")]
+    pub token: ::core::option::Option<Token>,
+    /// The most probable tokens at its position, most probable first.
+    #[prost(message, repeated, tag = "2")]
+    pub top: ::prost::alloc::vec::Vec<Token>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SlotEvent {
@@ -269,7 +329,14 @@ pub struct SlotEvent {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct HealthRequest {}
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct HealthResponse {}
+pub struct HealthResponse {
+    /// Turns that the step loop has made. A loop that waits for work makes none.
+    #[prost(uint64, tag = "1")]
+    pub turns: u64,
+    /// Age in milliseconds of the oldest command or step that the loop has not finished; absent when it waits for work.
+    #[prost(uint64, optional, tag = "2")]
+    pub oldest_ms: ::core::option::Option<u64>,
+}
 /// Generated client implementations.
 pub mod shard_client {
     #![allow(
@@ -380,11 +447,12 @@ pub mod shard_client {
             req.extensions_mut().insert(GrpcMethod::new("shard.v1.Shard", "Info"));
             self.inner.unary(req, path, codec).await
         }
-        /// Forgets every sequence and empties every adapter slot. Host copies of adapters stay. Ends running Execute streams.
-        pub async fn reset(
+        /// Begins a session: ends the one before with its Execute stream, and forgets every sequence and all keys and values.
+        /// Adapters stay where they are, in slots and in host memory; the answer lists them.
+        pub async fn attach(
             &mut self,
-            request: impl tonic::IntoRequest<super::ResetRequest>,
-        ) -> std::result::Result<tonic::Response<super::ResetResponse>, tonic::Status> {
+            request: impl tonic::IntoRequest<super::AttachRequest>,
+        ) -> std::result::Result<tonic::Response<super::AttachResponse>, tonic::Status> {
             self.inner
                 .ready()
                 .await
@@ -394,9 +462,9 @@ pub mod shard_client {
                     )
                 })?;
             let codec = tonic_prost::ProstCodec::default();
-            let path = http::uri::PathAndQuery::from_static("/shard.v1.Shard/Reset");
+            let path = http::uri::PathAndQuery::from_static("/shard.v1.Shard/Attach");
             let mut req = request.into_request();
-            req.extensions_mut().insert(GrpcMethod::new("shard.v1.Shard", "Reset"));
+            req.extensions_mut().insert(GrpcMethod::new("shard.v1.Shard", "Attach"));
             self.inner.unary(req, path, codec).await
         }
         /// Resolves an adapter reference, reads and checks the adapter against the model, and keeps it in host memory. Runs
@@ -423,7 +491,8 @@ pub mod shard_client {
             req.extensions_mut().insert(GrpcMethod::new("shard.v1.Shard", "Prepare"));
             self.inner.unary(req, path, codec).await
         }
-        /// Runs steps in the order sent. More than one may be in flight; a step is answered when it has run.
+        /// Runs the steps of the session in the order sent. More than one may be in flight; a step is answered when it has run.
+        /// A step of another session, or whose id does not follow the one before, ends the stream with FAILED_PRECONDITION.
         pub async fn execute(
             &mut self,
             request: impl tonic::IntoStreamingRequest<Message = super::Step>,
@@ -445,7 +514,7 @@ pub mod shard_client {
             req.extensions_mut().insert(GrpcMethod::new("shard.v1.Shard", "Execute"));
             self.inner.streaming(req, path, codec).await
         }
-        /// Answers as long as the step loop runs, but does not wait for a step, which may take long.
+        /// Reports the heartbeat of the step loop. It never waits for the loop, so that a loop that hangs is seen to hang.
         pub async fn health(
             &mut self,
             request: impl tonic::IntoRequest<super::HealthRequest>,
@@ -484,11 +553,12 @@ pub mod shard_server {
             &self,
             request: tonic::Request<super::InfoRequest>,
         ) -> std::result::Result<tonic::Response<super::InfoResponse>, tonic::Status>;
-        /// Forgets every sequence and empties every adapter slot. Host copies of adapters stay. Ends running Execute streams.
-        async fn reset(
+        /// Begins a session: ends the one before with its Execute stream, and forgets every sequence and all keys and values.
+        /// Adapters stay where they are, in slots and in host memory; the answer lists them.
+        async fn attach(
             &self,
-            request: tonic::Request<super::ResetRequest>,
-        ) -> std::result::Result<tonic::Response<super::ResetResponse>, tonic::Status>;
+            request: tonic::Request<super::AttachRequest>,
+        ) -> std::result::Result<tonic::Response<super::AttachResponse>, tonic::Status>;
         /// Resolves an adapter reference, reads and checks the adapter against the model, and keeps it in host memory. Runs
         /// beside steps and beside other preparations. Called for every request that names an adapter: it is where access is
         /// checked, whatever is cached.
@@ -502,12 +572,13 @@ pub mod shard_server {
             >
             + std::marker::Send
             + 'static;
-        /// Runs steps in the order sent. More than one may be in flight; a step is answered when it has run.
+        /// Runs the steps of the session in the order sent. More than one may be in flight; a step is answered when it has run.
+        /// A step of another session, or whose id does not follow the one before, ends the stream with FAILED_PRECONDITION.
         async fn execute(
             &self,
             request: tonic::Request<tonic::Streaming<super::Step>>,
         ) -> std::result::Result<tonic::Response<Self::ExecuteStream>, tonic::Status>;
-        /// Answers as long as the step loop runs, but does not wait for a step, which may take long.
+        /// Reports the heartbeat of the step loop. It never waits for the loop, so that a loop that hangs is seen to hang.
         async fn health(
             &self,
             request: tonic::Request<super::HealthRequest>,
@@ -632,23 +703,23 @@ pub mod shard_server {
                     };
                     Box::pin(fut)
                 }
-                "/shard.v1.Shard/Reset" => {
+                "/shard.v1.Shard/Attach" => {
                     #[allow(non_camel_case_types)]
-                    struct ResetSvc<T: Shard>(pub Arc<T>);
-                    impl<T: Shard> tonic::server::UnaryService<super::ResetRequest>
-                    for ResetSvc<T> {
-                        type Response = super::ResetResponse;
+                    struct AttachSvc<T: Shard>(pub Arc<T>);
+                    impl<T: Shard> tonic::server::UnaryService<super::AttachRequest>
+                    for AttachSvc<T> {
+                        type Response = super::AttachResponse;
                         type Future = BoxFuture<
                             tonic::Response<Self::Response>,
                             tonic::Status,
                         >;
                         fn call(
                             &mut self,
-                            request: tonic::Request<super::ResetRequest>,
+                            request: tonic::Request<super::AttachRequest>,
                         ) -> Self::Future {
                             let inner = Arc::clone(&self.0);
                             let fut = async move {
-                                <T as Shard>::reset(&inner, request).await
+                                <T as Shard>::attach(&inner, request).await
                             };
                             Box::pin(fut)
                         }
@@ -659,7 +730,7 @@ pub mod shard_server {
                     let max_encoding_message_size = self.max_encoding_message_size;
                     let inner = self.inner.clone();
                     let fut = async move {
-                        let method = ResetSvc(inner);
+                        let method = AttachSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -8,8 +8,8 @@ use std::{
 };
 
 use proto::{
-    ExecuteEvent, HealthRequest, HealthResponse, InfoRequest, InfoResponse, PrepareRequest, PrepareResponse,
-    ResetRequest, ResetResponse, Sampled, Step, StepResult, Token,
+    AttachRequest, AttachResponse, ExecuteEvent, HealthRequest, HealthResponse, InfoRequest, InfoResponse,
+    PrepareRequest, PrepareResponse, Sampled, Step, StepResult, Token,
     execute_event::Event,
     shard_server::{Shard, ShardServer},
 };
@@ -99,7 +99,8 @@ impl Double {
             }
             free = Instant::now();
             self.state().sent[step.id as usize % IN_FLIGHT] = Some(free);
-            if events.send(Ok(ExecuteEvent { event: Some(Event::Step(result)) })).await.is_err() {
+            let event = ExecuteEvent { event: Some(Event::Step(result)), session: step.session };
+            if events.send(Ok(event)).await.is_err() {
                 return;
             }
         }
@@ -114,7 +115,7 @@ fn result(step: &Step, vocab: u32, state: &mut u64) -> StepResult {
         Sampled { sequence, token: Some(token), top: Vec::new() }
     };
     let tokens = step.rows.iter().filter(|rows| rows.sample).map(|rows| sampled(rows.sequence)).collect();
-    StepResult { id: step.id, tokens, prompt: Vec::new(), duration_us: 0 }
+    StepResult { id: step.id, tokens, ..StepResult::default() }
 }
 
 #[tonic::async_trait]
@@ -138,8 +139,8 @@ impl Shard for Double {
         }))
     }
 
-    async fn reset(&self, _: Request<ResetRequest>) -> Result<Response<ResetResponse>, Status> {
-        Ok(Response::new(ResetResponse {}))
+    async fn attach(&self, _: Request<AttachRequest>) -> Result<Response<AttachResponse>, Status> {
+        Ok(Response::new(AttachResponse::default()))
     }
 
     async fn prepare(&self, _: Request<PrepareRequest>) -> Result<Response<PrepareResponse>, Status> {
@@ -168,6 +169,6 @@ impl Shard for Double {
     }
 
     async fn health(&self, _: Request<HealthRequest>) -> Result<Response<HealthResponse>, Status> {
-        Ok(Response::new(HealthResponse {}))
+        Ok(Response::new(HealthResponse::default()))
     }
 }

@@ -59,7 +59,7 @@ async fn a_broken_stream_fails_what_runs_and_starts_anew() {
     unavailable(&router).await;
     router.shard.release(&Gate::Info);
     router.shard.release(&Gate::Steps);
-    router.shard.saw(|seen| (seen.resets == 2).then_some(())).await;
+    router.shard.saw(|seen| (seen.attached == 2).then_some(())).await;
     let answer = loop {
         let (status, body) = router.post("/generate", &json!({"inputs": "C"})).await;
         if status != 503 {

@@ -9,9 +9,9 @@ use std::{
 };
 
 use proto::{
-    ExecuteEvent, HealthRequest, HealthResponse, InfoRequest, InfoResponse, NewSequence, PrepareRequest,
-    PrepareResponse, PromptLogprobs, ResetRequest, ResetResponse, Sampled, SequenceRows, SlotEvent, Step,
-    StepResult, Token,
+    AttachRequest, AttachResponse, ExecuteEvent, HealthRequest, HealthResponse, InfoRequest, InfoResponse,
+    NewSequence, PrepareRequest, PrepareResponse, PromptLogprobs, Sampled, ScoredToken, SequenceRows,
+    SlotEvent, SlotLoad, Step, StepResult, Token,
     execute_event::Event,
     shard_server::{Shard, ShardServer},
 };
@@ -46,7 +46,7 @@ pub(crate) enum Gate {
 pub(crate) struct Seen {
     pub(crate) steps: Vec<Step>,
     pub(crate) prepared: Vec<PrepareRequest>,
-    pub(crate) resets: usize,
+    pub(crate) attached: usize,
     pub(crate) health: usize,
 }
 
@@ -99,6 +99,7 @@ impl Script {
             max_rows: 256,
             max_sequences: 16,
             max_logit_rows: 256,
+            longest_step_us: 0,
         };
         Script {
             info,
@@ -191,25 +192,28 @@ impl ScriptedShard {
         while let Ok(Some(step)) = steps.message().await {
             self.seen.send_modify(|seen| seen.steps.push(step.clone()));
             for load in &step.load {
-                tokio::spawn(self.clone().load(load.slot, load.content.clone(), events.clone()));
+                tokio::spawn(self.clone().load(step.session, load.clone(), events.clone()));
             }
             self.pass(&Gate::Steps).await;
             self.pass(&Gate::Step(step.id)).await;
-            let event = self.answer(step, &mut sequences).map(|result| event(Event::Step(result)));
+            let session = step.session;
+            let result = self.answer(step, &mut sequences);
+            let event = result.map(|result| event(session, Event::Step(result)));
             if events.send(event).await.is_err() {
                 return;
             }
         }
     }
 
-    async fn load(self, slot: u32, content: Vec<u8>, events: mpsc::Sender<Result<ExecuteEvent, Status>>) {
+    async fn load(self, session: u64, load: SlotLoad, events: mpsc::Sender<Result<ExecuteEvent, Status>>) {
+        let SlotLoad { slot, content } = load;
         let id = String::from_utf8(content.clone()).unwrap();
         let id = id.trim_end_matches('\0');
         self.pass(&Gate::Load(id.into())).await;
         let gone = self.script.lost.contains(id);
         let error = if gone { "it is gone".into() } else { String::new() };
         // The stream may have ended meanwhile.
-        let _ = events.send(Ok(event(Event::Slot(SlotEvent { slot, content, error })))).await;
+        let _ = events.send(Ok(event(session, Event::Slot(SlotEvent { slot, content, error })))).await;
     }
 
     fn answer(&self, step: Step, sequences: &mut HashMap<u64, Running>) -> Result<StepResult, Status> {
@@ -232,12 +236,17 @@ impl ScriptedShard {
     }
 }
 
-fn event(event: Event) -> ExecuteEvent {
-    ExecuteEvent { event: Some(event) }
+fn event(session: u64, event: Event) -> ExecuteEvent {
+    ExecuteEvent { event: Some(event), session }
 }
 
 fn token(id: u32) -> Token {
     Token { id, logprob: logprob(id) }
+}
+
+/// The alternatives to a token: itself and the ones that follow it.
+fn top(id: u32, num_top: u32) -> Vec<Token> {
+    (0..num_top).map(|i| token((id + i) % 320)).collect()
 }
 
 struct Running {
@@ -250,18 +259,18 @@ impl Running {
         let generated = self.new.tokens.len() - self.new.prompt_len as usize;
         let id = self.answer.get(generated).copied().unwrap_or(EOS);
         self.new.tokens.push(id);
-        let top = self.new.sampling.as_ref().map_or(0, |sampling| sampling.num_top);
-        Sampled {
-            sequence: self.new.sequence,
-            token: Some(token(id)),
-            top: (0..top).map(|i| token((id + i) % 320)).collect(),
-        }
+        Sampled { sequence: self.new.sequence, token: Some(token(id)), top: top(id, self.num_top()) }
+    }
+
+    fn num_top(&self) -> u32 {
+        self.new.sampling.as_ref().map_or(0, |sampling| sampling.num_top)
     }
 
     fn prompt(&self, rows: &SequenceRows) -> Option<PromptLogprobs> {
         let end = (rows.position + rows.rows).min(self.new.prompt_len - 1);
-        let scored = (rows.position..end).map(|at| token(self.new.tokens[at as usize + 1]));
-        let tokens: Vec<Token> = scored.collect();
+        let ids = (rows.position..end).map(|at| self.new.tokens[at as usize + 1]);
+        let tokens: Vec<ScoredToken> =
+            ids.map(|id| ScoredToken { token: Some(token(id)), top: top(id, self.num_top()) }).collect();
         (self.new.prompt_logprobs && !tokens.is_empty()).then_some(PromptLogprobs {
             sequence: rows.sequence,
             position: rows.position + 1,
@@ -279,9 +288,9 @@ impl Shard for ScriptedShard {
         Ok(Response::new(self.script.info.clone()))
     }
 
-    async fn reset(&self, _: Request<ResetRequest>) -> Result<Response<ResetResponse>, Status> {
-        self.seen.send_modify(|seen| seen.resets += 1);
-        Ok(Response::new(ResetResponse {}))
+    async fn attach(&self, _: Request<AttachRequest>) -> Result<Response<AttachResponse>, Status> {
+        self.seen.send_modify(|seen| seen.attached += 1);
+        Ok(Response::new(AttachResponse::default()))
     }
 
     async fn prepare(&self, request: Request<PrepareRequest>) -> Result<Response<PrepareResponse>, Status> {
@@ -326,6 +335,6 @@ impl Shard for ScriptedShard {
     async fn health(&self, _: Request<HealthRequest>) -> Result<Response<HealthResponse>, Status> {
         self.seen.send_modify(|seen| seen.health += 1);
         self.pass(&Gate::Health).await;
-        Ok(Response::new(HealthResponse {}))
+        Ok(Response::new(HealthResponse::default()))
     }
 }
