@@ -17,7 +17,7 @@ use tokio::{
 use crate::{
     config::RouterConfig,
     generation::{Failure, Job, Scored, Update},
-    shards::{Session, ShardError, Shards},
+    ranks::{RankError, Ranks, Session},
     wire::{self, Event, Info, StepResult},
 };
 
@@ -89,10 +89,10 @@ impl Drop for Running {
 
 impl Engine {
     /// Starts the task.
-    pub(crate) fn start(shards: Shards, config: RouterConfig) -> Engine {
+    pub(crate) fn start(ranks: Ranks, config: RouterConfig) -> Engine {
         let (commands, received) = mpsc::channel(COMMANDS);
         let (info, watched) = watch::channel(None);
-        tokio::spawn(serve(shards, config, received, info));
+        tokio::spawn(serve(ranks, config, received, info));
         Engine { commands, ids: Arc::default(), info: watched }
     }
 
@@ -136,14 +136,14 @@ impl Live {
 
 /// Connects, serves until the connection breaks, and begins again. Ends with the last handle.
 async fn serve(
-    shards: Shards,
+    ranks: Ranks,
     config: RouterConfig,
     mut commands: mpsc::Receiver<Command>,
     info: watch::Sender<Option<Info>>,
 ) {
     loop {
         let session = tokio::select! {
-            session = connect(&shards) => session,
+            session = connect(&ranks) => session,
             () = refuse_all(&mut commands) => return,
         };
         tracing::info!(device = session.info.device, dtype = session.info.dtype, "connected to the shard");
@@ -169,10 +169,10 @@ async fn serve(
     }
 }
 
-async fn connect(shards: &Shards) -> Session {
+async fn connect(ranks: &Ranks) -> Session {
     let mut told = false;
     loop {
-        match shards.session().await {
+        match ranks.session().await {
             Ok(session) => return session,
             Err(error) if !told => {
                 tracing::info!("waiting for the shard ({error})");
@@ -206,7 +206,7 @@ impl Batcher {
     }
 
     /// Runs until all handles are gone, or the shards are.
-    async fn run(&mut self, commands: &mut mpsc::Receiver<Command>) -> Result<(), ShardError> {
+    async fn run(&mut self, commands: &mut mpsc::Receiver<Command>) -> Result<(), RankError> {
         loop {
             while let Some(plan) = self.scheduler.next_step(self.now()) {
                 let live = &self.live;

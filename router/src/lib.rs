@@ -6,8 +6,9 @@ pub mod config;
 mod decoder;
 mod engine;
 mod generation;
+mod ranks;
 pub mod server;
-mod shards;
+
 pub mod tokenizer;
 mod wire;
 

@@ -33,7 +33,7 @@ use crate::{
     chat::ChatTemplate,
     config::Config,
     engine::{Engine, Permit},
-    shards::Shards,
+    ranks::Ranks,
     tokenizer::{ModelTokenizer, TokenizerError},
     wire::Info,
 };
@@ -98,7 +98,7 @@ pub struct App {
     pub(crate) config: Config,
     pub(crate) tokenizer: Arc<ModelTokenizer>,
     pub(crate) chat: Option<ChatTemplate>,
-    pub(crate) shards: Shards,
+    pub(crate) ranks: Ranks,
     pub(crate) engine: Engine,
     pub(crate) permits: Arc<Semaphore>,
     pub(crate) tokenizing: Semaphore,
@@ -113,12 +113,12 @@ impl App {
         let path = &config.model.path;
         let tokenizer = ModelTokenizer::load(path, router.tokenizer_config_path.as_deref())
             .map_err(|source| StartError::Tokenizer { path: path.clone(), source })?;
-        let shards = Shards::new(socket);
+        let ranks = Ranks::new(socket);
         Ok(Arc::new(App {
             chat: ChatTemplate::new(&tokenizer)?,
             tokenizer: Arc::new(tokenizer),
-            engine: Engine::start(shards.clone(), router.clone()),
-            shards,
+            engine: Engine::start(ranks.clone(), router.clone()),
+            ranks,
             permits: Arc::new(Semaphore::new(router.max_concurrent_requests)),
             tokenizing: Semaphore::new(router.validation_workers.max(1)),
             cors: cors(&router.cors_allow_origin)?,
@@ -269,7 +269,7 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, stop: impl Future<Outpu
 }
 
 async fn health(State(app): State<Arc<App>>) -> Response {
-    if app.engine.info().is_some() && timeout(HEALTH, app.shards.healthy()).await.unwrap_or(false) {
+    if app.engine.info().is_some() && timeout(HEALTH, app.ranks.healthy()).await.unwrap_or(false) {
         return StatusCode::OK.into_response();
     }
     let body = json!({"error": "unhealthy", "error_type": "healthcheck"});

@@ -1,4 +1,4 @@
-//! Between messages and our own types: nothing else but `shards.rs` knows the former.
+//! Between messages and our own types: nothing else but `ranks.rs` knows the former.
 
 use scheduler::{Adapter, AdapterKey, Added, Limits, RowsPlan, StepPlan};
 

@@ -7,7 +7,7 @@ use axum::{
 };
 use serde_json::{Value, json};
 
-use crate::{generation::Failure, shards::ShardError};
+use crate::{generation::Failure, ranks::PrepareError};
 
 /// Why a request was not answered.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -124,13 +124,13 @@ impl From<Failure> for ApiError {
     }
 }
 
-impl From<ShardError> for ApiError {
-    fn from(error: ShardError) -> ApiError {
+impl From<PrepareError> for ApiError {
+    fn from(error: PrepareError) -> ApiError {
         match error {
-            ShardError::NotFound(message) => ApiError::AdapterNotFound(message),
-            ShardError::Forbidden(message) => ApiError::AdapterForbidden(message),
-            ShardError::Invalid(message) => ApiError::Validation(message),
-            ShardError::Unavailable(_) => ApiError::Unavailable(error.to_string()),
+            PrepareError::NotFound(message) => ApiError::AdapterNotFound(message),
+            PrepareError::Forbidden(message) => ApiError::AdapterForbidden(message),
+            PrepareError::Invalid(message) => ApiError::Validation(message),
+            PrepareError::Unavailable(_) => ApiError::Unavailable(error.to_string()),
         }
     }
 }

@@ -21,9 +21,8 @@ use super::{
     run::{Answer, FinishReason, Generation, Piece},
 };
 use crate::{
-    generation::{Sampling, Scored},
+    generation::{AdapterRef, Sampling, Scored},
     server::App,
-    shards::AdapterRef,
 };
 
 /// Body of a request.

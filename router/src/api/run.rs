@@ -79,7 +79,7 @@ impl App {
         let mut prompt = self.tokenize(&ask.prompt).await?;
         let max_new_tokens = ask.fit(&mut prompt, &rules)?;
         let adapter = match &ask.adapter {
-            Some(adapter) => Some(self.shards.prepare(adapter).await?),
+            Some(adapter) => Some(self.ranks.prepare(adapter).await?),
             None => None,
         };
         let stop_ids = if ask.ignore_eos { Arc::from([]) } else { Arc::from(info.eos_token_ids) };

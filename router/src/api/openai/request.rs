@@ -11,9 +11,8 @@ use crate::{
         error::ApiError,
         generate::random_seed,
     },
-    generation::Sampling,
+    generation::{AdapterRef, Sampling},
     server::App,
-    shards::AdapterRef,
 };
 
 /// Fields that both endpoints have.

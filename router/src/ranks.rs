@@ -13,14 +13,28 @@ use tonic::{
 };
 use tower::service_fn;
 
-use crate::wire::{self, Event, Info};
+use crate::{
+    generation::AdapterRef,
+    wire::{self, Event, Info},
+};
 
 /// Steps on their way to the shards: two may be in flight.
 const STEPS: usize = 4;
 
-/// Why the shards did not do what they were asked.
+/// Why the session with the ranks is over, or could not begin.
 #[derive(Debug, Clone, thiserror::Error)]
-pub(crate) enum ShardError {
+#[error("the model is not available: {0}")]
+pub(crate) struct RankError(String);
+
+impl From<Status> for RankError {
+    fn from(status: Status) -> RankError {
+        RankError(status.message().to_owned())
+    }
+}
+
+/// Why an adapter could not be prepared.
+#[derive(Debug, Clone, thiserror::Error)]
+pub(crate) enum PrepareError {
     /// No such adapter.
     #[error("{0}")]
     NotFound(String),
@@ -35,31 +49,23 @@ pub(crate) enum ShardError {
     Unavailable(String),
 }
 
-impl From<Status> for ShardError {
-    fn from(status: Status) -> ShardError {
+impl From<Status> for PrepareError {
+    fn from(status: Status) -> PrepareError {
         let message = status.message().to_owned();
         match status.code() {
-            Code::NotFound => ShardError::NotFound(message),
-            Code::PermissionDenied => ShardError::Forbidden(message),
+            Code::NotFound => PrepareError::NotFound(message),
+            Code::PermissionDenied => PrepareError::Forbidden(message),
             Code::InvalidArgument | Code::Unimplemented | Code::ResourceExhausted => {
-                ShardError::Invalid(message)
+                PrepareError::Invalid(message)
             }
-            _ => ShardError::Unavailable(message),
+            _ => PrepareError::Unavailable(message),
         }
     }
 }
 
-/// A reference to an adapter, as a request names it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct AdapterRef {
-    pub(crate) source: String,
-    pub(crate) id: String,
-    pub(crate) api_token: Option<String>,
-}
-
 /// The shard processes of one model.
 #[derive(Clone)]
-pub(crate) struct Shards {
+pub(crate) struct Ranks {
     client: ShardClient<Channel>,
 }
 
@@ -70,9 +76,9 @@ pub(crate) struct Session {
     events: Streaming<proto::ExecuteEvent>,
 }
 
-impl Shards {
-    /// Shards that are reached by Unix sockets; the connection is made, and made again, when it is needed.
-    pub(crate) fn new(socket: &Path) -> Shards {
+impl Ranks {
+    /// Ranks that are reached by Unix sockets; the connection is made, and made again, when it is needed.
+    pub(crate) fn new(socket: &Path) -> Ranks {
         let socket: PathBuf = socket.into();
         let connect = service_fn(move |_: Uri| {
             let socket = socket.clone();
@@ -83,11 +89,11 @@ impl Shards {
         let limit = 64 << 20;
         let client =
             ShardClient::new(channel).max_decoding_message_size(limit).max_encoding_message_size(limit);
-        Shards { client }
+        Ranks { client }
     }
 
     /// Starts anew with empty shards.
-    pub(crate) async fn session(&self) -> Result<Session, ShardError> {
+    pub(crate) async fn session(&self) -> Result<Session, RankError> {
         let mut client = self.client.clone();
         let info = client.info(InfoRequest {}).await?.into_inner().into();
         client.attach(AttachRequest::default()).await?;
@@ -97,7 +103,7 @@ impl Shards {
     }
 
     /// Has an adapter read and checked, and the caller's access to it.
-    pub(crate) async fn prepare(&self, adapter: &AdapterRef) -> Result<Adapter, ShardError> {
+    pub(crate) async fn prepare(&self, adapter: &AdapterRef) -> Result<Adapter, PrepareError> {
         let request = PrepareRequest {
             source: adapter.source.clone(),
             id: adapter.id.clone(),
@@ -106,7 +112,7 @@ impl Shards {
         };
         let prepared = self.client.clone().prepare(request).await?.into_inner();
         wire::adapter(prepared)
-            .ok_or_else(|| ShardError::Unavailable("the shard gave no content hash".into()))
+            .ok_or_else(|| PrepareError::Unavailable("the shard gave no content hash".into()))
     }
 
     /// Whether the shards can run steps.
@@ -117,16 +123,16 @@ impl Shards {
 
 impl Session {
     /// Sends a step.
-    pub(crate) async fn send(&self, step: proto::Step) -> Result<(), ShardError> {
+    pub(crate) async fn send(&self, step: proto::Step) -> Result<(), RankError> {
         let sent = self.steps.send(step).await;
-        sent.map_err(|_| ShardError::Unavailable("the stream of steps has ended".into()))
+        sent.map_err(|_| RankError("the stream of steps has ended".into()))
     }
 
     /// The next event.
-    pub(crate) async fn next(&mut self) -> Result<Event, ShardError> {
+    pub(crate) async fn next(&mut self) -> Result<Event, RankError> {
         loop {
             let Some(message) = self.events.message().await? else {
-                return Err(ShardError::Unavailable("the stream of events has ended".into()));
+                return Err(RankError("the stream of events has ended".into()));
             };
             if let Some(event) = wire::event(message) {
                 return Ok(event);
