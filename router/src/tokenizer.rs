@@ -1,15 +1,19 @@
 //! The model's tokenizer and chat template, from a folder or from a GGUF file's metadata.
 
+mod bytes;
+mod end_tokens;
 mod from_gguf;
 
 use std::{
-    collections::HashSet,
+    collections::HashMap,
     fs, io,
     path::{Path, PathBuf},
 };
 
 use serde_json::Value;
 use tokenizers::Tokenizer;
+
+use self::bytes::TokenBytes;
 
 /// Why a tokenizer could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -61,8 +65,10 @@ pub struct ModelTokenizer {
     pub bos_token: Option<String>,
     /// Text of the token that ends one.
     pub eos_token: Option<String>,
-    /// Ids of special tokens: the library would copy its whole table to tell one.
-    special: HashSet<u32>,
+    /// Ids of added tokens, and whether each is special: the library would copy its whole table to tell one.
+    added: HashMap<u32, bool>,
+    end_ids: Vec<u32>,
+    bytes: TokenBytes,
 }
 
 impl ModelTokenizer {
@@ -87,8 +93,15 @@ impl ModelTokenizer {
 
     fn new(tokenizer: Tokenizer) -> ModelTokenizer {
         let added = tokenizer.get_added_tokens_decoder();
-        let special = added.into_iter().filter(|(_, token)| token.special).map(|(id, _)| id).collect();
-        ModelTokenizer { tokenizer, chat_template: None, bos_token: None, eos_token: None, special }
+        ModelTokenizer {
+            added: added.into_iter().map(|(id, token)| (id, token.special)).collect(),
+            bytes: TokenBytes::new(&tokenizer),
+            tokenizer,
+            chat_template: None,
+            bos_token: None,
+            eos_token: None,
+            end_ids: Vec::new(),
+        }
     }
 
     /// Takes over the special tokens that a tokenizer_config.json names.
@@ -100,6 +113,8 @@ impl ModelTokenizer {
         };
         self.bos_token = text("bos_token").or(self.bos_token.take());
         self.eos_token = text("eos_token").or(self.eos_token.take());
+        let end = self.eos_token.as_deref().and_then(|token| self.tokenizer.token_to_id(token));
+        self.end_ids.extend(end.filter(|id| !self.end_ids.contains(id)));
     }
 
     /// Tokens of a text. Special tokens in it are recognized; none are added unless the tokenizer's own
@@ -122,9 +137,22 @@ impl ModelTokenizer {
         two.strip_prefix(&one).map(str::to_owned).unwrap_or(one)
     }
 
+    /// The bytes that a token stands for within a text; none if the vocabulary has no such token. Unlike its text, they
+    /// tell the parts of a character apart.
+    pub fn token_bytes(&self, id: u32) -> Vec<u8> {
+        let Some(entry) = self.tokenizer.id_to_token(id) else { return Vec::new() };
+        self.bytes.of(entry, self.added.contains_key(&id), self.is_special(id))
+    }
+
     /// Whether a token is special: not part of the text.
     pub fn is_special(&self, id: u32) -> bool {
-        self.special.contains(&id)
+        self.added.get(&id) == Some(&true)
+    }
+
+    /// Ids of the tokens that end a text as far as the tokenizer's files know: the configured `eos_token`, and in a GGUF
+    /// all that llama.cpp would stop at. The model's own configuration may name others.
+    pub fn end_ids(&self) -> &[u32] {
+        &self.end_ids
     }
 }
 

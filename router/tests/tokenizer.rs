@@ -124,6 +124,9 @@ fn files_that_cannot_be_read_are_told_of() {
     assert!(error.to_string().contains("chat_template.jinja: stream did not contain valid UTF-8"), "{error}");
 }
 
+/// `token_type` of a special token.
+const CONTROL: i32 = 3;
+
 /// A GGUF file of metadata alone, being put together.
 #[derive(Clone, Default)]
 struct Metadata {
@@ -149,30 +152,47 @@ impl Metadata {
         self.with(key, 9, &[head, elements.concat()].concat())
     }
 
-    /// The tiny model's vocabulary, to be split in this way.
+    /// The tiny model's vocabulary, to be split in this way, with its end of a sequence.
     fn tiny(pre: &str) -> Metadata {
+        Metadata::tiny_with(pre, &[], CONTROL).with("eos_token_id", 4, &1u32.to_le_bytes())
+    }
+
+    /// The tiny model's vocabulary and more tokens of one type behind it.
+    fn tiny_with(pre: &str, more: &[&str], ty: i32) -> Metadata {
         let definition = fs::read(tiny().join("tokenizer.json")).unwrap();
         let definition: Value = serde_json::from_slice(&definition).unwrap();
         let vocab = definition["model"]["vocab"].as_object().unwrap();
         let mut tokens: Vec<&String> = vocab.keys().collect();
         tokens.sort_by_key(|token| vocab[*token].as_u64());
-        let types = (0..tokens.len()).map(|id| if id < 4 { 3i32 } else { 1 });
+        let types = (0..tokens.len()).map(|id| if id < 4 { CONTROL } else { 1 });
+        let types = types.chain(more.iter().map(|_| ty));
         let merges = definition["model"]["merges"].as_array().unwrap();
         let merge = |merge: &Value| format!("{} {}", merge[0].as_str().unwrap(), merge[1].as_str().unwrap());
         Metadata::default()
             .with("model", 8, &Self::text("gpt2"))
             .with("pre", 8, &Self::text(pre))
-            .with_array("tokens", 8, tokens.into_iter().map(|token| Self::text(token)).collect())
+            .with_array(
+                "tokens",
+                8,
+                tokens.into_iter().map(String::as_str).chain(more.iter().copied()).map(Self::text).collect(),
+            )
             .with_array("token_type", 5, types.map(|ty| ty.to_le_bytes().to_vec()).collect())
             .with_array("merges", 8, merges.iter().map(|pair| Self::text(&merge(pair))).collect())
-            .with("eos_token_id", 4, &1u32.to_le_bytes())
     }
 
     fn load(&self) -> ModelTokenizer {
+        self.load_with(None)
+    }
+
+    fn load_given(&self, config: &Path) -> ModelTokenizer {
+        self.load_with(Some(config))
+    }
+
+    fn load_with(&self, given: Option<&Path>) -> ModelTokenizer {
         let file = tempfile::NamedTempFile::new().unwrap();
         let head = [&b"GGUF"[..], &3u32.to_le_bytes(), &0u64.to_le_bytes(), &self.pairs.to_le_bytes()];
         fs::write(file.path(), [&head.concat(), &self.bytes[..]].concat()).unwrap();
-        ModelTokenizer::load(file.path(), None).unwrap()
+        ModelTokenizer::load(file.path(), given).unwrap()
     }
 }
 
@@ -206,4 +226,90 @@ fn a_token_has_the_text_that_it_adds_within_a_text() {
         assert_eq!(ids.len(), 1, "{text}");
         assert_eq!(tokenizer.token_text(ids[0]), text);
     }
+}
+
+#[test]
+fn tokens_have_their_bytes() {
+    let byte_level = ModelTokenizer::load(&tiny(), None).unwrap();
+    let sentencepiece = ModelTokenizer::load(&fixture("sentencepiece.gguf"), None).unwrap();
+    let texts = [
+        "Hello",
+        " the License",
+        "caf\u{e9}",
+        "\u{65e5}\u{672c}\u{8a9e}",
+        "\u{1f642}",
+        "a\tb\nc",
+        "\u{0}\u{7f}\u{80}",
+        "\u{a0}\u{ad}\u{100}",
+        "<0x41>",
+        "1 + 1 = 2",
+        "\u{1f469}\u{200d}\u{1f467}",
+        "\u{627}\u{644}",
+    ];
+    for text in texts {
+        let bytes = |tokenizer: &ModelTokenizer| -> Vec<u8> {
+            let ids = tokenizer.encode(text, false).unwrap();
+            ids.iter().flat_map(|id| tokenizer.token_bytes(*id)).collect()
+        };
+        assert_eq!(bytes(&byte_level), text.as_bytes(), "{text:?}");
+        // Sentencepiece begins every text with a space.
+        let spaced = if text.starts_with(' ') { text.to_owned() } else { format!(" {text}") };
+        assert_eq!(bytes(&sentencepiece), spaced.as_bytes(), "{text:?}");
+    }
+    let parts = byte_level.encode("\u{1f642}", false).unwrap();
+    let parts: Vec<Vec<u8>> = parts.iter().map(|id| byte_level.token_bytes(*id)).collect();
+    assert!(parts.len() > 1, "this character is several tokens");
+    assert_eq!(parts[0][0], 0xF0);
+    for tokenizer in [&byte_level, &sentencepiece] {
+        let size = tokenizer.tokenizer.get_vocab_size(true) as u32;
+        assert_eq!(tokenizer.token_bytes(size), b"", "no such token");
+        for id in 0..size {
+            let (text, bytes) = (tokenizer.token_text(id), tokenizer.token_bytes(id));
+            if text.contains('\u{fffd}') {
+                assert!(std::str::from_utf8(&bytes).is_err(), "{id} {text:?} {bytes:?}");
+            } else {
+                assert_eq!(bytes, text.as_bytes(), "{id} {text:?}");
+            }
+        }
+    }
+    assert_eq!(byte_level.token_bytes(1), b"</s>", "special tokens have the bytes of their names");
+}
+
+#[test]
+fn a_file_says_at_which_tokens_a_text_ends() {
+    // 1 is `</s>`, which every case has.
+    let plain = || Metadata::tiny("gpt-2");
+    let named = |names: &[&str]| {
+        let mut metadata = Metadata::tiny_with("gpt-2", names, CONTROL);
+        metadata = metadata.with("eos_token_id", 4, &1u32.to_le_bytes());
+        metadata
+    };
+    let id = |id: u32| id.to_le_bytes();
+    let cases = [
+        (plain(), vec![1]),
+        (plain().with("eot_token_id", 4, &id(3)), vec![1, 3]),
+        (plain().with("eom_token_id", 4, &id(2)), vec![1, 2]),
+        (plain().with("eot_token_id", 4, &id(3)).with("eom_token_id", 4, &id(2)), vec![1, 2, 3]),
+        (plain().with("eot_token_id", 4, &id(1)), vec![1]),
+        (plain().with("eot_token_id", 4, &id(99_999)), vec![1]),
+        (plain().with("fim_pad_token_id", 4, &id(7)), vec![1, 7]),
+        (named(&["<|eot_id|>"]), vec![1, 320]),
+        (named(&["<|im_end|>", "x", "<|endoftext|>"]), vec![1, 320, 322]),
+        (named(&["<|im_start|>", "<|start_header_id|>"]), vec![1]),
+        (named(&["<end_of_turn>", "<start_of_turn>", "<eos>"]), vec![1, 320, 322]),
+        (named(&["<|end_of_text|>", "<|eom_id|>"]), vec![1, 320, 321]),
+        (named(&["<|end|>"]), vec![1, 320]),
+        (named(&["<|end|>", "<|return|>", "<|call|>"]), vec![1, 321, 322]),
+        (named(&["<|end|>", "<|calls|>", "<|flush|>"]), vec![1, 321, 322]),
+        (named(&["<|tool_response>", "<turn|>"]), vec![320, 321]),
+        (named(&["<\u{ff5c}end\u{2581}of\u{2581}sentence\u{ff5c}>"]), vec![1, 320]),
+        (Metadata::tiny_with("gpt-2", &["<|eot_id|>"], 1), vec![1, 320]),
+    ];
+    for (index, (metadata, ends)) in cases.iter().enumerate() {
+        assert_eq!(metadata.load().end_ids(), *ends, "case {index}");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let given = folder.path().join("given.json");
+    fs::write(&given, r#"{"eos_token": "<s>"}"#).unwrap();
+    assert_eq!(plain().with("eot_token_id", 4, &id(3)).load_given(&given).end_ids(), [1, 3, 0]);
 }

@@ -8,7 +8,7 @@ use gguf::Gguf;
 use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer;
 
-use super::{ModelTokenizer, TokenizerError};
+use super::{ModelTokenizer, TokenizerError, end_tokens};
 
 /// `token_type` of the token for what no other says, in ggml's enumeration.
 const UNKNOWN: i32 = 2;
@@ -46,6 +46,7 @@ pub(super) fn load(path: &Path) -> Result<ModelTokenizer, TokenizerError> {
         bos_token: text("tokenizer.ggml.bos_token_id")?,
         eos_token: text("tokenizer.ggml.eos_token_id")?,
         chat_template: file.get::<&str>("tokenizer.chat_template")?.map(str::to_owned),
+        end_ids: end_tokens::from_gguf(&file, tokens)?,
         ..ModelTokenizer::new(tokenizer)
     })
 }
