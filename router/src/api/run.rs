@@ -77,12 +77,16 @@ impl App {
         let rules = self.rules(&info);
         ask.check(&rules)?;
         let mut prompt = self.tokenize(&ask.prompt).await?;
+        self.in_vocabulary(&prompt, info.vocab_size)?;
         let max_new_tokens = ask.fit(&mut prompt, &rules)?;
         let adapter = match &ask.adapter {
             Some(adapter) => Some(self.ranks.prepare(adapter).await?),
             None => None,
         };
-        let stop_ids = if ask.ignore_eos { Arc::from([]) } else { Arc::from(info.eos_token_ids) };
+        let stop_ids = match ask.ignore_eos {
+            true => Arc::from([]),
+            false => info.eos_token_ids.into_iter().chain(self.tokenizer.end_ids().iter().copied()).collect(),
+        };
         let seed = ask.sampling.seed;
         let job = Job {
             prompt: prompt.clone(),
@@ -105,6 +109,17 @@ impl App {
             running: Some(running),
             stops: StopStrings::new(ask.stop),
         })
+    }
+
+    /// Refuses a prompt with a token that the model has no embedding for: a tokenizer may know more tokens than the
+    /// model, for instance a padding token that was added for training.
+    fn in_vocabulary(&self, prompt: &[u32], vocab_size: u32) -> Result<(), ApiError> {
+        let Some(id) = prompt.iter().copied().find(|id| *id >= vocab_size) else { return Ok(()) };
+        let text = self.tokenizer.token_bytes(id);
+        let text = String::from_utf8_lossy(&text);
+        Err(ApiError::invalid(format!(
+            "the prompt has the token {id} ({text:?}), but the model's vocabulary has {vocab_size} entries"
+        )))
     }
 
     /// Tokenizes on one of the threads for it.

@@ -11,3 +11,4 @@ mod refusals;
 mod router;
 mod shard;
 mod text;
+mod vocabulary;
