@@ -24,6 +24,8 @@ impl Child {
     pub(crate) fn start(name: &str, program: &Path, args: &[&str], plain: bool) -> std::io::Result<Child> {
         let mut process = Command::new(program)
             .args(args)
+            // Children have the keys from the run configuration, which nobody else can read.
+            .env_remove("LORAX_API_KEY")
             // The child reads its end of this until we close ours, or die.
             .stdin(Stdio::piped())
             .stdout(Stdio::null())

@@ -2,21 +2,20 @@
 
 mod args;
 mod child;
-mod config;
 mod source;
 mod supervisor;
 
 use std::{
-    fs::{self, Permissions},
+    fs::Permissions,
     io::IsTerminal,
     os::unix::{fs::PermissionsExt, net::SocketAddr},
     path::PathBuf,
-    time::Duration,
 };
 
 use anyhow::{Context, ensure};
-use args::{Args, Device};
+use args::Args;
 use clap::{Parser, error::ErrorKind};
+use config::{Config, Device, ShardsConfig};
 use supervisor::Plan;
 use tracing_subscriber::EnvFilter;
 
@@ -35,7 +34,7 @@ fn main() {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal());
-    if args.json_output {
+    if args.log.json_output {
         log.json().init()
     } else {
         log.with_target(false).init()
@@ -58,38 +57,18 @@ fn exit(code: i32, error: &anyhow::Error) -> ! {
 /// Refuses what cannot work before anything is fetched or started.
 fn check(args: &Args) -> anyhow::Result<()> {
     ensure!(args.num_shard > 0, "--num-shard must be at least 1");
-    ensure!(args.num_shard == 1 || args.device != Device::Cpu, "--num-shard: one machine's CPU is one shard");
-    ensure!(args.num_shard == 1, "--num-shard {}: this version runs one shard", args.num_shard);
     ensure!(
-        args.adapter_source == "local",
-        "--adapter-source {:?}: only \"local\" is supported",
-        args.adapter_source
+        args.num_shard == 1 || args.shard.device != Device::Cpu,
+        "--num-shard: one machine's CPU is one shard"
     );
-    for (flag, value, least, most) in [
-        ("--max-concurrent-requests", args.max_concurrent_requests, 1, 1 << 20),
-        ("--max-batch-size", args.max_batch_size, 1, 1 << 16),
-        ("--max-active-adapters", args.max_active_adapters, 0, 1 << 16),
-        ("--validation-workers", args.validation_workers, 1, 1 << 10),
-        ("--threads", args.threads.unwrap_or(1), 1, 1 << 10),
-        ("--max-input-length", args.max_input_length.unwrap_or(1), 1, usize::MAX),
-        ("--max-batch-prefill-tokens", args.max_batch_prefill_tokens.unwrap_or(1), 1, 1 << 20),
-    ] {
-        ensure!(value >= least, "{flag} must be at least {least}");
-        ensure!(value <= most, "{flag} must be at most {most}");
-    }
-    ensure!(args.shutdown_deadline <= 1 << 32, "--shutdown-deadline must be at most {} s", 1_u64 << 32);
-    ensure!(args.max_total_tokens.is_none_or(|total| total > 1), "--max-total-tokens must be at least 2");
-    if let (Some(input), Some(total)) = (args.max_input_length, args.max_total_tokens) {
-        ensure!(input < total, "--max-input-length {input} must be less than --max-total-tokens {total}");
-    }
-    for (flag, value) in [
-        ("--cuda-memory-fraction", args.cuda_memory_fraction),
-        ("--adapter-memory-fraction", args.adapter_memory_fraction),
-    ] {
-        ensure!((0.0..=1.0).contains(&value), "{flag} must be between 0 and 1");
-    }
-    for folder in args.adapter_dir.iter().chain(&args.adapter_roots) {
+    ensure!(args.num_shard == 1, "--num-shard {}: this version runs one shard", args.num_shard);
+    args.router.check()?;
+    args.shard.check()?;
+    for folder in args.shard.adapter_dir.iter().chain(&args.shard.adapter_roots) {
         ensure!(folder.is_dir(), "{} is not a folder that can be read", folder.display());
+    }
+    if let Some(file) = &args.router.api_key_file {
+        ensure!(file.is_file(), "{} is not a file that can be read", file.display());
     }
     Ok(())
 }
@@ -107,15 +86,21 @@ fn run(args: &Args) -> anyhow::Result<()> {
         SocketAddr::from_pathname(socket).with_context(|| format!("{} as a socket", socket.display()))?;
     }
     let config = folder.path().join("config.json");
-    fs::write(&config, serde_json::to_vec_pretty(&config::build(args, &model, &sockets))?)
-        .with_context(|| format!("writing {}", config.display()))?;
+    let settings = Config {
+        model,
+        shards: ShardsConfig { uds: sockets.clone() },
+        router: args.router.clone(),
+        shard: args.shard.clone(),
+        log: args.log.clone(),
+    };
+    settings.write(&config)?;
     let program = std::env::current_exe().context("finding the folder of this program")?;
     let plan = Plan {
         programs: program.parent().map(PathBuf::from).context("finding the folder of this program")?,
         config,
         sockets,
-        plain: args.json_output,
-        deadline: Duration::from_secs(args.shutdown_deadline),
+        plain: args.log.json_output,
+        deadline: args.router.shutdown_deadline,
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     Ok(runtime.block_on(plan.run())?)

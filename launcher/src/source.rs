@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use config::ModelConfig;
 use hf_hub::{
     Cache, Repo, RepoType,
     api::{
@@ -37,19 +38,6 @@ const INDEX: &str = "model.safetensors.index.json";
 /// otherwise in seconds.
 const ANSWER: (&str, Duration) = ("HF_HUB_ETAG_TIMEOUT", Duration::from_secs(10));
 const BYTES: (&str, Duration) = ("HF_HUB_DOWNLOAD_TIMEOUT", Duration::from_secs(60));
-
-/// A model that is on this machine.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct ModelFiles {
-    /// As the user named it, without the revision.
-    pub(crate) id: String,
-    /// A folder, or a GGUF file.
-    pub(crate) path: PathBuf,
-    /// The revision that was asked for.
-    pub(crate) revision: Option<String>,
-    /// The commit that it led to.
-    pub(crate) sha: Option<String>,
-}
 
 /// Why a model's files cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -116,13 +104,13 @@ impl SourceError {
 }
 
 /// Finds a model, and fetches it if it is not here.
-pub(crate) fn find(model_id: &str, revision: Option<&str>) -> Result<ModelFiles, SourceError> {
+pub(crate) fn find(model_id: &str, revision: Option<&str>) -> Result<ModelConfig, SourceError> {
     let path = Path::new(model_id);
     if path.exists() {
         let is_gguf = path.is_file() && path.extension().is_some_and(|extension| extension == "gguf");
         let absolute = path.canonicalize().unwrap_or_else(|_| path.to_owned());
         return if is_gguf || path.join("config.json").is_file() {
-            Ok(ModelFiles { id: model_id.into(), path: absolute, revision: None, sha: None })
+            Ok(ModelConfig { id: model_id.into(), path: absolute, revision: None, sha: None })
         } else {
             Err(SourceError::NotAModel(absolute))
         };
@@ -145,7 +133,7 @@ pub(crate) fn find(model_id: &str, revision: Option<&str>) -> Result<ModelFiles,
     } else {
         online(id, asked)?
     };
-    Ok(ModelFiles { id: id.into(), path, revision: revision.map(str::to_owned), sha: Some(sha) })
+    Ok(ModelConfig { id: id.into(), path, revision: revision.map(str::to_owned), sha: Some(sha) })
 }
 
 /// From the hub, or from the cache while the hub cannot be reached.

@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use config::RouterConfig;
 use scheduler::{FailReason, Request, RequestId, Scheduler};
 use tokio::{
     sync::{OwnedSemaphorePermit, mpsc, watch},
@@ -15,7 +16,6 @@ use tokio::{
 };
 
 use crate::{
-    config::RouterConfig,
     generation::{Failure, Job, Scored, Update},
     ranks::{RankError, Ranks, Session},
     wire::{self, Event, Info, StepResult},

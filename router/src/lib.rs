@@ -2,7 +2,6 @@
 
 pub mod api;
 mod chat;
-pub mod config;
 mod decoder;
 mod engine;
 mod generation;

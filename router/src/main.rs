@@ -7,7 +7,8 @@ use std::{
 };
 
 use clap::Parser;
-use lorax_router::{App, StartError, config::Config, server};
+use config::Config;
+use lorax_router::{App, StartError, server};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::oneshot,
@@ -37,7 +38,7 @@ fn main() {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal());
-    if config.router.json_output {
+    if config.log.json_output {
         log.json().init()
     } else {
         log.with_target(false).init()

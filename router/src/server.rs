@@ -9,6 +9,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
+use config::Config;
 use futures::StreamExt;
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
@@ -31,7 +32,6 @@ use crate::{
         generate, openai,
     },
     chat::ChatTemplate,
-    config::Config,
     engine::{Engine, Permit},
     ranks::Ranks,
     tokenizer::{ModelTokenizer, TokenizerError},
@@ -164,7 +164,7 @@ impl App {
     }
 
     async fn read(&self, request: Request) -> Result<Vec<u8>, ApiError> {
-        let limit = self.config.router.max_body_bytes;
+        let limit = self.config.router.max_body_size as usize;
         let mut chunks = request.into_body().into_data_stream();
         let (mut body, mut bytes) = (Vec::new(), 0);
         while let Some(chunk) = chunks.next().await {
@@ -226,7 +226,7 @@ pub async fn listen(config: &Config) -> Result<(TcpListener, SocketAddr), StartE
 
 /// Serves until `stop`, then lets streams finish for as long as the configuration allows.
 pub async fn serve(listener: TcpListener, app: Arc<App>, stop: impl Future<Output = ()>) {
-    let deadline = Duration::from_secs(app.config.router.shutdown_deadline_s);
+    let deadline = app.config.router.shutdown_deadline;
     let routes = app.routes();
     // To tell HTTP/2 from HTTP/1 takes the first bytes, for which there is no limit.
     let mut server = auto::Builder::new(TokioExecutor::new()).http1_only();

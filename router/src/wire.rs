@@ -1,11 +1,9 @@
 //! Between messages and our own types: nothing else but `ranks.rs` knows the former.
 
+use config::RouterConfig;
 use scheduler::{Adapter, AdapterKey, Added, Limits, RowsPlan, StepPlan};
 
-use crate::{
-    config::RouterConfig,
-    generation::{Sampling, Scored},
-};
+use crate::generation::{Sampling, Scored};
 
 /// What the shards serve and what fits.
 #[derive(Debug, Clone)]

@@ -2,7 +2,6 @@
 
 pub mod adapters;
 pub mod choices;
-pub mod config;
 pub mod engine;
 pub mod memory;
 pub mod service;

@@ -12,13 +12,13 @@ use std::{
 
 use anyhow::Context;
 use clap::Parser;
+use config::{Config, Device, Dtype};
 use indicatif::{ProgressBar, ProgressStyle};
 use kernels::{Backend, DType, cpu::CpuBackend};
 #[cfg(feature = "cuda")]
 use lorax_shard::choices::ChoiceFile;
 use lorax_shard::{
     adapters::{Adapters, Roots},
-    config::{Config, Device, Precision},
     engine::{Command, Engine, Limits},
     memory::{self, Room},
     service::{self, Server},
@@ -55,7 +55,7 @@ fn main() {
         Ok(config) => config,
         Err(error) => exit(EX_USAGE, &error.into()),
     };
-    start_log(config.shard.json_output);
+    start_log(config.log.json_output);
     let parent = match Parent::watch() {
         Ok(parent) => parent,
         Err(error) => exit(1, &error.into()),
@@ -81,7 +81,7 @@ fn start_log(json: bool) {
 
 fn run(config: &Config, rank: usize, parent: &Parent) -> anyhow::Result<()> {
     let shard = &config.shard;
-    let dtype = shard.dtype.map_or(DType::Bf16, Precision::dtype);
+    let dtype = shard.dtype.map_or(DType::Bf16, kernels_dtype);
     #[cfg(feature = "cuda")]
     if shard.device != Device::Cpu {
         match kernels::cuda::CudaBackend::new(dtype, rank) {
@@ -96,11 +96,29 @@ fn run(config: &Config, rank: usize, parent: &Parent) -> anyhow::Result<()> {
     );
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let ops = CpuBackend::new(dtype, shard.threads.unwrap_or(cores))?;
-    tracing::info!(dtype = Precision::name(dtype), tier = ?ops.tier(), threads = ops.threads(), "computing on the CPU");
+    tracing::info!(dtype = name_of(dtype), tier = ?ops.tier(), threads = ops.threads(), "computing on the CPU");
     let ranks = config.shards.uds.len();
-    let room = |_: &CpuBackend| Ok(Room::on_host(shard.kv_memory_bytes, shard.adapter_memory_bytes, ranks));
+    let room = |_: &CpuBackend| Ok(Room::on_host(shard.kv_memory, None, ranks));
     let target = Target { name: "cpu", max_rows: 512, rehearses: false, room: &room, ready: &|_| () };
     serve(Arc::new(ops), &target, config, rank, parent)
+}
+
+/// The kernels' name of a type.
+fn kernels_dtype(dtype: Dtype) -> DType {
+    match dtype {
+        Dtype::Float32 => DType::F32,
+        Dtype::Bfloat16 => DType::Bf16,
+        Dtype::Float16 => DType::F16,
+    }
+}
+
+/// The name of a type as the flags spell it.
+fn name_of(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F32 => "float32",
+        DType::Bf16 => "bfloat16",
+        DType::F16 => "float16",
+    }
 }
 
 /// Serves from a GPU whose memory is shared out once the weights and a step's needs are on it.
@@ -114,12 +132,11 @@ fn serve_cuda(
     let shard = &config.shard;
     ops.record_steps(!shard.eager);
     let name = ops.name()?;
-    tracing::info!(dtype = Precision::name(ops.dtype()), "computing on {name}");
+    tracing::info!(dtype = name_of(ops.dtype()), "computing on {name}");
     let room = |ops: &kernels::cuda::CudaBackend| {
         let memory = ops.memory()?;
         let fractions = (shard.cuda_memory_fraction, shard.adapter_memory_fraction);
-        let room =
-            Room::on_device((memory.free as u64, memory.total as u64), fractions, shard.kv_memory_bytes)?;
+        let room = Room::on_device((memory.free as u64, memory.total as u64), fractions, shard.kv_memory)?;
         tracing::info!(kv_bytes = room.kv_bytes, adapter_bytes = room.adapter_bytes, "memory is shared out");
         Ok(room)
     };
@@ -158,18 +175,18 @@ fn serve<B: Backend>(
     parent: &Parent,
 ) -> anyhow::Result<()> {
     let shard = &config.shard;
-    let host_bytes = shard.adapter_host_bytes.unwrap_or(4 << 30) as usize;
+    let host_bytes = shard.adapter_host_memory as usize;
     // Locked memory is lost to everybody else.
     ops.expect_adapters(host_bytes.min(memory::quarter(config.shards.uds.len()) as usize));
     let model = Arc::new(load(&*ops, config)?);
     let description = model.config().clone();
-    let max_sequences = shard.max_sequences.unwrap_or(128);
-    let max_rows = shard.max_rows.unwrap_or(target.max_rows).max(max_sequences);
+    let max_sequences = shard.max_batch_size;
+    let max_rows = config.max_rows().unwrap_or(target.max_rows).max(max_sequences);
     let limits = Limits {
-        num_slots: shard.num_slots.unwrap_or(128),
+        num_slots: shard.max_active_adapters,
         max_rows,
         max_sequences,
-        max_logit_rows: shard.max_logit_rows.unwrap_or(256).clamp(max_sequences, max_rows),
+        max_logit_rows: 256.clamp(max_sequences, max_rows),
     };
     let roots =
         Roots::new(shard.adapter_dir.as_deref(), &shard.adapter_roots).context("the adapter folders")?;
@@ -189,7 +206,7 @@ fn serve<B: Backend>(
     (target.ready)(&ops);
     tracing::info!(num_blocks, seconds = recording.elapsed().as_secs_f32(), "ready to compute");
     let info = Info {
-        dtype: Precision::name(ops.dtype()).into(),
+        dtype: name_of(ops.dtype()).into(),
         device: target.name.into(),
         rank: rank as u32,
         world: config.shards.uds.len() as u32,

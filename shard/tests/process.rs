@@ -7,23 +7,35 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-use serde_json::json;
+use config::{Config, Device, LogConfig, ModelConfig, RouterConfig, ShardConfig, ShardsConfig};
 
 /// A shard of a small model, with its stdin open.
 fn start(folder: &Path) -> Child {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../integration-tests/fixtures");
-    let config = json!({
-        "model": {"id": "tiny", "path": fixtures.join("tiny/model"), "revision": null, "sha": null},
-        "shards": {"uds": [folder.join("shard.sock")]},
-        "shard": {
-            "dtype": null, "device": "cpu", "threads": 1, "max_rows": null, "max_sequences": 4,
-            "max_logit_rows": null, "num_slots": 2, "kv_memory_bytes": 1 << 20, "adapter_memory_bytes": null,
-            "adapter_host_bytes": 1 << 20, "adapter_dir": null, "adapter_roots": [], "eager": false,
-            "cuda_memory_fraction": 0.9, "adapter_memory_fraction": 0.5, "json_output": false,
+    let config = Config {
+        model: ModelConfig {
+            id: "tiny".into(),
+            path: fixtures.join("tiny/model"),
+            revision: None,
+            sha: None,
         },
-    });
+        shards: ShardsConfig { uds: vec![folder.join("shard.sock")] },
+        router: RouterConfig::default(),
+        shard: ShardConfig {
+            device: Device::Cpu,
+            threads: Some(1),
+            max_batch_size: 4,
+            max_active_adapters: 2,
+            kv_memory: Some(1 << 20),
+            adapter_host_memory: 1 << 20,
+            ..ShardConfig::default()
+        },
+        log: LogConfig::default(),
+    };
     let path = folder.join("config.json");
-    std::fs::write(&path, config.to_string()).unwrap();
+    // Of an earlier start.
+    let _ = std::fs::remove_file(&path);
+    config.write(&path).unwrap();
     Command::new(env!("CARGO_BIN_EXE_lorax-shard"))
         .args(["--config".as_ref(), path.as_os_str()])
         .stdin(Stdio::piped())

@@ -1,5 +1,7 @@
 //! Flags and environment: what is refused, and what reaches the children.
 
+use std::{fs, os::unix::fs::PermissionsExt};
+
 use serde_json::json;
 
 use crate::launcher::Launcher;
@@ -13,7 +15,7 @@ fn what_cannot_work_is_refused_at_once() {
         (&["--port", "70000"], "--port"),
         (&["--dtype", "float8"], "--dtype"),
         (&["--device", "tpu"], "--device"),
-        (&["--kv-memory", "2TiB"], "unknown unit"),
+        (&["--kv-memory", "2XiB"], "--kv-memory"),
         (&["--num-shard", "0"], "--num-shard must be at least 1"),
         (&["--num-shard", "2"], "--num-shard 2: this version runs one shard"),
         (&["--num-shard", "2", "--device", "cpu"], "one machine's CPU is one shard"),
@@ -24,6 +26,14 @@ fn what_cannot_work_is_refused_at_once() {
         (&["--max-batch-size", "18446744073709551615"], "--max-batch-size must be at most 65536"),
         (&["--max-active-adapters", "18446744073709551615"], "--max-active-adapters must be at most"),
         (&["--threads", "100000"], "--threads must be at most 1024"),
+        (&["--max-body-size", "2GiB"], "--max-body-size must be at most 1.0 GiB"),
+        (&["--max-body-size", "256MiB"], "--max-body-memory must be at least 256.0 MiB"),
+        (&["--step-timeout", "0"], "--step-timeout must be at least 0.001 s"),
+        (&["--body-timeout", "soon"], "--body-timeout"),
+        (&["--max-connections", "0"], "--max-connections must be at least 1"),
+        (&["--router-threads", "0"], "--router-threads must be at least 1"),
+        (&["--prefix-cache-scope", "world"], "--prefix-cache-scope"),
+        (&["--api-key-file", "/no/such/file"], "/no/such/file is not a file"),
         (&["--shutdown-deadline", "18446744073709551615"], "--shutdown-deadline must be at most"),
         (&["--max-concurrent-requests", "0"], "--max-concurrent-requests must be"),
         (&["--max-batch-prefill-tokens", "0"], "--max-batch-prefill-tokens must be"),
@@ -80,9 +90,9 @@ fn flags_come_before_the_environment_before_defaults() {
         ("router", "max_total_tokens", json!(99)),
         ("router", "prefix_caching", json!(false)),
         ("router", "max_concurrent_requests", json!(1024)),
-        ("router", "max_body_bytes", json!(2 << 20)),
-        ("shard", "adapter_host_bytes", json!(5 << 20)),
-        ("shard", "num_slots", json!(128)),
+        ("router", "max_body_size", json!(2 << 20)),
+        ("shard", "adapter_host_memory", json!(5 << 20)),
+        ("shard", "max_active_adapters", json!(128)),
         ("shard", "dtype", json!(null)),
     ] {
         assert_eq!(config[section][name], value, "{section}.{name}");
@@ -94,4 +104,43 @@ fn help_and_version_are_no_errors() {
     for flag in ["--help", "--version"] {
         assert_eq!(Launcher::new().args(&[flag]).fails().0, 0, "{flag}");
     }
+}
+
+/// Keys are given by flag and by environment, reach the router's file, and are shown nowhere else.
+#[test]
+fn api_keys_are_told_to_nobody_but_the_router() {
+    for (args, environment) in [
+        (&["--api-key", "sk-first,sk-second"][..], None),
+        (&["--api-key", "sk-first", "--api-key", "sk-second"], None),
+        (&[], Some("sk-first,sk-second")),
+    ] {
+        let launcher = Launcher::with_model().args(args).env("LOG_LEVEL", "trace");
+        // A child says how it was called, and the environment that it was given.
+        let router = "cp \"$config\" \"$CHILDREN/config.json\"; say $0 $@ $(env); say router up; serve";
+        let mut launcher = launcher.router(router);
+        if let Some(keys) = environment {
+            launcher = launcher.env("LORAX_API_KEY", keys);
+        }
+        let mut running = launcher.start();
+        let mut lines = running.until("router up");
+        let mode = fs::metadata(launcher.folder().join("config.json")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "only its owner may read it");
+        running.signal("-TERM");
+        lines.extend(running.ended().1);
+        assert!(lines.iter().all(|line| !line.contains("sk-")), "{lines:#?}");
+        let config = fs::read(launcher.folder().join("config.json")).unwrap();
+        let config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+        assert_eq!(config["router"]["api_keys"], json!(["sk-first", "sk-second"]));
+    }
+}
+
+#[test]
+fn an_api_key_that_is_refused_is_not_shown() {
+    for key in ["sk-umlaut-\u{e4}", "sk-with space", "sk-good,,sk-other", "sk-tab\t", "", ","] {
+        let (status, log) = Launcher::with_model().args(&["--api-key", key]).fails();
+        assert_eq!(status, 64, "{key:?}: {log}");
+        assert!(log.contains("--api-key") && !log.contains("sk-"), "{log}");
+    }
+    let out = Launcher::new().env("LORAX_API_KEY", "sk-first").args(&["--help"]).output();
+    assert!(out.contains("LORAX_API_KEY") && !out.contains("sk-first"), "{out}");
 }

@@ -87,6 +87,12 @@ impl Launcher {
         (out.status.code().unwrap(), String::from_utf8(out.stderr).unwrap())
     }
 
+    /// Runs to the end: all that it prints.
+    pub(crate) fn output(mut self) -> String {
+        let out = self.command.output().unwrap();
+        String::from_utf8([out.stdout, out.stderr].concat()).unwrap()
+    }
+
     pub(crate) fn start(&mut self) -> Running {
         let mut process = self.command.spawn().unwrap();
         let log = BufReader::new(process.stderr.take().unwrap()).lines();

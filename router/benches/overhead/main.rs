@@ -17,8 +17,9 @@ use std::{
 };
 
 use client::Client;
+use config::{Config, LogConfig, ModelConfig, RouterConfig, ShardConfig, ShardsConfig};
 use futures::future::try_join_all;
-use lorax_router::{App, config::Config, server};
+use lorax_router::{App, server};
 use serde_json::json;
 use shard::Double;
 use tokio::runtime::{Builder, Runtime};
@@ -72,17 +73,19 @@ fn runtime(name: &str, threads: usize) -> Result<Runtime> {
 
 /// Starts the router as its program does; returns where it listens.
 fn start_router(runtime: &Runtime, model: &Path, socket: &Path) -> Result<SocketAddr> {
-    let config: Config = serde_json::from_value(json!({
-        "model": {"id": "bench", "path": model, "revision": null, "sha": null},
-        "shards": {"uds": [socket]},
-        "router": {
-            "hostname": "127.0.0.1", "port": 0, "max_concurrent_requests": 1024, "max_stop_sequences": 4,
-            "max_input_length": null, "max_total_tokens": null, "max_batch_prefill_tokens": 1792,
-            "prefix_caching": false, "default_adapter_source": "local", "validation_workers": 2,
-            "max_body_bytes": 2 << 20, "shutdown_deadline_s": 1, "tokenizer_config_path": null,
-            "cors_allow_origin": [], "json_output": false,
+    let config = Config {
+        model: ModelConfig { id: "bench".into(), path: model.into(), revision: None, sha: None },
+        shards: ShardsConfig { uds: vec![socket.into()] },
+        router: RouterConfig {
+            hostname: "127.0.0.1".into(),
+            port: 0,
+            max_batch_prefill_tokens: Some(1792),
+            prefix_caching: false,
+            ..RouterConfig::default()
         },
-    }))?;
+        shard: ShardConfig::default(),
+        log: LogConfig::default(),
+    };
     runtime.block_on(async {
         let (listener, address) = server::listen(&config).await?;
         let app = App::start(config)?;

@@ -144,7 +144,7 @@ impl App {
         api_token: Option<String>,
     ) -> Option<AdapterRef> {
         let id = id.filter(|id| !id.is_empty())?;
-        let source = source.unwrap_or_else(|| self.config.router.default_adapter_source.clone());
+        let source = source.unwrap_or_else(|| self.config.router.adapter_source.clone());
         Some(AdapterRef { source, id, api_token })
     }
 }

@@ -1,8 +1,8 @@
 //! The program itself: what it says, and how it ends.
 
-use std::{fs, process::Stdio, time::Duration};
+use std::{process::Stdio, time::Duration};
 
-use serde_json::Value;
+use config::RouterConfig;
 use tokio::{
     io::{AsyncBufReadExt, BufReader, Lines},
     process::{Child, ChildStderr, ChildStdin, Command},
@@ -10,7 +10,7 @@ use tokio::{
 };
 
 use crate::{
-    router::{configuration_file, tokens},
+    router::{configuration, tokens},
     shard::{Gate, Script, ScriptedShard},
 };
 
@@ -28,14 +28,14 @@ struct Program {
 }
 
 impl Program {
-    fn start(script: Script, change: impl FnOnce(&mut Value)) -> Program {
+    fn start(script: Script, change: impl FnOnce(&mut RouterConfig)) -> Program {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("shard.sock");
         let shard = ScriptedShard::start(script, &socket);
-        let mut configuration = configuration_file(&socket);
-        change(&mut configuration["router"]);
+        let mut configuration = configuration(&socket);
+        change(&mut configuration.router);
         let file = folder.path().join("config.json");
-        fs::write(&file, configuration.to_string()).unwrap();
+        configuration.write(&file).unwrap();
         let mut process = Command::new(env!("CARGO_BIN_EXE_lorax-router"))
             .arg("--config")
             .arg(file)
@@ -88,7 +88,7 @@ async fn it_serves_at_once_and_says_when_the_model_is_ready() {
 
 #[tokio::test]
 async fn a_tokenizer_configuration_that_is_not_there_is_bad_usage() {
-    let absent = |router: &mut Value| router["tokenizer_config_path"] = "/no/such.json".into();
+    let absent = |router: &mut RouterConfig| router.tokenizer_config_path = Some("/no/such.json".into());
     let mut program = Program::start(Script::saying(tokens("a")), absent);
     let cause = program.says("tokenizer-config-path: ").await;
     assert!(cause.starts_with("/no/such.json: No such file"), "{cause}");
@@ -97,7 +97,7 @@ async fn a_tokenizer_configuration_that_is_not_there_is_bad_usage() {
 
 #[tokio::test]
 async fn a_limit_that_does_not_fit_is_told_of() {
-    let more = |router: &mut Value| router["max_total_tokens"] = 5000.into();
+    let more = |router: &mut RouterConfig| router.max_total_tokens = Some(5000);
     let mut program = Program::start(Script::saying(tokens("a")), more);
     assert_eq!(program.says("max-total-tokens: ").await, "5000 do not fit, a request may have 4096");
     program.says("listening on ").await;

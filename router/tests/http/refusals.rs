@@ -1,6 +1,7 @@
 //! Requests that are refused: status, kind, and the shape of each dialect.
 
-use lorax_router::{App, config::Config};
+use config::Config;
+use lorax_router::App;
 use serde_json::{Value, json};
 use tonic::Status;
 

@@ -3,11 +3,13 @@
 use std::{
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
+    time::Duration,
 };
 
-use lorax_router::{App, config::Config, server, tokenizer::ModelTokenizer};
+use config::{Config, LogConfig, ModelConfig, RouterConfig, ShardConfig, ShardsConfig};
+use lorax_router::{App, server, tokenizer::ModelTokenizer};
 use reqwest::{Client, Method, Response, StatusCode};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::sync::oneshot;
 
 use crate::shard::{Script, ScriptedShard};
@@ -35,24 +37,24 @@ pub(crate) fn text(tokens: &[u32]) -> String {
     tokenizer().decode(tokens, false)
 }
 
-/// A configuration in which every limit is small, as the launcher writes it.
-pub(crate) fn configuration_file(socket: &Path) -> Value {
-    json!({
-        "model": {"id": MODEL, "path": model(), "revision": null, "sha": "abc"},
-        "shards": {"uds": [socket]},
-        "router": {
-            "hostname": "127.0.0.1", "port": 0, "max_concurrent_requests": 64, "max_stop_sequences": 4,
-            "max_input_length": null, "max_total_tokens": null, "max_batch_prefill_tokens": null,
-            "prefix_caching": false, "default_adapter_source": "local", "validation_workers": 1,
-            "max_body_bytes": 64 << 10, "shutdown_deadline_s": 1, "tokenizer_config_path": null,
-            "cors_allow_origin": [], "json_output": false,
-        },
-    })
-}
-
-/// The same, read.
+/// A configuration in which limits are small.
 pub(crate) fn configuration(socket: &Path) -> Config {
-    serde_json::from_value(configuration_file(socket)).unwrap()
+    Config {
+        model: ModelConfig { id: MODEL.into(), path: model(), revision: None, sha: Some("abc".into()) },
+        shards: ShardsConfig { uds: vec![socket.into()] },
+        router: RouterConfig {
+            hostname: "127.0.0.1".into(),
+            port: 0,
+            max_concurrent_requests: 64,
+            prefix_caching: false,
+            validation_workers: 1,
+            max_body_size: 64 << 10,
+            shutdown_deadline: Duration::from_secs(1),
+            ..RouterConfig::default()
+        },
+        shard: ShardConfig::default(),
+        log: LogConfig::default(),
+    }
 }
 
 /// A running router.

@@ -1,0 +1,65 @@
+//! What can be wrong with a configuration.
+
+use std::{io, path::PathBuf};
+
+/// Why a configuration was refused. A value is named by its flag, because that is where users set it.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The file is not a configuration.
+    #[error("{}: {source}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: serde_json::Error,
+    },
+    /// There is no socket for this rank.
+    #[error("rank {rank} of {world} shards")]
+    Rank {
+        /// The rank that was asked for.
+        rank: usize,
+        /// How many ranks there are.
+        world: usize,
+    },
+    /// A value is below its bound.
+    #[error("{flag} must be at least {least}")]
+    TooSmall {
+        /// The flag.
+        flag: &'static str,
+        /// The bound, with its unit.
+        least: String,
+    },
+    /// A value is above its bound.
+    #[error("{flag} must be at most {most}")]
+    TooLarge {
+        /// The flag.
+        flag: &'static str,
+        /// The bound, with its unit.
+        most: String,
+    },
+    /// A fraction is not one.
+    #[error("{0} must be between 0 and 1")]
+    Fraction(&'static str),
+    /// No room is left for an answer.
+    #[error("--max-input-length {input} must be less than --max-total-tokens {total}")]
+    NoOutput {
+        /// Tokens of a prompt.
+        input: usize,
+        /// Tokens of prompt and output together.
+        total: usize,
+    },
+    /// Adapters cannot come from there.
+    #[error("--adapter-source {0:?}: only \"local\" is supported")]
+    AdapterSource(String),
+    /// An API key that no client could send. The key is not told, only which of them it is.
+    #[error("--api-key: key {0} must be visible ASCII characters, at least one")]
+    ApiKey(usize),
+}

@@ -1,0 +1,190 @@
+//! The router's settings.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{ArgAction, Args, ValueEnum};
+use secrecy::{ExposeSecret, SecretString};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    ConfigError,
+    values::{
+        address_of_environment, as_optional_seconds, as_plain_secrets, as_seconds, bytes, seconds,
+        spell_bytes, spell_number, spell_seconds, within,
+    },
+};
+
+/// Whose requests may share blocks of the prefix cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PrefixCacheScope {
+    /// Requests of one tenant share blocks: no tenant learns from the time of its first token what others have sent.
+    Tenant,
+    /// Requests of all tenants share the blocks of the base model and of adapters that need no credential.
+    All,
+}
+
+/// The router's settings; `None` lets the router choose by what the shards can do.
+#[derive(Debug, Clone, Args, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RouterConfig {
+    /// Address to listen on; the environment's HOSTNAME only if it is one, as containers keep their names there
+    #[arg(long, default_value_t = address_of_environment())]
+    pub hostname: String,
+    /// Port to listen on; 0 for any that is free
+    #[arg(long, short, env, default_value_t = 3000)]
+    pub port: u16,
+    /// Origins that browsers may call from; "*" for any
+    #[arg(long, env, value_delimiter = ',', action = ArgAction::Append)]
+    pub cors_allow_origin: Vec<String>,
+    /// Connections at the same time
+    #[arg(long, env, default_value_t = 16384)]
+    pub max_connections: usize,
+    /// Connections of one client address at the same time [default: half of max-connections]
+    #[arg(long, env)]
+    pub max_connections_per_address: Option<usize>,
+    /// Largest request body
+    #[arg(long, env, value_name = "BYTES", value_parser = bytes, default_value = "2MiB")]
+    pub max_body_size: u64,
+    /// Memory for the bodies of all requests that have not been read to their end or parsed
+    #[arg(long, env, value_name = "BYTES", value_parser = bytes, default_value = "128MiB")]
+    pub max_body_memory: u64,
+    /// Seconds in which a client must have sent the whole of its body
+    #[arg(long, env, value_name = "SECONDS", value_parser = seconds, default_value = "30")]
+    #[serde(with = "as_seconds")]
+    pub body_timeout: Duration,
+    /// Threads that serve connections
+    #[arg(long, env, default_value_t = 2)]
+    pub router_threads: usize,
+
+    /// A key that clients must send as `Authorization: Bearer KEY`, all of one tenant; several are separated by commas.
+    /// Without any key everybody may ask. The environment variable hides keys from other users of this machine
+    #[arg(
+        long = "api-key",
+        env = "LORAX_API_KEY",
+        hide_env_values = true,
+        value_name = "KEY",
+        value_delimiter = ',',
+        action = ArgAction::Append
+    )]
+    #[serde(serialize_with = "as_plain_secrets::serialize")]
+    pub api_keys: Vec<SecretString>,
+    /// File of keys with their tenants, weights and limits
+    #[arg(long, env, value_name = "PATH")]
+    pub api_key_file: Option<PathBuf>,
+
+    /// Requests at the same time; above it they are answered with 429
+    #[arg(long, env, default_value_t = 1024)]
+    pub max_concurrent_requests: usize,
+    /// Stop sequences of one request
+    #[arg(long, env, default_value_t = 4)]
+    pub max_stop_sequences: usize,
+    /// Tokens of a prompt [default: max-total-tokens - 1]
+    #[arg(long, env)]
+    pub max_input_length: Option<usize>,
+    /// Tokens of prompt and output together; lowered, with a warning, to what fits [default: what the model's positions
+    /// and the memory of the KV cache allow]
+    #[arg(long, env)]
+    pub max_total_tokens: Option<usize>,
+    /// Most prompt tokens in one step, which begins with 512 and has slowly more while prompts wait [default: no bound]
+    #[arg(long, env)]
+    pub max_batch_prefill_tokens: Option<usize>,
+    /// Reuse keys and values of equal prefixes
+    #[arg(long, env, default_value_t = true, action = ArgAction::Set)]
+    pub prefix_caching: bool,
+    /// Whose requests may share blocks of the prefix cache
+    #[arg(long, env, default_value = "tenant")]
+    pub prefix_cache_scope: PrefixCacheScope,
+    /// Threads that tokenize
+    #[arg(long, env, default_value_t = 2)]
+    pub validation_workers: usize,
+    /// Replaces the model's tokenizer_config.json; a chat template in it goes before all of the model's
+    #[arg(long, env)]
+    pub tokenizer_config_path: Option<PathBuf>,
+    /// Where adapters come from unless a request says otherwise
+    #[arg(long, env, default_value = "local")]
+    pub adapter_source: String,
+
+    /// Seconds that a step may take before the shards are taken to hang [default: 20 times the longest step of the
+    /// warm-up, at least 10]
+    #[arg(long, env, value_name = "SECONDS", value_parser = seconds)]
+    #[serde(with = "as_optional_seconds")]
+    pub step_timeout: Option<Duration>,
+    /// Seconds that an adapter may take to be found and read before its requests fail
+    #[arg(long, env, value_name = "SECONDS", value_parser = seconds, default_value = "60")]
+    #[serde(with = "as_seconds")]
+    pub prepare_timeout: Duration,
+    /// Seconds between SIGTERM, from which on the server calls itself not ready, and the end of accepting connections
+    #[arg(long, env, value_name = "SECONDS", value_parser = seconds, default_value = "0")]
+    #[serde(with = "as_seconds")]
+    pub shutdown_delay: Duration,
+    /// Seconds that streams may take to finish on shutdown
+    #[arg(long, env, value_name = "SECONDS", value_parser = seconds, default_value = "30")]
+    #[serde(with = "as_seconds")]
+    pub shutdown_deadline: Duration,
+}
+
+/// Bodies are held in memory, and a file as large is no prompt.
+const MOST_BODY: u64 = 1 << 30;
+/// Over a century: sums of such durations do not overflow, and a timer takes them.
+const LONGEST: Duration = Duration::from_secs(1 << 32);
+/// The shortest deadline of work that is healthy.
+const SHORTEST: Duration = Duration::from_millis(1);
+
+impl RouterConfig {
+    /// Connections of one client address at the same time.
+    pub fn connections_per_address(&self) -> usize {
+        self.max_connections_per_address.unwrap_or(self.max_connections.div_ceil(2))
+    }
+
+    /// Refuses values that cannot work.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        for (flag, value, bounds) in [
+            ("--max-concurrent-requests", self.max_concurrent_requests, (1, 1 << 20)),
+            ("--validation-workers", self.validation_workers, (1, 1 << 10)),
+            ("--router-threads", self.router_threads, (1, 1 << 10)),
+            ("--max-connections", self.max_connections, (1, 1 << 20)),
+            ("--max-connections-per-address", self.connections_per_address(), (1, 1 << 20)),
+            ("--max-input-length", self.max_input_length.unwrap_or(1), (1, usize::MAX)),
+            ("--max-total-tokens", self.max_total_tokens.unwrap_or(2), (2, usize::MAX)),
+            ("--max-batch-prefill-tokens", self.max_batch_prefill_tokens.unwrap_or(1), (1, 1 << 20)),
+        ] {
+            within(flag, value, bounds, spell_number)?;
+        }
+        within("--max-body-size", self.max_body_size, (1, MOST_BODY), spell_bytes)?;
+        // Less would never let the largest body in.
+        let memory = (self.max_body_size, 1 << 50);
+        within("--max-body-memory", self.max_body_memory, memory, spell_bytes)?;
+        for (flag, value, least) in [
+            ("--body-timeout", self.body_timeout, SHORTEST),
+            ("--step-timeout", self.step_timeout.unwrap_or(SHORTEST), SHORTEST),
+            ("--prepare-timeout", self.prepare_timeout, SHORTEST),
+            ("--shutdown-delay", self.shutdown_delay, Duration::ZERO),
+            ("--shutdown-deadline", self.shutdown_deadline, Duration::ZERO),
+        ] {
+            within(flag, value, (least, LONGEST), spell_seconds)?;
+        }
+        if let (Some(input), Some(total)) = (self.max_input_length, self.max_total_tokens)
+            && input >= total
+        {
+            return Err(ConfigError::NoOutput { input, total });
+        }
+        if self.adapter_source != "local" {
+            return Err(ConfigError::AdapterSource(self.adapter_source.clone()));
+        }
+        let sendable = |key: &SecretString| {
+            let key = key.expose_secret();
+            !key.is_empty() && key.bytes().all(|byte| byte.is_ascii_graphic())
+        };
+        match self.api_keys.iter().position(|key| !sendable(key)) {
+            Some(index) => Err(ConfigError::ApiKey(index + 1)),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Default for RouterConfig {
+    fn default() -> RouterConfig {
+        crate::defaults()
+    }
+}
