@@ -4,14 +4,6 @@ use std::{sync::Arc, time::Duration};
 
 use scheduler::{Adapter, Finish};
 
-/// A reference to an adapter, as a request names it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct AdapterRef {
-    pub(crate) source: String,
-    pub(crate) id: String,
-    pub(crate) api_token: Option<String>,
-}
-
 /// How a sequence samples; neutral values switch a filter off.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Sampling {

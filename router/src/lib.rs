@@ -1,14 +1,18 @@
 //! The HTTP side of the server: tokens in and out, admission, scheduling, and the shards behind it.
 
+mod adapter;
 pub mod api;
 mod chat;
 mod decoder;
 mod engine;
 mod generation;
+pub mod keys;
+pub mod principal;
 mod ranks;
 pub mod server;
 
 pub mod tokenizer;
 mod wire;
+mod workers;
 
 pub use server::{App, StartError};

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use hyper_util::rt::TokioIo;
 use proto::{AttachRequest, HealthRequest, InfoRequest, PrepareRequest, shard_client::ShardClient};
 use scheduler::Adapter;
+use secrecy::{ExposeSecret, SecretString};
 use tokio::{net::UnixStream, sync::mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
@@ -14,7 +15,7 @@ use tonic::{
 use tower::service_fn;
 
 use crate::{
-    generation::AdapterRef,
+    adapter::AdapterRef,
     wire::{self, Event, Info},
 };
 
@@ -103,12 +104,16 @@ impl Ranks {
     }
 
     /// Has an adapter read and checked, and the caller's access to it.
-    pub(crate) async fn prepare(&self, adapter: &AdapterRef) -> Result<Adapter, PrepareError> {
+    pub(crate) async fn prepare(
+        &self,
+        adapter: &AdapterRef,
+        token: Option<&SecretString>,
+    ) -> Result<Adapter, PrepareError> {
         let request = PrepareRequest {
             source: adapter.source.clone(),
             id: adapter.id.clone(),
             revision: String::new(),
-            api_token: adapter.api_token.clone().unwrap_or_default(),
+            api_token: token.map_or_else(String::new, |token| token.expose_secret().into()),
         };
         let prepared = self.client.clone().prepare(request).await?.into_inner();
         wire::adapter(prepared)

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
-use crate::generation::{AdapterRef, Sampling};
+use crate::{adapter::AdapterRef, generation::Sampling};
 
 /// Largest number of alternatives that is reported for a token.
 const MAX_TOP: u32 = 20;

@@ -1,13 +1,18 @@
 //! From errors to HTTP: the only place that knows status codes of failures.
 
+use std::time::Duration;
+
 use axum::{
     Json,
-    http::{Method, StatusCode},
+    http::{
+        HeaderMap, HeaderValue, Method, StatusCode,
+        header::{CONNECTION, RETRY_AFTER, WWW_AUTHENTICATE},
+    },
     response::{IntoResponse, Response},
 };
 use serde_json::{Value, json};
 
-use crate::{generation::Failure, ranks::PrepareError};
+use crate::{generation::Failure, ranks::PrepareError, workers::WorkError};
 
 /// Why a request was not answered.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -30,9 +35,29 @@ pub(crate) enum ApiError {
     /// The body did not come in time.
     #[error("the body did not come in time")]
     Slow,
+    /// The caller has no valid key.
+    #[error("the request has no valid API key: send one as `Authorization: Bearer KEY`")]
+    InvalidKey,
     /// Too many requests at the same time.
     #[error("Model is overloaded")]
-    Overloaded,
+    Overloaded {
+        /// When a new attempt may succeed.
+        retry_after: Duration,
+    },
+    /// The tenant is at one of its own limits.
+    #[error("the limit of {limit} is reached")]
+    RateLimited {
+        /// What is limited, with its number.
+        limit: String,
+        /// When a new attempt may succeed.
+        retry_after: Duration,
+    },
+    /// The adapter was not there in time.
+    #[error("the adapter was not ready within {} s", limit.as_secs_f64())]
+    AdapterTimeout {
+        /// How long it had.
+        limit: Duration,
+    },
     /// No such adapter.
     #[error("{0}")]
     AdapterNotFound(String),
@@ -72,7 +97,10 @@ impl ApiError {
             ApiError::Template(_) => (StatusCode::UNPROCESSABLE_ENTITY, "template_error"),
             ApiError::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "too_large"),
             ApiError::Slow => (StatusCode::REQUEST_TIMEOUT, "timeout"),
-            ApiError::Overloaded => (StatusCode::TOO_MANY_REQUESTS, "overloaded"),
+            ApiError::InvalidKey => (StatusCode::UNAUTHORIZED, "invalid_api_key"),
+            ApiError::RateLimited { .. } => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_exceeded"),
+            ApiError::AdapterTimeout { .. } => (StatusCode::GATEWAY_TIMEOUT, "adapter_timeout"),
+            ApiError::Overloaded { .. } => (StatusCode::TOO_MANY_REQUESTS, "overloaded"),
             ApiError::AdapterNotFound(_) => (StatusCode::NOT_FOUND, "adapter_not_found"),
             ApiError::AdapterForbidden(_) => (StatusCode::FORBIDDEN, "adapter_forbidden"),
             ApiError::Generation(_) => (StatusCode::FAILED_DEPENDENCY, "generation"),
@@ -80,6 +108,26 @@ impl ApiError {
             ApiError::NoRoute => (StatusCode::NOT_FOUND, "not_found"),
             ApiError::Method(_) => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed"),
         }
+    }
+
+    /// What the response says in its head.
+    fn headers(&self) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        if let ApiError::Overloaded { retry_after } | ApiError::RateLimited { retry_after, .. } = self {
+            headers.insert(RETRY_AFTER, retry_after.as_secs().max(1).into());
+        }
+        match self {
+            ApiError::Unavailable(_) => _ = headers.insert(RETRY_AFTER, 1.into()),
+            ApiError::InvalidKey => {
+                _ = headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+            }
+            // The rest of the body is still to come, and nobody will read it.
+            ApiError::Slow | ApiError::TooLarge { .. } => {
+                _ = headers.insert(CONNECTION, HeaderValue::from_static("close"));
+            }
+            _ => {}
+        }
+        headers
     }
 
     /// The JSON of a dialect.
@@ -101,7 +149,9 @@ impl ApiError {
             (Dialect::OpenAi, StatusCode::UNPROCESSABLE_ENTITY) => StatusCode::BAD_REQUEST,
             (_, status) => status,
         };
-        (status, Json(self.body(dialect))).into_response()
+        let mut response = (status, Json(self.body(dialect))).into_response();
+        response.headers_mut().extend(self.headers());
+        response
     }
 }
 
@@ -112,6 +162,15 @@ pub(crate) enum Dialect {
     Native,
     /// OpenAI's.
     OpenAi,
+}
+
+impl From<WorkError> for ApiError {
+    fn from(error: WorkError) -> ApiError {
+        match error {
+            WorkError::Busy => ApiError::Unavailable(error.to_string()),
+            WorkError::Panicked => ApiError::Generation(error.to_string()),
+        }
+    }
 }
 
 impl From<Failure> for ApiError {

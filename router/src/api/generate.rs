@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Instant};
 
 use axum::{
     Json,
-    extract::{Request, State},
+    extract::State,
     http::{HeaderMap, HeaderName, HeaderValue},
     response::{
         IntoResponse, Response,
@@ -12,6 +12,7 @@ use axum::{
     },
 };
 use futures::{StreamExt, stream};
+use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -21,8 +22,12 @@ use super::{
     run::{Answer, FinishReason, Generation, Piece},
 };
 use crate::{
-    generation::{AdapterRef, Sampling, Scored},
-    server::App,
+    adapter::{AdapterRef, Credential},
+    generation::{Sampling, Scored},
+    server::{
+        App,
+        accept::{Accepted, Body, Caller},
+    },
 };
 
 /// Body of a request.
@@ -41,7 +46,7 @@ pub(crate) struct GenerateRequest {
 struct Parameters {
     adapter_id: Option<String>,
     adapter_source: Option<String>,
-    api_token: Option<String>,
+    api_token: Option<SecretString>,
     temperature: Option<f32>,
     repetition_penalty: Option<f32>,
     frequency_penalty: Option<f32>,
@@ -75,8 +80,12 @@ struct Shape {
     characters: usize,
 }
 
+impl Body for GenerateRequest {
+    const DIALECT: Dialect = Dialect::Native;
+}
+
 impl GenerateRequest {
-    fn into_ask(self, app: &App) -> Result<(Ask, Shape), ApiError> {
+    fn into_ask(self, app: &App, caller: &Caller) -> Result<(Ask, Shape), ApiError> {
         let p = self.parameters.unwrap_or_default();
         refuse(&self.rest, |_, _| false)?;
         refuse(&p.rest, |name, value| match name {
@@ -93,7 +102,7 @@ impl GenerateRequest {
             || p.top_p.is_some()
             || p.min_p.is_some()
             || p.typical_p.is_some();
-        let adapter = app.adapter(p.adapter_id, p.adapter_source, p.api_token);
+        let adapter = app.adapter(p.adapter_id, p.adapter_source, caller.credential.or_in_body(p.api_token));
         let prefill = p.decoder_input_details == Some(true);
         let shape = Shape {
             details: p.details == Some(true) || prefill,
@@ -141,32 +150,32 @@ impl App {
         &self,
         id: Option<String>,
         source: Option<String>,
-        api_token: Option<String>,
+        credential: Credential,
     ) -> Option<AdapterRef> {
         let id = id.filter(|id| !id.is_empty())?;
         let source = source.unwrap_or_else(|| self.config.router.adapter_source.clone());
-        Some(AdapterRef { source, id, api_token })
+        Some(AdapterRef { source, id, credential })
     }
 }
 
 /// `POST /generate`
-pub(crate) async fn whole(State(app): State<Arc<App>>, request: Request) -> Response {
+pub(crate) async fn whole(State(app): State<Arc<App>>, request: Accepted<GenerateRequest>) -> Response {
     respond(&app, request, |_| false, false).await
 }
 
 /// `POST /generate_stream`
-pub(crate) async fn stream(State(app): State<Arc<App>>, request: Request) -> Response {
+pub(crate) async fn stream(State(app): State<Arc<App>>, request: Accepted<GenerateRequest>) -> Response {
     respond(&app, request, |_| true, false).await
 }
 
 /// `POST /`: by the field `stream`; a whole answer is the only element of a list.
-pub(crate) async fn either(State(app): State<Arc<App>>, request: Request) -> Response {
+pub(crate) async fn either(State(app): State<Arc<App>>, request: Accepted<GenerateRequest>) -> Response {
     respond(&app, request, |request| request.stream == Some(true), true).await
 }
 
 async fn respond(
     app: &App,
-    request: Request,
+    request: Accepted<GenerateRequest>,
     streams: impl Fn(&GenerateRequest) -> bool,
     as_list: bool,
 ) -> Response {
@@ -178,23 +187,20 @@ async fn respond(
 
 async fn generate(
     app: &App,
-    request: Request,
+    request: Accepted<GenerateRequest>,
     streams: impl Fn(&GenerateRequest) -> bool,
     as_list: bool,
 ) -> Result<Response, ApiError> {
-    let bearer = bearer(request.headers());
-    let (body, permit) = app.accept::<GenerateRequest>(request).await?;
+    let Accepted { caller, body } = request;
     let streams = streams(&body);
-    let (mut ask, shape) = body.into_ask(app)?;
-    if let Some(adapter) = &mut ask.adapter {
-        adapter.api_token = adapter.api_token.take().or(bearer);
-    }
+    let (ask, shape) = body.into_ask(app, &caller)?;
     if streams && shape.prefill {
         return Err(ApiError::invalid(
             "`decoder_input_details` == true is not supported when streaming tokens",
         ));
     }
-    let mut generation = app.generate(ask, permit).await?;
+    let permit = app.admit_one(&caller, ask.adapter.as_ref())?;
+    let mut generation = app.generate(&caller, ask, permit).await?;
     let mut headers = headers(app, &shape);
     if streams {
         headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
@@ -206,10 +212,6 @@ async fn generate(
     let body = whole_body(&generation, answer, &shape);
     let body = if as_list { Value::Array(vec![body]) } else { body };
     Ok((headers, Json(body)).into_response())
-}
-
-pub(super) fn bearer(headers: &HeaderMap) -> Option<String> {
-    headers.get("authorization")?.to_str().ok()?.strip_prefix("Bearer ").map(str::to_owned)
 }
 
 /// The field's name of why a text ends.

@@ -5,7 +5,6 @@ mod logprobs;
 mod request;
 
 use std::{
-    iter,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -15,7 +14,7 @@ use std::{
 
 use axum::{
     Json,
-    extract::{Request, State},
+    extract::State,
     response::{
         IntoResponse, Response,
         sse::{KeepAlive, Sse},
@@ -30,40 +29,45 @@ use futures::{
 use super::{
     ask::Ask,
     error::{ApiError, Dialect},
-    generate::{bearer, done, sse},
+    generate::{done, sse},
     run::Generation,
 };
-use crate::{engine::Permit, server::App};
+use crate::server::{
+    App,
+    accept::{Accepted, Caller},
+};
 use body::{Choice, Head, Usage};
 use request::{ChatRequest, CompletionRequest, Options};
 
 /// `POST /v1/completions`
-pub(crate) async fn completions(State(app): State<Arc<App>>, request: Request) -> Response {
+pub(crate) async fn completions(
+    State(app): State<Arc<App>>,
+    Accepted { caller, body }: Accepted<CompletionRequest>,
+) -> Response {
     let answer = async {
-        let bearer = bearer(request.headers());
-        let (body, permit) = app.accept::<CompletionRequest>(request).await?;
-        let (asks, options) = body.into_asks(&app, bearer)?;
-        run(&app, asks, options, permit).await
+        let (asks, options) = body.into_asks(&app, &caller)?;
+        run(&app, &caller, asks, options).await
     };
     answer.await.unwrap_or_else(|error: ApiError| error.respond(Dialect::OpenAi))
 }
 
 /// `POST /v1/chat/completions`
-pub(crate) async fn chat_completions(State(app): State<Arc<App>>, request: Request) -> Response {
+pub(crate) async fn chat_completions(
+    State(app): State<Arc<App>>,
+    Accepted { caller, body }: Accepted<ChatRequest>,
+) -> Response {
     let answer = async {
-        let bearer = bearer(request.headers());
-        let (body, permit) = app.accept::<ChatRequest>(request).await?;
-        let (ask, options) = body.into_ask(&app, bearer)?;
-        run(&app, vec![ask], options, permit).await
+        let (ask, options) = body.into_ask(&app, &caller)?;
+        run(&app, &caller, vec![ask], options).await
     };
     answer.await.unwrap_or_else(|error: ApiError| error.respond(Dialect::OpenAi))
 }
 
-async fn run(app: &App, asks: Vec<Ask>, options: Options, permit: Permit) -> Result<Response, ApiError> {
+async fn run(app: &App, caller: &Caller, asks: Vec<Ask>, options: Options) -> Result<Response, ApiError> {
     // Each prompt is as much work as a request of its own.
-    let others = (1..asks.len()).map(|_| app.admit()).collect::<Result<Vec<_>, _>>()?;
-    let permits = iter::once(permit).chain(others);
-    let started = asks.into_iter().zip(permits).map(|(ask, permit)| app.generate(ask, permit));
+    let adapter = asks.first().and_then(|ask| ask.adapter.as_ref());
+    let permits = app.admit(caller, adapter, asks.len())?;
+    let started = asks.into_iter().zip(permits).map(|(ask, permit)| app.generate(caller, ask, permit));
     let generations = try_join_all(started).await?;
     let head = Head::new(&options, new_id(options.chat));
     if options.stream {

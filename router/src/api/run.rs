@@ -16,7 +16,7 @@ use crate::{
     decoder::{Detokenizer, StopStrings},
     engine::{Permit, Running},
     generation::{Failure, Job, Scored, Update},
-    server::App,
+    server::{App, accept::Caller},
     tokenizer::ModelTokenizer,
 };
 
@@ -61,6 +61,7 @@ pub(crate) struct Generation {
 /// Where the time of a request went.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Timing {
+    /// When the head of the request was read.
     pub(crate) received: Instant,
     /// Tokenizing, checking, preparing the adapter.
     pub(crate) validation: Duration,
@@ -69,18 +70,23 @@ pub(crate) struct Timing {
 
 impl App {
     /// Checks a request and starts it.
-    pub(crate) async fn generate(&self, ask: Ask, permit: Permit) -> Result<Generation, ApiError> {
-        let received = Instant::now();
+    pub(crate) async fn generate(
+        &self,
+        caller: &Caller,
+        ask: Ask,
+        permit: Permit,
+    ) -> Result<Generation, ApiError> {
+        let begun = Instant::now();
         let info = self.engine.info();
         let info =
             info.ok_or_else(|| ApiError::Unavailable("the model is not available, try again".into()))?;
         let rules = self.rules(&info);
         ask.check(&rules)?;
-        let mut prompt = self.tokenize(&ask.prompt).await?;
+        let mut prompt = self.tokenize(caller, &ask.prompt).await?;
         self.in_vocabulary(&prompt, info.vocab_size)?;
         let max_new_tokens = ask.fit(&mut prompt, &rules)?;
         let adapter = match &ask.adapter {
-            Some(adapter) => Some(self.ranks.prepare(adapter).await?),
+            Some(adapter) => Some(self.prepare(adapter).await?),
             None => None,
         };
         let stop_ids = match ask.ignore_eos {
@@ -103,7 +109,7 @@ impl App {
             prompt,
             written,
             seed,
-            timing: Timing { received, validation: received.elapsed(), queued: Duration::ZERO },
+            timing: Timing { received: caller.received, validation: begun.elapsed(), queued: Duration::ZERO },
             prompt_scores: Vec::new(),
             tokenizer: self.tokenizer.clone(),
             running: Some(running),
@@ -123,17 +129,15 @@ impl App {
     }
 
     /// Tokenizes on one of the threads for it.
-    async fn tokenize(&self, prompt: &Prompt) -> Result<Vec<u32>, ApiError> {
+    async fn tokenize(&self, caller: &Caller, prompt: &Prompt) -> Result<Vec<u32>, ApiError> {
         let (text, add_special) = match prompt {
             Prompt::Tokens(tokens) => return Ok(tokens.clone()),
             Prompt::Text(text) => (text.clone(), true),
             Prompt::Rendered(text) => (text.clone(), false),
         };
-        // Never closed.
-        let _turn = self.tokenizing.acquire().await;
         let tokenizer = self.tokenizer.clone();
-        let tokens = tokio::task::spawn_blocking(move || tokenizer.encode(&text, add_special)).await;
-        let tokens = tokens.map_err(|error| ApiError::Generation(error.to_string()))?;
+        let encode = move || tokenizer.encode(&text, add_special);
+        let tokens = self.workers.run(&caller.principal, encode).await?;
         tokens.map_err(|error| ApiError::invalid(format!("tokenizer error {error}")))
     }
 }

@@ -18,17 +18,26 @@ use crate::{
 const END: Duration = Duration::from_secs(30);
 
 /// A router in a process of its own, in front of a scripted shard. Killed when it is dropped.
-struct Program {
+pub(crate) struct Program {
     process: Child,
     /// Held apart, because waiting for a process closes its own.
     stdin: ChildStdin,
     log: Lines<BufReader<ChildStderr>>,
-    shard: ScriptedShard,
+    pub(crate) shard: ScriptedShard,
     _folder: tempfile::TempDir,
 }
 
 impl Program {
-    fn start(script: Script, change: impl FnOnce(&mut RouterConfig)) -> Program {
+    pub(crate) fn start(script: Script, change: impl FnOnce(&mut RouterConfig)) -> Program {
+        Program::start_logging(script, change, "info")
+    }
+
+    /// Starts with another level of the log.
+    pub(crate) fn start_logging(
+        script: Script,
+        change: impl FnOnce(&mut RouterConfig),
+        level: &str,
+    ) -> Program {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("shard.sock");
         let shard = ScriptedShard::start(script, &socket);
@@ -39,7 +48,7 @@ impl Program {
         let mut process = Command::new(env!("CARGO_BIN_EXE_lorax-router"))
             .arg("--config")
             .arg(file)
-            .env_remove("LOG_LEVEL")
+            .env("LOG_LEVEL", level)
             .stdin(Stdio::piped())
             .stderr(Stdio::piped())
             .kill_on_drop(true)
@@ -51,7 +60,7 @@ impl Program {
     }
 
     /// Waits for a line of the log, and returns what follows `text` in it.
-    async fn says(&mut self, text: &str) -> String {
+    pub(crate) async fn says(&mut self, text: &str) -> String {
         loop {
             let line =
                 self.log.next_line().await.unwrap().unwrap_or_else(|| panic!("it never says {text:?}"));
@@ -61,13 +70,13 @@ impl Program {
         }
     }
 
-    async fn signal(&self, signal: &str) {
+    pub(crate) async fn signal(&self, signal: &str) {
         let id = self.process.id().unwrap().to_string();
         assert!(Command::new("kill").args([signal, &id]).status().await.unwrap().success());
     }
 
     /// Waits for its end, and returns its exit code.
-    async fn ended(&mut self) -> Option<i32> {
+    pub(crate) async fn ended(&mut self) -> Option<i32> {
         timeout(END, self.process.wait()).await.unwrap().unwrap().code()
     }
 }

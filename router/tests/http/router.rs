@@ -9,7 +9,7 @@ use std::{
 use config::{Config, LogConfig, ModelConfig, RouterConfig, ShardConfig, ShardsConfig};
 use lorax_router::{App, server, tokenizer::ModelTokenizer};
 use reqwest::{Client, Method, Response, StatusCode};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::sync::oneshot;
 
 use crate::shard::{Script, ScriptedShard};
@@ -133,10 +133,24 @@ impl Router {
         request.header("access-control-request-method", "POST").send().await.unwrap()
     }
 
+    /// Sends a request with headers; the answer may still be under way.
+    pub(crate) async fn send_with(
+        &self,
+        method: Method,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &Value,
+    ) -> Response {
+        let request = self.client.request(method, self.url(path)).json(body);
+        let request = headers.iter().fold(request, |request, (name, value)| request.header(*name, *value));
+        request.send().await.unwrap()
+    }
+
     /// Waits until the router has room for a request, or has none.
     pub(crate) async fn has_room(&self, room: bool) {
-        // It counts a request before it looks at what it says.
-        while (self.post("/generate", &Value::Null).await.0 != StatusCode::TOO_MANY_REQUESTS) != room {}
+        // It counts a request before it looks at its values.
+        let probe = json!({"inputs": "x", "parameters": {"max_new_tokens": 0}});
+        while (self.post("/generate", &probe).await.0 != StatusCode::TOO_MANY_REQUESTS) != room {}
     }
 
     /// All events of a stream; OpenAI's mark of the end is a string.

@@ -2,17 +2,22 @@
 
 use std::collections::HashMap;
 
+use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::{
+    adapter::AdapterRef,
     api::{
         ask::{Ask, Prompt, Rest, refuse},
-        error::ApiError,
+        error::{ApiError, Dialect},
         generate::random_seed,
     },
-    generation::{AdapterRef, Sampling},
-    server::App,
+    generation::Sampling,
+    server::{
+        App,
+        accept::{Body, Caller},
+    },
 };
 
 /// Fields that both endpoints have.
@@ -31,7 +36,7 @@ struct Common {
     // Beyond OpenAI's:
     adapter_id: Option<String>,
     adapter_source: Option<String>,
-    api_token: Option<String>,
+    api_token: Option<SecretString>,
     top_k: Option<u32>,
     min_p: Option<f32>,
     typical_p: Option<f32>,
@@ -161,10 +166,10 @@ impl Common {
     }
 
     /// The adapter: by its own field, else the model's name unless that is the base model's.
-    fn adapter(&self, app: &App, bearer: Option<String>) -> Option<AdapterRef> {
+    fn adapter(&self, app: &App, caller: &Caller) -> Option<AdapterRef> {
         let named = self.model.clone().filter(|model| *model != app.config.model.id);
         let id = self.adapter_id.clone().or(named);
-        app.adapter(id, self.adapter_source.clone(), self.api_token.clone().or(bearer))
+        app.adapter(id, self.adapter_source.clone(), caller.credential.or_in_body(self.api_token.clone()))
     }
 
     fn sampling(&self, num_top: u32) -> Result<Sampling, ApiError> {
@@ -193,7 +198,7 @@ impl Common {
         &self,
         app: &App,
         prompt: Prompt,
-        bearer: Option<String>,
+        caller: &Caller,
         (max_new_tokens, num_top): (Option<u32>, u32),
     ) -> Result<Ask, ApiError> {
         Ok(Ask {
@@ -205,7 +210,7 @@ impl Common {
                 Some(OneOrMany::Many(stops)) => stops.clone(),
             },
             ignore_eos: self.ignore_eos == Some(true),
-            adapter: self.adapter(app, bearer),
+            adapter: self.adapter(app, caller),
             sampling: self.sampling(num_top)?,
             prompt_logprobs: false,
             truncate: None,
@@ -234,12 +239,16 @@ const MAX_PROMPTS: usize = 128;
 /// OpenAI's default of `max_tokens`.
 const MAX_TOKENS: u32 = 16;
 
+impl Body for CompletionRequest {
+    const DIALECT: Dialect = Dialect::OpenAi;
+}
+
+impl Body for ChatRequest {
+    const DIALECT: Dialect = Dialect::OpenAi;
+}
+
 impl CompletionRequest {
-    pub(super) fn into_asks(
-        self,
-        app: &App,
-        bearer: Option<String>,
-    ) -> Result<(Vec<Ask>, Options), ApiError> {
+    pub(super) fn into_asks(self, app: &App, caller: &Caller) -> Result<(Vec<Ask>, Options), ApiError> {
         let common = &self.common;
         common.check(&self.rest)?;
         let prompts: Vec<Prompt> = match self.prompt {
@@ -254,7 +263,7 @@ impl CompletionRequest {
         let echo = self.echo == Some(true);
         let lengths = (Some(self.max_tokens.unwrap_or(MAX_TOKENS)), self.logprobs.unwrap_or(0));
         let asks = prompts.into_iter().map(|prompt| {
-            let mut ask = common.ask(app, prompt, bearer.clone(), lengths)?;
+            let mut ask = common.ask(app, prompt, caller, lengths)?;
             ask.prompt_logprobs = echo && self.logprobs.is_some();
             Ok(ask)
         });
@@ -264,7 +273,7 @@ impl CompletionRequest {
 }
 
 impl ChatRequest {
-    pub(super) fn into_ask(self, app: &App, bearer: Option<String>) -> Result<(Ask, Options), ApiError> {
+    pub(super) fn into_ask(self, app: &App, caller: &Caller) -> Result<(Ask, Options), ApiError> {
         let common = &self.common;
         common.check(&self.rest)?;
         if self.top_logprobs.is_some() && self.logprobs != Some(true) {
@@ -279,7 +288,7 @@ impl ChatRequest {
         let messages = self.messages.into_iter().map(Message::plain).collect::<Result<Vec<_>, _>>()?;
         let prompt = chat.render(&messages).map_err(|error| ApiError::Template(error.to_string()))?;
         let lengths = (self.max_completion_tokens.or(self.max_tokens), self.top_logprobs.unwrap_or(0));
-        let ask = common.ask(app, Prompt::Rendered(prompt), bearer, lengths)?;
+        let ask = common.ask(app, Prompt::Rendered(prompt), caller, lengths)?;
         Ok((ask, Options { logprobs: self.logprobs == Some(true), ..common.options(app, true) }))
     }
 }

@@ -1,0 +1,61 @@
+//! References to adapters, as requests name them, and the credentials that come with them.
+
+use scheduler::Adapter;
+use secrecy::SecretString;
+use tokio::time::timeout;
+
+use crate::{
+    api::error::ApiError,
+    ranks::{PrepareError, Ranks},
+    server::App,
+};
+
+/// A reference to an adapter, as a request names it.
+#[derive(Debug, Clone)]
+pub(crate) struct AdapterRef {
+    pub(crate) source: String,
+    pub(crate) id: String,
+    pub(crate) credential: Credential,
+}
+
+/// What a request brings for the source of its adapter.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Credential {
+    /// A token that is meant for the source: the body's `api_token`, or the header `x-adapter-token`.
+    given: Option<SecretString>,
+    /// A bearer token of a server without keys. It may be meant for the source, as LoRAX takes it, or be the placeholder
+    /// that some clients cannot do without, so it is shown only to a source that wants to see one.
+    fallback: Option<SecretString>,
+}
+
+impl Credential {
+    /// A header's tokens.
+    pub(crate) fn new(given: Option<SecretString>, fallback: Option<SecretString>) -> Credential {
+        Credential { given, fallback }
+    }
+
+    /// The same, but a token in the body goes before those of headers.
+    pub(crate) fn or_in_body(&self, api_token: Option<SecretString>) -> Credential {
+        Credential { given: api_token.or_else(|| self.given.clone()), fallback: self.fallback.clone() }
+    }
+}
+
+impl App {
+    /// Has the shards resolve, read and check an adapter, and returns what it is from then on.
+    pub(crate) async fn prepare(&self, adapter: &AdapterRef) -> Result<Adapter, ApiError> {
+        let limit = self.config.router.prepare_timeout;
+        let prepared = timeout(limit, prepare(&self.ranks, adapter)).await;
+        Ok(prepared.map_err(|_| ApiError::AdapterTimeout { limit })??)
+    }
+}
+
+async fn prepare(ranks: &Ranks, adapter: &AdapterRef) -> Result<Adapter, PrepareError> {
+    let credential = &adapter.credential;
+    let first = ranks.prepare(adapter, credential.given.as_ref()).await;
+    match (&first, &credential.given, &credential.fallback) {
+        (Err(PrepareError::NotFound(_) | PrepareError::Forbidden(_)), None, Some(fallback)) => {
+            ranks.prepare(adapter, Some(fallback)).await
+        }
+        _ => first,
+    }
+}

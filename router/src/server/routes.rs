@@ -1,0 +1,121 @@
+//! All routes, and the layers that every request passes.
+
+use std::sync::Arc;
+
+use axum::{
+    Router,
+    extract::Request,
+    http::{HeaderName, HeaderValue, Method, Uri},
+    middleware,
+    response::Response,
+    routing::{get, post},
+};
+use tower::ServiceBuilder;
+use tower_http::{
+    cors::{AllowOrigin, Any, CorsLayer},
+    request_id::{MakeRequestId, PropagateRequestIdLayer, RequestId, SetRequestIdLayer},
+    trace::{DefaultOnRequest, TraceLayer},
+};
+use uuid::Uuid;
+
+use super::{App, StartError, accept, health};
+use crate::api::{
+    error::{ApiError, Dialect},
+    generate, openai,
+};
+
+/// The header of a request's name in logs.
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// Longest request id that is taken from a client.
+const MAX_REQUEST_ID: usize = 128;
+
+impl App {
+    /// All routes. A request passes the layers from the first to the last, its response the other way.
+    pub fn routes(self: &Arc<App>) -> Router {
+        let layers = ServiceBuilder::new()
+            .map_request(drop_odd_id)
+            .layer(SetRequestIdLayer::new(REQUEST_ID, NewId))
+            .layer(
+                TraceLayer::new_for_http()
+                    .make_span_with(span)
+                    .on_request(DefaultOnRequest::new())
+                    .on_failure(()),
+            )
+            .layer(PropagateRequestIdLayer::new(REQUEST_ID))
+            .option_layer(self.cors.clone())
+            .layer(middleware::from_fn_with_state(self.clone(), accept::identify));
+        Router::new()
+            .route("/", get(health::health).post(generate::either))
+            .route("/generate", post(generate::whole))
+            .route("/generate_stream", post(generate::stream))
+            .route("/health", get(health::health))
+            .route("/info", get(health::info))
+            .route("/v1/models", get(health::models))
+            .route("/v1/completions", post(openai::completions))
+            .route("/v1/chat/completions", post(openai::chat_completions))
+            .fallback(no_route)
+            .method_not_allowed_fallback(wrong_method)
+            .layer(layers)
+            .with_state(self.clone())
+    }
+}
+
+/// What browsers are told; nothing without origins.
+pub(super) fn cors(origins: &[String]) -> Result<Option<CorsLayer>, StartError> {
+    if origins.is_empty() {
+        return Ok(None);
+    }
+    let allowed = if origins.iter().any(|origin| origin == "*") {
+        AllowOrigin::from(Any)
+    } else {
+        let parse =
+            |origin: &String| HeaderValue::from_str(origin).map_err(|_| StartError::Origin(origin.clone()));
+        AllowOrigin::list(origins.iter().map(parse).collect::<Result<Vec<_>, _>>()?)
+    };
+    Ok(Some(CorsLayer::new().allow_origin(allowed).allow_methods(Any).allow_headers(Any)))
+}
+
+/// Makes the ids of requests that bring none.
+#[derive(Clone, Copy)]
+struct NewId;
+
+impl MakeRequestId for NewId {
+    fn make_request_id<B>(&mut self, _: &axum::http::Request<B>) -> Option<RequestId> {
+        HeaderValue::try_from(Uuid::new_v4().to_string()).ok().map(RequestId::new)
+    }
+}
+
+/// Drops a client's request id that a log line cannot hold: it has to be short and of printable ASCII.
+fn drop_odd_id(mut request: Request) -> Request {
+    let sane = |id: &HeaderValue| {
+        let id = id.as_bytes();
+        (1..=MAX_REQUEST_ID).contains(&id.len()) && id.iter().all(u8::is_ascii_graphic)
+    };
+    let headers = request.headers_mut();
+    let mut ids = headers.get_all(REQUEST_ID).iter();
+    if !(ids.next().is_some_and(sane) && ids.next().is_none()) {
+        headers.remove(REQUEST_ID);
+    }
+    request
+}
+
+/// The span that all log lines of a request are in.
+fn span<B>(request: &axum::http::Request<B>) -> tracing::Span {
+    let id = request.extensions().get::<RequestId>().and_then(|id| id.header_value().to_str().ok());
+    let (method, path) = (request.method(), request.uri().path());
+    tracing::info_span!("request", id, %method, path, tenant = tracing::field::Empty)
+}
+
+async fn no_route(uri: Uri) -> Response {
+    ApiError::NoRoute.respond(dialect(&uri))
+}
+
+async fn wrong_method(method: Method, uri: Uri) -> Response {
+    ApiError::Method(method).respond(dialect(&uri))
+}
+
+/// In which dialect a path is answered.
+pub(super) fn dialect(uri: &Uri) -> Dialect {
+    if uri.path().starts_with("/v1/") { Dialect::OpenAi } else { Dialect::Native }
+}

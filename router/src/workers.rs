@@ -1,0 +1,48 @@
+//! Threads for work that takes processor time: tokenizing, templates, and the JSON of large bodies.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{sync::Semaphore, task::spawn_blocking, time::timeout};
+
+use crate::principal::Principal;
+
+/// How long work may wait for a thread.
+const TURN: Duration = Duration::from_secs(30);
+
+/// Why work was not done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum WorkError {
+    /// All threads were busy for too long.
+    #[error("no thread was free within {} s", TURN.as_secs())]
+    Busy,
+    /// The work panicked.
+    #[error("an internal error")]
+    Panicked,
+}
+
+/// A bounded number of threads.
+pub(crate) struct Workers {
+    turns: Arc<Semaphore>,
+}
+
+impl Workers {
+    pub(crate) fn new(threads: usize) -> Workers {
+        Workers { turns: Arc::new(Semaphore::new(threads.max(1))) }
+    }
+
+    /// Does work on one of the threads. A caller that gives up while it waits is forgotten; work that has begun keeps its
+    /// thread until it ends, whether or not anybody waits for it.
+    pub(crate) async fn run<T: Send + 'static>(
+        &self,
+        _principal: &Principal,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, WorkError> {
+        let turn = timeout(TURN, self.turns.clone().acquire_owned()).await;
+        let turn = turn.ok().and_then(Result::ok).ok_or(WorkError::Busy)?;
+        let done = spawn_blocking(move || {
+            let _turn = turn;
+            work()
+        });
+        done.await.map_err(|_| WorkError::Panicked)
+    }
+}
