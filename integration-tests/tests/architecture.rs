@@ -15,11 +15,12 @@ const LEAVES: &[&str] = &["config"];
 const EDGES: &[(&str, &[&str])] = &[
     ("gguf", &[]),
     ("proto", &[]),
-    ("kernels", &[]),
+    ("sampling", &[]),
+    ("kernels", &["sampling"]),
     ("model", &["gguf", "kernels"]),
     ("scheduler", &[]),
-    ("lorax-shard", &["proto", "model", "kernels"]),
-    ("lorax-router", &["proto", "scheduler", "gguf"]),
+    ("lorax-shard", &["proto", "model", "kernels", "sampling"]),
+    ("lorax-router", &["proto", "scheduler", "gguf", "sampling"]),
     ("lorax-launcher", &[]),
     ("integration-tests", &["proto"]),
 ];

@@ -17,10 +17,11 @@ mod sampling;
 mod tensor;
 pub mod testing;
 
+pub use self::sampling::{SampleRow, Sampled};
+pub use ::sampling::SamplingParams;
 pub use backend::{Attention, Backend, Heads, LinearLora, Projection};
 pub use batch::{BLOCK_SIZE, Batch, RowSet, Segment, SequenceRows};
 pub use comm::{Comm, Solo};
 pub use error::{Error, Result};
 pub use lora::{LoraPart, LoraSite};
-pub use sampling::{SampleRow, Sampled, SamplingParams};
 pub use tensor::{DType, HostTensor, Matrix};

@@ -2,43 +2,8 @@
 
 use std::{sync::Arc, time::Duration};
 
+use sampling::SamplingParams;
 use scheduler::{Adapter, Finish};
-
-/// How a sequence samples; neutral values switch a filter off.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Sampling {
-    /// 0 for the most probable token.
-    pub(crate) temperature: f32,
-    pub(crate) top_k: u32,
-    pub(crate) top_p: f32,
-    pub(crate) min_p: f32,
-    pub(crate) typical_p: f32,
-    pub(crate) repetition_penalty: f32,
-    pub(crate) frequency_penalty: f32,
-    pub(crate) presence_penalty: f32,
-    pub(crate) seed: u64,
-    /// Most probable tokens to report beside the chosen one.
-    pub(crate) num_top: u32,
-    pub(crate) logit_bias: Vec<(u32, f32)>,
-}
-
-impl Default for Sampling {
-    fn default() -> Self {
-        Sampling {
-            temperature: 0.0,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            typical_p: 1.0,
-            repetition_penalty: 1.0,
-            frequency_penalty: 0.0,
-            presence_penalty: 0.0,
-            seed: 0,
-            num_top: 0,
-            logit_bias: Vec::new(),
-        }
-    }
-}
 
 /// A validated request for one sequence.
 #[derive(Debug, Clone)]
@@ -48,7 +13,7 @@ pub(crate) struct Job {
     /// Tokens that end the sequence.
     pub(crate) stop_ids: Arc<[u32]>,
     pub(crate) adapter: Option<Adapter>,
-    pub(crate) sampling: Sampling,
+    pub(crate) sampling: SamplingParams,
     pub(crate) prompt_logprobs: bool,
 }
 

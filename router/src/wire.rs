@@ -1,9 +1,10 @@
 //! Between messages and our own types: nothing else but `ranks.rs` knows the former.
 
 use config::RouterConfig;
+use sampling::SamplingParams;
 use scheduler::{Adapter, AdapterKey, Added, Limits, RowsPlan, StepPlan};
 
-use crate::generation::{Sampling, Scored};
+use crate::generation::Scored;
 
 /// What the shards serve and what fits.
 #[derive(Debug, Clone)]
@@ -69,7 +70,7 @@ impl Info {
 /// A step's message. `sampling` gives what an added sequence needs beside its plan.
 pub(crate) fn step<'a>(
     plan: StepPlan,
-    sampling: impl Fn(&Added) -> Option<(&'a Sampling, bool)>,
+    sampling: impl Fn(&Added) -> Option<(&'a SamplingParams, bool)>,
 ) -> proto::Step {
     let added = plan.added.into_iter().map(|added| {
         let (params, prompt_logprobs) =
@@ -79,7 +80,7 @@ pub(crate) fn step<'a>(
             tokens: added.tokens,
             prompt_len: added.prompt_len,
             slot: added.slot,
-            sampling: Some(params.map_or_else(|| message(&Sampling::default()), message)),
+            sampling: Some(params.map_or_else(|| message(&SamplingParams::default()), message)),
             prompt_logprobs,
         }
     });
@@ -108,24 +109,23 @@ fn rows(rows: RowsPlan) -> proto::SequenceRows {
     }
 }
 
-fn message(sampling: &Sampling) -> proto::Sampling {
-    proto::Sampling {
-        temperature: sampling.temperature,
-        top_k: sampling.top_k,
-        top_p: sampling.top_p,
-        min_p: sampling.min_p,
-        typical_p: sampling.typical_p,
-        repetition_penalty: sampling.repetition_penalty,
-        frequency_penalty: sampling.frequency_penalty,
-        presence_penalty: sampling.presence_penalty,
-        seed: sampling.seed,
-        num_top: sampling.num_top,
-        logit_bias: sampling
-            .logit_bias
-            .iter()
-            .map(|&(token, bias)| proto::LogitBias { token, bias })
-            .collect(),
-    }
+macro_rules! sampling_message {
+    ({ $params:ident } $($(#[$doc:meta])* $name:ident: $type:ty { $($row:tt)* })*) => {
+        proto::Sampling {
+            $($name: $params.$name,)*
+            seed: $params.seed,
+            num_top: $params.num_top,
+            logit_bias: $params
+                .logit_bias
+                .iter()
+                .map(|&(token, bias)| proto::LogitBias { token, bias })
+                .collect(),
+        }
+    };
+}
+
+fn message(params: &SamplingParams) -> proto::Sampling {
+    sampling::parameters!(sampling_message { params })
 }
 
 /// What a shard tells while it executes.

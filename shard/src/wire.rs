@@ -56,25 +56,24 @@ fn new_sequence(new: wire::NewSequence) -> NewSequence {
         tokens: new.tokens,
         prompt_len: new.prompt_len as usize,
         slot: new.slot,
-        sampling: new.sampling.map(sampling).unwrap_or_default(),
+        sampling: new.sampling.map(sampling_params).unwrap_or_default(),
         prompt_logprobs: new.prompt_logprobs,
     }
 }
 
-fn sampling(sampling: wire::Sampling) -> SamplingParams {
-    SamplingParams {
-        temperature: sampling.temperature,
-        top_k: sampling.top_k,
-        top_p: sampling.top_p,
-        min_p: sampling.min_p,
-        typical_p: sampling.typical_p,
-        repetition_penalty: sampling.repetition_penalty,
-        frequency_penalty: sampling.frequency_penalty,
-        presence_penalty: sampling.presence_penalty,
-        seed: sampling.seed,
-        num_top: sampling.num_top,
-        logit_bias: sampling.logit_bias.into_iter().map(|bias| (bias.token, bias.bias)).collect(),
-    }
+macro_rules! sampling_params {
+    ({ $message:ident } $($(#[$doc:meta])* $name:ident: $type:ty { $($row:tt)* })*) => {
+        SamplingParams {
+            $($name: $message.$name,)*
+            seed: $message.seed,
+            num_top: $message.num_top,
+            logit_bias: $message.logit_bias.into_iter().map(|bias| (bias.token, bias.bias)).collect(),
+        }
+    };
+}
+
+fn sampling_params(message: wire::Sampling) -> SamplingParams {
+    sampling::parameters!(sampling_params { message })
 }
 
 fn rows(rows: wire::SequenceRows) -> Rows {
@@ -150,5 +149,32 @@ pub(crate) fn prepare_status(error: &PrepareError) -> Status {
         | PrepareError::Stage { .. } => Status::invalid_argument(message),
         PrepareError::TooLarge { .. } => Status::resource_exhausted(message),
         PrepareError::Interrupted { .. } => Status::internal(message),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A message with one parameter set to its example, and what it is read as.
+    macro_rules! check_each {
+        ({} $(
+            $(#[$doc:meta])*
+            $name:ident: $type:ty { off: $off:expr, default: $default:expr, draws: $draws:expr, range: $range:ident($($bound:expr),*), example: $example:expr }
+        )*) => { $({
+            let message = wire::Sampling { $name: $example, ..wire::Sampling::default() };
+            let params = sampling_params(message);
+            assert_eq!(params.$name, $example, "{}", stringify!($name));
+        })* };
+    }
+
+    #[test]
+    fn every_sampling_parameter_reaches_the_kernels() {
+        sampling::parameters!(check_each {});
+        let bias = wire::LogitBias { token: 7, bias: 2.5 };
+        let message =
+            wire::Sampling { seed: 3, num_top: 2, logit_bias: vec![bias], ..wire::Sampling::default() };
+        let params = sampling_params(message);
+        assert_eq!((params.seed, params.num_top, params.logit_bias), (3, 2, vec![(7, 2.5)]));
     }
 }

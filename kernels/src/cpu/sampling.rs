@@ -91,12 +91,6 @@ impl CpuSampler {
     }
 }
 
-impl SamplingParams {
-    fn has_penalty(&self) -> bool {
-        self.repetition_penalty != 1.0 || self.frequency_penalty != 0.0 || self.presence_penalty != 0.0
-    }
-}
-
 pub(super) fn sample(
     be: &CpuBackend,
     logits: &CpuMat,

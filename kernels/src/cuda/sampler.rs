@@ -79,9 +79,7 @@ impl CudaSampler {
     ) -> Result<()> {
         let at = seat as usize;
         self.check(params, at, prompt.iter().chain(output).copied())?;
-        let penalized = params.repetition_penalty != 1.0
-            || params.frequency_penalty != 0.0
-            || params.presence_penalty != 0.0;
+        let penalized = params.has_penalty();
         let mut biases = Vec::with_capacity(params.logit_bias.len() * PAIR);
         for &(token, bias) in &params.logit_bias {
             token.put(&mut biases);

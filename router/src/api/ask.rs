@@ -1,17 +1,15 @@
 //! What a request asks for, whichever dialect it came in, and the rules that it must keep.
 
+use sampling::SamplingParams;
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
-use crate::{adapter::AdapterRef, generation::Sampling};
+use crate::adapter::AdapterRef;
 
 /// Largest number of alternatives that is reported for a token.
 const MAX_TOP: u32 = 20;
 /// Entries of a logit bias.
 const MAX_BIAS: usize = 1024;
-/// Repetition penalties: no logit that they divide or multiply overflows.
-const PENALTIES: std::ops::RangeInclusive<f32> = 0.01..=100.0;
-
 /// Text, or what it was tokenized to.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Prompt {
@@ -41,7 +39,7 @@ pub(crate) struct Ask {
     pub(crate) stop: Vec<String>,
     pub(crate) ignore_eos: bool,
     pub(crate) adapter: Option<AdapterRef>,
-    pub(crate) sampling: Sampling,
+    pub(crate) sampling: SamplingParams,
     /// Report the prompt's log-probabilities.
     pub(crate) prompt_logprobs: bool,
     /// Keep so many tokens from the end of the prompt.
@@ -63,30 +61,10 @@ impl Ask {
         let ensure =
             |holds: bool, message: String| if holds { Ok(()) } else { Err(ApiError::Validation(message)) };
         let s = &self.sampling;
-        for (name, value) in [
-            ("temperature", s.temperature),
-            ("top_p", s.top_p),
-            ("min_p", s.min_p),
-            ("typical_p", s.typical_p),
-            ("repetition_penalty", s.repetition_penalty),
-            ("frequency_penalty", s.frequency_penalty),
-            ("presence_penalty", s.presence_penalty),
-        ] {
-            ensure(value.is_finite(), format!("`{name}` must be a finite number"))?;
-        }
+        s.check().map_err(|error| ApiError::Validation(format!("`{}` {}", error.name, error.problem())))?;
         let max_stop = rules.max_stop_sequences;
         let stops = self.stop.len();
         for (holds, message) in [
-            (s.temperature >= 0.0, "`temperature` must be non-negative".to_owned()),
-            (s.top_p > 0.0 && s.top_p <= 1.0, "`top_p` must be > 0.0 and <= 1.0".into()),
-            ((0.0..=1.0).contains(&s.min_p), "`min_p` must be between 0.0 and 1.0".into()),
-            (s.typical_p > 0.0 && s.typical_p <= 1.0, "`typical_p` must be > 0.0 and <= 1.0".into()),
-            (
-                PENALTIES.contains(&s.repetition_penalty),
-                "`repetition_penalty` must be >= 0.01 and <= 100.0".into(),
-            ),
-            (s.frequency_penalty.abs() <= 2.0, "`frequency_penalty` must be >= -2.0 and <= 2.0".into()),
-            (s.presence_penalty.abs() <= 2.0, "`presence_penalty` must be >= -2.0 and <= 2.0".into()),
             (
                 s.num_top <= MAX_TOP,
                 format!("at most {MAX_TOP} alternatives can be reported. Given: {}", s.num_top),

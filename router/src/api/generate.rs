@@ -12,6 +12,7 @@ use axum::{
     },
 };
 use futures::{StreamExt, stream};
+use sampling::SamplingParams;
 use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -23,7 +24,7 @@ use super::{
 };
 use crate::{
     adapter::{AdapterRef, Credential},
-    generation::{Sampling, Scored},
+    generation::Scored,
     server::{
         App,
         accept::{Accepted, Body, Caller},
@@ -111,7 +112,7 @@ impl GenerateRequest {
             adapter: adapter.clone(),
             characters: self.inputs.chars().count(),
         };
-        let sampling = Sampling {
+        let sampling = SamplingParams {
             temperature: if samples { p.temperature.unwrap_or(1.0) } else { 0.0 },
             top_k: p.top_k.unwrap_or(0),
             top_p: p.top_p.unwrap_or(1.0),

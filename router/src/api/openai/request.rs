@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use sampling::SamplingParams;
 use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -13,7 +14,6 @@ use crate::{
         error::{ApiError, Dialect},
         generate::random_seed,
     },
-    generation::Sampling,
     server::{
         App,
         accept::{Body, Caller},
@@ -172,14 +172,14 @@ impl Common {
         app.adapter(id, self.adapter_source.clone(), caller.credential.or_in_body(self.api_token.clone()))
     }
 
-    fn sampling(&self, num_top: u32) -> Result<Sampling, ApiError> {
+    fn sampling(&self, num_top: u32) -> Result<SamplingParams, ApiError> {
         let bias = self.logit_bias.iter().flatten().map(|(token, bias)| {
             let id = token
                 .parse()
                 .map_err(|_| ApiError::invalid(format!("`logit_bias`: {token:?} is no token id")))?;
             Ok((id, *bias))
         });
-        Ok(Sampling {
+        Ok(SamplingParams {
             temperature: self.temperature.unwrap_or(1.0),
             top_k: self.top_k.unwrap_or(0),
             top_p: self.top_p.unwrap_or(1.0),
