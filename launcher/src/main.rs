@@ -16,11 +16,9 @@ use anyhow::{Context, ensure};
 use args::Args;
 use clap::{Parser, error::ErrorKind};
 use config::{Config, Device, ShardsConfig};
+use lifecycle::{EX_USAGE, fail};
 use supervisor::Plan;
 use tracing_subscriber::EnvFilter;
-
-/// Bad configuration (sysexits' EX_USAGE).
-const EX_USAGE: i32 = 64;
 
 fn main() {
     let args = Args::try_parse().unwrap_or_else(|error| {
@@ -40,18 +38,13 @@ fn main() {
         log.with_target(false).init()
     }
     if let Err(error) = check(&args) {
-        exit(EX_USAGE, &error);
+        fail(EX_USAGE, &*error);
     }
     if let Err(error) = run(&args) {
         let usage = error.downcast_ref::<source::SourceError>().is_some_and(source::SourceError::is_usage)
             || error.downcast_ref::<supervisor::Failure>().is_some_and(supervisor::Failure::is_usage);
-        exit(if usage { EX_USAGE } else { 1 }, &error);
+        fail(if usage { EX_USAGE } else { 1 }, &*error);
     }
-}
-
-fn exit(code: i32, error: &anyhow::Error) -> ! {
-    eprintln!("error: {error:#}");
-    std::process::exit(code)
 }
 
 /// Refuses what cannot work before anything is fetched or started.

@@ -54,7 +54,7 @@ pub(crate) enum Failure {
 impl Failure {
     /// Whether a process would not have this configuration.
     pub(crate) fn is_usage(&self) -> bool {
-        matches!(self, Failure::NeverReady { status, .. } if status.code() == Some(crate::EX_USAGE))
+        matches!(self, Failure::NeverReady { status, .. } if status.code() == Some(lifecycle::EX_USAGE))
     }
 }
 

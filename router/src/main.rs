@@ -3,20 +3,18 @@
 use std::{
     io::{self, IsTerminal},
     path::PathBuf,
-    thread,
+    time::Duration,
 };
 
 use clap::Parser;
 use config::Config;
+use lifecycle::{EX_USAGE, Stop, fail};
 use lorax_router::{App, StartError, server};
-use tokio::{
-    signal::unix::{SignalKind, signal},
-    sync::oneshot,
-};
+use tokio::runtime;
 use tracing_subscriber::EnvFilter;
 
-/// Bad configuration (sysexits' EX_USAGE).
-const EX_USAGE: i32 = 64;
+/// What work that nobody waits for any more gets to end, such as tokenizing.
+const LEFT_OVER: Duration = Duration::from_secs(1);
 
 /// The HTTP side of the server. Started by lorax-launcher.
 #[derive(Parser)]
@@ -29,15 +27,12 @@ struct Args {
 
 fn main() {
     let args = Args::parse();
-    let config = match Config::read(&args.config) {
-        Ok(config) => config,
-        Err(error) => exit(EX_USAGE, &error.into()),
-    };
+    let config = Config::read(&args.config).unwrap_or_else(|error| fail(EX_USAGE, &error));
     let filter = EnvFilter::try_from_env("LOG_LEVEL").unwrap_or_else(|_| EnvFilter::new("info"));
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal());
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal());
     if config.log.json_output {
         log.json().init()
     } else {
@@ -45,19 +40,24 @@ fn main() {
     }
     if let Err(error) = run(config) {
         let usage = error.downcast_ref::<StartError>().is_some_and(StartError::is_usage);
-        exit(if usage { EX_USAGE } else { 1 }, &error);
+        fail(if usage { EX_USAGE } else { 1 }, &*error);
     }
 }
 
-fn exit(code: i32, error: &anyhow::Error) -> ! {
-    // These errors have their causes in their own words.
-    eprintln!("error: {error}");
-    std::process::exit(code)
+fn run(config: Config) -> anyhow::Result<()> {
+    lifecycle::start_heartbeat()?;
+    let stop = Stop::watch()?;
+    let runtime = runtime::Builder::new_multi_thread()
+        .worker_threads(config.router.router_threads)
+        .enable_all()
+        .build()?;
+    let served = runtime.block_on(serve(config, &stop));
+    runtime.shutdown_timeout(LEFT_OVER);
+    served
 }
 
-#[tokio::main(worker_threads = 2)]
-async fn run(config: Config) -> anyhow::Result<()> {
-    let stop = told_to_stop()?;
+async fn serve(config: Config, stop: &Stop) -> anyhow::Result<()> {
+    let told_to_stop = stop.told()?;
     // Before anything slow: a port that is taken is found out at once.
     let (listener, address) = server::listen(&config).await?;
     let app = App::start(config)?;
@@ -67,25 +67,6 @@ async fn run(config: Config) -> anyhow::Result<()> {
         starting.ready().await;
         tracing::info!("listening on {address}");
     });
-    server::serve(listener, app, stop).await;
+    server::serve(listener, app, told_to_stop).await;
     Ok(())
-}
-
-/// Ends with SIGTERM, SIGINT, or the launcher's end of stdin; signals are caught from the call on.
-fn told_to_stop() -> io::Result<impl Future<Output = ()> + Send> {
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let (closing, closed) = oneshot::channel();
-    // Not one of the runtime's threads: it would wait for the read to end before it ends itself.
-    thread::spawn(move || {
-        // An error is an end, and by then nobody may listen.
-        let _ = io::copy(&mut io::stdin().lock(), &mut io::sink());
-        let _ = closing.send(());
-    });
-    Ok(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-            _ = closed => {}
-        }
-    })
 }

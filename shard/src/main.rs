@@ -1,7 +1,5 @@
 //! `lorax-shard`: one rank of a model.
 
-mod parent;
-
 use std::{
     io::IsTerminal,
     path::{Path, PathBuf},
@@ -15,6 +13,7 @@ use clap::Parser;
 use config::{Config, Device, Dtype};
 use indicatif::{ProgressBar, ProgressStyle};
 use kernels::{Backend, DType, cpu::CpuBackend};
+use lifecycle::{EX_USAGE, Stop, fail};
 #[cfg(feature = "cuda")]
 use lorax_shard::choices::ChoiceFile;
 use lorax_shard::{
@@ -25,17 +24,12 @@ use lorax_shard::{
     step::Info,
 };
 use model::{LoadProgress, Model, adapter::BaseModel};
-use parent::Parent;
 use tokio::{
     net::UnixListener,
-    signal::unix::{SignalKind, signal},
     sync::{mpsc, oneshot},
 };
 use tokio_stream::wrappers::UnixListenerStream;
 use tracing_subscriber::EnvFilter;
-
-/// Bad configuration (sysexits' EX_USAGE).
-const EX_USAGE: i32 = 64;
 
 /// One rank of a model behind gRPC. Started by lorax-launcher.
 #[derive(Parser)]
@@ -51,23 +45,16 @@ struct Args {
 
 fn main() {
     let args = Args::parse();
-    let config = match Config::read(&args.config) {
-        Ok(config) => config,
-        Err(error) => exit(EX_USAGE, &error.into()),
-    };
+    let config = Config::read(&args.config).unwrap_or_else(|error| fail(EX_USAGE, &error));
     start_log(config.log.json_output);
-    let parent = match Parent::watch() {
-        Ok(parent) => parent,
-        Err(error) => exit(1, &error.into()),
-    };
-    if let Err(error) = run(&config, args.rank, &parent) {
-        exit(1, &error);
+    if let Err(error) = start(&config, args.rank) {
+        fail(1, &*error);
     }
 }
 
-fn exit(code: i32, error: &anyhow::Error) -> ! {
-    eprintln!("error: {error:#}");
-    std::process::exit(code)
+fn start(config: &Config, rank: usize) -> anyhow::Result<()> {
+    lifecycle::start_heartbeat()?;
+    run(config, rank, &Stop::watch()?)
 }
 
 fn start_log(json: bool) {
@@ -79,13 +66,13 @@ fn start_log(json: bool) {
     if json { log.json().init() } else { log.with_target(false).init() }
 }
 
-fn run(config: &Config, rank: usize, parent: &Parent) -> anyhow::Result<()> {
+fn run(config: &Config, rank: usize, stop: &Stop) -> anyhow::Result<()> {
     let shard = &config.shard;
     let dtype = shard.dtype.map_or(DType::Bf16, kernels_dtype);
     #[cfg(feature = "cuda")]
     if shard.device != Device::Cpu {
         match kernels::cuda::CudaBackend::new(dtype, rank) {
-            Ok(ops) => return serve_cuda(ops, config, rank, parent),
+            Ok(ops) => return serve_cuda(ops, config, rank, stop),
             Err(error) if shard.device == Device::Cuda => return Err(error.into()),
             Err(error) => tracing::warn!("no GPU is used: {error}"),
         }
@@ -100,7 +87,7 @@ fn run(config: &Config, rank: usize, parent: &Parent) -> anyhow::Result<()> {
     let ranks = config.shards.uds.len();
     let room = |_: &CpuBackend| Ok(Room::on_host(shard.kv_memory, None, ranks));
     let target = Target { name: "cpu", max_rows: 512, rehearses: false, room: &room, ready: &|_| () };
-    serve(Arc::new(ops), &target, config, rank, parent)
+    serve(Arc::new(ops), &target, config, rank, stop)
 }
 
 /// The kernels' name of a type.
@@ -127,7 +114,7 @@ fn serve_cuda(
     ops: kernels::cuda::CudaBackend,
     config: &Config,
     rank: usize,
-    parent: &Parent,
+    stop: &Stop,
 ) -> anyhow::Result<()> {
     let shard = &config.shard;
     ops.record_steps(!shard.eager);
@@ -150,7 +137,7 @@ fn serve_cuda(
         }
     };
     let target = Target { name: &name, max_rows: 2048, rehearses: true, room: &room, ready: &ready };
-    serve(Arc::new(ops), &target, config, rank, parent)
+    serve(Arc::new(ops), &target, config, rank, stop)
 }
 
 /// What is known of a device before anything is loaded.
@@ -172,7 +159,7 @@ fn serve<B: Backend>(
     target: &Target<'_, B>,
     config: &Config,
     rank: usize,
-    parent: &Parent,
+    stop: &Stop,
 ) -> anyhow::Result<()> {
     let shard = &config.shard;
     let host_bytes = shard.adapter_host_memory as usize;
@@ -224,7 +211,7 @@ fn serve<B: Backend>(
     let (commands, received) = mpsc::channel(16);
     let failure = start_engine(engine, received)?;
     let service = service::new(info, adapters, commands);
-    let ended = runtime.block_on(listen(config.socket(rank)?, service, failure, parent));
+    let ended = runtime.block_on(listen(config.socket(rank)?, service, failure, stop));
     // Whoever waits for an adapter that is being read is gone, and after a failure the launcher waits for our end.
     runtime.shutdown_timeout(Duration::from_secs(1));
     ended
@@ -248,7 +235,7 @@ async fn listen<B: Backend>(
     socket: &Path,
     service: Server<B>,
     failure: oneshot::Receiver<kernels::Result<()>>,
-    parent: &Parent,
+    stop: &Stop,
 ) -> anyhow::Result<()> {
     // A socket of an earlier life would refuse the name.
     let _ = std::fs::remove_file(socket);
@@ -263,22 +250,7 @@ async fn listen<B: Backend>(
             Ok(result) => result.context("the engine stopped"),
             Err(_) => anyhow::bail!("the engine panicked"),
         },
-        () = told_to_stop(parent) => Ok(()),
-    }
-}
-
-/// Ends with SIGTERM, SIGINT, or the launcher's end of stdin.
-async fn told_to_stop(parent: &Parent) {
-    let wait = async |kind| match signal(kind) {
-        Ok(mut signal) => {
-            signal.recv().await;
-        }
-        Err(_) => std::future::pending().await,
-    };
-    tokio::select! {
-        () = wait(SignalKind::terminate()) => {}
-        () = wait(SignalKind::interrupt()) => {}
-        () = parent.gone() => {}
+        () = stop.told()? => Ok(()),
     }
 }
 

@@ -39,6 +39,7 @@ fn start(folder: &Path) -> Child {
     Command::new(env!("CARGO_BIN_EXE_lorax-shard"))
         .args(["--config".as_ref(), path.as_os_str()])
         .stdin(Stdio::piped())
+        .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
         .unwrap()

@@ -50,6 +50,7 @@ impl Program {
             .arg(file)
             .env("LOG_LEVEL", level)
             .stdin(Stdio::piped())
+            .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .kill_on_drop(true)
             .spawn()

@@ -1,0 +1,98 @@
+//! Exit codes, and the ends of a process.
+
+use std::{
+    error::Error,
+    io::{self, Write},
+    sync::{OnceLock, mpsc::sync_channel},
+    thread,
+    time::Duration,
+};
+
+/// Exit code of a configuration that cannot work (sysexits.h).
+pub const EX_USAGE: i32 = 64;
+/// Exit code of a fault of the program itself (sysexits.h).
+pub const EX_SOFTWARE: i32 = 70;
+
+/// What the log gets to write its last lines when the process ends by a fault.
+const LAST_LINES: Duration = Duration::from_secs(1);
+
+static FLUSH: OnceLock<fn()> = OnceLock::new();
+
+/// Names the function that writes what is still buffered of the log. It is called once, before the process ends by
+/// [`fail`] or by a supervisor. Only the first call counts.
+pub fn before_exit(flush: fn()) {
+    // A second one is ignored, as documented.
+    let _ = FLUSH.set(flush);
+}
+
+/// Prints an error with its causes to stderr and exits.
+pub fn fail(code: i32, error: &(dyn Error + 'static)) -> ! {
+    if let Some(flush) = FLUSH.get() {
+        flush();
+    }
+    // Where stderr is closed, the exit code is all that can be told.
+    let _ = writeln!(io::stderr(), "error: {}", with_causes(error));
+    std::process::exit(code)
+}
+
+/// An error and its causes in one line. A cause that the error's own text holds already is not repeated.
+fn with_causes(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let message = cause.to_string();
+        if !text.contains(&message) {
+            text = format!("{text}: {message}");
+        }
+        next = cause.source();
+    }
+    text
+}
+
+/// Ends the process at once, without the handlers that `exit` runs: those of a GPU's driver can hang when its work
+/// does. A log that cannot be written in time is lost.
+pub(crate) fn end_now(code: i32) -> ! {
+    if let Some(flush) = FLUSH.get() {
+        let (done, flushed) = sync_channel(1);
+        let flushing = thread::Builder::new().name("last lines".into()).spawn(move || {
+            flush();
+            // The receiver may have given up.
+            let _ = done.send(());
+        });
+        if flushing.is_ok() {
+            // Either way the process ends.
+            let _ = flushed.recv_timeout(LAST_LINES);
+        }
+    }
+    signal_hook::low_level::exit(code)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("{text}")]
+    struct Layer {
+        text: &'static str,
+        source: Option<Box<Layer>>,
+    }
+
+    fn layers(texts: &[&'static str]) -> Layer {
+        let source = (texts.len() > 1).then(|| Box::new(layers(&texts[1..])));
+        Layer { text: texts[0], source }
+    }
+
+    #[test]
+    fn causes_are_told_once() {
+        for (texts, line) in [
+            (&["a"][..], "a"),
+            (&["opening x", "no such file"], "opening x: no such file"),
+            (&["opening x: no such file", "no such file"], "opening x: no such file"),
+            (&["a", "b", "c"], "a: b: c"),
+            (&["a: c", "b", "c"], "a: c: b"),
+        ] {
+            assert_eq!(with_causes(&layers(texts)), line);
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! A process that loses a part of itself ends, and says which part. This program runs itself as that process.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::{
+    io::{self, Read},
+    process::{Command, ExitCode, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use lifecycle::{EX_SOFTWARE, EX_USAGE, HEARTBEAT, Stop, Supervisor};
+
+/// How the process that is tested is told what to do.
+const ROLE: &str = "LIFECYCLE_TEST_ROLE";
+/// What a process may take to end after one of its parts failed.
+const PROMPT: Duration = Duration::from_secs(2);
+
+fn main() -> ExitCode {
+    match std::env::var(ROLE) {
+        Ok(role) => play(&role),
+        Err(_) => {
+            failures_end_the_process();
+            the_end_of_stdin_ends_the_process();
+            errors_are_printed_with_their_causes();
+            a_heartbeat_goes_on_while_the_process_does();
+            ExitCode::SUCCESS
+        }
+    }
+}
+
+/// A log whose reader has stalled.
+fn hang() {
+    loop {
+        std::thread::park();
+    }
+}
+
+/// The process that is tested.
+fn play(role: &str) -> ExitCode {
+    tracing_subscriber::fmt().with_writer(io::stderr).init();
+    lifecycle::before_exit(if role == "cannot write its log" { hang } else { || eprintln!("last lines") });
+    if role == "fails" {
+        lifecycle::fail(EX_USAGE, &io::Error::other("no such flag"));
+    }
+    let supervisor = Supervisor::ending_the_process().unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let stop = Stop::watch().unwrap();
+    match role {
+        "waits" => hang(),
+        "beats" => lifecycle::start_heartbeat().unwrap(),
+        _ => {}
+    }
+    runtime.block_on(async move {
+        let stopped = stop.told().unwrap();
+        let pulse = supervisor.watch("the hanging one", Duration::from_millis(300));
+        match role {
+            "task panics" | "cannot write its log" => {
+                drop(supervisor.task("the engine", async { panic!("a bug") }))
+            }
+            "thread panics" => drop(supervisor.thread("the engine", || panic!("a bug")).unwrap()),
+            "task returns" => drop(supervisor.task("the engine", async {})),
+            "thread returns" => drop(supervisor.thread("the engine", || {}).unwrap()),
+            "hangs" => pulse.busy(),
+            _ => {}
+        }
+        stopped.await;
+    });
+    ExitCode::SUCCESS
+}
+
+fn command(role: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.env(ROLE, role).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// Runs to the end with stdin open.
+fn run(role: &str) -> (Output, Duration) {
+    let started = Instant::now();
+    let mut child = command(role).spawn().unwrap();
+    let held = child.stdin.take();
+    let out = child.wait_with_output().unwrap();
+    drop(held);
+    (out, started.elapsed())
+}
+
+fn failures_end_the_process() {
+    for (role, line) in [
+        ("task panics", "the engine panicked: a bug: ending the process"),
+        ("thread panics", "the engine panicked: a bug: ending the process"),
+        ("task returns", "the engine has ended, which it must not while the process runs"),
+        ("thread returns", "the engine has ended, which it must not while the process runs"),
+        ("hangs", "the hanging one has made no progress for"),
+    ] {
+        let (out, took) = run(role);
+        let log = String::from_utf8(out.stderr).unwrap();
+        assert_eq!(out.status.code(), Some(EX_SOFTWARE), "{role}: {log}");
+        assert!(log.contains(line) && log.ends_with("last lines\n"), "{role}: {log}");
+        assert!(took < PROMPT, "{role}: {took:?}");
+    }
+    let (out, took) = run("cannot write its log");
+    assert_eq!(out.status.code(), Some(EX_SOFTWARE));
+    assert!(took < PROMPT, "{took:?}");
+}
+
+fn the_end_of_stdin_ends_the_process() {
+    for role in ["waits", "serves"] {
+        let mut child = command(role).spawn().unwrap();
+        drop(child.stdin.take());
+        assert_eq!(child.wait().unwrap().code(), Some(0), "{role}");
+    }
+}
+
+fn errors_are_printed_with_their_causes() {
+    let (out, _) = run("fails");
+    assert_eq!(out.status.code(), Some(EX_USAGE));
+    assert_eq!(String::from_utf8(out.stderr).unwrap(), "last lines\nerror: no such flag\n");
+}
+
+fn a_heartbeat_goes_on_while_the_process_does() {
+    let mut child = command("beats").spawn().unwrap();
+    let (mut beats, started) = ([0; 3], Instant::now());
+    child.stdout.as_mut().unwrap().read_exact(&mut beats).unwrap();
+    assert_eq!(&beats, b"...");
+    assert!(started.elapsed() >= 2 * HEARTBEAT, "the first at once, the others after a time each");
+    // It outlives whoever counts.
+    drop(child.stdout.take());
+    drop(child.stdin.take());
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}
