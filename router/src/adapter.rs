@@ -4,11 +4,7 @@ use scheduler::Adapter;
 use secrecy::SecretString;
 use tokio::time::timeout;
 
-use crate::{
-    api::error::ApiError,
-    ranks::{PrepareError, Ranks},
-    server::App,
-};
+use crate::{api::error::ApiError, engine::Engine, ranks::PrepareError, server::App};
 
 /// A reference to an adapter, as a request names it.
 #[derive(Debug, Clone)]
@@ -44,17 +40,17 @@ impl App {
     /// Has the shards resolve, read and check an adapter, and returns what it is from then on.
     pub(crate) async fn prepare(&self, adapter: &AdapterRef) -> Result<Adapter, ApiError> {
         let limit = self.config.router.prepare_timeout;
-        let prepared = timeout(limit, prepare(&self.ranks, adapter)).await;
+        let prepared = timeout(limit, prepare(&self.engine, adapter)).await;
         Ok(prepared.map_err(|_| ApiError::AdapterTimeout { limit })??)
     }
 }
 
-async fn prepare(ranks: &Ranks, adapter: &AdapterRef) -> Result<Adapter, PrepareError> {
+async fn prepare(engine: &Engine, adapter: &AdapterRef) -> Result<Adapter, PrepareError> {
     let credential = &adapter.credential;
-    let first = ranks.prepare(adapter, credential.given.as_ref()).await;
+    let first = engine.prepare(adapter, credential.given.as_ref()).await;
     match (&first, &credential.given, &credential.fallback) {
         (Err(PrepareError::NotFound(_) | PrepareError::Forbidden(_)), None, Some(fallback)) => {
-            ranks.prepare(adapter, Some(fallback)).await
+            engine.prepare(adapter, Some(fallback)).await
         }
         _ => first,
     }

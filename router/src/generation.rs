@@ -24,16 +24,23 @@ pub(crate) struct Scored {
     pub(crate) logprob: f32,
 }
 
+/// A token of a prompt, with its log-probability and the most probable tokens at its position.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct PromptToken {
+    pub(crate) token: Scored,
+    pub(crate) top: Vec<Scored>,
+}
+
 /// What becomes of a job.
 #[derive(Debug, Clone)]
 pub(crate) enum Update {
     /// Its first rows have run.
     Started {
-        /// What it waited.
+        /// How long it waited for that.
         queued: Duration,
     },
-    /// Log-probabilities of prompt tokens, from the given position on, in order and without repetition.
-    Prompt(Vec<Scored>),
+    /// Tokens of the prompt but the first, in order and without repetition.
+    Prompt(Vec<PromptToken>),
     /// A new token.
     Token {
         token: Scored,
@@ -54,6 +61,9 @@ pub(crate) enum Failure {
     /// It can never run here.
     #[error("{0}")]
     Refused(scheduler::SubmitError),
+    /// The shard cannot take it, and says why.
+    #[error("{0}")]
+    Rejected(String),
     /// Its adapter was there and is not any more: its files have changed, or the shards have started anew.
     #[error("{0}, try again")]
     Adapter(String),

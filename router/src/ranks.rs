@@ -1,36 +1,137 @@
-//! The connection to the shards.
+//! The shard processes of one model, one for each rank: they get the same messages and act as one.
 
-use std::path::{Path, PathBuf};
+mod group;
+mod loads;
+mod merge;
 
+use std::{
+    future::Future,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use futures::future::try_join_all;
 use hyper_util::rt::TokioIo;
 use proto::{AttachRequest, HealthRequest, InfoRequest, PrepareRequest, shard_client::ShardClient};
-use scheduler::Adapter;
+use scheduler::{Adapter, AdapterKey};
 use secrecy::{ExposeSecret, SecretString};
-use tokio::{net::UnixStream, sync::mpsc};
+use tokio::{net::UnixStream, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
-    Code, Status, Streaming,
+    Code, Response, Status,
     transport::{Channel, Endpoint, Uri},
 };
 use tower::service_fn;
 
 use crate::{
     adapter::AdapterRef,
-    wire::{self, Event, Info},
+    wire::{self, Info, WireError},
 };
+pub(crate) use group::Group;
+use group::RankStream;
+pub(crate) use merge::InfoError;
 
-/// Steps on their way to the shards: two may be in flight.
-const STEPS: usize = 4;
+/// Largest message. The largest ones are steps that add many long prompts.
+const MAX_MESSAGE: usize = 64 << 20;
 
-/// Why the session with the ranks is over, or could not begin.
-#[derive(Debug, Clone, thiserror::Error)]
-#[error("the model is not available: {0}")]
-pub(crate) struct RankError(String);
-
-impl From<Status> for RankError {
-    fn from(status: Status) -> RankError {
-        RankError(status.message().to_owned())
-    }
+/// Why a session with the ranks is over, or could not begin.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum RankError {
+    /// A rank cannot be reached, or answered with an error.
+    #[error("rank {rank}: {message}")]
+    Status {
+        /// The rank.
+        rank: usize,
+        /// The cause.
+        message: String,
+    },
+    /// A rank has ended its stream of events.
+    #[error("rank {rank} has ended the session")]
+    Ended {
+        /// The rank.
+        rank: usize,
+    },
+    /// A call was not answered in time.
+    #[error("rank {rank} did not answer {call} within {limit:?}")]
+    Timeout {
+        /// The rank.
+        rank: usize,
+        /// The call.
+        call: &'static str,
+        /// The deadline.
+        limit: Duration,
+    },
+    /// The ranks do not belong together.
+    #[error(transparent)]
+    Info(#[from] InfoError),
+    /// A message contradicts the protocol.
+    #[error("rank {rank} sent {source}")]
+    Wire {
+        /// The rank.
+        rank: usize,
+        /// How.
+        source: WireError,
+    },
+    /// Another rank than 0 has answered a step.
+    #[error("rank {rank} answered a step, which only rank 0 does")]
+    UnexpectedResult {
+        /// The rank.
+        rank: usize,
+    },
+    /// Rank 0 has answered a step that it should not have answered next.
+    #[error("rank 0 answered step {actual} instead of step {expected}")]
+    UnexpectedStep {
+        /// What was answered.
+        actual: u64,
+        /// The oldest step in flight, or the next one to be sent.
+        expected: u64,
+    },
+    /// A rank has reported a load that it was not told to do, or reported it twice.
+    #[error("rank {rank} reported adapter {key:?} in slot {slot}, which it was not loading")]
+    UnexpectedSlot {
+        /// The rank.
+        rank: usize,
+        /// The slot.
+        slot: u32,
+        /// The adapter.
+        key: AdapterKey,
+    },
+    /// A rank has not reported the end of a load.
+    #[error("rank {rank} has not filled slot {slot} within {limit:?}")]
+    LateSlot {
+        /// The rank.
+        rank: usize,
+        /// The slot.
+        slot: u32,
+        /// The deadline.
+        limit: Duration,
+    },
+    /// A rank does not take steps any more.
+    #[error("rank {rank} is {steps} steps behind")]
+    Behind {
+        /// The rank.
+        rank: usize,
+        /// Steps that it has not taken.
+        steps: usize,
+    },
+    /// A step has been in flight for too long.
+    #[error("step {step} was not answered within {limit:?}")]
+    LateStep {
+        /// The step.
+        step: u64,
+        /// The deadline.
+        limit: Duration,
+    },
+    /// The step loop of a rank has been at one piece of work for too long.
+    #[error("rank {rank} has been at one piece of work for {age:?}, more than {limit:?}")]
+    Stuck {
+        /// The rank.
+        rank: usize,
+        /// For how long.
+        age: Duration,
+        /// The deadline.
+        limit: Duration,
+    },
 }
 
 /// Why an adapter could not be prepared.
@@ -45,7 +146,7 @@ pub(crate) enum PrepareError {
     /// It cannot be served; the message names the cause.
     #[error("{0}")]
     Invalid(String),
-    /// There is no connection, or it broke.
+    /// The shards cannot be reached, or contradict each other.
     #[error("the model is not available: {0}")]
     Unavailable(String),
 }
@@ -64,46 +165,52 @@ impl From<Status> for PrepareError {
     }
 }
 
-/// The shard processes of one model.
+/// Clients of all ranks. Connections are made, and made again, when they are needed; they belong to the runtime on which
+/// the clients were made.
 #[derive(Clone)]
 pub(crate) struct Ranks {
-    client: ShardClient<Channel>,
-}
-
-/// A stream of steps to the shards and of events back.
-pub(crate) struct Session {
-    pub(crate) info: Info,
-    steps: mpsc::Sender<proto::Step>,
-    events: Streaming<proto::ExecuteEvent>,
+    clients: Vec<ShardClient<Channel>>,
 }
 
 impl Ranks {
-    /// Ranks that are reached by Unix sockets; the connection is made, and made again, when it is needed.
-    pub(crate) fn new(socket: &Path) -> Ranks {
-        let socket: PathBuf = socket.into();
-        let connect = service_fn(move |_: Uri| {
-            let socket = socket.clone();
-            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+    /// The shards at these sockets, in the order of their ranks. Must be called on a runtime.
+    pub(crate) fn new(sockets: &[PathBuf]) -> Ranks {
+        Ranks { clients: sockets.iter().map(|socket| client(socket)).collect() }
+    }
+
+    /// How many there are.
+    pub(crate) fn world(&self) -> usize {
+        self.clients.len()
+    }
+
+    /// What the ranks serve together. Has no deadline: a shard answers when it has loaded the model and has warmed up.
+    pub(crate) async fn info(&self) -> Result<Info, RankError> {
+        let infos = self.clients.iter().cloned().enumerate().map(async |(rank, mut client)| {
+            let info = client.info(InfoRequest {}).await.map_err(|status| failed(rank, &status))?;
+            Ok::<_, RankError>(Info::from(info.into_inner()))
         });
-        // The address is not looked at.
-        let channel = Endpoint::from_static("http://shard").connect_with_connector_lazy(connect);
-        let limit = 64 << 20;
-        let client =
-            ShardClient::new(channel).max_decoding_message_size(limit).max_encoding_message_size(limit);
-        Ranks { client }
+        Ok(merge::merge(try_join_all(infos).await?)?)
     }
 
-    /// Starts anew with empty shards.
-    pub(crate) async fn session(&self) -> Result<Session, RankError> {
-        let mut client = self.client.clone();
-        let info = client.info(InfoRequest {}).await?.into_inner().into();
-        client.attach(AttachRequest::default()).await?;
-        let (steps, outgoing) = mpsc::channel(STEPS);
-        let events = client.execute(ReceiverStream::new(outgoing)).await?.into_inner();
-        Ok(Session { info, steps, events })
+    /// Begins a session, whose number must be greater than any before it, with ranks that serve `info`.
+    pub(crate) async fn attach(&self, session: u64, info: Info, limit: Duration) -> Result<Group, RankError> {
+        let attached = self.clients.iter().cloned().enumerate().map(async |(rank, mut client)| {
+            let request = client.attach(AttachRequest { session });
+            let held = wire::held(in_time(rank, "Attach", limit, request).await?);
+            held.map_err(|source| RankError::Wire { rank, source })
+        });
+        // All ranks have forgotten the session before, and only then the first step of this one is sent.
+        let resident = merge::resident(&try_join_all(attached).await?, &info);
+        let streams = self.clients.iter().cloned().enumerate().map(async |(rank, mut client)| {
+            let (steps, outgoing) = group::channel();
+            let request = client.execute(ReceiverStream::new(outgoing));
+            let events = in_time(rank, "Execute", limit, request).await?;
+            Ok::<_, RankError>(RankStream { steps, events })
+        });
+        Ok(Group::new(session, info, resident, try_join_all(streams).await?))
     }
 
-    /// Has an adapter read and checked, and the caller's access to it.
+    /// Has every rank read and check an adapter, and the caller's access to it.
     pub(crate) async fn prepare(
         &self,
         adapter: &AdapterRef,
@@ -115,33 +222,66 @@ impl Ranks {
             revision: String::new(),
             api_token: token.map_or_else(String::new, |token| token.expose_secret().into()),
         };
-        let prepared = self.client.clone().prepare(request).await?.into_inner();
-        wire::adapter(prepared)
-            .ok_or_else(|| PrepareError::Unavailable("the shard gave no content hash".into()))
+        let prepared = self.clients.iter().map(async |client| {
+            let prepared = client.clone().prepare(request.clone()).await?.into_inner();
+            wire::adapter(prepared).map_err(|error| PrepareError::Unavailable(error.to_string()))
+        });
+        same_content(&adapter.id, try_join_all(prepared).await?)
     }
 
-    /// Whether the shards can run steps.
-    pub(crate) async fn healthy(&self) -> bool {
-        self.client.clone().health(HealthRequest {}).await.is_ok()
+    /// For how long the step loop of a rank has been at its oldest work; `None` if it waits for work.
+    pub(crate) async fn oldest_work(
+        &self,
+        rank: usize,
+        limit: Duration,
+    ) -> Result<Option<Duration>, RankError> {
+        let mut client = self.clients[rank].clone();
+        let health = in_time(rank, "Health", limit, client.health(HealthRequest {})).await?;
+        Ok(wire::oldest_work(&health))
     }
 }
 
-impl Session {
-    /// Sends a step.
-    pub(crate) async fn send(&self, step: proto::Step) -> Result<(), RankError> {
-        let sent = self.steps.send(step).await;
-        sent.map_err(|_| RankError("the stream of steps has ended".into()))
-    }
-
-    /// The next event.
-    pub(crate) async fn next(&mut self) -> Result<Event, RankError> {
-        loop {
-            let Some(message) = self.events.message().await? else {
-                return Err(RankError("the stream of events has ended".into()));
-            };
-            if let Some(event) = wire::event(message) {
-                return Ok(event);
-            }
+/// The adapter that all ranks have read; it is as large as on the rank where it is largest.
+fn same_content(id: &str, prepared: Vec<Adapter>) -> Result<Adapter, PrepareError> {
+    let mut ranks = prepared.into_iter();
+    let mut adapter = ranks.next().ok_or_else(|| PrepareError::Unavailable("there are no ranks".into()))?;
+    for (rank, other) in (1..).zip(ranks) {
+        if other.key != adapter.key {
+            return Err(PrepareError::Unavailable(format!(
+                "the adapter {id:?} is {:?} on rank 0 and {:?} on rank {rank}: its files change",
+                adapter.key, other.key
+            )));
         }
+        adapter.bytes = adapter.bytes.max(other.bytes);
+    }
+    Ok(adapter)
+}
+
+fn client(socket: &Path) -> ShardClient<Channel> {
+    let socket: PathBuf = socket.into();
+    let connect = service_fn(move |_: Uri| {
+        let socket = socket.clone();
+        async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+    });
+    // The connector knows the socket, so the address is not looked at.
+    let channel = Endpoint::from_static("http://shard").connect_with_connector_lazy(connect);
+    ShardClient::new(channel).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE)
+}
+
+fn failed(rank: usize, status: &Status) -> RankError {
+    RankError::Status { rank, message: status.message().to_owned() }
+}
+
+/// The answer to a call, if it comes before the deadline.
+async fn in_time<T>(
+    rank: usize,
+    call: &'static str,
+    limit: Duration,
+    answer: impl Future<Output = Result<Response<T>, Status>>,
+) -> Result<T, RankError> {
+    match timeout(limit, answer).await {
+        Ok(Ok(response)) => Ok(response.into_inner()),
+        Ok(Err(status)) => Err(failed(rank, &status)),
+        Err(_) => Err(RankError::Timeout { rank, call, limit }),
     }
 }

@@ -16,7 +16,6 @@ use crate::{
     chat::ChatTemplate,
     engine::Engine,
     keys::{KeyError, Keys},
-    ranks::Ranks,
     tokenizer::{ModelTokenizer, TokenizerError},
     wire::Info,
     workers::Workers,
@@ -51,9 +50,9 @@ pub enum StartError {
     /// Keys of callers.
     #[error("{0}")]
     Keys(#[from] KeyError),
-    /// More shards than this version drives.
-    #[error("{0} shards: this version drives one")]
-    World(usize),
+    /// The engine's thread.
+    #[error("the engine: {0}")]
+    Engine(#[from] std::io::Error),
 }
 
 impl StartError {
@@ -62,7 +61,6 @@ impl StartError {
         matches!(
             self,
             StartError::Origin(_)
-                | StartError::World(_)
                 | StartError::Keys(_)
                 | StartError::Tokenizer { source: TokenizerError::Given(_), .. }
         )
@@ -74,7 +72,6 @@ pub struct App {
     pub(crate) config: Config,
     pub(crate) tokenizer: Arc<ModelTokenizer>,
     pub(crate) chat: Option<ChatTemplate>,
-    pub(crate) ranks: Ranks,
     pub(crate) engine: Engine,
     pub(crate) permits: Arc<Semaphore>,
     pub(crate) workers: Workers,
@@ -85,19 +82,16 @@ pub struct App {
 impl App {
     /// Reads the tokenizer and starts to look for the shards.
     pub fn start(config: Config) -> Result<Arc<App>, StartError> {
-        let [socket] = &config.shards.uds[..] else { return Err(StartError::World(config.shards.uds.len())) };
         let router = &config.router;
         let path = &config.model.path;
         let tokenizer = ModelTokenizer::load(path, router.tokenizer_config_path.as_deref())
             .map_err(|source| StartError::Tokenizer { path: path.clone(), source })?;
         let keys = Arc::new(Keys::load(router.api_keys.clone(), router.api_key_file.clone())?);
         tokio::spawn(keys.clone().watch());
-        let ranks = Ranks::new(socket);
         Ok(Arc::new(App {
             chat: ChatTemplate::new(&tokenizer)?,
             tokenizer: Arc::new(tokenizer),
-            engine: Engine::start(ranks.clone(), router.clone()),
-            ranks,
+            engine: Engine::start(config.shards.uds.clone(), router)?,
             permits: Arc::new(Semaphore::new(router.max_concurrent_requests)),
             workers: Workers::new(router.validation_workers),
             keys,

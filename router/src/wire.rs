@@ -1,26 +1,67 @@
-//! Between messages and our own types: nothing else but `ranks.rs` knows the former.
+//! Between messages and our own types. Nothing else but the client of the generated service in `ranks` names a message.
+//!
+//! A message that does not keep to `shard.proto` is an error: nothing is guessed for a field that is missing.
+
+use std::time::Duration;
 
 use config::RouterConfig;
 use sampling::SamplingParams;
 use scheduler::{Adapter, AdapterKey, Added, Limits, RowsPlan, StepPlan};
 
-use crate::generation::Scored;
+use crate::generation::{PromptToken, Scored};
 
-/// What the shards serve and what fits.
-#[derive(Debug, Clone)]
+/// How a message contradicts the protocol.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum WireError {
+    /// An event of a kind that this version does not know.
+    #[error("an event without content")]
+    EmptyEvent,
+    /// An adapter is named by its SHA-256.
+    #[error("a content hash of {0} bytes instead of 32")]
+    ContentHash(usize),
+    /// A sequence is to be added that nobody has asked for.
+    #[error("no job for sequence {0}")]
+    NoJob(u64),
+    /// A result without the token that was sampled.
+    #[error("step {step} has no token for sequence {sequence}")]
+    NoToken {
+        /// The step.
+        step: u64,
+        /// The sequence.
+        sequence: u64,
+    },
+    /// A prompt position without its token.
+    #[error("step {step} has no token for position {position} of the prompt of sequence {sequence}")]
+    NoPromptToken {
+        /// The step.
+        step: u64,
+        /// The sequence.
+        sequence: u64,
+        /// The position.
+        position: u32,
+    },
+}
+
+/// What a rank serves and what fits on it.
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Info {
     pub(crate) dtype: String,
     pub(crate) device: String,
+    pub(crate) rank: u32,
+    pub(crate) world: u32,
     pub(crate) vocab_size: u32,
     pub(crate) max_positions: u32,
     pub(crate) eos_token_ids: Vec<u32>,
     pub(crate) num_blocks: u32,
     pub(crate) block_size: u32,
     pub(crate) num_slots: u32,
+    /// Bytes for adapters in slots; 0 for no bound.
     pub(crate) adapter_bytes: u64,
     pub(crate) max_rows: u32,
     pub(crate) max_sequences: u32,
     pub(crate) max_logit_rows: u32,
+    /// The longest step of the warm-up; zero if none was run.
+    pub(crate) longest_step: Duration,
 }
 
 impl From<proto::InfoResponse> for Info {
@@ -28,6 +69,8 @@ impl From<proto::InfoResponse> for Info {
         Info {
             dtype: info.dtype,
             device: info.device,
+            rank: info.rank,
+            world: info.world,
             vocab_size: info.vocab_size,
             max_positions: info.max_positions,
             eos_token_ids: info.eos_token_ids,
@@ -38,6 +81,7 @@ impl From<proto::InfoResponse> for Info {
             max_rows: info.max_rows,
             max_sequences: info.max_sequences,
             max_logit_rows: info.max_logit_rows,
+            longest_step: Duration::from_micros(info.longest_step_us),
         }
     }
 }
@@ -67,24 +111,23 @@ impl Info {
     }
 }
 
-/// A step's message. `sampling` gives what an added sequence needs beside its plan.
+/// A step's message, of no session yet. `sampling` gives what an added sequence needs beside its plan.
 pub(crate) fn step<'a>(
     plan: StepPlan,
     sampling: impl Fn(&Added) -> Option<(&'a SamplingParams, bool)>,
-) -> proto::Step {
+) -> Result<proto::Step, WireError> {
     let added = plan.added.into_iter().map(|added| {
-        let (params, prompt_logprobs) =
-            sampling(&added).map_or((None, false), |(params, flag)| (Some(params), flag));
-        proto::NewSequence {
+        let (params, prompt_logprobs) = sampling(&added).ok_or(WireError::NoJob(added.id.0))?;
+        Ok(proto::NewSequence {
             sequence: added.id.0,
             tokens: added.tokens,
             prompt_len: added.prompt_len,
             slot: added.slot,
-            sampling: Some(params.map_or_else(|| message(&SamplingParams::default()), message)),
+            sampling: Some(message(params)),
             prompt_logprobs,
-        }
+        })
     });
-    proto::Step {
+    Ok(proto::Step {
         id: plan.id,
         dropped: plan.dropped.into_iter().map(|id| id.0).collect(),
         unload: plan.unload,
@@ -93,10 +136,17 @@ pub(crate) fn step<'a>(
             .into_iter()
             .map(|(slot, key)| proto::SlotLoad { slot, content: key.0.to_vec() })
             .collect(),
-        added: added.collect(),
+        added: added.collect::<Result<_, _>>()?,
         rows: plan.rows.into_iter().map(rows).collect(),
         session: 0,
-    }
+    })
+}
+
+/// The loads into slots that a step asks for.
+pub(crate) fn loads(step: &proto::Step) -> impl Iterator<Item = (u32, AdapterKey)> {
+    step.load
+        .iter()
+        .filter_map(|load| Some((load.slot, AdapterKey(load.content.as_slice().try_into().ok()?))))
 }
 
 fn rows(rows: RowsPlan) -> proto::SequenceRows {
@@ -128,12 +178,12 @@ fn message(params: &SamplingParams) -> proto::Sampling {
     sampling::parameters!(sampling_message { params })
 }
 
-/// What a shard tells while it executes.
+/// What a rank reports while it executes.
 #[derive(Debug)]
 pub(crate) enum Event {
     /// A step has run.
     Step(StepResult),
-    /// A slot is ready, or why it is not.
+    /// The load of an adapter into a slot has ended: the slot is ready, or `error` says why not.
     Slot { slot: u32, key: AdapterKey, error: Option<String> },
 }
 
@@ -141,48 +191,108 @@ pub(crate) enum Event {
 #[derive(Debug)]
 pub(crate) struct StepResult {
     pub(crate) id: u64,
-    /// Sequence, token, most probable tokens.
-    pub(crate) tokens: Vec<(u64, Scored, Vec<Scored>)>,
-    /// Sequence, position of the first token, tokens.
-    pub(crate) prompt: Vec<(u64, u32, Vec<Scored>)>,
+    /// One for every sampled row, in the order of the step's rows.
+    pub(crate) tokens: Vec<Sampled>,
+    pub(crate) prompt: Vec<PromptPart>,
+    /// Sequences that the shard cannot take, and why.
+    pub(crate) refused: Vec<(u64, String)>,
+    /// How long the pass took.
+    pub(crate) duration: Duration,
 }
 
-/// Reads an event; `None` for what a shard of this version does not send.
-pub(crate) fn event(event: proto::ExecuteEvent) -> Option<Event> {
+/// A sampled token.
+#[derive(Debug)]
+pub(crate) struct Sampled {
+    pub(crate) sequence: u64,
+    pub(crate) token: Scored,
+    /// The most probable tokens, most probable first.
+    pub(crate) top: Vec<Scored>,
+}
+
+/// Log-probabilities of tokens of a prompt at consecutive positions.
+#[derive(Debug)]
+pub(crate) struct PromptPart {
+    pub(crate) sequence: u64,
+    /// Position of the first one.
+    pub(crate) position: u32,
+    pub(crate) tokens: Vec<PromptToken>,
+}
+
+/// Reads an event.
+pub(crate) fn event(event: proto::ExecuteEvent) -> Result<Event, WireError> {
     use proto::execute_event::Event::{Slot, Step};
-    let scored = |token: proto::Token| Scored { id: token.id, logprob: token.logprob };
-    match event.event? {
-        Step(result) => Some(Event::Step(StepResult {
-            id: result.id,
-            tokens: result
-                .tokens
-                .into_iter()
-                .filter_map(|sampled| {
-                    Some((
-                        sampled.sequence,
-                        scored(sampled.token?),
-                        sampled.top.into_iter().map(scored).collect(),
-                    ))
-                })
-                .collect(),
-            prompt: result
-                .prompt
-                .into_iter()
-                .map(|part| {
-                    let tokens = part.tokens.into_iter().filter_map(|scored| scored.token);
-                    (part.sequence, part.position, tokens.map(scored).collect())
-                })
-                .collect(),
-        })),
-        Slot(slot) => Some(Event::Slot {
-            slot: slot.slot,
-            key: AdapterKey(slot.content.try_into().ok()?),
-            error: (!slot.error.is_empty()).then_some(slot.error),
+    match event.event.ok_or(WireError::EmptyEvent)? {
+        Step(result) => Ok(Event::Step(step_result(result)?)),
+        Slot(event) => Ok(Event::Slot {
+            slot: event.slot,
+            key: key(event.content)?,
+            error: (!event.error.is_empty()).then_some(event.error),
         }),
     }
 }
 
-/// A prepared adapter; `None` if the hash is none.
-pub(crate) fn adapter(prepared: proto::PrepareResponse) -> Option<Adapter> {
-    Some(Adapter { key: AdapterKey(prepared.content.try_into().ok()?), bytes: prepared.bytes })
+fn step_result(result: proto::StepResult) -> Result<StepResult, WireError> {
+    let step = result.id;
+    let sampled = |sampled: proto::Sampled| {
+        let sequence = sampled.sequence;
+        let token = scored(sampled.token.ok_or(WireError::NoToken { step, sequence })?);
+        Ok(Sampled { sequence, token, top: sampled.top.into_iter().map(scored).collect() })
+    };
+    let part = |part: proto::PromptLogprobs| {
+        let (sequence, first) = (part.sequence, part.position);
+        let token = |(position, token): (u32, proto::ScoredToken)| {
+            let missing = WireError::NoPromptToken { step, sequence, position };
+            Ok(PromptToken {
+                token: scored(token.token.ok_or(missing)?),
+                top: token.top.into_iter().map(scored).collect(),
+            })
+        };
+        let tokens = (first..).zip(part.tokens).map(token).collect::<Result<_, _>>()?;
+        Ok(PromptPart { sequence, position: first, tokens })
+    };
+    Ok(StepResult {
+        id: step,
+        tokens: result.tokens.into_iter().map(sampled).collect::<Result<_, _>>()?,
+        prompt: result.prompt.into_iter().map(part).collect::<Result<_, _>>()?,
+        refused: result.refused.into_iter().map(|refused| (refused.sequence, refused.reason)).collect(),
+        duration: Duration::from_micros(result.duration_us),
+    })
+}
+
+fn scored(token: proto::Token) -> Scored {
+    Scored { id: token.id, logprob: token.logprob }
+}
+
+fn key(content: Vec<u8>) -> Result<AdapterKey, WireError> {
+    content.try_into().map(AdapterKey).map_err(|content: Vec<u8>| WireError::ContentHash(content.len()))
+}
+
+/// A prepared adapter.
+pub(crate) fn adapter(prepared: proto::PrepareResponse) -> Result<Adapter, WireError> {
+    Ok(Adapter { key: key(prepared.content)?, bytes: prepared.bytes })
+}
+
+/// The adapters that a rank has kept from earlier sessions.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Held {
+    /// By slot.
+    pub(crate) slots: Vec<(u32, Adapter)>,
+    /// In host memory.
+    pub(crate) host: Vec<Adapter>,
+}
+
+/// Reads what a rank has kept.
+pub(crate) fn held(attached: proto::AttachResponse) -> Result<Held, WireError> {
+    let slot =
+        |slot: proto::FilledSlot| Ok((slot.slot, Adapter { key: key(slot.content)?, bytes: slot.bytes }));
+    let host = |held: proto::HeldAdapter| Ok(Adapter { key: key(held.content)?, bytes: held.bytes });
+    Ok(Held {
+        slots: attached.slots.into_iter().map(slot).collect::<Result<_, _>>()?,
+        host: attached.host.into_iter().map(host).collect::<Result<_, _>>()?,
+    })
+}
+
+/// For how long the step loop of a rank has been at its oldest work; `None` if it waits for work.
+pub(crate) fn oldest_work(health: &proto::HealthResponse) -> Option<Duration> {
+    health.oldest_ms.map(Duration::from_millis)
 }

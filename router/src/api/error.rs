@@ -178,6 +178,7 @@ impl From<Failure> for ApiError {
         match failure {
             Failure::Unavailable | Failure::Adapter(_) => ApiError::Unavailable(failure.to_string()),
             Failure::Refused(error) => ApiError::Validation(error.to_string()),
+            Failure::Rejected(reason) => ApiError::Validation(reason),
             Failure::Generation(message) => ApiError::Generation(message),
         }
     }

@@ -321,9 +321,9 @@ pub(super) fn done() -> impl futures::Stream<Item = Result<Event, axum::Error>> 
 fn headers(app: &App, shape: &Shape) -> HeaderMap {
     let mut headers = HeaderMap::new();
     let adapter = shape.adapter.as_ref();
-    let device = |device: String| if device == "cpu" { "cpu+optimized" } else { "gpu+optimized" }.to_owned();
+    let device = |device: &str| if device == "cpu" { "cpu+optimized" } else { "gpu+optimized" }.to_owned();
     for (name, value) in [
-        ("x-compute-type", app.engine.info().map(|info| device(info.device))),
+        ("x-compute-type", app.engine.info().map(|info| device(&info.device))),
         ("x-compute-characters", Some(shape.characters.to_string())),
         ("x-model-id", Some(app.config.model.id.clone())),
         ("x-adapter-id", adapter.map(|adapter| adapter.id.clone())),

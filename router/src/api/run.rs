@@ -91,7 +91,7 @@ impl App {
         };
         let stop_ids = match ask.ignore_eos {
             true => Arc::from([]),
-            false => info.eos_token_ids.into_iter().chain(self.tokenizer.end_ids().iter().copied()).collect(),
+            false => info.eos_token_ids.iter().chain(self.tokenizer.end_ids()).copied().collect(),
         };
         let seed = ask.sampling.seed;
         let job = Job {
@@ -149,7 +149,9 @@ impl Generation {
             let Some(running) = &mut self.running else { return Ok(None) };
             match running.next().await {
                 Some(Update::Started { queued }) => self.timing.queued = queued,
-                Some(Update::Prompt(scores)) => self.prompt_scores.extend(scores),
+                Some(Update::Prompt(tokens)) => {
+                    self.prompt_scores.extend(tokens.into_iter().map(|token| token.token));
+                }
                 Some(Update::Token { token, top, finish }) => {
                     return Ok(Some(self.piece(token, top, finish)));
                 }

@@ -1,6 +1,6 @@
 //! How the process is, and what it serves.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use axum::{
     Json,
@@ -9,20 +9,14 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use serde_json::{Value, json};
-use tokio::time::timeout;
 
 use super::App;
 use crate::api::error::{ApiError, Dialect};
 
-/// How long the shard may take to say that it is well.
-const HEALTH: Duration = Duration::from_secs(3);
-
 /// `GET /health`, `GET /`
 pub(super) async fn health(State(app): State<Arc<App>>) -> Response {
-    if app.engine.info().is_some() && timeout(HEALTH, app.ranks.healthy()).await.unwrap_or(false) {
-        return StatusCode::OK.into_response();
-    }
-    let body = json!({"error": "unhealthy", "error_type": "healthcheck"});
+    let Err(reason) = app.engine.health() else { return StatusCode::OK.into_response() };
+    let body = json!({"error": format!("unhealthy: {reason}"), "error_type": "healthcheck"});
     (StatusCode::SERVICE_UNAVAILABLE, Json(body)).into_response()
 }
 

@@ -1,10 +1,15 @@
 //! The shard fails: who is told, and what comes after.
 
+use std::time::{Duration, Instant};
+
+use config::Config;
+use futures::future::join_all;
 use proto::Step;
 use serde_json::{Value, json};
+use tokio::time::timeout;
 
 use crate::{
-    router::{Router, events, tokens},
+    router::{PATIENCE, Router, events, tokens},
     shard::{Gate, IMPROBABLE, Script},
 };
 
@@ -59,7 +64,7 @@ async fn a_broken_stream_fails_what_runs_and_starts_anew() {
     unavailable(&router).await;
     router.shard.release(&Gate::Info);
     router.shard.release(&Gate::Steps);
-    router.shard.saw(|seen| (seen.attached == 2).then_some(())).await;
+    router.shard.saw(|seen| (seen.sessions.len() == 2).then_some(())).await;
     let answer = loop {
         let (status, body) = router.post("/generate", &json!({"inputs": "C"})).await;
         if status != 503 {
@@ -119,24 +124,148 @@ async fn a_client_as_far_behind_as_may_be_is_told_why_too() {
     assert_eq!(events.len(), 2 + 1023 + 1);
 }
 
+/// A router that takes a shard to hang soon.
+async fn impatient(script: Script) -> Router {
+    let router =
+        Router::launch(script, |config| config.router.step_timeout = Some(Duration::from_millis(300))).await;
+    timeout(PATIENCE, router.app.ready()).await.unwrap();
+    router
+}
+
+#[tokio::test]
+async fn a_shard_that_hangs_in_a_step_fails_what_runs_and_what_waits() {
+    let mut script = Script::saying(tokens("a"));
+    script.info.max_sequences = 1;
+    let router = impatient(script).await;
+    router.shard.hold(Gate::Steps);
+    let (one, two) = (json!({"inputs": "one"}), json!({"inputs": "two"}));
+    let began = Instant::now();
+    let answers = async { tokio::join!(router.post("/generate", &one), router.post("/generate", &two)) };
+    let (one, two) = timeout(PATIENCE, answers).await.unwrap();
+    for (status, body) in [one, two] {
+        assert_eq!((status.as_u16(), &body["error_type"]), (503, &json!("unavailable")), "{body}");
+    }
+    assert!(began.elapsed() >= Duration::from_millis(300));
+    // The shard is reachable, so the router begins anew, and finds it well once it is.
+    router.shard.saw(|seen| (seen.sessions.len() > 1).then_some(())).await;
+    router.shard.release(&Gate::Steps);
+    router.health(200, "").await;
+    router.ok("/generate", &json!({"inputs": "x"})).await;
+}
+
 #[tokio::test]
 async fn a_shard_that_hangs_is_unhealthy() {
-    let router = Router::start(Script::saying(tokens("a"))).await;
-    for path in ["/health", "/"] {
-        router.shard.hold(Gate::Health);
-        let asked = router.shard.saw(|seen| Some(seen.health)).await;
-        let clock = async {
-            router.shard.saw(|seen| (seen.health > asked).then_some(())).await;
-            // From here on time passes as soon as everybody waits for it.
-            tokio::time::pause();
-        };
-        let (response, ()) = tokio::join!(router.get(path), clock);
-        tokio::time::resume();
-        assert_eq!(response.status(), 503, "{path}");
-        assert_eq!(response.json::<Value>().await.unwrap()["error_type"], "healthcheck", "{path}");
-        router.shard.release(&Gate::Health);
-        assert_eq!(router.get(path).await.status(), 200, "{path}");
+    for (gate, words) in [(Gate::Health, "did not answer Health"), (Gate::Attach, "did not answer Attach")] {
+        let router = impatient(Script::saying(tokens("a"))).await;
+        router.shard.hold(gate.clone());
+        if gate == Gate::Attach {
+            router.shard.break_stream();
+        }
+        let began = Instant::now();
+        router.health(503, words).await;
+        assert!(began.elapsed() < Duration::from_millis(300) + Duration::from_secs(2), "{gate:?}");
+        let (status, body) = router.post("/generate", &json!({"inputs": "x"})).await;
+        assert_eq!((status.as_u16(), &body["error_type"]), (503, &json!("unavailable")), "{body}");
+        assert_eq!(router.get("/").await.status(), 503);
+        router.shard.release(&gate);
+        router.health(200, "").await;
+        router.ok("/generate", &json!({"inputs": "x"})).await;
     }
+}
+
+#[tokio::test]
+async fn a_step_loop_that_hangs_is_unhealthy_though_its_process_answers() {
+    let router = impatient(Script::saying(tokens("a"))).await;
+    router.shard.set_oldest_work(Some(299));
+    router.shard.saw(|seen| (seen.health > 3).then_some(())).await;
+    assert_eq!(router.get("/health").await.status(), 200);
+    router.shard.set_oldest_work(Some(301));
+    router.health(503, "at one piece of work for 301ms").await;
+    router.shard.set_oldest_work(None);
+    router.health(200, "").await;
+}
+
+#[tokio::test]
+async fn a_load_that_never_ends_ends_the_session() {
+    let soon = |config: &mut Config| config.router.prepare_timeout = Duration::from_millis(300);
+    let router = Router::start_with(Script::saying(tokens("a")), soon).await;
+    router.shard.hold(Gate::Load("sql".into()));
+    let ask = json!({"inputs": "x", "parameters": {"adapter_id": "sql"}});
+    let (status, body) = timeout(PATIENCE, router.post("/generate", &ask)).await.unwrap();
+    assert_eq!((status.as_u16(), &body["error_type"]), (503, &json!("unavailable")), "{body}");
+    router.shard.saw(|seen| (seen.sessions.len() == 2).then_some(())).await;
+    router.shard.release(&Gate::Load("sql".into()));
+    router.health(200, "").await;
+    router.ok("/generate", &ask).await;
+}
+
+#[tokio::test]
+async fn an_adapter_that_takes_too_long_gives_its_permit_back() {
+    let router = Router::start_with(Script::saying(tokens("a")), |config| {
+        config.router.prepare_timeout = Duration::from_millis(100);
+        config.router.max_concurrent_requests = 1;
+    });
+    let router = router.await;
+    router.shard.hold(Gate::Prepare("cold".into()));
+    let ask = json!({"inputs": "x", "parameters": {"adapter_id": "cold"}});
+    let (status, body) = timeout(PATIENCE, router.post("/generate", &ask)).await.unwrap();
+    assert_eq!(status.as_u16(), 504, "{body}");
+    let error = body["error"].as_str().unwrap();
+    assert!(error.contains("was not ready within 0.1 s"), "{error}");
+    router.ok("/generate", &json!({"inputs": "x"})).await;
+    router.shard.release(&Gate::Prepare("cold".into()));
+    router.ok("/generate", &ask).await;
+}
+
+#[tokio::test]
+async fn what_a_shard_refuses_fails_alone() {
+    let mut script = Script::saying(tokens("a").repeat(30));
+    script.untaken.insert(tokens("x")[0]);
+    let router = Router::start(script).await;
+    router.shard.hold(Gate::Steps);
+    let others =
+        ["A", "B", "C"].map(|prompt| json!({"inputs": prompt, "parameters": {"max_new_tokens": 20}}));
+    let refused = [
+        ("/generate", json!({"inputs": "x"}), 422),
+        ("/v1/completions", json!({"prompt": "x"}), 400),
+        ("/v1/completions", json!({"prompt": tokens("x")}), 400),
+        ("/v1/completions", json!({"prompt": ["x"]}), 400),
+    ];
+    let release = async {
+        router.shard.saw(|seen| (!seen.steps.is_empty()).then_some(())).await;
+        router.shard.release(&Gate::Steps);
+    };
+    let good = join_all(others.iter().map(|body| router.ok("/generate", body)));
+    let bad = join_all(refused.iter().map(|(path, body, _)| router.post(path, body)));
+    let (good, bad, ()) = tokio::join!(good, bad, release);
+    for answer in good {
+        assert_eq!(answer["generated_text"].as_str().unwrap().len(), 20);
+    }
+    for ((path, _, expected), (status, body)) in refused.iter().zip(bad) {
+        assert_eq!(status.as_u16(), *expected, "{path}: {body}");
+        assert!(body.to_string().contains("the shard has no use for token"), "{path}: {body}");
+    }
+    assert_eq!(router.shard.saw(|seen| Some(seen.sessions.len())).await, 1, "nobody else's step failed");
+}
+
+/// Clients that leave all at once leave nothing behind, whether they run, wait, or have only just come.
+#[tokio::test]
+async fn clients_that_leave_together_are_all_forgotten() {
+    let mut script = Script::saying(tokens("a").repeat(2000));
+    script.info.max_sequences = 2;
+    let router = Router::start_with(script, |config| config.router.max_concurrent_requests = 3000).await;
+    router.shard.hold(Gate::Steps);
+    let body = |i: usize| json!({"inputs": format!("{i}"), "parameters": {"max_new_tokens": 1500}});
+    let asked = join_all((0..1500).map(async |i| router.send("/generate_stream", &body(i)).await)).await;
+    drop(asked);
+    router.shard.release(&Gate::Steps);
+    // Whoever comes now is served at once: none of the others runs even its first token.
+    let begun = router.shard.saw(|seen| Some(seen.added().count())).await;
+    timeout(PATIENCE, router.ok("/generate", &json!({"inputs": "x", "parameters": {"max_new_tokens": 1}})))
+        .await
+        .unwrap();
+    let after = router.shard.saw(|seen| Some(seen.added().count())).await;
+    assert!(after <= begun + 3, "{begun} had begun before, {after} in all");
 }
 
 #[tokio::test]

@@ -8,6 +8,7 @@ mod generate;
 mod keys;
 mod openai;
 mod process;
+mod ranks;
 mod refusals;
 mod request_ids;
 mod router;

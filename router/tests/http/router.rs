@@ -10,9 +10,12 @@ use config::{Config, LogConfig, ModelConfig, RouterConfig, ShardConfig, ShardsCo
 use lorax_router::{App, server, tokenizer::ModelTokenizer};
 use reqwest::{Client, Method, Response, StatusCode};
 use serde_json::{Value, json};
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, time::timeout};
 
 use crate::shard::{Script, ScriptedShard};
+
+/// What everything here takes milliseconds for gets this long on a machine that is busy with something else.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What the base model is called.
 pub(crate) const MODEL: &str = "the/base-model";
@@ -60,12 +63,15 @@ pub(crate) fn configuration(socket: &Path) -> Config {
 /// A running router.
 pub(crate) struct Router {
     pub(crate) address: String,
+    /// Rank 0.
     pub(crate) shard: ScriptedShard,
+    /// All ranks.
+    pub(crate) ranks: Vec<ScriptedShard>,
     pub(crate) app: Arc<App>,
     client: Client,
     /// Tells the server to stop when it is dropped.
     _stop: oneshot::Sender<()>,
-    _folder: tempfile::TempDir,
+    _folder: Arc<tempfile::TempDir>,
 }
 
 impl Router {
@@ -82,17 +88,43 @@ impl Router {
 
     /// Starts with a changed configuration.
     pub(crate) async fn launch(script: Script, change: impl FnOnce(&mut Config)) -> Router {
+        Router::launch_ranks(vec![script], change).await
+    }
+
+    /// Starts in front of several shards.
+    pub(crate) async fn launch_ranks(scripts: Vec<Script>, change: impl FnOnce(&mut Config)) -> Router {
         let folder = tempfile::tempdir().unwrap();
-        let socket = folder.path().join("shard.sock");
-        let shard = ScriptedShard::start(script, &socket);
-        let mut config = configuration(&socket);
+        let start = |(rank, script)| {
+            let socket = folder.path().join(format!("shard-{rank}.sock"));
+            (ScriptedShard::start(script, &socket), socket)
+        };
+        let (ranks, sockets) = scripts.into_iter().enumerate().map(start).unzip();
+        Router::in_front_of(ranks, sockets, Arc::new(folder), change).await
+    }
+
+    async fn in_front_of(
+        ranks: Vec<ScriptedShard>,
+        sockets: Vec<PathBuf>,
+        folder: Arc<tempfile::TempDir>,
+        change: impl FnOnce(&mut Config),
+    ) -> Router {
+        let mut config = configuration(&sockets[0]);
+        config.shards.uds = sockets;
         change(&mut config);
         let (listener, address) = server::listen(&config).await.unwrap();
         let app = App::start(config).unwrap();
         let (stop, stopped) = oneshot::channel::<()>();
         tokio::spawn(server::serve(listener, app.clone(), async { _ = stopped.await }));
-        let client = Client::new();
-        Router { address: address.to_string(), shard, app, client, _stop: stop, _folder: folder }
+        let shard = ranks[0].clone();
+        Router {
+            address: address.to_string(),
+            shard,
+            ranks,
+            app,
+            client: Client::new(),
+            _folder: folder,
+            _stop: stop,
+        }
     }
 
     fn url(&self, path: &str) -> String {
@@ -144,6 +176,23 @@ impl Router {
         let request = self.client.request(method, self.url(path)).json(body);
         let request = headers.iter().fold(request, |request, (name, value)| request.header(*name, *value));
         request.send().await.unwrap()
+    }
+
+    /// Waits until `/health` has this status, with these words in its body.
+    pub(crate) async fn health(&self, status: u16, words: &str) {
+        let mut last = String::new();
+        let turns = async {
+            loop {
+                let response = self.get("/health").await;
+                let right = response.status().as_u16() == status;
+                last = response.text().await.unwrap();
+                if right && last.contains(words) {
+                    return;
+                }
+            }
+        };
+        let turned = timeout(PATIENCE, turns).await;
+        assert!(turned.is_ok(), "health never was {status} {words:?}; last {last:?}");
     }
 
     /// Waits until the router has room for a request, or has none.

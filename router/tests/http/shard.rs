@@ -2,31 +2,36 @@
 //! told, and waits where it is told to.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     path::Path,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, Mutex},
 };
 
 use proto::{
-    AttachRequest, AttachResponse, ExecuteEvent, HealthRequest, HealthResponse, InfoRequest, InfoResponse,
-    NewSequence, PrepareRequest, PrepareResponse, PromptLogprobs, Sampled, ScoredToken, SequenceRows,
-    SlotEvent, SlotLoad, Step, StepResult, Token,
+    AttachRequest, AttachResponse, ExecuteEvent, FilledSlot, HealthRequest, HealthResponse, InfoRequest,
+    InfoResponse, NewSequence, PrepareRequest, PrepareResponse, PromptLogprobs, Refused, Sampled,
+    ScoredToken, SequenceRows, SlotEvent, SlotLoad, Step, StepResult, Token,
     execute_event::Event,
     shard_server::{Shard, ShardServer},
 };
 use tokio::{
     net::UnixListener,
     sync::{Notify, mpsc, watch},
+    time::timeout,
 };
 use tokio_stream::{Stream, wrappers::ReceiverStream, wrappers::UnixListenerStream};
 use tonic::{Request, Response, Status, Streaming};
+
+use crate::router::PATIENCE;
 
 /// Where the shard can be made to wait.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Gate {
     /// Before it says what it serves.
     Info,
+    /// Before it begins a session.
+    Attach,
     /// Before it says that it is well.
     Health,
     /// Before it answers a step.
@@ -46,7 +51,8 @@ pub(crate) enum Gate {
 pub(crate) struct Seen {
     pub(crate) steps: Vec<Step>,
     pub(crate) prepared: Vec<PrepareRequest>,
-    pub(crate) attached: usize,
+    /// Numbers of the sessions.
+    pub(crate) sessions: Vec<u64>,
     pub(crate) health: usize,
 }
 
@@ -73,6 +79,16 @@ pub(crate) struct Script {
     pub(crate) refused: HashMap<&'static str, Status>,
     /// Adapters that cannot be copied into a slot.
     pub(crate) lost: HashSet<&'static str>,
+    /// Adapters that it has found other files of than other ranks.
+    pub(crate) changed: HashSet<&'static str>,
+    /// Bytes of every adapter.
+    pub(crate) adapter_bytes: u64,
+    /// Adapters that are in slots when it starts.
+    pub(crate) filled: BTreeMap<u32, &'static str>,
+    /// Prompts that it refuses to run, by their first token.
+    pub(crate) untaken: HashSet<u32>,
+    /// Whether every event comes after one of the session before, which contradicts it.
+    pub(crate) echoes: bool,
     /// Where it waits from the start.
     pub(crate) held: BTreeSet<Gate>,
 }
@@ -106,6 +122,11 @@ impl Script {
             answer: Box::new(answer),
             refused: HashMap::new(),
             lost: HashSet::new(),
+            changed: HashSet::new(),
+            adapter_bytes: 1000,
+            filled: BTreeMap::new(),
+            untaken: HashSet::new(),
+            echoes: false,
             held: BTreeSet::new(),
         }
     }
@@ -126,7 +147,7 @@ pub(crate) fn logprob(token: u32) -> f32 {
 }
 
 /// Identity of an adapter: its name, padded.
-fn content(id: &str) -> Vec<u8> {
+pub(crate) fn content(id: &str) -> Vec<u8> {
     let mut content = id.as_bytes().to_vec();
     content.resize(32, 0);
     content
@@ -139,12 +160,24 @@ pub(crate) struct ScriptedShard {
     seen: watch::Sender<Seen>,
     held: watch::Sender<BTreeSet<Gate>>,
     breaks: Arc<Notify>,
+    /// Outlives sessions, as the memory of a device does.
+    slots: Arc<Mutex<BTreeMap<u32, Vec<u8>>>>,
+    /// Where events of the present session go.
+    events: Arc<Mutex<Option<Events>>>,
+    /// How old the oldest work of its step loop is.
+    oldest_ms: watch::Sender<Option<u64>>,
 }
+
+type Events = mpsc::Sender<Result<ExecuteEvent, Status>>;
 
 impl ScriptedShard {
     /// Serves at a socket.
     pub(crate) fn start(script: Script, socket: &Path) -> ScriptedShard {
+        let slots = script.filled.iter().map(|(slot, id)| (*slot, content(id))).collect();
         let shard = ScriptedShard {
+            slots: Arc::new(Mutex::new(slots)),
+            events: Arc::default(),
+            oldest_ms: watch::channel(None).0,
             held: watch::channel(script.held.clone()).0,
             script: Arc::new(script),
             seen: watch::channel(Seen::default()).0,
@@ -171,11 +204,30 @@ impl ScriptedShard {
         self.breaks.notify_one();
     }
 
+    /// Sends an event of the present session that nobody has asked for.
+    pub(crate) async fn inject(&self, event: Option<Event>) {
+        let session = self.saw(|seen| seen.sessions.last().copied()).await;
+        let events = self.events.lock().unwrap().clone().unwrap();
+        events.send(Ok(ExecuteEvent { event, session })).await.unwrap();
+    }
+
+    /// Has the step loop be at one piece of work for so long.
+    pub(crate) fn set_oldest_work(&self, age: Option<u64>) {
+        self.oldest_ms.send_replace(age);
+    }
+
+    /// The adapters in its slots.
+    pub(crate) fn slots(&self) -> BTreeMap<u32, String> {
+        let slots = self.slots.lock().unwrap();
+        let name = |content: &[u8]| String::from_utf8_lossy(content).trim_end_matches('\0').to_owned();
+        slots.iter().map(|(slot, content)| (*slot, name(content))).collect()
+    }
+
     /// Waits until what it was told satisfies `wanted`, and returns what that gives.
     pub(crate) async fn saw<T>(&self, wanted: impl Fn(&Seen) -> Option<T>) -> T {
         let mut seen = self.seen.subscribe();
-        let seen = seen.wait_for(|seen| wanted(seen).is_some()).await.unwrap();
-        wanted(&seen).unwrap()
+        let seen = timeout(PATIENCE, seen.wait_for(|seen| wanted(seen).is_some())).await;
+        wanted(&seen.expect("it is never told").unwrap()).unwrap()
     }
 
     /// The one sequence whose prompt is this, once it runs.
@@ -187,57 +239,92 @@ impl ScriptedShard {
         self.held.subscribe().wait_for(|held| !held.contains(gate)).await.unwrap();
     }
 
-    async fn run(&self, mut steps: Streaming<Step>, events: mpsc::Sender<Result<ExecuteEvent, Status>>) {
+    async fn run(&self, mut steps: Streaming<Step>, events: Events) {
         let mut sequences = HashMap::new();
-        while let Ok(Some(step)) = steps.message().await {
+        let session = self.seen.borrow().sessions.last().copied().unwrap_or_default();
+        for id in 1.. {
+            let Ok(Some(step)) = steps.message().await else { return };
+            let error = if (step.session, step.id) == (session, id) {
+                None
+            } else {
+                Some(Status::failed_precondition(format!("step {id} of session {session}, not {step:?}")))
+            };
             self.seen.send_modify(|seen| seen.steps.push(step.clone()));
+            self.slots.lock().unwrap().retain(|slot, _| !step.unload.contains(slot));
             for load in &step.load {
                 tokio::spawn(self.clone().load(step.session, load.clone(), events.clone()));
             }
             self.pass(&Gate::Steps).await;
             self.pass(&Gate::Step(step.id)).await;
-            let session = step.session;
-            let result = self.answer(step, &mut sequences);
-            let event = result.map(|result| event(session, Event::Step(result)));
-            if events.send(event).await.is_err() {
+            let result = error.map_or_else(|| self.answer(step, &mut sequences), Err);
+            let sent = match result {
+                // Every rank runs a step, and the first one tells of it.
+                Ok(_) if self.script.info.rank > 0 => true,
+                Ok(result) => self.tell(session, Event::Step(result), &events).await,
+                Err(status) => events.send(Err(status)).await.is_ok(),
+            };
+            if !sent {
                 return;
             }
         }
     }
 
-    async fn load(self, session: u64, load: SlotLoad, events: mpsc::Sender<Result<ExecuteEvent, Status>>) {
+    /// False when the stream has ended.
+    async fn tell(&self, session: u64, event: Event, events: &Events) -> bool {
+        if self.script.echoes {
+            let contradiction = match &event {
+                Event::Step(result) => Event::Step(StepResult { id: result.id + 7, ..StepResult::default() }),
+                Event::Slot(slot) => {
+                    Event::Slot(SlotEvent { error: "of another session".into(), ..slot.clone() })
+                }
+            };
+            let echo = ExecuteEvent { event: Some(contradiction), session: session - 1 };
+            if events.send(Ok(echo)).await.is_err() {
+                return false;
+            }
+        }
+        events.send(Ok(ExecuteEvent { event: Some(event), session })).await.is_ok()
+    }
+
+    async fn load(self, session: u64, load: SlotLoad, events: Events) {
         let SlotLoad { slot, content } = load;
         let id = String::from_utf8(content.clone()).unwrap();
         let id = id.trim_end_matches('\0');
         self.pass(&Gate::Load(id.into())).await;
         let gone = self.script.lost.contains(id);
         let error = if gone { "it is gone".into() } else { String::new() };
+        if !gone {
+            self.slots.lock().unwrap().insert(slot, content.clone());
+        }
         // The stream may have ended meanwhile.
-        let _ = events.send(Ok(event(session, Event::Slot(SlotEvent { slot, content, error })))).await;
+        self.tell(session, Event::Slot(SlotEvent { slot, content, error }), &events).await;
     }
 
     fn answer(&self, step: Step, sequences: &mut HashMap<u64, Running>) -> Result<StepResult, Status> {
+        let mut result = StepResult { id: step.id, ..StepResult::default() };
         for id in &step.dropped {
             sequences.remove(id).ok_or_else(|| Status::invalid_argument(format!("{id} does not run")))?;
         }
         for new in step.added {
             let prompt = &new.tokens[..new.prompt_len as usize];
+            if self.script.untaken.contains(&prompt[0]) {
+                let reason = format!("the shard has no use for token {}", prompt[0]);
+                result.refused.push(Refused { sequence: new.sequence, reason });
+            }
             let running = Running { answer: (self.script.answer)(prompt), new };
             sequences.insert(running.new.sequence, running);
         }
-        let mut result = StepResult { id: step.id, ..StepResult::default() };
         for rows in &step.rows {
             let running = sequences.get_mut(&rows.sequence);
             let running = running.ok_or_else(|| Status::invalid_argument(format!("{rows:?}")))?;
+            if self.script.untaken.contains(&running.new.tokens[0]) {
+                continue;
+            }
             result.prompt.extend(running.prompt(rows));
             result.tokens.extend(rows.sample.then(|| running.sample()));
         }
         Ok(result)
     }
-}
-
-fn event(session: u64, event: Event) -> ExecuteEvent {
-    ExecuteEvent { event: Some(event), session }
 }
 
 fn token(id: u32) -> Token {
@@ -288,9 +375,24 @@ impl Shard for ScriptedShard {
         Ok(Response::new(self.script.info.clone()))
     }
 
-    async fn attach(&self, _: Request<AttachRequest>) -> Result<Response<AttachResponse>, Status> {
-        self.seen.send_modify(|seen| seen.attached += 1);
-        Ok(Response::new(AttachResponse::default()))
+    async fn attach(&self, request: Request<AttachRequest>) -> Result<Response<AttachResponse>, Status> {
+        let session = request.into_inner().session;
+        let mut repeated = false;
+        self.seen.send_modify(|seen| {
+            repeated = seen.sessions.contains(&session);
+            seen.sessions.push(session);
+        });
+        self.pass(&Gate::Attach).await;
+        if repeated {
+            return Err(Status::already_exists(format!("session {session}")));
+        }
+        let slots = self.slots.lock().unwrap();
+        let slot = |(slot, content): (&u32, &Vec<u8>)| FilledSlot {
+            slot: *slot,
+            content: content.clone(),
+            bytes: self.script.adapter_bytes,
+        };
+        Ok(Response::new(AttachResponse { slots: slots.iter().map(slot).collect(), host: Vec::new() }))
     }
 
     async fn prepare(&self, request: Request<PrepareRequest>) -> Result<Response<PrepareResponse>, Status> {
@@ -306,8 +408,12 @@ impl Shard for ScriptedShard {
         match self.script.refused.get(id.as_str()) {
             Some(status) => Err(status.clone()),
             None => Ok(Response::new(PrepareResponse {
-                content: content(&id),
-                bytes: 1000,
+                content: if self.script.changed.contains(&*id) {
+                    content("other files")
+                } else {
+                    content(&id)
+                },
+                bytes: self.script.adapter_bytes,
                 max_lora_rank: 8,
                 sites: vec!["q_proj".into()],
             })),
@@ -319,6 +425,7 @@ impl Shard for ScriptedShard {
         request: Request<Streaming<Step>>,
     ) -> Result<Response<Self::ExecuteStream>, Status> {
         let (events, received) = mpsc::channel(16);
+        *self.events.lock().unwrap() = Some(events.clone());
         let (shard, steps) = (self.clone(), request.into_inner());
         tokio::spawn(async move {
             tokio::select! {
@@ -335,6 +442,7 @@ impl Shard for ScriptedShard {
     async fn health(&self, _: Request<HealthRequest>) -> Result<Response<HealthResponse>, Status> {
         self.seen.send_modify(|seen| seen.health += 1);
         self.pass(&Gate::Health).await;
-        Ok(Response::new(HealthResponse::default()))
+        let oldest_ms = *self.oldest_ms.borrow();
+        Ok(Response::new(HealthResponse { turns: 0, oldest_ms }))
     }
 }

@@ -1,0 +1,283 @@
+//! One session: what runs in it, and what is told to whom.
+
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
+
+use config::RouterConfig;
+use scheduler::{FailReason, Request, RequestId, Scheduler};
+use tokio::{sync::mpsc, time::MissedTickBehavior};
+
+use super::{
+    PermitHold, Submit,
+    serve::{Deadlines, Inbox},
+};
+use crate::{
+    generation::{Failure, Job, PromptToken, Scored, Update},
+    ranks::{Group, RankError},
+    wire::{self, Event, PromptPart, StepResult},
+};
+
+/// Between two looks at the deadlines.
+const TICK: Duration = Duration::from_millis(250);
+
+/// A job that has been submitted and has not ended.
+struct InFlight {
+    job: Box<Job>,
+    updates: mpsc::Sender<Update>,
+    /// Prompt positions that have been reported; they are computed again after a preemption.
+    prompt_reported: u32,
+    _hold: PermitHold,
+}
+
+impl InFlight {
+    /// Tells the client that nothing follows. There is a place for it, unless the client has gone.
+    fn fail(self, failure: Failure) {
+        let _ = self.updates.try_send(Update::Failed(failure));
+    }
+}
+
+/// Steps that have been sent and not answered.
+struct Steps {
+    sent: u64,
+    answered: u64,
+    /// When the oldest one became the oldest: a step waits for the one before it.
+    since: Instant,
+}
+
+impl Steps {
+    fn sent(&mut self, id: u64) {
+        if self.sent == self.answered {
+            self.since = Instant::now();
+        }
+        self.sent = id;
+    }
+
+    /// Takes the answer of the oldest step, and no other.
+    fn answered(&mut self, id: u64) -> Result<(), RankError> {
+        let expected = self.answered + 1;
+        if id != expected || id > self.sent {
+            return Err(RankError::UnexpectedStep { actual: id, expected });
+        }
+        self.answered = id;
+        self.since = Instant::now();
+        Ok(())
+    }
+
+    fn check(&self, limit: Duration) -> Result<(), RankError> {
+        if self.sent > self.answered && self.since.elapsed() > limit {
+            return Err(RankError::LateStep { step: self.answered + 1, limit });
+        }
+        Ok(())
+    }
+}
+
+/// The scheduler and the jobs of one session.
+pub(super) struct Batcher {
+    scheduler: Scheduler,
+    in_flight: HashMap<RequestId, InFlight>,
+    group: Group,
+    steps: Steps,
+    /// Slots to empty with the next step, whose content is not of this session's scheduler.
+    stale: Vec<u32>,
+    deadlines: Deadlines,
+    begun: Instant,
+}
+
+impl Batcher {
+    pub(super) fn new(group: Group, config: &RouterConfig, deadlines: Deadlines) -> Batcher {
+        let begun = Instant::now();
+        Batcher {
+            scheduler: Scheduler::new(group.info.limits(config)),
+            in_flight: HashMap::new(),
+            stale: group.resident.stale.clone(),
+            group,
+            steps: Steps { sent: 0, answered: 0, since: begun },
+            deadlines,
+            begun,
+        }
+    }
+
+    fn now(&self) -> Duration {
+        self.begun.elapsed()
+    }
+
+    /// Runs until nobody can send a job any more, or until the session fails.
+    pub(super) async fn run(&mut self, inbox: &mut Inbox) -> Result<(), RankError> {
+        let mut tick = tokio::time::interval(TICK.min(self.deadlines.step / 4));
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            self.handle_cancels(inbox);
+            self.send_steps()?;
+            tokio::select! {
+                submit = inbox.submits.recv() => {
+                    let Some(submit) = submit else { return Ok(()) };
+                    self.handle_submit(submit);
+                    // All that have come by now go into the same step.
+                    while let Ok(submit) = inbox.submits.try_recv() {
+                        self.handle_submit(submit);
+                    }
+                }
+                () = inbox.cancels.added.notified() => {}
+                event = self.group.next() => self.handle_event(event?)?,
+                _ = tick.tick() => {
+                    self.steps.check(self.deadlines.step)?;
+                    self.group.check_loads(self.deadlines.load)?;
+                }
+            }
+        }
+    }
+
+    /// Fails whatever has not ended: the session is over.
+    pub(super) fn fail_all(self) {
+        self.in_flight.into_values().for_each(|in_flight| in_flight.fail(Failure::Unavailable));
+    }
+
+    fn send_steps(&mut self) -> Result<(), RankError> {
+        while let Some(mut plan) = self.scheduler.next_step(self.now()) {
+            plan.unload.append(&mut self.stale);
+            let id = plan.id;
+            let in_flight = &self.in_flight;
+            let step = wire::step(plan, |added| {
+                let job = &in_flight.get(&added.id)?.job;
+                Some((&job.sampling, job.prompt_logprobs))
+            });
+            self.group.send(step.map_err(|source| RankError::Wire { rank: 0, source })?)?;
+            self.steps.sent(id);
+        }
+        Ok(())
+    }
+
+    fn handle_cancels(&mut self, inbox: &Inbox) {
+        for id in inbox.cancels.take() {
+            if self.in_flight.remove(&id).is_some() {
+                self.scheduler.cancel(id);
+            }
+        }
+    }
+
+    fn handle_submit(&mut self, submit: Submit) {
+        let Submit { id, job, updates, hold } = submit;
+        // Its cancellation may have been taken before it came itself.
+        if updates.is_closed() {
+            return;
+        }
+        let request = Request {
+            id,
+            prompt: job.prompt.clone(),
+            max_new_tokens: job.max_new_tokens,
+            stop_ids: job.stop_ids.clone(),
+            adapter: job.adapter,
+            prompt_logprobs: job.prompt_logprobs,
+        };
+        match self.scheduler.submit(request, self.now()) {
+            Ok(()) => {
+                self.in_flight.insert(id, InFlight { job, updates, prompt_reported: 1, _hold: hold });
+            }
+            Err(error) => {
+                let _ = updates.try_send(Update::Failed(Failure::Refused(error)));
+            }
+        }
+    }
+
+    fn handle_event(&mut self, event: Event) -> Result<(), RankError> {
+        match event {
+            Event::Step(result) => self.complete(result)?,
+            Event::Slot { slot, key, error: None } => self.scheduler.slot_ready(slot, key),
+            Event::Slot { slot, key, error: Some(error) } => {
+                tracing::warn!(slot, adapter = ?key, "an adapter could not be loaded: {error}");
+                // Where the load did not fail, the adapter would keep its bytes.
+                self.stale.push(slot);
+                for event in self.scheduler.slot_failed(slot, key) {
+                    self.handle_scheduled(event, &HashMap::new());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn complete(&mut self, result: StepResult) -> Result<(), RankError> {
+        self.steps.answered(result.id)?;
+        tracing::trace!(step = result.id, duration = ?result.duration, "ran");
+        for (sequence, reason) in result.refused {
+            self.end(RequestId(sequence), Failure::Rejected(reason));
+        }
+        for part in result.prompt {
+            self.report_prompt(part);
+        }
+        let chosen: Vec<(RequestId, u32)> =
+            result.tokens.iter().map(|sampled| (RequestId(sampled.sequence), sampled.token.id)).collect();
+        let scored: HashMap<RequestId, (Scored, Vec<Scored>)> = result
+            .tokens
+            .into_iter()
+            .map(|sampled| (RequestId(sampled.sequence), (sampled.token, sampled.top)))
+            .collect();
+        for event in self.scheduler.complete(result.id, &chosen) {
+            self.handle_scheduled(event, &scored);
+        }
+        Ok(())
+    }
+
+    fn report_prompt(&mut self, part: PromptPart) {
+        let id = RequestId(part.sequence);
+        let Some(in_flight) = self.in_flight.get_mut(&id) else { return };
+        let known = in_flight.prompt_reported.saturating_sub(part.position) as usize;
+        let new: Vec<PromptToken> = part.tokens.into_iter().skip(known).collect();
+        in_flight.prompt_reported += new.len() as u32;
+        if !new.is_empty() {
+            self.send(id, Update::Prompt(new));
+        }
+    }
+
+    fn handle_scheduled(
+        &mut self,
+        event: scheduler::Event,
+        scored: &HashMap<RequestId, (Scored, Vec<Scored>)>,
+    ) {
+        match event {
+            scheduler::Event::Started { id, queued, .. } => {
+                self.send(id, Update::Started { queued });
+            }
+            scheduler::Event::Token { id, token, finish } => {
+                // Tokens come from the step that is being completed.
+                let unknown = (Scored { id: token, logprob: f32::NAN }, Vec::new());
+                let (token, top) = scored.get(&id).cloned().unwrap_or(unknown);
+                if token.logprob.is_nan() {
+                    // An adapter's finite weights can still be too large to compute with.
+                    return self.end(id, Failure::Generation("the logits are not numbers".into()));
+                }
+                self.send(id, Update::Token { token, top, finish });
+                if finish.is_some() {
+                    self.in_flight.remove(&id);
+                }
+            }
+            scheduler::Event::Failed { id, reason } => {
+                let failure = match reason {
+                    FailReason::AdapterLoad(_) => Failure::Adapter(reason.to_string()),
+                    FailReason::NoToken { .. } => Failure::Generation(reason.to_string()),
+                };
+                if let Some(in_flight) = self.in_flight.remove(&id) {
+                    in_flight.fail(failure);
+                }
+            }
+        }
+    }
+
+    /// Passes an update on. A client that has gone or does not keep up is cancelled.
+    fn send(&mut self, id: RequestId, update: Update) {
+        let Some(in_flight) = self.in_flight.get(&id) else { return };
+        if in_flight.updates.capacity() > 1 && in_flight.updates.try_send(update).is_ok() {
+            return;
+        }
+        self.end(id, Failure::Generation("the client did not keep up".into()));
+    }
+
+    /// Ends a job before its time. Rows of it that are in flight are computed for nothing.
+    fn end(&mut self, id: RequestId, failure: Failure) {
+        if let Some(in_flight) = self.in_flight.remove(&id) {
+            in_flight.fail(failure);
+        }
+        self.scheduler.cancel(id);
+    }
+}

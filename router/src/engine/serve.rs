@@ -1,0 +1,188 @@
+//! The engine's thread: attaches to the ranks, serves until the session ends, and begins again.
+
+use std::{
+    io,
+    path::PathBuf,
+    sync::Arc,
+    thread,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use config::RouterConfig;
+use futures::future::{select_all, try_join_all};
+use tokio::{
+    runtime::Builder,
+    sync::{mpsc, watch},
+    time::sleep,
+};
+
+use super::{Cancels, Readiness, Submit, batcher::Batcher};
+use crate::{
+    generation::{Failure, Update},
+    ranks::{Group, RankError, Ranks},
+    wire::Info,
+};
+
+/// Between two attempts to reach the ranks.
+const RECONNECT: Duration = Duration::from_millis(100);
+/// Between two heartbeats of a rank.
+const HEARTBEAT: Duration = Duration::from_millis(500);
+/// Unless the configuration sets a deadline for steps, a step gets this long, or this many times what the longest step of
+/// the warm-up took if that is longer.
+const LEAST_STEP_TIMEOUT: Duration = Duration::from_secs(10);
+const STEP_TIMEOUT_FACTOR: u32 = 20;
+
+/// What comes to the engine.
+pub(super) struct Inbox {
+    pub(super) submits: mpsc::Receiver<Submit>,
+    pub(super) cancels: Arc<Cancels>,
+}
+
+/// How long the ranks may take.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Deadlines {
+    /// For a step, and for an answer to any call but `Info` and `Prepare`.
+    pub(super) step: Duration,
+    /// For a load into a slot, which may have to read the adapter again.
+    pub(super) load: Duration,
+}
+
+impl Deadlines {
+    fn new(config: &RouterConfig, info: &Info) -> Deadlines {
+        let by_warm_up = LEAST_STEP_TIMEOUT.max(info.longest_step * STEP_TIMEOUT_FACTOR);
+        Deadlines { step: config.step_timeout.unwrap_or(by_warm_up), load: config.prepare_timeout }
+    }
+}
+
+/// Starts the thread. It ends when all senders of jobs are gone.
+pub(super) fn start(
+    sockets: Vec<PathBuf>,
+    config: RouterConfig,
+    inbox: Inbox,
+    readiness: watch::Sender<Readiness>,
+) -> io::Result<()> {
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    let body = move || {
+        runtime.block_on(async {
+            let connector = Connector { ranks: Ranks::new(&sockets), config, readiness, session: 0 };
+            serve(connector, inbox).await;
+        });
+    };
+    thread::Builder::new().name("engine".into()).spawn(body)?;
+    Ok(())
+}
+
+async fn serve(mut connector: Connector, mut inbox: Inbox) {
+    loop {
+        let (group, deadlines) = tokio::select! {
+            attached = connector.connect() => attached,
+            () = refuse_all(&mut inbox) => return,
+        };
+        let info = Arc::new(group.info.clone());
+        connector.greet(&info);
+        let mut batcher = Batcher::new(group, &connector.config, deadlines);
+        connector.readiness.send_replace(Readiness::Ready(info));
+        let ended = tokio::select! {
+            ended = batcher.run(&mut inbox) => ended,
+            error = heartbeats(&connector.ranks, deadlines.step) => Err(error),
+        };
+        let reason = ended.as_ref().err().map_or_else(|| "the server stops".into(), ToString::to_string);
+        connector.readiness.send_replace(Readiness::NotReady(reason));
+        batcher.fail_all();
+        match ended {
+            Ok(()) => return,
+            Err(error) => tracing::warn!("lost the model: {error}"),
+        }
+    }
+}
+
+/// Fails the jobs that come while there is no session. Returns when nobody can send any more.
+async fn refuse_all(inbox: &mut Inbox) {
+    loop {
+        tokio::select! {
+            submit = inbox.submits.recv() => match submit {
+                Some(submit) => _ = submit.updates.try_send(Update::Failed(Failure::Unavailable)),
+                None => return,
+            },
+            // These jobs have been failed already.
+            () = inbox.cancels.added.notified() => drop(inbox.cancels.take()),
+        }
+    }
+}
+
+/// Begins sessions.
+struct Connector {
+    ranks: Ranks,
+    config: RouterConfig,
+    readiness: watch::Sender<Readiness>,
+    /// Number of the last session.
+    session: u64,
+}
+
+impl Connector {
+    /// Begins a session as soon as that is possible. Says why it is not whenever the reason changes.
+    async fn connect(&mut self) -> (Group, Deadlines) {
+        let mut told = None;
+        loop {
+            match self.attach().await {
+                Ok(attached) => return attached,
+                Err(error) if told.as_ref() != Some(&error) => {
+                    tracing::warn!("waiting for the model: {error}");
+                    self.readiness.send_replace(Readiness::NotReady(error.to_string()));
+                    told = Some(error);
+                }
+                Err(_) => {}
+            }
+            sleep(RECONNECT).await;
+        }
+    }
+
+    async fn attach(&mut self) -> Result<(Group, Deadlines), RankError> {
+        let info = self.ranks.info().await?;
+        let deadlines = Deadlines::new(&self.config, &info);
+        // A rank that hangs would lose the session again at once.
+        let beats = (0..self.ranks.world()).map(|rank| beat(&self.ranks, rank, deadlines.step));
+        try_join_all(beats).await?;
+        self.session = next_session(self.session);
+        Ok((self.ranks.attach(self.session, info, deadlines.step).await?, deadlines))
+    }
+
+    fn greet(&self, info: &Info) {
+        let (ranks, session) = (self.ranks.world(), self.session);
+        tracing::info!(device = info.device, dtype = info.dtype, ranks, session, "connected to the model");
+        let most = info.max_total_tokens();
+        if let Some(asked) = self.config.max_total_tokens.filter(|asked| *asked > most) {
+            tracing::warn!("max-total-tokens: {asked} do not fit, a request may have {most}");
+        }
+    }
+}
+
+/// A number greater than that of any session before, of this process or of an earlier one: the time in microseconds, or
+/// one more than the last if the clock has not moved on since.
+fn next_session(last: u64) -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_micros() as u64);
+    now.max(last + 1)
+}
+
+/// Asks every rank for its heartbeat, over and over; ends with what is wrong with the first one that does not live.
+async fn heartbeats(ranks: &Ranks, limit: Duration) -> RankError {
+    let lives = (0..ranks.world()).map(|rank| Box::pin(last_beat(ranks, rank, limit)));
+    select_all(lives).await.0
+}
+
+async fn last_beat(ranks: &Ranks, rank: usize, limit: Duration) -> RankError {
+    loop {
+        sleep(HEARTBEAT).await;
+        if let Err(error) = beat(ranks, rank, limit).await {
+            return error;
+        }
+    }
+}
+
+/// Fails if a rank does not answer, or if its step loop has been at one piece of work for longer than `limit`.
+async fn beat(ranks: &Ranks, rank: usize, limit: Duration) -> Result<(), RankError> {
+    match ranks.oldest_work(rank, limit).await? {
+        Some(age) if age > limit => Err(RankError::Stuck { rank, age, limit }),
+        _ => Ok(()),
+    }
+}

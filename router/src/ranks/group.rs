@@ -1,0 +1,117 @@
+//! A session with all ranks.
+
+use std::time::{Duration, Instant};
+
+use futures::{
+    Stream, StreamExt,
+    stream::{self, BoxStream, SelectAll},
+};
+use tokio::sync::mpsc;
+use tonic::{Status, Streaming};
+
+use super::{
+    RankError,
+    loads::{Loaded, Loads},
+    merge::Resident,
+};
+use crate::wire::{self, Event, Info};
+
+/// Steps that a rank may have ahead of it. Two are in flight, and the ranks of a model run each step together, so only one
+/// that has stopped reading is further behind.
+const STEPS: usize = 16;
+
+/// A message of a rank, or the end of its stream.
+type Message = (usize, Result<proto::ExecuteEvent, RankError>);
+
+/// A session with all ranks: each gets every step, and the end of any is the end of the group.
+pub(crate) struct Group {
+    /// What the ranks serve together.
+    pub(crate) info: Info,
+    /// The adapters that were in slots when the session began.
+    pub(crate) resident: Resident,
+    session: u64,
+    steps: Vec<mpsc::Sender<proto::Step>>,
+    messages: SelectAll<BoxStream<'static, Message>>,
+    loads: Loads,
+}
+
+/// The two ends of a rank's stream of steps.
+pub(super) fn channel() -> (mpsc::Sender<proto::Step>, mpsc::Receiver<proto::Step>) {
+    mpsc::channel(STEPS)
+}
+
+/// One rank's part of a session.
+pub(super) struct RankStream {
+    pub(super) steps: mpsc::Sender<proto::Step>,
+    pub(super) events: Streaming<proto::ExecuteEvent>,
+}
+
+impl Group {
+    pub(super) fn new(session: u64, info: Info, resident: Resident, ranks: Vec<RankStream>) -> Group {
+        let loads = Loads::new(ranks.len());
+        let mut steps = Vec::new();
+        let mut messages = SelectAll::new();
+        for (rank, stream) in ranks.into_iter().enumerate() {
+            steps.push(stream.steps);
+            messages.push(messages_of(rank, stream.events).boxed());
+        }
+        Group { info, resident, session, steps, messages, loads }
+    }
+
+    /// Sends a step to every rank.
+    pub(crate) fn send(&mut self, mut step: proto::Step) -> Result<(), RankError> {
+        step.session = self.session;
+        let now = Instant::now();
+        for (slot, key) in wire::loads(&step) {
+            self.loads.sent(slot, key, now);
+        }
+        let last = self.steps.len() - 1;
+        for (rank, steps) in self.steps.iter().enumerate().take(last) {
+            steps.try_send(step.clone()).map_err(|error| not_sent(rank, &error))?;
+        }
+        self.steps[last].try_send(step).map_err(|error| not_sent(last, &error))
+    }
+
+    /// The next event of the group. Dropping the future loses no event.
+    pub(crate) async fn next(&mut self) -> Result<Event, RankError> {
+        loop {
+            // Every rank has a stream, and the end of one is a message.
+            let (rank, message) = self.messages.next().await.ok_or(RankError::Ended { rank: 0 })?;
+            let message = message?;
+            if message.session != self.session {
+                tracing::debug!(rank, session = message.session, "ignored an event of another session");
+                continue;
+            }
+            match wire::event(message).map_err(|source| RankError::Wire { rank, source })? {
+                Event::Step(_) if rank != 0 => return Err(RankError::UnexpectedResult { rank }),
+                Event::Step(result) => return Ok(Event::Step(result)),
+                Event::Slot { slot, key, error } => {
+                    if let Some(Loaded { slot, key, error }) = self.loads.reported(rank, slot, key, error)? {
+                        return Ok(Event::Slot { slot, key, error });
+                    }
+                }
+            }
+        }
+    }
+
+    /// Fails if a load into a slot was sent longer than `limit` ago.
+    pub(crate) fn check_loads(&self, limit: Duration) -> Result<(), RankError> {
+        self.loads.overdue(limit, Instant::now()).map_or(Ok(()), Err)
+    }
+}
+
+fn not_sent(rank: usize, error: &mpsc::error::TrySendError<proto::Step>) -> RankError {
+    match error {
+        mpsc::error::TrySendError::Full(_) => RankError::Behind { rank, steps: STEPS },
+        mpsc::error::TrySendError::Closed(_) => RankError::Ended { rank },
+    }
+}
+
+fn messages_of(
+    rank: usize,
+    events: Streaming<proto::ExecuteEvent>,
+) -> impl Stream<Item = Message> + Send + 'static {
+    let failed = move |status: Status| RankError::Status { rank, message: status.message().to_owned() };
+    let messages = events.map(move |message| (rank, message.map_err(failed)));
+    messages.chain(stream::iter([(rank, Err(RankError::Ended { rank }))]))
+}

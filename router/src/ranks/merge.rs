@@ -1,0 +1,163 @@
+//! One view of all ranks: what they serve together, and which adapters all of them hold.
+
+use std::fmt::Debug;
+
+use scheduler::{Adapter, AdapterKey};
+
+use crate::wire::{Held, Info};
+
+/// Why the ranks cannot serve together.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum InfoError {
+    /// A socket leads to another rank than the configuration says.
+    #[error("the shard at the socket of rank {expected} says that it is rank {actual}")]
+    Rank {
+        /// By the configuration.
+        expected: usize,
+        /// By the shard.
+        actual: u32,
+    },
+    /// A rank belongs to a group of another size.
+    #[error("rank {rank} is one of {actual}, but the configuration names {expected}")]
+    World {
+        /// The rank.
+        rank: usize,
+        /// By the configuration.
+        expected: usize,
+        /// By the shard.
+        actual: u32,
+    },
+    /// Two ranks contradict each other.
+    #[error("`{field}` is {first} on rank 0 and {other} on rank {rank}")]
+    Differs {
+        /// What must be equal.
+        field: &'static str,
+        /// Its value on rank 0.
+        first: String,
+        /// The rank with another value.
+        rank: usize,
+        /// Its value there.
+        other: String,
+    },
+    /// Nothing can be computed within a limit of zero.
+    #[error("`{field}` is 0 on rank {rank}")]
+    Zero {
+        /// The limit.
+        field: &'static str,
+        /// The rank.
+        rank: usize,
+    },
+}
+
+/// What the ranks serve together: values that must agree, and of each limit the smallest. `infos` are in the order of
+/// the configuration, and there is at least one.
+pub(super) fn merge(infos: Vec<Info>) -> Result<Info, InfoError> {
+    let world = infos.len();
+    for (rank, info) in infos.iter().enumerate() {
+        if info.rank as usize != rank {
+            return Err(InfoError::Rank { expected: rank, actual: info.rank });
+        }
+        if info.world as usize != world {
+            return Err(InfoError::World { rank, expected: world, actual: info.world });
+        }
+        check_positive(rank, info)?;
+        check_equal(rank, &infos[0], info)?;
+    }
+    let least = |of: fn(&Info) -> u32| infos.iter().map(of).min().unwrap_or_default();
+    // Zero is no bound, so it is not the smallest one.
+    let adapter_bytes = infos.iter().map(|info| info.adapter_bytes).filter(|bytes| *bytes > 0).min();
+    let longest = infos.iter().map(|info| info.longest_step).max();
+    Ok(Info {
+        num_blocks: least(|info| info.num_blocks),
+        num_slots: least(|info| info.num_slots),
+        adapter_bytes: adapter_bytes.unwrap_or(0),
+        max_rows: least(|info| info.max_rows),
+        max_sequences: least(|info| info.max_sequences),
+        max_logit_rows: least(|info| info.max_logit_rows),
+        longest_step: longest.unwrap_or_default(),
+        ..infos[0].clone()
+    })
+}
+
+fn check_positive(rank: usize, info: &Info) -> Result<(), InfoError> {
+    let limits = [
+        ("vocab_size", info.vocab_size),
+        ("max_positions", info.max_positions),
+        ("num_blocks", info.num_blocks),
+        ("block_size", info.block_size),
+        ("max_rows", info.max_rows),
+        ("max_sequences", info.max_sequences),
+        ("max_logit_rows", info.max_logit_rows),
+    ];
+    match limits.iter().find(|(_, limit)| *limit == 0) {
+        Some((field, _)) => Err(InfoError::Zero { field, rank }),
+        None => Ok(()),
+    }
+}
+
+fn check_equal(rank: usize, first: &Info, other: &Info) -> Result<(), InfoError> {
+    fn equal<T: PartialEq + Debug>(
+        rank: usize,
+        field: &'static str,
+        first: &T,
+        other: &T,
+    ) -> Result<(), InfoError> {
+        if first == other {
+            return Ok(());
+        }
+        Err(InfoError::Differs { field, first: format!("{first:?}"), rank, other: format!("{other:?}") })
+    }
+    equal(rank, "vocab_size", &first.vocab_size, &other.vocab_size)?;
+    equal(rank, "eos_token_ids", &first.eos_token_ids, &other.eos_token_ids)?;
+    equal(rank, "dtype", &first.dtype, &other.dtype)?;
+    equal(rank, "block_size", &first.block_size, &other.block_size)?;
+    equal(rank, "max_positions", &first.max_positions, &other.max_positions)
+}
+
+/// The adapters in slots when a session begins.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Resident {
+    /// Slots that hold the same adapter on all ranks; `bytes` are those of the rank where it takes the most.
+    pub(crate) slots: Vec<(u32, Adapter)>,
+    /// Slots that hold something on some rank and are of no use: they must be emptied.
+    pub(crate) stale: Vec<u32>,
+}
+
+/// Finds out which slots can be kept. `info` is what the ranks serve together.
+pub(super) fn resident(held: &[Held], info: &Info) -> Resident {
+    let mut filled: Vec<u32> =
+        held.iter().flat_map(|held| held.slots.iter().map(|(slot, _)| *slot)).collect();
+    filled.sort_unstable();
+    filled.dedup();
+    let mut resident = Resident::default();
+    let mut bytes = 0_u64;
+    for slot in filled {
+        let adapter = agreed(held, slot).filter(|adapter| {
+            let known = |key: AdapterKey| resident.slots.iter().any(|(_, kept)| kept.key == key);
+            let fits = info.adapter_bytes == 0 || bytes.saturating_add(adapter.bytes) <= info.adapter_bytes;
+            slot < info.num_slots && fits && !known(adapter.key)
+        });
+        match adapter {
+            Some(adapter) => {
+                bytes += adapter.bytes;
+                resident.slots.push((slot, adapter));
+            }
+            None => resident.stale.push(slot),
+        }
+    }
+    resident
+}
+
+/// The adapter that all ranks hold in a slot.
+fn agreed(held: &[Held], slot: u32) -> Option<Adapter> {
+    let mut agreed: Option<Adapter> = None;
+    for held in held {
+        let (_, adapter) = held.slots.iter().find(|(at, _)| *at == slot)?;
+        let so_far = agreed.get_or_insert(*adapter);
+        if so_far.key != adapter.key {
+            return None;
+        }
+        so_far.bytes = so_far.bytes.max(adapter.bytes);
+    }
+    agreed
+}

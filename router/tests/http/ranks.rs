@@ -1,0 +1,306 @@
+//! A group of ranks: four scripted shards that act as one model, and one of them that does not.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use config::Config;
+use proto::{
+    InfoResponse, PromptLogprobs, Sampled, ScoredToken, SlotEvent, StepResult, execute_event::Event,
+};
+use serde_json::{Value, json};
+use tokio::time::timeout;
+use tonic::Status;
+
+use crate::{
+    router::{PATIENCE, Router, tokens},
+    shard::{Gate, Script, content},
+};
+
+const WORLD: usize = 4;
+
+/// Four ranks that answer with "a" thirty times.
+fn scripts() -> Vec<Script> {
+    let script = |rank| {
+        let mut script = Script::saying(tokens("a").repeat(30));
+        (script.info.rank, script.info.world) = (rank, WORLD as u32);
+        script
+    };
+    (0..WORLD as u32).map(script).collect()
+}
+
+async fn start(scripts: Vec<Script>) -> Router {
+    start_with(scripts, |_| {}).await
+}
+
+async fn start_with(scripts: Vec<Script>, change: impl FnOnce(&mut Config)) -> Router {
+    let router = Router::launch_ranks(scripts, change).await;
+    timeout(PATIENCE, router.app.ready()).await.unwrap();
+    router
+}
+
+fn ask(adapter: Option<&str>) -> Value {
+    json!({"inputs": "x", "parameters": {"adapter_id": adapter, "max_new_tokens": 30}})
+}
+
+#[tokio::test]
+async fn every_rank_is_told_the_same() {
+    let router = start(scripts()).await;
+    for adapter in [None, Some("sql"), Some("law")] {
+        assert_eq!(router.ok("/generate", &ask(adapter)).await["generated_text"], "a".repeat(30));
+    }
+    let steps = router.shard.saw(|seen| Some(seen.steps.clone())).await;
+    for rank in &router.ranks {
+        let told = rank.saw(|seen| (seen.steps.len() >= steps.len()).then(|| seen.steps.clone())).await;
+        assert_eq!(told[..steps.len()], steps);
+        let (sessions, prepared) = rank.saw(|seen| Some((seen.sessions.clone(), seen.prepared.len()))).await;
+        assert_eq!((sessions, prepared), (vec![steps[0].session], 2));
+    }
+}
+
+#[tokio::test]
+async fn an_adapter_is_used_when_the_slowest_rank_has_it() {
+    let router = start(scripts()).await;
+    let gate = Gate::Load("sql".into());
+    router.ranks[2].hold(gate.clone());
+    let slow = async { router.ok("/generate", &ask(Some("sql"))).await };
+    let others = async {
+        router.ranks[2].saw(|seen| seen.steps.iter().any(|step| !step.load.is_empty()).then_some(())).await;
+        router.ok("/generate", &ask(None)).await;
+        router.ok("/generate", &ask(Some("law"))).await;
+        let slots: Vec<_> = router.ranks.iter().map(|rank| rank.slots().len()).collect();
+        assert_eq!(slots, [2, 2, 1, 2]);
+        let used = |step: &proto::Step| step.added.iter().any(|new| new.slot == Some(0));
+        assert!(!router.shard.saw(|seen| Some(seen.steps.iter().any(used))).await);
+        router.ranks[2].release(&gate);
+    };
+    tokio::join!(slow, others);
+}
+
+#[tokio::test]
+async fn a_load_that_fails_on_one_rank_is_undone_on_all() {
+    let mut scripts = scripts();
+    scripts[1].lost.insert("bad");
+    let router = start(scripts).await;
+    // The others have not even ended when it fails.
+    router.ranks[3].hold(Gate::Load("bad".into()));
+    let bad = ask(Some("bad"));
+    let failing = async {
+        let (status, body) = timeout(PATIENCE, router.post("/generate", &bad)).await.unwrap();
+        assert_eq!((status.as_u16(), &body["error_type"]), (503, &json!("unavailable")), "{body}");
+    };
+    let release = async {
+        router.ranks[1].saw(|seen| seen.steps.iter().any(|step| !step.load.is_empty()).then_some(())).await;
+        router.ok("/generate", &ask(None)).await;
+        router.ranks[3].release(&Gate::Load("bad".into()));
+    };
+    tokio::join!(failing, release);
+    router.ok("/generate", &ask(None)).await;
+    for rank in &router.ranks {
+        rank.saw(|seen| seen.steps.iter().any(|step| step.unload == [0]).then_some(())).await;
+        assert_eq!(rank.slots(), BTreeMap::new());
+    }
+    router.ok("/generate", &ask(Some("good"))).await;
+    for rank in &router.ranks {
+        assert_eq!(rank.slots().into_values().collect::<Vec<_>>(), ["good"]);
+    }
+}
+
+#[tokio::test]
+async fn the_end_of_any_rank_is_the_end_of_the_session() {
+    for dying in 0..WORLD {
+        let router = start(scripts()).await;
+        router.shard.hold(Gate::Steps);
+        let asked = ask(None);
+        let request = router.post("/generate", &asked);
+        let dies = async {
+            router.shard.saw(|seen| seen.steps.first().map(|_| ())).await;
+            router.ranks[dying].break_stream();
+        };
+        let ((status, body), ()) = timeout(PATIENCE, async { tokio::join!(request, dies) }).await.unwrap();
+        assert_eq!((status.as_u16(), &body["error_type"]), (503, &json!("unavailable")), "{dying}: {body}");
+        router.shard.release(&Gate::Steps);
+        let mut sessions = Vec::new();
+        for rank in &router.ranks {
+            sessions.push(rank.saw(|seen| (seen.sessions.len() == 2).then(|| seen.sessions.clone())).await);
+        }
+        assert!(sessions.iter().all(|numbers| *numbers == sessions[0] && numbers[0] < numbers[1]));
+        router.health(200, "").await;
+        router.ok("/generate", &ask(Some("sql"))).await;
+    }
+}
+
+#[tokio::test]
+async fn events_of_an_older_session_change_nothing() {
+    let mut scripts = scripts();
+    scripts.iter_mut().for_each(|script| script.echoes = true);
+    let router = start(scripts).await;
+    for adapter in [None, Some("sql"), Some("law"), Some("sql")] {
+        assert_eq!(router.ok("/generate", &ask(adapter)).await["generated_text"], "a".repeat(30));
+    }
+    for rank in &router.ranks {
+        assert_eq!(rank.saw(|seen| Some(seen.sessions.len())).await, 1);
+    }
+}
+
+#[tokio::test]
+async fn ranks_that_contradict_each_other_do_not_serve() {
+    type Change = fn(&mut InfoResponse);
+    let cases: [(Change, &str); 14] = [
+        (|info| info.rank = 1, "the socket of rank 2 says that it is rank 1"),
+        (|info| info.rank = 77, "the socket of rank 2 says that it is rank 77"),
+        (|info| info.world = 1, "rank 2 is one of 1, but the configuration names 4"),
+        (|info| info.world = 8, "rank 2 is one of 8, but the configuration names 4"),
+        (|info| info.vocab_size = 321, "`vocab_size` is 320 on rank 0 and 321 on rank 2"),
+        (|info| info.eos_token_ids = vec![1], "`eos_token_ids` is [1, 3] on rank 0 and [1] on rank 2"),
+        (|info| info.dtype = "bfloat16".into(), "`dtype` is \\\"float32\\\" on rank 0 and \\\"bfloat16\\\""),
+        (|info| info.block_size = 32, "`block_size` is 16 on rank 0 and 32 on rank 2"),
+        (|info| info.max_positions = 8, "`max_positions` is 4096 on rank 0 and 8 on rank 2"),
+        (|info| info.num_blocks = 0, "`num_blocks` is 0 on rank 2"),
+        (|info| info.max_rows = 0, "`max_rows` is 0 on rank 2"),
+        (|info| info.max_sequences = 0, "`max_sequences` is 0 on rank 2"),
+        (|info| info.max_logit_rows = 0, "`max_logit_rows` is 0 on rank 2"),
+        (|info| info.vocab_size = 0, "`vocab_size` is 0 on rank 2"),
+    ];
+    for (change, words) in cases {
+        let mut scripts = scripts();
+        change(&mut scripts[2].info);
+        let router = Router::launch_ranks(scripts, |_| {}).await;
+        router.health(503, words).await;
+        let (status, _) = router.post("/generate", &ask(None)).await;
+        assert_eq!(status.as_u16(), 503, "{words}");
+        assert_eq!(router.shard.saw(|seen| Some(seen.sessions.len())).await, 0, "{words}");
+    }
+}
+
+#[tokio::test]
+async fn one_shard_without_room_is_no_model() {
+    let mut script = Script::saying(tokens("a"));
+    script.info.num_blocks = 0;
+    let router = Router::launch(script, |_| {}).await;
+    router.health(503, "`num_blocks` is 0 on rank 0").await;
+    assert_eq!(router.get("/info").await.status(), 503);
+}
+
+#[tokio::test]
+async fn of_each_limit_the_smallest_holds() {
+    let mut scripts = scripts();
+    scripts[1].info.num_blocks = 100;
+    scripts[2].info.num_slots = 3;
+    scripts[3].info.max_rows = 8;
+    (scripts[1].info.adapter_bytes, scripts[3].info.adapter_bytes) = (5000, 1500);
+    scripts[2].adapter_bytes = 1501;
+    let router = start(scripts).await;
+    let info: Value = router.get("/info").await.json().await.unwrap();
+    assert_eq!((&info["max_batch_total_tokens"], &info["max_active_adapters"]), (&json!(1600), &json!(3)));
+    router.ok("/generate", &json!({"inputs": "a".repeat(40)})).await;
+    let rows = |step: &proto::Step| step.rows.iter().map(|rows| rows.rows).sum::<u32>();
+    assert_eq!(router.shard.saw(|seen| seen.steps.iter().map(rows).max()).await, 8);
+    // An adapter takes as much room as where it takes the most.
+    let (status, body) = router.post("/generate", &ask(Some("large"))).await;
+    assert_eq!(status.as_u16(), 422, "{body}");
+    assert!(body["error"].as_str().unwrap().contains("takes 1501 bytes"), "{body}");
+}
+
+#[tokio::test]
+async fn an_adapter_is_the_same_on_all_ranks_or_refused() {
+    let mut scripts = scripts();
+    scripts[3].changed.insert("torn");
+    scripts[2].refused.insert("absent", Status::not_found("no such adapter"));
+    let router = start(scripts).await;
+    let (status, body) = router.post("/generate", &ask(Some("torn"))).await;
+    assert_eq!(status.as_u16(), 503, "{body}");
+    let error = body["error"].as_str().unwrap();
+    // The first bytes of both hashes, here of both names.
+    assert!(error.contains("746f726e on rank 0 and 6f746865 on rank 3"), "{error}");
+    assert_eq!(router.post("/generate", &ask(Some("absent"))).await.0.as_u16(), 404);
+    router.ok("/generate", &ask(Some("sound"))).await;
+}
+
+#[tokio::test]
+async fn one_rank_that_does_not_prepare_in_time_is_too_late() {
+    let soon = |config: &mut Config| config.router.prepare_timeout = Duration::from_millis(100);
+    let router = start_with(scripts(), soon).await;
+    router.ranks[3].hold(Gate::Prepare("cold".into()));
+    let (status, body) = timeout(PATIENCE, router.post("/generate", &ask(Some("cold")))).await.unwrap();
+    assert_eq!(status.as_u16(), 504, "{body}");
+    assert!(body["error"].as_str().unwrap().contains("was not ready within 0.1 s"), "{body}");
+    router.ok("/generate", &ask(None)).await;
+}
+
+#[tokio::test]
+async fn any_rank_that_hangs_is_the_group_that_hangs() {
+    let soon = |config: &mut Config| config.router.step_timeout = Some(Duration::from_millis(300));
+    for gate in [Gate::Health, Gate::Attach] {
+        let router = start_with(scripts(), soon).await;
+        router.ranks[3].hold(gate.clone());
+        if gate == Gate::Attach {
+            router.ranks[1].break_stream();
+        }
+        router.health(503, "rank 3 did not answer").await;
+        router.ranks[3].release(&gate);
+        router.health(200, "").await;
+    }
+    let router = start_with(scripts(), soon).await;
+    router.ranks[1].set_oldest_work(Some(1000));
+    router.health(503, "rank 1 has been at one piece of work").await;
+}
+
+fn sampled(token: Option<proto::Token>) -> Event {
+    let tokens = vec![Sampled { sequence: 0, token, top: Vec::new() }];
+    Event::Step(StepResult { id: 1, tokens, ..StepResult::default() })
+}
+
+fn slot(slot: u32, content: Vec<u8>) -> Event {
+    Event::Slot(SlotEvent { slot, content, error: String::new() })
+}
+
+#[tokio::test]
+async fn an_event_against_the_protocol_ends_the_session_with_a_word() {
+    let step = |id| Event::Step(StepResult { id, ..StepResult::default() });
+    let prompt = |tokens| {
+        let prompt = vec![PromptLogprobs { sequence: 0, position: 5, tokens }];
+        Event::Step(StepResult { id: 1, prompt, ..StepResult::default() })
+    };
+    let missing = vec![ScoredToken::default()];
+    let cases = [
+        (0, None, "rank 0 sent an event without content"),
+        (3, None, "rank 3 sent an event without content"),
+        (0, Some(slot(0, vec![1; 31])), "rank 0 sent a content hash of 31 bytes"),
+        (2, Some(slot(0, Vec::new())), "rank 2 sent a content hash of 0 bytes"),
+        (0, Some(slot(0, vec![1; 33])), "rank 0 sent a content hash of 33 bytes"),
+        (1, Some(slot(0, content("sql"))), "rank 1 reported adapter 73716c00 in slot 0"),
+        (0, Some(slot(9999, content("sql"))), "rank 0 reported adapter 73716c00 in slot 9999"),
+        (0, Some(sampled(None)), "step 1 has no token for sequence 0"),
+        (0, Some(prompt(missing)), "step 1 has no token for position 5 of the prompt of sequence 0"),
+        (0, Some(step(0)), "rank 0 answered step 0 instead of step 1"),
+        (0, Some(step(2)), "rank 0 answered step 2 instead of step 1"),
+        (0, Some(step(u64::MAX)), "rank 0 answered step 18446744073709551615 instead of step 1"),
+        (1, Some(step(1)), "rank 1 answered a step, which only rank 0 does"),
+    ];
+    for (rank, event, words) in cases {
+        let router = start(scripts()).await;
+        router.shard.hold(Gate::Steps);
+        let asked = ask(None);
+        let running = router.post("/generate", &asked);
+        let breaks = async {
+            router.shard.saw(|seen| seen.steps.first().map(|_| ())).await;
+            router.shard.hold(Gate::Info);
+            router.ranks[rank].inject(event.clone()).await;
+        };
+        let ((status, body), ()) = timeout(PATIENCE, async { tokio::join!(running, breaks) }).await.unwrap();
+        assert_eq!((status.as_u16(), &body["error_type"]), (503, &json!("unavailable")), "{words}: {body}");
+        router.health(503, words).await;
+        router.shard.release(&Gate::Info);
+        router.shard.release(&Gate::Steps);
+        router.health(200, "").await;
+        router.ok("/generate", &ask(None)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_load_reported_twice_ends_the_session() {
+    let router = start(scripts()).await;
+    router.ok("/generate", &ask(Some("sql"))).await;
+    router.shard.hold(Gate::Info);
+    router.ranks[2].inject(Some(slot(0, content("sql")))).await;
+    router.health(503, "rank 2 reported adapter 73716c00 in slot 0, which it was not loading").await;
+}
