@@ -99,6 +99,7 @@ goldens: model ## Make the reference outputs anew (torch, transformers and PEFT;
 	.venv-goldens/bin/python $(FIXTURES)/gguf_to_hf.py "$$($(FIXTURES)/fetch_model.sh)" out/smollm2
 	.venv-goldens/bin/python $(FIXTURES)/make_tokenizer_cases.py out/smollm2
 	.venv-goldens/bin/python $(FIXTURES)/make_sentencepiece.py
+	.venv-goldens/bin/python $(FIXTURES)/make_config_cases.py
 	.venv-goldens/bin/python $(FIXTURES)/make_goldens.py "$$($(FIXTURES)/fetch_model.sh)"
 
 .PHONY: ci

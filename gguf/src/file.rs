@@ -72,6 +72,11 @@ impl Gguf {
         self.get(key)?.ok_or_else(|| Error::MissingKey { key: key.into() })
     }
 
+    /// All metadata, in no order.
+    pub fn metadata(&self) -> impl Iterator<Item = (&str, &Value)> {
+        self.metadata.iter().map(|(key, value)| (key.as_str(), value))
+    }
+
     /// All tensors, in the order of the file.
     pub fn tensors(&self) -> &[TensorInfo] {
         &self.tensors

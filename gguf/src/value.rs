@@ -1,5 +1,10 @@
 //! Metadata values and their typed views.
 
+use std::fmt;
+
+/// Longest text that a message quotes, in bytes.
+const LONGEST_QUOTE: usize = 64;
+
 /// A metadata value. Integers and floats keep their values, not their widths.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Value {
@@ -25,14 +30,30 @@ impl Value {
     /// The value's kind and, where it is short, the value, for messages.
     pub(crate) fn describe(&self) -> String {
         match self {
-            Value::Int(v) => format!("the integer {v}"),
-            Value::Float(v) => format!("the float {v}"),
-            Value::Bool(v) => format!("the boolean {v}"),
-            Value::Str(_) => "a text".into(),
-            Value::Ints(v) => format!("an array of {} integers", v.len()),
-            Value::Floats(v) => format!("an array of {} floats", v.len()),
-            Value::Bools(v) => format!("an array of {} booleans", v.len()),
-            Value::Strs(v) => format!("an array of {} texts", v.len()),
+            Value::Int(_) => format!("the integer {self}"),
+            Value::Float(_) => format!("the float {self}"),
+            Value::Bool(_) => format!("the boolean {self}"),
+            Value::Str(v) if v.len() <= LONGEST_QUOTE => format!("the text {v:?}"),
+            _ => self.to_string(),
+        }
+    }
+}
+
+impl fmt::Display for Value {
+    /// The value alone if it is short, otherwise its kind.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Value::Int(v) => write!(f, "{v}"),
+            // Most floats of a file have 32 bits, which take fewer digits.
+            Value::Float(v) if f64::from(*v as f32) == *v => write!(f, "{}", *v as f32),
+            Value::Float(v) => write!(f, "{v}"),
+            Value::Bool(v) => write!(f, "{v}"),
+            Value::Str(v) if v.len() <= LONGEST_QUOTE => f.write_str(v),
+            Value::Str(_) => f.write_str("a text"),
+            Value::Ints(v) => write!(f, "an array of {} integers", v.len()),
+            Value::Floats(v) => write!(f, "an array of {} floats", v.len()),
+            Value::Bools(v) => write!(f, "an array of {} booleans", v.len()),
+            Value::Strs(v) => write!(f, "an array of {} texts", v.len()),
         }
     }
 }

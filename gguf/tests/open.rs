@@ -131,7 +131,7 @@ fn metadata_of_another_type_or_absent_is_named() {
     );
     assert_eq!(
         message(g.get::<bool>("arch").unwrap_err()),
-        "metadata \"arch\" is a text, expected a boolean"
+        "metadata \"arch\" is the text \"llama\", expected a boolean"
     );
     assert!(g.get::<u32>("u64").is_err());
     assert!(g.get::<&[f32]>("types").is_err());

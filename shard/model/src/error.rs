@@ -39,8 +39,8 @@ pub enum LoadError {
     /// A value that we cannot serve exactly.
     #[error("{field} {value} is not supported{}", if known.is_empty() { String::new() } else { format!("; known are {known}") })]
     Unsupported {
-        /// The field of the configuration.
-        field: &'static str,
+        /// The field of the configuration, or the key of the metadata.
+        field: String,
         /// Its value.
         value: String,
         /// What would be.

@@ -131,7 +131,7 @@ impl<B: Backend> Model<B> {
             true => None,
             false => Some(loader.weight(&[("lm_head", config.vocab)], config.hidden)?),
         };
-        let rope = ops.rope(&config.rope.inv_freq(config.heads.dim), config.max_positions, 1.0)?;
+        let rope = ops.rope(&config.rope.inv_freq, config.max_positions, config.rope.attention_factor)?;
         Ok(Model { embed, layers, norm, lm_head, rope, config })
     }
 

@@ -8,7 +8,7 @@ mod forward;
 pub mod testing;
 mod weights;
 
-pub use config::{Config, Rope, RopeScaling};
+pub use config::{Config, Rope};
 pub use error::{LoadError, Result};
 pub use forward::{KvCache, Model, Pass, Scratch};
 pub use weights::LoadProgress;

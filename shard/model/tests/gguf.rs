@@ -1,89 +1,22 @@
 //! Models as GGUF files: what they compute is what the same model computes from a folder.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::{fs, path::Path};
+#[path = "gguf/ends.rs"]
+mod ends;
+#[path = "gguf/keys.rs"]
+mod keys;
+#[path = "gguf/writer.rs"]
+mod writer;
+
+use std::path::Path;
 
 use kernels::{Backend, DType, Solo, cpu::CpuBackend, testing::batch};
 use model::{
-    Model, Pass, Rope, RopeScaling,
+    Config, Model, Pass,
     testing::{self, Files, Tensor},
 };
 use serde_json::json;
-
-/// Shape of the heads of [`testing::model`].
-const DIM: usize = 8;
-
-fn text(to: &mut Vec<u8>, text: &str) {
-    to.extend((text.len() as u64).to_le_bytes());
-    to.extend(text.as_bytes());
-}
-
-/// The converter's order of the outputs of q and k: the halves of every head interleaved.
-fn permute(tensor: &Tensor) -> Tensor {
-    let width = tensor.data.len() / tensor.shape[0];
-    let source = |row: usize| row / DIM * DIM + row % 2 * (DIM / 2) + row % DIM / 2;
-    let rows = (0..tensor.shape[0]).flat_map(|row| &tensor.data[source(row) * width..][..width]);
-    Tensor { shape: tensor.shape.clone(), data: rows.copied().collect() }
-}
-
-/// A tensor as the converter writes it.
-fn converted(name: &str, tensor: &Tensor) -> (String, Tensor) {
-    let mut ggml = name.replace("model.layers.", "blk.");
-    for (part, renamed) in [
-        ("model.embed_tokens", "token_embd"),
-        ("model.norm", "output_norm"),
-        ("lm_head", "output"),
-        ("input_layernorm", "attn_norm"),
-        ("post_attention_layernorm", "ffn_norm"),
-        ("self_attn.o_proj", "attn_output"),
-        ("self_attn.", "attn_"),
-        ("mlp.", "ffn_"),
-        ("_proj", ""),
-    ] {
-        ggml = ggml.replace(part, renamed);
-    }
-    let permuted = ggml.contains("attn_q") || ggml.contains("attn_k");
-    (ggml, if permuted { permute(tensor) } else { tensor.clone() })
-}
-
-/// Writes a model of the sizes of [`testing::model`] with these tensors, which have the file's names.
-fn write(path: &Path, tensors: &[(String, Tensor)]) {
-    const PAIRS: [(&str, u32); 8] = [
-        ("llama.embedding_length", 32),
-        ("llama.attention.head_count", 4),
-        ("llama.attention.head_count_kv", 2),
-        ("llama.attention.key_length", DIM as u32),
-        ("llama.block_count", 2),
-        ("llama.feed_forward_length", 48),
-        ("llama.context_length", 256),
-        ("tokenizer.ggml.eos_token_id", 2),
-    ];
-    let mut file = [&b"GGUF"[..], &3u32.to_le_bytes(), &(tensors.len() as u64).to_le_bytes()].concat();
-    file.extend((PAIRS.len() as u64 + 2).to_le_bytes());
-    for (key, value) in PAIRS {
-        text(&mut file, key);
-        file.extend([4u32, value].map(u32::to_le_bytes).concat());
-    }
-    text(&mut file, "general.architecture");
-    file.extend(8u32.to_le_bytes());
-    text(&mut file, "llama");
-    text(&mut file, "llama.attention.layer_norm_rms_epsilon");
-    file.extend(6u32.to_le_bytes());
-    file.extend(1e-5f32.to_le_bytes());
-    let mut data = Vec::new();
-    for (name, tensor) in tensors {
-        text(&mut file, name);
-        file.extend((tensor.shape.len() as u32).to_le_bytes());
-        tensor.shape.iter().rev().for_each(|d| file.extend((*d as u64).to_le_bytes()));
-        file.extend(0u32.to_le_bytes());
-        file.extend((data.len() as u64).to_le_bytes());
-        data.extend(tensor.data.iter().flat_map(|x| x.to_le_bytes()));
-        data.resize(data.len().next_multiple_of(32), 0);
-    }
-    file.resize(file.len().next_multiple_of(32), 0);
-    file.extend(data);
-    fs::write(path, file).unwrap();
-}
+use writer::{DIM, Meta, converted, write};
 
 /// Logits of a prompt, or why the model is refused.
 fn logits(path: &Path) -> Result<Vec<f32>, String> {
@@ -109,11 +42,31 @@ fn folder_logits(files: &Files) -> Vec<f32> {
 
 /// Logits of a model converted to GGUF, with `extra` tensors.
 fn gguf_logits(files: &Files, extra: &[(&str, Tensor)]) -> Result<Vec<f32>, String> {
+    gguf_logits_with(files, extra, &[])
+}
+
+/// Logits of a model converted to GGUF, with `extra` tensors and with metadata besides, or in place of, the usual.
+fn gguf_logits_with(
+    files: &Files,
+    extra: &[(&str, Tensor)],
+    metadata: &[(&str, Meta)],
+) -> Result<Vec<f32>, String> {
     let file = tempfile::NamedTempFile::new().unwrap();
     let converted = files.tensors.iter().map(|(name, tensor)| converted(name, tensor));
     let extra = extra.iter().map(|(name, tensor)| ((*name).to_owned(), tensor.clone()));
-    write(file.path(), &converted.chain(extra).collect::<Vec<_>>());
+    write(file.path(), &converted.chain(extra).collect::<Vec<_>>(), metadata);
     logits(file.path())
+}
+
+/// Logits of a model in a folder with a field set.
+fn folder_logits_with(field: &str, value: serde_json::Value) -> Vec<f32> {
+    let mut files = testing::model();
+    files.config[field] = value;
+    folder_logits(&files)
+}
+
+fn are_close(x: &[f32], y: &[f32]) -> bool {
+    x.len() == y.len() && x.iter().zip(y).all(|(x, y)| (x - y).abs() < 1e-4)
 }
 
 /// A model with biases on the projections whose names hold one of `parts`.
@@ -147,8 +100,18 @@ fn biases_come_with_their_tensors() {
         assert_ne!(logits, plain);
         assert_eq!(gguf_logits(&files, &[]).unwrap(), logits, "{flag}");
     }
-    let refusal = gguf_logits(&biased(&["q_proj", "k_proj", "v_proj"]), &[]).unwrap_err();
-    assert_eq!(refusal, "tensor model.layers.0.self_attn.o_proj.bias is missing");
+    // Any projection may have one without the others; a folder says the same with zeros.
+    let some = biased(&["0.self_attn.q_proj", "1.self_attn.v_proj"]);
+    let mut all = biased(&["self_attn"]);
+    all.config["attention_bias"] = json!(true);
+    for (name, tensor) in all.tensors.iter_mut().filter(|(name, _)| name.ends_with("bias")) {
+        if !some.tensors.contains_key(name) {
+            tensor.data.fill(0.0);
+        }
+    }
+    let logits = folder_logits(&all);
+    assert_ne!(logits, plain);
+    assert_eq!(gguf_logits(&some, &[]).unwrap(), logits);
 }
 
 #[test]
@@ -175,19 +138,18 @@ fn rotary_frequencies_are_divided_by_the_files_factors() {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     });
-    let mut rope = Rope {
-        theta: 10_000.0,
-        scaling: RopeScaling::Llama3 { factor: 8.0, low: 1.0, high: 4.0, original: 64.0 },
+    let inv_freq = |files: &Files| {
+        let folder = tempfile::tempdir().unwrap();
+        files.write_model(folder.path()).unwrap();
+        Config::from_folder(folder.path()).unwrap().rope.inv_freq
     };
-    let scaled = rope.inv_freq(DIM);
-    rope.scaling = RopeScaling::None;
-    let data: Vec<f32> =
-        rope.inv_freq(DIM).iter().zip(&scaled).map(|(plain, scaled)| plain / scaled).collect();
+    let (plain, scaled) = (inv_freq(&testing::model()), inv_freq(&files));
+    let data: Vec<f32> = plain.iter().zip(&scaled).map(|(plain, scaled)| plain / scaled).collect();
     assert_eq!((data[0], data[3]), (1.0, 8.0));
     let factors =
         |data: &[f32]| [("rope_freqs.weight", Tensor { shape: vec![data.len()], data: data.into() })];
     let (logits, expected) = (gguf_logits(&files, &factors(&data)).unwrap(), folder_logits(&files));
-    assert!(logits.iter().zip(&expected).all(|(x, y)| (x - y).abs() < 1e-4));
+    assert!(are_close(&logits, &expected));
     let plain = folder_logits(&testing::model());
     assert!(logits.iter().zip(&plain).any(|(x, y)| (x - y).abs() > 1e-2), "they have a say");
     for (data, cause) in [

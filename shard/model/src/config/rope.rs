@@ -1,0 +1,92 @@
+//! Rotary embeddings (Su et al., 2021) and the ways to scale them for contexts longer than those of the training.
+
+use std::f32::consts::TAU;
+
+/// A rotary embedding: what a position is multiplied with to get the angle of each pair of elements of a head.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rope {
+    /// Radians per position of each pair, `[head_dim / 2]`.
+    pub inv_freq: Vec<f32>,
+    /// Factor of all cosines and sines. The logits of attention grow by its square.
+    pub attention_factor: f32,
+}
+
+/// Llama 3.1's scaling: low frequencies are divided by `factor`, high ones are kept, with a ramp between.
+pub(super) struct Llama3 {
+    /// Divisor of low frequencies.
+    pub(super) factor: f32,
+    /// Wavelengths above `original / low` belong to low frequencies.
+    pub(super) low: f32,
+    /// Wavelengths below `original / high` belong to high frequencies.
+    pub(super) high: f32,
+    /// Context length of the training before.
+    pub(super) original: f32,
+}
+
+/// YaRN's scaling by parts (Peng et al., 2023): pairs up to `low` keep their frequency, those from `low + width` on are
+/// divided by `factor`, with a ramp between.
+pub(super) struct Yarn {
+    /// Divisor of low frequencies.
+    pub(super) factor: f32,
+    /// Where the ramp begins, in pairs.
+    pub(super) low: f32,
+    /// Length of the ramp in pairs.
+    pub(super) width: f32,
+}
+
+impl Rope {
+    /// The frequencies `theta^(-2j / dim)` of a head of `dim` elements, unscaled.
+    pub(super) fn plain(theta: f32, dim: usize) -> Rope {
+        let inv_freq = |j: usize| 1.0 / theta.powf(2.0 * j as f32 / dim as f32);
+        Rope { inv_freq: (0..dim / 2).map(inv_freq).collect(), attention_factor: 1.0 }
+    }
+
+    fn map(mut self, scaled: impl Fn(usize, f32) -> f32) -> Rope {
+        self.inv_freq.iter_mut().enumerate().for_each(|(j, freq)| *freq = scaled(j, *freq));
+        self
+    }
+
+    /// Position interpolation (Chen et al., 2023).
+    pub(super) fn linear(self, factor: f32) -> Rope {
+        self.map(|_, freq| freq / factor)
+    }
+
+    /// Each frequency is divided by its own factor.
+    pub(super) fn divided_by(self, factors: &[f32]) -> Rope {
+        self.map(|j, freq| freq / factors[j])
+    }
+
+    pub(super) fn llama3(self, scaling: &Llama3) -> Rope {
+        let Llama3 { factor, low, high, original } = *scaling;
+        self.map(|_, freq| {
+            let wavelength = TAU / freq;
+            if wavelength < original / high {
+                freq
+            } else if wavelength > original / low {
+                freq / factor
+            } else {
+                let smooth = (original / wavelength - low) / (high - low);
+                (1.0 - smooth) * freq / factor + smooth * freq
+            }
+        })
+    }
+
+    pub(super) fn yarn(self, scaling: &Yarn) -> Rope {
+        let Yarn { factor, low, width } = *scaling;
+        self.map(|j, freq| {
+            let interpolated = ((j as f32 - low) / width).clamp(0.0, 1.0);
+            freq / factor * interpolated + freq * (1.0 - interpolated)
+        })
+    }
+
+    /// Multiplies all cosines and sines.
+    pub(super) fn with_attention_factor(mut self, factor: f32) -> Rope {
+        self.attention_factor *= factor;
+        self
+    }
+}
+
+/// YaRN's factor of cosines and sines for positions that are scaled by `factor`.
+pub(super) fn yarn_attention_factor(factor: f64, mscale: f64) -> f64 {
+    if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
+}
