@@ -18,17 +18,18 @@ demo: ## Build, fetch the demo model, serve it with three adapters and show them
 	python3 deploy/demo.py
 
 .PHONY: test
-test: venv model ## Set up what the tests need and run them all
-	cargo build --workspace --bins
-	cargo test --workspace
-	python3 -m unittest discover --start-directory integration-tests/gpu --pattern tests.py
+test: venv model ## Set up what the tests need and run them, with the seconds of each part (about 10 minutes, at most 30)
+	@deploy/timed.sh \
+	  build 'cargo build --workspace --bins && cargo test --workspace --no-run' \
+	  rust 'cargo test --workspace 2>&1 | awk -f deploy/test_seconds.awk' \
+	  python 'python3 -m unittest discover --start-directory integration-tests/gpu --pattern tests.py'
 
 .PHONY: venv
 venv: $(VENV)/.installed ## Python tools of the tests, pinned and hashed, in .venv
 
 $(VENV)/.installed: integration-tests/requirements.txt
 	python3 -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $<
 	touch $@
 
 .PHONY: model
@@ -101,6 +102,7 @@ goldens: model ## Make the reference outputs anew (torch, transformers and PEFT;
 	.venv-goldens/bin/python $(FIXTURES)/make_sentencepiece.py
 	.venv-goldens/bin/python $(FIXTURES)/make_config_cases.py
 	.venv-goldens/bin/python $(FIXTURES)/make_goldens.py "$$($(FIXTURES)/fetch_model.sh)"
+	.venv-goldens/bin/python integration-tests/lm_eval/evaluate.py golden out/smollm2 $(FIXTURES)/goldens/lm_eval.json
 
 .PHONY: ci
 ci: lint lint-cuda test doc ## What CI runs
