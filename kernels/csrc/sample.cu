@@ -56,6 +56,8 @@ using namespace sampling;
 
 constexpr int kMaxTop = 128;
 constexpr uint16_t kInPrompt = 0x8000;
+// Where the count of a generated token stops.
+constexpr uint16_t kMostTimes = kInPrompt - 1;
 
 // The `count` most probable tokens, best first.
 template <typename L> __device__ void report_top(const L* logits, int vocab, const Peak& peak, int count, Choice* out) {
@@ -208,7 +210,7 @@ template <typename L> __global__ void __launch_bounds__(kThreads) sample(const _
   a.last[at.seat] = (int32_t)token;
   a.draws[at.seat]++;
   uint16_t* seen = a.seen + (size_t)at.seat * a.seen_stride + token;
-  if (p.penalized && (*seen & ~kInPrompt) < kInPrompt - 1) *seen += 1;
+  if (p.penalized && (*seen & kMostTimes) < kMostTimes) *seen += 1;
 }
 
 // `rows[i].seat` is the token to score.
@@ -221,16 +223,23 @@ template <typename L> __global__ void __launch_bounds__(kThreads) score(const __
     a.choices[blockIdx.x] = {at.seat, to_float(logits[at.seat]) - peak.top - logf(peak.sum)};
 }
 
-// Marks the tokens of a seat: of its prompt, or generated ones, each once more.
+// Marks the tokens of a seat: of its prompt, or generated ones, each once more until the count stops.
 __global__ void mark_seen(uint16_t* seen, const uint32_t* tokens, int count, int generated, int vocab) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
     if (tokens[i] >= (uint32_t)vocab) continue;
     unsigned* word = reinterpret_cast<unsigned*>(seen) + tokens[i] / 2;
     unsigned shift = tokens[i] % 2 * 16;
-    if (generated)
-      atomicAdd(word, 1u << shift);
-    else
+    if (!generated) {
       atomicOr(word, (unsigned)kInPrompt << shift);
+      continue;
+    }
+    // A carry would reach the mark of the prompt, and then the token beside this one.
+    unsigned expected, found = *word;
+    do {
+      expected = found;
+      if ((expected >> shift & kMostTimes) == kMostTimes) break;
+      found = atomicCAS(word, expected, expected + (1u << shift));
+    } while (found != expected);
   }
 }
 

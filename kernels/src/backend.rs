@@ -140,7 +140,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn adapter_bytes(&self, adapter: &Self::HostAdapter) -> usize;
     /// Room for `slots` adapters of the given sites; empty.
     fn lora_slots(&self, sites: &[LoraSite], slots: usize) -> Result<Self::LoraSlots>;
-    /// Begins to copy an adapter into a slot, without waiting for it.
+    /// Begins to copy an adapter into a slot, without waiting for it. Errors: [`crate::Error::OutOfMemory`] leaves the
+    /// slot empty and the device usable.
     fn load(&self, slots: &mut Self::LoraSlots, slot: u32, adapter: &Arc<Self::HostAdapter>) -> Result<()>;
     /// Slots whose copies have ended since the last call: rows may use them from the next step on.
     fn loaded(&self, slots: &mut Self::LoraSlots) -> Result<Vec<u32>>;
@@ -158,6 +159,9 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     /// Marks the present end of what was launched.
     fn mark(&self) -> Result<Self::Mark>;
+    /// Whether all work before a mark is done, so that nothing of it is waited for any more. A failure of the device
+    /// counts as done: whoever waits for the work reports it.
+    fn reached(&self, mark: &Self::Mark) -> bool;
     /// Seconds on the device's clock from one mark to a later one, for which this waits.
     fn seconds_between(&self, from: &Self::Mark, to: &Self::Mark) -> Result<f64>;
 
@@ -256,7 +260,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// Sampling state for `seats` sequences over a vocabulary of `vocab` tokens.
     fn sampler(&self, seats: usize, vocab: usize) -> Result<Self::Sampler>;
     /// Puts a sequence on a seat, replacing whoever sat there. `output` is what it has generated already: a sequence
-    /// that was preempted continues its penalties and its draws where it stopped.
+    /// that was preempted continues its penalties and its draws where it stopped. Errors: what is wrong with the
+    /// arguments (see [`crate::Error::is_argument`]), found before anything is changed, or a failure of the device.
     fn seat(
         &self,
         sampler: &mut Self::Sampler,
@@ -276,8 +281,6 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// The log-probability of `token` under the logits in `row`, for each `(row, token)`, and the `num_top` most
     /// probable tokens of that row. The seats of the answers are 0.
     fn score(&self, logits: &Self::Mat, targets: &[(u32, u32)], num_top: u32) -> Result<Self::Pending>;
-    /// Whether [`Self::collect`] would not wait.
-    fn ready(&self, pending: &Self::Pending) -> bool;
     /// Waits for choices and appends them to `out`, in the order of their rows.
     fn collect(&self, pending: Self::Pending, out: &mut Vec<Sampled>) -> Result<()>;
 }

@@ -57,7 +57,8 @@ impl Batch {
         self.tokens.len()
     }
 
-    /// Refuses indices that contradict each other. Whether they fit a device's memory is checked where they are used.
+    /// Refuses indices that contradict each other, and two sequences that store into the same block: kernels may store
+    /// the rows of different blocks at the same time. Whether indices fit a device's memory is checked where they are used.
     pub fn check(&self) -> Result<()> {
         let op = "upload";
         let rows = self.rows();
@@ -88,10 +89,27 @@ impl Batch {
                 expected: rows,
             });
         }
+        self.check_stores()?;
         check_segments(&self.segments, rows)?;
         check_segments(&self.logit_segments, self.logit_rows.len())?;
         match self.logit_rows.iter().find(|&&row| row as usize >= rows) {
             Some(&row) => Err(Error::Index { op, what: "logit row", index: row as usize, limit: rows }),
+            None => Ok(()),
+        }
+    }
+
+    /// Every run of rows that a sequence stores into one block has that block for itself.
+    fn check_stores(&self) -> Result<()> {
+        let block = |row: u32| self.store_at[row as usize] / BLOCK_SIZE as u32;
+        let mut blocks: Vec<u32> = Vec::with_capacity(self.sequences.len() + self.rows() / BLOCK_SIZE);
+        for sequence in &self.sequences {
+            let rows = sequence.start..sequence.start + sequence.rows;
+            let begins = rows.clone().filter(|&row| row == rows.start || block(row) != block(row - 1));
+            blocks.extend(begins.map(block));
+        }
+        blocks.sort_unstable();
+        match blocks.windows(2).find(|pair| pair[0] == pair[1]) {
+            Some(pair) => Err(Error::SharedBlock(pair[0])),
             None => Ok(()),
         }
     }

@@ -15,6 +15,7 @@ mod sampling;
 mod simd;
 
 use std::{
+    ops::Deref,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
@@ -40,6 +41,18 @@ pub struct CpuBackend {
     pool: Pool,
     scratch: Mutex<linear::Scratch>,
     arena: Mutex<Arena>,
+}
+
+/// A step's index data after [`Batch::check`]: what operations write without a lock rests on it.
+#[derive(Debug, Default)]
+pub struct CpuBatch(Batch);
+
+impl Deref for CpuBatch {
+    type Target = Batch;
+
+    fn deref(&self) -> &Batch {
+        &self.0
+    }
 }
 
 /// Bytes that weights are allocated by.
@@ -87,7 +100,7 @@ impl Backend for CpuBackend {
     type Vector = Vec<f32>;
     type Rope = CpuRope;
     type Kv = CpuKv;
-    type Batch = Batch;
+    type Batch = CpuBatch;
     type HostAdapter = CpuAdapter;
     type LoraSlots = CpuSlots;
     type Sampler = CpuSampler;
@@ -100,6 +113,10 @@ impl Backend for CpuBackend {
 
     fn mark(&self) -> Result<Instant> {
         Ok(Instant::now())
+    }
+
+    fn reached(&self, _mark: &Instant) -> bool {
+        true
     }
 
     fn seconds_between(&self, from: &Instant, to: &Instant) -> Result<f64> {
@@ -134,13 +151,13 @@ impl Backend for CpuBackend {
         CpuKv::block_bytes(self.dtype, heads)
     }
 
-    fn batch(&self, _rows: usize, _blocks: usize) -> Result<Batch> {
-        Ok(Batch::default())
+    fn batch(&self, _rows: usize, _blocks: usize) -> Result<CpuBatch> {
+        Ok(CpuBatch::default())
     }
 
-    fn upload(&self, host: &Batch, batch: &mut Batch) -> Result<()> {
+    fn upload(&self, host: &Batch, batch: &mut CpuBatch) -> Result<()> {
         host.check()?;
-        batch.clone_from(host);
+        batch.0.clone_from(host);
         Ok(())
     }
 
@@ -191,7 +208,7 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn embed(&self, batch: &Batch, sampler: &CpuSampler, table: &Panels, y: &mut CpuMat) -> Result<()> {
+    fn embed(&self, batch: &CpuBatch, sampler: &CpuSampler, table: &Panels, y: &mut CpuMat) -> Result<()> {
         let op = "embed";
         let (cols, rows) = (y.cols(), batch.rows());
         if table.inputs != cols {
@@ -234,7 +251,7 @@ impl Backend for CpuBackend {
         qkv: &mut CpuMat,
         heads: Heads,
         rope: &CpuRope,
-        batch: &Batch,
+        batch: &CpuBatch,
         kv: &mut CpuKv,
     ) -> Result<()> {
         kv::rope_and_store(self, qkv, heads, rope, batch, kv)
@@ -244,7 +261,7 @@ impl Backend for CpuBackend {
         &self,
         qkv: &CpuMat,
         attention: &Attention,
-        batch: &Batch,
+        batch: &CpuBatch,
         kv: &CpuKv,
         y: &mut CpuMat,
     ) -> Result<()> {
@@ -255,7 +272,7 @@ impl Backend for CpuBackend {
         elementwise::silu_mul(self, gate_up, y)
     }
 
-    fn gather_logit_rows(&self, x: &CpuMat, batch: &Batch, y: &mut CpuMat) -> Result<()> {
+    fn gather_logit_rows(&self, x: &CpuMat, batch: &CpuBatch, y: &mut CpuMat) -> Result<()> {
         attention::gather(self, x, batch, y)
     }
 
@@ -280,10 +297,6 @@ impl Backend for CpuBackend {
 
     fn score(&self, logits: &CpuMat, targets: &[(u32, u32)], num_top: u32) -> Result<Vec<Sampled>> {
         sampling::score(self, logits, targets, num_top)
-    }
-
-    fn ready(&self, _pending: &Vec<Sampled>) -> bool {
-        true
     }
 
     fn collect(&self, pending: Vec<Sampled>, out: &mut Vec<Sampled>) -> Result<()> {

@@ -283,6 +283,10 @@ impl Backend for CudaBackend {
         Ok(CudaMark(event))
     }
 
+    fn reached(&self, mark: &CudaMark) -> bool {
+        mark.0.reached().unwrap_or(true)
+    }
+
     fn seconds_between(&self, from: &CudaMark, to: &CudaMark) -> Result<f64> {
         self.device.bind()?;
         to.0.synchronize()?;
@@ -436,10 +440,6 @@ impl Backend for CudaBackend {
 
     fn score(&self, logits: &CudaMat, targets: &[(u32, u32)], num_top: u32) -> Result<CudaPending> {
         sampler::score(self, logits, targets, num_top)
-    }
-
-    fn ready(&self, pending: &CudaPending) -> bool {
-        self.reports.ready(pending)
     }
 
     fn collect(&self, pending: CudaPending, out: &mut Vec<Sampled>) -> Result<()> {

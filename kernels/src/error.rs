@@ -76,4 +76,24 @@ pub enum Error {
         /// What they were for.
         what: &'static str,
     },
+    /// Two sequences of a step store into the same block of KV memory, or one of them returns to it.
+    #[error("block {0} is stored into twice in one step")]
+    SharedBlock(u32),
+}
+
+impl Error {
+    /// Whether the arguments are at fault, and other ones could succeed. Otherwise the device or the machine failed.
+    pub fn is_argument(&self) -> bool {
+        match self {
+            Error::Shape { .. }
+            | Error::Index { .. }
+            | Error::EmptySlot { .. }
+            | Error::Unsupported { .. }
+            | Error::SharedBlock(_) => true,
+            Error::Threads(_)
+            | Error::Device { .. }
+            | Error::Unavailable { .. }
+            | Error::OutOfMemory { .. } => false,
+        }
+    }
 }

@@ -17,7 +17,7 @@ mod sampling;
 mod tensor;
 pub mod testing;
 
-pub use self::sampling::{SampleRow, Sampled};
+pub use self::sampling::{MAX_BIASES, MAX_TOP, SampleRow, Sampled};
 pub use ::sampling::SamplingParams;
 pub use backend::{Attention, Backend, Heads, LinearLora, Projection};
 pub use batch::{BLOCK_SIZE, Batch, RowSet, Segment, SequenceRows};

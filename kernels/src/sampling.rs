@@ -1,5 +1,34 @@
 //! How the next token is chosen, and what is reported of the choice.
 
+use crate::{Error, Result, SamplingParams};
+
+/// Most tokens that can be reported beside the chosen one; `kMaxTop` in `sample.cu`.
+pub const MAX_TOP: usize = 128;
+/// Most tokens of one sequence that can have a bias.
+pub const MAX_BIASES: usize = 1024;
+
+/// Refuses a sequence with tokens beyond the vocabulary, or with more biases or reports than a backend has room for.
+pub(crate) fn check_seat(
+    params: &SamplingParams,
+    vocab: usize,
+    prompt: &[u32],
+    output: &[u32],
+) -> Result<()> {
+    let op = "seat";
+    let biased = params.logit_bias.iter().map(|(token, _)| token);
+    let largest = prompt.iter().chain(output).chain(biased).max().map_or(0, |&token| token as usize);
+    for (what, index, limit) in [
+        ("token", largest, vocab),
+        ("number of reported tokens", params.num_top as usize, MAX_TOP + 1),
+        ("number of biases", params.logit_bias.len(), MAX_BIASES + 1),
+    ] {
+        if index >= limit {
+            return Err(Error::Index { op, what, index, limit });
+        }
+    }
+    Ok(())
+}
+
 /// A row of logits to sample from, for the sequence at a seat.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SampleRow {

@@ -266,6 +266,11 @@ impl<B: Backend> Adapters<B> {
         Ok((prepared, staged))
     }
 
+    /// The adapters in host memory, and the bytes that each takes.
+    pub fn held(&self) -> Vec<(ContentHash, usize)> {
+        self.cache().resident.iter().map(|(content, resident)| (*content, resident.bytes)).collect()
+    }
+
     /// The host copy of an adapter, if it is still there.
     pub fn get(&self, content: ContentHash) -> Option<Arc<B::HostAdapter>> {
         let mut cache = self.cache();

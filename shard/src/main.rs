@@ -20,7 +20,7 @@ use lorax_shard::{
     adapters::{Adapters, Roots},
     engine::{Command, Engine, Limits},
     memory::{self, Room},
-    service::{self, Server},
+    service::{self, EngineHandle, Server},
     step::Info,
 };
 use model::{LoadProgress, Model, adapter::BaseModel};
@@ -86,7 +86,7 @@ fn run(config: &Config, rank: usize, stop: &Stop) -> anyhow::Result<()> {
     tracing::info!(dtype = name_of(dtype), tier = ?ops.tier(), threads = ops.threads(), "computing on the CPU");
     let ranks = config.shards.uds.len();
     let room = |_: &CpuBackend| Ok(Room::on_host(shard.kv_memory, None, ranks));
-    let target = Target { name: "cpu", max_rows: 512, rehearses: false, room: &room, ready: &|_| () };
+    let target = Target { name: "cpu", max_rows: 512, warms_up: false, room: &room, ready: &|_| () };
     serve(Arc::new(ops), &target, config, rank, stop)
 }
 
@@ -136,7 +136,7 @@ fn serve_cuda(
             tracing::warn!("the next start will time matrix products again: {error}");
         }
     };
-    let target = Target { name: &name, max_rows: 2048, rehearses: true, room: &room, ready: &ready };
+    let target = Target { name: &name, max_rows: 2048, warms_up: true, room: &room, ready: &ready };
     serve(Arc::new(ops), &target, config, rank, stop)
 }
 
@@ -146,10 +146,10 @@ struct Target<'a, B> {
     /// Rows of the largest step unless the configuration says otherwise.
     max_rows: usize,
     /// Whether the largest step runs before memory is shared out, as the device's own needs show only then.
-    rehearses: bool,
+    warms_up: bool,
     /// The memory that is left then.
     room: &'a dyn Fn(&B) -> anyhow::Result<Room>,
-    /// Called once no more steps are rehearsed.
+    /// Called once the warm-up has ended.
     ready: &'a dyn Fn(&B),
 }
 
@@ -182,14 +182,17 @@ fn serve<B: Backend>(
     let reads = runtime.handle().clone();
     let adapters = Arc::new(Adapters::new(ops.clone(), base, model.sites(), roots, host_bytes, reads));
     let mut engine = Engine::new(ops.clone(), model.clone(), adapters.clone(), limits)?;
-    if target.rehearses {
-        engine.rehearse()?;
+    if target.warms_up {
+        engine.warm_up()?;
     }
     let room = (target.room)(&ops)?;
     let most = max_sequences * description.max_positions.div_ceil(kernels::BLOCK_SIZE);
     let num_blocks = memory::blocks(room.kv_bytes, model.kv_block_bytes(&ops), most)?;
     let recording = Instant::now();
     engine.set_blocks(num_blocks)?;
+    if !target.warms_up {
+        engine.estimate_longest_step()?;
+    }
     (target.ready)(&ops);
     tracing::info!(num_blocks, seconds = recording.elapsed().as_secs_f32(), "ready to compute");
     let info = Info {
@@ -207,10 +210,12 @@ fn serve<B: Backend>(
         max_rows: limits.max_rows as u32,
         max_sequences: limits.max_sequences as u32,
         max_logit_rows: limits.max_logit_rows as u32,
+        longest_step_us: engine.longest_step().as_micros() as u64,
     };
     let (commands, received) = mpsc::channel(16);
+    let handle = EngineHandle { commands, heartbeat: engine.heartbeat() };
     let failure = start_engine(engine, received)?;
-    let service = service::new(info, adapters, commands);
+    let service = service::new(info, adapters, handle);
     let ended = runtime.block_on(listen(config.socket(rank)?, service, failure, stop));
     // Whoever waits for an adapter that is being read is gone, and after a failure the launcher waits for our end.
     runtime.shutdown_timeout(Duration::from_secs(1));

@@ -1,6 +1,12 @@
 //! The gRPC service.
 
-use std::{pin::Pin, sync::Arc};
+use std::{
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use kernels::Backend;
 use proto::{
@@ -12,7 +18,12 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::{adapters::Adapters, engine::Command, step::Info, wire};
+use crate::{
+    adapters::Adapters,
+    engine::{Command, EventStream, Heartbeat},
+    step::Info,
+    wire,
+};
 
 /// Events on their way to the router: more than two steps can cause.
 const EVENTS: usize = 256;
@@ -21,24 +32,35 @@ const EVENTS: usize = 256;
 pub struct Service<B: Backend> {
     info: InfoResponse,
     adapters: Arc<Adapters<B>>,
-    engine: mpsc::Sender<Command>,
+    engine: EngineHandle,
+    /// Streams of steps so far.
+    streams: AtomicU64,
+}
+
+/// The way to the engine, and what it lets others see of itself.
+#[derive(Clone)]
+pub struct EngineHandle {
+    /// What it is sent.
+    pub commands: mpsc::Sender<Command>,
+    /// Whether it is alive.
+    pub heartbeat: Arc<Heartbeat>,
 }
 
 /// What answers the router.
 pub type Server<B> = ShardServer<Service<B>>;
 
 /// The service of one rank.
-pub fn new<B: Backend>(info: Info, adapters: Arc<Adapters<B>>, engine: mpsc::Sender<Command>) -> Server<B> {
+pub fn new<B: Backend>(info: Info, adapters: Arc<Adapters<B>>, engine: EngineHandle) -> Server<B> {
     // A step that adds sequences carries their prompts: a step's worth of sequences at full length.
     let limit = 64 << 20;
-    ShardServer::new(Service { info: wire::info(info), adapters, engine })
+    ShardServer::new(Service { info: wire::info(info), adapters, engine, streams: AtomicU64::new(0) })
         .max_decoding_message_size(limit)
         .max_encoding_message_size(limit)
 }
 
 impl<B: Backend> Service<B> {
     async fn send(&self, command: Command) -> Result<(), Status> {
-        self.engine.send(command).await.map_err(|_| Status::unavailable("the engine has stopped"))
+        self.engine.commands.send(command).await.map_err(|_| stopped())
     }
 }
 
@@ -50,11 +72,11 @@ impl<B: Backend> Shard for Service<B> {
         Ok(Response::new(self.info.clone()))
     }
 
-    async fn attach(&self, _: Request<AttachRequest>) -> Result<Response<AttachResponse>, Status> {
-        let (done, waiting) = oneshot::channel();
-        self.send(Command::Reset(done)).await?;
-        waiting.await.map_err(|_| Status::unavailable("the engine has stopped"))?;
-        Ok(Response::new(AttachResponse::default()))
+    async fn attach(&self, request: Request<AttachRequest>) -> Result<Response<AttachResponse>, Status> {
+        let (held, waiting) = oneshot::channel();
+        self.send(Command::Attach { session: request.into_inner().session, held }).await?;
+        let held = waiting.await.map_err(|_| stopped())?;
+        Ok(Response::new(wire::held(held)))
     }
 
     async fn prepare(&self, request: Request<PrepareRequest>) -> Result<Response<PrepareResponse>, Status> {
@@ -69,18 +91,14 @@ impl<B: Backend> Shard for Service<B> {
         &self,
         request: Request<Streaming<Step>>,
     ) -> Result<Response<Self::ExecuteStream>, Status> {
-        let mut steps = request.into_inner();
+        let steps = request.into_inner();
         let (events, received) = mpsc::channel(EVENTS);
-        self.send(Command::Attach(events)).await?;
-        let engine = self.engine.clone();
+        let id = self.streams.fetch_add(1, Ordering::Relaxed);
+        let (stream, ended) = EventStream::new(id, events);
+        self.send(Command::Execute(stream)).await?;
+        let pump = pump(id, steps, self.engine.commands.clone());
         tokio::spawn(async move {
-            // The stream's end is the router's to decide; a broken one ends here, and the router resets.
-            while let Some(Ok(step)) = steps.next().await {
-                let step = wire::step(step).map(Box::new);
-                if engine.send(Command::Step(step)).await.is_err() {
-                    break;
-                }
-            }
+            let _ = ended.run_until_cancelled(pump).await;
         });
         let events = ReceiverStream::new(received)
             .map(|event| event.map(wire::event).map_err(|error| wire::step_status(&error)));
@@ -88,9 +106,24 @@ impl<B: Backend> Shard for Service<B> {
     }
 
     async fn health(&self, _: Request<HealthRequest>) -> Result<Response<HealthResponse>, Status> {
-        if self.engine.is_closed() {
-            return Err(Status::unavailable("the engine has stopped"));
+        if self.engine.commands.is_closed() {
+            return Err(stopped());
         }
-        Ok(Response::new(HealthResponse::default()))
+        Ok(Response::new(wire::health(&self.engine.heartbeat)))
     }
+}
+
+/// Passes the steps of one stream on to the engine. The stream's end is the router's to decide; a broken one ends here,
+/// and the router begins a new session.
+async fn pump(stream: u64, mut steps: Streaming<Step>, engine: mpsc::Sender<Command>) {
+    while let Some(Ok(step)) = steps.next().await {
+        let step = wire::step(step).map(Box::new);
+        if engine.send(Command::Step { stream, step }).await.is_err() {
+            break;
+        }
+    }
+}
+
+fn stopped() -> Status {
+    Status::unavailable("the engine has stopped")
 }

@@ -7,7 +7,9 @@ use model::adapter::ContentHash;
 /// One forward pass, with what must happen before it.
 #[derive(Debug, Clone, Default)]
 pub struct Step {
-    /// Consecutive from 1.
+    /// The session that it belongs to.
+    pub session: u64,
+    /// Consecutive from 1 in a session.
     pub id: u64,
     /// Sequences that have ended.
     pub dropped: Vec<u64>,
@@ -71,6 +73,16 @@ pub struct Info {
     pub max_rows: u32,
     pub max_sequences: u32,
     pub max_logit_rows: u32,
+    pub longest_step_us: u64,
+}
+
+/// An event, and the session that it belongs to.
+#[derive(Debug, Clone)]
+pub struct SessionEvent {
+    /// The session's number.
+    pub session: u64,
+    /// What happened.
+    pub event: Event,
 }
 
 /// What a shard tells.
@@ -98,6 +110,17 @@ pub struct StepResult {
     pub tokens: Vec<(u64, Sampled)>,
     /// Log-probabilities of prompt tokens: sequence, position of the first, the tokens.
     pub prompt: Vec<(u64, usize, Vec<Sampled>)>,
-    /// How long the pass took.
+    /// How long the pass took on the device.
     pub duration_us: u64,
+    /// Sequences that cannot be computed.
+    pub refused: Vec<Refusal>,
+}
+
+/// A sequence that the shard cannot compute, in this step and all that follow.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// The sequence.
+    pub sequence: u64,
+    /// Why, in words for the client.
+    pub reason: String,
 }

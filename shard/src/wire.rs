@@ -7,8 +7,8 @@ use tonic::Status;
 
 use crate::{
     adapters::{PrepareError, Prepared, ResolveError},
-    engine::StepError,
-    step::{Event, Info, NewSequence, Rows, Step, StepResult},
+    engine::{Heartbeat, Held, StepError},
+    step::{Event, Info, NewSequence, Refusal, Rows, SessionEvent, Step, StepResult},
 };
 
 pub(crate) fn info(info: Info) -> wire::InfoResponse {
@@ -27,12 +27,13 @@ pub(crate) fn info(info: Info) -> wire::InfoResponse {
         max_rows: info.max_rows,
         max_sequences: info.max_sequences,
         max_logit_rows: info.max_logit_rows,
-        longest_step_us: 0,
+        longest_step_us: info.longest_step_us,
     }
 }
 
 pub(crate) fn step(step: wire::Step) -> Result<Step, StepError> {
     Ok(Step {
+        session: step.session,
         id: step.id,
         dropped: step.dropped,
         unload: step.unload,
@@ -86,7 +87,7 @@ fn rows(rows: wire::SequenceRows) -> Rows {
     }
 }
 
-pub(crate) fn event(event: Event) -> wire::ExecuteEvent {
+pub(crate) fn event(SessionEvent { session, event }: SessionEvent) -> wire::ExecuteEvent {
     use wire::execute_event::Event::{Slot, Step};
     let event = match event {
         Event::Step(result) => Step(step_result(result)),
@@ -94,7 +95,25 @@ pub(crate) fn event(event: Event) -> wire::ExecuteEvent {
             Slot(wire::SlotEvent { slot, content: content.0.to_vec(), error: error.unwrap_or_default() })
         }
     };
-    wire::ExecuteEvent { event: Some(event), session: 0 }
+    wire::ExecuteEvent { event: Some(event), session }
+}
+
+pub(crate) fn held(held: Held) -> wire::AttachResponse {
+    let slots = held.slots.into_iter().map(|(slot, content, bytes)| wire::FilledSlot {
+        slot,
+        content: content.0.to_vec(),
+        bytes: bytes as u64,
+    });
+    let host = held
+        .host
+        .into_iter()
+        .map(|(content, bytes)| wire::HeldAdapter { content: content.0.to_vec(), bytes: bytes as u64 });
+    wire::AttachResponse { slots: slots.collect(), host: host.collect() }
+}
+
+pub(crate) fn health(heartbeat: &Heartbeat) -> wire::HealthResponse {
+    let oldest_ms = heartbeat.oldest().map(|age| age.as_millis() as u64);
+    wire::HealthResponse { turns: heartbeat.turns(), oldest_ms }
 }
 
 fn step_result(result: StepResult) -> wire::StepResult {
@@ -121,8 +140,12 @@ fn step_result(result: StepResult) -> wire::StepResult {
         tokens: result.tokens.into_iter().map(sampled).collect(),
         prompt: result.prompt.into_iter().map(prompt).collect(),
         duration_us: result.duration_us,
-        refused: Vec::new(),
+        refused: result.refused.into_iter().map(refused).collect(),
     }
+}
+
+fn refused(refusal: Refusal) -> wire::Refused {
+    wire::Refused { sequence: refusal.sequence, reason: refusal.reason }
 }
 
 pub(crate) fn prepared(prepared: Prepared) -> wire::PrepareResponse {
@@ -135,7 +158,20 @@ pub(crate) fn prepared(prepared: Prepared) -> wire::PrepareResponse {
 }
 
 pub(crate) fn step_status(error: &StepError) -> Status {
-    Status::invalid_argument(error.to_string())
+    let message = error.to_string();
+    match error {
+        StepError::NoSession
+        | StepError::SecondStream(_)
+        | StepError::OtherSession { .. }
+        | StepError::NotConsecutive { .. } => Status::failed_precondition(message),
+        StepError::UnknownSequence(_)
+        | StepError::DuplicateSequence(_)
+        | StepError::OutOfRange { .. }
+        | StepError::NoBlock { .. }
+        | StepError::SlotNotReady(_)
+        | StepError::ContentHash(_)
+        | StepError::Rows(_) => Status::invalid_argument(message),
+    }
 }
 
 pub(crate) fn prepare_status(error: &PrepareError) -> Status {

@@ -1,8 +1,8 @@
 //! Whole steps of a decoder of SmolLM2-135M's shape with random weights: what the operations add up to.
 
 use kernels::{
-    Attention, Backend, Batch, LinearLora, LoraSite, Projection, RowSet, SampleRow, SamplingParams,
-    cpu::{CpuBackend, CpuKv, CpuMat, CpuRope, CpuSampler, CpuSlots, Panels},
+    Attention, Backend, LinearLora, LoraSite, Projection, RowSet, SampleRow, SamplingParams,
+    cpu::{CpuBackend, CpuBatch, CpuKv, CpuMat, CpuRope, CpuSampler, CpuSlots, Panels},
     testing::{Numbers, batch},
 };
 
@@ -10,7 +10,7 @@ use crate::{
     Bench, Cost, Outcome,
     cpu::{Cpu, HEADS, HIDDEN, INNER, RANKS, VOCAB},
     linear::adapters,
-    tensor,
+    tensor, uploaded,
 };
 
 const LAYERS: usize = 30;
@@ -77,7 +77,7 @@ impl Model {
         })
     }
 
-    fn step(&mut self, ops: &CpuBackend, batch: &Batch) -> kernels::Result<()> {
+    fn step(&mut self, ops: &CpuBackend, batch: &CpuBatch) -> kernels::Result<()> {
         let [x, residual, qkv, attended, gate_up, inner, last, logits] = &mut self.mats;
         let attention = Attention { heads: HEADS, scale: 0.125, window: None, softcap: None };
         ops.embed(batch, &self.sampler, &self.table, residual)?;
@@ -140,7 +140,8 @@ pub(crate) fn all(bench: &Bench<Cpu>) -> Outcome<()> {
             bytes: (layer_elements() + VOCAB * HIDDEN + ranks * per_rank * LAYERS) * ops.dtype().size(),
             flops: 2 * (host.rows() * layer_elements() + host.logit_rows.len() * VOCAB * HIDDEN),
         };
-        bench.time(name, cost, |_| model.step(ops, &host))?;
+        let device = uploaded(ops, &host)?;
+        bench.time(name, cost, |_| model.step(ops, &device))?;
     }
     Ok(())
 }

@@ -117,8 +117,8 @@ pub(super) fn rope_and_store(
         let (first, head) = (runs[chunk / heads.kv], chunk % heads.kv);
         let end = runs.get(chunk / heads.kv + 1).copied().unwrap_or(rows);
         for i in first..end {
-            // SAFETY: chunks have their own heads of their own rows, and their own blocks: a sequence stores into
-            // blocks that no other sequence of the step stores into.
+            // SAFETY: chunks have their own heads of their own rows, and their own blocks: `Batch::check` refuses a step
+            // that stores into a block in more than one run of rows.
             unsafe {
                 let head_of = |h: usize| data.slice(i * cols + h * dim, dim);
                 for q in 0..group {

@@ -13,7 +13,7 @@ use super::{
     memory::CpuMat,
     simd::{Kernel, Simd, Tier, run},
 };
-use crate::{Error, Matrix, Result, SampleRow, Sampled, SamplingParams};
+use crate::{Error, Matrix, Result, SampleRow, Sampled, SamplingParams, sampling::check_seat};
 use ranking::{Buffers, Ranking, lane_maxima};
 
 /// Sampling state by seat.
@@ -67,19 +67,10 @@ impl CpuSampler {
         prompt: &[u32],
         output: &[u32],
     ) -> Result<()> {
-        let op = "seat";
-        for token in prompt.iter().chain(output).chain(params.logit_bias.iter().map(|(token, _)| token)) {
-            if *token as usize >= self.vocab {
-                return Err(Error::Index { op, what: "token", index: *token as usize, limit: self.vocab });
-            }
-        }
-        let limit = self.seats.len();
-        let place = self.seats.get_mut(seat as usize).ok_or(Error::Index {
-            op,
-            what: "seat",
-            index: seat as usize,
-            limit,
-        })?;
+        check_seat(params, self.vocab, prompt, output)?;
+        let (index, limit) = (seat as usize, self.seats.len());
+        let outside = Error::Index { op: "seat", what: "seat", index, limit };
+        let place = self.seats.get_mut(index).ok_or(outside)?;
         let mut seen: HashMap<u32, u32> = HashMap::new();
         // Only penalties look at what was seen.
         if params.has_penalty() {

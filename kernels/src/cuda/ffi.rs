@@ -82,9 +82,6 @@ pub(super) struct LinearArgs {
     pub(super) add: i32,
 }
 
-/// `kMaxTop` in `sample.cu`.
-pub(super) const MAX_TOP: usize = 128;
-
 /// Mirrors `SampleArgs` in `sample.cu`.
 #[repr(C)]
 #[derive(Clone, Copy)]

@@ -6,13 +6,12 @@ use super::{
     CudaBackend, CudaMat, convert,
     convert::Plain,
     device::{Device, DeviceBuf, Event, PinnedBuf},
-    ffi::{self, MAX_TOP},
-    unsupported,
+    ffi, unsupported,
 };
-use crate::{Error, Matrix, Result, SampleRow, Sampled, SamplingParams};
+use crate::{
+    Error, MAX_BIASES, MAX_TOP, Matrix, Result, SampleRow, Sampled, SamplingParams, sampling::check_seat,
+};
 
-/// Biased tokens of one seat, at most.
-const MAX_BIASES: usize = 1024;
 /// Rows of one launch, at most.
 const MAX_ROWS: usize = 512;
 /// Bytes of a `SeatParams` in `sample.cu`.
@@ -50,26 +49,6 @@ impl CudaSampler {
         })
     }
 
-    fn check(&self, params: &SamplingParams, seat: usize, tokens: impl Iterator<Item = u32>) -> Result<()> {
-        let op = "seat";
-        let index = |what, index, limit| Err(Error::Index { op, what, index, limit });
-        if seat >= self.seats {
-            return index("seat", seat, self.seats);
-        }
-        if params.num_top as usize > MAX_TOP {
-            return Err(unsupported(format!("reporting {} tokens, above {MAX_TOP},", params.num_top)));
-        }
-        if params.logit_bias.len() > MAX_BIASES {
-            return Err(unsupported(format!("{} biases, above {MAX_BIASES},", params.logit_bias.len())));
-        }
-        for token in tokens.chain(params.logit_bias.iter().map(|(token, _)| *token)) {
-            if token as usize >= self.vocab {
-                return index("token", token as usize, self.vocab);
-            }
-        }
-        Ok(())
-    }
-
     pub(super) fn seat(
         &mut self,
         be: &CudaBackend,
@@ -78,7 +57,8 @@ impl CudaSampler {
         (prompt, output): (&[u32], &[u32]),
     ) -> Result<()> {
         let at = seat as usize;
-        self.check(params, at, prompt.iter().chain(output).copied())?;
+        check_seat(params, self.vocab, prompt, output)?;
+        expect_below("seat", "seat", seat, self.seats)?;
         let penalized = params.has_penalty();
         let mut biases = Vec::with_capacity(params.logit_bias.len() * PAIR);
         for &(token, bias) in &params.logit_bias {
@@ -232,6 +212,14 @@ struct Report {
     copied: Event,
 }
 
+impl Drop for Report {
+    fn drop(&mut self) {
+        // Choices that nobody collects are dropped while they are copied. A failure is the device's end, which the next
+        // operation reports.
+        let _ = self.copied.synchronize();
+    }
+}
+
 /// Rows and results of a launch on the card, and the pinned memory that results are copied to.
 pub(super) struct Reports {
     rows: DeviceBuf,
@@ -292,15 +280,14 @@ impl Reports {
         };
         let max_top = num_top.iter().copied().max().unwrap_or(0);
         let bytes = result_bytes(seats.len(), max_top);
-        // SAFETY: the report is read after `copied` only, and given back then.
+        // SAFETY: the report is read or freed after `copied` only.
         unsafe { be.stream.copy_out(&mut report.memory.as_mut_slice()[..bytes], self.results.at())? };
-        report.copied.record(&be.stream)?;
+        if let Err(error) = report.copied.record(&be.stream) {
+            // Nothing else says when the copy has ended.
+            let _ = be.stream.synchronize();
+            return Err(error);
+        }
         Ok(Part { report, seats, num_top, max_top })
-    }
-
-    /// Whether [`Self::collect`] would return at once. A failure counts: collecting reports it.
-    pub(super) fn ready(&self, pending: &CudaPending) -> bool {
-        pending.parts.iter().all(|part| part.report.copied.reached().unwrap_or(true))
     }
 
     /// Waits for choices and appends them to `out`.

@@ -12,6 +12,15 @@ struct Stage {
     in_use: bool,
 }
 
+impl Drop for Stage {
+    fn drop(&mut self) {
+        if self.in_use {
+            // A failure is the device's end, which the next operation reports.
+            let _ = self.copied.synchronize();
+        }
+    }
+}
+
 /// A ring of pinned buffers. Copies are in stream order and do not wait for the device, unless all buffers are on
 /// their way.
 pub(super) struct Staging {

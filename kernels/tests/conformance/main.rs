@@ -464,13 +464,16 @@ fn contradicting_indices_are_refused() {
     let mut device = ops.batch(8, 8).unwrap();
     let good = batch(&[(3, 0), (1, 20)], &[Some(0), None]);
     ops.upload(&good, &mut device).unwrap();
-    let breaks: [fn(&mut Batch); 6] = [
+    let breaks: [fn(&mut Batch); 8] = [
         |batch| batch.positions.truncate(1),
         |batch| batch.sequences[0].rows = 2,
         |batch| batch.blocks.truncate(1),
         |batch| batch.segments[0].end = 9,
         |batch| batch.logit_rows[1] = 4,
         |batch| batch.sequences[1].kv_len = 0,
+        // Another sequence's block, in the middle of it and at its beginning.
+        |batch| batch.store_at[3] = batch.store_at[1] + 5,
+        |batch| batch.store_at[3] = batch.store_at[0],
     ];
     for (i, damage) in breaks.iter().enumerate() {
         let mut bad = good.clone();
@@ -480,11 +483,11 @@ fn contradicting_indices_are_refused() {
     let table = ops.weight(&[tensor(&Numbers(1).table(4, 8))]).unwrap();
     let mut y = ops.mat(8, 8).unwrap();
     let sampler = ops.sampler(1, 4).unwrap();
-    let refused = ops.embed(&good, &sampler, &table, &mut y).unwrap_err().to_string();
+    let refused = ops.embed(&device, &sampler, &table, &mut y).unwrap_err().to_string();
     assert_eq!(refused, "embed: token 27 is out of range, limit 4");
     let sites = [LoraSite { inputs: 8, outputs: vec![4] }];
     let slots = ops.lora_slots(&sites, 1).unwrap();
-    let lora = LinearLora { slots: &slots, site: 0, batch: &good, rows: RowSet::All };
+    let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All };
     y.set_rows(4);
     let mut out = ops.mat(8, 4).unwrap();
     let refused = ops.linear(&y, Projection::new(&table, Some(lora)), &mut out).unwrap_err().to_string();

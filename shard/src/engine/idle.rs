@@ -1,5 +1,4 @@
-//! How long the device waits between decode steps, by its own clock. Measured for those who read the debug log: marks
-//! are small work of their own.
+//! How long the device waits between decode steps, by its own clock. Reported in the debug log.
 
 use std::collections::HashMap;
 
@@ -39,19 +38,13 @@ impl<B: Backend> Idle<B> {
         Idle { on: tracing::enabled!(tracing::Level::DEBUG), last: None, waits: HashMap::new() }
     }
 
-    /// The present end of what was launched, if it is measured.
-    pub(super) fn mark(&mut self, ops: &B) -> Option<B::Mark> {
-        if !self.on {
-            return None;
-        }
-        let mark = ops.mark();
-        self.measured(mark)
-    }
-
     /// Notes a step that has ended.
     pub(super) fn note(&mut self, ops: &B, marks: Marks<B>) {
+        if !self.on {
+            return;
+        }
         let last = self.last.take().filter(|last| last.rows == marks.rows);
-        if let Some((last, rows)) = last.zip(marks.rows).filter(|_| self.on) {
+        if let Some((last, rows)) = last.zip(marks.rows) {
             let gap = ops.seconds_between(&last.end, &marks.begin);
             let times = gap.and_then(|gap| Ok((gap, ops.seconds_between(&marks.begin, &marks.end)?)));
             if let Some((gap, busy)) = self.measured(times) {

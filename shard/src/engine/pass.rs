@@ -7,11 +7,11 @@ use model::Pass;
 
 use super::{
     idle::Marks,
-    state::{State, StepError},
+    state::{Place, Sequence, State, StepError},
 };
-use crate::step::{Rows, Step, StepResult};
+use crate::step::{Refusal, Rows, Step, StepResult};
 
-/// A pass whose choices are on their way.
+/// A pass that the device has not been seen to finish.
 pub(super) struct Launched<B: Backend> {
     id: u64,
     started: Instant,
@@ -21,7 +21,16 @@ pub(super) struct Launched<B: Backend> {
     /// Sequences with scored prompt tokens: id, position of the first token, number of tokens.
     scored: Vec<(u64, usize, usize)>,
     scores: Option<B::Pending>,
-    marks: Option<Marks<B>>,
+    refused: Vec<Refusal>,
+    /// A step that nothing is sampled from has run when the device has reached its end, too.
+    marks: Marks<B>,
+}
+
+impl<B: Backend> Launched<B> {
+    /// When its launch began.
+    pub(super) fn started(&self) -> Instant {
+        self.started
+    }
 }
 
 /// What is wanted of a step's logits.
@@ -41,14 +50,15 @@ impl<B: Backend> State<B> {
         step: &Step,
         started: Instant,
     ) -> kernels::Result<Result<Launched<B>, StepError>> {
-        if let Err(error) = self.prepare(step)? {
-            return Ok(Err(error));
-        }
-        let wanted = match self.build(step) {
+        let mut refused = match self.prepare(step)? {
+            Ok(refused) => refused,
+            Err(error) => return Ok(Err(error)),
+        };
+        let wanted = match self.build(step, &mut refused) {
             Ok(wanted) => wanted,
             Err(error) => return Ok(Err(error)),
         };
-        let begin = self.idle.mark(&self.ops);
+        let begin = self.ops.mark()?;
         let (mut tokens, mut scores) = (None, None);
         if self.host.rows() > 0 {
             self.forward()?;
@@ -63,9 +73,9 @@ impl<B: Backend> State<B> {
         }
         let rows = self.host.rows();
         let rows = (rows > 0 && self.host.sequences.len() == rows).then_some(rows);
-        let marks = begin.zip(self.idle.mark(&self.ops)).map(|(begin, end)| Marks { begin, end, rows });
+        let marks = Marks { begin, end: self.ops.mark()?, rows };
         let Wanted { sampled, scored, .. } = wanted;
-        Ok(Ok(Launched { id: step.id, started, sampled, tokens, scored, scores, marks }))
+        Ok(Ok(Launched { id: step.id, started, sampled, tokens, scored, scores, refused, marks }))
     }
 
     /// Starts the pass of the rows in `self.host`.
@@ -81,8 +91,9 @@ impl<B: Backend> State<B> {
         self.model.forward(&pass, &mut self.scratch, &mut self.kv)
     }
 
+    /// Whether the device has finished a pass, the copies of its choices included.
     pub(super) fn is_ready(&self, launched: &Launched<B>) -> bool {
-        [&launched.tokens, &launched.scores].into_iter().flatten().all(|pending| self.ops.ready(pending))
+        self.ops.reached(&launched.marks.end)
     }
 
     /// Waits for a pass.
@@ -97,20 +108,16 @@ impl<B: Backend> State<B> {
             .scored
             .into_iter()
             .map(|(sequence, position, count)| (sequence, position, scores.by_ref().take(count).collect()));
-        let result = StepResult {
-            id: launched.id,
-            prompt: prompt.collect(),
-            tokens: launched.sampled.into_iter().zip(all(launched.tokens)?).collect(),
-            duration_us: launched.started.elapsed().as_micros() as u64,
-        };
-        if let Some(marks) = launched.marks {
-            self.idle.note(&self.ops, marks);
-        }
-        Ok(result)
+        let prompt = prompt.collect();
+        let tokens = launched.sampled.into_iter().zip(all(launched.tokens)?).collect();
+        let Marks { begin, end, .. } = &launched.marks;
+        let duration_us = (self.ops.seconds_between(begin, end)? * 1e6) as u64;
+        self.idle.note(&self.ops, launched.marks);
+        Ok(StepResult { id: launched.id, prompt, tokens, duration_us, refused: launched.refused })
     }
 
     /// Builds the index data of a step in `self.host`.
-    fn build(&mut self, step: &Step) -> Result<Wanted, StepError> {
+    fn build(&mut self, step: &Step, refused: &mut Vec<Refusal>) -> Result<Wanted, StepError> {
         let host = &mut self.host;
         host.tokens.clear();
         host.positions.clear();
@@ -124,27 +131,32 @@ impl<B: Backend> State<B> {
         self.in_range("rows", rows, self.limits.max_rows + 1)?;
         let mut wanted = Wanted::default();
         for rows in &step.rows {
-            self.append(rows, &mut wanted)?;
+            if let Some(refusal) = self.append(rows, &mut wanted)? {
+                refused.push(refusal);
+            }
         }
         self.in_range("rows with logits", self.host.logit_rows.len(), self.limits.max_logit_rows + 1)?;
+        self.host.check().map_err(|error| StepError::Rows(error.to_string()))?;
         Ok(wanted)
     }
 
-    /// Appends one sequence's rows.
-    fn append(&mut self, rows: &Rows, wanted: &mut Wanted) -> Result<(), StepError> {
+    /// Appends one sequence's rows, unless the sequence was refused or has to be now.
+    fn append(&mut self, rows: &Rows, wanted: &mut Wanted) -> Result<Option<Refusal>, StepError> {
         let id = rows.sequence;
         for &block in &rows.new_blocks {
             self.in_range("block", block as usize, self.num_blocks)?;
         }
-        let slot = self.sequences.get(&id).ok_or(StepError::UnknownSequence(id))?.slot;
+        let Some(place) = self.sequences.get(&id) else { return Err(StepError::UnknownSequence(id)) };
+        let Place::Seated(Sequence { slot, .. }) = place else { return Ok(None) };
         if let Some(slot) = slot.filter(|slot| !self.is_slot_ready(*slot)) {
             return Err(StepError::SlotNotReady(slot));
         }
-        let max_positions = self.model.config().max_positions;
-        self.in_range("position", rows.position.saturating_add(rows.rows), max_positions + 1)?;
-        let Some(sequence) = self.sequences.get_mut(&id) else { return Err(StepError::UnknownSequence(id)) };
+        let (end, limit) = (rows.position.saturating_add(rows.rows), self.model.config().max_positions);
+        if end > limit {
+            return Ok(Some(self.refuse(id, format!("position {} is beyond the model's {limit}", end - 1))));
+        }
+        let Some(Place::Seated(sequence)) = self.sequences.get_mut(&id) else { return Ok(None) };
         sequence.blocks.extend(&rows.new_blocks);
-        let end = rows.position + rows.rows;
         if rows.rows == 0 || end > sequence.blocks.len() * BLOCK_SIZE {
             return Err(StepError::NoBlock { sequence: id, position: end, blocks: sequence.blocks.len() });
         }
@@ -186,7 +198,7 @@ impl<B: Backend> State<B> {
             extend_segment(&mut host.segments, start, host.tokens.len() as u32, slot);
             extend_segment(&mut host.logit_segments, first_logit, host.logit_rows.len() as u32, slot);
         }
-        Ok(())
+        Ok(None)
     }
 }
 

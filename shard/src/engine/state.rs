@@ -2,14 +2,14 @@
 
 use std::{collections::HashMap, mem, sync::Arc};
 
-use kernels::{Backend, Batch};
+use kernels::{Backend, Batch, SamplingParams};
 use model::{Config, Model, adapter::ContentHash};
 use tokio::sync::oneshot::error::TryRecvError;
 
-use super::idle::Idle;
+use super::{Held, idle::Idle};
 use crate::{
     adapters::{Adapters, Fetch},
-    step::{Event, NewSequence, Step},
+    step::{Event, NewSequence, Refusal, Step},
 };
 
 /// How much room there is.
@@ -25,9 +25,31 @@ pub struct Limits {
     pub max_logit_rows: usize,
 }
 
-/// Why a step was refused. The router has broken the protocol; the shard is unharmed.
+/// Why a stream of steps was ended. The router has broken the protocol; the shard is unharmed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StepError {
+    /// A stream before any session.
+    #[error("no session has begun")]
+    NoSession,
+    /// A session has one stream.
+    #[error("session {0} has had its stream")]
+    SecondStream(u64),
+    /// A step of a session that is not the present one.
+    #[error("a step of session {got} in session {current}")]
+    OtherSession {
+        /// The step's session.
+        got: u64,
+        /// The session that has begun.
+        current: u64,
+    },
+    /// A step is missing, or came twice.
+    #[error("step {got} where step {expected} follows")]
+    NotConsecutive {
+        /// The step's id.
+        got: u64,
+        /// The id after the last one.
+        expected: u64,
+    },
     /// A sequence that does not run.
     #[error("sequence {0} does not run")]
     UnknownSequence(u64),
@@ -60,14 +82,16 @@ pub enum StepError {
     /// An adapter that is named by something else than its SHA-256.
     #[error("a content hash of {0} bytes")]
     ContentHash(usize),
-    /// Parameters or tokens that the model cannot take.
-    #[error("sequence {sequence}: {message}")]
-    Sequence {
-        /// The sequence.
-        sequence: u64,
-        /// The cause.
-        message: String,
-    },
+    /// Rows that contradict each other.
+    #[error("the rows of a step: {0}")]
+    Rows(String),
+}
+
+/// Where a sequence of the router is.
+pub(super) enum Place {
+    Seated(Sequence),
+    /// The router was told why. Its rows are passed over until it is dropped.
+    Refused,
 }
 
 /// A running sequence.
@@ -81,13 +105,13 @@ pub(super) struct Sequence {
     pub(super) num_top: u32,
 }
 
-/// What a slot holds.
+/// What a slot holds, with the bytes that it takes there.
 enum Slot<B: Backend> {
     Empty,
     /// Its adapter is on its way into host memory.
     Fetching(ContentHash, Fetch<B>),
-    Loading(ContentHash),
-    Ready,
+    Loading(ContentHash, usize),
+    Ready(ContentHash, usize),
 }
 
 /// See the module.
@@ -96,9 +120,11 @@ pub(super) struct State<B: Backend> {
     pub(super) model: Arc<Model<B>>,
     adapters: Arc<Adapters<B>>,
     pub(super) limits: Limits,
-    pub(super) sequences: HashMap<u64, Sequence>,
+    pub(super) sequences: HashMap<u64, Place>,
     free_seats: Vec<u32>,
     slot_states: Vec<Slot<B>>,
+    /// Ends of loads that the router has not been told of.
+    ended_loads: Vec<Event>,
     pub(super) slots: B::LoraSlots,
     pub(super) sampler: B::Sampler,
     pub(super) num_blocks: usize,
@@ -130,6 +156,7 @@ impl<B: Backend> State<B> {
             idle: Idle::new(),
             sequences: HashMap::new(),
             free_seats: (0..limits.max_sequences as u32).rev().collect(),
+            ended_loads: Vec::new(),
             slot_states: (0..limits.num_slots).map(|_| Slot::Empty).collect(),
             ops,
             model,
@@ -146,60 +173,87 @@ impl<B: Backend> State<B> {
         Ok(())
     }
 
-    /// Forgets all sequences and empties all slots.
-    pub(super) fn reset(&mut self) -> kernels::Result<()> {
+    /// Forgets all sequences and gives up the loads that are under way; returns the adapters that stay.
+    pub(super) fn begin_session(&mut self) -> kernels::Result<Held> {
         self.idle.interrupt();
         self.sequences.clear();
         self.free_seats = (0..self.limits.max_sequences as u32).rev().collect();
-        for slot in 0..self.limits.num_slots {
-            let held = mem::replace(&mut self.slot_states[slot], Slot::Empty);
-            if matches!(held, Slot::Loading(_) | Slot::Ready) {
-                self.ops.unload(&mut self.slots, slot as u32)?;
+        let mut held = Held { slots: Vec::new(), host: self.adapters.held() };
+        for (slot, state) in (0..).zip(&mut self.slot_states) {
+            match state {
+                Slot::Empty => {}
+                Slot::Ready(content, bytes) => held.slots.push((slot, *content, *bytes)),
+                Slot::Fetching(..) => *state = Slot::Empty,
+                Slot::Loading(..) => {
+                    self.ops.unload(&mut self.slots, slot)?;
+                    *state = Slot::Empty;
+                }
             }
         }
-        Ok(())
+        Ok(held)
     }
 
     /// Loads that have ended since the last call.
     pub(super) fn slot_events(&mut self) -> kernels::Result<Vec<Event>> {
-        let mut events = self.load_fetched()?;
+        self.load_fetched()?;
         for slot in self.ops.loaded(&mut self.slots)? {
             let state = &mut self.slot_states[slot as usize];
-            if let Slot::Loading(content) = state {
-                events.push(Event::Slot { slot, content: *content, error: None });
-                *state = Slot::Ready;
+            if let Slot::Loading(content, bytes) = *state {
+                self.ended_loads.push(Event::Slot { slot, content, error: None });
+                *state = Slot::Ready(content, bytes);
             }
         }
-        Ok(events)
+        Ok(mem::take(&mut self.ended_loads))
     }
 
-    /// Begins to copy what has arrived in host memory; returns what could not be had.
-    fn load_fetched(&mut self) -> kernels::Result<Vec<Event>> {
-        let mut failed = Vec::new();
-        for (slot, state) in (0..).zip(&mut self.slot_states) {
-            let Slot::Fetching(content, fetch) = state else { continue };
+    /// Begins to copy what has arrived in host memory, and reports what could not be had.
+    fn load_fetched(&mut self) -> kernels::Result<()> {
+        for slot in 0..self.limits.num_slots as u32 {
+            let Slot::Fetching(content, fetch) = &mut self.slot_states[slot as usize] else { continue };
             let content = *content;
             let error = match fetch.try_recv() {
                 Err(TryRecvError::Empty) => continue,
                 Ok(Ok(adapter)) => {
-                    *state = Slot::Loading(content);
-                    self.ops.load(&mut self.slots, slot, &adapter)?;
+                    self.load(slot, content, &adapter)?;
                     continue;
                 }
                 Ok(Err(error)) => error.to_string(),
                 Err(TryRecvError::Closed) => "reading it was interrupted".into(),
             };
-            *state = Slot::Empty;
-            failed.push(Event::Slot { slot, content, error: Some(error) });
+            self.slot_states[slot as usize] = Slot::Empty;
+            self.ended_loads.push(Event::Slot { slot, content, error: Some(error) });
         }
-        Ok(failed)
+        Ok(())
     }
 
-    /// What must happen before the rows of a step, in the order of its fields.
-    pub(super) fn prepare(&mut self, step: &Step) -> kernels::Result<Result<(), StepError>> {
+    /// Begins to copy an adapter into a slot. One for which the device has no memory leaves the slot empty; the router
+    /// knows what else could go.
+    fn load(
+        &mut self,
+        slot: u32,
+        content: ContentHash,
+        adapter: &Arc<B::HostAdapter>,
+    ) -> kernels::Result<()> {
+        let state = &mut self.slot_states[slot as usize];
+        match self.ops.load(&mut self.slots, slot, adapter) {
+            Ok(()) => *state = Slot::Loading(content, self.ops.adapter_bytes(adapter)),
+            Err(error @ kernels::Error::OutOfMemory { .. }) => {
+                tracing::warn!(slot, "an adapter does not fit on the device: {error}");
+                *state = Slot::Empty;
+                self.ended_loads.push(Event::Slot { slot, content, error: Some(error.to_string()) });
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// What must happen before the rows of a step, in the order of its fields. Returns the sequences that cannot be
+    /// taken.
+    pub(super) fn prepare(&mut self, step: &Step) -> kernels::Result<Result<Vec<Refusal>, StepError>> {
         for sequence in &step.dropped {
             match self.sequences.remove(sequence) {
-                Some(dropped) => self.free_seats.push(dropped.seat),
+                Some(Place::Seated(dropped)) => self.free_seats.push(dropped.seat),
+                Some(Place::Refused) => {}
                 None => return Ok(Err(StepError::UnknownSequence(*sequence))),
             }
         }
@@ -215,72 +269,109 @@ impl<B: Backend> State<B> {
                 return Ok(Err(error));
             }
             match self.adapters.get(content) {
-                Some(adapter) => {
-                    self.slot_states[slot as usize] = Slot::Loading(content);
-                    self.ops.load(&mut self.slots, slot, &adapter)?;
-                }
+                Some(adapter) => self.load(slot, content, &adapter)?,
                 // Memory pressure has taken it since it was prepared.
                 None => {
-                    self.slot_states[slot as usize] = Slot::Fetching(content, self.adapters.fetch(content))
+                    self.ops.unload(&mut self.slots, slot)?;
+                    self.slot_states[slot as usize] = Slot::Fetching(content, self.adapters.fetch(content));
                 }
             }
         }
+        let mut refused = Vec::new();
         for new in &step.added {
-            if let Err(error) = self.add(new) {
-                return Ok(Err(error));
+            match self.add(new)? {
+                Ok(refusal) => refused.extend(refusal),
+                Err(error) => return Ok(Err(error)),
             }
         }
-        Ok(Ok(()))
+        Ok(Ok(refused))
     }
 
     pub(super) fn in_range(&self, what: &'static str, value: usize, limit: usize) -> Result<(), StepError> {
         if value < limit { Ok(()) } else { Err(StepError::OutOfRange { what, value, limit }) }
     }
 
-    fn add(&mut self, new: &NewSequence) -> Result<(), StepError> {
+    /// Seats a sequence, unless there is something about it that the model or the device cannot take.
+    fn add(&mut self, new: &NewSequence) -> kernels::Result<Result<Option<Refusal>, StepError>> {
+        if let Err(error) = self.expect_new(new) {
+            return Ok(Err(error));
+        }
         let id = new.sequence;
-        if self.sequences.contains_key(&id) {
-            return Err(StepError::DuplicateSequence(id));
+        if let Err(reason) = self.expect_tokens(new).and_then(|()| expect_sampling(&new.sampling)) {
+            return Ok(Ok(Some(self.refuse(id, reason))));
         }
-        self.in_range("prompt length", new.prompt_len, new.tokens.len() + 1)?;
-        let running = self.sequences.len();
-        self.in_range("running sequence", running, self.limits.max_sequences)?;
-        if let Some(slot) = new.slot {
-            self.in_range("slot", slot as usize, self.limits.num_slots)?;
-        }
-        let Some(seat) = self.free_seats.pop() else {
-            return Err(StepError::OutOfRange {
-                what: "seat",
-                value: running,
-                limit: self.limits.max_sequences,
-            });
+        let Some(&seat) = self.free_seats.last() else {
+            let limit = self.limits.max_sequences;
+            return Ok(Err(StepError::OutOfRange { what: "running sequence", value: limit, limit }));
         };
         let (prompt, output) = new.tokens.split_at(new.prompt_len);
-        if let Err(error) = self.ops.seat(&mut self.sampler, seat, &new.sampling, prompt, output) {
-            self.free_seats.push(seat);
-            return Err(StepError::Sequence { sequence: id, message: error.to_string() });
+        match self.ops.seat(&mut self.sampler, seat, &new.sampling, prompt, output) {
+            Ok(()) => {}
+            Err(error) if error.is_argument() => {
+                return Ok(Ok(Some(self.refuse(id, error.to_string()))));
+            }
+            Err(error) => return Err(error),
         }
-        self.sequences.insert(
-            id,
-            Sequence {
-                tokens: new.tokens.clone(),
-                prompt_len: new.prompt_len,
-                seat,
-                slot: new.slot,
-                blocks: Vec::new(),
-                prompt_logprobs: new.prompt_logprobs,
-                num_top: new.sampling.num_top,
-            },
-        );
+        self.free_seats.pop();
+        let seated = Sequence {
+            tokens: new.tokens.clone(),
+            prompt_len: new.prompt_len,
+            seat,
+            slot: new.slot,
+            blocks: Vec::new(),
+            prompt_logprobs: new.prompt_logprobs,
+            num_top: new.sampling.num_top,
+        };
+        self.sequences.insert(id, Place::Seated(seated));
+        Ok(Ok(None))
+    }
+
+    /// What a router that keeps to the protocol never sends.
+    fn expect_new(&self, new: &NewSequence) -> Result<(), StepError> {
+        if self.sequences.contains_key(&new.sequence) {
+            return Err(StepError::DuplicateSequence(new.sequence));
+        }
+        match new.slot {
+            Some(slot) => self.in_range("slot", slot as usize, self.limits.num_slots),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether the model has room for a sequence's tokens. Which tokens there are is checked with its sampling.
+    fn expect_tokens(&self, new: &NewSequence) -> Result<(), String> {
+        let (tokens, limit) = (new.tokens.len(), self.model.config().max_positions);
+        if new.prompt_len == 0 || new.prompt_len > tokens {
+            return Err(format!("a prompt of {} tokens of {tokens}", new.prompt_len));
+        }
+        if tokens > limit {
+            return Err(format!("{tokens} tokens, the model has {limit} positions"));
+        }
         Ok(())
+    }
+
+    /// Computes no row of a sequence any more; its seat is free.
+    pub(super) fn refuse(&mut self, sequence: u64, reason: String) -> Refusal {
+        if let Some(Place::Seated(seated)) = self.sequences.insert(sequence, Place::Refused) {
+            self.free_seats.push(seated.seat);
+        }
+        Refusal { sequence, reason }
     }
 
     /// Whether an adapter is on its way into a slot.
     pub(super) fn is_loading(&self) -> bool {
-        self.slot_states.iter().any(|state| matches!(state, Slot::Fetching(..) | Slot::Loading(_)))
+        self.slot_states.iter().any(|state| matches!(state, Slot::Fetching(..) | Slot::Loading(..)))
     }
 
     pub(super) fn is_slot_ready(&self, slot: u32) -> bool {
-        matches!(self.slot_states.get(slot as usize), Some(Slot::Ready))
+        matches!(self.slot_states.get(slot as usize), Some(Slot::Ready(..)))
+    }
+}
+
+/// Whether a choice can be made with these parameters. Which tokens they name is checked by the sampler.
+fn expect_sampling(sampling: &SamplingParams) -> Result<(), String> {
+    sampling.check().map_err(|error| format!("{} {}", error.name, error.problem()))?;
+    match sampling.logit_bias.iter().find(|(_, bias)| !bias.is_finite()) {
+        Some((token, bias)) => Err(format!("the logit bias of token {token} is {bias}")),
+        None => Ok(()),
     }
 }

@@ -1,29 +1,47 @@
 //! Steps that run before the first request, on nobody's behalf: the largest one, after which the device has taken all
-//! the memory that steps need, those that it times, and those that it records.
+//! the memory that steps need, those whose matrix products are timed, and those that are recorded.
 
-use std::{iter, slice, sync::Arc, thread};
+use std::{iter, slice, sync::Arc, thread, time::Duration};
 
 use kernels::{BLOCK_SIZE, Backend, Batch, LoraPart, SampleRow, Segment, SequenceRows};
 
 use super::{LOAD_POLL, Limits, state::State};
 
+/// Rows of the step that the time of a larger one is inferred from.
+const MODEST_ROWS: usize = 32;
+
 impl<B: Backend> State<B> {
-    /// Runs a prefill of as many rows as a step may have, and those that the device wants to. Needs
-    /// [`State::largest_blocks`] blocks.
-    pub(super) fn rehearse_prefill(&mut self) -> kernels::Result<()> {
-        let longest = self.model.config().max_positions;
+    /// Runs a prefill of as many rows as a step may have, and those that the device wants to; returns how long the
+    /// largest takes. Needs [`State::largest_blocks`] blocks.
+    pub(super) fn warm_up_prefill(&mut self) -> kernels::Result<Duration> {
         let max_rows = self.limits.max_rows;
         for rows in iter::once(max_rows).chain(self.ops.rehearsed_rows(max_rows)) {
-            let lens: Vec<usize> =
-                (0..rows).step_by(longest).map(|start| longest.min(rows - start)).collect();
-            self.rehearse(&batch(&lens, 0))?;
+            self.run(&batch(&self.prefill(rows), 0))?;
         }
-        Ok(())
+        // Algorithms have been chosen, and kernels loaded: this is how long it takes from now on.
+        self.run(&batch(&self.prefill(max_rows), 0))
     }
 
-    /// Blocks that the longest sequence of one step fills.
+    /// Runs a prefill of a few rows, and infers how long one of as many as a step may have would take. Weights are read
+    /// once for all rows, so that it takes less than in proportion: the result is an upper estimate but for attention
+    /// over long contexts.
+    pub(super) fn estimate_longest_step(&mut self) -> kernels::Result<Duration> {
+        let room = self.num_blocks.saturating_mul(BLOCK_SIZE).min(self.model.config().max_positions);
+        let rows = MODEST_ROWS.min(self.limits.max_rows).min(room);
+        let took = self.run(&batch(&[rows], 0))?;
+        Ok(took.mul_f64(self.limits.max_rows as f64 / rows as f64))
+    }
+
+    /// Lengths of sequences that have so many rows together, or as many as all sequences can have.
+    fn prefill(&self, rows: usize) -> Vec<usize> {
+        let longest = self.model.config().max_positions;
+        let starts = (0..rows).step_by(longest).take(self.limits.max_sequences);
+        starts.map(|start| longest.min(rows - start)).collect()
+    }
+
+    /// Blocks that the largest prefill fills.
     pub(super) fn largest_blocks(&self) -> usize {
-        self.limits.max_rows.div_ceil(BLOCK_SIZE)
+        self.prefill(self.limits.max_rows).iter().map(|len| len.div_ceil(BLOCK_SIZE)).sum()
     }
 
     /// Has the device record the steps that it wants to.
@@ -35,9 +53,11 @@ impl<B: Backend> State<B> {
         }
         self.load_nothing()?;
         for (rows, runs) in steps {
-            let step = batch(&vec![1; rows], runs);
-            self.rehearse(&step)?;
-            self.rehearse(&step)?;
+            // Every sequence of a step has a block of its own.
+            let rows = rows.min(self.num_blocks);
+            let step = batch(&vec![1; rows], runs.min(rows));
+            self.run(&step)?;
+            self.run(&step)?;
         }
         self.ops.unload(&mut self.slots, 0)
     }
@@ -56,13 +76,17 @@ impl<B: Backend> State<B> {
         Ok(())
     }
 
-    fn rehearse(&mut self, step: &Batch) -> kernels::Result<()> {
+    /// Runs a step; returns how long the device took.
+    fn run(&mut self, step: &Batch) -> kernels::Result<Duration> {
         self.host.clone_from(step);
+        let begin = self.ops.mark()?;
         self.forward()?;
         let rows = step.logit_rows.len().min(self.limits.max_sequences) as u32;
         let rows: Vec<_> = (0..rows).map(|row| SampleRow { row, seat: row }).collect();
         let choices = self.ops.sample(&self.scratch.logits, &rows, &mut self.sampler)?;
-        self.ops.collect(choices, &mut Vec::new())
+        let end = self.ops.mark()?;
+        self.ops.collect(choices, &mut Vec::new())?;
+        Ok(Duration::from_secs_f64(self.ops.seconds_between(&begin, &end)?))
     }
 }
 
@@ -79,18 +103,19 @@ fn in_use(
     steps
 }
 
-/// Sequences of so many rows from their beginning, all in the same blocks; the first `runs` rows are runs of their own
-/// with the adapter in slot 0.
+/// Sequences of so many rows from their beginning, each in blocks of its own; the first `runs` rows are runs of their
+/// own with the adapter in slot 0.
 fn batch(lens: &[usize], runs: usize) -> Batch {
-    let longest = lens.iter().copied().max().unwrap_or(0);
-    let mut batch = Batch { blocks: (0..longest.div_ceil(BLOCK_SIZE) as u32).collect(), ..Batch::default() };
+    let mut batch = Batch::default();
     for &len in lens {
-        let start = batch.tokens.len() as u32;
+        let (start, first_block) = (batch.tokens.len() as u32, batch.blocks.len() as u32);
+        let first_place = first_block * BLOCK_SIZE as u32;
         batch.tokens.extend((0..len).map(|_| 0));
         batch.positions.extend(0..len as u32);
-        batch.store_at.extend(0..len as u32);
+        batch.store_at.extend(first_place..first_place + len as u32);
         batch.logit_rows.push(start + len as u32 - 1);
-        batch.sequences.push(SequenceRows { start, rows: len as u32, kv_len: len as u32, first_block: 0 });
+        batch.blocks.extend((first_block..).take(len.div_ceil(BLOCK_SIZE)));
+        batch.sequences.push(SequenceRows { start, rows: len as u32, kv_len: len as u32, first_block });
     }
     batch.segments = (0..runs as u32).map(|row| Segment { start: row, end: row + 1, slot: 0 }).collect();
     batch.logit_segments.clone_from(&batch.segments);

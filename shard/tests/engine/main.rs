@@ -1,0 +1,10 @@
+//! The step loop on a small model: what it answers, and which steps it refuses.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+#[path = "../support/fake.rs"]
+mod fake;
+mod faults;
+mod harness;
+mod refusals;
+mod sessions;
+mod steps;

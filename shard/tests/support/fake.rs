@@ -1,0 +1,306 @@
+//! The CPU's backend with the faults and delays that a test asks for.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Condvar, Mutex, MutexGuard},
+    thread,
+};
+
+use kernels::{
+    Attention, Backend, Batch, DType, Error, Heads, HostTensor, LinearLora, LoraPart, LoraSite, Projection,
+    Result, SampleRow, Sampled, SamplingParams,
+    cpu::{CpuAdapter, CpuBackend, CpuBatch, CpuKv, CpuMat, CpuRope, CpuSampler, CpuSlots, Panels},
+};
+
+/// What happens in place of an operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// The device has no memory.
+    OutOfMemory,
+    /// The device fails.
+    Device,
+    /// The thread panics.
+    Panic,
+    /// The operation does not return.
+    Hang,
+}
+
+/// What a test has asked for.
+#[derive(Default)]
+struct State {
+    faults: HashMap<&'static str, Fault>,
+    /// The device does not get further than this many marks, if it is held.
+    held_at: Option<u64>,
+    marks: u64,
+}
+
+/// The test's hold on a backend.
+#[derive(Clone, Default)]
+pub(crate) struct Script(Arc<(Mutex<State>, Condvar)>);
+
+impl Script {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.0.lock().unwrap()
+    }
+
+    /// Has an operation end so from now on.
+    pub(crate) fn fail(&self, op: &'static str, fault: Fault) {
+        self.state().faults.insert(op, fault);
+    }
+
+    /// Has an operation succeed again.
+    pub(crate) fn mend(&self, op: &'static str) {
+        self.state().faults.remove(op);
+    }
+
+    /// Lets the device finish nothing that is launched from now on.
+    pub(crate) fn hold(&self) {
+        let mut state = self.state();
+        state.held_at = Some(state.marks);
+    }
+
+    /// Lets the device finish one more mark.
+    pub(crate) fn step(&self) {
+        let mut state = self.state();
+        state.held_at = state.held_at.map(|at| at + 1);
+        self.0.1.notify_all();
+    }
+
+    /// Lets the device finish everything.
+    pub(crate) fn release(&self) {
+        self.state().held_at = None;
+        self.0.1.notify_all();
+    }
+
+    /// Marks so far: two a step.
+    pub(crate) fn marks(&self) -> u64 {
+        self.state().marks
+    }
+
+    fn at(&self, op: &'static str) -> Result<()> {
+        let fault = self.state().faults.get(op).copied();
+        match fault {
+            None => Ok(()),
+            Some(Fault::OutOfMemory) => Err(Error::OutOfMemory { bytes: 77, what: "a test" }),
+            Some(Fault::Device) => Err(Error::Device { op, library: "test", code: 7 }),
+            Some(Fault::Panic) => panic!("the test's panic in {op}"),
+            Some(Fault::Hang) => loop {
+                thread::park();
+            },
+        }
+    }
+}
+
+/// A point in the work that was launched, by its number.
+pub(crate) struct Mark(u64);
+
+/// Time on this device's clock between neighbouring marks, in seconds.
+pub(crate) const TICK: f64 = 1e-3;
+
+/// See the module.
+pub(crate) struct Fake {
+    cpu: CpuBackend,
+    script: Script,
+}
+
+impl Fake {
+    pub(crate) fn new(script: Script) -> Fake {
+        Fake { cpu: CpuBackend::new(DType::F32, 1).unwrap(), script }
+    }
+}
+
+fn on_cpu<'a>(by: Projection<'a, Fake>) -> Projection<'a, CpuBackend> {
+    let lora = by.lora.map(|lora| LinearLora {
+        slots: lora.slots,
+        site: lora.site,
+        batch: lora.batch,
+        rows: lora.rows,
+    });
+    Projection { weight: by.weight, bias: by.bias, lora }
+}
+
+impl Backend for Fake {
+    type Mat = CpuMat;
+    type Weight = Panels;
+    type Vector = Vec<f32>;
+    type Rope = CpuRope;
+    type Kv = CpuKv;
+    type Batch = CpuBatch;
+    type HostAdapter = CpuAdapter;
+    type LoraSlots = CpuSlots;
+    type Sampler = CpuSampler;
+    type Pending = Vec<Sampled>;
+    type Mark = Mark;
+
+    fn dtype(&self) -> DType {
+        self.cpu.dtype()
+    }
+
+    fn mat(&self, rows: usize, cols: usize) -> Result<CpuMat> {
+        self.cpu.mat(rows, cols)
+    }
+
+    fn weight(&self, parts: &[HostTensor<'_>]) -> Result<Panels> {
+        self.cpu.weight(parts)
+    }
+
+    fn vector(&self, values: &[f32]) -> Result<Vec<f32>> {
+        self.cpu.vector(values)
+    }
+
+    fn rope(&self, inv_freq: &[f32], positions: usize, scale: f32) -> Result<CpuRope> {
+        self.cpu.rope(inv_freq, positions, scale)
+    }
+
+    fn kv(&self, blocks: usize, heads: Heads) -> Result<CpuKv> {
+        self.cpu.kv(blocks, heads)
+    }
+
+    fn kv_block_bytes(&self, heads: Heads) -> usize {
+        self.cpu.kv_block_bytes(heads)
+    }
+
+    fn batch(&self, rows: usize, blocks: usize) -> Result<CpuBatch> {
+        self.cpu.batch(rows, blocks)
+    }
+
+    fn upload(&self, host: &Batch, batch: &mut CpuBatch) -> Result<()> {
+        self.script.at("upload")?;
+        self.cpu.upload(host, batch)
+    }
+
+    fn download(&self, x: &CpuMat) -> Result<Vec<f32>> {
+        self.cpu.download(x)
+    }
+
+    fn fill(&self, x: &mut CpuMat, values: &[f32]) -> Result<()> {
+        self.cpu.fill(x, values)
+    }
+
+    fn stage(&self, sites: &[LoraSite], parts: &[LoraPart]) -> Result<CpuAdapter> {
+        self.script.at("stage")?;
+        self.cpu.stage(sites, parts)
+    }
+
+    fn adapter_bytes(&self, adapter: &CpuAdapter) -> usize {
+        self.cpu.adapter_bytes(adapter)
+    }
+
+    fn lora_slots(&self, sites: &[LoraSite], slots: usize) -> Result<CpuSlots> {
+        self.cpu.lora_slots(sites, slots)
+    }
+
+    fn load(&self, slots: &mut CpuSlots, slot: u32, adapter: &Arc<CpuAdapter>) -> Result<()> {
+        self.cpu.unload(slots, slot)?;
+        self.script.at("load")?;
+        self.cpu.load(slots, slot, adapter)
+    }
+
+    fn loaded(&self, slots: &mut CpuSlots) -> Result<Vec<u32>> {
+        // A copy that does not end holds nobody up.
+        if self.script.state().faults.get("loaded") == Some(&Fault::Hang) {
+            return Ok(Vec::new());
+        }
+        self.script.at("loaded")?;
+        self.cpu.loaded(slots)
+    }
+
+    fn unload(&self, slots: &mut CpuSlots, slot: u32) -> Result<()> {
+        self.cpu.unload(slots, slot)
+    }
+
+    fn mark(&self) -> Result<Mark> {
+        self.script.at("mark")?;
+        let mut state = self.script.state();
+        state.marks += 1;
+        Ok(Mark(state.marks))
+    }
+
+    fn reached(&self, mark: &Mark) -> bool {
+        self.script.state().held_at.is_none_or(|at| mark.0 <= at)
+    }
+
+    fn seconds_between(&self, from: &Mark, to: &Mark) -> Result<f64> {
+        self.script.at("seconds_between")?;
+        let held = |state: &mut State| state.held_at.is_some_and(|at| to.0 > at);
+        let state = self.script.0.1.wait_while(self.script.state(), held).unwrap();
+        drop(state);
+        Ok((to.0 - from.0) as f64 * TICK)
+    }
+
+    fn embed(&self, batch: &CpuBatch, sampler: &CpuSampler, table: &Panels, y: &mut CpuMat) -> Result<()> {
+        self.script.at("embed")?;
+        self.cpu.embed(batch, sampler, table, y)
+    }
+
+    fn linear(&self, x: &CpuMat, by: Projection<'_, Self>, y: &mut CpuMat) -> Result<()> {
+        self.cpu.linear(x, on_cpu(by), y)
+    }
+
+    fn add_linear(&self, x: &CpuMat, by: Projection<'_, Self>, y: &mut CpuMat) -> Result<()> {
+        self.cpu.add_linear(x, on_cpu(by), y)
+    }
+
+    fn rms_norm(&self, x: &CpuMat, w: &Vec<f32>, eps: f32, y: &mut CpuMat) -> Result<()> {
+        self.cpu.rms_norm(x, w, eps, y)
+    }
+
+    fn rope_and_store(
+        &self,
+        qkv: &mut CpuMat,
+        heads: Heads,
+        rope: &CpuRope,
+        batch: &CpuBatch,
+        kv: &mut CpuKv,
+    ) -> Result<()> {
+        self.cpu.rope_and_store(qkv, heads, rope, batch, kv)
+    }
+
+    fn paged_attention(
+        &self,
+        qkv: &CpuMat,
+        attention: &Attention,
+        batch: &CpuBatch,
+        kv: &CpuKv,
+        y: &mut CpuMat,
+    ) -> Result<()> {
+        self.cpu.paged_attention(qkv, attention, batch, kv, y)
+    }
+
+    fn silu_mul(&self, gate_up: &CpuMat, y: &mut CpuMat) -> Result<()> {
+        self.cpu.silu_mul(gate_up, y)
+    }
+
+    fn gather_logit_rows(&self, x: &CpuMat, batch: &CpuBatch, y: &mut CpuMat) -> Result<()> {
+        self.cpu.gather_logit_rows(x, batch, y)
+    }
+
+    fn sampler(&self, seats: usize, vocab: usize) -> Result<CpuSampler> {
+        self.cpu.sampler(seats, vocab)
+    }
+
+    fn seat(
+        &self,
+        sampler: &mut CpuSampler,
+        seat: u32,
+        params: &SamplingParams,
+        prompt: &[u32],
+        output: &[u32],
+    ) -> Result<()> {
+        self.script.at("seat")?;
+        self.cpu.seat(sampler, seat, params, prompt, output)
+    }
+
+    fn sample(&self, logits: &CpuMat, rows: &[SampleRow], sampler: &mut CpuSampler) -> Result<Vec<Sampled>> {
+        self.cpu.sample(logits, rows, sampler)
+    }
+
+    fn score(&self, logits: &CpuMat, targets: &[(u32, u32)], num_top: u32) -> Result<Vec<Sampled>> {
+        self.cpu.score(logits, targets, num_top)
+    }
+
+    fn collect(&self, pending: Vec<Sampled>, out: &mut Vec<Sampled>) -> Result<()> {
+        self.script.at("collect")?;
+        self.cpu.collect(pending, out)
+    }
+}
