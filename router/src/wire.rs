@@ -2,13 +2,17 @@
 //!
 //! A message that does not keep to `shard.proto` is an error: nothing is guessed for a field that is missing.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use config::RouterConfig;
 use sampling::SamplingParams;
-use scheduler::{Adapter, AdapterKey, Added, Limits, RowsPlan, StepPlan};
+use scheduler::{Adapter, AdapterKey, Limits, RowsPlan, StepPlan};
 
-use crate::generation::{PromptToken, Scored};
+use crate::generation::{Job, PromptToken, Scored};
+
+/// Tokens of the sequences that are added in one step. A token takes at most 5 bytes, so they are 50 MiB of the 64 MiB that
+/// a message may have.
+const MAX_ADDED_TOKENS: u32 = 10 << 20;
 
 /// How a message contradicts the protocol.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -19,9 +23,6 @@ pub(crate) enum WireError {
     /// An adapter is named by its SHA-256.
     #[error("a content hash of {0} bytes instead of 32")]
     ContentHash(usize),
-    /// A sequence is to be added that nobody has asked for.
-    #[error("no job for sequence {0}")]
-    NoJob(u64),
     /// A result without the token that was sampled.
     #[error("step {step} has no token for sequence {sequence}")]
     NoToken {
@@ -105,29 +106,24 @@ impl Info {
             max_rows: self.max_rows,
             max_sequences: self.max_sequences,
             max_logit_rows: self.max_logit_rows,
+            max_added_tokens: MAX_ADDED_TOKENS,
             max_prefill_rows: config.max_batch_prefill_tokens.map(most),
             prefix_caching: config.prefix_caching,
         }
     }
 }
 
-/// A step's message, of no session yet. `sampling` gives what an added sequence needs beside its plan.
-pub(crate) fn step<'a>(
-    plan: StepPlan,
-    sampling: impl Fn(&Added) -> Option<(&'a SamplingParams, bool)>,
-) -> Result<proto::Step, WireError> {
-    let added = plan.added.into_iter().map(|added| {
-        let (params, prompt_logprobs) = sampling(&added).ok_or(WireError::NoJob(added.id.0))?;
-        Ok(proto::NewSequence {
-            sequence: added.id.0,
-            tokens: added.tokens,
-            prompt_len: added.prompt_len,
-            slot: added.slot,
-            sampling: Some(message(params)),
-            prompt_logprobs,
-        })
+/// A step's message, of no session yet.
+pub(crate) fn step(plan: StepPlan<Arc<Job>>) -> proto::Step {
+    let added = plan.added.into_iter().map(|added| proto::NewSequence {
+        sequence: added.id.0,
+        tokens: [&added.prompt[..], &added.generated].concat(),
+        prompt_len: added.prompt.len() as u32,
+        slot: added.slot,
+        sampling: Some(message(&added.payload.sampling)),
+        prompt_logprobs: added.payload.prompt_logprobs,
     });
-    Ok(proto::Step {
+    proto::Step {
         id: plan.id,
         dropped: plan.dropped.into_iter().map(|id| id.0).collect(),
         unload: plan.unload,
@@ -136,10 +132,10 @@ pub(crate) fn step<'a>(
             .into_iter()
             .map(|(slot, key)| proto::SlotLoad { slot, content: key.0.to_vec() })
             .collect(),
-        added: added.collect::<Result<_, _>>()?,
+        added: added.collect(),
         rows: plan.rows.into_iter().map(rows).collect(),
         session: 0,
-    })
+    }
 }
 
 /// The loads into slots that a step asks for.

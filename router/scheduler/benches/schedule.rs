@@ -1,5 +1,5 @@
-//! Time that the scheduler takes for one step of a loaded server: 10,000 requests waiting for 1,000 adapters of uneven
-//! popularity, 256 sequences running. The shard is instant, so that only the scheduler is measured.
+//! Time that the scheduler takes for one step of a loaded server: 10,000 requests of 20 tenants waiting for 1,000
+//! adapters of uneven popularity, 256 sequences running. The shard is instant, so that only the scheduler is measured.
 
 use std::{
     error::Error,
@@ -8,10 +8,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use scheduler::{Adapter, AdapterKey, Event, Limits, Request, RequestId, Scheduler, StepPlan, SubmitError};
+use scheduler::{
+    Adapter, AdapterKey, CacheSalt, Event, Limits, Request, RequestId, Sampled, Scheduler, StepPlan,
+    SubmitError, Tenant,
+};
 
 const WAITING: usize = 10_000;
 const ADAPTERS: u64 = 1_000;
+const TENANTS: u64 = 20;
 const RUNNING: u32 = 256;
 const STEPS: usize = 5_000;
 /// For the mean, on one core.
@@ -31,7 +35,7 @@ impl Load {
     }
 
     /// Adapters are the more popular the lower their number; prompts of up to 512 tokens, outputs of up to 256.
-    fn request(&mut self) -> Request {
+    fn request(&mut self) -> Request<()> {
         self.submitted += 1;
         let bound = self.draw(ADAPTERS) + 1;
         let number = self.draw(bound);
@@ -40,18 +44,21 @@ impl Load {
         let len = 16 + self.draw(496);
         Request {
             id: RequestId(self.submitted),
+            tenant: Tenant { id: self.draw(TENANTS), weight: 1 },
+            salt: CacheSalt::default(),
             prompt: (0..len).map(|_| self.draw(32_000) as u32).collect(),
             max_new_tokens: 16 + self.draw(240) as u32,
             stop_ids: Arc::new([0]),
             adapter: Some(Adapter { key: AdapterKey(key), bytes: 50_000_000 }),
             prompt_logprobs: false,
+            payload: (),
         }
     }
 }
 
 /// A server of that load, and the time it has taken.
 struct Server {
-    scheduler: Scheduler,
+    scheduler: Scheduler<()>,
     load: Load,
     now: Duration,
     planning: Vec<Duration>,
@@ -68,11 +75,12 @@ impl Server {
             max_rows: 1_024,
             max_sequences: RUNNING,
             max_logit_rows: 1_024,
+            max_added_tokens: 10 << 20,
             max_prefill_rows: None,
             prefix_caching: true,
         };
         Self {
-            scheduler: Scheduler::new(limits),
+            scheduler: Scheduler::new(limits, &[]),
             load: Load { state: 1, submitted: 0 },
             now: Duration::ZERO,
             planning: Vec::new(),
@@ -81,7 +89,7 @@ impl Server {
     }
 
     /// Plans one step while another is in flight, and completes that one. New requests replace those that started.
-    fn step(&mut self, in_flight: &mut Option<StepPlan>) -> Result<(), SubmitError> {
+    fn step(&mut self, in_flight: &mut Option<StepPlan<()>>) -> Result<(), SubmitError> {
         while self.scheduler.stats().waiting < WAITING {
             self.scheduler.submit(self.load.request(), self.now)?;
         }
@@ -90,9 +98,9 @@ impl Server {
         self.planning.push(start.elapsed());
         if let Some(step) = in_flight.take() {
             let sampled = step.rows.iter().filter(|rows| rows.sample);
-            let tokens: Vec<_> = sampled.map(|rows| (rows.id, 1)).collect();
+            let tokens: Vec<_> = sampled.map(|rows| Sampled { id: rows.id, token: 1 }).collect();
             let start = Instant::now();
-            let events = self.scheduler.complete(step.id, &tokens);
+            let events = self.scheduler.complete(step.id, &tokens, &[]);
             self.completing.push(start.elapsed());
             assert!(!events.iter().any(|event| matches!(event, Event::Failed { .. })));
         }

@@ -1,17 +1,18 @@
 //! Blocks of KV memory: who holds them, and which prefix each cached one is.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, HashMap},
     hash::{DefaultHasher, Hash, Hasher},
 };
 
-use crate::AdapterKey;
+use crate::{AdapterKey, CacheSalt};
 
-/// What comes before a block: the start of a sequence under an adapter, or a published block.
+/// What comes before a block: the start of a sequence, or a published block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Prefix {
-    /// Nothing; KV of different adapters is never shared.
-    Start(Option<AdapterKey>),
+    /// Nothing. KV blocks are never shared between different adapters, nor between different salts.
+    Start { adapter: Option<AdapterKey>, salt: CacheSalt },
     /// The published block of this number.
     Block(u64),
 }
@@ -90,12 +91,15 @@ impl Blocks {
         self.blocks[block as usize].holders == 0
     }
 
-    /// The published blocks of the longest prefix of `tokens` in whole blocks.
-    pub(crate) fn find(&self, adapter: Option<AdapterKey>, tokens: &[u32]) -> Vec<u32> {
-        let mut prefix = Some(Prefix::Start(adapter));
-        let mut chunks = tokens.chunks_exact(self.size);
+    /// The published blocks that follow `start`, for as long as they hold the given tokens, one item to a block.
+    pub(crate) fn find<'a>(
+        &self,
+        start: Prefix,
+        mut tokens: impl Iterator<Item = Cow<'a, [u32]>>,
+    ) -> Vec<u32> {
+        let mut prefix = Some(start);
         let next = || {
-            let block = self.known(prefix?, chunks.next()?)?;
+            let block = self.known(prefix?, &tokens.next()?)?;
             prefix = self.prefix_of(block);
             Some(block)
         };

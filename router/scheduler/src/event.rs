@@ -4,6 +4,15 @@ use std::{fmt, time::Duration};
 
 use crate::{AdapterKey, RequestId};
 
+/// A token that the shards sampled for a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sampled {
+    /// The request.
+    pub id: RequestId,
+    /// The token.
+    pub token: u32,
+}
+
 /// Something that happened to a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
@@ -20,10 +29,17 @@ pub enum Event {
     Token {
         /// The request.
         id: RequestId,
+        /// Where the token stands in the `sampled` that were given to `complete`.
+        index: usize,
         /// The token; a stop token included.
         token: u32,
         /// Set with the last one. Nothing follows it.
         finish: Option<Finish>,
+    },
+    /// It asked for no tokens, and its whole prompt has been computed. Nothing follows.
+    Scored {
+        /// The request.
+        id: RequestId,
     },
     /// It has ended without finishing. Nothing follows.
     Failed {
@@ -46,10 +62,15 @@ pub enum Finish {
 /// Why a request could not be completed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FailReason {
-    /// The shard could not copy its adapter into a slot.
+    /// A shard could not copy its adapter into a slot.
     AdapterLoad(AdapterKey),
-    /// The shard ran this step and gave no token for the request.
-    NoToken {
+    /// A shard could not take the sequence.
+    Refused {
+        /// Where the request stands in the `refused` that were given to `complete`.
+        index: usize,
+    },
+    /// The shards ran this step and gave no result for the request.
+    NoResult {
         /// The step.
         step: u64,
     },
@@ -59,19 +80,22 @@ impl fmt::Display for FailReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::AdapterLoad(key) => write!(f, "adapter {key:?} could not be loaded"),
-            Self::NoToken { step } => write!(f, "step {step} gave no token"),
+            Self::Refused { .. } => write!(f, "the model cannot take this sequence"),
+            Self::NoResult { step } => write!(f, "step {step} gave no token"),
         }
     }
 }
 
-/// A count of what there is, for metrics.
+/// The scheduler's gauges and counters, for metrics.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Stats {
-    /// Requests that have not started.
+    /// Requests that have not been admitted.
     pub waiting: usize,
-    /// Sequences with a seat on the shard.
+    /// When the oldest of them was submitted.
+    pub waiting_since: Option<Duration>,
+    /// Sequences with a seat on the shards.
     pub running: usize,
-    /// Sequences that lost their blocks to an older one and wait to be recomputed.
+    /// Sequences that have given up their seats and blocks, and wait to be computed again.
     pub preempted: usize,
     /// Steps sent and not completed.
     pub in_flight: usize,
@@ -83,6 +107,8 @@ pub struct Stats {
     pub resident_adapters: usize,
     /// Adapters on their way into slots.
     pub loading_adapters: usize,
+    /// Requests admitted so far.
+    pub admitted: u64,
     /// Preemptions so far.
     pub preemptions: u64,
     /// Prompt tokens taken from the prefix cache so far.

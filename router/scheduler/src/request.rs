@@ -6,7 +6,7 @@ use std::{error::Error, fmt, sync::Arc};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RequestId(pub u64);
 
-/// SHA-256 of what determines an adapter's output.
+/// SHA-256 of everything that determines an adapter's output.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct AdapterKey(pub [u8; 32]);
 
@@ -16,35 +16,56 @@ impl fmt::Debug for AdapterKey {
     }
 }
 
-/// An adapter that a shard has prepared.
+/// An adapter that the shards have prepared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Adapter {
     /// Its identity.
     pub key: AdapterKey,
-    /// Bytes it takes in a device slot.
+    /// Bytes that it takes in a device slot.
     pub bytes: u64,
 }
 
-/// One sequence to generate.
+/// The party that a request is served for. Tenants share the server in proportion to their weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tenant {
+    /// Its identity.
+    pub id: u64,
+    /// Its share of the work while others wait, relative to their weights. At least 1; 0 counts as 1. The weight of the
+    /// tenant's latest request is the one that holds.
+    pub weight: u32,
+}
+
+/// Separates the prefix cache: requests share KV blocks only if their adapters and salts are equal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct CacheSalt(pub u128);
+
+/// One sequence to generate or to score. The scheduler hands `payload` on to the shards' step and never looks at it.
 #[derive(Debug, Clone)]
-pub struct Request {
+pub struct Request<P> {
     /// Its name.
     pub id: RequestId,
-    /// At least one token.
-    pub prompt: Vec<u32>,
-    /// Generation ends with `Finish::Length` after this many tokens. At least one.
-    pub max_new_tokens: u32,
-    /// Generation ends with `Finish::StopToken` at any of these; empty to ignore them.
-    pub stop_ids: Arc<[u32]>,
+    /// For whom it runs. Together with `adapter`, this is the flow that it belongs to.
+    pub tenant: Tenant,
     /// `None` for the base model.
     pub adapter: Option<Adapter>,
+    /// With whom it shares the prefix cache.
+    pub salt: CacheSalt,
+    /// At least one token.
+    pub prompt: Arc<[u32]>,
+    /// Generation ends with [`Finish::Length`](crate::Finish::Length) after this many tokens. 0 computes the prompt's
+    /// log-probabilities and generates nothing; `prompt_logprobs` must be set then.
+    pub max_new_tokens: u32,
+    /// Generation ends with [`Finish::StopToken`](crate::Finish::StopToken) at any of these. Empty to ignore them.
+    pub stop_ids: Arc<[u32]>,
     /// Log-probabilities of the prompt are wanted, so every position must be computed: no prefix of it comes from the
     /// cache, and every row of it counts against [`Limits::max_logit_rows`]. After a preemption they are computed,
     /// and reported, once more.
     pub prompt_logprobs: bool,
+    /// What the caller wants to find in [`Added`](crate::Added). It is cloned every time that the sequence is added.
+    pub payload: P,
 }
 
-/// What one shard can hold and do, and the policy's switches. All must be at least 1 but for those that say otherwise.
+/// What the shards can hold and do, and the switches of the policy. All must be at least 1 unless they say otherwise.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
     /// Blocks of KV memory.
@@ -57,14 +78,17 @@ pub struct Limits {
     pub adapter_bytes: u64,
     /// Rows in a step.
     pub max_rows: u32,
-    /// Sequences running at the same time.
+    /// Sequences that run at the same time.
     pub max_sequences: u32,
     /// Rows of a step whose logits are computed: sampled ones, and all of a request with `prompt_logprobs`.
     pub max_logit_rows: u32,
-    /// Most prompt rows in a step, of which it has fewer while the load allows: what a running sequence waits between two
-    /// tokens grows with them.
+    /// Tokens that the sequences added in one step have together, so that its message stays below the size that the
+    /// transport allows. One sequence is always added, however long it is.
+    pub max_added_tokens: u32,
+    /// An upper bound for the prompt rows of a step. The scheduler plans fewer while the load allows, because the time
+    /// between two tokens of a running sequence grows with them.
     pub max_prefill_rows: Option<u32>,
-    /// Reuse the KV of equal prefixes of the same adapter.
+    /// Reuse the KV blocks of equal prefixes.
     pub prefix_caching: bool,
 }
 
@@ -84,14 +108,15 @@ impl Limits {
         positions.div_ceil(self.block_size as usize)
     }
 
-    /// Whether a step can be planned at all.
-    pub(crate) fn assert_sane(&self) {
+    /// Panics unless steps can be planned within the limits.
+    pub(crate) fn assert_positive(&self) {
         let positive = [
             self.num_blocks,
             self.block_size,
             self.max_rows,
             self.max_sequences,
             self.max_logit_rows,
+            self.max_added_tokens,
             self.max_prefill_rows.unwrap_or(1),
         ];
         assert!(positive.iter().all(|&limit| limit > 0), "a limit is zero: {self:?}");
@@ -103,8 +128,8 @@ impl Limits {
 pub enum SubmitError {
     /// The prompt has no token.
     EmptyPrompt,
-    /// `max_new_tokens` is zero.
-    NoNewTokens,
+    /// Neither new tokens nor log-probabilities of the prompt are asked for.
+    NothingToCompute,
     /// A request of this name has not ended.
     DuplicateId(RequestId),
     /// Prompt and output need more KV memory than there is.
@@ -129,7 +154,9 @@ impl fmt::Display for SubmitError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::EmptyPrompt => write!(f, "the prompt has no tokens"),
-            Self::NoNewTokens => write!(f, "at least one new token must be asked for"),
+            Self::NothingToCompute => {
+                write!(f, "neither new tokens nor log-probabilities of the prompt are asked for")
+            }
             Self::DuplicateId(RequestId(id)) => write!(f, "request {id} has not ended yet"),
             Self::TooLong { positions, capacity } => {
                 write!(f, "prompt and output fill {positions} positions of KV memory, which has {capacity}")

@@ -12,10 +12,10 @@ use std::{
 use plan::PrefillBudget;
 
 use crate::{
-    AdapterKey, Event, FailReason, Limits, Request, RequestId, Stats, SubmitError,
+    Adapter, AdapterKey, Event, FailReason, Limits, Request, RequestId, Sampled, Stats, SubmitError,
     blocks::Blocks,
-    queues::{QueueId, Queues, Residency},
-    sequence::{Arrival, Sequence, Start},
+    flows::{FlowId, Flows, Residency},
+    sequence::{Arrival, Sequence, max_positions},
     slots::Slots,
 };
 
@@ -29,6 +29,8 @@ struct FlightRows {
     id: RequestId,
     rows: u32,
     sample: bool,
+    /// Whether these are the last rows of a sequence that generates nothing.
+    scored: bool,
 }
 
 /// A step that has been planned and not completed.
@@ -38,59 +40,79 @@ struct Flight {
     rows: Vec<FlightRows>,
 }
 
+/// What a completed step says of a sequence's rows.
+#[derive(Debug, Clone, Copy)]
+enum Outcome {
+    /// They have been computed, and no token was to be sampled.
+    Computed,
+    /// The token that was sampled from the last of them, and where it stands in the results.
+    Token { index: usize, token: u32 },
+    /// The step should have had a result for them and had none.
+    Missing { step: u64 },
+}
+
 /// Where a request that has not ended is to be found.
 #[derive(Debug, Clone, Copy)]
 struct Ticket {
     arrival: Arrival,
-    queue: QueueId,
+    flow: FlowId,
 }
 
 /// Plans the steps of one model.
 ///
-/// Every submitted request ends once: with an `Event` that says so, by `cancel`, or by `reset`.
+/// Every submitted request ends once: with an `Event` that says so, or by `cancel`.
 #[derive(Debug)]
-pub struct Scheduler {
+pub struct Scheduler<P> {
     limits: Limits,
     blocks: Blocks,
     slots: Slots,
-    queues: Queues,
+    flows: Flows<P>,
     /// Sequences with a seat and blocks, oldest first.
-    running: BTreeMap<Arrival, Sequence>,
-    /// Sequences that gave their blocks to older ones. They keep their adapter's slot, and come back before anybody
-    /// new is admitted.
-    preempted: BTreeMap<Arrival, Sequence>,
+    running: BTreeMap<Arrival, Sequence<P>>,
+    /// Sequences that gave up their seats and blocks. They keep their adapter's slot, and come back before anybody new
+    /// is admitted.
+    preempted: BTreeMap<Arrival, Sequence<P>>,
     /// Looked up only, never iterated.
     tickets: HashMap<RequestId, Ticket>,
     /// Oldest first.
     flights: VecDeque<Flight>,
     /// Seats to free with the next step.
     dropped: Vec<RequestId>,
+    /// Slots to empty with the next step.
+    unload: Vec<u32>,
     prefill_budget: PrefillBudget,
     arrivals: Arrival,
     steps: u64,
+    admitted: u64,
     preemptions: u64,
     cached_tokens: u64,
 }
 
-impl Scheduler {
-    /// A scheduler for shards that have just been reset.
+impl<P: Clone> Scheduler<P> {
+    /// A scheduler for shards that run no sequence and hold the `resident` adapters in their slots. An adapter that cannot
+    /// stay, because it is in two slots or exceeds a limit, is unloaded with the first step.
     ///
     /// # Panics
     /// If a limit is zero that must not be.
-    pub fn new(limits: Limits) -> Self {
-        limits.assert_sane();
+    pub fn new(limits: Limits, resident: &[(u32, Adapter)]) -> Self {
+        limits.assert_positive();
+        let mut slots = Slots::new(limits.num_slots, limits.adapter_bytes);
+        let unload = resident.iter().filter(|&&(slot, adapter)| !slots.adopt(slot, adapter));
+        let unload = unload.map(|&(slot, _)| slot).collect();
         Self {
             blocks: Blocks::new(limits.num_blocks, limits.block_size),
-            slots: Slots::new(limits.num_slots, limits.adapter_bytes),
-            queues: Queues::default(),
+            slots,
+            flows: Flows::new(),
             running: BTreeMap::new(),
             preempted: BTreeMap::new(),
             tickets: HashMap::new(),
             flights: VecDeque::new(),
             dropped: Vec::new(),
+            unload,
             prefill_budget: PrefillBudget::default(),
             arrivals: 0,
             steps: 0,
+            admitted: 0,
             preemptions: 0,
             cached_tokens: 0,
             limits,
@@ -101,28 +123,28 @@ impl Scheduler {
     ///
     /// # Errors
     /// If it can never run within the limits.
-    pub fn submit(&mut self, request: Request, now: Duration) -> Result<(), SubmitError> {
-        self.admissible(&request)?;
+    pub fn submit(&mut self, request: Request<P>, now: Duration) -> Result<(), SubmitError> {
+        self.validate(&request)?;
         let residency = request.adapter.map_or(Residency::Ready, |adapter| self.slots.residency(adapter.key));
-        let queue = self.queues.open(request.adapter, residency);
+        let flow = self.flows.open(request.tenant, request.adapter, residency);
         let arrival = self.arrivals;
         self.arrivals += 1;
-        self.tickets.insert(request.id, Ticket { arrival, queue });
-        self.queues.push(Sequence::new(request, arrival, queue, now), now);
+        self.tickets.insert(request.id, Ticket { arrival, flow });
+        self.flows.push(Sequence::new(request, arrival, flow, now), now);
         Ok(())
     }
 
-    fn admissible(&self, request: &Request) -> Result<(), SubmitError> {
+    fn validate(&self, request: &Request<P>) -> Result<(), SubmitError> {
         if request.prompt.is_empty() {
             return Err(SubmitError::EmptyPrompt);
         }
-        if request.max_new_tokens == 0 {
-            return Err(SubmitError::NoNewTokens);
+        if request.max_new_tokens == 0 && !request.prompt_logprobs {
+            return Err(SubmitError::NothingToCompute);
         }
         if self.tickets.contains_key(&request.id) {
             return Err(SubmitError::DuplicateId(request.id));
         }
-        let positions = request.prompt.len() as u64 + u64::from(request.max_new_tokens) - 1;
+        let positions = max_positions(request.prompt.len() as u64, request.max_new_tokens.into());
         let capacity = u64::from(self.limits.num_blocks) * u64::from(self.limits.block_size);
         if positions > capacity {
             return Err(SubmitError::TooLong { positions, capacity });
@@ -141,57 +163,82 @@ impl Scheduler {
     /// Ends a request, wherever it is. Its blocks are free at once; no event of it follows. Does nothing if it has
     /// ended already.
     pub fn cancel(&mut self, id: RequestId) {
-        let Some(&Ticket { arrival, queue }) = self.tickets.get(&id) else { return };
+        let Some(&Ticket { arrival, flow }) = self.tickets.get(&id) else { return };
         if self.is_admitted(arrival) {
             self.end(arrival);
-        } else if self.queues.remove(queue, arrival).is_some() {
+        } else if self.flows.remove(flow, arrival).is_some() {
             self.tickets.remove(&id);
         }
     }
 
-    /// Takes the results of a step: the token of each `sample`, in row order. Results for requests that have ended
-    /// meanwhile are dropped. Steps are completed in the order planned; one that is passed over counts as completed
-    /// without results, and one that is not in flight is ignored.
-    pub fn complete(&mut self, step: u64, tokens: &[(RequestId, u32)]) -> Vec<Event> {
+    /// Takes the results of a step: the token of each `sample` in row order, and the sequences of `added` that a shard
+    /// could not take, which have no tokens. Results for requests that have ended meanwhile are dropped. Steps are
+    /// completed in the order planned; one that is passed over counts as completed without results, and one that is not in
+    /// flight is ignored.
+    pub fn complete(&mut self, step: u64, sampled: &[Sampled], refused: &[RequestId]) -> Vec<Event> {
         let mut events = Vec::new();
         if self.flights.iter().all(|flight| flight.step != step) {
             return events;
         }
         while let Some(flight) = self.flights.pop_front_if(|flight| flight.step <= step) {
-            let mut results = if flight.step == step { tokens } else { &[] }.iter().peekable();
+            let has_run = flight.step == step;
+            let (sampled, refused) = if has_run { (sampled, refused) } else { (&[][..], &[][..]) };
+            self.refuse(&flight, refused, &mut events);
+            let mut results = sampled.iter().enumerate().peekable();
             for rows in &flight.rows {
-                let token = if rows.sample { results.next_if(|(id, _)| *id == rows.id) } else { None };
-                self.settle(flight.step, rows, token.map(|&(_, token)| token), &mut events);
+                let token = results.next_if(|(_, sampled)| rows.sample && sampled.id == rows.id);
+                let outcome = match token {
+                    Some((index, sampled)) => Outcome::Token { index, token: sampled.token },
+                    None if rows.sample || rows.scored && !has_run => Outcome::Missing { step: flight.step },
+                    None => Outcome::Computed,
+                };
+                self.settle(rows, outcome, &mut events);
             }
         }
         events
     }
 
+    /// Ends the sequences that a shard could not take. Rows of theirs in the next step in flight belong to nobody then.
+    fn refuse(&mut self, flight: &Flight, refused: &[RequestId], events: &mut Vec<Event>) {
+        for (index, &id) in refused.iter().enumerate() {
+            let Some(&Ticket { arrival, .. }) = self.tickets.get(&id) else { continue };
+            // The name may belong to a newer request by now.
+            if flight.rows.iter().any(|rows| rows.arrival == arrival) {
+                self.end(arrival);
+                events.push(Event::Failed { id, reason: FailReason::Refused { index } });
+            }
+        }
+    }
+
     /// Counts a sequence's rows of a completed step as computed.
-    fn settle(&mut self, step: u64, rows: &FlightRows, token: Option<u32>, events: &mut Vec<Event>) {
+    fn settle(&mut self, rows: &FlightRows, outcome: Outcome, events: &mut Vec<Event>) {
         let running = self.running.get_mut(&rows.arrival);
         let runs = running.is_some();
         let Some(sequence) = running.or_else(|| self.preempted.get_mut(&rows.arrival)) else { return };
         let id = sequence.id;
         sequence.in_flight -= 1;
-        if let Some(Start { queued, cached_tokens }) = sequence.start.take() {
+        sequence.sampling -= usize::from(rows.sample);
+        if let Some(admission) = sequence.admission.filter(|_| !sequence.started) {
+            sequence.started = true;
+            let (queued, cached_tokens) = (admission.queued, admission.cached_tokens);
             events.push(Event::Started { id, queued, cached_tokens });
         }
-        let mut ended = false;
-        if rows.sample {
-            sequence.sampling -= 1;
-            match token {
-                Some(token) => {
-                    let finish = sequence.push(token);
-                    ended = finish.is_some();
-                    events.push(Event::Token { id, token, finish });
-                }
-                None => {
-                    ended = true;
-                    events.push(Event::Failed { id, reason: FailReason::NoToken { step } });
-                }
+        let ended = match outcome {
+            Outcome::Computed if rows.scored => {
+                events.push(Event::Scored { id });
+                true
             }
-        }
+            Outcome::Computed => false,
+            Outcome::Token { index, token } => {
+                let finish = sequence.push(token);
+                events.push(Event::Token { id, index, token, finish });
+                finish.is_some()
+            }
+            Outcome::Missing { step } => {
+                events.push(Event::Failed { id, reason: FailReason::NoResult { step } });
+                true
+            }
+        };
         if runs {
             sequence.run.computed += rows.rows as usize;
             Self::publish(&mut self.blocks, self.limits.block_size as usize, sequence);
@@ -202,35 +249,36 @@ impl Scheduler {
     }
 
     /// Makes the blocks of a sequence that have become full known to the prefix cache.
-    fn publish(blocks: &mut Blocks, size: usize, sequence: &mut Sequence) {
-        let (run, tokens) = (&mut sequence.run, &sequence.tokens);
-        // The row of a token that never came.
-        let computed = run.computed.min(tokens.len());
-        while let Some(prefix) = run.prefix
-            && (run.published + 1) * size <= computed
+    fn publish(blocks: &mut Blocks, size: usize, sequence: &mut Sequence<P>) {
+        // A row of a token that never came may have been computed.
+        let computed = sequence.run.computed.min(sequence.known());
+        while let Some(prefix) = sequence.run.prefix
+            && (sequence.run.published + 1) * size <= computed
         {
-            let start = run.published * size;
-            let block = run.blocks[run.published];
-            run.prefix = blocks.publish(prefix, &tokens[start..start + size], block);
-            run.published += 1;
+            let published = sequence.run.published;
+            let tokens = sequence.tokens(published * size..(published + 1) * size);
+            let prefix = blocks.publish(prefix, &tokens, sequence.run.blocks[published]);
+            sequence.run.prefix = prefix;
+            sequence.run.published += 1;
         }
     }
 
     /// `key` is in `slot`, on every rank. Ignored unless that load is under way.
     pub fn slot_ready(&mut self, slot: u32, key: AdapterKey) {
         if self.slots.ready(slot, key) {
-            self.queues.set_residency(key, Residency::Ready);
+            self.flows.set_residency(key, Residency::Ready);
         }
     }
 
-    /// `key` could not be copied into `slot`, on some rank: the requests that wait for it fail. Ignored unless that
-    /// load is under way.
+    /// `key` could not be copied into `slot` on some rank. The requests that wait for it fail, and the next step empties
+    /// the slot, because other ranks may have filled it. Ignored unless that load is under way.
     pub fn slot_failed(&mut self, slot: u32, key: AdapterKey) -> Vec<Event> {
         if !self.slots.failed(slot, key) {
             return Vec::new();
         }
-        self.queues.set_residency(key, Residency::Absent);
-        let failed = self.queues.remove_all(key);
+        self.unload.push(slot);
+        self.flows.set_residency(key, Residency::Absent);
+        let failed = self.flows.remove_all(key);
         failed
             .into_iter()
             .map(|sequence| {
@@ -240,20 +288,12 @@ impl Scheduler {
             .collect()
     }
 
-    /// Forgets everything, as the shards have: returns the requests that had not ended, oldest first. They must be
-    /// submitted again to run, after their adapters have been prepared again.
-    pub fn reset(&mut self) -> Vec<RequestId> {
-        let mut lost: Vec<_> = self.sequences().map(|sequence| (sequence.arrival, sequence.id)).collect();
-        lost.sort_unstable();
-        *self = Self::new(self.limits.clone());
-        lost.into_iter().map(|(_, id)| id).collect()
-    }
-
-    /// What there is now.
+    /// The gauges and counters as they are now.
     pub fn stats(&self) -> Stats {
         let (resident_adapters, loading_adapters) = self.slots.count();
         Stats {
-            waiting: self.queues.waiting(),
+            waiting: self.flows.waiting(),
+            waiting_since: self.flows.waiting_since(),
             running: self.running.len(),
             preempted: self.preempted.len(),
             in_flight: self.flights.len(),
@@ -261,6 +301,7 @@ impl Scheduler {
             cached_blocks: self.blocks.idle(),
             resident_adapters,
             loading_adapters,
+            admitted: self.admitted,
             preemptions: self.preemptions,
             cached_tokens: self.cached_tokens,
         }
@@ -270,17 +311,8 @@ impl Scheduler {
         self.running.contains_key(&arrival) || self.preempted.contains_key(&arrival)
     }
 
-    /// All requests that have not ended.
-    fn sequences(&self) -> impl Iterator<Item = &Sequence> {
-        self.queues.iter().chain(self.admitted())
-    }
-
-    fn admitted(&self) -> impl Iterator<Item = &Sequence> {
-        self.running.values().chain(self.preempted.values())
-    }
-
     /// Takes seat and blocks from a running sequence.
-    fn stop(&mut self, arrival: Arrival) -> Option<Sequence> {
+    fn stop(&mut self, arrival: Arrival) -> Option<Sequence<P>> {
         let mut sequence = self.running.remove(&arrival)?;
         self.blocks.release(&sequence.stop());
         self.dropped.push(sequence.id);
@@ -290,10 +322,21 @@ impl Scheduler {
     /// Ends an admitted sequence.
     fn end(&mut self, arrival: Arrival) {
         let Some(sequence) = self.stop(arrival).or_else(|| self.preempted.remove(&arrival)) else { return };
-        if let Some(slot) = sequence.slot {
-            self.slots.unpin(slot);
-        }
-        self.queues.leave(sequence.queue);
+        let aged = sequence.admission.is_some_and(|admission| admission.aged);
+        let unused = if aged { sequence.cost_to_come() } else { 0 };
+        sequence.slot().into_iter().for_each(|slot| self.slots.unpin(slot));
+        self.flows.leave(sequence.flow, unused);
         self.tickets.remove(&sequence.id);
+    }
+}
+
+impl<P> Scheduler<P> {
+    /// All requests that have not ended.
+    fn sequences(&self) -> impl Iterator<Item = &Sequence<P>> {
+        self.flows.iter().chain(self.admitted())
+    }
+
+    fn admitted(&self) -> impl Iterator<Item = &Sequence<P>> {
+        self.running.values().chain(self.preempted.values())
     }
 }

@@ -1,32 +1,36 @@
 //! One request on its way from `submit` to its end.
 
-use std::{mem, sync::Arc, time::Duration};
+use std::{borrow::Cow, mem, ops::Range, sync::Arc, time::Duration};
 
-use crate::{AdapterKey, Finish, Request, RequestId, blocks::Prefix, queues::QueueId};
+use crate::{
+    AdapterKey, Finish, Request, RequestId,
+    blocks::Prefix,
+    flows::{FlowId, GENERATED},
+};
 
 /// Order of submission. Older sequences keep their blocks when memory runs out.
 pub(crate) type Arrival = u64;
 
 /// A request's tokens and how far they have come.
 #[derive(Debug)]
-pub(crate) struct Sequence {
+pub(crate) struct Sequence<P> {
     pub(crate) id: RequestId,
     pub(crate) arrival: Arrival,
-    pub(crate) queue: QueueId,
+    pub(crate) flow: FlowId,
     pub(crate) adapter: Option<AdapterKey>,
+    /// What its first block follows.
+    pub(crate) start: Prefix,
     pub(crate) submitted: Duration,
-    /// Prompt, then what has been generated.
-    pub(crate) tokens: Vec<u32>,
-    pub(crate) prompt_len: usize,
+    pub(crate) prompt: Arc<[u32]>,
+    pub(crate) generated: Vec<u32>,
     max_new_tokens: usize,
     stop_ids: Arc<[u32]>,
     pub(crate) prompt_logprobs: bool,
-    /// Slot of its adapter, from its first admission on.
-    pub(crate) slot: Option<u32>,
-    /// What `Event::Started` will tell: set at the first admission, taken when its rows have been computed.
-    pub(crate) start: Option<Start>,
-    /// Whether it has been admitted before.
-    pub(crate) admitted: bool,
+    pub(crate) payload: P,
+    /// Set at the first admission.
+    pub(crate) admission: Option<Admission>,
+    /// Whether `Event::Started` has been told.
+    pub(crate) started: bool,
     /// Steps in flight that have rows of it.
     pub(crate) in_flight: u32,
     /// Tokens that those steps will give.
@@ -34,11 +38,15 @@ pub(crate) struct Sequence {
     pub(crate) run: Run,
 }
 
-/// How a sequence started.
+/// How a sequence was admitted the first time.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Start {
+pub(crate) struct Admission {
+    /// Slot of its adapter, which it pins until its end.
+    pub(crate) slot: Option<u32>,
     pub(crate) queued: Duration,
     pub(crate) cached_tokens: u32,
+    /// Whether it was admitted for its age, out of turn.
+    pub(crate) aged: bool,
 }
 
 /// What a sequence has only while it runs.
@@ -46,11 +54,11 @@ pub(crate) struct Start {
 pub(crate) struct Run {
     /// Its block table.
     pub(crate) blocks: Vec<u32>,
-    /// How many of `blocks` the shard has been told.
+    /// How many of `blocks` the shards have been told.
     pub(crate) sent: usize,
     /// How many of `blocks`, from the first, are known to the prefix cache (as these or as equal ones).
     pub(crate) published: usize,
-    /// What the first unpublished block follows; `None` when nothing is to be published.
+    /// The prefix that the first unpublished block follows; `None` when no further block can be published.
     pub(crate) prefix: Option<Prefix>,
     /// Tokens that it was added with: rows below are prefill, rows from here on are decode.
     pub(crate) added_len: usize,
@@ -62,54 +70,89 @@ pub(crate) struct Run {
     pub(crate) last_step: u64,
 }
 
-impl Sequence {
-    pub(crate) fn new(request: Request, arrival: Arrival, queue: QueueId, submitted: Duration) -> Self {
+impl<P> Sequence<P> {
+    pub(crate) fn new(request: Request<P>, arrival: Arrival, flow: FlowId, submitted: Duration) -> Self {
+        let adapter = request.adapter.map(|adapter| adapter.key);
         Self {
             id: request.id,
             arrival,
-            queue,
-            adapter: request.adapter.map(|adapter| adapter.key),
+            flow,
+            adapter,
+            start: Prefix::Start { adapter, salt: request.salt },
             submitted,
-            prompt_len: request.prompt.len(),
-            tokens: request.prompt,
+            prompt: request.prompt,
+            generated: Vec::new(),
             max_new_tokens: request.max_new_tokens as usize,
             stop_ids: request.stop_ids,
             prompt_logprobs: request.prompt_logprobs,
-            slot: None,
-            start: None,
-            admitted: false,
+            payload: request.payload,
+            admission: None,
+            started: false,
             in_flight: 0,
             sampling: 0,
             run: Run::default(),
         }
     }
 
-    /// Positions that it can ever fill: the last token's is never computed.
+    pub(crate) fn slot(&self) -> Option<u32> {
+        self.admission.and_then(|admission| admission.slot)
+    }
+
+    /// Whether it generates tokens; if not, it ends when its prompt has been computed.
+    pub(crate) fn generates(&self) -> bool {
+        self.max_new_tokens > 0
+    }
+
+    /// Positions that it can ever fill. The last token's is never computed: it would only serve the token after it.
+    /// The exception is a prompt of one token that is scored, which has one row so that it need not be a special case.
     pub(crate) fn max_positions(&self) -> usize {
-        self.prompt_len + self.max_new_tokens - 1
+        max_positions(self.prompt.len() as u64, self.max_new_tokens as u64) as usize
+    }
+
+    /// Tokens that are known.
+    pub(crate) fn known(&self) -> usize {
+        self.prompt.len() + self.generated.len()
     }
 
     /// Tokens that are known or in flight.
     pub(crate) fn len(&self) -> usize {
-        self.tokens.len() + self.sampling
+        self.known() + self.sampling
     }
 
-    /// Rows that can be planned now: up to the last token in flight, and none once that is the last allowed.
+    /// The known tokens at some positions.
+    pub(crate) fn tokens(&self, range: Range<usize>) -> Cow<'_, [u32]> {
+        let prompt = self.prompt.len();
+        if range.end <= prompt {
+            Cow::Borrowed(&self.prompt[range])
+        } else if range.start >= prompt {
+            Cow::Borrowed(&self.generated[range.start - prompt..range.end - prompt])
+        } else {
+            Cow::Owned([&self.prompt[range.start..], &self.generated[..range.end - prompt]].concat())
+        }
+    }
+
+    /// Rows that can be planned now: up to the last token in flight, and none for the last token that is allowed.
     pub(crate) fn rows_to_plan(&self) -> usize {
-        if self.len() > self.max_positions() { 0 } else { self.len() - self.run.planned }
+        self.len().min(self.max_positions()) - self.run.planned
     }
 
-    /// Whether its next row is of a token it was added with.
+    /// Whether its next row is of a token that it was added with.
     pub(crate) fn prefills(&self) -> bool {
         self.run.planned < self.run.added_len
     }
 
-    /// Appends a sampled token, and says whether it is the last.
+    /// Virtual tokens that it costs at most beyond what has been charged, once `hit` tokens came from the cache.
+    pub(crate) fn cost_to_come(&self) -> u64 {
+        let generated = self.len() - self.prompt.len();
+        GENERATED * self.max_new_tokens.saturating_sub(generated) as u64
+    }
+
+    /// Appends a sampled token. Returns why it is the last one, if it is.
     pub(crate) fn push(&mut self, token: u32) -> Option<Finish> {
-        self.tokens.push(token);
+        self.generated.push(token);
         if self.stop_ids.contains(&token) {
             Some(Finish::StopToken)
-        } else if self.tokens.len() > self.max_positions() {
+        } else if self.generated.len() >= self.max_new_tokens {
             Some(Finish::Length)
         } else {
             None
@@ -120,4 +163,9 @@ impl Sequence {
     pub(crate) fn stop(&mut self) -> Vec<u32> {
         mem::take(&mut self.run).blocks
     }
+}
+
+/// Positions that a request fills, given the lengths of its prompt and of its longest answer.
+pub(crate) fn max_positions(prompt: u64, max_new_tokens: u64) -> u64 {
+    (prompt + max_new_tokens - 1).max(1)
 }

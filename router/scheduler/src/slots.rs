@@ -2,16 +2,16 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use crate::{Adapter, AdapterKey, queues::Residency};
+use crate::{Adapter, AdapterKey, flows::Residency};
 
-/// Virtual tokens for which an adapter keeps its slot once it has it, however many others want it: what a load costs is
-/// spread over as much work.
-pub(crate) const SLICE: u64 = 1024;
+/// An adapter keeps its slot for this many virtual tokens of work, however many others want it, so that the cost of a
+/// load is spread over them.
+const SLICE: u64 = 1024;
 
 /// What an occupied slot is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// The shard copies the adapter. Cannot be undone: the slot stays until the shard has answered.
+    /// The shards copy the adapter. This cannot be undone: the slot stays taken until they have answered.
     Loading,
     /// Requests may use it.
     Ready,
@@ -25,9 +25,9 @@ struct Slot {
     state: State,
     /// Admitted sequences of the adapter: they pin the slot.
     users: u32,
-    /// Virtual tokens since it was loaded.
+    /// Virtual tokens of work since it was loaded.
     earned: u64,
-    /// When its last user left; its key in `idle`.
+    /// When its last user left: its key in `idle`.
     idle_since: u64,
 }
 
@@ -39,11 +39,11 @@ pub(crate) struct Placement {
     pub(crate) evicted: Vec<(u32, AdapterKey)>,
 }
 
-/// An adapter that must leave.
+/// An adapter that must leave its slot.
 #[derive(Debug)]
 pub(crate) struct Drained {
     pub(crate) key: AdapterKey,
-    /// Whether nobody uses its slot any more.
+    /// Whether no sequence uses the slot any more.
     pub(crate) free: bool,
 }
 
@@ -57,9 +57,9 @@ pub(crate) struct Slots {
     /// Looked up only, never iterated.
     by_key: HashMap<AdapterKey, u32>,
     bytes: u64,
-    /// 0: none.
+    /// 0 for no bound.
     max_bytes: u64,
-    /// Counts the times that a slot became idle.
+    /// Counts how often a slot became idle: the clock of `idle_since`.
     ticks: u64,
 }
 
@@ -76,6 +76,27 @@ impl Slots {
         }
     }
 
+    /// Takes over an adapter that is in a slot already, ready. Returns false if it cannot stay there: the slot or the
+    /// adapter is known already, or it does not fit.
+    pub(crate) fn adopt(&mut self, slot: u32, adapter: Adapter) -> bool {
+        let known = self.by_key.contains_key(&adapter.key);
+        let fits = self.max_bytes == 0 || self.bytes + adapter.bytes <= self.max_bytes;
+        let Some(index) = self.empty.iter().position(|&empty| empty == slot) else { return false };
+        if known || !fits {
+            return false;
+        }
+        self.empty.remove(index);
+        self.fill(slot, adapter, State::Ready, SLICE);
+        self.rest(slot);
+        true
+    }
+
+    fn fill(&mut self, slot: u32, adapter: Adapter, state: State, earned: u64) {
+        self.slots[slot as usize] = Some(Slot { adapter, state, users: 0, earned, idle_since: 0 });
+        self.by_key.insert(adapter.key, slot);
+        self.bytes += adapter.bytes;
+    }
+
     pub(crate) fn residency(&self, key: AdapterKey) -> Residency {
         match self.by_key.get(&key).and_then(|&slot| self.slots[slot as usize].as_ref()) {
             None => Residency::Absent,
@@ -90,8 +111,8 @@ impl Slots {
         (self.by_key.len() - loading, loading)
     }
 
-    /// Starts to load an absent adapter if there is room, or can be made by evicting what is idle and neither `wanted`
-    /// nor kept from those who want it.
+    /// Starts to load an absent adapter if there is room, or if room can be made by evicting idle adapters that nobody
+    /// waits for (`wanted` tells) or whose slots are promised.
     pub(crate) fn place(
         &mut self,
         adapter: Adapter,
@@ -102,15 +123,12 @@ impl Slots {
             self.clear(slot, key);
         }
         let slot = self.empty.pop()?;
-        self.slots[slot as usize] =
-            Some(Slot { adapter, state: State::Loading, users: 0, earned: 0, idle_since: 0 });
-        self.by_key.insert(adapter.key, slot);
-        self.bytes += adapter.bytes;
+        self.fill(slot, adapter, State::Loading, 0);
         Some(Placement { slot, evicted })
     }
 
-    /// What must leave for `bytes` more in one more slot: the unwanted first, the least recently used of them first.
-    /// `None` if that cannot be had.
+    /// The slots to empty for `bytes` more in one more slot: the unwanted ones first, the least recently used of them first.
+    /// `None` if there is no such set.
     fn victims(&self, bytes: u64, wanted: impl Fn(AdapterKey) -> bool) -> Option<Vec<(u32, AdapterKey)>> {
         let fits = |count: usize, freed: u64| {
             let room = self.max_bytes == 0 || self.bytes - freed + bytes <= self.max_bytes;
@@ -129,7 +147,7 @@ impl Slots {
         Some(victims)
     }
 
-    /// The load of `key` into `slot` has ended well. False for an answer that nobody waits for.
+    /// The load of `key` into `slot` has ended well. Returns false if no such load is under way.
     pub(crate) fn ready(&mut self, slot: u32, key: AdapterKey) -> bool {
         if !self.is_loading(slot, key) {
             return false;
@@ -141,7 +159,7 @@ impl Slots {
         true
     }
 
-    /// The load of `key` into `slot` has failed: the slot is empty. False for an answer that nobody waits for.
+    /// The load of `key` into `slot` has failed, so the slot is empty. Returns false if no such load is under way.
     pub(crate) fn failed(&mut self, slot: u32, key: AdapterKey) -> bool {
         let loading = self.is_loading(slot, key);
         if loading {
@@ -176,9 +194,9 @@ impl Slots {
         }
     }
 
-    /// Promises the slot of an adapter to one of the `wanting` ones without: of those that have had their slice, and for
-    /// which `yields` gives a number at all, that of the greatest. No more slots drain than are wanted, nor than a quarter
-    /// of all, so that the others keep the batch full.
+    /// Promises a slot to one of the `wanting` adapters that have none. The slot is one whose adapter has had its slice and
+    /// for which `yields` returns a value; of several, the one with the greatest. No more slots drain than are wanted, nor
+    /// more than a quarter of all, so that the others keep the batch full.
     pub(crate) fn drain<R: Ord>(
         &mut self,
         wanting: usize,
@@ -198,7 +216,7 @@ impl Slots {
         Some(Drained { key: slot.adapter.key, free: slot.users == 0 })
     }
 
-    /// Gives back the slots that are promised, since nobody wants them now; returns their adapters.
+    /// Gives promised slots back to their adapters, because nobody wants them any more. Returns the adapters.
     pub(crate) fn undrain(&mut self) -> Vec<AdapterKey> {
         let draining = self.slots.iter_mut().flatten().filter(|slot| slot.state == State::Draining);
         draining

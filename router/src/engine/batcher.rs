@@ -2,11 +2,12 @@
 
 use std::{
     collections::HashMap,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use config::RouterConfig;
-use scheduler::{FailReason, Request, RequestId, Scheduler};
+use scheduler::{CacheSalt, FailReason, Request, RequestId, Sampled, Scheduler, Tenant};
 use tokio::{sync::mpsc, time::MissedTickBehavior};
 
 use super::{
@@ -24,7 +25,6 @@ const TICK: Duration = Duration::from_millis(250);
 
 /// A job that has been submitted and has not ended.
 struct InFlight {
-    job: Box<Job>,
     updates: mpsc::Sender<Update>,
     /// Prompt positions that have been reported; they are computed again after a preemption.
     prompt_reported: u32,
@@ -75,7 +75,7 @@ impl Steps {
 
 /// The scheduler and the jobs of one session.
 pub(super) struct Batcher {
-    scheduler: Scheduler,
+    scheduler: Scheduler<Arc<Job>>,
     in_flight: HashMap<RequestId, InFlight>,
     group: Group,
     steps: Steps,
@@ -89,7 +89,7 @@ impl Batcher {
     pub(super) fn new(group: Group, config: &RouterConfig, deadlines: Deadlines) -> Batcher {
         let begun = Instant::now();
         Batcher {
-            scheduler: Scheduler::new(group.info.limits(config)),
+            scheduler: Scheduler::new(group.info.limits(config), &group.resident.slots),
             in_flight: HashMap::new(),
             stale: group.resident.stale.clone(),
             group,
@@ -138,12 +138,7 @@ impl Batcher {
         while let Some(mut plan) = self.scheduler.next_step(self.now()) {
             plan.unload.append(&mut self.stale);
             let id = plan.id;
-            let in_flight = &self.in_flight;
-            let step = wire::step(plan, |added| {
-                let job = &in_flight.get(&added.id)?.job;
-                Some((&job.sampling, job.prompt_logprobs))
-            });
-            self.group.send(step.map_err(|source| RankError::Wire { rank: 0, source })?)?;
+            self.group.send(wire::step(plan))?;
             self.steps.sent(id);
         }
         Ok(())
@@ -165,15 +160,18 @@ impl Batcher {
         }
         let request = Request {
             id,
-            prompt: job.prompt.clone(),
+            tenant: Tenant { id: 0, weight: 1 },
+            adapter: job.adapter,
+            salt: CacheSalt::default(),
+            prompt: job.prompt.as_slice().into(),
             max_new_tokens: job.max_new_tokens,
             stop_ids: job.stop_ids.clone(),
-            adapter: job.adapter,
             prompt_logprobs: job.prompt_logprobs,
+            payload: Arc::from(job),
         };
         match self.scheduler.submit(request, self.now()) {
             Ok(()) => {
-                self.in_flight.insert(id, InFlight { job, updates, prompt_reported: 1, _hold: hold });
+                self.in_flight.insert(id, InFlight { updates, prompt_reported: 1, _hold: hold });
             }
             Err(error) => {
                 let _ = updates.try_send(Update::Failed(Failure::Refused(error)));
@@ -187,10 +185,8 @@ impl Batcher {
             Event::Slot { slot, key, error: None } => self.scheduler.slot_ready(slot, key),
             Event::Slot { slot, key, error: Some(error) } => {
                 tracing::warn!(slot, adapter = ?key, "an adapter could not be loaded: {error}");
-                // Where the load did not fail, the adapter would keep its bytes.
-                self.stale.push(slot);
                 for event in self.scheduler.slot_failed(slot, key) {
-                    self.handle_scheduled(event, &HashMap::new());
+                    self.handle_scheduled(event, &mut []);
                 }
             }
         }
@@ -200,21 +196,21 @@ impl Batcher {
     fn complete(&mut self, result: StepResult) -> Result<(), RankError> {
         self.steps.answered(result.id)?;
         tracing::trace!(step = result.id, duration = ?result.duration, "ran");
+        let refused: Vec<_> = result.refused.iter().map(|(sequence, _)| RequestId(*sequence)).collect();
         for (sequence, reason) in result.refused {
-            self.end(RequestId(sequence), Failure::Rejected(reason));
+            if let Some(in_flight) = self.in_flight.remove(&RequestId(sequence)) {
+                in_flight.fail(Failure::Rejected(reason));
+            }
         }
         for part in result.prompt {
             self.report_prompt(part);
         }
-        let chosen: Vec<(RequestId, u32)> =
-            result.tokens.iter().map(|sampled| (RequestId(sampled.sequence), sampled.token.id)).collect();
-        let scored: HashMap<RequestId, (Scored, Vec<Scored>)> = result
-            .tokens
-            .into_iter()
-            .map(|sampled| (RequestId(sampled.sequence), (sampled.token, sampled.top)))
-            .collect();
-        for event in self.scheduler.complete(result.id, &chosen) {
-            self.handle_scheduled(event, &scored);
+        let sampled = result.tokens.iter();
+        let sampled = sampled.map(|s| Sampled { id: RequestId(s.sequence), token: s.token.id });
+        let sampled: Vec<_> = sampled.collect();
+        let mut tokens: Vec<_> = result.tokens.into_iter().map(|s| Some((s.token, s.top))).collect();
+        for event in self.scheduler.complete(result.id, &sampled, &refused) {
+            self.handle_scheduled(event, &mut tokens);
         }
         Ok(())
     }
@@ -230,19 +226,13 @@ impl Batcher {
         }
     }
 
-    fn handle_scheduled(
-        &mut self,
-        event: scheduler::Event,
-        scored: &HashMap<RequestId, (Scored, Vec<Scored>)>,
-    ) {
+    fn handle_scheduled(&mut self, event: scheduler::Event, tokens: &mut [Option<(Scored, Vec<Scored>)>]) {
         match event {
             scheduler::Event::Started { id, queued, .. } => {
                 self.send(id, Update::Started { queued });
             }
-            scheduler::Event::Token { id, token, finish } => {
-                // Tokens come from the step that is being completed.
-                let unknown = (Scored { id: token, logprob: f32::NAN }, Vec::new());
-                let (token, top) = scored.get(&id).cloned().unwrap_or(unknown);
+            scheduler::Event::Token { id, index, finish, .. } => {
+                let Some((token, top)) = tokens.get_mut(index).and_then(Option::take) else { return };
                 if token.logprob.is_nan() {
                     // An adapter's finite weights can still be too large to compute with.
                     return self.end(id, Failure::Generation("the logits are not numbers".into()));
@@ -252,10 +242,14 @@ impl Batcher {
                     self.in_flight.remove(&id);
                 }
             }
+            scheduler::Event::Scored { id } => {
+                self.in_flight.remove(&id);
+            }
             scheduler::Event::Failed { id, reason } => {
                 let failure = match reason {
                     FailReason::AdapterLoad(_) => Failure::Adapter(reason.to_string()),
-                    FailReason::NoToken { .. } => Failure::Generation(reason.to_string()),
+                    FailReason::Refused { .. } => Failure::Rejected(reason.to_string()),
+                    FailReason::NoResult { .. } => Failure::Generation(reason.to_string()),
                 };
                 if let Some(in_flight) = self.in_flight.remove(&id) {
                     in_flight.fail(failure);

@@ -4,69 +4,76 @@ use std::time::Duration;
 
 use super::{Scheduler, plan::Draft};
 use crate::{
-    Added,
-    blocks::Prefix,
-    queues::{QueueId, Residency},
-    sequence::{Sequence, Start},
+    flows::{FlowId, Residency, Turn},
+    sequence::{Admission, Sequence},
 };
 
 /// Who may start next.
+#[derive(Debug, Clone, Copy)]
 enum Candidate {
     Preempted,
-    Queued(QueueId),
+    Waiting(FlowId, Turn),
 }
 
-impl Scheduler {
-    /// Loads the adapters whose requests are next, for as long as there are slots; ahead of seats and blocks, so that
-    /// a load passes while others run.
-    pub(super) fn load_adapters(&mut self, draft: &mut Draft, now: Duration) {
-        while let Some(queue) = self.queues.pick(Residency::Absent, now) {
-            let Some(adapter) = self.queues.get(queue).adapter else { return };
-            let queues = &self.queues;
-            let Some(placement) = self.slots.place(adapter, |key| queues.waits(key)) else {
-                if self.drain_slot(queue, now) {
-                    continue;
-                }
-                return;
-            };
-            for (slot, key) in placement.evicted {
-                draft.unload.push(slot);
-                self.queues.set_residency(key, Residency::Absent);
+impl<P: Clone> Scheduler<P> {
+    /// Loads the adapters whose requests are next, for as long as there are slots. This is ahead of seats and blocks, so
+    /// that a load passes while others run.
+    pub(super) fn load_adapters(&mut self, draft: &mut Draft<P>, now: Duration) {
+        loop {
+            let aged = self.flows.overdue_absent(now).map(|flow| (flow, Turn::Aged));
+            if aged.is_some_and(|(flow, turn)| self.give_slot(flow, turn, draft)) {
+                continue;
             }
-            draft.load.push((placement.slot, adapter.key));
-            self.queues.set_residency(adapter.key, Residency::Held);
+            let fair = self.flows.least_served(Residency::Absent).map(|flow| (flow, Turn::Fair));
+            if !fair.is_some_and(|(flow, turn)| self.give_slot(flow, turn, draft)) {
+                break;
+            }
         }
-        for key in self.slots.undrain() {
-            self.queues.set_residency(key, Residency::Ready);
+        if self.flows.count_absent() == 0 {
+            for key in self.slots.undrain() {
+                self.flows.set_residency(key, Residency::Ready);
+            }
         }
     }
 
-    /// Has an adapter leave its slot, when its last sequence ends, for one that has had less service or has waited for
-    /// too long. True when that is at once.
-    fn drain_slot(&mut self, queue: QueueId, now: Duration) -> bool {
-        let queues = &self.queues;
-        let drained = self.slots.drain(queues.absent(), |key| queues.yields(key, queue, now));
+    /// Starts to load the adapter of a flow, or empties a slot for it. Returns false if neither can be done in this step.
+    fn give_slot(&mut self, flow: FlowId, turn: Turn, draft: &mut Draft<P>) -> bool {
+        let Some(adapter) = self.flows.adapter(flow) else { return false };
+        let flows = &self.flows;
+        let Some(placement) = self.slots.place(adapter, |key| flows.waits(key)) else {
+            return self.drain_slot(flow, turn);
+        };
+        for (slot, key) in placement.evicted {
+            draft.unload.push(slot);
+            self.flows.set_residency(key, Residency::Absent);
+        }
+        draft.load.push((placement.slot, adapter.key));
+        self.flows.set_residency(adapter.key, Residency::Held);
+        self.flows.count_load(turn);
+        true
+    }
+
+    /// Has an adapter leave its slot for a flow as soon as its last sequence ends. Returns whether that is at once.
+    fn drain_slot(&mut self, flow: FlowId, turn: Turn) -> bool {
+        let flows = &self.flows;
+        let drained = self.slots.drain(flows.count_absent(), |key| flows.yields(key, flow, turn));
         let Some(drained) = drained else { return false };
-        self.queues.set_residency(drained.key, Residency::Held);
+        self.flows.set_residency(drained.key, Residency::Held);
         drained.free
     }
 
-    /// Starts sequences while seats, budgets and blocks last. Whoever is next and does not fit keeps all behind it
-    /// waiting: smaller requests do not overtake it for ever.
-    pub(super) fn admit(&mut self, draft: &mut Draft, now: Duration) {
+    /// Starts sequences while seats, budgets and blocks last. If the next one does not fit, all behind it wait, too:
+    /// otherwise smaller requests could overtake it for ever.
+    pub(super) fn admit(&mut self, draft: &mut Draft<P>, now: Duration) {
         let mut promised = None;
         while self.running.len() < self.limits.seats() && draft.has_room() {
             let Some(candidate) = self.candidate(now) else { return };
             let promised = promised.get_or_insert_with(|| {
                 self.running.values().map(|running| self.blocks_to_come(running)).sum()
             });
-            let Some(cached) = self.fit(&candidate, *promised) else { return };
-            let sequence = match candidate {
-                Candidate::Preempted => self.preempted.pop_first().map(|(_, sequence)| sequence),
-                Candidate::Queued(queue) => self.queues.pop(queue, now),
-            };
-            let Some(sequence) = sequence else { return };
-            *promised += self.start(sequence, cached, draft, now);
+            let Some(cached) = self.fit(candidate, *promised, draft) else { return };
+            let Some(sequence) = self.take(candidate, cached.len(), now) else { return };
+            *promised += self.start(sequence, cached, draft);
         }
     }
 
@@ -75,78 +82,94 @@ impl Scheduler {
         if !self.preempted.is_empty() {
             return Some(Candidate::Preempted);
         }
-        self.queues.pick(Residency::Ready, now).map(Candidate::Queued)
+        let aged = self.flows.overdue_ready(now).map(|flow| Candidate::Waiting(flow, Turn::Aged));
+        let mut fair = || self.flows.least_served(Residency::Ready);
+        aged.or_else(|| fair().map(|flow| Candidate::Waiting(flow, Turn::Fair)))
     }
 
-    fn peek(&self, candidate: &Candidate) -> Option<&Sequence> {
-        match *candidate {
+    fn peek(&self, candidate: Candidate) -> Option<&Sequence<P>> {
+        match candidate {
             Candidate::Preempted => self.preempted.values().next(),
-            Candidate::Queued(queue) => self.queues.peek(queue),
+            Candidate::Waiting(flow, _) => self.flows.peek(flow),
         }
     }
 
-    /// The cached blocks that the candidate shares, if there are blocks for all its known tokens and one more block,
-    /// beside those promised to the running sequences for theirs.
-    fn fit(&self, candidate: &Candidate, promised: usize) -> Option<Vec<u32>> {
+    /// The cached blocks that the candidate shares, if the step's message has room for it, and there are blocks for all
+    /// its known tokens and one more block, beside those promised to the running sequences for theirs.
+    fn fit(&self, candidate: Candidate, promised: usize, draft: &Draft<P>) -> Option<Vec<u32>> {
         let sequence = self.peek(candidate)?;
-        if sequence.in_flight > 0 {
+        if sequence.in_flight > 0 || !draft.fits(sequence) {
             return None;
         }
-        // The last token is always computed: its row gives the next one.
-        let reusable = &sequence.tokens[..sequence.tokens.len() - 1];
-        let cached = if self.limits.prefix_caching && !sequence.prompt_logprobs {
-            self.blocks.find(sequence.adapter, reusable)
-        } else {
-            Vec::new()
-        };
+        let cached = self.find_cached(sequence);
         let idle = cached.iter().filter(|&&block| self.blocks.is_idle(block)).count();
         let needed = self.blocks_to_come(sequence) - cached.len() + idle;
         (promised + needed <= self.blocks.available()).then_some(cached)
     }
 
+    /// The blocks of the prefix cache that a sequence can begin with.
+    fn find_cached(&self, sequence: &Sequence<P>) -> Vec<u32> {
+        if !self.limits.prefix_caching || sequence.prompt_logprobs {
+            return Vec::new();
+        }
+        let size = self.limits.block_size as usize;
+        // The last token is always computed, because its row gives the next one.
+        let reusable = (sequence.known() - 1) / size;
+        self.blocks.find(
+            sequence.start,
+            (0..reusable).map(|block| sequence.tokens(block * size..(block + 1) * size)),
+        )
+    }
+
     /// Blocks that a sequence is expected to need soon: for its known tokens, and one to grow into.
-    fn blocks_to_come(&self, sequence: &Sequence) -> usize {
+    fn blocks_to_come(&self, sequence: &Sequence<P>) -> usize {
         let held = sequence.run.blocks.len();
         let soon = self.limits.blocks_for(sequence.len()).max(held) + 1;
         soon.min(self.limits.blocks_for(sequence.max_positions())) - held
     }
 
-    /// Gives a sequence its seat, its cached blocks and its first rows; returns the blocks it is promised beside.
-    fn start(&mut self, mut sequence: Sequence, cached: Vec<u32>, draft: &mut Draft, now: Duration) -> usize {
-        cached.iter().for_each(|&block| self.blocks.hold(block));
-        let hit = cached.len() * self.limits.block_size as usize;
-        if !sequence.admitted {
-            self.welcome(&mut sequence, hit, now);
-        }
-        let run = &mut sequence.run;
-        run.added_len = sequence.tokens.len();
-        (run.planned, run.computed, run.published) = (hit, hit, cached.len());
-        let start = Prefix::Start(sequence.adapter);
-        let prefix = cached.last().map_or(Some(start), |&block| self.blocks.prefix_of(block));
-        run.prefix = prefix.filter(|_| self.limits.prefix_caching);
-        run.blocks = cached;
-        draft.added.push(Added {
-            id: sequence.id,
-            tokens: sequence.tokens.clone(),
-            prompt_len: sequence.prompt_len as u32,
-            slot: sequence.slot,
-        });
-        let arrival = sequence.arrival;
-        self.running.insert(arrival, sequence);
-        draft.shared = self.hopeful() > 0;
-        self.plan_rows(arrival, draft);
-        self.running.get(&arrival).map_or(0, |sequence| self.blocks_to_come(sequence))
+    /// Takes a candidate from where it waits. `cached` blocks of it need not be computed.
+    fn take(&mut self, candidate: Candidate, cached: usize, now: Duration) -> Option<Sequence<P>> {
+        let Candidate::Waiting(flow, turn) = candidate else {
+            return self.preempted.pop_first().map(|(_, sequence)| sequence);
+        };
+        let mut sequence = self.flows.pop(flow, now)?;
+        self.admit_first(&mut sequence, cached * self.limits.block_size as usize, turn, now);
+        Some(sequence)
     }
 
-    /// What happens once, at a sequence's first admission: it pins its slot and pays for its prompt.
-    fn welcome(&mut self, sequence: &mut Sequence, hit: usize, now: Duration) {
-        let cost = (sequence.prompt_len - hit) as u64;
-        self.queues.charge(sequence.queue, cost);
-        sequence.slot = sequence.adapter.and_then(|key| self.slots.pin(key));
-        sequence.slot.into_iter().for_each(|slot| self.slots.charge(slot, cost));
-        sequence.admitted = true;
+    /// At its first admission a sequence pins its slot and pays for its prompt.
+    fn admit_first(&mut self, sequence: &mut Sequence<P>, hit: usize, turn: Turn, now: Duration) {
+        let cost = (sequence.prompt.len() - hit) as u64;
+        let aged = turn == Turn::Aged;
+        if aged {
+            self.flows.admit_aged(cost + sequence.cost_to_come());
+        }
+        self.flows.charge(sequence.flow, cost);
+        let slot = sequence.adapter.and_then(|key| self.slots.pin(key));
+        slot.into_iter().for_each(|slot| self.slots.charge(slot, cost));
         let queued = now.saturating_sub(sequence.submitted);
-        sequence.start = Some(Start { queued, cached_tokens: hit as u32 });
+        sequence.admission = Some(Admission { slot, queued, cached_tokens: hit as u32, aged });
+        self.admitted += 1;
         self.cached_tokens += hit as u64;
+    }
+
+    /// Gives a sequence its seat, its cached blocks and its first rows. Returns the blocks that it is promised beside.
+    fn start(&mut self, mut sequence: Sequence<P>, cached: Vec<u32>, draft: &mut Draft<P>) -> usize {
+        cached.iter().for_each(|&block| self.blocks.hold(block));
+        draft.add(&sequence);
+        let hit = cached.len() * self.limits.block_size as usize;
+        let prefix = cached.last().map_or(Some(sequence.start), |&block| self.blocks.prefix_of(block));
+        let added_len = sequence.known();
+        let run = &mut sequence.run;
+        run.added_len = added_len;
+        (run.planned, run.computed, run.published) = (hit, hit, cached.len());
+        run.prefix = prefix.filter(|_| self.limits.prefix_caching);
+        run.blocks = cached;
+        let arrival = sequence.arrival;
+        self.running.insert(arrival, sequence);
+        draft.shared = self.waiting_for_seats() > 0;
+        self.plan_rows(arrival, draft);
+        self.running.get(&arrival).map_or(0, |sequence| self.blocks_to_come(sequence))
     }
 }

@@ -2,16 +2,16 @@
 
 use super::{MAX_IN_FLIGHT, Scheduler};
 
-impl Scheduler {
-    /// Asserts every invariant: blocks, slots, queues and results in flight are each accounted for exactly once.
+impl<P> Scheduler<P> {
+    /// Asserts every invariant: blocks, slots, flows and results in flight are each accounted for exactly once.
     /// Takes time in proportion to all there is; meant for tests and for idle moments.
     ///
     /// # Panics
     /// If one is broken.
     pub fn check(&self) {
         self.blocks.check(self.running.values().map(|sequence| &sequence.run.blocks[..]));
-        self.slots.check(self.admitted().filter_map(|sequence| sequence.slot.zip(sequence.adapter)));
-        self.queues.check(self.admitted().map(|sequence| sequence.queue), |key| self.slots.residency(key));
+        self.slots.check(self.admitted().filter_map(|sequence| sequence.slot().zip(sequence.adapter)));
+        self.flows.check(self.admitted().map(|sequence| sequence.flow), |key| self.slots.residency(key));
         self.check_sequences();
         self.check_flights();
     }
@@ -20,12 +20,13 @@ impl Scheduler {
         assert!(self.running.len() <= self.limits.seats(), "{} sequences run", self.running.len());
         assert_eq!(self.sequences().count(), self.tickets.len(), "requests that have not ended");
         for sequence in self.sequences() {
-            let ticket = self.tickets.get(&sequence.id).map(|ticket| (ticket.arrival, ticket.queue));
-            assert_eq!(ticket, Some((sequence.arrival, sequence.queue)), "ticket of {:?}", sequence.id);
+            let ticket = self.tickets.get(&sequence.id).map(|ticket| (ticket.arrival, ticket.flow));
+            assert_eq!(ticket, Some((sequence.arrival, sequence.flow)), "ticket of {:?}", sequence.id);
         }
         for sequence in self.admitted() {
-            assert_eq!(sequence.slot.is_some(), sequence.adapter.is_some(), "slot of {:?}", sequence.id);
+            assert_eq!(sequence.slot().is_some(), sequence.adapter.is_some(), "slot of {:?}", sequence.id);
             assert!(sequence.len() <= sequence.max_positions() + 1, "{:?} has too many tokens", sequence.id);
+            assert!(sequence.generates() || sequence.sampling == 0, "{:?} is only scored", sequence.id);
         }
         for sequence in self.running.values() {
             let run = &sequence.run;

@@ -1,16 +1,13 @@
 //! Planning one step: decode rows first, then prefill, within the budgets.
 
-use std::{ops::Bound, time::Duration};
+use std::{mem, ops::Bound, time::Duration};
 
 use super::{Flight, FlightRows, MAX_IN_FLIGHT, Scheduler};
 use crate::{
-    AdapterKey, Added, Limits, RequestId, RowsPlan, StepPlan,
+    AdapterKey, Added, Limits, RowsPlan, StepPlan,
+    flows::GENERATED,
     sequence::{Arrival, Sequence},
 };
-
-/// Virtual tokens of a generated token; one of the prompt is 1. A decode row costs more than a prefill row: it reads
-/// all weights for few rows (the weights of VTC's experiments).
-const GENERATED: u64 = 2;
 
 /// Devices multiply rows in tiles, and a few rows beyond whole tiles cost as much as a tile more. GPUs have the largest
 /// ones: on an H100, 543 rows of an 8B-sized model took 18.7 ms and 512 rows 12.
@@ -59,7 +56,7 @@ impl PrefillBudget {
 
 /// A step being planned, and what is left of its budgets.
 #[derive(Debug)]
-pub(super) struct Draft {
+pub(super) struct Draft<P> {
     pub(super) id: u64,
     rows_left: usize,
     /// Prompt rows of the step, and those that are left.
@@ -68,13 +65,15 @@ pub(super) struct Draft {
     /// Whether others than the prompt that is planned could use what is left.
     pub(super) shared: bool,
     logits_left: usize,
+    added_left: usize,
     pub(super) unload: Vec<u32>,
     pub(super) load: Vec<(u32, AdapterKey)>,
-    pub(super) added: Vec<Added>,
-    rows: Vec<(Option<u32>, Arrival, RowsPlan)>,
+    pub(super) added: Vec<Added<P>>,
+    /// Slot, sequence, rows, and whether they end a sequence that is scored.
+    rows: Vec<(Option<u32>, Arrival, RowsPlan, bool)>,
 }
 
-impl Draft {
+impl<P> Draft<P> {
     fn new(id: u64, limits: &Limits) -> Self {
         Self {
             id,
@@ -83,6 +82,7 @@ impl Draft {
             prefill_left: 0,
             shared: false,
             logits_left: limits.max_logit_rows as usize,
+            added_left: limits.max_added_tokens as usize,
             unload: Vec::new(),
             load: Vec::new(),
             added: Vec::new(),
@@ -95,8 +95,27 @@ impl Draft {
         self.rows_left.min(self.prefill_left).min(self.logits_left) > 0
     }
 
+    /// Whether the step's message has room for one more sequence. A sequence always fits into a message of its own.
+    pub(super) fn fits(&self, sequence: &Sequence<P>) -> bool {
+        self.added.is_empty() || sequence.known() <= self.added_left
+    }
+
+    pub(super) fn add(&mut self, sequence: &Sequence<P>)
+    where
+        P: Clone,
+    {
+        self.added_left = self.added_left.saturating_sub(sequence.known());
+        self.added.push(Added {
+            id: sequence.id,
+            prompt: sequence.prompt.clone(),
+            generated: sequence.generated.clone(),
+            slot: sequence.slot(),
+            payload: sequence.payload.clone(),
+        });
+    }
+
     /// How many of the sequence's next rows the budgets allow.
-    fn allowed(&self, sequence: &Sequence) -> usize {
+    fn allowed(&self, sequence: &Sequence<P>) -> usize {
         let wanted = sequence.rows_to_plan();
         let mut rows = wanted.min(self.rows_left);
         if sequence.prefills() {
@@ -119,7 +138,7 @@ impl Draft {
         }
     }
 
-    fn spend(&mut self, sequence: &Sequence, rows: usize, sample: bool) {
+    fn spend(&mut self, sequence: &Sequence<P>, rows: usize, sample: bool) {
         self.rows_left -= rows;
         if sequence.prefills() {
             self.prefill_left -= rows;
@@ -132,14 +151,15 @@ impl Draft {
     }
 }
 
-impl Scheduler {
+impl<P: Clone> Scheduler<P> {
     /// Plans the next step, to be run after all earlier ones. `None` while two are in flight, or when there is nothing
     /// to do: ask again after any other call.
-    pub fn next_step(&mut self, now: Duration) -> Option<StepPlan> {
+    pub fn next_step(&mut self, now: Duration) -> Option<StepPlan<P>> {
         if self.flights.len() == MAX_IN_FLIGHT {
             return None;
         }
         let mut draft = Draft::new(self.steps + 1, &self.limits);
+        draft.unload = mem::take(&mut self.unload);
         self.plan_running(&mut draft);
         self.load_adapters(&mut draft, now);
         self.admit(&mut draft, now);
@@ -155,7 +175,7 @@ impl Scheduler {
     }
 
     /// Plans rows of the running sequences: first of those that generate, then of those that prefill, oldest first.
-    fn plan_running(&mut self, draft: &mut Draft) {
+    fn plan_running(&mut self, draft: &mut Draft<P>) {
         let running = self.running.iter().map(|(&arrival, sequence)| (arrival, sequence.prefills()));
         let (prefilling, generating): (Vec<_>, Vec<_>) = running.partition(|&(_, prefills)| prefills);
         for (arrival, _) in generating {
@@ -164,7 +184,7 @@ impl Scheduler {
         let decode = self.limits.max_rows as usize - draft.rows_left;
         draft.prefill = self.prefill_budget.rows(&self.limits, decode);
         draft.prefill_left = draft.prefill;
-        let mut others = prefilling.len() + self.hopeful();
+        let mut others = prefilling.len() + self.waiting_for_seats();
         for (arrival, _) in prefilling {
             others -= 1;
             draft.shared = others > 0;
@@ -173,13 +193,13 @@ impl Scheduler {
     }
 
     /// Who has no seat and would like one.
-    pub(super) fn hopeful(&self) -> usize {
-        self.preempted.len() + self.queues.waiting()
+    pub(super) fn waiting_for_seats(&self) -> usize {
+        self.preempted.len() + self.flows.waiting()
     }
 
     /// Plans as many rows of a sequence as it has and as budgets and blocks allow; none if it does not run, having been
     /// preempted for an older one meanwhile.
-    pub(super) fn plan_rows(&mut self, arrival: Arrival, draft: &mut Draft) {
+    pub(super) fn plan_rows(&mut self, arrival: Arrival, draft: &mut Draft<P>) {
         let Some(sequence) = self.running.get(&arrival) else { return };
         let allowed = draft.allowed(sequence);
         if allowed == 0 {
@@ -195,7 +215,8 @@ impl Scheduler {
         if rows == 0 {
             return;
         }
-        let sample = rows == sequence.rows_to_plan();
+        let last = rows == sequence.rows_to_plan();
+        let sample = last && sequence.generates();
         draft.spend(sequence, rows, sample);
         let plan = RowsPlan {
             id: sequence.id,
@@ -208,11 +229,11 @@ impl Scheduler {
         sequence.run.planned += rows;
         sequence.run.last_step = draft.id;
         sequence.in_flight += 1;
-        draft.rows.push((sequence.slot, arrival, plan));
+        draft.rows.push((sequence.slot(), arrival, plan, last && !sample));
         if sample {
             sequence.sampling += 1;
-            let (queue, slot) = (sequence.queue, sequence.slot);
-            self.queues.charge(queue, GENERATED);
+            let (flow, slot) = (sequence.flow, sequence.slot());
+            self.flows.charge(flow, GENERATED);
             slot.into_iter().for_each(|slot| self.slots.charge(slot, GENERATED));
         }
     }
@@ -231,24 +252,24 @@ impl Scheduler {
     }
 
     /// Puts the step in flight.
-    fn launch(&mut self, mut draft: Draft) -> StepPlan {
-        draft.rows.sort_unstable_by_key(|&(slot, arrival, _)| (slot, arrival));
-        let rows = draft.rows.iter().map(|(_, arrival, plan)| FlightRows {
+    fn launch(&mut self, mut draft: Draft<P>) -> StepPlan<P> {
+        draft.rows.sort_unstable_by_key(|&(slot, arrival, ..)| (slot, arrival));
+        let rows = draft.rows.iter().map(|(_, arrival, plan, scored)| FlightRows {
             arrival: *arrival,
             id: plan.id,
             rows: plan.rows,
             sample: plan.sample,
+            scored: *scored,
         });
         self.flights.push_back(Flight { step: draft.id, rows: rows.collect() });
         self.steps = draft.id;
-        let dropped: Vec<RequestId> = std::mem::take(&mut self.dropped);
         StepPlan {
             id: draft.id,
-            dropped,
+            dropped: mem::take(&mut self.dropped),
             unload: draft.unload,
             load: draft.load,
             added: draft.added,
-            rows: draft.rows.into_iter().map(|(_, _, plan)| plan).collect(),
+            rows: draft.rows.into_iter().map(|(_, _, plan, _)| plan).collect(),
         }
     }
 }

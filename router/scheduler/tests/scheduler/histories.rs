@@ -4,43 +4,53 @@
 use std::{sync::Arc, time::Duration};
 
 use proptest::{collection::vec, prelude::*};
-use scheduler::{Limits, Request, RequestId, StepPlan, SubmitError};
+use scheduler::{Limits, Request, RequestId, SubmitError, Tenant};
 
 use crate::{
     shard::STOP,
-    world::{World, adapter, limits},
+    world::{Plan, World, limits, request, salted},
 };
 
 #[derive(Debug, Clone)]
 enum Op {
-    Submit { adapter: u8, stem: u64, stem_len: usize, tail: Vec<u32>, max_new: u32, flags: (bool, bool) },
+    Submit { flow: (u64, u8, u128), stem: u64, stem_len: usize, tail: Vec<u32>, max_new: u32, flags: Flags },
     Cancel(prop::sample::Index),
     Plan,
     Run,
     Answer { nth: usize, well: bool },
     Wait(u64),
-    Reset,
+    Restart,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Flags {
+    stop: bool,
+    prompt_logprobs: bool,
+    refused: bool,
 }
 
 fn op() -> impl Strategy<Value = Op> {
-    let flags = (prop::bool::weighted(0.7), prop::bool::weighted(0.15));
-    let submit = (0..7u8, 0..3u64, 0..40usize, vec(0..2u32, 0..6), 1..30u32, flags);
+    let flags = (prop::bool::weighted(0.7), prop::bool::weighted(0.15), prop::bool::weighted(0.05));
+    let flags = flags.prop_map(|(stop, prompt_logprobs, refused)| Flags { stop, prompt_logprobs, refused });
+    let flow = (0..4u64, 0..7u8, prop_oneof![4 => Just(0), 1 => Just(1), 1 => Just(1 << 64)]);
+    let max_new = prop_oneof![1 => Just(0), 9 => 1..30u32];
+    let submit = (flow, 0..3u64, 0..40usize, vec(0..2u32, 0..6), max_new, flags);
     prop_oneof![
-        6 => submit.prop_map(|(adapter, stem, stem_len, tail, max_new, flags)| {
-            Op::Submit { adapter, stem, stem_len, tail, max_new, flags }
+        6 => submit.prop_map(|(flow, stem, stem_len, tail, max_new, flags)| {
+            Op::Submit { flow, stem, stem_len, tail, max_new, flags }
         }),
         1 => any::<prop::sample::Index>().prop_map(Op::Cancel),
         16 => Just(Op::Plan),
         16 => Just(Op::Run),
         3 => (0..3usize, prop::bool::weighted(0.9)).prop_map(|(nth, well)| Op::Answer { nth, well }),
         1 => (1..8000u64).prop_map(Op::Wait),
-        1 => prop::bool::weighted(0.02).prop_map(|reset| if reset { Op::Reset } else { Op::Plan }),
+        1 => prop::bool::weighted(0.02).prop_map(|restart| if restart { Op::Restart } else { Op::Plan }),
     ]
 }
 
 fn some_limits() -> impl Strategy<Value = Limits> {
     let sizes = (4..40u32, 1..7u32, 1..5u32, prop_oneof![Just(0), Just(10), Just(25)]);
-    let budgets = (1..24u32, 1..7u32, 1..24u32, prop::option::of(1..16u32));
+    let budgets = (1..24u32, 1..7u32, 1..24u32, prop::option::of(1..16u32), 1..80u32);
     (sizes, budgets, any::<bool>()).prop_map(|(sizes, budgets, prefix_caching)| Limits {
         num_blocks: sizes.0,
         block_size: sizes.1,
@@ -50,6 +60,7 @@ fn some_limits() -> impl Strategy<Value = Limits> {
         max_sequences: budgets.1,
         max_logit_rows: budgets.2,
         max_prefill_rows: budgets.3,
+        max_added_tokens: budgets.4,
         prefix_caching,
     })
 }
@@ -61,23 +72,28 @@ fn prompt(stem: u64, len: usize, tail: &[u32]) -> Vec<u32> {
 }
 
 /// Plays a history to its end, and returns the plans of its steps.
-fn play(limits: &Limits, ops: &[Op]) -> Vec<StepPlan> {
+fn play(limits: &Limits, ops: &[Op]) -> Vec<Plan> {
     let mut world = World::new(limits.clone());
     let mut plans = Vec::new();
     for (id, op) in (0..).zip(ops) {
         match op {
-            Op::Submit { adapter: number, stem, stem_len, tail, max_new, flags: (stop, logprobs) } => {
+            Op::Submit { flow: (tenant, number, salt), stem, stem_len, tail, max_new, flags } => {
                 let request = Request {
-                    id: RequestId(id),
-                    prompt: prompt(*stem, *stem_len, tail),
-                    max_new_tokens: *max_new,
-                    stop_ids: if *stop { Arc::new([STOP]) } else { Arc::new([]) },
-                    adapter: adapter(*number),
-                    prompt_logprobs: *logprobs,
+                    tenant: Tenant { id: *tenant, weight: 1 + (*tenant as u32) * 3 },
+                    stop_ids: if flags.stop { Arc::new([STOP]) } else { Arc::new([]) },
+                    prompt_logprobs: flags.prompt_logprobs,
+                    ..request(id, *number, prompt(*stem, *stem_len, tail), *max_new)
                 };
-                let refused = world.submit(request).err();
-                let long = matches!(refused, Some(SubmitError::TooLong { .. } | SubmitError::EmptyPrompt));
-                assert!(refused.is_none() || long, "{refused:?}");
+                if flags.refused {
+                    world.shard.refuses.insert(RequestId(id));
+                }
+                let error = world.submit(salted(*salt, request)).err();
+                let expected = error.is_none_or(|error| match error {
+                    SubmitError::TooLong { .. } | SubmitError::EmptyPrompt => true,
+                    SubmitError::NothingToCompute => *max_new == 0 && !flags.prompt_logprobs,
+                    _ => false,
+                });
+                assert!(expected, "{error:?}");
             }
             Op::Cancel(index) if !world.open.is_empty() => {
                 let ids: Vec<_> = world.open.keys().copied().collect();
@@ -88,7 +104,7 @@ fn play(limits: &Limits, ops: &[Op]) -> Vec<StepPlan> {
             Op::Run => drop(world.run()),
             Op::Answer { nth, well } => drop(world.answer(*nth, *well)),
             Op::Wait(milliseconds) => world.now += Duration::from_millis(*milliseconds),
-            Op::Reset => world.reset(),
+            Op::Restart => world.restart(),
         }
     }
     world.run_to_end();

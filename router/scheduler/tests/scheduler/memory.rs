@@ -2,10 +2,13 @@
 
 use scheduler::{Limits, Request, RequestId};
 
-use crate::world::{World, limits, prompt, request};
+use crate::{
+    shard::{Payload, plain},
+    world::{World, limits, prompt, request},
+};
 
 /// Runs a request alone and returns how many of its prompt tokens came from the cache.
-fn cached(world: &mut World, request: Request) -> u64 {
+fn cached(world: &mut World, request: Request<Payload>) -> u64 {
     let before = world.scheduler.stats().cached_tokens;
     world.submit(request).unwrap();
     world.run_to_end();
@@ -102,7 +105,7 @@ fn generated_tokens_are_a_prefix_too() {
     let mut world = World::new(limits());
     assert_eq!(cached(&mut world, request(1, 0, prompt(1, 5), 12)), 0);
     let mut longer = prompt(1, 5);
-    longer.extend(crate::shard::plain(None, &longer, 12, false));
+    longer.extend(plain(&request(0, 0, longer.clone(), 12)));
     // 5 + 12 positions, the last of which was never computed: 4 blocks of 4.
     longer.push(3);
     assert_eq!(cached(&mut world, request(2, 0, longer, 1)), 16);

@@ -1,9 +1,17 @@
 //! A shard whose model is a hash: the token after a sequence depends on the adapter and on every token before it, and
 //! so does what a row leaves in KV memory. A row that reads anything but its own past panics.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use scheduler::{AdapterKey, Added, Limits, RequestId, RowsPlan, StepPlan};
+use scheduler::{Adapter, AdapterKey, Added, Limits, Request, RequestId, RowsPlan, Sampled, StepPlan};
+
+/// What a request's sampling parameters are to a real shard. The salt is part of the model's state here, so that a block
+/// shared between two salts is noticed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Payload {
+    pub(crate) id: u64,
+    pub(crate) salt: u128,
+}
 
 /// Tokens of the simulated model; 0 is the stop token.
 pub(crate) const VOCAB: u64 = 11;
@@ -15,8 +23,9 @@ fn mix(state: u64, value: u64) -> u64 {
     mixed ^ (mixed >> 29)
 }
 
-fn start(adapter: Option<AdapterKey>) -> u64 {
-    adapter.map_or(1, |key| key.0.iter().fold(2, |state, &byte| mix(state, u64::from(byte))))
+fn start(adapter: Option<AdapterKey>, salt: u128) -> u64 {
+    let salted = mix(salt as u64, (salt >> 64) as u64);
+    adapter.map_or(salted, |key| key.0.iter().fold(salted, |state, &byte| mix(state, u64::from(byte))))
 }
 
 fn sample(state: u64) -> u32 {
@@ -24,13 +33,14 @@ fn sample(state: u64) -> u32 {
 }
 
 /// What a request gets when it is alone, computed without blocks, chunks or steps.
-pub(crate) fn plain(adapter: Option<AdapterKey>, prompt: &[u32], max_new: u32, stop: bool) -> Vec<u32> {
-    let mut state = prompt.iter().fold(start(adapter), |state, &token| mix(state, u64::from(token)));
+pub(crate) fn plain(request: &Request<Payload>) -> Vec<u32> {
+    let start = start(request.adapter.map(|adapter| adapter.key), request.salt.0);
+    let mut state = request.prompt.iter().fold(start, |state, &token| mix(state, u64::from(token)));
     let mut tokens = Vec::new();
-    while tokens.len() < max_new as usize {
+    while tokens.len() < request.max_new_tokens as usize {
         let token = sample(state);
         tokens.push(token);
-        if stop && token == STOP {
+        if request.stop_ids.contains(&token) {
             break;
         }
         state = mix(state, u64::from(token));
@@ -44,6 +54,7 @@ struct Seat {
     table: Vec<u32>,
     adapter: Option<AdapterKey>,
     slot: Option<u32>,
+    salt: u128,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,6 +62,8 @@ enum Slot {
     Empty,
     Loading(AdapterKey),
     Ready(AdapterKey),
+    /// The load has failed on one rank, and others may have the adapter.
+    Failed(AdapterKey),
 }
 
 #[derive(Debug)]
@@ -61,6 +74,12 @@ pub(crate) struct Shard {
     memory: Vec<Vec<Option<u64>>>,
     seats: BTreeMap<RequestId, Seat>,
     slots: Vec<Slot>,
+    /// Sequences that it will not take.
+    pub(crate) refuses: BTreeSet<RequestId>,
+    /// Sequences that it has not taken, until they are dropped.
+    refused: BTreeSet<RequestId>,
+    /// Tokens of the longest `added` so far.
+    pub(crate) most_added: usize,
 }
 
 impl Shard {
@@ -71,19 +90,39 @@ impl Shard {
             memory: vec![vec![None; limits.block_size as usize]; limits.num_blocks as usize],
             seats: BTreeMap::new(),
             slots: vec![Slot::Empty; limits.num_slots as usize],
+            refuses: BTreeSet::new(),
+            refused: BTreeSet::new(),
+            most_added: 0,
         }
     }
 
-    /// Runs a step: one token for every `sample`, in row order.
-    pub(crate) fn run(&mut self, step: &StepPlan) -> Vec<(RequestId, u32)> {
+    /// Begins a new session: only adapters in slots stay. Returns them.
+    pub(crate) fn attach(&mut self) -> Vec<(u32, Adapter)> {
+        let mut fresh = Self::new(&self.limits);
+        for (slot, state) in (0..).zip(&self.slots) {
+            if let Slot::Ready(_) = state {
+                fresh.slots[slot] = *state;
+            }
+        }
+        *self = fresh;
+        let ready = |(slot, state): (u32, &Slot)| match state {
+            Slot::Ready(key) => Some((slot, Adapter { key: *key, bytes: 10 })),
+            _ => None,
+        };
+        (0..).zip(&self.slots).filter_map(ready).collect()
+    }
+
+    /// Runs a step: one token for every `sample` in row order, and the sequences that are not taken.
+    pub(crate) fn run(&mut self, step: &StepPlan<Payload>) -> (Vec<Sampled>, Vec<RequestId>) {
         assert_eq!(step.id, self.last_step + 1, "steps are consecutive");
         self.last_step = step.id;
         for id in &step.dropped {
-            assert!(self.seats.remove(id).is_some(), "{id:?} is dropped and has no seat");
+            let known = self.seats.remove(id).is_some() || self.refused.remove(id);
+            assert!(known, "{id:?} is dropped and was never added");
         }
         for &slot in &step.unload {
             let slot = &mut self.slots[slot as usize];
-            assert!(matches!(slot, Slot::Ready(_)), "unload of a slot that is {slot:?}");
+            assert!(matches!(slot, Slot::Ready(_) | Slot::Failed(_)), "unload of a slot that is {slot:?}");
             *slot = Slot::Empty;
         }
         for &(slot, key) in &step.load {
@@ -91,19 +130,35 @@ impl Shard {
             assert_eq!(*slot, Slot::Empty, "load into an occupied slot");
             *slot = Slot::Loading(key);
         }
-        step.added.iter().for_each(|added| self.add(added));
+        let refused: Vec<_> =
+            step.added.iter().filter(|added| !self.add(added)).map(|added| added.id).collect();
         let seats = self.limits.max_sequences as usize;
-        assert!(self.seats.len() <= seats, "{} sequences and {seats} seats", self.seats.len());
-        step.rows.iter().filter_map(|rows| self.run_rows(rows).map(|token| (rows.id, token))).collect()
+        let taken = self.seats.len() + self.refused.len();
+        assert!(taken <= seats, "{taken} sequences and {seats} seats");
+        let tokens: usize = step.added.iter().map(|added| added.prompt.len() + added.generated.len()).sum();
+        assert!(step.added.len() <= 1 || tokens <= self.limits.max_added_tokens as usize, "{tokens} tokens");
+        self.most_added = self.most_added.max(tokens);
+        let rows = step.rows.iter().filter(|rows| !self.refused.contains(&rows.id)).collect::<Vec<_>>();
+        let token = |rows: &RowsPlan| Some(Sampled { id: rows.id, token: self.run_rows(rows)? });
+        (rows.into_iter().filter_map(token).collect(), refused)
     }
 
-    fn add(&mut self, added: &Added) {
+    /// Gives a sequence its seat. Returns whether it takes it at all.
+    fn add(&mut self, added: &Added<Payload>) -> bool {
+        assert_eq!(added.id.0, added.payload.id, "the payload is the request's own");
+        assert!(!self.refused.contains(&added.id), "{:?} has two seats", added.id);
+        if self.refuses.contains(&added.id) {
+            self.refused.insert(added.id);
+            return false;
+        }
         let adapter = added.slot.map(|slot| match self.slots[slot as usize] {
             Slot::Ready(key) => key,
             slot => panic!("{:?} uses a slot that is {slot:?}", added.id),
         });
-        let seat = Seat { tokens: added.tokens.clone(), table: Vec::new(), adapter, slot: added.slot };
+        let tokens = [&added.prompt[..], &added.generated].concat();
+        let seat = Seat { tokens, table: Vec::new(), adapter, slot: added.slot, salt: added.payload.salt };
         assert!(self.seats.insert(added.id, seat).is_none(), "{:?} has two seats", added.id);
+        true
     }
 
     fn run_rows(&mut self, rows: &RowsPlan) -> Option<u32> {
@@ -118,7 +173,7 @@ impl Shard {
             );
         }
         let size = self.limits.block_size as usize;
-        let mut state = start(seat.adapter);
+        let mut state = start(seat.adapter, seat.salt);
         for position in 0..rows.position as usize {
             state = mix(state, u64::from(seat.tokens[position]));
             let stored = self.memory[seat.table[position / size] as usize][position % size];
@@ -150,23 +205,24 @@ impl Shard {
 
     /// Loads that have been started and not answered.
     pub(crate) fn loading(&self) -> Vec<(u32, AdapterKey)> {
-        let loading = (0..).zip(&self.slots);
-        loading
-            .filter_map(|(id, slot)| if let Slot::Loading(key) = slot { Some((id, *key)) } else { None })
-            .collect()
+        let key = |(id, slot): (u32, &Slot)| match slot {
+            Slot::Loading(key) => Some((id, *key)),
+            _ => None,
+        };
+        (0..).zip(&self.slots).filter_map(key).collect()
     }
 
     /// Ends a load.
     pub(crate) fn answer(&mut self, slot: u32, key: AdapterKey, well: bool) {
         assert_eq!(self.slots[slot as usize], Slot::Loading(key));
-        self.slots[slot as usize] = if well { Slot::Ready(key) } else { Slot::Empty };
+        self.slots[slot as usize] = if well { Slot::Ready(key) } else { Slot::Failed(key) };
     }
 
-    /// Adapters in slots, ready or loading.
+    /// Adapters that take memory on some rank.
     pub(crate) fn resident(&self) -> Vec<AdapterKey> {
         let keys = self.slots.iter().filter_map(|slot| match slot {
             Slot::Empty => None,
-            Slot::Loading(key) | Slot::Ready(key) => Some(*key),
+            Slot::Loading(key) | Slot::Ready(key) | Slot::Failed(key) => Some(*key),
         });
         keys.collect()
     }

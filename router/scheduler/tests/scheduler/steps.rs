@@ -2,17 +2,23 @@
 
 use std::{sync::Arc, time::Duration};
 
-use scheduler::{Adapter, Event, FailReason, Finish, Limits, Request, RequestId, Scheduler, SubmitError};
+use scheduler::{
+    Adapter, Event, FailReason, Finish, Limits, Request, RequestId, Sampled, Scheduler, SubmitError,
+};
 
 use crate::{
     shard::{STOP, plain},
-    world::{World, adapter, key, limits, prompt, request},
+    world::{World, adapter, limits, prompt, request},
 };
 
 /// (id, position, rows, sample) of each entry.
 fn rows(world: &mut World) -> Vec<(u64, u32, u32, bool)> {
     let plan = world.plan().unwrap();
     plan.rows.iter().map(|rows| (rows.id.0, rows.position, rows.rows, rows.sample)).collect()
+}
+
+fn sampled(id: u64) -> Sampled {
+    Sampled { id: RequestId(id), token: 5 }
 }
 
 #[test]
@@ -23,7 +29,7 @@ fn what_can_never_run_is_refused_with_the_reason() {
     let too_large = SubmitError::AdapterTooLarge { bytes: 10, limit: 9 };
     for (limits, request, expected) in [
         (&tight, request(1, 0, vec![], 1), Err(SubmitError::EmptyPrompt)),
-        (&tight, request(1, 0, vec![1], 0), Err(SubmitError::NoNewTokens)),
+        (&tight, request(1, 0, vec![1], 0), Err(SubmitError::NothingToCompute)),
         (&tight, request(1, 0, prompt(1, 10), 8), Err(too_long)),
         (&tight, request(1, 0, prompt(1, 10), 7), Ok(())),
         (
@@ -66,7 +72,7 @@ fn an_id_is_free_again_when_its_request_has_ended() {
 #[test]
 #[should_panic(expected = "a limit is zero")]
 fn a_server_without_rows_is_refused() {
-    Scheduler::new(Limits { max_rows: 0, ..limits() });
+    Scheduler::<()>::new(Limits { max_rows: 0, ..limits() }, &[]);
 }
 
 #[test]
@@ -232,15 +238,15 @@ fn no_row_is_planned_beyond_the_last_token() {
 
 #[test]
 fn a_stop_token_costs_one_discarded_row() {
-    let (prompt, stop_at) = (0..)
-        .map(|number| prompt(number, 5))
-        .find_map(|prompt| {
-            let tokens = plain(None, &prompt, 20, true);
-            (tokens.len() > 2 && tokens.len() < 20).then_some((prompt, tokens.len()))
+    let (request, stop_at) = (0..)
+        .map(|number| Request { stop_ids: Arc::new([STOP]), ..request(1, 0, prompt(number, 5), 20) })
+        .find_map(|request| {
+            let tokens = plain(&request).len();
+            (tokens > 2 && tokens < 20).then_some((request, tokens))
         })
         .unwrap();
     let mut world = World::new(limits());
-    world.submit(Request { stop_ids: Arc::new([STOP]), ..request(1, 0, prompt, 20) }).unwrap();
+    world.submit(request).unwrap();
     let mut steps = 0;
     world.plan().unwrap();
     while !world.open.is_empty() {
@@ -307,45 +313,30 @@ fn rows_with_prompt_log_probabilities_count_as_logit_rows() {
 
 #[test]
 fn a_missing_token_fails_its_request_alone() {
-    let mut scheduler = Scheduler::new(limits());
+    let mut scheduler = Scheduler::new(limits(), &[]);
     for id in 1..4 {
         scheduler.submit(request(id, 0, vec![1], 4), Duration::ZERO).unwrap();
     }
     let step = scheduler.next_step(Duration::ZERO).unwrap().id;
-    let events = scheduler.complete(step, &[(RequestId(1), 5), (RequestId(3), 5)]);
+    let events = scheduler.complete(step, &[1, 3].map(sampled), &[]);
     scheduler.check();
-    let reason = FailReason::NoToken { step };
+    let reason = FailReason::NoResult { step };
     assert!(events.contains(&Event::Failed { id: RequestId(2), reason }), "{events:?}");
     assert_eq!(events.iter().filter(|event| matches!(event, Event::Token { .. })).count(), 2);
-    assert_eq!(scheduler.complete(99, &[]), [], "a step that is not in flight");
+    assert_eq!(scheduler.complete(99, &[], &[]), [], "a step that is not in flight");
     assert_eq!(scheduler.stats().running, 2);
 }
 
 #[test]
 fn a_step_passed_over_gave_no_tokens() {
-    let mut scheduler = Scheduler::new(limits());
+    let mut scheduler = Scheduler::new(limits(), &[]);
     scheduler.submit(request(1, 0, vec![1], 4), Duration::ZERO).unwrap();
     scheduler.next_step(Duration::ZERO).unwrap();
     let second = scheduler.next_step(Duration::ZERO).unwrap().id;
-    let events = scheduler.complete(second, &[(RequestId(1), 5)]);
-    let reason = FailReason::NoToken { step: 1 };
+    let events = scheduler.complete(second, &[sampled(1)], &[]);
+    let reason = FailReason::NoResult { step: 1 };
     assert_eq!(events.last(), Some(&Event::Failed { id: RequestId(1), reason }));
     scheduler.check();
-}
-
-#[test]
-fn a_reset_gives_back_every_request_and_starts_anew() {
-    let mut world = World::new(Limits { max_sequences: 2, ..limits() });
-    for id in 0..5 {
-        world.submit(request(id, (id % 3) as u8, prompt(id, 9), 9)).unwrap();
-    }
-    world.turn();
-    world.plan();
-    assert_eq!(world.scheduler.reset(), (0..5).map(RequestId).collect::<Vec<_>>());
-    assert_eq!(world.scheduler.stats(), Scheduler::new(limits()).stats());
-    world.scheduler.submit(request(1, 1, vec![1], 1), world.now).unwrap();
-    let plan = world.scheduler.next_step(world.now).unwrap();
-    assert_eq!((plan.id, plan.load), (1, vec![(0, key(1))]));
 }
 
 #[test]

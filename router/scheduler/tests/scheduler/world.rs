@@ -7,11 +7,13 @@ use std::{
 };
 
 use scheduler::{
-    Adapter, AdapterKey, Event, FailReason, Finish, Limits, Request, RequestId, Scheduler, StepPlan,
-    SubmitError,
+    Adapter, AdapterKey, CacheSalt, Event, FailReason, Finish, Limits, Request, RequestId, Sampled,
+    Scheduler, StepPlan, SubmitError, Tenant,
 };
 
-use crate::shard::{STOP, Shard, plain};
+use crate::shard::{Payload, STOP, Shard, plain};
+
+pub(crate) type Plan = StepPlan<Payload>;
 
 /// Small enough for everything to run out.
 pub(crate) fn limits() -> Limits {
@@ -23,6 +25,7 @@ pub(crate) fn limits() -> Limits {
         max_rows: 32,
         max_sequences: 8,
         max_logit_rows: 32,
+        max_added_tokens: 1_000_000,
         max_prefill_rows: Some(16),
         prefix_caching: true,
     }
@@ -37,15 +40,32 @@ pub(crate) fn key(number: u8) -> AdapterKey {
     AdapterKey([number; 32])
 }
 
-pub(crate) fn request(id: u64, adapter_number: u8, prompt: Vec<u32>, max_new_tokens: u32) -> Request {
+pub(crate) fn tenant(id: u64) -> Tenant {
+    Tenant { id, weight: 1 }
+}
+
+pub(crate) fn request(
+    id: u64,
+    adapter_number: u8,
+    prompt: Vec<u32>,
+    max_new_tokens: u32,
+) -> Request<Payload> {
     Request {
         id: RequestId(id),
-        prompt,
+        tenant: tenant(0),
+        adapter: adapter(adapter_number),
+        salt: CacheSalt(0),
+        prompt: prompt.into(),
         max_new_tokens,
         stop_ids: Arc::new([]),
-        adapter: adapter(adapter_number),
         prompt_logprobs: false,
+        payload: Payload { id, salt: 0 },
     }
+}
+
+/// A request whose KV blocks are shared under this salt only.
+pub(crate) fn salted(salt: u128, request: Request<Payload>) -> Request<Payload> {
+    Request { salt: CacheSalt(salt), payload: Payload { salt, ..request.payload }, ..request }
 }
 
 /// A prompt that shares its beginning with no other of another number.
@@ -58,6 +78,7 @@ pub(crate) fn prompt(number: u64, len: usize) -> Vec<u32> {
 pub(crate) struct Expected {
     adapter: Option<Adapter>,
     prompt_logprobs: bool,
+    prompt_len: usize,
     tokens: Vec<u32>,
     pub(crate) got: usize,
     pub(crate) started: Option<Duration>,
@@ -66,7 +87,7 @@ pub(crate) struct Expected {
 
 #[derive(Debug)]
 pub(crate) struct World {
-    pub(crate) scheduler: Scheduler,
+    pub(crate) scheduler: Scheduler<Payload>,
     pub(crate) shard: Shard,
     pub(crate) now: Duration,
     /// Requests that have not ended.
@@ -75,15 +96,19 @@ pub(crate) struct World {
     pub(crate) finished: Vec<RequestId>,
     pub(crate) failed: BTreeMap<RequestId, FailReason>,
     limits: Limits,
-    sent: VecDeque<StepPlan>,
-    /// Rows that a sequence of the last plans has had, and whether it prefills still.
+    sent: VecDeque<Plan>,
+    /// By running sequence: the position after its last row, and the number of tokens that it was added with.
     positions: BTreeMap<RequestId, (u32, u32)>,
+    /// The scheduler's invariants are checked after every so many calls, because that takes as long as all there is.
+    check_every: u32,
+    calls: u32,
 }
 
 impl World {
     pub(crate) fn new(limits: Limits) -> Self {
+        let check_every = if limits.num_blocks > 100 { 50 } else { 1 };
         Self {
-            scheduler: Scheduler::new(limits.clone()),
+            scheduler: Scheduler::new(limits.clone(), &[]),
             shard: Shard::new(&limits),
             now: Duration::ZERO,
             open: BTreeMap::new(),
@@ -92,16 +117,24 @@ impl World {
             limits,
             sent: VecDeque::new(),
             positions: BTreeMap::new(),
+            check_every,
+            calls: 0,
         }
     }
 
-    pub(crate) fn submit(&mut self, request: Request) -> Result<(), SubmitError> {
-        let stop = !request.stop_ids.is_empty();
-        let key = request.adapter.map(|adapter| adapter.key);
+    fn check(&mut self) {
+        self.calls += 1;
+        if self.calls.is_multiple_of(self.check_every) {
+            self.scheduler.check();
+        }
+    }
+
+    pub(crate) fn submit(&mut self, request: Request<Payload>) -> Result<(), SubmitError> {
         let expected = Expected {
             adapter: request.adapter,
             prompt_logprobs: request.prompt_logprobs,
-            tokens: plain(key, &request.prompt, request.max_new_tokens, stop),
+            prompt_len: request.prompt.len(),
+            tokens: plain(&request),
             got: 0,
             started: None,
             cached_tokens: 0,
@@ -111,20 +144,20 @@ impl World {
         if result.is_ok() {
             self.open.insert(id, expected);
         }
-        self.scheduler.check();
+        self.check();
         result
     }
 
     pub(crate) fn cancel(&mut self, id: RequestId) {
         self.scheduler.cancel(id);
         self.open.remove(&id);
-        self.scheduler.check();
+        self.check();
     }
 
     /// Plans a step and sends it.
-    pub(crate) fn plan(&mut self) -> Option<StepPlan> {
+    pub(crate) fn plan(&mut self) -> Option<Plan> {
         let plan = self.scheduler.next_step(self.now);
-        self.scheduler.check();
+        self.check();
         let plan = plan?;
         self.check_plan(&plan);
         self.sent.push_back(plan.clone());
@@ -135,16 +168,16 @@ impl World {
     /// Has the shard run the oldest step sent, and returns the events. `None` if there is none.
     pub(crate) fn run(&mut self) -> Option<Vec<Event>> {
         let step = self.sent.pop_front()?;
-        let tokens = self.shard.run(&step);
+        let (sampled, refused) = self.shard.run(&step);
         let resident = self.shard.resident();
         let bytes = 10 * resident.len() as u64;
         assert!(
             self.limits.adapter_bytes == 0 || bytes <= self.limits.adapter_bytes,
             "{bytes} bytes in slots"
         );
-        let events = self.scheduler.complete(step.id, &tokens);
-        self.scheduler.check();
-        events.iter().for_each(|event| self.note(event));
+        let events = self.scheduler.complete(step.id, &sampled, &refused);
+        self.check();
+        events.iter().for_each(|event| self.note(event, &sampled, &refused));
         Some(events)
     }
 
@@ -159,20 +192,21 @@ impl World {
             assert!(events.iter().all(
                 |event| matches!(event, Event::Failed { reason: FailReason::AdapterLoad(k), .. } if *k == key)
             ));
-            events.iter().for_each(|event| self.note(event));
+            events.iter().for_each(|event| self.note(event, &[], &[]));
         }
-        self.scheduler.check();
+        self.check();
         true
     }
 
-    pub(crate) fn reset(&mut self) {
-        let lost = self.scheduler.reset();
-        assert_eq!(lost.into_iter().collect::<BTreeSet<_>>(), self.open.keys().copied().collect());
-        self.scheduler.check();
+    /// Begins anew with shards that hold nothing but the adapters in their slots. Open requests are lost.
+    pub(crate) fn restart(&mut self) {
+        let resident = self.shard.attach();
+        self.scheduler = Scheduler::new(self.limits.clone(), &resident);
+        self.check();
+        assert_eq!(self.scheduler.stats().resident_adapters, resident.len());
         self.open.clear();
         self.sent.clear();
         self.positions.clear();
-        self.shard = Shard::new(&self.limits);
     }
 
     /// One turn of a server that keeps two steps in flight: plans all it can, runs one, ends all loads. False when
@@ -195,7 +229,7 @@ impl World {
         let mut turns = 0;
         while self.turn() {
             turns += 1;
-            assert!(turns < 20_000, "no end is in sight for {:?}", self.open.keys());
+            assert!(turns < 20_000, "{:?} do not end", self.open.keys());
         }
         assert!(self.open.is_empty(), "{:?} never end", self.open.keys());
         let stats = self.scheduler.stats();
@@ -204,7 +238,7 @@ impl World {
         assert_eq!(stats.loading_adapters, 0);
     }
 
-    fn note(&mut self, event: &Event) {
+    fn note(&mut self, event: &Event, sampled: &[Sampled], refused: &[RequestId]) {
         match *event {
             Event::Started { id, queued, cached_tokens } => {
                 let expected = self.open.get_mut(&id).expect("started and open");
@@ -212,7 +246,8 @@ impl World {
                 assert!(!expected.prompt_logprobs || cached_tokens == 0, "{id:?} skips log-probabilities");
                 expected.cached_tokens = cached_tokens;
             }
-            Event::Token { id, token, finish } => {
+            Event::Token { id, index, token, finish } => {
+                assert_eq!(sampled[index], Sampled { id, token }, "the event names its result");
                 let expected = self.open.get_mut(&id).expect("a token of an open request");
                 assert!(expected.started.is_some(), "{id:?} has a token before its start");
                 assert_eq!(token, expected.tokens[expected.got], "token {} of {id:?}", expected.got);
@@ -224,7 +259,17 @@ impl World {
                     self.finished.push(id);
                 }
             }
+            Event::Scored { id } => {
+                let expected = self.open.remove(&id).expect("a scored request is open");
+                assert!(expected.started.is_some() && expected.tokens.is_empty(), "{id:?} is scored");
+                let rows = self.positions.get(&id).map_or(0, |&(next, _)| next as usize);
+                assert_eq!(rows, (expected.prompt_len - 1).max(1), "rows of {id:?}");
+                self.finished.push(id);
+            }
             Event::Failed { id, reason } => {
+                if let FailReason::Refused { index } = reason {
+                    assert_eq!(refused[index], id, "the event names its refusal");
+                }
                 assert!(self.open.remove(&id).is_some(), "{id:?} fails and is open");
                 self.failed.insert(id, reason);
             }
@@ -232,12 +277,12 @@ impl World {
     }
 
     /// Budgets, order and continuity of a plan.
-    fn check_plan(&mut self, plan: &StepPlan) {
+    fn check_plan(&mut self, plan: &Plan) {
         for id in &plan.dropped {
             self.positions.remove(id);
         }
         for added in &plan.added {
-            self.positions.insert(added.id, (u32::MAX, added.tokens.len() as u32));
+            self.positions.insert(added.id, (u32::MAX, (added.prompt.len() + added.generated.len()) as u32));
             assert!(plan.rows.iter().any(|rows| rows.id == added.id), "{:?} is added without rows", added.id);
         }
         let (mut rows, mut prefill, mut logits) = (0, 0, 0);

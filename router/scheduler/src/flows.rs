@@ -1,0 +1,494 @@
+//! Who is next. A flow is the requests of one tenant for one adapter; within a flow, requests are served first come,
+//! first served. Tenants take turns by weight, the flows of a tenant take turns beneath, and flows that have waited long
+//! get a bounded share out of turn.
+
+mod aging;
+mod check;
+mod level;
+mod order;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    time::Duration,
+};
+
+use crate::{
+    Adapter, AdapterKey, Tenant,
+    sequence::{Arrival, Sequence},
+};
+use aging::Aging;
+pub use aging::{AGED_SHARE, OVERDUE};
+use level::Level;
+
+/// Virtual tokens of a generated token; one of the prompt that had to be computed is 1. A decode row costs more than a
+/// prefill row, because it reads all weights for few rows. The numbers are those of VTC's experiments.
+pub(crate) const GENERATED: u64 = 2;
+
+/// Service of a tenant of weight 1 for each virtual token.
+const SERVICE_UNIT: u64 = 1 << 20;
+
+/// Index of a flow. Reused after the flow has been closed.
+pub(crate) type FlowId = u32;
+
+/// Index of a tenant. Reused after the tenant has been closed.
+pub(crate) type TenantId = u32;
+
+/// Whether requests of an adapter can be admitted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Residency {
+    /// It is in a slot. The base model always is ready.
+    Ready,
+    /// It needs a slot.
+    Absent,
+    /// It is on its way into a slot, or its slot is promised to another.
+    Held,
+}
+
+/// In which turn a flow is served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Turn {
+    /// It has had the least service.
+    Fair,
+    /// It has waited longest, and is overdue.
+    Aged,
+}
+
+/// The requests of one tenant for one adapter.
+#[derive(Debug)]
+struct Flow<P> {
+    tenant: TenantId,
+    adapter: Option<Adapter>,
+    waiting: BTreeMap<Arrival, Sequence<P>>,
+    /// Virtual tokens.
+    service: u64,
+    /// When one of its requests was admitted last, or when the first came to wait.
+    since: Duration,
+    /// Sequences that have been admitted and have not ended.
+    users: usize,
+}
+
+impl<P> Flow<P> {
+    fn key(&self) -> Option<AdapterKey> {
+        self.adapter.map(|adapter| adapter.key)
+    }
+}
+
+#[derive(Debug)]
+struct TenantState {
+    tenant: Tenant,
+    /// Virtual tokens times [`SERVICE_UNIT`], divided by the weight.
+    service: u64,
+    since: Duration,
+    waiting: usize,
+    users: usize,
+    flows: Level,
+}
+
+/// What is common to the flows of one adapter.
+#[derive(Debug)]
+struct AdapterState {
+    residency: Residency,
+    /// Its open flows.
+    flows: BTreeSet<FlowId>,
+    waiting: usize,
+}
+
+/// All flows with waiting or admitted requests, and those whose service still counts against them.
+#[derive(Debug)]
+pub(crate) struct Flows<P> {
+    flows: Vec<Flow<P>>,
+    /// Of `flows`, those that are closed.
+    closed_flows: Vec<FlowId>,
+    tenants: Vec<TenantState>,
+    closed_tenants: Vec<TenantId>,
+    level: Level,
+    aging: Aging,
+    /// Flows with waiting requests by how long they have waited, those that can be admitted and those that need a slot.
+    longest_ready: BTreeSet<(Duration, FlowId)>,
+    longest_absent: BTreeSet<(Duration, FlowId)>,
+    /// Adapters with waiting requests that need a slot.
+    absent: usize,
+    /// Waiting requests, with the times of their submission.
+    submitted: BTreeMap<Arrival, Duration>,
+    /// The maps by key are looked up only, never iterated, so that plans do not depend on their order.
+    by_key: HashMap<(TenantId, Option<AdapterKey>), FlowId>,
+    tenants_by_id: HashMap<u64, TenantId>,
+    adapters: HashMap<AdapterKey, AdapterState>,
+}
+
+impl<P> Flows<P> {
+    pub(crate) fn new() -> Self {
+        Self {
+            flows: Vec::new(),
+            closed_flows: Vec::new(),
+            tenants: Vec::new(),
+            closed_tenants: Vec::new(),
+            level: Level::default(),
+            aging: Aging::default(),
+            longest_ready: BTreeSet::new(),
+            longest_absent: BTreeSet::new(),
+            absent: 0,
+            submitted: BTreeMap::new(),
+            by_key: HashMap::new(),
+            tenants_by_id: HashMap::new(),
+            adapters: HashMap::new(),
+        }
+    }
+
+    pub(crate) fn waiting(&self) -> usize {
+        self.submitted.len()
+    }
+
+    /// When the oldest waiting request was submitted.
+    pub(crate) fn waiting_since(&self) -> Option<Duration> {
+        self.submitted.first_key_value().map(|(_, &submitted)| submitted)
+    }
+
+    /// How many adapters with waiting requests need a slot.
+    pub(crate) fn count_absent(&self) -> usize {
+        self.absent
+    }
+
+    /// Whether requests of the adapter wait.
+    pub(crate) fn waits(&self, key: AdapterKey) -> bool {
+        self.adapters.get(&key).is_some_and(|adapter| adapter.waiting > 0)
+    }
+
+    pub(crate) fn adapter(&self, id: FlowId) -> Option<Adapter> {
+        self.get(id).adapter
+    }
+
+    /// The flow of a tenant and an adapter, which has that `residency` if it is not known yet.
+    pub(crate) fn open(&mut self, tenant: Tenant, adapter: Option<Adapter>, residency: Residency) -> FlowId {
+        let tenant = self.open_tenant(tenant);
+        let key = adapter.map(|adapter| adapter.key);
+        if let Some(&id) = self.by_key.get(&(tenant, key)) {
+            return id;
+        }
+        let service = self.tenant(tenant).flows.virtual_time();
+        let since = Duration::ZERO;
+        let flow = Flow { tenant, adapter, waiting: BTreeMap::new(), service, since, users: 0 };
+        let id = insert(&mut self.flows, &mut self.closed_flows, flow);
+        self.by_key.insert((tenant, key), id);
+        if let Some(key) = key {
+            let new = || AdapterState { residency, flows: BTreeSet::new(), waiting: 0 };
+            self.adapters.entry(key).or_insert_with(new).flows.insert(id);
+        }
+        id
+    }
+
+    fn open_tenant(&mut self, tenant: Tenant) -> TenantId {
+        let tenant = Tenant { weight: tenant.weight.max(1), ..tenant };
+        if let Some(&id) = self.tenants_by_id.get(&tenant.id) {
+            self.tenants[id as usize].tenant = tenant;
+            return id;
+        }
+        let state = TenantState {
+            tenant,
+            service: self.level.virtual_time(),
+            since: Duration::ZERO,
+            waiting: 0,
+            users: 0,
+            flows: Level::default(),
+        };
+        let id = insert(&mut self.tenants, &mut self.closed_tenants, state);
+        self.tenants_by_id.insert(tenant.id, id);
+        id
+    }
+
+    /// Adds a sequence to its flow.
+    pub(crate) fn push(&mut self, sequence: Sequence<P>, now: Duration) {
+        let id = sequence.flow;
+        self.unlist(id);
+        let Self { flows, tenants, level, .. } = self;
+        let flow = &mut flows[id as usize];
+        let tenant = &mut tenants[flow.tenant as usize];
+        if tenant.waiting == 0 {
+            tenant.service = level.arrive(flow.tenant, tenant.service);
+            tenant.since = now;
+        }
+        if flow.waiting.is_empty() {
+            flow.service = tenant.flows.arrive(id, flow.service);
+            flow.since = now;
+        }
+        tenant.waiting += 1;
+        self.submitted.insert(sequence.arrival, sequence.submitted);
+        flow.waiting.insert(sequence.arrival, sequence);
+        self.count_waiting(id, |waiting| waiting + 1);
+        self.list(id);
+    }
+
+    /// The flow to serve next in turn, of those with that residency and requests waiting.
+    pub(crate) fn least_served(&mut self, residency: Residency) -> Option<FlowId> {
+        let Self { flows, tenants, level, .. } = self;
+        let tenant = level.order(residency)?.least_served(|id| tenants[id as usize].service)?;
+        let order = tenants[tenant as usize].flows.order(residency)?;
+        order.least_served(|id| flows[id as usize].service)
+    }
+
+    /// The flow that may be admitted out of turn now.
+    pub(crate) fn overdue_ready(&self, now: Duration) -> Option<FlowId> {
+        let &(since, id) = self.longest_ready.first()?;
+        (self.aging.may_admit() && now.saturating_sub(since) >= OVERDUE).then_some(id)
+    }
+
+    /// The flow that may get a slot out of turn now.
+    pub(crate) fn overdue_absent(&self, now: Duration) -> Option<FlowId> {
+        let &(since, id) = self.longest_absent.first()?;
+        (self.aging.may_load() && now.saturating_sub(since) >= OVERDUE).then_some(id)
+    }
+
+    /// How readily an adapter gives its slot to a flow, if at all.
+    ///
+    /// In turn, it gives it if all its flows have had more service than that one; the more they have had, the sooner. Out
+    /// of turn, it gives it if its own requests came to wait later; the later, the sooner. In both cases whoever gives a
+    /// slot gets none in return, so a slot does not go back and forth.
+    pub(crate) fn yields(&self, key: AdapterKey, to: FlowId, turn: Turn) -> Option<(Duration, (u64, u64))> {
+        let owners = self.adapters.get(&key).map(|adapter| &adapter.flows);
+        let owners = || owners.into_iter().flatten().copied();
+        let service = owners().map(|id| self.services(id)).min();
+        if turn == Turn::Fair {
+            // A flow that nobody remembers had no more than the others.
+            let service = service.unwrap_or_default();
+            return (service > self.services(to)).then_some((Duration::ZERO, service));
+        }
+        let waiting = owners().map(|id| self.get(id)).filter(|flow| !flow.waiting.is_empty());
+        let since = waiting.map(|flow| flow.since).min().unwrap_or(Duration::MAX);
+        (since > self.get(to).since).then_some((since, service.unwrap_or_default()))
+    }
+
+    /// Service of a flow's tenant, and its own: of two flows, the one for which this is less is next.
+    fn services(&self, id: FlowId) -> (u64, u64) {
+        let flow = self.get(id);
+        (self.tenant(flow.tenant).service, flow.service)
+    }
+
+    /// The request that a flow would give next.
+    pub(crate) fn peek(&self, id: FlowId) -> Option<&Sequence<P>> {
+        self.get(id).waiting.values().next()
+    }
+
+    /// Takes the request that `peek` shows, because it is admitted.
+    pub(crate) fn pop(&mut self, id: FlowId, now: Duration) -> Option<Sequence<P>> {
+        self.unlist(id);
+        let Self { flows, tenants, level, .. } = self;
+        let flow = &mut flows[id as usize];
+        let tenant = &mut tenants[flow.tenant as usize];
+        let (arrival, sequence) = flow.waiting.pop_first()?;
+        (flow.since, tenant.since) = (now, now);
+        flow.users += 1;
+        tenant.users += 1;
+        tenant.flows.admit(flow.service);
+        level.admit(tenant.service);
+        self.forget_waiting(id, arrival);
+        self.list(id);
+        self.close_settled(id);
+        Some(sequence)
+    }
+
+    /// Takes a request from the middle of its flow.
+    pub(crate) fn remove(&mut self, id: FlowId, arrival: Arrival) -> Option<Sequence<P>> {
+        let sequence = self.get_mut(id).waiting.remove(&arrival)?;
+        self.unlist(id);
+        self.forget_waiting(id, arrival);
+        self.list(id);
+        self.close_settled(id);
+        self.close_if_idle(id);
+        Some(sequence)
+    }
+
+    /// Takes all waiting requests of an adapter, oldest first.
+    pub(crate) fn remove_all(&mut self, key: AdapterKey) -> Vec<Sequence<P>> {
+        let Some(adapter) = self.adapters.get(&key) else { return Vec::new() };
+        let arrivals = |&id: &FlowId| self.get(id).waiting.keys().map(move |&arrival| (arrival, id));
+        let mut waiting: Vec<_> = adapter.flows.iter().flat_map(arrivals).collect();
+        waiting.sort_unstable();
+        waiting.into_iter().filter_map(|(arrival, id)| self.remove(id, arrival)).collect()
+    }
+
+    /// An admitted sequence has ended. `refund` is what it did not use of an admission out of turn.
+    pub(crate) fn leave(&mut self, id: FlowId, refund: u64) {
+        self.aging.refund(refund);
+        let flow = &mut self.flows[id as usize];
+        flow.users -= 1;
+        self.tenants[flow.tenant as usize].users -= 1;
+        self.close_settled(id);
+        self.close_if_idle(id);
+    }
+
+    /// Counts work done for a flow, in virtual tokens.
+    pub(crate) fn charge(&mut self, id: FlowId, tokens: u64) {
+        let Self { flows, tenants, level, aging, .. } = self;
+        let flow = &mut flows[id as usize];
+        let tenant = &mut tenants[flow.tenant as usize];
+        flow.service += tokens;
+        tenant.flows.charge(flow.service);
+        tenant.service += tokens * SERVICE_UNIT / u64::from(tenant.tenant.weight);
+        level.charge(tenant.service);
+        aging.serve(tokens);
+    }
+
+    /// A request was admitted out of turn that can cost so many virtual tokens.
+    pub(crate) fn admit_aged(&mut self, cost: u64) {
+        self.aging.admit(cost);
+    }
+
+    /// An adapter got a slot for one of its flows.
+    pub(crate) fn count_load(&mut self, turn: Turn) {
+        self.aging.load(turn == Turn::Aged);
+    }
+
+    pub(crate) fn set_residency(&mut self, key: AdapterKey, residency: Residency) {
+        let Some(adapter) = self.adapters.get(&key) else { return };
+        let flows: Vec<FlowId> = adapter.flows.iter().copied().collect();
+        flows.iter().for_each(|&id| self.unlist(id));
+        if let Some(adapter) = self.adapters.get_mut(&key) {
+            self.absent -= adapter.counts_as_absent();
+            adapter.residency = residency;
+            self.absent += adapter.counts_as_absent();
+        }
+        flows.iter().for_each(|&id| self.list(id));
+    }
+
+    fn get(&self, id: FlowId) -> &Flow<P> {
+        &self.flows[id as usize]
+    }
+
+    fn get_mut(&mut self, id: FlowId) -> &mut Flow<P> {
+        &mut self.flows[id as usize]
+    }
+
+    fn tenant(&self, id: TenantId) -> &TenantState {
+        &self.tenants[id as usize]
+    }
+
+    fn residency(&self, flow: &Flow<P>) -> Residency {
+        let adapter = flow.key().and_then(|key| self.adapters.get(&key));
+        adapter.map_or(Residency::Ready, |adapter| adapter.residency)
+    }
+
+    /// Takes a flow from where `least_served` and `overdue` find it. To be called before what they order by changes.
+    fn unlist(&mut self, id: FlowId) {
+        let flow = &self.flows[id as usize];
+        let tenant = &mut self.tenants[flow.tenant as usize];
+        self.longest_ready.remove(&(flow.since, id));
+        self.longest_absent.remove(&(flow.since, id));
+        for residency in [Residency::Ready, Residency::Absent] {
+            let Some(order) = tenant.flows.order(residency) else { continue };
+            order.remove(id);
+            if order.is_empty() {
+                self.level.order(residency).into_iter().for_each(|order| order.remove(flow.tenant));
+            }
+        }
+    }
+
+    /// Puts a flow where they find it, if it has requests.
+    fn list(&mut self, id: FlowId) {
+        let flow = self.get(id);
+        let residency = self.residency(flow);
+        let longest = match residency {
+            _ if flow.waiting.is_empty() => return,
+            Residency::Ready => &mut self.longest_ready,
+            Residency::Absent => &mut self.longest_absent,
+            Residency::Held => return,
+        };
+        let flow = &self.flows[id as usize];
+        longest.insert((flow.since, id));
+        let tenant = &mut self.tenants[flow.tenant as usize];
+        let order = tenant.flows.order(residency);
+        order.into_iter().for_each(|order| order.insert(id, flow.service, flow.since));
+        let order = self.level.order(residency);
+        order.into_iter().for_each(|order| order.insert(flow.tenant, tenant.service, tenant.since));
+    }
+
+    /// A request of the flow does not wait any more.
+    fn forget_waiting(&mut self, id: FlowId, arrival: Arrival) {
+        self.submitted.remove(&arrival);
+        let tenant = self.get(id).tenant;
+        self.tenants[tenant as usize].waiting -= 1;
+        self.count_waiting(id, |waiting| waiting - 1);
+    }
+
+    fn count_waiting(&mut self, id: FlowId, count: impl Fn(usize) -> usize) {
+        let Some(key) = self.get(id).key() else { return };
+        if let Some(adapter) = self.adapters.get_mut(&key) {
+            self.absent -= adapter.counts_as_absent();
+            adapter.waiting = count(adapter.waiting);
+            self.absent += adapter.counts_as_absent();
+        }
+    }
+
+    /// Resets debts where nobody waits, and closes what has none any more; `id` is the flow that has changed.
+    fn close_settled(&mut self, id: FlowId) {
+        let tenant = self.get(id).tenant;
+        if self.tenant(tenant).waiting == 0 {
+            self.tenants[tenant as usize].flows.reset_debts();
+        }
+        while let Some(flow) = self.tenants[tenant as usize].flows.pop_settled() {
+            self.close(flow);
+        }
+        if self.submitted.is_empty() {
+            self.level.reset_debts();
+        }
+        while let Some(tenant) = self.level.pop_settled() {
+            self.close_tenant(tenant);
+        }
+    }
+
+    /// Closes a flow without requests, and its tenant if it has none either, unless their service still counts.
+    fn close_if_idle(&mut self, id: FlowId) {
+        let flow = self.get(id);
+        let (tenant, service) = (flow.tenant, flow.service);
+        if flow.users > 0 || !flow.waiting.is_empty() {
+            return;
+        }
+        if self.tenants[tenant as usize].flows.leave(id, service) {
+            self.close(id);
+        }
+        let state = self.tenant(tenant);
+        if state.users == 0 && state.waiting == 0 && self.level.leave(tenant, self.tenant(tenant).service) {
+            self.close_tenant(tenant);
+        }
+    }
+
+    fn close(&mut self, id: FlowId) {
+        let flow = self.get(id);
+        let (tenant, key) = (flow.tenant, flow.key());
+        self.by_key.remove(&(tenant, key));
+        self.closed_flows.push(id);
+        let Some(key) = key else { return };
+        let Some(adapter) = self.adapters.get_mut(&key) else { return };
+        adapter.flows.remove(&id);
+        if adapter.flows.is_empty() {
+            self.adapters.remove(&key);
+        }
+    }
+
+    fn close_tenant(&mut self, id: TenantId) {
+        let tenant = self.tenant(id).tenant.id;
+        self.tenants_by_id.remove(&tenant);
+        self.closed_tenants.push(id);
+    }
+
+    /// The waiting requests.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Sequence<P>> {
+        self.flows.iter().flat_map(|flow| flow.waiting.values())
+    }
+}
+
+impl AdapterState {
+    /// 1 if it has waiting requests and needs a slot, 0 if not.
+    fn counts_as_absent(&self) -> usize {
+        usize::from(self.residency == Residency::Absent && self.waiting > 0)
+    }
+}
+
+/// Puts an entry into the place of a closed one, or at the end. Returns its index.
+fn insert<T>(entries: &mut Vec<T>, closed: &mut Vec<u32>, entry: T) -> u32 {
+    if let Some(id) = closed.pop() {
+        entries[id as usize] = entry;
+        return id;
+    }
+    entries.push(entry);
+    (entries.len() - 1) as u32
+}
