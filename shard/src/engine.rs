@@ -14,6 +14,7 @@ use std::{
 };
 
 use kernels::Backend;
+use lifecycle::Pulse;
 use model::{Model, adapter::ContentHash};
 use tokio::sync::{
     mpsc::{Receiver, error::TryRecvError},
@@ -65,6 +66,8 @@ pub struct Engine<B: Backend> {
     session: Session,
     heartbeat: Arc<Heartbeat>,
     longest_step: Duration,
+    /// When the oldest work that is not finished began, as of the last turn.
+    oldest: Option<Instant>,
 }
 
 impl<B: Backend> Engine<B> {
@@ -80,6 +83,7 @@ impl<B: Backend> Engine<B> {
             session: Session::default(),
             heartbeat: Arc::default(),
             longest_step: Duration::ZERO,
+            oldest: None,
         })
     }
 
@@ -114,8 +118,9 @@ impl<B: Backend> Engine<B> {
         self.heartbeat.clone()
     }
 
-    /// Runs until all senders are gone. Errors: the device failed; nothing that it holds can be trusted.
-    pub fn run(mut self, mut commands: Receiver<Command>) -> kernels::Result<()> {
+    /// Runs until all senders are gone; `pulse` is busy while there is work, and beats when some of it is finished.
+    /// Errors: the device failed; nothing that it holds can be trusted.
+    pub fn run(mut self, mut commands: Receiver<Command>, pulse: &Pulse) -> kernels::Result<()> {
         let mut launched: Option<pass::Launched<B>> = None;
         loop {
             let command = if launched.is_some() || self.state.is_loading() {
@@ -131,7 +136,7 @@ impl<B: Backend> Engine<B> {
                 Err(TryRecvError::Disconnected) => return Ok(()),
                 Ok(command) => {
                     if launched.is_none() {
-                        self.heartbeat.set_oldest(Some(Instant::now()));
+                        self.set_oldest(Some(Instant::now()), pulse);
                     }
                     self.handle(command, &mut launched)?;
                 }
@@ -142,7 +147,20 @@ impl<B: Backend> Engine<B> {
             for event in self.state.slot_events()? {
                 self.session.emit(event);
             }
-            self.heartbeat.set_oldest(launched.as_ref().map(pass::Launched::started));
+            self.set_oldest(launched.as_ref().map(pass::Launched::started), pulse);
+        }
+    }
+
+    /// Shows others the oldest work that is not finished.
+    fn set_oldest(&mut self, oldest: Option<Instant>, pulse: &Pulse) {
+        if oldest == self.oldest {
+            return;
+        }
+        self.oldest = oldest;
+        self.heartbeat.set_oldest(oldest);
+        match oldest {
+            Some(_) => pulse.busy(),
+            None => pulse.idle(),
         }
     }
 

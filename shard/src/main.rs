@@ -13,21 +13,18 @@ use clap::Parser;
 use config::{Config, Device, Dtype};
 use indicatif::{ProgressBar, ProgressStyle};
 use kernels::{Backend, DType, cpu::CpuBackend};
-use lifecycle::{EX_USAGE, Stop, fail};
+use lifecycle::{EX_USAGE, Stop, Supervisor, fail};
 #[cfg(feature = "cuda")]
 use lorax_shard::choices::ChoiceFile;
 use lorax_shard::{
     adapters::{Adapters, Roots},
-    engine::{Command, Engine, Limits},
+    engine::{Engine, Limits},
     memory::{self, Room},
-    service::{self, EngineHandle, Server},
+    server::{self, Rank},
     step::Info,
 };
 use model::{LoadProgress, Model, adapter::BaseModel};
-use tokio::{
-    net::UnixListener,
-    sync::{mpsc, oneshot},
-};
+use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 use tracing_subscriber::EnvFilter;
 
@@ -212,51 +209,26 @@ fn serve<B: Backend>(
         max_logit_rows: limits.max_logit_rows as u32,
         longest_step_us: engine.longest_step().as_micros() as u64,
     };
-    let (commands, received) = mpsc::channel(16);
-    let handle = EngineHandle { commands, heartbeat: engine.heartbeat() };
-    let failure = start_engine(engine, received)?;
-    let service = service::new(info, adapters, handle);
-    let ended = runtime.block_on(listen(config.socket(rank)?, service, failure, stop));
-    // Whoever waits for an adapter that is being read is gone, and after a failure the launcher waits for our end.
+    let step_timeout = server::step_timeout(config.router.step_timeout, engine.longest_step());
+    let supervisor = Supervisor::ending_the_process()?;
+    let served = runtime.block_on(async {
+        let told = stop.told()?;
+        let connections = listen(config.socket(rank)?)?;
+        let rank = Rank { engine, adapters, info };
+        server::serve(rank, connections, step_timeout, told, &supervisor).await.context("the server")
+    });
+    // Whoever waits for an adapter that is being read is gone.
     runtime.shutdown_timeout(Duration::from_secs(1));
-    ended
+    served
 }
 
-/// Runs the engine on a thread; resolves when it ends.
-fn start_engine<B: Backend>(
-    engine: Engine<B>,
-    commands: mpsc::Receiver<Command>,
-) -> std::io::Result<oneshot::Receiver<kernels::Result<()>>> {
-    let (failed, failure) = oneshot::channel();
-    thread::Builder::new().name("engine".into()).spawn(move || {
-        // The main thread waits for this for as long as it serves.
-        let _ = failed.send(engine.run(commands));
-    })?;
-    Ok(failure)
-}
-
-/// Answers the router until told to stop, or until the engine fails.
-async fn listen<B: Backend>(
-    socket: &Path,
-    service: Server<B>,
-    failure: oneshot::Receiver<kernels::Result<()>>,
-    stop: &Stop,
-) -> anyhow::Result<()> {
+/// The connections to a socket.
+fn listen(socket: &Path) -> anyhow::Result<UnixListenerStream> {
     // A socket of an earlier life would refuse the name.
     let _ = std::fs::remove_file(socket);
     let listener = UnixListener::bind(socket).with_context(|| format!("{}", socket.display()))?;
     tracing::info!("serving on {}", socket.display());
-    let server = tonic::transport::Server::builder()
-        .add_service(service)
-        .serve_with_incoming(UnixListenerStream::new(listener));
-    tokio::select! {
-        served = server => served.context("the gRPC server"),
-        result = failure => match result {
-            Ok(result) => result.context("the engine stopped"),
-            Err(_) => anyhow::bail!("the engine panicked"),
-        },
-        () = stop.told()? => Ok(()),
-    }
+    Ok(UnixListenerStream::new(listener))
 }
 
 /// Loads the weights, showing how far it is: a bar on a terminal, a line every tenth elsewhere.

@@ -21,6 +21,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::{
     adapters::Adapters,
     engine::{Command, EventStream, Heartbeat},
+    pump::Incoming,
     step::Info,
     wire,
 };
@@ -29,7 +30,7 @@ use crate::{
 const EVENTS: usize = 256;
 
 /// Answers the router on behalf of the engine.
-pub struct Service<B: Backend> {
+pub(crate) struct Service<B: Backend> {
     info: InfoResponse,
     adapters: Arc<Adapters<B>>,
     engine: EngineHandle,
@@ -39,18 +40,20 @@ pub struct Service<B: Backend> {
 
 /// The way to the engine, and what it lets others see of itself.
 #[derive(Clone)]
-pub struct EngineHandle {
+pub(crate) struct EngineHandle {
     /// What it is sent.
-    pub commands: mpsc::Sender<Command>,
+    pub(crate) commands: mpsc::Sender<Command>,
+    /// To the task that passes the steps of a stream on.
+    pub(crate) streams: mpsc::Sender<Incoming>,
     /// Whether it is alive.
-    pub heartbeat: Arc<Heartbeat>,
+    pub(crate) heartbeat: Arc<Heartbeat>,
 }
 
 /// What answers the router.
-pub type Server<B> = ShardServer<Service<B>>;
+pub(crate) type Server<B> = ShardServer<Service<B>>;
 
 /// The service of one rank.
-pub fn new<B: Backend>(info: Info, adapters: Arc<Adapters<B>>, engine: EngineHandle) -> Server<B> {
+pub(crate) fn new<B: Backend>(info: Info, adapters: Arc<Adapters<B>>, engine: EngineHandle) -> Server<B> {
     // A step that adds sequences carries their prompts: a step's worth of sequences at full length.
     let limit = 64 << 20;
     ShardServer::new(Service { info: wire::info(info), adapters, engine, streams: AtomicU64::new(0) })
@@ -96,10 +99,10 @@ impl<B: Backend> Shard for Service<B> {
         let id = self.streams.fetch_add(1, Ordering::Relaxed);
         let (stream, ended) = EventStream::new(id, events);
         self.send(Command::Execute(stream)).await?;
-        let pump = pump(id, steps, self.engine.commands.clone());
-        tokio::spawn(async move {
-            let _ = ended.run_until_cancelled(pump).await;
-        });
+        // A broken connection ends the stream of steps, and the router begins a new session.
+        let steps = steps.map_while(Result::ok).map(|step| wire::step(step).map(Box::new));
+        let incoming = Incoming { stream: id, steps: Box::pin(steps), ended };
+        self.engine.streams.send(incoming).await.map_err(|_| stopped())?;
         let events = ReceiverStream::new(received)
             .map(|event| event.map(wire::event).map_err(|error| wire::step_status(&error)));
         Ok(Response::new(Box::pin(events)))
@@ -110,17 +113,6 @@ impl<B: Backend> Shard for Service<B> {
             return Err(stopped());
         }
         Ok(Response::new(wire::health(&self.engine.heartbeat)))
-    }
-}
-
-/// Passes the steps of one stream on to the engine. The stream's end is the router's to decide; a broken one ends here,
-/// and the router begins a new session.
-async fn pump(stream: u64, mut steps: Streaming<Step>, engine: mpsc::Sender<Command>) {
-    while let Some(Ok(step)) = steps.next().await {
-        let step = wire::step(step).map(Box::new);
-        if engine.send(Command::Step { stream, step }).await.is_err() {
-            break;
-        }
     }
 }
 

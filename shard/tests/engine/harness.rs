@@ -1,25 +1,24 @@
 //! An engine of a small model on a thread of its own, and the router's part of the protocol.
 
-use std::{fs, path::Path, sync::Arc, thread, time::Duration};
+use std::{sync::Arc, thread, time::Duration};
 
 use kernels::{Backend, DType, cpu::CpuBackend};
+use lifecycle::Supervisor;
 use lorax_shard::{
-    adapters::{Adapters, Roots},
-    engine::{Command, Engine, EventStream, Heartbeat, Held, Limits, StepError},
+    adapters::Adapters,
+    engine::{Command, EventStream, Heartbeat, Held, StepError},
     step::{Event, NewSequence, Rows, SessionEvent, Step, StepResult},
 };
-use model::{
-    Model,
-    adapter::{BaseModel, ContentHash},
-    testing,
-};
+use model::adapter::ContentHash;
 use tokio::{
-    runtime::Handle,
     sync::{mpsc, oneshot},
     time::timeout,
 };
 
-use crate::fake::{Fake, Script};
+use crate::{
+    fake::{Fake, Script},
+    tiny,
+};
 
 /// Longer than anything that is waited for here takes.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -63,27 +62,14 @@ impl Shard<Fake> {
 impl<B: Backend> Shard<B> {
     fn new(ops: B, host_bytes: usize) -> Shard<B> {
         let folder = tempfile::tempdir().unwrap();
-        let at = |name: &str| folder.path().join(name);
-        testing::model().write_model(&at("model")).unwrap();
-        for (name, seed) in [("one", 1), ("two", 2)] {
-            write_adapter(&at("adapters").join(name), seed);
-        }
-        let ops = Arc::new(ops);
-        let model = Arc::new(Model::load(&*ops, &at("model"), &mut |_| {}).unwrap());
-        let roots = Roots::new(Some(&at("adapters")), &[]).unwrap();
-        let base = BaseModel { config: model.config().clone(), path: at("model"), dtype: DType::F32 };
-        let adapters =
-            Arc::new(Adapters::new(ops.clone(), base, model.sites(), roots, host_bytes, Handle::current()));
-        let limits = Limits { num_slots: 2, max_rows: 32, max_sequences: 4, max_logit_rows: 32 };
-        let mut engine = Engine::new(ops, model, adapters.clone(), limits).unwrap();
-        engine.warm_up().unwrap();
-        engine.set_blocks(16).unwrap();
+        let (engine, adapters) = tiny::engine(ops, folder.path(), host_bytes);
         let (commands, received) = mpsc::channel(16);
         let (heartbeat, longest_step) = (engine.heartbeat(), engine.longest_step());
         let (end, ended) = oneshot::channel();
+        let pulse = Supervisor::reporting_to(|_| ()).unwrap().watch("engine", PATIENCE);
         thread::spawn(move || {
             // A test that does not care how it ends has dropped the other end.
-            let _ = end.send(engine.run(received));
+            let _ = end.send(engine.run(received, &pulse));
         });
         Shard { commands, adapters, folder, heartbeat, longest_step, ended, session: 0.into() }
     }
@@ -181,11 +167,6 @@ pub(crate) fn prompt(sequence: u64) -> NewSequence {
 
 pub(crate) fn rows(sequence: u64, position: usize, rows: usize, new_blocks: &[u32], sample: bool) -> Rows {
     Rows { sequence, position, rows, new_blocks: new_blocks.to_vec(), sample }
-}
-
-pub(crate) fn write_adapter(folder: &Path, seed: u64) {
-    fs::create_dir_all(folder).unwrap();
-    testing::adapter(&["q_proj", "down_proj"], 3, seed).write_adapter(folder).unwrap();
 }
 
 /// The events of one stream.

@@ -8,3 +8,5 @@ mod harness;
 mod refusals;
 mod sessions;
 mod steps;
+#[path = "../support/tiny.rs"]
+mod tiny;

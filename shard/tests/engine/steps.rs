@@ -5,7 +5,10 @@ use std::{fs, path::Path};
 use lorax_shard::step::{NewSequence, Rows, Step};
 use model::adapter::ContentHash;
 
-use crate::harness::{Shard, rows, write_adapter};
+use crate::{
+    harness::{Shard, rows},
+    tiny::write_adapter,
+};
 
 #[tokio::test]
 async fn chunks_and_steps_in_flight_change_no_token() {

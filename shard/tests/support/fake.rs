@@ -1,4 +1,5 @@
 //! The CPU's backend with the faults and delays that a test asks for.
+#![allow(dead_code, reason = "each program of tests uses a part of it")]
 
 use std::{
     collections::HashMap,

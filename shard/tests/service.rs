@@ -1,0 +1,172 @@
+//! The wire: what a router is answered, over a socket.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+#[path = "support/client.rs"]
+mod client;
+#[path = "support/fake.rs"]
+mod fake;
+#[path = "support/tiny.rs"]
+mod tiny;
+
+use std::{
+    future::pending,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use fake::{Fake, Fault, Script};
+use lifecycle::{Failure, Supervisor};
+use lorax_shard::{
+    pump::{self, Incoming},
+    server::{self, Rank},
+};
+use proto::{
+    AttachRequest, ExecuteEvent, HealthRequest, InfoRequest, PrepareRequest, SlotLoad, Step,
+    execute_event::Event, shard_client::ShardClient,
+};
+use tokio::{net::UnixListener, sync::mpsc};
+use tokio_stream::{
+    StreamExt,
+    wrappers::{ReceiverStream, UnixListenerStream},
+};
+use tonic::{Code, Streaming, transport::Channel};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A shard in this process, and a client of it.
+struct Served {
+    client: ShardClient<Channel>,
+    script: Script,
+    _folder: tempfile::TempDir,
+}
+
+impl Served {
+    async fn start() -> Served {
+        let script = Script::default();
+        let folder = tempfile::tempdir().unwrap();
+        let (engine, adapters) = tiny::engine(Fake::new(script.clone()), folder.path(), 1 << 20);
+        let socket = folder.path().join("shard.sock");
+        let connections = UnixListenerStream::new(UnixListener::bind(&socket).unwrap());
+        let rank = Rank { engine, adapters, info: client::info() };
+        let supervisor = Supervisor::reporting_to(|_| ()).unwrap();
+        tokio::spawn(async move {
+            server::serve(rank, connections, PATIENCE, pending(), &supervisor).await.unwrap();
+        });
+        Served { client: client::connect(&socket).await, script, _folder: folder }
+    }
+
+    async fn execute(&mut self) -> (mpsc::Sender<Step>, Streaming<ExecuteEvent>) {
+        let (steps, outgoing) = mpsc::channel(4);
+        (steps, self.client.execute(ReceiverStream::new(outgoing)).await.unwrap().into_inner())
+    }
+
+    async fn attach(&mut self, session: u64) -> proto::AttachResponse {
+        self.client.attach(AttachRequest { session }).await.unwrap().into_inner()
+    }
+}
+
+async fn next(events: &mut Streaming<ExecuteEvent>) -> Result<Option<ExecuteEvent>, tonic::Status> {
+    tokio::time::timeout(PATIENCE, events.message()).await.unwrap()
+}
+
+#[tokio::test]
+async fn what_contradicts_the_session_is_a_failed_precondition() {
+    let mut served = Served::start().await;
+    let (_steps, mut events) = served.execute().await;
+    let status = next(&mut events).await.unwrap_err();
+    assert_eq!((status.code(), status.message()), (Code::FailedPrecondition, "no session has begun"));
+    for (step, code) in [
+        (Step { session: 9, ..client::first_step(7) }, Code::FailedPrecondition),
+        (Step { id: 2, ..client::first_step(7) }, Code::FailedPrecondition),
+        (Step { dropped: vec![3], ..client::first_step(7) }, Code::InvalidArgument),
+        (
+            Step { load: vec![SlotLoad { slot: 0, content: vec![1] }], ..client::first_step(7) },
+            Code::InvalidArgument,
+        ),
+    ] {
+        served.attach(7).await;
+        let (steps, mut events) = served.execute().await;
+        steps.send(step).await.unwrap();
+        assert_eq!(next(&mut events).await.unwrap_err().code(), code);
+    }
+}
+
+#[tokio::test]
+async fn a_session_is_answered_with_its_number_and_begun_with_what_is_held() {
+    let mut served = Served::start().await;
+    let info = served.client.info(InfoRequest {}).await.unwrap().into_inner();
+    assert_eq!(info.longest_step_us, 1000);
+    let prepare = PrepareRequest { source: "local".into(), id: "one".into(), ..PrepareRequest::default() };
+    let prepared = served.client.prepare(prepare).await.unwrap().into_inner();
+    assert_eq!(served.attach(41).await.slots, []);
+    let (steps, mut events) = served.execute().await;
+    let load = vec![SlotLoad { slot: 1, content: prepared.content.clone() }];
+    let mut step = Step { load, ..client::first_step(41) };
+    let mut bad = step.added[0].clone();
+    (bad.sequence, bad.tokens[7]) = (6, 96);
+    step.added.push(bad);
+    steps.send(step).await.unwrap();
+    let (mut ran, mut loaded) = (false, false);
+    while !(ran && loaded) {
+        let ExecuteEvent { session, event } = next(&mut events).await.unwrap().unwrap();
+        assert_eq!(session, 41);
+        match event.unwrap() {
+            Event::Step(result) => {
+                assert_eq!((result.id, result.tokens.len()), (1, 1));
+                assert!(result.duration_us > 0);
+                let [refused] = &result.refused[..] else { panic!("one is refused") };
+                assert_eq!(
+                    (refused.sequence, &*refused.reason),
+                    (6, "seat: token 96 is out of range, limit 96")
+                );
+                ran = true;
+            }
+            Event::Slot(slot) => {
+                assert_eq!((slot.slot, slot.error), (1, String::new()));
+                loaded = true;
+            }
+        }
+    }
+    let held = served.attach(42).await;
+    assert_eq!(next(&mut events).await.unwrap(), None, "the stream of the session before has ended");
+    let [slot] = &held.slots[..] else { panic!("one slot is filled") };
+    assert_eq!((slot.slot, &slot.content, slot.bytes), (1, &prepared.content, prepared.bytes));
+    let [host] = &held.host[..] else { panic!("one adapter is held") };
+    assert_eq!(host.content, prepared.content);
+    assert!(host.bytes > 0);
+    let (steps, mut events) = served.execute().await;
+    steps.send(client::first_step(42)).await.unwrap();
+    assert_eq!(next(&mut events).await.unwrap().unwrap().session, 42);
+}
+
+#[tokio::test]
+async fn health_is_answered_while_the_loop_hangs() {
+    let mut served = Served::start().await;
+    served.attach(1).await;
+    let (steps, _events) = served.execute().await;
+    served.script.fail("embed", Fault::Hang);
+    steps.send(client::first_step(1)).await.unwrap();
+    let mut ages = Vec::new();
+    let aging = async {
+        while ages.len() < 3 {
+            let health = served.client.health(HealthRequest {}).await.unwrap().into_inner();
+            let age = health.oldest_ms.filter(|age| ages.last() < Some(age));
+            ages.extend(age);
+        }
+    };
+    tokio::time::timeout(PATIENCE, aging).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_panic_in_one_stream_of_steps_is_reported_with_the_tasks_name() {
+    let failures = Arc::new(Mutex::new(Vec::new()));
+    let seen = failures.clone();
+    let supervisor = Supervisor::reporting_to(move |failure| seen.lock().unwrap().push(failure)).unwrap();
+    let ((open, opened), (commands, _received)) = (mpsc::channel(1), mpsc::channel(1));
+    let task = supervisor.task("step streams", pump::run(opened, commands));
+    let steps = Box::pin(tokio_stream::once(()).map(|()| panic!("the test's panic")));
+    assert!(open.send(Incoming { stream: 1, steps, ended: Default::default() }).await.is_ok());
+    tokio::time::timeout(PATIENCE, task).await.unwrap().unwrap();
+    let (name, message) = ("step streams".into(), "the test's panic".into());
+    assert_eq!(*failures.lock().unwrap(), [Failure::Panicked { name, message }]);
+}

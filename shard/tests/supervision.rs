@@ -1,0 +1,162 @@
+//! A shard that loses a part of itself ends, and says which part. This program runs itself as that shard.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+#[path = "support/client.rs"]
+mod client;
+#[path = "support/fake.rs"]
+mod fake;
+#[path = "support/tiny.rs"]
+mod tiny;
+
+use std::{
+    future::pending,
+    io::{self, BufRead, BufReader},
+    path::Path,
+    process::{Command, ExitCode, Stdio},
+    time::{Duration, Instant},
+};
+
+use fake::{Fake, Fault, Script};
+use lifecycle::{EX_SOFTWARE, Supervisor};
+use lorax_shard::server::{self, Rank};
+use proto::{AttachRequest, PrepareRequest, SlotLoad, Step};
+use tokio::net::{UnixListener, UnixStream};
+use tokio_stream::{Stream, StreamExt, wrappers::UnixListenerStream};
+
+/// How the shard that is tested is told what goes wrong.
+const FAULT: &str = "SHARD_TEST_FAULT";
+/// What it prints when that is about to happen.
+const NOW: &str = "from now on";
+/// What a process may take to end after one of its parts failed.
+const PROMPT: Duration = Duration::from_secs(2);
+/// What a step may take.
+const STEP_TIMEOUT: Duration = Duration::from_millis(500);
+
+fn main() -> ExitCode {
+    match std::env::var(FAULT) {
+        Ok(fault) => play(&fault),
+        Err(_) => {
+            each_part_that_fails_ends_the_process();
+            ExitCode::SUCCESS
+        }
+    }
+}
+
+/// Every fault, and what the log says of it.
+const FAULTS: [(&str, &str); 12] = [
+    ("step panics", "engine panicked: the test's panic in embed"),
+    ("upload panics", "engine panicked: the test's panic in upload"),
+    ("copies panic", "engine panicked: the test's panic in loaded"),
+    ("seat panics", "engine panicked: the test's panic in seat"),
+    ("device fails", "engine has ended, which it must not while the process runs"),
+    ("load fails", "engine has ended, which it must not while the process runs"),
+    ("step hangs", "engine has made no progress for"),
+    ("device hangs", "engine has made no progress for"),
+    ("load hangs", "engine has made no progress for"),
+    ("attach hangs", "engine has made no progress for"),
+    ("connections end", "gRPC server has ended, which it must not while the process runs"),
+    ("connections panic", "gRPC server panicked: the test's panic in a connection"),
+];
+
+fn each_part_that_fails_ends_the_process() {
+    for (fault, line) in FAULTS {
+        let mut shard = Command::new(std::env::current_exe().unwrap())
+            .env(FAULT, fault)
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (mut log, mut begun) = (String::new(), Instant::now());
+        for text in BufReader::new(shard.stderr.take().unwrap()).lines().map(Result::unwrap) {
+            if text == NOW {
+                begun = Instant::now();
+            }
+            log += &(text + "\n");
+        }
+        assert_eq!(shard.wait().unwrap().code(), Some(EX_SOFTWARE), "{fault}: {log}");
+        assert!(log.contains(line), "{fault}: {log}");
+        let limit = if fault.ends_with("hangs") { STEP_TIMEOUT + PROMPT } else { PROMPT };
+        assert!(log.contains(NOW) && begun.elapsed() < limit, "{fault}: {:?}", begun.elapsed());
+    }
+}
+
+/// The shard that is tested.
+fn play(fault: &str) -> ExitCode {
+    tracing_subscriber::fmt().with_writer(io::stderr).with_ansi(false).init();
+    let folder = tempfile::tempdir().unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let served = runtime.block_on(async {
+        let script = Script::default();
+        let (engine, adapters) = tiny::engine(Fake::new(script.clone()), folder.path(), 1 << 20);
+        let supervisor = Supervisor::ending_the_process().unwrap();
+        let socket = folder.path().join("shard.sock");
+        let connections = UnixListenerStream::new(UnixListener::bind(&socket).unwrap());
+        let rank = Rank { engine, adapters, info: client::info() };
+        if fault.starts_with("connections") {
+            let broken = breaking(connections, fault == "connections panic");
+            let served = server::serve(rank, broken, STEP_TIMEOUT, pending(), &supervisor);
+            return tokio::select! { served = served => served, () = connect_twice(&socket) => Ok(()) };
+        }
+        let served = server::serve(rank, connections, STEP_TIMEOUT, pending(), &supervisor);
+        tokio::select! { served = served => served, () = provoke(fault, &script, &socket) => Ok(()) }
+    });
+    panic!("{fault}: the shard lives: {served:?}")
+}
+
+/// One connection, then the end.
+fn breaking(
+    connections: UnixListenerStream,
+    panics: bool,
+) -> impl Stream<Item = io::Result<UnixStream>> + Send + 'static {
+    let mut taken = 0;
+    connections.map_while(move |connection| {
+        taken += 1;
+        assert!(taken == 1 || !panics, "the test's panic in a connection");
+        (taken == 1).then_some(connection)
+    })
+}
+
+async fn connect_twice(socket: &Path) {
+    drop(client::connect(socket).await);
+    eprintln!("{NOW}");
+    // Held, so that nobody's end is taken for the server's.
+    let _held = UnixStream::connect(socket).await.unwrap();
+    pending().await
+}
+
+/// Is the router that meets the fault.
+async fn provoke(fault: &str, script: &Script, socket: &Path) {
+    let mut client = client::connect(socket).await;
+    client.attach(AttachRequest { session: 1 }).await.unwrap();
+    let prepare = PrepareRequest { source: "local".into(), id: "one".into(), ..PrepareRequest::default() };
+    let content = client.prepare(prepare).await.unwrap().into_inner().content;
+    let load = vec![SlotLoad { slot: 0, content }];
+    let load = if fault.starts_with("load") || fault == "copies panic" { load } else { Vec::new() };
+    let (steps, outgoing) = tokio::sync::mpsc::channel(2);
+    let outgoing = tokio_stream::wrappers::ReceiverStream::new(outgoing);
+    let mut events = client.execute(outgoing).await.unwrap().into_inner();
+    match fault {
+        "step panics" => script.fail("embed", Fault::Panic),
+        "upload panics" => script.fail("upload", Fault::Panic),
+        "copies panic" => script.fail("loaded", Fault::Panic),
+        "seat panics" => script.fail("seat", Fault::Panic),
+        "device fails" => script.fail("embed", Fault::Device),
+        "load fails" => script.fail("load", Fault::Device),
+        "step hangs" => script.fail("embed", Fault::Hang),
+        "load hangs" => script.fail("load", Fault::Hang),
+        "device hangs" | "attach hangs" => script.hold(),
+        _ => panic!("an unknown fault"),
+    }
+    let before = script.marks();
+    eprintln!("{NOW}");
+    steps.send(Step { load, ..client::first_step(1) }).await.unwrap();
+    if fault == "attach hangs" {
+        while script.marks() < before + 2 {
+            tokio::task::yield_now().await;
+        }
+        client.attach(AttachRequest { session: 2 }).await.unwrap();
+        panic!("the engine does not answer");
+    }
+    // There is nothing to read until the process ends.
+    let _ = events.message().await;
+    pending().await
+}

@@ -1,0 +1,59 @@
+//! The router's end of the wire.
+#![allow(dead_code, reason = "each program of tests uses a part of it")]
+
+use std::path::Path;
+
+use hyper_util::rt::TokioIo;
+use lorax_shard::step::Info;
+use proto::{NewSequence, SequenceRows, Step, shard_client::ShardClient};
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint, Uri};
+
+/// A client of the shard that listens on a socket.
+pub(crate) async fn connect(socket: &Path) -> ShardClient<Channel> {
+    let socket = socket.to_owned();
+    let connect = tower::service_fn(move |_: Uri| {
+        let socket = socket.clone();
+        async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+    });
+    let endpoint = Endpoint::from_static("http://shard");
+    ShardClient::new(endpoint.connect_with_connector(connect).await.unwrap())
+}
+
+/// The first step of a session, which samples a token of a prompt.
+pub(crate) fn first_step(session: u64) -> Step {
+    let tokens: Vec<u32> = (0..20).map(|i| i * 7 % 96).collect();
+    Step {
+        id: 1,
+        session,
+        added: vec![NewSequence { sequence: 5, prompt_len: 20, tokens, ..NewSequence::default() }],
+        rows: vec![SequenceRows {
+            sequence: 5,
+            rows: 20,
+            new_blocks: vec![3, 9],
+            sample: true,
+            ..SequenceRows::default()
+        }],
+        ..Step::default()
+    }
+}
+
+pub(crate) fn info() -> Info {
+    Info {
+        dtype: "float32".into(),
+        device: "cpu".into(),
+        rank: 0,
+        world: 1,
+        vocab_size: 96,
+        max_positions: 256,
+        eos_token_ids: vec![2],
+        num_blocks: 16,
+        block_size: 16,
+        num_slots: 2,
+        adapter_bytes: 0,
+        max_rows: 32,
+        max_sequences: 4,
+        max_logit_rows: 32,
+        longest_step_us: 1000,
+    }
+}

@@ -1,0 +1,36 @@
+//! A small model and two adapters of it, "one" and "two", ready to run.
+#![allow(dead_code, reason = "each program of tests uses a part of it")]
+
+use std::{path::Path, sync::Arc};
+
+use kernels::{Backend, DType};
+use lorax_shard::{
+    adapters::{Adapters, Roots},
+    engine::{Engine, Limits},
+};
+use model::{Model, adapter::BaseModel, testing};
+use tokio::runtime::Handle;
+
+/// Writes the files into a folder and loads them. Host memory has room for so many bytes of adapters.
+pub(crate) fn engine<B: Backend>(ops: B, folder: &Path, host_bytes: usize) -> (Engine<B>, Arc<Adapters<B>>) {
+    let at = |name: &str| folder.join(name);
+    testing::model().write_model(&at("model")).unwrap();
+    for (name, seed) in [("one", 1), ("two", 2)] {
+        write_adapter(&at("adapters").join(name), seed);
+    }
+    let ops = Arc::new(ops);
+    let model = Arc::new(Model::load(&*ops, &at("model"), &mut |_| {}).unwrap());
+    let roots = Roots::new(Some(&at("adapters")), &[]).unwrap();
+    let base = BaseModel { config: model.config().clone(), path: at("model"), dtype: DType::F32 };
+    let adapters =
+        Arc::new(Adapters::new(ops.clone(), base, model.sites(), roots, host_bytes, Handle::current()));
+    let limits = Limits { num_slots: 2, max_rows: 32, max_sequences: 4, max_logit_rows: 32 };
+    let mut engine = Engine::new(ops, model, adapters.clone(), limits).unwrap();
+    engine.warm_up().unwrap();
+    engine.set_blocks(16).unwrap();
+    (engine, adapters)
+}
+
+pub(crate) fn write_adapter(folder: &Path, seed: u64) {
+    testing::adapter(&["q_proj", "down_proj"], 3, seed).write_adapter(folder).unwrap();
+}
