@@ -7,6 +7,7 @@ mod batcher;
 mod serve;
 
 use std::{
+    io,
     path::PathBuf,
     sync::{
         Arc, Mutex, PoisonError,
@@ -15,6 +16,7 @@ use std::{
 };
 
 use config::RouterConfig;
+use lifecycle::Supervisor;
 use scheduler::{Adapter, RequestId};
 use secrecy::SecretString;
 use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, watch};
@@ -124,14 +126,18 @@ impl Drop for Running {
 
 impl Engine {
     /// Starts the engine for the shards at these sockets, in the order of their ranks.
-    pub(crate) fn start(sockets: Vec<PathBuf>, config: &RouterConfig) -> std::io::Result<Engine> {
+    pub(crate) fn start(
+        sockets: Vec<PathBuf>,
+        config: &RouterConfig,
+        supervisor: &Supervisor,
+    ) -> io::Result<Engine> {
         let (submits, received) = mpsc::channel(COMMANDS);
         let (readiness, watched) =
             watch::channel(Readiness::NotReady("the ranks have not been asked".into()));
         let cancels = Arc::new(Cancels::default());
         let ranks = Ranks::new(&sockets);
         let inbox = serve::Inbox { submits: received, cancels: cancels.clone() };
-        serve::start(sockets, config.clone(), inbox, readiness)?;
+        serve::start(sockets, config.clone(), inbox, readiness, supervisor)?;
         Ok(Engine { submits, cancels, ids: Arc::default(), readiness: watched, ranks })
     }
 

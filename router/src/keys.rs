@@ -163,9 +163,9 @@ impl Keys {
         Some(Principal { tenant: ring.find(key?)? })
     }
 
-    /// Reads the key file again whenever its text changes, for ever. A file that cannot be used leaves the keys as they are.
+    /// Reads the key file again whenever its text changes, for ever; without a file, waits for ever. A file that cannot be used leaves the keys as they are.
     pub(crate) async fn watch(self: Arc<Keys>) {
-        let Some(file) = &self.file else { return };
+        let Some(file) = &self.file else { return std::future::pending().await };
         let mut seen = None;
         let mut ticks = tokio::time::interval(POLL);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

@@ -8,7 +8,7 @@ use std::{
 
 use clap::Parser;
 use config::Config;
-use lifecycle::{EX_USAGE, Stop, fail};
+use lifecycle::{EX_USAGE, Stop, Supervisor, fail};
 use lorax_router::{App, StartError, server};
 use tokio::runtime;
 use tracing_subscriber::EnvFilter;
@@ -47,26 +47,31 @@ fn main() {
 fn run(config: Config) -> anyhow::Result<()> {
     lifecycle::start_heartbeat()?;
     let stop = Stop::watch()?;
+    let supervisor = Supervisor::ending_the_process()?;
     let runtime = runtime::Builder::new_multi_thread()
         .worker_threads(config.router.router_threads)
         .enable_all()
         .build()?;
-    let served = runtime.block_on(serve(config, &stop));
+    let served = runtime.block_on(serve(config, &stop, &supervisor));
     runtime.shutdown_timeout(LEFT_OVER);
     served
 }
 
-async fn serve(config: Config, stop: &Stop) -> anyhow::Result<()> {
+async fn serve(config: Config, stop: &Stop, supervisor: &Supervisor) -> anyhow::Result<()> {
     let told_to_stop = stop.told()?;
     // Before anything slow: a port that is taken is found out at once.
     let (listener, address) = server::listen(&config).await?;
-    let app = App::start(config)?;
+    let app = App::start(config, supervisor)?;
     tracing::info!("waiting for the model; {address} answers 503 until it is ready");
     let starting = app.clone();
     tokio::spawn(async move {
         starting.ready().await;
         tracing::info!("listening on {address}");
     });
-    server::serve(listener, app, told_to_stop).await;
+    let stopping = async {
+        told_to_stop.await;
+        supervisor.stopping();
+    };
+    server::serve(listener, app, stopping).await;
     Ok(())
 }

@@ -8,6 +8,7 @@ mod routes;
 use std::{net::SocketAddr, path::PathBuf, sync::Arc};
 
 use config::Config;
+use lifecycle::Supervisor;
 use tokio::{net::TcpListener, sync::Semaphore};
 use tower_http::cors::CorsLayer;
 
@@ -81,17 +82,17 @@ pub struct App {
 
 impl App {
     /// Reads the tokenizer and starts to look for the shards.
-    pub fn start(config: Config) -> Result<Arc<App>, StartError> {
+    pub fn start(config: Config, supervisor: &Supervisor) -> Result<Arc<App>, StartError> {
         let router = &config.router;
         let path = &config.model.path;
         let tokenizer = ModelTokenizer::load(path, router.tokenizer_config_path.as_deref())
             .map_err(|source| StartError::Tokenizer { path: path.clone(), source })?;
         let keys = Arc::new(Keys::load(router.api_keys.clone(), router.api_key_file.clone())?);
-        tokio::spawn(keys.clone().watch());
+        supervisor.task("key file watcher", keys.clone().watch());
         Ok(Arc::new(App {
             chat: ChatTemplate::new(&tokenizer)?,
             tokenizer: Arc::new(tokenizer),
-            engine: Engine::start(config.shards.uds.clone(), router)?,
+            engine: Engine::start(config.shards.uds.clone(), router, supervisor)?,
             permits: Arc::new(Semaphore::new(router.max_concurrent_requests)),
             workers: Workers::new(router.validation_workers),
             keys,

@@ -19,6 +19,7 @@ use std::{
 use client::Client;
 use config::{Config, LogConfig, ModelConfig, RouterConfig, ShardConfig, ShardsConfig};
 use futures::future::try_join_all;
+use lifecycle::Supervisor;
 use lorax_router::{App, server};
 use serde_json::json;
 use shard::Double;
@@ -88,7 +89,7 @@ fn start_router(runtime: &Runtime, model: &Path, socket: &Path) -> Result<Socket
     };
     runtime.block_on(async {
         let (listener, address) = server::listen(&config).await?;
-        let app = App::start(config)?;
+        let app = App::start(config, &Supervisor::ending_the_process()?)?;
         app.ready().await;
         tokio::spawn(server::serve(listener, app, std::future::pending()));
         Ok(address)

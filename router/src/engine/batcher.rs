@@ -7,6 +7,7 @@ use std::{
 };
 
 use config::RouterConfig;
+use lifecycle::Pulse;
 use scheduler::{CacheSalt, FailReason, Request, RequestId, Sampled, Scheduler, Tenant};
 use tokio::{sync::mpsc, time::MissedTickBehavior};
 
@@ -73,6 +74,14 @@ impl Steps {
     }
 }
 
+/// What the engine waits for.
+enum Input {
+    Submit(Option<Submit>),
+    Cancel,
+    Event(Event),
+    Tick,
+}
+
 /// The scheduler and the jobs of one session.
 pub(super) struct Batcher {
     scheduler: Scheduler<Arc<Job>>,
@@ -103,25 +112,34 @@ impl Batcher {
         self.begun.elapsed()
     }
 
-    /// Runs until nobody can send a job any more, or until the session fails.
-    pub(super) async fn run(&mut self, inbox: &mut Inbox) -> Result<(), RankError> {
+    /// Runs until nobody can send a job any more, or until the session fails. Work between two waits is `pulse`'s.
+    pub(super) async fn run(&mut self, inbox: &mut Inbox, pulse: &Pulse) -> Result<(), RankError> {
         let mut tick = tokio::time::interval(TICK.min(self.deadlines.step / 4));
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
+            pulse.busy();
             self.handle_cancels(inbox);
             self.send_steps()?;
-            tokio::select! {
-                submit = inbox.submits.recv() => {
-                    let Some(submit) = submit else { return Ok(()) };
+            pulse.idle();
+            let input = tokio::select! {
+                submit = inbox.submits.recv() => Input::Submit(submit),
+                () = inbox.cancels.added.notified() => Input::Cancel,
+                event = self.group.next() => Input::Event(event?),
+                _ = tick.tick() => Input::Tick,
+            };
+            pulse.busy();
+            match input {
+                Input::Submit(None) => return Ok(()),
+                Input::Submit(Some(submit)) => {
                     self.handle_submit(submit);
                     // All that have come by now go into the same step.
                     while let Ok(submit) = inbox.submits.try_recv() {
                         self.handle_submit(submit);
                     }
                 }
-                () = inbox.cancels.added.notified() => {}
-                event = self.group.next() => self.handle_event(event?)?,
-                _ = tick.tick() => {
+                Input::Cancel => {}
+                Input::Event(event) => self.handle_event(event)?,
+                Input::Tick => {
                     self.steps.check(self.deadlines.step)?;
                     self.group.check_loads(self.deadlines.load)?;
                 }

@@ -4,12 +4,12 @@ use std::{
     io,
     path::PathBuf,
     sync::Arc,
-    thread,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use config::RouterConfig;
 use futures::future::{select_all, try_join_all};
+use lifecycle::{Pulse, Supervisor};
 use tokio::{
     runtime::Builder,
     sync::{mpsc, watch},
@@ -23,6 +23,8 @@ use crate::{
     wire::Info,
 };
 
+/// What the thread is called, in the log, too.
+const NAME: &str = "engine";
 /// Between two attempts to reach the ranks.
 const RECONNECT: Duration = Duration::from_millis(100);
 /// Between two heartbeats of a rank.
@@ -48,31 +50,40 @@ pub(super) struct Deadlines {
 }
 
 impl Deadlines {
-    fn new(config: &RouterConfig, info: &Info) -> Deadlines {
-        let by_warm_up = LEAST_STEP_TIMEOUT.max(info.longest_step * STEP_TIMEOUT_FACTOR);
+    fn new(config: &RouterConfig, longest_step: Duration) -> Deadlines {
+        let by_warm_up = LEAST_STEP_TIMEOUT.max(longest_step * STEP_TIMEOUT_FACTOR);
         Deadlines { step: config.step_timeout.unwrap_or(by_warm_up), load: config.prepare_timeout }
     }
 }
 
-/// Starts the thread. It ends when all senders of jobs are gone.
+/// Starts the thread. It ends when all senders of jobs are gone, which must not be before the process is told to stop.
 pub(super) fn start(
     sockets: Vec<PathBuf>,
     config: RouterConfig,
     inbox: Inbox,
     readiness: watch::Sender<Readiness>,
+    supervisor: &Supervisor,
+) -> io::Result<()> {
+    let limit = config.step_timeout.unwrap_or(LEAST_STEP_TIMEOUT);
+    run_on_thread(supervisor, limit, async move |pulse| {
+        let connector = Connector { ranks: Ranks::new(&sockets), config, readiness, session: 0 };
+        serve(connector, inbox, &pulse).await;
+    })
+}
+
+/// Runs the engine on a thread and a runtime of its own, under supervision. Its pulse may be busy for as long as `limit`.
+fn run_on_thread(
+    supervisor: &Supervisor,
+    limit: Duration,
+    engine: impl AsyncFnOnce(Pulse) + Send + 'static,
 ) -> io::Result<()> {
     let runtime = Builder::new_current_thread().enable_all().build()?;
-    let body = move || {
-        runtime.block_on(async {
-            let connector = Connector { ranks: Ranks::new(&sockets), config, readiness, session: 0 };
-            serve(connector, inbox).await;
-        });
-    };
-    thread::Builder::new().name("engine".into()).spawn(body)?;
+    let pulse = supervisor.watch(NAME, limit);
+    supervisor.thread(NAME, move || runtime.block_on(engine(pulse)))?;
     Ok(())
 }
 
-async fn serve(mut connector: Connector, mut inbox: Inbox) {
+async fn serve(mut connector: Connector, mut inbox: Inbox, pulse: &Pulse) {
     loop {
         let (group, deadlines) = tokio::select! {
             attached = connector.connect() => attached,
@@ -83,7 +94,7 @@ async fn serve(mut connector: Connector, mut inbox: Inbox) {
         let mut batcher = Batcher::new(group, &connector.config, deadlines);
         connector.readiness.send_replace(Readiness::Ready(info));
         let ended = tokio::select! {
-            ended = batcher.run(&mut inbox) => ended,
+            ended = batcher.run(&mut inbox, pulse) => ended,
             error = heartbeats(&connector.ranks, deadlines.step) => Err(error),
         };
         let reason = ended.as_ref().err().map_or_else(|| "the server stops".into(), ToString::to_string);
@@ -139,7 +150,7 @@ impl Connector {
 
     async fn attach(&mut self) -> Result<(Group, Deadlines), RankError> {
         let info = self.ranks.info().await?;
-        let deadlines = Deadlines::new(&self.config, &info);
+        let deadlines = Deadlines::new(&self.config, info.longest_step);
         // A rank that hangs would lose the session again at once.
         let beats = (0..self.ranks.world()).map(|rank| beat(&self.ranks, rank, deadlines.step));
         try_join_all(beats).await?;
@@ -184,5 +195,74 @@ async fn beat(ranks: &Ranks, rank: usize, limit: Duration) -> Result<(), RankErr
     match ranks.oldest_work(rank, limit).await? {
         Some(age) if age > limit => Err(RankError::Stuck { rank, age, limit }),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, sync_channel};
+
+    use lifecycle::Failure;
+
+    use super::*;
+
+    fn run(engine: impl AsyncFnOnce(Pulse) + Send + 'static) -> (Supervisor, Receiver<Failure>) {
+        let (report, failures) = sync_channel(4);
+        let supervisor = Supervisor::reporting_to(move |failure| report.try_send(failure).unwrap()).unwrap();
+        run_on_thread(&supervisor, Duration::from_millis(200), engine).unwrap();
+        (supervisor, failures)
+    }
+
+    fn failure(failures: &Receiver<Failure>) -> Failure {
+        failures.recv_timeout(Duration::from_secs(30)).unwrap()
+    }
+
+    #[test]
+    fn an_engine_that_panics_returns_or_hangs_is_reported_by_name() {
+        let (_supervisor, failures) = run(async |_| panic!("a bug"));
+        assert_eq!(failure(&failures).to_string(), "engine panicked: a bug");
+        let (_supervisor, failures) = run(async |_| {
+            sleep(Duration::ZERO).await;
+            panic!("a late bug")
+        });
+        assert_eq!(failure(&failures).to_string(), "engine panicked: a late bug");
+        let (_supervisor, failures) = run(async |_| {});
+        assert_eq!(failure(&failures), Failure::Returned { name: NAME.into() });
+        let (go_on, gone_on) = sync_channel::<()>(0);
+        let (_supervisor, failures) = run(async move |pulse| {
+            pulse.busy();
+            _ = gone_on.recv();
+        });
+        assert!(matches!(failure(&failures), Failure::Overdue { name, .. } if &*name == NAME));
+        drop(go_on);
+    }
+
+    #[test]
+    fn session_numbers_grow_whatever_the_clock_does() {
+        let first = next_session(0);
+        assert!(first > 1_700_000_000_000_000, "a time in microseconds");
+        let late = u64::MAX / 2;
+        assert_eq!(next_session(late), late + 1, "the clock was set back");
+        let mut last = 0;
+        for _ in 0..1000 {
+            let next = next_session(last);
+            assert!(next > last);
+            last = next;
+        }
+    }
+
+    #[test]
+    fn a_step_gets_twenty_times_the_longest_one_of_the_warm_up_and_at_least_ten_seconds() {
+        let mut config = RouterConfig::default();
+        for (longest, seconds) in
+            [(0, 10.0), (1, 10.0), (500_000, 10.0), (500_050, 10.001), (3_000_000, 60.0)]
+        {
+            let deadlines = Deadlines::new(&config, Duration::from_micros(longest));
+            assert_eq!(deadlines.step, Duration::from_secs_f64(seconds), "{longest}");
+        }
+        // The largest time that a shard can name overflows nothing.
+        assert!(Deadlines::new(&config, Duration::from_micros(u64::MAX)).step > Duration::from_secs(1 << 40));
+        config.step_timeout = Some(Duration::from_secs(3));
+        assert_eq!(Deadlines::new(&config, Duration::from_secs(3)).step, Duration::from_secs(3));
     }
 }

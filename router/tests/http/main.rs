@@ -13,5 +13,6 @@ mod refusals;
 mod request_ids;
 mod router;
 mod shard;
+mod supervision;
 mod text;
 mod vocabulary;

@@ -1,6 +1,7 @@
 //! Requests that are refused: status, kind, and the shape of each dialect.
 
 use config::Config;
+use lifecycle::Supervisor;
 use lorax_router::App;
 use serde_json::{Value, json};
 use tonic::Status;
@@ -339,7 +340,7 @@ async fn routes_that_do_not_exist() {
 async fn an_origin_that_is_none() {
     let mut config = configuration("/no/such/socket".as_ref());
     config.router.cors_allow_origin = vec!["http://here\n".into()];
-    let error = App::start(config).err().unwrap();
+    let error = App::start(config, &Supervisor::reporting_to(drop).unwrap()).err().unwrap();
     assert!(error.is_usage());
     assert_eq!(error.to_string(), "cors-allow-origin: \"http://here\\n\" is not an origin");
 }

@@ -2,11 +2,12 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, OnceLock},
     time::Duration,
 };
 
 use config::{Config, LogConfig, ModelConfig, RouterConfig, ShardConfig, ShardsConfig};
+use lifecycle::{Failure, Supervisor};
 use lorax_router::{App, server, tokenizer::ModelTokenizer};
 use reqwest::{Client, Method, Response, StatusCode};
 use serde_json::{Value, json};
@@ -68,6 +69,8 @@ pub(crate) struct Router {
     /// All ranks.
     pub(crate) ranks: Vec<ScriptedShard>,
     pub(crate) app: Arc<App>,
+    /// Tasks of the router that have failed.
+    pub(crate) failures: Arc<Mutex<Vec<Failure>>>,
     client: Client,
     /// Tells the server to stop when it is dropped.
     _stop: oneshot::Sender<()>,
@@ -112,15 +115,27 @@ impl Router {
         config.shards.uds = sockets;
         change(&mut config);
         let (listener, address) = server::listen(&config).await.unwrap();
-        let app = App::start(config).unwrap();
+        let failures = Arc::new(Mutex::new(Vec::new()));
+        let failed = failures.clone();
+        let supervisor = Supervisor::reporting_to(move |failure| {
+            eprintln!("{failure}");
+            failed.lock().unwrap().push(failure);
+        });
+        let supervisor = supervisor.unwrap();
+        let app = App::start(config, &supervisor).unwrap();
         let (stop, stopped) = oneshot::channel::<()>();
-        tokio::spawn(server::serve(listener, app.clone(), async { _ = stopped.await }));
+        let stopping = async move {
+            _ = stopped.await;
+            supervisor.stopping();
+        };
+        tokio::spawn(server::serve(listener, app.clone(), stopping));
         let shard = ranks[0].clone();
         Router {
             address: address.to_string(),
             shard,
             ranks,
             app,
+            failures,
             client: Client::new(),
             _folder: folder,
             _stop: stop,
