@@ -200,7 +200,7 @@ impl Ranks {
             held.map_err(|source| RankError::Wire { rank, source })
         });
         // All ranks have forgotten the session before, and only then the first step of this one is sent.
-        let resident = merge::resident(&try_join_all(attached).await?, &info);
+        let resident = merge::resident(&try_join_all(attached).await?, info.num_slots);
         let streams = self.clients.iter().cloned().enumerate().map(async |(rank, mut client)| {
             let (steps, outgoing) = group::channel();
             let request = client.execute(ReceiverStream::new(outgoing));

@@ -1,8 +1,8 @@
 //! One view of all ranks: what they serve together, and which adapters all of them hold.
 
-use std::fmt::Debug;
+use std::{collections::BTreeSet, fmt::Debug};
 
-use scheduler::{Adapter, AdapterKey};
+use scheduler::Adapter;
 
 use crate::wire::{Held, Info};
 
@@ -119,29 +119,18 @@ fn check_equal(rank: usize, first: &Info, other: &Info) -> Result<(), InfoError>
 pub(crate) struct Resident {
     /// Slots that hold the same adapter on all ranks; `bytes` are those of the rank where it takes the most.
     pub(crate) slots: Vec<(u32, Adapter)>,
-    /// Slots that hold something on some rank and are of no use: they must be emptied.
+    /// Slots whose content differs between ranks: they must be emptied.
     pub(crate) stale: Vec<u32>,
 }
 
-/// Finds out which slots can be kept. `info` is what the ranks serve together.
-pub(super) fn resident(held: &[Held], info: &Info) -> Resident {
-    let mut filled: Vec<u32> =
-        held.iter().flat_map(|held| held.slots.iter().map(|(slot, _)| *slot)).collect();
-    filled.sort_unstable();
-    filled.dedup();
+/// Finds out which of the slots that all ranks have can be kept.
+pub(super) fn resident(held: &[Held], num_slots: u32) -> Resident {
+    let filled = held.iter().flat_map(|held| held.slots.iter().map(|(slot, _)| *slot));
+    let filled: BTreeSet<u32> = filled.filter(|slot| *slot < num_slots).collect();
     let mut resident = Resident::default();
-    let mut bytes = 0_u64;
     for slot in filled {
-        let adapter = agreed(held, slot).filter(|adapter| {
-            let known = |key: AdapterKey| resident.slots.iter().any(|(_, kept)| kept.key == key);
-            let fits = info.adapter_bytes == 0 || bytes.saturating_add(adapter.bytes) <= info.adapter_bytes;
-            slot < info.num_slots && fits && !known(adapter.key)
-        });
-        match adapter {
-            Some(adapter) => {
-                bytes += adapter.bytes;
-                resident.slots.push((slot, adapter));
-            }
+        match agreed(held, slot) {
+            Some(adapter) => resident.slots.push((slot, adapter)),
             None => resident.stale.push(slot),
         }
     }

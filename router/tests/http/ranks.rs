@@ -304,3 +304,96 @@ async fn a_load_reported_twice_ends_the_session() {
     router.ranks[2].inject(Some(slot(0, content("sql")))).await;
     router.health(503, "rank 2 reported adapter 73716c00 in slot 0, which it was not loading").await;
 }
+
+/// Loads that a rank was told to do so far, by adapter.
+async fn loads(router: &Router, rank: usize) -> Vec<String> {
+    let name = |content: &[u8]| String::from_utf8_lossy(content).trim_end_matches('\0').to_owned();
+    let loads = |step: &proto::Step| step.load.iter().map(|load| name(&load.content)).collect::<Vec<_>>();
+    router.ranks[rank].saw(|seen| Some(seen.steps.iter().flat_map(loads).collect())).await
+}
+
+#[tokio::test]
+async fn a_new_router_finds_the_adapters_where_the_old_one_left_them() {
+    let mut router = start(scripts()).await;
+    for adapter in ["sql", "law"] {
+        router.ok("/generate", &ask(Some(adapter))).await;
+    }
+    let slots: Vec<_> = router.ranks.iter().map(|rank| rank.slots()).collect();
+    assert_eq!(slots[0].len(), 2);
+    for life in 2..4 {
+        router = router.restart().await;
+        for adapter in [Some("law"), None, Some("sql")] {
+            router.ok("/generate", &ask(adapter)).await;
+        }
+        for (rank, slots) in slots.iter().enumerate() {
+            assert_eq!(
+                loads(&router, rank).await,
+                ["sql", "law"],
+                "loaded once in {life} lives of the router"
+            );
+            assert_eq!(router.ranks[rank].slots(), *slots);
+            assert_eq!(router.ranks[rank].saw(|seen| Some(seen.sessions.len())).await, life);
+        }
+    }
+    // The new router knows what the slots hold well enough to make room.
+    for adapter in ["a", "b", "c", "d", "sql"] {
+        router.ok("/generate", &ask(Some(adapter))).await;
+    }
+}
+
+#[tokio::test]
+async fn a_slot_is_kept_if_all_ranks_hold_the_same_in_it() {
+    type Change = fn(&mut [Script]);
+    // "sql" is in slot 1 everywhere; the others are changed on some rank. Which slots are emptied, and what is loaded when
+    // "sql" and "law" are asked for.
+    let cases: [(Change, &[u32], &[&str]); 10] = [
+        (|_| {}, &[], &[]),
+        (|scripts| _ = scripts[3].filled.remove(&2), &[2], &["law"]),
+        (|scripts| _ = scripts[0].filled.remove(&2), &[2], &["law"]),
+        (|scripts| _ = scripts[1].filled.insert(2, "tax"), &[2], &["law"]),
+        (|scripts| _ = scripts[0].filled.insert(2, "tax"), &[2], &["law"]),
+        (|scripts| _ = scripts[2].filled.insert(3, "tax"), &[3], &[]),
+        (|scripts| scripts.iter_mut().for_each(|script| _ = script.filled.insert(3, "law")), &[3], &[]),
+        (|scripts| scripts.iter_mut().for_each(|script| script.filled.clear()), &[], &["law", "sql"]),
+        (|scripts| scripts[3].filled.clear(), &[1, 2], &["law", "sql"]),
+        // A slot that only this rank has: nobody else could be told to empty it.
+        (|scripts| (scripts[3].info.num_slots, _) = (9, scripts[3].filled.insert(8, "tax")), &[], &[]),
+    ];
+    for (case, (change, emptied, loaded)) in cases.into_iter().enumerate() {
+        let mut scripts = scripts();
+        for script in &mut scripts {
+            script.filled = BTreeMap::from([(1, "sql"), (2, "law")]);
+        }
+        change(&mut scripts);
+        let router = start(scripts).await;
+        router.ok("/generate", &ask(None)).await;
+        for adapter in ["sql", "law"] {
+            router.ok("/generate", &ask(Some(adapter))).await;
+        }
+        for rank in 0..WORLD {
+            let unloads = |step: &proto::Step| step.unload.clone();
+            let first = router.ranks[rank].saw(|seen| seen.steps.first().map(unloads)).await;
+            assert_eq!(first, emptied, "case {case}, rank {rank}");
+            let mut loads = loads(&router, rank).await;
+            loads.sort_unstable();
+            assert_eq!(loads, loaded, "case {case}, rank {rank}");
+            assert_eq!(router.ranks[rank].saw(|seen| Some(seen.sessions.len())).await, 1, "case {case}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn adapters_that_do_not_fit_any_more_leave_their_slots() {
+    let mut scripts = scripts();
+    for script in &mut scripts {
+        script.filled = BTreeMap::from([(0, "sql"), (1, "law"), (3, "tax")]);
+    }
+    // On one rank there is less room, and on another an adapter takes more of it.
+    (scripts[2].info.adapter_bytes, scripts[1].adapter_bytes) = (2500, 1200);
+    let router = start(scripts).await;
+    router.ok("/generate", &ask(None)).await;
+    for rank in &router.ranks {
+        assert_eq!(rank.saw(|seen| seen.steps.first().map(|step| step.unload.clone())).await, [3]);
+        assert_eq!(rank.slots().len(), 2);
+    }
+}

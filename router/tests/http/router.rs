@@ -74,7 +74,7 @@ pub(crate) struct Router {
     client: Client,
     /// Tells the server to stop when it is dropped.
     _stop: oneshot::Sender<()>,
-    _folder: Arc<tempfile::TempDir>,
+    folder: Arc<tempfile::TempDir>,
 }
 
 impl Router {
@@ -103,6 +103,16 @@ impl Router {
         };
         let (ranks, sockets) = scripts.into_iter().enumerate().map(start).unzip();
         Router::in_front_of(ranks, sockets, Arc::new(folder), change).await
+    }
+
+    /// Ends this router, and starts another in front of the same shards.
+    pub(crate) async fn restart(self) -> Router {
+        let (ranks, folder) = (self.ranks.clone(), self.folder.clone());
+        drop(self);
+        let sockets = (0..ranks.len()).map(|rank| folder.path().join(format!("shard-{rank}.sock")));
+        let router = Router::in_front_of(ranks, sockets.collect(), folder, |_| {}).await;
+        router.app.ready().await;
+        router
     }
 
     async fn in_front_of(
@@ -137,7 +147,7 @@ impl Router {
             app,
             failures,
             client: Client::new(),
-            _folder: folder,
+            folder,
             _stop: stop,
         }
     }
