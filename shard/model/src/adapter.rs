@@ -4,6 +4,7 @@
 mod base;
 mod config;
 mod pattern;
+mod python_regex;
 mod tensors;
 
 use std::{fmt, path::Path};
@@ -13,6 +14,7 @@ use sha2::{Digest, Sha256};
 
 use crate::{Config, LoadError};
 pub use base::BaseModel;
+pub use python_regex::PatternError;
 
 /// Name of an adapter's configuration in its folder.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -55,13 +57,13 @@ pub enum AdapterError {
         /// What it should be.
         expected: &'static str,
     },
-    /// A pattern that is no regular expression.
+    /// A pattern that is no regular expression, is not known here, or takes too long to match.
     #[error("{CONFIG_FILE}: {field}: {source}")]
     Pattern {
         /// The field.
         field: &'static str,
         /// The cause.
-        source: regex::Error,
+        source: PatternError,
     },
     /// A target that this model does not have, or that deltas cannot attach to.
     #[error("{CONFIG_FILE}: target_modules: {0:?} is no projection of this model that an adapter can change")]
@@ -145,7 +147,17 @@ impl Module {
         self.path.rsplit('.').next().unwrap_or_default()
     }
 
-    /// All modules of a model, in the order of its sites.
+    /// Paths of the modules that are no projections, as transformers names them. PEFT refuses a target among them, or
+    /// changes it in a way that is not served.
+    fn others(config: &Config) -> Vec<String> {
+        let outer = ["model", "model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb"];
+        let inner =
+            ["", ".self_attn", ".mlp", ".mlp.act_fn", ".input_layernorm", ".post_attention_layernorm"];
+        let layer = |i: usize| inner.map(|module| format!("model.layers.{i}{module}"));
+        outer.map(str::to_owned).into_iter().chain((0..config.layers).flat_map(layer)).collect()
+    }
+
+    /// All projections of a model, in the order of its sites.
     fn all(config: &Config) -> Vec<Module> {
         let sites = config.sites();
         let names: [&[&str]; 4] = [
@@ -178,9 +190,9 @@ impl Module {
 
 /// Reads the adapter in a folder and checks it against a model.
 pub fn read(folder: &Path, model: &BaseModel) -> Result<Adapter, AdapterError> {
-    let config = config::AdapterConfig::read(folder)?;
+    let config = config::AdapterConfig::read(folder, &model.config)?;
     let modules = Module::all(&model.config);
-    let targets = config.targets(&modules)?;
+    let targets = config.targets(&modules, &Module::others(&model.config))?;
     let parts = tensors::read(folder, &targets, model)?;
     let mut sites: Vec<String> = targets.iter().map(|target| target.module.name().to_owned()).collect();
     sites.sort_unstable();

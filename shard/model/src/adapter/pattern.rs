@@ -1,32 +1,80 @@
 //! PEFT's ways to name modules (`peft/tuners/tuners_utils.py`: `check_target_module_exists`, and
 //! `peft/utils/other.py`: `get_pattern_key`).
 
-use regex::Regex;
+use super::{
+    AdapterError,
+    config::OneOrMany,
+    python_regex::{Pattern, PatternError, may_step_back},
+};
 
-use super::{AdapterError, Module, config::OneOrMany};
-
-/// PEFT's word for every projection but the output's.
+/// PEFT's word for every projection but the output's, in any case.
 const ALL_LINEAR: &str = "all-linear";
-/// A module that exists but that deltas cannot attach to here.
-const EMBEDDINGS: &str = "model.embed_tokens";
+/// Anchors of a pattern that must match a whole text.
+const WHOLE: (&str, &str) = ("^(?:", ")$");
+
+/// A field's patterns, compiled as they share the time of matching.
+#[derive(Clone, Copy)]
+pub(super) struct Patterns {
+    sharers: usize,
+}
+
+impl Patterns {
+    /// Of all patterns of a configuration.
+    pub(super) fn of<'a>(patterns: impl Iterator<Item = &'a str>) -> Patterns {
+        Patterns { sharers: patterns.filter(|pattern| may_step_back(pattern)).count() }
+    }
+
+    fn compile(
+        self,
+        field: &'static str,
+        around: (&str, &str),
+        pattern: &str,
+    ) -> Result<FieldPattern, AdapterError> {
+        let pattern = Pattern::new(around, pattern, self.sharers).map_err(fault(field))?;
+        Ok(FieldPattern { field, pattern })
+    }
+}
+
+fn fault(field: &'static str) -> impl Fn(PatternError) -> AdapterError {
+    move |source| AdapterError::Pattern { field, source }
+}
+
+/// A pattern, with the field that a fault is reported for.
+pub(super) struct FieldPattern {
+    field: &'static str,
+    pattern: Pattern,
+}
+
+impl FieldPattern {
+    fn is_match(&self, path: &str) -> Result<bool, AdapterError> {
+        self.pattern.is_match(path).map_err(fault(self.field))
+    }
+}
 
 /// Modules by a list of names or path endings, or by a pattern of the whole path.
 pub(super) enum Targets {
     Names(Vec<String>),
-    Pattern(Regex),
+    Pattern(FieldPattern),
     AllLinear,
 }
 
-/// A regular expression that must match the whole text.
-fn whole(field: &'static str, pattern: &str) -> Result<Regex, AdapterError> {
-    Regex::new(&format!("^(?:{pattern})$")).map_err(|source| AdapterError::Pattern { field, source })
-}
-
 impl Targets {
-    pub(super) fn new(field: &'static str, value: &OneOrMany<String>) -> Result<Targets, AdapterError> {
+    /// The modules that an adapter changes.
+    pub(super) fn new(value: &OneOrMany<String>, patterns: Patterns) -> Result<Targets, AdapterError> {
+        match value {
+            OneOrMany::One(all) if all.eq_ignore_ascii_case(ALL_LINEAR) => Ok(Targets::AllLinear),
+            _ => Targets::excluded("target_modules", value, patterns),
+        }
+    }
+
+    /// As for [`Self::new`], but without a word for all.
+    pub(super) fn excluded(
+        field: &'static str,
+        value: &OneOrMany<String>,
+        patterns: Patterns,
+    ) -> Result<Targets, AdapterError> {
         Ok(match value {
-            OneOrMany::One(all) if all == ALL_LINEAR => Targets::AllLinear,
-            OneOrMany::One(pattern) => Targets::Pattern(whole(field, pattern)?),
+            OneOrMany::One(pattern) => Targets::Pattern(patterns.compile(field, WHOLE, pattern)?),
             OneOrMany::Many(names) => Targets::Names(names.clone()),
         })
     }
@@ -39,23 +87,12 @@ impl Targets {
         }
     }
 
-    pub(super) fn matches(&self, path: &str) -> bool {
+    /// Whether a module is one of these. `is_linear`: it is a projection, not one of the modules around them.
+    pub(super) fn matches(&self, path: &str, is_linear: bool) -> Result<bool, AdapterError> {
         match self {
-            Targets::Names(names) => names.iter().any(|name| ends_with(path, name)),
+            Targets::Names(names) => Ok(names.iter().any(|name| ends_with(path, name))),
             Targets::Pattern(pattern) => pattern.is_match(path),
-            Targets::AllLinear => path != "lm_head",
-        }
-    }
-
-    /// A target that deltas cannot attach to.
-    pub(super) fn unknown(&self, modules: &[Module]) -> Option<&str> {
-        match self {
-            Targets::Names(names) => names
-                .iter()
-                .find(|name| !modules.iter().any(|module| ends_with(&module.path, name)))
-                .map(String::as_str),
-            Targets::Pattern(pattern) => pattern.is_match(EMBEDDINGS).then_some(EMBEDDINGS),
-            Targets::AllLinear => None,
+            Targets::AllLinear => Ok(is_linear && path != "lm_head"),
         }
     }
 }
@@ -69,22 +106,23 @@ fn ends_with(path: &str, name: &str) -> bool {
 pub(super) struct LayerFilter {
     layers: Option<Vec<usize>>,
     /// Each has the layer's number as its group `idx`.
-    patterns: Vec<Regex>,
+    patterns: Vec<FieldPattern>,
 }
 
 impl LayerFilter {
     pub(super) fn new(
         layers: Option<&OneOrMany<usize>>,
-        patterns: Option<&OneOrMany<String>>,
+        names: Option<&OneOrMany<String>>,
+        patterns: Patterns,
     ) -> Result<LayerFilter, AdapterError> {
-        let named = |name: &String| format!(r"^(?:(?:^|.*?\.){name}\.(?P<idx>\d+)\.)");
-        let sources: Vec<String> = match patterns {
-            Some(OneOrMany::One(name)) if !name.is_empty() => vec![named(name)],
-            Some(OneOrMany::Many(names)) if !names.is_empty() => names.iter().map(named).collect(),
-            _ => vec![r"^.*?\.[^.]*\.(?P<idx>\d+)\.".into()],
-        };
-        let compile = |source: &String| {
-            Regex::new(source).map_err(|source| AdapterError::Pattern { field: "layers_pattern", source })
+        let compile = |around, name: &str| patterns.compile("layers_pattern", around, name);
+        let named = |name: &String| compile((r"^(?:^|.*?\.)", r"\.(?P<idx>\d+)\."), name);
+        let patterns = match names {
+            Some(OneOrMany::One(name)) if !name.is_empty() => vec![named(name)?],
+            Some(OneOrMany::Many(names)) if !names.is_empty() => {
+                names.iter().map(named).collect::<Result<_, _>>()?
+            }
+            _ => vec![compile((r"^.*?\.[^.]*\.(?P<idx>\d+)\.", ""), "")?],
         };
         let layers = match layers {
             None => None,
@@ -92,15 +130,19 @@ impl LayerFilter {
             // PEFT takes an empty list for "no filter".
             Some(OneOrMany::Many(layers)) => (!layers.is_empty()).then(|| layers.clone()),
         };
-        Ok(LayerFilter { layers, patterns: sources.iter().map(compile).collect::<Result<_, _>>()? })
+        Ok(LayerFilter { layers, patterns })
     }
 
-    pub(super) fn allows(&self, path: &str) -> bool {
-        let Some(layers) = &self.layers else { return true };
+    pub(super) fn allows(&self, path: &str) -> Result<bool, AdapterError> {
+        let Some(layers) = &self.layers else { return Ok(true) };
         // The first pattern that matches decides, with or without a number.
-        let found = self.patterns.iter().find_map(|pattern| pattern.captures(path));
-        let number = found.and_then(|found| found.name("idx")?.as_str().parse().ok());
-        number.is_some_and(|number: usize| layers.contains(&number))
+        for FieldPattern { field, pattern } in &self.patterns {
+            if let Some(number) = pattern.group(path, "idx").map_err(fault(field))? {
+                let number = number.and_then(|number| number.parse().ok());
+                return Ok(number.is_some_and(|number: usize| layers.contains(&number)));
+            }
+        }
+        Ok(false)
     }
 }
 
@@ -108,14 +150,16 @@ impl LayerFilter {
 /// could take any amount of memory.
 pub(super) fn pattern_values<T: Copy>(
     field: &'static str,
-    patterns: &[(String, T)],
+    entries: &[(String, T)],
     paths: &[&str],
+    patterns: Patterns,
 ) -> Result<Vec<Option<T>>, AdapterError> {
     let mut values = vec![None; paths.len()];
-    for (pattern, value) in patterns {
-        let pattern = whole(field, &format!(r"(?:.*\.)?(?:{pattern})"))?;
+    for (pattern, value) in entries {
+        // The groups are PEFT's own, which numbers in the pattern count.
+        let pattern = patterns.compile(field, (r"^(.*\.)?(", ")$"), pattern)?;
         for (path, found) in paths.iter().zip(&mut values) {
-            if found.is_none() && pattern.is_match(path) {
+            if found.is_none() && pattern.is_match(path)? {
                 *found = Some(*value);
             }
         }
@@ -123,57 +167,19 @@ pub(super) fn pattern_values<T: Copy>(
     Ok(values)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_are_whole_parts_of_a_path() {
-        for (path, name, matches) in [
-            ("model.layers.0.self_attn.q_proj", "q_proj", true),
-            ("model.layers.0.self_attn.q_proj", "self_attn.q_proj", true),
-            ("model.layers.0.self_attn.q_proj", "proj", false),
-            ("lm_head", "lm_head", true),
-            ("model.layers.10.mlp.up_proj", "0.mlp.up_proj", false),
-        ] {
-            assert_eq!(ends_with(path, name), matches, "{name} in {path}");
+/// The first of some modules to save that the model has. PEFT would look for their weights in the adapter.
+pub(super) fn saved_module<'a>(
+    names: &'a [String],
+    paths: &[&str],
+    patterns: Patterns,
+) -> Result<Option<&'a String>, AdapterError> {
+    for name in names {
+        let pattern = patterns.compile("modules_to_save", (r"^(?:^|.*\.)", r"(?:$|\..*)"), name)?;
+        for path in paths {
+            if path.ends_with(name.as_str()) || pattern.is_match(path)? {
+                return Ok(Some(name));
+            }
         }
     }
-
-    #[test]
-    fn layers_are_filtered_by_number() {
-        let some = LayerFilter::new(Some(&OneOrMany::Many(vec![1, 3])), None).unwrap();
-        assert!(some.allows("model.layers.1.mlp.up_proj"));
-        assert!(!some.allows("model.layers.2.mlp.up_proj"));
-        assert!(LayerFilter::new(None, None).unwrap().allows("lm_head"));
-        for (name, allows) in [
-            ("layers", true),
-            ("model.layers", true),
-            ("(layers|h)", true),
-            ("h", false),
-            ("", true),
-            // As PEFT puts it into its own pattern, the number belongs to the second of these alone.
-            ("layers|h", false),
-        ] {
-            let named = Some(OneOrMany::One(name.to_owned()));
-            let filter = LayerFilter::new(Some(&OneOrMany::One(2)), named.as_ref()).unwrap();
-            assert_eq!(filter.allows("model.layers.2.mlp.up_proj"), allows, "{name}");
-            assert!(!filter.allows("model.layers.1.mlp.up_proj"), "{name}");
-        }
-    }
-
-    #[test]
-    fn the_first_pattern_wins() {
-        let patterns =
-            [("q_proj".to_owned(), 4), (r"layers\.1\..*".to_owned(), 8), ("up_proj".to_owned(), 16)];
-        let paths = [
-            "model.layers.1.self_attn.q_proj",
-            "model.layers.1.mlp.up_proj",
-            "model.layers.0.mlp.up_proj",
-            "model.layers.0.mlp.cup_proj",
-        ];
-        let values = pattern_values("rank_pattern", &patterns, &paths).unwrap();
-        assert_eq!(values, [Some(4), Some(8), Some(16), None]);
-        assert!(pattern_values("rank_pattern", &[("(".to_owned(), 1)], &paths).is_err());
-    }
+    Ok(None)
 }

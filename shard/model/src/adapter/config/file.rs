@@ -1,0 +1,202 @@
+//! The fields of an `adapter_config.json`, and which of them must be neutral.
+
+use serde::{
+    Deserialize, Deserializer,
+    de::{MapAccess, Visitor},
+};
+use serde_json::{Map, Value};
+
+use crate::{Config, adapter::AdapterError};
+
+/// Fields of `LoraConfig` (PEFT 0.5 to 0.21) that have no say in the output, whatever their value is.
+const HARMLESS: [&str; 16] = [
+    "auto_mapping",
+    "base_model_name_or_path",
+    // Of ways to initialize, which are over, or are refused by `init_lora_weights`.
+    "corda_config",
+    // Has a say where embeddings are targeted, which is refused.
+    "ensure_weight_tying",
+    "eva_config",
+    // PEFT turns it off for modules of the kind that a Llama has.
+    "fan_in_fan_out",
+    "inference_mode",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+];
+
+/// Ways to initialize after which the tensors alone give the adapter's output, and whether PEFT takes them in any case.
+/// Others change the weights of the base model, too, when an adapter is loaded.
+const KEEPS_BASE: [(&str, bool); 5] =
+    [("eva", false), ("gaussian", true), ("lora_ga", false), ("mica", true), ("orthogonal", false)];
+
+/// A map in the order of the file: PEFT takes the first pattern that matches.
+pub(super) struct Ordered<T>(pub(super) Vec<(String, T)>);
+
+impl<T> Default for Ordered<T> {
+    fn default() -> Self {
+        Ordered(Vec::new())
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Ordered<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Entries<T>(std::marker::PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Entries<T> {
+            type Value = Ordered<T>;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a map from patterns to numbers")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    entries.push(entry);
+                }
+                Ok(Ordered(entries))
+            }
+
+            fn visit_unit<E>(self) -> Result<Self::Value, E> {
+                Ok(Ordered(Vec::new()))
+            }
+        }
+        deserializer.deserialize_any(Entries(std::marker::PhantomData))
+    }
+}
+
+/// A value, or a list of them.
+#[derive(Deserialize)]
+#[serde(untagged)]
+pub(in crate::adapter) enum OneOrMany<T> {
+    One(T),
+    Many(Vec<T>),
+}
+
+/// PEFT's default of `r` and of `lora_alpha`.
+fn default_number<T: From<u8>>() -> T {
+    T::from(8)
+}
+
+/// The fields that have a say. All others are in `rest`.
+#[derive(Deserialize)]
+pub(super) struct File {
+    peft_type: Option<String>,
+    #[serde(default = "default_number")]
+    pub(super) r: usize,
+    #[serde(default = "default_number")]
+    pub(super) lora_alpha: f64,
+    pub(super) target_modules: Option<OneOrMany<String>>,
+    pub(super) exclude_modules: Option<OneOrMany<String>>,
+    pub(super) layers_to_transform: Option<OneOrMany<usize>>,
+    pub(super) layers_pattern: Option<OneOrMany<String>>,
+    pub(super) modules_to_save: Option<Vec<String>>,
+    #[serde(default)]
+    pub(super) rank_pattern: Ordered<usize>,
+    #[serde(default)]
+    pub(super) alpha_pattern: Ordered<f64>,
+    pub(super) use_rslora: Option<bool>,
+    bias: Option<String>,
+    init_lora_weights: Option<Value>,
+    #[serde(flatten)]
+    rest: Map<String, Value>,
+}
+
+impl File {
+    /// All patterns of the file.
+    pub(super) fn patterns(&self) -> impl Iterator<Item = &str> {
+        let lists = [&self.target_modules, &self.exclude_modules, &self.layers_pattern];
+        let lists = lists.into_iter().flatten().flat_map(|list| match list {
+            OneOrMany::One(pattern) => std::slice::from_ref(pattern),
+            OneOrMany::Many(patterns) => patterns.as_slice(),
+        });
+        let saved = self.modules_to_save.iter().flatten();
+        let ranks = self.rank_pattern.0.iter().map(|(pattern, _)| pattern);
+        let alphas = self.alpha_pattern.0.iter().map(|(pattern, _)| pattern);
+        lists.chain(saved).chain(ranks).chain(alphas).map(String::as_str)
+    }
+
+    /// Refuses what would change the output in a way that is not served.
+    pub(super) fn check(&self, model: &Config) -> Result<(), AdapterError> {
+        if self.peft_type.as_deref() != Some("LORA") {
+            return refuse("peft_type", self.peft_type.as_deref().unwrap_or("null"));
+        }
+        if self.r == 0 || self.rank_pattern.0.iter().any(|(_, rank)| *rank == 0) {
+            return Err(AdapterError::Field { field: "r", expected: "a positive integer" });
+        }
+        let alphas = self.alpha_pattern.0.iter().map(|(_, alpha)| alpha).chain([&self.lora_alpha]);
+        if alphas.into_iter().any(|alpha| !alpha.is_finite()) {
+            return Err(AdapterError::Field { field: "lora_alpha", expected: "a finite number" });
+        }
+        // Biases of the base model that were trained. One without biases has none to train.
+        match self.bias.as_deref() {
+            None | Some("none") => {}
+            Some("all" | "lora_only") if !model.attention_bias && !model.mlp_bias => {}
+            Some(bias) => return refuse("bias", bias),
+        }
+        self.check_layers()?;
+        self.check_initialization()?;
+        let refused = self.rest.iter().find(|(field, value)| {
+            let is_empty = match value {
+                Value::Null | Value::Bool(false) => true,
+                // An empty list of tokens comes with tensors nevertheless.
+                Value::Array(items) => items.is_empty() && *field != "trainable_token_indices",
+                Value::Object(fields) => fields.is_empty(),
+                _ => false,
+            };
+            !is_empty && !HARMLESS.contains(&field.as_str())
+        });
+        refused.map_or(Ok(()), |(field, value)| refuse(field, value))
+    }
+
+    /// PEFT takes the fields of layers only where it asks them.
+    fn check_layers(&self) -> Result<(), AdapterError> {
+        let is_pattern = matches!(self.target_modules, Some(OneOrMany::One(_)));
+        if let Some(layers) = self.layers_to_transform.as_ref().filter(|_| is_pattern) {
+            let list = match layers {
+                OneOrMany::One(layer) => format!("{layer}"),
+                OneOrMany::Many(layers) => format!("{layers:?}"),
+            };
+            return refuse("layers_to_transform", format!("{list}, with a pattern for target_modules,"));
+        }
+        let has_pattern = match &self.layers_pattern {
+            None => false,
+            Some(OneOrMany::One(pattern)) => !pattern.is_empty(),
+            Some(OneOrMany::Many(patterns)) => !patterns.is_empty(),
+        };
+        if has_pattern && self.layers_to_transform.is_none() {
+            return Err(AdapterError::Field {
+                field: "layers_to_transform",
+                expected: "given, as layers_pattern is",
+            });
+        }
+        Ok(())
+    }
+
+    fn check_initialization(&self) -> Result<(), AdapterError> {
+        let Some(init) = &self.init_lora_weights else { return Ok(()) };
+        let keeps_base =
+            match init {
+                Value::Bool(_) => true,
+                Value::String(init) => KEEPS_BASE.iter().any(|(way, in_any_case)| {
+                    if *in_any_case { init.eq_ignore_ascii_case(way) } else { init == way }
+                }),
+                _ => false,
+            };
+        if keeps_base {
+            return Ok(());
+        }
+        refuse("init_lora_weights", init.as_str().map_or_else(|| init.to_string(), str::to_owned))
+    }
+}
+
+/// The refusal of a field's value.
+pub(super) fn refuse<T>(field: &str, value: impl ToString) -> Result<T, AdapterError> {
+    Err(AdapterError::Unsupported { field: field.into(), value: value.to_string() })
+}
