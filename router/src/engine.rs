@@ -19,11 +19,12 @@ use config::RouterConfig;
 use lifecycle::Supervisor;
 use scheduler::{Adapter, RequestId};
 use secrecy::SecretString;
-use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 
 use crate::{
     adapter::AdapterRef,
     generation::{Failure, Job, Update},
+    permits::Permit,
     ranks::{PrepareError, Ranks},
     wire::Info,
 };
@@ -32,9 +33,6 @@ use crate::{
 const UPDATES: usize = 1024 + 1;
 /// Jobs on their way to the engine.
 const COMMANDS: usize = 1024;
-
-/// A permit: one slot of `max_concurrent_requests`.
-pub(crate) type Permit = OwnedSemaphorePermit;
 
 /// One of the two holds on the permit of a job. The engine drops its hold when the job ends or is cancelled, which a
 /// client that does not read never learns; the client drops its hold when it has all it wants, which the engine learns

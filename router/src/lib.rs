@@ -1,12 +1,14 @@
 //! The HTTP side of the server: tokens in and out, admission, scheduling, and the shards behind it.
 
 mod adapter;
+pub mod admission;
 pub mod api;
 mod chat;
 mod decoder;
 mod engine;
 mod generation;
 pub mod keys;
+mod permits;
 pub mod principal;
 mod ranks;
 pub mod server;

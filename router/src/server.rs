@@ -9,7 +9,7 @@ use std::{net::SocketAddr, path::PathBuf, sync::Arc};
 
 use config::Config;
 use lifecycle::Supervisor;
-use tokio::{net::TcpListener, sync::Semaphore};
+use tokio::{net::TcpListener, sync::watch};
 use tower_http::cors::CorsLayer;
 
 use crate::{
@@ -17,6 +17,7 @@ use crate::{
     chat::ChatTemplate,
     engine::Engine,
     keys::{KeyError, Keys},
+    permits::Permits,
     tokenizer::{ModelTokenizer, TokenizerError},
     wire::Info,
     workers::Workers,
@@ -74,7 +75,7 @@ pub struct App {
     pub(crate) tokenizer: Arc<ModelTokenizer>,
     pub(crate) chat: Option<ChatTemplate>,
     pub(crate) engine: Engine,
-    pub(crate) permits: Arc<Semaphore>,
+    pub(crate) permits: Permits,
     pub(crate) workers: Workers,
     keys: Arc<Keys>,
     cors: Option<CorsLayer>,
@@ -93,7 +94,7 @@ impl App {
             chat: ChatTemplate::new(&tokenizer)?,
             tokenizer: Arc::new(tokenizer),
             engine: Engine::start(config.shards.uds.clone(), router, supervisor)?,
-            permits: Arc::new(Semaphore::new(router.max_concurrent_requests)),
+            permits: Permits::new(router.max_concurrent_requests),
             workers: Workers::new(router.validation_workers),
             keys,
             cors: routes::cors(&router.cors_allow_origin)?,
@@ -104,6 +105,11 @@ impl App {
     /// Waits until the shards can be reached.
     pub async fn ready(&self) {
         self.engine.ready().await;
+    }
+
+    /// How many sequences hold a permit, now and from now on.
+    pub fn permits_held(&self) -> watch::Receiver<usize> {
+        self.permits.held()
     }
 
     pub(crate) fn rules(&self, info: &Info) -> Rules {

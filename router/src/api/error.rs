@@ -12,7 +12,7 @@ use axum::{
 };
 use serde_json::{Value, json};
 
-use crate::{generation::Failure, ranks::PrepareError, workers::WorkError};
+use crate::{admission::Refusal, generation::Failure, ranks::PrepareError, workers::WorkError};
 
 /// Why a request was not answered.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -45,13 +45,8 @@ pub(crate) enum ApiError {
         retry_after: Duration,
     },
     /// The tenant is at one of its own limits.
-    #[error("the limit of {limit} is reached")]
-    RateLimited {
-        /// What is limited, with its number.
-        limit: String,
-        /// When a new attempt may succeed.
-        retry_after: Duration,
-    },
+    #[error("{0}")]
+    RateLimited(Refusal),
     /// The adapter was not there in time.
     #[error("the adapter was not ready within {} s", limit.as_secs_f64())]
     AdapterTimeout {
@@ -98,7 +93,7 @@ impl ApiError {
             ApiError::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "too_large"),
             ApiError::Slow => (StatusCode::REQUEST_TIMEOUT, "timeout"),
             ApiError::InvalidKey => (StatusCode::UNAUTHORIZED, "invalid_api_key"),
-            ApiError::RateLimited { .. } => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_exceeded"),
+            ApiError::RateLimited(_) => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_exceeded"),
             ApiError::AdapterTimeout { .. } => (StatusCode::GATEWAY_TIMEOUT, "adapter_timeout"),
             ApiError::Overloaded { .. } => (StatusCode::TOO_MANY_REQUESTS, "overloaded"),
             ApiError::AdapterNotFound(_) => (StatusCode::NOT_FOUND, "adapter_not_found"),
@@ -112,22 +107,17 @@ impl ApiError {
 
     /// What the response says in its head.
     fn headers(&self) -> HeaderMap {
-        let mut headers = HeaderMap::new();
-        if let ApiError::Overloaded { retry_after } | ApiError::RateLimited { retry_after, .. } = self {
-            headers.insert(RETRY_AFTER, retry_after.as_secs().max(1).into());
-        }
-        match self {
-            ApiError::Unavailable(_) => _ = headers.insert(RETRY_AFTER, 1.into()),
-            ApiError::InvalidKey => {
-                _ = headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
-            }
+        let seconds = |after: Duration| (after.as_secs_f64().ceil() as u64).max(1);
+        let (name, value) = match self {
+            ApiError::Overloaded { retry_after } => (RETRY_AFTER, seconds(*retry_after).into()),
+            ApiError::RateLimited(refusal) => (RETRY_AFTER, seconds(refusal.retry_after()).into()),
+            ApiError::Unavailable(_) => (RETRY_AFTER, 1.into()),
+            ApiError::InvalidKey => (WWW_AUTHENTICATE, HeaderValue::from_static("Bearer")),
             // The rest of the body is still to come, and nobody will read it.
-            ApiError::Slow | ApiError::TooLarge { .. } => {
-                _ = headers.insert(CONNECTION, HeaderValue::from_static("close"));
-            }
-            _ => {}
-        }
-        headers
+            ApiError::Slow | ApiError::TooLarge { .. } => (CONNECTION, HeaderValue::from_static("close")),
+            _ => return HeaderMap::new(),
+        };
+        HeaderMap::from_iter([(name, value)])
     }
 
     /// The JSON of a dialect.
@@ -162,6 +152,15 @@ pub(crate) enum Dialect {
     Native,
     /// OpenAI's.
     OpenAi,
+}
+
+impl From<Refusal> for ApiError {
+    fn from(refusal: Refusal) -> ApiError {
+        match refusal {
+            Refusal::Full { retry_after } => ApiError::Overloaded { retry_after },
+            _ => ApiError::RateLimited(refusal),
+        }
+    }
 }
 
 impl From<WorkError> for ApiError {

@@ -204,6 +204,7 @@ async fn generate(
     let mut generation = app.generate(&caller, ask, permit).await?;
     let mut headers = headers(app, &shape);
     if streams {
+        generation.begin().await?;
         headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
         return Ok((headers, events(generation, shape)).into_response());
     }

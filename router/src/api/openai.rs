@@ -22,7 +22,7 @@ use axum::{
 };
 use futures::{
     StreamExt,
-    future::try_join_all,
+    future::{FutureExt, select_all as select_all_futures, try_join_all},
     stream::{self, select_all},
 };
 
@@ -68,12 +68,14 @@ async fn run(app: &App, caller: &Caller, asks: Vec<Ask>, options: Options) -> Re
     let adapter = asks.first().and_then(|ask| ask.adapter.as_ref());
     let permits = app.admit(caller, adapter, asks.len())?;
     let started = asks.into_iter().zip(permits).map(|(ask, permit)| app.generate(caller, ask, permit));
-    let generations = try_join_all(started).await?;
+    let mut generations = try_join_all(started).await?;
     let head = Head::new(&options, new_id(options.chat));
     if options.stream {
+        // The head is sent with the first token of any choice.
+        let begin = generations.iter_mut().map(|generation| generation.begin().boxed());
+        select_all_futures(begin).await.0?;
         return Ok(stream_events(head, generations, options).into_response());
     }
-    let mut generations = generations;
     let answers = try_join_all(generations.iter_mut().map(Generation::answer)).await?;
     let mut usage = Usage::default();
     let mut choices = Vec::new();

@@ -14,8 +14,9 @@ use super::{
 };
 use crate::{
     decoder::{Detokenizer, StopStrings},
-    engine::{Permit, Running},
+    engine::Running,
     generation::{Failure, Job, Scored, Update},
+    permits::{Meter, Permit},
     server::{App, accept::Caller},
     tokenizer::ModelTokenizer,
 };
@@ -56,6 +57,9 @@ pub(crate) struct Generation {
     running: Option<Running>,
     detokenizer: Detokenizer,
     stops: StopStrings,
+    meter: Meter,
+    /// The first token, if somebody has waited for it.
+    ahead: Option<Piece>,
 }
 
 /// Where the time of a request went.
@@ -102,6 +106,8 @@ impl App {
             sampling: ask.sampling,
             prompt_logprobs: ask.prompt_logprobs,
         };
+        let meter = self.permits.meter(&caller.principal);
+        meter.charge(job.prompt.len());
         let running = self.engine.submit(job, permit).await?;
         let written = if let Prompt::Text(text) = ask.prompt { Some(text) } else { None };
         Ok(Generation {
@@ -114,6 +120,8 @@ impl App {
             tokenizer: self.tokenizer.clone(),
             running: Some(running),
             stops: StopStrings::new(ask.stop),
+            meter,
+            ahead: None,
         })
     }
 
@@ -143,8 +151,20 @@ impl App {
 }
 
 impl Generation {
+    /// Waits for the first token. Before that a stream has no head: whoever fails or is shed until then is told so by the
+    /// status of the response.
+    pub(crate) async fn begin(&mut self) -> Result<(), ApiError> {
+        if self.ahead.is_none() {
+            self.ahead = self.next().await?;
+        }
+        Ok(())
+    }
+
     /// The next token; `None` after the last.
     pub(crate) async fn next(&mut self) -> Result<Option<Piece>, ApiError> {
+        if let Some(piece) = self.ahead.take() {
+            return Ok(Some(piece));
+        }
         loop {
             let Some(running) = &mut self.running else { return Ok(None) };
             match running.next().await {
@@ -163,6 +183,7 @@ impl Generation {
     }
 
     fn piece(&mut self, token: Scored, top: Vec<Scored>, finish: Option<Finish>) -> Piece {
+        self.meter.charge(1);
         let special = self.tokenizer.is_special(token.id);
         let mut new = self.detokenizer.push(token.id);
         if finish.is_some() {

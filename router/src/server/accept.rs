@@ -1,6 +1,7 @@
 //! What a handler gets of a request: its caller, and its body as one shape of JSON.
 
 use std::{
+    future::Future,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -14,13 +15,14 @@ use axum::{
 use futures::StreamExt;
 use secrecy::SecretString;
 use serde::de::DeserializeOwned;
-use tokio::time::timeout;
+use tokio::{sync::oneshot, time::timeout};
 
 use super::{App, routes::dialect};
 use crate::{
     adapter::{AdapterRef, Credential},
+    admission::Asked,
     api::error::{ApiError, Dialect},
-    engine::Permit,
+    permits::{Admissible, Permit, Permits},
     principal::Principal,
 };
 
@@ -38,13 +40,15 @@ const ADAPTER_TOKEN: &str = "x-adapter-token";
 const OPEN: [&str; 4] = ["/health", "/livez", "/readyz", "/startupz"];
 
 /// The caller of a request, and what belongs to the request whatever its body says.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct Caller {
     pub(crate) principal: Principal,
     /// When its head was read.
     pub(crate) received: Instant,
     /// For the source of the adapter.
     pub(crate) credential: Credential,
+    /// Its place among the admitted requests.
+    request: Arc<Admissible>,
 }
 
 /// The body of a route, and the dialect in which it is refused.
@@ -101,27 +105,29 @@ async fn read(request: Request, limit: usize) -> Result<Vec<u8>, ApiError> {
 }
 
 impl App {
-    /// Takes a permit for a request of one sequence.
+    /// Takes the permit of a request of one sequence.
     pub(crate) fn admit_one(
         &self,
         caller: &Caller,
         adapter: Option<&AdapterRef>,
     ) -> Result<Permit, ApiError> {
-        self.admit(caller, adapter, 1)?
-            .pop()
-            .ok_or(ApiError::Overloaded { retry_after: Duration::from_secs(1) })
+        Ok(self.permits.take_one(&caller.request, caller.asked(adapter, 1))?)
     }
 
-    /// Takes a permit for each of the sequences of a request, or none.
+    /// Takes a permit for each of the sequences of a request, or none. A request asks for permits once.
     pub(crate) fn admit(
         &self,
-        _caller: &Caller,
-        _adapter: Option<&AdapterRef>,
+        caller: &Caller,
+        adapter: Option<&AdapterRef>,
         sequences: usize,
     ) -> Result<Vec<Permit>, ApiError> {
-        let permit = |_| self.permits.clone().try_acquire_owned();
-        let permits = (0..sequences).map(permit).collect::<Result<_, _>>();
-        permits.map_err(|_| ApiError::Overloaded { retry_after: Duration::from_secs(1) })
+        Ok(self.permits.take(&caller.request, caller.asked(adapter, sequences))?)
+    }
+}
+
+impl Caller {
+    fn asked<'a>(&'a self, adapter: Option<&'a AdapterRef>, sequences: usize) -> Asked<'a> {
+        Asked { tenant: &self.principal.tenant, adapter: adapter.map(|adapter| &*adapter.id), sequences }
     }
 }
 
@@ -139,8 +145,32 @@ pub(super) async fn identify(State(app): State<Arc<App>>, mut request: Request, 
     let given = headers.get(ADAPTER_TOKEN).and_then(|token| token.to_str().ok());
     let fallback = bearer.filter(|_| !app.keys.are_required());
     let credential = Credential::new(given.map(SecretString::from), fallback.map(SecretString::from));
-    request.extensions_mut().insert(Caller { principal, received: Instant::now(), credential });
-    next.run(request).await
+    let (admissible, shed) = Admissible::new();
+    let caller = Caller { principal, received: Instant::now(), credential, request: Arc::new(admissible) };
+    request.extensions_mut().insert(caller.clone());
+    let dialect = dialect(request.uri());
+    answer_or_shed(&app.permits, &caller, next.run(request), shed)
+        .await
+        .unwrap_or_else(|retry_after| ApiError::Overloaded { retry_after }.respond(dialect))
+}
+
+/// Waits for a response, or for the request to be shed while it has none: then it is dropped, and with it all its work.
+async fn answer_or_shed(
+    permits: &Permits,
+    caller: &Caller,
+    response: impl Future<Output = Response>,
+    mut shed: oneshot::Receiver<Duration>,
+) -> Result<Response, Duration> {
+    let response = tokio::select! {
+        biased;
+        Ok(retry_after) = &mut shed => return Err(retry_after),
+        response = response => response,
+    };
+    permits.begin(&caller.request);
+    match shed.try_recv() {
+        Ok(retry_after) => Err(retry_after),
+        Err(_) => Ok(response),
+    }
 }
 
 fn is_open(request: &Request) -> bool {

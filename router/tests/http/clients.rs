@@ -40,7 +40,7 @@ async fn connect(router: &Router, path: &str, body: &Value) -> tokio::net::TcpSt
 async fn one_that_leaves_makes_room_with_the_next_step() {
     for path in ["/generate", "/generate_stream", "/v1/completions"] {
         let router =
-            Router::start_with(one_at_a_time(), |config| config.router.max_concurrent_requests = 2).await;
+            Router::start_with(one_at_a_time(), |config| config.router.max_concurrent_requests = 3).await;
         let body = match path {
             "/v1/completions" => json!({"prompt": "A", "max_tokens": 90}),
             _ => long("A"),
@@ -50,17 +50,22 @@ async fn one_that_leaves_makes_room_with_the_next_step() {
         let left = router.shard.sequence_of(&tokens("A")).await;
         // Has room only when the first has given its blocks back.
         let next = long("next");
-        let waiting = router.send("/generate_stream", &next).await;
-        router.has_room(false).await;
+        let mut waiting = connect(&router, "/generate_stream", &next).await;
+        router.holds(2).await;
+        // It is refused when it has been tokenized. The one before it has been handed over by then: one thread tokenizes.
+        let too_long = json!({"inputs": "x", "parameters": {"max_new_tokens": 100_000}});
+        assert_eq!(router.post("/generate", &too_long).await.0, 422);
         let in_flight = router.shard.saw(|seen| seen.steps.last().map(|step| step.id)).await + 1;
         drop(leaving);
-        router.has_room(true).await;
+        router.holds(1).await;
         router.shard.release(&Gate::Steps);
         let step = router.shard.saw(|seen| seen.drop_of(left).cloned()).await;
         assert_eq!(step.id, in_flight + 1, "{path}");
         assert!(step.rows.iter().all(|rows| rows.sequence != left), "{path}");
         assert_eq!(step.added.len(), 1, "{path}: the next takes its place");
-        assert!(waiting.text().await.unwrap().contains("\"generated_text\":\"aaa"), "{path}");
+        let mut answer = String::new();
+        waiting.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.contains("\"generated_text\":\"aaa"), "{path}");
     }
 }
 
@@ -69,13 +74,16 @@ async fn one_that_leaves_while_it_waits_is_never_run() {
     let router =
         Router::start_with(one_at_a_time(), |config| config.router.max_concurrent_requests = 2).await;
     router.shard.hold(Gate::Steps);
-    let running = router.send("/generate_stream", &long("A")).await;
+    let mut running = connect(&router, "/generate_stream", &long("A")).await;
+    router.shard.sequence_of(&tokens("A")).await;
     let waiting = connect(&router, "/generate", &long("B")).await;
-    router.has_room(false).await;
+    router.holds(2).await;
     drop(waiting);
-    router.has_room(true).await;
+    router.holds(1).await;
     router.shard.release(&Gate::Steps);
-    assert!(running.text().await.unwrap().contains("generated_text"));
+    let mut answer = String::new();
+    running.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.contains("generated_text"));
     router.ok("/generate", &long("C")).await;
     let prompts: Vec<_> =
         router.shard.saw(|seen| Some(seen.added().map(|new| new.tokens.clone()).collect())).await;
@@ -103,11 +111,14 @@ async fn one_that_does_not_read_is_cancelled_and_slows_nobody() {
     let mut slow = connect(&router, "/generate_stream", &flood()).await;
     let id = router.shard.sequence_of(&tokens("slow")).await;
     let quick = json!({"inputs": "quick", "parameters": {"max_new_tokens": 300}});
-    let answering = router.send("/generate_stream", &quick).await;
+    let mut answering = connect(&router, "/generate_stream", &quick).await;
+    router.holds(2).await;
     router.shard.release(&Gate::Steps);
     let step = router.shard.saw(|seen| seen.drop_of(id).map(|step| step.id)).await;
     assert!(step < 100_000, "it filled its own buffers, no more: {step}");
-    assert!(answering.text().await.unwrap().contains(&format!("\"generated_text\":\"{}\"", "a".repeat(300))));
+    let mut answer = String::new();
+    answering.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.contains(&format!("\"generated_text\":\"{}\"", "a".repeat(300))));
     let other = router.shard.sequence_of(&tokens("quick")).await;
     let ended = router.shard.saw(|seen| seen.drop_of(other).map(|step| step.id)).await;
     assert!(ended < step, "the other was served meanwhile");

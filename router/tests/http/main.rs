@@ -14,5 +14,6 @@ mod request_ids;
 mod router;
 mod shard;
 mod supervision;
+mod tenants;
 mod text;
 mod vocabulary;

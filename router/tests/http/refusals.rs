@@ -272,7 +272,8 @@ async fn more_requests_than_allowed() {
     let one = |config: &mut Config| config.router.max_concurrent_requests = 1;
     let router = Router::start_with(Script::saying(tokens("a")), one).await;
     router.shard.hold(Gate::Steps);
-    let first = router.send("/generate_stream", &good("/generate")).await;
+    let first = router.begin("/generate_stream", &good("/generate"));
+    router.holds(1).await;
     for path in NATIVE {
         let (status, answer) = router.post(path, &good(path)).await;
         assert_eq!(status, 429);
@@ -285,7 +286,7 @@ async fn more_requests_than_allowed() {
     }
     assert_eq!(router.get("/info").await.status(), 200);
     router.shard.release(&Gate::Steps);
-    assert!(first.text().await.unwrap().contains("\"generated_text\":\"a\""));
+    assert!(first.await.unwrap().text().await.unwrap().contains("\"generated_text\":\"a\""));
     router.ok("/generate", &good("/generate")).await;
 }
 

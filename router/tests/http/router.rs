@@ -10,8 +10,8 @@ use config::{Config, LogConfig, ModelConfig, RouterConfig, ShardConfig, ShardsCo
 use lifecycle::{Failure, Supervisor};
 use lorax_router::{App, server, tokenizer::ModelTokenizer};
 use reqwest::{Client, Method, Response, StatusCode};
-use serde_json::{Value, json};
-use tokio::{sync::oneshot, time::timeout};
+use serde_json::Value;
+use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
 
 use crate::shard::{Script, ScriptedShard};
 
@@ -161,6 +161,12 @@ impl Router {
         self.client.post(self.url(path)).json(body).send().await.unwrap()
     }
 
+    /// Sends JSON, and does not wait for the head of the answer: a stream has none before its first token.
+    pub(crate) fn begin(&self, path: &str, body: &Value) -> JoinHandle<Response> {
+        let request = self.client.post(self.url(path)).json(body);
+        tokio::spawn(async move { request.send().await.unwrap() })
+    }
+
     /// Status and JSON of a whole answer.
     pub(crate) async fn post(&self, path: &str, body: &Value) -> (StatusCode, Value) {
         let response = self.send(path, body).await;
@@ -220,11 +226,9 @@ impl Router {
         assert!(turned.is_ok(), "health never was {status} {words:?}; last {last:?}");
     }
 
-    /// Waits until the router has room for a request, or has none.
-    pub(crate) async fn has_room(&self, room: bool) {
-        // It counts a request before it looks at its values.
-        let probe = json!({"inputs": "x", "parameters": {"max_new_tokens": 0}});
-        while (self.post("/generate", &probe).await.0 != StatusCode::TOO_MANY_REQUESTS) != room {}
+    /// Waits until so many sequences hold a permit.
+    pub(crate) async fn holds(&self, permits: usize) {
+        self.app.permits_held().wait_for(|held| *held == permits).await.unwrap();
     }
 
     /// All events of a stream; OpenAI's mark of the end is a string.

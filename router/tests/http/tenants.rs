@@ -1,0 +1,242 @@
+//! Tenants beside each other, and the flows of one.
+
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
+
+use reqwest::Method;
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::timeout,
+};
+
+use crate::{
+    process::Program,
+    router::{Router, tokens},
+    shard::{Gate, Script, Seen},
+};
+
+/// How long anything here may take.
+const LONG: Duration = Duration::from_secs(60);
+
+/// A router with keys of two tenants, `sk-many` and `sk-few`.
+async fn router(permits: usize) -> Router {
+    let script = Script::saying(tokens("a"));
+    Router::start_with(script, |config| {
+        config.router.api_keys = vec!["sk-many".into(), "sk-few".into()];
+        config.router.max_concurrent_requests = permits;
+    })
+    .await
+}
+
+/// A connection that has sent a request with a key.
+async fn open(address: &str, key: &str, path: &str, body: &Value) -> TcpStream {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let body = body.to_string();
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    stream
+}
+
+async fn answer(mut stream: TcpStream) -> String {
+    let mut answer = String::new();
+    timeout(LONG, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
+    answer
+}
+
+fn generate(adapter: Option<&str>) -> Value {
+    json!({"inputs": "x", "parameters": {"adapter_id": adapter, "max_new_tokens": 1}})
+}
+
+/// Whether an answer is a refusal that says when to come again.
+fn is_shed(answer: &str) -> bool {
+    let shed = answer.starts_with("HTTP/1.1 429 ");
+    assert!(shed || answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    if shed {
+        assert!(answer.contains("\r\nretry-after: ") && answer.contains("Model is overloaded"), "{answer}");
+    }
+    shed
+}
+
+#[tokio::test]
+async fn one_tenant_with_ten_thousand_open_requests_keeps_no_other_out() {
+    const MANY: usize = 10_000;
+    // A process of its own: one may not have as many files as both ends of so many connections.
+    let mut program = Program::start(Script::saying(tokens("a")), |router| {
+        router.api_keys = vec!["sk-many".into(), "sk-few".into()];
+        router.max_concurrent_requests = MANY;
+        router.max_connections_per_address = Some(2 * MANY);
+        // The step that is held is not a fault.
+        router.step_timeout = Some(LONG);
+    });
+    let address = program.says("listening on ").await;
+    program.shard.hold(Gate::Steps);
+    let mut many = Vec::new();
+    for sent in 0..MANY {
+        many.push(open(&address, "sk-many", "/generate", &generate(Some("hot"))).await);
+        // No more than the queue of connections that wait to be accepted.
+        if sent % 100 == 99 {
+            let prepared = |seen: &Seen| (seen.prepared.len() > sent).then_some(());
+            timeout(LONG, program.shard.saw(prepared)).await.unwrap();
+        }
+    }
+    let sent = Instant::now();
+    let few = open(&address, "sk-few", "/generate", &generate(Some("cold"))).await;
+    let prepared = |seen: &Seen| seen.prepared.iter().any(|asked| asked.id == "cold").then_some(());
+    timeout(LONG, program.shard.saw(prepared)).await.unwrap();
+    assert!(sent.elapsed() < Duration::from_secs(1), "{:?}", sent.elapsed());
+    program.shard.release(&Gate::Steps);
+    assert!(!is_shed(&answer(few).await));
+    let mut shed = 0;
+    for stream in many {
+        shed += usize::from(is_shed(&answer(stream).await));
+    }
+    assert_eq!(shed, 1, "no more than there was need");
+}
+
+#[tokio::test]
+async fn the_youngest_of_the_longest_flow_gives_way_on_every_route() {
+    let chat = json!({"messages": [{"role": "user", "content": "x"}], "max_tokens": 1, "stream": true});
+    for (path, body) in [
+        ("/generate", generate(None)),
+        ("/generate_stream", generate(None)),
+        ("/", generate(None)),
+        ("/v1/completions", json!({"prompt": "x", "max_tokens": 1})),
+        ("/v1/completions", json!({"prompt": ["x", "y"], "max_tokens": 1})),
+        ("/v1/completions", json!({"prompt": ["x", "y"], "max_tokens": 1, "stream": true})),
+        ("/v1/chat/completions", chat),
+    ] {
+        let sequences = body["prompt"].as_array().map_or(1, Vec::len);
+        let router = router(2 * sequences).await;
+        router.shard.hold(Gate::Steps);
+        let older = open(&router.address, "sk-many", path, &body).await;
+        router.holds(sequences).await;
+        let younger = open(&router.address, "sk-many", path, &body).await;
+        router.holds(2 * sequences).await;
+        let few = open(&router.address, "sk-few", path, &body).await;
+        assert!(is_shed(&answer(younger).await), "{path}");
+        router.holds(2 * sequences).await;
+        router.shard.release(&Gate::Steps);
+        assert!(!is_shed(&answer(older).await), "{path}");
+        assert!(!is_shed(&answer(few).await), "{path}");
+        router.holds(0).await;
+    }
+}
+
+#[tokio::test]
+async fn what_a_shed_request_ran_is_cancelled() {
+    let router = router(2).await;
+    router.shard.hold(Gate::Steps);
+    let long = |prompt: &str| json!({"inputs": prompt, "parameters": {"max_new_tokens": 50, "ignore_eos_token": true}});
+    let older = open(&router.address, "sk-many", "/generate", &long("older")).await;
+    router.shard.sequence_of(&tokens("older")).await;
+    let younger = open(&router.address, "sk-many", "/generate", &long("younger")).await;
+    router.holds(2).await;
+    let few = open(&router.address, "sk-few", "/generate", &long("few")).await;
+    assert!(is_shed(&answer(younger).await));
+    router.shard.release(&Gate::Steps);
+    assert!(!is_shed(&answer(older).await) && !is_shed(&answer(few).await));
+    let left = router.shard.saw(|seen| {
+        let younger = seen.added().find(|new| new.tokens == tokens("younger")).map(|new| new.sequence);
+        Some(younger.is_none_or(|id| seen.drop_of(id).is_some()))
+    });
+    assert!(left.await, "it is dropped if it was ever run");
+}
+
+#[tokio::test]
+async fn an_answer_that_has_begun_is_never_shed() {
+    let script = Script::saying(tokens("a").repeat(2000));
+    let router = Router::start_with(script, |config| {
+        config.router.api_keys = vec!["sk-many".into(), "sk-few".into()];
+        config.router.max_concurrent_requests = 2;
+    })
+    .await;
+    let body = json!({"inputs": "x", "parameters": {"max_new_tokens": 1500}});
+    let mut begun = Vec::new();
+    for _ in 0..2 {
+        let mut stream = open(&router.address, "sk-many", "/generate_stream", &body).await;
+        let mut head = [0; 15];
+        timeout(LONG, stream.read_exact(&mut head)).await.unwrap().unwrap();
+        assert_eq!(&head, b"HTTP/1.1 200 OK");
+        begun.push(stream);
+    }
+    router.shard.hold(Gate::Steps);
+    let few = open(&router.address, "sk-few", "/generate", &generate(None)).await;
+    assert!(is_shed(&answer(few).await), "nobody could be shed for it");
+    router.shard.release(&Gate::Steps);
+    for stream in begun {
+        assert!(answer(stream).await.contains(&"a".repeat(1500)));
+    }
+}
+
+#[tokio::test]
+async fn without_keys_flows_are_adapters() {
+    let router = Router::start_with(Script::saying(tokens("a")), |config| {
+        config.router.max_concurrent_requests = 4;
+    })
+    .await;
+    router.shard.hold(Gate::Steps);
+    let mut hot = Vec::new();
+    for held in 1..=4 {
+        hot.push(open(&router.address, "none", "/generate", &generate(Some("hot"))).await);
+        router.holds(held).await;
+    }
+    let mut others = Vec::new();
+    for (adapter, left) in [(None, 3), (Some("cold"), 2)] {
+        others.push(open(&router.address, "none", "/generate", &generate(adapter)).await);
+        assert!(is_shed(&answer(hot.pop().unwrap()).await), "{adapter:?}");
+        assert_eq!(hot.len(), left);
+    }
+    let more = open(&router.address, "none", "/generate", &generate(Some("hot"))).await;
+    assert!(is_shed(&answer(more).await), "of the longest flow the newcomer is refused");
+    router.shard.release(&Gate::Steps);
+    for stream in hot.into_iter().chain(others) {
+        assert!(!is_shed(&answer(stream).await));
+    }
+}
+
+#[tokio::test]
+async fn limits_of_a_tenant_are_its_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("keys.json");
+    let key = |name: &str, limits: Value| json!({"key": name, "tenant": name, "limits": limits});
+    let keys = json!({"keys": [
+        key("concurrent", json!({"max_concurrent_requests": 1})),
+        key("requests", json!({"requests_per_minute": 1})),
+        key("tokens", json!({"tokens_per_minute": 2})),
+        key("free", json!({})),
+    ]});
+    fs::write(&file, keys.to_string()).unwrap();
+    let script = Script::saying(tokens("a"));
+    let router = Router::start_with(script, |config| config.router.api_key_file = Some(file)).await;
+    let ask = async |key: &str, path: &str, body: &Value| {
+        let header = format!("Bearer {key}");
+        router.send_with(Method::POST, path, &[("authorization", &header)], body).await
+    };
+    let completion = json!({"prompt": ["x", "y"], "max_tokens": 1});
+    for (key, first, limit, seconds) in [
+        ("concurrent", None, "1 concurrent requests", 1..2),
+        ("requests", Some(generate(None)), "1 requests per minute", 59..61),
+        // A token of the prompt and two of the answer, the last of which ends it.
+        ("tokens", Some(json!({"inputs": "x"})), "2 tokens per minute", 59..61),
+    ] {
+        if let Some(first) = first {
+            assert_eq!(ask(key, "/generate", &first).await.status(), 200, "{key}");
+        }
+        let refused = ask(key, "/v1/completions", &completion).await;
+        assert_eq!(refused.status(), 429, "{key}");
+        let after: u64 = refused.headers()["retry-after"].to_str().unwrap().parse().unwrap();
+        assert!(seconds.contains(&after), "{key}: {after}");
+        let body: Value = refused.json().await.unwrap();
+        let message = format!("the tenant's limit of {limit} is reached");
+        assert_eq!(body["error"]["message"], message);
+        assert_eq!(body["error"]["code"], "rate_limit_exceeded");
+        assert_eq!(ask("free", "/v1/completions", &completion).await.status(), 200, "{key}");
+    }
+}
