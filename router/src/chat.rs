@@ -1,146 +1,161 @@
 //! Chats to prompts, as transformers' `apply_chat_template` renders them.
+//!
+//! Chat templates are written for jinja2 in Python and use what Python gives them: its way to print values, its methods
+//! of strings and its rules of truth. minijinja has the language; the modules below add what it does otherwise.
 
-use minijinja::{Environment, Error, ErrorKind, Value, context, syntax::SyntaxConfig, value::Serde};
-use serde::Serialize;
+mod arguments;
+mod environment;
+mod filters;
+mod format;
+mod json;
+mod messages;
+mod methods;
+mod objects;
+mod operators;
+mod python;
+mod strings;
+mod syntax;
+
+use std::collections::BTreeMap;
+
+use minijinja::{Environment, Value, value::ValueKind};
 
 use crate::tokenizer::ModelTokenizer;
 
+/// What the environment calls its only template.
 const NAME: &str = "chat_template";
+/// The template that is used unless another one is better.
+const DEFAULT: &str = "default";
+/// The template for requests with tools.
+const TOOL_USE: &str = "tool_use";
 
-/// A model's chat template.
-pub(crate) struct ChatTemplate {
+/// Why a chat was not rendered.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum ChatError {
+    /// The model has none.
+    #[error("the model has no chat template")]
+    Missing,
+    /// The model has templates, but none for this request.
+    #[error("the model has no default chat template; its templates are {0}")]
+    NoDefault(String),
+    /// The template is not valid.
+    #[error("the model's chat template does not compile: {0}")]
+    Compile(String),
+    /// The template failed or refused the messages.
+    #[error("{0}")]
+    Render(String),
+    /// The final message cannot be continued.
+    #[error("continue_final_message: {0}")]
+    Continue(&'static str),
+}
+
+/// What a chat is rendered from.
+#[derive(Debug, Clone, Default)]
+pub struct TemplateInput {
+    /// The messages, each a map as the client sent it.
+    pub messages: Vec<Value>,
+    /// Definitions of tools, if the request has any.
+    pub tools: Option<Value>,
+    /// Documents for answers that are grounded in them.
+    pub documents: Option<Value>,
+    /// Further variables; they go before special tokens of the same name.
+    pub kwargs: BTreeMap<String, Value>,
+    /// Let the prompt end with the head of the assistant's answer.
+    pub add_generation_prompt: bool,
+    /// Let the prompt end within the last message, so that the answer continues it.
+    pub continue_final_message: bool,
+}
+
+/// A model's chat templates.
+pub struct ChatTemplates {
+    named: BTreeMap<String, Result<Template, ChatError>>,
+    special_tokens: BTreeMap<String, Value>,
+}
+
+/// One compiled template.
+struct Template {
+    source: String,
     environment: Environment<'static>,
-    bos_token: Option<String>,
-    eos_token: Option<String>,
 }
 
-impl ChatTemplate {
-    /// Compiles a model's template; `None` if it has none.
-    pub(crate) fn new(model: &ModelTokenizer) -> Result<Option<ChatTemplate>, Error> {
-        let Some(source) = model.chat_template.clone() else { return Ok(None) };
-        let mut environment = Environment::new();
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?;
-        environment.set_syntax(syntax);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
-            Err(Error::new(ErrorKind::InvalidOperation, message))
-        });
-        environment.add_function("strftime_now", |format: &str| {
-            jiff::fmt::strtime::format(format, &jiff::Zoned::now())
-                .map_err(|error| Error::new(ErrorKind::InvalidOperation, error.to_string()))
-        });
-        environment.add_filter("tojson", to_json);
-        environment.add_template_owned(NAME, source)?;
-        Ok(Some(ChatTemplate {
-            environment,
-            bos_token: model.bos_token.clone(),
-            eos_token: model.eos_token.clone(),
-        }))
-    }
-
-    /// The prompt of a chat, up to where the assistant answers.
-    pub(crate) fn render(&self, messages: &impl Serialize) -> Result<String, Error> {
-        self.environment.get_template(NAME)?.render(context! {
-            messages => Value::from(Serde(messages)),
-            add_generation_prompt => true,
-            bos_token => self.bos_token.as_deref(),
-            eos_token => self.eos_token.as_deref(),
-        })
-    }
-}
-
-/// JSON as Python's `json.dumps(ensure_ascii=False)` writes it; minijinja's own filter escapes for HTML.
-fn to_json(value: &Value, options: minijinja::value::Kwargs) -> Result<String, Error> {
-    let failed = |error: serde_json::Error| Error::new(ErrorKind::BadSerialization, error.to_string());
-    let indent: Option<usize> = options.get("indent")?;
-    let mut out = Vec::new();
-    match indent {
-        Some(width) => {
-            let indent = " ".repeat(width);
-            let formatter = serde_json::ser::PrettyFormatter::with_indent(indent.as_bytes());
-            value
-                .serialize(&mut serde_json::Serializer::with_formatter(&mut out, formatter))
-                .map_err(failed)?;
-        }
-        None => {
-            value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, Spaced)).map_err(failed)?
+impl ChatTemplates {
+    /// Compiles a model's templates. One that is not valid fails the requests that need it, and no others.
+    pub fn new(model: &ModelTokenizer) -> ChatTemplates {
+        let compile = |(name, source): (&String, &String)| (name.clone(), Template::new(source));
+        let special = |(name, text): (&String, &String)| (name.clone(), Value::from(text.as_str()));
+        ChatTemplates {
+            named: model.chat_templates.iter().map(compile).collect(),
+            special_tokens: model.special_tokens.iter().map(special).collect(),
         }
     }
-    String::from_utf8(out).map_err(|error| Error::new(ErrorKind::BadSerialization, error.to_string()))
-}
 
-/// Python's separators: a space behind commas and colons.
-struct Spaced;
-
-impl serde_json::ser::Formatter for Spaced {
-    fn begin_array_value<W: ?Sized + std::io::Write>(
-        &mut self,
-        out: &mut W,
-        first: bool,
-    ) -> std::io::Result<()> {
-        if first { Ok(()) } else { out.write_all(b", ") }
+    /// Names of templates that are not valid, with the cause.
+    pub fn broken(&self) -> impl Iterator<Item = (&str, &ChatError)> {
+        self.named.iter().filter_map(|(name, template)| Some((name.as_str(), template.as_ref().err()?)))
     }
 
-    fn begin_object_key<W: ?Sized + std::io::Write>(
-        &mut self,
-        out: &mut W,
-        first: bool,
-    ) -> std::io::Result<()> {
-        if first { Ok(()) } else { out.write_all(b", ") }
+    /// The prompt of a chat.
+    pub fn render(&self, input: &TemplateInput) -> Result<String, ChatError> {
+        let template = self.choose(input)?;
+        let messages = messages::prepare(&input.messages)?;
+        if !input.continue_final_message {
+            return self.render_messages(template, input, messages);
+        }
+        if input.add_generation_prompt {
+            return Err(ChatError::Continue("it cannot be combined with add_generation_prompt"));
+        }
+        let (messages, unfinished) = messages::mark_final(messages, &template.source)?;
+        let text = self.render_messages(template, input, messages)?;
+        messages::cut_at_mark(text, &unfinished)
     }
 
-    fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, out: &mut W) -> std::io::Result<()> {
-        out.write_all(b": ")
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::path::{Path, PathBuf};
-
-    use serde::Deserialize;
-    use serde_json::Value;
-
-    use super::*;
-
-    #[derive(Deserialize)]
-    struct Case {
-        messages: Vec<Value>,
-        add_generation_prompt: bool,
-        text: String,
-    }
-
-    #[test]
-    fn templates_can_tell_the_time() {
-        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../integration-tests/fixtures/tiny/model");
-        let source =
-            "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% else %}never{% endif %}";
-        let mut tokenizer = ModelTokenizer::load(&model, None).unwrap();
-        let mut render = |source: &str| {
-            tokenizer.chat_template = Some(source.to_owned());
-            ChatTemplate::new(&tokenizer).unwrap().unwrap().render(&[(); 0])
-        };
-        let today = || jiff::Zoned::now().strftime("%d %b %Y").to_string();
-        let (before, told, after) = (today(), render(source).unwrap(), today());
-        assert!(told == before || told == after, "{told}");
-        assert_eq!(render("{{ strftime_now('100%%') }}").unwrap(), "100%");
-        assert!(render("{{ strftime_now('%!') }}").is_err(), "no such directive");
-    }
-
-    #[test]
-    fn templates_render_as_in_transformers() {
-        let home = || PathBuf::from(std::env::var_os("HOME").unwrap()).join(".cache");
-        let cache = std::env::var_os("XDG_CACHE_HOME").map_or_else(home, PathBuf::from);
-        let model = cache.join("lorax/models/SmolLM2-135M-Instruct.Q4_1.gguf");
-        let tokenizer = ModelTokenizer::load(&model, None).unwrap();
-        let template = ChatTemplate::new(&tokenizer).unwrap().unwrap();
-        let cases =
-            Path::new(env!("CARGO_MANIFEST_DIR")).join("../integration-tests/fixtures/tokenizer/chat.json");
-        let cases: Vec<Case> = serde_json::from_slice(&std::fs::read(cases).unwrap()).unwrap();
-        let cases: Vec<Case> = cases.into_iter().filter(|case| case.add_generation_prompt).collect();
-        assert_eq!(cases.len(), 10);
-        for case in cases {
-            assert_eq!(template.render(&case.messages).unwrap(), case.text);
+    /// The template for requests with tools if there is one and the request has some, else the default.
+    fn choose(&self, input: &TemplateInput) -> Result<&Template, ChatError> {
+        let for_tools = input.tools.as_ref().and_then(|_| self.named.get(TOOL_USE));
+        match for_tools.or_else(|| self.named.get(DEFAULT)) {
+            Some(template) => template.as_ref().map_err(Clone::clone),
+            None if self.named.is_empty() => Err(ChatError::Missing),
+            None => {
+                let names: Vec<_> = self.named.keys().map(String::as_str).collect();
+                Err(ChatError::NoDefault(names.join(", ")))
+            }
         }
     }
+
+    fn render_messages(
+        &self,
+        template: &Template,
+        input: &TemplateInput,
+        messages: Value,
+    ) -> Result<String, ChatError> {
+        let failed = |error: minijinja::Error| ChatError::Render(error.to_string());
+        let mut variables = self.special_tokens.clone();
+        variables.extend(input.kwargs.clone());
+        let own = [
+            ("messages", messages),
+            ("tools", given(&input.tools)),
+            ("documents", given(&input.documents)),
+            ("add_generation_prompt", input.add_generation_prompt.into()),
+        ];
+        variables.extend(own.map(|(name, value)| (name.to_owned(), value)));
+        template
+            .environment
+            .get_template(NAME)
+            .and_then(|found| found.render(Value::from(variables)))
+            .map_err(failed)
+    }
+}
+
+impl Template {
+    fn new(source: &str) -> Result<Template, ChatError> {
+        let failed = |error: minijinja::Error| ChatError::Compile(error.to_string());
+        let mut environment = environment::new().map_err(failed)?;
+        environment.add_template_owned(NAME, syntax::translate(source)).map_err(failed)?;
+        Ok(Template { source: source.to_owned(), environment })
+    }
+}
+
+/// What was not given is None for a template.
+fn given(value: &Option<Value>) -> Value {
+    value.clone().filter(|value| value.kind() != ValueKind::Undefined).unwrap_or_else(|| Value::from(()))
 }

@@ -3,7 +3,7 @@
 mod adapter;
 pub mod admission;
 pub mod api;
-mod chat;
+pub mod chat;
 mod decoder;
 mod engine;
 mod generation;

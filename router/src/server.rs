@@ -14,7 +14,7 @@ use tower_http::cors::CorsLayer;
 
 use crate::{
     api::ask::Rules,
-    chat::ChatTemplate,
+    chat::ChatTemplates,
     engine::Engine,
     keys::{KeyError, Keys},
     permits::Permits,
@@ -35,9 +35,6 @@ pub enum StartError {
         /// The cause.
         source: TokenizerError,
     },
-    /// The chat template.
-    #[error("the chat template: {0}")]
-    Template(#[from] minijinja::Error),
     /// The address.
     #[error("{address}: {source}")]
     Listen {
@@ -73,7 +70,7 @@ impl StartError {
 pub struct App {
     pub(crate) config: Config,
     pub(crate) tokenizer: Arc<ModelTokenizer>,
-    pub(crate) chat: Option<ChatTemplate>,
+    pub(crate) chat: ChatTemplates,
     pub(crate) engine: Engine,
     pub(crate) permits: Permits,
     pub(crate) workers: Workers,
@@ -88,10 +85,14 @@ impl App {
         let path = &config.model.path;
         let tokenizer = ModelTokenizer::load(path, router.tokenizer_config_path.as_deref())
             .map_err(|source| StartError::Tokenizer { path: path.clone(), source })?;
+        let chat = ChatTemplates::new(&tokenizer);
+        for (name, error) in chat.broken() {
+            tracing::warn!("chats that need the template {name:?} will be refused: {error}");
+        }
         let keys = Arc::new(Keys::load(router.api_keys.clone(), router.api_key_file.clone())?);
         supervisor.task("key file watcher", keys.clone().watch());
         Ok(Arc::new(App {
-            chat: ChatTemplate::new(&tokenizer)?,
+            chat,
             tokenizer: Arc::new(tokenizer),
             engine: Engine::start(config.shards.uds.clone(), router, supervisor)?,
             permits: Permits::new(router.max_concurrent_requests),

@@ -3,14 +3,16 @@
 mod bytes;
 mod end_tokens;
 mod from_gguf;
+mod special_tokens;
+mod templates;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     fs, io,
     path::{Path, PathBuf},
 };
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 use tokenizers::Tokenizer;
 
 use self::bytes::TokenBytes;
@@ -59,12 +61,10 @@ pub enum TokenizerError {
 pub struct ModelTokenizer {
     /// The library's tokenizer.
     pub tokenizer: Tokenizer,
-    /// Jinja source of the chat template, if the model has one.
-    pub chat_template: Option<String>,
-    /// Text of the token that begins a sequence.
-    pub bos_token: Option<String>,
-    /// Text of the token that ends one.
-    pub eos_token: Option<String>,
+    /// Jinja sources of the model's chat templates by name.
+    pub chat_templates: BTreeMap<String, String>,
+    /// Texts of special tokens by the names that chat templates have for them, such as `bos_token`.
+    pub special_tokens: BTreeMap<String, String>,
     /// Ids of added tokens, and whether each is special: the library would copy its whole table to tell one.
     added: HashMap<u32, bool>,
     end_ids: Vec<u32>,
@@ -72,23 +72,35 @@ pub struct ModelTokenizer {
 }
 
 impl ModelTokenizer {
-    /// Reads what belongs to a model. `given` replaces its tokenizer_config.json; its chat template, if it has one, goes
-    /// before all of the model's.
+    /// Reads what belongs to a model. `given` replaces its tokenizer_config.json; chat templates in it, if it has any,
+    /// replace all of the model's.
     pub fn load(model: &Path, given: Option<&Path>) -> Result<ModelTokenizer, TokenizerError> {
-        let is_file = model.is_file();
-        let mut found = if is_file { from_gguf::load(model)? } else { from_folder(model)? };
-        let own = model.join("tokenizer_config.json");
-        if let Some(path) = given {
-            let config = json(path).map_err(|error| TokenizerError::Given(Box::new(error)))?;
-            found.name_special_tokens(&config);
-            found.chat_template = template(&config).or(found.chat_template);
-        } else if !is_file && own.exists() {
-            let config = json(&own)?;
-            found.name_special_tokens(&config);
-            // A template in a file of its own goes first.
-            found.chat_template = found.chat_template.or_else(|| template(&config));
+        let given = given.map(json).transpose().map_err(|error| TokenizerError::Given(Box::new(error)))?;
+        if !model.is_file() {
+            return from_folder(model, given.as_ref());
+        }
+        let mut found = from_gguf::load(model)?;
+        if let Some(config) = &given {
+            special_tokens::apply(&mut found.special_tokens, config.as_object().unwrap_or(&Map::new()));
+            found.take_templates(config);
+            if !config["eos_token"].is_null() {
+                found.end_at_eos_token();
+            }
         }
         Ok(found)
+    }
+
+    /// Replaces the chat templates by those of a configuration, if it has any.
+    fn take_templates(&mut self, config: &Value) {
+        let sources = templates::from_config(config);
+        if !sources.is_empty() {
+            self.chat_templates = sources;
+        }
+    }
+
+    fn end_at_eos_token(&mut self) {
+        let end = self.special_tokens.get("eos_token").and_then(|token| self.tokenizer.token_to_id(token));
+        self.end_ids.extend(end.filter(|id| !self.end_ids.contains(id)));
     }
 
     fn new(tokenizer: Tokenizer) -> ModelTokenizer {
@@ -97,24 +109,10 @@ impl ModelTokenizer {
             added: added.into_iter().map(|(id, token)| (id, token.special)).collect(),
             bytes: TokenBytes::new(&tokenizer),
             tokenizer,
-            chat_template: None,
-            bos_token: None,
-            eos_token: None,
+            chat_templates: BTreeMap::new(),
+            special_tokens: BTreeMap::new(),
             end_ids: Vec::new(),
         }
-    }
-
-    /// Takes over the special tokens that a tokenizer_config.json names.
-    fn name_special_tokens(&mut self, config: &Value) {
-        // Each is its text, or an object that has it.
-        let text = |key: &str| {
-            let value = config.get(key)?;
-            value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned)
-        };
-        self.bos_token = text("bos_token").or(self.bos_token.take());
-        self.eos_token = text("eos_token").or(self.eos_token.take());
-        let end = self.eos_token.as_deref().and_then(|token| self.tokenizer.token_to_id(token));
-        self.end_ids.extend(end.filter(|id| !self.end_ids.contains(id)));
     }
 
     /// Tokens of a text. Special tokens in it are recognized; none are added unless the tokenizer's own
@@ -156,32 +154,38 @@ impl ModelTokenizer {
     }
 }
 
-/// The chat template of a tokenizer_config.json: the only one, or the default of several named ones.
-fn template(config: &Value) -> Option<String> {
-    let template = match config.get("chat_template")? {
-        Value::Array(named) => named.iter().find(|entry| entry["name"] == "default")?.get("template")?,
-        template => template,
-    };
-    template.as_str().map(str::to_owned)
-}
-
 fn json(path: &Path) -> Result<Value, TokenizerError> {
     let text = fs::read(path).map_err(|source| TokenizerError::Io { path: path.into(), source })?;
     serde_json::from_slice(&text).map_err(|source| TokenizerError::Json { path: path.into(), source })
 }
 
-fn from_folder(folder: &Path) -> Result<ModelTokenizer, TokenizerError> {
+fn json_if_exists(path: &Path) -> Result<Option<Value>, TokenizerError> {
+    match json(path) {
+        Ok(value) => Ok(Some(value)),
+        Err(TokenizerError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// A folder in Hugging Face's layout, with `given` in place of its tokenizer_config.json.
+fn from_folder(folder: &Path, given: Option<&Value>) -> Result<ModelTokenizer, TokenizerError> {
     let path = folder.join("tokenizer.json");
     let text = fs::read(&path).map_err(|source| TokenizerError::Io { path, source })?;
     let mut tokenizer = Tokenizer::from_bytes(text).map_err(TokenizerError::Definition)?;
     // Length is the router's business, and a file may ask for either.
     tokenizer.with_truncation(None).map_err(TokenizerError::Definition)?;
     tokenizer.with_padding(None);
-    let path = folder.join("chat_template.jinja");
-    let chat_template = match fs::read_to_string(&path) {
-        Ok(template) => Some(template),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-        Err(source) => return Err(TokenizerError::Io { path, source }),
+    let mut found = ModelTokenizer::new(tokenizer);
+    let own = match given {
+        Some(_) => None,
+        None => json_if_exists(&folder.join("tokenizer_config.json"))?,
     };
-    Ok(ModelTokenizer { chat_template, ..ModelTokenizer::new(tokenizer) })
+    let config = given.or(own.as_ref()).unwrap_or(&Value::Null);
+    found.special_tokens = special_tokens::from_folder(folder, config, found.bytes.is_byte_level())?;
+    found.chat_templates = templates::from_folder(folder, config)?;
+    if let Some(given) = given {
+        found.take_templates(given);
+    }
+    found.end_at_eos_token();
+    Ok(found)
 }

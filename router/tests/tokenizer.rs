@@ -8,7 +8,7 @@ use std::{
 
 use lorax_router::tokenizer::{ModelTokenizer, TokenizerError};
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 #[derive(Deserialize)]
 struct Case {
@@ -74,8 +74,8 @@ fn a_folder_gives_its_tokenizer_and_template() {
     let tokenizer = ModelTokenizer::load(&tiny(), None).unwrap();
     let ids = tokenizer.encode("<|user|>Licensor</s>", false).unwrap();
     assert_eq!((ids[0], *ids.last().unwrap()), (2, 1), "special tokens are found in text");
-    assert_eq!(tokenizer.eos_token.as_deref(), Some("</s>"));
-    assert!(tokenizer.chat_template.unwrap().contains("add_generation_prompt"));
+    assert_eq!(tokenizer.special_tokens["eos_token"], "</s>");
+    assert!(tokenizer.chat_templates["default"].contains("add_generation_prompt"));
 }
 
 #[test]
@@ -85,8 +85,9 @@ fn a_given_configuration_goes_before_all_of_the_models() {
     fs::copy(tiny().join("tokenizer.json"), model.join("tokenizer.json")).unwrap();
     let write = |name: &str, text: &str| fs::write(model.join(name), text).unwrap();
     let given = model.join("given.json");
-    let template =
-        |model: &Path, given: Option<&Path>| ModelTokenizer::load(model, given).unwrap().chat_template;
+    let template = |model: &Path, given: Option<&Path>| {
+        ModelTokenizer::load(model, given).unwrap().chat_templates.remove("default")
+    };
     write("given.json", r#"{"chat_template": "given", "eos_token": "<given>"}"#);
     assert_eq!(template(model, None), None);
     write("tokenizer_config.json", r#"{"chat_template": "own", "bos_token": "<own>"}"#);
@@ -96,8 +97,8 @@ fn a_given_configuration_goes_before_all_of_the_models() {
     assert_eq!(template(model, Some(&given)).as_deref(), Some("given"));
     let tokens = ModelTokenizer::load(model, Some(&given)).unwrap();
     assert_eq!(
-        (tokens.bos_token, tokens.eos_token.as_deref()),
-        (None, Some("<given>")),
+        tokens.special_tokens.into_iter().collect::<Vec<_>>(),
+        [("eos_token".to_owned(), "<given>".to_owned())],
         "it replaces the own"
     );
     assert_eq!(template(&demo_model(), Some(&given)).as_deref(), Some("given"));
@@ -140,9 +141,12 @@ impl Metadata {
     }
 
     /// A pair with its type's code and the value's bytes as they are in the file.
-    fn with(mut self, key: &str, code: u32, value: &[u8]) -> Metadata {
-        self.bytes
-            .extend([&Self::text(&format!("tokenizer.ggml.{key}")), &code.to_le_bytes()[..], value].concat());
+    fn with(self, key: &str, code: u32, value: &[u8]) -> Metadata {
+        self.with_full(&format!("tokenizer.ggml.{key}"), code, value)
+    }
+
+    fn with_full(mut self, key: &str, code: u32, value: &[u8]) -> Metadata {
+        self.bytes.extend([&Self::text(key), &code.to_le_bytes()[..], value].concat());
         self.pairs += 1;
         self
     }
@@ -312,4 +316,136 @@ fn a_file_says_at_which_tokens_a_text_ends() {
     let given = folder.path().join("given.json");
     fs::write(&given, r#"{"eos_token": "<s>"}"#).unwrap();
     assert_eq!(plain().with("eot_token_id", 4, &id(3)).load_given(&given).end_ids(), [1, 3, 0]);
+}
+
+/// A folder with the tiny model's tokenizer and these files.
+fn folder(files: &[(&str, Value)]) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    fs::copy(tiny().join("tokenizer.json"), folder.path().join("tokenizer.json")).unwrap();
+    for (name, content) in files {
+        let path = folder.path().join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        // A template is text, everything else is JSON.
+        let text = content.as_str().map_or_else(|| content.to_string(), str::to_owned);
+        fs::write(path, text).unwrap();
+    }
+    folder
+}
+
+#[test]
+fn special_tokens_are_those_of_transformers() {
+    let object = |text: &str| json!({"content": text, "lstrip": false, "normalized": false, "rstrip": false, "single_word": false});
+    let mut typed = object("<s>");
+    typed["__type"] = "AddedToken".into();
+    let decoder = json!({"0": object("<s>")});
+    let endoftext = "<|endoftext|>";
+    // tokenizer_config.json, special_tokens_map.json, what transformers 5.24 has as `special_tokens_map`.
+    let cases = [
+        (json!({}), None, json!({})),
+        (json!({"bos_token": null, "eos_token": "</s>"}), None, json!({"eos_token": "</s>"})),
+        (json!({"bos_token": typed}), None, json!({"bos_token": "<s>"})),
+        (json!({"bos_token": object("<s>")}), None, json!({"bos_token": "<s>"})),
+        (
+            json!({"bos_token": null, "eos_token": "</s>"}),
+            Some(json!({"bos_token": "<s>", "eos_token": object("<|user|>")})),
+            json!({"bos_token": "<s>", "eos_token": "<|user|>"}),
+        ),
+        (
+            json!({"bos_token": null, "eos_token": "</s>", "added_tokens_decoder": decoder}),
+            Some(json!({"bos_token": "<s>"})),
+            json!({"eos_token": "</s>"}),
+        ),
+        (json!({"eos_token": "</s>"}), Some(json!({"eos_token": null})), json!({})),
+        (
+            json!({"image_token": "<img>", "additional_special_tokens": ["<x>"], "extra_special_tokens": {"boi_token": "<boi>"}}),
+            None,
+            json!({"image_token": "<img>", "boi_token": "<boi>"}),
+        ),
+        (
+            json!({"add_bos_token": true, "weird_token": "x", "use_token": true}),
+            None,
+            json!({"weird_token": "x"}),
+        ),
+        (
+            json!({"bos_token": "", "eos_token": "unknown"}),
+            None,
+            json!({"bos_token": "", "eos_token": "unknown"}),
+        ),
+        (
+            json!({"tokenizer_class": "Qwen2Tokenizer", "pad_token": null}),
+            None,
+            json!({"eos_token": endoftext, "unk_token": endoftext}),
+        ),
+        (
+            json!({"tokenizer_class": "GPT2TokenizerFast", "bos_token": "<s>"}),
+            None,
+            json!({"bos_token": "<s>", "eos_token": endoftext, "unk_token": endoftext}),
+        ),
+        (json!({"tokenizer_class": "LlamaTokenizerFast"}), None, json!({})),
+    ];
+    for (config, map, expected) in cases {
+        let mut files = vec![("tokenizer_config.json", config.clone())];
+        files.extend(map.map(|map| ("special_tokens_map.json", map)));
+        let tokenizer = ModelTokenizer::load(folder(&files).path(), None).unwrap();
+        assert_eq!(json!(tokenizer.special_tokens), expected, "{config}");
+    }
+    let alone = folder(&[("special_tokens_map.json", json!({"eos_token": "<|user|>"}))]);
+    let tokenizer = ModelTokenizer::load(alone.path(), None).unwrap();
+    assert_eq!(
+        (json!(tokenizer.special_tokens), tokenizer.end_ids()),
+        (json!({"eos_token": "<|user|>"}), &[2][..])
+    );
+}
+
+#[test]
+fn templates_come_from_where_transformers_looks() {
+    let config = "tokenizer_config.json";
+    let named = json!({"chat_template": [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]});
+    let processor = ("chat_template.json", json!({"chat_template": "p"}));
+    let own = (config, json!({"chat_template": "c"}));
+    let file = ("chat_template.jinja", json!("f"));
+    let more = ("additional_chat_templates/tool_use.jinja", json!("m"));
+    let cases = [
+        (vec![], json!({})),
+        (vec![own.clone()], json!({"default": "c"})),
+        (vec![(config, named.clone())], json!({"default": "d", "tool_use": "t"})),
+        (
+            vec![(config, json!({"chat_template": {"default": "d", "rag": "r"}}))],
+            json!({"default": "d", "rag": "r"}),
+        ),
+        (vec![(config, json!({"chat_template": null}))], json!({})),
+        (vec![(config, json!({"chat_template": []})), processor.clone()], json!({"default": "p"})),
+        (vec![processor.clone()], json!({"default": "p"})),
+        (vec![processor.clone(), own.clone()], json!({"default": "c"})),
+        (vec![file.clone(), own.clone(), processor.clone()], json!({"default": "f"})),
+        (vec![file.clone(), more.clone(), (config, named.clone())], json!({"default": "f", "tool_use": "m"})),
+        (vec![more.clone(), own.clone()], json!({"tool_use": "m"})),
+        (vec![file, ("additional_chat_templates/notes.txt", json!("n"))], json!({"default": "f"})),
+    ];
+    for (files, expected) in cases {
+        let tokenizer = ModelTokenizer::load(folder(&files).path(), None).unwrap();
+        assert_eq!(json!(tokenizer.chat_templates), expected, "{files:?}");
+    }
+    let given = folder(&[("given.json", named)]);
+    let tokenizer = ModelTokenizer::load(folder(&[more, own]).path(), Some(&given.path().join("given.json")));
+    assert_eq!(json!(tokenizer.unwrap().chat_templates), json!({"default": "d", "tool_use": "t"}));
+}
+
+#[test]
+fn a_file_has_its_templates_and_special_tokens() {
+    let text = |text: &str| Metadata::text(text);
+    let metadata = Metadata::tiny("gpt-2")
+        .with_full("tokenizer.chat_template", 8, &text("d"))
+        .with_full("tokenizer.chat_template.tool_use", 8, &text("t"))
+        .with_full("tokenizer.chat_template.mine", 8, &text("m"))
+        .with("bos_token_id", 4, &0u32.to_le_bytes())
+        .with("padding_token_id", 4, &2u32.to_le_bytes())
+        .with("unknown_token_id", 4, &99_999u32.to_le_bytes());
+    let tokenizer = metadata.load();
+    assert_eq!(json!(tokenizer.chat_templates), json!({"default": "d", "tool_use": "t"}));
+    let special = json!({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<|user|>"});
+    assert_eq!(json!(tokenizer.special_tokens), special);
+    let names = [&8u32.to_le_bytes()[..], &1u64.to_le_bytes(), &text("mine")].concat();
+    let listed = metadata.with_full("tokenizer.chat_templates", 9, &names).load();
+    assert_eq!(json!(listed.chat_templates), json!({"default": "d", "mine": "m", "tool_use": "t"}));
 }

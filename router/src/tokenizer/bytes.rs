@@ -37,6 +37,11 @@ impl TokenBytes {
         TokenBytes(steps)
     }
 
+    /// Whether the vocabulary is written in characters that stand for bytes.
+    pub(super) fn is_byte_level(&self) -> bool {
+        self.0.iter().any(|step| matches!(step, Step::ByteLevel(_)))
+    }
+
     /// The bytes of an entry. Added tokens are kept as they are by byte-level vocabularies, whose alphabet they do not
     /// use, and special tokens by all.
     pub(super) fn of(&self, entry: String, added: bool, special: bool) -> Vec<u8> {

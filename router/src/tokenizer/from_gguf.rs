@@ -8,7 +8,7 @@ use gguf::Gguf;
 use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer;
 
-use super::{ModelTokenizer, TokenizerError, end_tokens};
+use super::{ModelTokenizer, TokenizerError, end_tokens, special_tokens, templates};
 
 /// `token_type` of the token for what no other says, in ggml's enumeration.
 const UNKNOWN: i32 = 2;
@@ -37,15 +37,10 @@ pub(super) fn load(path: &Path) -> Result<ModelTokenizer, TokenizerError> {
     };
     definition["added_tokens"] = added_tokens(tokens, &types);
     definition["model"]["vocab"] = vocab.into();
-    let text = |key: &str| -> Result<Option<String>, TokenizerError> {
-        let id: Option<u32> = file.get(key)?;
-        Ok(id.and_then(|id| tokens.get(id as usize)).cloned())
-    };
     let tokenizer = Tokenizer::from_bytes(definition.to_string()).map_err(TokenizerError::Definition)?;
     Ok(ModelTokenizer {
-        bos_token: text("tokenizer.ggml.bos_token_id")?,
-        eos_token: text("tokenizer.ggml.eos_token_id")?,
-        chat_template: file.get::<&str>("tokenizer.chat_template")?.map(str::to_owned),
+        special_tokens: special_tokens::from_gguf(&file, tokens)?,
+        chat_templates: templates::from_gguf(&file)?,
         end_ids: end_tokens::from_gguf(&file, tokens)?,
         ..ModelTokenizer::new(tokenizer)
     })

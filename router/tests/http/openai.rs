@@ -214,3 +214,45 @@ async fn what_is_asked_for_reaches_the_shard() {
     };
     assert_eq!(router.shard.saw(|seen| seen.added().next()?.sampling.clone()).await, sampling);
 }
+
+/// A router whose model has this template and no other.
+async fn with_template(source: &str) -> Router {
+    let folder = tempfile::tempdir().unwrap();
+    for file in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(model().join(file), folder.path().join(file)).unwrap();
+    }
+    std::fs::write(folder.path().join("chat_template.jinja"), source).unwrap();
+    Router::start_with(Script::saying(tokens("a")), |config| config.model.path = folder.path().to_owned())
+        .await
+}
+
+#[tokio::test]
+async fn a_template_that_fails_fails_chats_alone() {
+    let chat = json!({"messages": [{"role": "user", "content": "Hi"}]});
+    for (source, cause) in [
+        ("{% if %}", "does not compile"),
+        ("{% for m in messages %}", "does not compile"),
+        ("{% unknown %}", "does not compile"),
+        ("{{ raise_exception('no such role') }}", "no such role"),
+        ("{{ messages.missing.deeper }}", "undefined"),
+        ("{{ unknown_function() }}", "unknown_function"),
+        ("{{ messages[0].content + 1 }}", "string"),
+        ("{{ 1 / 0 }}", "1 / 0"),
+        ("{% for x in none %}{% endfor %}", "None"),
+        ("{{ messages | unknown_filter }}", "unknown_filter"),
+    ] {
+        let router = with_template(source).await;
+        assert_eq!(router.get("/health").await.status(), 200);
+        let (status, body) = router.post("/v1/chat/completions", &chat).await;
+        assert_eq!(
+            (status.as_u16(), &body["error"]["code"]),
+            (400, &json!("template_error")),
+            "{source} {body}"
+        );
+        assert!(body["error"]["message"].as_str().unwrap().contains(cause), "{source} {body}");
+        assert_eq!(router.ok("/generate", &json!({"inputs": "x"})).await["generated_text"], "a");
+        assert_eq!(router.ok("/v1/completions", &json!({"prompt": "x"})).await["choices"][0]["text"], "a");
+    }
+    let router = with_template("{% generation %}{{ messages[0].content }}{% endgeneration %}").await;
+    assert_eq!(router.ok("/v1/chat/completions", &chat).await["choices"][0]["message"]["content"], "a");
+}

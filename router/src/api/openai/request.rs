@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use minijinja::value::Serde;
 use sampling::SamplingParams;
 use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
@@ -14,6 +15,7 @@ use crate::{
         error::{ApiError, Dialect},
         generate::random_seed,
     },
+    chat::TemplateInput,
     server::{
         App,
         accept::{Body, Caller},
@@ -279,14 +281,13 @@ impl ChatRequest {
         if self.top_logprobs.is_some() && self.logprobs != Some(true) {
             return Err(ApiError::invalid("`top_logprobs` needs `logprobs`"));
         }
-        let Some(chat) = &app.chat else {
-            return Err(ApiError::Template("the model has no chat template".into()));
-        };
         if self.messages.is_empty() {
             return Err(ApiError::invalid("`messages` cannot be empty"));
         }
         let messages = self.messages.into_iter().map(Message::plain).collect::<Result<Vec<_>, _>>()?;
-        let prompt = chat.render(&messages).map_err(|error| ApiError::Template(error.to_string()))?;
+        let messages = messages.iter().map(|message| Serde(message).into()).collect();
+        let chat = TemplateInput { messages, add_generation_prompt: true, ..TemplateInput::default() };
+        let prompt = app.chat.render(&chat).map_err(|error| ApiError::Template(error.to_string()))?;
         let lengths = (self.max_completion_tokens.or(self.max_tokens), self.top_logprobs.unwrap_or(0));
         let ask = common.ask(app, Prompt::Rendered(prompt), caller, lengths)?;
         Ok((ask, Options { logprobs: self.logprobs == Some(true), ..common.options(app, true) }))

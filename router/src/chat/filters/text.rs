@@ -1,0 +1,225 @@
+//! Filters of text.
+
+use minijinja::{Environment, Error, Value, value::ValueKind};
+
+use super::{
+    super::{
+        arguments::{Args, bind, integer, string, truth},
+        python::{error, is_space, str_of},
+        strings::{centered, split_lines},
+    },
+    elements, text_argument,
+};
+
+/// Adds all.
+pub(super) fn add(environment: &mut Environment) {
+    environment.add_filter("e", escape);
+    environment.add_filter("escape", escape);
+    environment.add_filter("forceescape", |value: &Value| Value::from_safe_string(escaped(&str_of(value))));
+    environment.add_filter("striptags", |value: &Value| minijinja_contrib::filters::striptags(str_of(value)));
+    environment.add_filter("wordcount", word_count);
+    environment.add_filter("truncate", truncate);
+    environment.add_filter("wordwrap", word_wrap);
+    environment.add_filter("indent", indent);
+    environment.add_filter("center", |value: &Value, args: Args| {
+        let [width] = bind(&args.into_values(), ["width"])?;
+        Ok::<_, Error>(centered(&str_of(value), integer(&width)?.unwrap_or(80), ' '))
+    });
+    environment.add_filter("filesizeformat", file_size);
+    environment.add_filter("urlencode", url_encode);
+    environment.add_filter("xmlattr", xml_attributes);
+}
+
+fn escape(value: &Value) -> Value {
+    if value.is_safe() { value.clone() } else { Value::from_safe_string(escaped(&str_of(value))) }
+}
+
+/// Text for HTML, as markupsafe escapes it.
+pub(in super::super) fn escaped(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for letter in text.chars() {
+        match letter {
+            '&' => out.push_str("&amp;"),
+            '<' => out.push_str("&lt;"),
+            '>' => out.push_str("&gt;"),
+            '"' => out.push_str("&#34;"),
+            '\'' => out.push_str("&#39;"),
+            _ => out.push(letter),
+        }
+    }
+    out
+}
+
+fn word_count(value: &Value) -> usize {
+    let text = str_of(value);
+    text.split(|letter: char| !letter.is_alphanumeric() && letter != '_')
+        .filter(|word| !word.is_empty())
+        .count()
+}
+
+fn truncate(value: &Value, args: Args) -> Result<String, Error> {
+    let [length, kill_words, end, leeway] =
+        bind(&args.into_values(), ["length", "killwords", "end", "leeway"])?;
+    let text = str_of(value);
+    let end = string(&end)?.unwrap_or_else(|| "...".into());
+    let (length, leeway) = (integer(&length)?.unwrap_or(255), integer(&leeway)?.unwrap_or(5));
+    if text.chars().count() as i64 <= length.saturating_add(leeway) {
+        return Ok(text);
+    }
+    let room = length - end.chars().count() as i64;
+    let room = usize::try_from(room).map_err(|_| error("truncate: the length is shorter than the end"))?;
+    let cut: String = text.chars().take(room).collect();
+    let whole_words = if truth(&kill_words, false) { None } else { cut.rsplit_once(' ') };
+    Ok(format!("{}{end}", whole_words.map_or(cut.as_str(), |(words, _)| words)))
+}
+
+fn word_wrap(value: &Value, args: Args) -> Result<String, Error> {
+    let [width, break_long, separator, _] =
+        bind(&args.into_values(), ["width", "break_long_words", "wrapstring", "break_on_hyphens"])?;
+    let width = usize::try_from(integer(&width)?.unwrap_or(79)).unwrap_or(0).max(1);
+    let separator = string(&separator)?.unwrap_or_else(|| "\n".into());
+    let break_long = truth(&break_long, true);
+    let text = str_of(value);
+    let lines = split_lines(&text, false);
+    let wrapped = lines.into_iter().map(|line| wrap(line, width, break_long).join(&separator));
+    Ok(wrapped.collect::<Vec<_>>().join(&separator))
+}
+
+/// Lines of at most `width` characters, broken at spaces, which go away at the ends of lines.
+fn wrap(line: &str, width: usize, break_long: bool) -> Vec<String> {
+    let (mut lines, mut current): (Vec<String>, Vec<String>) = (Vec::new(), Vec::new());
+    let mut chunks = chunks(line);
+    chunks.reverse();
+    let length = |current: &[String]| current.iter().map(|chunk| chunk.chars().count()).sum::<usize>();
+    let blank = |chunk: &String| chunk.chars().all(is_space);
+    while let Some(chunk) = chunks.pop() {
+        let used = length(&current);
+        if blank(&chunk) && current.is_empty() && !lines.is_empty() {
+            continue;
+        }
+        if used + chunk.chars().count() <= width {
+            current.push(chunk);
+            continue;
+        }
+        if chunk.chars().count() > width && (break_long || current.is_empty()) {
+            let room = if break_long { width - used } else { usize::MAX };
+            let rest: String = chunk.chars().skip(room).collect();
+            current.push(chunk.chars().take(room).collect());
+            if !rest.is_empty() {
+                chunks.push(rest);
+            }
+        } else {
+            chunks.push(chunk);
+        }
+        end_line(&mut current, &mut lines, blank);
+    }
+    end_line(&mut current, &mut lines, blank);
+    lines
+}
+
+fn end_line(current: &mut Vec<String>, lines: &mut Vec<String>, blank: impl Fn(&String) -> bool) {
+    current.pop_if(|last| blank(last));
+    if !current.is_empty() {
+        lines.push(current.concat());
+    }
+    current.clear();
+}
+
+/// Words and the spaces between them.
+fn chunks(line: &str) -> Vec<String> {
+    let mut chunks: Vec<String> = Vec::new();
+    for letter in line.chars() {
+        match chunks.last_mut() {
+            Some(last) if last.chars().all(is_space) == is_space(letter) => last.push(letter),
+            _ => chunks.push(letter.into()),
+        }
+    }
+    chunks
+}
+
+fn indent(value: &Value, args: Args) -> Result<String, Error> {
+    let [width, first, blank] = bind(&args.into_values(), ["width", "first", "blank"])?;
+    let indentation = match width {
+        Some(text) if text.kind() == ValueKind::String => str_of(&text),
+        width => " ".repeat(usize::try_from(integer(&width)?.unwrap_or(4)).unwrap_or(0)),
+    };
+    let text = str_of(value) + "\n";
+    let mut out = String::new();
+    for (index, line) in split_lines(&text, false).into_iter().enumerate() {
+        let indented =
+            if index == 0 { truth(&first, false) } else { truth(&blank, false) || !line.is_empty() };
+        out.push_str(if index > 0 { "\n" } else { "" });
+        out.push_str(if indented { &indentation } else { "" });
+        out.push_str(line);
+    }
+    Ok(out)
+}
+
+fn file_size(value: &Value, args: Args) -> Result<String, Error> {
+    let [binary] = bind(&args.into_values(), ["binary"])?;
+    let binary = truth(&binary, false);
+    let bytes = f64::try_from(value.clone())?;
+    let (base, units) = if binary {
+        (1024.0, ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB", "ZiB", "YiB"])
+    } else {
+        (1000.0, ["kB", "MB", "GB", "TB", "PB", "EB", "ZB", "YB"])
+    };
+    if bytes == 1.0 {
+        return Ok("1 Byte".into());
+    }
+    if bytes < base {
+        return Ok(format!("{} Bytes", bytes.trunc()));
+    }
+    let mut size = bytes / base;
+    let mut units = units.iter().peekable();
+    while let Some(unit) = units.next() {
+        if size < base || units.peek().is_none() {
+            return Ok(format!("{size:.1} {unit}"));
+        }
+        size /= base;
+    }
+    Ok(String::new())
+}
+
+fn url_encode(value: &Value) -> Result<String, Error> {
+    let quoted = |value: &Value| quote(&str_of(value), "").replace("%20", "+");
+    let pairs: Vec<[Value; 2]> = match value.kind() {
+        ValueKind::Map => elements(value)?
+            .into_iter()
+            .map(|key| Ok([key.clone(), value.get_item(&key)?]))
+            .collect::<Result<_, Error>>()?,
+        ValueKind::Seq | ValueKind::Iterable => {
+            let pair = |pair: Value| {
+                elements(&pair)?.try_into().map_err(|_| error("urlencode: the elements must be pairs"))
+            };
+            elements(value)?.into_iter().map(pair).collect::<Result<_, Error>>()?
+        }
+        _ => return Ok(quote(&str_of(value), "/")),
+    };
+    let pairs: Vec<String> =
+        pairs.iter().map(|[key, value]| format!("{}={}", quoted(key), quoted(value))).collect();
+    Ok(pairs.join("&"))
+}
+
+/// Percent-encodes all but letters, digits, and `safe` characters.
+fn quote(text: &str, safe: &str) -> String {
+    let plain =
+        |byte: u8| byte.is_ascii_alphanumeric() || b"_.-~".contains(&byte) || safe.as_bytes().contains(&byte);
+    text.bytes()
+        .map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") })
+        .collect()
+}
+
+fn xml_attributes(value: &Value, args: Args) -> Result<String, Error> {
+    let [space] = bind(&args.into_values(), ["autospace"])?;
+    let mut attributes = Vec::new();
+    for key in elements(value)? {
+        let item = value.get_item(&key)?;
+        if !item.is_none() && !item.is_undefined() {
+            let name = text_argument(Some(key))?;
+            attributes.push(format!("{}=\"{}\"", escaped(&name), escaped(&str_of(&item))));
+        }
+    }
+    let lead = if truth(&space, true) && !attributes.is_empty() { " " } else { "" };
+    Ok(format!("{lead}{}", attributes.join(" ")))
+}

@@ -1,0 +1,59 @@
+//! Functions that rewritten templates call in place of operators.
+
+use minijinja::{Environment, Error, Value, value::ValueKind};
+
+use super::{
+    format::printf,
+    python::{error, str_of},
+};
+
+/// Stands for `left % right`.
+pub(super) const REMAINDER: &str = "__remainder";
+/// Makes text of an operand of `~`.
+pub(super) const PRINT: &str = "__print";
+/// Refuses what Python does not iterate over.
+pub(super) const ITERATE: &str = "__iterate";
+
+/// Adds all.
+pub(super) fn add(environment: &mut Environment) {
+    environment.add_function(REMAINDER, remainder);
+    environment.add_function(PRINT, |value: &Value| match value.kind() {
+        // Text keeps its mark of being safe.
+        ValueKind::String => value.clone(),
+        _ => str_of(value).into(),
+    });
+    environment.add_function(ITERATE, |value: Value| match value.is_none() {
+        true => Err(error("None is not iterable")),
+        false => Ok(value),
+    });
+}
+
+fn remainder(left: &Value, right: &Value) -> Result<Value, Error> {
+    if let Some(text) = left.as_str() {
+        return Ok(printf(text, right)?.into());
+    }
+    let number = |value: &Value| matches!(value.kind(), ValueKind::Number | ValueKind::Bool);
+    if !number(left) || !number(right) {
+        return Err(error(format!("cannot divide {} by {}", left.kind(), right.kind())));
+    }
+    if let (Ok(left), Ok(right)) = (whole(left), whole(right)) {
+        let remainder = left.checked_rem(right).ok_or_else(|| error("division by zero"))?;
+        let moved = remainder != 0 && (remainder < 0) != (right < 0);
+        return Ok(Value::from(if moved { remainder + right } else { remainder }));
+    }
+    let (left, right) = (f64::try_from(left.clone())?, f64::try_from(right.clone())?);
+    if right == 0.0 {
+        return Err(error("division by zero"));
+    }
+    let remainder = left % right;
+    let moved = remainder != 0.0 && (remainder < 0.0) != (right < 0.0);
+    Ok(Value::from(if moved { remainder + right } else { remainder.abs().copysign(right) }))
+}
+
+fn whole(value: &Value) -> Result<i128, Error> {
+    match value.kind() {
+        ValueKind::Bool => Ok(value.is_true().into()),
+        _ if value.is_integer() => i128::try_from(value.clone()),
+        kind => Err(error(format!("{kind} is not an integer"))),
+    }
+}

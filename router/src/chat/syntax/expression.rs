@@ -1,0 +1,234 @@
+//! Operators that work otherwise in Python, written as calls of functions that do as Python does.
+//!
+//! minijinja has no `%` for text, prints what `~` joins in its own way, takes None for an empty list in loops, and knows
+//! no unary plus. The expression is split into the levels that its brackets make; within a level, the operators that bind
+//! more weakly end the operands.
+
+use super::super::operators::{ITERATE, PRINT, REMAINDER};
+
+/// A piece of an expression. `space` is what stands before it.
+#[derive(Debug, Clone)]
+struct Piece {
+    space: String,
+    text: String,
+    kind: Kind,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// A name, number, string, dot, bar or bracketed group.
+    Operand,
+    /// `*`, `/`, `//` or `%` between operands.
+    Product,
+    Tilde,
+    /// Whatever ends the operands of the others.
+    Boundary,
+}
+
+/// Words that end an operand.
+const WORDS: [&str; 7] = ["and", "or", "not", "in", "if", "else", "recursive"];
+
+/// Writes an expression, or for a loop its target and expression.
+pub(super) fn write(out: &mut String, code: &str, is_loop: bool) {
+    let needs_none = !is_loop && !code.contains(['%', '~', '+']) && !code.contains("\\U");
+    match Lexer(code).pieces().filter(|_| !needs_none) {
+        Some(pieces) if is_loop => write_loop(out, &pieces),
+        Some(pieces) => write_level(out, &pieces),
+        // Not an expression: minijinja will say why.
+        None => out.push_str(code),
+    }
+}
+
+/// `target in iterable`, and what may follow: a filter or `recursive`.
+fn write_loop(out: &mut String, pieces: &[Piece]) {
+    let word = |piece: &Piece, text: &str| piece.kind == Kind::Boundary && piece.text == text;
+    let Some(start) = pieces.iter().position(|piece| word(piece, "in")) else {
+        return write_level(out, pieces);
+    };
+    let (target, rest) = pieces.split_at(start + 1);
+    let end =
+        rest.iter().position(|piece| word(piece, "if") || word(piece, "recursive")).unwrap_or(rest.len());
+    let (iterable, behind) = rest.split_at(end);
+    write_level(out, target);
+    out.push_str(&format!(" {ITERATE}(("));
+    write_level(out, iterable);
+    out.push_str("))");
+    write_level(out, behind);
+}
+
+/// The operands between boundaries, one after the other.
+fn write_level(out: &mut String, pieces: &[Piece]) {
+    for part in pieces.split_inclusive(|piece| piece.kind == Kind::Boundary) {
+        let (part, boundary) = match part.split_last() {
+            Some((last, before)) if last.kind == Kind::Boundary => (before, Some(last)),
+            _ => (part, None),
+        };
+        let operands: Vec<&[Piece]> = part.split(|piece| piece.kind == Kind::Tilde).collect();
+        match &operands[..] {
+            [operand] => out.push_str(&product(operand)),
+            operands => {
+                let printed: Vec<_> =
+                    operands.iter().map(|one| format!(" {PRINT}({})", product(one))).collect();
+                out.push_str(&printed.join(" ~"));
+            }
+        }
+        if let Some(boundary) = boundary {
+            out.extend([&*boundary.space, &*boundary.text]);
+        }
+    }
+}
+
+/// Operands between `*`, `/`, `//` and `%`, which are worked off from the left.
+fn product(pieces: &[Piece]) -> String {
+    let mut so_far = String::new();
+    let mut operator: Option<&Piece> = None;
+    for part in pieces.split_inclusive(|piece| piece.kind == Kind::Product) {
+        let (operand, next) = match part.split_last() {
+            Some((last, before)) if last.kind == Kind::Product => (before, Some(last)),
+            _ => (part, None),
+        };
+        let operand: String = operand.iter().flat_map(|piece| [&*piece.space, &*piece.text]).collect();
+        so_far = match operator {
+            Some(percent) if percent.text == "%" => format!(" {REMAINDER}({so_far}, {operand})"),
+            Some(other) => format!("{so_far}{}{}{operand}", other.space, other.text),
+            None => operand,
+        };
+        operator = next;
+    }
+    // An operator without a right side: minijinja will complain.
+    so_far + operator.map_or("", |piece| &piece.text)
+}
+
+/// What is left of the code.
+struct Lexer<'a>(&'a str);
+
+impl Lexer<'_> {
+    /// All pieces, those in brackets rewritten already; `None` if the brackets do not match or a string does not end.
+    fn pieces(&mut self) -> Option<Vec<Piece>> {
+        let pieces = self.level()?;
+        self.0.is_empty().then_some(pieces)
+    }
+
+    /// Pieces up to the end or to a closing bracket, and trailing space as a piece of its own.
+    fn level(&mut self) -> Option<Vec<Piece>> {
+        let mut pieces: Vec<Piece> = Vec::new();
+        loop {
+            let code = self.0.trim_start();
+            let space = self.take(self.0.len() - code.len()).to_owned();
+            let Some(first) = code.chars().next().filter(|letter| !matches!(letter, ')' | ']' | '}')) else {
+                if !space.is_empty() {
+                    pieces.push(Piece { space, text: String::new(), kind: Kind::Operand });
+                }
+                return Some(pieces);
+            };
+            let (text, kind) = match first {
+                '(' | '[' | '{' => (self.group()?, Kind::Operand),
+                '"' | '\'' => (self.string(first)?, Kind::Operand),
+                _ if first.is_alphanumeric() || first == '_' => self.word(pieces.last()),
+                _ => self.symbol(first, pieces.last()),
+            };
+            pieces.push(Piece { space, text, kind });
+        }
+    }
+
+    fn take(&mut self, length: usize) -> &str {
+        let (text, rest) = self.0.split_at(length);
+        self.0 = rest;
+        text
+    }
+
+    fn group(&mut self) -> Option<String> {
+        let mut out = self.take(1).to_owned();
+        write_level(&mut out, &self.level()?);
+        let close = match &*out {
+            open if open.starts_with('(') => ')',
+            open if open.starts_with('[') => ']',
+            _ => '}',
+        };
+        if !self.0.starts_with(close) {
+            return None;
+        }
+        out.push_str(self.take(1));
+        Some(out)
+    }
+
+    /// A string literal. Escapes of eight digits become the character itself.
+    fn string(&mut self, quote: char) -> Option<String> {
+        let mut letters = self.0.char_indices().skip(1);
+        let end = loop {
+            match letters.next()? {
+                (_, '\\') => _ = letters.next()?,
+                (at, letter) if letter == quote => break at,
+                _ => {}
+            }
+        };
+        Some(with_long_escapes(self.take(end + 1)))
+    }
+
+    /// A name, keyword or number.
+    fn word(&mut self, before: Option<&Piece>) -> (String, Kind) {
+        let is_number = self.0.starts_with(|letter: char| letter.is_ascii_digit());
+        let mut previous = ' ';
+        let part = |letter: char| {
+            // The sign of an exponent, and the point of a fraction, belong to a number.
+            let exponent = matches!(previous, 'e' | 'E') && matches!(letter, '+' | '-');
+            let fraction = letter == '.' && previous.is_ascii_digit();
+            previous = letter;
+            letter.is_alphanumeric() || letter == '_' || (is_number && (exponent || fraction))
+        };
+        let mut part = part;
+        let mut end = self.0.find(|letter| !part(letter)).unwrap_or(self.0.len());
+        if is_number && self.0[..end].starts_with("0x") {
+            end = self
+                .0
+                .find(|letter: char| !letter.is_alphanumeric() && letter != '_')
+                .unwrap_or(self.0.len());
+        }
+        let text = self.take(end).to_owned();
+        // Behind a dot, a bar or `is`, these are names; `is not` and `is in` belong together.
+        let named = before.is_some_and(|piece| matches!(&*piece.text, "." | "|" | "is" | "is not"));
+        let kind = if WORDS.contains(&&*text) && !named { Kind::Boundary } else { Kind::Operand };
+        (text, kind)
+    }
+
+    fn symbol(&mut self, first: char, before: Option<&Piece>) -> (String, Kind) {
+        let two = self.0.get(..2).unwrap_or_default();
+        let length =
+            if matches!(two, "**" | "//" | "==" | "!=" | "<=" | ">=") { 2 } else { first.len_utf8() };
+        let text = self.take(length).to_owned();
+        let is_prefix = before.is_none_or(|piece| piece.kind != Kind::Operand || piece.text == "**");
+        match &*text {
+            "." | "|" | "**" => (text, Kind::Operand),
+            "~" => (text, Kind::Tilde),
+            "*" | "/" | "//" | "%" if !is_prefix => (text, Kind::Product),
+            // minijinja has no such operator, and it does nothing.
+            "+" if is_prefix => (String::new(), Kind::Operand),
+            "-" | "*" if is_prefix => (text, Kind::Operand),
+            _ => (text, Kind::Boundary),
+        }
+    }
+}
+
+fn with_long_escapes(literal: &str) -> String {
+    let mut out = String::with_capacity(literal.len());
+    let mut rest = literal;
+    while let Some(at) = rest.find('\\') {
+        let (before, escape) = rest.split_at(at);
+        out.push_str(before);
+        let long = escape.strip_prefix("\\U").and_then(|digits| digits.get(..8));
+        let letter = long.and_then(|digits| char::from_u32(u32::from_str_radix(digits, 16).ok()?));
+        let length = match letter {
+            Some(letter) => {
+                out.push(letter);
+                10
+            }
+            None => {
+                let length = 1 + escape[1..].chars().next().map_or(0, char::len_utf8);
+                out.push_str(&escape[..length]);
+                length
+            }
+        };
+        rest = &escape[length..];
+    }
+    out + rest
+}

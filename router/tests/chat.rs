@@ -1,0 +1,182 @@
+//! Chat templates, against what transformers renders.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::{collections::BTreeMap, fs, path::Path};
+
+use lorax_router::{
+    chat::{ChatTemplates, TemplateInput},
+    tokenizer::ModelTokenizer,
+};
+use minijinja::Value;
+use serde::{Deserialize, de::DeserializeOwned};
+
+/// What goes into a template, as the fixtures write it.
+#[derive(Deserialize)]
+struct Input {
+    messages: Vec<Value>,
+    tools: Option<Value>,
+    documents: Option<Value>,
+    #[serde(default)]
+    kwargs: BTreeMap<String, Value>,
+    #[serde(default)]
+    add_generation_prompt: bool,
+    #[serde(default)]
+    continue_final_message: bool,
+}
+
+impl Input {
+    fn template_input(&self) -> TemplateInput {
+        // The fixtures are made with it: an answer that tells the time would be another one tomorrow.
+        let mut kwargs = self.kwargs.clone();
+        kwargs.entry("never".into()).or_insert(Value::from(1));
+        TemplateInput {
+            messages: self.messages.clone(),
+            tools: self.tools.clone(),
+            documents: self.documents.clone(),
+            kwargs,
+            add_generation_prompt: self.add_generation_prompt,
+            continue_final_message: self.continue_final_message,
+        }
+    }
+}
+
+/// Small templates with their output, or null for an error.
+#[derive(Deserialize)]
+struct Units {
+    input: Input,
+    units: Vec<(String, Option<String>)>,
+}
+
+/// Outputs of whole templates: the template's name, which input, and the text or null.
+#[derive(Deserialize)]
+struct Cases {
+    inputs: Vec<Input>,
+    cases: Vec<(String, usize, Option<String>)>,
+}
+
+fn fixtures() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../integration-tests/fixtures"))
+}
+
+fn read<T: DeserializeOwned>(file: &str) -> T {
+    serde_json::from_slice(&fs::read(fixtures().join(file)).unwrap()).unwrap()
+}
+
+/// The tiny model with another template.
+fn with_template(source: &str) -> ChatTemplates {
+    let mut model = ModelTokenizer::load(&fixtures().join("tiny/model"), None).unwrap();
+    model.chat_templates = [("default".to_owned(), source.to_owned())].into();
+    ChatTemplates::new(&model)
+}
+
+/// Compares all, so that a failure tells every difference at once.
+fn assert_all(outcomes: impl Iterator<Item = (String, Option<String>, Result<String, String>)>) {
+    let differs =
+        |expected: &Option<String>, got: &Result<String, String>| expected.as_ref() != got.as_ref().ok();
+    let wrong: Vec<String> = outcomes
+        .filter(|(_, expected, got)| differs(expected, got))
+        .map(|(what, expected, got)| format!("{what}\n  transformers: {expected:?}\n  here:         {got:?}"))
+        .collect();
+    assert!(wrong.is_empty(), "{} differ:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+#[test]
+fn small_templates_render_as_in_transformers() {
+    let Units { input, units } = read("chat/units.json");
+    assert!(units.len() > 700, "{}", units.len());
+    let input = input.template_input();
+    assert_all(units.into_iter().map(|(source, expected)| {
+        let got = with_template(&source).render(&input).map_err(|error| error.to_string());
+        (source, expected, got)
+    }));
+}
+
+#[test]
+fn whole_templates_render_as_in_transformers() {
+    let Cases { inputs, cases } = read("chat/cases.json");
+    assert!(cases.len() > 400, "{}", cases.len());
+    let mut compiled = BTreeMap::new();
+    assert_all(cases.into_iter().map(|(name, index, expected)| {
+        let templates = compiled.entry(name.clone()).or_insert_with(|| {
+            let path = fixtures().join(format!("chat/templates/{name}.jinja"));
+            with_template(&fs::read_to_string(path).unwrap())
+        });
+        let got = templates.render(&inputs[index].template_input()).map_err(|error| error.to_string());
+        (format!("{name} {index}"), expected, got)
+    }));
+}
+
+#[test]
+fn templates_can_tell_the_time() {
+    let render = |source: &str| {
+        let messages = vec![Value::from_pairs([("role", "user")])];
+        with_template(source).render(&TemplateInput { messages, ..TemplateInput::default() })
+    };
+    for format in
+        ["%d %b %Y", "%Y-%m-%d", "%B %-d, %Y", "%A", "%j", "%y%m%d", "%e", "%m/%d/%Y", "%a %u %w", "%U %V %G"]
+    {
+        let today = || jiff::Zoned::now().strftime(format).to_string();
+        let (before, told, after) =
+            (today(), render(&format!("{{{{ strftime_now('{format}') }}}}")).unwrap(), today());
+        assert!(told == before || told == after, "{told}");
+    }
+    assert_eq!(render("{{ strftime_now('100%% é %%d') }}").unwrap(), "100% é %d");
+    // What is local has no zone, and what is no directive stays as it is: so it is in Python.
+    assert_eq!(render("{{ strftime_now('[%z%Z]') }}").unwrap(), "[]");
+    assert_eq!(render("{{ strftime_now('%!') }}").unwrap(), "%!");
+}
+
+#[test]
+fn a_template_that_does_not_compile_tells_why() {
+    for (source, cause) in [
+        ("{% if %}", "unexpected"),
+        ("{% for x in y %}", "unexpected end"),
+        ("{{ 'x", "unexpected end"),
+        ("{% endif %}", "endif"),
+        ("{{ a b }}", "unexpected"),
+        ("{% unknown_statement %}", "unknown_statement"),
+        ("{{ (1 }}", "unexpected"),
+        ("{% generation %}x", "unexpected end"),
+        ("{% set = 1 %}", "unexpected"),
+        ("{{ x | }}", "unexpected"),
+        ("{{ {'a': } }}", "unexpected"),
+        ("{% macro %}{% endmacro %}", "unexpected"),
+    ] {
+        let templates = with_template(source);
+        let (name, error) = templates.broken().next().unwrap_or_else(|| panic!("{source} compiles"));
+        assert_eq!(name, "default");
+        assert!(error.to_string().contains(cause), "{source}: {error}");
+        assert_eq!(&templates.render(&TemplateInput::default()).unwrap_err(), error);
+    }
+}
+
+#[test]
+fn templates_are_chosen_by_what_the_request_has() {
+    let mut model = ModelTokenizer::load(&fixtures().join("tiny/model"), None).unwrap();
+    let mut render = |named: &[(&str, &str)], tools: Option<Value>| {
+        model.chat_templates =
+            named.iter().map(|(name, source)| ((*name).to_owned(), (*source).to_owned())).collect();
+        let messages = vec![Value::from_pairs([("role", "user")])];
+        ChatTemplates::new(&model)
+            .render(&TemplateInput { messages, tools, ..TemplateInput::default() })
+            .map_err(|error| error.to_string())
+    };
+    let tools = || Some(Value::from(vec![Value::from(1)]));
+    let both = [("default", "D"), ("tool_use", "T{{ tools | length }}")];
+    assert_eq!(render(&both, None).unwrap(), "D");
+    assert_eq!(render(&both, tools()).unwrap(), "T1");
+    assert_eq!(render(&both, Some(Value::from(Vec::<Value>::new()))).unwrap(), "T0");
+    assert_eq!(render(&both[..1], tools()).unwrap(), "D");
+    assert_eq!(render(&both[1..], tools()).unwrap(), "T1");
+    assert!(
+        render(&both[1..], None)
+            .unwrap_err()
+            .contains("no default chat template; its templates are tool_use")
+    );
+    assert_eq!(render(&[], None).unwrap_err(), "the model has no chat template");
+    // One that is broken harms no requests that need another.
+    assert_eq!(render(&[("default", "D"), ("tool_use", "{% if %}")], None).unwrap(), "D");
+    assert!(render(&[("default", "D"), ("tool_use", "{% if %}")], tools()).unwrap_err().contains("compile"));
+    assert_eq!(render(&[("default", "{{"), ("tool_use", "T")], tools()).unwrap(), "T");
+    assert!(render(&[("default", "{{"), ("rag", "R")], None).unwrap_err().contains("compile"));
+}
