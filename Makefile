@@ -101,6 +101,7 @@ goldens: model ## Make the reference outputs anew (torch, transformers and PEFT;
 	.venv-goldens/bin/python $(FIXTURES)/make_tokenizer_cases.py out/smollm2
 	.venv-goldens/bin/python $(FIXTURES)/make_sentencepiece.py
 	.venv-goldens/bin/python $(FIXTURES)/make_config_cases.py
+	.venv-goldens/bin/python $(FIXTURES)/make_folder_cases.py
 	.venv-goldens/bin/python $(FIXTURES)/make_peft_cases.py
 	.venv-goldens/bin/python $(FIXTURES)/make_goldens.py "$$($(FIXTURES)/fetch_model.sh)"
 	.venv-goldens/bin/python integration-tests/lm_eval/evaluate.py golden out/smollm2 $(FIXTURES)/goldens/lm_eval.json

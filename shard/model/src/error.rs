@@ -81,7 +81,7 @@ pub enum LoadError {
         expected: Vec<usize>,
     },
     /// A tensor of a type that we do not read.
-    #[error("tensor {name} has the type {dtype}, known are F32, F16 and BF16")]
+    #[error("tensor {name} has the type {dtype}, known are F64, F32, F16 and BF16")]
     TensorType {
         /// The tensor.
         name: String,

@@ -79,7 +79,7 @@ fn sizes_of_a_llama_are_its_sites() {
 fn absent_fields_have_the_values_of_their_family() {
     let config = read(&json!({"model_type": "llama"})).unwrap();
     assert_eq!((config.hidden, config.ffn, config.layers, config.vocab), (4096, 11_008, 32, 32_000));
-    assert_eq!((config.heads.kv, config.max_positions, config.eos.as_slice()), (32, 2048, &[2][..]));
+    assert_eq!((config.heads.kv, config.max_positions, config.eos.as_slice()), (32, 2048, &[][..]));
     let config = read(&json!({"architectures": ["MistralForCausalLM"]})).unwrap();
     assert_eq!((config.heads.kv, config.ffn, config.max_positions), (8, 14_336, 131_072));
     assert_eq!(config.window, Some(4096));
@@ -219,7 +219,7 @@ fn ends_of_sequences_are_those_of_either_file() {
         (Some(json!(2)), None, &[2][..]),
         (Some(json!([2, 5])), None, &[2, 5]),
         (Some(Value::Null), None, &[]),
-        (None, None, &[2]),
+        (None, None, &[]),
         (None, Some("{}"), &[]),
         (None, Some(r#"{"eos_token_id": 7}"#), &[7]),
         (Some(json!(2)), Some(r#"{"eos_token_id": [7, 2, 9]}"#), &[2, 7, 9]),
@@ -227,7 +227,7 @@ fn ends_of_sequences_are_those_of_either_file() {
         (Some(Value::Null), Some(r#"{"eos_token_id": [3]}"#), &[3]),
         (Some(json!([])), Some(r#"{"eos_token_id": 3}"#), &[3]),
         (Some(json!(2)), Some("{\"eos_token_id\": [7"), &[2]),
-        (None, Some("not json"), &[2]),
+        (None, Some("not json"), &[]),
         (Some(json!(4)), Some("[1]"), &[4]),
         (Some(json!(4)), Some(r#"{"eos_token_id": "</s>"}"#), &[4]),
         (Some(json!([-1, 4])), Some(r#"{"eos_token_id": [320, 319]}"#), &[4, 319]),

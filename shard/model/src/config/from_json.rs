@@ -13,9 +13,6 @@ use super::Config;
 use crate::{LoadError, Result};
 use fields::Fields;
 
-/// What transformers takes for a sequence's end if no file tells.
-const DEFAULT_EOS: u32 = 2;
-
 /// transformers' class of a model, which decides what a field means and what it is if it is absent.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Family {
@@ -108,8 +105,7 @@ fn generation(folder: &Path) -> Option<Value> {
     serde_json::from_slice::<Value>(&text).ok().filter(Value::is_object)
 }
 
-/// The tokens that end a sequence: those of either file, each an id or a list of ids. A `config.json` without the field
-/// has transformers' default, unless the other file is there to tell.
+/// The tokens that end a sequence: those of either file, each an id or a list of ids. There may be none.
 fn ends(fields: &Fields, generation: Option<&Value>) -> Result<Vec<u32>> {
     let field = "eos_token_id";
     let mut ends = match fields.0.get(field) {
@@ -117,7 +113,6 @@ fn ends(fields: &Fields, generation: Option<&Value>) -> Result<Vec<u32>> {
             let expected = "a token id or a list of token ids";
             ids(value).ok_or(LoadError::Field { field, expected })?
         }
-        None if generation.is_none() => vec![DEFAULT_EOS],
         None => Vec::new(),
     };
     ends.extend(generation.and_then(|generation| ids(generation.get(field)?)).unwrap_or_default());

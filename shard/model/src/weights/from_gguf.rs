@@ -5,7 +5,10 @@ use std::path::Path;
 use gguf::Gguf;
 use kernels::{DType, HostTensor};
 
-use super::Source;
+use super::{
+    Source,
+    names::{ggml_name, is_ggml_name},
+};
 use crate::{Config, LoadError, Result, config::ROPE_FACTORS};
 
 /// An open file.
@@ -19,63 +22,12 @@ pub(super) struct GgufSource {
 pub(super) fn open(path: &Path) -> Result<(Config, GgufSource)> {
     let file = Gguf::open(path)?;
     let config = Config::from_gguf(&file)?;
-    if let Some(other) = file.tensors().iter().find(|info| !is_used(&info.name, config.layers)) {
+    let is_used = |name: &str| name == ROPE_FACTORS || is_ggml_name(name, config.layers);
+    if let Some(other) = file.tensors().iter().find(|info| !is_used(&info.name)) {
         return Err(LoadError::UnknownTensor(other.name.clone()));
     }
     let (query_heads, kv_heads) = (config.heads.query, config.heads.kv);
     Ok((config, GgufSource { file, query_heads, kv_heads }))
-}
-
-/// Modules outside of the layers: by their Hugging Face names, and by the file's.
-const OUTER: [(&str, &str); 3] =
-    [("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output")];
-/// Norms of a layer.
-const NORMS: [(&str, &str); 2] = [("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm")];
-/// Projections of a layer, which may have biases.
-const PROJECTIONS: [(&str, &str); 7] = [
-    ("self_attn.q_proj", "attn_q"),
-    ("self_attn.k_proj", "attn_k"),
-    ("self_attn.v_proj", "attn_v"),
-    ("self_attn.o_proj", "attn_output"),
-    ("mlp.gate_proj", "ffn_gate"),
-    ("mlp.up_proj", "ffn_up"),
-    ("mlp.down_proj", "ffn_down"),
-];
-
-/// The file's name of a tensor.
-fn ggml_name(name: &str) -> Option<String> {
-    let (module, kind) = name.rsplit_once('.')?;
-    let ggml = |pairs: &[(&str, &'static str)], module: &str| {
-        pairs.iter().find(|(known, _)| *known == module).map(|(_, ggml)| *ggml)
-    };
-    if let Some(ggml) = ggml(&OUTER, module) {
-        return Some(format!("{ggml}.{kind}"));
-    }
-    let (layer, part) = module.strip_prefix("model.layers.")?.split_once('.')?;
-    let part = ggml(&NORMS, part).or(ggml(&PROJECTIONS, part))?;
-    Some(format!("blk.{layer}.{part}.{kind}"))
-}
-
-/// Whether a model of so many layers has a use for a tensor of this name in the file.
-fn is_used(name: &str, layers: usize) -> bool {
-    let has = |pairs: &[(&str, &str)], part: &str| pairs.iter().any(|(_, ggml)| *ggml == part);
-    if name == ROPE_FACTORS {
-        return true;
-    }
-    let Some((module, kind)) = name.rsplit_once('.') else { return false };
-    let in_layer = module.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
-    let (norm_or_outer, projection) = match in_layer {
-        None => (has(&OUTER, module), false),
-        Some((layer, part)) => {
-            let exists = layer.parse().is_ok_and(|i: usize| i < layers && i.to_string() == layer);
-            (exists && has(&NORMS, part), exists && has(&PROJECTIONS, part))
-        }
-    };
-    match kind {
-        "weight" => norm_or_outer || projection,
-        "bias" => projection,
-        _ => false,
-    }
 }
 
 /// The converter interleaves the halves of every q and k head for its own form of rotation: row `2j + h` of a head is

@@ -77,7 +77,8 @@ impl TensorFile {
     pub(crate) fn read(&self, name: &str) -> Result<(DType, Vec<u8>)> {
         let info = self.info(name)?;
         let dtype = match info.dtype {
-            Dtype::F32 => DType::F32,
+            // No backend computes in 64 bits.
+            Dtype::F32 | Dtype::F64 => DType::F32,
             Dtype::F16 => DType::F16,
             Dtype::BF16 => DType::Bf16,
             other => return Err(LoadError::TensorType { name: name.into(), dtype: format!("{other:?}") }),
@@ -86,6 +87,10 @@ impl TensorFile {
         let mut data = vec![0; end - begin];
         let read = self.file.read_exact_at(&mut data, self.data + begin as u64);
         read.map_err(|source| LoadError::Io { path: self.path.clone(), source })?;
+        if info.dtype == Dtype::F64 {
+            let values = data.as_chunks().0.iter().map(|bytes| f64::from_le_bytes(*bytes) as f32);
+            data = values.flat_map(f32::to_le_bytes).collect();
+        }
         Ok((dtype, data))
     }
 }

@@ -7,7 +7,7 @@ use crate::{LoadError, Result};
 
 /// Fields of other architectures, or of forks of this one, that change what is computed. transformers' Llama and Mistral
 /// pass over them in silence; whoever wrote one meant something by it. Each must be absent, null, false, 0 or empty.
-const OFF: [&str; 40] = [
+const OFF: [&str; 41] = [
     "add_cross_attention",
     "alibi",
     "attention_chunk_size",
@@ -43,6 +43,7 @@ const OFF: [&str; 40] = [
     "rope_interleaved",
     "rope_local_base_freq",
     "sandwich_norm",
+    "transformers_weights",
     "use_bidirectional_attention",
     "use_bias",
     "use_parallel_residual",

@@ -1,0 +1,114 @@
+//! Safetensors files of a folder in Hugging Face layout, found and named as transformers does (`modeling_utils.py`:
+//! `_get_resolved_checkpoint_files`, and `core_model_loading.py`: `rename_source_key`).
+
+use std::{collections::BTreeMap, fs, path::Path};
+
+use kernels::HostTensor;
+use serde::Deserialize;
+
+use super::{Source, names::is_taken, safetensors::TensorFile};
+use crate::{Config, LoadError, Result};
+
+const WHOLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+const TABLE: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+
+/// A tensor in one of the files.
+#[derive(Clone)]
+struct Place {
+    file: usize,
+    /// Its name there.
+    name: String,
+}
+
+/// The tensors that a model takes, and where they are. Others are passed over, as transformers does: copies of rotary
+/// frequencies, heads for training.
+pub(super) struct Folder {
+    files: Vec<TensorFile>,
+    places: BTreeMap<String, Place>,
+}
+
+impl Folder {
+    pub(super) fn open(folder: &Path, config: &Config) -> Result<Folder> {
+        let files = file_names(folder)?;
+        let files =
+            files.iter().map(|name| TensorFile::open(&folder.join(name))).collect::<Result<Vec<_>>>()?;
+        let mut places = BTreeMap::new();
+        for (i, file) in files.iter().enumerate() {
+            for name in file.names() {
+                let Some(taken) = taken_name(&name, config) else { continue };
+                // A tensor of exactly this name wins over one that is meant by another name.
+                if taken == name || !places.contains_key(&taken) {
+                    places.insert(taken, Place { file: i, name });
+                }
+            }
+        }
+        // Of a model that has one matrix for both, either may be missing.
+        if config.tied
+            && !places.contains_key(TABLE)
+            && let Some(head) = places.get(HEAD).cloned()
+        {
+            places.insert(TABLE.into(), head);
+        }
+        Ok(Folder { files, places })
+    }
+
+    fn place(&self, name: &str) -> Option<(&TensorFile, &str)> {
+        self.places.get(name).map(|place| (&self.files[place.file], place.name.as_str()))
+    }
+}
+
+/// The files that have the tensors: a whole one if there is one, whatever an index beside it says.
+fn file_names(folder: &Path) -> Result<Vec<String>> {
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let index = folder.join(INDEX);
+    if folder.join(WHOLE).is_file() || !index.is_file() {
+        return Ok(vec![WHOLE.into()]);
+    }
+    let text = fs::read(&index).map_err(|source| LoadError::Io { path: index.clone(), source })?;
+    let parsed: Index =
+        serde_json::from_slice(&text).map_err(|source| LoadError::Json { path: index, source })?;
+    let mut names: Vec<String> = parsed.weight_map.into_values().collect();
+    names.sort();
+    names.dedup();
+    Ok(names)
+}
+
+/// The name under which the model takes a tensor: its own, or the same without or with `model.` in front, which is where
+/// a decoder is in a model with a head.
+fn taken_name(name: &str, config: &Config) -> Option<String> {
+    let prefix = "model.";
+    let without = name.strip_prefix(prefix).filter(|without| is_taken(without, config));
+    if let Some(without) = without {
+        return Some(without.into());
+    }
+    [format!("{prefix}{name}"), name.into()].into_iter().find(|name| is_taken(name, config))
+}
+
+impl Source for Folder {
+    fn tensor(&self, name: &str) -> Result<HostTensor<'static>> {
+        let (file, stored) = self.place(name).ok_or_else(|| LoadError::MissingTensor(name.into()))?;
+        let (rows, cols) = match *file.shape(stored)? {
+            [cols] => (1, cols),
+            [rows, cols] => (rows, cols),
+            ref other => {
+                let got = other.to_vec();
+                return Err(LoadError::Shape { name: name.into(), got, expected: vec![0, 0] });
+            }
+        };
+        let (dtype, data) = file.read(stored)?;
+        Ok(HostTensor { dtype, rows, cols, data: data.into() })
+    }
+
+    fn bytes(&self, name: &str) -> u64 {
+        self.place(name).map_or(0, |(file, stored)| file.bytes(stored))
+    }
+
+    fn total_bytes(&self) -> u64 {
+        self.places.keys().map(|name| self.bytes(name)).sum()
+    }
+}
