@@ -13,6 +13,8 @@ use anyhow::{Context, Result, bail};
 use reqwest::{Client, Response};
 use serde_json::{Value, json};
 
+/// Lines of the log that are kept for a test that does not read them.
+const LINES: usize = 1 << 16;
 /// What a server gets to load the demo model.
 const START: Duration = Duration::from_secs(120);
 
@@ -68,12 +70,12 @@ impl Server {
             .stderr(Stdio::piped())
             .spawn()?;
         let stderr = launcher.stderr.take().context("the launcher's log")?;
-        let (lines, log) = mpsc::channel();
+        let (lines, log) = mpsc::sync_channel(LINES);
         // Reads to the end, so that the launcher never waits for room in the pipe.
         thread::spawn(move || {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                // The test may be over.
-                let _ = lines.send(line);
+                // The test may be over, or have no use for as many lines.
+                let _ = lines.try_send(line);
             }
         });
         let (begun, mut said) = (Instant::now(), String::new());

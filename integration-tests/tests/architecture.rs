@@ -9,7 +9,7 @@ use std::{
 };
 
 /// Leaf crates: what several programs share. Everybody may depend on them, and they on nothing of ours.
-const LEAVES: &[&str] = &["config", "lifecycle"];
+const LEAVES: &[&str] = &["config", "lifecycle", "telemetry"];
 
 /// What each other crate may depend on, of ours, beside the leaves. Test-only dependencies included.
 const EDGES: &[(&str, &[&str])] = &[
@@ -150,6 +150,26 @@ fn no_file_is_long() {
         let code = text.split("\n#[cfg(test)]\nmod tests {").next().unwrap_or(&text);
         let lines = code.lines().count();
         assert!(lines <= MAX_LINES, "{name} has {lines} lines: a file that long holds two rooms");
+    }
+}
+
+/// `std::thread::sleep` is denied by clippy. Tokio's may pace a load or a retry, but a test waits for the event itself.
+#[test]
+fn tests_do_not_sleep() {
+    for file in sources(&["rs"]) {
+        let name = file.to_string_lossy().into_owned();
+        let text = read(&file);
+        let tests = if name.contains("/tests/") || name.ends_with("/tests.rs") {
+            &*text
+        } else {
+            text.split_once("mod tests {").map_or("", |(_, tests)| tests)
+        };
+        let sleeps = ["sleep(", "sleep;", "sleep}", "sleep,", "sleep_until("];
+        let found = |line: &&str| {
+            sleeps.iter().any(|sleep| line.contains(sleep)) && !line.trim_start().starts_with("//")
+        };
+        let line = tests.lines().filter(|_| !name.ends_with("tests/architecture.rs")).find(found);
+        assert!(line.is_none(), "{name} sleeps: {line:?}");
     }
 }
 

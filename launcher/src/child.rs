@@ -1,56 +1,128 @@
-//! One child process: started with the run configuration, its log lines prefixed, ended through its stdin.
+//! One child process: started with the run configuration, watched by its heartbeat, its log passed on, stopped through
+//! its stdin.
 
-use std::{path::Path, process::ExitStatus, process::Stdio, time::Duration};
-
-use tokio::{
-    io::{AsyncBufReadExt, AsyncRead, BufReader},
-    process::{Child as Process, ChildStdin, Command},
-    task::JoinHandle,
-    time::timeout,
+use std::{
+    fmt, io,
+    path::Path,
+    process::{ExitStatus, Stdio},
+    time::Duration,
 };
+
+use lifecycle::SERVING;
+use rustix::process::{Pid, Signal, kill_process_group};
+use telemetry::Lines;
+use tokio::{
+    io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader},
+    process::{Child as Process, ChildStdin, ChildStdout, Command},
+    task::JoinHandle,
+    time::{Instant, sleep_until, timeout, timeout_at},
+};
+
+/// The longest line of a log. The rest of a longer one is a line of its own.
+const LINE: u64 = 16 << 10;
+/// What the pipes of a process that has ended get to end as well: a grandchild could hold them open for ever.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// How a child has ended.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum End {
+    /// The process has exited.
+    Exited(ExitStatus),
+    /// There was no heartbeat for so long. The process is there still.
+    Silent(Duration),
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            End::Exited(status) => write!(f, "{status}"),
+            End::Silent(time) => write!(f, "no sign of life for {:.1} s", time.as_secs_f32()),
+        }
+    }
+}
+
+/// How the log of a child is passed on.
+#[derive(Clone)]
+pub(crate) struct Output {
+    /// The launcher's log.
+    pub(crate) lines: Lines,
+    /// Whether lines go on as they are, without the child's name in front.
+    pub(crate) plain: bool,
+}
 
 /// A running child. Dropping it kills it.
 pub(crate) struct Child {
-    pub(crate) name: String,
+    name: String,
     process: Process,
     /// Closing it tells the child to stop. Held apart, because waiting for a process closes its own.
     stdin: Option<ChildStdin>,
-    /// None once it has ended.
+    heartbeat: Heartbeat,
+    /// The task that passes the log on; `None` once the child has ended.
     log: Option<JoinHandle<()>>,
 }
 
 impl Child {
-    /// Starts `program` with `args`. Its lines are passed on, with its name in front unless `plain`.
-    pub(crate) fn start(name: &str, program: &Path, args: &[&str], plain: bool) -> std::io::Result<Child> {
+    /// Starts `program` with `args`. It may be silent for as long as `patience`.
+    pub(crate) fn start(
+        name: String,
+        program: &Path,
+        args: &[String],
+        patience: Duration,
+        output: &Output,
+    ) -> io::Result<Child> {
         let mut process = Command::new(program)
             .args(args)
             // Children have the keys from the run configuration, which nobody else can read.
             .env_remove("LORAX_API_KEY")
             // The child reads its end of this until we close ours, or die.
             .stdin(Stdio::piped())
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             // Ctrl-C in a terminal goes to its whole process group: only the launcher is to act on it.
             .process_group(0)
             .kill_on_drop(true)
             .spawn()?;
-        let prefix = if plain { String::new() } else { format!("{name:8}| ") };
-        let log = match process.stderr.take() {
-            Some(lines) => tokio::spawn(pass_on(lines, prefix)),
-            None => tokio::spawn(std::future::ready(())),
-        };
-        let stdin = process.stdin.take();
-        Ok(Child { name: name.into(), process, stdin, log: Some(log) })
+        let prefix = if output.plain { String::new() } else { format!("{name:8}| ") };
+        let log = process.stderr.take().map(|log| tokio::spawn(pass_on(log, prefix, output.lines.clone())));
+        let heartbeat =
+            Heartbeat { bytes: process.stdout.take(), last: Instant::now(), patience, serving: false };
+        Ok(Child { name, stdin: process.stdin.take(), process, heartbeat, log })
     }
 
-    /// Waits for its end, and for its last line.
-    pub(crate) async fn ended(&mut self) -> std::io::Result<ExitStatus> {
-        let status = self.process.wait().await?;
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether it has said that it serves.
+    pub(crate) fn serves(&self) -> bool {
+        self.heartbeat.serving
+    }
+
+    /// Waits until it has ended, with its last line passed on, or until it was silent for too long.
+    pub(crate) async fn ended(&mut self) -> io::Result<End> {
+        let status = tokio::select! {
+            biased;
+            silent = self.heartbeat.stopped() => return Ok(End::Silent(silent)),
+            status = self.process.wait() => status?,
+        };
+        // What was sent before the end counts, and a pipe that stays open does not matter.
+        let _ = timeout(LAST_WORDS, self.heartbeat.read_to_end()).await;
         if let Some(log) = self.log.take() {
-            // A grandchild could hold the pipe open for ever.
-            let _ = timeout(Duration::from_secs(1), log).await;
+            let _ = timeout(LAST_WORDS, log).await;
         }
-        Ok(status)
+        Ok(End::Exited(status))
+    }
+
+    /// Kills it together with what it has started, and waits until it is gone.
+    pub(crate) async fn kill(&mut self) {
+        if let Some(group) = self.process.id().and_then(|id| Pid::from_raw(id.try_into().ok()?)) {
+            // It may have ended meanwhile, here as below.
+            let _ = kill_process_group(group, Signal::KILL);
+        }
+        let _ = self.process.kill().await;
+        if let Some(log) = self.log.take() {
+            let _ = timeout(LAST_WORDS, log).await;
+        }
     }
 
     /// Asks it to end, and kills it after `patience`. True if it ended by itself, in order, or had ended before.
@@ -59,21 +131,71 @@ impl Child {
             return true;
         }
         drop(self.stdin.take());
-        match timeout(patience, self.ended()).await {
-            Ok(Ok(status)) => status.success(),
+        match timeout(patience, self.process.wait()).await {
+            Ok(Ok(status)) => {
+                if let Some(log) = self.log.take() {
+                    let _ = timeout(LAST_WORDS, log).await;
+                }
+                status.success()
+            }
             _ => {
                 tracing::warn!("{} did not stop within {} s, killing it", self.name, patience.as_secs());
-                // It may have ended meanwhile.
-                let _ = self.process.kill().await;
+                self.kill().await;
                 false
             }
         }
     }
 }
 
-async fn pass_on(lines: impl AsyncRead + Unpin, prefix: String) {
-    let mut lines = BufReader::new(lines).split(b'\n');
-    while let Ok(Some(line)) = lines.next_segment().await {
-        eprintln!("{prefix}{}", String::from_utf8_lossy(&line));
+/// The signs of life of a child: bytes on its stdout.
+struct Heartbeat {
+    /// `None` once the child has closed its end.
+    bytes: Option<ChildStdout>,
+    last: Instant,
+    patience: Duration,
+    serving: bool,
+}
+
+impl Heartbeat {
+    /// Waits until nothing has come for too long; returns for how long.
+    async fn stopped(&mut self) -> Duration {
+        // Bytes go before the deadline: after the launcher itself was suspended, they wait.
+        while self.bytes.is_some() && timeout_at(self.last + self.patience, self.next()).await.is_ok() {}
+        sleep_until(self.last + self.patience).await;
+        self.last.elapsed()
+    }
+
+    async fn read_to_end(&mut self) {
+        while self.bytes.is_some() {
+            self.next().await;
+        }
+    }
+
+    /// Waits for the next bytes, or for the end.
+    async fn next(&mut self) {
+        let Some(bytes) = &mut self.bytes else { return };
+        let mut read = [0; 64];
+        match bytes.read(&mut read).await {
+            Ok(count @ 1..) => {
+                self.last = Instant::now();
+                self.serving |= read[..count].contains(&SERVING);
+            }
+            _ => self.bytes = None,
+        }
+    }
+}
+
+/// Passes on a log line by line.
+async fn pass_on(log: impl AsyncRead + Unpin, prefix: String, lines: Lines) {
+    let (mut log, mut line) = (BufReader::new(log), Vec::new());
+    let mut in_a_line = false;
+    while let Ok(1..) = (&mut log).take(LINE).read_until(b'\n', &mut line).await {
+        let ends = line.pop_if(|last| *last == b'\n').is_some();
+        // Nothing is left of a line whose part before this was as long as a part may be.
+        if !(in_a_line && line.is_empty()) {
+            lines.write(&prefix, &line);
+        }
+        in_a_line = !ends;
+        line.clear();
     }
 }

@@ -2,23 +2,24 @@
 
 mod args;
 mod child;
+mod group;
 mod source;
 mod supervisor;
 
 use std::{
     fs::Permissions,
-    io::IsTerminal,
     os::unix::{fs::PermissionsExt, net::SocketAddr},
     path::PathBuf,
 };
 
 use anyhow::{Context, ensure};
 use args::Args;
+use child::Output;
 use clap::{Parser, error::ErrorKind};
 use config::{Config, Device, ShardsConfig};
 use lifecycle::{EX_USAGE, fail};
 use supervisor::Plan;
-use tracing_subscriber::EnvFilter;
+use telemetry::Log;
 
 fn main() {
     let args = Args::try_parse().unwrap_or_else(|error| {
@@ -27,24 +28,17 @@ fn main() {
         let asked = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
         std::process::exit(if asked { 0 } else { EX_USAGE })
     });
-    let filter = EnvFilter::try_from_env("LOG_LEVEL").unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal());
-    if args.log.json_output {
-        log.json().init()
-    } else {
-        log.with_target(false).init()
-    }
+    let log = telemetry::start(args.log.json_output).unwrap_or_else(|error| fail(1, &error));
+    lifecycle::before_exit(telemetry::flush);
     if let Err(error) = check(&args) {
         fail(EX_USAGE, &*error);
     }
-    if let Err(error) = run(&args) {
+    if let Err(error) = run(&args, &log) {
         let usage = error.downcast_ref::<source::SourceError>().is_some_and(source::SourceError::is_usage)
             || error.downcast_ref::<supervisor::Failure>().is_some_and(supervisor::Failure::is_usage);
         fail(if usage { EX_USAGE } else { 1 }, &*error);
     }
+    drop(log);
 }
 
 /// Refuses what cannot work before anything is fetched or started.
@@ -66,7 +60,7 @@ fn check(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn run(args: &Args) -> anyhow::Result<()> {
+fn run(args: &Args, log: &Log) -> anyhow::Result<()> {
     let model = source::find(&args.model_id, args.revision.as_deref())?;
     // Sockets and configuration are this user's alone.
     let folder =
@@ -78,22 +72,21 @@ fn run(args: &Args) -> anyhow::Result<()> {
         // The system's bound, found out before a model is loaded.
         SocketAddr::from_pathname(socket).with_context(|| format!("{} as a socket", socket.display()))?;
     }
-    let config = folder.path().join("config.json");
-    let settings = Config {
+    let config_file = folder.path().join("config.json");
+    let config = Config {
         model,
-        shards: ShardsConfig { uds: sockets.clone() },
+        shards: ShardsConfig { uds: sockets },
         router: args.router.clone(),
         shard: args.shard.clone(),
         log: args.log.clone(),
     };
-    settings.write(&config)?;
+    config.write(&config_file)?;
     let program = std::env::current_exe().context("finding the folder of this program")?;
     let plan = Plan {
         programs: program.parent().map(PathBuf::from).context("finding the folder of this program")?,
+        output: Output { lines: log.lines(), plain: config.log.json_output },
         config,
-        sockets,
-        plain: args.log.json_output,
-        deadline: args.router.shutdown_deadline,
+        config_file,
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     Ok(runtime.block_on(plan.run())?)

@@ -13,25 +13,31 @@ pub const EX_USAGE: i32 = 64;
 /// Exit code of a fault of the program itself (sysexits.h).
 pub const EX_SOFTWARE: i32 = 70;
 
-/// What the log gets to write its last lines when the process ends by a fault.
+/// What the log gets to write its last lines.
 const LAST_LINES: Duration = Duration::from_secs(1);
 
 static FLUSH: OnceLock<fn()> = OnceLock::new();
 
-/// Names the function that writes what is still buffered of the log. It is called once, before the process ends by
-/// [`fail`] or by a supervisor. Only the first call counts.
+/// Names the function that writes what is still buffered of the log. It is called before the process ends by
+/// [`exit`], by [`fail`] or by a supervisor. Only the first call counts.
 pub fn before_exit(flush: fn()) {
     // A second one is ignored, as documented.
     let _ = FLUSH.set(flush);
 }
 
-/// Prints an error with its causes to stderr and exits.
+/// Writes the last lines of the log and exits in order.
+pub fn exit(code: i32) -> ! {
+    last_lines(|| ());
+    std::process::exit(code)
+}
+
+/// Prints an error with its causes to stderr, after the last lines of the log, and exits.
 pub fn fail(code: i32, error: &(dyn Error + 'static)) -> ! {
-    if let Some(flush) = FLUSH.get() {
-        flush();
-    }
-    // Where stderr is closed, the exit code is all that can be told.
-    let _ = writeln!(io::stderr(), "error: {}", with_causes(error));
+    let text = with_causes(error);
+    last_lines(move || {
+        // Where stderr is closed, the exit code is all that can be told.
+        let _ = writeln!(io::stderr(), "error: {text}");
+    });
     std::process::exit(code)
 }
 
@@ -50,21 +56,28 @@ fn with_causes(error: &(dyn Error + 'static)) -> String {
 }
 
 /// Ends the process at once, without the handlers that `exit` runs: those of a GPU's driver can hang when its work
-/// does. A log that cannot be written in time is lost.
+/// does.
 pub(crate) fn end_now(code: i32) -> ! {
-    if let Some(flush) = FLUSH.get() {
-        let (done, flushed) = sync_channel(1);
-        let flushing = thread::Builder::new().name("last lines".into()).spawn(move || {
-            flush();
-            // The receiver may have given up.
-            let _ = done.send(());
-        });
-        if flushing.is_ok() {
-            // Either way the process ends.
-            let _ = flushed.recv_timeout(LAST_LINES);
-        }
-    }
+    last_lines(|| ());
     signal_hook::low_level::exit(code)
+}
+
+/// Writes what is buffered of the log, then does `more`, and returns when it is done or takes too long: whoever reads
+/// the log may have stalled.
+fn last_lines(more: impl FnOnce() + Send + 'static) {
+    let (done, written) = sync_channel(1);
+    let writing = thread::Builder::new().name("last lines".into()).spawn(move || {
+        if let Some(flush) = FLUSH.get() {
+            flush();
+        }
+        more();
+        // The receiver may have given up.
+        let _ = done.send(());
+    });
+    if writing.is_ok() {
+        // Either way the process ends.
+        let _ = written.recv_timeout(LAST_LINES);
+    }
 }
 
 #[cfg(test)]

@@ -11,14 +11,14 @@ use tokio::{
     sync::oneshot,
 };
 
-/// Knows when this process should end: with SIGTERM, with SIGINT, or when its parent closes our stdin or dies.
-pub struct Stop(Arc<Mutex<Option<oneshot::Sender<()>>>>);
+/// Knows when this process should end: with SIGTERM, with SIGINT, or when its stdin ends.
+pub(crate) struct Stop(Arc<Mutex<Option<oneshot::Sender<()>>>>);
 
 impl Stop {
     /// From now on the process ends when stdin does, in the middle of loading, too.
     ///
     /// Stdin is read on a thread of its own: a runtime cannot be dropped while one of its threads reads what never ends.
-    pub fn watch() -> io::Result<Stop> {
+    pub(crate) fn watch() -> io::Result<Stop> {
         let waiting = Arc::new(Mutex::new(None::<oneshot::Sender<()>>));
         let stop = Stop(waiting.clone());
         thread::Builder::new().name("stdin".into()).spawn(move || {
@@ -28,15 +28,14 @@ impl Stop {
             match waiting {
                 // To drop the sender is to tell the receiver.
                 Some(waiting) => drop(waiting),
-                None => std::process::exit(0),
+                None => crate::exit(0),
             }
         })?;
         Ok(stop)
     }
 
-    /// Leaves the end to the caller: the future resolves when the process is told to stop. Signals are caught from this
-    /// call on, before the future is polled. Must be called within a tokio runtime.
-    pub fn told(&self) -> io::Result<impl Future<Output = ()> + Send + 'static> {
+    /// See [`Parent::told_to_stop`](crate::Parent::told_to_stop).
+    pub(crate) fn told(&self) -> io::Result<impl Future<Output = ()> + Send + 'static> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let (waiting, parent_gone) = oneshot::channel();

@@ -7,7 +7,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lifecycle::{EX_SOFTWARE, EX_USAGE, HEARTBEAT, Stop, Supervisor};
+use lifecycle::{EX_SOFTWARE, EX_USAGE, HEARTBEAT, Parent, SERVING, STARTING, Supervisor};
+use tokio::signal::unix::{SignalKind, signal};
 
 /// How the process that is tested is told what to do.
 const ROLE: &str = "LIFECYCLE_TEST_ROLE";
@@ -43,14 +44,12 @@ fn play(role: &str) -> ExitCode {
     }
     let supervisor = Supervisor::ending_the_process().unwrap();
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    let stop = Stop::watch().unwrap();
-    match role {
-        "waits" => hang(),
-        "beats" => lifecycle::start_heartbeat().unwrap(),
-        _ => {}
+    let parent = Parent::link().unwrap();
+    if role == "waits" {
+        hang();
     }
     runtime.block_on(async move {
-        let stopped = stop.told().unwrap();
+        let stopped = parent.told_to_stop().unwrap();
         let pulse = supervisor.watch("the hanging one", Duration::from_millis(300));
         match role {
             "task panics" | "cannot write its log" => {
@@ -60,6 +59,11 @@ fn play(role: &str) -> ExitCode {
             "task returns" => drop(supervisor.task("the engine", async {})),
             "thread returns" => drop(supervisor.thread("the engine", || {}).unwrap()),
             "hangs" => pulse.busy(),
+            "serves" => {
+                // The parent has seen it start.
+                signal(SignalKind::user_defined1()).unwrap().recv().await;
+                parent.serving();
+            }
             _ => {}
         }
         stopped.await;
@@ -103,7 +107,7 @@ fn failures_end_the_process() {
 }
 
 fn the_end_of_stdin_ends_the_process() {
-    for role in ["waits", "serves"] {
+    for role in ["waits", "runs"] {
         let mut child = command(role).spawn().unwrap();
         drop(child.stdin.take());
         assert_eq!(child.wait().unwrap().code(), Some(0), "{role}");
@@ -117,13 +121,21 @@ fn errors_are_printed_with_their_causes() {
 }
 
 fn a_heartbeat_goes_on_while_the_process_does() {
-    let mut child = command("beats").spawn().unwrap();
+    let mut child = command("serves").spawn().unwrap();
     let (mut beats, started) = ([0; 3], Instant::now());
-    child.stdout.as_mut().unwrap().read_exact(&mut beats).unwrap();
-    assert_eq!(&beats, b"...");
+    let mut stdout = child.stdout.take().unwrap();
+    stdout.read_exact(&mut beats).unwrap();
+    assert_eq!(beats, [STARTING; 3]);
     assert!(started.elapsed() >= 2 * HEARTBEAT, "the first at once, the others after a time each");
-    // It outlives whoever counts.
-    drop(child.stdout.take());
+    let told = Command::new("kill").args(["-USR1", &child.id().to_string()]).status();
+    assert!(told.unwrap().success());
+    while beats[0] == STARTING {
+        stdout.read_exact(&mut beats[..1]).unwrap();
+    }
+    stdout.read_exact(&mut beats).unwrap();
+    assert_eq!(beats, [SERVING; 3]);
+    // The process outlives whoever counts.
+    drop(stdout);
     drop(child.stdin.take());
     assert_eq!(child.wait().unwrap().code(), Some(0));
 }

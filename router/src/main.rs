@@ -1,17 +1,12 @@
 //! `lorax-router`: the HTTP side of the server.
 
-use std::{
-    io::{self, IsTerminal},
-    path::PathBuf,
-    time::Duration,
-};
+use std::{path::PathBuf, time::Duration};
 
 use clap::Parser;
 use config::Config;
-use lifecycle::{EX_USAGE, Stop, Supervisor, fail};
+use lifecycle::{EX_USAGE, Parent, Supervisor, fail};
 use lorax_router::{App, StartError, server};
 use tokio::runtime;
-use tracing_subscriber::EnvFilter;
 
 /// What work that nobody waits for any more gets to end, such as tokenizing.
 const LEFT_OVER: Duration = Duration::from_secs(1);
@@ -28,40 +23,33 @@ struct Args {
 fn main() {
     let args = Args::parse();
     let config = Config::read(&args.config).unwrap_or_else(|error| fail(EX_USAGE, &error));
-    let filter = EnvFilter::try_from_env("LOG_LEVEL").unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .with_ansi(io::stderr().is_terminal());
-    if config.log.json_output {
-        log.json().init()
-    } else {
-        log.with_target(false).init()
-    }
+    let log = telemetry::start(config.log.json_output).unwrap_or_else(|error| fail(1, &error));
+    lifecycle::before_exit(telemetry::flush);
     if let Err(error) = run(config) {
         let usage = error.downcast_ref::<StartError>().is_some_and(StartError::is_usage);
         fail(if usage { EX_USAGE } else { 1 }, &*error);
     }
+    drop(log);
 }
 
 fn run(config: Config) -> anyhow::Result<()> {
-    lifecycle::start_heartbeat()?;
-    let stop = Stop::watch()?;
+    let parent = Parent::link()?;
     let supervisor = Supervisor::ending_the_process()?;
     let runtime = runtime::Builder::new_multi_thread()
         .worker_threads(config.router.router_threads)
         .enable_all()
         .build()?;
-    let served = runtime.block_on(serve(config, &stop, &supervisor));
+    let served = runtime.block_on(serve(config, &parent, &supervisor));
     runtime.shutdown_timeout(LEFT_OVER);
     served
 }
 
-async fn serve(config: Config, stop: &Stop, supervisor: &Supervisor) -> anyhow::Result<()> {
-    let told_to_stop = stop.told()?;
+async fn serve(config: Config, parent: &Parent, supervisor: &Supervisor) -> anyhow::Result<()> {
+    let told_to_stop = parent.told_to_stop()?;
     // Before anything slow: a port that is taken is found out at once.
     let (listener, address) = server::listen(&config).await?;
     let app = App::start(config, supervisor)?;
+    parent.serving();
     tracing::info!("waiting for the model; {address} answers 503 until it is ready");
     let starting = app.clone();
     tokio::spawn(async move {

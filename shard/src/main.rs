@@ -13,7 +13,7 @@ use clap::Parser;
 use config::{Config, Device, Dtype};
 use indicatif::{ProgressBar, ProgressStyle};
 use kernels::{Backend, DType, cpu::CpuBackend};
-use lifecycle::{EX_USAGE, Stop, Supervisor, fail};
+use lifecycle::{EX_USAGE, Parent, Supervisor, fail};
 #[cfg(feature = "cuda")]
 use lorax_shard::choices::ChoiceFile;
 use lorax_shard::{
@@ -26,7 +26,6 @@ use lorax_shard::{
 use model::{LoadProgress, Model, adapter::BaseModel};
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
-use tracing_subscriber::EnvFilter;
 
 /// One rank of a model behind gRPC. Started by lorax-launcher.
 #[derive(Parser)]
@@ -43,33 +42,23 @@ struct Args {
 fn main() {
     let args = Args::parse();
     let config = Config::read(&args.config).unwrap_or_else(|error| fail(EX_USAGE, &error));
-    start_log(config.log.json_output);
-    if let Err(error) = start(&config, args.rank) {
+    let log = telemetry::start(config.log.json_output).unwrap_or_else(|error| fail(1, &error));
+    lifecycle::before_exit(telemetry::flush);
+    let ended =
+        Parent::link().map_err(anyhow::Error::from).and_then(|parent| run(&config, args.rank, &parent));
+    if let Err(error) = ended {
         fail(1, &*error);
     }
+    drop(log);
 }
 
-fn start(config: &Config, rank: usize) -> anyhow::Result<()> {
-    lifecycle::start_heartbeat()?;
-    run(config, rank, &Stop::watch()?)
-}
-
-fn start_log(json: bool) {
-    let filter = EnvFilter::try_from_env("LOG_LEVEL").unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal());
-    if json { log.json().init() } else { log.with_target(false).init() }
-}
-
-fn run(config: &Config, rank: usize, stop: &Stop) -> anyhow::Result<()> {
+fn run(config: &Config, rank: usize, parent: &Parent) -> anyhow::Result<()> {
     let shard = &config.shard;
     let dtype = shard.dtype.map_or(DType::Bf16, kernels_dtype);
     #[cfg(feature = "cuda")]
     if shard.device != Device::Cpu {
         match kernels::cuda::CudaBackend::new(dtype, rank) {
-            Ok(ops) => return serve_cuda(ops, config, rank, stop),
+            Ok(ops) => return serve_cuda(ops, config, rank, parent),
             Err(error) if shard.device == Device::Cuda => return Err(error.into()),
             Err(error) => tracing::warn!("no GPU is used: {error}"),
         }
@@ -84,7 +73,7 @@ fn run(config: &Config, rank: usize, stop: &Stop) -> anyhow::Result<()> {
     let ranks = config.shards.uds.len();
     let room = |_: &CpuBackend| Ok(Room::on_host(shard.kv_memory, None, ranks));
     let target = Target { name: "cpu", max_rows: 512, warms_up: false, room: &room, ready: &|_| () };
-    serve(Arc::new(ops), &target, config, rank, stop)
+    serve(Arc::new(ops), &target, config, rank, parent)
 }
 
 /// The kernels' name of a type.
@@ -111,7 +100,7 @@ fn serve_cuda(
     ops: kernels::cuda::CudaBackend,
     config: &Config,
     rank: usize,
-    stop: &Stop,
+    parent: &Parent,
 ) -> anyhow::Result<()> {
     let shard = &config.shard;
     ops.record_steps(!shard.eager);
@@ -134,7 +123,7 @@ fn serve_cuda(
         }
     };
     let target = Target { name: &name, max_rows: 2048, warms_up: true, room: &room, ready: &ready };
-    serve(Arc::new(ops), &target, config, rank, stop)
+    serve(Arc::new(ops), &target, config, rank, parent)
 }
 
 /// What is known of a device before anything is loaded.
@@ -156,7 +145,7 @@ fn serve<B: Backend>(
     target: &Target<'_, B>,
     config: &Config,
     rank: usize,
-    stop: &Stop,
+    parent: &Parent,
 ) -> anyhow::Result<()> {
     let shard = &config.shard;
     let host_bytes = shard.adapter_host_memory as usize;
@@ -212,8 +201,8 @@ fn serve<B: Backend>(
     let step_timeout = server::step_timeout(config.router.step_timeout, engine.longest_step());
     let supervisor = Supervisor::ending_the_process()?;
     let served = runtime.block_on(async {
-        let told = stop.told()?;
-        let connections = listen(config.socket(rank)?)?;
+        let told = parent.told_to_stop()?;
+        let connections = listen(config.socket(rank)?, parent)?;
         let rank = Rank { engine, adapters, info };
         server::serve(rank, connections, step_timeout, told, &supervisor).await.context("the server")
     });
@@ -222,11 +211,12 @@ fn serve<B: Backend>(
     served
 }
 
-/// The connections to a socket.
-fn listen(socket: &Path) -> anyhow::Result<UnixListenerStream> {
+/// The connections to a socket, which the parent is told of.
+fn listen(socket: &Path, parent: &Parent) -> anyhow::Result<UnixListenerStream> {
     // A socket of an earlier life would refuse the name.
     let _ = std::fs::remove_file(socket);
     let listener = UnixListener::bind(socket).with_context(|| format!("{}", socket.display()))?;
+    parent.serving();
     tracing::info!("serving on {}", socket.display());
     Ok(UnixListenerStream::new(listener))
 }

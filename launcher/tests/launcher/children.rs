@@ -1,12 +1,14 @@
 //! Children: their logs, their deaths, and how they are stopped.
 
+use std::{fs, path::Path};
+
 use crate::launcher::Launcher;
 
 #[test]
 fn lines_of_children_have_their_name_and_their_order() {
     let talk = |name: &str| format!("i=0; while [ $i -lt 500 ]; do say {name} line $i; i=$((i+1)); done");
     let mut launcher = Launcher::with_model()
-        .shard(&format!("touch \"$socket\"; {}; serve", talk("shard")))
+        .shard(&format!("serving; {}; serve", talk("shard")))
         .router(&format!("{}; say router up; serve", talk("router")));
     let mut running = launcher.start();
     let mut lines = running.until("router up");
@@ -41,7 +43,7 @@ fn json_lines_are_passed_on_as_they_are() {
 #[test]
 fn a_shard_that_dies_is_started_again_after_longer_and_longer() {
     let mut launcher = Launcher::with_model().shard(
-        "echo >> \"$CHILDREN/lives\"; touch \"$socket\"
+        "echo >> \"$CHILDREN/lives\"; serving
          if [ \"$(wc -l < \"$CHILDREN/lives\")\" -lt 3 ]; then say shard dies; exit 9; fi
          say shard lives; serve; say shard down",
     );
@@ -58,15 +60,122 @@ fn a_shard_that_dies_is_started_again_after_longer_and_longer() {
 }
 
 #[test]
-fn a_server_whose_router_is_about_to_be_restarted_can_be_stopped() {
-    // Longer than a life that is taken for a fault.
-    let mut launcher = Launcher::with_model().router("say router up; sleep 3.2; exit 5");
+fn a_server_with_a_restart_ahead_can_be_stopped() {
+    let mut launcher = Launcher::with_model().shard("serving; exit 9");
     let mut running = launcher.start();
-    running.until("restarting in");
+    running.until("restarting in 2.0 s");
     running.signal("-TERM");
     let (status, lines) = running.ended();
     assert_eq!(status, Some(0), "{lines:?}");
-    assert!(lines.iter().any(|line| line.contains("shard down")), "{lines:?}");
+    assert!(lines.iter().any(|line| line.contains("router down")), "{lines:?}");
+}
+
+#[test]
+fn the_router_is_watched_while_shards_are_about_to_be_restarted() {
+    let mut launcher = Launcher::with_model()
+        .shard("serving; say shard up; exit 9")
+        .router("read line < \"$CHILDREN/end\"; exit 5");
+    let end = launcher.fifo("end");
+    let mut running = launcher.start();
+    running.until("restarting in 1.0 s");
+    end.write_line("now");
+    let lines = running.until("router could not start");
+    assert!(lines.iter().any(|line| line.contains("router ended (exit status: 5)")), "{lines:#?}");
+    assert!(!lines.iter().any(|line| line.contains("shard up")), "before the shard is back: {lines:#?}");
+}
+
+/// SIGSTOP as an example of a process that is there and does nothing.
+#[test]
+fn a_child_that_hangs_is_killed_and_started_again() {
+    let hanging = "beat; serving; say pid $$; serve; say down";
+    for name in ["shard-0", "router"] {
+        // Longer than a life that is taken for a fault.
+        let mut launcher = Launcher::with_model().args(&["--step-timeout", "3.5"]);
+        launcher = launcher.shard("beat; serving; say shard up; serve").router("beat; say router up; serve");
+        launcher = if name == "router" { launcher.router(hanging) } else { launcher.shard(hanging) };
+        let mut running = launcher.start();
+        let pid = |line: &str| line.split_once("pid ").unwrap().1.to_owned();
+        let lines = running.until_all(&["pid ", if name == "router" { "shard up" } else { "router up" }]);
+        let first = pid(lines.iter().find(|line| line.contains("pid ")).unwrap());
+        // The whole group of the child, whose heartbeat is a process of its own.
+        crate::launcher::kill("-STOP", &format!("-{first}"));
+        let lines = running.until(&format!("{name} hangs (no sign of life for 3.5"));
+        assert!(!lines.iter().any(|line| line.contains("restarting")), "{lines:#?}");
+        running.until("restarting in 0.5 s");
+        let second = pid(running.until("pid ").last().unwrap());
+        assert_ne!(first, second);
+        assert!(!Path::new("/proc").join(&first).exists(), "it is gone");
+        running.signal("-TERM");
+        let (status, lines) = running.ended();
+        assert_eq!(status, Some(0), "{lines:?}");
+    }
+}
+
+#[test]
+fn a_child_that_hangs_before_it_serves_ends_it_all() {
+    let (code, log) =
+        Launcher::with_model().args(&["--step-timeout", "2"]).shard("serve").router("beat; serve").fails();
+    assert_eq!(code, 1, "{log}");
+    assert!(log.contains("shard-0 could not start (no sign of life for 2"), "{log}");
+}
+
+/// All ranks of one life are gone before the next begins: they would find no memory beside the dying ones.
+#[test]
+fn a_shard_is_gone_with_all_it_has_started_before_the_next_one_starts() {
+    // The first one leaves a process of its group behind, which holds what the second one needs.
+    let mut launcher = Launcher::with_model().args(&["--step-timeout", "2"]).shard(
+        "serving; if mkdir \"$CHILDREN/first\"; then sh -c 'cat > /dev/null' 0< \"$CHILDREN/held\" & say left $!; serve; fi
+         beat; say second; serve",
+    ).router("beat; say router up; serve");
+    let held = launcher.fifo("held");
+    let mut running = launcher.start();
+    let left = running.until("left ").last().unwrap().split_once("left ").unwrap().1.to_owned();
+    running.until("second");
+    let state = fs::read_to_string(format!("/proc/{left}/stat")).unwrap_or_default();
+    assert!(state.is_empty() || state.contains(") Z "), "{state}");
+    drop(held);
+    running.signal("-TERM");
+    assert_eq!(running.ended().0, Some(0));
+}
+
+/// Children that say more than all pipes and queues hold, and a launcher whose log nobody reads.
+#[test]
+fn a_log_that_nobody_reads_stops_nothing() {
+    for closed in [false, true] {
+        let mut launcher = Launcher::with_model().shard(
+            "serving; echo >> \"$CHILDREN/lives\"; echo up > \"$CHILDREN/news\"; i=0
+             while [ $i -lt 3000 ]; do say 'a line as long as those of a log are, or somewhat longer than that'; i=$((i+1)); done
+             if [ \"$(wc -l < \"$CHILDREN/lives\")\" -lt 3 ]; then exit 9; fi; serve",
+        );
+        let news = launcher.fifo("news");
+        let mut running = launcher.start();
+        running.until("router up");
+        if closed {
+            running.close_log();
+        }
+        for _ in 0..3 {
+            assert_eq!(news.read_line(), "up", "closed: {closed}");
+        }
+        running.signal("-TERM");
+        assert_eq!(running.status(), Some(0), "closed: {closed}");
+    }
+}
+
+#[test]
+fn a_line_of_any_length_is_passed_on_in_parts() {
+    let mut launcher = Launcher::with_model()
+        .shard("serving; head -c 100000 /dev/zero | tr '\\0' x >&2; say; head -c 16384 /dev/zero | tr '\\0' y >&2; say; say z; serve");
+    let mut running = launcher.start();
+    let mut lines = running.until("| z");
+    running.signal("-TERM");
+    lines.extend(running.ended().1);
+    let of = |mark: char| -> Vec<usize> {
+        let said = lines.iter().filter_map(|line| line.strip_prefix("shard-0 | "));
+        said.filter(|line| line.starts_with(mark)).map(str::len).collect()
+    };
+    assert_eq!(of('x'), [16384, 16384, 16384, 16384, 16384, 16384, 1696]);
+    assert_eq!(of('y'), [16384]);
+    assert!(!lines.iter().any(|line| line == "shard-0 | "), "no empty line is made up");
 }
 
 #[test]

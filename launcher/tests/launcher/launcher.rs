@@ -1,18 +1,22 @@
 //! The launcher under test, beside children that are scripts.
 
 use std::{
-    fs,
-    io::{BufRead, BufReader, Lines},
+    cell::RefCell,
+    fs::{self, File},
+    io::{BufRead, BufReader, Lines, Write},
     os::unix::fs::symlink,
     path::Path,
     process::{Child, ChildStderr, Command, Stdio},
+    sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel},
+    thread,
+    time::Duration,
 };
 
 use serde_json::Value;
 use tempfile::TempDir;
 
 /// A shard that serves until it is told to stop.
-const SHARD: &str = "say shard up; touch \"$socket\"; serve; say shard down";
+const SHARD: &str = "say shard up; serving; serve; say shard down";
 /// A router that does the same, and keeps its configuration for the test.
 const ROUTER: &str = "cp \"$config\" \"$CHILDREN/config.json\"; say router up; serve; say router down";
 
@@ -96,7 +100,23 @@ impl Launcher {
     pub(crate) fn start(&mut self) -> Running {
         let mut process = self.command.spawn().unwrap();
         let log = BufReader::new(process.stderr.take().unwrap()).lines();
-        Running { process, log }
+        let (ended, end) = sync_channel(1);
+        let id = process.id().to_string();
+        thread::spawn(move || {
+            if end.recv_timeout(HANGS) == Err(RecvTimeoutError::Timeout) {
+                kill("-KILL", &id);
+            }
+        });
+        Running { process, log: Some(log), _ended: ended }
+    }
+
+    /// A pipe with this name in the folder of the children.
+    pub(crate) fn fifo(&self, name: &str) -> Fifo {
+        let path = self.folder().join(name);
+        assert!(Command::new("mkfifo").arg(&path).status().unwrap().success());
+        // Opened for both, so that nobody has to wait for the other side.
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        Fifo(BufReader::new(file).into())
     }
 
     /// Starts, waits until the router is there, stops, and returns the configuration that it got.
@@ -110,17 +130,42 @@ impl Launcher {
     }
 }
 
-/// A launcher that runs; killed when it is dropped.
+/// What a test gets; none takes more than some seconds.
+const HANGS: Duration = Duration::from_secs(60);
+
+/// Sends a signal to a process, or to a group of processes.
+pub(crate) fn kill(signal: &str, id: &str) {
+    let kill = Command::new("kill").args([signal, "--", id]).status();
+    assert!(kill.unwrap().success());
+}
+
+/// A pipe between children and test.
+pub(crate) struct Fifo(RefCell<BufReader<File>>);
+
+impl Fifo {
+    pub(crate) fn write_line(&self, line: &str) {
+        writeln!(self.0.borrow_mut().get_mut(), "{line}").unwrap();
+    }
+
+    pub(crate) fn read_line(&self) -> String {
+        let mut line = String::new();
+        self.0.borrow_mut().read_line(&mut line).unwrap();
+        line.trim_end().to_owned()
+    }
+}
+
+/// A launcher that runs; killed when it is dropped, and after [`HANGS`].
 pub(crate) struct Running {
     process: Child,
-    log: Lines<BufReader<ChildStderr>>,
+    log: Option<Lines<BufReader<ChildStderr>>>,
+    _ended: SyncSender<()>,
 }
 
 impl Running {
     /// Lines up to the first that has `text` in it.
     pub(crate) fn until(&mut self, text: &str) -> Vec<String> {
         let mut lines = Vec::new();
-        for line in self.log.by_ref() {
+        for line in self.log.iter_mut().flatten() {
             lines.push(line.unwrap());
             if lines.last().is_some_and(|line| line.contains(text)) {
                 return lines;
@@ -129,15 +174,33 @@ impl Running {
         panic!("no {text:?} in {lines:#?}")
     }
 
+    /// Lines up to the first at which all of `texts` have been there.
+    pub(crate) fn until_all(&mut self, texts: &[&str]) -> Vec<String> {
+        let mut lines = Vec::<String>::new();
+        while let Some(text) = texts.iter().find(|text| !lines.iter().any(|line| line.contains(**text))) {
+            lines.extend(self.until(text));
+        }
+        lines
+    }
+
     pub(crate) fn signal(&self, signal: &str) {
-        let kill = Command::new("kill").args([signal, &self.process.id().to_string()]).status();
-        assert!(kill.unwrap().success());
+        kill(signal, &self.process.id().to_string());
+    }
+
+    /// Nobody can read the log any more.
+    pub(crate) fn close_log(&mut self) {
+        self.log = None;
+    }
+
+    /// Waits for the end without reading the log.
+    pub(crate) fn status(&mut self) -> Option<i32> {
+        self.process.wait().unwrap().code()
     }
 
     /// Waits for the end: exit status, and the lines that nobody has read.
     pub(crate) fn ended(mut self) -> (Option<i32>, Vec<String>) {
-        let lines = self.log.by_ref().map(Result::unwrap).collect();
-        (self.process.wait().unwrap().code(), lines)
+        let lines = self.log.iter_mut().flatten().map(Result::unwrap).collect();
+        (self.status(), lines)
     }
 }
 

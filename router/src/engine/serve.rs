@@ -222,7 +222,7 @@ mod tests {
         let (_supervisor, failures) = run(async |_| panic!("a bug"));
         assert_eq!(failure(&failures).to_string(), "engine panicked: a bug");
         let (_supervisor, failures) = run(async |_| {
-            sleep(Duration::ZERO).await;
+            tokio::task::yield_now().await;
             panic!("a late bug")
         });
         assert_eq!(failure(&failures).to_string(), "engine panicked: a late bug");

@@ -3,7 +3,7 @@
 
 use std::sync::{
     Mutex,
-    mpsc::{Receiver, Sender, channel},
+    mpsc::{Receiver, SyncSender, sync_channel},
 };
 
 use kernels::{Backend, Comm, DType, Matrix, Solo, cpu::CpuBackend, testing::batch};
@@ -15,13 +15,13 @@ struct OfTwo {
     ops: CpuBackend,
     /// The stream after the projection before.
     before: Mutex<Vec<f32>>,
-    to: Sender<Vec<f32>>,
+    to: SyncSender<Vec<f32>>,
     from: Mutex<Receiver<Vec<f32>>>,
 }
 
 impl OfTwo {
     fn pair() -> [OfTwo; 2] {
-        let ((to_second, from_first), (to_first, from_second)) = (channel(), channel());
+        let ((to_second, from_first), (to_first, from_second)) = (sync_channel(1), sync_channel(1));
         [(0, to_second, from_second), (1, to_first, from_first)].map(|(rank, to, from)| OfTwo {
             rank,
             ops: CpuBackend::new(DType::F32, 1).unwrap(),
