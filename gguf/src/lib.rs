@@ -1,9 +1,10 @@
-//! Reader of GGUF files: metadata, tensor index, dequantization.
+//! Reader of GGUF files: metadata, tensor index, dequantization, and the tokens that end a text.
 //!
 //! The format is the one that ggml documents (versions 2 and 3, little-endian). Nothing in a file is trusted: every
 //! length is checked against the bytes that are there before memory is taken for it.
 
 mod dequantize;
+mod ends;
 mod error;
 mod file;
 mod reader;

@@ -2,7 +2,6 @@
 //! `src/models/llama.cpp`, `src/llama-context.cpp`). A key that would change the output and is not computed is refused
 //! by its name, see [`keys`].
 
-mod ends;
 mod keys;
 
 use std::f32::consts::PI;
@@ -63,7 +62,7 @@ impl Config {
             ffn: size(file, "feed_forward_length")?,
             vocab: table.dims.get(1).copied().unwrap_or(0),
             max_positions,
-            eos: ends::ends(file)?,
+            eos: file.end_tokens()?,
             rms_eps: file.require("llama.attention.layer_norm_rms_epsilon")?,
             rope: rope(file, dim, max_positions)?,
             tied: file.tensor("output.weight").is_none(),
