@@ -4,6 +4,7 @@ use std::{
     collections::HashMap,
     fs::File,
     io::BufReader,
+    ops::Range,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
@@ -91,10 +92,22 @@ impl Gguf {
     ///
     /// Errors: no tensor of that name, or the file cannot be read any more.
     pub fn dequantize(&self, name: &str) -> Result<Vec<f32>> {
+        let rows = self.tensor(name).map_or(0, TensorInfo::rows);
+        self.dequantize_rows(name, 0..rows)
+    }
+
+    /// As [`Self::dequantize`], but of some rows alone.
+    ///
+    /// # Panics
+    /// If there are no such rows.
+    pub fn dequantize_rows(&self, name: &str, rows: Range<usize>) -> Result<Vec<f32>> {
         let tensor = self.tensor(name).ok_or_else(|| Error::MissingTensor { tensor: name.into() })?;
-        let mut bytes = vec![0; tensor.bytes];
+        assert!(rows.start <= rows.end && rows.end <= tensor.rows(), "{rows:?} of {name}");
+        // Blocks do not cross rows.
+        let row = tensor.bytes / tensor.rows().max(1);
+        let mut bytes = vec![0; rows.len() * row];
         let fail = |source| Error::Io { path: self.path.clone(), source };
-        self.file.read_exact_at(&mut bytes, tensor.offset).map_err(fail)?;
+        self.file.read_exact_at(&mut bytes, tensor.offset + (rows.start * row) as u64).map_err(fail)?;
         Ok(dequantize(tensor.ty, &bytes))
     }
 }

@@ -91,6 +91,11 @@ impl TensorInfo {
         self.dims.iter().product()
     }
 
+    /// Number of rows: runs of elements along the first axis.
+    pub fn rows(&self) -> usize {
+        self.dims.iter().skip(1).product()
+    }
+
     /// Bytes that it takes in the file.
     pub fn bytes(&self) -> usize {
         self.bytes

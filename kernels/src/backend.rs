@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use crate::{
-    Batch, DType, HostTensor, LoraPart, LoraSite, Matrix, Result, RowSet, SampleRow, Sampled, SamplingParams,
+    Batch, DType, HostTensor, LoraPart, LoraShape, LoraSite, Matrix, Result, RowSet, SampleRow, Sampled,
+    SamplingParams,
 };
 
 /// Attention heads of this rank.
@@ -129,14 +130,17 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     // ---- adapters ----
 
-    /// Tells how many bytes of staged adapters there will be at most, so that a device can begin to set memory aside for
-    /// them. Returns at once.
+    /// Tells how many bytes of staged adapters there will be, so that a device can begin to set memory aside for them and
+    /// keeps it when adapters are dropped. Returns at once.
     fn expect_adapters(&self, bytes: usize) {
         let _ = bytes;
     }
+    /// Bytes of host memory that [`Self::stage`] takes for parts of these shapes, what is lost to whole pages or pieces
+    /// included. Errors: shapes that cannot be staged.
+    fn host_bytes(&self, sites: &[LoraSite], shapes: &[LoraShape]) -> Result<usize>;
     /// Lays an adapter out in host memory exactly as a device holds it. Runs beside steps, on any thread.
     fn stage(&self, sites: &[LoraSite], parts: &[LoraPart]) -> Result<Self::HostAdapter>;
-    /// Bytes of a staged adapter, on the host and on the device alike.
+    /// Bytes of an adapter on the device.
     fn adapter_bytes(&self, adapter: &Self::HostAdapter) -> usize;
     /// Room for `slots` adapters of the given sites; empty.
     fn lora_slots(&self, sites: &[LoraSite], slots: usize) -> Result<Self::LoraSlots>;

@@ -21,8 +21,8 @@ use std::{
 };
 
 use crate::{
-    Attention, Backend, Batch, DType, Error, Heads, HostTensor, LoraPart, LoraSite, Matrix, Projection,
-    Result, SampleRow, Sampled, SamplingParams,
+    Attention, Backend, Batch, DType, Error, Heads, HostTensor, LoraPart, LoraShape, LoraSite, Matrix,
+    Projection, Result, SampleRow, Sampled, SamplingParams,
 };
 pub use elementwise::CpuRope;
 pub use kv::CpuKv;
@@ -173,6 +173,10 @@ impl Backend for CpuBackend {
         }
         x.used_mut().copy_from_slice(values);
         Ok(())
+    }
+
+    fn host_bytes(&self, sites: &[LoraSite], shapes: &[LoraShape]) -> Result<usize> {
+        lora::bytes(self.dtype, sites, shapes)
     }
 
     fn stage(&self, sites: &[LoraSite], parts: &[LoraPart]) -> Result<CpuAdapter> {

@@ -22,8 +22,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use cudarc::driver::sys::{CUdevice_attribute, CUstream};
 
 use crate::{
-    Attention, Backend, Batch, DType, Error, Heads, HostTensor, LoraPart, LoraSite, Matrix, Projection,
-    Result, RowSet, SampleRow, Sampled, SamplingParams,
+    Attention, Backend, Batch, DType, Error, Heads, HostTensor, LoraPart, LoraShape, LoraSite, Matrix,
+    Projection, Result, RowSet, SampleRow, Sampled, SamplingParams,
 };
 pub use batch::CudaBatch;
 pub use device::DeviceMemory;
@@ -245,6 +245,10 @@ impl Backend for CudaBackend {
 
     fn expect_adapters(&self, bytes: usize) {
         self.pinned.set_aside(bytes);
+    }
+
+    fn host_bytes(&self, sites: &[LoraSite], shapes: &[LoraShape]) -> Result<usize> {
+        lora::host_bytes(self.dtype, sites, shapes)
     }
 
     fn stage(&self, sites: &[LoraSite], parts: &[LoraPart]) -> Result<CudaAdapter> {

@@ -23,5 +23,5 @@ pub use backend::{Attention, Backend, Heads, LinearLora, Projection};
 pub use batch::{BLOCK_SIZE, Batch, RowSet, Segment, SequenceRows};
 pub use comm::{Comm, Solo};
 pub use error::{Error, Result};
-pub use lora::{LoraPart, LoraSite};
+pub use lora::{LoraPart, LoraShape, LoraSite};
 pub use tensor::{DType, HostTensor, Matrix};

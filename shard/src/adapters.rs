@@ -1,26 +1,41 @@
 //! Adapters in host memory: resolved with the caller's rights, read and checked once, kept by content.
 
+mod cache;
 mod resolve;
+mod version;
 
 use std::{
-    collections::HashMap,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use kernels::{Backend, LoraSite};
-use model::adapter::{self, AdapterError, BaseModel, ContentHash};
+use model::adapter::{AdapterError, AdapterFolder, BaseModel, ContentHash};
 use tokio::{
     runtime::Handle,
     sync::{OnceCell, Semaphore, oneshot},
 };
 
+use cache::Cache;
 pub use resolve::{ResolveError, Roots};
+use version::Version;
 
 /// Most adapters that are read and checked at the same time; half of the cores are for others, too.
 const PARALLEL: usize = 8;
+/// Parts that the memory for reading is counted in.
+const PARTS: usize = 1024;
+
+/// How much adapters may take.
+#[derive(Debug, Clone, Copy)]
+pub struct HostLimits {
+    /// Bytes of host memory that they are kept in. What is read at the same time takes no more than that beside them,
+    /// unless a single one takes more.
+    pub bytes: usize,
+    /// How long one may take to be read and checked.
+    pub read_timeout: Duration,
+}
 
 /// Why an adapter cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +69,14 @@ pub enum PrepareError {
         /// The bound.
         limit: usize,
     },
+    /// It takes too long to be read. Others are read meanwhile.
+    #[error("adapter {id} could not be read within {} s", limit.as_secs_f32())]
+    Slow {
+        /// The adapter, as it was named.
+        id: String,
+        /// The time that it had.
+        limit: Duration,
+    },
     /// The thread that read it died.
     #[error("adapter {id}: reading it was interrupted")]
     Interrupted {
@@ -65,7 +88,7 @@ pub enum PrepareError {
 /// Why an adapter that was prepared cannot be had again.
 #[derive(Debug, thiserror::Error)]
 pub enum FetchError {
-    /// This process has never read it.
+    /// This process has never read it, or has read tens of thousands of others since.
     #[error("it was never prepared")]
     Unknown,
     /// Its files are another adapter by now.
@@ -92,31 +115,8 @@ pub struct Prepared {
     pub sites: Vec<String>,
 }
 
-/// A folder as it was when it was read: when one of the files changes, it is another adapter.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-struct Version {
-    folder: PathBuf,
-    files: Vec<Option<(u64, SystemTime)>>,
-}
-
 /// What is known of an adapter, and its host copy.
 type Read<B> = (Prepared, Arc<<B as Backend>::HostAdapter>);
-
-struct Resident<B: Backend> {
-    adapter: Arc<B::HostAdapter>,
-    bytes: usize,
-    used: u64,
-}
-
-struct Cache<B: Backend> {
-    /// What is known of versions; shared by callers who ask at the same time.
-    known: HashMap<Version, Arc<OnceCell<Prepared>>>,
-    resident: HashMap<ContentHash, Resident<B>>,
-    /// Where each adapter was read last.
-    folders: HashMap<ContentHash, PathBuf>,
-    bytes: usize,
-    clock: u64,
-}
 
 /// See the module.
 pub struct Adapters<B: Backend> {
@@ -124,45 +124,45 @@ pub struct Adapters<B: Backend> {
     model: BaseModel,
     sites: Vec<LoraSite>,
     roots: Roots,
-    limit: usize,
+    limits: HostLimits,
     runtime: Handle,
     permits: Arc<Semaphore>,
-    cache: Mutex<Cache<B>>,
+    /// Memory for reading, in parts of [`Adapters::part`] bytes.
+    memory: Arc<Semaphore>,
+    cache: Mutex<Cache<B::HostAdapter>>,
 }
 
 impl<B: Backend> Adapters<B> {
-    /// An empty cache of at most `limit` bytes, over the folders of `roots`; what it reads by itself, it reads on
-    /// `runtime`.
+    /// An empty cache over the folders of `roots`; what it reads by itself, it reads on `runtime`.
     pub fn new(
         ops: Arc<B>,
         model: BaseModel,
         sites: Vec<LoraSite>,
         roots: Roots,
-        limit: usize,
+        limits: HostLimits,
         runtime: Handle,
     ) -> Adapters<B> {
-        let cache = Cache {
-            known: HashMap::new(),
-            resident: HashMap::new(),
-            folders: HashMap::new(),
-            bytes: 0,
-            clock: 0,
-        };
         let cores = thread::available_parallelism().map_or(1, usize::from);
         Adapters {
             ops,
             model,
             sites,
             roots,
-            limit,
+            limits,
             runtime,
             permits: Arc::new(Semaphore::new((cores / 2).clamp(1, PARALLEL))),
-            cache: Mutex::new(cache),
+            memory: Arc::new(Semaphore::new(PARTS.min(limits.bytes.max(1)))),
+            cache: Mutex::new(Cache::new(limits.bytes)),
         }
     }
 
-    fn cache(&self) -> MutexGuard<'_, Cache<B>> {
+    fn cache(&self) -> MutexGuard<'_, Cache<B::HostAdapter>> {
         self.cache.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes of a part of the memory for reading.
+    fn part(&self) -> usize {
+        (self.limits.bytes / PARTS).max(1)
     }
 
     /// Resolves a reference and makes sure that its adapter is in host memory. The reference is resolved every time,
@@ -171,114 +171,104 @@ impl<B: Backend> Adapters<B> {
         let interrupted = |_| PrepareError::Interrupted { id: id.into() };
         let (this, source, name) = (self.clone(), source.to_owned(), id.to_owned());
         // Folders may be far away.
-        let version = tokio::task::spawn_blocking(move || this.version(&source, &name));
-        let version = version.await.map_err(interrupted)??;
-        let known = self.cache().known.entry(version.clone()).or_default().clone();
+        let version = tokio::task::spawn_blocking(move || -> Result<_, PrepareError> {
+            let now = SystemTime::now();
+            Ok((Version::of(&this.roots.resolve(&source, &name)?), now))
+        });
+        let (version, now) = version.await.map_err(interrupted)??;
+        let known = self.cache().known(&version);
         if let Some(prepared) = known.get().filter(|prepared| self.get(prepared.content).is_some()) {
             return Ok(prepared.clone());
         }
         // A task of its own: it goes on when its caller leaves, whom others may have joined.
         let (this, name) = (self.clone(), id.to_owned());
-        let reading = self.runtime.spawn(async move { this.read_version(version, known, &name).await });
+        let reading =
+            self.runtime.spawn(async move { this.read_version((version, now), known, &name).await });
         reading.await.map_err(interrupted)?
     }
 
-    /// A folder as it is now.
-    fn version(&self, source: &str, id: &str) -> Result<Version, PrepareError> {
-        let folder = self.roots.resolve(source, id)?;
-        let file = |name| {
-            let data = folder.join(name).metadata().ok()?;
-            Some((data.len(), data.modified().ok()?))
-        };
-        let files = [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE].map(file).to_vec();
-        Ok(Version { folder, files })
-    }
-
-    /// Reads a version that is not in memory, once for all who ask at the same time.
+    /// Reads a version, as of a time, that is not in memory, once for all who ask at the same time.
     async fn read_version(
         self: &Arc<Self>,
-        version: Version,
+        (version, as_of): (Version, SystemTime),
         mut known: Arc<OnceCell<Prepared>>,
         id: &str,
     ) -> Result<Prepared, PrepareError> {
         if known.initialized() {
             // Evicted since: read it again.
             let mut cache = self.cache();
-            let entry = cache.known.entry(version.clone()).or_default();
-            if Arc::ptr_eq(entry, &known) {
-                *entry = Arc::default();
-            }
-            known = entry.clone();
+            cache.forget(&version, &known);
+            known = cache.known(&version);
         }
-        let read = async || Ok(self.read(version.folder.clone(), id).await?.0);
+        let read = async || Ok(self.read(version.folder().to_owned(), id).await?.0);
         let result = known.get_or_try_init(read).await.cloned();
-        let mut cache = self.cache();
-        match &result {
-            // What the folder was before is not asked for any more.
-            Ok(_) => cache.known.retain(|other, _| other.folder != version.folder || *other == version),
-            // A broken adapter leaves nothing behind, and is read anew when it is asked for again.
-            Err(_) => drop(cache.known.remove(&version)),
+        let folder = version.folder().to_owned();
+        let after = tokio::task::spawn_blocking(move || Version::of(&folder)).await;
+        // A broken adapter is read anew when it is asked for again, and so is one whose files may have changed since.
+        if result.is_err() || !version.is_settled(as_of) || after.ok().as_ref() != Some(&version) {
+            self.cache().forget(&version, &known);
         }
         result
     }
 
     async fn read(self: &Arc<Self>, folder: PathBuf, id: &str) -> Result<Read<B>, PrepareError> {
         let interrupted = || PrepareError::Interrupted { id: id.into() };
-        let permit = self.permits.clone().acquire_owned().await.map_err(|_| interrupted())?;
+        let _permit = self.permits.clone().acquire_owned().await.map_err(|_| interrupted())?;
         let (this, id_there) = (self.clone(), id.to_owned());
-        let reading = tokio::task::spawn_blocking(move || {
-            // Until it has ended, whoever waits for it.
-            let _permit = permit;
-            this.read_blocking(folder, id_there)
-        });
-        reading.await.map_err(|_| interrupted())?
-    }
-
-    fn read_blocking(&self, folder: PathBuf, id: String) -> Result<Read<B>, PrepareError> {
-        let adapter = match adapter::read(&folder, &self.model) {
-            Ok(adapter) => adapter,
-            Err(source) => return Err(PrepareError::Adapter { id, source }),
-        };
-        let staged = match self.ops.stage(&self.sites, &adapter.parts) {
-            Ok(staged) => Arc::new(staged),
-            Err(source) => return Err(PrepareError::Stage { id, source }),
-        };
-        let bytes = self.ops.adapter_bytes(&staged);
-        if bytes > self.limit {
-            return Err(PrepareError::TooLarge { id, bytes, limit: self.limit });
+        let reading = tokio::task::spawn_blocking(move || this.read_blocking(&folder, id_there));
+        let limit = self.limits.read_timeout;
+        match tokio::time::timeout(limit, reading).await {
+            Ok(read) => read.map_err(|error| {
+                tracing::error!("staging of adapter {id} panicked: {error}");
+                interrupted()
+            })?,
+            Err(_) => {
+                // It keeps its memory, but not its place among those that are read.
+                tracing::error!("staging of adapter {id} has not ended within {} s", limit.as_secs_f32());
+                Err(PrepareError::Slow { id: id.into(), limit })
+            }
         }
-        let mut cache = self.cache();
-        cache.insert(adapter.hash, staged.clone(), bytes, self.limit);
-        cache.folders.insert(adapter.hash, folder);
-        drop(cache);
-        tracing::info!(
-            adapter = id,
-            bytes,
-            lora_rank = adapter.max_lora_rank,
-            "adapter ready in host memory"
-        );
-        let prepared = Prepared {
-            content: adapter.hash,
-            bytes,
-            max_lora_rank: adapter.max_lora_rank,
-            sites: adapter.sites,
-        };
-        Ok((prepared, staged))
     }
 
-    /// The adapters in host memory, and the bytes that each takes.
-    pub fn held(&self) -> Vec<(ContentHash, usize)> {
-        self.cache().resident.iter().map(|(content, resident)| (*content, resident.bytes)).collect()
+    fn read_blocking(&self, folder: &Path, id: String) -> Result<Read<B>, PrepareError> {
+        let adapter_error = |source| PrepareError::Adapter { id: id.clone(), source };
+        let stage_error = |source| PrepareError::Stage { id: id.clone(), source };
+        let opened = AdapterFolder::open(folder, &self.model).map_err(adapter_error)?;
+        let shapes = opened.shapes();
+        let host_bytes = self.ops.host_bytes(&self.sites, &shapes).map_err(stage_error)?;
+        if host_bytes > self.limits.bytes {
+            return Err(PrepareError::TooLarge { id, bytes: host_bytes, limit: self.limits.bytes });
+        }
+        // Beside its host copy, what is read of it.
+        let parts = (host_bytes + model::adapter::read_bytes(&shapes, &self.sites)).div_ceil(self.part());
+        let parts = parts.min(PARTS.min(self.limits.bytes.max(1))) as u32;
+        let memory = self.runtime.block_on(self.memory.acquire_many(parts));
+        let Ok(_memory) = memory else { return Err(PrepareError::Interrupted { id }) };
+        let adapter = opened.read().map_err(adapter_error)?;
+        // Others are evicted before memory is taken in their place.
+        self.cache().reserve(host_bytes);
+        let staged = self.ops.stage(&self.sites, &adapter.parts);
+        let mut cache = self.cache();
+        cache.release(host_bytes);
+        let staged = Arc::new(staged.map_err(stage_error)?);
+        let bytes = self.ops.adapter_bytes(&staged);
+        let staged = cache.insert(adapter.hash, staged, host_bytes, folder.to_owned());
+        drop(cache);
+        let lora_rank = adapter.max_lora_rank;
+        tracing::info!(adapter = id, bytes, lora_rank, "adapter ready in host memory");
+        let prepared =
+            Prepared { content: adapter.hash, bytes, max_lora_rank: lora_rank, sites: adapter.sites };
+        Ok((prepared, staged))
     }
 
     /// The host copy of an adapter, if it is still there.
     pub fn get(&self, content: ContentHash) -> Option<Arc<B::HostAdapter>> {
-        let mut cache = self.cache();
-        cache.clock += 1;
-        let clock = cache.clock;
-        let resident = cache.resident.get_mut(&content)?;
-        resident.used = clock;
-        Some(resident.adapter.clone())
+        self.cache().get(content)
+    }
+
+    /// The adapters in host memory, and the bytes that each takes.
+    pub fn held(&self) -> Vec<(ContentHash, usize)> {
+        self.cache().held()
     }
 
     /// Reads an adapter again that memory pressure has taken since it was prepared. Whoever holds the result has the
@@ -294,31 +284,9 @@ impl<B: Backend> Adapters<B> {
     }
 
     async fn read_again(self: &Arc<Self>, content: ContentHash) -> Result<Arc<B::HostAdapter>, FetchError> {
-        let folder = self.cache().folders.get(&content).cloned().ok_or(FetchError::Unknown)?;
+        let folder = self.cache().folder(content).ok_or(FetchError::Unknown)?;
         let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let (prepared, adapter) = self.read(folder, &name).await?;
         if prepared.content == content { Ok(adapter) } else { Err(FetchError::Changed) }
-    }
-}
-
-impl<B: Backend> Cache<B> {
-    fn insert(&mut self, content: ContentHash, adapter: Arc<B::HostAdapter>, bytes: usize, limit: usize) {
-        if self.resident.contains_key(&content) {
-            return;
-        }
-        while self.bytes + bytes > limit {
-            // What a slot holds stays: dropping our reference would free nothing.
-            let oldest = self
-                .resident
-                .iter()
-                .filter(|(_, resident)| Arc::strong_count(&resident.adapter) == 1)
-                .min_by_key(|(_, resident)| resident.used)
-                .map(|(content, _)| *content);
-            let Some(evicted) = oldest.and_then(|oldest| self.resident.remove(&oldest)) else { break };
-            self.bytes -= evicted.bytes;
-        }
-        self.bytes += bytes;
-        self.clock += 1;
-        self.resident.insert(content, Resident { adapter, bytes, used: self.clock });
     }
 }

@@ -17,7 +17,7 @@ use lifecycle::{EX_USAGE, Parent, Supervisor, fail};
 #[cfg(feature = "cuda")]
 use lorax_shard::choices::ChoiceFile;
 use lorax_shard::{
-    adapters::{Adapters, Roots},
+    adapters::{Adapters, HostLimits, Roots},
     engine::{Engine, Limits},
     memory::{self, Room},
     server::{self, Rank},
@@ -153,26 +153,20 @@ fn serve<B: Backend>(
     ops.expect_adapters(host_bytes.min(memory::quarter(config.shards.uds.len()) as usize));
     let model = Arc::new(load(&*ops, config)?);
     let description = model.config().clone();
-    let max_sequences = shard.max_batch_size;
-    let max_rows = config.max_rows().unwrap_or(target.max_rows).max(max_sequences);
-    let limits = Limits {
-        num_slots: shard.max_active_adapters,
-        max_rows,
-        max_sequences,
-        max_logit_rows: 256.clamp(max_sequences, max_rows),
-    };
+    let limits = limits(config, target.max_rows);
     let roots =
         Roots::new(shard.adapter_dir.as_deref(), &shard.adapter_roots).context("the adapter folders")?;
     let base = BaseModel { config: description.clone(), path: config.model.path.clone(), dtype: ops.dtype() };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let reads = runtime.handle().clone();
-    let adapters = Arc::new(Adapters::new(ops.clone(), base, model.sites(), roots, host_bytes, reads));
+    let host = HostLimits { bytes: host_bytes, read_timeout: config.router.prepare_timeout };
+    let adapters = Arc::new(Adapters::new(ops.clone(), base, model.sites(), roots, host, reads));
     let mut engine = Engine::new(ops.clone(), model.clone(), adapters.clone(), limits)?;
     if target.warms_up {
         engine.warm_up()?;
     }
     let room = (target.room)(&ops)?;
-    let most = max_sequences * description.max_positions.div_ceil(kernels::BLOCK_SIZE);
+    let most = limits.max_sequences * description.max_positions.div_ceil(kernels::BLOCK_SIZE);
     let num_blocks = memory::blocks(room.kv_bytes, model.kv_block_bytes(&ops), most)?;
     let recording = Instant::now();
     engine.set_blocks(num_blocks)?;
@@ -209,6 +203,14 @@ fn serve<B: Backend>(
     // Whoever waits for an adapter that is being read is gone.
     runtime.shutdown_timeout(Duration::from_secs(1));
     served
+}
+
+/// How much a step may hold.
+fn limits(config: &Config, default_rows: usize) -> Limits {
+    let max_sequences = config.shard.max_batch_size;
+    let max_rows = config.max_rows().unwrap_or(default_rows).max(max_sequences);
+    let max_logit_rows = 256.clamp(max_sequences, max_rows);
+    Limits { num_slots: config.shard.max_active_adapters, max_rows, max_sequences, max_logit_rows }
 }
 
 /// The connections to a socket, which the parent is told of.

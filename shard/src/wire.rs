@@ -180,9 +180,11 @@ pub(crate) fn prepare_status(error: &PrepareError) -> Status {
         PrepareError::Resolve(ResolveError::Source(_)) => Status::unimplemented(message),
         PrepareError::Resolve(ResolveError::NotFound(_)) => Status::not_found(message),
         PrepareError::Resolve(ResolveError::Forbidden(_)) => Status::permission_denied(message),
+        PrepareError::Stage { source, .. } if !source.is_argument() => Status::unavailable(message),
         PrepareError::Resolve(ResolveError::Name { .. } | ResolveError::Io { .. })
         | PrepareError::Adapter { .. }
         | PrepareError::Stage { .. } => Status::invalid_argument(message),
+        PrepareError::Slow { .. } => Status::deadline_exceeded(message),
         PrepareError::TooLarge { .. } => Status::resource_exhausted(message),
         PrepareError::Interrupted { .. } => Status::internal(message),
     }

@@ -37,7 +37,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 struct Served {
     client: ShardClient<Channel>,
     script: Script,
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
 }
 
 impl Served {
@@ -52,7 +52,7 @@ impl Served {
         tokio::spawn(async move {
             server::serve(rank, connections, PATIENCE, pending(), &supervisor).await.unwrap();
         });
-        Served { client: client::connect(&socket).await, script, _folder: folder }
+        Served { client: client::connect(&socket).await, script, folder }
     }
 
     async fn execute(&mut self) -> (mpsc::Sender<Step>, Streaming<ExecuteEvent>) {
@@ -169,4 +169,26 @@ async fn a_panic_in_one_stream_of_steps_is_reported_with_the_tasks_name() {
     tokio::time::timeout(PATIENCE, task).await.unwrap().unwrap();
     let (name, message) = ("step streams".into(), "the test's panic".into());
     assert_eq!(*failures.lock().unwrap(), [Failure::Panicked { name, message }]);
+}
+
+#[tokio::test]
+async fn an_adapter_that_cannot_be_staged_is_not_the_clients_fault() {
+    let (mut served, mut seed) = (Served::start().await, 100);
+    for (fault, code) in [
+        (Fault::OutOfMemory, Code::Unavailable),
+        (Fault::Device, Code::Unavailable),
+        (Fault::Panic, Code::Internal),
+        (Fault::Hang, Code::DeadlineExceeded),
+    ] {
+        // What was staged before need not be staged again.
+        seed += 1;
+        tiny::write_adapter(&served.folder.path().join("adapters/one"), seed);
+        served.script.fail("stage", fault);
+        let prepare =
+            PrepareRequest { source: "local".into(), id: "one".into(), ..PrepareRequest::default() };
+        let status = tokio::time::timeout(PATIENCE, served.client.prepare(prepare.clone())).await.unwrap();
+        assert_eq!(status.unwrap_err().code(), code, "{fault:?}");
+        served.script.mend("stage");
+        served.client.prepare(prepare).await.unwrap();
+    }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::memory::{Arena, Line, Lines, Panels, pair};
-use crate::{DType, Error, LoraPart, LoraSite, Result};
+use crate::{DType, Error, LoraPart, LoraShape, LoraSite, Result};
 
 /// The deltas of one adapter at one site.
 #[derive(Debug)]
@@ -54,11 +54,6 @@ impl SiteDelta {
     pub(super) fn width(&self) -> usize {
         self.a.len() / self.depth.max(1)
     }
-
-    fn bytes(&self) -> usize {
-        let b: usize = self.slices.iter().map(|slice| slice.b.view().lines.len()).sum();
-        (self.a.len() + b) * size_of::<Line>()
-    }
 }
 
 fn a_elements_per_line(dtype: DType) -> usize {
@@ -94,23 +89,18 @@ pub struct CpuAdapter {
 impl CpuAdapter {
     pub(super) fn new(dtype: DType, sites: &[LoraSite], parts: &[LoraPart]) -> Result<CpuAdapter> {
         let mut by_site = vec![Vec::new(); sites.len()];
-        let mut lines = 0;
         for part in parts {
-            check(sites, part)?;
-            let site = &sites[part.site];
-            // A slice may begin inside of a panel.
-            let panels = site.outputs[part.slice].div_ceil(16) + 1;
-            lines += a_rows(dtype, &[part]) * site.inputs.div_ceil(a_elements_per_line(dtype));
-            lines += panels * part.lora_rank.div_ceil(Panels::inputs_per_line(dtype));
+            part.check(sites)?;
             by_site[part.site].push(part);
         }
-        let mut arena = Arena::new(lines * size_of::<Line>());
+        let shapes: Vec<_> = parts.iter().map(LoraPart::shape).collect();
+        let bytes = bytes(dtype, sites, &shapes)?;
+        let mut arena = Arena::new(bytes);
         let deltas = by_site.iter_mut().zip(sites).map(|(parts, site)| {
             parts.sort_by_key(|part| part.slice);
             (!parts.is_empty()).then(|| SiteDelta::new(&mut arena, dtype, site, parts)).transpose()
         });
         let sites = deltas.collect::<Result<Vec<_>>>()?;
-        let bytes = sites.iter().flatten().map(SiteDelta::bytes).sum();
         Ok(CpuAdapter { sites, bytes })
     }
 
@@ -120,23 +110,18 @@ impl CpuAdapter {
     }
 }
 
-fn check(sites: &[LoraSite], part: &LoraPart) -> Result<()> {
-    let op = "stage";
-    let limit = sites.len();
-    let site = sites.get(part.site).ok_or(Error::Index { op, what: "site", index: part.site, limit })?;
-    let limit = site.outputs.len();
-    let slice = Error::Index { op, what: "slice", index: part.slice, limit };
-    let outputs = *site.outputs.get(part.slice).ok_or(slice)?;
-    for (what, got, expected) in [
-        ("elements of A", part.a.len(), part.lora_rank * site.inputs),
-        ("elements of B", part.b.len(), part.lora_rank * outputs),
-        ("ranks above 0", part.lora_rank.min(1), 1),
-    ] {
-        if got != expected {
-            return Err(Error::Shape { op, what, got, expected });
-        }
-    }
-    Ok(())
+/// Bytes of an adapter of these shapes.
+pub(super) fn bytes(dtype: DType, sites: &[LoraSite], shapes: &[LoraShape]) -> Result<usize> {
+    let whole = Panels::inputs_per_line(dtype);
+    let lines = shapes.iter().map(|shape| {
+        let [inputs, outputs] = shape.of(sites)?;
+        // A slice may begin inside of a panel.
+        let column: usize = sites[shape.site].outputs[..shape.slice].iter().sum();
+        let panels = (column % 16 + outputs).div_ceil(16);
+        let a = shape.lora_rank.next_multiple_of(whole) * inputs.div_ceil(a_elements_per_line(dtype));
+        Ok(a + panels * shape.lora_rank.div_ceil(whole))
+    });
+    Ok(lines.sum::<Result<usize>>()? * size_of::<Line>())
 }
 
 /// The resident adapters.

@@ -189,7 +189,7 @@ impl Event {
     }
 
     fn with(flags: sys::CUevent_flags) -> Result<Event> {
-        Ok(Event { raw: result::event::create(flags).map_err(failed("event"))? })
+        Ok(Event { raw: result::event::create(flags).map_err(out_of_memory(0, "an event"))? })
     }
 
     /// Seconds on the card's clock since it reached an earlier event. Both are timed and reached.
@@ -384,7 +384,8 @@ impl PinnedBuf {
 
 impl Drop for PinnedBuf {
     fn drop(&mut self) {
-        // SAFETY: allocated by `new`; owners wait for copies before they drop it.
+        // SAFETY: allocated by `new`. Owners wait for the copies from and to it before they drop it: `Report`, `Stage`
+        // and `Loading` hold it beside the event behind the copy.
         let _ = self.device.bind().map(|()| unsafe { result::free_host(self.at.as_ptr().cast()) });
     }
 }

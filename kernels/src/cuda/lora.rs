@@ -6,11 +6,10 @@ use super::{
     CudaBackend, convert,
     device::{DeviceBuf, Event, PoolBuf},
     ffi::{MAX_LORA_RANK, MAX_SLICES, OUT_BLOCK},
-    memory::expect,
-    pinned::Pieces,
+    pinned::{PIECE, Pieces},
     unsupported,
 };
-use crate::{Error, LoraPart, LoraSite, Result};
+use crate::{DType, Error, LoraPart, LoraShape, LoraSite, Result};
 
 /// Every matrix begins at a multiple of so many bytes.
 const ALIGN: usize = 256;
@@ -36,21 +35,9 @@ pub struct CudaAdapter {
 
 impl CudaAdapter {
     pub(super) fn new(be: &CudaBackend, sites: &[LoraSite], parts: &[LoraPart]) -> Result<CudaAdapter> {
-        let (first, size) = (first_slices(sites), be.dtype.size());
-        let mut bytes = 0;
-        let mut reserve = |elements: usize| {
-            let at = bytes;
-            bytes += (elements * size).next_multiple_of(ALIGN);
-            at
-        };
-        let mut placed = Vec::with_capacity(parts.len());
-        for part in parts {
-            check_part(sites, part)?;
-            let slice = first[part.site] + part.slice;
-            let outputs = sites[part.site].outputs[part.slice].next_multiple_of(OUT_BLOCK);
-            let (a, b) = (reserve(part.a.len()), reserve(outputs * part.lora_rank));
-            placed.push(Placed { slice, lora_rank: part.lora_rank as u32, a, b });
-        }
+        parts.iter().try_for_each(|part| part.check(sites))?;
+        let shapes: Vec<_> = parts.iter().map(LoraPart::shape).collect();
+        let (placed, bytes) = layout(be.dtype, sites, &shapes)?;
         let mut memory = be.pinned.take(bytes)?;
         for (part, placed) in parts.iter().zip(&placed) {
             memory.write(placed.a, &convert::from_f32(be.dtype, part.a.iter().copied()));
@@ -64,6 +51,32 @@ impl CudaAdapter {
     }
 }
 
+/// Where the parts of an adapter lie, and its bytes.
+fn layout(dtype: DType, sites: &[LoraSite], shapes: &[LoraShape]) -> Result<(Vec<Placed>, usize)> {
+    let (first, mut bytes) = (first_slices(sites), 0);
+    let mut reserve = |elements: usize| {
+        let at = bytes;
+        bytes += (elements * dtype.size()).next_multiple_of(ALIGN);
+        at
+    };
+    let mut placed = Vec::with_capacity(shapes.len());
+    for &shape in shapes {
+        let LoraShape { site, slice, lora_rank } = shape;
+        let [inputs, outputs] = shape.of(sites)?;
+        if lora_rank > MAX_LORA_RANK {
+            return Err(unsupported(format!("an adapter of rank {lora_rank}, above {MAX_LORA_RANK},")));
+        }
+        let (a, b) = (reserve(inputs * lora_rank), reserve(outputs.next_multiple_of(OUT_BLOCK) * lora_rank));
+        placed.push(Placed { slice: first[site] + slice, lora_rank: lora_rank as u32, a, b });
+    }
+    Ok((placed, bytes))
+}
+
+/// Pinned memory that an adapter takes: whole pieces.
+pub(super) fn host_bytes(dtype: DType, sites: &[LoraSite], shapes: &[LoraShape]) -> Result<usize> {
+    Ok(layout(dtype, sites, shapes)?.1.next_multiple_of(PIECE))
+}
+
 /// B in the order of [`CudaAdapter`].
 fn blocked(part: &LoraPart) -> impl Iterator<Item = f32> {
     let rank = part.lora_rank;
@@ -73,38 +86,18 @@ fn blocked(part: &LoraPart) -> impl Iterator<Item = f32> {
     })
 }
 
-fn check_part(sites: &[LoraSite], part: &LoraPart) -> Result<()> {
-    let op = "stage";
-    let site = sites.get(part.site);
-    let site = site.ok_or(Error::Index { op, what: "site", index: part.site, limit: sites.len() })?;
-    let limit = site.outputs.len();
-    let outputs = site.outputs.get(part.slice);
-    let outputs = *outputs.ok_or(Error::Index { op, what: "slice", index: part.slice, limit })?;
-    expect(op, "ranks above 0", part.lora_rank.min(1), 1)?;
-    expect(op, "elements of A", part.a.len(), part.lora_rank * site.inputs)?;
-    expect(op, "elements of B", part.b.len(), part.lora_rank * outputs)?;
-    if part.lora_rank > MAX_LORA_RANK {
-        return Err(unsupported(format!("an adapter of rank {}, above {MAX_LORA_RANK},", part.lora_rank)));
-    }
-    Ok(())
-}
-
 /// Index of every site's first slice when all slices are counted.
 fn first_slices(sites: &[LoraSite]) -> Vec<usize> {
     let slices = sites.iter().map(|site| site.outputs.len());
     slices.scan(0, |next, slices| Some(std::mem::replace(next, *next + slices))).collect()
 }
 
-/// An adapter on the card.
-struct Resident {
-    memory: PoolBuf,
-    adapter: Arc<CudaAdapter>,
-}
-
 /// An adapter on its way to the card.
 struct Loading {
     slot: u32,
-    resident: Resident,
+    memory: PoolBuf,
+    /// Read until the copy has ended. From then on, host memory may forget the adapter.
+    adapter: Arc<CudaAdapter>,
     copied: Event,
     /// The slot was emptied or reused before the copy ended.
     abandoned: bool,
@@ -115,7 +108,7 @@ pub struct CudaSlots {
     pub(super) sites: Vec<LoraSite>,
     first: Vec<usize>,
     entries: DeviceBuf,
-    slots: Vec<Option<Resident>>,
+    slots: Vec<Option<PoolBuf>>,
     loading: Vec<Loading>,
 }
 
@@ -152,6 +145,7 @@ impl CudaSlots {
         }
     }
 
+    /// Errors: without memory on the card, the slot is empty and nothing was begun.
     pub(super) fn load(&mut self, be: &CudaBackend, slot: u32, adapter: &Arc<CudaAdapter>) -> Result<()> {
         self.unload(slot)?;
         let memory = PoolBuf::new(&be.copies, &be.stream, adapter.bytes(), "an adapter")?;
@@ -161,8 +155,7 @@ impl CudaSlots {
             unsafe { be.copies.copy_in(memory.at() + at as u64, piece)? };
         }
         copied.record(&be.copies)?;
-        let resident = Resident { memory, adapter: adapter.clone() };
-        self.loading.push(Loading { slot, resident, copied, abandoned: false });
+        self.loading.push(Loading { slot, memory, adapter: adapter.clone(), copied, abandoned: false });
         Ok(())
     }
 
@@ -180,20 +173,19 @@ impl CudaSlots {
         }
         self.loading = still;
         let mut slots = Vec::with_capacity(ready.len());
-        for Loading { slot, resident, .. } in ready {
-            self.publish(be, slot, &resident)?;
-            self.slots[slot as usize] = Some(resident);
+        for Loading { slot, memory, adapter, .. } in ready {
+            self.publish(be, slot, &adapter.parts, memory.at())?;
+            self.slots[slot as usize] = Some(memory);
             slots.push(slot);
         }
         Ok(slots)
     }
 
-    /// Writes a slot's entries, behind the steps already launched.
-    fn publish(&self, be: &CudaBackend, slot: u32, resident: &Resident) -> Result<()> {
+    /// Writes a slot's entries for an adapter at an address, behind the steps already launched.
+    fn publish(&self, be: &CudaBackend, slot: u32, parts: &[Placed], at: u64) -> Result<()> {
         let stride = self.entry_stride();
-        let at = resident.memory.at();
         let mut entries = vec![[0_u64; ENTRY / 8]; stride];
-        for piece in &resident.adapter.parts {
+        for piece in parts {
             entries[piece.slice] = [at + piece.a as u64, at + piece.b as u64, u64::from(piece.lora_rank)];
         }
         let to = self.entries.at() + (slot as usize * stride * ENTRY) as u64;

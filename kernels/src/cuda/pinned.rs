@@ -10,35 +10,54 @@ use super::device::{Device, PinnedBuf};
 use crate::Result;
 
 /// Bytes of a piece: small against an adapter, so that little is wasted, and large against what a copy costs.
-const PIECE: usize = 2 << 20;
+pub(super) const PIECE: usize = 2 << 20;
 
 /// Bytes that are set aside at most before somebody needs them.
 const SET_ASIDE: usize = 4 << 30;
 
-/// Pieces that nobody uses now.
+/// Pieces that are locked, in use or not.
 pub(super) struct PinnedPool {
     device: Arc<Device>,
-    free: Mutex<Vec<PinnedBuf>>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    free: Vec<PinnedBuf>,
+    /// Pieces that are locked.
+    locked: usize,
+    /// Pieces that stay locked when nobody uses them.
+    keep: usize,
 }
 
 impl PinnedPool {
     pub(super) fn new(device: &Arc<Device>) -> Arc<PinnedPool> {
-        Arc::new(PinnedPool { device: device.clone(), free: Mutex::default() })
+        Arc::new(PinnedPool { device: device.clone(), state: Mutex::default() })
     }
 
-    fn free(&self) -> MutexGuard<'_, Vec<PinnedBuf>> {
-        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins to set memory aside for `bytes` bytes of adapters, on a thread of its own. Where there is less, adapters
-    /// lock what they need.
+    /// Locks one more piece.
+    fn lock(&self) -> Result<PinnedBuf> {
+        self.state().locked += 1;
+        PinnedBuf::new(&self.device, PIECE).inspect_err(|_| self.state().locked -= 1)
+    }
+
+    /// Begins to set memory aside for `bytes` bytes of adapters, on a thread of its own, and keeps that much from now on.
+    /// Where there is less, adapters lock what they need.
     pub(super) fn set_aside(self: &Arc<Self>, bytes: usize) {
+        self.state().keep = bytes / PIECE;
         let pool = Arc::downgrade(self);
         let work = move || {
-            for _ in 0..bytes.min(SET_ASIDE) / PIECE {
-                let Some(pool) = pool.upgrade() else { return };
-                let Ok(piece) = PinnedBuf::new(&pool.device, PIECE) else { return };
-                pool.free().push(piece);
+            let pieces = bytes.min(SET_ASIDE) / PIECE;
+            while let Some(pool) = pool.upgrade() {
+                if pool.state().locked >= pieces {
+                    return;
+                }
+                let Ok(piece) = pool.lock() else { return };
+                pool.state().free.push(piece);
             }
         };
         // Without the thread, adapters lock what they need.
@@ -49,10 +68,22 @@ impl PinnedPool {
     pub(super) fn take(self: &Arc<Self>, bytes: usize) -> Result<Pieces> {
         let mut taken = Pieces { pool: self.clone(), pieces: Vec::new(), bytes };
         for _ in 0..bytes.div_ceil(PIECE) {
-            let free = self.free().pop();
-            taken.pieces.push(free.map_or_else(|| PinnedBuf::new(&self.device, PIECE), Ok)?);
+            let free = self.state().free.pop();
+            taken.pieces.push(free.map_or_else(|| self.lock(), Ok)?);
         }
         Ok(taken)
+    }
+
+    /// Takes pieces back. Those beyond what is kept are unlocked.
+    fn give_back(&self, mut pieces: Vec<PinnedBuf>) {
+        let mut state = self.state();
+        let excess = state.locked.saturating_sub(state.keep).min(pieces.len());
+        let unlocked = pieces.split_off(pieces.len() - excess);
+        state.locked -= excess;
+        state.free.append(&mut pieces);
+        drop(state);
+        // Without the lock: to unlock memory takes the driver a while.
+        drop(unlocked);
     }
 }
 
@@ -64,6 +95,7 @@ pub(super) struct Pieces {
 }
 
 impl Pieces {
+    /// Bytes that were asked for.
     pub(super) fn bytes(&self) -> usize {
         self.bytes
     }
@@ -94,6 +126,6 @@ impl Pieces {
 
 impl Drop for Pieces {
     fn drop(&mut self) {
-        self.pool.free().append(&mut self.pieces);
+        self.pool.give_back(std::mem::take(&mut self.pieces));
     }
 }

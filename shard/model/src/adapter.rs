@@ -9,11 +9,12 @@ mod tensors;
 
 use std::{fmt, path::Path};
 
-use kernels::{DType, LoraPart};
+use kernels::{DType, LoraPart, LoraShape, LoraSite};
 use sha2::{Digest, Sha256};
 
 use crate::{Config, LoadError};
 pub use base::BaseModel;
+use config::Target;
 pub use python_regex::PatternError;
 
 /// Name of an adapter's configuration in its folder.
@@ -190,19 +191,58 @@ impl Module {
 
 /// Reads the adapter in a folder and checks it against a model.
 pub fn read(folder: &Path, model: &BaseModel) -> Result<Adapter, AdapterError> {
-    let config = config::AdapterConfig::read(folder, &model.config)?;
-    let modules = Module::all(&model.config);
-    let targets = config.targets(&modules, &Module::others(&model.config))?;
-    let parts = tensors::read(folder, &targets, model)?;
-    let mut sites: Vec<String> = targets.iter().map(|target| target.module.name().to_owned()).collect();
-    sites.sort_unstable();
-    sites.dedup();
-    Ok(Adapter {
-        hash: hash(&parts),
-        max_lora_rank: parts.iter().map(|part| part.lora_rank).max().unwrap_or(0),
-        parts,
-        sites,
-    })
+    AdapterFolder::open(folder, model)?.read()
+}
+
+/// The folder of an adapter whose configuration was read, and nothing else.
+pub struct AdapterFolder<'a> {
+    folder: &'a Path,
+    model: &'a BaseModel,
+    targets: Vec<Target>,
+}
+
+impl<'a> AdapterFolder<'a> {
+    /// Reads the configuration.
+    pub fn open(folder: &'a Path, model: &'a BaseModel) -> Result<AdapterFolder<'a>, AdapterError> {
+        let config = config::AdapterConfig::read(folder, &model.config)?;
+        let modules = Module::all(&model.config);
+        let targets = config.targets(&modules, &Module::others(&model.config))?;
+        Ok(AdapterFolder { folder, model, targets })
+    }
+
+    /// Places and sizes of its deltas.
+    pub fn shapes(&self) -> Vec<LoraShape> {
+        let shape = |target: &Target| LoraShape {
+            site: target.module.site,
+            slice: target.module.slice,
+            lora_rank: target.lora_rank,
+        };
+        self.targets.iter().map(shape).collect()
+    }
+
+    /// Reads the deltas, and checks that there is nothing else.
+    pub fn read(&self) -> Result<Adapter, AdapterError> {
+        let parts = tensors::read(self.folder, &self.targets, self.model)?;
+        let mut sites: Vec<String> =
+            self.targets.iter().map(|target| target.module.name().to_owned()).collect();
+        sites.sort_unstable();
+        sites.dedup();
+        Ok(Adapter {
+            hash: hash(&parts),
+            max_lora_rank: parts.iter().map(|part| part.lora_rank).max().unwrap_or(0),
+            parts,
+            sites,
+        })
+    }
+}
+
+/// Bytes of host memory that the deltas of these shapes take between [`AdapterFolder::read`] and their staging.
+pub fn read_bytes(shapes: &[LoraShape], sites: &[LoraSite]) -> usize {
+    let elements = |shape: &LoraShape| {
+        let site = &sites[shape.site];
+        shape.lora_rank * (site.inputs + site.outputs[shape.slice])
+    };
+    shapes.iter().map(elements).sum::<usize>() * size_of::<f32>()
 }
 
 /// Hashes what the kernels will compute with: two folders that give the same output have the same identity, however

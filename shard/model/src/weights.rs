@@ -5,7 +5,7 @@ mod from_gguf;
 mod names;
 pub(crate) mod safetensors;
 
-use std::path::Path;
+use std::{ops::Range, path::Path};
 
 use kernels::HostTensor;
 
@@ -25,6 +25,9 @@ pub struct LoadProgress {
 pub(crate) trait Source {
     /// A tensor `[rows, cols]`, or a vector as one row.
     fn tensor(&self, name: &str) -> Result<HostTensor<'static>>;
+    /// Some rows of a tensor `[rows, cols]` that the model does not keep in an order of its own, without reading the
+    /// others.
+    fn rows(&self, name: &str, rows: Range<usize>) -> Result<HostTensor<'static>>;
     /// Bytes of a tensor in its file; 0 if it is missing.
     fn bytes(&self, name: &str) -> u64;
     /// Bytes of all tensors.

@@ -13,6 +13,7 @@ use std::path::Path;
 use kernels::{Backend, DType, Solo, cpu::CpuBackend, testing::batch};
 use model::{
     Config, Model, Pass,
+    adapter::BaseModel,
     testing::{self, Files, Tensor},
 };
 use serde_json::json;
@@ -158,5 +159,35 @@ fn rotary_frequencies_are_divided_by_the_files_factors() {
         (&[1.0, 1.0, f32::NAN, 1.0], "rope_freqs.weight is missing or not positive numbers"),
     ] {
         assert_eq!(gguf_logits(&files, &factors(data)).unwrap_err(), cause);
+    }
+}
+
+/// Copies of a model's tables in an adapter are compared with those of a GGUF file, row by row.
+#[test]
+fn copies_of_tables_are_compared_with_a_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, adapter) = (folder.path().join("model.gguf"), folder.path().join("adapter"));
+    let files = testing::model();
+    let tensors: Vec<_> = files.tensors.iter().map(|(name, tensor)| converted(name, tensor)).collect();
+    write(&path, &tensors, &[]);
+    let ops = CpuBackend::new(DType::F32, 1).unwrap();
+    let config = Model::load(&ops, &path, &mut |_| {}).unwrap().config().clone();
+    let base = BaseModel { config, path, dtype: DType::F32 };
+    let read = |module: &str, spoil: Option<usize>| {
+        let mut copied = testing::adapter(&["q_proj"], 4, 1);
+        let mut table = files.tensors[&format!("{module}.weight")].clone();
+        if let Some(element) = spoil {
+            table.data[element] += 0.5;
+        }
+        copied.tensors.insert(format!("base_model.model.{module}.weight"), table);
+        copied.write_adapter(&adapter).unwrap();
+        model::adapter::read(&adapter, &base).map(|adapter| adapter.hash).map_err(|error| error.to_string())
+    };
+    for module in ["lm_head", "model.embed_tokens"] {
+        read(module, None).unwrap();
+        for row in [0, 1, 31, 63, 64, 95] {
+            let refused = read(module, Some(row * 32 + row % 32)).unwrap_err();
+            assert!(refused.contains(&format!("is not {module} of this model")), "row {row}: {refused}");
+        }
     }
 }

@@ -4,12 +4,11 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Condvar, Mutex, MutexGuard},
-    thread,
 };
 
 use kernels::{
-    Attention, Backend, Batch, DType, Error, Heads, HostTensor, LinearLora, LoraPart, LoraSite, Projection,
-    Result, SampleRow, Sampled, SamplingParams,
+    Attention, Backend, Batch, DType, Error, Heads, HostTensor, LinearLora, LoraPart, LoraShape, LoraSite,
+    Projection, Result, SampleRow, Sampled, SamplingParams,
     cpu::{CpuAdapter, CpuBackend, CpuBatch, CpuKv, CpuMat, CpuRope, CpuSampler, CpuSlots, Panels},
 };
 
@@ -22,7 +21,7 @@ pub(crate) enum Fault {
     Device,
     /// The thread panics.
     Panic,
-    /// The operation does not return.
+    /// The operation does not return before it is mended.
     Hang,
 }
 
@@ -33,6 +32,8 @@ struct State {
     /// The device does not get further than this many marks, if it is held.
     held_at: Option<u64>,
     marks: u64,
+    counts: HashMap<&'static str, usize>,
+    piece: usize,
 }
 
 /// The test's hold on a backend.
@@ -52,6 +53,17 @@ impl Script {
     /// Has an operation succeed again.
     pub(crate) fn mend(&self, op: &'static str) {
         self.state().faults.remove(op);
+        self.0.1.notify_all();
+    }
+
+    /// How often an operation was asked for.
+    pub(crate) fn count(&self, op: &'static str) -> usize {
+        self.state().counts.get(op).copied().unwrap_or(0)
+    }
+
+    /// Has adapters take multiples of so many bytes of host memory.
+    pub(crate) fn set_piece(&self, bytes: usize) {
+        self.state().piece = bytes;
     }
 
     /// Lets the device finish nothing that is launched from now on.
@@ -79,15 +91,20 @@ impl Script {
     }
 
     fn at(&self, op: &'static str) -> Result<()> {
-        let fault = self.state().faults.get(op).copied();
+        let mut state = self.state();
+        *state.counts.entry(op).or_default() += 1;
+        let fault = state.faults.get(op).copied();
+        drop(state);
         match fault {
             None => Ok(()),
             Some(Fault::OutOfMemory) => Err(Error::OutOfMemory { bytes: 77, what: "a test" }),
             Some(Fault::Device) => Err(Error::Device { op, library: "test", code: 7 }),
             Some(Fault::Panic) => panic!("the test's panic in {op}"),
-            Some(Fault::Hang) => loop {
-                thread::park();
-            },
+            Some(Fault::Hang) => {
+                let hangs = |state: &mut State| state.faults.contains_key(op);
+                drop(self.0.1.wait_while(self.state(), hangs).unwrap());
+                Ok(())
+            }
         }
     }
 }
@@ -176,6 +193,11 @@ impl Backend for Fake {
 
     fn fill(&self, x: &mut CpuMat, values: &[f32]) -> Result<()> {
         self.cpu.fill(x, values)
+    }
+
+    fn host_bytes(&self, sites: &[LoraSite], shapes: &[LoraShape]) -> Result<usize> {
+        let piece = self.script.state().piece.max(1);
+        Ok(self.cpu.host_bytes(sites, shapes)?.next_multiple_of(piece))
     }
 
     fn stage(&self, sites: &[LoraSite], parts: &[LoraPart]) -> Result<CpuAdapter> {

@@ -1,15 +1,18 @@
 //! A small model and two adapters of it, "one" and "two", ready to run.
 #![allow(dead_code, reason = "each program of tests uses a part of it")]
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use kernels::{Backend, DType};
 use lorax_shard::{
-    adapters::{Adapters, Roots},
+    adapters::{Adapters, HostLimits, Roots},
     engine::{Engine, Limits},
 };
 use model::{Model, adapter::BaseModel, testing};
 use tokio::runtime::Handle;
+
+/// What reading an adapter may take.
+pub(crate) const READ_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Writes the files into a folder and loads them. Host memory has room for so many bytes of adapters.
 pub(crate) fn engine<B: Backend>(ops: B, folder: &Path, host_bytes: usize) -> (Engine<B>, Arc<Adapters<B>>) {
@@ -22,8 +25,8 @@ pub(crate) fn engine<B: Backend>(ops: B, folder: &Path, host_bytes: usize) -> (E
     let model = Arc::new(Model::load(&*ops, &at("model"), &mut |_| {}).unwrap());
     let roots = Roots::new(Some(&at("adapters")), &[]).unwrap();
     let base = BaseModel { config: model.config().clone(), path: at("model"), dtype: DType::F32 };
-    let adapters =
-        Arc::new(Adapters::new(ops.clone(), base, model.sites(), roots, host_bytes, Handle::current()));
+    let host = HostLimits { bytes: host_bytes, read_timeout: READ_TIMEOUT };
+    let adapters = Arc::new(Adapters::new(ops.clone(), base, model.sites(), roots, host, Handle::current()));
     let limits = Limits { num_slots: 2, max_rows: 32, max_sequences: 4, max_logit_rows: 32 };
     let mut engine = Engine::new(ops, model, adapters.clone(), limits).unwrap();
     engine.warm_up().unwrap();

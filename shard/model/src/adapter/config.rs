@@ -27,8 +27,8 @@ pub(super) struct AdapterConfig {
 }
 
 /// A module that is changed.
-pub(super) struct Target<'a> {
-    pub(super) module: &'a Module,
+pub(super) struct Target {
+    pub(super) module: Module,
     pub(super) lora_rank: usize,
     /// What its delta is multiplied with.
     pub(super) scale: f32,
@@ -58,11 +58,7 @@ impl AdapterConfig {
     }
 
     /// The modules that are changed, and how. `others` are the paths of the model's other modules, none of which can be.
-    pub(super) fn targets<'a>(
-        &self,
-        modules: &'a [Module],
-        others: &[String],
-    ) -> Result<Vec<Target<'a>>, AdapterError> {
+    pub(super) fn targets(&self, modules: &[Module], others: &[String]) -> Result<Vec<Target>, AdapterError> {
         let paths = modules.iter().map(|module| &module.path).chain(others);
         let paths: Vec<&str> = paths.map(String::as_str).collect();
         let saved = self.file.modules_to_save.as_deref().unwrap_or_default();
@@ -86,9 +82,13 @@ impl AdapterConfig {
         let paths: Vec<&str> = targeted.iter().map(|module| module.path.as_str()).collect();
         let lora_ranks = pattern_values("rank_pattern", &self.file.rank_pattern.0, &paths, self.patterns)?;
         let alphas = pattern_values("alpha_pattern", &self.file.alpha_pattern.0, &paths, self.patterns)?;
-        let target = |((module, lora_rank), alpha): ((_, Option<usize>), Option<f64>)| {
+        let target = |((module, lora_rank), alpha): ((&Module, Option<usize>), Option<f64>)| {
             let lora_rank = lora_rank.unwrap_or(self.file.r);
-            Target { module, lora_rank, scale: self.scale(alpha.unwrap_or(self.file.lora_alpha), lora_rank) }
+            Target {
+                module: module.clone(),
+                lora_rank,
+                scale: self.scale(alpha.unwrap_or(self.file.lora_alpha), lora_rank),
+            }
         };
         Ok(targeted.into_iter().zip(lora_ranks).zip(alphas).map(target).collect())
     }

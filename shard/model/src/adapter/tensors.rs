@@ -26,7 +26,7 @@ fn place(name: &str) -> Option<(&str, char)> {
 /// Reads the deltas of all targets, in their order.
 pub(super) fn read(
     folder: &Path,
-    targets: &[Target<'_>],
+    targets: &[Target],
     model: &BaseModel,
 ) -> Result<Vec<LoraPart>, AdapterError> {
     let path = folder.join(WEIGHTS_FILE);
@@ -59,10 +59,10 @@ pub(super) fn read(
 fn part(
     file: &TensorFile,
     places: &HashMap<(&str, char), &str>,
-    target: &Target<'_>,
+    target: &Target,
     model: &BaseModel,
 ) -> Result<LoraPart, AdapterError> {
-    let Target { module, lora_rank, scale } = *target;
+    let &Target { ref module, lora_rank, scale } = target;
     let read = |which: char, expected: [usize; 2], scale: f32| {
         let name = places.get(&(module.path.as_str(), which)).copied();
         let missing = || AdapterError::MissingTensor(format!("{PREFIX}{}.lora_{which}.weight", module.path));
@@ -81,22 +81,19 @@ fn part(
     Ok(LoraPart { site: module.site, slice: module.slice, lora_rank, a, b })
 }
 
-/// A tensor of the expected shape. One of another shape, which may be of any length, is not read.
-pub(super) fn matrix(
-    file: &TensorFile,
-    name: &str,
-    expected: [usize; 2],
-) -> Result<HostTensor<'static>, AdapterError> {
+/// Refuses a tensor of another shape, which may be of any length and is not read.
+pub(super) fn expect_shape(file: &TensorFile, name: &str, expected: [usize; 2]) -> Result<(), AdapterError> {
     let shape = file.shape(name)?;
     if shape != expected {
         return Err(AdapterError::Shape { name: name.into(), got: shape.into(), expected });
     }
-    let (dtype, data) = file.read(name)?;
-    Ok(HostTensor { dtype, rows: expected[0], cols: expected[1], data: data.into() })
+    Ok(())
 }
 
 fn values(file: &TensorFile, name: &str, expected: [usize; 2]) -> Result<Vec<f32>, AdapterError> {
-    let values = matrix(file, name, expected)?.to_f32();
+    expect_shape(file, name, expected)?;
+    let (dtype, data) = file.read(name)?;
+    let values = HostTensor { dtype, rows: expected[0], cols: expected[1], data: data.into() }.to_f32();
     if values.iter().any(|x| !x.is_finite()) {
         return Err(AdapterError::NotFinite(name.into()));
     }

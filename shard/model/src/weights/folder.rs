@@ -1,7 +1,7 @@
 //! Safetensors files of a folder in Hugging Face layout, found and named as transformers does (`modeling_utils.py`:
 //! `_get_resolved_checkpoint_files`, and `core_model_loading.py`: `rename_source_key`).
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{collections::BTreeMap, fs, ops::Range, path::Path};
 
 use kernels::HostTensor;
 use serde::Deserialize;
@@ -102,6 +102,11 @@ impl Source for Folder {
         };
         let (dtype, data) = file.read(stored)?;
         Ok(HostTensor { dtype, rows, cols, data: data.into() })
+    }
+
+    fn rows(&self, name: &str, rows: Range<usize>) -> Result<HostTensor<'static>> {
+        let (file, stored) = self.place(name).ok_or_else(|| LoadError::MissingTensor(name.into()))?;
+        file.rows(stored, rows)
     }
 
     fn bytes(&self, name: &str) -> u64 {

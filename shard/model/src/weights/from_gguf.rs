@@ -1,6 +1,6 @@
 //! Tensors of a Llama in a GGUF file, under their Hugging Face names.
 
-use std::path::Path;
+use std::{ops::Range, path::Path};
 
 use gguf::Gguf;
 use kernels::{DType, HostTensor};
@@ -73,6 +73,22 @@ impl Source for GgufSource {
         }
         let data: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
         Ok(HostTensor { dtype: DType::F32, rows, cols, data: data.into() })
+    }
+
+    fn rows(&self, name: &str, rows: Range<usize>) -> Result<HostTensor<'static>> {
+        let ggml = ggml_name(name).ok_or_else(|| LoadError::MissingTensor(name.into()))?;
+        let info = self.file.tensor(&ggml).ok_or_else(|| LoadError::MissingTensor(name.into()))?;
+        let shape = [info.rows(), info.dims.first().copied().unwrap_or(1)];
+        if rows.end > shape[0] {
+            return Err(LoadError::Shape {
+                name: name.into(),
+                got: shape.into(),
+                expected: vec![rows.end, shape[1]],
+            });
+        }
+        let data: Vec<u8> =
+            self.file.dequantize_rows(&ggml, rows.clone())?.iter().flat_map(|x| x.to_le_bytes()).collect();
+        Ok(HostTensor { dtype: DType::F32, rows: rows.len(), cols: shape[1], data: data.into() })
     }
 
     fn bytes(&self, name: &str) -> u64 {

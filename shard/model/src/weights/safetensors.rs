@@ -2,11 +2,12 @@
 
 use std::{
     fs::File,
+    ops::Range,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
-use kernels::DType;
+use kernels::{DType, HostTensor};
 use safetensors::{
     Dtype,
     tensor::{Metadata, TensorInfo},
@@ -75,6 +76,31 @@ impl TensorFile {
 
     /// Type and bytes of a tensor. Whoever has a use for one shape alone compares that first.
     pub(crate) fn read(&self, name: &str) -> Result<(DType, Vec<u8>)> {
+        let (begin, end) = self.info(name)?.data_offsets;
+        self.read_bytes(name, 0..end - begin)
+    }
+
+    /// Some rows of a tensor `[rows, cols]`.
+    pub(crate) fn rows(&self, name: &str, rows: Range<usize>) -> Result<HostTensor<'static>> {
+        let info = self.info(name)?;
+        let &[count, cols] = &info.shape[..] else {
+            return Err(LoadError::Shape {
+                name: name.into(),
+                got: info.shape.clone(),
+                expected: vec![0, 0],
+            });
+        };
+        if rows.end > count {
+            let expected = vec![rows.end, cols];
+            return Err(LoadError::Shape { name: name.into(), got: info.shape.clone(), expected });
+        }
+        let row = (info.data_offsets.1 - info.data_offsets.0) / count;
+        let (dtype, data) = self.read_bytes(name, rows.start * row..rows.end * row)?;
+        Ok(HostTensor { dtype, rows: rows.len(), cols, data: data.into() })
+    }
+
+    /// A range of a tensor's bytes.
+    fn read_bytes(&self, name: &str, bytes: Range<usize>) -> Result<(DType, Vec<u8>)> {
         let info = self.info(name)?;
         let dtype = match info.dtype {
             // No backend computes in 64 bits.
@@ -83,9 +109,9 @@ impl TensorFile {
             Dtype::BF16 => DType::Bf16,
             other => return Err(LoadError::TensorType { name: name.into(), dtype: format!("{other:?}") }),
         };
-        let (begin, end) = info.data_offsets;
-        let mut data = vec![0; end - begin];
-        let read = self.file.read_exact_at(&mut data, self.data + begin as u64);
+        let mut data = vec![0; bytes.len()];
+        let at = self.data + (info.data_offsets.0 + bytes.start) as u64;
+        let read = self.file.read_exact_at(&mut data, at);
         read.map_err(|source| LoadError::Io { path: self.path.clone(), source })?;
         if info.dtype == Dtype::F64 {
             let values = data.as_chunks().0.iter().map(|bytes| f64::from_le_bytes(*bytes) as f32);

@@ -1,0 +1,211 @@
+//! An adapter whose files were replaced is another adapter, whatever their sizes and times.
+
+use std::{
+    fs::{self, File, FileTimes},
+    os::unix::fs::{FileExt, MetadataExt, symlink},
+    path::Path,
+    time::{Duration, UNIX_EPOCH},
+};
+
+use crate::{World, ticks, tiny::write_adapter};
+
+const CONFIG: &str = "adapter_config.json";
+const WEIGHTS: &str = "adapter_model.safetensors";
+
+/// The time of modification that reproducible archives and layers of images have.
+fn backdate(path: &Path) {
+    let times = FileTimes::new().set_modified(UNIX_EPOCH + Duration::from_secs(1)).set_accessed(UNIX_EPOCH);
+    File::open(path).unwrap().set_times(times).unwrap();
+}
+
+fn backdate_all(folder: &Path) {
+    for path in [folder.join(CONFIG), folder.join(WEIGHTS), folder.to_owned()] {
+        backdate(&path);
+    }
+}
+
+/// Writes into a file as it is, and restores its times.
+fn rewrite(file: &Path, content: &[u8]) {
+    let data = fs::metadata(file).unwrap();
+    let times =
+        FileTimes::new().set_modified(data.modified().unwrap()).set_accessed(data.accessed().unwrap());
+    File::options().write(true).open(file).unwrap().write_all_at(content, 0).unwrap();
+    File::open(file).unwrap().set_times(times).unwrap();
+    assert_eq!(fs::metadata(file).unwrap().ino(), data.ino());
+}
+
+/// The configuration with another scale, in as many bytes.
+fn rescaled(folder: &Path) -> Vec<u8> {
+    let text = fs::read_to_string(folder.join(CONFIG)).unwrap();
+    let other = text.replace("\"lora_alpha\":6", "\"lora_alpha\":9");
+    assert!(text != other && text.len() == other.len());
+    other.into()
+}
+
+/// Replaces what is in the first folder, which the second has something else for. Both have equal sizes and times.
+type Replace = fn(&Path, &Path);
+
+const WAYS: [(&str, Replace); 18] = [
+    ("the folder is renamed", |at, new| {
+        fs::rename(at, at.with_extension("old")).unwrap();
+        fs::rename(new, at).unwrap();
+    }),
+    ("the folder is removed and another one renamed", |at, new| {
+        fs::remove_dir_all(at).unwrap();
+        fs::rename(new, at).unwrap();
+    }),
+    ("weights are renamed over the old ones", |at, new| {
+        fs::rename(new.join(WEIGHTS), at.join(WEIGHTS)).unwrap()
+    }),
+    ("weights are renamed, and the folder's time restored", |at, new| {
+        fs::rename(new.join(WEIGHTS), at.join(WEIGHTS)).unwrap();
+        backdate(at);
+    }),
+    ("both files are renamed over the old ones", |at, new| {
+        for file in [CONFIG, WEIGHTS] {
+            fs::rename(new.join(file), at.join(file)).unwrap();
+        }
+    }),
+    ("weights are rewritten in place", |at, new| {
+        rewrite(&at.join(WEIGHTS), &fs::read(new.join(WEIGHTS)).unwrap());
+    }),
+    ("a few bytes of the weights are rewritten in place", |at, new| {
+        let (mut old, new) = (fs::read(at.join(WEIGHTS)).unwrap(), fs::read(new.join(WEIGHTS)).unwrap());
+        let last = old.len() - 8;
+        old[last..].copy_from_slice(&new[last..]);
+        rewrite(&at.join(WEIGHTS), &old);
+    }),
+    ("only the configuration is rewritten in place", |at, _| rewrite(&at.join(CONFIG), &rescaled(at))),
+    ("only the configuration is renamed over the old one", |at, new| {
+        fs::write(new.join(CONFIG), rescaled(at)).unwrap();
+        backdate(&new.join(CONFIG));
+        fs::rename(new.join(CONFIG), at.join(CONFIG)).unwrap();
+    }),
+    ("weights are copied over the old ones", |at, new| {
+        fs::copy(new.join(WEIGHTS), at.join(WEIGHTS)).unwrap();
+        backdate(&at.join(WEIGHTS));
+    }),
+    ("weights are removed and written", |at, new| {
+        // The inode may be the one that was just freed.
+        let content = fs::read(new.join(WEIGHTS)).unwrap();
+        fs::remove_file(at.join(WEIGHTS)).unwrap();
+        fs::write(at.join(WEIGHTS), content).unwrap();
+        backdate_all(at);
+    }),
+    ("weights are truncated and written", |at, new| {
+        fs::write(at.join(WEIGHTS), fs::read(new.join(WEIGHTS)).unwrap()).unwrap();
+        backdate(&at.join(WEIGHTS));
+    }),
+    ("weights are a hard link to others", |at, new| {
+        fs::remove_file(at.join(WEIGHTS)).unwrap();
+        fs::hard_link(new.join(WEIGHTS), at.join(WEIGHTS)).unwrap();
+        backdate(at);
+    }),
+    ("a hard link elsewhere is written through", |at, new| {
+        let other = at.with_extension("link");
+        fs::hard_link(at.join(WEIGHTS), &other).unwrap();
+        rewrite(&other, &fs::read(new.join(WEIGHTS)).unwrap());
+    }),
+    ("weights become a link to others", |at, new| {
+        fs::remove_file(at.join(WEIGHTS)).unwrap();
+        symlink(new.join(WEIGHTS), at.join(WEIGHTS)).unwrap();
+        backdate(at);
+    }),
+    ("two adapters change places", |at, new| {
+        let aside = at.with_extension("aside");
+        fs::rename(at, &aside).unwrap();
+        fs::rename(new, at).unwrap();
+        fs::rename(aside, new).unwrap();
+    }),
+    ("two adapters change their weights", |at, new| {
+        let aside = at.join("aside");
+        fs::rename(at.join(WEIGHTS), &aside).unwrap();
+        fs::rename(new.join(WEIGHTS), at.join(WEIGHTS)).unwrap();
+        fs::rename(aside, new.join(WEIGHTS)).unwrap();
+        backdate_all(at);
+        backdate_all(new);
+    }),
+    ("the folder is removed and written", |at, new| {
+        let files = [CONFIG, WEIGHTS].map(|file| (file, fs::read(new.join(file)).unwrap()));
+        fs::remove_dir_all(at).unwrap();
+        fs::create_dir(at).unwrap();
+        for (file, content) in files {
+            fs::write(at.join(file), content).unwrap();
+        }
+        backdate_all(at);
+    }),
+];
+
+#[tokio::test]
+async fn the_new_weights_are_served_however_they_came() {
+    let world = World::new(1 << 20);
+    let places = |i: usize| (world.at(&format!("at-{i}")), world.at(&format!("new-{i}")));
+    for i in 0..WAYS.len() {
+        let (at, new) = places(i);
+        for (folder, seed) in [(&at, 100), (&new, 200 + i as u64)] {
+            write_adapter(folder, seed + i as u64);
+            backdate_all(folder);
+        }
+    }
+    ticks().await;
+    let mut before = Vec::new();
+    for i in 0..WAYS.len() {
+        before.push(world.prepare(&format!("at-{i}")).await.content);
+    }
+    let staged = world.script.count("stage");
+    for (i, content) in before.iter().enumerate() {
+        assert_eq!(world.prepare(&format!("at-{i}")).await.content, *content);
+    }
+    assert_eq!(world.script.count("stage"), staged, "what has not changed is not read again");
+    for (i, (way, replace)) in WAYS.iter().enumerate() {
+        let (at, new) = places(i);
+        replace(&at, &new);
+        let now = world.prepare(&format!("at-{i}")).await.content;
+        assert_ne!(now, before[i], "{way}");
+        // A server that has never seen the old ones agrees.
+        let fresh = World::new(1 << 20);
+        let copy = fresh.at("copy");
+        fs::create_dir(&copy).unwrap();
+        for file in [CONFIG, WEIGHTS] {
+            fs::copy(at.join(file), copy.join(file)).unwrap();
+        }
+        assert_eq!(now, fresh.prepare("copy").await.content, "{way}");
+    }
+}
+
+#[tokio::test]
+async fn links_are_followed_to_where_they_lead_now() {
+    let world = World::new(1 << 20);
+    for (name, seed) in [("a", 5), ("b", 6)] {
+        write_adapter(&world.at(name), seed);
+        backdate_all(&world.at(name));
+    }
+    let link = world.at("link");
+    symlink(world.at("a"), &link).unwrap();
+    ticks().await;
+    let (a, b) = (world.prepare("a").await.content, world.prepare("b").await.content);
+    for _ in 0..3 {
+        assert_eq!(world.prepare("link").await.content, a);
+        fs::remove_file(&link).unwrap();
+        symlink("b", &link).unwrap();
+        assert_eq!(world.prepare("link").await.content, b);
+        fs::remove_file(&link).unwrap();
+        symlink("a", &link).unwrap();
+    }
+}
+
+/// A file that is written twice between two ticks of the file system's clock has the same times.
+#[tokio::test]
+async fn files_that_were_just_written_are_not_trusted() {
+    let world = World::new(1 << 20);
+    let (at, new) = (world.at("at"), world.at("new"));
+    write_adapter(&new, 1000);
+    let replacement = fs::read(new.join(WEIGHTS)).unwrap();
+    for seed in 0..20 {
+        write_adapter(&at, seed);
+        backdate_all(&at);
+        let before = world.prepare("at").await.content;
+        rewrite(&at.join(WEIGHTS), &replacement);
+        assert_ne!(world.prepare("at").await.content, before);
+    }
+}
