@@ -100,6 +100,7 @@ goldens: model ## Make the reference outputs anew (torch, transformers and PEFT;
 	.venv-goldens/bin/python $(FIXTURES)/gguf_to_hf.py "$$($(FIXTURES)/fetch_model.sh)" out/smollm2
 	.venv-goldens/bin/python $(FIXTURES)/make_tokenizer_cases.py out/smollm2
 	.venv-goldens/bin/python $(FIXTURES)/make_sentencepiece.py
+	.venv-goldens/bin/python $(FIXTURES)/make_chat_cases.py
 	.venv-goldens/bin/python $(FIXTURES)/make_config_cases.py
 	.venv-goldens/bin/python $(FIXTURES)/make_folder_cases.py
 	.venv-goldens/bin/python $(FIXTURES)/make_peft_cases.py

@@ -16,7 +16,10 @@ mod python;
 mod strings;
 mod syntax;
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    panic::{self, AssertUnwindSafe},
+};
 
 use minijinja::{Environment, Value, value::ValueKind};
 
@@ -138,11 +141,10 @@ impl ChatTemplates {
             ("add_generation_prompt", input.add_generation_prompt.into()),
         ];
         variables.extend(own.map(|(name, value)| (name.to_owned(), value)));
-        template
-            .environment
-            .get_template(NAME)
-            .and_then(|found| found.render(Value::from(variables)))
-            .map_err(failed)
+        let found = template.environment.get_template(NAME).map_err(failed)?;
+        // minijinja panics on a few valid templates, such as one that leaves a loop from within `with`.
+        let rendered = panic::catch_unwind(AssertUnwindSafe(|| found.render(Value::from(variables))));
+        rendered.map_err(|_| ChatError::Render("the template engine failed".into()))?.map_err(failed)
     }
 }
 

@@ -42,6 +42,7 @@ pub(super) fn add(environment: &mut Environment) {
             options.into_iter().filter_map(|(name, value)| Some((name, value?))).collect(),
         )
     });
+    add_of_sequences(environment);
     environment.add_filter("unique", |state: &State, value: Value, args: Args| {
         let [case_sensitive, attribute] = bind(&args.into_values(), ["case_sensitive", "attribute"])?;
         let options = [("case_sensitive", case_sensitive), ("attribute", attribute)];
@@ -96,6 +97,38 @@ fn add_generators(environment: &mut Environment) {
     });
 }
 
+/// Filters that minijinja lets take None for an empty list.
+fn add_of_sequences(environment: &mut Environment) {
+    environment.add_filter("list", |value: &Value| elements(value).map(Value::from));
+    environment.add_filter("sort", |state: &mut State, value: &Value, args: Args| {
+        let [reverse, case_sensitive, attribute] =
+            bind(&args.into_values(), ["reverse", "case_sensitive", "attribute"])?;
+        let items = elements(value)?;
+        if attribute.is_none() {
+            comparable(&items)?;
+        }
+        let options = [("reverse", reverse), ("case_sensitive", case_sensitive), ("attribute", attribute)];
+        let options = options.into_iter().filter_map(|(name, value)| Some((name, value?))).collect();
+        filters::sort(state, items.into(), options)
+    });
+}
+
+/// Python compares numbers with numbers, text with text and lists with lists, and nothing else.
+fn comparable(items: &[Value]) -> Result<(), Error> {
+    let kind = |value: &Value| match value.kind() {
+        ValueKind::Bool => ValueKind::Number,
+        kind => kind,
+    };
+    let odd = items.windows(2).find(|pair| {
+        let (first, second) = (kind(&pair[0]), kind(&pair[1]));
+        first != second || !matches!(first, ValueKind::Number | ValueKind::String | ValueKind::Seq)
+    });
+    match odd {
+        Some(pair) => Err(error(format!("cannot compare {} with {}", pair[0].kind(), pair[1].kind()))),
+        None => Ok(()),
+    }
+}
+
 /// Elements of anything that Python can iterate over.
 fn elements(value: &Value) -> Result<Vec<Value>, Error> {
     if value.is_none() {
@@ -136,6 +169,7 @@ fn int(value: &Value, args: Args) -> Result<Value, Error> {
     let [default, base] = bind(&args.into_values(), ["default", "base"])?;
     let base = integer(&base)?.unwrap_or(10);
     let parsed = match value.kind() {
+        ValueKind::Undefined => return Err(error("undefined is not a number")),
         ValueKind::Bool => Some(Value::from(i64::from(value.is_true()))),
         ValueKind::Number if value.is_integer() => Some(value.clone()),
         ValueKind::Number => {
@@ -178,6 +212,7 @@ fn whole(text: &str, base: i64) -> Option<i128> {
 fn float(value: &Value, args: Args) -> Result<Value, Error> {
     let [default] = bind(&args.into_values(), ["default"])?;
     let parsed = match value.kind() {
+        ValueKind::Undefined => return Err(error("undefined is not a number")),
         ValueKind::Bool => Some(f64::from(u8::from(value.is_true()))),
         ValueKind::Number => f64::try_from(value.clone()).ok(),
         ValueKind::String => strip(value.as_str().unwrap_or_default()).parse().ok(),

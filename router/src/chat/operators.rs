@@ -22,10 +22,16 @@ pub(super) fn add(environment: &mut Environment) {
         ValueKind::String => value.clone(),
         _ => str_of(value).into(),
     });
-    environment.add_function(ITERATE, |value: Value| match value.is_none() {
-        true => Err(error("None is not iterable")),
-        false => Ok(value),
-    });
+    environment.add_function(ITERATE, iterate);
+}
+
+/// What a loop goes through. Its variables need to know its length, which minijinja does not for text and generators.
+fn iterate(value: Value) -> Result<Value, Error> {
+    match value.kind() {
+        ValueKind::None => Err(error("None is not iterable")),
+        ValueKind::String | ValueKind::Iterable => Ok(value.try_iter()?.collect()),
+        _ => Ok(value),
+    }
 }
 
 fn remainder(left: &Value, right: &Value) -> Result<Value, Error> {
