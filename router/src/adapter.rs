@@ -36,7 +36,22 @@ impl Credential {
     }
 }
 
+/// LoRAX's name of the base model where an adapter is named.
+const BASE_MODEL: &str = "__base_model__";
+
 impl App {
+    /// The adapter that a request names, if it is not the base model.
+    pub(crate) fn adapter(
+        &self,
+        id: Option<String>,
+        source: Option<String>,
+        credential: Credential,
+    ) -> Option<AdapterRef> {
+        let id = id.filter(|id| !id.is_empty() && id != BASE_MODEL)?;
+        let source = source.unwrap_or_else(|| self.config.router.adapter_source.clone());
+        Some(AdapterRef { source, id, credential })
+    }
+
     /// Has the shards resolve, read and check an adapter, and returns what it is from then on.
     pub(crate) async fn prepare(&self, adapter: &AdapterRef) -> Result<Adapter, ApiError> {
         let limit = self.config.router.prepare_timeout;

@@ -1,7 +1,13 @@
 //! The HTTP interface: what requests and responses look like. `docs/api.md` is its manual.
+//!
+//! A dialect turns a body into a [`group::GroupRequest`], and folds the [text events](crate::text) of every sequence of the
+//! group into deltas. A streamed response is the deltas, and a whole response is what they add up to.
 
-pub(crate) mod ask;
 pub(crate) mod error;
-pub(crate) mod generate;
+mod fold;
+pub(crate) mod group;
+pub(crate) mod info;
+pub(crate) mod json;
+pub(crate) mod lorax;
 pub(crate) mod openai;
-pub(crate) mod run;
+pub(crate) mod request;

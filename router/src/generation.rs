@@ -48,6 +48,8 @@ pub(crate) enum Update {
         /// Set with the last one.
         finish: Option<Finish>,
     },
+    /// It asked for no tokens, and its whole prompt has been reported; nothing follows.
+    Scored,
     /// It cannot be completed; nothing follows.
     Failed(Failure),
 }

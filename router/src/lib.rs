@@ -4,7 +4,7 @@ mod adapter;
 pub mod admission;
 pub mod api;
 pub mod chat;
-mod decoder;
+mod chat_events;
 mod engine;
 mod generation;
 pub mod keys;
@@ -12,7 +12,7 @@ mod permits;
 pub mod principal;
 mod ranks;
 pub mod server;
-
+mod text;
 pub mod tokenizer;
 mod wire;
 mod workers;

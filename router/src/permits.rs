@@ -70,12 +70,6 @@ impl Permits {
         Ok((0..sequences).map(|_| Permit { shared: self.shared.clone(), id }).collect())
     }
 
-    /// Takes the permit of a request of one sequence.
-    pub(crate) fn take_one(&self, request: &Admissible, asked: Asked) -> Result<Permit, Refusal> {
-        let id = self.enter(request, Asked { sequences: 1, ..asked })?;
-        Ok(Permit { shared: self.shared.clone(), id })
-    }
-
     /// The answer to a request begins: if it was not shed before, it is not from here on.
     pub(crate) fn begin(&self, request: &Admissible) {
         if let Some(id) = request.id.get() {

@@ -13,7 +13,7 @@ use tokio::{net::TcpListener, sync::watch};
 use tower_http::cors::CorsLayer;
 
 use crate::{
-    api::ask::Rules,
+    api::request::RequestLimits,
     chat::ChatTemplates,
     engine::Engine,
     keys::{KeyError, Keys},
@@ -113,11 +113,11 @@ impl App {
         self.permits.held()
     }
 
-    pub(crate) fn rules(&self, info: &Info) -> Rules {
+    pub(crate) fn request_limits(&self, info: &Info) -> RequestLimits {
         let router = &self.config.router;
         let most = info.max_total_tokens();
         let total = router.max_total_tokens.map_or(most, |asked| asked.min(most));
-        Rules {
+        RequestLimits {
             max_stop_sequences: router.max_stop_sequences,
             max_input_length: router.max_input_length.unwrap_or(total - 1).min(total - 1),
             max_total_tokens: total,

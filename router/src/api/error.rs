@@ -1,6 +1,8 @@
 //! From errors to HTTP: the only place that knows status codes of failures.
 
-use std::time::Duration;
+mod body;
+
+use std::{borrow::Cow, time::Duration};
 
 use axum::{
     Json,
@@ -10,20 +12,64 @@ use axum::{
     },
     response::{IntoResponse, Response},
 };
-use serde_json::{Value, json};
 
+use super::request::FieldNames;
 use crate::{admission::Refusal, generation::Failure, ranks::PrepareError, workers::WorkError};
 
-/// Why a request was not answered.
+pub(crate) use body::Dialect;
+
+/// Why a request was not answered. Fields are named as the request names them.
 #[derive(Debug, Clone, thiserror::Error)]
 pub(crate) enum ApiError {
     /// Not JSON.
     #[error("the body is not valid JSON: {0}")]
     Malformed(String),
-    /// JSON of another shape, or a value out of range.
-    #[error("Input validation error: {0}")]
-    Validation(String),
-    /// The chat template failed.
+    /// A field that must be there is not.
+    #[error("missing field `{field}`")]
+    Missing {
+        /// The field.
+        field: String,
+    },
+    /// A field has another type than it should.
+    #[error("{}: {problem}", place(field))]
+    Type {
+        /// The field; empty for the body itself.
+        field: String,
+        /// What is there, and what should be.
+        problem: String,
+    },
+    /// A field has a value that makes no sense.
+    #[error("`{field}` {problem}")]
+    Invalid {
+        /// The field.
+        field: Cow<'static, str>,
+        /// What its value should be.
+        problem: String,
+    },
+    /// A field that is not supported, or not with this value.
+    #[error("`{field}` is not supported")]
+    Unsupported {
+        /// The field.
+        field: String,
+    },
+    /// The prompt is too long, alone or with the tokens to generate.
+    #[error("the request needs more than {max_total} tokens")]
+    ContextLength {
+        /// What the dialect calls the fields.
+        names: FieldNames,
+        /// Tokens of the prompt.
+        prompt: usize,
+        /// Tokens to generate.
+        new: u32,
+        /// Largest prompt.
+        max_prompt: usize,
+        /// Most tokens of prompt and answer together.
+        max_total: usize,
+    },
+    /// It cannot be run here, for a reason that is in no single field.
+    #[error("{0}")]
+    Refused(String),
+    /// The chat template failed, or there is none.
     #[error("Template error: {0}")]
     Template(String),
     /// More bytes than allowed.
@@ -59,6 +105,9 @@ pub(crate) enum ApiError {
     /// The caller may not read the adapter.
     #[error("{0}")]
     AdapterForbidden(String),
+    /// The adapter cannot be served exactly.
+    #[error("{0}")]
+    AdapterInvalid(String),
     /// It failed while it ran.
     #[error("Request failed during generation: {0}")]
     Generation(String),
@@ -73,35 +122,50 @@ pub(crate) enum ApiError {
     Method(Method),
 }
 
+/// What is told to be at fault.
+fn place(field: &str) -> String {
+    if field.is_empty() { "the body".into() } else { format!("`{field}`") }
+}
+
 impl ApiError {
     /// A value that was refused.
-    pub(crate) fn invalid(message: impl Into<String>) -> ApiError {
-        ApiError::Validation(message.into())
+    pub(crate) fn invalid(field: impl Into<Cow<'static, str>>, problem: impl Into<String>) -> ApiError {
+        ApiError::Invalid { field: field.into(), problem: problem.into() }
     }
 
-    /// A field that was refused.
-    pub(crate) fn unsupported(field: &str) -> ApiError {
-        ApiError::Validation(format!("`{field}` is not supported"))
-    }
-
-    /// Status and kind, as LoRAX names them.
-    fn kind(&self) -> (StatusCode, &'static str) {
+    /// The status in LoRAX's dialect.
+    fn status(&self) -> StatusCode {
         match self {
-            ApiError::Malformed(_) => (StatusCode::BAD_REQUEST, "malformed"),
-            ApiError::Validation(_) => (StatusCode::UNPROCESSABLE_ENTITY, "validation"),
-            ApiError::Template(_) => (StatusCode::UNPROCESSABLE_ENTITY, "template_error"),
-            ApiError::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "too_large"),
-            ApiError::Slow => (StatusCode::REQUEST_TIMEOUT, "timeout"),
-            ApiError::InvalidKey => (StatusCode::UNAUTHORIZED, "invalid_api_key"),
-            ApiError::RateLimited(_) => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_exceeded"),
-            ApiError::AdapterTimeout { .. } => (StatusCode::GATEWAY_TIMEOUT, "adapter_timeout"),
-            ApiError::Overloaded { .. } => (StatusCode::TOO_MANY_REQUESTS, "overloaded"),
-            ApiError::AdapterNotFound(_) => (StatusCode::NOT_FOUND, "adapter_not_found"),
-            ApiError::AdapterForbidden(_) => (StatusCode::FORBIDDEN, "adapter_forbidden"),
-            ApiError::Generation(_) => (StatusCode::FAILED_DEPENDENCY, "generation"),
-            ApiError::Unavailable(_) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
-            ApiError::NoRoute => (StatusCode::NOT_FOUND, "not_found"),
-            ApiError::Method(_) => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed"),
+            ApiError::Malformed(_) => StatusCode::BAD_REQUEST,
+            ApiError::Missing { .. }
+            | ApiError::Type { .. }
+            | ApiError::Invalid { .. }
+            | ApiError::Unsupported { .. }
+            | ApiError::ContextLength { .. }
+            | ApiError::Refused(_)
+            | ApiError::AdapterInvalid(_)
+            | ApiError::Template(_) => StatusCode::UNPROCESSABLE_ENTITY,
+            ApiError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+            ApiError::Slow => StatusCode::REQUEST_TIMEOUT,
+            ApiError::InvalidKey => StatusCode::UNAUTHORIZED,
+            ApiError::RateLimited(_) | ApiError::Overloaded { .. } => StatusCode::TOO_MANY_REQUESTS,
+            ApiError::AdapterTimeout { .. } => StatusCode::GATEWAY_TIMEOUT,
+            ApiError::AdapterNotFound(_) | ApiError::NoRoute => StatusCode::NOT_FOUND,
+            // LoRAX's clients take 403 for a shard that is not ready, and try again.
+            ApiError::AdapterForbidden(_) | ApiError::Generation(_) => StatusCode::FAILED_DEPENDENCY,
+            ApiError::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
+            ApiError::Method(_) => StatusCode::METHOD_NOT_ALLOWED,
+        }
+    }
+
+    fn status_in(&self, dialect: Dialect) -> StatusCode {
+        match (dialect, self) {
+            (Dialect::OpenAi, ApiError::AdapterForbidden(_)) => StatusCode::FORBIDDEN,
+            // OpenAI's clients know 400 as "your request is wrong".
+            (Dialect::OpenAi, error) if error.status() == StatusCode::UNPROCESSABLE_ENTITY => {
+                StatusCode::BAD_REQUEST
+            }
+            (_, error) => error.status(),
         }
     }
 
@@ -120,38 +184,12 @@ impl ApiError {
         HeaderMap::from_iter([(name, value)])
     }
 
-    /// The JSON of a dialect.
-    pub(crate) fn body(&self, dialect: Dialect) -> Value {
-        let (status, kind) = self.kind();
-        match dialect {
-            Dialect::Native => json!({"error": self.to_string(), "error_type": kind}),
-            Dialect::OpenAi => {
-                let family = if status.is_server_error() { "server_error" } else { "invalid_request_error" };
-                json!({"error": {"message": self.to_string(), "type": family, "param": null, "code": kind}})
-            }
-        }
-    }
-
     /// The whole response.
     pub(crate) fn respond(&self, dialect: Dialect) -> Response {
-        let status = match (dialect, self.kind().0) {
-            // OpenAI's clients know 400 as "your request is wrong".
-            (Dialect::OpenAi, StatusCode::UNPROCESSABLE_ENTITY) => StatusCode::BAD_REQUEST,
-            (_, status) => status,
-        };
-        let mut response = (status, Json(self.body(dialect))).into_response();
+        let mut response = (self.status_in(dialect), Json(self.body(dialect))).into_response();
         response.headers_mut().extend(self.headers());
         response
     }
-}
-
-/// Whose shapes to speak.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Dialect {
-    /// LoRAX's.
-    Native,
-    /// OpenAI's.
-    OpenAi,
 }
 
 impl From<Refusal> for ApiError {
@@ -176,8 +214,8 @@ impl From<Failure> for ApiError {
     fn from(failure: Failure) -> ApiError {
         match failure {
             Failure::Unavailable | Failure::Adapter(_) => ApiError::Unavailable(failure.to_string()),
-            Failure::Refused(error) => ApiError::Validation(error.to_string()),
-            Failure::Rejected(reason) => ApiError::Validation(reason),
+            Failure::Refused(error) => ApiError::Refused(error.to_string()),
+            Failure::Rejected(reason) => ApiError::Refused(reason),
             Failure::Generation(message) => ApiError::Generation(message),
         }
     }
@@ -188,7 +226,7 @@ impl From<PrepareError> for ApiError {
         match error {
             PrepareError::NotFound(message) => ApiError::AdapterNotFound(message),
             PrepareError::Forbidden(message) => ApiError::AdapterForbidden(message),
-            PrepareError::Invalid(message) => ApiError::Validation(message),
+            PrepareError::Invalid(message) => ApiError::AdapterInvalid(message),
             PrepareError::Unavailable(_) => ApiError::Unavailable(error.to_string()),
         }
     }

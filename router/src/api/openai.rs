@@ -1,15 +1,15 @@
 //! OpenAI's interface: `/v1/completions` and `/v1/chat/completions`.
 
-mod body;
+mod chat;
+mod completion;
+mod head;
 mod logprobs;
 mod request;
+mod unions;
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::{SystemTime, UNIX_EPOCH},
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
 };
 
 use axum::{
@@ -17,26 +17,28 @@ use axum::{
     extract::State,
     response::{
         IntoResponse, Response,
-        sse::{KeepAlive, Sse},
+        sse::{Event, KeepAlive, Sse},
     },
 };
 use futures::{
-    StreamExt,
-    future::{FutureExt, select_all as select_all_futures, try_join_all},
+    Stream, StreamExt,
+    future::{self, FutureExt, ready, try_join_all},
     stream::{self, select_all},
 };
+use serde::Serialize;
 
 use super::{
-    ask::Ask,
     error::{ApiError, Dialect},
-    generate::{done, sse},
-    run::Generation,
+    fold::{self, Fold},
+    group::{Generation, GroupRequest},
 };
 use crate::server::{
     App,
     accept::{Accepted, Caller},
 };
-use body::{Choice, Head, Usage};
+use chat::ChatFold;
+use completion::CompletionFold;
+use head::{Head, Usage};
 use request::{ChatRequest, CompletionRequest, Options};
 
 /// `POST /v1/completions`
@@ -45,8 +47,9 @@ pub(crate) async fn completions(
     Accepted { caller, body }: Accepted<CompletionRequest>,
 ) -> Response {
     let answer = async {
-        let (asks, options) = body.into_asks(&app, &caller)?;
-        run(&app, &caller, asks, options).await
+        let (request, options) = body.into_group(&app, &caller)?;
+        let fold = move |index| CompletionFold::new(index, options.logprobs);
+        respond(&app, &caller, request, &options, fold).await
     };
     answer.await.unwrap_or_else(|error: ApiError| error.respond(Dialect::OpenAi))
 }
@@ -57,77 +60,80 @@ pub(crate) async fn chat_completions(
     Accepted { caller, body }: Accepted<ChatRequest>,
 ) -> Response {
     let answer = async {
-        let (ask, options) = body.into_ask(&app, &caller)?;
-        run(&app, &caller, vec![ask], options).await
+        let (request, options) = body.into_group(&app, &caller)?;
+        let fold = move |index| ChatFold::new(index, options.logprobs);
+        respond(&app, &caller, request, &options, fold).await
     };
     answer.await.unwrap_or_else(|error: ApiError| error.respond(Dialect::OpenAi))
 }
 
-async fn run(app: &App, caller: &Caller, asks: Vec<Ask>, options: Options) -> Result<Response, ApiError> {
-    // Each prompt is as much work as a request of its own.
-    let adapter = asks.first().and_then(|ask| ask.adapter.as_ref());
-    let permits = app.admit(caller, adapter, asks.len())?;
-    let started = asks.into_iter().zip(permits).map(|(ask, permit)| app.generate(caller, ask, permit));
-    let mut generations = try_join_all(started).await?;
-    let head = Head::new(&options, new_id(options.chat));
+/// Runs a group, and tells each of its sequences as a choice by the fold of its index.
+async fn respond<F>(
+    app: &App,
+    caller: &Caller,
+    request: GroupRequest,
+    options: &Options,
+    fold: impl Fn(usize) -> F,
+) -> Result<Response, ApiError>
+where
+    F: Fold<Delta: Serialize, Whole: Serialize>,
+{
+    let mut generations = app.start_group(caller, request).await?;
     if options.stream {
         // The head is sent with the first token of any choice.
-        let begin = generations.iter_mut().map(|generation| generation.begin().boxed());
-        select_all_futures(begin).await.0?;
-        return Ok(stream_events(head, generations, options).into_response());
+        let begun = generations.iter_mut().map(|generation| generation.begin().boxed());
+        future::select_all(begun).await.0?;
     }
-    let answers = try_join_all(generations.iter_mut().map(Generation::answer)).await?;
-    let mut usage = Usage::default();
-    let mut choices = Vec::new();
-    for (index, (generation, answer)) in generations.iter().zip(&answers).enumerate() {
-        usage.add(generation.prompt.len(), answer.pieces.len());
-        choices.push(body::whole(index, generation, answer, &options));
+    let choices: Vec<(Generation, F)> =
+        generations.into_iter().enumerate().map(|(index, generation)| (generation, fold(index))).collect();
+    let head = Head::new(options);
+    if options.stream {
+        return Ok(Sse::new(events(head, choices)).keep_alive(KeepAlive::default()).into_response());
     }
-    Ok(Json(head.whole(choices, usage)).into_response())
+    let counts = counts(&choices);
+    let collected = choices.into_iter().map(|(generation, fold)| collect(generation, fold));
+    let choices = try_join_all(collected).await?;
+    Ok(Json(head.whole(choices, usage(&counts))).into_response())
 }
 
-/// Events of all choices as they come, then the usage if it is wanted, then the mark of the end.
-fn stream_events(head: Head, generations: Vec<Generation>, options: Options) -> impl IntoResponse {
+async fn collect<F: Fold>(mut generation: Generation, fold: F) -> Result<F::Whole, ApiError> {
+    fold::collect(&mut generation, fold).await
+}
+
+/// Tokens of each choice's prompt, and of its answer as they come.
+type Counts = Vec<(usize, Arc<AtomicUsize>)>;
+
+fn counts<F>(choices: &[(Generation, F)]) -> Counts {
+    choices.iter().map(|(generation, _)| (generation.prompt_tokens, generation.generated.clone())).collect()
+}
+
+fn usage(counts: &Counts) -> Usage {
+    let mut usage = Usage::default();
+    counts.iter().for_each(|(prompt, generated)| usage.add(*prompt, generated.load(Ordering::Relaxed)));
+    usage
+}
+
+/// Events of all choices as they come, then the usage if it is wanted, then the mark of the end. An error is the last
+/// event of its choice; the others go on.
+fn events<F: Fold<Delta: Serialize>>(
+    head: Head,
+    choices: Vec<(Generation, F)>,
+) -> impl Stream<Item = Result<Event, axum::Error>> + Send {
     let head = Arc::new(head);
-    let with_usage = options.include_usage;
-    let usage = Arc::new(std::sync::Mutex::new(Usage::default()));
-    let choices = generations.into_iter().enumerate().map(|(index, generation)| {
-        if let Ok(mut usage) = usage.lock() {
-            usage.add(generation.prompt.len(), 0);
-        }
-        let mut choice = Choice::new(index, &generation, options.clone());
-        let (head, usage) = (head.clone(), usage.clone());
-        let opening = stream::iter(choice.opening().map(|delta| sse(&head.chunk(delta))));
-        let pieces = generation.pieces().flat_map(move |(piece, prompt)| {
-            let events = match piece {
-                Err(error) => vec![sse(&error.body(Dialect::OpenAi))],
-                Ok(piece) => {
-                    if let Ok(mut usage) = usage.lock() {
-                        usage.add(0, 1);
-                    }
-                    choice.push(piece, &prompt).map(|delta| sse(&head.chunk(delta))).collect()
-                }
-            };
-            stream::iter(events)
-        });
-        opening.chain(pieces).boxed()
+    let counts = counts(&choices);
+    let choices = choices.into_iter().map(|(generation, fold)| {
+        let head = head.clone();
+        let event = move |delta| match delta {
+            Ok(delta) => Event::default().json_data(head.chunk(delta)),
+            Err(error) => Event::default().json_data(ApiError::body(&error, Dialect::OpenAi)),
+        };
+        fold::deltas(generation, fold).map(event).boxed()
     });
     let choices = select_all(choices.collect::<Vec<_>>());
-    let last = {
-        let usage = usage.clone();
-        stream::once(async move {
-            let total = usage.lock().map(|usage| *usage).unwrap_or_default();
-            sse(&head.usage_chunk(total))
-        })
-    };
-    let last = stream::iter(with_usage.then_some(last)).flatten();
-    Sse::new(choices.chain(last).chain(done())).keep_alive(KeepAlive::default())
-}
-
-/// Names a response; unique in this process, and hardly ever the same in another.
-fn new_id(chat: bool) -> String {
-    static NEXT: AtomicU64 = AtomicU64::new(0);
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_nanos() as u64);
-    let prefix = if chat { "chatcmpl" } else { "cmpl" };
-    format!("{prefix}-{now:016x}{:08x}", NEXT.fetch_add(1, Ordering::Relaxed) as u32)
+    let last = stream::once(async move {
+        let chunk = head.usage_chunk(usage(&counts));
+        chunk.map(|chunk| Event::default().json_data(chunk))
+    });
+    let done = stream::once(ready(Ok(Event::default().data("[DONE]"))));
+    choices.chain(last.filter_map(ready)).chain(done)
 }

@@ -261,6 +261,7 @@ impl Batcher {
                 }
             }
             scheduler::Event::Scored { id } => {
+                self.send(id, Update::Scored);
                 self.in_flight.remove(&id);
             }
             scheduler::Event::Failed { id, reason } => {

@@ -21,7 +21,10 @@ use super::{App, routes::dialect};
 use crate::{
     adapter::{AdapterRef, Credential},
     admission::Asked,
-    api::error::{ApiError, Dialect},
+    api::{
+        error::{ApiError, Dialect},
+        json,
+    },
     permits::{Admissible, Permit, Permits},
     principal::Principal,
 };
@@ -77,16 +80,11 @@ async fn accept<T: Body>(mut request: Request, app: &App) -> Result<Accepted<T>,
     let bytes = timeout(limit, read(request, app.config.router.max_body_size as usize)).await;
     let bytes = bytes.map_err(|_| ApiError::Slow)??;
     let body = if bytes.len() > LARGE_JSON {
-        let parsed = app.workers.run(&caller.principal, move || serde_json::from_slice(&bytes)).await;
-        parsed?
+        app.workers.run(&caller.principal, move || json::parse(&bytes)).await?
     } else {
-        serde_json::from_slice(&bytes)
+        json::parse(&bytes)
     };
-    let body = body.map_err(|error| match error.classify() {
-        serde_json::error::Category::Data => ApiError::Validation(error.to_string()),
-        _ => ApiError::Malformed(error.to_string()),
-    })?;
-    Ok(Accepted { caller, body })
+    Ok(Accepted { caller, body: body? })
 }
 
 async fn read(request: Request, limit: usize) -> Result<Vec<u8>, ApiError> {
@@ -105,15 +103,6 @@ async fn read(request: Request, limit: usize) -> Result<Vec<u8>, ApiError> {
 }
 
 impl App {
-    /// Takes the permit of a request of one sequence.
-    pub(crate) fn admit_one(
-        &self,
-        caller: &Caller,
-        adapter: Option<&AdapterRef>,
-    ) -> Result<Permit, ApiError> {
-        Ok(self.permits.take_one(&caller.request, caller.asked(adapter, 1))?)
-    }
-
     /// Takes a permit for each of the sequences of a request, or none. A request asks for permits once.
     pub(crate) fn admit(
         &self,

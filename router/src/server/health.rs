@@ -8,16 +8,17 @@ use axum::{
     http::StatusCode,
     response::{IntoResponse, Response},
 };
-use serde_json::{Value, json};
 
 use super::App;
-use crate::api::error::{ApiError, Dialect};
+use crate::api::{
+    error::{ApiError, Dialect},
+    info::{InfoResponse, ModelList, Unhealthy},
+};
 
 /// `GET /health`, `GET /`
 pub(super) async fn health(State(app): State<Arc<App>>) -> Response {
     let Err(reason) = app.engine.health() else { return StatusCode::OK.into_response() };
-    let body = json!({"error": format!("unhealthy: {reason}"), "error_type": "healthcheck"});
-    (StatusCode::SERVICE_UNAVAILABLE, Json(body)).into_response()
+    (StatusCode::SERVICE_UNAVAILABLE, Json(Unhealthy::new(&reason))).into_response()
 }
 
 /// `GET /info`
@@ -26,27 +27,10 @@ pub(super) async fn info(State(app): State<Arc<App>>) -> Response {
         return ApiError::Unavailable("the model is not available, try again".into())
             .respond(Dialect::Native);
     };
-    let (rules, router, model) = (app.rules(&info), &app.config.router, &app.config.model);
-    let body: Value = json!({
-        "model_id": model.id,
-        "model_sha": model.sha,
-        "model_dtype": info.dtype,
-        "model_device_type": info.device,
-        "max_concurrent_requests": router.max_concurrent_requests,
-        "max_best_of": 1,
-        "max_stop_sequences": router.max_stop_sequences,
-        "max_input_length": rules.max_input_length,
-        "max_total_tokens": rules.max_total_tokens,
-        "max_batch_total_tokens": u64::from(info.num_blocks) * u64::from(info.block_size),
-        "max_active_adapters": info.num_slots,
-        "validation_workers": router.validation_workers,
-        "version": env!("CARGO_PKG_VERSION"),
-    });
-    Json(body).into_response()
+    Json(InfoResponse::new(&app, &info)).into_response()
 }
 
 /// `GET /v1/models`
-pub(super) async fn models(State(app): State<Arc<App>>) -> Json<Value> {
-    let model = json!({"id": app.config.model.id, "object": "model", "created": 0, "owned_by": "lorax"});
-    Json(json!({"object": "list", "data": [model]}))
+pub(super) async fn models(State(app): State<Arc<App>>) -> Response {
+    Json(ModelList::new(&app)).into_response()
 }

@@ -21,7 +21,7 @@ use uuid::Uuid;
 use super::{App, StartError, accept, health};
 use crate::api::{
     error::{ApiError, Dialect},
-    generate, openai,
+    lorax, openai,
 };
 
 /// The header of a request's name in logs.
@@ -46,9 +46,9 @@ impl App {
             .option_layer(self.cors.clone())
             .layer(middleware::from_fn_with_state(self.clone(), accept::identify));
         Router::new()
-            .route("/", get(health::health).post(generate::either))
-            .route("/generate", post(generate::whole))
-            .route("/generate_stream", post(generate::stream))
+            .route("/", get(health::health).post(lorax::either))
+            .route("/generate", post(lorax::whole))
+            .route("/generate_stream", post(lorax::stream))
             .route("/health", get(health::health))
             .route("/info", get(health::info))
             .route("/v1/models", get(health::models))

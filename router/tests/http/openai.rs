@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use crate::{
     router::{MODEL, Router, model, text, tokens},
-    shard::{EOS, Script, logprob},
+    shard::{Script, logprob},
 };
 
 async fn saying(answer: &str) -> Router {
@@ -75,14 +75,14 @@ async fn log_probabilities_are_reported_as_lists() {
     let logprobs = json!({
         "tokens": ["H", "i", "a", "b"],
         "token_logprobs": [null, logprob(i), logprob(a), logprob(b)],
-        "top_logprobs": [null, {}, {"a": logprob(a)}, {"b": logprob(b)}],
+        "top_logprobs": [null, {"i": logprob(i)}, {"a": logprob(a)}, {"b": logprob(b)}],
         "text_offset": [0, 1, 2, 3],
     });
     assert_eq!(answer["choices"][0]["logprobs"], logprobs, "{h}");
     let body = json!({"prompt": "Hi", "logprobs": 0, "max_tokens": 2, "stream": true});
     let events = router.events("/v1/completions", &body).await;
-    let first =
-        json!({"tokens": ["a"], "token_logprobs": [logprob(a)], "top_logprobs": [{}], "text_offset": [0]});
+    let first = json!({"tokens": ["a"], "token_logprobs": [logprob(a)], "top_logprobs": [{"a": logprob(a)}],
+        "text_offset": [0]});
     assert_eq!(events[0]["choices"][0]["logprobs"], first);
     assert_eq!(events[1]["choices"][0]["logprobs"]["text_offset"], json!([1]));
 }
@@ -159,7 +159,7 @@ async fn a_chat_streams_with_log_probabilities() {
         choice(json!({"role": "assistant", "content": ""}), Value::Null, Value::Null),
         choice(json!({"content": "a"}), content(a), Value::Null),
         choice(json!({"content": "b"}), content(b), Value::Null),
-        choice(json!({}), content(EOS), json!("stop")),
+        choice(json!({}), Value::Null, json!("stop")),
     ];
     let chunks = &events[..events.len() - 1];
     let choices: Vec<_> = chunks.iter().map(|event| event["choices"][0].clone()).collect();

@@ -54,7 +54,19 @@ async fn field_refused(router: &Router, paths: &[&str], name: &str, value: &Valu
             assert_native(&answer, "validation", cause);
         } else {
             assert_eq!(status, 400, "{path} {name} {answer}");
-            assert_openai(&answer, "validation", cause);
+            let code = answer["error"]["code"].as_str().unwrap();
+            let codes = ["invalid_value", "invalid_type", "unsupported_parameter", "context_length_exceeded"];
+            assert!(codes.contains(&code), "{answer}");
+            assert_openai(&answer, code, cause);
+            // The part of the field that is at fault, if not all of it.
+            let param = answer["error"]["param"].as_str().unwrap();
+            assert!(
+                param == name
+                    || code == "context_length_exceeded"
+                    || param.starts_with(&format!("{name}."))
+                    || param.starts_with(&format!("{name}[")),
+                "{answer}"
+            );
         }
     }
 }
@@ -110,8 +122,8 @@ async fn parameters_out_of_range() {
     ];
     let openai = [
         ("max_tokens", json!(-1), "invalid value"),
-        ("max_tokens", json!(0), "strictly positive"),
         ("logit_bias", json!({"no": 1}), "no token id"),
+        ("max_tokens", json!(5000), "maximum context length is 4096 tokens"),
         ("logit_bias", json!({"320": 1}), "`logit_bias`"),
         ("logit_bias", json!({"7": 101}), "`logit_bias`"),
     ];
@@ -154,7 +166,14 @@ async fn fields_that_are_not_supported() {
         field_refused(&router, &OPENAI, name, value, &format!("`{name}` is not supported")).await;
     }
     let options = json!({"continuous": true});
-    field_refused(&router, &OPENAI, "stream_options", &options, "`continuous` is not supported").await;
+    field_refused(
+        &router,
+        &OPENAI,
+        "stream_options",
+        &options,
+        "`stream_options.continuous` is not supported",
+    )
+    .await;
     let beside = json!({"inputs": "x", "max_new_tokens": 5});
     for path in NATIVE {
         let (status, answer) = router.post(path, &beside).await;
@@ -218,34 +237,105 @@ async fn prompts_that_cannot_be_run() {
             assert_native(&answer, "validation", cause);
         }
     }
-    for (prompt, cause) in [
-        (json!(""), "cannot be empty"),
-        (json!([]), "cannot be empty"),
-        (json!([[]]), "cannot be empty"),
-        (json!(["a", ""]), "cannot be empty"),
-        (json!([320]), "less than 320"),
-        (json!([-1]), "did not match"),
-        (json!(null), "did not match"),
-        (json!(vec!["a"; 129]), "1 to 128"),
-        (json!(vec![5; 8]), "at most 7 tokens"),
+    for (prompt, code, param, cause) in [
+        (json!(""), "invalid_value", "prompt", "cannot be empty"),
+        (json!([]), "invalid_value", "prompt", "cannot be empty"),
+        (json!([[]]), "invalid_value", "prompt", "cannot be empty"),
+        (json!(["a", ""]), "invalid_value", "prompt", "cannot be empty"),
+        (json!([320]), "invalid_value", "prompt", "less than 320"),
+        (json!([-1]), "invalid_type", "prompt[0]", "integer `-1`, expected a string, a token id, or a list"),
+        (json!([5, -1]), "invalid_type", "prompt[1]", "integer `-1`, expected an integer from 0"),
+        (json!([5, 4294967296_u64]), "invalid_type", "prompt[1]", "expected an integer from 0 to 4294967295"),
+        (json!([5, "a"]), "invalid_type", "prompt[1]", "string \"a\", expected an integer"),
+        (json!(["a", 5]), "invalid_type", "prompt[1]", "integer `5`, expected a string"),
+        (json!([[5], [5, 1.5]]), "invalid_type", "prompt[1][1]", "floating point `1.5`"),
+        (json!([[5], 5]), "invalid_type", "prompt[1]", "integer `5`, expected a list"),
+        (json!(null), "invalid_type", "prompt", "null, expected a string, a list of strings"),
+        (json!(7), "invalid_type", "prompt", "integer `7`, expected a string, a list of strings"),
+        (json!({"text": "a"}), "invalid_type", "prompt", "object, expected a string, a list of strings"),
+        (json!(vec!["a"; 129]), "invalid_value", "prompt", "1 to 128"),
+        (json!(vec![5; 8]), "context_length_exceeded", "prompt", "at most 7 tokens"),
+        (json!(vec![5; 8]), "context_length_exceeded", "prompt", "maximum context length is 8 tokens"),
     ] {
         let (status, answer) =
             router.post("/v1/completions", &json!({"prompt": prompt, "max_tokens": 1})).await;
         assert_eq!(status, 400, "{answer}");
-        assert_openai(&answer, "validation", cause);
+        assert_openai(&answer, code, cause);
+        assert_eq!(answer["error"]["param"], param, "{answer}");
     }
-    for (messages, cause) in [
-        (json!([]), "cannot be empty"),
-        (json!([{"content": "x"}]), "missing field `role`"),
-        (json!([{"role": "user", "content": [{"type": "image_url"}]}]), "\"image_url\" is not supported"),
-        (json!([{"role": "assistant", "tool_calls": [{"id": "a"}]}]), "`tool_calls` is not supported"),
-        (json!([{"role": "user", "content": "x", "tool_call_id": "a"}]), "`tool_call_id` is not supported"),
-        (json!([{"role": "tool", "content": "x"}]), "role \"tool\" are not supported"),
+    let user = json!({"role": "user", "content": "x"});
+    for (messages, code, param, cause) in [
+        (json!([]), "invalid_value", "messages", "cannot be empty"),
+        (json!("x"), "invalid_type", "messages", "string \"x\", expected a list"),
+        (json!([{"content": "x"}]), "missing_required_parameter", "messages[0].role", "missing field"),
+        (json!([{"role": "user"}]), "missing_required_parameter", "messages[0].content", "missing field"),
+        (
+            json!([user, {"role": "user", "content": null}]),
+            "missing_required_parameter",
+            "messages[1].content",
+            "missing",
+        ),
+        (
+            json!([{"role": "developer"}, user]),
+            "missing_required_parameter",
+            "messages[0].content",
+            "missing",
+        ),
+        (json!([{"role": "system"}, user]), "missing_required_parameter", "messages[0].content", "missing"),
+        (
+            json!([user, user, user, {"role": "user", "content": 7}]),
+            "invalid_type",
+            "messages[3].content",
+            "integer `7`",
+        ),
+        (json!([user, 5]), "invalid_type", "messages[1]", "integer `5`, expected an object"),
+        (
+            json!([{"role": 5, "content": "x"}]),
+            "invalid_type",
+            "messages[0].role",
+            "integer `5`, expected a string",
+        ),
+        (
+            json!([{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url"}]}]),
+            "invalid_value",
+            "messages[0].content[1].type",
+            "\"image_url\" is not supported",
+        ),
+        (
+            json!([{"role": "user", "content": [{"type": "text"}]}]),
+            "missing_required_parameter",
+            "messages[0].content[0].text",
+            "missing field",
+        ),
+        (
+            json!([{"role": "user", "content": [{"text": "x"}]}]),
+            "missing_required_parameter",
+            "messages[0].content[0].type",
+            "missing field",
+        ),
+        (
+            json!([{"role": "assistant", "tool_calls": [{"id": "a"}]}]),
+            "unsupported_parameter",
+            "messages[0].tool_calls",
+            "is not supported",
+        ),
+        (
+            json!([{"role": "user", "content": "x", "tool_call_id": "a"}]),
+            "unsupported_parameter",
+            "messages[0].tool_call_id",
+            "is not supported",
+        ),
+        (json!([{"role": "tool", "content": "x"}]), "invalid_value", "messages[0].role", "\"tool\""),
     ] {
         let (status, answer) = router.post("/v1/chat/completions", &json!({"messages": messages})).await;
         assert_eq!(status, 400, "{answer}");
-        assert_openai(&answer, "validation", cause);
+        assert_openai(&answer, code, cause);
+        assert_eq!(answer["error"]["param"], param, "{answer}");
     }
+    let none = json!({"messages": [user], "max_tokens": 0});
+    let (status, answer) = router.post("/v1/chat/completions", &none).await;
+    assert_eq!(status, 400, "{answer}");
+    assert_openai(&answer, "invalid_value", "`max_tokens` must be strictly positive");
     let streamed = json!({"inputs": "x", "parameters": {"decoder_input_details": true}});
     let (status, answer) = router.post("/generate_stream", &streamed).await;
     assert_eq!(status, 422);
@@ -294,26 +384,26 @@ async fn more_requests_than_allowed() {
 async fn adapters_that_cannot_be_prepared() {
     let mut script = Script::saying(tokens("a"));
     let cases = [
-        ("absent", Status::not_found("no absent"), 404, "adapter_not_found"),
-        ("secret", Status::permission_denied("no secret"), 403, "adapter_forbidden"),
-        ("broken", Status::invalid_argument("no broken"), 422, "validation"),
-        ("hub", Status::unimplemented("no hub"), 422, "validation"),
-        ("huge", Status::resource_exhausted("no huge"), 422, "validation"),
-        ("interrupted", Status::internal("no interrupted"), 503, "unavailable"),
-        ("gone", Status::unavailable("no gone"), 503, "unavailable"),
+        ("absent", Status::not_found("no absent"), (404, "adapter_not_found"), (404, "model_not_found")),
+        ("secret", Status::permission_denied("no secret"), (424, "generation"), (403, "adapter_forbidden")),
+        ("broken", Status::invalid_argument("no broken"), (422, "validation"), (400, "adapter_invalid")),
+        ("hub", Status::unimplemented("no hub"), (422, "validation"), (400, "adapter_invalid")),
+        ("huge", Status::resource_exhausted("no huge"), (422, "validation"), (400, "adapter_invalid")),
+        ("interrupted", Status::internal("no interrupted"), (503, "unavailable"), (503, "unavailable")),
+        ("gone", Status::unavailable("no gone"), (503, "unavailable"), (503, "unavailable")),
     ];
     script.refused = cases.iter().map(|(id, status, ..)| (*id, status.clone())).collect();
     let router = Router::start(script).await;
-    for (id, _, status, kind) in cases {
+    for (id, _, native, openai) in cases {
         for path in NATIVE {
             let (got, answer) = router.post(path, &with(path, "adapter_id", &json!(id))).await;
-            assert_eq!(got, status, "{answer}");
-            assert_native(&answer, kind, &format!("no {id}"));
+            assert_eq!(got, native.0, "{answer}");
+            assert_native(&answer, native.1, &format!("no {id}"));
         }
         for path in OPENAI {
             let (got, answer) = router.post(path, &with(path, "model", &json!(id))).await;
-            assert_eq!(got, if status == 422 { 400 } else { status }, "{answer}");
-            assert_openai(&answer, kind, &format!("no {id}"));
+            assert_eq!(got, openai.0, "{answer}");
+            assert_openai(&answer, openai.1, &format!("no {id}"));
         }
     }
     assert_eq!(router.shard.saw(|seen| Some(seen.added().count())).await, 0);

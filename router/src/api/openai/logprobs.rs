@@ -1,50 +1,123 @@
 //! The two shapes in which OpenAI reports log-probabilities.
 
-use serde_json::{Value, json};
+use serde::{Serialize, Serializer};
 
-use crate::generation::Scored;
+use crate::text::{Alternative, EndReason, TokenText};
 
-/// A token with its text and its alternatives.
-pub(super) struct Reported {
-    pub(super) text: String,
-    /// `None` for the first token of a prompt, which nothing predicts.
-    pub(super) logprob: Option<f32>,
-    pub(super) top: Vec<(String, Scored)>,
-}
-
-/// Chat's: an object per token.
-pub(super) fn chat(tokens: &[Reported]) -> Value {
-    let entry = |text: &str, logprob: Option<f32>| json!({"token": text, "logprob": logprob, "bytes": text.as_bytes()});
-    let content: Vec<Value> = tokens
-        .iter()
-        .map(|token| {
-            let mut value = entry(&token.text, token.logprob);
-            value["top_logprobs"] =
-                token.top.iter().map(|(text, scored)| entry(text, Some(scored.logprob))).collect();
-            value
-        })
-        .collect();
-    json!({ "content": content })
-}
-
-/// Completions': a list per field. `offset` is where the first token's text begins, in characters.
-pub(super) fn completion(tokens: &[Reported], mut offset: usize) -> Value {
-    let mut offsets = Vec::new();
-    for token in tokens {
-        offsets.push(offset);
-        offset += token.text.chars().count();
+/// `finish_reason` as OpenAI spells it.
+pub(super) fn finish_reason(end: &EndReason) -> &'static str {
+    match end {
+        EndReason::Length => "length",
+        EndReason::EndToken | EndReason::StopString { .. } => "stop",
     }
-    let top: Vec<Value> = tokens
-        .iter()
-        .map(|token| match token.logprob {
-            None => Value::Null,
-            Some(_) => token.top.iter().map(|(text, scored)| (text.clone(), json!(scored.logprob))).collect(),
-        })
-        .collect();
-    json!({
-        "tokens": tokens.iter().map(|token| token.text.as_str()).collect::<Vec<_>>(),
-        "token_logprobs": tokens.iter().map(|token| token.logprob).collect::<Vec<_>>(),
-        "top_logprobs": top,
-        "text_offset": offsets,
-    })
+}
+
+/// Chat's: an object for each token.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct ChatLogprobs {
+    content: Vec<ChatToken>,
+}
+
+#[derive(Debug, Serialize)]
+struct ChatToken {
+    #[serde(flatten)]
+    token: ScoredText,
+    top_logprobs: Vec<ScoredText>,
+}
+
+#[derive(Debug, Serialize)]
+struct ScoredText {
+    token: String,
+    logprob: Option<f32>,
+    bytes: Vec<u8>,
+}
+
+impl ChatLogprobs {
+    pub(super) fn new(tokens: Vec<TokenText>) -> ChatLogprobs {
+        let alternative = |alternative: Alternative| {
+            let Alternative { text, logprob, bytes, .. } = alternative;
+            ScoredText { token: text, logprob: Some(logprob), bytes }
+        };
+        let content = tokens.into_iter().map(|token| {
+            let TokenText { text, logprob, bytes, alternatives, .. } = token;
+            ChatToken {
+                token: ScoredText { token: text, logprob, bytes },
+                top_logprobs: alternatives.into_iter().map(alternative).collect(),
+            }
+        });
+        ChatLogprobs { content: content.collect() }
+    }
+
+    pub(super) fn extend(&mut self, other: ChatLogprobs) {
+        self.content.extend(other.content);
+    }
+}
+
+/// Completions': a list for each field.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct CompletionLogprobs {
+    tokens: Vec<String>,
+    /// Null for the first token of a prompt, which nothing predicts.
+    token_logprobs: Vec<Option<f32>>,
+    top_logprobs: Vec<Option<TopLogprobs>>,
+    /// Where each token begins in the choice's text, in characters. A token that the text does not show is where it would
+    /// be.
+    text_offset: Vec<usize>,
+}
+
+impl CompletionLogprobs {
+    /// Of tokens that begin at an offset, which moves behind them.
+    pub(super) fn new(tokens: Vec<TokenText>, offset: &mut usize) -> CompletionLogprobs {
+        let mut lists = CompletionLogprobs::default();
+        for token in tokens {
+            lists.text_offset.push(*offset);
+            if token.visible {
+                *offset += token.text.chars().count();
+            }
+            lists.top_logprobs.push(token.logprob.map(|logprob| TopLogprobs::new(&token, logprob)));
+            lists.token_logprobs.push(token.logprob);
+            lists.tokens.push(token.text);
+        }
+        lists
+    }
+
+    pub(super) fn extend(&mut self, other: CompletionLogprobs) {
+        self.tokens.extend(other.tokens);
+        self.token_logprobs.extend(other.token_logprobs);
+        self.top_logprobs.extend(other.top_logprobs);
+        self.text_offset.extend(other.text_offset);
+    }
+}
+
+/// An object of texts and log-probabilities.
+#[derive(Debug, Default)]
+struct TopLogprobs(Vec<(String, f32)>);
+
+impl TopLogprobs {
+    /// The most probable tokens, and the token itself if it is not one of them. Tokens with the same text, as parts of
+    /// characters have, cannot be told apart in this shape: the most probable one is reported.
+    fn new(token: &TokenText, logprob: f32) -> TopLogprobs {
+        let mut top = TopLogprobs::default();
+        for alternative in &token.alternatives {
+            let chosen = alternative.id == token.id;
+            top.add(if chosen { &token.text } else { &alternative.text }, alternative.logprob);
+        }
+        if token.alternatives.iter().all(|alternative| alternative.id != token.id) {
+            top.add(&token.text, logprob);
+        }
+        top
+    }
+
+    fn add(&mut self, text: &str, logprob: f32) {
+        match self.0.iter_mut().find(|(known, _)| known == text) {
+            Some((_, best)) => *best = best.max(logprob),
+            None => self.0.push((text.to_owned(), logprob)),
+        }
+    }
+}
+
+impl Serialize for TopLogprobs {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(text, logprob)| (text, logprob)))
+    }
 }

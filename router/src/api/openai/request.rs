@@ -1,19 +1,21 @@
 //! Bodies of requests, and what they ask for.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, mem};
 
 use minijinja::value::Serde;
-use sampling::SamplingParams;
+use sampling::{Named, SamplingParams};
 use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::unions::{Content, Prompts, Stop};
 use crate::{
     adapter::AdapterRef,
     api::{
-        ask::{Ask, Prompt, Rest, refuse},
         error::{ApiError, Dialect},
-        generate::random_seed,
+        group::GroupRequest,
+        json::{Rest, refuse},
+        request::{FieldNames, Prompt, Report, SequenceRequest},
     },
     chat::TemplateInput,
     server::{
@@ -22,77 +24,104 @@ use crate::{
     },
 };
 
-/// Fields that both endpoints have.
-#[derive(Debug, Deserialize)]
+/// Prompts of one request.
+const MAX_PROMPTS: usize = 128;
+/// OpenAI's default of `max_tokens` for completions.
+const MAX_TOKENS: u32 = 16;
+
+/// Declares a body with the fields that both routes have, those of sampling among them.
+macro_rules! body {
+    (
+        { $(#[$meta:meta])* struct $body:ident { $($field:ident: $field_type:ty,)* } }
+        $($(#[$doc:meta])* $name:ident: $type:ty { $($row:tt)* })*
+    ) => {
+        $(#[$meta])*
+        #[derive(Debug, Deserialize)]
+        pub(crate) struct $body {
+            $($field: $field_type,)*
+            model: Option<String>,
+            stream: Option<bool>,
+            stream_options: Option<StreamOptions>,
+            stop: Option<Stop>,
+            logit_bias: Option<HashMap<String, f32>>,
+            seed: Option<i64>,
+            // Beyond OpenAI's:
+            adapter_id: Option<String>,
+            adapter_source: Option<String>,
+            api_token: Option<SecretString>,
+            #[serde(alias = "ignore_eos_token")]
+            ignore_eos: Option<bool>,
+            $($(#[$doc])* $name: Option<$type>,)*
+            #[serde(flatten)]
+            rest: Rest,
+        }
+
+        impl Body for $body {
+            const DIALECT: Dialect = Dialect::OpenAi;
+        }
+
+        impl $body {
+            /// Takes the fields that both routes have.
+            fn take_common(&mut self) -> Common {
+                Common {
+                    model: self.model.take().filter(|model| !model.is_empty()),
+                    stream: self.stream == Some(true),
+                    stream_options: self.stream_options.take().unwrap_or_default(),
+                    stop: self.stop.take().unwrap_or_default().0,
+                    logit_bias: self.logit_bias.take().unwrap_or_default(),
+                    seed: self.seed,
+                    adapter_id: self.adapter_id.take(),
+                    adapter_source: self.adapter_source.take(),
+                    api_token: self.api_token.take(),
+                    ignore_eos: self.ignore_eos == Some(true),
+                    named: Named { $($name: self.$name),* },
+                    rest: mem::take(&mut self.rest),
+                }
+            }
+        }
+    };
+}
+
+sampling::parameters!(body {
+    /// Body of `/v1/completions`.
+    struct CompletionRequest {
+        prompt: Prompts,
+        max_tokens: Option<u32>,
+        logprobs: Option<u32>,
+        echo: Option<bool>,
+    }
+});
+
+sampling::parameters!(body {
+    /// Body of `/v1/chat/completions`.
+    struct ChatRequest {
+        messages: Vec<Message>,
+        max_tokens: Option<u32>,
+        max_completion_tokens: Option<u32>,
+        logprobs: Option<bool>,
+        top_logprobs: Option<u32>,
+    }
+});
+
+/// Fields that both routes have.
 struct Common {
     model: Option<String>,
-    temperature: Option<f32>,
-    top_p: Option<f32>,
-    stream: Option<bool>,
-    stream_options: Option<StreamOptions>,
-    stop: Option<OneOrMany>,
-    presence_penalty: Option<f32>,
-    frequency_penalty: Option<f32>,
-    logit_bias: Option<HashMap<String, f32>>,
+    stream: bool,
+    stream_options: StreamOptions,
+    stop: Vec<String>,
+    logit_bias: HashMap<String, f32>,
     seed: Option<i64>,
-    // Beyond OpenAI's:
     adapter_id: Option<String>,
     adapter_source: Option<String>,
     api_token: Option<SecretString>,
-    top_k: Option<u32>,
-    min_p: Option<f32>,
-    typical_p: Option<f32>,
-    repetition_penalty: Option<f32>,
-    #[serde(alias = "ignore_eos_token")]
-    ignore_eos: Option<bool>,
+    ignore_eos: bool,
+    named: Named,
+    rest: Rest,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 struct StreamOptions {
     include_usage: Option<bool>,
-    #[serde(flatten)]
-    rest: Rest,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum OneOrMany {
-    One(String),
-    Many(Vec<String>),
-}
-
-/// Body of `/v1/completions`.
-#[derive(Debug, Deserialize)]
-pub(crate) struct CompletionRequest {
-    #[serde(flatten)]
-    common: Common,
-    prompt: Prompts,
-    max_tokens: Option<u32>,
-    logprobs: Option<u32>,
-    echo: Option<bool>,
-    #[serde(flatten)]
-    rest: Rest,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum Prompts {
-    Text(String),
-    Tokens(Vec<u32>),
-    Texts(Vec<String>),
-    TokenLists(Vec<Vec<u32>>),
-}
-
-/// Body of `/v1/chat/completions`.
-#[derive(Debug, Deserialize)]
-pub(crate) struct ChatRequest {
-    #[serde(flatten)]
-    common: Common,
-    messages: Vec<Message>,
-    max_tokens: Option<u32>,
-    max_completion_tokens: Option<u32>,
-    logprobs: Option<bool>,
-    top_logprobs: Option<u32>,
     #[serde(flatten)]
     rest: Rest,
 }
@@ -106,22 +135,18 @@ struct Message {
     rest: Rest,
 }
 
+/// A part of a message's content.
 #[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum Content {
-    Text(String),
-    Parts(Vec<Part>),
-}
-
-#[derive(Debug, Deserialize)]
-struct Part {
+pub(super) struct Part {
     r#type: String,
     text: Option<String>,
+    #[serde(flatten)]
+    _rest: Rest,
 }
 
 /// A message as chat templates see it.
 #[derive(Debug, Serialize)]
-struct Plain {
+struct TemplateMessage {
     role: String,
     content: String,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -136,8 +161,14 @@ pub(super) struct Options {
     pub(super) stream: bool,
     pub(super) include_usage: bool,
     pub(super) logprobs: bool,
-    /// Put the prompt in front of the text: its own text where it came as text.
-    pub(super) echo: bool,
+}
+
+/// What a route asks for in fields of its own.
+struct Asked {
+    names: FieldNames,
+    max_new_tokens: Option<u32>,
+    num_top: u32,
+    report: Report,
 }
 
 /// Whether a field that we make nothing of has a value that changes nothing here.
@@ -160,159 +191,167 @@ fn harmless(name: &str, value: &Value) -> bool {
 }
 
 impl Common {
-    fn check(&self, rest: &Rest) -> Result<(), ApiError> {
-        refuse(rest, harmless)?;
-        self.stream_options
-            .as_ref()
-            .map_or(Ok(()), |options| refuse(&options.rest, |name, _| name == "include_obfuscation"))
+    /// The sequences of a request, and what its response looks like.
+    fn into_group(
+        self,
+        app: &App,
+        caller: &Caller,
+        prompts: Vec<Prompt>,
+        asked: Asked,
+    ) -> Result<(GroupRequest, Options), ApiError> {
+        refuse(&self.rest, "", harmless)?;
+        refuse(&self.stream_options.rest, "stream_options", |name, _| name == "include_obfuscation")?;
+        let Asked { names, max_new_tokens, num_top, report } = asked;
+        let params = self.sampling(num_top)?;
+        let sequence = |prompt| SequenceRequest {
+            names,
+            prompt,
+            max_new_tokens,
+            stop: self.stop.clone(),
+            ignore_eos: self.ignore_eos,
+            sampling: params.clone(),
+            report,
+            truncate: None,
+        };
+        let group = GroupRequest {
+            adapter: self.adapter(app, caller),
+            sequences: prompts.into_iter().map(sequence).collect(),
+        };
+        let options = Options {
+            chat: false,
+            model: self.model.unwrap_or_else(|| app.config.model.id.clone()),
+            stream: self.stream,
+            include_usage: self.stream_options.include_usage == Some(true),
+            logprobs: report.tokens,
+        };
+        Ok((group, options))
     }
 
     /// The adapter: by its own field, else the model's name unless that is the base model's.
     fn adapter(&self, app: &App, caller: &Caller) -> Option<AdapterRef> {
-        let named = self.model.clone().filter(|model| *model != app.config.model.id);
-        let id = self.adapter_id.clone().or(named);
+        let model = self.model.clone().filter(|model| *model != app.config.model.id);
+        let id = self.adapter_id.clone().filter(|id| !id.is_empty()).or(model);
         app.adapter(id, self.adapter_source.clone(), caller.credential.or_in_body(self.api_token.clone()))
     }
 
+    /// OpenAI's requests draw unless they say otherwise.
     fn sampling(&self, num_top: u32) -> Result<SamplingParams, ApiError> {
-        let bias = self.logit_bias.iter().flatten().map(|(token, bias)| {
-            let id = token
-                .parse()
-                .map_err(|_| ApiError::invalid(format!("`logit_bias`: {token:?} is no token id")))?;
+        let bias = self.logit_bias.iter().map(|(token, bias)| {
+            let id = token.parse().map_err(|_| {
+                ApiError::invalid(
+                    "logit_bias",
+                    format!("must map token ids to numbers, and {token:?} is no token id"),
+                )
+            })?;
             Ok((id, *bias))
         });
         Ok(SamplingParams {
-            temperature: self.temperature.unwrap_or(1.0),
-            top_k: self.top_k.unwrap_or(0),
-            top_p: self.top_p.unwrap_or(1.0),
-            min_p: self.min_p.unwrap_or(0.0),
-            typical_p: self.typical_p.unwrap_or(1.0),
-            repetition_penalty: self.repetition_penalty.unwrap_or(1.0),
-            frequency_penalty: self.frequency_penalty.unwrap_or(0.0),
-            presence_penalty: self.presence_penalty.unwrap_or(0.0),
-            seed: self.seed.map_or_else(random_seed, i64::cast_unsigned),
+            seed: self.seed.map_or_else(rand::random, i64::cast_unsigned),
             num_top,
             logit_bias: bias.collect::<Result<_, ApiError>>()?,
+            ..self.named.drawing()
         })
     }
-
-    fn ask(
-        &self,
-        app: &App,
-        prompt: Prompt,
-        caller: &Caller,
-        (max_new_tokens, num_top): (Option<u32>, u32),
-    ) -> Result<Ask, ApiError> {
-        Ok(Ask {
-            prompt,
-            max_new_tokens,
-            stop: match &self.stop {
-                None => Vec::new(),
-                Some(OneOrMany::One(stop)) => vec![stop.clone()],
-                Some(OneOrMany::Many(stops)) => stops.clone(),
-            },
-            ignore_eos: self.ignore_eos == Some(true),
-            adapter: self.adapter(app, caller),
-            sampling: self.sampling(num_top)?,
-            prompt_logprobs: false,
-            truncate: None,
-        })
-    }
-
-    fn options(&self, app: &App, chat: bool) -> Options {
-        let model = self.model.as_ref().filter(|model| !model.is_empty()).unwrap_or(&app.config.model.id);
-        Options {
-            chat,
-            model: model.clone(),
-            stream: self.stream == Some(true),
-            include_usage: self
-                .stream_options
-                .as_ref()
-                .and_then(|options| options.include_usage)
-                .unwrap_or(false),
-            logprobs: false,
-            echo: false,
-        }
-    }
-}
-
-/// Prompts of one request.
-const MAX_PROMPTS: usize = 128;
-/// OpenAI's default of `max_tokens`.
-const MAX_TOKENS: u32 = 16;
-
-impl Body for CompletionRequest {
-    const DIALECT: Dialect = Dialect::OpenAi;
-}
-
-impl Body for ChatRequest {
-    const DIALECT: Dialect = Dialect::OpenAi;
 }
 
 impl CompletionRequest {
-    pub(super) fn into_asks(self, app: &App, caller: &Caller) -> Result<(Vec<Ask>, Options), ApiError> {
-        let common = &self.common;
-        common.check(&self.rest)?;
+    pub(super) fn into_group(
+        mut self,
+        app: &App,
+        caller: &Caller,
+    ) -> Result<(GroupRequest, Options), ApiError> {
+        let common = self.take_common();
         let prompts: Vec<Prompt> = match self.prompt {
-            Prompts::Text(text) => vec![Prompt::Text(text)],
-            Prompts::Tokens(tokens) => vec![Prompt::Tokens(tokens)],
             Prompts::Texts(texts) => texts.into_iter().map(Prompt::Text).collect(),
-            Prompts::TokenLists(lists) => lists.into_iter().map(Prompt::Tokens).collect(),
+            Prompts::Tokens(lists) => lists.into_iter().map(Prompt::Tokens).collect(),
         };
         if prompts.is_empty() || prompts.len() > MAX_PROMPTS {
-            return Err(ApiError::invalid(format!("`prompt` must have 1 to {MAX_PROMPTS} elements")));
+            let problem = format!("must have 1 to {MAX_PROMPTS} elements, and cannot be empty");
+            return Err(ApiError::invalid("prompt", problem));
         }
-        let echo = self.echo == Some(true);
-        let lengths = (Some(self.max_tokens.unwrap_or(MAX_TOKENS)), self.logprobs.unwrap_or(0));
-        let asks = prompts.into_iter().map(|prompt| {
-            let mut ask = common.ask(app, prompt, caller, lengths)?;
-            ask.prompt_logprobs = echo && self.logprobs.is_some();
-            Ok(ask)
-        });
-        let asks = asks.collect::<Result<_, ApiError>>()?;
-        Ok((asks, Options { logprobs: self.logprobs.is_some(), echo, ..common.options(app, false) }))
+        let (echo, tokens) = (self.echo == Some(true), self.logprobs.is_some());
+        let asked = Asked {
+            names: FieldNames { prompt: "prompt", max_new_tokens: "max_tokens", num_top: "logprobs" },
+            max_new_tokens: Some(self.max_tokens.unwrap_or(MAX_TOKENS)),
+            num_top: self.logprobs.unwrap_or(0),
+            report: Report { echo, prompt: echo && tokens, tokens },
+        };
+        common.into_group(app, caller, prompts, asked)
     }
 }
 
 impl ChatRequest {
-    pub(super) fn into_ask(self, app: &App, caller: &Caller) -> Result<(Ask, Options), ApiError> {
-        let common = &self.common;
-        common.check(&self.rest)?;
+    pub(super) fn into_group(
+        mut self,
+        app: &App,
+        caller: &Caller,
+    ) -> Result<(GroupRequest, Options), ApiError> {
+        let common = self.take_common();
         if self.top_logprobs.is_some() && self.logprobs != Some(true) {
-            return Err(ApiError::invalid("`top_logprobs` needs `logprobs`"));
+            return Err(ApiError::invalid("top_logprobs", "needs `logprobs`"));
         }
-        if self.messages.is_empty() {
-            return Err(ApiError::invalid("`messages` cannot be empty"));
+        let max_tokens = match self.max_completion_tokens {
+            Some(most) => ("max_completion_tokens", Some(most)),
+            None => ("max_tokens", self.max_tokens),
+        };
+        if max_tokens.1 == Some(0) {
+            return Err(ApiError::invalid(max_tokens.0, "must be strictly positive"));
         }
-        let messages = self.messages.into_iter().map(Message::plain).collect::<Result<Vec<_>, _>>()?;
-        let messages = messages.iter().map(|message| Serde(message).into()).collect();
-        let chat = TemplateInput { messages, add_generation_prompt: true, ..TemplateInput::default() };
-        let prompt = app.chat.render(&chat).map_err(|error| ApiError::Template(error.to_string()))?;
-        let lengths = (self.max_completion_tokens.or(self.max_tokens), self.top_logprobs.unwrap_or(0));
-        let ask = common.ask(app, Prompt::Rendered(prompt), caller, lengths)?;
-        Ok((ask, Options { logprobs: self.logprobs == Some(true), ..common.options(app, true) }))
+        let prompt = render(app, self.messages)?;
+        let asked = Asked {
+            names: FieldNames { prompt: "messages", max_new_tokens: max_tokens.0, num_top: "top_logprobs" },
+            max_new_tokens: max_tokens.1,
+            num_top: self.top_logprobs.unwrap_or(0),
+            report: Report { tokens: self.logprobs == Some(true), ..Report::default() },
+        };
+        let (group, options) = common.into_group(app, caller, vec![prompt], asked)?;
+        Ok((group, Options { chat: true, ..options }))
     }
 }
 
+fn render(app: &App, messages: Vec<Message>) -> Result<Prompt, ApiError> {
+    if messages.is_empty() {
+        return Err(ApiError::invalid("messages", "cannot be empty"));
+    }
+    let messages = messages.into_iter().enumerate().map(|(i, message)| message.for_template(i));
+    let messages = messages.collect::<Result<Vec<_>, _>>()?;
+    let messages = messages.iter().map(|message| Serde(message).into()).collect();
+    let chat = TemplateInput { messages, add_generation_prompt: true, ..TemplateInput::default() };
+    let prompt = app.chat.render(&chat).map_err(|error| ApiError::Template(error.to_string()))?;
+    Ok(Prompt::Rendered(prompt))
+}
+
 impl Message {
-    fn plain(self) -> Result<Plain, ApiError> {
-        refuse(&self.rest, |_, _| false)?;
-        if matches!(self.role.as_str(), "tool" | "function") {
-            return Err(ApiError::invalid(format!("messages of role {:?} are not supported", self.role)));
-        }
+    /// The message at an index of `messages`.
+    fn for_template(self, index: usize) -> Result<TemplateMessage, ApiError> {
+        let field = |name: &str| format!("messages[{index}].{name}");
+        refuse(&self.rest, &format!("messages[{index}]"), |_, _| false)?;
+        let role = match self.role.as_str() {
+            "tool" | "function" => {
+                let problem = format!("is {:?}: messages of this role are not supported", self.role);
+                return Err(ApiError::invalid(field("role"), problem));
+            }
+            // OpenAI's newer name.
+            "developer" => "system".to_owned(),
+            _ => self.role,
+        };
         let content = match self.content {
-            None => String::new(),
+            // An assistant may have said nothing.
+            None if role == "assistant" => String::new(),
+            None => return Err(ApiError::Missing { field: field("content") }),
             Some(Content::Text(text)) => text,
             Some(Content::Parts(parts)) => {
-                let text = |part: Part| match (part.r#type.as_str(), part.text) {
+                let text = |(at, part): (usize, Part)| match (part.r#type.as_str(), part.text) {
                     ("text", Some(text)) => Ok(text),
+                    ("text", None) => Err(ApiError::Missing { field: field(&format!("content[{at}].text")) }),
                     (other, _) => {
-                        Err(ApiError::invalid(format!("content of type {other:?} is not supported")))
+                        let problem = format!("is {other:?}: content of type {other:?} is not supported");
+                        Err(ApiError::invalid(field(&format!("content[{at}].type")), problem))
                     }
                 };
-                parts.into_iter().map(text).collect::<Result<_, _>>()?
+                parts.into_iter().enumerate().map(text).collect::<Result<_, _>>()?
             }
         };
-        Ok(Plain { role: self.role, content, name: self.name })
+        Ok(TemplateMessage { role, content, name: self.name })
     }
 }

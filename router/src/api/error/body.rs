@@ -1,0 +1,149 @@
+//! The bodies of errors in each dialect.
+
+use serde::Serialize;
+
+use super::{ApiError, FieldNames};
+
+/// Whose shapes to speak.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Dialect {
+    /// LoRAX's.
+    Native,
+    /// OpenAI's.
+    OpenAi,
+}
+
+/// The JSON of an error.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+pub(crate) enum ErrorBody {
+    Native { error: String, error_type: &'static str },
+    OpenAi { error: OpenAiError },
+}
+
+/// OpenAI's description of an error.
+#[derive(Debug, Serialize)]
+pub(crate) struct OpenAiError {
+    message: String,
+    r#type: &'static str,
+    /// The field that is at fault.
+    param: Option<String>,
+    code: &'static str,
+}
+
+impl ApiError {
+    pub(crate) fn body(&self, dialect: Dialect) -> ErrorBody {
+        match dialect {
+            Dialect::Native => {
+                ErrorBody::Native { error: self.native_message(), error_type: self.native_type() }
+            }
+            Dialect::OpenAi => ErrorBody::OpenAi {
+                error: OpenAiError {
+                    message: self.openai_message(),
+                    r#type: self.openai_type(),
+                    param: self.field().map(str::to_owned),
+                    code: self.openai_code(),
+                },
+            },
+        }
+    }
+
+    /// The field that is at fault, as the request names it.
+    fn field(&self) -> Option<&str> {
+        match self {
+            ApiError::Missing { field } | ApiError::Unsupported { field } | ApiError::Type { field, .. } => {
+                Some(field.as_str()).filter(|field| !field.is_empty())
+            }
+            ApiError::Invalid { field, .. } => Some(field.as_ref()),
+            ApiError::ContextLength { names, .. } => Some(names.prompt),
+            ApiError::AdapterNotFound(_) | ApiError::AdapterForbidden(_) | ApiError::AdapterInvalid(_) => {
+                Some("model")
+            }
+            _ => None,
+        }
+    }
+
+    fn native_message(&self) -> String {
+        let prefix = if self.native_type() == "validation" { "Input validation error: " } else { "" };
+        let message = match self {
+            ApiError::ContextLength { names, prompt, max_prompt, .. } if prompt > max_prompt => {
+                format!("`{}` must have at most {max_prompt} tokens. Given: {prompt}", names.prompt)
+            }
+            ApiError::ContextLength { names, prompt, new, max_total, .. } => {
+                let FieldNames { prompt: text, max_new_tokens: limit, .. } = names;
+                format!(
+                    "`{text}` tokens + `{limit}` must be <= {max_total}. Given: {prompt} `{text}` tokens and {new} `{limit}`"
+                )
+            }
+            error => error.to_string(),
+        };
+        format!("{prefix}{message}")
+    }
+
+    fn native_type(&self) -> &'static str {
+        match self {
+            ApiError::Malformed(_) => "malformed",
+            ApiError::Missing { .. }
+            | ApiError::Type { .. }
+            | ApiError::Invalid { .. }
+            | ApiError::Unsupported { .. }
+            | ApiError::ContextLength { .. }
+            | ApiError::Refused(_)
+            | ApiError::AdapterInvalid(_) => "validation",
+            ApiError::Template(_) => "template_error",
+            ApiError::TooLarge { .. } => "too_large",
+            ApiError::Slow => "timeout",
+            ApiError::InvalidKey => "invalid_api_key",
+            ApiError::RateLimited(_) => "rate_limit_exceeded",
+            ApiError::Overloaded { .. } => "overloaded",
+            ApiError::AdapterTimeout { .. } => "adapter_timeout",
+            ApiError::AdapterNotFound(_) => "adapter_not_found",
+            ApiError::AdapterForbidden(_) | ApiError::Generation(_) => "generation",
+            ApiError::Unavailable(_) => "unavailable",
+            ApiError::NoRoute => "not_found",
+            ApiError::Method(_) => "method_not_allowed",
+        }
+    }
+
+    fn openai_message(&self) -> String {
+        match self {
+            // Clients look for "maximum context length is N tokens".
+            ApiError::ContextLength { names, prompt, max_prompt, max_total, .. } if prompt > max_prompt => {
+                format!(
+                    "This model's maximum context length is {max_total} tokens, of which the prompt may have {max_prompt}: \
+                 `{}` must have at most {max_prompt} tokens. Given: {prompt}",
+                    names.prompt
+                )
+            }
+            ApiError::ContextLength { names, prompt, new, max_total, .. } => format!(
+                "This model's maximum context length is {max_total} tokens: `{}` tokens + `{}` must be <= {max_total}. \
+                 Given: {prompt} and {new}",
+                names.prompt, names.max_new_tokens
+            ),
+            error => error.to_string(),
+        }
+    }
+
+    fn openai_type(&self) -> &'static str {
+        match self {
+            ApiError::Overloaded { .. } | ApiError::RateLimited(_) => "rate_limit_error",
+            error if error.status().is_server_error() => "server_error",
+            _ => "invalid_request_error",
+        }
+    }
+
+    fn openai_code(&self) -> &'static str {
+        match self {
+            ApiError::Missing { .. } => "missing_required_parameter",
+            ApiError::Type { .. } => "invalid_type",
+            ApiError::Invalid { .. } => "invalid_value",
+            ApiError::Unsupported { .. } => "unsupported_parameter",
+            ApiError::ContextLength { .. } => "context_length_exceeded",
+            ApiError::AdapterNotFound(_) => "model_not_found",
+            ApiError::AdapterForbidden(_) => "adapter_forbidden",
+            ApiError::AdapterInvalid(_) => "adapter_invalid",
+            ApiError::Overloaded { .. } => "overloaded",
+            error => error.native_type(),
+        }
+    }
+}

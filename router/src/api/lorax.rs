@@ -1,0 +1,100 @@
+//! LoRAX's own interface: `/generate`, `/generate_stream`, and `/` for both.
+
+mod headers;
+mod request;
+mod response;
+
+use std::sync::Arc;
+
+use axum::{
+    Json,
+    extract::State,
+    http::HeaderValue,
+    response::{
+        IntoResponse, Response,
+        sse::{Event, KeepAlive, Sse},
+    },
+};
+use futures::{StreamExt, future::ready};
+
+use super::{
+    error::{ApiError, Dialect},
+    fold,
+    group::Generation,
+};
+use crate::server::{App, accept::Accepted};
+use request::{GenerateRequest, Shape};
+use response::{Delta, GenerateFold};
+
+/// `POST /generate`
+pub(crate) async fn whole(State(app): State<Arc<App>>, request: Accepted<GenerateRequest>) -> Response {
+    respond(&app, request, |_| false, false).await
+}
+
+/// `POST /generate_stream`
+pub(crate) async fn stream(State(app): State<Arc<App>>, request: Accepted<GenerateRequest>) -> Response {
+    respond(&app, request, |_| true, false).await
+}
+
+/// `POST /`: by the field `stream`; a whole answer is the only element of a list.
+pub(crate) async fn either(State(app): State<Arc<App>>, request: Accepted<GenerateRequest>) -> Response {
+    respond(&app, request, |request| request.stream == Some(true), true).await
+}
+
+async fn respond(
+    app: &App,
+    request: Accepted<GenerateRequest>,
+    streams: impl Fn(&GenerateRequest) -> bool,
+    as_list: bool,
+) -> Response {
+    match generate(app, request, streams, as_list).await {
+        Ok(response) => response,
+        Err(error) => error.respond(Dialect::Native),
+    }
+}
+
+async fn generate(
+    app: &App,
+    request: Accepted<GenerateRequest>,
+    streams: impl Fn(&GenerateRequest) -> bool,
+    as_list: bool,
+) -> Result<Response, ApiError> {
+    let Accepted { caller, body } = request;
+    let streams = streams(&body);
+    let (request, shape) = body.into_group(app, &caller)?;
+    if streams && shape.prefill {
+        return Err(ApiError::invalid(
+            "decoder_input_details",
+            "== true is not supported when streaming tokens",
+        ));
+    }
+    let mut headers = headers::of_request(app, request.adapter.as_ref(), shape.characters);
+    let mut generations = app.start_group(&caller, request).await?;
+    let Some(mut generation) = generations.pop() else {
+        return Err(ApiError::Generation("nothing was started".into()));
+    };
+    if streams {
+        generation.begin().await?;
+        headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+        return Ok((headers, events(generation, shape)).into_response());
+    }
+    let fold = GenerateFold::new(&generation, shape);
+    let generated = fold::collect(&mut generation, fold).await?;
+    headers.extend(headers::of_answer(&generation));
+    let body = generated.into_response();
+    Ok(if as_list { (headers, Json([body])).into_response() } else { (headers, Json(body)).into_response() })
+}
+
+/// One event for every token; the last has the whole text.
+fn events(generation: Generation, shape: Shape) -> impl IntoResponse {
+    let fold = GenerateFold::new(&generation, shape);
+    let events = fold::deltas(generation, fold).filter_map(|delta| {
+        ready(match delta {
+            Ok(Delta::Token(event)) => Some(Event::default().json_data(event)),
+            // Whole answers alone have it.
+            Ok(Delta::Prefill(_)) => None,
+            Err(error) => Some(Event::default().json_data(error.body(Dialect::Native))),
+        })
+    });
+    Sse::new(events).keep_alive(KeepAlive::default())
+}

@@ -1,0 +1,56 @@
+//! Headers of responses.
+
+use std::{fmt::Display, sync::atomic::Ordering};
+
+use axum::http::{HeaderMap, HeaderName, HeaderValue};
+
+use crate::{adapter::AdapterRef, api::group::Generation, server::App};
+
+/// Headers of all responses: what was asked, and who answers.
+pub(super) fn of_request(app: &App, adapter: Option<&AdapterRef>, characters: usize) -> HeaderMap {
+    let device =
+        app.engine.info().map(|info| if info.device == "cpu" { "cpu+optimized" } else { "gpu+optimized" });
+    let mut headers = HeaderMap::new();
+    for (name, value) in [
+        ("x-compute-type", device.map(str::to_owned)),
+        ("x-compute-characters", Some(characters.to_string())),
+        ("x-model-id", Some(app.config.model.id.clone())),
+        ("x-adapter-id", adapter.map(|adapter| adapter.id.clone())),
+        ("x-adapter-source", adapter.map(|adapter| adapter.source.clone())),
+    ] {
+        if let Some(value) = value {
+            insert(&mut headers, name, value);
+        }
+    }
+    headers
+}
+
+/// Headers of whole responses: where the time went, in milliseconds, and how many tokens there are.
+pub(super) fn of_answer(generation: &Generation) -> HeaderMap {
+    let timing = &generation.timing;
+    let total = timing.received.elapsed();
+    let inference = timing.submitted.elapsed().saturating_sub(timing.queued);
+    let (prompt, tokens) = (generation.prompt_tokens, generation.generated.load(Ordering::Relaxed));
+    let mut headers = HeaderMap::new();
+    for (name, value) in [
+        ("x-compute-time", total.as_millis()),
+        ("x-total-time", total.as_millis()),
+        ("x-validation-time", timing.validation.as_millis()),
+        ("x-queue-time", timing.queued.as_millis()),
+        ("x-inference-time", inference.as_millis()),
+        ("x-time-per-token", inference.as_millis() / tokens.max(1) as u128),
+        ("x-prompt-tokens", prompt as u128),
+        ("x-generated-tokens", tokens as u128),
+        ("x-total-tokens", (prompt + tokens) as u128),
+    ] {
+        insert(&mut headers, name, value);
+    }
+    headers
+}
+
+/// Adds a header, unless its value is one that no header can have.
+fn insert(headers: &mut HeaderMap, name: &'static str, value: impl Display) {
+    if let Ok(value) = HeaderValue::try_from(value.to_string()) {
+        headers.insert(HeaderName::from_static(name), value);
+    }
+}

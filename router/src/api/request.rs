@@ -1,0 +1,127 @@
+//! What a request asks for, whichever dialect it came in, and the limits that it must keep.
+
+use sampling::SamplingParams;
+
+use super::error::ApiError;
+
+/// Largest number of alternatives that is reported for a token.
+const MAX_TOP: u32 = 20;
+/// Entries of a logit bias.
+const MAX_BIAS: usize = 1024;
+
+/// Text, or what it was tokenized to.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Prompt {
+    Text(String),
+    /// Text of a chat template, which contains its special tokens.
+    Rendered(String),
+    Tokens(Vec<u32>),
+}
+
+/// What a dialect calls the fields that are called differently elsewhere.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct FieldNames {
+    pub(crate) prompt: &'static str,
+    pub(crate) max_new_tokens: &'static str,
+    pub(crate) num_top: &'static str,
+}
+
+/// What is reported beside the text.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Report {
+    /// The text of the prompt.
+    pub(crate) echo: bool,
+    /// The tokens of the prompt with their log-probabilities.
+    pub(crate) prompt: bool,
+    /// The tokens of the answer's certain text with their log-probabilities.
+    pub(crate) tokens: bool,
+}
+
+/// One sequence to generate.
+#[derive(Debug, Clone)]
+pub(crate) struct SequenceRequest {
+    pub(crate) names: FieldNames,
+    pub(crate) prompt: Prompt,
+    /// As many as the limits leave if it is `None`; 0 generates nothing.
+    pub(crate) max_new_tokens: Option<u32>,
+    pub(crate) stop: Vec<String>,
+    pub(crate) ignore_eos: bool,
+    pub(crate) sampling: SamplingParams,
+    pub(crate) report: Report,
+    /// Keep this many tokens from the end of the prompt, of which the first is the one that the tokenizer begins texts
+    /// with, if it has one.
+    pub(crate) truncate: Option<usize>,
+}
+
+/// Limits that the configuration and the model set.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct RequestLimits {
+    pub(crate) max_stop_sequences: usize,
+    pub(crate) max_input_length: usize,
+    pub(crate) max_total_tokens: usize,
+    pub(crate) vocab_size: u32,
+}
+
+impl SequenceRequest {
+    /// Refuses values that make no sense, before anything is spent on the request.
+    pub(crate) fn check(&self, limits: &RequestLimits) -> Result<(), ApiError> {
+        let s = &self.sampling;
+        s.check().map_err(|error| ApiError::invalid(error.name, error.problem()))?;
+        let (max_stop, vocab) = (limits.max_stop_sequences, limits.vocab_size);
+        let stops = self.stop.len();
+        let bias_in_range = s.logit_bias.iter().all(|(id, bias)| *id < vocab && bias.abs() <= 100.0);
+        for (holds, param, problem) in [
+            (
+                s.num_top <= MAX_TOP,
+                self.names.num_top,
+                format!(
+                    "must be at most {MAX_TOP}: at most {MAX_TOP} alternatives can be reported. Given: {}",
+                    s.num_top
+                ),
+            ),
+            (stops <= max_stop, "stop", format!("supports up to {max_stop} stop sequences. Given: {stops}")),
+            (self.stop.iter().all(|stop| !stop.is_empty()), "stop", "sequences must not be empty".into()),
+            (s.logit_bias.len() <= MAX_BIAS, "logit_bias", format!("supports up to {MAX_BIAS} tokens")),
+            (
+                bias_in_range,
+                "logit_bias",
+                format!("must map token ids below {vocab} to numbers between -100 and 100"),
+            ),
+            (self.truncate != Some(0), "truncate", "must be strictly positive".into()),
+        ] {
+            if !holds {
+                return Err(ApiError::invalid(param, problem));
+            }
+        }
+        Ok(())
+    }
+
+    /// Fits prompt and output into the limits, and returns the number of tokens to generate at most. `bos` is how many
+    /// tokens the tokenizer has put in front of the text.
+    pub(crate) fn fit(
+        &self,
+        prompt: &mut Vec<u32>,
+        bos: usize,
+        limits: &RequestLimits,
+    ) -> Result<u32, ApiError> {
+        if let Some(keep) = self.truncate {
+            let surplus = prompt.len().saturating_sub(keep.max(bos));
+            prompt.drain(bos..bos + surplus);
+        }
+        if prompt.is_empty() {
+            return Err(ApiError::invalid(self.names.prompt, "cannot be empty"));
+        }
+        let room = limits.max_total_tokens.saturating_sub(prompt.len()) as u32;
+        let new = self.max_new_tokens.unwrap_or(room.max(1));
+        if prompt.len() > limits.max_input_length || new > room {
+            return Err(ApiError::ContextLength {
+                names: self.names,
+                prompt: prompt.len(),
+                new,
+                max_prompt: limits.max_input_length,
+                max_total: limits.max_total_tokens,
+            });
+        }
+        Ok(new)
+    }
+}

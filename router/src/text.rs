@@ -1,0 +1,84 @@
+//! From generated tokens to text: what every token adds, what of it certainly belongs to the answer, and where the
+//! answer ends. This layer knows nothing of HTTP, and nothing of chats.
+
+mod detokenizer;
+mod prompt;
+mod stop_strings;
+mod stream;
+mod tokens;
+
+pub(crate) use prompt::PromptText;
+pub(crate) use stream::TextStream;
+
+/// A token as it is reported.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct TokenText {
+    pub(crate) id: u32,
+    /// The text that the token adds to the ones before it. A character that several tokens make up belongs to the
+    /// last of them; a special token has its name.
+    pub(crate) text: String,
+    /// The token's own bytes; those of a part of a character are no text.
+    pub(crate) bytes: Vec<u8>,
+    /// `None` for the first token of a prompt, which nothing predicts.
+    pub(crate) logprob: Option<f32>,
+    pub(crate) special: bool,
+    /// Whether `text` is part of the returned text.
+    pub(crate) visible: bool,
+    /// The most probable tokens at this place.
+    pub(crate) alternatives: Vec<Alternative>,
+}
+
+/// A token that could have been chosen.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Alternative {
+    pub(crate) id: u32,
+    pub(crate) text: String,
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) logprob: f32,
+}
+
+/// Why an answer ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum EndReason {
+    /// It has as many tokens as were asked for.
+    Length,
+    /// The model ended it.
+    EndToken,
+    /// A stop string was found.
+    StopString {
+        /// Its text, without that of special tokens.
+        text: String,
+    },
+}
+
+/// What a sequence tells, in order: its prompt if that is wanted, then the pieces of its answer.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum TextEvent {
+    Prompt(Echo),
+    Piece(Piece),
+}
+
+/// A prompt.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Echo {
+    pub(crate) text: String,
+    /// Its tokens with their log-probabilities, if those are wanted.
+    pub(crate) tokens: Vec<TokenText>,
+}
+
+/// A piece of an answer. There is one for every generated token; the tokens that make up a character come together when
+/// the character is complete.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Piece {
+    /// The token as it was generated, with its text cut behind the stop string that it completes. `None` if the answer
+    /// ends without a token.
+    pub(crate) token: Option<TokenText>,
+    /// Text that certainly belongs to the answer by now, and was not told before. It never contains a part of a stop
+    /// string.
+    pub(crate) text: String,
+    /// Tokens whose text is certain to the last byte by now, if they are wanted. Their visible text, joined over all
+    /// pieces, is the answer: what a stop string cuts off is not among them.
+    pub(crate) settled: Vec<TokenText>,
+    /// Set with the last piece.
+    pub(crate) end: Option<EndReason>,
+}
