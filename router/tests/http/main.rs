@@ -4,6 +4,7 @@
 mod adapters;
 mod clients;
 mod failures;
+mod fields;
 mod generate;
 mod keys;
 mod openai;
