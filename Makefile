@@ -98,7 +98,7 @@ goldens: model ## Make the reference outputs anew (torch, transformers and PEFT;
 	python3 -m venv .venv-goldens
 	.venv-goldens/bin/pip install --quiet -r $(FIXTURES)/requirements-goldens.txt
 	.venv-goldens/bin/python $(FIXTURES)/gguf_to_hf.py "$$($(FIXTURES)/fetch_model.sh)" out/smollm2
-	.venv-goldens/bin/python $(FIXTURES)/make_tokenizer_cases.py out/smollm2
+	.venv-goldens/bin/python $(FIXTURES)/make_byte_level.py
 	.venv-goldens/bin/python $(FIXTURES)/make_sentencepiece.py
 	.venv-goldens/bin/python $(FIXTURES)/make_chat_cases.py
 	.venv-goldens/bin/python $(FIXTURES)/make_config_cases.py

@@ -1,7 +1,6 @@
 //! The model's tokenizer and chat template, from a folder or from a GGUF file's metadata.
 
 mod bytes;
-mod end_tokens;
 mod from_gguf;
 mod special_tokens;
 mod templates;

@@ -8,7 +8,7 @@ use gguf::Gguf;
 use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer;
 
-use super::{ModelTokenizer, TokenizerError, end_tokens, special_tokens, templates};
+use super::{ModelTokenizer, TokenizerError, special_tokens, templates};
 
 /// `token_type` of the token for what no other says, in ggml's enumeration.
 const UNKNOWN: i32 = 2;
@@ -41,7 +41,7 @@ pub(super) fn load(path: &Path) -> Result<ModelTokenizer, TokenizerError> {
     Ok(ModelTokenizer {
         special_tokens: special_tokens::from_gguf(&file, tokens)?,
         chat_templates: templates::from_gguf(&file)?,
-        end_ids: end_tokens::from_gguf(&file, tokens)?,
+        end_ids: file.end_tokens()?.into_iter().filter(|id| (*id as usize) < tokens.len()).collect(),
         ..ModelTokenizer::new(tokenizer)
     })
 }
