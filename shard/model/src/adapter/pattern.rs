@@ -4,13 +4,11 @@
 use super::{
     AdapterError,
     config::OneOrMany,
-    python_regex::{Pattern, PatternError, may_step_back},
+    python_regex::{Around, Pattern, PatternError, may_step_back},
 };
 
 /// PEFT's word for every projection but the output's, in any case.
 const ALL_LINEAR: &str = "all-linear";
-/// Anchors of a pattern that must match a whole text.
-const WHOLE: (&str, &str) = ("^(?:", ")$");
 
 /// A field's patterns, compiled as they share the time of matching.
 #[derive(Clone, Copy)]
@@ -27,7 +25,7 @@ impl Patterns {
     fn compile(
         self,
         field: &'static str,
-        around: (&str, &str),
+        around: Around,
         pattern: &str,
     ) -> Result<FieldPattern, AdapterError> {
         let pattern = Pattern::new(around, pattern, self.sharers).map_err(fault(field))?;
@@ -74,7 +72,7 @@ impl Targets {
         patterns: Patterns,
     ) -> Result<Targets, AdapterError> {
         Ok(match value {
-            OneOrMany::One(pattern) => Targets::Pattern(patterns.compile(field, WHOLE, pattern)?),
+            OneOrMany::One(pattern) => Targets::Pattern(patterns.compile(field, Around::Nothing, pattern)?),
             OneOrMany::Many(names) => Targets::Names(names.clone()),
         })
     }
@@ -115,14 +113,14 @@ impl LayerFilter {
         names: Option<&OneOrMany<String>>,
         patterns: Patterns,
     ) -> Result<LayerFilter, AdapterError> {
-        let compile = |around, name: &str| patterns.compile("layers_pattern", around, name);
-        let named = |name: &String| compile((r"^(?:^|.*?\.)", r"\.(?P<idx>\d+)\."), name);
+        let compile = |around: Around, name: &str| patterns.compile("layers_pattern", around, name);
+        let named = |name: &String| compile(Around::Between(r"^(?:(?:^|.*?\.)", r"\.(?P<idx>\d+)\.)"), name);
         let patterns = match names {
             Some(OneOrMany::One(name)) if !name.is_empty() => vec![named(name)?],
             Some(OneOrMany::Many(names)) if !names.is_empty() => {
                 names.iter().map(named).collect::<Result<_, _>>()?
             }
-            _ => vec![compile((r"^.*?\.[^.]*\.(?P<idx>\d+)\.", ""), "")?],
+            _ => vec![compile(Around::Between(r"^.*?\.[^.]*\.(?P<idx>\d+)\.", ""), "")?],
         };
         let layers = match layers {
             None => None,
@@ -157,7 +155,7 @@ pub(super) fn pattern_values<T: Copy>(
     let mut values = vec![None; paths.len()];
     for (pattern, value) in entries {
         // The groups are PEFT's own, which numbers in the pattern count.
-        let pattern = patterns.compile(field, (r"^(.*\.)?(", ")$"), pattern)?;
+        let pattern = patterns.compile(field, Around::Between(r"^(.*\.)?(", ")$"), pattern)?;
         for (path, found) in paths.iter().zip(&mut values) {
             if found.is_none() && pattern.is_match(path)? {
                 *found = Some(*value);
@@ -174,7 +172,8 @@ pub(super) fn saved_module<'a>(
     patterns: Patterns,
 ) -> Result<Option<&'a String>, AdapterError> {
     for name in names {
-        let pattern = patterns.compile("modules_to_save", (r"^(?:^|.*\.)", r"(?:$|\..*)"), name)?;
+        let pattern =
+            patterns.compile("modules_to_save", Around::Between(r"^(?:(?:^|.*\.)", r"(?:$|\..*))"), name)?;
         for path in paths {
             if path.ends_with(name.as_str()) || pattern.is_match(path)? {
                 return Ok(Some(name));

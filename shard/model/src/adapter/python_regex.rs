@@ -2,7 +2,7 @@
 //! most of their syntax; what means something else is rewritten, and what has no equal is refused. See the documentation
 //! of Python's module `re` (3.11 and later) and of the crate.
 
-use std::{iter::Peekable, str::Chars};
+use std::str::Chars;
 
 /// Why a pattern cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +23,15 @@ pub enum PatternError {
 /// characters, and a pattern that takes this long is of the kind that never ends.
 const MAX_STEPS: usize = 10_000;
 
+/// What stands around a pattern, in the crate's own syntax.
+#[derive(Clone, Copy)]
+pub(super) enum Around {
+    /// It must match a whole text.
+    Nothing,
+    /// It is a part of a larger pattern, where Python takes no flags for all of it.
+    Between(&'static str, &'static str),
+}
+
 /// A pattern, ready to match.
 pub(super) struct Pattern(fancy_regex::Regex);
 
@@ -34,10 +43,12 @@ pub(super) fn may_step_back(pattern: &str) -> bool {
 }
 
 impl Pattern {
-    /// Compiles `before` + the translated pattern + `after`, of which the outer parts are in the crate's own syntax.
-    /// `sharers` is the number of patterns that share [`MAX_STEPS`].
-    pub(super) fn new(around: (&str, &str), pattern: &str, sharers: usize) -> Result<Pattern, PatternError> {
-        let source = format!("{}{}{}", around.0, translate(pattern)?, around.1);
+    /// Compiles a pattern. `sharers` is the number of patterns that share [`MAX_STEPS`].
+    pub(super) fn new(around: Around, pattern: &str, sharers: usize) -> Result<Pattern, PatternError> {
+        let source = match around {
+            Around::Nothing => format!("^(?:{})$", translate(pattern, true)?),
+            Around::Between(before, after) => format!("{before}{}{after}", translate(pattern, false)?),
+        };
         let mut builder = fancy_regex::RegexBuilder::new(&source);
         let regex = builder.backtrack_limit(MAX_STEPS / sharers.max(1)).build();
         Ok(Pattern(regex.map_err(Box::new)?))
@@ -60,10 +71,9 @@ impl Pattern {
 }
 
 /// The same pattern for `fancy-regex`.
-fn translate(pattern: &str) -> Result<String, PatternError> {
-    let mut translator =
-        Translator { rest: pattern.chars().peekable(), to: String::new(), last: Last::Nothing };
-    translator.global_flags(pattern)?;
+fn translate(pattern: &str, takes_flags: bool) -> Result<String, PatternError> {
+    let mut translator = Translator { rest: pattern.chars(), to: String::new(), last: Last::Nothing };
+    while takes_flags && translator.global_flags()? {}
     while let Some(c) = translator.rest.next() {
         translator.construct(c)?;
     }
@@ -81,7 +91,7 @@ enum Last {
 }
 
 struct Translator<'a> {
-    rest: Peekable<Chars<'a>>,
+    rest: Chars<'a>,
     to: String,
     last: Last,
 }
@@ -91,8 +101,16 @@ fn refused(construct: impl Into<String>) -> PatternError {
 }
 
 impl Translator<'_> {
+    fn peek(&self) -> Option<char> {
+        self.rest.clone().next()
+    }
+
+    fn next_if(&mut self, is_wanted: impl Fn(char) -> bool) -> Option<char> {
+        self.peek().filter(|c| is_wanted(*c)).and_then(|_| self.rest.next())
+    }
+
     fn take_if(&mut self, c: char) -> bool {
-        self.rest.next_if_eq(&c).is_some()
+        self.next_if(|next| next == c).is_some()
     }
 
     fn skip(&mut self, count: usize) {
@@ -101,20 +119,21 @@ impl Translator<'_> {
         }
     }
 
-    /// Flags for the whole pattern, which stand at its beginning.
-    fn global_flags(&mut self, pattern: &str) -> Result<(), PatternError> {
-        let Some((flags, _)) = pattern.strip_prefix("(?").and_then(|rest| rest.split_once(')')) else {
-            return Ok(());
+    /// Flags for the whole pattern, which stand at its beginning. Returns whether there were any.
+    fn global_flags(&mut self) -> Result<bool, PatternError> {
+        let Some((flags, _)) = self.rest.as_str().strip_prefix("(?").and_then(|rest| rest.split_once(')'))
+        else {
+            return Ok(false);
         };
         if flags.is_empty() || !flags.chars().all(|c| c.is_ascii_lowercase()) {
-            return Ok(());
+            return Ok(false);
         }
         self.skip(flags.len() + 3);
         let flags = known_flags(flags)?;
         if !flags.is_empty() {
             self.to.push_str(&format!("(?{flags})"));
         }
-        Ok(())
+        Ok(true)
     }
 
     fn construct(&mut self, c: char) -> Result<(), PatternError> {
@@ -149,8 +168,8 @@ impl Translator<'_> {
 
     /// `{m}`, `{m,}`, `{,n}`, `{m,n}`; anything else in braces means itself.
     fn braces(&mut self) -> Result<(), PatternError> {
-        let inside: String = self.rest.clone().take_while(|c| *c != '}').collect();
-        let is_closed = self.rest.clone().nth(inside.chars().count()) == Some('}');
+        let inside: String = self.rest.clone().take_while(|c| c.is_ascii_digit() || *c == ',').collect();
+        let is_closed = self.rest.clone().nth(inside.len()) == Some('}');
         let (least, most) = inside.split_once(',').unwrap_or((&inside, &inside));
         let is_number = |text: &str| text.chars().all(|c| c.is_ascii_digit());
         if !is_closed || inside.is_empty() || !is_number(least) || !is_number(most) {
@@ -175,12 +194,12 @@ impl Translator<'_> {
             return Ok(());
         }
         let Some(kind) = self.rest.next() else { return Err(refused("(?")) };
-        match (kind, self.rest.peek().copied()) {
+        match (kind, self.peek()) {
             (':' | '=' | '!' | '>', _) => self.to.extend(['?', kind]),
             ('<', Some('=' | '!')) | ('P', Some('<')) => self.to.extend(['?', kind]),
             ('P', Some('=')) => {
                 self.to.extend(['?', kind]);
-                while let Some(c) = self.rest.next_if(|c| *c != ')') {
+                while let Some(c) = self.next_if(|c| c != ')') {
                     self.to.push(c);
                 }
                 self.last = Last::Item;
@@ -194,7 +213,7 @@ impl Translator<'_> {
             }
             ('a'..='z' | '-', _) => {
                 let mut flags = kind.to_string();
-                while let Some(c) = self.rest.next_if(|c| c.is_ascii_lowercase() || *c == '-') {
+                while let Some(c) = self.next_if(|c| c.is_ascii_lowercase() || c == '-') {
                     flags.push(c);
                 }
                 if !self.take_if(':') {
@@ -217,15 +236,16 @@ impl Translator<'_> {
             'A' | 'B' if !in_class => self.to.extend(['\\', c]),
             'b' if in_class => self.to.push_str("\\x08"),
             // Followed by a brace, it would be another assertion.
-            'b' if self.rest.peek() != Some(&'{') => self.to.push_str("\\b"),
+            'b' if self.peek() != Some('{') => self.to.push_str("\\b"),
             'Z' if !in_class => self.to.push_str("\\z"),
             'x' => self.code_point('x', 2)?,
             'u' => self.code_point('u', 4)?,
             'U' => self.code_point('U', 8)?,
             '1'..='9' if !in_class => {
                 self.to.extend(['\\', c]);
-                self.to.extend(self.rest.next_if(char::is_ascii_digit));
-                if self.rest.peek().is_some_and(char::is_ascii_digit) {
+                let second = self.next_if(|c| c.is_ascii_digit());
+                self.to.extend(second);
+                if self.peek().is_some_and(|c| c.is_ascii_digit()) {
                     return Err(refused(format!("\\{c}")));
                 }
             }
@@ -264,7 +284,7 @@ impl Translator<'_> {
                 '\\' => self.escape(true)?,
                 '[' | '&' | '~' | '^' => self.to.extend(['\\', c]),
                 // Here, this would be a difference of classes.
-                '-' if self.rest.peek() == Some(&'-') => return Err(refused("--")),
+                '-' if self.peek() == Some('-') => return Err(refused("--")),
                 _ => self.to.push(c),
             }
         }
@@ -299,12 +319,12 @@ mod tests {
             (r"[\]\-a]\<\>\-", r"[\]\-a]<>\-"),
             (r"\x41\u0041\U00000041", r"\x{41}\x{0041}\x{00000041}"),
             (r"a\Z[\b]", r"a\z[\x08]"),
-            (r"(?iu)a(?-i:b)(?a:c)", r"(?i)a(?-i:b)(?:c)"),
+            (r"(?iu)(?a)(?s)a(?-i:b)(?a:c)", r"(?i)(?s)a(?-i:b)(?:c)"),
             (r"a(?#what)*b", r"a*b"),
             (r"a*?b+?c??d++e{2}?", r"a*?b+?c??d++e{2}?"),
         ] {
-            assert_eq!(translate(python).unwrap(), translated, "{python}");
-            assert!(Pattern::new(("", ""), python, 1).is_ok(), "{python}");
+            assert_eq!(translate(python, true).unwrap(), translated, "{python}");
+            assert!(Pattern::new(Around::Nothing, python, 1).is_ok(), "{python}");
         }
     }
 
@@ -345,7 +365,7 @@ mod tests {
             r"(?P=n)",
             r"a{3,2}",
         ] {
-            assert!(Pattern::new(("", ""), python, 1).is_err(), "{python}");
+            assert!(Pattern::new(Around::Nothing, python, 1).is_err(), "{python}");
         }
     }
 
@@ -359,13 +379,13 @@ mod tests {
             r"(?:(.)|(?=.)..|...)*\1!",
             r"(?:(?<=\w)\w*|\w*\.?)*!",
         ] {
-            let pattern = Pattern::new(("^(?:", ")$"), python, 1).unwrap();
+            let pattern = Pattern::new(Around::Nothing, python, 1).unwrap();
             let error = pattern.is_match(path).map_err(|error| error.to_string());
             assert!(error.is_err_and(|error| error.contains("acktrack")), "{python}");
         }
         // These two have no need to go back at all.
         for python in [r"(a*)*b", r"(?:(?:[a-z_.0-9]+)+)+!"] {
-            assert!(!Pattern::new(("^(?:", ")$"), python, 1).unwrap().is_match(path).unwrap());
+            assert!(!Pattern::new(Around::Nothing, python, 1).unwrap().is_match(path).unwrap());
         }
     }
 }
