@@ -91,6 +91,11 @@ impl Blocks {
         self.blocks[block as usize].holders == 0
     }
 
+    /// Whether one sequence alone holds `block`.
+    pub(crate) fn is_exclusive(&self, block: u32) -> bool {
+        self.blocks[block as usize].holders == 1
+    }
+
     /// The published blocks that follow `start`, for as long as they hold the given tokens, one item to a block.
     pub(crate) fn find<'a>(
         &self,

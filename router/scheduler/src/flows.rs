@@ -19,13 +19,14 @@ use crate::{
 use aging::Aging;
 pub use aging::{AGED_SHARE, OVERDUE};
 use level::Level;
+use order::Order;
 
 /// Virtual tokens of a generated token; one of the prompt that had to be computed is 1. A decode row costs more than a
 /// prefill row, because it reads all weights for few rows. The numbers are those of VTC's experiments.
 pub(crate) const GENERATED: u64 = 2;
 
 /// Service of a tenant of weight 1 for each virtual token.
-const SERVICE_UNIT: u64 = 1 << 20;
+pub(crate) const SERVICE_UNIT: u64 = 1 << 20;
 
 /// Index of a flow. Reused after the flow has been closed.
 pub(crate) type FlowId = u32;
@@ -102,6 +103,8 @@ pub(crate) struct Flows<P> {
     tenants: Vec<TenantState>,
     closed_tenants: Vec<TenantId>,
     level: Level,
+    /// Tenants with no admitted sequence and a request that can be admitted.
+    newcomers: Order,
     aging: Aging,
     /// Flows with waiting requests by how long they have waited, those that can be admitted and those that need a slot.
     longest_ready: BTreeSet<(Duration, FlowId)>,
@@ -124,6 +127,7 @@ impl<P> Flows<P> {
             tenants: Vec::new(),
             closed_tenants: Vec::new(),
             level: Level::default(),
+            newcomers: Order::default(),
             aging: Aging::default(),
             longest_ready: BTreeSet::new(),
             longest_absent: BTreeSet::new(),
@@ -226,6 +230,23 @@ impl<P> Flows<P> {
         order.least_served(|id| flows[id as usize].service)
     }
 
+    /// The flow to serve next of the tenants that have no admitted sequence.
+    pub(crate) fn newcomer(&mut self) -> Option<FlowId> {
+        let Self { flows, tenants, newcomers, .. } = self;
+        let tenant = newcomers.least_served(|id| tenants[id as usize].service)?;
+        let order = tenants[tenant as usize].flows.order(Residency::Ready)?;
+        order.least_served(|id| flows[id as usize].service)
+    }
+
+    /// Whether the flow's tenant has no admitted sequence, and none of its requests has its adapter in a slot.
+    pub(crate) fn needs_first_slot(&mut self, id: FlowId) -> bool {
+        let Self { flows, tenants, .. } = self;
+        let tenant = &mut tenants[flows[id as usize].tenant as usize];
+        let absent = tenant.flows.order(Residency::Absent).into_iter().flat_map(|order| order.ids());
+        let absent: usize = absent.map(|flow| flows[flow as usize].waiting.len()).sum();
+        tenant.users == 0 && tenant.waiting == absent
+    }
+
     /// The flow that may be admitted out of turn now.
     pub(crate) fn overdue_ready(&self, now: Duration) -> Option<FlowId> {
         let &(since, id) = self.longest_ready.first()?;
@@ -310,8 +331,10 @@ impl<P> Flows<P> {
     pub(crate) fn leave(&mut self, id: FlowId, refund: u64) {
         self.aging.refund(refund);
         let flow = &mut self.flows[id as usize];
+        let tenant = flow.tenant;
         flow.users -= 1;
-        self.tenants[flow.tenant as usize].users -= 1;
+        self.tenants[tenant as usize].users -= 1;
+        self.list_tenant(tenant);
         self.close_settled(id);
         self.close_if_idle(id);
     }
@@ -350,6 +373,19 @@ impl<P> Flows<P> {
         flows.iter().for_each(|&id| self.list(id));
     }
 
+    pub(crate) fn tenant_of(&self, id: FlowId) -> TenantId {
+        self.get(id).tenant
+    }
+
+    pub(crate) fn weight(&self, id: TenantId) -> u64 {
+        self.tenant(id).tenant.weight.into()
+    }
+
+    /// What a tenant has had, relative to its weight.
+    pub(crate) fn tenant_service(&self, id: TenantId) -> u64 {
+        self.tenant(id).service
+    }
+
     fn get(&self, id: FlowId) -> &Flow<P> {
         &self.flows[id as usize]
     }
@@ -367,38 +403,45 @@ impl<P> Flows<P> {
         adapter.map_or(Residency::Ready, |adapter| adapter.residency)
     }
 
-    /// Takes a flow from where `least_served` and `overdue` find it. To be called before what they order by changes.
+    /// Takes a flow out of all orders. To be called before what they order by changes; `list` must follow.
     fn unlist(&mut self, id: FlowId) {
         let flow = &self.flows[id as usize];
         let tenant = &mut self.tenants[flow.tenant as usize];
         self.longest_ready.remove(&(flow.since, id));
         self.longest_absent.remove(&(flow.since, id));
         for residency in [Residency::Ready, Residency::Absent] {
-            let Some(order) = tenant.flows.order(residency) else { continue };
-            order.remove(id);
-            if order.is_empty() {
-                self.level.order(residency).into_iter().for_each(|order| order.remove(flow.tenant));
-            }
+            tenant.flows.order(residency).into_iter().for_each(|order| order.remove(id));
         }
     }
 
-    /// Puts a flow where they find it, if it has requests.
+    /// Puts a flow with waiting requests into the orders that it belongs to, and its tenant into those of tenants.
     fn list(&mut self, id: FlowId) {
-        let flow = self.get(id);
-        let residency = self.residency(flow);
-        let longest = match residency {
-            _ if flow.waiting.is_empty() => return,
-            Residency::Ready => &mut self.longest_ready,
-            Residency::Absent => &mut self.longest_absent,
-            Residency::Held => return,
-        };
+        let residency = self.residency(self.get(id));
         let flow = &self.flows[id as usize];
-        longest.insert((flow.since, id));
         let tenant = &mut self.tenants[flow.tenant as usize];
-        let order = tenant.flows.order(residency);
-        order.into_iter().for_each(|order| order.insert(id, flow.service, flow.since));
-        let order = self.level.order(residency);
-        order.into_iter().for_each(|order| order.insert(flow.tenant, tenant.service, tenant.since));
+        if let Some(order) = tenant.flows.order(residency)
+            && !flow.waiting.is_empty()
+        {
+            order.insert(id, flow.service, flow.since);
+            match residency {
+                Residency::Ready => self.longest_ready.insert((flow.since, id)),
+                _ => self.longest_absent.insert((flow.since, id)),
+            };
+        }
+        self.list_tenant(self.get(id).tenant);
+    }
+
+    fn list_tenant(&mut self, id: TenantId) {
+        let tenant = &mut self.tenants[id as usize];
+        for residency in [Residency::Ready, Residency::Absent] {
+            let waits = tenant.flows.order(residency).is_some_and(|order| !order.is_empty());
+            let order = self.level.order(residency);
+            order.into_iter().for_each(|order| order.set(id, waits, tenant.service, tenant.since));
+            if residency == Residency::Ready {
+                let newcomer = waits && tenant.users == 0;
+                self.newcomers.set(id, newcomer, tenant.service, tenant.since);
+            }
+        }
     }
 
     /// A request of the flow does not wait any more.

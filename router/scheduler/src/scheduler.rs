@@ -3,6 +3,7 @@
 mod admit;
 mod check;
 mod plan;
+mod preempt;
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -314,8 +315,10 @@ impl<P: Clone> Scheduler<P> {
     /// Takes seat and blocks from a running sequence.
     fn stop(&mut self, arrival: Arrival) -> Option<Sequence<P>> {
         let mut sequence = self.running.remove(&arrival)?;
+        if sequence.run.added {
+            self.dropped.push(sequence.id);
+        }
         self.blocks.release(&sequence.stop());
-        self.dropped.push(sequence.id);
         Some(sequence)
     }
 

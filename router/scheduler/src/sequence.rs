@@ -54,13 +54,15 @@ pub(crate) struct Admission {
 pub(crate) struct Run {
     /// Its block table.
     pub(crate) blocks: Vec<u32>,
-    /// How many of `blocks` the shards have been told.
+    /// Whether the shards have been told of the sequence.
+    pub(crate) added: bool,
+    /// How many of `blocks` they have been told.
     pub(crate) sent: usize,
     /// How many of `blocks`, from the first, are known to the prefix cache (as these or as equal ones).
     pub(crate) published: usize,
     /// The prefix that the first unpublished block follows; `None` when no further block can be published.
     pub(crate) prefix: Option<Prefix>,
-    /// Tokens that it was added with: rows below are prefill, rows from here on are decode.
+    /// Tokens that are known when it gets its seat: rows below are prefill, rows from here on are decode.
     pub(crate) added_len: usize,
     /// Positions whose rows have been planned.
     pub(crate) planned: usize,
@@ -136,12 +138,12 @@ impl<P> Sequence<P> {
         self.len().min(self.max_positions()) - self.run.planned
     }
 
-    /// Whether its next row is of a token that it was added with.
+    /// Whether its next row is of a token that was known when it got its seat.
     pub(crate) fn prefills(&self) -> bool {
         self.run.planned < self.run.added_len
     }
 
-    /// Virtual tokens that it costs at most beyond what has been charged, once `hit` tokens came from the cache.
+    /// Virtual tokens of the tokens that it may still generate and that no step in flight will give.
     pub(crate) fn cost_to_come(&self) -> u64 {
         let generated = self.len() - self.prompt.len();
         GENERATED * self.max_new_tokens.saturating_sub(generated) as u64

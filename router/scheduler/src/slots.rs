@@ -6,7 +6,7 @@ use crate::{Adapter, AdapterKey, flows::Residency};
 
 /// An adapter keeps its slot for this many virtual tokens of work, however many others want it, so that the cost of a
 /// load is spread over them.
-const SLICE: u64 = 1024;
+pub(crate) const SLICE: u64 = 1024;
 
 /// What an occupied slot is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -194,22 +194,24 @@ impl Slots {
         }
     }
 
-    /// Promises a slot to one of the `wanting` adapters that have none. The slot is one whose adapter has had its slice and
-    /// for which `yields` returns a value; of several, the one with the greatest. No more slots drain than are wanted, nor
-    /// more than a quarter of all, so that the others keep the batch full.
+    /// Promises a slot to one of the `wanting` adapters that have none. The slot is one whose adapter has had a `slice` of
+    /// virtual tokens and for which `yields` returns a value; of several, the one with the greatest. Without a slice, slots
+    /// that nobody uses come first. No more slots drain than are wanted, nor more than a quarter of all, so that the others
+    /// keep the batch full.
     pub(crate) fn drain<R: Ord>(
         &mut self,
         wanting: usize,
+        slice: u64,
         yields: impl Fn(AdapterKey) -> Option<R>,
     ) -> Option<Drained> {
         let draining = self.occupied().filter(|(_, s)| s.state == State::Draining && s.users > 0).count();
         if draining >= (self.slots.len() / 4).max(1).min(wanting) {
             return None;
         }
-        let (_, id) = self
+        let (_, _, id) = self
             .occupied()
-            .filter(|(_, slot)| slot.state == State::Ready && slot.earned >= SLICE)
-            .filter_map(|(id, slot)| Some((yields(slot.adapter.key)?, id)))
+            .filter(|(_, slot)| slot.state == State::Ready && slot.earned >= slice)
+            .filter_map(|(id, slot)| Some((slice == 0 && slot.users == 0, yields(slot.adapter.key)?, id)))
             .max()?;
         let slot = self.slots[id as usize].as_mut()?;
         slot.state = State::Draining;

@@ -85,6 +85,9 @@ impl<P> Flows<P> {
             }
         }
         self.level.check(&tenants(&ready), &tenants(&absent));
+        let newcomers = tenants(&ready).into_iter().filter(|&id| self.tenant(id).users == 0);
+        assert_eq!(self.newcomers.ids().collect::<Vec<_>>(), newcomers.collect::<Vec<_>>(), "newcomers");
+        self.newcomers.check();
         for (flows, longest) in [(&ready, &self.longest_ready), (&absent, &self.longest_absent)] {
             let mut expected: Vec<_> = flows.iter().map(|&id| (self.get(id).since, id)).collect();
             expected.sort_unstable();

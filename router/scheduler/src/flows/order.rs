@@ -23,6 +23,14 @@ impl Order {
         self.recorded.insert(id, (service, since));
     }
 
+    /// Makes `id` a member, or not.
+    pub(super) fn set(&mut self, id: u32, member: bool, service: u64, since: Duration) {
+        match member {
+            true => self.insert(id, service, since),
+            false => self.remove(id),
+        }
+    }
+
     pub(super) fn remove(&mut self, id: u32) {
         if let Some((service, since)) = self.recorded.remove(&id) {
             self.by_service.remove(&(service, since, id));

@@ -5,13 +5,14 @@ use std::time::Duration;
 use super::{Scheduler, plan::Draft};
 use crate::{
     flows::{FlowId, Residency, Turn},
-    sequence::{Admission, Sequence},
+    sequence::{Admission, Arrival, Sequence},
+    slots::SLICE,
 };
 
 /// Who may start next.
 #[derive(Debug, Clone, Copy)]
 enum Candidate {
-    Preempted,
+    Preempted(Arrival),
     Waiting(FlowId, Turn),
 }
 
@@ -55,8 +56,10 @@ impl<P: Clone> Scheduler<P> {
 
     /// Has an adapter leave its slot for a flow as soon as its last sequence ends. Returns whether that is at once.
     fn drain_slot(&mut self, flow: FlowId, turn: Turn) -> bool {
+        let slice = if self.flows.needs_first_slot(flow) { 0 } else { SLICE };
         let flows = &self.flows;
-        let drained = self.slots.drain(flows.count_absent(), |key| flows.yields(key, flow, turn));
+        let yields = |key| flows.yields(key, flow, turn);
+        let drained = self.slots.drain(flows.count_absent(), slice, yields);
         let Some(drained) = drained else { return false };
         self.flows.set_residency(drained.key, Residency::Held);
         drained.free
@@ -68,47 +71,83 @@ impl<P: Clone> Scheduler<P> {
         let mut promised = None;
         while self.running.len() < self.limits.seats() && draft.has_room() {
             let Some(candidate) = self.candidate(now) else { return };
-            let promised = promised.get_or_insert_with(|| {
-                self.running.values().map(|running| self.blocks_to_come(running)).sum()
-            });
-            let Some(cached) = self.fit(candidate, *promised, draft) else { return };
+            if !self.peek(candidate).is_some_and(|sequence| draft.fits(sequence)) {
+                return;
+            }
+            let promised = promised.get_or_insert_with(|| self.promised());
+            let Some(cached) = self.fit(candidate, *promised) else { return };
             let Some(sequence) = self.take(candidate, cached.len(), now) else { return };
             *promised += self.start(sequence, cached, draft);
         }
     }
 
-    /// Sequences that have been admitted before come back first, oldest first.
-    fn candidate(&mut self, now: Duration) -> Option<Candidate> {
-        if !self.preempted.is_empty() {
-            return Some(Candidate::Preempted);
+    /// Gives seats to tenants that have none, ahead of everybody else and in place of running sequences, for as long as
+    /// others run more than one. The rows are planned with those of the running sequences.
+    pub(super) fn admit_newcomers(&mut self, now: Duration) {
+        while let Some(flow) = self.flows.newcomer() {
+            let Some(victims) = self.victims_for_newcomer(flow) else { return };
+            victims.into_iter().for_each(|victim| self.preempt(victim));
+            let candidate = Candidate::Waiting(flow, Turn::Fair);
+            let Some(cached) = self.fit(candidate, self.promised()) else { return };
+            let Some(sequence) = self.take(candidate, cached.len(), now) else { return };
+            self.seat(sequence, cached);
         }
-        let aged = self.flows.overdue_ready(now).map(|flow| Candidate::Waiting(flow, Turn::Aged));
-        let mut fair = || self.flows.least_served(Residency::Ready);
-        aged.or_else(|| fair().map(|flow| Candidate::Waiting(flow, Turn::Fair)))
+    }
+
+    /// Who is next for a free seat. Sequences that have been admitted before come back before others, oldest first. Ahead
+    /// of them are, in this order, one whose tenant runs nothing, whoever is overdue, and tenants that have no seat.
+    fn candidate(&mut self, now: Duration) -> Option<Candidate> {
+        let alone = |sequence: &&Sequence<P>| {
+            let tenant = self.flows.tenant_of(sequence.flow);
+            !self.running.values().any(|running| self.flows.tenant_of(running.flow) == tenant)
+        };
+        let preempted = self.preempted.values().find(alone).or(self.preempted.values().next());
+        let preempted = preempted.map(|sequence| (sequence.arrival, alone(&sequence)));
+        if let Some((arrival, true)) = preempted {
+            return Some(Candidate::Preempted(arrival));
+        }
+        if let Some(flow) = self.flows.overdue_ready(now) {
+            return Some(Candidate::Waiting(flow, Turn::Aged));
+        }
+        let Some((arrival, _)) = preempted else {
+            return self
+                .flows
+                .least_served(Residency::Ready)
+                .map(|flow| Candidate::Waiting(flow, Turn::Fair));
+        };
+        let newcomer = self.flows.newcomer().map(|flow| Candidate::Waiting(flow, Turn::Fair));
+        Some(newcomer.unwrap_or(Candidate::Preempted(arrival)))
     }
 
     fn peek(&self, candidate: Candidate) -> Option<&Sequence<P>> {
         match candidate {
-            Candidate::Preempted => self.preempted.values().next(),
+            Candidate::Preempted(arrival) => self.preempted.get(&arrival),
             Candidate::Waiting(flow, _) => self.flows.peek(flow),
         }
     }
 
-    /// The cached blocks that the candidate shares, if the step's message has room for it, and there are blocks for all
-    /// its known tokens and one more block, beside those promised to the running sequences for theirs.
-    fn fit(&self, candidate: Candidate, promised: usize, draft: &Draft<P>) -> Option<Vec<u32>> {
-        let sequence = self.peek(candidate)?;
-        if sequence.in_flight > 0 || !draft.fits(sequence) {
-            return None;
-        }
+    /// The cached blocks that the candidate shares, if there are blocks for all its known tokens and one more block, beside
+    /// those promised to the running sequences for theirs.
+    fn fit(&self, candidate: Candidate, promised: usize) -> Option<Vec<u32>> {
+        let sequence = self.peek(candidate).filter(|sequence| sequence.in_flight == 0)?;
         let cached = self.find_cached(sequence);
-        let idle = cached.iter().filter(|&&block| self.blocks.is_idle(block)).count();
-        let needed = self.blocks_to_come(sequence) - cached.len() + idle;
+        let needed = self.blocks_needed(sequence, &cached);
         (promised + needed <= self.blocks.available()).then_some(cached)
     }
 
+    /// Available blocks that a sequence takes when it gets its seat, and is promised then.
+    pub(super) fn blocks_needed(&self, sequence: &Sequence<P>, cached: &[u32]) -> usize {
+        let idle = cached.iter().filter(|&&block| self.blocks.is_idle(block)).count();
+        self.blocks_to_come(sequence) - cached.len() + idle
+    }
+
+    /// Blocks that the running sequences are expected to need soon.
+    pub(super) fn promised(&self) -> usize {
+        self.running.values().map(|running| self.blocks_to_come(running)).sum()
+    }
+
     /// The blocks of the prefix cache that a sequence can begin with.
-    fn find_cached(&self, sequence: &Sequence<P>) -> Vec<u32> {
+    pub(super) fn find_cached(&self, sequence: &Sequence<P>) -> Vec<u32> {
         if !self.limits.prefix_caching || sequence.prompt_logprobs {
             return Vec::new();
         }
@@ -122,7 +161,7 @@ impl<P: Clone> Scheduler<P> {
     }
 
     /// Blocks that a sequence is expected to need soon: for its known tokens, and one to grow into.
-    fn blocks_to_come(&self, sequence: &Sequence<P>) -> usize {
+    pub(super) fn blocks_to_come(&self, sequence: &Sequence<P>) -> usize {
         let held = sequence.run.blocks.len();
         let soon = self.limits.blocks_for(sequence.len()).max(held) + 1;
         soon.min(self.limits.blocks_for(sequence.max_positions())) - held
@@ -130,12 +169,14 @@ impl<P: Clone> Scheduler<P> {
 
     /// Takes a candidate from where it waits. `cached` blocks of it need not be computed.
     fn take(&mut self, candidate: Candidate, cached: usize, now: Duration) -> Option<Sequence<P>> {
-        let Candidate::Waiting(flow, turn) = candidate else {
-            return self.preempted.pop_first().map(|(_, sequence)| sequence);
-        };
-        let mut sequence = self.flows.pop(flow, now)?;
-        self.admit_first(&mut sequence, cached * self.limits.block_size as usize, turn, now);
-        Some(sequence)
+        match candidate {
+            Candidate::Preempted(arrival) => self.preempted.remove(&arrival),
+            Candidate::Waiting(flow, turn) => {
+                let mut sequence = self.flows.pop(flow, now)?;
+                self.admit_first(&mut sequence, cached * self.limits.block_size as usize, turn, now);
+                Some(sequence)
+            }
+        }
     }
 
     /// At its first admission a sequence pins its slot and pays for its prompt.
@@ -154,22 +195,26 @@ impl<P: Clone> Scheduler<P> {
         self.cached_tokens += hit as u64;
     }
 
-    /// Gives a sequence its seat, its cached blocks and its first rows. Returns the blocks that it is promised beside.
-    fn start(&mut self, mut sequence: Sequence<P>, cached: Vec<u32>, draft: &mut Draft<P>) -> usize {
-        cached.iter().for_each(|&block| self.blocks.hold(block));
-        draft.add(&sequence);
-        let hit = cached.len() * self.limits.block_size as usize;
-        let prefix = cached.last().map_or(Some(sequence.start), |&block| self.blocks.prefix_of(block));
-        let added_len = sequence.known();
-        let run = &mut sequence.run;
-        run.added_len = added_len;
-        (run.planned, run.computed, run.published) = (hit, hit, cached.len());
-        run.prefix = prefix.filter(|_| self.limits.prefix_caching);
-        run.blocks = cached;
-        let arrival = sequence.arrival;
-        self.running.insert(arrival, sequence);
+    /// Gives a sequence its seat and its first rows. Returns the blocks that it is promised beside.
+    fn start(&mut self, sequence: Sequence<P>, cached: Vec<u32>, draft: &mut Draft<P>) -> usize {
+        let arrival = self.seat(sequence, cached);
         draft.shared = self.waiting_for_seats() > 0;
         self.plan_rows(arrival, draft);
         self.running.get(&arrival).map_or(0, |sequence| self.blocks_to_come(sequence))
+    }
+
+    /// Gives a sequence its seat and its cached blocks.
+    fn seat(&mut self, mut sequence: Sequence<P>, cached: Vec<u32>) -> Arrival {
+        cached.iter().for_each(|&block| self.blocks.hold(block));
+        let hit = cached.len() * self.limits.block_size as usize;
+        let prefix = cached.last().map_or(Some(sequence.start), |&block| self.blocks.prefix_of(block));
+        let (arrival, known) = (sequence.arrival, sequence.known());
+        let run = &mut sequence.run;
+        run.added_len = known;
+        (run.planned, run.computed, run.published) = (hit, hit, cached.len());
+        run.prefix = prefix.filter(|_| self.limits.prefix_caching);
+        run.blocks = cached;
+        self.running.insert(arrival, sequence);
+        arrival
     }
 }

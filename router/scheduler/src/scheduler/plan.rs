@@ -1,6 +1,6 @@
 //! Planning one step: decode rows first, then prefill, within the budgets.
 
-use std::{mem, ops::Bound, time::Duration};
+use std::{collections::BTreeSet, mem, time::Duration};
 
 use super::{Flight, FlightRows, MAX_IN_FLIGHT, Scheduler};
 use crate::{
@@ -62,6 +62,8 @@ pub(super) struct Draft<P> {
     /// Prompt rows of the step, and those that are left.
     prefill: usize,
     prefill_left: usize,
+    /// Most rows of the prompt that is planned.
+    most: usize,
     /// Whether others than the prompt that is planned could use what is left.
     pub(super) shared: bool,
     logits_left: usize,
@@ -80,6 +82,7 @@ impl<P> Draft<P> {
             rows_left: limits.max_rows as usize,
             prefill: 0,
             prefill_left: 0,
+            most: usize::MAX,
             shared: false,
             logits_left: limits.max_logit_rows as usize,
             added_left: limits.max_added_tokens as usize,
@@ -119,7 +122,7 @@ impl<P> Draft<P> {
         let wanted = sequence.rows_to_plan();
         let mut rows = wanted.min(self.rows_left);
         if sequence.prefills() {
-            rows = rows.min(self.prefill_room(wanted));
+            rows = rows.min(self.most).min(self.prefill_room(wanted));
         }
         if sequence.prompt_logprobs {
             rows = rows.min(self.logits_left);
@@ -160,6 +163,7 @@ impl<P: Clone> Scheduler<P> {
         }
         let mut draft = Draft::new(self.steps + 1, &self.limits);
         draft.unload = mem::take(&mut self.unload);
+        self.admit_newcomers(now);
         self.plan_running(&mut draft);
         self.load_adapters(&mut draft, now);
         self.admit(&mut draft, now);
@@ -176,20 +180,37 @@ impl<P: Clone> Scheduler<P> {
 
     /// Plans rows of the running sequences: first of those that generate, then of those that prefill, oldest first.
     fn plan_running(&mut self, draft: &mut Draft<P>) {
-        let running = self.running.iter().map(|(&arrival, sequence)| (arrival, sequence.prefills()));
-        let (prefilling, generating): (Vec<_>, Vec<_>) = running.partition(|&(_, prefills)| prefills);
-        for (arrival, _) in generating {
+        let prefills = |arrival: &Arrival| self.running.get(arrival).is_some_and(Sequence::prefills);
+        let (prefilling, generating): (Vec<_>, Vec<_>) =
+            self.running.keys().partition(|&arrival| prefills(arrival));
+        for arrival in generating {
             self.plan_rows(arrival, draft);
         }
         let decode = self.limits.max_rows as usize - draft.rows_left;
         draft.prefill = self.prefill_budget.rows(&self.limits, decode);
         draft.prefill_left = draft.prefill;
-        let mut others = prefilling.len() + self.waiting_for_seats();
-        for (arrival, _) in prefilling {
+        self.plan_prompts(&prefilling, draft);
+    }
+
+    /// Plans prompt rows. The first prompt of each tenant comes before all others, and the tenants share the rows evenly:
+    /// the smallest first, so that what it does not need is left to the others. Further prompts follow, oldest first.
+    fn plan_prompts(&mut self, prefilling: &[Arrival], draft: &mut Draft<P>) {
+        let mut tenants = BTreeSet::new();
+        let order = |arrival: &Arrival| {
+            let sequence = self.running.get(arrival)?;
+            let first = tenants.insert(self.flows.tenant_of(sequence.flow));
+            Some((!first, if first { sequence.rows_to_plan() } else { 0 }, *arrival))
+        };
+        let mut prompts: Vec<_> = prefilling.iter().filter_map(order).collect();
+        prompts.sort_unstable();
+        let mut others = prompts.len() + self.waiting_for_seats();
+        for (index, (_, _, arrival)) in prompts.into_iter().enumerate() {
             others -= 1;
             draft.shared = others > 0;
+            draft.most = draft.prefill_left.div_ceil(tenants.len().saturating_sub(index).max(1));
             self.plan_rows(arrival, draft);
         }
+        draft.most = usize::MAX;
     }
 
     /// Who has no seat and would like one.
@@ -202,12 +223,12 @@ impl<P: Clone> Scheduler<P> {
     pub(super) fn plan_rows(&mut self, arrival: Arrival, draft: &mut Draft<P>) {
         let Some(sequence) = self.running.get(&arrival) else { return };
         let allowed = draft.allowed(sequence);
-        if allowed == 0 {
+        if allowed == 0 || !sequence.run.added && !draft.fits(sequence) {
             return;
         }
         let (planned, held) = (sequence.run.planned, sequence.run.blocks.len());
         let missing = self.limits.blocks_for(planned + allowed).saturating_sub(held);
-        while self.blocks.available() < missing && self.preempt_younger(arrival, draft.id) {}
+        while self.blocks.available() < missing && self.preempt_for(arrival, draft.id) {}
         let Some(sequence) = self.running.get_mut(&arrival) else { return };
         let table = &mut sequence.run.blocks;
         table.extend((0..missing).map_while(|_| self.blocks.take()));
@@ -218,6 +239,9 @@ impl<P: Clone> Scheduler<P> {
         let last = rows == sequence.rows_to_plan();
         let sample = last && sequence.generates();
         draft.spend(sequence, rows, sample);
+        if !mem::replace(&mut sequence.run.added, true) {
+            draft.add(sequence);
+        }
         let plan = RowsPlan {
             id: sequence.id,
             position: planned as u32,
@@ -236,19 +260,6 @@ impl<P: Clone> Scheduler<P> {
             self.flows.charge(flow, GENERATED);
             slot.into_iter().for_each(|slot| self.slots.charge(slot, GENERATED));
         }
-    }
-
-    /// Takes the blocks of the youngest sequence that is younger than `arrival` and has no rows in the step. Its results
-    /// in flight still count; the rest is computed again when it comes back.
-    fn preempt_younger(&mut self, arrival: Arrival, step: u64) -> bool {
-        let younger = self.running.range((Bound::Excluded(arrival), Bound::Unbounded));
-        let victim = younger.rev().find(|(_, sequence)| sequence.run.last_step != step);
-        let Some(victim) = victim.map(|(&arrival, _)| arrival) else { return false };
-        if let Some(sequence) = self.stop(victim) {
-            self.preempted.insert(victim, sequence);
-            self.preemptions += 1;
-        }
-        true
     }
 
     /// Puts the step in flight.

@@ -17,8 +17,8 @@ impl Crowd {
         Self { world: World::new(limits), next: 0 }
     }
 
-    fn submit(&mut self, adapter: u8, prompt_len: usize, max_new: u32) {
-        let id = self.next * 256 + u64::from(adapter);
+    fn submit(&mut self, adapter: u16, prompt_len: usize, max_new: u32) {
+        let id = self.next * 65_536 + u64::from(adapter);
         self.world.submit(request(id, adapter, prompt(id, prompt_len), max_new)).unwrap();
         self.next += 1;
     }
@@ -30,15 +30,15 @@ impl Crowd {
     }
 
     /// Requests finished by adapter.
-    fn finished(&self) -> BTreeMap<u8, usize> {
+    fn finished(&self) -> BTreeMap<u16, usize> {
         let mut finished = BTreeMap::new();
         self.world.finished.iter().for_each(|id| *finished.entry(adapter_of(*id)).or_default() += 1);
         finished
     }
 }
 
-fn adapter_of(id: RequestId) -> u8 {
-    (id.0 % 256) as u8
+fn adapter_of(id: RequestId) -> u16 {
+    (id.0 % 65_536) as u16
 }
 
 #[test]
@@ -133,13 +133,13 @@ fn a_hot_adapter_leaves_its_slot_to_a_cold_one() {
 }
 
 #[test]
-fn an_overdue_adapter_goes_first_whatever_it_owes() {
+fn an_overdue_adapter_is_served_out_of_turn_whatever_it_owes() {
     let mut crowd =
         Crowd::new(Limits { max_sequences: 1, max_prefill_rows: Some(200), max_rows: 200, ..limits() });
     // Adapter 1 has had as much as 116 requests of each of the others, which would keep it waiting for 10 seconds.
     crowd.submit(1, 150, 100);
     crowd.submit(1, 4, 1);
-    (0..600u64).for_each(|number| crowd.submit(2 + (number % 3) as u8, 1, 1));
+    (0..600u64).for_each(|number| crowd.submit(2 + (number % 3) as u16, 1, 1));
     let mut elapsed = Duration::ZERO;
     while crowd.finished().get(&1) != Some(&2) {
         crowd.world.turn();
@@ -154,7 +154,7 @@ fn an_overdue_adapter_goes_first_whatever_it_owes() {
 #[test]
 fn requests_of_one_adapter_start_in_order() {
     let mut crowd = Crowd::new(limits());
-    for number in 0..60u8 {
+    for number in 0..60u16 {
         crowd.submit(1 + number % 2, 1 + usize::from(number) % 9, 3);
     }
     let mut started = Vec::new();
@@ -169,4 +169,31 @@ fn requests_of_one_adapter_start_in_order() {
         let own: Vec<_> = started.iter().filter(|id| adapter_of(**id) == adapter).collect();
         assert!(own.len() == 30 && own.is_sorted(), "{own:?}");
     }
+}
+
+/// The least and the most service of any flow, relative to the mean.
+fn spread<'a>(service: impl IntoIterator<Item = &'a u64>) -> (f64, f64) {
+    let service: Vec<f64> = service.into_iter().map(|&service| service as f64).collect();
+    let mean = service.iter().sum::<f64>() / service.len() as f64;
+    let relative = || service.iter().map(|service| service / mean);
+    (relative().fold(f64::MAX, f64::min), relative().fold(0.0, f64::max))
+}
+
+#[test]
+fn many_adapters_that_always_wait_get_equal_shares_of_tokens() {
+    let answer = |adapter: u16| if adapter % 2 == 1 { 12 } else { 48 };
+    let mut crowd = Crowd::new(Limits { num_slots: 240, num_blocks: 400, ..limits() });
+    // Each adapter has two requests waiting at all times.
+    (0..2).for_each(|_| (1..=240).for_each(|adapter| crowd.submit(adapter, 4, answer(adapter))));
+    // A virtual token is half a row: in 60,000 turns each adapter has some 4,000 of them.
+    for _ in 0..60_000 {
+        let before = crowd.world.finished.len();
+        crowd.world.turn();
+        crowd.world.now += Duration::from_millis(10);
+        let ended: Vec<_> = crowd.world.finished[before..].iter().map(|id| adapter_of(*id)).collect();
+        ended.into_iter().for_each(|adapter| crowd.submit(adapter, 4, answer(adapter)));
+    }
+    assert!(crowd.world.now > OVERDUE * 200);
+    let (least, most) = spread(crowd.world.service.values());
+    assert!(least > 0.95 && most < 1.05, "from {least} to {most} of the mean");
 }

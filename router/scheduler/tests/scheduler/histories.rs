@@ -13,7 +13,7 @@ use crate::{
 
 #[derive(Debug, Clone)]
 enum Op {
-    Submit { flow: (u64, u8, u128), stem: u64, stem_len: usize, tail: Vec<u32>, max_new: u32, flags: Flags },
+    Submit { flow: (u64, u16, u128), stem: u64, stem_len: usize, tail: Vec<u32>, max_new: u32, flags: Flags },
     Cancel(prop::sample::Index),
     Plan,
     Run,
@@ -32,7 +32,7 @@ struct Flags {
 fn op() -> impl Strategy<Value = Op> {
     let flags = (prop::bool::weighted(0.7), prop::bool::weighted(0.15), prop::bool::weighted(0.05));
     let flags = flags.prop_map(|(stop, prompt_logprobs, refused)| Flags { stop, prompt_logprobs, refused });
-    let flow = (0..4u64, 0..7u8, prop_oneof![4 => Just(0), 1 => Just(1), 1 => Just(1 << 64)]);
+    let flow = (0..4u64, 0..7u16, prop_oneof![4 => Just(0), 1 => Just(1), 1 => Just(1 << 64)]);
     let max_new = prop_oneof![1 => Just(0), 9 => 1..30u32];
     let submit = (flow, 0..3u64, 0..40usize, vec(0..2u32, 0..6), max_new, flags);
     prop_oneof![

@@ -81,7 +81,7 @@ fn results_in_flight_of_a_preempted_sequence_count() {
 #[test]
 fn a_shared_prefix_is_computed_once() {
     let mut world = World::new(limits());
-    let with = |id: u64, adapter: u8, len: usize| request(id, adapter, prompt(1, len), 1);
+    let with = |id: u64, adapter: u16, len: usize| request(id, adapter, prompt(1, len), 1);
     for (request, hit) in [
         (with(1, 0, 13), 0),
         // The last token is always computed: 3 blocks of 4.

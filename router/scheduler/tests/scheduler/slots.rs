@@ -5,7 +5,7 @@ use scheduler::{FailReason, Limits, RequestId};
 use crate::world::{World, key, limits, prompt, request};
 
 /// Runs a request of the adapter alone, and returns the loads of adapters and the slots emptied for it.
-fn use_once(world: &mut World, id: u64, number: u8) -> (usize, usize) {
+fn use_once(world: &mut World, id: u64, number: u16) -> (usize, usize) {
     let (mut loads, mut unloads) = (0, 0);
     world.submit(request(id, number, prompt(id, 3), 2)).unwrap();
     loop {

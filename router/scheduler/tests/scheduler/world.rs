@@ -32,12 +32,18 @@ pub(crate) fn limits() -> Limits {
 }
 
 /// The adapter of a number; 0 is the base model.
-pub(crate) fn adapter(number: u8) -> Option<Adapter> {
+pub(crate) fn adapter(number: u16) -> Option<Adapter> {
     (number > 0).then(|| Adapter { key: key(number), bytes: 10 })
 }
 
-pub(crate) fn key(number: u8) -> AdapterKey {
-    AdapterKey([number; 32])
+pub(crate) fn key(number: u16) -> AdapterKey {
+    let mut key = [0; 32];
+    key[..2].copy_from_slice(&number.to_le_bytes());
+    AdapterKey(key)
+}
+
+fn number(adapter: Option<Adapter>) -> u16 {
+    adapter.map_or(0, |adapter| u16::from_le_bytes([adapter.key.0[0], adapter.key.0[1]]))
 }
 
 pub(crate) fn tenant(id: u64) -> Tenant {
@@ -46,7 +52,7 @@ pub(crate) fn tenant(id: u64) -> Tenant {
 
 pub(crate) fn request(
     id: u64,
-    adapter_number: u8,
+    adapter_number: u16,
     prompt: Vec<u32>,
     max_new_tokens: u32,
 ) -> Request<Payload> {
@@ -77,6 +83,7 @@ pub(crate) fn prompt(number: u64, len: usize) -> Vec<u32> {
 #[derive(Debug)]
 pub(crate) struct Expected {
     adapter: Option<Adapter>,
+    flow: (u64, u16),
     prompt_logprobs: bool,
     prompt_len: usize,
     tokens: Vec<u32>,
@@ -95,6 +102,8 @@ pub(crate) struct World {
     /// In the order of their ends.
     pub(crate) finished: Vec<RequestId>,
     pub(crate) failed: BTreeMap<RequestId, FailReason>,
+    /// Virtual tokens of each tenant and adapter.
+    pub(crate) service: BTreeMap<(u64, u16), u64>,
     limits: Limits,
     sent: VecDeque<Plan>,
     /// By running sequence: the position after its last row, and the number of tokens that it was added with.
@@ -114,6 +123,7 @@ impl World {
             open: BTreeMap::new(),
             finished: Vec::new(),
             failed: BTreeMap::new(),
+            service: BTreeMap::new(),
             limits,
             sent: VecDeque::new(),
             positions: BTreeMap::new(),
@@ -132,6 +142,7 @@ impl World {
     pub(crate) fn submit(&mut self, request: Request<Payload>) -> Result<(), SubmitError> {
         let expected = Expected {
             adapter: request.adapter,
+            flow: (request.tenant.id, number(request.adapter)),
             prompt_logprobs: request.prompt_logprobs,
             prompt_len: request.prompt.len(),
             tokens: plain(&request),
@@ -245,6 +256,8 @@ impl World {
                 assert!(expected.started.replace(queued).is_none(), "{id:?} starts twice");
                 assert!(!expected.prompt_logprobs || cached_tokens == 0, "{id:?} skips log-probabilities");
                 expected.cached_tokens = cached_tokens;
+                let computed = expected.prompt_len as u64 - u64::from(cached_tokens);
+                *self.service.entry(expected.flow).or_default() += computed;
             }
             Event::Token { id, index, token, finish } => {
                 assert_eq!(sampled[index], Sampled { id, token }, "the event names its result");
@@ -252,6 +265,7 @@ impl World {
                 assert!(expected.started.is_some(), "{id:?} has a token before its start");
                 assert_eq!(token, expected.tokens[expected.got], "token {} of {id:?}", expected.got);
                 expected.got += 1;
+                *self.service.entry(expected.flow).or_default() += 2;
                 assert_eq!(finish.is_some(), expected.got == expected.tokens.len(), "end of {id:?}");
                 assert!(finish != Some(Finish::StopToken) || token == STOP);
                 if finish.is_some() {
