@@ -7,4 +7,5 @@ mod memory;
 mod shard;
 mod slots;
 mod steps;
+mod tenants;
 mod world;

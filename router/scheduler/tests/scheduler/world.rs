@@ -90,6 +90,8 @@ pub(crate) struct Expected {
     pub(crate) got: usize,
     pub(crate) started: Option<Duration>,
     pub(crate) cached_tokens: u32,
+    /// The position after the last one that has been planned.
+    planned: usize,
 }
 
 #[derive(Debug)]
@@ -149,6 +151,7 @@ impl World {
             got: 0,
             started: None,
             cached_tokens: 0,
+            planned: 0,
         };
         let id = request.id;
         let result = self.scheduler.submit(request, self.now);
@@ -276,8 +279,7 @@ impl World {
             Event::Scored { id } => {
                 let expected = self.open.remove(&id).expect("a scored request is open");
                 assert!(expected.started.is_some() && expected.tokens.is_empty(), "{id:?} is scored");
-                let rows = self.positions.get(&id).map_or(0, |&(next, _)| next as usize);
-                assert_eq!(rows, (expected.prompt_len - 1).max(1), "rows of {id:?}");
+                assert_eq!(expected.planned, (expected.prompt_len - 1).max(1), "rows of {id:?}");
                 self.finished.push(id);
             }
             Event::Failed { id, reason } => {
@@ -309,6 +311,9 @@ impl World {
                 planned.id
             );
             *next = planned.position + planned.rows;
+            if let Some(expected) = self.open.get_mut(&planned.id) {
+                expected.planned = expected.planned.max(*next as usize);
+            }
             rows += planned.rows;
             prefill += if planned.position < *added_len { planned.rows } else { 0 };
             let scored = self.open.get(&planned.id).is_some_and(|expected| expected.prompt_logprobs);
