@@ -4,6 +4,7 @@
 mod fairness;
 mod histories;
 mod memory;
+mod outcomes;
 mod shard;
 mod slots;
 mod steps;

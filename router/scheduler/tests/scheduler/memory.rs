@@ -4,7 +4,7 @@ use scheduler::{Limits, Request, RequestId};
 
 use crate::{
     shard::{Payload, plain},
-    world::{World, limits, prompt, request},
+    world::{World, limits, prompt, request, salted},
 };
 
 /// Runs a request alone and returns how many of its prompt tokens came from the cache.
@@ -186,4 +186,69 @@ fn a_large_request_is_not_overtaken_for_ever() {
     }
     assert!(world.finished.contains(&RequestId(100)));
     world.run_to_end();
+}
+
+#[test]
+fn blocks_are_shared_under_equal_adapters_and_salts_alone() {
+    let prompt = || prompt(1, 13);
+    let one = |id, adapter, salt| salted(salt, request(id, adapter, prompt(), 1));
+    let mut world = World::new(Limits { num_slots: 4, ..limits() });
+    // Adapter, salt, and the tokens that come from the cache.
+    for (id, (adapter, salt, hit)) in (1..).zip([
+        (0, 0, 0),
+        (0, 0, 12),
+        (0, 1, 0),
+        (0, 1 << 64, 0),
+        (0, u128::MAX, 0),
+        (0, 1, 12),
+        (0, 1 << 64, 12),
+        (1, 0, 0),
+        (1, 1, 0),
+        (1, 1, 12),
+        (2, 1, 0),
+        (0, 0, 12),
+    ]) {
+        let hits = cached(&mut world, one(id, adapter, salt));
+        assert_eq!(hits, hit, "adapter {adapter}, salt {salt}");
+    }
+    // Tenants are not told apart by the cache: whoever gives them equal salts lets them share.
+    let tenant = scheduler::Tenant { id: 7, weight: 1 };
+    assert_eq!(cached(&mut world, Request { tenant, ..one(100, 0, 1) }), 12);
+}
+
+#[test]
+fn preempted_sequences_come_back_and_lose_nothing() {
+    // Blocks, answers, whether blocks are cached, and how many preemptions there are at least.
+    for (num_blocks, answer, prefix_caching, least) in [
+        (12, 30, true, 1),
+        (12, 30, false, 1),
+        (16, 40, true, 1),
+        (16, 50, false, 2),
+        (20, 60, true, 2),
+        (24, 60, true, 2),
+        (24, 70, false, 2),
+        (30, 80, true, 2),
+        (40, 120, true, 2),
+        (40, 140, false, 4),
+    ] {
+        let mut world = World::new(Limits { num_blocks, prefix_caching, ..limits() });
+        for id in 0..12 {
+            world.submit(request(id, (id % 3) as u16, prompt(id, 6), answer - id as u32)).unwrap();
+        }
+        let mut resumed = 0;
+        loop {
+            let plan = world.plan();
+            resumed += plan.iter().flat_map(|plan| &plan.added).filter(|a| !a.generated.is_empty()).count();
+            if plan.is_none() && !world.turn() {
+                break;
+            }
+        }
+        // Every token has been compared with what the request gets alone.
+        world.run_to_end();
+        let preemptions = world.scheduler.stats().preemptions;
+        let case =
+            format!("{num_blocks} blocks, answers of {answer}: {preemptions} preemptions, {resumed} resumed");
+        assert!(preemptions >= least && resumed as u64 >= least, "{case}");
+        assert_eq!(world.finished.len(), 12, "{case}");
+    }
 }

@@ -1,8 +1,10 @@
 //! Adapter slots: loads ahead of time, pins, the least recently used, the budget in bytes.
 
-use scheduler::{FailReason, Limits, RequestId};
+use std::time::Duration;
 
-use crate::world::{World, key, limits, prompt, request};
+use scheduler::{FailReason, Limits, Request, RequestId, Scheduler, Tenant};
+
+use crate::world::{World, adapter, key, limits, prompt, request};
 
 /// Runs a request of the adapter alone, and returns the loads of adapters and the slots emptied for it.
 fn use_once(world: &mut World, id: u64, number: u16) -> (usize, usize) {
@@ -185,4 +187,62 @@ fn overdue_adapters_do_not_take_slots_of_each_other() {
     assert!(world.now > scheduler::OVERDUE, "{:?}", world.now);
     assert!(loads <= 1, "{loads} loads while nobody could start");
     world.run_to_end();
+}
+
+#[test]
+fn adapters_that_shards_hold_at_the_start_stay_in_their_slots() {
+    let resident = |entries: &[(u32, u16)]| {
+        let adapter = |&(slot, number): &(u32, u16)| (slot, adapter(number).unwrap());
+        entries.iter().map(adapter).collect::<Vec<_>>()
+    };
+    // What is in slots, the limit in bytes, the slots that are emptied, and the loads for requests of adapters 1 to 3.
+    for (entries, bytes, unloaded, loads) in [
+        (&[][..], 0, &[][..], 3),
+        (&[(0, 1)], 0, &[], 2),
+        (&[(3, 1)], 0, &[], 2),
+        (&[(0, 1), (1, 2), (2, 3)], 0, &[], 0),
+        (&[(2, 3), (0, 1)], 0, &[], 1),
+        (&[(0, 1), (1, 1)], 0, &[1], 2),
+        (&[(0, 1), (0, 2)], 0, &[0], 2),
+        (&[(0, 1), (1, 2), (2, 3)], 30, &[], 0),
+        (&[(0, 1), (1, 2), (2, 3)], 29, &[2], 0),
+        (&[(0, 1), (1, 9), (2, 8), (3, 7)], 0, &[], 2),
+        (&[(0, 1), (9, 2)], 0, &[9], 2),
+    ] {
+        let limits = Limits { adapter_bytes: bytes, ..limits() };
+        let mut scheduler = Scheduler::new(limits, &resident(entries));
+        scheduler.check();
+        let kept = entries.len() - unloaded.len();
+        assert_eq!(scheduler.stats().resident_adapters, kept, "{entries:?}");
+        for number in 1..=3 {
+            let request = request(number, number as u16, prompt(number, 3), 3);
+            scheduler.submit(request, Duration::ZERO).unwrap();
+        }
+        let plan = scheduler.next_step(Duration::ZERO).unwrap();
+        scheduler.check();
+        assert!(plan.unload.starts_with(unloaded), "{entries:?}: {:?}", plan.unload);
+        assert_eq!(plan.load.len(), loads, "{entries:?}");
+        let ready = entries[..].iter().filter(|(_, number)| *number <= 3).count() - unloaded.len();
+        assert_eq!(plan.added.len(), ready, "{entries:?}: those of resident adapters start at once");
+    }
+}
+
+#[test]
+fn an_adapter_of_several_tenants_has_one_slot() {
+    let mut world = World::new(Limits { num_slots: 1, ..limits() });
+    for id in 0..12 {
+        let tenant = Tenant { id: id % 4, weight: 1 };
+        world.submit(Request { tenant, ..request(id, 1, prompt(id, 3), 5) }).unwrap();
+    }
+    let plan = world.plan().unwrap();
+    assert_eq!((plan.load, plan.added.len()), (vec![(0, key(1))], 0));
+    world.run();
+    assert!(world.answer(0, false), "the load fails for all tenants");
+    assert_eq!(world.failed.len(), 12);
+    for id in 20..32 {
+        let tenant = Tenant { id: id % 4, weight: 1 };
+        world.submit(Request { tenant, ..request(id, 1, prompt(id, 3), 5) }).unwrap();
+    }
+    world.run_to_end();
+    assert_eq!(world.finished.len(), 12);
 }
