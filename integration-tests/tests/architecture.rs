@@ -9,7 +9,7 @@ use std::{
 };
 
 /// Leaf crates: what several programs share. Everybody may depend on them, and they on nothing of ours.
-const LEAVES: &[&str] = &["config", "lifecycle", "telemetry"];
+const LEAVES: &[&str] = &["config", "hub", "lifecycle", "telemetry"];
 
 /// What each other crate may depend on, of ours, beside the leaves. Test-only dependencies included.
 const EDGES: &[(&str, &[&str])] = &[

@@ -3,7 +3,6 @@
 mod args;
 mod child;
 mod group;
-mod source;
 mod supervisor;
 
 use std::{
@@ -16,7 +15,8 @@ use anyhow::{Context, ensure};
 use args::Args;
 use child::Output;
 use clap::{Parser, error::ErrorKind};
-use config::{Config, Device, ShardsConfig};
+use config::{Config, Device, ModelConfig, ShardsConfig};
+use hub::{ModelError, ModelFiles, Settings};
 use lifecycle::{EX_USAGE, fail};
 use supervisor::Plan;
 use telemetry::Log;
@@ -34,7 +34,7 @@ fn main() {
         fail(EX_USAGE, &*error);
     }
     if let Err(error) = run(&args, &log) {
-        let usage = error.downcast_ref::<source::SourceError>().is_some_and(source::SourceError::is_usage)
+        let usage = error.downcast_ref::<ModelError>().is_some_and(ModelError::is_usage)
             || error.downcast_ref::<supervisor::Failure>().is_some_and(supervisor::Failure::is_usage);
         fail(if usage { EX_USAGE } else { 1 }, &*error);
     }
@@ -61,7 +61,9 @@ fn check(args: &Args) -> anyhow::Result<()> {
 }
 
 fn run(args: &Args, log: &Log) -> anyhow::Result<()> {
-    let model = source::find(&args.model_id, args.revision.as_deref())?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let found = hub::find(Settings::from_env(), &args.model_id, args.revision.as_deref());
+    let ModelFiles { id, path, revision, sha } = runtime.block_on(found)?;
     // Sockets and configuration are this user's alone.
     let folder =
         tempfile::Builder::new().prefix("lorax-").permissions(Permissions::from_mode(0o700)).tempdir();
@@ -74,7 +76,7 @@ fn run(args: &Args, log: &Log) -> anyhow::Result<()> {
     }
     let config_file = folder.path().join("config.json");
     let config = Config {
-        model,
+        model: ModelConfig { id, path, revision, sha },
         shards: ShardsConfig { uds: sockets },
         router: args.router.clone(),
         shard: args.shard.clone(),
@@ -88,6 +90,5 @@ fn run(args: &Args, log: &Log) -> anyhow::Result<()> {
         config,
         config_file,
     };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     Ok(runtime.block_on(plan.run())?)
 }

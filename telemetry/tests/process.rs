@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{
-    io::{BufRead, BufReader, Read, Write},
+    io::{self, BufRead, BufReader, Read, Write},
     process::{Child, Command, ExitCode, Stdio},
     sync::mpsc::sync_channel,
     thread,
@@ -56,7 +56,7 @@ fn play(role: &str) -> ExitCode {
         _ => (0..MANY).for_each(|i| tracing::info!("line {i}")),
     }
     drop(log);
-    println!("done");
+    io::stdout().write_all(b"done\n").unwrap();
     ExitCode::SUCCESS
 }
 

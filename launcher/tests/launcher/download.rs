@@ -91,7 +91,7 @@ fn a_revision_is_asked_for_by_flag_or_name() {
 
 #[test]
 fn a_token_opens_what_is_not_public() {
-    let hub = Hub::start_with(ID, Repository::new(&FILES), Some("secret"), 0);
+    let hub = Hub::start_with(ID, Repository::new(&FILES), Some("secret"));
     for name in ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"] {
         let mut launcher = launcher(&hub, ID).env(name, "secret");
         let config = launcher.configuration();
@@ -101,6 +101,48 @@ fn a_token_opens_what_is_not_public() {
     assert_eq!(status, 64);
     assert!(log.contains("org/name") && log.contains("401"), "{log}");
     assert!(!log.contains("wrong"), "no credential is logged: {log}");
+}
+
+/// Large files are kept elsewhere. Who keeps them must not learn the token.
+#[test]
+fn a_redirect_is_followed_without_the_token() {
+    let elsewhere = Hub::start(ID, Repository::new(&FILES));
+    let hub = Hub::start_with(ID, Repository::new(&FILES), Some("secret"));
+    hub.redirect_to(&elsewhere);
+    elsewhere.break_off(&["model.safetensors"]);
+    let mut launcher = launcher(&hub, ID).env("HF_TOKEN", "secret");
+    let config = launcher.configuration();
+    assert_eq!(files(&config), owned(&FILES[..3]));
+    assert!(hub.credentials().iter().all(|credential| credential == "Bearer secret"));
+    assert!(elsewhere.credentials().is_empty());
+    assert_eq!(elsewhere.resumed(), [FILES[2].1.len() / 2]);
+    let file = Path::new(config["model"]["path"].as_str().unwrap()).join("model.safetensors");
+    assert!(fs::canonicalize(file).unwrap().ends_with("blobs/linked-model.safetensors"));
+}
+
+#[test]
+fn what_else_a_hub_says_is_refused() {
+    let outside = [("config.json", "{}"), ("model.safetensors", "x"), ("../../../outside", "y")];
+    let hub = Hub::start(ID, Repository::new(&outside));
+    let (status, log) = launcher(&hub, ID).fails();
+    assert_eq!(status, 64, "{log}");
+    assert!(log.contains("\"../../../outside\" is not a name"), "{log}");
+    let (status, log) = Launcher::new().env("HF_ENDPOINT", "not a url").args(&["--model-id", ID]).fails();
+    assert_eq!(status, 64, "{log}");
+    assert!(log.contains("not a url"), "{log}");
+}
+
+/// An error page is never taken for a file, however the hub spells its trouble.
+#[test]
+fn an_error_is_not_kept_as_a_file() {
+    let hub = Hub::start(ID, Repository::new(&FILES));
+    let mut first = launcher(&hub, ID);
+    hub.fail(Trouble::Files("500 Internal Server Error"));
+    let running = first.start();
+    let (status, log) = running.ended();
+    assert_eq!(status, Some(1), "{log:?}");
+    hub.recover();
+    assert_eq!(files(&first.configuration()), owned(&FILES[..3]));
 }
 
 #[test]
@@ -117,6 +159,18 @@ fn every_file_of_an_index_is_fetched() {
     let hub = Hub::start(ID, Repository::new(&all));
     let mut launcher = launcher(&hub, ID);
     assert_eq!(files(&launcher.configuration()), owned(&all));
+}
+
+/// As transformers takes them.
+#[test]
+fn a_whole_file_goes_before_an_index_that_is_left_over() {
+    let index = json!({"weight_map": {"a": "gone-1.safetensors"}}).to_string();
+    let all = [FILES[0], FILES[1], FILES[2], ("model.safetensors.index.json", &*index)];
+    let hub = Hub::start(ID, Repository::new(&all));
+    let mut launcher = launcher(&hub, ID);
+    assert_eq!(files(&launcher.configuration()), owned(&FILES[..3]));
+    let mut launcher = launcher.env("HF_HUB_OFFLINE", "1");
+    assert_eq!(files(&launcher.configuration()), owned(&FILES[..3]));
 }
 
 #[test]
@@ -180,9 +234,14 @@ fn offline_the_cache_is_enough() {
 
 #[test]
 fn a_download_that_breaks_off_goes_on_where_it_was() {
-    let hub = Hub::start_with(ID, Repository::new(&FILES), None, 2);
+    let weights = "these are the weights".repeat(100_000);
+    let large = [FILES[0], FILES[1], ("model.safetensors", &*weights)];
+    let hub = Hub::start(ID, Repository::new(&large));
+    hub.break_off(&["config.json", "model.safetensors", "model.safetensors", "model.safetensors"]);
     let mut launcher = launcher(&hub, ID);
-    assert_eq!(files(&launcher.configuration()), owned(&FILES[..3]));
+    assert_eq!(files(&launcher.configuration()), owned(&large));
+    let (half, rest) = (weights.len() / 2, weights.len() - weights.len() / 2);
+    assert_eq!(hub.resumed(), [1, half, half + rest / 2]);
 }
 
 /// The URL of a hub that is not there. The port is that of a client, and no hub's as long as this client lives.
@@ -199,7 +258,7 @@ const TROUBLES: [(Trouble, &str); 5] = [
     (Trouble::Silence, "timed out"),
     // Asked for first.
     (Trouble::NoFiles, "config.json"),
-    (Trouble::Stall, "waiting for config.json: nothing came for 1 s"),
+    (Trouble::Stall, "nothing came for 1 s (HF_HUB_DOWNLOAD_TIMEOUT)"),
 ];
 
 /// One that soon finds that a hub does not answer.

@@ -44,6 +44,8 @@ pub(crate) enum Trouble {
     Silence,
     /// Says what it has, but closes the connection when it is asked for a file.
     NoFiles,
+    /// Says what it has, but answers with this status when it is asked for a file.
+    Files(&'static str),
     /// Sends half of a file, and then nothing.
     Stall,
 }
@@ -55,9 +57,15 @@ struct State {
     trouble: Mutex<Option<Trouble>>,
     /// Connections that wait for an answer, or for the rest of one.
     unanswered: Mutex<Vec<TcpStream>>,
-    /// Answers of files that break off half way.
-    breaks: Mutex<usize>,
+    /// Files whose next answers break off half way, as often as they are named.
+    breaks: Mutex<Vec<String>>,
+    /// Another hub, to which questions for files are redirected.
+    elsewhere: Mutex<Option<String>>,
+    /// Credentials that came with questions.
+    credentials: Mutex<Vec<String>>,
     asked: Mutex<Vec<String>>,
+    /// First bytes of the parts of files that were asked for.
+    resumed: Mutex<Vec<usize>>,
 }
 
 /// Serves one repository; ends with the process.
@@ -68,19 +76,22 @@ pub(crate) struct Hub {
 
 impl Hub {
     pub(crate) fn start(id: &str, repository: Repository) -> Hub {
-        Hub::start_with(id, repository, None, 0)
+        Hub::start_with(id, repository, None)
     }
 
-    /// One that wants a token, and breaks off so many answers.
-    pub(crate) fn start_with(id: &str, repository: Repository, token: Option<&str>, breaks: usize) -> Hub {
+    /// One that wants a token.
+    pub(crate) fn start_with(id: &str, repository: Repository, token: Option<&str>) -> Hub {
         let state = Arc::new(State {
             id: id.into(),
             repository: Mutex::new(repository),
             token: token.map(str::to_owned),
             trouble: Mutex::default(),
             unanswered: Mutex::default(),
-            breaks: Mutex::new(breaks),
+            breaks: Mutex::default(),
+            elsewhere: Mutex::default(),
+            credentials: Mutex::default(),
             asked: Mutex::default(),
+            resumed: Mutex::default(),
         });
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
@@ -103,6 +114,31 @@ impl Hub {
         *self.state.trouble.lock().unwrap() = Some(trouble);
     }
 
+    /// Is in trouble no more.
+    pub(crate) fn recover(&self) {
+        *self.state.trouble.lock().unwrap() = None;
+    }
+
+    /// Breaks off the next answers for these files.
+    pub(crate) fn break_off(&self, files: &[&str]) {
+        self.state.breaks.lock().unwrap().extend(files.iter().map(|file| (*file).to_owned()));
+    }
+
+    /// Redirects questions for files to another hub, and says what the hash of their content is.
+    pub(crate) fn redirect_to(&self, other: &Hub) {
+        *self.state.elsewhere.lock().unwrap() = Some(other.url.clone());
+    }
+
+    /// Credentials that came with questions.
+    pub(crate) fn credentials(&self) -> Vec<String> {
+        self.state.credentials.lock().unwrap().clone()
+    }
+
+    /// From which bytes on the rest of a file was asked for.
+    pub(crate) fn resumed(&self) -> Vec<usize> {
+        self.state.resumed.lock().unwrap().clone()
+    }
+
     /// Paths asked for since the last call.
     pub(crate) fn asked(&self) -> Vec<String> {
         std::mem::take(&mut self.state.asked.lock().unwrap())
@@ -121,11 +157,15 @@ fn answer(state: &State, mut stream: TcpStream) -> std::io::Result<()> {
         headers.insert(name.to_lowercase(), value.to_owned());
     }
     state.asked.lock().unwrap().push(path.clone());
+    state.credentials.lock().unwrap().extend(headers.get("authorization").cloned());
     match *state.trouble.lock().unwrap() {
         Some(Trouble::Status(status)) => return respond(&mut stream, status, &[], b""),
         Some(Trouble::Silence) => {
             state.unanswered.lock().unwrap().push(stream);
             return Ok(());
+        }
+        Some(Trouble::Files(status)) if path.contains("/resolve/") => {
+            return respond(&mut stream, status, &[("etag", "\"e\"".into())], b"an error page");
         }
         Some(Trouble::NoFiles) if path.contains("/resolve/") => return Ok(()),
         _ => {}
@@ -138,13 +178,15 @@ fn answer(state: &State, mut stream: TcpStream) -> std::io::Result<()> {
     match find(state, &path) {
         None => respond(&mut stream, "404 Not Found", &[], b""),
         Some(Found::Info(info)) => respond(&mut stream, "200 OK", &[], info.to_string().as_bytes()),
-        Some(Found::File { commit, bytes }) => file(state, &mut stream, &commit, &bytes, header("range")),
+        Some(Found::File { name, commit, bytes }) => {
+            file(state, &mut stream, (&name, &commit), &bytes, header("range"))
+        }
     }
 }
 
 enum Found {
     Info(Value),
-    File { commit: String, bytes: Vec<u8> },
+    File { name: String, commit: String, bytes: Vec<u8> },
 }
 
 fn find(state: &State, path: &str) -> Option<Found> {
@@ -157,44 +199,58 @@ fn find(state: &State, path: &str) -> Option<Found> {
     let (revision, name) = path.strip_prefix(&format!("/{}/resolve/", state.id))?.split_once('/')?;
     let commit = repository.revisions.get(revision)?;
     let bytes = repository.commits[commit].get(name)?.clone();
-    Some(Found::File { commit: commit.clone(), bytes })
+    Some(Found::File { name: name.into(), commit: commit.clone(), bytes })
 }
 
 /// The part of a file that is asked for, as the hub does: with its commit and the hash of its content.
 fn file(
     state: &State,
     stream: &mut TcpStream,
-    commit: &str,
+    (name, commit): (&str, &str),
     bytes: &[u8],
     range: Option<&str>,
 ) -> std::io::Result<()> {
-    let (first, last) = range.and_then(|range| range.strip_prefix("bytes=")?.split_once('-')).unwrap();
-    let first: usize = first.parse().unwrap();
-    let last = last.parse().unwrap_or(bytes.len().saturating_sub(1));
-    let part = &bytes[first..=last];
+    let first =
+        range.map(|range| range.strip_prefix("bytes=").unwrap().strip_suffix('-').unwrap().parse().unwrap());
+    let part = &bytes[first.unwrap_or(0)..];
     // FNV-1a: equal names for equal content alone.
     let hash = bytes.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
     });
-    let headers = [
-        ("x-repo-commit", commit.to_owned()),
-        ("etag", format!("\"{hash:x}\"")),
-        ("content-range", format!("bytes {first}-{last}/{}", bytes.len())),
-    ];
+    if let Some(other) = &*state.elsewhere.lock().unwrap() {
+        let location = format!("{other}/{}/resolve/{commit}/{name}", state.id);
+        let linked = format!("\"linked-{name}\"");
+        let headers =
+            [("location", location), ("x-linked-etag", linked), ("x-linked-size", bytes.len().to_string())];
+        return respond(stream, "302 Found", &headers, b"elsewhere");
+    }
+    let mut headers = vec![("x-repo-commit", commit.to_owned()), ("etag", format!("\"{hash:x}\""))];
+    let status = if let Some(first) = first {
+        state.resumed.lock().unwrap().push(first);
+        headers.push(("content-range", format!("bytes {first}-{}/{}", bytes.len() - 1, bytes.len())));
+        "206 Partial Content"
+    } else {
+        "200 OK"
+    };
     let mut breaks = state.breaks.lock().unwrap();
-    if part.len() > 1 && *breaks > 0 {
-        *breaks -= 1;
-        return half(stream, &headers, part);
+    if let Some(next) = breaks.iter().position(|file| file == name) {
+        breaks.remove(next);
+        return half(stream, status, &headers, part);
     }
     if part.len() > 1 && matches!(*state.trouble.lock().unwrap(), Some(Trouble::Stall)) {
         state.unanswered.lock().unwrap().push(stream.try_clone()?);
-        return half(stream, &headers, part);
+        return half(stream, status, &headers, part);
     }
-    respond(stream, "206 Partial Content", &headers, part)
+    respond(stream, status, &headers, part)
 }
 
-fn half(stream: &mut TcpStream, headers: &[(&str, String)], part: &[u8]) -> std::io::Result<()> {
-    head(stream, "206 Partial Content", headers, part.len())?;
+fn half(
+    stream: &mut TcpStream,
+    status: &str,
+    headers: &[(&str, String)],
+    part: &[u8],
+) -> std::io::Result<()> {
+    head(stream, status, headers, part.len())?;
     stream.write_all(&part[..part.len() / 2])
 }
 
