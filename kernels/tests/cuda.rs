@@ -2,6 +2,11 @@
 #![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "cuda/in_flight.rs"]
+mod in_flight;
+#[path = "cuda/long_contexts.rs"]
+mod long_contexts;
+
 use std::sync::Arc;
 
 use kernels::{
@@ -420,33 +425,6 @@ fn chained_kernels_wait_for_what_they_read() {
                 assert!(got == expected, "{} rows, recorded: {record}", host.rows());
             }
         }
-    }
-}
-
-#[test]
-fn an_adapter_can_be_replaced_while_steps_run() {
-    let ops = backend();
-    let mut numbers = Numbers(25);
-    let sites = [LoraSite { inputs: 64, outputs: vec![64] }];
-    let (x, zero) = (numbers.table(1, 64), Table { cols: 64, data: vec![0.0; 64 * 64] });
-    let weight = ops.weight(&[tensor(&zero)]).unwrap();
-    let mut slots = ops.lora_slots(&sites, 2).unwrap();
-    let device = device_batch(&ops, &batch(&[(1, 0)], &[Some(1)]));
-    for round in 0..50 {
-        let parts = vec![numbers.part((0, 0), &sites[0], 1 + round)];
-        ops.load(&mut slots, 1, &Arc::new(ops.stage(&sites, &parts).unwrap())).unwrap();
-        while ops.loaded(&mut slots).unwrap().is_empty() {}
-        let mut y = ops.mat(1, 64).unwrap();
-        let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All };
-        ops.linear(&mat(&ops, &x), Projection::new(&weight, Some(lora)), &mut y).unwrap();
-        ops.unload(&mut slots, 1).unwrap();
-        let mut expected = Table { cols: 64, data: vec![0.0; 64] };
-        let segments = batch(&[(1, 0)], &[Some(0)]).segments;
-        reference::add_lora(&x, (0, &sites[0]), &segments, &[parts], &mut expected);
-        assert_close("delta", &ops.download(&y).unwrap(), &expected.data, DType::Bf16);
-        let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All };
-        let refused = ops.linear(&mat(&ops, &x), Projection::new(&weight, Some(lora)), &mut y).unwrap_err();
-        assert_eq!(refused.to_string(), "linear: slot 1 is empty");
     }
 }
 

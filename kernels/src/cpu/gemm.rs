@@ -114,8 +114,13 @@ const fn ahead(rows: usize) -> usize {
 /// Asks for a line.
 #[inline(always)]
 pub(super) fn prefetch(line: *const Line) {
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = line;
+    #[cfg(target_arch = "x86_64")]
     // SAFETY: a hint; any address will do.
-    unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line.cast()) }
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line.cast())
+    }
 }
 
 /// Adds the products of R rows with P panels to the accumulators.

@@ -2,6 +2,7 @@
 //! on the rows beside it.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod exact;
 mod sampling;
 
 use std::{slice, sync::Arc};
@@ -52,7 +53,8 @@ macro_rules! on_every_backend {
 }
 
 use sampling::{
-    draws_depend_on_their_seat_alone, penalties_over_a_large_vocabulary, sampling_among_thousands_of_tokens,
+    counts_of_seen_tokens_stop_at_the_last, draws_depend_on_their_seat_alone,
+    penalties_over_a_large_vocabulary, sampling_among_thousands_of_tokens, sampling_and_scoring_of_many_rows,
     sampling_filters_and_reports, sampling_of_a_large_vocabulary,
     tokens_without_a_probability_are_never_chosen,
 };
@@ -70,6 +72,8 @@ on_every_backend!(
     sampling_of_a_large_vocabulary,
     sampling_among_thousands_of_tokens,
     penalties_over_a_large_vocabulary,
+    counts_of_seen_tokens_stop_at_the_last,
+    sampling_and_scoring_of_many_rows,
     draws_depend_on_their_seat_alone,
     tokens_without_a_probability_are_never_chosen,
 );
@@ -82,6 +86,32 @@ fn no_row_depends_on_its_neighbours_on_the_cpu() {
 #[test]
 fn any_logits_give_a_token_on_the_cpu() {
     on_cpu(sampling::any_logits_give_a_token);
+}
+
+/// A few outputs and numbers of rows: the plainest tier takes its time.
+#[test]
+fn products_of_small_integers_are_exact_on_the_cpu() {
+    let rows = [1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 65];
+    on_cpu(|ops| {
+        exact::products_of_small_integers(ops, &[16, 20, 3], &rows);
+        exact::normed_products_of_small_integers(ops, 33, &rows);
+        exact::gated_products_of_small_integers(ops, 20, &rows);
+    });
+}
+
+/// Every number of rows around the borders of the kernels for few of them, and larger ones.
+#[cfg(feature = "cuda")]
+#[test]
+fn products_of_small_integers_are_exact_on_cuda() {
+    let few: Vec<usize> = (1..=66).collect();
+    let many = [few.clone(), vec![100, 128, 129, 300, 513, 700]].concat();
+    on_cuda(|ops| {
+        exact::products_of_small_integers(ops, &[256, 64, 80], &many);
+        exact::products_of_small_integers(ops, &[320], &many);
+        exact::normed_products_of_small_integers(ops, 512, &many);
+        exact::normed_products_of_small_integers(ops, 4096, &few);
+        exact::gated_products_of_small_integers(ops, 256, &many);
+    });
 }
 
 /// The CPU keeps keys and values in f16, whose range is smaller than theirs.

@@ -122,6 +122,59 @@ pub(super) fn penalties_over_a_large_vocabulary<B: Backend>(ops: &B) {
     assert_eq!(greedy(SamplingParams { temperature: 1e-38, ..Default::default() }, &[], &[]), order[0]);
 }
 
+/// A device may count to 32,767 only, but neither loses count nor touches other tokens.
+pub(super) fn counts_of_seen_tokens_stop_at_the_last<B: Backend>(ops: &B) {
+    let (order, logits) = peaks();
+    let x = wide_mat(ops, &logits);
+    let greedy = |x: &B::Mat, vocab: usize, params: &SamplingParams, output: &[u32]| {
+        let mut sampler = ops.sampler(1, vocab).unwrap();
+        ops.seat(&mut sampler, 0, params, &[], output).unwrap();
+        let mut choose = || ops.sample(x, &[SampleRow { row: 0, seat: 0 }], &mut sampler).unwrap();
+        [(); 2].map(|()| collect(ops, choose()).remove(0).token)
+    };
+    // 32,767 of these are more than the 0.25 to the next token; 40,000 and 70,000 less a power of two are not.
+    let frequent = SamplingParams { frequency_penalty: 1e-5, ..Default::default() };
+    for count in [32_000, 32_766, 32_767, 32_768, 32_769, 40_000, 65_535, 65_536, 65_537, 70_000, 100_000] {
+        let chosen = greedy(&x, logits.cols, &frequent, &vec![order[0]; count]);
+        assert_eq!(chosen, [order[1]; 2], "{count} times");
+    }
+    assert_eq!(greedy(&x, logits.cols, &frequent, &[order[0]; 20_000]), [order[0]; 2]);
+    // Its neighbour is not counted, and a token that was never in the prompt is not penalized as if it were.
+    let few = Table { cols: 8, data: vec![0.0, 0.0, 0.0, 0.0, 1.0, 0.9, 0.8, 0.0] };
+    let x = wide_mat(ops, &few);
+    for count in [32_768, 40_000, 65_536, 70_000, 140_000] {
+        let present = SamplingParams { presence_penalty: 2.0, ..Default::default() };
+        assert_eq!(greedy(&x, 8, &present, &vec![4; count])[0], 5, "{count} times");
+    }
+}
+
+/// More rows than one launch takes.
+pub(super) fn sampling_and_scoring_of_many_rows<B: Backend>(ops: &B) {
+    let (rows, vocab) = (1100, 700);
+    let mut logits = Numbers(17).table(rows, vocab);
+    let best = |row: usize| row * 7 % vocab;
+    (0..rows).for_each(|row| logits.data[row * vocab + best(row)] = 9.0);
+    let x = wide_mat(ops, &logits);
+    let mut sampler = ops.sampler(rows, vocab).unwrap();
+    let params = SamplingParams { num_top: 2, ..Default::default() };
+    (0..rows as u32).for_each(|seat| ops.seat(&mut sampler, seat, &params, &[], &[]).unwrap());
+    // Seats in another order than rows.
+    let places: Vec<_> = (0..rows as u32).map(|row| SampleRow { row, seat: rows as u32 - 1 - row }).collect();
+    let sampled = collect(ops, ops.sample(&x, &places, &mut sampler).unwrap());
+    assert_eq!(sampled.len(), rows);
+    for (row, sampled) in sampled.iter().enumerate() {
+        assert_eq!((sampled.seat as usize, sampled.token as usize), (rows - 1 - row, best(row)));
+        assert_eq!((sampled.top.len(), sampled.top[0].0 as usize), (2, best(row)));
+    }
+    let targets: Vec<(u32, u32)> = (0..rows as u32).map(|row| (row, (row + 1) % vocab as u32)).collect();
+    let scored = collect(ops, ops.score(&x, &targets, 1).unwrap());
+    for (row, scored) in scored.iter().enumerate() {
+        let expected = reference::log_softmax(logits.row(row))[(row + 1) % vocab];
+        assert!((scored.logprob - expected).abs() < 1e-3, "row {row}");
+        assert_eq!(scored.top[0].0 as usize, best(row));
+    }
+}
+
 pub(super) fn draws_depend_on_their_seat_alone<B: Backend>(ops: &B) {
     let (_, logits) = peaks();
     let x = wide_mat(ops, &logits);
