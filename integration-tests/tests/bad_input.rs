@@ -63,7 +63,7 @@ async fn requests() {
         (generate(json!({"adapter_id": "s\u{7}ql"})), 422, "control characters"),
         (generate(json!({"adapter_id": "sql\u{0}"})), 422, "control characters"),
         (generate(json!({"adapter_id": "x".repeat(5000)})), 422, ""),
-        (generate(json!({"adapter_id": "/etc"})), 403, "outside"),
+        (generate(json!({"adapter_id": "/etc"})), 424, "outside"),
         (generate(json!({"adapter_id": "sql", "adapter_source": "hub"})), 422, "only \"local\""),
     ];
     beside_a_stream(server, async {

@@ -2,7 +2,8 @@
 //!
 //! The scanned text is more than the visible one: special tokens are left out of an answer, but a stop string may name
 //! one, or reach from text into one. A special token is hidden text that a match contains as a whole or not at all, so
-//! that the stop string `<` does not match within a hidden `</s>`.
+//! that the stop string `<` does not match within a hidden `</s>`. What is visible is scanned as it is seen, too: a
+//! hidden token does not part a stop string.
 //!
 //! Positions count the bytes of the scanned text, visible and hidden, from the beginning of the answer.
 
@@ -72,42 +73,40 @@ impl StopStrings {
         self.release(self.held.len())
     }
 
-    /// The earliest match in the held text; of those that begin together the one that was given first.
+    /// The earliest match in the held text, with special tokens or without them; of those that begin together the one
+    /// that was given first.
     fn find(&self) -> Option<Range<usize>> {
-        self.stops
-            .iter()
-            // Searching for a string takes time in proportion to its length, however short the text is.
-            .filter(|stop| stop.len() <= self.held.len())
-            .filter_map(|stop| self.find_stop(stop))
-            .min_by_key(|range| range.start)
+        let whole = |range: &Range<usize>| !self.splits_hidden(range.start) && !self.splits_hidden(range.end);
+        let found = self.stops.iter().filter_map(|stop| find(&self.held, stop, whole));
+        if self.hidden.is_empty() {
+            return found.min_by_key(|range| range.start);
+        }
+        let visible = self.visible(0..self.held.len());
+        let visible = self.stops.iter().filter_map(|stop| find(&visible, stop, |_| true));
+        let visible = visible.map(|range| self.place(range.start)..self.place(range.end - 1) + 1);
+        found.chain(visible).min_by_key(|range| range.start)
     }
 
-    fn find_stop(&self, stop: &str) -> Option<Range<usize>> {
-        let mut from = 0;
-        loop {
-            let start = from + self.held[from..].find(stop)?;
-            let end = start + stop.len();
-            if !self.splits_hidden(start) && !self.splits_hidden(end) {
-                return Some(start..end);
-            }
-            from = start + self.held[start..].chars().next().map_or(1, char::len_utf8);
+    /// Number of bytes at the end of the held text that may be the beginning of a stop string, with special tokens or
+    /// without them.
+    fn overlap(&self) -> usize {
+        let longest = |text: &str, whole: &dyn Fn(usize) -> bool| {
+            self.stops.iter().map(|stop| overlap(text, stop, whole)).max().unwrap_or(0)
+        };
+        let full = longest(&self.held, &|at| !self.splits_hidden(at));
+        if self.hidden.is_empty() {
+            return full;
+        }
+        let visible = self.visible(0..self.held.len());
+        match longest(&visible, &|_| true) {
+            0 => full,
+            len => full.max(self.held.len() - self.place(visible.len() - len)),
         }
     }
 
-    /// Number of bytes at the end of the held text that may be the beginning of a stop string.
-    fn overlap(&self) -> usize {
-        self.stops.iter().map(|stop| self.overlap_with(stop)).max().unwrap_or(0)
-    }
-
-    fn overlap_with(&self, stop: &str) -> usize {
-        let longest = self.held.len().min(stop.len().saturating_sub(1));
-        let begins_stop = |len: &usize| {
-            let at = self.held.len() - len;
-            self.held.is_char_boundary(at)
-                && !self.splits_hidden(at)
-                && stop.as_bytes().starts_with(&self.held.as_bytes()[at..])
-        };
-        (1..=longest).rev().find(begins_stop).unwrap_or(0)
+    /// The index in the held text of a byte of its visible text.
+    fn place(&self, visible: usize) -> usize {
+        self.hidden.iter().fold(visible, |at, hidden| if hidden.start <= at { at + hidden.len() } else { at })
     }
 
     /// Whether an index lies inside the text of a special token.
@@ -139,6 +138,33 @@ impl StopStrings {
         self.position += len;
         Scanned { text, certain: self.position, stop: None }
     }
+}
+
+/// The first match of a stop string that is accepted.
+fn find(text: &str, stop: &str, accepts: impl Fn(&Range<usize>) -> bool) -> Option<Range<usize>> {
+    // Searching for a string takes time in proportion to its length, however short the text is.
+    if stop.len() > text.len() {
+        return None;
+    }
+    let mut from = 0;
+    loop {
+        let start = from + text[from..].find(stop)?;
+        let range = start..start + stop.len();
+        if accepts(&range) {
+            return Some(range);
+        }
+        from = start + text[start..].chars().next().map_or(1, char::len_utf8);
+    }
+}
+
+/// Length of the longest end of a text that is the beginning of a stop string, and begins at an accepted index.
+fn overlap(text: &str, stop: &str, accepts: &dyn Fn(usize) -> bool) -> usize {
+    let longest = text.len().min(stop.len().saturating_sub(1));
+    let begins_stop = |len: &usize| {
+        let at = text.len() - len;
+        text.is_char_boundary(at) && accepts(at) && stop.as_bytes().starts_with(&text.as_bytes()[at..])
+    };
+    (1..=longest).rev().find(begins_stop).unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -198,6 +224,10 @@ mod tests {
             (&["e>b"], &["a", "[<e>]", "b"], "ab", None),
             (&["a<"], &["a", "[<e>]", "b"], "ab", None),
             (&["a<e>c"], &["a", "[<e>]", "b"], "ab", None),
+            (&["ab"], &["xa", "[<e>]", "b"], "x", Some("ab")),
+            (&["abc"], &["xa", "[<e>]", "[<e>]", "b", "[<f>]", "cd"], "x", Some("abc")),
+            (&["ab"], &["[<e>]", "x", "[<e>]", "a", "[<e>]", "c"], "xac", None),
+            (&["é🙂"], &["é", "[<e>]", "é", "[<e>]", "🙂"], "é", Some("é🙂")),
             (&["e"], &["a", "[<e>]", "[e]", "b"], "a", Some("")),
             (&["<e>", "a"], &["xa", "[<e>]"], "x", Some("a")),
             (&["<e>"], &["a<", "e", ">b"], "a", Some("<e>")),

@@ -45,7 +45,7 @@ async fn prompts_of_the_wrong_type_or_length() {
 async fn messages_that_make_no_chat() {
     let router = Router::start(Script::saying(tokens("a"))).await;
     let user = json!({"role": "user", "content": "x"});
-    for (messages, code, param, cause) in bad_messages(&user) {
+    for (messages, code, param, cause) in [bad_messages(&user), unserved_messages()].concat() {
         let (status, answer) = router.post("/v1/chat/completions", &json!({"messages": messages})).await;
         assert_eq!(status, 400, "{answer}");
         assert_openai(&answer, code, cause);
@@ -90,6 +90,12 @@ fn bad_messages(user: &Value) -> Vec<(Value, &'static str, &'static str, &'stati
             "messages[0].role",
             "integer `5`, expected a string",
         ),
+    ]
+}
+
+/// The same for fields that only the server itself knows to be wrong.
+fn unserved_messages() -> Vec<(Value, &'static str, &'static str, &'static str)> {
+    vec![
         (
             json!([{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url"}]}]),
             "invalid_value",

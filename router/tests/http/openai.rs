@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::{
-    router::{MODEL, Router, model, text, tokens},
+    router::{MODEL, Router, model, text, tokens, with_bos},
     shard::{Script, logprob},
 };
 
@@ -103,15 +103,7 @@ async fn an_echo_comes_first_in_a_stream() {
 
 #[tokio::test]
 async fn an_echo_is_the_prompt_as_it_was_written() {
-    // As Llama's, this tokenizer puts a token in front of every text.
-    let folder = tempfile::tempdir().unwrap();
-    let mut definition: Value =
-        serde_json::from_slice(&std::fs::read(model().join("tokenizer.json")).unwrap()).unwrap();
-    definition["post_processor"] = json!({"type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}});
-    std::fs::write(folder.path().join("tokenizer.json"), definition.to_string()).unwrap();
+    let folder = with_bos();
     let path = folder.path().to_owned();
     let router = Router::start_with(Script::saying(tokens("b")), |config| config.model.path = path).await;
     let given = [vec![0], tokens("a")].concat();

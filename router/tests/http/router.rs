@@ -10,7 +10,7 @@ use config::{Config, LogConfig, ModelConfig, RouterConfig, ShardConfig, ShardsCo
 use lifecycle::{Failure, Supervisor};
 use lorax_router::{App, server, tokenizer::ModelTokenizer};
 use reqwest::{Client, Method, Response, StatusCode};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
 
 use crate::shard::{Script, ScriptedShard};
@@ -39,6 +39,19 @@ pub(crate) fn tokens(text: &str) -> Vec<u32> {
 /// What these tokens say together.
 pub(crate) fn text(tokens: &[u32]) -> String {
     tokenizer().decode(tokens, false)
+}
+
+/// A folder with the same tokenizer, which puts `<s>` in front of every text, as Llama's does.
+pub(crate) fn with_bos() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let definition = std::fs::read(model().join("tokenizer.json")).unwrap();
+    let mut definition: Value = serde_json::from_slice(&definition).unwrap();
+    definition["post_processor"] = json!({"type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}});
+    std::fs::write(folder.path().join("tokenizer.json"), definition.to_string()).unwrap();
+    folder
 }
 
 /// A configuration in which limits are small.

@@ -87,6 +87,8 @@ pub(crate) struct Script {
     pub(crate) filled: BTreeMap<u32, &'static str>,
     /// Prompts that it refuses to run, by their first token.
     pub(crate) untaken: HashSet<u32>,
+    /// Ids of the alternatives that are reported for a token, given how many.
+    pub(crate) alternatives: fn(u32, u32) -> Vec<u32>,
     /// Whether every event comes after one of the session before, which contradicts it.
     pub(crate) echoes: bool,
     /// Where it waits from the start.
@@ -126,6 +128,7 @@ impl Script {
             adapter_bytes: 1000,
             filled: BTreeMap::new(),
             untaken: HashSet::new(),
+            alternatives: following,
             echoes: false,
             held: BTreeSet::new(),
         }
@@ -311,7 +314,8 @@ impl ScriptedShard {
                 let reason = format!("the shard has no use for token {}", prompt[0]);
                 result.refused.push(Refused { sequence: new.sequence, reason });
             }
-            let running = Running { answer: (self.script.answer)(prompt), new };
+            let running =
+                Running { answer: (self.script.answer)(prompt), new, alternatives: self.script.alternatives };
             sequences.insert(running.new.sequence, running);
         }
         for rows in &step.rows {
@@ -332,13 +336,14 @@ fn token(id: u32) -> Token {
 }
 
 /// The alternatives to a token: itself and the ones that follow it.
-fn top(id: u32, num_top: u32) -> Vec<Token> {
-    (0..num_top).map(|i| token((id + i) % 320)).collect()
+fn following(id: u32, num_top: u32) -> Vec<u32> {
+    (0..num_top).map(|i| (id + i) % 320).collect()
 }
 
 struct Running {
     new: NewSequence,
     answer: Vec<u32>,
+    alternatives: fn(u32, u32) -> Vec<u32>,
 }
 
 impl Running {
@@ -346,18 +351,19 @@ impl Running {
         let generated = self.new.tokens.len() - self.new.prompt_len as usize;
         let id = self.answer.get(generated).copied().unwrap_or(EOS);
         self.new.tokens.push(id);
-        Sampled { sequence: self.new.sequence, token: Some(token(id)), top: top(id, self.num_top()) }
+        Sampled { sequence: self.new.sequence, token: Some(token(id)), top: self.top(id) }
     }
 
-    fn num_top(&self) -> u32 {
-        self.new.sampling.as_ref().map_or(0, |sampling| sampling.num_top)
+    fn top(&self, id: u32) -> Vec<Token> {
+        let num_top = self.new.sampling.as_ref().map_or(0, |sampling| sampling.num_top);
+        (self.alternatives)(id, num_top).into_iter().map(token).collect()
     }
 
     fn prompt(&self, rows: &SequenceRows) -> Option<PromptLogprobs> {
         let end = (rows.position + rows.rows).min(self.new.prompt_len - 1);
         let ids = (rows.position..end).map(|at| self.new.tokens[at as usize + 1]);
         let tokens: Vec<ScoredToken> =
-            ids.map(|id| ScoredToken { token: Some(token(id)), top: top(id, self.num_top()) }).collect();
+            ids.map(|id| ScoredToken { token: Some(token(id)), top: self.top(id) }).collect();
         (self.new.prompt_logprobs && !tokens.is_empty()).then_some(PromptLogprobs {
             sequence: rows.sequence,
             position: rows.position + 1,

@@ -126,6 +126,89 @@ async fn a_sequence_ends_at_its_stop_string() {
     assert_eq!(went_on.last().unwrap()["finish_reason"], "length");
 }
 
+#[tokio::test]
+async fn stop_strings_may_contain_special_tokens() {
+    let router = saying(&["a", "<|user|>", "b", "</s>", "c", "<|assistant|>", "<|user|>", "d"]).await;
+    // The stop strings, the text before them, and their own visible text.
+    for (stop, text, own) in [
+        (json!(["<|user|>"]), "a", ""),
+        (json!(["</s>"]), "ab", ""),
+        (json!(["a<|user|>"]), "", "a"),
+        (json!(["<|user|>b"]), "a", "b"),
+        (json!(["a<|user|>b"]), "", "ab"),
+        (json!(["b</s>"]), "a", "b"),
+        (json!(["</s>c"]), "ab", "c"),
+        (json!(["<|user|>b</s>c<|assistant|>"]), "a", "bc"),
+        (json!(["<|assistant|><|user|>"]), "abc", ""),
+        (json!(["<|assistant|><|user|>d"]), "abc", "d"),
+        (json!(["<|user|><|user|>", "</s>"]), "ab", ""),
+        (json!(["ab"]), "", "ab"),
+        (json!(["bcd"]), "a", "bcd"),
+        (json!(["user"]), "abcd", "none"),
+        (json!(["<"]), "abcd", "none"),
+        (json!(["|>b"]), "abcd", "none"),
+        (json!(["a</s>"]), "abcd", "none"),
+    ] {
+        let (reason, own) = if own == "none" { ("length", "") } else { ("stop", own) };
+        let body = json!({"prompt": "x", "stop": stop, "ignore_eos": true, "max_tokens": 8});
+        let choice = router.ok("/v1/completions", &body).await["choices"][0].clone();
+        assert_eq!((&choice["text"], &choice["finish_reason"]), (&json!(text), &json!(reason)), "{stop}");
+        let body = json!({"messages": [{"role": "user", "content": "x"}], "stop": stop, "ignore_eos": true,
+            "max_tokens": 8, "stream": true});
+        let events = router.events("/v1/chat/completions", &body).await;
+        let streamed = events.iter().filter_map(|event| event["choices"][0]["delta"]["content"].as_str());
+        assert_eq!(streamed.collect::<String>(), text, "streamed, {stop}");
+        let parameters =
+            json!({"stop": stop, "ignore_eos_token": true, "max_new_tokens": 8, "details": true});
+        let body = json!({"inputs": "x", "parameters": parameters});
+        let answer = router.ok("/generate", &body).await;
+        assert_eq!(answer["generated_text"], format!("{text}{own}"), "{stop}");
+        let reason = if reason == "stop" { "stop_sequence" } else { "length" };
+        assert_eq!(answer["details"]["finish_reason"], reason, "{stop}");
+        let events = router.events("/generate_stream", &body).await;
+        let visible = events.iter().filter(|event| event["token"]["special"] == false);
+        let joined: String = visible.map(|event| event["token"]["text"].as_str().unwrap()).collect();
+        assert_eq!(joined, format!("{text}{own}"), "streamed, {stop}");
+    }
+}
+
+#[tokio::test]
+async fn an_end_token_ends_a_text_as_such_whatever_stop_strings_name_it() {
+    let router = saying(&["a", "b"]).await;
+    for (stop, text, native, reason) in [
+        (json!([]), "ab", "ab", "eos_token"),
+        (json!(["</s>"]), "ab", "ab", "eos_token"),
+        (json!(["x</s>"]), "ab", "ab", "eos_token"),
+        (json!(["b</s>"]), "a", "ab", "stop_sequence"),
+        (json!(["ab</s>"]), "", "ab", "stop_sequence"),
+        (json!(["<"]), "ab", "ab", "eos_token"),
+    ] {
+        let body = json!({"prompt": "x", "stop": stop});
+        let choice = router.ok("/v1/completions", &body).await["choices"][0].clone();
+        assert_eq!((&choice["text"], &choice["finish_reason"]), (&json!(text), &json!("stop")), "{stop}");
+        let body = json!({"inputs": "x", "parameters": {"stop": stop, "details": true}});
+        let answer = router.ok("/generate", &body).await;
+        assert_eq!(
+            (&answer["generated_text"], &answer["details"]["finish_reason"]),
+            (&json!(native), &json!(reason))
+        );
+    }
+}
+
+#[tokio::test]
+async fn joined_tokens_are_the_text_also_with_a_stop_string_inside_of_one() {
+    let router = Router::start(Script::saying(tokens("a the License or not"))).await;
+    for stop in ["the", "h", "e", " th", "Lic", " ", "c", "cense o", "r n", "ot", "License", "a t"] {
+        let body = json!({"inputs": "x", "parameters": {"stop": [stop], "details": true}});
+        let events = router.events("/generate_stream", &body).await;
+        let visible = events.iter().filter(|event| event["token"]["special"] == false);
+        let joined: String = visible.map(|event| event["token"]["text"].as_str().unwrap()).collect();
+        let whole = router.ok("/generate", &body).await;
+        assert_eq!(whole["generated_text"], joined, "{stop:?}");
+        assert!(joined.ends_with(stop), "{joined:?} ends with {stop:?}");
+    }
+}
+
 /// A folder with a tokenizer as Llama 2's: words that begin with a space, bytes, and a decoder that leaves out the space
 /// that a text begins with.
 fn sentencepiece() -> (tempfile::TempDir, ModelTokenizer) {
