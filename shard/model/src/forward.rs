@@ -289,6 +289,11 @@ impl<B: Backend> Loader<'_, B> {
         Ok(tensor.to_f32())
     }
 
+    /// A bias, which is zero where there is none: some projections of a model may have one without the others.
+    fn bias(&self, name: &str, len: usize) -> Result<Vec<f32>> {
+        if self.source.bytes(name) == 0 { Ok(vec![0.0; len]) } else { self.values(name, len) }
+    }
+
     fn vector(&self, name: &str, len: usize) -> Result<B::Vector> {
         let values = self.values(name, len)?;
         Ok(self.ops.vector(&values)?)
@@ -302,7 +307,7 @@ impl<B: Backend> Loader<'_, B> {
     ) -> Result<Linear<B>> {
         let weight = self.weight(modules, cols)?;
         let bias = if bias {
-            let values = modules.iter().map(|(module, rows)| self.values(&format!("{module}.bias"), *rows));
+            let values = modules.iter().map(|(module, rows)| self.bias(&format!("{module}.bias"), *rows));
             let values = values.collect::<Result<Vec<_>>>()?.concat();
             Some(self.ops.vector(&values)?)
         } else {

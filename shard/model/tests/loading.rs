@@ -93,7 +93,14 @@ fn weights_that_contradict_the_configuration_are_refused() {
             |files| files.config["num_hidden_layers"] = json!(3),
             "tensor model.layers.2.input_layernorm.weight",
         ),
-        (|files| files.config["attention_bias"] = json!(true), "self_attn.q_proj.bias is missing"),
+        (
+            |files| {
+                files.config["attention_bias"] = json!(true);
+                let bias = Tensor { shape: vec![31], data: vec![0.0; 31] };
+                files.tensors.insert("model.layers.0.self_attn.o_proj.bias".into(), bias);
+            },
+            "tensor model.layers.0.self_attn.o_proj.bias has the shape [1, 31], expected [1, 32]",
+        ),
         (|files| files.config["quantization_config"] = json!({"bits": 4}), "quantization_config"),
     ];
     for (spoil, cause) in cases {

@@ -43,20 +43,11 @@ fn unpermute(values: &[f32], heads: usize, cols: usize) -> Vec<f32> {
     (0..rows).flat_map(|row| &values[source(row) * cols..][..cols]).copied().collect()
 }
 
-impl GgufSource {
-    /// Zeros for the bias of a projection that has none: in a file, every projection may have one or not.
-    fn no_bias(&self, ggml: &str) -> Option<HostTensor<'static>> {
-        let weight = self.file.tensor(&format!("{}.weight", ggml.strip_suffix(".bias")?))?;
-        let cols = weight.dims.get(1).copied()?;
-        Some(HostTensor { dtype: DType::F32, rows: 1, cols, data: vec![0; 4 * cols].into() })
-    }
-}
-
 impl Source for GgufSource {
     fn tensor(&self, name: &str) -> Result<HostTensor<'static>> {
         let missing = || LoadError::MissingTensor(name.into());
         let ggml = ggml_name(name).ok_or_else(missing)?;
-        let Some(info) = self.file.tensor(&ggml) else { return self.no_bias(&ggml).ok_or_else(missing) };
+        let info = self.file.tensor(&ggml).ok_or_else(missing)?;
         let cols = info.dims.first().copied().unwrap_or(1);
         let rows: usize = info.dims.iter().skip(1).product();
         let mut values = self.file.dequantize(&ggml)?;
