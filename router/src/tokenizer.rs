@@ -1,4 +1,4 @@
-//! The model's tokenizer and chat template, from a folder or from a GGUF file's metadata.
+//! Reads the model's tokenizer, special tokens and chat templates from a folder or from a GGUF file.
 
 mod bytes;
 mod from_gguf;
@@ -41,24 +41,24 @@ pub enum TokenizerError {
     /// The tokenizer_config.json that the user named.
     #[error("tokenizer-config-path: {0}")]
     Given(#[source] Box<TokenizerError>),
-    /// A kind of tokenizer that we do not build from metadata.
+    /// The file has a kind of tokenizer that we cannot build from metadata.
     #[error("{key} {value:?} is not supported; known are {known}")]
     Unsupported {
         /// The metadata key.
         key: &'static str,
         /// Its value.
         value: String,
-        /// What would be.
+        /// The supported values.
         known: &'static str,
     },
-    /// The library refused the definition.
+    /// The tokenizers library refused the definition.
     #[error("{0}")]
     Definition(#[source] tokenizers::Error),
 }
 
-/// Text to tokens and back, and how a chat becomes text.
+/// Turns text into tokens and back, and has what chat templates need.
 pub struct ModelTokenizer {
-    /// The library's tokenizer.
+    /// The tokenizer of the tokenizers library.
     pub tokenizer: Tokenizer,
     /// Jinja sources of the model's chat templates by name.
     pub chat_templates: BTreeMap<String, String>,
@@ -171,7 +171,7 @@ fn from_folder(folder: &Path, given: Option<&Value>) -> Result<ModelTokenizer, T
     let path = folder.join("tokenizer.json");
     let text = fs::read(&path).map_err(|source| TokenizerError::Io { path, source })?;
     let mut tokenizer = Tokenizer::from_bytes(text).map_err(TokenizerError::Definition)?;
-    // Length is the router's business, and a file may ask for either.
+    // The router limits lengths itself, and a file may ask for truncation or padding.
     tokenizer.with_truncation(None).map_err(TokenizerError::Definition)?;
     tokenizer.with_padding(None);
     let mut found = ModelTokenizer::new(tokenizer);

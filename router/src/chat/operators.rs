@@ -9,6 +9,8 @@ use super::{
 
 /// Stands for `left % right`.
 pub(super) const REMAINDER: &str = "__remainder";
+/// Stands for `left < right` and its like, with the operator as text between them.
+pub(super) const COMPARE: &str = "__compare";
 /// Makes text of an operand of `~`.
 pub(super) const PRINT: &str = "__print";
 /// Refuses what Python does not iterate over.
@@ -17,6 +19,7 @@ pub(super) const ITERATE: &str = "__iterate";
 /// Adds all.
 pub(super) fn add(environment: &mut Environment) {
     environment.add_function(REMAINDER, remainder);
+    environment.add_function(COMPARE, compare);
     environment.add_function(PRINT, |value: &Value| match value.kind() {
         // Text keeps its mark of being safe.
         ValueKind::String => value.clone(),
@@ -32,6 +35,23 @@ fn iterate(value: Value) -> Result<Value, Error> {
         ValueKind::String | ValueKind::Iterable => Ok(value.try_iter()?.collect()),
         _ => Ok(value),
     }
+}
+
+fn compare(left: &Value, operator: &str, right: &Value) -> Result<bool, Error> {
+    let kind = |value: &Value| match value.kind() {
+        ValueKind::Bool => ValueKind::Number,
+        kind => kind,
+    };
+    let ordered = matches!(kind(left), ValueKind::Number | ValueKind::String | ValueKind::Seq);
+    if !ordered || kind(left) != kind(right) || left.is_tuple() != right.is_tuple() {
+        return Err(error(format!("{} and {} have no order", left.kind(), right.kind())));
+    }
+    Ok(match operator {
+        "<" => left < right,
+        "<=" => left <= right,
+        ">" => left > right,
+        _ => left >= right,
+    })
 }
 
 fn remainder(left: &Value, right: &Value) -> Result<Value, Error> {

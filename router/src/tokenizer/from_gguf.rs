@@ -1,4 +1,4 @@
-//! A tokenizer from a GGUF file's metadata.
+//! Builds a tokenizer from the metadata of a GGUF file.
 
 mod sentencepiece;
 
@@ -10,17 +10,17 @@ use tokenizers::Tokenizer;
 
 use super::{ModelTokenizer, TokenizerError, special_tokens, templates};
 
-/// `token_type` of the token for what no other says, in ggml's enumeration.
+/// ggml's `token_type` of the token that stands for unknown text.
 const UNKNOWN: i32 = 2;
-/// `token_type` of a special token.
+/// ggml's `token_type` of a special token.
 const CONTROL: i32 = 3;
-/// `token_type` of a token that was added by a user of the tokenizer.
+/// ggml's `token_type` of a token that was added to a trained vocabulary.
 const USER_DEFINED: i32 = 4;
 
-/// The split of Llama 3's tokenizer, from its published tokenizer.json.
+/// The regular expression by which Llama 3's tokenizer splits text, from its published tokenizer.json.
 const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// Builds the definition that the tokenizer's own JSON would have, and lets the library read it.
+/// Writes the metadata as a tokenizer.json and lets the tokenizers library read that.
 pub(super) fn load(path: &Path) -> Result<ModelTokenizer, TokenizerError> {
     let file = Gguf::open(path)?;
     let tokens: &[String] = file.require("tokenizer.ggml.tokens")?;
@@ -46,7 +46,7 @@ pub(super) fn load(path: &Path) -> Result<ModelTokenizer, TokenizerError> {
     })
 }
 
-/// Tokens that are found in a text before it is split.
+/// The added tokens: the library finds them in a text before it splits the rest.
 fn added_tokens(tokens: &[String], types: &[i32]) -> Value {
     let special = |ty: i32| matches!(ty, UNKNOWN | CONTROL);
     let added =
@@ -61,12 +61,12 @@ fn added_tokens(tokens: &[String], types: &[i32]) -> Value {
         .collect()
 }
 
-/// A byte-level tokenizer, but for its vocabulary and added tokens.
+/// The definition of a byte-level BPE tokenizer, except for its vocabulary and added tokens.
 fn byte_level(file: &Gguf, tokens: &[String]) -> Result<Value, TokenizerError> {
     let merges: &[String] = file.require("tokenizer.ggml.merges")?;
     let merges: Vec<_> = merges.iter().filter_map(|merge| merge.split_once(' ')).collect();
     let (pre_tokenizer, llama3) = pre_tokenizer(file.get("tokenizer.ggml.pre")?.unwrap_or("default"))?;
-    // Llama 3's takes a whole word of the vocabulary without merging. Older files of it do not say that it adds BOS.
+    // Llama 3's tokenizer does not merge a word that is a token as a whole. Older files do not say that it adds BOS.
     let (ignore_merges, adds_bos) = (llama3, llama3);
     Ok(json!({
         "version": "1.0",
@@ -84,7 +84,7 @@ fn byte_level(file: &Gguf, tokens: &[String]) -> Result<Value, TokenizerError> {
     }))
 }
 
-/// What puts BOS and EOS around a text; `adds_bos` is for files that do not say.
+/// The post-processor, which adds BOS and EOS to a text. `adds_bos` applies where the file does not say.
 fn post_processor(file: &Gguf, tokens: &[String], adds_bos: bool) -> Result<Value, TokenizerError> {
     let token = |adds: &str, default: bool, id: &str| -> Result<Option<(&str, u32)>, TokenizerError> {
         let adds = file.get(adds)?.unwrap_or(default);
@@ -109,7 +109,7 @@ fn post_processor(file: &Gguf, tokens: &[String], adds_bos: bool) -> Result<Valu
     Ok(json!({"type": "TemplateProcessing", "single": around("A"), "pair": pair, "special_tokens": special}))
 }
 
-/// How text is split before merging, and whether it is Llama 3's way.
+/// The pre-tokenizer, which splits text before merging, and whether it is Llama 3's.
 fn pre_tokenizer(name: &str) -> Result<(Value, bool), TokenizerError> {
     let byte_level = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
     let sequence =

@@ -1,10 +1,10 @@
 //! Operators that work otherwise in Python, written as calls of functions that do as Python does.
 //!
-//! minijinja has no `%` for text, prints what `~` joins in its own way, takes None for an empty list in loops, and knows
-//! no unary plus. The expression is split into the levels that its brackets make; within a level, the operators that bind
+//! minijinja has no `%` for text, prints what `~` joins in its own way, orders values of unlike types, takes None for an
+//! empty list in loops, and knows no unary plus. The expression is split into the levels that its brackets make; within a level, the operators that bind
 //! more weakly end the operands.
 
-use super::super::operators::{ITERATE, PRINT, REMAINDER};
+use super::super::operators::{COMPARE, ITERATE, PRINT, REMAINDER};
 
 /// A piece of an expression. `space` is what stands before it.
 #[derive(Debug, Clone)]
@@ -21,6 +21,10 @@ enum Kind {
     /// `*`, `/`, `//` or `%` between operands.
     Product,
     Tilde,
+    /// `+` or `-` between operands.
+    Sum,
+    /// `<`, `<=`, `>` or `>=`.
+    Order,
     /// Whatever ends the operands of the others.
     Boundary,
 }
@@ -30,7 +34,7 @@ const WORDS: [&str; 7] = ["and", "or", "not", "in", "if", "else", "recursive"];
 
 /// Writes an expression, or for a loop its target and expression.
 pub(super) fn write(out: &mut String, code: &str, is_loop: bool) {
-    let needs_none = !is_loop && !code.contains(['%', '~', '+']) && !code.contains("\\U");
+    let needs_none = !is_loop && !code.contains(['%', '~', '+', '<', '>']) && !code.contains("\\U");
     match Lexer(code).pieces().filter(|_| !needs_none) {
         Some(pieces) if is_loop => write_loop(out, &pieces),
         Some(pieces) => write_level(out, &pieces),
@@ -56,26 +60,56 @@ fn write_loop(out: &mut String, pieces: &[Piece]) {
     write_level(out, behind);
 }
 
-/// The operands between boundaries, one after the other.
+/// The clauses between boundaries, one after the other.
 fn write_level(out: &mut String, pieces: &[Piece]) {
+    let in_chain =
+        |piece: Option<&Piece>| piece.is_some_and(|piece| matches!(&*piece.text, "==" | "!=" | "in"));
+    let mut before = None;
     for part in pieces.split_inclusive(|piece| piece.kind == Kind::Boundary) {
         let (part, boundary) = match part.split_last() {
             Some((last, before)) if last.kind == Kind::Boundary => (before, Some(last)),
+            _ => (part, None),
+        };
+        let compared: Vec<&[Piece]> = part.split(|piece| piece.kind == Kind::Order).collect();
+        let operator = part.iter().find(|piece| piece.kind == Kind::Order);
+        match (&compared[..], operator) {
+            // A chain of comparisons stays as it is: it is more than the sum of its parts.
+            ([left, right], Some(operator)) if !in_chain(before) && !in_chain(boundary) => {
+                let (left, right) = (sum(left), sum(right));
+                out.push_str(&format!(" {COMPARE}({left}, \"{}\", {right})", operator.text));
+            }
+            _ => {
+                for part in part.split_inclusive(|piece| piece.kind == Kind::Order) {
+                    out.push_str(&sum(part));
+                }
+            }
+        }
+        if let Some(boundary) = boundary {
+            out.extend([&*boundary.space, &*boundary.text]);
+        }
+        before = boundary;
+    }
+}
+
+/// Operands between `+` and `-`; a comparison may stand at the end.
+fn sum(pieces: &[Piece]) -> String {
+    let mut out = String::new();
+    for part in pieces.split_inclusive(|piece| matches!(piece.kind, Kind::Sum | Kind::Order)) {
+        let (part, operator) = match part.split_last() {
+            Some((last, before)) if matches!(last.kind, Kind::Sum | Kind::Order) => (before, Some(last)),
             _ => (part, None),
         };
         let operands: Vec<&[Piece]> = part.split(|piece| piece.kind == Kind::Tilde).collect();
         match &operands[..] {
             [operand] => out.push_str(&product(operand)),
             operands => {
-                let printed: Vec<_> =
-                    operands.iter().map(|one| format!(" {PRINT}({})", product(one))).collect();
-                out.push_str(&printed.join(" ~"));
+                let printed = operands.iter().map(|operand| format!(" {PRINT}({})", product(operand)));
+                out.push_str(&printed.collect::<Vec<_>>().join(" ~"));
             }
         }
-        if let Some(boundary) = boundary {
-            out.extend([&*boundary.space, &*boundary.text]);
-        }
+        out.extend(operator.into_iter().flat_map(|operator| [&*operator.space, &*operator.text]));
     }
+    out
 }
 
 /// Operands between `*`, `/`, `//` and `%`, which are worked off from the left.
@@ -204,6 +238,8 @@ impl Lexer<'_> {
             // minijinja has no such operator, and it does nothing.
             "+" if is_prefix => (String::new(), Kind::Operand),
             "-" | "*" if is_prefix => (text, Kind::Operand),
+            "+" | "-" => (text, Kind::Sum),
+            "<" | "<=" | ">" | ">=" => (text, Kind::Order),
             _ => (text, Kind::Boundary),
         }
     }

@@ -1,4 +1,4 @@
-//! A sentencepiece tokenizer, as Llama 2's and Mistral's, as BPE with bytes for what the vocabulary lacks.
+//! Builds a sentencepiece tokenizer, such as those of Llama 2 and Mistral, as BPE with byte fallback.
 
 use std::{cmp::Reverse, collections::HashMap};
 
@@ -7,10 +7,10 @@ use serde_json::{Value, json};
 
 use super::{TokenizerError, post_processor};
 
-/// What sentencepiece writes for a space.
+/// The character that sentencepiece writes in place of a space.
 const SPACE: &str = "\u{2581}";
 
-/// The tokenizer, but for its vocabulary and added tokens.
+/// The definition of the tokenizer, except for its vocabulary and added tokens.
 pub(super) fn definition(file: &Gguf, tokens: &[String]) -> Result<Value, TokenizerError> {
     let scores: &[f32] = file.require("tokenizer.ggml.scores")?;
     let unknown = file.get("tokenizer.ggml.unknown_token_id")?.and_then(|id: u32| tokens.get(id as usize));
@@ -42,8 +42,8 @@ pub(super) fn definition(file: &Gguf, tokens: &[String]) -> Result<Value, Tokeni
     }))
 }
 
-/// The merges that the scores amount to: of two neighbours that make a token together, those of the best one merge first.
-/// What goes first among equal scores is as in transformers.
+/// Derives BPE merges from the scores: every split of a token into two tokens is a merge, and merges into tokens with
+/// higher scores come first. Ties are ordered as transformers orders them.
 fn merges<'a>(tokens: &'a [String], scores: &[f32]) -> Vec<(&'a str, &'a str)> {
     let ids: HashMap<&str, usize> = tokens.iter().map(String::as_str).zip(0..).collect();
     let mut found = Vec::new();
