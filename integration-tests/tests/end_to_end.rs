@@ -107,18 +107,32 @@ async fn streams_finish_before_the_server_stops() {
     assert_eq!(stopped.await.unwrap().code(), Some(0));
 }
 
-#[test]
-fn openais_own_client_is_served() {
-    let server = Server::start(&[]).unwrap();
+/// Runs a script with the Python packages of the tests.
+fn python(script: &str, args: &[&std::ffi::OsStr]) {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
     let python = folder.join("../.venv/bin/python");
     assert!(python.exists(), "{} is missing: make venv", python.display());
-    let status = std::process::Command::new(python)
-        .arg(folder.join("python/openai_client.py"))
-        .arg(format!("{}/v1", server.url))
-        .arg(integration_tests::server::demo_model().unwrap())
-        .status();
-    assert!(status.unwrap().success());
+    let status = std::process::Command::new(python).arg(folder.join(script)).args(args).status();
+    assert!(status.unwrap().success(), "{script}");
+}
+
+#[test]
+fn openais_own_client_is_served() {
+    let server = Server::start(&[]).unwrap();
+    let model = integration_tests::server::demo_model().unwrap();
+    python("python/openai_client.py", &[format!("{}/v1", server.url).as_ref(), model.as_os_str()]);
+}
+
+/// lm-eval scores the endings of fifty sentences through `/v1/completions`: the numbers are those of transformers.
+#[test]
+fn an_evaluation_harness_gets_the_numbers_of_transformers() {
+    let server = Server::start(&["--dtype", "float32"]).unwrap();
+    let model = integration_tests::server::demo_model().unwrap();
+    let golden = integration_tests::server::fixtures().join("goldens/lm_eval.json");
+    python(
+        "lm_eval/evaluate.py",
+        &["server".as_ref(), server.url.as_ref(), model.as_os_str(), golden.as_os_str()],
+    );
 }
 
 #[tokio::test]
