@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use scheduler::{Limits, OVERDUE, RequestId};
+use scheduler::{AGED_SHARE, Limits, OVERDUE, RequestId};
 
 use crate::world::{World, limits, prompt, request};
 
@@ -196,4 +196,73 @@ fn many_adapters_that_always_wait_get_equal_shares_of_tokens() {
     assert!(crowd.world.now > OVERDUE * 200);
     let (least, most) = spread(crowd.world.service.values());
     assert!(least > 0.95 && most < 1.05, "from {least} to {most} of the mean");
+}
+
+#[test]
+fn with_fewer_slots_than_adapters_waits_are_bounded_and_shares_are_equal() {
+    const ADAPTERS: u16 = 60;
+    let answer = |adapter: u16| if adapter % 2 == 1 { 12 } else { 48 };
+    for (slots, seats) in [(1, 8), (6, 8), (6, 2), (20, 8), (59, 8)] {
+        let limits = Limits { num_slots: slots, max_sequences: seats, num_blocks: 400, ..limits() };
+        let mut crowd = Crowd::new(limits);
+        for _ in 0..20 {
+            (1..=ADAPTERS).for_each(|adapter| crowd.submit(adapter, 4, answer(adapter)));
+        }
+        let mut last = BTreeMap::from_iter((1..=ADAPTERS).map(|adapter| (adapter, 0)));
+        let mut longest = 0;
+        for turn in 0..60_000 {
+            let before = crowd.world.finished.len();
+            crowd.world.turn();
+            crowd.world.now += Duration::from_millis(10);
+            let ended: Vec<_> = crowd.world.finished[before..].iter().map(|id| adapter_of(*id)).collect();
+            for adapter in ended {
+                longest = longest.max(turn - last.insert(adapter, turn).unwrap());
+                crowd.submit(adapter, 4, answer(adapter));
+            }
+        }
+        longest = longest.max(last.values().map(|turn| 60_000 - turn).max().unwrap());
+        // In a round, each adapter has a slice and what was running when it had to leave; a turn serves two virtual
+        // tokens a seat, and some seats are empty while a slot changes hands.
+        let round = usize::from(ADAPTERS) * (1_024 + 100 * seats as usize) / seats as usize;
+        let case = format!("{slots} slots, {seats} seats: waited {longest} turns");
+        assert!(longest < round, "{case}, a round is {round}");
+        let (least, most) = spread(crowd.world.service.values());
+        // No adapter is more than a slice and what runs beside it behind the others.
+        let mean = crowd.world.service.values().sum::<u64>() as f64 / f64::from(ADAPTERS);
+        let slack = (1_024 + 100 * u64::from(seats)) as f64 / mean;
+        assert!(least > 1.0 - slack && most < 1.0 + slack, "{case}: from {least} to {most} of the mean");
+    }
+}
+
+#[test]
+fn an_adapter_in_debt_gets_a_slot_in_a_stream_of_new_adapters() {
+    let limits = Limits { num_slots: 1, max_sequences: 2, num_blocks: 400, ..limits() };
+    let mut crowd = Crowd::new(limits);
+    crowd.submit(1, 1_000, 250);
+    crowd.submit(2, 4, 1);
+    // New adapters keep coming, so that two wait at all times. They start from less service than the first one has had.
+    let mut adapter = 3;
+    let mut turn = |crowd: &mut Crowd| {
+        while crowd.world.scheduler.stats().waiting < 3 {
+            crowd.submit(adapter, 4, 1);
+            adapter += 1;
+        }
+        assert!(crowd.world.turn() && adapter < 5_000, "it never starts");
+    };
+    while crowd.world.finished.is_empty() {
+        turn(&mut crowd);
+    }
+    for _ in 0..2 {
+        // Others have the slot by then.
+        (0..20).for_each(|_| turn(&mut crowd));
+        crowd.submit(1, 4, 1);
+        let (begun, finished) = (crowd.world.now, crowd.finished()[&1]);
+        while crowd.finished()[&1] == finished {
+            turn(&mut crowd);
+        }
+        // Each slot that is given out of turn is followed by seven in turn, each of which takes a load and a request.
+        let (waited, turn) = (crowd.world.now - begun, Duration::from_millis(10));
+        assert!(waited > OVERDUE, "it is not its turn before {waited:?}");
+        assert!(waited < OVERDUE + turn * 10 * AGED_SHARE as u32, "{waited:?}");
+    }
 }
