@@ -242,9 +242,12 @@ impl<P> Flows<P> {
     pub(crate) fn needs_first_slot(&mut self, id: FlowId) -> bool {
         let Self { flows, tenants, .. } = self;
         let tenant = &mut tenants[flows[id as usize].tenant as usize];
+        if tenant.users > 0 {
+            return false;
+        }
         let absent = tenant.flows.order(Residency::Absent).into_iter().flat_map(|order| order.ids());
         let absent: usize = absent.map(|flow| flows[flow as usize].waiting.len()).sum();
-        tenant.users == 0 && tenant.waiting == absent
+        tenant.waiting == absent
     }
 
     /// The flow that may be admitted out of turn now.
@@ -265,17 +268,29 @@ impl<P> Flows<P> {
     /// of turn, it gives it if its own requests came to wait later; the later, the sooner. In both cases whoever gives a
     /// slot gets none in return, so a slot does not go back and forth.
     pub(crate) fn yields(&self, key: AdapterKey, to: FlowId, turn: Turn) -> Option<(Duration, (u64, u64))> {
-        let owners = self.adapters.get(&key).map(|adapter| &adapter.flows);
-        let owners = || owners.into_iter().flatten().copied();
-        let service = owners().map(|id| self.services(id)).min();
-        if turn == Turn::Fair {
-            // A flow that nobody remembers had no more than the others.
-            let service = service.unwrap_or_default();
-            return (service > self.services(to)).then_some((Duration::ZERO, service));
+        let owners = self.adapters.get(&key).into_iter().flat_map(|adapter| &adapter.flows);
+        // A flow that nobody remembers had no more than the others.
+        let (mut service, mut since) = (None, Duration::MAX);
+        for &id in owners {
+            let flow = self.get(id);
+            if !flow.waiting.is_empty() {
+                since = since.min(flow.since);
+            }
+            let own = self.services(id);
+            service = Some(service.map_or(own, |service| own.min(service)));
+            let keeps = match turn {
+                Turn::Fair => own <= self.services(to),
+                Turn::Aged => since <= self.get(to).since,
+            };
+            if keeps {
+                return None;
+            }
         }
-        let waiting = owners().map(|id| self.get(id)).filter(|flow| !flow.waiting.is_empty());
-        let since = waiting.map(|flow| flow.since).min().unwrap_or(Duration::MAX);
-        (since > self.get(to).since).then_some((since, service.unwrap_or_default()))
+        let service = service.unwrap_or_default();
+        match turn {
+            Turn::Fair => (service > self.services(to)).then_some((Duration::ZERO, service)),
+            Turn::Aged => Some((since, service)),
+        }
     }
 
     /// Service of a flow's tenant, and its own: of two flows, the one for which this is less is next.
