@@ -8,7 +8,7 @@ use std::{
 
 use indicatif::{ProgressBar, ProgressStyle};
 use reqwest::{
-    Client, Response, StatusCode, Url,
+    Certificate, Client, Response, StatusCode, Url,
     header::{ETAG, HeaderMap, LOCATION, RANGE},
     redirect::Policy,
 };
@@ -80,7 +80,11 @@ struct Answer {
 impl Hub {
     /// A hub that is reached by these settings.
     pub fn new(settings: Settings) -> Result<Hub, HubError> {
+        // Besides those of the system, which small images do not have.
+        let roots = webpki_root_certs::TLS_SERVER_ROOT_CERTS.iter();
+        let roots: Vec<_> = roots.map(|root| Certificate::from_der(root)).collect::<Result<_, _>>()?;
         let client = Client::builder()
+            .tls_certs_merge(roots)
             .connect_timeout(settings.answer)
             // Only the hub gets the token, and only it describes its files: see `get`.
             .redirect(Policy::none())

@@ -110,6 +110,18 @@ impl Server {
         self.log.try_iter().filter(|line| line.contains(text)).count()
     }
 
+    /// Waits for a line of the log with `text` in it, beginning after the last line that was asked for.
+    pub fn until(&self, text: &str) -> Result<String> {
+        let begun = Instant::now();
+        loop {
+            let left = START.saturating_sub(begun.elapsed());
+            let line = self.log.recv_timeout(left).with_context(|| format!("no {text:?} in the log"))?;
+            if line.contains(text) {
+                return Ok(line);
+            }
+        }
+    }
+
     /// Ids of the launcher's children whose name is `name`.
     pub fn children(&self, name: &str) -> Result<Vec<u32>> {
         let tasks = format!("/proc/{0}/task/{0}/children", self.launcher.id());

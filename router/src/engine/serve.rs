@@ -90,9 +90,9 @@ async fn serve(mut connector: Connector, mut inbox: Inbox, pulse: &Pulse) {
             () = refuse_all(&mut inbox) => return,
         };
         let info = Arc::new(group.info.clone());
-        connector.greet(&info);
         let mut batcher = Batcher::new(group, &connector.config, deadlines);
-        connector.readiness.send_replace(Readiness::Ready(info));
+        connector.readiness.send_replace(Readiness::Ready(info.clone()));
+        connector.greet(&info);
         let ended = tokio::select! {
             ended = batcher.run(&mut inbox, pulse) => ended,
             error = heartbeats(&connector.ranks, deadlines.step) => Err(error),
