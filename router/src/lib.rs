@@ -6,6 +6,7 @@ pub mod api;
 pub mod chat;
 mod chat_events;
 mod engine;
+mod fair;
 mod generation;
 pub mod keys;
 mod permits;

@@ -1,11 +1,19 @@
 //! The server: what handlers share, how it starts, and where it listens.
 
 pub(crate) mod accept;
+mod bodies;
+mod connection;
 mod connections;
 mod health;
 mod routes;
+mod slots;
+mod socket;
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc};
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, atomic::AtomicBool},
+};
 
 use config::Config;
 use lifecycle::Supervisor;
@@ -22,6 +30,7 @@ use crate::{
     wire::Info,
     workers::Workers,
 };
+use bodies::Bodies;
 pub use connections::serve;
 
 /// Why the router could not start.
@@ -74,7 +83,12 @@ pub struct App {
     pub(crate) engine: Engine,
     pub(crate) permits: Permits,
     pub(crate) workers: Workers,
+    bodies: Bodies,
     keys: Arc<Keys>,
+    /// The model could answer at least once.
+    started: AtomicBool,
+    /// The process was told to stop.
+    stopping: AtomicBool,
     cors: Option<CorsLayer>,
 }
 
@@ -97,7 +111,14 @@ impl App {
             engine: Engine::start(config.shards.uds.clone(), router, supervisor)?,
             permits: Permits::new(router.max_concurrent_requests),
             workers: Workers::new(router.validation_workers),
+            bodies: Bodies::new(
+                router.max_body_memory as usize,
+                router.max_body_size as usize,
+                router.body_timeout,
+            ),
             keys,
+            started: AtomicBool::new(false),
+            stopping: AtomicBool::new(false),
             cors: routes::cors(&router.cors_allow_origin)?,
             config,
         }))

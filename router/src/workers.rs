@@ -1,10 +1,13 @@
 //! Threads for work that takes processor time: tokenizing, templates, and the JSON of large bodies.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
-use tokio::{sync::Semaphore, task::spawn_blocking, time::timeout};
+use tokio::{task::spawn_blocking, time::timeout};
 
-use crate::principal::Principal;
+use crate::{
+    fair::{FairSemaphore, Share},
+    principal::{Principal, TenantId},
+};
 
 /// How long work may wait for a thread.
 const TURN: Duration = Duration::from_secs(30);
@@ -20,25 +23,26 @@ pub(crate) enum WorkError {
     Panicked,
 }
 
-/// A bounded number of threads.
+/// A bounded number of threads, which tenants get in turn. Only requests wait for one, so that the queues are as bounded as
+/// requests and connections are.
 pub(crate) struct Workers {
-    turns: Arc<Semaphore>,
+    threads: FairSemaphore<TenantId>,
 }
 
 impl Workers {
     pub(crate) fn new(threads: usize) -> Workers {
-        Workers { turns: Arc::new(Semaphore::new(threads.max(1))) }
+        Workers { threads: FairSemaphore::new(threads.max(1), Share::All) }
     }
 
     /// Does work on one of the threads. A caller that gives up while it waits is forgotten; work that has begun keeps its
     /// thread until it ends, whether or not anybody waits for it.
     pub(crate) async fn run<T: Send + 'static>(
         &self,
-        _principal: &Principal,
+        principal: &Principal,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, WorkError> {
-        let turn = timeout(TURN, self.turns.clone().acquire_owned()).await;
-        let turn = turn.ok().and_then(Result::ok).ok_or(WorkError::Busy)?;
+        let turn = timeout(TURN, self.threads.acquire(principal.tenant.id, 1)).await;
+        let turn = turn.map_err(|_| WorkError::Busy)?;
         let done = spawn_blocking(move || {
             let _turn = turn;
             work()

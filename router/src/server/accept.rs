@@ -8,16 +8,15 @@ use std::{
 
 use axum::{
     extract::{FromRequest, Request, State},
-    http::{HeaderMap, Method, header::AUTHORIZATION},
+    http::{HeaderMap, Method, StatusCode, header::AUTHORIZATION},
     middleware::Next,
-    response::Response,
+    response::{IntoResponse, Response},
 };
-use futures::StreamExt;
 use secrecy::SecretString;
 use serde::de::DeserializeOwned;
-use tokio::{sync::oneshot, time::timeout};
+use tokio::sync::oneshot;
 
-use super::{App, routes::dialect};
+use super::{App, connection::Connection, routes::dialect};
 use crate::{
     adapter::{AdapterRef, Credential},
     admission::Asked,
@@ -28,10 +27,6 @@ use crate::{
     permits::{Admissible, Permit, Permits},
     principal::Principal,
 };
-
-/// A body that is too large is still read, and dropped, up to this many times the limit: a client that is cut off while it
-/// sends never sees the answer.
-const DRAINED: usize = 8;
 
 /// Bodies above this size are parsed on a thread of their own.
 const LARGE_JSON: usize = 64 << 10;
@@ -76,30 +71,16 @@ impl<T: Body> FromRequest<Arc<App>> for Accepted<T> {
 
 async fn accept<T: Body>(mut request: Request, app: &App) -> Result<Accepted<T>, ApiError> {
     let caller = request.extensions_mut().remove::<Caller>().ok_or(ApiError::InvalidKey)?;
-    let limit = app.config.router.body_timeout;
-    let bytes = timeout(limit, read(request, app.config.router.max_body_size as usize)).await;
-    let bytes = bytes.map_err(|_| ApiError::Slow)??;
-    let body = if bytes.len() > LARGE_JSON {
-        app.workers.run(&caller.principal, move || json::parse(&bytes)).await?
+    let connection = request.extensions().get::<Connection>().cloned().unwrap_or_default();
+    let text = app.bodies.read(request, (caller.principal.tenant.id, connection.address())).await?;
+    connection.body_was_read();
+    // The memory of the text is given back when it has been parsed.
+    let body = if text.bytes.len() > LARGE_JSON {
+        app.workers.run(&caller.principal, move || json::parse(&text.bytes)).await?
     } else {
-        json::parse(&bytes)
+        json::parse(&text.bytes)
     };
     Ok(Accepted { caller, body: body? })
-}
-
-async fn read(request: Request, limit: usize) -> Result<Vec<u8>, ApiError> {
-    let mut chunks = request.into_body().into_data_stream();
-    let (mut body, mut bytes) = (Vec::new(), 0);
-    while let Some(chunk) = chunks.next().await {
-        let chunk = chunk.map_err(|error| ApiError::Malformed(error.to_string()))?;
-        bytes += chunk.len();
-        if bytes <= limit {
-            body.extend_from_slice(&chunk);
-        } else if bytes > DRAINED * limit {
-            break;
-        }
-    }
-    if bytes > limit { Err(ApiError::TooLarge { limit }) } else { Ok(body) }
 }
 
 impl App {
@@ -131,16 +112,25 @@ pub(super) async fn identify(State(app): State<Arc<App>>, mut request: Request, 
         return ApiError::InvalidKey.respond(dialect(request.uri()));
     };
     tracing::Span::current().record("tenant", &principal.tenant.name);
+    let connection = request.extensions().get::<Connection>().cloned().unwrap_or_default();
+    let dialect = dialect(request.uri());
+    if !connection.is_for(&principal.tenant) {
+        return ApiError::Overloaded { retry_after: Duration::from_secs(1) }.respond(dialect);
+    }
     let given = headers.get(ADAPTER_TOKEN).and_then(|token| token.to_str().ok());
     let fallback = bearer.filter(|_| !app.keys.are_required());
     let credential = Credential::new(given.map(SecretString::from), fallback.map(SecretString::from));
     let (admissible, shed) = Admissible::new();
     let caller = Caller { principal, received: Instant::now(), credential, request: Arc::new(admissible) };
     request.extensions_mut().insert(caller.clone());
-    let dialect = dialect(request.uri());
-    answer_or_shed(&app.permits, &caller, next.run(request), shed)
-        .await
-        .unwrap_or_else(|retry_after| ApiError::Overloaded { retry_after }.respond(dialect))
+    let response = answer_or_shed(&app.permits, &caller, next.run(request), shed);
+    tokio::select! {
+        // Nobody hears this answer.
+        () = connection.client_has_left() => StatusCode::REQUEST_TIMEOUT.into_response(),
+        response = response => {
+            response.unwrap_or_else(|retry_after| ApiError::Overloaded { retry_after }.respond(dialect))
+        }
+    }
 }
 
 /// Waits for a response, or for the request to be shed while it has none: then it is dropped, and with it all its work.

@@ -1,6 +1,6 @@
 //! How the process is, and what it serves.
 
-use std::sync::Arc;
+use std::sync::{Arc, atomic::Ordering::Relaxed};
 
 use axum::{
     Json,
@@ -15,9 +15,29 @@ use crate::api::{
     info::{InfoResponse, ModelList, Unhealthy},
 };
 
-/// `GET /health`, `GET /`
+/// `GET /livez`: whether the process does its work. One that does not answer should be started anew.
+pub(super) async fn live() -> StatusCode {
+    // Whatever else the process cannot live without ends it.
+    StatusCode::OK
+}
+
+/// `GET /startupz`: whether the model could answer yet, be it once.
+pub(super) async fn started(State(app): State<Arc<App>>) -> Response {
+    if app.started.load(Relaxed) { StatusCode::OK.into_response() } else { unhealthy("the model is loading") }
+}
+
+/// `GET /readyz`, `GET /health`, `GET /`: whether the model can answer now and the server takes requests.
 pub(super) async fn health(State(app): State<Arc<App>>) -> Response {
-    let Err(reason) = app.engine.health() else { return StatusCode::OK.into_response() };
+    if app.stopping.load(Relaxed) {
+        return unhealthy("the server is about to stop");
+    }
+    match app.engine.health() {
+        Ok(()) => StatusCode::OK.into_response(),
+        Err(reason) => unhealthy(&reason),
+    }
+}
+
+fn unhealthy(reason: &str) -> Response {
     (StatusCode::SERVICE_UNAVAILABLE, Json(Unhealthy::new(&reason))).into_response()
 }
 

@@ -18,7 +18,7 @@ use tower_http::{
 };
 use uuid::Uuid;
 
-use super::{App, StartError, accept, health};
+use super::{App, StartError, accept, connection, health};
 use crate::api::{
     error::{ApiError, Dialect},
     lorax, openai,
@@ -44,12 +44,16 @@ impl App {
             )
             .layer(PropagateRequestIdLayer::new(REQUEST_ID))
             .option_layer(self.cors.clone())
+            .layer(middleware::from_fn(connection::close_if_unread))
             .layer(middleware::from_fn_with_state(self.clone(), accept::identify));
         Router::new()
             .route("/", get(health::health).post(lorax::either))
             .route("/generate", post(lorax::whole))
             .route("/generate_stream", post(lorax::stream))
             .route("/health", get(health::health))
+            .route("/livez", get(health::live))
+            .route("/readyz", get(health::health))
+            .route("/startupz", get(health::started))
             .route("/info", get(health::info))
             .route("/v1/models", get(health::models))
             .route("/v1/completions", post(openai::completions))

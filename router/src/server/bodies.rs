@@ -1,0 +1,78 @@
+//! Reading bodies: how much memory they may take together, and how long each may take.
+
+use std::{net::IpAddr, time::Duration};
+
+use axum::{body::Body, extract::Request};
+use futures::StreamExt;
+use http_body::Body as _;
+use tokio::time::timeout;
+
+use crate::{
+    api::error::ApiError,
+    fair::{FairSemaphore, Grant, Share},
+    principal::TenantId,
+};
+
+/// A body up to this size needs no memory of `--max-body-memory`: no more than a connection takes in any case. So a short
+/// request never waits for large ones.
+const SMALL: usize = 16 << 10;
+
+/// Whose body it is: memory is shared by tenants, and by the addresses of each.
+pub(super) type Party = (TenantId, IpAddr);
+
+/// The memory of `--max-body-memory`.
+pub(super) struct Bodies {
+    memory: FairSemaphore<Party>,
+    limit: usize,
+    deadline: Duration,
+}
+
+/// A whole body and the memory that it takes.
+pub(super) struct Bytes {
+    pub(super) bytes: Vec<u8>,
+    _memory: Option<Grant<Party>>,
+}
+
+impl Bodies {
+    /// Bodies of at most `limit` bytes, which have to be there by the deadline.
+    pub(super) fn new(memory: usize, limit: usize, deadline: Duration) -> Bodies {
+        // Two of the largest: a party may hold half of the memory, and has to get at least one of them.
+        let memory = FairSemaphore::new(memory.max(2 * limit), Share::AsMuchAsIsFree);
+        Bodies { memory, limit, deadline }
+    }
+
+    /// Reads a body as memory allows: until there is some the client is not read from.
+    pub(super) async fn read(&self, request: Request, party: Party) -> Result<Bytes, ApiError> {
+        let read = timeout(self.deadline, self.read_all(request.into_body(), party)).await;
+        read.map_err(|_| ApiError::Slow)?
+    }
+
+    async fn read_all(&self, body: Body, party: Party) -> Result<Bytes, ApiError> {
+        let limit = self.limit;
+        let announced = body.size_hint().exact().map(|bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
+        if announced.is_some_and(|bytes| bytes > limit) {
+            return Err(ApiError::TooLarge { limit });
+        }
+        let mut memory = match announced {
+            Some(bytes) if bytes > SMALL => Some(self.memory.acquire(party, bytes).await),
+            _ => None,
+        };
+        let mut bytes = Vec::with_capacity(announced.unwrap_or(0));
+        let mut chunks = body.into_data_stream();
+        while let Some(chunk) = chunks.next().await {
+            let chunk = chunk.map_err(|error| ApiError::Malformed(error.to_string()))?;
+            if bytes.len() + chunk.len() > limit {
+                return Err(ApiError::TooLarge { limit });
+            }
+            if memory.is_none() && bytes.len() + chunk.len() > SMALL {
+                // Of unknown length. Bodies that took more piece by piece could wait for each other.
+                memory = Some(self.memory.acquire(party, limit).await);
+            }
+            bytes.extend_from_slice(&chunk);
+        }
+        if let Some(memory) = &mut memory {
+            memory.shrink(bytes.len());
+        }
+        Ok(Bytes { bytes, _memory: memory })
+    }
+}

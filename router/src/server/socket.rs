@@ -1,0 +1,151 @@
+//! A client's socket: seeing that the client has left, and closing without losing the last answer.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv6Addr, Shutdown},
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use socket2::SockRef;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
+    net::TcpStream,
+    time::{Instant, Sleep, sleep},
+};
+
+use super::slots::Slot;
+
+/// How long a client may take to send something more before its connection is closed on it.
+const LINGER: Duration = Duration::from_secs(2);
+
+/// How long it may send altogether.
+const LINGER_TOTAL: Duration = Duration::from_secs(30);
+
+/// The client at the other end of a connection.
+pub(super) struct Peer {
+    stream: TcpStream,
+    /// Its place among the connections.
+    pub(super) slot: Slot,
+    /// Something of its last request will not be read.
+    cut_short: AtomicBool,
+}
+
+/// The connection as the HTTP implementation sees it.
+pub(super) struct Socket {
+    peer: Arc<Peer>,
+    closing: Option<Lingering>,
+}
+
+/// A connection of which only the other direction is still open. To close it while the client sends makes the client's system
+/// throw away the answer, so what it sends is read and dropped for a while.
+struct Lingering {
+    idle: Pin<Box<Sleep>>,
+    until: Instant,
+}
+
+impl Peer {
+    pub(super) fn new(stream: TcpStream, slot: Slot) -> Arc<Peer> {
+        Arc::new(Peer { stream, slot, cut_short: AtomicBool::new(false) })
+    }
+
+    /// Waits until the client has closed the connection, or its own direction of it. The HTTP implementation sees that only
+    /// while it has read nothing behind the request.
+    pub(super) async fn has_left(&self) {
+        // With this interest only the end of the client's direction is waited for, not what it sends.
+        let _ = self.stream.ready(Interest::PRIORITY).await;
+    }
+
+    /// The rest of the request will not be read: the connection ends with the answer.
+    pub(super) fn cut_short(&self) {
+        self.cut_short.store(true, Relaxed);
+    }
+}
+
+impl Socket {
+    pub(super) fn new(peer: Arc<Peer>) -> Socket {
+        Socket { peer, closing: None }
+    }
+}
+
+/// What connections of one client have in common: the address, of which an IPv6 host has a whole /64 network.
+pub(super) fn client(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() >> 64 << 64)),
+        address => address,
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let stream = &self.peer.stream;
+        loop {
+            ready!(stream.poll_read_ready(cx))?;
+            match stream.try_read(buf.initialize_unfilled()) {
+                Ok(read) => {
+                    buf.advance(read);
+                    return Poll::Ready(Ok(()));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_write_vectored(cx, &[io::IoSlice::new(buf)])
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let stream = &self.peer.stream;
+        loop {
+            ready!(stream.poll_write_ready(cx))?;
+            match stream.try_write_vectored(bufs) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                result => return Poll::Ready(result),
+            }
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Socket { peer, closing } = &mut *self;
+        if closing.is_none() {
+            SockRef::from(&peer.stream).shutdown(Shutdown::Write)?;
+            if !peer.cut_short.load(Relaxed) {
+                return Poll::Ready(Ok(()));
+            }
+        }
+        let now = Instant::now();
+        let lingering = closing
+            .get_or_insert_with(|| Lingering { idle: Box::pin(sleep(LINGER)), until: now + LINGER_TOTAL });
+        while lingering.idle.as_mut().poll(cx).is_pending() {
+            ready!(peer.stream.poll_read_ready(cx))?;
+            match peer.stream.try_read(&mut [0; 8 << 10]) {
+                Ok(0) => break,
+                Ok(_) => lingering.idle.as_mut().reset(lingering.until.min(Instant::now() + LINGER)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => break,
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
