@@ -130,7 +130,8 @@ impl AsyncWrite for Socket {
         let Socket { peer, closing } = &mut *self;
         if closing.is_none() {
             SockRef::from(&peer.stream).shutdown(Shutdown::Write)?;
-            if !peer.cut_short.load(Relaxed) {
+            let more = matches!(peer.stream.try_read(&mut [0; 1]), Ok(1));
+            if !more && !peer.cut_short.load(Relaxed) {
                 return Poll::Ready(Ok(()));
             }
         }

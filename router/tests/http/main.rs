@@ -2,11 +2,14 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod adapters;
+mod bodies;
 mod clients;
+mod connections;
 mod failures;
 mod fields;
 mod folds;
 mod generate;
+mod health;
 mod keys;
 mod logprobs;
 mod openai;
@@ -18,6 +21,7 @@ mod request_ids;
 mod router;
 mod sampling;
 mod shard;
+mod sockets;
 mod supervision;
 mod tenants;
 mod text;

@@ -7,20 +7,14 @@ use std::{
 
 use reqwest::Method;
 use serde_json::{Value, json};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-    time::timeout,
-};
+use tokio::{io::AsyncReadExt, time::timeout};
 
 use crate::{
     process::Program,
     router::{Router, tokens},
     shard::{Gate, Script, Seen},
+    sockets::{LONG, answer, open},
 };
-
-/// How long anything here may take.
-const LONG: Duration = Duration::from_secs(60);
 
 /// A router with keys of two tenants, `sk-many` and `sk-few`.
 async fn router(permits: usize) -> Router {
@@ -30,24 +24,6 @@ async fn router(permits: usize) -> Router {
         config.router.max_concurrent_requests = permits;
     })
     .await
-}
-
-/// A connection that has sent a request with a key.
-async fn open(address: &str, key: &str, path: &str, body: &Value) -> TcpStream {
-    let mut stream = TcpStream::connect(address).await.unwrap();
-    let body = body.to_string();
-    let head = format!(
-        "POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
-        body.len()
-    );
-    stream.write_all(head.as_bytes()).await.unwrap();
-    stream
-}
-
-async fn answer(mut stream: TcpStream) -> String {
-    let mut answer = String::new();
-    timeout(LONG, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
-    answer
 }
 
 fn generate(adapter: Option<&str>) -> Value {
