@@ -10,6 +10,7 @@ mod slots;
 mod socket;
 
 use std::{
+    io,
     net::SocketAddr,
     path::PathBuf,
     sync::{Arc, atomic::AtomicBool},
@@ -17,7 +18,10 @@ use std::{
 
 use config::Config;
 use lifecycle::Supervisor;
-use tokio::{net::TcpListener, sync::watch};
+use tokio::{
+    net::{TcpListener, TcpSocket, lookup_host},
+    sync::watch,
+};
 use tower_http::cors::CorsLayer;
 
 use crate::{
@@ -32,6 +36,10 @@ use crate::{
 };
 use bodies::Bodies;
 pub use connections::serve;
+
+/// Connections that may wait to be accepted, if the system allows as many. Where they are too few, the system may reset
+/// connections that come all at once.
+const BACKLOG: u32 = 8192;
 
 /// Why the router could not start.
 #[derive(Debug, thiserror::Error)]
@@ -151,7 +159,21 @@ impl App {
 pub async fn listen(config: &Config) -> Result<(TcpListener, SocketAddr), StartError> {
     let (host, port) = (config.router.hostname.trim_matches(['[', ']']), config.router.port);
     let failed = |source| StartError::Listen { address: format!("{host}:{port}"), source };
-    let listener = TcpListener::bind((host, port)).await.map_err(failed)?;
+    let listener = bind(host, port).await.map_err(failed)?;
     let local = listener.local_addr().map_err(failed)?;
     Ok((listener, local))
+}
+
+async fn bind(host: &str, port: u16) -> io::Result<TcpListener> {
+    let mut last = io::Error::new(io::ErrorKind::InvalidInput, "the name has no address");
+    for address in lookup_host((host, port)).await? {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+        // Connections of a process before this one do not keep the port.
+        socket.set_reuseaddr(true)?;
+        match socket.bind(address) {
+            Ok(()) => return socket.listen(BACKLOG),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
 }

@@ -23,7 +23,12 @@ pub(super) async fn live() -> StatusCode {
 
 /// `GET /startupz`: whether the model could answer yet, be it once.
 pub(super) async fn started(State(app): State<Arc<App>>) -> Response {
-    if app.started.load(Relaxed) { StatusCode::OK.into_response() } else { unhealthy("the model is loading") }
+    // Whoever is told that the model is ready is not told afterwards that it is still loading.
+    if app.started.load(Relaxed) || app.engine.health().is_ok() {
+        StatusCode::OK.into_response()
+    } else {
+        unhealthy("the model is loading")
+    }
 }
 
 /// `GET /readyz`, `GET /health`, `GET /`: whether the model can answer now and the server takes requests.
