@@ -177,7 +177,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     /// Numbers of rows, up to `max_rows`, of further steps that this device wants to run before serving: it times
     /// algorithms then, as it does in recorded ones.
-    fn rehearsed_rows(&self, max_rows: usize) -> Vec<usize> {
+    fn warm_up_rows(&self, max_rows: usize) -> Vec<usize> {
         let _ = max_rows;
         Vec::new()
     }

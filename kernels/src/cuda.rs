@@ -301,7 +301,7 @@ impl Backend for CudaBackend {
         if self.recorder.is_enabled() { batch::recorded_steps() } else { Vec::new() }
     }
 
-    fn rehearsed_rows(&self, max_rows: usize) -> Vec<usize> {
+    fn warm_up_rows(&self, max_rows: usize) -> Vec<usize> {
         if self.gemm.is_learning() { gemm::classes(max_rows) } else { Vec::new() }
     }
 

@@ -1,4 +1,4 @@
-//! `y (+)= x · Wᵀ` through cuBLASLt. Plans are made once a shape and kept; while steps are rehearsed, every algorithm that
+//! `y (+)= x · Wᵀ` through cuBLASLt. Plans are made once a shape and kept; during the warm-up, every algorithm that
 //! the library offers for a shape is timed.
 
 mod choices;
@@ -87,7 +87,7 @@ struct Plan {
 struct Known {
     plans: HashMap<Shape, Plan>,
     choices: Choices,
-    /// While steps are rehearsed.
+    /// During the warm-up.
     clock: Option<Clock>,
 }
 

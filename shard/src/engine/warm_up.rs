@@ -15,7 +15,7 @@ impl<B: Backend> State<B> {
     /// largest takes. Needs [`State::largest_blocks`] blocks.
     pub(super) fn warm_up_prefill(&mut self) -> kernels::Result<Duration> {
         let max_rows = self.limits.max_rows;
-        for rows in iter::once(max_rows).chain(self.ops.rehearsed_rows(max_rows)) {
+        for rows in iter::once(max_rows).chain(self.ops.warm_up_rows(max_rows)) {
             self.run(&batch(&self.prefill(rows), 0))?;
         }
         // Algorithms have been chosen, and kernels loaded: this is how long it takes from now on.

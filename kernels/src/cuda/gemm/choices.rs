@@ -104,7 +104,7 @@ impl Clock {
 
     /// The first of `candidates`, unless another is faster by more than noise. `launch` returns an error for one that
     /// cannot run here; None if none can. A product that adds does so with every launch, which is why this is for
-    /// rehearsals only.
+    /// the warm-up only.
     pub(super) fn fastest<T: Copy>(
         &self,
         stream: &Stream,
