@@ -130,10 +130,10 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     // ---- adapters ----
 
-    /// Tells how many bytes of staged adapters there will be, so that a device can begin to set memory aside for them and
-    /// keeps it when adapters are dropped. Returns at once.
-    fn expect_adapters(&self, bytes: usize) {
-        let _ = bytes;
+    /// Tells how many bytes of staged adapters there will be at most, so that a device keeps memory for as many when
+    /// adapters are dropped, and how many of them it may begin to set aside now. Returns at once.
+    fn expect_adapters(&self, most: usize, now: usize) {
+        let _ = (most, now);
     }
     /// Bytes of host memory that [`Self::stage`] takes for parts of these shapes, what is lost to whole pages or pieces
     /// included. Errors: shapes that cannot be staged.

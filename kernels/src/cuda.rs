@@ -243,8 +243,8 @@ impl Backend for CudaBackend {
         x.fill(self, values)
     }
 
-    fn expect_adapters(&self, bytes: usize) {
-        self.pinned.set_aside(bytes);
+    fn expect_adapters(&self, most: usize, now: usize) {
+        self.pinned.set_aside(most, now);
     }
 
     fn host_bytes(&self, sites: &[LoraSite], shapes: &[LoraShape]) -> Result<usize> {

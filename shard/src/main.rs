@@ -150,14 +150,18 @@ fn serve<B: Backend>(
     let shard = &config.shard;
     let host_bytes = shard.adapter_host_memory as usize;
     // Locked memory is lost to everybody else.
-    ops.expect_adapters(host_bytes.min(memory::quarter(config.shards.uds.len()) as usize));
+    ops.expect_adapters(host_bytes, memory::quarter(config.shards.uds.len()) as usize);
     let model = Arc::new(load(&*ops, config)?);
     let description = model.config().clone();
     let limits = limits(config, target.max_rows);
     let roots =
         Roots::new(shard.adapter_dir.as_deref(), &shard.adapter_roots).context("the adapter folders")?;
     let base = BaseModel { config: description.clone(), path: config.model.path.clone(), dtype: ops.dtype() };
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .thread_name("requests")
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
     let reads = runtime.handle().clone();
     let host = HostLimits { bytes: host_bytes, read_timeout: config.router.prepare_timeout };
     let adapters = Arc::new(Adapters::new(ops.clone(), base, model.sites(), roots, host, reads));

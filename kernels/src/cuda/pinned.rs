@@ -45,13 +45,13 @@ impl PinnedPool {
         PinnedBuf::new(&self.device, PIECE).inspect_err(|_| self.state().locked -= 1)
     }
 
-    /// Begins to set memory aside for `bytes` bytes of adapters, on a thread of its own, and keeps that much from now on.
-    /// Where there is less, adapters lock what they need.
-    pub(super) fn set_aside(self: &Arc<Self>, bytes: usize) {
-        self.state().keep = bytes / PIECE;
+    /// Keeps up to `most` bytes locked from now on, and begins to lock `now` of them on a thread of its own. Where there
+    /// is less, adapters lock what they need.
+    pub(super) fn set_aside(self: &Arc<Self>, most: usize, now: usize) {
+        self.state().keep = most / PIECE;
         let pool = Arc::downgrade(self);
         let work = move || {
-            let pieces = bytes.min(SET_ASIDE) / PIECE;
+            let pieces = most.min(now).min(SET_ASIDE) / PIECE;
             while let Some(pool) = pool.upgrade() {
                 if pool.state().locked >= pieces {
                     return;
