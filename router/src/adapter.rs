@@ -1,10 +1,16 @@
 //! References to adapters, as requests name them, and the credentials that come with them.
 
-use scheduler::Adapter;
+use scheduler::{Adapter, CacheSalt};
 use secrecy::SecretString;
 use tokio::time::timeout;
 
-use crate::{api::error::ApiError, engine::Engine, ranks::PrepareError, server::App};
+use crate::{
+    api::error::ApiError,
+    engine::Engine,
+    generation::cache_salt,
+    ranks::PrepareError,
+    server::{App, accept::Caller},
+};
 
 /// A reference to an adapter, as a request names it.
 #[derive(Debug, Clone)]
@@ -30,6 +36,11 @@ impl Credential {
         Credential { given, fallback }
     }
 
+    /// Whether there is none.
+    fn is_none(&self) -> bool {
+        self.given.is_none() && self.fallback.is_none()
+    }
+
     /// The same, but a token in the body goes before those of headers.
     pub(crate) fn or_in_body(&self, api_token: Option<SecretString>) -> Credential {
         Credential { given: api_token.or_else(|| self.given.clone()), fallback: self.fallback.clone() }
@@ -50,6 +61,17 @@ impl App {
         let id = id.filter(|id| !id.is_empty() && id != BASE_MODEL)?;
         let source = source.unwrap_or_else(|| self.config.router.adapter_source.clone());
         Some(AdapterRef { source, id, credential })
+    }
+
+    /// With whom a request shares the prefix cache; `narrower` is the request's own salt.
+    pub(crate) fn cache_salt(
+        &self,
+        caller: &Caller,
+        adapter: Option<&AdapterRef>,
+        narrower: Option<&str>,
+    ) -> CacheSalt {
+        let public = adapter.is_none_or(|adapter| adapter.credential.is_none());
+        cache_salt(self.config.router.prefix_cache_scope, &caller.principal.tenant, public, narrower)
     }
 
     /// Has the shards resolve, read and check an adapter, and returns what it is from then on.

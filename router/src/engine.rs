@@ -4,6 +4,7 @@
 //! but the ranks: a client that does not keep up fills its own channel and is cancelled.
 
 mod batcher;
+mod in_flight;
 mod serve;
 
 use std::{
@@ -24,6 +25,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use crate::{
     adapter::AdapterRef,
     generation::{Failure, Job, Update},
+    metrics::{End, Metrics, Outcome, PrepareMetrics},
     permits::Permit,
     ranks::{PrepareError, Ranks},
     wire::Info,
@@ -55,8 +57,9 @@ impl Drop for PermitHold {
 /// A job on its way to the engine.
 struct Submit {
     id: RequestId,
-    job: Box<Job>,
+    job: Arc<Job>,
     updates: mpsc::Sender<Update>,
+    outcome: Outcome,
     hold: PermitHold,
 }
 
@@ -97,6 +100,8 @@ pub(crate) struct Engine {
     readiness: watch::Receiver<Readiness>,
     /// Connections of this runtime's own, for what does not pass through the engine.
     ranks: Ranks,
+    metrics: Arc<Metrics>,
+    prepare_metrics: PrepareMetrics,
 }
 
 /// A job that runs. Dropping it cancels it.
@@ -104,6 +109,7 @@ pub(crate) struct Running {
     id: RequestId,
     updates: mpsc::Receiver<Update>,
     cancels: Arc<Cancels>,
+    outcome: Outcome,
     _hold: PermitHold,
 }
 
@@ -111,6 +117,11 @@ impl Running {
     /// The next update; `None` when nothing follows.
     pub(crate) async fn next(&mut self) -> Option<Update> {
         self.updates.recv().await
+    }
+
+    /// Ends the job because its text has met a stop string.
+    pub(crate) fn stop(self) {
+        self.outcome.end(End::StopSequence);
     }
 }
 
@@ -127,6 +138,7 @@ impl Engine {
     pub(crate) fn start(
         sockets: Vec<PathBuf>,
         config: &RouterConfig,
+        metrics: Arc<Metrics>,
         supervisor: &Supervisor,
     ) -> io::Result<Engine> {
         let (submits, received) = mpsc::channel(COMMANDS);
@@ -135,8 +147,18 @@ impl Engine {
         let cancels = Arc::new(Cancels::default());
         let ranks = Ranks::new(&sockets);
         let inbox = serve::Inbox { submits: received, cancels: cancels.clone() };
-        serve::start(sockets, config.clone(), inbox, readiness, supervisor)?;
-        Ok(Engine { submits, cancels, ids: Arc::default(), readiness: watched, ranks })
+        let engine_metrics = Arc::new(metrics.engine());
+        serve::start(sockets, config.clone(), inbox, (readiness, engine_metrics), supervisor)?;
+        let prepare_metrics = metrics.prepare();
+        Ok(Engine {
+            submits,
+            cancels,
+            ids: Arc::default(),
+            readiness: watched,
+            ranks,
+            metrics,
+            prepare_metrics,
+        })
     }
 
     /// What the ranks serve; `None` while they do not.
@@ -172,7 +194,10 @@ impl Engine {
         adapter: &AdapterRef,
         token: Option<&SecretString>,
     ) -> Result<Adapter, PrepareError> {
-        self.ranks.prepare(adapter, token).await
+        let preparation = self.prepare_metrics.begin();
+        let prepared = self.ranks.prepare(adapter, token).await;
+        preparation.end(&prepared);
+        prepared
     }
 
     /// Hands over a job, which holds the permit until it ends.
@@ -180,8 +205,10 @@ impl Engine {
         let id = RequestId(self.ids.fetch_add(1, Ordering::Relaxed));
         let (updates, received) = mpsc::channel(UPDATES);
         let (hold, other) = PermitHold::pair(permit);
-        let submit = Submit { id, job: Box::new(job), updates, hold };
+        // A request is counted once, however many sequences it has.
+        let outcome = Outcome::current().unwrap_or_else(|| self.metrics.outcome());
+        let submit = Submit { id, job: Arc::new(job), updates, outcome: outcome.clone(), hold };
         self.submits.send(submit).await.map_err(|_| Failure::Unavailable)?;
-        Ok(Running { id, updates: received, cancels: self.cancels.clone(), _hold: other })
+        Ok(Running { id, updates: received, cancels: self.cancels.clone(), outcome, _hold: other })
     }
 }

@@ -2,13 +2,21 @@
 
 use std::{sync::Arc, time::Duration};
 
+use config::PrefixCacheScope;
 use sampling::SamplingParams;
-use scheduler::{Adapter, Finish};
+use scheduler::{Adapter, CacheSalt, Finish, Tenant};
+use sha2::{Digest, Sha256};
+
+use crate::{metrics::End, principal};
 
 /// A validated request for one sequence.
 #[derive(Debug, Clone)]
 pub(crate) struct Job {
-    pub(crate) prompt: Vec<u32>,
+    /// For whom it runs.
+    pub(crate) tenant: Tenant,
+    /// With whom it shares the prefix cache.
+    pub(crate) salt: CacheSalt,
+    pub(crate) prompt: Arc<[u32]>,
     pub(crate) max_new_tokens: u32,
     /// Tokens that end the sequence.
     pub(crate) stop_ids: Arc<[u32]>,
@@ -54,6 +62,28 @@ pub(crate) enum Update {
     Failed(Failure),
 }
 
+/// With whom a request shares the prefix cache: with its tenant, or with everybody if the scope allows that and the
+/// adapter is `public`, which is one that resolves without a credential, or none. Requests that name a `narrower` salt
+/// share with those that name the same.
+pub(crate) fn cache_salt(
+    scope: PrefixCacheScope,
+    tenant: &principal::Tenant,
+    public: bool,
+    narrower: Option<&str>,
+) -> CacheSalt {
+    let shared = scope == PrefixCacheScope::All && public;
+    if shared && narrower.is_none() {
+        return CacheSalt::default();
+    }
+    let mut hash = Sha256::new();
+    // A tenant's name could be chosen to look like another's number and salt, so that nothing variable comes first.
+    hash.update(if shared { u64::MAX } else { tenant.id.0 }.to_le_bytes());
+    hash.update([u8::from(shared), u8::from(narrower.is_some())]);
+    hash.update(narrower.unwrap_or_default());
+    let hash = hash.finalize();
+    CacheSalt(hash.iter().take(16).fold(0, |salt, byte| salt << 8 | u128::from(*byte)))
+}
+
 /// Why a job was not completed.
 #[derive(Debug, Clone, thiserror::Error)]
 pub(crate) enum Failure {
@@ -72,4 +102,16 @@ pub(crate) enum Failure {
     /// It failed while it ran.
     #[error("{0}")]
     Generation(String),
+}
+
+impl Failure {
+    /// How the request ends that it fails.
+    pub(crate) fn end(&self) -> End {
+        match self {
+            Failure::Unavailable => End::Unavailable,
+            Failure::Refused(_) | Failure::Rejected(_) => End::Validation,
+            Failure::Adapter(_) => End::Adapter,
+            Failure::Generation(_) => End::Generation,
+        }
+    }
 }

@@ -9,6 +9,7 @@ mod engine;
 mod fair;
 mod generation;
 pub mod keys;
+mod metrics;
 mod permits;
 pub mod principal;
 mod ranks;

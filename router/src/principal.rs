@@ -34,6 +34,13 @@ pub struct Tenant {
     pub limits: TenantLimits,
 }
 
+impl Tenant {
+    /// What the scheduler knows of it.
+    pub(crate) fn scheduled(&self) -> scheduler::Tenant {
+        scheduler::Tenant { id: self.id.0, weight: self.weight }
+    }
+}
+
 /// The caller of a request.
 #[derive(Debug, Clone)]
 pub struct Principal {

@@ -29,6 +29,7 @@ use crate::{
     chat::ChatTemplates,
     engine::Engine,
     keys::{KeyError, Keys},
+    metrics::Metrics,
     permits::Permits,
     tokenizer::{ModelTokenizer, TokenizerError},
     wire::Info,
@@ -66,6 +67,9 @@ pub enum StartError {
     /// Keys of callers.
     #[error("{0}")]
     Keys(#[from] KeyError),
+    /// The metrics.
+    #[error("the metrics: {0}")]
+    Metrics(#[from] metrics_exporter_prometheus::BuildError),
     /// The engine's thread.
     #[error("the engine: {0}")]
     Engine(#[from] std::io::Error),
@@ -89,6 +93,7 @@ pub struct App {
     pub(crate) tokenizer: Arc<ModelTokenizer>,
     pub(crate) chat: ChatTemplates,
     pub(crate) engine: Engine,
+    pub(crate) metrics: Arc<Metrics>,
     pub(crate) permits: Permits,
     pub(crate) workers: Workers,
     bodies: Bodies,
@@ -113,10 +118,13 @@ impl App {
         }
         let keys = Arc::new(Keys::load(router.api_keys.clone(), router.api_key_file.clone())?);
         supervisor.task("key file watcher", keys.clone().watch());
+        let metrics = Arc::new(Metrics::new()?);
+        supervisor.task("metrics upkeep", metrics.clone().upkeep());
         Ok(Arc::new(App {
             chat,
             tokenizer: Arc::new(tokenizer),
-            engine: Engine::start(config.shards.uds.clone(), router, supervisor)?,
+            engine: Engine::start(config.shards.uds.clone(), router, metrics.clone(), supervisor)?,
+            metrics,
             permits: Permits::new(router.max_concurrent_requests),
             workers: Workers::new(router.validation_workers),
             bodies: Bodies::new(

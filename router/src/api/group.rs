@@ -24,7 +24,7 @@ use crate::{
     tokenizer::{ModelTokenizer, TokenizerError},
 };
 use futures::future::try_join_all;
-use scheduler::{Adapter, Finish};
+use scheduler::{Adapter, CacheSalt, Finish, Tenant};
 
 /// The sequences of one HTTP request, which use the same adapter.
 #[derive(Debug)]
@@ -77,6 +77,8 @@ struct Tokenized {
 
 /// What the sequences of a group have in common.
 struct Shared {
+    tenant: Tenant,
+    salt: CacheSalt,
     adapter: Option<Adapter>,
     end_ids: Arc<[u32]>,
     received: Instant,
@@ -102,12 +104,14 @@ impl App {
         let permits = self.admit(caller, adapter.as_ref(), sequences.len())?;
         let tokenized = sequences.into_iter().map(|sequence| self.tokenize(caller, sequence, limits));
         let tokenized = try_join_all(tokenized).await?;
-        let adapter = match &adapter {
+        let prepared = match &adapter {
             Some(adapter) => Some(self.prepare(adapter).await?),
             None => None,
         };
         let shared = Shared {
-            adapter,
+            tenant: caller.principal.tenant.scheduled(),
+            salt: self.cache_salt(caller, adapter.as_ref(), None),
+            adapter: prepared,
             end_ids: info.eos_token_ids.iter().chain(self.tokenizer.end_ids()).copied().collect(),
             received: caller.received,
             validation: begun.elapsed(),
@@ -165,7 +169,9 @@ impl App {
             return Ok(generation);
         }
         let job = Job {
-            prompt,
+            tenant: shared.tenant,
+            salt: shared.salt,
+            prompt: prompt.into(),
             max_new_tokens,
             stop_ids: if request.ignore_eos { Arc::from([]) } else { shared.end_ids.clone() },
             adapter: shared.adapter,
@@ -261,8 +267,11 @@ impl Generation {
         self.meter.charge(1);
         self.tell_prompt(true);
         let pieces = self.text.push(token, top, finish);
-        if pieces.last().is_some_and(|piece| piece.end.is_some()) {
-            self.running = None;
+        if let Some(end) = pieces.last().and_then(|piece| piece.end.as_ref())
+            && let Some(running) = self.running.take()
+            && matches!(end, EndReason::StopString { .. })
+        {
+            running.stop();
         }
         self.ready.extend(pieces.into_iter().map(TextEvent::Piece));
     }

@@ -8,71 +8,23 @@ use std::{
 
 use config::RouterConfig;
 use lifecycle::Pulse;
-use scheduler::{CacheSalt, FailReason, Request, RequestId, Sampled, Scheduler, Tenant};
-use tokio::{sync::mpsc, time::MissedTickBehavior};
+use scheduler::{FailReason, Finish, Request, RequestId, Sampled, Scheduler, Stats};
+use tokio::time::MissedTickBehavior;
 
 use super::{
-    PermitHold, Submit,
+    Submit,
+    in_flight::{InFlight, Steps},
     serve::{Deadlines, Inbox},
 };
 use crate::{
-    generation::{Failure, Job, PromptToken, Scored, Update},
+    generation::{Failure, Job, PromptToken, Update},
+    metrics::{Capacity, End, EngineMetrics, StepTokens},
     ranks::{Group, RankError},
     wire::{self, Event, PromptPart, StepResult},
 };
 
 /// Between two looks at the deadlines.
 const TICK: Duration = Duration::from_millis(250);
-
-/// A job that has been submitted and has not ended.
-struct InFlight {
-    updates: mpsc::Sender<Update>,
-    /// Prompt positions that have been reported; they are computed again after a preemption.
-    prompt_reported: u32,
-    _hold: PermitHold,
-}
-
-impl InFlight {
-    /// Tells the client that nothing follows. There is a place for it, unless the client has gone.
-    fn fail(self, failure: Failure) {
-        let _ = self.updates.try_send(Update::Failed(failure));
-    }
-}
-
-/// Steps that have been sent and not answered.
-struct Steps {
-    sent: u64,
-    answered: u64,
-    /// When the oldest one became the oldest: a step waits for the one before it.
-    since: Instant,
-}
-
-impl Steps {
-    fn sent(&mut self, id: u64) {
-        if self.sent == self.answered {
-            self.since = Instant::now();
-        }
-        self.sent = id;
-    }
-
-    /// Takes the answer of the oldest step, and no other.
-    fn answered(&mut self, id: u64) -> Result<(), RankError> {
-        let expected = self.answered + 1;
-        if id != expected || id > self.sent {
-            return Err(RankError::UnexpectedStep { actual: id, expected });
-        }
-        self.answered = id;
-        self.since = Instant::now();
-        Ok(())
-    }
-
-    fn check(&self, limit: Duration) -> Result<(), RankError> {
-        if self.sent > self.answered && self.since.elapsed() > limit {
-            return Err(RankError::LateStep { step: self.answered + 1, limit });
-        }
-        Ok(())
-    }
-}
 
 /// What the engine waits for.
 enum Input {
@@ -91,20 +43,29 @@ pub(super) struct Batcher {
     /// Slots to empty with the next step, whose content is not of this session's scheduler.
     stale: Vec<u32>,
     deadlines: Deadlines,
+    metrics: Arc<EngineMetrics>,
+    /// What was published last.
+    published: Stats,
     begun: Instant,
 }
 
 impl Batcher {
-    pub(super) fn new(group: Group, config: &RouterConfig, deadlines: Deadlines) -> Batcher {
-        let begun = Instant::now();
+    pub(super) fn new(
+        group: Group,
+        config: &RouterConfig,
+        deadlines: Deadlines,
+        metrics: Arc<EngineMetrics>,
+    ) -> Batcher {
         Batcher {
             scheduler: Scheduler::new(group.info.limits(config), &group.resident.slots),
             in_flight: HashMap::new(),
             stale: group.resident.stale.clone(),
             group,
-            steps: Steps { sent: 0, answered: 0, since: begun },
+            steps: Steps::new(),
             deadlines,
-            begun,
+            metrics,
+            published: Stats::default(),
+            begun: Instant::now(),
         }
     }
 
@@ -140,6 +101,7 @@ impl Batcher {
                 Input::Cancel => {}
                 Input::Event(event) => self.handle_event(event)?,
                 Input::Tick => {
+                    self.publish();
                     self.steps.check(self.deadlines.step)?;
                     self.group.check_loads(self.deadlines.load)?;
                 }
@@ -147,8 +109,19 @@ impl Batcher {
         }
     }
 
+    fn publish(&mut self) {
+        let stats = self.scheduler.stats();
+        let info = &self.group.info;
+        let capacity = Capacity { num_blocks: info.num_blocks, num_slots: info.num_slots };
+        self.metrics.publish(self.now(), &stats, &self.published, capacity);
+        self.metrics.oldest_step.set(self.steps.age());
+        self.published = stats;
+    }
+
     /// Fails whatever has not ended: the session is over.
-    pub(super) fn fail_all(self) {
+    pub(super) fn fail_all(mut self) {
+        self.publish();
+        self.metrics.clear();
         self.in_flight.into_values().for_each(|in_flight| in_flight.fail(Failure::Unavailable));
     }
 
@@ -156,6 +129,7 @@ impl Batcher {
         while let Some(mut plan) = self.scheduler.next_step(self.now()) {
             plan.unload.append(&mut self.stale);
             let id = plan.id;
+            self.metrics.step_rows.record(plan.rows.iter().map(|rows| rows.rows).sum::<u32>());
             self.group.send(wire::step(plan))?;
             self.steps.sent(id);
         }
@@ -171,40 +145,50 @@ impl Batcher {
     }
 
     fn handle_submit(&mut self, submit: Submit) {
-        let Submit { id, job, updates, hold } = submit;
         // Its cancellation may have been taken before it came itself.
-        if updates.is_closed() {
+        if submit.updates.is_closed() {
             return;
         }
+        let Submit { id, job, updates, outcome, hold } = submit;
+        let prompt = job.prompt.len();
         let request = Request {
             id,
-            tenant: Tenant { id: 0, weight: 1 },
+            tenant: job.tenant,
             adapter: job.adapter,
-            salt: CacheSalt::default(),
-            prompt: job.prompt.as_slice().into(),
+            salt: job.salt,
+            prompt: job.prompt.clone(),
             max_new_tokens: job.max_new_tokens,
             stop_ids: job.stop_ids.clone(),
             prompt_logprobs: job.prompt_logprobs,
-            payload: Arc::from(job),
+            payload: job,
+        };
+        let in_flight = InFlight {
+            updates,
+            outcome,
+            prompt,
+            prompt_reported: 1,
+            generated: 0,
+            last_token: None,
+            _hold: hold,
         };
         match self.scheduler.submit(request, self.now()) {
-            Ok(()) => {
-                self.in_flight.insert(id, InFlight { updates, prompt_reported: 1, _hold: hold });
-            }
-            Err(error) => {
-                let _ = updates.try_send(Update::Failed(Failure::Refused(error)));
-            }
+            Ok(()) => _ = self.in_flight.insert(id, in_flight),
+            Err(error) => in_flight.fail(Failure::Refused(error)),
         }
     }
 
     fn handle_event(&mut self, event: Event) -> Result<(), RankError> {
         match event {
             Event::Step(result) => self.complete(result)?,
-            Event::Slot { slot, key, error: None } => self.scheduler.slot_ready(slot, key),
+            Event::Slot { slot, key, error: None } => {
+                self.metrics.slots_filled.increment(1);
+                self.scheduler.slot_ready(slot, key);
+            }
             Event::Slot { slot, key, error: Some(error) } => {
                 tracing::warn!(slot, adapter = ?key, "an adapter could not be loaded: {error}");
+                self.metrics.slots_failed.increment(1);
                 for event in self.scheduler.slot_failed(slot, key) {
-                    self.handle_scheduled(event, &mut []);
+                    self.handle_scheduled(event);
                 }
             }
         }
@@ -212,8 +196,9 @@ impl Batcher {
     }
 
     fn complete(&mut self, result: StepResult) -> Result<(), RankError> {
-        self.steps.answered(result.id)?;
-        tracing::trace!(step = result.id, duration = ?result.duration, "ran");
+        let now = Instant::now();
+        self.steps.answered(result.id, now)?;
+        self.metrics.step_duration.record(result.duration);
         let refused: Vec<_> = result.refused.iter().map(|(sequence, _)| RequestId(*sequence)).collect();
         for (sequence, reason) in result.refused {
             if let Some(in_flight) = self.in_flight.remove(&RequestId(sequence)) {
@@ -227,8 +212,17 @@ impl Batcher {
         let sampled = sampled.map(|s| Sampled { id: RequestId(s.sequence), token: s.token.id });
         let sampled: Vec<_> = sampled.collect();
         let mut tokens: Vec<_> = result.tokens.into_iter().map(|s| Some((s.token, s.top))).collect();
+        let metrics = self.metrics.clone();
+        let mut counted = metrics.tokens(now);
         for event in self.scheduler.complete(result.id, &sampled, &refused) {
-            self.handle_scheduled(event, &mut tokens);
+            match event {
+                scheduler::Event::Token { id, index, finish, .. } => {
+                    if let Some((token, top)) = tokens.get_mut(index).and_then(Option::take) {
+                        self.handle_token(id, Update::Token { token, top, finish }, &mut counted);
+                    }
+                }
+                event => self.handle_scheduled(event),
+            }
         }
         Ok(())
     }
@@ -244,25 +238,50 @@ impl Batcher {
         }
     }
 
-    fn handle_scheduled(&mut self, event: scheduler::Event, tokens: &mut [Option<(Scored, Vec<Scored>)>]) {
+    fn handle_token(&mut self, id: RequestId, update: Update, counted: &mut StepTokens<'_>) {
+        let Update::Token { token, finish, .. } = &update else { return };
+        let (nan, finish) = (token.logprob.is_nan(), *finish);
+        let Some(in_flight) = self.in_flight.get_mut(&id) else { return };
+        counted.add(in_flight.last_token);
+        if in_flight.last_token.is_none() {
+            self.metrics.first_token.record(in_flight.outcome.age(counted.now()));
+        }
+        in_flight.last_token = Some(counted.now());
+        in_flight.generated += 1;
+        if nan {
+            // An adapter's finite weights can still be too large to compute with.
+            return self.end(id, Failure::Generation("the logits are not numbers".into()));
+        }
+        self.send(id, update);
+        if let Some(finish) = finish
+            && let Some(in_flight) = self.in_flight.remove(&id)
+        {
+            self.metrics.output_length.record(in_flight.generated as f64);
+            in_flight.outcome.end(match finish {
+                Finish::Length => End::Length,
+                Finish::StopToken => End::EosToken,
+            });
+        }
+    }
+
+    /// Handles whatever is not a token.
+    fn handle_scheduled(&mut self, event: scheduler::Event) {
         match event {
-            scheduler::Event::Started { id, queued, .. } => {
+            scheduler::Event::Started { id, queued, cached_tokens } => {
+                if let Some(in_flight) = self.in_flight.get(&id) {
+                    self.metrics.queue_duration.record(queued);
+                    self.metrics.input_length.record(in_flight.prompt as f64);
+                    self.metrics.prompt_tokens.increment(in_flight.prompt as u64);
+                    self.metrics.cached_tokens.increment(u64::from(cached_tokens));
+                }
                 self.send(id, Update::Started { queued });
             }
-            scheduler::Event::Token { id, index, finish, .. } => {
-                let Some((token, top)) = tokens.get_mut(index).and_then(Option::take) else { return };
-                if token.logprob.is_nan() {
-                    // An adapter's finite weights can still be too large to compute with.
-                    return self.end(id, Failure::Generation("the logits are not numbers".into()));
-                }
-                self.send(id, Update::Token { token, top, finish });
-                if finish.is_some() {
-                    self.in_flight.remove(&id);
-                }
-            }
+            scheduler::Event::Token { .. } => {}
             scheduler::Event::Scored { id } => {
                 self.send(id, Update::Scored);
-                self.in_flight.remove(&id);
+                if let Some(in_flight) = self.in_flight.remove(&id) {
+                    in_flight.outcome.end(End::Length);
+                }
             }
             scheduler::Event::Failed { id, reason } => {
                 let failure = match reason {

@@ -19,6 +19,7 @@ use tokio::{
 use super::{Cancels, Readiness, Submit, batcher::Batcher};
 use crate::{
     generation::{Failure, Update},
+    metrics::{End, EngineMetrics},
     ranks::{Group, RankError, Ranks},
     wire::Info,
 };
@@ -61,12 +62,12 @@ pub(super) fn start(
     sockets: Vec<PathBuf>,
     config: RouterConfig,
     inbox: Inbox,
-    readiness: watch::Sender<Readiness>,
+    (readiness, metrics): (watch::Sender<Readiness>, Arc<EngineMetrics>),
     supervisor: &Supervisor,
 ) -> io::Result<()> {
     let limit = config.step_timeout.unwrap_or(LEAST_STEP_TIMEOUT);
     run_on_thread(supervisor, limit, async move |pulse| {
-        let connector = Connector { ranks: Ranks::new(&sockets), config, readiness, session: 0 };
+        let connector = Connector { ranks: Ranks::new(&sockets), config, readiness, metrics, session: 0 };
         serve(connector, inbox, &pulse).await;
     })
 }
@@ -90,7 +91,10 @@ async fn serve(mut connector: Connector, mut inbox: Inbox, pulse: &Pulse) {
             () = refuse_all(&mut inbox) => return,
         };
         let info = Arc::new(group.info.clone());
-        let mut batcher = Batcher::new(group, &connector.config, deadlines);
+        let metrics = connector.metrics.clone();
+        metrics.sessions.increment(1);
+        metrics.ranks.set(connector.ranks.world() as f64);
+        let mut batcher = Batcher::new(group, &connector.config, deadlines, metrics);
         connector.readiness.send_replace(Readiness::Ready(info.clone()));
         connector.greet(&info);
         let ended = tokio::select! {
@@ -102,7 +106,10 @@ async fn serve(mut connector: Connector, mut inbox: Inbox, pulse: &Pulse) {
         batcher.fail_all();
         match ended {
             Ok(()) => return,
-            Err(error) => tracing::warn!("lost the model: {error}"),
+            Err(error) => {
+                tracing::warn!("lost the model: {error}");
+                connector.metrics.session_failures.increment(1);
+            }
         }
     }
 }
@@ -112,7 +119,10 @@ async fn refuse_all(inbox: &mut Inbox) {
     loop {
         tokio::select! {
             submit = inbox.submits.recv() => match submit {
-                Some(submit) => _ = submit.updates.try_send(Update::Failed(Failure::Unavailable)),
+                Some(submit) => {
+                    submit.outcome.end(End::Unavailable);
+                    let _ = submit.updates.try_send(Update::Failed(Failure::Unavailable));
+                }
                 None => return,
             },
             // These jobs have been failed already.
@@ -126,6 +136,7 @@ struct Connector {
     ranks: Ranks,
     config: RouterConfig,
     readiness: watch::Sender<Readiness>,
+    metrics: Arc<EngineMetrics>,
     /// Number of the last session.
     session: u64,
 }

@@ -19,9 +19,12 @@ use tower_http::{
 use uuid::Uuid;
 
 use super::{App, StartError, accept, connection, health};
-use crate::api::{
-    error::{ApiError, Dialect},
-    lorax, openai,
+use crate::{
+    api::{
+        error::{ApiError, Dialect},
+        lorax, openai,
+    },
+    metrics,
 };
 
 /// The header of a request's name in logs.
@@ -43,6 +46,7 @@ impl App {
                     .on_failure(()),
             )
             .layer(PropagateRequestIdLayer::new(REQUEST_ID))
+            .layer(middleware::from_fn_with_state(self.clone(), metrics::observe))
             .option_layer(self.cors.clone())
             .layer(middleware::from_fn(connection::close_if_unread))
             .layer(middleware::from_fn_with_state(self.clone(), accept::identify));
@@ -55,6 +59,7 @@ impl App {
             .route("/readyz", get(health::health))
             .route("/startupz", get(health::started))
             .route("/info", get(health::info))
+            .route("/metrics", get(metrics::page))
             .route("/v1/models", get(health::models))
             .route("/v1/completions", post(openai::completions))
             .route("/v1/chat/completions", post(openai::chat_completions))

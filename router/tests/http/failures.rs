@@ -266,8 +266,14 @@ async fn clients_that_leave_together_are_all_forgotten() {
     let router = Router::start_with(script, |config| config.router.max_concurrent_requests = 3000).await;
     router.shard.hold(Gate::Steps);
     let body = |i: usize| json!({"inputs": format!("{i}"), "parameters": {"max_new_tokens": 1500}});
-    let asked = join_all((0..1500).map(async |i| router.send("/generate_stream", &body(i)).await)).await;
-    drop(asked);
+    let all = join_all((0..1500).map(async |i| router.send("/generate_stream", &body(i)).await));
+    let mut held = router.app.permits_held();
+    tokio::select! {
+        _ = all => panic!("no step has run"),
+        all = timeout(PATIENCE, held.wait_for(|held| *held == 1500)) => drop(all.unwrap().unwrap()),
+    }
+    // Their connections are closed by now.
+    timeout(PATIENCE, held.wait_for(|held| *held == 0)).await.unwrap().unwrap();
     router.shard.release(&Gate::Steps);
     // Whoever comes now is served at once: none of the others runs even its first token.
     let begun = router.shard.saw(|seen| Some(seen.added().count())).await;

@@ -12,6 +12,7 @@ mod generate;
 mod health;
 mod keys;
 mod logprobs;
+mod metrics;
 mod openai;
 mod process;
 mod prompt_scores;

@@ -66,6 +66,8 @@ pub(crate) fn configuration(socket: &Path) -> Config {
             prefix_caching: false,
             validation_workers: 1,
             max_body_size: 64 << 10,
+            // Tests hold steps for as long as they like.
+            step_timeout: Some(4 * PATIENCE),
             shutdown_deadline: Duration::from_secs(1),
             ..RouterConfig::default()
         },

@@ -89,6 +89,8 @@ pub(crate) struct Script {
     pub(crate) untaken: HashSet<u32>,
     /// Ids of the alternatives that are reported for a token, given how many.
     pub(crate) alternatives: fn(u32, u32) -> Vec<u32>,
+    /// How long it says that every step took, in microseconds.
+    pub(crate) step_us: u64,
     /// Whether every event comes after one of the session before, which contradicts it.
     pub(crate) echoes: bool,
     /// Where it waits from the start.
@@ -129,6 +131,7 @@ impl Script {
             filled: BTreeMap::new(),
             untaken: HashSet::new(),
             alternatives: following,
+            step_us: 0,
             echoes: false,
             held: BTreeSet::new(),
         }
@@ -304,7 +307,8 @@ impl ScriptedShard {
     }
 
     fn answer(&self, step: Step, sequences: &mut HashMap<u64, Running>) -> Result<StepResult, Status> {
-        let mut result = StepResult { id: step.id, ..StepResult::default() };
+        let duration_us = self.script.step_us;
+        let mut result = StepResult { id: step.id, duration_us, ..StepResult::default() };
         for id in &step.dropped {
             sequences.remove(id).ok_or_else(|| Status::invalid_argument(format!("{id} does not run")))?;
         }

@@ -1,0 +1,80 @@
+//! What has been sent and has not ended: jobs and steps.
+
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+
+use super::PermitHold;
+use crate::{
+    generation::{Failure, Update},
+    metrics::Outcome,
+    ranks::RankError,
+};
+
+/// A job that has been submitted and has not ended.
+pub(super) struct InFlight {
+    pub(super) updates: mpsc::Sender<Update>,
+    pub(super) outcome: Outcome,
+    /// Tokens of the prompt.
+    pub(super) prompt: usize,
+    /// Prompt positions that have been reported; they are computed again after a preemption.
+    pub(super) prompt_reported: u32,
+    /// Tokens that have been generated.
+    pub(super) generated: usize,
+    /// When the last of them came.
+    pub(super) last_token: Option<Instant>,
+    pub(super) _hold: PermitHold,
+}
+
+impl InFlight {
+    /// Tells the client that nothing follows. There is a place for it, unless the client has gone.
+    pub(super) fn fail(self, failure: Failure) {
+        self.outcome.end(failure.end());
+        let _ = self.updates.try_send(Update::Failed(failure));
+    }
+}
+
+/// Steps that have been sent and not answered.
+pub(super) struct Steps {
+    sent: u64,
+    answered: u64,
+    /// When the oldest one became the oldest: a step waits for the one before it.
+    since: Instant,
+}
+
+impl Steps {
+    pub(super) fn new() -> Steps {
+        Steps { sent: 0, answered: 0, since: Instant::now() }
+    }
+
+    pub(super) fn sent(&mut self, id: u64) {
+        if self.sent == self.answered {
+            self.since = Instant::now();
+        }
+        self.sent = id;
+    }
+
+    /// Takes the answer of the oldest step, and no other.
+    pub(super) fn answered(&mut self, id: u64, now: Instant) -> Result<(), RankError> {
+        let expected = self.answered + 1;
+        if id != expected || id > self.sent {
+            return Err(RankError::UnexpectedStep { actual: id, expected });
+        }
+        self.answered = id;
+        self.since = now;
+        Ok(())
+    }
+
+    /// Time since the oldest one became the oldest; zero if there is none.
+    pub(super) fn age(&self) -> Duration {
+        if self.sent > self.answered { self.since.elapsed() } else { Duration::ZERO }
+    }
+
+    /// Fails if the oldest one is too old.
+    pub(super) fn check(&self, limit: Duration) -> Result<(), RankError> {
+        if self.age() > limit {
+            return Err(RankError::LateStep { step: self.answered + 1, limit });
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,276 @@
+//! What the engine counts.
+
+use std::time::{Duration, Instant};
+
+use metrics::{
+    Counter, Gauge, Histogram, counter, describe_counter, describe_gauge, describe_histogram, gauge,
+    histogram,
+};
+use scheduler::Stats;
+
+use crate::ranks::PrepareError;
+
+/// The engine's metrics.
+pub(crate) struct EngineMetrics {
+    pub(crate) prompt_tokens: Counter,
+    pub(crate) generated_tokens: Counter,
+    pub(crate) cached_tokens: Counter,
+    pub(crate) input_length: Histogram,
+    pub(crate) output_length: Histogram,
+    pub(crate) queue_duration: Histogram,
+    pub(crate) first_token: Histogram,
+    pub(crate) step_duration: Histogram,
+    pub(crate) step_rows: Histogram,
+    pub(crate) slots_filled: Counter,
+    pub(crate) slots_failed: Counter,
+    pub(crate) sessions: Counter,
+    pub(crate) session_failures: Counter,
+    pub(crate) ranks: Gauge,
+    pub(crate) oldest_step: Gauge,
+    inter_token: Histogram,
+    preemptions: Counter,
+    gauges: SchedulerGauges,
+}
+
+/// What the scheduler knows of the present.
+struct SchedulerGauges {
+    waiting: Gauge,
+    oldest_waiting: Gauge,
+    running: Gauge,
+    preempted: Gauge,
+    free_blocks: Gauge,
+    cached_blocks: Gauge,
+    used_blocks: Gauge,
+    ready_slots: Gauge,
+    loading_slots: Gauge,
+    empty_slots: Gauge,
+}
+
+/// How much of something the ranks have.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Capacity {
+    pub(crate) num_blocks: u32,
+    pub(crate) num_slots: u32,
+}
+
+impl EngineMetrics {
+    /// Makes the handles with the current recorder.
+    pub(super) fn new() -> EngineMetrics {
+        describe();
+        EngineMetrics {
+            prompt_tokens: counter!("lorax_prompt_tokens_total"),
+            generated_tokens: counter!("lorax_generated_tokens_total"),
+            cached_tokens: counter!("lorax_cached_prompt_tokens_total"),
+            input_length: histogram!("lorax_request_input_length"),
+            output_length: histogram!("lorax_request_generated_tokens"),
+            queue_duration: histogram!("lorax_request_queue_duration"),
+            first_token: histogram!("lorax_request_first_token_duration"),
+            inter_token: histogram!("lorax_request_inter_token_duration"),
+            step_duration: histogram!("lorax_step_duration_seconds"),
+            step_rows: histogram!("lorax_step_rows"),
+            slots_filled: counter!("lorax_adapter_loads_total", "result" => "ready"),
+            slots_failed: counter!("lorax_adapter_loads_total", "result" => "failed"),
+            sessions: counter!("lorax_sessions_total"),
+            session_failures: counter!("lorax_session_failures_total"),
+            preemptions: counter!("lorax_preemptions_total"),
+            ranks: gauge!("lorax_connected_ranks"),
+            oldest_step: gauge!("lorax_oldest_step_age_seconds"),
+            gauges: SchedulerGauges {
+                waiting: gauge!("lorax_queue_length"),
+                oldest_waiting: gauge!("lorax_queue_oldest_age_seconds"),
+                running: gauge!("lorax_batch_current_size"),
+                preempted: gauge!("lorax_preempted_sequences"),
+                free_blocks: gauge!("lorax_kv_blocks", "state" => "free"),
+                cached_blocks: gauge!("lorax_kv_blocks", "state" => "cached"),
+                used_blocks: gauge!("lorax_kv_blocks", "state" => "used"),
+                ready_slots: gauge!("lorax_adapter_slots", "state" => "ready"),
+                loading_slots: gauge!("lorax_adapter_slots", "state" => "loading"),
+                empty_slots: gauge!("lorax_adapter_slots", "state" => "empty"),
+            },
+        }
+    }
+
+    /// Publishes what the scheduler knows. `before` is what it knew at the last call in this session.
+    pub(crate) fn publish(&self, now: Duration, stats: &Stats, before: &Stats, capacity: Capacity) {
+        let gauges = &self.gauges;
+        let waited = stats.waiting_since.map_or(Duration::ZERO, |since| now.saturating_sub(since));
+        let (blocks, slots) = (capacity.num_blocks as usize, capacity.num_slots as usize);
+        gauges.oldest_waiting.set(waited);
+        for (gauge, value) in [
+            (&gauges.waiting, stats.waiting),
+            (&gauges.running, stats.running),
+            (&gauges.preempted, stats.preempted),
+            (&gauges.free_blocks, stats.free_blocks),
+            (&gauges.cached_blocks, stats.cached_blocks),
+            (&gauges.used_blocks, blocks.saturating_sub(stats.free_blocks + stats.cached_blocks)),
+            (&gauges.ready_slots, stats.resident_adapters),
+            (&gauges.loading_slots, stats.loading_adapters),
+            (&gauges.empty_slots, slots.saturating_sub(stats.resident_adapters + stats.loading_adapters)),
+        ] {
+            gauge.set(value as f64);
+        }
+        self.preemptions.increment(stats.preemptions - before.preemptions);
+    }
+
+    /// Nothing is there any more: the session is over.
+    pub(crate) fn clear(&self) {
+        self.publish(Duration::ZERO, &Stats::default(), &Stats::default(), Capacity::default());
+        self.ranks.set(0.0);
+        self.oldest_step.set(0.0);
+    }
+
+    /// Begins to count the tokens of a step's result.
+    pub(crate) fn tokens(&self, now: Instant) -> StepTokens<'_> {
+        StepTokens { metrics: self, now, tokens: 0, wait: Duration::ZERO, waited: 0 }
+    }
+}
+
+/// The tokens of one step. Nearly all of their sequences have had their last token at the same time, so that durations are
+/// recorded together.
+pub(crate) struct StepTokens<'a> {
+    metrics: &'a EngineMetrics,
+    now: Instant,
+    tokens: u64,
+    wait: Duration,
+    waited: usize,
+}
+
+impl StepTokens<'_> {
+    /// When the result came.
+    pub(crate) fn now(&self) -> Instant {
+        self.now
+    }
+
+    /// Counts a token of a sequence that had its last one at `last`.
+    pub(crate) fn add(&mut self, last: Option<Instant>) {
+        self.tokens += 1;
+        let Some(last) = last else { return };
+        let wait = self.now.duration_since(last);
+        if wait != self.wait {
+            self.record_waits();
+            self.wait = wait;
+        }
+        self.waited += 1;
+    }
+
+    fn record_waits(&mut self) {
+        if self.waited > 0 {
+            self.metrics.inter_token.record_many(self.wait, self.waited);
+        }
+        self.waited = 0;
+    }
+}
+
+impl Drop for StepTokens<'_> {
+    fn drop(&mut self) {
+        self.record_waits();
+        self.metrics.generated_tokens.increment(self.tokens);
+    }
+}
+
+/// The metrics of preparing adapters.
+#[derive(Clone)]
+pub(crate) struct PrepareMetrics {
+    duration: Histogram,
+    not_found: Counter,
+    forbidden: Counter,
+    invalid: Counter,
+    unavailable: Counter,
+    abandoned: Counter,
+}
+
+impl PrepareMetrics {
+    /// Makes the handles with the current recorder.
+    pub(super) fn new() -> PrepareMetrics {
+        describe_histogram!(
+            "lorax_adapter_prepare_duration",
+            "Seconds that preparing an adapter took, successful or not."
+        );
+        describe_counter!(
+            "lorax_adapter_prepare_failures_total",
+            "Adapters that could not be prepared, by why."
+        );
+        let failures = |error| counter!("lorax_adapter_prepare_failures_total", "error" => error);
+        PrepareMetrics {
+            duration: histogram!("lorax_adapter_prepare_duration"),
+            not_found: failures("not_found"),
+            forbidden: failures("forbidden"),
+            invalid: failures("invalid"),
+            unavailable: failures("unavailable"),
+            abandoned: failures("abandoned"),
+        }
+    }
+
+    /// Begins to count a preparation. One that is dropped before its end was too late, or its client has left.
+    pub(crate) fn begin(&self) -> Preparation<'_> {
+        Preparation { metrics: self, begun: Instant::now(), ended: false }
+    }
+}
+
+/// A preparation that is under way.
+pub(crate) struct Preparation<'a> {
+    metrics: &'a PrepareMetrics,
+    begun: Instant,
+    ended: bool,
+}
+
+impl Preparation<'_> {
+    /// Counts its end.
+    pub(crate) fn end<T>(mut self, result: &Result<T, PrepareError>) {
+        self.ended = true;
+        let failures = match result {
+            Ok(_) => return,
+            Err(PrepareError::NotFound(_)) => &self.metrics.not_found,
+            Err(PrepareError::Forbidden(_)) => &self.metrics.forbidden,
+            Err(PrepareError::Invalid(_)) => &self.metrics.invalid,
+            Err(PrepareError::Unavailable(_)) => &self.metrics.unavailable,
+        };
+        failures.increment(1);
+    }
+}
+
+impl Drop for Preparation<'_> {
+    fn drop(&mut self) {
+        self.metrics.duration.record(self.begun.elapsed());
+        if !self.ended {
+            self.metrics.abandoned.increment(1);
+        }
+    }
+}
+
+fn describe() {
+    describe_counter!("lorax_prompt_tokens_total", "Prompt tokens of sequences that have begun to run.");
+    describe_counter!("lorax_generated_tokens_total", "Tokens generated.");
+    describe_counter!("lorax_cached_prompt_tokens_total", "Prompt tokens taken from the prefix cache.");
+    describe_histogram!("lorax_request_input_length", "Tokens of a sequence's prompt.");
+    describe_histogram!("lorax_request_generated_tokens", "Tokens generated for a sequence.");
+    describe_histogram!(
+        "lorax_request_queue_duration",
+        "Seconds that a sequence waited until its first rows ran."
+    );
+    describe_histogram!(
+        "lorax_request_first_token_duration",
+        "Seconds from the head of a request to its first token."
+    );
+    describe_histogram!("lorax_request_inter_token_duration", "Seconds between two tokens of a sequence.");
+    describe_histogram!("lorax_step_duration_seconds", "Seconds that the forward pass of a step took.");
+    describe_histogram!("lorax_step_rows", "Rows of a step.");
+    describe_counter!("lorax_adapter_loads_total", "Loads of adapters into slots that have ended, by how.");
+    describe_counter!("lorax_sessions_total", "Sessions with the shards that have begun.");
+    describe_counter!("lorax_session_failures_total", "Sessions with the shards that have failed.");
+    describe_counter!(
+        "lorax_preemptions_total",
+        "Sequences that gave up their blocks, to be computed again."
+    );
+    describe_gauge!("lorax_connected_ranks", "Shards in the present session.");
+    describe_gauge!("lorax_oldest_step_age_seconds", "Age of the oldest step that has not been answered.");
+    describe_gauge!("lorax_queue_length", "Sequences that wait to be admitted.");
+    describe_gauge!(
+        "lorax_queue_oldest_age_seconds",
+        "Age of the oldest sequence that waits to be admitted."
+    );
+    describe_gauge!("lorax_batch_current_size", "Sequences that run.");
+    describe_gauge!("lorax_preempted_sequences", "Sequences that wait to be computed again.");
+    describe_gauge!("lorax_kv_blocks", "Blocks of the KV cache, by state.");
+    describe_gauge!("lorax_adapter_slots", "Device slots of adapters, by state.");
+}

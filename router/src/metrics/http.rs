@@ -1,0 +1,64 @@
+//! Responses by route and status.
+
+use std::sync::Arc;
+
+use axum::{
+    extract::{MatchedPath, Request, State},
+    http::{Method, StatusCode},
+    middleware::Next,
+    response::Response,
+};
+use metrics::{counter, with_local_recorder};
+
+use super::{End, Metrics};
+use crate::server::App;
+
+/// Routes that generate, which is what a request is to the metrics of requests.
+const GENERATING: [&str; 5] =
+    ["/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions"];
+
+/// Counts a response, and the request if it is one to generate.
+pub(crate) async fn observe(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    let matched = request.extensions().get::<MatchedPath>().cloned();
+    let route = matched.as_ref().map_or("none", MatchedPath::as_str);
+    if !(request.method() == Method::POST && GENERATING.contains(&route)) {
+        let response = next.run(request).await;
+        app.metrics.response(route, response.status());
+        return response;
+    }
+    let outcome = app.metrics.outcome();
+    let response = outcome.clone().scope(next.run(request)).await;
+    app.metrics.response(route, response.status());
+    match end(response.status()) {
+        Some(end) => outcome.end(end),
+        // The answer needed no sequence.
+        None if outcome.is_last() => outcome.end(End::Length),
+        // Its sequences know how they end.
+        None => {}
+    }
+    response
+}
+
+/// How a request has ended whose response has this status; `None` if it was answered.
+fn end(status: StatusCode) -> Option<End> {
+    match status {
+        StatusCode::UNAUTHORIZED => Some(End::Unauthorized),
+        StatusCode::TOO_MANY_REQUESTS => Some(End::Overloaded),
+        StatusCode::FORBIDDEN | StatusCode::NOT_FOUND | StatusCode::GATEWAY_TIMEOUT => Some(End::Adapter),
+        StatusCode::SERVICE_UNAVAILABLE => Some(End::Unavailable),
+        StatusCode::FAILED_DEPENDENCY => Some(End::Generation),
+        status if status.is_client_error() => Some(End::Validation),
+        status if status.is_server_error() => Some(End::Generation),
+        _ => None,
+    }
+}
+
+impl Metrics {
+    /// Counts a response. Routes and statuses are few, and this happens once a request, so the handle is looked up.
+    fn response(&self, route: &str, status: StatusCode) {
+        let (route, status) = (route.to_owned(), status.as_u16().to_string());
+        with_local_recorder(&self.recorder, || {
+            counter!("lorax_http_responses_total", "route" => route, "status" => status).increment(1);
+        });
+    }
+}

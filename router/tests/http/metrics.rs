@@ -1,0 +1,366 @@
+//! `GET /metrics`.
+
+use std::collections::BTreeMap;
+
+use proto::Step;
+use reqwest::Method;
+use serde_json::{Value, json};
+use tokio::time::timeout;
+use tonic::Status;
+
+use crate::{
+    router::{PATIENCE, Router, tokens},
+    shard::{Gate, IMPROBABLE, Script},
+};
+
+/// All samples by name and labels.
+async fn scrape(router: &Router) -> BTreeMap<String, f64> {
+    // Whoever scrapes has a key, if there are any.
+    let key = [("authorization", "Bearer abc")];
+    let response = router.send_with(Method::GET, "/metrics", &key, &Value::Null).await;
+    assert_eq!(response.status(), 200);
+    assert_eq!(response.headers()["content-type"], "text/plain; version=0.0.4; charset=utf-8");
+    let text = response.text().await.unwrap();
+    let lines = text.lines().filter(|line| !line.is_empty() && !line.starts_with('#'));
+    let sample = |line: &str| {
+        let (name, value) = line.rsplit_once(' ').unwrap();
+        (name.to_owned(), value.parse().unwrap())
+    };
+    lines.map(sample).collect()
+}
+
+/// Waits until a scrape is as wanted.
+async fn until(router: &Router, what: &str, wanted: impl Fn(&BTreeMap<String, f64>) -> bool) {
+    let mut last = BTreeMap::new();
+    let turns = async {
+        while !wanted(&last) {
+            last = scrape(router).await;
+        }
+    };
+    let turned = timeout(PATIENCE, turns).await;
+    assert!(turned.is_ok(), "never {what}: {last:#?}");
+}
+
+/// Waits until a metric has a value.
+async fn becomes(router: &Router, name: &str, value: f64) {
+    until(router, &format!("{name} {value}"), |samples| samples.get(name) == Some(&value)).await;
+}
+
+/// Requests that have ended, by how; those with none are left out.
+fn ends(samples: &BTreeMap<String, f64>) -> BTreeMap<String, u64> {
+    let end = |(name, value): (&String, &f64)| {
+        let end = name.strip_prefix("lorax_requests_total{end=\"")?.strip_suffix("\"}")?;
+        (*value > 0.0).then_some((end.to_owned(), *value as u64))
+    };
+    samples.iter().filter_map(end).collect()
+}
+
+/// Counts what a test has sent.
+struct Tally {
+    router: Router,
+    expected: BTreeMap<String, u64>,
+}
+
+impl Tally {
+    fn new(router: Router) -> Tally {
+        Tally { router, expected: BTreeMap::new() }
+    }
+
+    /// One more request has ended: nothing but its count may have changed, and that by one.
+    async fn ended(&mut self, end: &str) {
+        *self.expected.entry(end.into()).or_default() += 1;
+        let sum = |ends: &BTreeMap<String, u64>| ends.values().sum::<u64>();
+        let wanted = sum(&self.expected);
+        until(&self.router, &format!("{wanted} requests"), |samples| sum(&ends(samples)) >= wanted).await;
+        assert_eq!(ends(&scrape(&self.router).await), self.expected, "after {end}");
+    }
+
+    async fn answered(&mut self, path: &str, body: Value, status: u16, end: &str) {
+        let response = self.router.send(path, &body).await;
+        assert_eq!(response.status(), status, "{path} {body}");
+        response.text().await.unwrap();
+        self.ended(end).await;
+    }
+}
+
+fn native(prompt: &str, parameters: Value) -> Value {
+    json!({"inputs": prompt, "parameters": parameters})
+}
+
+fn script() -> Script {
+    let mut script = Script::answering(|prompt| match prompt {
+        prompt if *prompt == tokens("nan") => vec![IMPROBABLE],
+        prompt if *prompt == tokens("short") => tokens("ab"),
+        _ => tokens("abc").repeat(500),
+    });
+    script.untaken.insert(tokens("y")[0]);
+    script.refused.insert("absent", Status::not_found("no such adapter"));
+    script.refused.insert("secret", Status::permission_denied("not yours"));
+    script.refused.insert("broken", Status::invalid_argument("not an adapter"));
+    script.lost.insert("lost");
+    script
+}
+
+#[tokio::test]
+async fn every_answer_is_counted_once_with_its_end() {
+    let mut tally = Tally::new(Router::start(script()).await);
+    for path in ["/generate", "/generate_stream", "/"] {
+        tally.answered(path, native("x", json!({"max_new_tokens": 5})), 200, "length").await;
+        tally.answered(path, native("short", json!({"max_new_tokens": 5})), 200, "eos_token").await;
+        let stops = json!({"max_new_tokens": 50, "stop": ["ca"]});
+        tally.answered(path, native("x", stops), 200, "stop_sequence").await;
+    }
+    for path in ["/v1/completions", "/v1/chat/completions"] {
+        for stream in [false, true] {
+            let body = |prompt: &str, more: Value| {
+                let mut body = json!({"prompt": prompt, "max_tokens": 7, "stream": stream});
+                if path.contains("chat") {
+                    body = json!({"messages": [{"role": "user", "content": prompt}], "max_tokens": 7, "stream": stream});
+                }
+                body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+                body
+            };
+            tally.answered(path, body("x", json!({})), 200, "length").await;
+            tally.answered(path, body("x", json!({"stop": "bc"})), 200, "stop_sequence").await;
+        }
+    }
+    // One request of several sequences.
+    let several = json!({"prompt": ["x", "short", "x"], "max_tokens": 5});
+    tally.answered("/v1/completions", several, 200, "length").await;
+    assert_eq!(scrape(&tally.router).await["lorax_request_duration_count"], 18.0);
+}
+
+#[tokio::test]
+async fn every_failure_is_counted_once_with_its_reason() {
+    let router = Router::start_with(script(), |config| config.router.max_body_size = 1000).await;
+    let mut tally = Tally::new(router);
+    let adapter = |id: &str| native("x", json!({"adapter_id": id, "max_new_tokens": 2}));
+    for path in ["/generate", "/generate_stream"] {
+        tally.answered(path, json!({"inputs": 7}), 422, "validation").await;
+        tally.answered(path, native("x", json!({"temperature": -1})), 422, "validation").await;
+        tally.answered(path, native(&"x".repeat(2000), json!({})), 413, "validation").await;
+        tally.answered(path, adapter("absent"), 404, "adapter").await;
+        tally.answered(path, adapter("secret"), 403, "adapter").await;
+        tally.answered(path, adapter("broken"), 422, "validation").await;
+    }
+    tally.answered("/generate", native("y", json!({})), 422, "validation").await;
+    tally.answered("/generate", native("nan", json!({})), 424, "generation").await;
+    tally.answered("/generate", adapter("lost"), 503, "adapter").await;
+    tally.answered("/v1/completions", json!({"prompt": "y"}), 400, "validation").await;
+    tally
+        .answered("/v1/completions", json!({"prompt": ["x", "y", "y"], "max_tokens": 2}), 400, "validation")
+        .await;
+    tally.answered("/v1/completions", json!({"prompt": "nan"}), 424, "generation").await;
+    // What is no request to generate is none.
+    for path in ["/health", "/info", "/v1/models", "/nothing"] {
+        tally.router.get(path).await;
+    }
+    assert_eq!(tally.router.send("/nothing", &json!({})).await.status(), 404);
+    assert_eq!(tally.router.send("/info", &json!({})).await.status(), 405);
+    tally.answered("/generate", json!([]), 422, "validation").await;
+}
+
+#[tokio::test]
+async fn clients_that_leave_are_counted_once() {
+    for path in ["/generate", "/generate_stream"] {
+        let mut tally = Tally::new(Router::start(script()).await);
+        tally.router.shard.hold(Gate::Steps);
+        let body = native("x", json!({"max_new_tokens": 100}));
+        let leaving = tally.router.send(path, &body);
+        let runs = tally.router.shard.saw(|seen| seen.added().next().map(|_| ()));
+        // The request is under way, and then its future is dropped, which closes its connection.
+        tokio::select! {
+            biased;
+            () = runs => {}
+            _ = leaving => {}
+        }
+        tally.ended("cancelled").await;
+        tally.router.shard.release(&Gate::Steps);
+        tally.answered(path, native("x", json!({"max_new_tokens": 1})), 200, "length").await;
+    }
+}
+
+#[tokio::test]
+async fn requests_that_are_shed_or_find_no_permit_are_counted_once() {
+    let router = Router::start_with(script(), |config| config.router.max_concurrent_requests = 2).await;
+    let mut tally = Tally::new(router);
+    tally.router.shard.hold(Gate::Steps);
+    let body = native("x", json!({"max_new_tokens": 2}));
+    let adapter = native("x", json!({"max_new_tokens": 2, "adapter_id": "sql"}));
+    let (router, other) = (&tally.router, &body);
+    let two = async { tokio::join!(router.send("/generate", other), router.send("/generate", other)) };
+    let rest = async {
+        let mut held = router.app.permits_held();
+        held.wait_for(|held| *held == 2).await.unwrap();
+        // Both permits are of one flow, so that it gets no third, and gives one to another flow.
+        assert_eq!(router.send("/generate", other).await.status(), 429);
+        let newcomer = router.send("/generate", &adapter);
+        let release = async {
+            until(router, "two refused", |samples| ends(samples).get("overloaded") == Some(&2)).await;
+            router.shard.release(&Gate::Steps);
+        };
+        assert_eq!(tokio::join!(newcomer, release).0.status(), 200);
+    };
+    let ((one, two), ()) = timeout(PATIENCE, async { tokio::join!(two, rest) }).await.unwrap();
+    let mut statuses = [one.status().as_u16(), two.status().as_u16()];
+    statuses.sort_unstable();
+    assert_eq!(statuses, [200, 429]);
+    tally.expected = BTreeMap::from([("overloaded".into(), 2), ("length".into(), 1)]);
+    tally.ended("length").await;
+}
+
+#[tokio::test]
+async fn callers_without_a_key_are_counted_once() {
+    let keys = |config: &mut config::Config| config.router.api_keys = vec!["abc".into()];
+    let mut tally = Tally::new(Router::start_with(script(), keys).await);
+    tally.answered("/generate", native("x", json!({})), 401, "unauthorized").await;
+    tally.answered("/v1/completions", json!({"prompt": "x"}), 401, "unauthorized").await;
+}
+
+#[tokio::test]
+async fn requests_that_the_model_leaves_are_counted_once() {
+    let mut tally = Tally::new(Router::start(script()).await);
+    tally.router.shard.hold(Gate::Step(3));
+    let body = native("x", json!({"max_new_tokens": 100}));
+    let (router, failing) = (&tally.router, async {
+        let response = tally.router.send("/generate", &body).await;
+        assert_eq!(response.status(), 503);
+    });
+    let breaks = async {
+        router.shard.saw(|seen| seen.steps.iter().any(|step| step.id == 3).then_some(())).await;
+        becomes(router, "lorax_batch_current_size", 1.0).await;
+        router.shard.hold(Gate::Info);
+        router.shard.break_stream();
+    };
+    tokio::join!(failing, breaks);
+    tally.ended("unavailable").await;
+    tally.answered("/generate", native("x", json!({})), 503, "unavailable").await;
+    tally.answered("/v1/completions", json!({"prompt": "x"}), 503, "unavailable").await;
+    let samples = scrape(&tally.router).await;
+    assert_eq!(samples["lorax_connected_ranks"], 0.0);
+    assert_eq!((samples["lorax_sessions_total"], samples["lorax_session_failures_total"]), (1.0, 1.0));
+    assert_eq!(samples["lorax_batch_current_size"], 0.0);
+    tally.router.shard.release(&Gate::Info);
+    becomes(&tally.router, "lorax_connected_ranks", 1.0).await;
+}
+
+#[tokio::test]
+async fn tokens_steps_and_adapters_are_counted() {
+    let mut script = script();
+    (script.step_us, script.info.num_slots) = (1500, 3);
+    let router = Router::start_with(script, |config| config.router.prefix_caching = true).await;
+    let prompt = "x".repeat(40);
+    let length = tokens(&prompt).len() as f64;
+    for _ in 0..2 {
+        router.ok("/generate", &native(&prompt, json!({"max_new_tokens": 9}))).await;
+    }
+    router.ok("/generate", &native("short", json!({"adapter_id": "sql"}))).await;
+    router.post("/generate", &native("x", json!({"adapter_id": "absent"}))).await;
+    router.post("/generate", &native("x", json!({"adapter_id": "lost"}))).await;
+    becomes(&router, "lorax_adapter_loads_total{result=\"failed\"}", 1.0).await;
+    becomes(&router, "lorax_adapter_slots{state=\"ready\"}", 1.0).await;
+    let steps = router.shard.saw(|seen| Some(seen.steps.clone())).await;
+    let rows = |step: &Step| f64::from(step.rows.iter().map(|rows| rows.rows).sum::<u32>());
+    becomes(&router, "lorax_step_duration_seconds_count", steps.len() as f64).await;
+    let samples = scrape(&router).await;
+    for (name, value) in [
+        ("lorax_build_info{version=\"0.1.0\"}", 1.0),
+        ("lorax_connected_ranks", 1.0),
+        ("lorax_sessions_total", 1.0),
+        ("lorax_session_failures_total", 0.0),
+        ("lorax_prompt_tokens_total", 2.0 * length + tokens("short").len() as f64),
+        // In blocks of 16 tokens, of which the last must be computed.
+        ("lorax_cached_prompt_tokens_total", ((length - 1.0) / 16.0).floor() * 16.0),
+        // "ab" and the token that ends it.
+        ("lorax_generated_tokens_total", 9.0 + 9.0 + 3.0),
+        ("lorax_request_generated_tokens_sum", 9.0 + 9.0 + 3.0),
+        ("lorax_request_generated_tokens_count", 3.0),
+        ("lorax_request_input_length_count", 3.0),
+        ("lorax_request_queue_duration_count", 3.0),
+        ("lorax_request_first_token_duration_count", 3.0),
+        ("lorax_request_inter_token_duration_count", 8.0 + 8.0 + 2.0),
+        ("lorax_step_rows_count", steps.len() as f64),
+        ("lorax_step_rows_sum", steps.iter().map(rows).sum()),
+        ("lorax_adapter_loads_total{result=\"ready\"}", 1.0),
+        ("lorax_adapter_prepare_duration_count", 3.0),
+        ("lorax_adapter_prepare_failures_total{error=\"not_found\"}", 1.0),
+        ("lorax_adapter_prepare_failures_total{error=\"abandoned\"}", 0.0),
+        ("lorax_adapter_slots{state=\"loading\"}", 0.0),
+        ("lorax_adapter_slots{state=\"empty\"}", 2.0),
+        ("lorax_queue_length", 0.0),
+        ("lorax_queue_oldest_age_seconds", 0.0),
+        ("lorax_batch_current_size", 0.0),
+        ("lorax_preempted_sequences", 0.0),
+        ("lorax_preemptions_total", 0.0),
+        ("lorax_oldest_step_age_seconds", 0.0),
+        ("lorax_kv_blocks{state=\"used\"}", 0.0),
+        ("lorax_http_responses_total{route=\"/generate\",status=\"200\"}", 3.0),
+        ("lorax_http_responses_total{route=\"/generate\",status=\"404\"}", 1.0),
+        ("lorax_http_responses_total{route=\"/generate\",status=\"503\"}", 1.0),
+    ] {
+        assert_eq!(samples.get(name), Some(&value), "{name} in {samples:#?}");
+    }
+    let seconds = 0.0015 * steps.len() as f64;
+    assert!((samples["lorax_step_duration_seconds_sum"] - seconds).abs() < 1e-9);
+    let blocks =
+        ["free", "cached", "used"].map(|state| samples[&format!("lorax_kv_blocks{{state=\"{state}\"}}")]);
+    assert_eq!(blocks.iter().sum::<f64>(), 4096.0);
+    assert!(blocks[1] >= 2.0, "{blocks:?}");
+}
+
+#[tokio::test]
+async fn gauges_show_who_waits_and_who_had_to_give_way() {
+    let mut script = script();
+    (script.info.max_sequences, script.info.num_blocks) = (2, 8);
+    let router = Router::start(script).await;
+    router.shard.hold(Gate::Steps);
+    let ask =
+        |prompt: &str, new: u32| native(prompt, json!({"max_new_tokens": new, "ignore_eos_token": true}));
+    let (one, two, three) = (ask("x", 100), ask("z", 100), ask("w", 2));
+    let all = async {
+        tokio::join!(
+            router.ok("/generate", &one),
+            router.ok("/generate", &two),
+            router.ok("/generate", &three)
+        )
+    };
+    let looks = async {
+        // Two steps are in flight, so that whoever came after they were sent waits.
+        until(&router, "some that run and some that wait", |samples| {
+            let of = |name: &str| samples.get(name).copied().unwrap_or_default();
+            let (running, waiting) = (of("lorax_batch_current_size"), of("lorax_queue_length"));
+            running >= 1.0 && waiting >= 1.0 && running + waiting == 3.0
+        })
+        .await;
+        until(&router, "a waiting one that ages", |samples| {
+            ["lorax_queue_oldest_age_seconds", "lorax_oldest_step_age_seconds"]
+                .iter()
+                .all(|name| samples.get(*name).is_some_and(|age| *age > 0.3))
+        })
+        .await;
+        router.shard.release(&Gate::Steps);
+    };
+    tokio::join!(all, looks);
+    let preempted = |samples: &BTreeMap<String, f64>| samples.get("lorax_preemptions_total") >= Some(&1.0);
+    until(&router, "a preemption", preempted).await;
+    becomes(&router, "lorax_queue_length", 0.0).await;
+    becomes(&router, "lorax_kv_blocks{state=\"free\"}", 8.0).await;
+}
+
+#[tokio::test]
+async fn routes_are_few_whatever_clients_ask_for() {
+    let router = Router::start(script()).await;
+    for i in 0..50 {
+        router.get(&format!("/nothing/{i}")).await;
+        router.get(&format!("/generate?{i}")).await;
+    }
+    let samples = scrape(&router).await;
+    let routes: Vec<_> =
+        samples.iter().filter(|(name, _)| name.starts_with("lorax_http_responses")).collect();
+    let named = |route: &str, status: u16| {
+        let name = format!("lorax_http_responses_total{{route=\"{route}\",status=\"{status}\"}}");
+        samples.get(&name).copied()
+    };
+    assert_eq!((named("none", 404), named("/generate", 405)), (Some(50.0), Some(50.0)), "{routes:?}");
+    assert_eq!(routes.len(), 2, "{routes:?}");
+}
