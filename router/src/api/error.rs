@@ -14,7 +14,7 @@ use axum::{
 };
 
 use super::request::FieldNames;
-use crate::{admission::Refusal, generation::Failure, ranks::PrepareError, workers::WorkError};
+use crate::{admission::Refusal, generation::Failure, metrics::End, ranks::PrepareError, workers::WorkError};
 
 pub(crate) use body::Dialect;
 
@@ -184,11 +184,27 @@ impl ApiError {
         HeaderMap::from_iter([(name, value)])
     }
 
-    /// The whole response.
+    /// The whole response. Its extensions say how the request has ended.
     pub(crate) fn respond(&self, dialect: Dialect) -> Response {
         let mut response = (self.status_in(dialect), Json(self.body(dialect))).into_response();
         response.headers_mut().extend(self.headers());
+        response.extensions_mut().insert(self.end());
         response
+    }
+
+    /// How the request ends that it fails, for metrics.
+    fn end(&self) -> End {
+        match self {
+            ApiError::InvalidKey => End::Unauthorized,
+            ApiError::RateLimited(_) | ApiError::Overloaded { .. } => End::Overloaded,
+            ApiError::AdapterTimeout { .. }
+            | ApiError::AdapterNotFound(_)
+            | ApiError::AdapterForbidden(_)
+            | ApiError::AdapterInvalid(_) => End::Adapter,
+            ApiError::Generation(_) => End::Generation,
+            ApiError::Unavailable(_) => End::Unavailable,
+            _ => End::Validation,
+        }
     }
 }
 

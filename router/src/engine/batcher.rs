@@ -296,13 +296,15 @@ impl Batcher {
         }
     }
 
-    /// Passes an update on. A client that has gone or does not keep up is cancelled.
+    /// Passes an update on. A client that has gone is forgotten, and one that does not keep up is told so.
     fn send(&mut self, id: RequestId, update: Update) {
         let Some(in_flight) = self.in_flight.get(&id) else { return };
-        if in_flight.updates.capacity() > 1 && in_flight.updates.try_send(update).is_ok() {
-            return;
+        if in_flight.updates.is_closed() {
+            self.in_flight.remove(&id);
+            self.scheduler.cancel(id);
+        } else if in_flight.updates.capacity() <= 1 || in_flight.updates.try_send(update).is_err() {
+            self.end(id, Failure::Generation("the client did not keep up".into()));
         }
-        self.end(id, Failure::Generation("the client did not keep up".into()));
     }
 
     /// Ends a job before its time. Rows of it that are in flight are computed for nothing.

@@ -29,28 +29,14 @@ pub(crate) async fn observe(State(app): State<Arc<App>>, request: Request, next:
     let outcome = app.metrics.outcome();
     let response = outcome.clone().scope(next.run(request)).await;
     app.metrics.response(route, response.status());
-    match end(response.status()) {
-        Some(end) => outcome.end(end),
+    match response.extensions().get::<End>() {
+        Some(end) => outcome.end(*end),
         // The answer needed no sequence.
         None if outcome.is_last() => outcome.end(End::Length),
         // Its sequences know how they end.
         None => {}
     }
     response
-}
-
-/// How a request has ended whose response has this status; `None` if it was answered.
-fn end(status: StatusCode) -> Option<End> {
-    match status {
-        StatusCode::UNAUTHORIZED => Some(End::Unauthorized),
-        StatusCode::TOO_MANY_REQUESTS => Some(End::Overloaded),
-        StatusCode::FORBIDDEN | StatusCode::NOT_FOUND | StatusCode::GATEWAY_TIMEOUT => Some(End::Adapter),
-        StatusCode::SERVICE_UNAVAILABLE => Some(End::Unavailable),
-        StatusCode::FAILED_DEPENDENCY => Some(End::Generation),
-        status if status.is_client_error() => Some(End::Validation),
-        status if status.is_server_error() => Some(End::Generation),
-        _ => None,
-    }
 }
 
 impl Metrics {

@@ -28,7 +28,7 @@ pub(crate) enum End {
     Unauthorized,
     /// Its body, or what it asks for, was refused.
     Validation,
-    /// Its adapter does not exist, may not be read, or was not ready in time.
+    /// Its adapter does not exist, may not be read, cannot be served, or was not ready in time.
     Adapter,
     /// It failed while it ran.
     Generation,

@@ -125,7 +125,7 @@ async fn every_answer_is_counted_once_with_its_end() {
         }
     }
     // One request of several sequences.
-    let several = json!({"prompt": ["x", "short", "x"], "max_tokens": 5});
+    let several = json!({"prompt": ["x", "z", "x"], "max_tokens": 5});
     tally.answered("/v1/completions", several, 200, "length").await;
     assert_eq!(scrape(&tally.router).await["lorax_request_duration_count"], 18.0);
 }
@@ -140,8 +140,8 @@ async fn every_failure_is_counted_once_with_its_reason() {
         tally.answered(path, native("x", json!({"temperature": -1})), 422, "validation").await;
         tally.answered(path, native(&"x".repeat(2000), json!({})), 413, "validation").await;
         tally.answered(path, adapter("absent"), 404, "adapter").await;
-        tally.answered(path, adapter("secret"), 403, "adapter").await;
-        tally.answered(path, adapter("broken"), 422, "validation").await;
+        tally.answered(path, adapter("secret"), 424, "adapter").await;
+        tally.answered(path, adapter("broken"), 422, "adapter").await;
     }
     tally.answered("/generate", native("y", json!({})), 422, "validation").await;
     tally.answered("/generate", native("nan", json!({})), 424, "generation").await;
