@@ -139,7 +139,7 @@ impl Child {
                 status.success()
             }
             _ => {
-                tracing::warn!("{} did not stop within {} s, killing it", self.name, patience.as_secs());
+                tracing::warn!("{} did not stop within {} s, killing it", self.name, patience.as_secs_f32());
                 self.kill().await;
                 false
             }

@@ -208,6 +208,23 @@ fn the_router_finishes_before_the_shard_is_stopped() {
     }
 }
 
+/// The router gets what it was promised, and five seconds to spare.
+#[test]
+fn a_router_that_does_not_stop_is_killed_after_delay_and_deadline() {
+    let mut launcher = Launcher::with_model()
+        .args(&["--shutdown-delay", "1", "--shutdown-deadline", "0.5"])
+        .router("say router up; serve; say router waits; while :; do read line < \"$CHILDREN/never\"; done");
+    let _never = launcher.fifo("never");
+    let mut running = launcher.start();
+    running.until("router up");
+    running.signal("-TERM");
+    let (status, lines) = running.ended();
+    assert_eq!(status, Some(1), "{lines:?}");
+    let at = |text: &str| lines.iter().position(|line| line.contains(text)).unwrap();
+    assert!(at("router did not stop within 6.5 s, killing it") < at("shard down"), "{lines:#?}");
+    assert!(lines.last().unwrap().contains("not every process stopped in order"));
+}
+
 #[test]
 fn a_second_signal_stops_at_once() {
     let mut launcher =

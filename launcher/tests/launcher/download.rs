@@ -1,7 +1,7 @@
 //! Models from a hub.
 
 use std::{
-    fs,
+    fs::{self, File},
     net::{TcpListener, TcpStream},
     path::Path,
 };
@@ -101,6 +101,45 @@ fn a_token_opens_what_is_not_public() {
     assert_eq!(status, 64);
     assert!(log.contains("org/name") && log.contains("401"), "{log}");
     assert!(!log.contains("wrong"), "no credential is logged: {log}");
+}
+
+/// The lock is that of `huggingface_hub`, beside whose downloads ours may run.
+#[test]
+fn a_file_that_another_process_fetches_is_waited_for() {
+    let hub = Hub::start(ID, Repository::new(&FILES));
+    let mut known = launcher(&hub, ID);
+    let fetched = known.configuration();
+    let link = Path::new(fetched["model"]["path"].as_str().unwrap()).join("model.safetensors");
+    let etag = fs::canonicalize(link).unwrap().file_name().unwrap().to_owned();
+    let locked = |launcher: &Launcher| {
+        let cache = launcher.folder().join("hf/hub");
+        let locks = cache.join(".locks/models--org--name");
+        fs::create_dir_all(&locks).unwrap();
+        fs::create_dir_all(cache.join("models--org--name/blobs")).unwrap();
+        let mut name = etag.clone();
+        name.push(".lock");
+        let lock = File::create(locks.join(name)).unwrap();
+        lock.lock().unwrap();
+        (lock, cache.join("models--org--name/blobs").join(&etag))
+    };
+    let stalled = impatient(launcher(&hub, ID));
+    let _held = locked(&stalled);
+    let (status, log) = stalled.fails();
+    assert_eq!(status, 1, "{log}");
+    assert!(log.contains("waiting for model.safetensors: nothing came for 1 s"), "{log}");
+
+    let mut waiting = launcher(&hub, ID);
+    let (lock, blob) = locked(&waiting);
+    let mut running = waiting.start();
+    running.until("fetching what is not in the cache");
+    fs::write(blob, "from the other process").unwrap();
+    drop(lock);
+    running.until("router up");
+    running.signal("-TERM");
+    assert_eq!(running.ended().0, Some(0));
+    let config = fs::read(waiting.folder().join("config.json")).unwrap();
+    let files = files(&serde_json::from_slice(&config).unwrap());
+    assert!(files.contains(&("model.safetensors".into(), "from the other process".into())), "{files:?}");
 }
 
 /// Large files are kept elsewhere. Who keeps them must not learn the token.
