@@ -1,4 +1,4 @@
-//! Blocks of KV memory: who holds them, and which prefix each cached one is.
+//! Blocks of KV memory: who holds them, and which prefix each cached block has.
 
 use std::{
     borrow::Cow,
@@ -17,11 +17,11 @@ pub(crate) enum Prefix {
     Block(u64),
 }
 
-/// A published block's identity, beside its tokens: by induction an equal prefix and equal tokens are an equal
-/// sequence of tokens, so nothing rests on a hash.
+/// The identity of a published block, together with its tokens. Two blocks with equal prefixes and equal tokens hold the same
+/// sequence of tokens from its start, by induction, so hashes need not be collision-free.
 #[derive(Debug)]
 struct Published {
-    /// Never used twice, so that a reused block cannot be taken for what it was.
+    /// Never used twice, so that a reused block cannot be taken for its former content.
     number: u64,
     prefix: Prefix,
     /// Its key in the index.
@@ -33,7 +33,7 @@ struct Block {
     /// Sequences that have it in their block table.
     holders: u32,
     published: Option<Published>,
-    /// When its last holder let go; its key in `idle`.
+    /// When its last holder let go of it: its key in `idle`.
     idle_since: u64,
 }
 
@@ -47,10 +47,10 @@ pub(crate) struct Blocks {
     free: Vec<u32>,
     /// Least recently used first. Blocks are let go last position first, so a block leaves before its prefix does.
     idle: BTreeMap<u64, u32>,
-    /// Published blocks by the hash of prefix and tokens; of several with the same hash, the first. Looked up only,
+    /// Published blocks by the hash of prefix and tokens. Of several with the same hash, it has the first. Looked up only,
     /// never iterated.
     index: HashMap<u64, u32>,
-    /// Counts publications and releases.
+    /// Counts publications and releases: the clock of `idle_since`, and the source of numbers.
     ticks: u64,
 }
 
@@ -168,9 +168,9 @@ impl Blocks {
         }
     }
 
-    /// Makes a full, computed block known as `tokens` after `prefix`, and returns it as the prefix of the next one. If
-    /// another block is known as that already, it stays the one, and `block` stays its holder's alone. `None` if the
-    /// hash is taken by something else: then neither it nor what follows can be known.
+    /// Publishes a full, computed block as `tokens` after `prefix`, and returns it as the prefix of the next block. If such a
+    /// block is published already, that one is returned, and `block` stays private to its holder. Returns `None` if
+    /// something else has the same hash: then neither this block nor those that follow it can be published.
     pub(crate) fn publish(&mut self, prefix: Prefix, tokens: &[u32], block: u32) -> Option<Prefix> {
         let hash = hash(prefix, tokens);
         if self.index.contains_key(&hash) {

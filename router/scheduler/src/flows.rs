@@ -5,6 +5,8 @@
 mod aging;
 mod check;
 mod level;
+mod lists;
+mod open;
 mod order;
 
 use std::{
@@ -27,6 +29,9 @@ pub(crate) const GENERATED: u64 = 2;
 
 /// Service of a tenant of weight 1 for each virtual token.
 pub(crate) const SERVICE_UNIT: u64 = 1 << 20;
+
+/// The largest weight of a tenant. A much larger one would round the service of a single token to nothing.
+const MAX_WEIGHT: u32 = 1 << 16;
 
 /// Index of a flow. Reused after the flow has been closed.
 pub(crate) type FlowId = u32;
@@ -160,44 +165,6 @@ impl<P> Flows<P> {
 
     pub(crate) fn adapter(&self, id: FlowId) -> Option<Adapter> {
         self.get(id).adapter
-    }
-
-    /// The flow of a tenant and an adapter, which has that `residency` if it is not known yet.
-    pub(crate) fn open(&mut self, tenant: Tenant, adapter: Option<Adapter>, residency: Residency) -> FlowId {
-        let tenant = self.open_tenant(tenant);
-        let key = adapter.map(|adapter| adapter.key);
-        if let Some(&id) = self.by_key.get(&(tenant, key)) {
-            return id;
-        }
-        let service = self.tenant(tenant).flows.virtual_time();
-        let since = Duration::ZERO;
-        let flow = Flow { tenant, adapter, waiting: BTreeMap::new(), service, since, users: 0 };
-        let id = insert(&mut self.flows, &mut self.closed_flows, flow);
-        self.by_key.insert((tenant, key), id);
-        if let Some(key) = key {
-            let new = || AdapterState { residency, flows: BTreeSet::new(), waiting: 0 };
-            self.adapters.entry(key).or_insert_with(new).flows.insert(id);
-        }
-        id
-    }
-
-    fn open_tenant(&mut self, tenant: Tenant) -> TenantId {
-        let tenant = Tenant { weight: tenant.weight.max(1), ..tenant };
-        if let Some(&id) = self.tenants_by_id.get(&tenant.id) {
-            self.tenants[id as usize].tenant = tenant;
-            return id;
-        }
-        let state = TenantState {
-            tenant,
-            service: self.level.virtual_time(),
-            since: Duration::ZERO,
-            waiting: 0,
-            users: 0,
-            flows: Level::default(),
-        };
-        let id = insert(&mut self.tenants, &mut self.closed_tenants, state);
-        self.tenants_by_id.insert(tenant.id, id);
-        id
     }
 
     /// Adds a sequence to its flow.
@@ -376,18 +343,6 @@ impl<P> Flows<P> {
         self.aging.load(turn == Turn::Aged);
     }
 
-    pub(crate) fn set_residency(&mut self, key: AdapterKey, residency: Residency) {
-        let Some(adapter) = self.adapters.get(&key) else { return };
-        let flows: Vec<FlowId> = adapter.flows.iter().copied().collect();
-        flows.iter().for_each(|&id| self.unlist(id));
-        if let Some(adapter) = self.adapters.get_mut(&key) {
-            self.absent -= adapter.counts_as_absent();
-            adapter.residency = residency;
-            self.absent += adapter.counts_as_absent();
-        }
-        flows.iter().for_each(|&id| self.list(id));
-    }
-
     pub(crate) fn tenant_of(&self, id: FlowId) -> TenantId {
         self.get(id).tenant
     }
@@ -418,135 +373,8 @@ impl<P> Flows<P> {
         adapter.map_or(Residency::Ready, |adapter| adapter.residency)
     }
 
-    /// Takes a flow out of all orders. To be called before what they order by changes; `list` must follow.
-    fn unlist(&mut self, id: FlowId) {
-        let flow = &self.flows[id as usize];
-        let tenant = &mut self.tenants[flow.tenant as usize];
-        self.longest_ready.remove(&(flow.since, id));
-        self.longest_absent.remove(&(flow.since, id));
-        for residency in [Residency::Ready, Residency::Absent] {
-            tenant.flows.order(residency).into_iter().for_each(|order| order.remove(id));
-        }
-    }
-
-    /// Puts a flow with waiting requests into the orders that it belongs to, and its tenant into those of tenants.
-    fn list(&mut self, id: FlowId) {
-        let residency = self.residency(self.get(id));
-        let flow = &self.flows[id as usize];
-        let tenant = &mut self.tenants[flow.tenant as usize];
-        if let Some(order) = tenant.flows.order(residency)
-            && !flow.waiting.is_empty()
-        {
-            order.insert(id, flow.service, flow.since);
-            match residency {
-                Residency::Ready => self.longest_ready.insert((flow.since, id)),
-                _ => self.longest_absent.insert((flow.since, id)),
-            };
-        }
-        self.list_tenant(self.get(id).tenant);
-    }
-
-    fn list_tenant(&mut self, id: TenantId) {
-        let tenant = &mut self.tenants[id as usize];
-        for residency in [Residency::Ready, Residency::Absent] {
-            let waits = tenant.flows.order(residency).is_some_and(|order| !order.is_empty());
-            let order = self.level.order(residency);
-            order.into_iter().for_each(|order| order.set(id, waits, tenant.service, tenant.since));
-            if residency == Residency::Ready {
-                let newcomer = waits && tenant.users == 0;
-                self.newcomers.set(id, newcomer, tenant.service, tenant.since);
-            }
-        }
-    }
-
-    /// A request of the flow does not wait any more.
-    fn forget_waiting(&mut self, id: FlowId, arrival: Arrival) {
-        self.submitted.remove(&arrival);
-        let tenant = self.get(id).tenant;
-        self.tenants[tenant as usize].waiting -= 1;
-        self.count_waiting(id, |waiting| waiting - 1);
-    }
-
-    fn count_waiting(&mut self, id: FlowId, count: impl Fn(usize) -> usize) {
-        let Some(key) = self.get(id).key() else { return };
-        if let Some(adapter) = self.adapters.get_mut(&key) {
-            self.absent -= adapter.counts_as_absent();
-            adapter.waiting = count(adapter.waiting);
-            self.absent += adapter.counts_as_absent();
-        }
-    }
-
-    /// Resets debts where nobody waits, and closes what has none any more; `id` is the flow that has changed.
-    fn close_settled(&mut self, id: FlowId) {
-        let tenant = self.get(id).tenant;
-        if self.tenant(tenant).waiting == 0 {
-            self.tenants[tenant as usize].flows.reset_debts();
-        }
-        while let Some(flow) = self.tenants[tenant as usize].flows.pop_settled() {
-            self.close(flow);
-        }
-        if self.submitted.is_empty() {
-            self.level.reset_debts();
-        }
-        while let Some(tenant) = self.level.pop_settled() {
-            self.close_tenant(tenant);
-        }
-    }
-
-    /// Closes a flow without requests, and its tenant if it has none either, unless their service still counts.
-    fn close_if_idle(&mut self, id: FlowId) {
-        let flow = self.get(id);
-        let (tenant, service) = (flow.tenant, flow.service);
-        if flow.users > 0 || !flow.waiting.is_empty() {
-            return;
-        }
-        if self.tenants[tenant as usize].flows.leave(id, service) {
-            self.close(id);
-        }
-        let state = self.tenant(tenant);
-        if state.users == 0 && state.waiting == 0 && self.level.leave(tenant, self.tenant(tenant).service) {
-            self.close_tenant(tenant);
-        }
-    }
-
-    fn close(&mut self, id: FlowId) {
-        let flow = self.get(id);
-        let (tenant, key) = (flow.tenant, flow.key());
-        self.by_key.remove(&(tenant, key));
-        self.closed_flows.push(id);
-        let Some(key) = key else { return };
-        let Some(adapter) = self.adapters.get_mut(&key) else { return };
-        adapter.flows.remove(&id);
-        if adapter.flows.is_empty() {
-            self.adapters.remove(&key);
-        }
-    }
-
-    fn close_tenant(&mut self, id: TenantId) {
-        let tenant = self.tenant(id).tenant.id;
-        self.tenants_by_id.remove(&tenant);
-        self.closed_tenants.push(id);
-    }
-
     /// The waiting requests.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Sequence<P>> {
         self.flows.iter().flat_map(|flow| flow.waiting.values())
     }
-}
-
-impl AdapterState {
-    /// 1 if it has waiting requests and needs a slot, 0 if not.
-    fn counts_as_absent(&self) -> usize {
-        usize::from(self.residency == Residency::Absent && self.waiting > 0)
-    }
-}
-
-/// Puts an entry into the place of a closed one, or at the end. Returns its index.
-fn insert<T>(entries: &mut Vec<T>, closed: &mut Vec<u32>, entry: T) -> u32 {
-    if let Some(id) = closed.pop() {
-        entries[id as usize] = entry;
-        return id;
-    }
-    entries.push(entry);
-    (entries.len() - 1) as u32
 }

@@ -30,8 +30,8 @@ pub struct Adapter {
 pub struct Tenant {
     /// Its identity.
     pub id: u64,
-    /// Its share of the work while others wait, relative to their weights. At least 1; 0 counts as 1. The weight of the
-    /// tenant's latest request is the one that holds.
+    /// Its share of the work while others wait, relative to their weights: from 1 to 65,536, and what is outside counts as
+    /// the nearest of these. The weight of the tenant's latest request holds.
     pub weight: u32,
 }
 

@@ -1,4 +1,4 @@
-//! Adapter slots: which adapter is where, and which may leave.
+//! Adapter slots: which adapter is in which slot, and which may leave.
 
 use std::collections::{BTreeSet, HashMap};
 

@@ -9,19 +9,20 @@ use crate::{
     sequence::{Arrival, Sequence},
 };
 
-/// Devices multiply rows in tiles, and a few rows beyond whole tiles cost as much as a tile more. GPUs have the largest
-/// ones: on an H100, 543 rows of an 8B-sized model took 18.7 ms and 512 rows 12.
+/// Devices multiply rows in tiles, so a few rows beyond whole tiles cost as much as another tile. This is the size of the
+/// tiles of GPUs, which have the largest.
 const TILE_ROWS: usize = 128;
 
-/// Prompt rows of a step, unless the limit is lower: about where more of them no longer make each of them cheaper.
+/// Prompt rows of a step at rest, unless the limit is lower. Beyond about this number, further rows of a step do not make
+/// each of them cheaper.
 const PREFILL_ROWS: usize = 512;
-/// What is added to that with every step that has no more room for prompts, and taken off again with every other. When
-/// nothing is left to do, all of it is.
+/// The budget grows by this with every step without room for more prompt rows, and shrinks by it with every other step.
 const PREFILL_GROWTH: usize = 4;
 
 /// How many prompt rows a step may have. A fixed number leaves seats empty where prompts are long for their answers or
-/// sequences are many; a large one makes everybody wait for each prompt. So this one grows slowly while prompts wait:
-/// they keep arriving in turn, where steps that take all of them at once would keep them in lockstep for ever.
+/// sequences are many, and a large one makes all sequences wait for each prompt. This one grows slowly while prompts
+/// wait, so that sequences stay spread over the steps. If a step took all prompts at once, they would end together, and
+/// their successors would arrive together, too.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct PrefillBudget(usize);
 
@@ -32,8 +33,8 @@ impl Default for PrefillBudget {
 }
 
 impl PrefillBudget {
-    /// Prompt rows beside so many decode rows: the nearest number that makes whole tiles together and that the limit
-    /// allows, unless that is less than half of what the limit leaves of the budget.
+    /// Prompt rows for a step with so many decode rows. It is the number nearest to the budget that makes whole tiles
+    /// together with them and that the limit allows, unless rounding takes half of the budget or more.
     fn rows(self, limits: &Limits, decode: usize) -> usize {
         let most = limits.most_prefill_rows();
         let wanted = self.0.min(most);
@@ -44,7 +45,7 @@ impl PrefillBudget {
         if rows > wanted / 2 { rows } else { wanted }
     }
 
-    /// Learns whether a step had room for more prompt rows.
+    /// Adapts the budget to whether a step had room for more prompt rows.
     fn follow(&mut self, limits: &Limits, had_room: bool) {
         let most = limits.most_prefill_rows().max(PREFILL_ROWS);
         self.0 = match had_room {
@@ -59,7 +60,7 @@ impl PrefillBudget {
 pub(super) struct Draft<P> {
     pub(super) id: u64,
     rows_left: usize,
-    /// Prompt rows of the step, and those that are left.
+    /// Prompt rows that the step may have, and how many of them are left.
     prefill: usize,
     prefill_left: usize,
     /// Most rows of the prompt that is planned.
@@ -132,7 +133,8 @@ impl<P> Draft<P> {
         rows
     }
 
-    /// Rows for a prompt of which so many are left. One that takes many more steps leaves a tile to others.
+    /// Rows for a prompt that wants so many. One that needs more than two further steps leaves a tile to others, or half of
+    /// what is left.
     fn prefill_room(&self, wanted: usize) -> usize {
         let left = self.prefill_left;
         match self.shared && wanted > 2 * self.prefill {
@@ -173,7 +175,7 @@ impl<P: Clone> Scheduler<P> {
             }
             return None;
         }
-        // Not `has_room`: where every seat generates, logits are used up though no prompt waits.
+        // `has_room` would also look at logits, which are used up when every seat generates, though no prompt waits.
         self.prefill_budget.follow(&self.limits, draft.prefill_left > 0);
         Some(self.launch(draft))
     }
@@ -213,13 +215,13 @@ impl<P: Clone> Scheduler<P> {
         draft.most = usize::MAX;
     }
 
-    /// Who has no seat and would like one.
+    /// Requests that have no seat.
     pub(super) fn waiting_for_seats(&self) -> usize {
         self.preempted.len() + self.flows.waiting()
     }
 
-    /// Plans as many rows of a sequence as it has and as budgets and blocks allow; none if it does not run, having been
-    /// preempted for an older one meanwhile.
+    /// Plans as many rows of a sequence as it has and as budgets and blocks allow. Does nothing if the sequence does not
+    /// run any more because it has been preempted.
     pub(super) fn plan_rows(&mut self, arrival: Arrival, draft: &mut Draft<P>) {
         let Some(sequence) = self.running.get(&arrival) else { return };
         let allowed = draft.allowed(sequence);

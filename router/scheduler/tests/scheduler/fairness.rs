@@ -185,7 +185,7 @@ fn many_adapters_that_always_wait_get_equal_shares_of_tokens() {
     let mut crowd = Crowd::new(Limits { num_slots: 240, num_blocks: 400, ..limits() });
     // Each adapter has two requests waiting at all times.
     (0..2).for_each(|_| (1..=240).for_each(|adapter| crowd.submit(adapter, 4, answer(adapter))));
-    // A virtual token is half a row: in 60,000 turns each adapter has some 4,000 of them.
+    // In 60,000 turns each adapter has some 4,000 virtual tokens.
     for _ in 0..60_000 {
         let before = crowd.world.finished.len();
         crowd.world.turn();
@@ -221,13 +221,13 @@ fn with_fewer_slots_than_adapters_waits_are_bounded_and_shares_are_equal() {
             }
         }
         longest = longest.max(last.values().map(|turn| 60_000 - turn).max().unwrap());
-        // In a round, each adapter has a slice and what was running when it had to leave; a turn serves two virtual
-        // tokens a seat, and some seats are empty while a slot changes hands.
+        // In a round, each adapter has a slice and the rest of the answers that run when it must leave. A turn serves two
+        // virtual tokens for each seat; half of that allows for seats that are empty while a slot changes hands.
         let round = usize::from(ADAPTERS) * (1_024 + 100 * seats as usize) / seats as usize;
         let case = format!("{slots} slots, {seats} seats: waited {longest} turns");
         assert!(longest < round, "{case}, a round is {round}");
         let (least, most) = spread(crowd.world.service.values());
-        // No adapter is more than a slice and what runs beside it behind the others.
+        // No adapter is behind the others by more than a slice and the answers that run at its end.
         let mean = crowd.world.service.values().sum::<u64>() as f64 / f64::from(ADAPTERS);
         let slack = (1_024 + 100 * u64::from(seats)) as f64 / mean;
         assert!(least > 1.0 - slack && most < 1.0 + slack, "{case}: from {least} to {most} of the mean");

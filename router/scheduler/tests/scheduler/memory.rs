@@ -63,7 +63,7 @@ fn nobody_is_admitted_into_blocks_that_others_need_next() {
 
 #[test]
 fn results_in_flight_of_a_preempted_sequence_count() {
-    // Two sequences of 3 blocks each at the end, in 4 blocks: the second gives way with a token in flight.
+    // Two sequences grow to 3 blocks each, and there are 4: the second gives way with a token in flight.
     let mut world = World::new(Limits { num_blocks: 4, prefix_caching: false, ..limits() });
     world.submit(request(1, 0, prompt(1, 3), 10)).unwrap();
     world.submit(request(2, 0, prompt(2, 3), 10)).unwrap();

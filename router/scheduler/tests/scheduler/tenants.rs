@@ -209,7 +209,7 @@ fn tenants_share_by_weight_whatever_they_ask_for() {
     let tenant = |id, weight| Tenant { id, weight };
     let many = Limits { num_blocks: 400, num_slots: 200, ..limits() };
     // Weights 1 to 3, equal and unequal answers, one adapter and many, and three tenants.
-    let cases: [&[(Tenant, u16, u32)]; 10] = [
+    let cases: [&[(Tenant, u16, u32)]; 11] = [
         &[(tenant(1, 1), 1, 20), (tenant(2, 3), 1, 20)],
         &[(tenant(1, 1), 1, 12), (tenant(2, 3), 1, 48)],
         &[(tenant(1, 1), 1, 48), (tenant(2, 3), 1, 12)],
@@ -220,10 +220,11 @@ fn tenants_share_by_weight_whatever_they_ask_for() {
         &[(tenant(1, 10), 1, 20), (tenant(2, 30), 1, 20)],
         &[(tenant(1, 1), 1, 20), (tenant(2, 2), 5, 30), (tenant(3, 3), 20, 40)],
         &[(tenant(1, 0), 1, 20), (tenant(2, 3), 1, 20)],
+        &[(tenant(1, u32::MAX), 1, 20), (tenant(2, 1 << 16), 1, 20)],
     ];
     for case in cases {
         let shares = shares(many.clone(), case, 4_000);
-        let weights = case.iter().map(|(tenant, ..)| f64::from(tenant.weight.max(1)));
+        let weights = case.iter().map(|(tenant, ..)| f64::from(tenant.weight.clamp(1, 1 << 16)));
         let (total, weight) = (shares.iter().sum::<f64>(), weights.clone().sum::<f64>());
         for (share, expected) in shares.iter().zip(weights) {
             let relative = (share / total) / (expected / weight);
@@ -252,7 +253,7 @@ fn a_flow_in_debt_is_served_in_a_stream_of_newcomers() {
         served.extend(world.finished[before..].iter().filter(|id| [1, 2].contains(&id.0)).map(|_| world.now));
     }
     assert_eq!(served.len(), 2, "{served:?}");
-    // Each costs 8 virtual tokens, and a turn serves 4 or more. A wait for age is OVERDUE, from the admission before.
+    // Each costs 8 virtual tokens, and a turn serves 4 or more. A flow becomes overdue again OVERDUE after an admission.
     let turn = Duration::from_millis(10);
     let bound = OVERDUE + turn * (AGED_SHARE as u32 * 8 / 4 + 4);
     assert!(served[0] - begun > OVERDUE && served[0] - begun < bound, "{served:?}");

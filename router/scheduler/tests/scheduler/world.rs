@@ -15,7 +15,7 @@ use crate::shard::{Payload, STOP, Shard, plain};
 
 pub(crate) type Plan = StepPlan<Payload>;
 
-/// Small enough for everything to run out.
+/// Limits that are small enough for everything to run out.
 pub(crate) fn limits() -> Limits {
     Limits {
         num_blocks: 64,
@@ -92,6 +92,8 @@ pub(crate) struct Expected {
     pub(crate) cached_tokens: u32,
     /// The position after the last one that has been planned.
     planned: usize,
+    /// Its place in the order of submission.
+    order: usize,
 }
 
 #[derive(Debug)]
@@ -110,9 +112,10 @@ pub(crate) struct World {
     sent: VecDeque<Plan>,
     /// By running sequence: the position after its last row, and the number of tokens that it was added with.
     positions: BTreeMap<RequestId, (u32, u32)>,
-    /// The scheduler's invariants are checked after every so many calls, because that takes as long as all there is.
+    /// The scheduler's invariants are checked after every so many calls. With many blocks a check takes long.
     check_every: u32,
     calls: u32,
+    submitted: usize,
 }
 
 impl World {
@@ -131,6 +134,7 @@ impl World {
             positions: BTreeMap::new(),
             check_every,
             calls: 0,
+            submitted: 0,
         }
     }
 
@@ -152,7 +156,9 @@ impl World {
             started: None,
             cached_tokens: 0,
             planned: 0,
+            order: self.submitted,
         };
+        self.submitted += 1;
         let id = request.id;
         let result = self.scheduler.submit(request, self.now);
         if result.is_ok() {
@@ -195,7 +201,7 @@ impl World {
         Some(events)
     }
 
-    /// Ends the load that began `nth`, if there are so many.
+    /// Ends the `nth` of the loads that are under way. Returns false if there are fewer.
     pub(crate) fn answer(&mut self, nth: usize, well: bool) -> bool {
         let Some(&(slot, key)) = self.shard.loading().get(nth) else { return false };
         self.shard.answer(slot, key, well);
@@ -294,6 +300,11 @@ impl World {
 
     /// Budgets, order and continuity of a plan.
     fn check_plan(&mut self, plan: &Plan) {
+        let order = |id: &RequestId| self.open.get(id).map(|expected| expected.order);
+        let oldest = self.positions.keys().filter_map(order).min();
+        for id in &plan.dropped {
+            assert!(order(id).is_none() || order(id) != oldest, "the oldest sequence, {id:?}, is preempted");
+        }
         for id in &plan.dropped {
             self.positions.remove(id);
         }
