@@ -9,18 +9,17 @@ use std::{
 };
 
 /// Leaf crates: what several programs share. Everybody may depend on them, and they on nothing of ours.
-const LEAVES: &[&str] = &["config", "hub", "lifecycle", "telemetry"];
+const LEAVES: &[&str] = &["config", "hub", "lifecycle", "sampling", "telemetry"];
 
 /// What each other crate may depend on, of ours, beside the leaves. Test-only dependencies included.
 const EDGES: &[(&str, &[&str])] = &[
     ("gguf", &[]),
     ("proto", &[]),
-    ("sampling", &[]),
-    ("kernels", &["sampling"]),
+    ("kernels", &[]),
     ("model", &["gguf", "kernels"]),
     ("scheduler", &[]),
-    ("lorax-shard", &["proto", "model", "kernels", "sampling"]),
-    ("lorax-router", &["proto", "scheduler", "gguf", "sampling"]),
+    ("lorax-shard", &["proto", "model", "kernels"]),
+    ("lorax-router", &["proto", "scheduler", "gguf"]),
     ("lorax-launcher", &[]),
     ("integration-tests", &["proto"]),
 ];

@@ -21,6 +21,7 @@ mod refusals;
 mod request_ids;
 mod router;
 mod sampling;
+mod shapes;
 mod shard;
 mod sockets;
 mod supervision;
