@@ -188,7 +188,7 @@ async fn an_error_is_the_last_event_of_its_choice() {
     assert!(of(0).all(|(at, choice)| at < failed && choice["finish_reason"].is_null()), "{events:?}");
     let text: String = of(1).map(|(_, choice)| choice["text"].as_str().unwrap()).collect();
     assert_eq!(text, "a".repeat(8));
-    assert_eq!(of(1).last().unwrap().1["finish_reason"], "length");
+    assert_eq!(of(1).next_back().unwrap().1["finish_reason"], "length");
     assert_eq!(events.last().unwrap(), "[DONE]");
     let native = json!({"inputs": "bad", "parameters": {"max_new_tokens": 8, "ignore_eos_token": true}});
     let events = router.events("/generate_stream", &native).await;
