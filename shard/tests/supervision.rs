@@ -37,6 +37,7 @@ fn main() -> ExitCode {
         Ok(fault) => play(&fault),
         Err(_) => {
             each_part_that_fails_ends_the_process();
+            a_reader_of_adapters_that_fails_is_replaced();
             ExitCode::SUCCESS
         }
     }
@@ -58,24 +59,44 @@ const FAULTS: [(&str, &str); 12] = [
     ("connections panic", "gRPC server panicked: the test's panic in a connection"),
 ];
 
+/// Runs a shard with a fault to its end: its exit code, its log, and the time from the fault on.
+fn run(fault: &str) -> (Option<i32>, String, Duration) {
+    let mut shard = Command::new(std::env::current_exe().unwrap())
+        .env(FAULT, fault)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let (mut log, mut begun) = (String::new(), Instant::now());
+    for text in BufReader::new(shard.stderr.take().unwrap()).lines().map(Result::unwrap) {
+        if text == NOW {
+            begun = Instant::now();
+        }
+        log += &(text + "\n");
+    }
+    assert!(log.contains(NOW), "{fault}: {log}");
+    (shard.wait().unwrap().code(), log, begun.elapsed())
+}
+
 fn each_part_that_fails_ends_the_process() {
     for (fault, line) in FAULTS {
-        let mut shard = Command::new(std::env::current_exe().unwrap())
-            .env(FAULT, fault)
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let (mut log, mut begun) = (String::new(), Instant::now());
-        for text in BufReader::new(shard.stderr.take().unwrap()).lines().map(Result::unwrap) {
-            if text == NOW {
-                begun = Instant::now();
-            }
-            log += &(text + "\n");
-        }
-        assert_eq!(shard.wait().unwrap().code(), Some(EX_SOFTWARE), "{fault}: {log}");
+        let (code, log, took) = run(fault);
+        assert_eq!(code, Some(EX_SOFTWARE), "{fault}: {log}");
         assert!(log.contains(line), "{fault}: {log}");
         let limit = if fault.ends_with("hangs") { STEP_TIMEOUT + PROMPT } else { PROMPT };
-        assert!(log.contains(NOW) && begun.elapsed() < limit, "{fault}: {:?}", begun.elapsed());
+        assert!(took < limit, "{fault}: {took:?}");
+    }
+}
+
+/// It fails the request that it reads for, and the next one is read.
+fn a_reader_of_adapters_that_fails_is_replaced() {
+    for (fault, line) in [
+        ("staging panics", "staging of adapter one panicked"),
+        ("staging hangs", "staging of adapter one has not ended within 2 s"),
+    ] {
+        let (code, log, took) = run(fault);
+        assert_eq!(code, Some(0), "{fault}: {log}");
+        assert!(log.contains(line), "{fault}: {log}");
+        assert!(took < tiny::READ_TIMEOUT + PROMPT, "{fault}: {took:?}");
     }
 }
 
@@ -97,6 +118,10 @@ fn play(fault: &str) -> ExitCode {
             return tokio::select! { served = served => served, () = connect_twice(&socket) => Ok(()) };
         }
         let served = server::serve(rank, connections, STEP_TIMEOUT, pending(), &supervisor);
+        if fault.starts_with("staging") {
+            let read = fail_to_read(fault, &script, &socket);
+            return tokio::select! { served = served => served, () = read => std::process::exit(0) };
+        }
         tokio::select! { served = served => served, () = provoke(fault, &script, &socket) => Ok(()) }
     });
     panic!("{fault}: the shard lives: {served:?}")
@@ -121,6 +146,17 @@ async fn connect_twice(socket: &Path) {
     // Held, so that nobody's end is taken for the server's.
     let _held = UnixStream::connect(socket).await.unwrap();
     pending().await
+}
+
+/// Asks for an adapter whose reader fails, and for another one.
+async fn fail_to_read(fault: &str, script: &Script, socket: &Path) {
+    let mut client = client::connect(socket).await;
+    let prepare = |id: &str| PrepareRequest { source: "local".into(), id: id.into(), ..Default::default() };
+    script.fail("stage", if fault == "staging panics" { Fault::Panic } else { Fault::Hang });
+    eprintln!("{NOW}");
+    client.prepare(prepare("one")).await.unwrap_err();
+    script.mend("stage");
+    client.prepare(prepare("two")).await.unwrap();
 }
 
 /// Is the router that meets the fault.
