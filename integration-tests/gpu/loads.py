@@ -1,4 +1,4 @@
-"""The loads to measure, what vLLM reached under them on the same card and shape, and what we aim at."""
+"""The loads to measure, the figures that we aim at, and the load generator that makes them."""
 
 import json
 import statistics
@@ -10,43 +10,42 @@ from pathlib import Path
 from server import Server
 
 PROMPT, OUTPUT = 512, 128
-SILENT_SECONDS = 120  # that a stream may be; reading 256 adapters takes 24
-RUN_SECONDS = 900  # of one load; half a minute is usual
+SILENT_SECONDS = 120  # a stream without a token for longer has failed; reading 256 adapters takes 24 s
+RUN_SECONDS = 900  # a load that takes longer has failed; half a minute is usual
 
 
 @dataclass(frozen=True)
 class Load:
-    """A closed loop. `peer` is vLLM 0.24's (tokens/s, TTFT p50, TPOT p50), milliseconds."""
+    """A closed loop: each stream sends its next request when the one before has been answered."""
 
     name: str
     streams: int
     adapters: int = 0
     popularity: str = "distinct"
     output: int = OUTPUT
-    peer: tuple[float | None, float | None, float | None] = (None, None, None)
     goal: tuple[str, str, float] | None = None  # figure, relation, value
 
 
 LOADS = {
     load.name: load
     for load in [
-        Load("base-1", 1, peer=(152, 25, 6.46), goal=("tpot", "<=", 6.2)),
-        Load("base-8", 8, peer=(1056, 110, 6.72)),
-        Load("base-32", 32, peer=(2972, 337, 8.14)),
-        Load("base-64", 64, peer=(4321, 509, 10.3)),
-        Load("base-128", 128, peer=(5400, 1051, 15.3)),
-        Load("base-256", 256, peer=(5449, 1890, 32.7)),
-        Load("lora-1x1", 1, 1, peer=(124, 31, 7.91), goal=("tpot", "<=", 6.6)),
-        Load("lora-8x8", 8, 8, peer=(688, 171, 11.2)),
-        Load("lora-32x32", 32, 32, peer=(1238, 620, 21.3), goal=("tokens", ">=", 2500)),
-        Load("lora-64x32", 64, 32, peer=(1953, 892, 26.2)),
-        Load("lora-128x32", 128, 32, peer=(2891, 968, 36.4), goal=("tokens", ">=", 4800)),
-        Load("lora-256x32", 256, 32, peer=(3641, 1001, 61.5)),
-        Load("lora-32x1", 32, 1, "identical", peer=(2443, 507, 10.4)),
-        Load("lora-128x1", 128, 1, "identical", peer=(3817, 940, 25.8)),
-        Load("many-zipf", 64, 256, "zipf:1.1", peer=(1610, 903, 30.1)),
-        Load("many-round-robin", 64, 256, "round-robin", peer=(1042, 4341, 27.4), goal=("tokens", ">=", 3000)),
-        Load("first-token", 1, 1, output=1, peer=(None, 31, None), goal=("ttft", "<=", 22)),
+        Load("base-1", 1, goal=("tpot", "<=", 6.2)),
+        Load("base-8", 8),
+        Load("base-32", 32),
+        Load("base-64", 64),
+        Load("base-128", 128),
+        Load("base-256", 256),
+        Load("lora-1x1", 1, 1, goal=("tpot", "<=", 6.6)),
+        Load("lora-8x8", 8, 8),
+        Load("lora-32x32", 32, 32, goal=("tokens", ">=", 2500)),
+        Load("lora-64x32", 64, 32),
+        Load("lora-128x32", 128, 32, goal=("tokens", ">=", 4800)),
+        Load("lora-256x32", 256, 32),
+        Load("lora-32x1", 32, 1, "identical"),
+        Load("lora-128x1", 128, 1, "identical"),
+        Load("many-zipf", 64, 256, "zipf:1.1"),
+        Load("many-round-robin", 64, 256, "round-robin", goal=("tokens", ">=", 3000)),
+        Load("first-token", 1, 1, output=1, goal=("ttft", "<=", 22)),
     ]
 }
 GROUPS = {
@@ -65,13 +64,13 @@ class Generator:
         self.adapters = sorted((p.name for p in server.adapters.iterdir()), key=lambda name: int(name[1:]))
 
     def bench(self, label: str, *arguments) -> None:
-        """One run, none of whose requests may fail."""
+        """Runs the generator; a failed request is an error."""
         done = self.run(label, *arguments)
         if done.returncode:
             raise RuntimeError(done.stderr)
 
     def report(self, label: str, *arguments) -> dict:
-        """One run's report, which is also kept; failed requests are in it."""
+        """Runs the generator and returns its report, which counts failed requests. The report is also kept in loads.jsonl."""
         path = self.out / "report.json"
         path.unlink(missing_ok=True)
         done = self.run(label, *arguments, "--json", path)
@@ -84,26 +83,26 @@ class Generator:
         return json.loads(line)
 
     def run(self, label: str, *arguments) -> subprocess.CompletedProcess:
-        """One run, with prompts that no other label has: the server may have a prefix cache."""
+        """Runs the generator with prompts that depend on the label alone: labels on one server share no prefix."""
         named = ["--label", label, "--seed", zlib.crc32(label.encode()), "--timeout", SILENT_SECONDS]
         command = [*self.command, *named, *arguments]
         return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=RUN_SECONDS)
 
     def named(self, adapters: int) -> list:
-        """Arguments for the first adapters."""
+        """The arguments that name the first adapters."""
         return ["--adapters", ",".join(self.adapters[:adapters])] if adapters else []
 
     def size(self, tokens: int) -> int:
-        """A length, scaled for small machines."""
+        """A length in tokens, scaled by `--scale` for small machines."""
         return max(1, round(tokens * self.scale))
 
     def touch(self, adapters: int) -> None:
-        """Has the first adapters read into host memory."""
+        """Sends short requests that make the shard read the first adapters into host memory."""
         short = ["--prompt-tokens", 8, "--output-tokens", 1, "--streams", 16, "--requests", adapters]
         self.bench(f"touch {adapters}", *self.named(adapters), "--popularity", "round-robin", *short)
 
     def measure(self, load: Load, rounds: int, slots: str) -> dict:
-        """Warms up and measures."""
+        """Runs the load briefly as a warm-up, then measures it."""
         streams = ["--streams", load.streams, *self.named(load.adapters), "--popularity", load.popularity]
         prompt = ["--prompt-tokens", self.size(PROMPT)]
         few = ["--requests", load.streams, "--output-tokens", min(load.output, 12)]
@@ -126,7 +125,7 @@ class Generator:
         )
 
     def trace(self, lines: list[dict], label: str) -> list[dict]:
-        """Replays a trace; the raw times of every request."""
+        """Replays a trace and returns the times of every request and its tokens."""
         path, times = self.out / "trace.jsonl", self.out / "times.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         self.bench(label, "--trace", path, "--times", times)
@@ -136,7 +135,7 @@ class Generator:
         return found
 
     def arrivals(self, kind: str, newcomers: list[str], streams: int = 16) -> dict:
-        """Gaps of streams of the base model and of warm adapters, from the arrival of others to their first tokens."""
+        """Measures the gaps between tokens of running streams while newcomers arrive, until each has its first token."""
         tokens, arrive = self.steady, 0.5
         steady = [dict(time=0.0, adapter=self.adapters[i % 8], **{"in": 16}, out=tokens) for i in range(streams)]
         new = [dict(time=arrive, adapter=name, **{"in": 16}, out=4) for name in newcomers]
@@ -169,7 +168,7 @@ class Generator:
         )
 
     def cold(self, count: int = 16) -> list[dict]:
-        """Nobody arrives, known adapters do, adapters that nothing was read of do."""
+        """Measures arrivals three times: of nobody, of adapters in host memory, of adapters that were never read."""
         if len(self.adapters) < 8 + 2 * count:
             raise RuntimeError(f"{len(self.adapters)} adapters: too few to have some that were never read")
         warm, unknown = self.adapters[8 : 8 + count], self.adapters[-count:]
@@ -177,27 +176,13 @@ class Generator:
         return [self.arrivals("nobody", []), self.arrivals("warm adapters", warm), self.arrivals("cold adapters", unknown)]
 
 
-def verdict(result: dict, slots: str) -> str:
-    """Whether a load reached its goal."""
-    load = LOADS[result["load"].split("/")[0]]
-    if load.goal is None or (slots != "default" and load.name != "many-round-robin"):
-        return ""
-    figure, relation, value = load.goal
+def verdict(result: dict) -> str | None:
+    """Whether a load reached its goal, in words; none for a load without a goal."""
+    name, _, slots = result["load"].partition("/")
+    goal = LOADS[name].goal
+    if goal is None or (slots and name != "many-round-robin"):
+        return None
+    figure, relation, value = goal
     got = result[figure]
     met = got is not None and (got <= value if relation == "<=" else got >= value)
-    return f"{figure} {relation} {value}: {'met' if met else 'MISSED'}"
-
-
-def table(results: list[dict], comparable: bool) -> list[str]:
-    """Our figures; beside the peer's and the goals where model and card are those that the peer had."""
-    show = lambda x, digits=1: "-" if x is None else f"{x:.{digits}f}"
-    lines = [f"{'load':32}{'tok/s':>8}{'vLLM':>7}{'TTFT':>8}{'vLLM':>7}{'TPOT':>8}{'vLLM':>7}  err  goal"]
-    for r in results:
-        name, _, slots = r["load"].partition("/")
-        same = comparable and r["adapters"] == LOADS[name].adapters
-        tokens, ttft, tpot = LOADS[name].peer if same else (None, None, None)
-        lines.append(
-            f"{r['load']:32}{show(r['tokens'], 0):>8}{show(tokens, 0):>7}{show(r['ttft']):>8}{show(ttft, 0):>7}"
-            f"{show(r['tpot'], 2):>8}{show(tpot, 2):>7}{r['errors']:5}  {verdict(r, slots or 'default') if same else ''}"
-        )
-    return lines
+    return f"{result['load']}: {figure} {relation} {value} {'met' if met else 'MISSED'}"

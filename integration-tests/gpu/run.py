@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Measures and checks a whole server on one GPU, phase by phase: see README.md.
 
-Every phase prints its results as it goes and appends them to OUT/results.jsonl; a table comes last. The model and its
-adapters stay in the work folder for the next call.
+Every phase prints its results as it goes and appends them to OUT/results.jsonl; table.py turns those into the tables of
+docs/benchmarks.md. The model and its adapters stay in the work folder for the next call.
 """
 
 import argparse
@@ -16,9 +16,10 @@ from pathlib import Path
 
 from check import EVICTED, batches, reference, words
 from crash import Crash
-from loads import GROUPS, LOADS, Generator, table
+from loads import GROUPS, LOADS, Generator, verdict
 from server import Server, card
 from soak import Soak
+from table import markdown, measured
 
 HERE = Path(__file__).resolve().parent
 FIXTURES = HERE.parent / "fixtures"
@@ -30,18 +31,18 @@ QUESTIONS = [
     "def fibonacci(n):\n",
     "Ships sail across the sea. " * 12,
 ]
-FLAGS = ["--max-batch-size", "256", "--prefix-caching", "false", "--adapter-host-memory", "26GiB"]  # of servers
-LOG_BYTES = 4 << 20  # kept of the servers' log
+FLAGS = ["--max-batch-size", "256", "--prefix-caching", "false", "--adapter-host-memory", "26GiB"]  # of every server
+LOG_BYTES = 4 << 20  # the end of the servers' log that is kept
 
 
 def merged(*lists: list[str]) -> list[str]:
-    """Flags and their values; later ones win."""
+    """Joins lists of flags and their values; a later value replaces an earlier one."""
     values = {flag: value for flags in lists for flag, value in zip(flags[::2], flags[1::2], strict=True)}
     return [word for pair in values.items() for word in pair]
 
 
 class Session:
-    """Settings, results, and servers of one call."""
+    """One call of this script: its settings, its results, and the servers that it starts."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.results, self.failed = args, [], []
@@ -50,7 +51,9 @@ class Session:
         self.log = args.out / "server.log"
 
     def say(self, result: dict) -> dict:
-        """Keeps and prints a result."""
+        """Keeps and prints a result, with the commit if it is known."""
+        if self.args.commit:
+            result = dict(commit=self.args.commit) | result
         self.results.append(result)
         line = json.dumps(result)
         print(line, flush=True)
@@ -59,7 +62,7 @@ class Session:
         return result
 
     def server(self, flags: list[str], model: Path | None = None, adapters: Path | None = None) -> Server:
-        """A server of the large model, unless another is named."""
+        """Starts a server, of the large model unless another is given."""
         model, adapters = model or self.args.work / "model", adapters or self.args.work / "adapters"
         flags = merged(["--device", self.args.device], FLAGS, self.args.flags, flags)
         server = Server(self.args.bin, model, adapters, self.log, flags)
@@ -67,19 +70,19 @@ class Session:
         try:
             self.say(dict(ready, memory=server.memory()))
         except BaseException:
-            server.stop()  # nobody else has it yet
+            server.stop()  # no caller has it yet who could
             raise
         return server
 
     def make(self, folder: Path, shape: str, ranks: list[int]) -> None:
-        """Has a model and adapters written; a process of its own, so that nothing of it stays on the GPU."""
+        """Writes a model and adapters, in a process of its own so that nothing of it stays on the GPU."""
         command = [sys.executable, HERE / "model.py", folder, "--shape", shape]
         command += ["--ranks", ",".join(map(str, ranks))] if ranks else []
         made = json.loads(subprocess.check_output(list(map(str, command)), text=True))
         self.say(dict(made=str(folder), shape=shape, adapters=len(ranks), **made))
 
     def guard(self, name: str, phase) -> None:
-        """Runs a phase; its failure is a result, and the others still run."""
+        """Runs a phase. If it fails, that is recorded as a result, and the other phases still run."""
         begun = time.monotonic()
         try:
             phase()
@@ -89,18 +92,18 @@ class Session:
         print(f"# {name}: {time.monotonic() - begun:.1f} s", flush=True)
 
     def cut_log(self) -> None:
-        """Keeps the end of the log."""
+        """Cuts the log to its end."""
         if self.log.exists() and self.log.stat().st_size > LOG_BYTES:
             self.log.write_bytes(self.log.read_bytes()[-LOG_BYTES:])
 
 
 def make_model(s: Session) -> None:
-    """The large model with its adapters."""
+    """Writes the large model with its adapters."""
     s.make(s.args.work, s.args.shape, [16] * s.args.adapters)
 
 
 def measure(s: Session, names: list[str], slots: int | None) -> None:
-    """Loads on one server, with so many slots or its own number."""
+    """Runs loads on one server, with the given number of slots or the default one."""
     many = any(LOADS[name].adapters > 32 for name in names if name in LOADS)
     with s.server(["--max-active-adapters", str(slots)] if slots else []) as server:
         generator = Generator(s.args.bin, server, s.args.vocab, s.args.out, (s.args.scale, s.args.steady))
@@ -119,7 +122,7 @@ def measure(s: Session, names: list[str], slots: int | None) -> None:
 
 
 def check_batches(s: Session) -> None:
-    """Batches of adapters of many ranks against each request alone."""
+    """Compares batches over adapters of many ranks with each request alone."""
     folder = s.args.work / "wide"
     s.make(folder, s.args.check_shape, CHECK_RANKS)
     names = [f"a{i}" for i in range(len(CHECK_RANKS))]
@@ -134,7 +137,7 @@ def check_batches(s: Session) -> None:
 
 
 def check_reference(s: Session) -> None:
-    """Log-probabilities beside transformers and PEFT, of the wide model and of the demo model."""
+    """Compares log-probabilities of the wide model with those of transformers and PEFT."""
     folder = s.args.work / "wide-16"
     s.make(folder, s.args.check_shape, [16] * 3)
     texts = [words(seed, count) for seed, count in [(1, 3), (2, 20), (3, 60), (4, 100)]]
@@ -144,10 +147,10 @@ def check_reference(s: Session) -> None:
 
 
 def check_demo(s: Session) -> None:
-    """The demo model, served from its GGUF file, beside its conversion under transformers and PEFT."""
+    """Compares the demo model, served from its GGUF file, with its conversion under transformers and PEFT."""
     folder, adapters = s.args.work / "demo", FIXTURES / "adapters"
     if not folder.exists():
-        part = s.args.work / "demo.part"  # of a conversion that was stopped midway, perhaps
+        part = s.args.work / "demo.part"  # may be left from a conversion that was stopped midway
         shutil.rmtree(part, ignore_errors=True)
         subprocess.run(list(map(str, [sys.executable, FIXTURES / "gguf_to_hf.py", s.args.demo, part])), check=True)
         part.rename(folder)
@@ -159,7 +162,7 @@ def check_demo(s: Session) -> None:
 
 
 def soak(s: Session) -> None:
-    """Random load; pools small enough to be full soon."""
+    """Runs random load, with pools so small that they are soon full."""
     flags = ["--max-active-adapters", "12", "--adapter-host-memory", s.args.soak_host]
     with s.server(flags) as server:
         run = Soak(server, s.args.work / "adapters", s.args.seconds)
@@ -173,7 +176,7 @@ def soak(s: Session) -> None:
 
 
 def crash(s: Session) -> None:
-    """A shard that is killed under load."""
+    """Kills a shard under load."""
     with s.server([]) as server:
         s.say(Crash(server).run())
 
@@ -187,6 +190,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bin", type=Path, required=True, help="folder of the four programs")
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="gets results.jsonl, loads.jsonl, server.log")
     parser.add_argument("--work", type=Path, default=Path("/dev/shm/lorax"), help="gets models and adapters")
+    parser.add_argument("--commit", help="of the binaries; it is noted in every line of results.jsonl")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shape", default="8b", help="of the measured model")
     parser.add_argument("--check-shape", default="8b-2-layers", help="of the checked model")
@@ -217,7 +221,7 @@ def main() -> int:
     if "model" in args.phases:
         s.guard("model", lambda: make_model(s))
     asked = [name for phase in args.phases for name in GROUPS.get(phase, [phase]) if name in LOADS or name == "cold"]
-    names = list(dict.fromkeys(asked))  # each once: again it would find its prompts in the prefix cache
+    names = list(dict.fromkeys(asked))  # each once: a second run would find its prompts in the prefix cache
     if names:
         s.guard("loads", lambda: measure(s, names, None))
     if "slots" in args.phases:
@@ -226,18 +230,21 @@ def main() -> int:
         if name in args.phases:
             s.guard(name, lambda: phase(s))
     s.cut_log()
-    measured = [r for r in s.results if "load" in r]
-    comparable = args.shape == "8b" and args.device != "cpu" and args.scale == 1.0 and "H100" in (gpu or "")
-    if measured:
-        print("\n".join(table(measured, comparable)))
-    by_name = {r["load"]: r["tokens"] for r in measured}
+    comparable = args.shape == "8b" and args.device != "cpu" and args.scale == 1.0
+    loads = measured(s.results, None, None)
+    if loads:
+        # Figures of another model or of scaled loads stand beside no others.
+        print("\n".join(markdown(loads if comparable else [dict(load, card=None) for load in loads])))
+    if comparable and "H100" in (gpu or ""):
+        print("\n".join(filter(None, map(verdict, loads))))
+    by_name = {r["load"]: r["tokens"] for r in loads}
     if comparable and {"base-32", "lora-32x32"} <= by_name.keys():
-        print(f"32 adapters / none, 32 streams: {by_name['lora-32x32'] / by_name['base-32']:.3f} (goal >= 0.80)")
+        print(f"32 adapters / none, 32 streams: {by_name['lora-32x32'] / by_name['base-32']:.3f}")
     for r in s.results:
         if "check" in r:
             print(f"{'passed' if r['passed'] else 'FAILED'}  {r['check']}")
     s.failed += [r["check"] for r in s.results if r.get("passed") is False]
-    s.failed += [f"{r['load']} ({r['errors']} requests)" for r in measured if r["errors"]]
+    s.failed += [f"{r['load']} ({r['errors']} requests)" for r in loads if r["errors"]]
     print("failed:", ", ".join(s.failed) or "none")
     return 1 if s.failed else 0
 

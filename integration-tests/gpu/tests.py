@@ -10,8 +10,9 @@ from unittest.mock import MagicMock
 from check import EVICTED, batches, compare
 from loads import LOADS, Generator
 from run import merged
+from table import VLLM, markdown, measured, slots_of
 
-# Notes its arguments beside itself and reports that all went well.
+# A load generator that writes its arguments to a file beside itself and reports success.
 GENERATOR = """#!/usr/bin/env python3
 import json, sys
 from pathlib import Path
@@ -48,7 +49,7 @@ class Prompts(unittest.TestCase):
 
 
 def answer(ids: list[int], logprob: float = -1.0) -> list[dict]:
-    """Tokens; 7 is nearly as probable everywhere."""
+    """The tokens of an answer; token 7 is a near tie at each position."""
     return [dict(id=i, logprob=logprob, alternative_tokens=[dict(id=7, logprob=logprob - 0.01)]) for i in ids]
 
 
@@ -76,6 +77,66 @@ class Evicted(unittest.TestCase):
             server.generate.return_value = dict(tokens=answer([1, 2]))
             results = batches(lambda _: server, ["a", "b"], {"default": [], EVICTED: []}, [])
             self.assertEqual([r["passed"] for r in results], [True] * 4 + [passed])
+
+
+def load_line(load: str, **more) -> dict:
+    """A load's line of results.jsonl."""
+    adapters = LOADS[load.partition("/")[0]].adapters
+    return dict(load=load, adapters=adapters, tokens=100.4, ttft=10.5, tpot=1.234, errors=0) | more
+
+
+class Table(unittest.TestCase):
+    CARD = VLLM["card"]
+
+    def cells(self, line: dict, flags: str = "", card: str | None = CARD) -> list[str]:
+        """The cells of a table of one load."""
+        lines = [dict(card=card), dict(ready_seconds=1.0, flags=flags), line]
+        return [cell.strip() for cell in markdown(measured(lines, None, None))[-1].strip("|").split("|")]
+
+    def test_every_figure_of_the_peer_belongs_to_a_load(self):
+        for run in VLLM["runs"].values():
+            self.assertLessEqual(run["loads"].keys(), LOADS.keys())
+
+    def test_slots_are_those_of_the_flags(self):
+        for flags, slots in [("", 128), ("--eager true", 128), ("--max-active-adapters 32", 32), ("--a 1 --max-active-adapters 5", 5)]:
+            self.assertEqual(slots_of(flags), slots)
+
+    def test_the_peer_stands_beside_loads_that_compare(self):
+        many, slots = load_line("many-zipf"), "--max-active-adapters 32"
+        for line, flags, card, theirs in [
+            (load_line("base-1"), "", self.CARD, ["–", "152", "25", "6.46"]),
+            (load_line("lora-1x1"), "", self.CARD, ["32", "124", "31", "7.91"]),
+            (load_line("lora-32x32"), "", self.CARD, ["32", "1238", "620", "21.30"]),
+            (load_line("lora-256x32"), "", self.CARD, ["32", "3641", "1001", "61.50"]),
+            (many | dict(load="many-zipf/32-slots"), slots, self.CARD, ["32", "1610", "903", "30.10"]),
+            (many, slots, self.CARD, ["32", "1610", "903", "30.10"]),
+            (many, "", self.CARD, []),  # 128 slots against 32
+            (load_line("many-round-robin"), "--max-active-adapters 64", self.CARD, []),
+            (load_line("first-token", tpot=None), "", self.CARD, []),  # vLLM was not asked for one token
+            (load_line("lora-32x32"), "", "NVIDIA H200", []),
+            (load_line("lora-32x32"), "", None, []),
+            (load_line("lora-32x32", adapters=8), "", self.CARD, []),  # fewer adapters than the load wants
+        ]:
+            self.assertEqual(self.cells(line, flags, card)[5:], theirs, (line, flags, card))
+
+    def test_our_cells_name_load_and_slots(self):
+        for line, flags, cells in [
+            (load_line("base-1"), "", ["1 stream, no adapter", "–"]),
+            (load_line("lora-32x1"), "", ["32 streams, 1 adapter", "128"]),
+            (load_line("many-round-robin/32-slots"), "--max-active-adapters 32", ["64 streams, 256 adapters, round robin", "32"]),
+        ]:
+            self.assertEqual(self.cells(line, flags)[:5], [*cells, "100", "10", "1.23"])
+        self.assertEqual(self.cells(load_line("first-token", tpot=None))[4], "–")
+
+    def test_a_table_is_of_one_commit_and_in_the_order_of_loads(self):
+        lines = [
+            load_line("lora-8x8", commit="a"),
+            load_line("base-8", commit="b"),
+            load_line("base-1", commit="a"),
+        ]
+        table = markdown(measured(lines, "a", None))
+        self.assertEqual([row.split(" | ")[0] for row in table[2:]], ["| 1 stream, no adapter", "| 8 streams, 8 adapters"])
+        self.assertEqual(measured(lines, "c", None), [])
 
 
 if __name__ == "__main__":
