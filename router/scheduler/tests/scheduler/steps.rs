@@ -359,3 +359,30 @@ fn sizes_of_adapters_are_the_callers() {
     let refused = world.submit(Request { adapter: Some(huge), ..request(1, 1, vec![1], 1) });
     assert_eq!(refused, Err(SubmitError::AdapterTooLarge { bytes: 31, limit: 30 }));
 }
+
+#[test]
+fn statistics_tell_what_waits_and_what_has_been_done() {
+    let mut world = World::new(Limits { max_sequences: 2, ..limits() });
+    assert_eq!(world.scheduler.stats().waiting_since, None);
+    for id in 0..4 {
+        world.submit(request(id, 1, prompt(1, 9), 3)).unwrap();
+        world.now += Duration::from_secs(1);
+    }
+    let stats = world.scheduler.stats();
+    assert_eq!((stats.waiting, stats.waiting_since, stats.admitted), (4, Some(Duration::ZERO), 0));
+    world.plan();
+    assert_eq!(world.scheduler.stats().loading_adapters, 1);
+    world.run();
+    world.answer(0, true);
+    world.plan();
+    let stats = world.scheduler.stats();
+    assert_eq!((stats.waiting, stats.running, stats.admitted), (2, 2, 2));
+    assert_eq!((stats.resident_adapters, stats.loading_adapters), (1, 0));
+    assert_eq!(stats.waiting_since, Some(Duration::from_secs(2)), "the oldest of those that wait");
+    world.cancel(RequestId(2));
+    assert_eq!(world.scheduler.stats().waiting_since, Some(Duration::from_secs(3)));
+    world.run_to_end();
+    let stats = world.scheduler.stats();
+    // The first two computed the same prompt at the same time; the last found two blocks of it.
+    assert_eq!((stats.admitted, stats.cached_tokens, stats.waiting_since), (3, 8, None));
+}
