@@ -153,18 +153,16 @@ impl Admission {
         self.held
     }
 
+    /// Whether a request would be let in.
+    pub fn check(&mut self, asked: Asked, now: Duration) -> Result<(), Refusal> {
+        let checked = self.victims(asked, now);
+        self.forget_if_idle(asked.tenant.id);
+        checked.map(drop)
+    }
+
     /// Lets a request in, if need be at the cost of others, or refuses it and changes nothing.
     pub fn admit(&mut self, asked: Asked, now: Duration) -> Result<Admitted, Refusal> {
-        let tenant = self.tenants.entry(asked.tenant.id).or_default();
-        tenant.weight = u64::from(asked.tenant.weight);
-        let room = self.check_limits(asked, now).and_then(|()| self.make_room(asked));
-        let victims = match room {
-            Ok(victims) => victims,
-            Err(refusal) => {
-                self.forget_if_idle(asked.tenant.id);
-                return Err(refusal);
-            }
-        };
+        let victims = self.victims(asked, now).inspect_err(|_| self.forget_if_idle(asked.tenant.id))?;
         let shed = victims.into_iter().map(|id| (id, self.shed(id))).collect();
         let id = AdmissionId(self.next);
         self.next += 1;
@@ -208,6 +206,14 @@ impl Admission {
         {
             state.tokens.take(Some(limit), tokens as f64, now);
         }
+    }
+
+    /// Whom a request would be let in at the cost of.
+    fn victims(&mut self, asked: Asked, now: Duration) -> Result<Vec<AdmissionId>, Refusal> {
+        let tenant = self.tenants.entry(asked.tenant.id).or_default();
+        tenant.weight = u64::from(asked.tenant.weight);
+        self.check_limits(asked, now)?;
+        self.make_room(asked)
     }
 
     fn check_limits(&mut self, asked: Asked, now: Duration) -> Result<(), Refusal> {

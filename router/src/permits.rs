@@ -2,11 +2,11 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 
 use crate::{
     admission::{Admission, AdmissionId, Asked, Refusal},
@@ -28,7 +28,7 @@ struct Shared {
 struct State {
     admission: Admission,
     /// How requests are told that they were shed, and when they may come again.
-    notices: HashMap<AdmissionId, oneshot::Sender<Duration>>,
+    notices: HashMap<AdmissionId, watch::Sender<Option<Duration>>>,
 }
 
 /// One slot of `--max-concurrent-requests`, which is given back when this is dropped.
@@ -37,10 +37,12 @@ pub(crate) struct Permit {
     id: AdmissionId,
 }
 
-/// A request's place among the admitted ones.
+/// A request that may ask for permits.
 pub(crate) struct Admissible {
-    id: OnceLock<AdmissionId>,
-    notice: Mutex<Option<oneshot::Sender<Duration>>>,
+    /// Where and as what it was let in, the last time.
+    admitted: Mutex<Option<(Arc<Shared>, AdmissionId)>>,
+    /// When it may come again, once it is shed.
+    shed: watch::Sender<Option<Duration>>,
 }
 
 /// Counts tokens against the limit of a tenant.
@@ -63,61 +65,78 @@ impl Permits {
         self.shared.held.subscribe()
     }
 
-    /// Takes a permit for each sequence of a request, or none. A request asks once.
-    pub(crate) fn take(&self, request: &Admissible, asked: Asked) -> Result<Vec<Permit>, Refusal> {
-        let sequences = asked.sequences;
-        let id = self.enter(request, asked)?;
-        Ok((0..sequences).map(|_| Permit { shared: self.shared.clone(), id }).collect())
+    /// Whether a request would be let in.
+    pub(crate) fn check(&self, asked: Asked) -> Result<(), Refusal> {
+        let now = self.shared.started.elapsed();
+        self.shared.lock().admission.check(asked, now)
     }
 
-    /// The answer to a request begins: if it was not shed before, it is not from here on.
-    pub(crate) fn begin(&self, request: &Admissible) {
-        if let Some(id) = request.id.get() {
-            self.shared.lock().admission.begin(*id);
+    /// Takes a permit for each sequence of a request, or none.
+    pub(crate) fn take(&self, request: &Admissible, asked: Asked) -> Result<Vec<Permit>, Refusal> {
+        let now = self.shared.started.elapsed();
+        let mut state = self.shared.lock();
+        let admitted = state.admission.admit(asked, now)?;
+        for (id, retry_after) in admitted.shed {
+            if let Some(notice) = state.notices.remove(&id) {
+                notice.send_replace(Some(retry_after));
+            }
         }
+        *lock(&request.admitted) = Some((self.shared.clone(), admitted.id));
+        state.notices.insert(admitted.id, request.shed.clone());
+        self.shared.publish(&state);
+        Ok((0..asked.sequences).map(|_| Permit { shared: self.shared.clone(), id: admitted.id }).collect())
     }
 
     /// A meter of the tokens that a caller uses.
     pub(crate) fn meter(&self, principal: &Principal) -> Meter {
         Meter { shared: self.shared.clone(), tenant: principal.tenant.clone() }
     }
-
-    fn enter(&self, request: &Admissible, asked: Asked) -> Result<AdmissionId, Refusal> {
-        let now = self.shared.started.elapsed();
-        let mut state = self.shared.lock();
-        let admitted = state.admission.admit(asked, now)?;
-        for (id, retry_after) in admitted.shed {
-            if let Some(notice) = state.notices.remove(&id) {
-                // A request that has just ended hears nothing.
-                let _ = notice.send(retry_after);
-            }
-        }
-        let notice = request.notice.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let (Some(notice), Ok(())) = (notice, request.id.set(admitted.id)) {
-            state.notices.insert(admitted.id, notice);
-        }
-        self.shared.publish(&state);
-        Ok(admitted.id)
-    }
 }
 
 impl Admissible {
-    /// A request that may ask for permits, and what it hears if it is shed.
-    pub(crate) fn new() -> (Admissible, oneshot::Receiver<Duration>) {
-        let (notice, shed) = oneshot::channel();
-        (Admissible { id: OnceLock::new(), notice: Mutex::new(Some(notice)) }, shed)
+    pub(crate) fn new() -> Admissible {
+        Admissible { admitted: Mutex::new(None), shed: watch::Sender::new(None) }
+    }
+
+    /// The answer begins: if the request was not shed before, it is not from here on.
+    pub(crate) fn begin(&self) {
+        if let Some((shared, id)) = &*lock(&self.admitted) {
+            shared.lock().admission.begin(*id);
+        }
+    }
+
+    /// When the request may come again, if it was shed.
+    pub(crate) fn was_shed(&self) -> Option<Duration> {
+        *self.shed.borrow()
+    }
+
+    /// Waits until the request is shed, and returns when it may come again.
+    pub(crate) async fn shed(&self) -> Duration {
+        let mut shed = self.shed.subscribe();
+        loop {
+            if let Some(retry_after) = *shed.borrow_and_update() {
+                return retry_after;
+            }
+            if shed.changed().await.is_err() {
+                return std::future::pending().await;
+            }
+        }
     }
 }
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Counts are changed as a whole or not at all.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     fn publish(&self, state: &State) {
         self.held.send_replace(state.admission.held());
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What the locks guard is changed as a whole or not at all.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for Permit {

@@ -38,6 +38,10 @@ use crate::{
 use bodies::Bodies;
 pub use connections::serve;
 
+/// Requests whose adapters may be prepared at the same time, if `--max-concurrent-requests` is not more: a slow adapter keeps
+/// nobody out who names another.
+const MIN_PREPARING: usize = 256;
+
 /// Connections that may wait to be accepted, if the system allows as many. Where they are too few, the system may reset
 /// connections that come all at once.
 const BACKLOG: u32 = 8192;
@@ -95,6 +99,8 @@ pub struct App {
     pub(crate) engine: Engine,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) permits: Permits,
+    /// Permits of requests whose adapters are being prepared.
+    preparing: Permits,
     pub(crate) workers: Workers,
     bodies: Bodies,
     keys: Arc<Keys>,
@@ -126,6 +132,7 @@ impl App {
             engine: Engine::start(config.shards.uds.clone(), router, metrics.clone(), supervisor)?,
             metrics,
             permits: Permits::new(router.max_concurrent_requests),
+            preparing: Permits::new(router.max_concurrent_requests.max(MIN_PREPARING)),
             workers: Workers::new(router.validation_workers),
             bodies: Bodies::new(
                 router.max_body_memory as usize,

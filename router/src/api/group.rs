@@ -101,13 +101,14 @@ impl App {
         let limits = self.request_limits(&info);
         sequences.iter().try_for_each(|sequence| sequence.check(&limits))?;
         // Each sequence is as much work as a request of its own.
-        let permits = self.admit(caller, adapter.as_ref(), sequences.len())?;
+        let entry = self.admit(caller, adapter.as_ref(), sequences.len())?;
         let tokenized = sequences.into_iter().map(|sequence| self.tokenize(caller, sequence, limits));
         let tokenized = try_join_all(tokenized).await?;
         let prepared = match &adapter {
             Some(adapter) => Some(self.prepare(adapter).await?),
             None => None,
         };
+        let permits = self.admit_prepared(caller, adapter.as_ref(), entry)?;
         let shared = Shared {
             tenant: caller.principal.tenant.scheduled(),
             salt: self.cache_salt(caller, adapter.as_ref(), None),

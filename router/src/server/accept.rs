@@ -14,7 +14,6 @@ use axum::{
 };
 use secrecy::SecretString;
 use serde::de::DeserializeOwned;
-use tokio::sync::oneshot;
 
 use super::{App, connection::Connection, routes::dialect};
 use crate::{
@@ -24,8 +23,8 @@ use crate::{
         error::{ApiError, Dialect},
         json,
     },
-    permits::{Admissible, Permit, Permits},
-    principal::Principal,
+    permits::{Admissible, Permit},
+    principal::{Principal, Tenant, TenantLimits},
 };
 
 /// Bodies above this size are parsed on a thread of their own.
@@ -83,15 +82,48 @@ async fn accept<T: Body>(mut request: Request, app: &App) -> Result<Accepted<T>,
     Ok(Accepted { caller, body: body? })
 }
 
+/// Permits of a request on its way to the engine.
+pub(crate) enum Entry {
+    /// Those of `--max-concurrent-requests`.
+    Admitted(Vec<Permit>),
+    /// Those of preparation, until the adapter is there.
+    Preparing(Vec<Permit>),
+}
+
 impl App {
-    /// Takes a permit for each of the sequences of a request, or none. A request asks for permits once.
+    /// Lets a request in, with a permit for each of its sequences. One that needs an adapter gets those of
+    /// `--max-concurrent-requests` only when the adapter is there, for that may take long; it is refused at once if it would
+    /// not get them now.
     pub(crate) fn admit(
         &self,
         caller: &Caller,
         adapter: Option<&AdapterRef>,
         sequences: usize,
+    ) -> Result<Entry, ApiError> {
+        let asked = caller.asked(adapter, sequences);
+        if adapter.is_none() {
+            return Ok(Entry::Admitted(self.permits.take(&caller.request, asked)?));
+        }
+        self.permits.check(asked)?;
+        // The tenant's own limits are those of the other permits.
+        let tenant = Tenant { limits: TenantLimits::default(), ..Tenant::clone(asked.tenant) };
+        let asked = Asked { tenant: &tenant, ..asked };
+        Ok(Entry::Preparing(self.preparing.take(&caller.request, asked)?))
+    }
+
+    /// The permits of a request whose adapter is there.
+    pub(crate) fn admit_prepared(
+        &self,
+        caller: &Caller,
+        adapter: Option<&AdapterRef>,
+        entry: Entry,
     ) -> Result<Vec<Permit>, ApiError> {
-        Ok(self.permits.take(&caller.request, caller.asked(adapter, sequences))?)
+        match entry {
+            Entry::Admitted(permits) => Ok(permits),
+            Entry::Preparing(permits) => {
+                Ok(self.permits.take(&caller.request, caller.asked(adapter, permits.len()))?)
+            }
+        }
     }
 }
 
@@ -120,10 +152,10 @@ pub(super) async fn identify(State(app): State<Arc<App>>, mut request: Request, 
     let given = headers.get(ADAPTER_TOKEN).and_then(|token| token.to_str().ok());
     let fallback = bearer.filter(|_| !app.keys.are_required());
     let credential = Credential::new(given.map(SecretString::from), fallback.map(SecretString::from));
-    let (admissible, shed) = Admissible::new();
-    let caller = Caller { principal, received: Instant::now(), credential, request: Arc::new(admissible) };
+    let caller =
+        Caller { principal, received: Instant::now(), credential, request: Arc::new(Admissible::new()) };
     request.extensions_mut().insert(caller.clone());
-    let response = answer_or_shed(&app.permits, &caller, next.run(request), shed);
+    let response = answer_or_shed(&caller, next.run(request));
     tokio::select! {
         // Nobody hears this answer.
         () = connection.client_has_left() => StatusCode::REQUEST_TIMEOUT.into_response(),
@@ -135,21 +167,16 @@ pub(super) async fn identify(State(app): State<Arc<App>>, mut request: Request, 
 
 /// Waits for a response, or for the request to be shed while it has none: then it is dropped, and with it all its work.
 async fn answer_or_shed(
-    permits: &Permits,
     caller: &Caller,
     response: impl Future<Output = Response>,
-    mut shed: oneshot::Receiver<Duration>,
 ) -> Result<Response, Duration> {
     let response = tokio::select! {
         biased;
-        Ok(retry_after) = &mut shed => return Err(retry_after),
+        retry_after = caller.request.shed() => return Err(retry_after),
         response = response => response,
     };
-    permits.begin(&caller.request);
-    match shed.try_recv() {
-        Ok(retry_after) => Err(retry_after),
-        Err(_) => Ok(response),
-    }
+    caller.request.begin();
+    caller.request.was_shed().map_or(Ok(response), Err)
 }
 
 fn is_open(request: &Request) -> bool {

@@ -1,11 +1,14 @@
 //! Adapters on their way: who waits for them, and who does not.
 
+use std::time::Duration;
+
+use config::Config;
 use futures::future::join_all;
 use serde_json::{Value, json};
 
 use crate::{
     router::{Router, tokens},
-    shard::{Gate, Script},
+    shard::{Gate, Script, Seen},
 };
 
 fn ask(prompt: &str, adapter: Option<&str>) -> Value {
@@ -33,6 +36,56 @@ async fn preparing_one_delays_nobody_else() {
         router.shard.release(&Gate::Prepare("cold".into()));
     };
     assert_eq!(tokio::join!(cold, others).0["generated_text"], "a");
+}
+
+#[tokio::test]
+async fn preparing_one_takes_no_permit_from_others() {
+    for permits in [1, 2] {
+        let script = Script::saying(tokens("a"));
+        let few = |config: &mut Config| config.router.max_concurrent_requests = permits;
+        let router = Router::start_with(script, few).await;
+        router.shard.hold(Gate::Prepare("cold".into()));
+        let cold: Vec<_> = (0..3).map(|_| router.begin("/generate", &ask("cold", Some("cold")))).collect();
+        let preparing = |seen: &Seen| (seen.prepared.len() == 3).then_some(());
+        router.shard.saw(preparing).await;
+        for adapter in [None, Some("warm"), None, Some("other")] {
+            assert_eq!(router.ok("/generate", &ask("other", adapter)).await["generated_text"], "a");
+        }
+        let completion = json!({"model": "warm", "prompt": vec!["x"; permits], "max_tokens": 1});
+        router.ok("/v1/completions", &completion).await;
+        router.shard.release(&Gate::Prepare("cold".into()));
+        let mut served = 0;
+        for answer in cold {
+            let status = answer.await.unwrap().status();
+            assert!(status == 200 || status == 429, "{status}");
+            served += usize::from(status == 200);
+        }
+        assert!(served >= permits, "{served} of three at once");
+    }
+}
+
+#[tokio::test]
+async fn one_that_is_not_there_in_time_fails_its_own_requests() {
+    let router = Router::start_with(Script::saying(tokens("a")), |config| {
+        config.router.prepare_timeout = Duration::from_millis(100);
+    })
+    .await;
+    router.shard.hold(Gate::Prepare("cold".into()));
+    for path in ["/generate", "/generate_stream", "/"] {
+        let (status, body) = router.post(path, &ask("x", Some("cold"))).await;
+        let expected =
+            json!({"error": "the adapter was not ready within 0.1 s", "error_type": "adapter_timeout"});
+        assert_eq!((status.as_u16(), body), (504, expected), "{path}");
+    }
+    let completion = json!({"model": "cold", "prompt": ["x", "y"], "max_tokens": 1});
+    let chat = json!({"model": "cold", "messages": [{"role": "user", "content": "x"}], "stream": true});
+    for (path, body) in [("/v1/completions", completion), ("/v1/chat/completions", chat)] {
+        let (status, body) = router.post(path, &body).await;
+        assert_eq!((status.as_u16(), &body["error"]["code"]), (504, &json!("adapter_timeout")), "{path}");
+    }
+    router.ok("/generate", &ask("x", Some("warm"))).await;
+    router.shard.release(&Gate::Prepare("cold".into()));
+    router.ok("/generate", &ask("x", Some("cold"))).await;
 }
 
 #[tokio::test]

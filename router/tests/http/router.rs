@@ -243,7 +243,10 @@ impl Router {
 
     /// Waits until so many sequences hold a permit.
     pub(crate) async fn holds(&self, permits: usize) {
-        self.app.permits_held().wait_for(|held| *held == permits).await.unwrap();
+        let mut held = self.app.permits_held();
+        let reached =
+            timeout(PATIENCE, held.wait_for(|held| *held == permits)).await.map(|held| *held.unwrap());
+        assert!(reached.is_ok(), "never {permits} permits, but {}", *held.borrow());
     }
 
     /// All events of a stream; OpenAI's mark of the end is a string.
