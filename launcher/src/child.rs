@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use lifecycle::SERVING;
+use lifecycle::{HEARTBEAT, SERVING};
 use rustix::process::{Pid, Signal, kill_process_group};
 use telemetry::Lines;
 use tokio::{
@@ -159,10 +159,17 @@ struct Heartbeat {
 impl Heartbeat {
     /// Waits until nothing has come for too long; returns for how long.
     async fn stopped(&mut self) -> Duration {
-        // Bytes go before the deadline: after the launcher itself was suspended, they wait.
-        while self.bytes.is_some() && timeout_at(self.last + self.patience, self.next()).await.is_ok() {}
-        sleep_until(self.last + self.patience).await;
-        self.last.elapsed()
+        loop {
+            let deadline = self.last + self.patience;
+            if self.bytes.is_some() && timeout_at(deadline, self.next()).await.is_ok() {
+                continue;
+            }
+            sleep_until(deadline).await;
+            // After the launcher or its machine was suspended, timers fire before what came meanwhile is seen.
+            if self.bytes.is_none() || timeout(HEARTBEAT, self.next()).await.is_err() {
+                return self.last.elapsed();
+            }
+        }
     }
 
     async fn read_to_end(&mut self) {
