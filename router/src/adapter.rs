@@ -92,3 +92,23 @@ async fn prepare(engine: &Engine, adapter: &AdapterRef) -> Result<Adapter, Prepa
         _ => first,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn credentials_are_not_printed() {
+        let credential = Credential::new(Some("secret-1".into()), Some("secret-2".into()));
+        let all = [
+            credential.clone(),
+            credential.or_in_body(Some("secret-3".into())),
+            Credential::default().or_in_body(Some("secret-4".into())),
+        ];
+        for credential in all {
+            let adapter = AdapterRef { source: "hub".into(), id: "sql".into(), credential };
+            let printed = format!("{adapter:?} {adapter:#?}");
+            assert!(printed.contains("sql") && !printed.contains("secret-"), "{printed}");
+        }
+    }
+}

@@ -216,6 +216,27 @@ async fn an_answer_to_a_body_that_is_not_read_is_not_lost() {
 }
 
 #[tokio::test]
+async fn the_total_time_begins_with_the_head() {
+    let router = Router::start(Script::saying(tokens("a"))).await;
+    let text = json!({"inputs": "x"}).to_string();
+    let mut stream = TcpStream::connect(&router.address).await.unwrap();
+    let head = head("/generate", "expect: 100-continue\r\n", text.len());
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let mut told = [0; 25];
+    timeout(LONG, stream.read_exact(&mut told)).await.unwrap().unwrap();
+    assert_eq!(&told, b"HTTP/1.1 100 Continue\r\n\r\n");
+    // From here on the body is waited for.
+    let told = Instant::now();
+    while told.elapsed() < Duration::from_millis(30) {
+        router.ok("/generate", &json!({"inputs": "x"})).await;
+    }
+    stream.write_all(text.as_bytes()).await.unwrap();
+    let answer = answer(stream).await;
+    let total = answer.lines().find_map(|line| line.strip_prefix("x-total-time: ")).unwrap();
+    assert!(total.parse::<u64>().unwrap() >= 30, "{answer}");
+}
+
+#[tokio::test]
 async fn a_connection_without_a_body_stays_open() {
     let router = Router::start(Script::saying(tokens("a"))).await;
     let mut stream = TcpStream::connect(&router.address).await.unwrap();
