@@ -20,9 +20,9 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
     adapters::Adapters,
-    engine::{Command, EventStream, Heartbeat},
+    engine::{Command, EventStream, Heartbeat, StepError},
     pump::Incoming,
-    step::Info,
+    step::{Event, Info, SessionEvent},
     wire,
 };
 
@@ -103,7 +103,9 @@ impl<B: Backend> Shard for Service<B> {
         let steps = steps.map_while(Result::ok).map(|step| wire::step(step).map(Box::new));
         let incoming = Incoming { stream: id, steps: Box::pin(steps), ended };
         self.engine.streams.send(incoming).await.map_err(|_| stopped())?;
+        let answers = self.info.rank == 0;
         let events = ReceiverStream::new(received)
+            .filter(move |event| answers || !is_result(event))
             .map(|event| event.map(wire::event).map_err(|error| wire::step_status(&error)));
         Ok(Response::new(Box::pin(events)))
     }
@@ -114,6 +116,11 @@ impl<B: Backend> Shard for Service<B> {
         }
         Ok(Response::new(wire::health(&self.engine.heartbeat)))
     }
+}
+
+/// Whether an event is the result of a step, which rank 0 alone tells: all compute the same.
+fn is_result(event: &Result<SessionEvent, StepError>) -> bool {
+    event.as_ref().is_ok_and(|event| matches!(event.event, Event::Step(_)))
 }
 
 fn stopped() -> Status {

@@ -19,6 +19,7 @@ use lifecycle::{Failure, Supervisor};
 use lorax_shard::{
     pump::{self, Incoming},
     server::{self, Rank},
+    step::Info,
 };
 use proto::{
     AttachRequest, ExecuteEvent, HealthRequest, InfoRequest, PrepareRequest, SlotLoad, Step,
@@ -42,12 +43,17 @@ struct Served {
 
 impl Served {
     async fn start() -> Served {
+        Served::start_as(0).await
+    }
+
+    /// A shard with this rank.
+    async fn start_as(rank: u32) -> Served {
         let script = Script::default();
         let folder = tempfile::tempdir().unwrap();
         let (engine, adapters) = tiny::engine(Fake::new(script.clone()), folder.path(), 1 << 20);
         let socket = folder.path().join("shard.sock");
         let connections = UnixListenerStream::new(UnixListener::bind(&socket).unwrap());
-        let rank = Rank { engine, adapters, info: client::info() };
+        let rank = Rank { engine, adapters, info: Info { rank, ..client::info() } };
         let supervisor = Supervisor::reporting_to(|_| ()).unwrap();
         tokio::spawn(async move {
             server::serve(rank, connections, PATIENCE, pending(), &supervisor).await.unwrap();
@@ -137,6 +143,25 @@ async fn a_session_is_answered_with_its_number_and_begun_with_what_is_held() {
     let (steps, mut events) = served.execute().await;
     steps.send(client::first_step(42)).await.unwrap();
     assert_eq!(next(&mut events).await.unwrap().unwrap().session, 42);
+}
+
+#[tokio::test]
+async fn results_of_steps_are_rank_0s_to_tell() {
+    for rank in [1, 2, 7] {
+        let mut served = Served::start_as(rank).await;
+        let prepare =
+            PrepareRequest { source: "local".into(), id: "one".into(), ..PrepareRequest::default() };
+        let content = served.client.prepare(prepare).await.unwrap().into_inner().content;
+        served.attach(1).await;
+        let (steps, mut events) = served.execute().await;
+        steps.send(client::first_step(1)).await.unwrap();
+        let load = vec![SlotLoad { slot: 1, content }];
+        steps.send(Step { id: 2, session: 1, load, ..Step::default() }).await.unwrap();
+        let event = next(&mut events).await.unwrap().unwrap().event.unwrap();
+        assert!(matches!(event, Event::Slot(slot) if slot.slot == 1), "the end of a load");
+        served.attach(2).await;
+        assert_eq!(next(&mut events).await.unwrap(), None);
+    }
 }
 
 #[tokio::test]
