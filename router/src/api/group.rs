@@ -122,7 +122,7 @@ impl App {
         try_join_all(started.map(|(sequence, permit)| self.start_sequence(sequence, &shared, permit))).await
     }
 
-    /// Tokenizes a prompt on one of the threads for it, and fits it into the limits.
+    /// Tokenizes a prompt on one of the threads for it, and fits it into the limits. Token ids are no work.
     async fn tokenize(
         &self,
         caller: &Caller,
@@ -130,6 +130,10 @@ impl App {
         limits: RequestLimits,
     ) -> Result<Tokenized, ApiError> {
         let tokenizer = self.tokenizer.clone();
+        let told = request.report.echo || request.report.prompt;
+        if matches!(request.prompt, Prompt::Tokens(_)) && !told {
+            return tokenize(tokenizer, request, &limits);
+        }
         let work = move || tokenize(tokenizer, request, &limits);
         self.workers.run(&caller.principal, work).await?
     }

@@ -274,6 +274,7 @@ async fn more_requests_than_allowed() {
         let (status, answer) = router.post(path, &good(path)).await;
         assert_eq!(status, 429);
         assert_openai(&answer, "overloaded", "overloaded");
+        assert_eq!(answer["error"]["type"], "rate_limit_error");
     }
     assert_eq!(router.get("/info").await.status(), 200);
     router.shard.release(&Gate::Steps);

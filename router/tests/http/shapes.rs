@@ -1,10 +1,16 @@
 //! The bytes of bodies, and what of a request decides them.
 
+use std::time::Instant;
+
 use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 
 use crate::{
     router::{MODEL, Router, tokens, with_bos},
-    shard::{IMPROBABLE, Script},
+    shard::{Gate, IMPROBABLE, Script},
 };
 
 async fn saying(answer: &str) -> Router {
@@ -153,6 +159,65 @@ async fn a_truncated_prompt_keeps_the_token_that_texts_begin_with() {
     let plain = saying("b").await;
     plain.ok("/generate", &json!({"inputs": "<s>abc", "parameters": {"truncate": 2}})).await;
     plain.shard.sequence_of(&tokens("bc")).await;
+}
+
+#[tokio::test]
+async fn the_total_time_counts_from_the_arrival() {
+    let router = saying("a").await;
+    let body = json!({"inputs": "x"}).to_string();
+    let mut socket = TcpStream::connect(&router.address).await.unwrap();
+    let head = format!(
+        "POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\nexpect: 100-continue\r\nconnection: close\r\n\r\n",
+        body.len()
+    );
+    socket.write_all(head.as_bytes()).await.unwrap();
+    let mut answer = [0; 25];
+    socket.read_exact(&mut answer).await.unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 100 Continue\r\n\r\n", "the head has been read");
+    let arrived = Instant::now();
+    for _ in 0..30 {
+        router.ok("/generate", &json!({"inputs": "y"})).await;
+    }
+    let late = arrived.elapsed().as_millis();
+    assert!(late > 0);
+    socket.write_all(body.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).await.unwrap();
+    let header = |name: &str| {
+        let line = answer.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+        line.unwrap().parse::<u128>().unwrap()
+    };
+    assert!(header("x-total-time") >= late, "{late} ms before its body came: {answer}");
+    assert!(header("x-inference-time") <= header("x-total-time") - late + 1, "{answer}");
+}
+
+#[tokio::test]
+async fn whoever_comes_too_early_is_told_when_to_try_again() {
+    let mut script = Script::saying(tokens("a"));
+    script.held.insert(Gate::Info);
+    let router = Router::launch(script, |_| {}).await;
+    let chat = json!({"messages": [{"role": "user", "content": "x"}]});
+    for (path, body) in [
+        ("/generate", json!({"inputs": "x"})),
+        ("/generate_stream", json!({"inputs": "x"})),
+        ("/", json!({"inputs": "x", "stream": true})),
+        ("/v1/completions", json!({"prompt": "x"})),
+        ("/v1/completions", json!({"prompt": ["x", "y"], "stream": true})),
+        ("/v1/chat/completions", chat),
+    ] {
+        let response = router.send(path, &body).await;
+        assert_eq!(response.status(), 503, "{path}");
+        let after: u64 = response.headers()["retry-after"].to_str().unwrap().parse().unwrap();
+        assert!(after >= 1, "{path}");
+        let body: Value = response.json().await.unwrap();
+        match path.starts_with("/v1/") {
+            true => assert_eq!(
+                (&body["error"]["type"], &body["error"]["code"]),
+                (&json!("server_error"), &json!("unavailable"))
+            ),
+            false => assert_eq!(body["error_type"], "unavailable"),
+        }
+    }
 }
 
 #[tokio::test]
