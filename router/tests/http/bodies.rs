@@ -297,3 +297,15 @@ async fn an_answer_is_not_lost_to_what_follows_the_request() {
         assert_eq!(status(&answer), 200, "{length}: {answer}");
     }
 }
+
+#[tokio::test]
+async fn an_ordinary_client_hears_that_its_body_is_too_large() {
+    let router = Router::start(Script::saying(tokens("a"))).await;
+    for length in [(64 << 10) + 1, 1 << 20, 16 << 20, 64 << 20] {
+        for path in ["/generate", "/v1/completions"] {
+            let asked = router.post_bytes(path, vec![b' '; length]);
+            let (status, body) = timeout(LONG, asked).await.unwrap();
+            assert_eq!(status, 413, "{path}, {length} bytes: {body}");
+        }
+    }
+}
