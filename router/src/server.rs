@@ -1,10 +1,12 @@
 //! The server: what handlers share, how it starts, and where it listens.
 
 pub(crate) mod accept;
+mod admit;
 mod bodies;
 mod connection;
 mod connections;
 mod health;
+mod identify;
 mod routes;
 mod slots;
 mod socket;

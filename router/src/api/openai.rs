@@ -60,7 +60,12 @@ pub(crate) async fn chat_completions(
     Accepted { caller, body }: Accepted<ChatRequest>,
 ) -> Response {
     let answer = async {
-        let (request, options) = body.into_group(&app, &caller)?;
+        // A template may take its time.
+        let render = {
+            let (app, caller) = (app.clone(), caller.clone());
+            move || body.into_group(&app, &caller)
+        };
+        let (request, options) = app.workers.run(&caller.principal, render).await??;
         let fold = move |index| ChatFold::new(index, options.logprobs);
         respond(&app, &caller, request, &options, fold).await
     };

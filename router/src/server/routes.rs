@@ -18,7 +18,7 @@ use tower_http::{
 };
 use uuid::Uuid;
 
-use super::{App, StartError, accept, connection, health};
+use super::{App, StartError, connection, health, identify};
 use crate::{
     api::{
         error::{ApiError, Dialect},
@@ -49,7 +49,7 @@ impl App {
             .layer(middleware::from_fn_with_state(self.clone(), metrics::observe))
             .option_layer(self.cors.clone())
             .layer(middleware::from_fn(connection::close_if_unread))
-            .layer(middleware::from_fn_with_state(self.clone(), accept::identify));
+            .layer(middleware::from_fn_with_state(self.clone(), identify::identify));
         Router::new()
             .route("/", get(health::health).post(lorax::either))
             .route("/generate", post(lorax::whole))
