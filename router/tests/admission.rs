@@ -174,6 +174,18 @@ fn a_tenant_has_limits_of_its_own() {
 }
 
 #[test]
+fn tokens_count_after_the_last_permit_has_gone_back() {
+    let mut admission = Admission::new(100);
+    let one = limited(TenantLimits { tokens_per_minute: Some(60), ..TenantLimits::default() });
+    for id in fill(&mut admission, &one, None, 1) {
+        admission.release(id, START);
+    }
+    admission.charge(&one, 60, START);
+    let refused = admission.admit(ask(&one, None), START);
+    assert_eq!(refused, Err(Refusal::Tokens { limit: 60, retry_after: Duration::from_secs(1) }));
+}
+
+#[test]
 fn a_limit_of_zero_lets_nothing_in() {
     let zero = Some(0);
     for limits in [
