@@ -201,9 +201,10 @@ impl Admission {
 
     /// Counts tokens against the tenant's limit, after they were used: a tenant may go beyond it once, and waits longer then.
     pub fn charge(&mut self, tenant: &Tenant, tokens: usize, now: Duration) {
-        if let (Some(state), Some(limit)) =
-            (self.tenants.get_mut(&tenant.id), tenant.limits.tokens_per_minute)
-        {
+        if let Some(limit) = tenant.limits.tokens_per_minute {
+            // The last tokens of an answer may come after its permit has gone back.
+            let state = self.tenants.entry(tenant.id).or_default();
+            state.weight = u64::from(tenant.weight);
             state.tokens.take(Some(limit), tokens as f64, now);
         }
     }
