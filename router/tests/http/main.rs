@@ -23,6 +23,7 @@ mod router;
 mod sampling;
 mod shapes;
 mod shard;
+mod sharing;
 mod sockets;
 mod supervision;
 mod tenants;

@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// All samples by name and labels.
-async fn scrape(router: &Router) -> BTreeMap<String, f64> {
+pub(crate) async fn scrape(router: &Router) -> BTreeMap<String, f64> {
     // Whoever scrapes has a key, if there are any.
     let key = [("authorization", "Bearer abc")];
     let response = router.send_with(Method::GET, "/metrics", &key, &Value::Null).await;
