@@ -1,7 +1,7 @@
 //! What the router costs: the real one, over HTTP and gRPC, with a shard that computes nothing and takes no time for a
 //! step, or as long as a GPU would.
 //!
-//! Router, shard and clients have threads of their own, two, one and one, so that the CPU time of each is known. The
+//! Router, shard and clients have threads of their own, three, one and one, so that the CPU time of each is known. The
 //! tokenizer is byte-level, as Llama 3's, with 256 special tokens.
 
 mod client;
@@ -30,8 +30,8 @@ type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 const PROMPT: usize = 512;
 const OUTPUT: usize = 128;
 const SPECIAL: usize = 256;
-/// Threads, by name.
-const NAMES: [&str; 3] = ["router", "shard", "client"];
+/// Threads of router, shard and clients, by name.
+const NAMES: [&[&str]; 3] = [&["router", "engine"], &["shard"], &["client"]];
 /// Streams, requests of each, and milliseconds that a step takes.
 const SCENARIOS: [(usize, usize, u64); 6] =
     [(1, 100, 0), (32, 20, 0), (256, 8, 0), (1, 4, 5), (32, 4, 8), (256, 4, 10)];
@@ -73,7 +73,12 @@ fn runtime(name: &str, threads: usize) -> Result<Runtime> {
 }
 
 /// Starts the router as its program does; returns where it listens.
-fn start_router(runtime: &Runtime, model: &Path, socket: &Path) -> Result<SocketAddr> {
+fn start_router(
+    runtime: &Runtime,
+    model: &Path,
+    socket: &Path,
+    supervisor: &Supervisor,
+) -> Result<SocketAddr> {
     let config = Config {
         model: ModelConfig { id: "bench".into(), path: model.into(), revision: None, sha: None },
         shards: ShardsConfig { uds: vec![socket.into()] },
@@ -89,21 +94,21 @@ fn start_router(runtime: &Runtime, model: &Path, socket: &Path) -> Result<Socket
     };
     runtime.block_on(async {
         let (listener, address) = server::listen(&config).await?;
-        let app = App::start(config, &Supervisor::ending_the_process()?)?;
+        let app = App::start(config, supervisor)?;
         app.ready().await;
         tokio::spawn(server::serve(listener, app, std::future::pending()));
         Ok(address)
     })
 }
 
-/// CPU time of this process's threads of the given name.
-fn cpu(name: &str) -> Result<Duration> {
+/// CPU time of this process's threads of the given names.
+fn cpu(names: &[&str]) -> Result<Duration> {
     let mut ticks = 0;
     for task in fs::read_dir("/proc/self/task")? {
         // "id (name) state …": user and system time are fields 14 and 15.
         let stat = fs::read_to_string(task?.path().join("stat"))?;
         let Some((head, fields)) = stat.rsplit_once(") ") else { continue };
-        if head.ends_with(&format!("({name}")) {
+        if names.iter().any(|name| head.ends_with(&format!("({name}"))) {
             ticks +=
                 fields.split(' ').skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum::<u64>();
         }
@@ -132,7 +137,8 @@ fn main() -> Result<()> {
     let serving = double.clone();
     let path = socket.clone();
     shards.spawn(async move { serving.serve(&path).await });
-    let address = start_router(&routers, folder.path(), &socket)?;
+    let supervisor = Supervisor::ending_the_process()?;
+    let address = start_router(&routers, folder.path(), &socket, &supervisor)?;
     let mut out = io::stdout().lock();
     writeln!(out, "                                    turn-around, us         CPU, us a token      cores")?;
     writeln!(
@@ -157,12 +163,13 @@ fn main() -> Result<()> {
         write!(out, "{streams:7} {pace:8} {:9.0} {:8.0}", tokens / seconds, seen.steps as f64 / seconds)?;
         write!(out, " {:6} {:6} {:7.1}  ", at(0.5), at(0.99), seen.idle.as_secs_f64() / seconds * 100.0)?;
         let mut cores = 0.0;
-        for (name, before) in NAMES.into_iter().zip(before).rev() {
-            let used = (cpu(name)? - before?).as_secs_f64();
+        for (names, before) in NAMES.into_iter().zip(before).rev() {
+            let used = (cpu(names)? - before?).as_secs_f64();
             write!(out, " {:6.1}", used * 1e6 / tokens)?;
             cores = used / seconds;
         }
         writeln!(out, " {cores:7.2}")?;
     }
+    supervisor.stopping();
     Ok(())
 }
