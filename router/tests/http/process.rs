@@ -23,6 +23,8 @@ pub(crate) struct Program {
     /// Held apart, because waiting for a process closes its own.
     stdin: ChildStdin,
     log: Lines<BufReader<ChildStderr>>,
+    /// Lines of the log that nobody has asked for yet: threads of the program write in any order.
+    passed: Vec<String>,
     pub(crate) shard: ScriptedShard,
     _folder: tempfile::TempDir,
 }
@@ -57,17 +59,23 @@ impl Program {
             .unwrap();
         let stdin = process.stdin.take().unwrap();
         let log = BufReader::new(process.stderr.take().unwrap()).lines();
-        Program { process, stdin, log, shard, _folder: folder }
+        Program { process, stdin, log, passed: Vec::new(), shard, _folder: folder }
     }
 
-    /// Waits for a line of the log, and returns what follows `text` in it.
+    /// Waits for a line of the log, and returns what follows `text` in it. Lines that were passed over count, too.
     pub(crate) async fn says(&mut self, text: &str) -> String {
+        let after = |line: &str| line.split_once(text).map(|(_, rest)| rest.trim().to_owned());
+        if let Some(at) = self.passed.iter().position(|line| line.contains(text)) {
+            return after(&self.passed.remove(at)).unwrap();
+        }
         loop {
             let line =
-                self.log.next_line().await.unwrap().unwrap_or_else(|| panic!("it never says {text:?}"));
-            if let Some((_, rest)) = line.split_once(text) {
-                return rest.trim().to_owned();
+                timeout(END, self.log.next_line()).await.unwrap_or_else(|_| panic!("no {text:?} in time"));
+            let line = line.unwrap().unwrap_or_else(|| panic!("it never says {text:?}"));
+            if let Some(rest) = after(&line) {
+                return rest;
             }
+            self.passed.push(line);
         }
     }
 
