@@ -141,6 +141,7 @@ impl RouterConfig {
     pub fn check(&self) -> Result<(), ConfigError> {
         for (flag, value, bounds) in [
             ("--max-concurrent-requests", self.max_concurrent_requests, (1, 1 << 20)),
+            ("--max-stop-sequences", self.max_stop_sequences, (0, 1 << 10)),
             ("--validation-workers", self.validation_workers, (1, 1 << 10)),
             ("--router-threads", self.router_threads, (1, 1 << 10)),
             ("--max-connections", self.max_connections, (1, 1 << 20)),

@@ -83,6 +83,23 @@ fn a_file_that_is_no_configuration_is_refused() {
     assert!(missing.contains("/none: "), "{missing}");
 }
 
+/// A setting whose largest number is not refused has no bound, or is not checked. Two are lowered later to what fits.
+#[test]
+fn every_setting_has_a_bound() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("config.json");
+    let good = serde_json::to_value(defaults()).unwrap();
+    for section in ["router", "shard"] {
+        for name in good[section].as_object().unwrap().keys() {
+            let mut config = good.clone();
+            config[section][name] = json!(u64::MAX);
+            fs::write(&path, config.to_string()).unwrap();
+            let lowered = ["max_input_length", "max_total_tokens"].contains(&&**name);
+            assert_eq!(Config::read(&path).is_ok(), lowered, "{section}.{name}");
+        }
+    }
+}
+
 #[test]
 fn a_rank_has_its_socket() {
     let config = defaults();

@@ -53,7 +53,7 @@ macro_rules! on_every_backend {
 }
 
 use sampling::{
-    counts_of_seen_tokens_stop_at_the_last, draws_depend_on_their_seat_alone,
+    counts_of_seen_tokens_stop_at_the_last, draws_depend_on_their_seat_alone, every_parameter_has_an_effect,
     penalties_over_a_large_vocabulary, sampling_among_thousands_of_tokens, sampling_and_scoring_of_many_rows,
     sampling_filters_and_reports, sampling_of_a_large_vocabulary,
     tokens_without_a_probability_are_never_chosen,
@@ -75,6 +75,7 @@ on_every_backend!(
     counts_of_seen_tokens_stop_at_the_last,
     sampling_and_scoring_of_many_rows,
     draws_depend_on_their_seat_alone,
+    every_parameter_has_an_effect,
     tokens_without_a_probability_are_never_chosen,
 );
 

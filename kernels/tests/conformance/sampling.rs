@@ -48,6 +48,35 @@ pub(super) fn sampling_filters_and_reports<B: Backend>(ops: &B) {
     assert_eq!(scored[0].top[0].0, order[0]);
 }
 
+/// Tokens that 200 seeds draw, with a prompt and an output of probable tokens.
+fn drawn<B: Backend>(ops: &B, params: &SamplingParams) -> Vec<u32> {
+    let mut logits = Numbers(7).table(3, 50);
+    logits.data.iter_mut().for_each(|logit| *logit *= 4.0);
+    let x = mat(ops, &logits);
+    let draw = |seed| {
+        let mut sampler = ops.sampler(1, 50).unwrap();
+        let seen: Vec<u32> = (0..25).collect();
+        ops.seat(&mut sampler, 0, &SamplingParams { seed, ..params.clone() }, &seen, &seen).unwrap();
+        collect(ops, ops.sample(&x, &[SampleRow { row: 1, seat: 0 }], &mut sampler).unwrap())[0].token
+    };
+    (0..200).map(draw).collect()
+}
+
+macro_rules! check_effects {
+    ({ $ops:ident } $(
+        $(#[$doc:meta])*
+        $name:ident: $type:ty { off: $off:expr, default: $default:expr, draws: $draws:expr, range: $range:ident($($bound:expr),*), example: $example:expr }
+    )*) => { $({
+        let warm = || SamplingParams { temperature: 1.0, ..Default::default() };
+        let with = |value| drawn($ops, &SamplingParams { $name: value, ..warm() });
+        assert_ne!(with($example), with($off), "{} has no effect", stringify!($name));
+    })* };
+}
+
+pub(super) fn every_parameter_has_an_effect<B: Backend>(ops: &B) {
+    ::sampling::parameters!(check_effects { ops });
+}
+
 /// Tokens across a vocabulary of a real model's size, most probable first, a quarter apart in their logits; the others
 /// have next to no probability.
 fn peaks() -> (Vec<u32>, Table) {

@@ -1,0 +1,94 @@
+//! The pages, checked against the tree.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace root").to_owned()
+}
+
+fn read(file: impl AsRef<Path>) -> String {
+    fs::read_to_string(root().join(file)).unwrap()
+}
+
+/// Every page that git tracks or would track, with its text.
+fn pages() -> Vec<(PathBuf, String)> {
+    let out = Command::new("git")
+        .args(["ls-files", "--cached", "--others", "--exclude-standard", "*.md"])
+        .current_dir(root())
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let names = String::from_utf8(out.stdout).unwrap();
+    let there = names.lines().map(PathBuf::from).filter(|page| root().join(page).exists());
+    there.map(|page| (page.clone(), read(page))).collect()
+}
+
+/// Lines of a page outside of code blocks.
+fn prose(text: &str) -> impl Iterator<Item = &str> {
+    let mut code = false;
+    text.lines().filter(move |line| {
+        let fence = line.trim_start().starts_with("```");
+        code ^= fence;
+        !code && !fence
+    })
+}
+
+/// What follows each `before` in a text, up to the first character that `is_part` refuses.
+fn words<'a>(
+    text: &'a str,
+    before: &'a str,
+    is_part: impl Fn(char) -> bool + Copy + 'a,
+) -> impl Iterator<Item = &'a str> {
+    text.split(before).skip(1).map(move |rest| &rest[..rest.find(|c| !is_part(c)).unwrap_or(rest.len())])
+}
+
+#[test]
+fn links_of_pages_lead_to_files() {
+    for (page, text) in pages() {
+        let folder = root().join(page.parent().unwrap());
+        let links = prose(&text).flat_map(|line| words(line, "](", |c| c != ')'));
+        for link in links.filter(|link| !link.starts_with("http") && !link.starts_with('#')) {
+            let file = link.split('#').next().unwrap();
+            assert!(folder.join(file).exists(), "{}: {link}", page.display());
+        }
+    }
+}
+
+#[test]
+fn every_route_is_documented() {
+    let (routes, api) = (read("router/src/server/routes.rs"), read("docs/api.md"));
+    let paths: BTreeSet<&str> = words(&routes, ".route(\"", |c| c != '"').collect();
+    assert!(paths.contains("/generate"), "{paths:?}");
+    for path in paths {
+        let mentioned = ["GET", "POST"].iter().any(|method| api.contains(&format!("`{method} {path}`")));
+        assert!(mentioned, "{path} is not in docs/api.md");
+    }
+}
+
+#[test]
+fn every_flag_that_a_page_names_exists() {
+    let is_name = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    let mut flags = BTreeSet::from(["api-key".to_owned(), "help".into()]);
+    for file in ["config/src/router.rs", "config/src/shard.rs", "config/src/log.rs", "launcher/src/args.rs"] {
+        let text = read(file);
+        let fields = text.lines().filter_map(|line| {
+            let line = line.trim_start();
+            let line = line.strip_prefix("pub(crate) ").or_else(|| line.strip_prefix("pub "))?;
+            Some(line.split_once(':')?.0.replace('_', "-"))
+        });
+        flags.extend(fields);
+    }
+    assert!(flags.contains("max-batch-size"), "{flags:?}");
+    for page in ["README.md", "ARCHITECTURE.md", "docs/api.md", "docs/metrics.md", "docs/scheduling.md"] {
+        let text = read(page);
+        for flag in words(&text, "`--", is_name) {
+            assert!(flags.contains(flag), "{page} names --{flag}");
+        }
+    }
+}
