@@ -69,7 +69,7 @@ impl<B: Backend> Case<B> {
             let mut first = 0;
             let mut parts = Vec::new();
             for (slice, &count) in outputs.iter().enumerate() {
-                let (a, b) = (signs.table(rank, x.cols, 2), signs.table(count, rank, 8));
+                let (a, b) = (signs.table(rank, x.cols, 2), signs.table(count, rank, 16));
                 if slot == 0 || slice > 0 {
                     let delta = product(&product(&x, &a), &b);
                     for row in 0..x.rows() {
@@ -109,7 +109,7 @@ pub(super) fn products_of_small_integers<B: Backend>(ops: &B, outputs: &[usize],
     let most = *rows.iter().max().unwrap();
     for inputs in INPUTS {
         let mut signs = Signs(Numbers(inputs as u64));
-        let x = signs.table(most, inputs, 16);
+        let x = signs.table(most, inputs, 32);
         let w = signs.table(outputs.iter().sum(), inputs, 2);
         let case = Case::new(ops, x, &w, outputs, &mut signs);
         for (&rows, deltas) in rows.iter().flat_map(|rows| [(rows, false), (rows, true)]) {
@@ -138,7 +138,7 @@ pub(super) fn normed_products_of_small_integers<B: Backend>(ops: &B, outputs: us
     let norm = ops.vector(&vec![1.0; outputs]).unwrap();
     for inputs in INPUTS {
         let mut signs = Signs(Numbers(inputs as u64 + 1));
-        let (x, w) = (signs.table(most, inputs, 16), signs.table(outputs, inputs, 2));
+        let (x, w) = (signs.table(most, inputs, 32), signs.table(outputs, inputs, 2));
         let case = Case::new(ops, x, &w, &[outputs], &mut signs);
         for (&rows, deltas) in rows.iter().flat_map(|rows| [(rows, false), (rows, true)]) {
             let (host, expected) = case.step(rows, deltas);
@@ -159,7 +159,7 @@ pub(super) fn gated_products_of_small_integers<B: Backend>(ops: &B, outputs: usi
     let most = *rows.iter().max().unwrap();
     for inputs in INPUTS {
         let mut signs = Signs(Numbers(inputs as u64 + 2));
-        let (mut x, mut w) = (signs.table(most, inputs, 16), signs.table(2 * outputs, inputs, 2));
+        let (mut x, mut w) = (signs.table(most, inputs, 32), signs.table(2 * outputs, inputs, 2));
         for (k, element) in x.data.chunks_exact_mut(inputs).flat_map(|row| row.iter_mut().enumerate()) {
             // The gates' inputs are spread over all of them.
             if k.is_multiple_of(inputs / GATE) {
