@@ -9,22 +9,25 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use reqwest::{Client, Response};
 use serde_json::{Value, json};
+use tokio::time::sleep;
 
-/// Lines of the log that are kept for a test that does not read them.
+/// Lines of the log that are kept for a test that does not read them; later ones are dropped.
 const LINES: usize = 1 << 16;
-/// What a server gets to load the demo model.
-const START: Duration = Duration::from_secs(120);
+/// Time for a server to load the demo model, and for anything else that a test waits for.
+const DEADLINE: Duration = Duration::from_secs(120);
+/// Pause between two looks at the metrics: gauges are published four times a second.
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// A running server; killed when it is dropped.
 pub struct Server {
     launcher: Child,
     log: mpsc::Receiver<String>,
-    /// Where it listens.
+    /// The address that it listens at.
     pub url: String,
-    /// For requests.
+    /// A client for requests to it.
     pub client: Client,
 }
 
@@ -79,8 +82,8 @@ impl Server {
             }
         });
         let (begun, mut said) = (Instant::now(), String::new());
-        while begun.elapsed() < START {
-            let Ok(line) = log.recv_timeout(START) else { break };
+        while begun.elapsed() < DEADLINE {
+            let Ok(line) = log.recv_timeout(DEADLINE) else { break };
             if let Some((_, address)) = line.split_once("listening on ") {
                 let url = format!("http://{}", address.trim());
                 return Ok(Server { launcher, log, url, client: Client::new() });
@@ -105,6 +108,27 @@ impl Server {
         tokens.iter().map(|token| token["id"].as_u64().context("an id")).collect()
     }
 
+    /// The value of a series in `GET /metrics`, such as `lorax_kv_blocks{state="free"}`; 0 if it is not there yet.
+    pub async fn metric(&self, series: &str) -> Result<f64> {
+        let page = self.client.get(format!("{}/metrics", self.url)).send().await?;
+        let page = page.error_for_status()?.text().await?;
+        let value = page.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+        value.map_or(Ok(0.0), |value| value.parse().context("the value of a metric"))
+    }
+
+    /// Waits until a series of the metrics has a value that is wanted, and returns the value.
+    pub async fn until_metric(&self, series: &str, is_wanted: impl Fn(f64) -> bool) -> Result<f64> {
+        let begun = Instant::now();
+        loop {
+            let value = self.metric(series).await?;
+            if is_wanted(value) {
+                return Ok(value);
+            }
+            ensure!(begun.elapsed() < DEADLINE, "{series} has been {value} for {DEADLINE:?}");
+            sleep(PAUSE).await;
+        }
+    }
+
     /// How many lines of the log since the last call have `text` in them.
     pub fn said(&self, text: &str) -> usize {
         self.log.try_iter().filter(|line| line.contains(text)).count()
@@ -114,7 +138,7 @@ impl Server {
     pub fn until(&self, text: &str) -> Result<String> {
         let begun = Instant::now();
         loop {
-            let left = START.saturating_sub(begun.elapsed());
+            let left = DEADLINE.saturating_sub(begun.elapsed());
             let line = self.log.recv_timeout(left).with_context(|| format!("no {text:?} in the log"))?;
             if line.contains(text) {
                 return Ok(line);

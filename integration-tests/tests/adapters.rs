@@ -1,4 +1,4 @@
-//! Many adapters in a whole server: mixed in one batch, loaded beside streams, and squeezed out of memory.
+//! Many adapters in a whole server: mixed in one batch, loaded while streams run, and evicted from memory.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::BTreeSet;
@@ -47,7 +47,13 @@ async fn a_mixed_batch_gives_everyone_the_tokens_they_get_alone() {
     for (adapter, prompt) in &asks {
         alone.push(ask(adapter, prompt, 12).await);
     }
+    let (steps, tokens) = ("lorax_step_duration_seconds_count", "lorax_generated_tokens_total");
+    let before = (server.metric(steps).await.unwrap(), server.metric(tokens).await.unwrap());
     let together = join_all(asks.iter().map(|(adapter, prompt)| ask(adapter, prompt, 12))).await;
+    let steps = server.metric(steps).await.unwrap() - before.0;
+    let tokens = server.metric(tokens).await.unwrap() - before.1;
+    assert_eq!(tokens, 32.0 * 12.0);
+    assert!(tokens / steps > 9.0, "{tokens} tokens in {steps} steps: they did not run together");
     for (i, (alone, together)) in alone.iter().zip(together).enumerate() {
         assert_eq!(*alone, together, "request {i}, adapter {:?}", asks[i].0);
     }
@@ -57,12 +63,12 @@ async fn a_mixed_batch_gives_everyone_the_tokens_they_get_alone() {
     assert_eq!(distinct.len(), 9, "every adapter has its own answer");
 }
 
-/// What came, in order.
+/// An event that the test sees.
 #[derive(Debug, PartialEq)]
 enum Seen {
     /// A token of the stream that ran before.
     Token,
-    /// A first answer of an adapter.
+    /// The first answer of an adapter.
     Answer,
 }
 
@@ -94,9 +100,9 @@ async fn adapters_that_are_being_loaded_stall_no_stream() {
         })
         .collect()
         .await;
-    // Each adapter has 20 MB to be read, checked and copied: without a stream of its own that is one long pause.
+    // Each adapter has 20 MB to be read, checked and copied. If steps waited for that, there would be a long pause.
     let before = seen.iter().take_while(|seen| **seen == Seen::Token).count();
-    assert!(before >= 3, "{before} tokens before the first adapter was there");
+    assert!(before >= 3, "{before} tokens before the first adapter's answer");
     assert!(seen.len() >= 5 * names.len(), "{} tokens while {} adapters came", seen.len(), names.len());
 }
 

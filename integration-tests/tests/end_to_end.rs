@@ -1,4 +1,4 @@
-//! The whole server with the demo model: what users get, and what happens when parts of it die.
+//! Whole servers with small models: answers, and the ends of processes.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use futures::{StreamExt, future::join_all};
@@ -7,6 +7,9 @@ use reqwest::StatusCode;
 use serde_json::json;
 
 const ADAPTERS: [Option<&str>; 4] = [None, Some("sentiment"), Some("sql"), Some("pirate")];
+
+/// The metric that counts sequences which have given up their blocks.
+const PREEMPTIONS: &str = "lorax_preemptions_total";
 
 #[tokio::test]
 async fn a_folder_is_served_with_adapters_of_all_ranks_in_one_batch() {
@@ -32,16 +35,19 @@ async fn a_folder_is_served_with_adapters_of_all_ranks_in_one_batch() {
 #[tokio::test]
 async fn preemption_and_small_chunks_change_no_token() {
     let plain = Server::start(&["--prefix-caching", "false"]).unwrap();
-    // 24 MiB are about 1000 positions for eight sequences, and chunks are of 7 rows.
+    // 6 MiB are 17 blocks of 16 positions. A sequence is admitted with one block, if a second one is free, and grows to six.
     let tight = Server::start(&["--kv-memory", "6MiB", "--max-batch-prefill-tokens", "7"]).unwrap();
     let prompts: Vec<String> = (0..8).map(|i| format!("Story {i}. Once upon a time")).collect();
     let answers = async |server: &Server| {
-        let all = prompts.iter().enumerate().map(|(i, prompt)| server.tokens(ADAPTERS[i % 4], prompt, 40));
+        let all = prompts.iter().enumerate().map(|(i, prompt)| server.tokens(ADAPTERS[i % 4], prompt, 80));
         join_all(all).await.into_iter().map(Result::unwrap).collect::<Vec<_>>()
     };
     let expected = answers(&plain).await;
     assert_eq!(answers(&tight).await, expected);
+    let preemptions = tight.until_metric(PREEMPTIONS, |count| count > 0.0).await.unwrap();
     assert_eq!(answers(&tight).await, expected, "with the prefixes in the cache");
+    tight.until_metric(PREEMPTIONS, |count| count > preemptions).await.unwrap();
+    assert_eq!(plain.metric(PREEMPTIONS).await.unwrap(), 0.0);
 }
 
 #[tokio::test]
@@ -67,22 +73,18 @@ async fn a_dead_shard_is_replaced_and_the_port_stays_open() {
             &text[text.len().saturating_sub(300)..]
         );
     }
-    let (mut unavailable, mut recovered) = (false, false);
-    while !recovered {
-        let response =
-            server.post("/generate", &json!({"inputs": "Hi", "parameters": {"max_new_tokens": 2}})).await;
-        match response.unwrap().status() {
-            StatusCode::SERVICE_UNAVAILABLE => unavailable = true,
-            status => recovered = status == StatusCode::OK,
-        }
-    }
-    assert!(unavailable, "requests were answered with 503 meanwhile");
+    let short = json!({"inputs": "Hi", "parameters": {"max_new_tokens": 2}});
+    let meanwhile = server.post("/generate", &short).await.unwrap();
+    assert_eq!(meanwhile.status(), StatusCode::SERVICE_UNAVAILABLE);
+    server.until("lost the model").unwrap();
+    server.until("connected to the model").unwrap();
+    assert_eq!(server.post("/generate", &short).await.unwrap().status(), StatusCode::OK);
     assert_eq!(server.terminate().unwrap().code(), Some(0));
 }
 
-/// A shard that does not react is killed, which the launcher's exit code tells.
+/// A shard that does not react is killed, and the launcher's exit code says so.
 #[tokio::test]
-async fn a_process_that_had_to_be_killed_is_told_of() {
+async fn a_process_that_had_to_be_killed_changes_the_exit_code() {
     let mut server = Server::start(&[]).unwrap();
     let shard = server.children("lorax-shard").unwrap()[0];
     Server::signal(shard, "-STOP").unwrap();
@@ -137,15 +139,19 @@ fn an_evaluation_harness_gets_the_numbers_of_transformers() {
 
 #[tokio::test]
 async fn a_client_that_leaves_makes_room() {
-    // Blocks for 1000 positions: one long answer at a time, and a waiting one that runs only when they are freed.
+    // 24 MiB are 68 blocks of 16 positions, fewer than two of the long answers fill.
     let server = Server::start(&["--kv-memory", "24MiB", "--max-total-tokens", "900"]).unwrap();
     let long = json!({"inputs": "Count:", "parameters": {"max_new_tokens": 890, "ignore_eos_token": true}});
     for _ in 0..8 {
         let mut events = server.post("/generate_stream", &long).await.unwrap().bytes_stream();
         assert!(events.next().await.unwrap().unwrap().starts_with(b"data:"));
     }
-    // Eight times that prompt would fill all blocks many times over and take minutes.
-    let begun = std::time::Instant::now();
+    server.until_metric("lorax_requests_total{end=\"cancelled\"}", |count| count == 8.0).await.unwrap();
+    server.until_metric("lorax_kv_blocks{state=\"used\"}", |blocks| blocks == 0.0).await.unwrap();
+    assert_eq!(
+        server.metric("lorax_requests_total{end=\"length\"}").await.unwrap(),
+        0.0,
+        "none ran to its end"
+    );
     assert_eq!(server.tokens(Some("pirate"), "Hello", 8).await.unwrap().len(), 8);
-    assert!(begun.elapsed() < std::time::Duration::from_secs(10), "{:?}", begun.elapsed());
 }
