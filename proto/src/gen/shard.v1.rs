@@ -3,13 +3,13 @@
 pub struct InfoRequest {}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct InfoResponse {
-    /// Type of weights and KV memory: "float32", "bfloat16" or "float16".
+    /// Type of the weights and of the KV cache: "float32", "bfloat16" or "float16".
     #[prost(string, tag = "1")]
     pub dtype: ::prost::alloc::string::String,
     /// "cpu" or the device's name.
     #[prost(string, tag = "2")]
     pub device: ::prost::alloc::string::String,
-    /// Tensor-parallel position and size.
+    /// Position of this shard among the ranks of the tensor-parallel model, and the number of ranks.
     #[prost(uint32, tag = "3")]
     pub rank: u32,
     #[prost(uint32, tag = "4")]
@@ -23,7 +23,7 @@ pub struct InfoResponse {
     /// Ids that end a sequence.
     #[prost(uint32, repeated, tag = "7")]
     pub eos_token_ids: ::prost::alloc::vec::Vec<u32>,
-    /// Blocks of KV memory and token positions per block.
+    /// Number of KV blocks, and token positions of each.
     #[prost(uint32, tag = "8")]
     pub num_blocks: u32,
     #[prost(uint32, tag = "9")]
@@ -31,7 +31,7 @@ pub struct InfoResponse {
     /// Adapter slots on the device.
     #[prost(uint32, tag = "10")]
     pub num_slots: u32,
-    /// Bytes of device memory for adapters; their sum over the filled slots must stay below. 0: no bound but the slots.
+    /// Bytes of device memory for adapters, which the adapters in slots must not exceed together. 0: no bound but the slots.
     #[prost(uint64, tag = "11")]
     pub adapter_bytes: u64,
     /// Largest step, in rows.
@@ -43,19 +43,19 @@ pub struct InfoResponse {
     /// Rows of one step whose logits can be computed.
     #[prost(uint32, tag = "14")]
     pub max_logit_rows: u32,
-    /// The longest step of the warm-up, in microseconds. 0: no step was run.
+    /// The longest step of the warm-up, in microseconds. 0: the shard ran none.
     #[prost(uint64, tag = "15")]
     pub longest_step_us: u64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct AttachRequest {
-    /// The number of the session, chosen by the router. All ranks get the same, and no two sessions of a shard's life do.
+    /// The number of the session, chosen by the router: the same for all ranks, and never used before in the life of a shard.
     #[prost(uint64, tag = "1")]
     pub session: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct AttachResponse {
-    /// Adapters in slots, ready to be used. A load that was under way has been given up: its slot is empty.
+    /// Adapters in slots that are ready to be used. A load that was under way is abandoned, and its slot is empty.
     #[prost(message, repeated, tag = "1")]
     pub slots: ::prost::alloc::vec::Vec<FilledSlot>,
     /// Adapters in host memory.
@@ -99,10 +99,10 @@ pub struct PrepareRequest {
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PrepareResponse {
-    /// SHA-256 of what determines the adapter's output: its identity everywhere after this call.
+    /// SHA-256 of everything that determines the adapter's output. It identifies the adapter from here on.
     #[prost(bytes = "vec", tag = "1")]
     pub content: ::prost::alloc::vec::Vec<u8>,
-    /// Bytes it takes in a device slot, on this rank.
+    /// Bytes that it takes in a device slot, on this rank.
     #[prost(uint64, tag = "2")]
     pub bytes: u64,
     /// Its largest LoRA rank.
@@ -112,19 +112,19 @@ pub struct PrepareResponse {
     #[prost(string, repeated, tag = "4")]
     pub sites: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
-/// One forward pass over a ragged batch of rows, with what must happen before it. Applied in field order.
+/// One forward pass over a ragged batch of rows, and the changes that come before it, in the order of the fields.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Step {
     /// Consecutive from 1 in a session.
     #[prost(uint64, tag = "1")]
     pub id: u64,
-    /// Sequences that have ended: their seats are free.
+    /// Sequences that have ended. The shard frees their seats.
     #[prost(uint64, repeated, tag = "2")]
     pub dropped: ::prost::alloc::vec::Vec<u64>,
     /// Slots to empty.
     #[prost(uint32, repeated, tag = "3")]
     pub unload: ::prost::alloc::vec::Vec<u32>,
-    /// Adapters to copy into slots. No row may use one before its SlotEvent.
+    /// Adapters to copy into slots. No row may use such a slot before its SlotEvent.
     #[prost(message, repeated, tag = "4")]
     pub load: ::prost::alloc::vec::Vec<SlotLoad>,
     /// Sequences that run from this step on.
@@ -141,7 +141,7 @@ pub struct Step {
 pub struct SlotLoad {
     #[prost(uint32, tag = "1")]
     pub slot: u32,
-    /// Content hash of a prepared adapter. It is read again if memory pressure has taken its host copy.
+    /// Content hash of a prepared adapter. The shard reads it again if it has evicted the copy in host memory.
     #[prost(bytes = "vec", tag = "2")]
     pub content: ::prost::alloc::vec::Vec<u8>,
 }
@@ -150,7 +150,7 @@ pub struct NewSequence {
     /// Chosen by the router; unique among the running sequences.
     #[prost(uint64, tag = "1")]
     pub sequence: u64,
-    /// Prompt, followed by what has been generated already when a preempted sequence returns.
+    /// The prompt. When a preempted sequence returns, the tokens that it had generated follow.
     #[prost(uint32, repeated, tag = "2")]
     pub tokens: ::prost::alloc::vec::Vec<u32>,
     /// How many of `tokens` are the prompt.
@@ -159,17 +159,18 @@ pub struct NewSequence {
     /// Slot of its adapter; absent for the base model.
     #[prost(uint32, optional, tag = "4")]
     pub slot: ::core::option::Option<u32>,
-    /// How it samples.
+    /// Its sampling parameters.
     #[prost(message, optional, tag = "5")]
     pub sampling: ::core::option::Option<Sampling>,
-    /// Report log-probabilities of the prompt's tokens as they are computed, with `sampling.num_top` alternatives each.
+    /// Whether to report log-probabilities of the prompt's tokens, with `sampling.num_top` alternatives each, as they are
+    /// computed.
     #[prost(bool, tag = "6")]
     pub prompt_logprobs: bool,
 }
-/// See the parameters' definitions in the API documentation; neutral values switch a filter off.
+/// The parameters are defined in docs/api.md. Each comment names the value that switches a filter off.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Sampling {
-    /// 0: the most probable token.
+    /// 0: the most probable token is chosen.
     #[prost(float, tag = "1")]
     pub temperature: f32,
     /// 0: off.
@@ -214,21 +215,22 @@ pub struct LogitBias {
 pub struct SequenceRows {
     #[prost(uint64, tag = "1")]
     pub sequence: u64,
-    /// Position of the first row. Rows beyond the known tokens take the token sampled last: a decode row carries no id.
+    /// Position of the first row. A decode row carries no token id: a row beyond the known tokens takes the token that the
+    /// shard sampled last for the sequence.
     #[prost(uint32, tag = "2")]
     pub position: u32,
     /// Number of rows: 1 to decode, more for a chunk of the prompt.
     #[prost(uint32, tag = "3")]
     pub rows: u32,
-    /// Blocks appended to the sequence's block table before the pass. The first rows of a sequence bring all blocks up
-    /// to here, shared ones of the prefix cache included.
+    /// Blocks to append to the sequence's block table before the pass. The first rows of a sequence bring all blocks so
+    /// far, including those that it shares with others through the prefix cache.
     #[prost(uint32, repeated, tag = "4")]
     pub new_blocks: ::prost::alloc::vec::Vec<u32>,
-    /// Sample a token from the last row.
+    /// Whether to sample a token from the last row.
     #[prost(bool, tag = "5")]
     pub sample: bool,
 }
-/// What a rank tells while it executes.
+/// An event that a rank reports while it executes.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ExecuteEvent {
     /// The session that the event belongs to.
@@ -241,10 +243,10 @@ pub struct ExecuteEvent {
 pub mod execute_event {
     #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum Event {
-        /// A step has run. Rank 0 only.
+        /// A step has run. Only rank 0 reports this.
         #[prost(message, tag = "1")]
         Step(super::StepResult),
-        /// A load into a slot has ended. Every rank.
+        /// A load into a slot has ended. Every rank reports this.
         #[prost(message, tag = "2")]
         Slot(super::SlotEvent),
     }
@@ -254,17 +256,17 @@ pub struct StepResult {
     /// The step's id.
     #[prost(uint64, tag = "1")]
     pub id: u64,
-    /// One for every `sample` of the step, in row order.
+    /// One token for every `sample` of the step, in the order of rows.
     #[prost(message, repeated, tag = "2")]
     pub tokens: ::prost::alloc::vec::Vec<Sampled>,
     /// Log-probabilities of prompt tokens whose rows were in the step.
     #[prost(message, repeated, tag = "3")]
     pub prompt: ::prost::alloc::vec::Vec<PromptLogprobs>,
-    /// How long the pass took, in microseconds.
+    /// Duration of the pass in microseconds.
     #[prost(uint64, tag = "4")]
     pub duration_us: u64,
-    /// Sequences of `added` that the shard cannot take. Their rows, in this step and the ones that follow, are passed over
-    /// until they are dropped; everybody else's are computed.
+    /// Sequences of `added` that the shard cannot compute. It skips their rows, in this step and the following ones, until
+    /// they are dropped; the rows of all other sequences are computed.
     #[prost(message, repeated, tag = "5")]
     pub refused: ::prost::alloc::vec::Vec<Refused>,
 }
@@ -272,7 +274,7 @@ pub struct StepResult {
 pub struct Refused {
     #[prost(uint64, tag = "1")]
     pub sequence: u64,
-    /// Why, in words for the client.
+    /// The reason, as a message for the client.
     #[prost(string, tag = "2")]
     pub reason: ::prost::alloc::string::String,
 }
@@ -299,10 +301,10 @@ pub struct Token {
 pub struct PromptLogprobs {
     #[prost(uint64, tag = "1")]
     pub sequence: u64,
-    /// Position of the first token reported; at least 1, since nothing predicts the first token.
+    /// Position of the first token reported; at least 1, because nothing predicts the first token of a prompt.
     #[prost(uint32, tag = "2")]
     pub position: u32,
-    /// Tokens at this and the following positions.
+    /// The tokens at this position and the following ones.
     #[prost(message, repeated, tag = "3")]
     pub tokens: ::prost::alloc::vec::Vec<ScoredToken>,
 }
@@ -318,11 +320,11 @@ pub struct ScoredToken {
 pub struct SlotEvent {
     #[prost(uint32, tag = "1")]
     pub slot: u32,
-    /// Content hash that was to be loaded.
+    /// Content hash of the adapter that was to be loaded.
     #[prost(bytes = "vec", tag = "2")]
     pub content: ::prost::alloc::vec::Vec<u8>,
-    /// Empty when the adapter is ready; else why it could not be loaded: it was never prepared here, or its files are
-    /// not there any more or have changed.
+    /// Empty when the adapter is ready. Otherwise why it could not be loaded, for instance because it was never prepared
+    /// here, or because its files have changed since.
     #[prost(string, tag = "3")]
     pub error: ::prost::alloc::string::String,
 }
@@ -330,10 +332,10 @@ pub struct SlotEvent {
 pub struct HealthRequest {}
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct HealthResponse {
-    /// Turns that the step loop has made. A loop that waits for work makes none.
+    /// Iterations of the step loop so far. A loop that waits for work makes none.
     #[prost(uint64, tag = "1")]
     pub turns: u64,
-    /// Age in milliseconds of the oldest command or step that the loop has not finished; absent when it waits for work.
+    /// Age in milliseconds of the oldest command or step that the loop has not finished; absent while it waits for work.
     #[prost(uint64, optional, tag = "2")]
     pub oldest_ms: ::core::option::Option<u64>,
 }
@@ -428,7 +430,7 @@ pub mod shard_client {
             self.inner = self.inner.max_encoding_message_size(limit);
             self
         }
-        /// What the shard serves and how much room it has. Answers once the model is loaded.
+        /// Describes the model that the shard serves and its capacity. Answers once the model is loaded.
         pub async fn info(
             &mut self,
             request: impl tonic::IntoRequest<super::InfoRequest>,
@@ -447,8 +449,8 @@ pub mod shard_client {
             req.extensions_mut().insert(GrpcMethod::new("shard.v1.Shard", "Info"));
             self.inner.unary(req, path, codec).await
         }
-        /// Begins a session: ends the one before with its Execute stream, and forgets every sequence and all keys and values.
-        /// Adapters stay where they are, in slots and in host memory; the answer lists them.
+        /// Begins a session: ends the session before it together with its Execute stream, and forgets every sequence and the
+        /// whole KV cache. Adapters stay where they are, in slots and in host memory; the answer lists them.
         pub async fn attach(
             &mut self,
             request: impl tonic::IntoRequest<super::AttachRequest>,
@@ -467,9 +469,9 @@ pub mod shard_client {
             req.extensions_mut().insert(GrpcMethod::new("shard.v1.Shard", "Attach"));
             self.inner.unary(req, path, codec).await
         }
-        /// Resolves an adapter reference, reads and checks the adapter against the model, and keeps it in host memory. Runs
-        /// beside steps and beside other preparations. Called for every request that names an adapter: it is where access is
-        /// checked, whatever is cached.
+        /// Resolves an adapter reference, reads the adapter, checks it against the model, and keeps it in host memory. Steps
+        /// and other preparations go on meanwhile. The router calls it for every request that names an adapter, because access
+        /// is checked here, whether or not the adapter is in memory.
         pub async fn prepare(
             &mut self,
             request: impl tonic::IntoRequest<super::PrepareRequest>,
@@ -548,20 +550,20 @@ pub mod shard_server {
     /// Generated trait containing gRPC methods that should be implemented for use with ShardServer.
     #[async_trait]
     pub trait Shard: std::marker::Send + std::marker::Sync + 'static {
-        /// What the shard serves and how much room it has. Answers once the model is loaded.
+        /// Describes the model that the shard serves and its capacity. Answers once the model is loaded.
         async fn info(
             &self,
             request: tonic::Request<super::InfoRequest>,
         ) -> std::result::Result<tonic::Response<super::InfoResponse>, tonic::Status>;
-        /// Begins a session: ends the one before with its Execute stream, and forgets every sequence and all keys and values.
-        /// Adapters stay where they are, in slots and in host memory; the answer lists them.
+        /// Begins a session: ends the session before it together with its Execute stream, and forgets every sequence and the
+        /// whole KV cache. Adapters stay where they are, in slots and in host memory; the answer lists them.
         async fn attach(
             &self,
             request: tonic::Request<super::AttachRequest>,
         ) -> std::result::Result<tonic::Response<super::AttachResponse>, tonic::Status>;
-        /// Resolves an adapter reference, reads and checks the adapter against the model, and keeps it in host memory. Runs
-        /// beside steps and beside other preparations. Called for every request that names an adapter: it is where access is
-        /// checked, whatever is cached.
+        /// Resolves an adapter reference, reads the adapter, checks it against the model, and keeps it in host memory. Steps
+        /// and other preparations go on meanwhile. The router calls it for every request that names an adapter, because access
+        /// is checked here, whether or not the adapter is in memory.
         async fn prepare(
             &self,
             request: tonic::Request<super::PrepareRequest>,
