@@ -1,9 +1,9 @@
 //! The run configuration of a server: one type for the launcher, which fills it from flags and environment and writes
 //! it to a file, and for the router and the shards, which read that file.
 //!
-//! A setting is declared once, as a field of [`RouterConfig`], [`ShardConfig`] or [`LogConfig`]. The field's name is the
-//! flag (`max_batch_size` is `--max-batch-size`), the environment variable (`MAX_BATCH_SIZE`) and the key in the file;
-//! its doc comment is the text of `--help`; its bounds are in the `check` beside it.
+//! A setting is declared once, as a field of [`RouterConfig`], [`ShardConfig`] or [`LogConfig`]. The field's name is
+//! the flag (`max_batch_size` is `--max-batch-size`), the environment variable (`MAX_BATCH_SIZE`) and the key in the
+//! file; its doc comment is the text of `--help`; its bounds are in the `check` beside it.
 
 mod error;
 mod log;

@@ -57,8 +57,9 @@ pub struct RouterConfig {
     #[arg(long, env, default_value_t = 2)]
     pub router_threads: usize,
 
-    /// A key that clients must send as `Authorization: Bearer KEY`; several are separated by commas, and each is a tenant
-    /// of its own, of weight 1. Without any key everybody may ask. The environment variable hides keys from other users of this machine
+    /// A key that clients must send as `Authorization: Bearer KEY`; several are separated by commas, and each is a
+    /// tenant of its own, of weight 1. Without any key everybody may ask. The environment variable hides keys from
+    /// other users of this machine
     #[arg(
         long = "api-key",
         env = "LORAX_API_KEY",

@@ -6,8 +6,8 @@ use bytesize::ByteSize;
 
 use crate::ConfigError;
 
-/// The address to listen on unless a flag says otherwise: the environment's `HOSTNAME` only if it is an address, because
-/// containers keep their names there.
+/// The address to listen on unless a flag says otherwise: the environment's `HOSTNAME` only if it is an address,
+/// because containers keep their names there.
 pub(crate) fn address_of_environment() -> String {
     let named = std::env::var("HOSTNAME").ok();
     named.filter(|name| name.parse::<IpAddr>().is_ok()).unwrap_or_else(|| "0.0.0.0".into())
@@ -18,8 +18,8 @@ pub(crate) fn bytes(text: &str) -> Result<u64, String> {
     text.parse::<ByteSize>().map(|size| size.as_u64())
 }
 
-/// A number of seconds, such as `30` or `0.5`. What is too large for a [`Duration`] is the longest one, which the bounds
-/// of the settings then refuse.
+/// A number of seconds, such as `30` or `0.5`. What is too large for a [`Duration`] is the longest one, which the
+/// bounds of the settings then refuse.
 pub(crate) fn seconds(text: &str) -> Result<Duration, String> {
     let seconds: f64 = text.parse().map_err(|error| format!("{error}"))?;
     if seconds.is_nan() || seconds < 0.0 {

@@ -88,7 +88,7 @@ pub(crate) fn in_place<T>(path: &Path, work: impl FnOnce(&Path) -> io::Result<T>
     made.and_then(|()| work(path)).map_err(|source| HubError::Cache { path: path.into(), source })
 }
 
-/// Whether a name that somebody else chose stays within the folder that it is put in.
+/// Returns whether a name that somebody else chose stays within the folder that it is put in.
 pub(crate) fn is_plain(name: &str) -> bool {
     !name.is_empty() && Path::new(name).components().all(|part| matches!(part, Component::Normal(_)))
 }

@@ -68,7 +68,7 @@ impl HubError {
         }
     }
 
-    /// Whether the fault is in what was asked for, or of whom.
+    /// Returns whether the fault is in what was asked for, or of whom.
     pub fn is_refusal(&self) -> bool {
         matches!(self, HubError::Status { .. } | HubError::Malformed { .. }) && !self.is_passing()
     }

@@ -94,7 +94,7 @@ pub enum ModelError {
 }
 
 impl ModelError {
-    /// Whether the user named something that cannot be had.
+    /// Returns whether the user named something that cannot be had.
     pub fn is_usage(&self) -> bool {
         match self {
             ModelError::Hub { source, .. } => source.is_refusal(),
@@ -135,7 +135,7 @@ pub async fn find(
     Ok(ModelFiles { id: id.into(), path, revision: revision.map(str::to_owned), sha: Some(sha) })
 }
 
-/// Whether this is `name` or `organisation/name`.
+/// Returns whether this is `name` or `organisation/name`.
 fn is_id(id: &str) -> bool {
     let is_name = |part: &str| {
         !part.is_empty()

@@ -35,7 +35,8 @@ async fn a_folder_is_served_with_adapters_of_all_ranks_in_one_batch() {
 #[tokio::test]
 async fn preemption_and_small_chunks_change_no_token() {
     let plain = Server::start(&["--prefix-caching", "false"]).unwrap();
-    // 6 MiB are 17 blocks of 16 positions. A sequence is admitted with one block, if a second one is free, and grows to six.
+    // 6 MiB are 17 blocks of 16 positions. A sequence is admitted with one block, if a second one is free, and grows
+    // to six.
     let tight = Server::start(&["--kv-memory", "6MiB", "--max-batch-prefill-tokens", "7"]).unwrap();
     let prompts: Vec<String> = (0..8).map(|i| format!("Story {i}. Once upon a time")).collect();
     let answers = async |server: &Server| {

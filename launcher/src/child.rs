@@ -20,10 +20,11 @@ use tokio::{
 
 /// The longest line of a log. The rest of a longer one is a line of its own.
 const LINE: u64 = 16 << 10;
-/// What the pipes of a process that has ended get to end as well: a grandchild could hold them open for ever.
+/// Time for the pipes of a process that has ended to end as well. Without it a grandchild could hold them open for
+/// ever.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
-/// How a child has ended.
+/// The end of a child.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum End {
     /// The process has exited.
@@ -41,12 +42,12 @@ impl fmt::Display for End {
     }
 }
 
-/// How the log of a child is passed on.
+/// The way in which the log of a child is passed on.
 #[derive(Clone)]
 pub(crate) struct Output {
     /// The launcher's log.
     pub(crate) lines: Lines,
-    /// Whether lines go on as they are, without the child's name in front.
+    /// Whether lines are passed on as they are, without the child's name in front.
     pub(crate) plain: bool,
 }
 
@@ -93,7 +94,7 @@ impl Child {
         &self.name
     }
 
-    /// Whether it has said that it serves.
+    /// Returns whether the child has reported that it serves.
     pub(crate) fn serves(&self) -> bool {
         self.heartbeat.serving
     }

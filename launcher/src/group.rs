@@ -24,9 +24,9 @@ pub(crate) struct Group<Start> {
     phase: Phase,
     started: Instant,
     backoff: Duration,
-    /// How often the group was started.
+    /// The number of times that the group was started.
     lives: usize,
-    /// Whether all members have served at the same time before.
+    /// Whether all members have served at the same time at some point.
     served: bool,
 }
 
@@ -53,12 +53,12 @@ impl<Start: Fn() -> Result<Vec<Child>, Failure>> Group<Start> {
         })
     }
 
-    /// How long the current life has lasted, and how many there were.
+    /// Time since the group was last started, and the number of times that it was started.
     pub(crate) fn life(&self) -> (Duration, usize) {
         (self.started.elapsed(), self.lives)
     }
 
-    /// Whether all members have served at the same time, in this life or before.
+    /// Returns whether all members have served at the same time, since the last start or before it.
     pub(crate) fn has_served(&mut self) -> bool {
         let serve = !self.members.is_empty() && self.members.iter().all(Child::serves);
         self.served |= serve;

@@ -14,14 +14,14 @@ use crate::{
 /// A router whose first life is shorter than this, or than the shards take to load, has a fault that restarts do not
 /// mend.
 const FIRST_LIFE: Duration = Duration::from_secs(3);
-/// What shards get to stop, and what the router gets beyond what it was promised.
+/// Time for shards to stop, and time for the router beyond what it was promised.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How long a process may be silent unless `--step-timeout` says otherwise.
+/// Longest silence of a process unless `--step-timeout` says otherwise.
 const SILENCE: Duration = Duration::from_secs(10);
 /// The shortest silence that means anything on a machine that is busy.
 const SHORTEST_SILENCE: Duration = Duration::from_secs(2);
 
-/// Why the launcher gave up.
+/// The reason that the launcher gave up.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Failure {
     /// A program cannot be started.
@@ -37,7 +37,7 @@ pub(crate) enum Failure {
     NeverReady {
         /// The process.
         name: String,
-        /// How it ended.
+        /// Its end.
         end: End,
     },
     /// A process was killed while stopping, or ended with an error.
@@ -49,13 +49,13 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
-    /// Whether a process refused its configuration.
+    /// Returns whether a process refused its configuration.
     pub(crate) fn is_usage(&self) -> bool {
         matches!(self, Failure::NeverReady { end: End::Exited(status), .. } if status.code() == Some(EX_USAGE))
     }
 }
 
-/// What to run.
+/// The processes to run.
 pub(crate) struct Plan {
     /// Folder of the programs.
     pub(crate) programs: PathBuf,

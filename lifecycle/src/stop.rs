@@ -17,7 +17,8 @@ pub(crate) struct Stop(Arc<Mutex<Option<oneshot::Sender<()>>>>);
 impl Stop {
     /// From now on the process ends when stdin does, in the middle of loading, too.
     ///
-    /// Stdin is read on a thread of its own: a runtime cannot be dropped while one of its threads reads what never ends.
+    /// Stdin is read on a thread of its own: a runtime cannot be dropped while one of its threads reads what never
+    /// ends.
     pub(crate) fn watch() -> io::Result<Stop> {
         let waiting = Arc::new(Mutex::new(None::<oneshot::Sender<()>>));
         let stop = Stop(waiting.clone());

@@ -20,13 +20,13 @@ pub(crate) struct AdapterRef {
     pub(crate) credential: Credential,
 }
 
-/// What a request brings for the source of its adapter.
+/// The tokens that a request brings for the source of its adapter.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Credential {
     /// A token that is meant for the source: the body's `api_token`, or the header `x-adapter-token`.
     given: Option<SecretString>,
-    /// A bearer token of a server without keys. It may be meant for the source, as LoRAX takes it, or be the placeholder
-    /// that some clients cannot do without, so it is shown only to a source that wants to see one.
+    /// A bearer token of a server without keys. It may be meant for the source, as LoRAX takes it, or be the
+    /// placeholder that some clients cannot do without, so it is shown only to a source that wants to see one.
     fallback: Option<SecretString>,
 }
 
@@ -36,7 +36,7 @@ impl Credential {
         Credential { given, fallback }
     }
 
-    /// Whether there is none.
+    /// Returns whether the request brought no token.
     fn is_none(&self) -> bool {
         self.given.is_none() && self.fallback.is_none()
     }
@@ -63,7 +63,7 @@ impl App {
         Some(AdapterRef { source, id, credential })
     }
 
-    /// With whom a request shares the prefix cache; `narrower` is the request's own salt.
+    /// The salt of a request in the prefix cache; `narrower` is the request's own salt.
     pub(crate) fn cache_salt(
         &self,
         caller: &Caller,

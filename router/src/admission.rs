@@ -1,14 +1,14 @@
 //! Admission: which requests get the permits of `--max-concurrent-requests`, and whose are shed when there are none.
 //!
-//! A permit is one sequence. A flow is what one tenant asks of one adapter. While permits are free everybody gets them; when
-//! there are none, the newcomer gets those of somebody who has more than his share:
+//! A permit is one sequence. A flow is what one tenant asks of one adapter. While permits are free everybody gets
+//! them; when there are none, the newcomer gets those of somebody who has more than his share:
 //!
 //! 1. of the tenant that is furthest above its share, where shares are by weight among the tenants that hold permits;
 //! 2. of its longest flow;
 //! 3. of the youngest request in it whose answer has not begun. An answer that has begun is never shed.
 //!
-//! The newcomer is counted first, so that it is refused itself if it would be the one to be shed. A tenant within its share
-//! loses nothing to other tenants.
+//! The newcomer is counted first, so that it is refused itself if it would be the one to be shed. A tenant within its
+//! share loses nothing to other tenants.
 //!
 //! This is a state machine without clock, locks or input: time is an argument, and whom to shed is a result.
 
@@ -26,10 +26,10 @@ use rates::{Bucket, Pace};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct AdmissionId(u64);
 
-/// What a request asks for.
+/// The permits that a request asks for.
 #[derive(Debug, Clone, Copy)]
 pub struct Asked<'a> {
-    /// Who asks.
+    /// The tenant that asks.
     pub tenant: &'a Tenant,
     /// The adapter, as the request names it.
     pub adapter: Option<&'a str>,
@@ -46,7 +46,7 @@ pub struct Admitted {
     pub shed: Vec<(AdmissionId, Duration)>,
 }
 
-/// Why a request was not let in, and when it may try again.
+/// The reason that a request was not let in, and when it may try again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     /// All permits are taken, and nobody else has to give way.
@@ -119,7 +119,7 @@ struct TenantState {
 }
 
 impl TenantState {
-    /// Whether nothing is lost when it is forgotten.
+    /// Returns whether nothing is lost when the tenant is forgotten.
     fn is_idle(&self) -> bool {
         self.held == 0 && self.requests.is_unused() && self.tokens.is_unused()
     }
@@ -153,7 +153,7 @@ impl Admission {
         self.held
     }
 
-    /// Whether a request would be let in.
+    /// Returns an error if a request would not be let in.
     pub fn check(&mut self, asked: Asked, now: Duration) -> Result<(), Refusal> {
         let checked = self.victims(asked, now);
         self.forget_if_idle(asked.tenant.id);
@@ -179,14 +179,16 @@ impl Admission {
         Ok(Admitted { id, shed })
     }
 
-    /// The answer begins now: from here on the request cannot be shed. False if it has begun, ended or been shed before.
+    /// The answer begins now: from here on the request cannot be shed. False if it has begun, ended or been shed
+    /// before.
     pub fn begin(&mut self, id: AdmissionId) -> bool {
         let Some(Entry { tenant, adapter, .. }) = self.entries.get(&id) else { return false };
         let flow = self.tenants.get_mut(tenant).and_then(|tenant| tenant.flows.get_mut(adapter));
         flow.is_some_and(|flow| flow.waiting.remove(&id))
     }
 
-    /// One of the request's sequences has ended. Returns whether it was the last. Nothing happens if the request was shed.
+    /// One of the request's sequences has ended. Returns whether it was the last. Nothing happens if the request was
+    /// shed.
     pub fn release(&mut self, id: AdmissionId, now: Duration) -> bool {
         let Some(entry) = self.entries.get_mut(&id) else { return false };
         entry.permits -= 1;
@@ -199,7 +201,8 @@ impl Admission {
         ended
     }
 
-    /// Counts tokens against the tenant's limit, after they were used: a tenant may go beyond it once, and waits longer then.
+    /// Counts tokens against the tenant's limit, after they were used: a tenant may go beyond it once, and waits
+    /// longer then.
     pub fn charge(&mut self, tenant: &Tenant, tokens: usize, now: Duration) {
         if let Some(limit) = tenant.limits.tokens_per_minute {
             // The last tokens of an answer may come after its permit has gone back.
@@ -209,7 +212,7 @@ impl Admission {
         }
     }
 
-    /// Whom a request would be let in at the cost of.
+    /// The requests that would be shed to let a request in.
     fn victims(&mut self, asked: Asked, now: Duration) -> Result<Vec<AdmissionId>, Refusal> {
         let tenant = self.tenants.entry(asked.tenant.id).or_default();
         tenant.weight = u64::from(asked.tenant.weight);
@@ -240,7 +243,7 @@ impl Admission {
         Ok(())
     }
 
-    /// Whom to shed for a newcomer; nobody while permits are free.
+    /// The requests to shed for a newcomer; none while permits are free.
     fn make_room(&self, asked: Asked) -> Result<Vec<AdmissionId>, Refusal> {
         let mut room = Room::new(self, asked);
         let mut missing = (self.held + asked.sequences).saturating_sub(self.bound);

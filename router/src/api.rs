@@ -1,7 +1,7 @@
 //! The HTTP interface: what requests and responses look like. `docs/api.md` is its manual.
 //!
-//! A dialect turns a body into a [`group::GroupRequest`], and folds the [text events](crate::text) of every sequence of the
-//! group into deltas. A streamed response is the deltas, and a whole response is what they add up to.
+//! A dialect turns a body into a [`group::GroupRequest`], and folds the [text events](crate::text) of every sequence
+//! of the group into deltas. A streamed response is the deltas, and a whole response is what they add up to.
 
 pub(crate) mod error;
 mod fold;

@@ -25,14 +25,14 @@ use minijinja::{Environment, Value, value::ValueKind};
 
 use crate::tokenizer::ModelTokenizer;
 
-/// What the environment calls its only template.
+/// The name of the environment's only template.
 const NAME: &str = "chat_template";
 /// The template that is used unless another one is better.
 const DEFAULT: &str = "default";
 /// The template for requests with tools.
 const TOOL_USE: &str = "tool_use";
 
-/// Why a chat was not rendered.
+/// The reason that a chat was not rendered.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum ChatError {
     /// The model has none.
@@ -52,7 +52,7 @@ pub enum ChatError {
     Continue(&'static str),
 }
 
-/// What a chat is rendered from.
+/// The variables that a chat is rendered with.
 #[derive(Debug, Clone, Default)]
 pub struct TemplateInput {
     /// The messages, each a map as the client sent it.
@@ -157,7 +157,7 @@ impl Template {
     }
 }
 
-/// What was not given is None for a template.
+/// A variable that was not given is `None` for a template.
 fn given(value: &Option<Value>) -> Value {
     value.clone().filter(|value| value.kind() != ValueKind::Undefined).unwrap_or_else(|| Value::from(()))
 }

@@ -1,4 +1,4 @@
-//! From text to what an assistant says: the layer that knows in which form a model writes its answer.
+//! Turns text into chat events: the layer that knows the form in which a model writes its answer.
 
 use crate::text::{EndReason, Piece, TextEvent, TokenText};
 
@@ -16,7 +16,7 @@ pub(crate) enum ChatEvent {
 pub(crate) struct ChatEvents {}
 
 impl ChatEvents {
-    /// What a piece of text tells. The prompt is not part of the answer.
+    /// The chat events of a text event. The prompt has none, because it is not part of the answer.
     pub(crate) fn push(&mut self, event: TextEvent) -> Vec<ChatEvent> {
         let TextEvent::Piece(Piece { text, settled, end, .. }) = event else { return Vec::new() };
         let tokens = settled.into_iter().filter(|token| token.visible).collect();

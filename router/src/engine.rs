@@ -1,7 +1,7 @@
 //! The engine: owns the scheduler, plans steps, keeps two in flight, and hands out what comes back.
 //!
-//! It runs on a thread of its own, so that JSON, templates and detokenizing cannot delay a step, and it waits for nobody
-//! but the ranks: a client that does not keep up fills its own channel and is cancelled.
+//! It runs on a thread of its own, so that JSON, templates and detokenizing cannot delay a step, and it waits for
+//! nobody but the ranks: a client that does not keep up fills its own channel and is cancelled.
 
 mod batcher;
 mod in_flight;
@@ -63,8 +63,8 @@ struct Submit {
     hold: PermitHold,
 }
 
-/// Jobs whose clients have gone. Unlike a channel the list takes every one of them, however many leave at once; it never
-/// has more entries than there are jobs.
+/// Jobs whose clients have gone. Unlike a channel the list takes every one of them, however many leave at once; it
+/// never has more entries than there are jobs.
 #[derive(Default)]
 struct Cancels {
     ids: Mutex<Vec<RequestId>>,
@@ -82,7 +82,7 @@ impl Cancels {
     }
 }
 
-/// Whether the model can answer.
+/// The readiness of the model.
 #[derive(Debug, Clone)]
 enum Readiness {
     /// The ranks run a session and serve this.
@@ -161,7 +161,7 @@ impl Engine {
         })
     }
 
-    /// What the ranks serve; `None` while they do not.
+    /// The model that the ranks serve; `None` while there is no session.
     pub(crate) fn info(&self) -> Option<Arc<Info>> {
         match &*self.readiness.borrow() {
             Readiness::Ready(info) => Some(info.clone()),
@@ -169,7 +169,7 @@ impl Engine {
         }
     }
 
-    /// Whether the model can answer, or why not.
+    /// Returns the reason if the model cannot answer.
     pub(crate) fn health(&self) -> Result<(), String> {
         // The sender lives as long as the engine, so an engine that has ended is seen here.
         if self.readiness.has_changed().is_err() {

@@ -8,14 +8,14 @@ use std::{
 
 use tokio::sync::oneshot;
 
-/// How much one party may hold.
+/// The rule for how much one party may hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Share {
-    /// As much as there is.
+    /// A party may hold everything.
     All,
-    /// No more than is free: a party alone may hold half of everything, and each further one half of what the others leave.
-    /// There is always something left for a newcomer (Choudhury and Hahne, "Dynamic queue length thresholds for
-    /// shared-memory packet switches", 1998).
+    /// No more than is free: a party alone may hold half of everything, and each further one half of what the others
+    /// leave. There is always something left for a newcomer (Choudhury and Hahne, "Dynamic queue length thresholds
+    /// for shared-memory packet switches", 1998).
     AsMuchAsIsFree,
 }
 

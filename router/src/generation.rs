@@ -14,7 +14,7 @@ use crate::{metrics::End, principal};
 pub(crate) struct Job {
     /// For whom it runs.
     pub(crate) tenant: Tenant,
-    /// With whom it shares the prefix cache.
+    /// Separates the prefix cache from those with another salt.
     pub(crate) salt: CacheSalt,
     pub(crate) prompt: Arc<[u32]>,
     pub(crate) max_new_tokens: u32,
@@ -39,12 +39,12 @@ pub(crate) struct PromptToken {
     pub(crate) top: Vec<Scored>,
 }
 
-/// What becomes of a job.
+/// News of a job.
 #[derive(Debug, Clone)]
 pub(crate) enum Update {
     /// Its first rows have run.
     Started {
-        /// How long it waited for that.
+        /// Time from its submission until its first rows were planned.
         queued: Duration,
     },
     /// Tokens of the prompt but the first, in order and without repetition.
@@ -84,7 +84,7 @@ pub(crate) fn cache_salt(
     CacheSalt(hash.iter().take(16).fold(0, |salt, byte| salt << 8 | u128::from(*byte)))
 }
 
-/// Why a job was not completed.
+/// The reason that a job was not completed.
 #[derive(Debug, Clone, thiserror::Error)]
 pub(crate) enum Failure {
     /// The shards are gone, or not there yet.
@@ -105,7 +105,7 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
-    /// How the request ends that it fails.
+    /// The end that metrics count for the request.
     pub(crate) fn end(&self) -> End {
         match self {
             Failure::Unavailable => End::Unavailable,

@@ -15,10 +15,10 @@ use subtle::{ConditionallySelectable, ConstantTimeEq};
 
 use crate::principal::{Principal, Tenant, TenantId, TenantLimits};
 
-/// How often the key file is looked at.
+/// Time between two looks at the key file.
 const POLL: Duration = Duration::from_secs(1);
 
-/// Why keys were refused.
+/// The reason that keys were refused.
 #[derive(Debug, thiserror::Error)]
 pub enum KeyError {
     /// The file cannot be read.
@@ -116,8 +116,8 @@ impl Ring {
         Ok(())
     }
 
-    /// The tenant of a key. Compares hashes, each in constant time and all of them, so that the time tells nothing about
-    /// valid keys.
+    /// The tenant of a key. Compares hashes, each in constant time and all of them, so that the time tells nothing
+    /// about valid keys.
     fn find(&self, key: &str) -> Option<Arc<Tenant>> {
         let hash = Hash::from(Sha256::digest(key));
         let mut found = u64::MAX;
@@ -128,7 +128,7 @@ impl Ring {
     }
 }
 
-/// Who is who: keys of the command line and of the key file.
+/// The API keys of the command line and of the key file, and their tenants.
 pub struct Keys {
     given: Vec<SecretString>,
     file: Option<PathBuf>,
@@ -148,7 +148,7 @@ impl Keys {
         Ok(keys)
     }
 
-    /// Whether callers need a key.
+    /// Returns whether callers need a key.
     pub fn are_required(&self) -> bool {
         self.file.is_some() || !self.given.is_empty()
     }
@@ -163,7 +163,8 @@ impl Keys {
         Some(Principal { tenant: ring.find(key?)? })
     }
 
-    /// Reads the key file again whenever its text changes, for ever; without a file, waits for ever. A file that cannot be used leaves the keys as they are.
+    /// Reads the key file again whenever its text changes, for ever; without a file, waits for ever. A file that
+    /// cannot be used leaves the keys as they are.
     pub(crate) async fn watch(self: Arc<Keys>) {
         let Some(file) = &self.file else { return std::future::pending().await };
         let mut seen = None;

@@ -8,7 +8,7 @@ use lifecycle::{EX_USAGE, Parent, Supervisor, fail};
 use lorax_router::{App, StartError, server};
 use tokio::runtime;
 
-/// What work that nobody waits for any more gets to end, such as tokenizing.
+/// Time for work that nobody waits for any more, such as tokenizing, to end.
 const LEFT_OVER: Duration = Duration::from_secs(1);
 
 /// The HTTP side of the server. Started by lorax-launcher.

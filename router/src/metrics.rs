@@ -1,7 +1,7 @@
-//! What the router counts, for `GET /metrics`. `docs/metrics.md` lists all metrics.
+//! The metrics of `GET /metrics`. `docs/metrics.md` lists all of them.
 //!
-//! Handles are made once, so that counting looks nothing up, and the engine records once a step where it can. Labels have
-//! few values: none is an adapter, and none comes from a client.
+//! Handles are made once, so that counting looks nothing up, and the engine records once a step where it can. Labels
+//! have few values: none is an adapter, and none comes from a client.
 
 mod engine;
 mod http;
@@ -25,7 +25,7 @@ pub(crate) use http::observe;
 use outcome::OutcomeMetrics;
 pub(crate) use outcome::{End, Outcome};
 
-/// How often recorded durations are put into their buckets; until then each takes 16 bytes.
+/// Time between two sortings of recorded durations into their buckets; until then each takes 16 bytes.
 const UPKEEP: Duration = Duration::from_secs(1);
 
 /// The content type of Prometheus' text format.
@@ -76,12 +76,12 @@ impl Metrics {
         Outcome::new(self.outcomes.clone())
     }
 
-    /// What the engine counts.
+    /// The metrics of the engine.
     pub(crate) fn engine(&self) -> EngineMetrics {
         with_local_recorder(&self.recorder, EngineMetrics::new)
     }
 
-    /// What is counted of the preparation of adapters.
+    /// The metrics of preparing adapters.
     pub(crate) fn prepare(&self) -> PrepareMetrics {
         with_local_recorder(&self.recorder, PrepareMetrics::new)
     }

@@ -27,7 +27,7 @@ struct Shared {
 
 struct State {
     admission: Admission,
-    /// How requests are told that they were shed, and when they may come again.
+    /// By request: the channel that tells it that it was shed, and when it may come again.
     notices: HashMap<AdmissionId, watch::Sender<Option<Duration>>>,
 }
 
@@ -60,12 +60,12 @@ impl Permits {
         Permits { shared: Arc::new(shared) }
     }
 
-    /// How many permits are held, now and from now on.
+    /// The number of permits that are held, now and from now on.
     pub(crate) fn held(&self) -> watch::Receiver<usize> {
         self.shared.held.subscribe()
     }
 
-    /// Whether a request would be let in.
+    /// Returns an error if a request would not be let in.
     pub(crate) fn check(&self, asked: Asked) -> Result<(), Refusal> {
         let now = self.shared.started.elapsed();
         self.shared.lock().admission.check(asked, now)

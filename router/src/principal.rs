@@ -1,4 +1,4 @@
-//! Who asks: every request has a principal, which names the tenant that it counts for.
+//! Principals and tenants: every request has a principal, which names the tenant that the request counts for.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use serde::Deserialize;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TenantId(pub u64);
 
-/// What a tenant may use at most; `None` is no limit of its own.
+/// Limits of a tenant. `None` means that the tenant has no such limit of its own.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TenantLimits {
@@ -20,22 +20,22 @@ pub struct TenantLimits {
     pub tokens_per_minute: Option<u32>,
 }
 
-/// A party that shares the server with others: it has a weight and limits, and its requests compete with each other before
-/// they compete with those of other tenants.
+/// A party that shares the server with others: it has a weight and limits, and its requests compete with each other
+/// before they compete with those of other tenants.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tenant {
     /// Tells it apart from the others.
     pub id: TenantId,
-    /// What logs and metrics call it.
+    /// Its name in logs.
     pub name: String,
     /// Its share of the server, relative to the others' weights; at least 1.
     pub weight: u32,
-    /// What it may use at most.
+    /// Its limits.
     pub limits: TenantLimits,
 }
 
 impl Tenant {
-    /// What the scheduler knows of it.
+    /// The tenant as the scheduler knows it.
     pub(crate) fn scheduled(&self) -> scheduler::Tenant {
         scheduler::Tenant { id: self.id.0, weight: self.weight }
     }

@@ -34,7 +34,7 @@ pub(crate) use merge::InfoError;
 /// Largest message. The largest ones are steps that add many long prompts.
 const MAX_MESSAGE: usize = 64 << 20;
 
-/// Why a session with the ranks is over, or could not begin.
+/// The reason that a session with the ranks has ended, or could not begin.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum RankError {
     /// A rank cannot be reached, or answered with an error.
@@ -81,7 +81,7 @@ pub(crate) enum RankError {
     /// Rank 0 has answered a step that it should not have answered next.
     #[error("rank 0 answered step {actual} instead of step {expected}")]
     UnexpectedStep {
-        /// What was answered.
+        /// The step that was answered.
         actual: u64,
         /// The oldest step in flight, or the next one to be sent.
         expected: u64,
@@ -134,7 +134,7 @@ pub(crate) enum RankError {
     },
 }
 
-/// Why an adapter could not be prepared.
+/// The reason that an adapter could not be prepared.
 #[derive(Debug, Clone, thiserror::Error)]
 pub(crate) enum PrepareError {
     /// No such adapter.
@@ -165,8 +165,8 @@ impl From<Status> for PrepareError {
     }
 }
 
-/// Clients of all ranks. Connections are made, and made again, when they are needed; they belong to the runtime on which
-/// the clients were made.
+/// Clients of all ranks. Connections are made, and made again, when they are needed; they belong to the runtime on
+/// which the clients were made.
 #[derive(Clone)]
 pub(crate) struct Ranks {
     clients: Vec<ShardClient<Channel>>,
@@ -178,12 +178,13 @@ impl Ranks {
         Ranks { clients: sockets.iter().map(|socket| client(socket)).collect() }
     }
 
-    /// How many there are.
+    /// The number of ranks.
     pub(crate) fn world(&self) -> usize {
         self.clients.len()
     }
 
-    /// What the ranks serve together. Has no deadline: a shard answers when it has loaded the model and has warmed up.
+    /// The model that the ranks serve together. Has no deadline: a shard answers when its model is loaded and warmed
+    /// up.
     pub(crate) async fn info(&self) -> Result<Info, RankError> {
         let infos = self.clients.iter().cloned().enumerate().map(async |(rank, mut client)| {
             let info = client.info(InfoRequest {}).await.map_err(|status| failed(rank, &status))?;

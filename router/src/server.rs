@@ -40,15 +40,15 @@ use crate::{
 use bodies::Bodies;
 pub use connections::serve;
 
-/// Requests whose adapters may be prepared at the same time, if `--max-concurrent-requests` is not more: a slow adapter keeps
-/// nobody out who names another.
+/// Requests whose adapters may be prepared at the same time, if `--max-concurrent-requests` is not more: a slow
+/// adapter keeps nobody out who names another.
 const MIN_PREPARING: usize = 256;
 
 /// Connections that may wait to be accepted, if the system allows as many. Where they are too few, the system may reset
 /// connections that come all at once.
 const BACKLOG: u32 = 8192;
 
-/// Why the router could not start.
+/// The reason that the router could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// The tokenizer.
@@ -82,7 +82,7 @@ pub enum StartError {
 }
 
 impl StartError {
-    /// Whether the configuration is at fault.
+    /// Returns whether the configuration is at fault.
     pub fn is_usage(&self) -> bool {
         matches!(
             self,
@@ -154,7 +154,7 @@ impl App {
         self.engine.ready().await;
     }
 
-    /// How many sequences hold a permit, now and from now on.
+    /// The number of sequences that hold a permit, now and from now on.
     pub fn permits_held(&self) -> watch::Receiver<usize> {
         self.permits.held()
     }

@@ -1,5 +1,5 @@
-//! From generated tokens to text: what every token adds, what of it certainly belongs to the answer, and where the
-//! answer ends. This layer knows nothing of HTTP, and nothing of chats.
+//! Turns generated tokens into text: the text that every token adds, the part of it that certainly belongs to the
+//! answer, and the end of the answer. This layer knows nothing of HTTP, and nothing of chats.
 
 mod detokenizer;
 mod prompt;
@@ -37,7 +37,7 @@ pub(crate) struct Alternative {
     pub(crate) logprob: f32,
 }
 
-/// Why an answer ends.
+/// The reason that an answer ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum EndReason {
     /// It has as many tokens as were asked for.
@@ -51,7 +51,7 @@ pub(crate) enum EndReason {
     },
 }
 
-/// What a sequence tells, in order: its prompt if that is wanted, then the pieces of its answer.
+/// An event of a sequence: first its prompt, if that was asked for, then the pieces of its answer.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum TextEvent {
     Prompt(Echo),

@@ -16,7 +16,7 @@ use tokenizers::Tokenizer;
 
 use self::bytes::TokenBytes;
 
-/// Why a tokenizer could not be made.
+/// The reason that a tokenizer could not be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
     /// A file cannot be read.
@@ -141,13 +141,13 @@ impl ModelTokenizer {
         self.bytes.of(entry, self.added.contains_key(&id), self.is_special(id))
     }
 
-    /// Whether a token is special: not part of the text.
+    /// Returns whether a token is special, which means that it is not part of the text.
     pub fn is_special(&self, id: u32) -> bool {
         self.added.get(&id) == Some(&true)
     }
 
-    /// Ids of the tokens that end a text as far as the tokenizer's files know: the configured `eos_token`, and in a GGUF
-    /// all that llama.cpp would stop at. The model's own configuration may name others.
+    /// Ids of the tokens that end a text as far as the tokenizer's files know: the configured `eos_token`, and in a
+    /// GGUF all that llama.cpp would stop at. The model's own configuration may name others.
     pub fn end_ids(&self) -> &[u32] {
         &self.end_ids
     }

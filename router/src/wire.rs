@@ -1,4 +1,5 @@
-//! Between messages and our own types. Nothing else but the client of the generated service in `ranks` names a message.
+//! Converts between messages and our own types. Only this module and the client of the service in `ranks` name
+//! messages.
 //!
 //! A message that does not keep to `shard.proto` is an error: nothing is guessed for a field that is missing.
 
@@ -10,11 +11,11 @@ use scheduler::{Adapter, AdapterKey, Limits, RowsPlan, StepPlan};
 
 use crate::generation::{Job, PromptToken, Scored};
 
-/// Tokens of the sequences that are added in one step. A token takes at most 5 bytes, so they are 50 MiB of the 64 MiB that
-/// a message may have.
+/// Tokens of the sequences that are added in one step. A token takes at most 5 bytes, so they are 50 MiB of the 64
+/// MiB that a message may have.
 const MAX_ADDED_TOKENS: u32 = 10 << 20;
 
-/// How a message contradicts the protocol.
+/// A message that contradicts the protocol.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum WireError {
     /// An event of a kind that this version does not know.
@@ -43,7 +44,7 @@ pub(crate) enum WireError {
     },
 }
 
-/// What a rank serves and what fits on it.
+/// The model that a rank serves, and its capacity.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Info {
     pub(crate) dtype: String,
@@ -88,14 +89,14 @@ impl From<proto::InfoResponse> for Info {
 }
 
 impl Info {
-    /// Most tokens of prompt and output together: the model has a position for each, and KV memory for all but the last,
-    /// which is never computed with.
+    /// Most tokens of prompt and output together: the model has a position for each, and KV memory for all but the
+    /// last, which is never computed with.
     pub(crate) fn max_total_tokens(&self) -> usize {
         let held = u64::from(self.num_blocks) * u64::from(self.block_size);
         u64::from(self.max_positions).min(held + 1) as usize
     }
 
-    /// What the scheduler plans with.
+    /// The limits that the scheduler plans with.
     pub(crate) fn limits(&self, config: &RouterConfig) -> Limits {
         let most = |tokens| u32::try_from(tokens).unwrap_or(u32::MAX).clamp(1, self.max_rows);
         Limits {
@@ -174,7 +175,7 @@ fn message(params: &SamplingParams) -> proto::Sampling {
     sampling::parameters!(sampling_message { params })
 }
 
-/// What a rank reports while it executes.
+/// An event that a rank reports while it executes.
 #[derive(Debug)]
 pub(crate) enum Event {
     /// A step has run.
@@ -192,7 +193,7 @@ pub(crate) struct StepResult {
     pub(crate) prompt: Vec<PromptPart>,
     /// Sequences that the shard cannot take, and why.
     pub(crate) refused: Vec<(u64, String)>,
-    /// How long the pass took.
+    /// Duration of the pass.
     pub(crate) duration: Duration,
 }
 

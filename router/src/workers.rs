@@ -9,10 +9,10 @@ use crate::{
     principal::{Principal, TenantId},
 };
 
-/// How long work may wait for a thread.
+/// Longest wait for a thread.
 const TURN: Duration = Duration::from_secs(30);
 
-/// Why work was not done.
+/// The reason that work was not done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum WorkError {
     /// All threads were busy for too long.
@@ -23,8 +23,8 @@ pub(crate) enum WorkError {
     Panicked,
 }
 
-/// A bounded number of threads, which tenants get in turn. Only requests wait for one, so that the queues are as bounded as
-/// requests and connections are.
+/// A bounded number of threads, which tenants get in turn. Only requests wait for one, so that the queues are as
+/// bounded as requests and connections are.
 pub(crate) struct Workers {
     threads: FairSemaphore<TenantId>,
 }
@@ -34,8 +34,8 @@ impl Workers {
         Workers { threads: FairSemaphore::new(threads.max(1), Share::All) }
     }
 
-    /// Does work on one of the threads. A caller that gives up while it waits is forgotten; work that has begun keeps its
-    /// thread until it ends, whether or not anybody waits for it.
+    /// Does work on one of the threads. A caller that gives up while it waits is forgotten; work that has begun keeps
+    /// its thread until it ends, whether or not anybody waits for it.
     pub(crate) async fn run<T: Send + 'static>(
         &self,
         principal: &Principal,

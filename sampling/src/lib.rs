@@ -1,9 +1,9 @@
 //! The parameters of sampling, declared once.
 //!
-//! [`parameters!`] is the table. Whatever has a field for each parameter is made from it: the struct that kernels sample
-//! by, the fields of requests in both dialects, their range checks, and the conversions from and to the wire. A new
-//! parameter is a row in the table, a field of the message `Sampling`, and its effect in the kernels; what is missing
-//! does not compile.
+//! [`parameters!`] is the table. Whatever has a field for each parameter is made from it: the struct that kernels
+//! sample by, the fields of requests in both dialects, their range checks, and the conversions from and to the wire.
+//! A new parameter is a row in the table, a field of the message `Sampling`, and its effect in the kernels; what is
+//! missing does not compile.
 
 mod range;
 
@@ -122,7 +122,7 @@ macro_rules! structs {
         }
 
         impl Named {
-            /// Whether a request of LoRAX's that names these asks for a draw.
+            /// Returns whether a request of LoRAX's that names these asks for a draw.
             pub fn ask_for_a_draw(&self) -> bool {
                 $(($draws && self.$name.is_some()) ||)* false
             }
@@ -142,12 +142,12 @@ macro_rules! structs {
 parameters!(structs {});
 
 impl SamplingParams {
-    /// Whether tokens are drawn, so that the seed matters.
+    /// Returns whether tokens are drawn, so that the seed matters.
     pub fn draws(&self) -> bool {
         self.temperature > 0.0
     }
 
-    /// Whether the tokens seen so far change the logits.
+    /// Returns whether the tokens seen so far change the logits.
     pub fn has_penalty(&self) -> bool {
         self.repetition_penalty != 1.0 || self.frequency_penalty != 0.0 || self.presence_penalty != 0.0
     }

@@ -87,7 +87,8 @@ struct Args {
     /// Appends the report to this file as one line of JSON
     #[arg(long)]
     json: Option<PathBuf>,
-    /// Writes when each request was to be sent, when it was, and when each of its events came, one request a line of JSON
+    /// Writes when each request was to be sent, when it was, and when each of its events came, one request a line of
+    /// JSON
     #[arg(long)]
     times: Option<PathBuf>,
     /// Draws the run as SVG

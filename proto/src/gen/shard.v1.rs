@@ -31,7 +31,8 @@ pub struct InfoResponse {
     /// Adapter slots on the device.
     #[prost(uint32, tag = "10")]
     pub num_slots: u32,
-    /// Bytes of device memory for adapters, which the adapters in slots must not exceed together. 0: no bound but the slots.
+    /// Bytes of device memory for adapters, which the adapters in slots must not exceed together. 0: no bound but the
+    /// slots.
     #[prost(uint64, tag = "11")]
     pub adapter_bytes: u64,
     /// Largest step, in rows.
@@ -49,7 +50,8 @@ pub struct InfoResponse {
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct AttachRequest {
-    /// The number of the session, chosen by the router: the same for all ranks, and never used before in the life of a shard.
+    /// The number of the session, chosen by the router: the same for all ranks, and never used before in the life of a
+    /// shard.
     #[prost(uint64, tag = "1")]
     pub session: u64,
 }
@@ -493,8 +495,9 @@ pub mod shard_client {
             req.extensions_mut().insert(GrpcMethod::new("shard.v1.Shard", "Prepare"));
             self.inner.unary(req, path, codec).await
         }
-        /// Runs the steps of the session in the order sent. More than one may be in flight; a step is answered when it has run.
-        /// A step of another session, or whose id does not follow the one before, ends the stream with FAILED_PRECONDITION.
+        /// Runs the steps of the session in the order sent. More than one may be in flight; a step is answered when it has
+        /// run. A step of another session, or whose id does not follow the one before, ends the stream with
+        /// FAILED_PRECONDITION.
         pub async fn execute(
             &mut self,
             request: impl tonic::IntoStreamingRequest<Message = super::Step>,
@@ -574,8 +577,9 @@ pub mod shard_server {
             >
             + std::marker::Send
             + 'static;
-        /// Runs the steps of the session in the order sent. More than one may be in flight; a step is answered when it has run.
-        /// A step of another session, or whose id does not follow the one before, ends the stream with FAILED_PRECONDITION.
+        /// Runs the steps of the session in the order sent. More than one may be in flight; a step is answered when it has
+        /// run. A step of another session, or whose id does not follow the one before, ends the stream with
+        /// FAILED_PRECONDITION.
         async fn execute(
             &self,
             request: tonic::Request<tonic::Streaming<super::Step>>,

@@ -8,7 +8,7 @@ use std::{
 
 use crate::{AdapterKey, CacheSalt};
 
-/// What comes before a block: the start of a sequence, or a published block.
+/// The predecessor of a block: the start of a sequence, or a published block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Prefix {
     /// Nothing. KV blocks are never shared between different adapters, nor between different salts.
@@ -17,8 +17,8 @@ pub(crate) enum Prefix {
     Block(u64),
 }
 
-/// The identity of a published block, together with its tokens. Two blocks with equal prefixes and equal tokens hold the same
-/// sequence of tokens from its start, by induction, so hashes need not be collision-free.
+/// The identity of a published block, together with its tokens. Two blocks with equal prefixes and equal tokens hold
+/// the same sequence of tokens from its start, by induction, so hashes need not be collision-free.
 #[derive(Debug)]
 struct Published {
     /// Never used twice, so that a reused block cannot be taken for its former content.
@@ -42,13 +42,13 @@ struct Block {
 pub(crate) struct Blocks {
     size: usize,
     blocks: Vec<Block>,
-    /// Of the published blocks, `size` to a block.
+    /// The tokens of published blocks, `size` to a block.
     tokens: Vec<u32>,
     free: Vec<u32>,
     /// Least recently used first. Blocks are let go last position first, so a block leaves before its prefix does.
     idle: BTreeMap<u64, u32>,
-    /// Published blocks by the hash of prefix and tokens. Of several with the same hash, it has the first. Looked up only,
-    /// never iterated.
+    /// Published blocks by the hash of prefix and tokens. Of several with the same hash, it has the first. Looked up
+    /// only, never iterated.
     index: HashMap<u64, u32>,
     /// Counts publications and releases: the clock of `idle_since`, and the source of numbers.
     ticks: u64,
@@ -86,12 +86,12 @@ impl Blocks {
         self.free.len() + self.idle.len()
     }
 
-    /// Whether only the cache holds `block`, so that holding it takes one from `available`.
+    /// Returns whether only the cache holds `block`, so that holding it takes one from `available`.
     pub(crate) fn is_idle(&self, block: u32) -> bool {
         self.blocks[block as usize].holders == 0
     }
 
-    /// Whether one sequence alone holds `block`.
+    /// Returns whether one sequence alone holds `block`.
     pub(crate) fn is_exclusive(&self, block: u32) -> bool {
         self.blocks[block as usize].holders == 1
     }
@@ -168,9 +168,9 @@ impl Blocks {
         }
     }
 
-    /// Publishes a full, computed block as `tokens` after `prefix`, and returns it as the prefix of the next block. If such a
-    /// block is published already, that one is returned, and `block` stays private to its holder. Returns `None` if
-    /// something else has the same hash: then neither this block nor those that follow it can be published.
+    /// Publishes a full, computed block as `tokens` after `prefix`, and returns it as the prefix of the next block.
+    /// If such a block is published already, that one is returned, and `block` stays private to its holder. Returns
+    /// `None` if something else has the same hash: then neither this block nor those that follow it can be published.
     pub(crate) fn publish(&mut self, prefix: Prefix, tokens: &[u32], block: u32) -> Option<Prefix> {
         let hash = hash(prefix, tokens);
         if self.index.contains_key(&hash) {

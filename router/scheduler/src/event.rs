@@ -1,4 +1,4 @@
-//! What a caller is told.
+//! Events and statistics for the caller.
 
 use std::{fmt, time::Duration};
 
@@ -45,12 +45,12 @@ pub enum Event {
     Failed {
         /// The request.
         id: RequestId,
-        /// Why.
+        /// The reason.
         reason: FailReason,
     },
 }
 
-/// Why a generation is complete.
+/// The reason that a generation is complete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Finish {
     /// It has `max_new_tokens` tokens.
@@ -59,7 +59,7 @@ pub enum Finish {
     StopToken,
 }
 
-/// Why a request could not be completed.
+/// The reason that a request could not be completed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FailReason {
     /// A shard could not copy its adapter into a slot.

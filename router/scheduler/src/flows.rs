@@ -1,6 +1,6 @@
-//! Who is next. A flow is the requests of one tenant for one adapter; within a flow, requests are served first come,
-//! first served. Tenants take turns by weight, the flows of a tenant take turns beneath, and flows that have waited long
-//! get a bounded share out of turn.
+//! Picks the next request. A flow is the requests of one tenant for one adapter; within a flow, requests are served
+//! first come, first served. Tenants take turns by weight, the flows of a tenant take turns beneath, and flows that
+//! have waited long get a bounded share out of turn.
 
 mod aging;
 mod check;
@@ -39,7 +39,7 @@ pub(crate) type FlowId = u32;
 /// Index of a tenant. Reused after the tenant has been closed.
 pub(crate) type TenantId = u32;
 
-/// Whether requests of an adapter can be admitted.
+/// The residency of an adapter, which decides whether its requests can be admitted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Residency {
     /// It is in a slot. The base model always is ready.
@@ -90,7 +90,7 @@ struct TenantState {
     flows: Level,
 }
 
-/// What is common to the flows of one adapter.
+/// State that the flows of one adapter share.
 #[derive(Debug)]
 struct AdapterState {
     residency: Residency,
@@ -103,7 +103,7 @@ struct AdapterState {
 #[derive(Debug)]
 pub(crate) struct Flows<P> {
     flows: Vec<Flow<P>>,
-    /// Of `flows`, those that are closed.
+    /// Indices of closed entries of `flows`.
     closed_flows: Vec<FlowId>,
     tenants: Vec<TenantState>,
     closed_tenants: Vec<TenantId>,
@@ -153,12 +153,12 @@ impl<P> Flows<P> {
         self.submitted.first_key_value().map(|(_, &submitted)| submitted)
     }
 
-    /// How many adapters with waiting requests need a slot.
+    /// The number of adapters with waiting requests that need a slot.
     pub(crate) fn count_absent(&self) -> usize {
         self.absent
     }
 
-    /// Whether requests of the adapter wait.
+    /// Returns whether requests of the adapter wait.
     pub(crate) fn waits(&self, key: AdapterKey) -> bool {
         self.adapters.get(&key).is_some_and(|adapter| adapter.waiting > 0)
     }
@@ -205,7 +205,7 @@ impl<P> Flows<P> {
         order.least_served(|id| flows[id as usize].service)
     }
 
-    /// Whether the flow's tenant has no admitted sequence, and none of its requests has its adapter in a slot.
+    /// Returns whether the flow's tenant has no admitted sequence, and none of its requests has its adapter in a slot.
     pub(crate) fn needs_first_slot(&mut self, id: FlowId) -> bool {
         let Self { flows, tenants, .. } = self;
         let tenant = &mut tenants[flows[id as usize].tenant as usize];
@@ -231,9 +231,9 @@ impl<P> Flows<P> {
 
     /// How readily an adapter gives its slot to a flow, if at all.
     ///
-    /// In turn, it gives it if all its flows have had more service than that one; the more they have had, the sooner. Out
-    /// of turn, it gives it if its own requests came to wait later; the later, the sooner. In both cases whoever gives a
-    /// slot gets none in return, so a slot does not go back and forth.
+    /// In turn, it gives it if all its flows have had more service than that one; the more they have had, the sooner.
+    /// Out of turn, it gives it if its own requests came to wait later; the later, the sooner. In both cases whoever
+    /// gives a slot gets none in return, so a slot does not go back and forth.
     pub(crate) fn yields(&self, key: AdapterKey, to: FlowId, turn: Turn) -> Option<(Duration, (u64, u64))> {
         let owners = self.adapters.get(&key).into_iter().flat_map(|adapter| &adapter.flows);
         // A flow that nobody remembers had no more than the others.
@@ -351,7 +351,7 @@ impl<P> Flows<P> {
         self.tenant(id).tenant.weight.into()
     }
 
-    /// What a tenant has had, relative to its weight.
+    /// The service that a tenant has had, relative to its weight.
     pub(crate) fn tenant_service(&self, id: TenantId) -> u64 {
         self.tenant(id).service
     }

@@ -1,4 +1,4 @@
-//! What a caller hands in.
+//! Requests, adapters, tenants and limits: the caller's side of the scheduler.
 
 use std::{error::Error, fmt, sync::Arc};
 
@@ -30,8 +30,8 @@ pub struct Adapter {
 pub struct Tenant {
     /// Its identity.
     pub id: u64,
-    /// Its share of the work while others wait, relative to their weights: from 1 to 65,536, and what is outside counts as
-    /// the nearest of these. The weight of the tenant's latest request holds.
+    /// Its share of the work while others wait, relative to their weights: from 1 to 65,536, and what is outside
+    /// counts as the nearest of these. The weight of the tenant's latest request holds.
     pub weight: u32,
 }
 
@@ -44,11 +44,11 @@ pub struct CacheSalt(pub u128);
 pub struct Request<P> {
     /// Its name.
     pub id: RequestId,
-    /// For whom it runs. Together with `adapter`, this is the flow that it belongs to.
+    /// The tenant that it runs for. Together with `adapter`, this is the flow that it belongs to.
     pub tenant: Tenant,
     /// `None` for the base model.
     pub adapter: Option<Adapter>,
-    /// With whom it shares the prefix cache.
+    /// The salt of its prefixes in the prefix cache.
     pub salt: CacheSalt,
     /// At least one token.
     pub prompt: Arc<[u32]>,
@@ -61,11 +61,12 @@ pub struct Request<P> {
     /// cache, and every row of it counts against [`Limits::max_logit_rows`]. After a preemption they are computed,
     /// and reported, once more.
     pub prompt_logprobs: bool,
-    /// What the caller wants to find in [`Added`](crate::Added). It is cloned every time that the sequence is added.
+    /// The caller's own data, which [`Added`](crate::Added) carries. It is cloned every time that the sequence is
+    /// added.
     pub payload: P,
 }
 
-/// What the shards can hold and do, and the switches of the policy. All must be at least 1 unless they say otherwise.
+/// The capacity of the shards, and the switches of the policy. All must be at least 1 unless they say otherwise.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
     /// Blocks of KV memory.
@@ -123,7 +124,7 @@ impl Limits {
     }
 }
 
-/// Why a request can never run.
+/// The reason that a request can never run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SubmitError {
     /// The prompt has no token.

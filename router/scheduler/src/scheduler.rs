@@ -41,7 +41,7 @@ struct Flight {
     rows: Vec<FlightRows>,
 }
 
-/// What a completed step says of a sequence's rows.
+/// The result of a sequence's rows in a completed step.
 #[derive(Debug, Clone, Copy)]
 enum Outcome {
     /// They have been computed, and no token was to be sampled.
@@ -90,8 +90,8 @@ pub struct Scheduler<P> {
 }
 
 impl<P: Clone> Scheduler<P> {
-    /// A scheduler for shards that run no sequence and hold the `resident` adapters in their slots. An adapter that cannot
-    /// stay, because it is in two slots or exceeds a limit, is unloaded with the first step.
+    /// A scheduler for shards that run no sequence and hold the `resident` adapters in their slots. An adapter that
+    /// cannot stay, because it is in two slots or exceeds a limit, is unloaded with the first step.
     ///
     /// # Panics
     /// If a limit is zero that must not be.
@@ -172,10 +172,10 @@ impl<P: Clone> Scheduler<P> {
         }
     }
 
-    /// Takes the results of a step: the token of each `sample` in row order, and the sequences of `added` that a shard
-    /// could not take, which have no tokens. Results for requests that have ended meanwhile are dropped. Steps are
-    /// completed in the order planned; one that is passed over counts as completed without results, and one that is not in
-    /// flight is ignored.
+    /// Takes the results of a step: the token of each `sample` in row order, and the sequences of `added` that a
+    /// shard could not take, which have no tokens. Results for requests that have ended meanwhile are dropped. Steps
+    /// are completed in the order planned; one that is passed over counts as completed without results, and one that
+    /// is not in flight is ignored.
     pub fn complete(&mut self, step: u64, sampled: &[Sampled], refused: &[RequestId]) -> Vec<Event> {
         let mut events = Vec::new();
         if self.flights.iter().all(|flight| flight.step != step) {
@@ -271,8 +271,8 @@ impl<P: Clone> Scheduler<P> {
         }
     }
 
-    /// `key` could not be copied into `slot` on some rank. The requests that wait for it fail, and the next step empties
-    /// the slot, because other ranks may have filled it. Ignored unless that load is under way.
+    /// `key` could not be copied into `slot` on some rank. The requests that wait for it fail, and the next step
+    /// empties the slot, because other ranks may have filled it. Ignored unless that load is under way.
     pub fn slot_failed(&mut self, slot: u32, key: AdapterKey) -> Vec<Event> {
         if !self.slots.failed(slot, key) {
             return Vec::new();

@@ -18,7 +18,7 @@ pub(crate) struct Sequence<P> {
     pub(crate) arrival: Arrival,
     pub(crate) flow: FlowId,
     pub(crate) adapter: Option<AdapterKey>,
-    /// What its first block follows.
+    /// The prefix of its first block: adapter and salt.
     pub(crate) start: Prefix,
     pub(crate) submitted: Duration,
     pub(crate) prompt: Arc<[u32]>,
@@ -29,7 +29,7 @@ pub(crate) struct Sequence<P> {
     pub(crate) payload: P,
     /// Set at the first admission.
     pub(crate) admission: Option<Admission>,
-    /// Whether `Event::Started` has been told.
+    /// Whether `Event::Started` has been reported.
     pub(crate) started: bool,
     /// Steps in flight that have rows of it.
     pub(crate) in_flight: u32,
@@ -38,7 +38,7 @@ pub(crate) struct Sequence<P> {
     pub(crate) run: Run,
 }
 
-/// How a sequence was admitted the first time.
+/// The circumstances of a sequence's first admission.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Admission {
     /// Slot of its adapter, which it pins until its end.
@@ -49,16 +49,16 @@ pub(crate) struct Admission {
     pub(crate) aged: bool,
 }
 
-/// What a sequence has only while it runs.
+/// State that a sequence has only while it runs.
 #[derive(Debug, Default)]
 pub(crate) struct Run {
     /// Its block table.
     pub(crate) blocks: Vec<u32>,
-    /// Whether the shards have been told of the sequence.
+    /// Whether the sequence has been added on the shards.
     pub(crate) added: bool,
-    /// How many of `blocks` they have been told.
+    /// The number of `blocks` that the shards know.
     pub(crate) sent: usize,
-    /// How many of `blocks`, from the first, are known to the prefix cache (as these or as equal ones).
+    /// The number of `blocks`, from the first, that the prefix cache knows (as these or as equal ones).
     pub(crate) published: usize,
     /// The prefix that the first unpublished block follows; `None` when no further block can be published.
     pub(crate) prefix: Option<Prefix>,
@@ -100,7 +100,7 @@ impl<P> Sequence<P> {
         self.admission.and_then(|admission| admission.slot)
     }
 
-    /// Whether it generates tokens; if not, it ends when its prompt has been computed.
+    /// Returns whether it generates tokens; if not, it ends when its prompt has been computed.
     pub(crate) fn generates(&self) -> bool {
         self.max_new_tokens > 0
     }
@@ -138,7 +138,7 @@ impl<P> Sequence<P> {
         self.len().min(self.max_positions()) - self.run.planned
     }
 
-    /// Whether its next row is of a token that was known when it got its seat.
+    /// Returns whether its next row is of a token that was known when it got its seat.
     pub(crate) fn prefills(&self) -> bool {
         self.run.planned < self.run.added_len
     }

@@ -8,7 +8,7 @@ use crate::{Adapter, AdapterKey, flows::Residency};
 /// load is spread over them.
 pub(crate) const SLICE: u64 = 1024;
 
-/// What an occupied slot is doing.
+/// The state of an occupied slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     /// The shards copy the adapter. This cannot be undone: the slot stays taken until they have answered.
@@ -127,8 +127,8 @@ impl Slots {
         Some(Placement { slot, evicted })
     }
 
-    /// The slots to empty for `bytes` more in one more slot: the unwanted ones first, the least recently used of them first.
-    /// `None` if there is no such set.
+    /// The slots to empty for `bytes` more in one more slot: the unwanted ones first, the least recently used of them
+    /// first. `None` if there is no such set.
     fn victims(&self, bytes: u64, wanted: impl Fn(AdapterKey) -> bool) -> Option<Vec<(u32, AdapterKey)>> {
         let fits = |count: usize, freed: u64| {
             let room = self.max_bytes == 0 || self.bytes - freed + bytes <= self.max_bytes;
@@ -194,10 +194,10 @@ impl Slots {
         }
     }
 
-    /// Promises a slot to one of the `wanting` adapters that have none. The slot is one whose adapter has had a `slice` of
-    /// virtual tokens and for which `yields` returns a value; of several, the one with the greatest. Without a slice, slots
-    /// that nobody uses come first. No more slots drain than are wanted, nor more than a quarter of all, so that the others
-    /// keep the batch full.
+    /// Promises a slot to one of the `wanting` adapters that have none. The slot is one whose adapter has had a
+    /// `slice` of virtual tokens and for which `yields` returns a value; of several, the one with the greatest.
+    /// Without a slice, slots that nobody uses come first. No more slots drain than are wanted, nor more than a
+    /// quarter of all, so that the others keep the batch full.
     pub(crate) fn drain<R: Ord>(
         &mut self,
         wanting: usize,

@@ -1,4 +1,4 @@
-//! What the shards are told to do. It maps one to one onto the wire's `Step`.
+//! The plan of a step. It maps one to one onto the wire's `Step`.
 
 use std::sync::Arc;
 
@@ -29,7 +29,7 @@ pub struct Added<P> {
     pub id: RequestId,
     /// The request's prompt.
     pub prompt: Arc<[u32]>,
-    /// What has been generated already, when a preempted sequence returns.
+    /// The tokens that a preempted sequence had generated before it returned.
     pub generated: Vec<u32>,
     /// Slot of its adapter; `None` for the base model.
     pub slot: Option<u32>,

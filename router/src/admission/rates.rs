@@ -8,11 +8,11 @@ const ESTIMATES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_
 /// Weight of the newest interval in the moving average.
 const NEWEST: f64 = 0.1;
 
-/// A token bucket: it holds what may be used in a minute and is filled again at that rate. What is used beyond its content
-/// is a debt.
+/// A token bucket: it holds what may be used in a minute and is filled again at that rate. What is used beyond its
+/// content is a debt.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Bucket {
-    /// What has been used and not been filled again.
+    /// The part that has been used and not been refilled.
     used: f64,
     at: Duration,
 }
@@ -50,7 +50,7 @@ impl Bucket {
     }
 }
 
-/// How fast permits come back: a moving average of the time between two of them.
+/// The pace at which permits come back: a moving average of the time between two of them.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Pace {
     last: Option<Duration>,
@@ -66,7 +66,7 @@ impl Pace {
         self.last = Some(now);
     }
 
-    /// How long it takes until so many permits have come back.
+    /// The expected time until so many permits have come back.
     pub(super) fn estimate(&self, permits: usize) -> Duration {
         let seconds = self.seconds.unwrap_or(0.0) * permits as f64;
         Duration::try_from_secs_f64(seconds).unwrap_or(ESTIMATES.1).clamp(ESTIMATES.0, ESTIMATES.1)

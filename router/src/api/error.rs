@@ -1,4 +1,4 @@
-//! From errors to HTTP: the only place that knows status codes of failures.
+//! Errors as HTTP responses. No other module knows status codes of failures.
 
 mod body;
 
@@ -18,7 +18,7 @@ use crate::{admission::Refusal, generation::Failure, metrics::End, ranks::Prepar
 
 pub(crate) use body::Dialect;
 
-/// Why a request was not answered. Fields are named as the request names them.
+/// The reason that a request was not answered. Fields are named as the request names them.
 #[derive(Debug, Clone, thiserror::Error)]
 pub(crate) enum ApiError {
     /// Not JSON.
@@ -35,7 +35,7 @@ pub(crate) enum ApiError {
     Type {
         /// The field; empty for the body itself.
         field: String,
-        /// What is there, and what should be.
+        /// The type that was found, and the one that was expected.
         problem: String,
     },
     /// A field has a value that makes no sense.
@@ -43,7 +43,7 @@ pub(crate) enum ApiError {
     Invalid {
         /// The field.
         field: Cow<'static, str>,
-        /// What its value should be.
+        /// The rule that its value breaks.
         problem: String,
     },
     /// A field that is not supported, or not with this value.
@@ -55,7 +55,7 @@ pub(crate) enum ApiError {
     /// The prompt is too long, alone or with the tokens to generate.
     #[error("the request needs more than {max_total} tokens")]
     ContextLength {
-        /// What the dialect calls the fields.
+        /// The dialect's names of the fields.
         names: FieldNames,
         /// Tokens of the prompt.
         prompt: usize,
@@ -75,7 +75,7 @@ pub(crate) enum ApiError {
     /// More bytes than allowed.
     #[error("the body is larger than {limit} bytes")]
     TooLarge {
-        /// What is allowed.
+        /// The largest size that is allowed.
         limit: usize,
     },
     /// The body did not come in time.
@@ -96,7 +96,7 @@ pub(crate) enum ApiError {
     /// The adapter was not there in time.
     #[error("the adapter was not ready within {} s", limit.as_secs_f64())]
     AdapterTimeout {
-        /// How long it had.
+        /// The deadline.
         limit: Duration,
     },
     /// No such adapter.
@@ -122,7 +122,7 @@ pub(crate) enum ApiError {
     Method(Method),
 }
 
-/// What is told to be at fault.
+/// Spells the part of a body that is at fault.
 fn place(field: &str) -> String {
     if field.is_empty() { "the body".into() } else { format!("`{field}`") }
 }
@@ -169,7 +169,7 @@ impl ApiError {
         }
     }
 
-    /// What the response says in its head.
+    /// The headers of the response.
     fn headers(&self) -> HeaderMap {
         let seconds = |after: Duration| (after.as_secs_f64().ceil() as u64).max(1);
         let (name, value) = match self {
@@ -192,7 +192,7 @@ impl ApiError {
         response
     }
 
-    /// How the request ends that it fails, for metrics.
+    /// The end that metrics count for the request.
     fn end(&self) -> End {
         match self {
             ApiError::InvalidKey => End::Unauthorized,

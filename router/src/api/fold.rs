@@ -5,22 +5,22 @@ use futures::{Stream, StreamExt, stream};
 use super::{error::ApiError, group::Generation};
 use crate::text::TextEvent;
 
-/// How a dialect tells one sequence.
+/// A dialect's way to report one sequence.
 pub(crate) trait Fold: Send + 'static {
-    /// What is told at a time.
+    /// The part of a response that one event of a stream carries.
     type Delta: Send;
-    /// All that is told.
+    /// The whole response.
     type Whole;
 
-    /// What is told before the first event.
+    /// Returns the deltas that come before the first event.
     fn open(&mut self) -> Vec<Self::Delta> {
         Vec::new()
     }
 
-    /// What an event adds.
+    /// Returns the deltas of an event.
     fn push(&mut self, event: TextEvent) -> Vec<Self::Delta>;
 
-    /// The whole before the first delta.
+    /// Returns the whole response before the first delta.
     fn empty(&self) -> Self::Whole;
 
     /// Adds a delta to the whole.

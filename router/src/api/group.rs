@@ -1,4 +1,4 @@
-//! From a checked request to running sequences and their events.
+//! Starts the sequences of a checked request, and turns their updates into text events.
 
 use std::{
     collections::VecDeque,
@@ -42,7 +42,7 @@ pub(crate) struct Timing {
     pub(crate) validation: Duration,
     /// When the sequence was handed to the engine.
     pub(crate) submitted: Instant,
-    /// From then until its first rows were computed.
+    /// Time from `submitted` until its first rows were planned.
     pub(crate) queued: Duration,
 }
 
@@ -60,7 +60,7 @@ pub(crate) struct Generation {
     prompt: Option<PromptText>,
     text: TextStream,
     meter: Meter,
-    /// Whether there was a token.
+    /// Whether a token has come.
     begun: bool,
     /// Events that have not been taken.
     ready: VecDeque<TextEvent>,
@@ -75,7 +75,7 @@ struct Tokenized {
     text: Option<PromptText>,
 }
 
-/// What the sequences of a group have in common.
+/// The values that all sequences of a group share.
 struct Shared {
     tenant: Tenant,
     salt: CacheSalt,
@@ -87,8 +87,8 @@ struct Shared {
 }
 
 impl App {
-    /// Checks a group and starts it. No sequence runs before all can: one that waits for another's prompt would meanwhile
-    /// generate what nobody reads.
+    /// Checks a group and starts it. No sequence runs before all can: one that waits for another's prompt would
+    /// meanwhile generate what nobody reads.
     pub(crate) async fn start_group(
         &self,
         caller: &Caller,
@@ -218,8 +218,8 @@ fn tokenize(
 }
 
 impl Generation {
-    /// Waits for the first token, or for the end if there is none. Before that a stream has no head: a request that fails
-    /// or is shed until then is told so by the status of its response.
+    /// Waits for the first token, or for the end if there is none. Before that a stream has no head: a request that
+    /// fails or is shed until then is told so by the status of its response.
     pub(crate) async fn begin(&mut self) -> Result<(), ApiError> {
         while !self.begun && self.running.is_some() {
             self.advance().await?;

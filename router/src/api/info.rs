@@ -1,4 +1,4 @@
-//! What the server tells of itself.
+//! Bodies that describe the server.
 
 use std::fmt::Display;
 

@@ -1,4 +1,4 @@
-//! What a request asks for, whichever dialect it came in, and the limits that it must keep.
+//! The request for one sequence, whichever dialect it came in, and the limits that it must keep.
 
 use sampling::SamplingParams;
 
@@ -18,7 +18,7 @@ pub(crate) enum Prompt {
     Tokens(Vec<u32>),
 }
 
-/// What a dialect calls the fields that are called differently elsewhere.
+/// A dialect's names of the fields whose names differ between dialects.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct FieldNames {
     pub(crate) prompt: &'static str,
@@ -26,7 +26,7 @@ pub(crate) struct FieldNames {
     pub(crate) num_top: &'static str,
 }
 
-/// What is reported beside the text.
+/// The values to report beside the text.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Report {
     /// The text of the prompt.
@@ -42,7 +42,7 @@ pub(crate) struct Report {
 pub(crate) struct SequenceRequest {
     pub(crate) names: FieldNames,
     pub(crate) prompt: Prompt,
-    /// As many as the limits leave if it is `None`; 0 generates nothing.
+    /// `None` generates as many as the limits leave, and 0 generates nothing.
     pub(crate) max_new_tokens: Option<u32>,
     pub(crate) stop: Vec<String>,
     pub(crate) ignore_eos: bool,

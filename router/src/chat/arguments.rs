@@ -35,7 +35,7 @@ pub(super) fn bind<const N: usize>(args: &[Value], names: [&str; N]) -> Result<[
     Ok(bound)
 }
 
-/// What Python's truth makes of an argument.
+/// Returns the truth value that an argument has in Python.
 pub(super) fn truth(argument: &Option<Value>, default: bool) -> bool {
     argument.as_ref().map_or(default, Value::is_true)
 }

@@ -120,7 +120,7 @@ fn new_namespace(values: Value) -> Result<Value, Error> {
     functions::namespace(values)
 }
 
-/// Whether this is what `namespace` makes, which is no map for Python. minijinja does not export the type.
+/// Returns whether this is what `namespace` makes, which is no map for Python. minijinja does not export the type.
 pub(super) fn is_namespace(value: &Value) -> bool {
     value.as_object().is_some_and(|object| object.type_name().ends_with("::Namespace"))
 }

@@ -149,7 +149,7 @@ fn join(value: &Value, args: Args) -> Result<String, Error> {
     Ok(items.join(&separator.as_ref().map(str_of).unwrap_or_default()))
 }
 
-/// What a path of names, such as `address.city`, leads to.
+/// The value that a path of names, such as `address.city`, leads to.
 fn path(item: &Value, attribute: &Value) -> Result<Value, Error> {
     let Some(names) = attribute.as_str() else { return item.get_item(attribute) };
     names.split('.').try_fold(item.clone(), |at, name| match name.parse::<i64>() {

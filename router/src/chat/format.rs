@@ -106,7 +106,7 @@ pub(super) fn str_format(text: &str, args: &[Value]) -> Result<String, Error> {
     Ok(out + rest)
 }
 
-/// What `.name` and `[key]` lead to.
+/// The value that `.name` or `[key]` leads to.
 fn follow(mut value: Value, mut path: &str) -> Result<Value, Error> {
     while !path.is_empty() {
         let key = match path.strip_prefix('[').map(|path| path.split_once(']')) {

@@ -9,10 +9,10 @@ use super::{
     python::{error, float},
 };
 
-/// How JSON is written.
+/// Options for writing JSON.
 struct Style {
     ensure_ascii: bool,
-    /// What each level is indented by; without one, all is in one line.
+    /// The indentation of each level; without it, everything is in one line.
     indent: Option<String>,
     item_separator: String,
     key_separator: String,

@@ -1,4 +1,4 @@
-//! What transformers does to the messages before and after a template renders them.
+//! Changes that transformers makes to messages before a template renders them, and to the text after that.
 
 use minijinja::{Value, value::ValueKind};
 
@@ -95,8 +95,8 @@ fn mark(content: &Value) -> Result<(Value, String), ChatError> {
     Err(NO_TEXT)
 }
 
-/// The text up to the mark. A template that trims the message has trimmed the mark's space, too; then the text ends in no
-/// space either.
+/// The text up to the mark. A template that trims the message has trimmed the mark's space, too; then the text ends
+/// in no space either.
 pub(super) fn cut_at_mark(text: String, unfinished: &str) -> Result<String, ChatError> {
     let at = text.rfind(MARK.trim_end()).filter(|_| text.contains(unfinished.trim()));
     let Some(at) = at else {

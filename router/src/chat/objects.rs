@@ -81,7 +81,7 @@ impl Object for Range {
 /// `dict.keys()`, `dict.values()` or `dict.items()`.
 #[derive(Debug)]
 pub(super) struct View {
-    /// What Python calls it.
+    /// Its name in Python.
     pub(super) name: &'static str,
     pub(super) items: Vec<Value>,
 }
@@ -101,8 +101,8 @@ impl Object for View {
     }
 }
 
-/// What jinja2's filters that work one element at a time return: it is true even if it has no elements, has no length, and
-/// can be gone through once.
+/// What jinja2's filters that work one element at a time return: it is true even if it has no elements, has no
+/// length, and can be gone through once.
 #[derive(Debug)]
 pub(super) struct Generator(Mutex<vec::IntoIter<Value>>);
 

@@ -28,7 +28,7 @@ pub(super) fn add(environment: &mut Environment) {
     environment.add_function(ITERATE, iterate);
 }
 
-/// What a loop goes through. Its variables need to know its length, which minijinja does not for text and generators.
+/// The items of a loop. The loop's variables need their number, which minijinja does not know for text and generators.
 fn iterate(value: Value) -> Result<Value, Error> {
     match value.kind() {
         ValueKind::None => Err(error("None is not iterable")),

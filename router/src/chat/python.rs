@@ -59,7 +59,7 @@ fn write_repr(out: &mut String, value: &Value) {
     }
 }
 
-/// Whether an object of ours has its own way to print itself.
+/// Returns whether an object of ours has its own way to print itself.
 fn is_printed_otherwise(value: &Value) -> bool {
     value.downcast_object_ref::<super::objects::Range>().is_some()
 }
@@ -85,8 +85,8 @@ fn write_quoted(out: &mut String, text: &str) {
     out.push(quote);
 }
 
-/// `str.isprintable` of one character. Rust's `Debug` escapes the same categories of Unicode; behind another character it
-/// leaves those alone that only combine with it.
+/// `str.isprintable` of one character. Rust's `Debug` escapes the same categories of Unicode; behind another
+/// character it leaves those alone that only combine with it.
 pub(super) fn is_printable(letter: char) -> bool {
     matches!(letter, '\'' | '"' | '\\') || {
         let pair: String = ['a', letter].into_iter().collect();

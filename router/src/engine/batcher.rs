@@ -1,4 +1,4 @@
-//! One session: what runs in it, and what is told to whom.
+//! One session: the jobs that run in it, the steps that are sent, and the updates that clients get.
 
 use std::{
     collections::HashMap,
@@ -23,10 +23,10 @@ use crate::{
     wire::{self, Event, PromptPart, StepResult},
 };
 
-/// Between two looks at the deadlines.
+/// Time between two checks of the deadlines.
 const TICK: Duration = Duration::from_millis(250);
 
-/// What the engine waits for.
+/// An input that the engine waits for.
 enum Input {
     Submit(Option<Submit>),
     Cancel,
@@ -44,7 +44,7 @@ pub(super) struct Batcher {
     stale: Vec<u32>,
     deadlines: Deadlines,
     metrics: Arc<EngineMetrics>,
-    /// What was published last.
+    /// The statistics that were published last.
     published: Stats,
     begun: Instant,
 }

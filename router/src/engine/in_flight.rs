@@ -1,4 +1,4 @@
-//! What has been sent and has not ended: jobs and steps.
+//! Jobs and steps in flight: they have been sent and have not ended.
 
 use std::time::{Duration, Instant};
 

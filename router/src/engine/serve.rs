@@ -24,24 +24,24 @@ use crate::{
     wire::Info,
 };
 
-/// What the thread is called, in the log, too.
+/// The thread's name, also in the log.
 const NAME: &str = "engine";
-/// Between two attempts to reach the ranks.
+/// Time between two attempts to reach the ranks.
 const RECONNECT: Duration = Duration::from_millis(100);
-/// Between two heartbeats of a rank.
+/// Time between two heartbeats of a rank.
 const HEARTBEAT: Duration = Duration::from_millis(500);
-/// Unless the configuration sets a deadline for steps, a step gets this long, or this many times what the longest step of
-/// the warm-up took if that is longer.
+/// Unless the configuration sets a deadline for steps, a step gets this long, or this many times what the longest
+/// step of the warm-up took if that is longer.
 const LEAST_STEP_TIMEOUT: Duration = Duration::from_secs(10);
 const STEP_TIMEOUT_FACTOR: u32 = 20;
 
-/// What comes to the engine.
+/// The engine's inputs.
 pub(super) struct Inbox {
     pub(super) submits: mpsc::Receiver<Submit>,
     pub(super) cancels: Arc<Cancels>,
 }
 
-/// How long the ranks may take.
+/// Deadlines of the ranks.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Deadlines {
     /// For a step, and for an answer to any call but `Info` and `Prepare`.
@@ -72,7 +72,8 @@ pub(super) fn start(
     })
 }
 
-/// Runs the engine on a thread and a runtime of its own, under supervision. Its pulse may be busy for as long as `limit`.
+/// Runs the engine on a thread and a runtime of its own, under supervision. Its pulse may be busy for as long as
+/// `limit`.
 fn run_on_thread(
     supervisor: &Supervisor,
     limit: Duration,

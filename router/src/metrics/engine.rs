@@ -1,4 +1,4 @@
-//! What the engine counts.
+//! Metrics of the engine.
 
 use std::time::{Duration, Instant};
 
@@ -32,7 +32,7 @@ pub(crate) struct EngineMetrics {
     gauges: SchedulerGauges,
 }
 
-/// What the scheduler knows of the present.
+/// Gauges of the scheduler's present state.
 struct SchedulerGauges {
     waiting: Gauge,
     oldest_waiting: Gauge,
@@ -46,7 +46,7 @@ struct SchedulerGauges {
     empty_slots: Gauge,
 }
 
-/// How much of something the ranks have.
+/// Totals that the ranks have.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Capacity {
     pub(crate) num_blocks: u32,
@@ -125,8 +125,8 @@ impl EngineMetrics {
     }
 }
 
-/// The tokens of one step. Nearly all of their sequences have had their last token at the same time, so that durations are
-/// recorded together.
+/// The tokens of one step. Nearly all of their sequences have had their last token at the same time, so that
+/// durations are recorded together.
 pub(crate) struct StepTokens<'a> {
     metrics: &'a EngineMetrics,
     now: Instant,

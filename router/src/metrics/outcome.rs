@@ -1,4 +1,4 @@
-//! How requests end: each is counted once.
+//! The ends of requests, each of which is counted once.
 
 use std::{
     sync::{
@@ -10,7 +10,7 @@ use std::{
 
 use metrics::{Counter, Histogram, counter, describe_counter, describe_histogram, histogram};
 
-/// Why a request has ended.
+/// The end of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum End {
@@ -51,7 +51,7 @@ impl End {
         End::Unavailable,
     ];
 
-    /// Whether there is an answer.
+    /// Returns whether the request was answered.
     fn is_good(self) -> bool {
         matches!(self, End::Length | End::EosToken | End::StopSequence)
     }
@@ -118,7 +118,7 @@ impl Outcome {
         let _ = self.0.end.fetch_update(Relaxed, Relaxed, replace);
     }
 
-    /// Whether no sequence of the request is left.
+    /// Returns whether all sequences of the request have ended.
     pub(super) fn is_last(&self) -> bool {
         Arc::strong_count(&self.0) == 1
     }

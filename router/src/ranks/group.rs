@@ -16,8 +16,8 @@ use super::{
 };
 use crate::wire::{self, Event, Info};
 
-/// Steps that a rank may have ahead of it. Two are in flight, and the ranks of a model run each step together, so only one
-/// that has stopped reading is further behind.
+/// Steps that a rank may have ahead of it. Two are in flight, and the ranks of a model run each step together, so
+/// only one that has stopped reading is further behind.
 const STEPS: usize = 16;
 
 /// A message of a rank, or the end of its stream.
@@ -25,7 +25,7 @@ type Message = (usize, Result<proto::ExecuteEvent, RankError>);
 
 /// A session with all ranks: each gets every step, and the end of any is the end of the group.
 pub(crate) struct Group {
-    /// What the ranks serve together.
+    /// The model that the ranks serve together.
     pub(crate) info: Info,
     /// The adapters that were in slots when the session began.
     pub(crate) resident: Resident,

@@ -15,7 +15,7 @@ struct Load {
     sent: Instant,
     /// By rank: whether it has reported its end.
     reported: Vec<bool>,
-    /// Why it failed, of the first rank where it did.
+    /// The error of the first rank on which it failed.
     error: Option<String>,
 }
 

@@ -6,7 +6,7 @@ use scheduler::Adapter;
 
 use crate::wire::{Held, Info};
 
-/// Why the ranks cannot serve together.
+/// The reason that the ranks cannot serve together.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum InfoError {
     /// A socket leads to another rank than the configuration says.
@@ -30,7 +30,7 @@ pub(crate) enum InfoError {
     /// Two ranks contradict each other.
     #[error("`{field}` is {first} on rank 0 and {other} on rank {rank}")]
     Differs {
-        /// What must be equal.
+        /// The value that must be equal.
         field: &'static str,
         /// Its value on rank 0.
         first: String,

@@ -1,4 +1,4 @@
-//! What a handler gets of a request: its caller, and its body as one shape of JSON.
+//! The extractor of the routes that generate: the caller of a request, and its body read and parsed.
 
 use std::{sync::Arc, time::Instant};
 
@@ -36,7 +36,7 @@ pub(crate) struct Caller {
 
 /// The body of a route, and the dialect in which it is refused.
 pub(crate) trait Body: DeserializeOwned + Send + 'static {
-    /// Whose shapes errors have.
+    /// The dialect of errors.
     const DIALECT: Dialect;
 }
 

@@ -11,16 +11,16 @@ use crate::{
 
 /// Permits of a request on its way to the engine.
 pub(crate) enum Entry {
-    /// Those of `--max-concurrent-requests`.
+    /// Permits of `--max-concurrent-requests`.
     Admitted(Vec<Permit>),
-    /// Those of preparation, until the adapter is there.
+    /// Permits of the pool for preparation, which are held until the adapter is ready.
     Preparing(Vec<Permit>),
 }
 
 impl App {
     /// Lets a request in, with a permit for each of its sequences. One that needs an adapter gets those of
-    /// `--max-concurrent-requests` only when the adapter is there, for that may take long; it is refused at once if it would
-    /// not get them now.
+    /// `--max-concurrent-requests` only when the adapter is there, for that may take long; it is refused at once if
+    /// it would not get them now.
     pub(crate) fn admit(
         &self,
         caller: &Caller,

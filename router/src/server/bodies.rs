@@ -13,11 +13,11 @@ use crate::{
     principal::TenantId,
 };
 
-/// A body up to this size needs no memory of `--max-body-memory`: no more than a connection takes in any case. So a short
-/// request never waits for large ones.
+/// A body up to this size needs no memory of `--max-body-memory`: no more than a connection takes in any case. So a
+/// short request never waits for large ones.
 const SMALL: usize = 16 << 10;
 
-/// Whose body it is: memory is shared by tenants, and by the addresses of each.
+/// The party that a body counts for: memory is shared among tenants, and among the addresses of each.
 pub(super) type Party = (TenantId, IpAddr);
 
 /// The memory of `--max-body-memory`.

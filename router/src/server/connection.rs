@@ -1,4 +1,4 @@
-//! What a request knows of its connection.
+//! The connection that a request came by, as its handlers see it.
 
 use std::{
     future::{Future, pending},
@@ -21,18 +21,18 @@ use crate::principal::Tenant;
 /// The connection of one request, and whether the request has come as a whole.
 #[derive(Clone, Default)]
 pub(super) struct Connection {
-    /// None where routes are called without a connection.
+    /// `None` if the routes were called without a connection.
     peer: Option<Arc<Peer>>,
     body_read: watch::Sender<bool>,
 }
 
 impl Connection {
-    /// Whom the connection leads to.
+    /// The client's address.
     pub(super) fn address(&self) -> IpAddr {
         self.peer.as_ref().map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |peer| peer.slot.address)
     }
 
-    /// Whether a tenant may use the connection, which belongs to it from now on.
+    /// Returns whether a tenant may use the connection, which counts for this tenant from now on.
     pub(super) fn is_for(&self, tenant: &Tenant) -> bool {
         self.peer.as_ref().is_none_or(|peer| peer.slot.belongs_to(tenant))
     }

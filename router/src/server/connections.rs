@@ -27,7 +27,7 @@ use super::{
     socket::{Peer, Socket, client},
 };
 
-/// How long a client may take to send the head of its next request: connections without one are closed.
+/// Time in which a client must send the head of its next request; after that the connection is closed.
 const HEAD: Duration = Duration::from_secs(75);
 
 /// The same for a connection of the reserve.
@@ -39,14 +39,15 @@ const READ_BUFFER: usize = 64 << 10;
 /// Files that the process needs beside connections.
 const OTHER_FILES: u64 = 128;
 
-/// What a connection without a place is told.
+/// The response to a connection for which there is no slot.
 const FULL: &[u8] =
     b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
-/// What a connection is told whose address has too many.
+/// The response to a connection whose address has too many.
 const TOO_MANY: &[u8] =
     b"HTTP/1.1 429 Too Many Requests\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
 
-/// Serves until `stop` and `--shutdown-delay` after it, then lets streams finish for as long as the configuration allows.
+/// Serves until `stop` and `--shutdown-delay` after it, then lets streams finish for as long as the configuration
+/// allows.
 pub async fn serve(listener: TcpListener, app: Arc<App>, stop: impl Future<Output = ()>) {
     let config = &app.config.router;
     let slots = Slots::new(bound(config.max_connections), config.connections_per_address());
@@ -141,7 +142,7 @@ fn builder(head: Duration, keep_alive: bool) -> auto::Builder<TokioExecutor> {
     server
 }
 
-/// As many connections as were asked for, or as the process may have files.
+/// The bound of connections: the configured one, or what the limit of open files allows if that is lower.
 fn bound(asked: usize) -> usize {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut files = getrlimit(Resource::Nofile);

@@ -1,4 +1,4 @@
-//! How the process is, and what it serves.
+//! Routes about the process and the model: liveness, start-up, readiness, `/info`, `/v1/models`.
 
 use std::sync::{Arc, atomic::Ordering::Relaxed};
 

@@ -1,5 +1,5 @@
-//! The layer that finds out who calls, and watches over the request from then on: it ends when its client leaves, or when it
-//! is shed.
+//! The layer that finds out who calls, and watches over the request from then on: it ends when its client leaves, or
+//! when it is shed.
 
 use std::{
     future::Future,

@@ -70,7 +70,7 @@ impl App {
     }
 }
 
-/// What browsers are told; nothing without origins.
+/// The CORS layer; none if no origin is allowed.
 pub(super) fn cors(origins: &[String]) -> Result<Option<CorsLayer>, StartError> {
     if origins.is_empty() {
         return Ok(None);

@@ -11,7 +11,7 @@ use crate::principal::{Tenant, TenantId};
 /// One place in so many belongs to the reserve.
 const RESERVED: usize = 16;
 
-/// Why a connection has no place.
+/// The reason that a connection gets no slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum NoSlot {
     /// Its address has as many as it may have.
@@ -20,8 +20,8 @@ pub(super) enum NoSlot {
     Full,
 }
 
-/// All places. The last ones are a reserve: when only those are left, a connection gets one of them for a single request, and
-/// only if its tenant has less than its share of all connections.
+/// All places. The last ones are a reserve: when only those are left, a connection gets one of them for a single
+/// request, and only if its tenant has less than its share of all connections.
 pub(super) struct Slots {
     bound: usize,
     per_address: usize,
@@ -88,8 +88,8 @@ impl State {
 }
 
 impl Slot {
-    /// The connection belongs to a tenant from now on. Returns whether the tenant may use it: a place of the reserve is for
-    /// tenants that have less than their share.
+    /// The connection belongs to a tenant from now on. Returns whether the tenant may use it: a place of the reserve
+    /// is for tenants that have less than their share.
     pub(super) fn belongs_to(&self, tenant: &Tenant) -> bool {
         let mut owner = self.tenant.lock().unwrap_or_else(PoisonError::into_inner);
         let mut state = self.slots.lock();

@@ -21,10 +21,10 @@ use tokio::{
 
 use super::slots::Slot;
 
-/// How long a client may take to send something more before its connection is closed on it.
+/// Time without a byte after which a connection that is being closed is given up.
 const LINGER: Duration = Duration::from_secs(2);
 
-/// How long it may send altogether.
+/// Longest time for which a connection that is being closed may go on sending.
 const LINGER_TOTAL: Duration = Duration::from_secs(30);
 
 /// The client at the other end of a connection.
@@ -42,8 +42,8 @@ pub(super) struct Socket {
     closing: Option<Lingering>,
 }
 
-/// A connection of which only the other direction is still open. To close it while the client sends makes the client's system
-/// throw away the answer, so what it sends is read and dropped for a while.
+/// A connection of which only the other direction is still open. To close it while the client sends makes the
+/// client's system throw away the answer, so what it sends is read and dropped for a while.
 struct Lingering {
     idle: Pin<Box<Sleep>>,
     until: Instant,
@@ -54,8 +54,8 @@ impl Peer {
         Arc::new(Peer { stream, slot, cut_short: AtomicBool::new(false) })
     }
 
-    /// Waits until the client has closed the connection, or its own direction of it. The HTTP implementation sees that only
-    /// while it has read nothing behind the request.
+    /// Waits until the client has closed the connection, or its own direction of it. The HTTP implementation sees
+    /// that only while it has read nothing behind the request.
     pub(super) async fn has_left(&self) {
         // With this interest only the end of the client's direction is waited for, not what it sends.
         let _ = self.stream.ready(Interest::PRIORITY).await;
@@ -73,7 +73,7 @@ impl Socket {
     }
 }
 
-/// What connections of one client have in common: the address, of which an IPv6 host has a whole /64 network.
+/// The address by which the connections of one client are counted: an IPv6 host has a whole /64 network.
 pub(super) fn client(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() >> 64 << 64)),

@@ -1,4 +1,4 @@
-//! From tokens to text, one token at a time and never half a character.
+//! Turns tokens into text, one token at a time and never half a character.
 
 use std::sync::Arc;
 
@@ -84,8 +84,8 @@ impl Detokenizer {
     }
 }
 
-/// The part of `after` that goes beyond `before`. A prompt of tokens may end within a character, whose text changes when
-/// it is completed.
+/// The part of `after` that goes beyond `before`. A prompt of tokens may end within a character, whose text changes
+/// when it is completed.
 fn added<'a>(before: &str, after: &'a str) -> &'a str {
     let same = before.char_indices().zip(after.chars()).find(|((_, old), new)| old != new);
     after.get(same.map_or(before.len(), |((at, _), _)| at)..).unwrap_or_default()

@@ -21,7 +21,7 @@ pub(super) struct StopStrings {
     position: usize,
 }
 
-/// What is known after a piece of text.
+/// The result of scanning a piece of text.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Scanned {
     /// Visible text that has become certain.
@@ -109,7 +109,7 @@ impl StopStrings {
         self.hidden.iter().fold(visible, |at, hidden| if hidden.start <= at { at + hidden.len() } else { at })
     }
 
-    /// Whether an index lies inside the text of a special token.
+    /// Returns whether an index lies inside the text of a special token.
     fn splits_hidden(&self, at: usize) -> bool {
         self.hidden.iter().any(|range| range.start < at && at < range.end)
     }

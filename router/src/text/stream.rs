@@ -15,7 +15,7 @@ use crate::{generation::Scored, tokenizer::ModelTokenizer};
 pub(crate) struct TextStream {
     tokens: Tokens,
     stops: StopStrings,
-    /// Whether settled tokens are wanted.
+    /// Whether to report settled tokens.
     settles: bool,
     /// Tokens whose text is not certain, at their positions in the scanned text.
     unsettled: VecDeque<Placed>,

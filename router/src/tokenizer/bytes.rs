@@ -1,8 +1,9 @@
 //! The bytes that a vocabulary entry stands for.
 //!
-//! A token may be a part of a character, for which there is no text; its bytes can still be reported. Vocabularies write
-//! bytes in one of two ways: byte-level BPE maps each byte to a printable character (the table of GPT-2), sentencepiece
-//! has entries `<0x00>` to `<0xFF>` and writes a space as `▁`. Which one a vocabulary uses is known from its decoder.
+//! A token may be a part of a character, for which there is no text; its bytes can still be reported. Vocabularies
+//! write bytes in one of two ways: byte-level BPE maps each byte to a printable character (the table of GPT-2),
+//! sentencepiece has entries `<0x00>` to `<0xFF>` and writes a space as `▁`. Which one a vocabulary uses is known
+//! from its decoder.
 
 use std::collections::HashMap;
 
@@ -37,7 +38,7 @@ impl TokenBytes {
         TokenBytes(steps)
     }
 
-    /// Whether the vocabulary is written in characters that stand for bytes.
+    /// Returns whether the vocabulary is written in characters that stand for bytes.
     pub(super) fn is_byte_level(&self) -> bool {
         self.0.iter().any(|step| matches!(step, Step::ByteLevel(_)))
     }

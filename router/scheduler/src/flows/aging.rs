@@ -8,13 +8,13 @@ pub const OVERDUE: Duration = Duration::from_secs(5);
 /// Overdue flows get at most one in so many virtual tokens out of turn, and one in so many slots.
 pub const AGED_SHARE: u64 = 8;
 
-/// What must happen before the next overdue flow is served out of turn.
+/// The debt that must be paid before the next overdue flow is served out of turn.
 ///
 /// An admission out of turn that costs `c` virtual tokens is paid by `AGED_SHARE * c` tokens of service, whoever gets
-/// them, and the next one waits for that. The cost is the most that the request can need; what it turns out not to need
-/// is given back at its end. Nothing is saved up while nobody is overdue. So of the virtual tokens of any period, at most
-/// one in `AGED_SHARE`, and one request beside, are served out of turn; and the first of the overdue flows is served after
-/// `AGED_SHARE` times the cost of the one before it.
+/// them, and the next one waits for that. The cost is the most that the request can need; what it turns out not to
+/// need is given back at its end. Nothing is saved up while nobody is overdue. So of the virtual tokens of any
+/// period, at most one in `AGED_SHARE`, and one request beside, are served out of turn; and the first of the overdue
+/// flows is served after `AGED_SHARE` times the cost of the one before it.
 #[derive(Debug, Default)]
 pub(super) struct Aging {
     tokens: u64,

@@ -4,8 +4,8 @@ use super::{FlowId, Flows, Residency};
 use crate::AdapterKey;
 
 impl<P> Flows<P> {
-    /// Panics unless every flow is where it belongs, has the given `residency`, and counts as users those of `admitted`,
-    /// the flows of all admitted sequences.
+    /// Panics unless every flow is where it belongs, has the given `residency`, and counts as users those of
+    /// `admitted`, the flows of all admitted sequences.
     pub(crate) fn check(
         &self,
         admitted: impl Iterator<Item = FlowId>,

@@ -1,10 +1,11 @@
-//! One level of fair queueing. Tenants are the members of the outer level, and the flows of a tenant those of an inner one.
+//! One level of fair queueing. Tenants are the members of the outer level, and the flows of a tenant those of an
+//! inner one.
 
 use std::collections::BTreeSet;
 
 use super::{Residency, order::Order};
 
-/// Who is next, by how much service everybody has had.
+/// Picks the next member by the service that each has had.
 ///
 /// The counters are those of VTC ("Fairness in Serving Large Language Models", Sheng et al., OSDI 2024). A member that
 /// comes back after a pause starts from the virtual time of start-time fair queueing (Goyal et al., 1996), so that
@@ -54,7 +55,7 @@ impl Level {
         self.most = self.most.max(service);
     }
 
-    /// Nobody waits, so nobody is kept waiting by what others have had: all start from the same service again.
+    /// Resets all counters to the same service. To be called when nobody waits: past service then keeps nobody waiting.
     pub(super) fn reset_debts(&mut self) {
         self.virtual_time = self.most;
     }

@@ -1,5 +1,5 @@
-//! Flows, tenants and adapters come to be known with their first request, and are forgotten when neither requests nor debts
-//! are left.
+//! Flows, tenants and adapters come to be known with their first request, and are forgotten when neither requests nor
+//! debts are left.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

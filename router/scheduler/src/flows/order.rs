@@ -12,7 +12,7 @@ use std::{
 #[derive(Debug, Default)]
 pub(super) struct Order {
     by_service: BTreeSet<(u64, Duration, u32)>,
-    /// What `by_service` records of each member.
+    /// The service that `by_service` records for each member.
     recorded: BTreeMap<u32, (u64, Duration)>,
 }
 

@@ -1,4 +1,4 @@
-//! Who may start: adapters into slots, sequences into seats.
+//! Admission of adapters into slots and of sequences into seats.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use crate::{
     slots::SLICE,
 };
 
-/// Who may start next.
+/// The next candidate for a seat.
 #[derive(Debug, Clone, Copy)]
 enum Candidate {
     Preempted(Arrival),
@@ -17,8 +17,8 @@ enum Candidate {
 }
 
 impl<P: Clone> Scheduler<P> {
-    /// Loads the adapters whose requests are next, for as long as there are slots. This is ahead of seats and blocks, so
-    /// that a load passes while others run.
+    /// Loads the adapters whose requests are next, for as long as there are slots. This is ahead of seats and blocks,
+    /// so that a load passes while others run.
     pub(super) fn load_adapters(&mut self, draft: &mut Draft<P>, now: Duration) {
         loop {
             let aged = self.flows.overdue_absent(now).map(|flow| (flow, Turn::Aged));
@@ -37,7 +37,8 @@ impl<P: Clone> Scheduler<P> {
         }
     }
 
-    /// Starts to load the adapter of a flow, or empties a slot for it. Returns false if neither can be done in this step.
+    /// Starts to load the adapter of a flow, or empties a slot for it. Returns false if neither can be done in this
+    /// step.
     fn give_slot(&mut self, flow: FlowId, turn: Turn, draft: &mut Draft<P>) -> bool {
         let Some(adapter) = self.flows.adapter(flow) else { return false };
         let flows = &self.flows;
@@ -94,8 +95,9 @@ impl<P: Clone> Scheduler<P> {
         }
     }
 
-    /// Who is next for a free seat. Sequences that have been admitted before come back before others, oldest first. Ahead
-    /// of them are, in this order, one whose tenant runs nothing, whoever is overdue, and tenants that have no seat.
+    /// The next candidate for a free seat. Sequences that have been admitted before come back before others, oldest
+    /// first. Ahead of them are, in this order, one whose tenant runs nothing, whoever is overdue, and tenants that
+    /// have no seat.
     fn candidate(&mut self, now: Duration) -> Option<Candidate> {
         let alone = |sequence: &&Sequence<P>| {
             let tenant = self.flows.tenant_of(sequence.flow);
@@ -126,8 +128,8 @@ impl<P: Clone> Scheduler<P> {
         }
     }
 
-    /// The cached blocks that the candidate shares, if there are blocks for all its known tokens and one more block, beside
-    /// those promised to the running sequences for theirs.
+    /// The cached blocks that the candidate shares, if there are blocks for all its known tokens and one more block,
+    /// beside those promised to the running sequences for theirs.
     fn fit(&self, candidate: Candidate, promised: usize) -> Option<Vec<u32>> {
         let sequence = self.peek(candidate).filter(|sequence| sequence.in_flight == 0)?;
         let cached = self.find_cached(sequence);

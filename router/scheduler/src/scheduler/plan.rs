@@ -9,17 +9,17 @@ use crate::{
     sequence::{Arrival, Sequence},
 };
 
-/// Devices multiply rows in tiles, so a few rows beyond whole tiles cost as much as another tile. This is the size of the
-/// tiles of GPUs, which have the largest.
+/// Devices multiply rows in tiles, so a few rows beyond whole tiles cost as much as another tile. This is the size of
+/// the tiles of GPUs, which have the largest.
 const TILE_ROWS: usize = 128;
 
-/// Prompt rows of a step at rest, unless the limit is lower. Beyond about this number, further rows of a step do not make
-/// each of them cheaper.
+/// Prompt rows of a step at rest, unless the limit is lower. Beyond about this number, further rows of a step do not
+/// make each of them cheaper.
 const PREFILL_ROWS: usize = 512;
 /// The budget grows by this with every step without room for more prompt rows, and shrinks by it with every other step.
 const PREFILL_GROWTH: usize = 4;
 
-/// How many prompt rows a step may have. A fixed number leaves seats empty where prompts are long for their answers or
+/// The number of prompt rows of a step. A fixed number leaves seats empty where prompts are long for their answers or
 /// sequences are many, and a large one makes all sequences wait for each prompt. This one grows slowly while prompts
 /// wait, so that sequences stay spread over the steps. If a step took all prompts at once, they would end together, and
 /// their successors would arrive together, too.
@@ -94,7 +94,7 @@ impl<P> Draft<P> {
         }
     }
 
-    /// Whether any sequence could have a prefill row.
+    /// Returns whether any sequence could have a prefill row.
     pub(super) fn has_room(&self) -> bool {
         self.rows_left.min(self.prefill_left).min(self.logits_left) > 0
     }
@@ -133,8 +133,8 @@ impl<P> Draft<P> {
         rows
     }
 
-    /// Rows for a prompt that wants so many. One that needs more than two further steps leaves a tile to others, or half of
-    /// what is left.
+    /// Rows for a prompt that wants so many. One that needs more than two further steps leaves a tile to others, or
+    /// half of what is left.
     fn prefill_room(&self, wanted: usize) -> usize {
         let left = self.prefill_left;
         match self.shared && wanted > 2 * self.prefill {
@@ -194,8 +194,9 @@ impl<P: Clone> Scheduler<P> {
         self.plan_prompts(&prefilling, draft);
     }
 
-    /// Plans prompt rows. The first prompt of each tenant comes before all others, and the tenants share the rows evenly:
-    /// the smallest first, so that what it does not need is left to the others. Further prompts follow, oldest first.
+    /// Plans prompt rows. The first prompt of each tenant comes before all others, and the tenants share the rows
+    /// evenly: the smallest first, so that what it does not need is left to the others. Further prompts follow,
+    /// oldest first.
     fn plan_prompts(&mut self, prefilling: &[Arrival], draft: &mut Draft<P>) {
         let mut tenants = BTreeSet::new();
         let order = |arrival: &Arrival| {
@@ -220,8 +221,8 @@ impl<P: Clone> Scheduler<P> {
         self.preempted.len() + self.flows.waiting()
     }
 
-    /// Plans as many rows of a sequence as it has and as budgets and blocks allow. Does nothing if the sequence does not
-    /// run any more because it has been preempted.
+    /// Plans as many rows of a sequence as it has and as budgets and blocks allow. Does nothing if the sequence does
+    /// not run any more because it has been preempted.
     pub(super) fn plan_rows(&mut self, arrival: Arrival, draft: &mut Draft<P>) {
         let Some(sequence) = self.running.get(&arrival) else { return };
         let allowed = draft.allowed(sequence);

@@ -1,4 +1,4 @@
-//! Who gives way: to older sequences when blocks run out, and to tenants that have no seat.
+//! Preemption: sequences give way to older ones when blocks run out, and to tenants that have no seat.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,7 +8,7 @@ use crate::{
     sequence::Arrival,
 };
 
-/// What a tenant runs.
+/// The running sequences of a tenant.
 #[derive(Debug, Clone, Copy)]
 struct Share {
     sequences: u64,
@@ -25,8 +25,8 @@ impl Share {
 }
 
 impl<P: Clone> Scheduler<P> {
-    /// Takes seat and blocks from a running sequence. Its results in flight still count; the rest is computed again when
-    /// it comes back.
+    /// Takes seat and blocks from a running sequence. Its results in flight still count; the rest is computed again
+    /// when it comes back.
     pub(super) fn preempt(&mut self, arrival: Arrival) {
         if let Some(sequence) = self.stop(arrival) {
             self.preempted.insert(arrival, sequence);
@@ -41,10 +41,10 @@ impl<P: Clone> Scheduler<P> {
         victim.is_some()
     }
 
-    /// The sequence that gives its blocks to `arrival`: the youngest of the tenant that runs most for its weight, unless it
-    /// has rows in the step. A tenant that runs more gives way in any case, except for its oldest sequence; otherwise the
-    /// younger gives way to the older. A tenant that runs less gives way to the oldest sequence of all, so that there is
-    /// always progress.
+    /// The sequence that gives its blocks to `arrival`: the youngest of the tenant that runs most for its weight,
+    /// unless it has rows in the step. A tenant that runs more gives way in any case, except for its oldest sequence;
+    /// otherwise the younger gives way to the older. A tenant that runs less gives way to the oldest sequence of all,
+    /// so that there is always progress.
     fn victim_for(&self, arrival: Arrival, step: u64) -> Option<Arrival> {
         let shares = self.shares();
         let share = |arrival: Arrival| shares.get(&self.tenant_of(arrival)?);
@@ -60,9 +60,9 @@ impl<P: Clone> Scheduler<P> {
         victims.max().map(|(_, victim)| victim)
     }
 
-    /// The running sequences to preempt so that the next request of a newcomer's flow can start, none if there is room.
-    /// They are the youngest ones of tenants that run more than one and have had more service. `None` if there are no such
-    /// tenants, or if that is not enough, or if the request needs more blocks than its tenant's share.
+    /// The running sequences to preempt so that the next request of a newcomer's flow can start, none if there is
+    /// room. They are the youngest ones of tenants that run more than one and have had more service. `None` if there
+    /// are no such tenants, or if that is not enough, or if the request needs more blocks than its tenant's share.
     pub(super) fn victims_for_newcomer(&self, flow: FlowId) -> Option<Vec<Arrival>> {
         let sequence = self.flows.peek(flow)?;
         let tenant = self.flows.tenant_of(flow);

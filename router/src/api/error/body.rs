@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::{ApiError, FieldNames};
 
-/// Whose shapes to speak.
+/// A dialect of the API.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Dialect {
     /// LoRAX's.

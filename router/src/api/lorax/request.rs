@@ -57,7 +57,7 @@ macro_rules! parameters {
 }
 
 sampling::parameters!(parameters {
-    /// As LoRAX documents them; a null is the same as nothing.
+    /// The parameters that LoRAX documents. A null is the same as no value.
     #[derive(Debug, Default, Deserialize)]
     #[serde(default)]
     struct Parameters {
@@ -77,7 +77,7 @@ sampling::parameters!(parameters {
     }
 });
 
-/// What the response contains.
+/// The parts that the response has.
 #[derive(Debug, Clone)]
 pub(super) struct Shape {
     pub(super) details: bool,

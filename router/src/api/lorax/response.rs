@@ -39,7 +39,7 @@ pub(super) struct StreamEvent {
     details: Option<StreamDetails>,
 }
 
-/// What the last event tells of an answer.
+/// Details of an answer, which the last event carries.
 #[derive(Debug, Clone, Serialize)]
 struct StreamDetails {
     finish_reason: &'static str,
@@ -131,14 +131,14 @@ impl GenerateFold {
     }
 }
 
-/// What is told at a time.
+/// One event of a stream.
 pub(super) enum Delta {
     /// The tokens of the prompt.
     Prefill(Vec<ScoredToken>),
     Token(StreamEvent),
 }
 
-/// What deltas add up to.
+/// The sum of all deltas: the whole answer.
 #[derive(Default)]
 pub(super) struct Generated {
     prefill: Vec<ScoredToken>,

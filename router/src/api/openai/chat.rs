@@ -27,7 +27,7 @@ struct Message {
     content: String,
 }
 
-/// What an event adds to a choice.
+/// The delta of a choice.
 #[derive(Debug, Default, Serialize)]
 pub(super) struct ChatDelta {
     index: usize,
@@ -36,7 +36,7 @@ pub(super) struct ChatDelta {
     finish_reason: Option<&'static str>,
 }
 
-/// What an event adds to the answer.
+/// The part of a delta that belongs to the message.
 #[derive(Debug, Default, Serialize)]
 struct MessageDelta {
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -1,4 +1,4 @@
-//! What the parts of a response have in common.
+//! The fields that every chunk of a response has.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
@@ -38,7 +38,7 @@ pub(super) struct Completion<'a, C> {
     usage: Option<Option<Usage>>,
 }
 
-/// What all parts of a response have in common.
+/// The fields that every chunk of a response has.
 pub(super) struct Head {
     id: String,
     created: u64,

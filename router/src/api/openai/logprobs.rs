@@ -60,13 +60,13 @@ pub(super) struct CompletionLogprobs {
     /// Null for the first token of a prompt, which nothing predicts.
     token_logprobs: Vec<Option<f32>>,
     top_logprobs: Vec<Option<TopLogprobs>>,
-    /// Where each token begins in the choice's text, in characters. A token that the text does not show is where it would
-    /// be.
+    /// Where each token begins in the choice's text, in characters. A token that the text does not show is where it
+    /// would be.
     text_offset: Vec<usize>,
 }
 
 impl CompletionLogprobs {
-    /// Of tokens that begin at an offset, which moves behind them.
+    /// The log-probabilities of tokens. The first one begins at `offset`, which is moved behind the last.
     pub(super) fn new(tokens: Vec<TokenText>, offset: &mut usize) -> CompletionLogprobs {
         let mut lists = CompletionLogprobs::default();
         for token in tokens {

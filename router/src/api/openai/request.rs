@@ -153,7 +153,7 @@ struct TemplateMessage {
     name: Option<String>,
 }
 
-/// What the response looks like.
+/// Options of the response.
 #[derive(Debug, Clone)]
 pub(super) struct Options {
     pub(super) chat: bool,
@@ -163,7 +163,7 @@ pub(super) struct Options {
     pub(super) logprobs: bool,
 }
 
-/// What a route asks for in fields of its own.
+/// The values of fields that only one of the routes has.
 struct Asked {
     names: FieldNames,
     max_new_tokens: Option<u32>,
@@ -171,7 +171,7 @@ struct Asked {
     report: Report,
 }
 
-/// Whether a field that we make nothing of has a value that changes nothing here.
+/// Returns whether a field that is not supported has a value that asks for nothing.
 fn harmless(name: &str, value: &Value) -> bool {
     match name {
         "user"

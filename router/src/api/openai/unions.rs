@@ -1,5 +1,5 @@
-//! Fields that may have several types. Their readers are written by hand, so that errors say what is expected and name the
-//! element that is at fault.
+//! Fields that may have several types. Their readers are written by hand, so that errors say what is expected and
+//! name the element that is at fault.
 
 use std::fmt;
 

@@ -1,8 +1,8 @@
 //! Operators that work otherwise in Python, written as calls of functions that do as Python does.
 //!
-//! minijinja has no `%` for text, prints what `~` joins in its own way, orders values of unlike types, takes None for an
-//! empty list in loops, and knows no unary plus. The expression is split into the levels that its brackets make; within a level, the operators that bind
-//! more weakly end the operands.
+//! minijinja has no `%` for text, prints what `~` joins in its own way, orders values of unlike types, takes None for
+//! an empty list in loops, and knows no unary plus. The expression is split into the levels that its brackets make;
+//! within a level, the operators that bind more weakly end the operands.
 
 use super::super::operators::{COMPARE, ITERATE, PRINT, REMAINDER};
 
@@ -133,7 +133,7 @@ fn product(pieces: &[Piece]) -> String {
     so_far + operator.map_or("", |piece| &piece.text)
 }
 
-/// What is left of the code.
+/// The code that has not been read.
 struct Lexer<'a>(&'a str);
 
 impl Lexer<'_> {
