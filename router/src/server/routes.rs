@@ -12,7 +12,7 @@ use axum::{
 };
 use tower::ServiceBuilder;
 use tower_http::{
-    cors::{AllowOrigin, Any, CorsLayer},
+    cors::{AllowHeaders, AllowOrigin, Any, CorsLayer},
     request_id::{MakeRequestId, PropagateRequestIdLayer, RequestId, SetRequestIdLayer},
     trace::{DefaultOnRequest, TraceLayer},
 };
@@ -82,7 +82,11 @@ pub(super) fn cors(origins: &[String]) -> Result<Option<CorsLayer>, StartError> 
             |origin: &String| HeaderValue::from_str(origin).map_err(|_| StartError::Origin(origin.clone()));
         AllowOrigin::list(origins.iter().map(parse).collect::<Result<Vec<_>, _>>()?)
     };
-    Ok(Some(CorsLayer::new().allow_origin(allowed).allow_methods(Any).allow_headers(Any)))
+    // To browsers "*" does not include `Authorization`, so the headers that a page asks for are named.
+    let headers = AllowHeaders::mirror_request();
+    let layer = CorsLayer::new().allow_origin(allowed).allow_methods(Any).allow_headers(headers);
+    // Without this a page cannot read `retry-after` and `x-request-id`.
+    Ok(Some(layer.expose_headers(Any)))
 }
 
 /// Makes the ids of requests that bring none.

@@ -1,5 +1,6 @@
 //! LoRAX's interface: whole and streamed, with all that it can report.
 
+use reqwest::Method;
 use serde_json::{Value, json};
 
 use crate::{
@@ -176,5 +177,48 @@ async fn browsers_are_told_who_may_ask() {
         let response = router.preflight("/generate", "http://here").await;
         let header = response.headers().get("access-control-allow-origin");
         assert_eq!(header.map(|header| header.to_str().unwrap()), answer, "{allowed:?}");
+    }
+}
+
+/// What a page may send and read, as browsers take it: to them "*" does not include `Authorization`.
+#[tokio::test]
+async fn pages_may_send_keys_and_read_headers() {
+    let origins = vec!["http://here".to_owned()];
+    let script = Script::saying(tokens("x"));
+    let router = Router::start_with(script, |config| {
+        config.router.cors_allow_origin = origins;
+        config.router.api_keys = vec!["abc".into()];
+    })
+    .await;
+    for asked in [
+        "authorization",
+        "content-type",
+        "authorization,content-type",
+        "x-request-id",
+        "x-adapter-token,authorization",
+        "x-stainless-lang,x-stainless-os",
+    ] {
+        let headers = [
+            ("origin", "http://here"),
+            ("access-control-request-method", "POST"),
+            ("access-control-request-headers", asked),
+        ];
+        for path in ["/generate", "/v1/completions"] {
+            let response = router.send_with(Method::OPTIONS, path, &headers, &Value::Null).await;
+            assert_eq!(response.status(), 200);
+            assert_eq!(response.headers()["access-control-allow-headers"], asked);
+        }
+    }
+    for (path, key, status) in [
+        ("/generate", "Bearer abc", 200),
+        ("/v1/completions", "Bearer abc", 400),
+        ("/generate", "Bearer no", 401),
+        ("/nowhere", "Bearer abc", 404),
+    ] {
+        let headers = [("origin", "http://here"), ("authorization", key)];
+        let response = router.send_with(Method::POST, path, &headers, &json!({"inputs": "x"})).await;
+        assert_eq!(response.status(), status);
+        assert_eq!(response.headers()["access-control-allow-origin"], "http://here");
+        assert_eq!(response.headers()["access-control-expose-headers"], "*");
     }
 }
