@@ -187,6 +187,13 @@ async fn a_key_file_names_tenants_and_is_read_again_when_it_changes() {
         let line = program.says("waiting for the model; ").await;
         let address = line.split(' ').next().unwrap().to_owned();
         program.says("listening on ").await;
+        assert_eq!(program.says("api-key-file: ").await, "2 keys are valid now");
+        // In one step: a file that is half written says something else.
+        let write = |text: &str| {
+            let whole = folder.path().join("whole");
+            fs::write(&whole, text).unwrap();
+            fs::rename(whole, &file).unwrap();
+        };
         let client = reqwest::Client::new();
         let status = async |key: &str| {
             let request = client.get(format!("http://{address}/info")).bearer_auth(key);
@@ -200,7 +207,7 @@ async fn a_key_file_names_tenants_and_is_read_again_when_it_changes() {
             r#"{"keys": [{"key": "secret", "tenant": ""}]}"#,
             r#"{"keys": []}"#,
         ] {
-            fs::write(&file, bad).unwrap();
+            write(bad);
             let line = timeout(LONG, program.says("api-key-file: ")).await.unwrap();
             assert!(line.contains("is not used") && !line.contains("secret"), "{line}");
         }
@@ -209,7 +216,7 @@ async fn a_key_file_names_tenants_and_is_read_again_when_it_changes() {
             "keys.json" => r#"{"keys": [{"key": "new", "tenant": "search"}]}"#,
             _ => "[[keys]]\nkey = 'new'\ntenant = 'search'",
         };
-        fs::write(&file, new).unwrap();
+        write(new);
         let line = timeout(LONG, program.says("api-key-file: ")).await.unwrap();
         assert_eq!(line, "1 keys are valid now");
         assert_eq!((status("new").await, status("plain").await), (200, 401));
