@@ -15,6 +15,8 @@ use crate::{
 /// A reference to an adapter, as a request names it.
 #[derive(Debug, Clone)]
 pub(crate) struct AdapterRef {
+    /// The field that has the id.
+    pub(crate) field: &'static str,
     pub(crate) source: String,
     pub(crate) id: String,
     pub(crate) credential: Credential,
@@ -51,16 +53,17 @@ impl Credential {
 const BASE_MODEL: &str = "__base_model__";
 
 impl App {
-    /// The adapter that a request names, if it is not the base model.
+    /// The adapter that a field of a request names, if it is not the base model.
     pub(crate) fn adapter(
         &self,
+        field: &'static str,
         id: Option<String>,
         source: Option<String>,
         credential: Credential,
     ) -> Option<AdapterRef> {
         let id = id.filter(|id| !id.is_empty() && id != BASE_MODEL)?;
         let source = source.unwrap_or_else(|| self.config.router.adapter_source.clone());
-        Some(AdapterRef { source, id, credential })
+        Some(AdapterRef { field, source, id, credential })
     }
 
     /// The salt of a request in the prefix cache; `narrower` is the request's own salt.
@@ -78,7 +81,8 @@ impl App {
     pub(crate) async fn prepare(&self, adapter: &AdapterRef) -> Result<Adapter, ApiError> {
         let limit = self.config.router.prepare_timeout;
         let prepared = timeout(limit, prepare(&self.engine, adapter)).await;
-        Ok(prepared.map_err(|_| ApiError::AdapterTimeout { limit })??)
+        let prepared = prepared.map_err(|_| ApiError::AdapterTimeout { limit })?;
+        prepared.map_err(|error| ApiError::of_adapter(adapter.field, error))
     }
 }
 
@@ -106,7 +110,7 @@ mod tests {
             Credential::default().or_in_body(Some("secret-4".into())),
         ];
         for credential in all {
-            let adapter = AdapterRef { source: "hub".into(), id: "sql".into(), credential };
+            let adapter = AdapterRef { field: "model", source: "hub".into(), id: "sql".into(), credential };
             let printed = format!("{adapter:?} {adapter:#?}");
             assert!(printed.contains("sql") && !printed.contains("secret-"), "{printed}");
         }

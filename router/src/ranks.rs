@@ -146,6 +146,9 @@ pub(crate) enum PrepareError {
     /// It cannot be served; the message names the cause.
     #[error("{0}")]
     Invalid(String),
+    /// The source is none that the shards know.
+    #[error("{0}")]
+    Source(String),
     /// The shards cannot be reached, or contradict each other.
     #[error("the model is not available: {0}")]
     Unavailable(String),
@@ -157,9 +160,8 @@ impl From<Status> for PrepareError {
         match status.code() {
             Code::NotFound => PrepareError::NotFound(message),
             Code::PermissionDenied => PrepareError::Forbidden(message),
-            Code::InvalidArgument | Code::Unimplemented | Code::ResourceExhausted => {
-                PrepareError::Invalid(message)
-            }
+            Code::InvalidArgument | Code::ResourceExhausted => PrepareError::Invalid(message),
+            Code::Unimplemented => PrepareError::Source(message),
             _ => PrepareError::Unavailable(message),
         }
     }

@@ -8,7 +8,7 @@ use axum::{
     Json,
     http::{
         HeaderMap, HeaderValue, Method, StatusCode,
-        header::{CONNECTION, RETRY_AFTER, WWW_AUTHENTICATE},
+        header::{ACCEPT_ENCODING, CONNECTION, RETRY_AFTER, WWW_AUTHENTICATE},
     },
     response::{IntoResponse, Response},
 };
@@ -24,6 +24,15 @@ pub(crate) enum ApiError {
     /// Not JSON.
     #[error("the body is not valid JSON: {0}")]
     Malformed(String),
+    /// The client has left before it had sent all of the body.
+    #[error("the body could not be read: the connection has ended before it")]
+    Incomplete,
+    /// The body is not sent as HTTP has it: its chunks make no sense.
+    #[error("the body could not be read: {0}")]
+    Unreadable(String),
+    /// The body is compressed.
+    #[error("the body has the content-encoding {0:?}, and only \"identity\" is supported")]
+    Encoding(String),
     /// A field that must be there is not.
     #[error("missing field `{field}`")]
     Missing {
@@ -100,14 +109,29 @@ pub(crate) enum ApiError {
         limit: Duration,
     },
     /// No such adapter.
-    #[error("{0}")]
-    AdapterNotFound(String),
+    #[error("{message}")]
+    AdapterNotFound {
+        /// The field that names it.
+        field: &'static str,
+        /// Which it is.
+        message: String,
+    },
     /// The caller may not read the adapter.
-    #[error("{0}")]
-    AdapterForbidden(String),
+    #[error("{message}")]
+    AdapterForbidden {
+        /// The field that names it.
+        field: &'static str,
+        /// The cause.
+        message: String,
+    },
     /// The adapter cannot be served exactly.
-    #[error("{0}")]
-    AdapterInvalid(String),
+    #[error("{message}")]
+    AdapterInvalid {
+        /// The field that names it, or its source.
+        field: &'static str,
+        /// The cause.
+        message: String,
+    },
     /// It failed while it ran.
     #[error("Request failed during generation: {0}")]
     Generation(String),
@@ -133,26 +157,40 @@ impl ApiError {
         ApiError::Invalid { field: field.into(), problem: problem.into() }
     }
 
+    /// Why an adapter could not be prepared that this field names.
+    pub(crate) fn of_adapter(field: &'static str, error: PrepareError) -> ApiError {
+        match error {
+            PrepareError::NotFound(message) => ApiError::AdapterNotFound { field, message },
+            PrepareError::Forbidden(message) => ApiError::AdapterForbidden { field, message },
+            PrepareError::Invalid(message) => ApiError::AdapterInvalid { field, message },
+            PrepareError::Source(message) => ApiError::AdapterInvalid { field: "adapter_source", message },
+            PrepareError::Unavailable(_) => ApiError::Unavailable(error.to_string()),
+        }
+    }
+
     /// The status in LoRAX's dialect.
     fn status(&self) -> StatusCode {
         match self {
-            ApiError::Malformed(_) => StatusCode::BAD_REQUEST,
+            ApiError::Malformed(_) | ApiError::Incomplete | ApiError::Unreadable(_) => {
+                StatusCode::BAD_REQUEST
+            }
+            ApiError::Encoding(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             ApiError::Missing { .. }
             | ApiError::Type { .. }
             | ApiError::Invalid { .. }
             | ApiError::Unsupported { .. }
             | ApiError::ContextLength { .. }
             | ApiError::Refused(_)
-            | ApiError::AdapterInvalid(_)
+            | ApiError::AdapterInvalid { .. }
             | ApiError::Template(_) => StatusCode::UNPROCESSABLE_ENTITY,
             ApiError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             ApiError::Slow => StatusCode::REQUEST_TIMEOUT,
             ApiError::InvalidKey => StatusCode::UNAUTHORIZED,
             ApiError::RateLimited(_) | ApiError::Overloaded { .. } => StatusCode::TOO_MANY_REQUESTS,
             ApiError::AdapterTimeout { .. } => StatusCode::GATEWAY_TIMEOUT,
-            ApiError::AdapterNotFound(_) | ApiError::NoRoute => StatusCode::NOT_FOUND,
+            ApiError::AdapterNotFound { .. } | ApiError::NoRoute => StatusCode::NOT_FOUND,
             // LoRAX's clients take 403 for a shard that is not ready, and try again.
-            ApiError::AdapterForbidden(_) | ApiError::Generation(_) => StatusCode::FAILED_DEPENDENCY,
+            ApiError::AdapterForbidden { .. } | ApiError::Generation(_) => StatusCode::FAILED_DEPENDENCY,
             ApiError::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
             ApiError::Method(_) => StatusCode::METHOD_NOT_ALLOWED,
         }
@@ -160,7 +198,7 @@ impl ApiError {
 
     fn status_in(&self, dialect: Dialect) -> StatusCode {
         match (dialect, self) {
-            (Dialect::OpenAi, ApiError::AdapterForbidden(_)) => StatusCode::FORBIDDEN,
+            (Dialect::OpenAi, ApiError::AdapterForbidden { .. }) => StatusCode::FORBIDDEN,
             // OpenAI's clients know 400 as "your request is wrong".
             (Dialect::OpenAi, error) if error.status() == StatusCode::UNPROCESSABLE_ENTITY => {
                 StatusCode::BAD_REQUEST
@@ -177,6 +215,7 @@ impl ApiError {
             ApiError::RateLimited(refusal) => (RETRY_AFTER, seconds(refusal.retry_after()).into()),
             ApiError::Unavailable(_) => (RETRY_AFTER, 1.into()),
             ApiError::InvalidKey => (WWW_AUTHENTICATE, HeaderValue::from_static("Bearer")),
+            ApiError::Encoding(_) => (ACCEPT_ENCODING, HeaderValue::from_static("identity")),
             // The rest of the body is still to come, and nobody will read it.
             ApiError::Slow | ApiError::TooLarge { .. } => (CONNECTION, HeaderValue::from_static("close")),
             _ => return HeaderMap::new(),
@@ -195,12 +234,13 @@ impl ApiError {
     /// The end that metrics count for the request.
     fn end(&self) -> End {
         match self {
+            ApiError::Incomplete => End::Cancelled,
             ApiError::InvalidKey => End::Unauthorized,
             ApiError::RateLimited(_) | ApiError::Overloaded { .. } => End::Overloaded,
             ApiError::AdapterTimeout { .. }
-            | ApiError::AdapterNotFound(_)
-            | ApiError::AdapterForbidden(_)
-            | ApiError::AdapterInvalid(_) => End::Adapter,
+            | ApiError::AdapterNotFound { .. }
+            | ApiError::AdapterForbidden { .. }
+            | ApiError::AdapterInvalid { .. } => End::Adapter,
             ApiError::Generation(_) => End::Generation,
             ApiError::Unavailable(_) => End::Unavailable,
             _ => End::Validation,
@@ -233,17 +273,6 @@ impl From<Failure> for ApiError {
             Failure::Refused(error) => ApiError::Refused(error.to_string()),
             Failure::Rejected(reason) => ApiError::Refused(reason),
             Failure::Generation(message) => ApiError::Generation(message),
-        }
-    }
-}
-
-impl From<PrepareError> for ApiError {
-    fn from(error: PrepareError) -> ApiError {
-        match error {
-            PrepareError::NotFound(message) => ApiError::AdapterNotFound(message),
-            PrepareError::Forbidden(message) => ApiError::AdapterForbidden(message),
-            PrepareError::Invalid(message) => ApiError::AdapterInvalid(message),
-            PrepareError::Unavailable(_) => ApiError::Unavailable(error.to_string()),
         }
     }
 }

@@ -38,8 +38,7 @@ fn join(object: &str, field: &str) -> String {
     if object.is_empty() { field.to_owned() } else { format!("{object}.{field}") }
 }
 
-/// The name of a field as documents write it: `messages[3].content`. Those of LoRAX's `parameters` are known by their
-/// own names.
+/// The name of a field as documents write it: `messages[3].content`.
 fn field_name(path: &serde_path_to_error::Path) -> String {
     let mut name = String::new();
     for segment in path {
@@ -50,10 +49,12 @@ fn field_name(path: &serde_path_to_error::Path) -> String {
             Segment::Unknown => {}
         }
     }
-    match name.strip_prefix("parameters.") {
-        Some(own) => own.to_owned(),
-        None => name,
-    }
+    own_name(&name).to_owned()
+}
+
+/// LoRAX's `parameters` are known by their own names.
+fn own_name(name: &str) -> &str {
+    name.strip_prefix("parameters.").unwrap_or(name)
 }
 
 /// The words of serde for types, and ours.
@@ -78,6 +79,10 @@ fn explain(field: String, error: &serde_json::Error) -> ApiError {
     let missing = message.strip_prefix("missing field `").and_then(|rest| rest.strip_suffix('`'));
     if let Some(missing) = missing {
         return ApiError::Missing { field: join(&field, missing) };
+    }
+    let twice = message.strip_prefix("duplicate field `").and_then(|rest| rest.strip_suffix('`'));
+    if let Some(twice) = twice {
+        return ApiError::invalid(own_name(&join(&field, twice)).to_owned(), "is given twice");
     }
     let problem = match message.rsplit_once(", expected ") {
         Some((found, expected)) => format!("{}, expected {}", found_words(found), expected_words(expected)),

@@ -222,7 +222,7 @@ impl Preparation<'_> {
             Ok(_) => return,
             Err(PrepareError::NotFound(_)) => &self.metrics.not_found,
             Err(PrepareError::Forbidden(_)) => &self.metrics.forbidden,
-            Err(PrepareError::Invalid(_)) => &self.metrics.invalid,
+            Err(PrepareError::Invalid(_) | PrepareError::Source(_)) => &self.metrics.invalid,
             Err(PrepareError::Unavailable(_)) => &self.metrics.unavailable,
         };
         failures.increment(1);

@@ -1,8 +1,12 @@
 //! Reading bodies: how much memory they may take together, and how long each may take.
 
-use std::{net::IpAddr, time::Duration};
+use std::{error::Error, io, net::IpAddr, time::Duration};
 
-use axum::{body::Body, extract::Request};
+use axum::{
+    body::Body,
+    extract::Request,
+    http::{HeaderMap, header::CONTENT_ENCODING},
+};
 use futures::StreamExt;
 use http_body::Body as _;
 use tokio::time::timeout;
@@ -43,6 +47,7 @@ impl Bodies {
 
     /// Reads a body as memory allows: until there is some the client is not read from.
     pub(super) async fn read(&self, request: Request, party: Party) -> Result<Bytes, ApiError> {
+        check_encoding(request.headers())?;
         let read = timeout(self.deadline, self.read_all(request.into_body(), party)).await;
         read.map_err(|_| ApiError::Slow)?
     }
@@ -60,7 +65,7 @@ impl Bodies {
         let mut bytes = Vec::with_capacity(announced.unwrap_or(0));
         let mut chunks = body.into_data_stream();
         while let Some(chunk) = chunks.next().await {
-            let chunk = chunk.map_err(|error| ApiError::Malformed(error.to_string()))?;
+            let chunk = chunk.map_err(|error| unread(&error))?;
             if bytes.len() + chunk.len() > limit {
                 return Err(ApiError::TooLarge { limit });
             }
@@ -74,5 +79,28 @@ impl Bodies {
             memory.shrink(bytes.len());
         }
         Ok(Bytes { bytes, _memory: memory })
+    }
+}
+
+/// Refuses compressed bodies: how large they are would show only while they take memory.
+fn check_encoding(headers: &HeaderMap) -> Result<(), ApiError> {
+    for value in headers.get_all(CONTENT_ENCODING) {
+        let encoding = String::from_utf8_lossy(value.as_bytes());
+        if encoding.split(',').any(|one| !matches!(&*one.trim().to_ascii_lowercase(), "" | "identity")) {
+            return Err(ApiError::Encoding(encoding.into_owned()));
+        }
+    }
+    Ok(())
+}
+
+/// Why the rest of a body cannot be read.
+fn unread(error: &axum::Error) -> ApiError {
+    let mut cause: &dyn Error = error;
+    while let Some(deeper) = cause.source() {
+        cause = deeper;
+    }
+    match cause.downcast_ref::<io::Error>().map(io::Error::kind) {
+        Some(io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset) => ApiError::Incomplete,
+        _ => ApiError::Unreadable(cause.to_string()),
     }
 }

@@ -309,3 +309,60 @@ async fn an_ordinary_client_hears_that_its_body_is_too_large() {
         }
     }
 }
+
+#[tokio::test]
+async fn compressed_bodies_are_refused_by_name() {
+    let router = Router::start(Script::saying(tokens("a"))).await;
+    let text = json!({"inputs": "x", "prompt": "x"}).to_string();
+    let ask = async |path: &str, headers: &str| {
+        let mut stream = TcpStream::connect(&router.address).await.unwrap();
+        stream.write_all((head(path, headers, text.len()) + &text).as_bytes()).await.unwrap();
+        answer(stream).await
+    };
+    for encoding in
+        ["gzip", "GZIP", "br", "deflate", "zstd", "compress", "gzip, identity", "identity,br", "x"]
+    {
+        for path in ["/generate", "/generate_stream", "/", "/v1/completions", "/v1/chat/completions"] {
+            let answer = ask(path, &format!("content-encoding: {encoding}\r\n")).await;
+            assert_eq!(status(&answer), 415, "{answer}");
+            assert!(answer.contains("\r\naccept-encoding: identity\r\n"), "{answer}");
+            assert!(answer.contains(&format!(r#"content-encoding \"{encoding}\""#)), "{answer}");
+            assert!(answer.contains("unsupported_encoding"), "{answer}");
+        }
+    }
+    let two = ask("/generate", "content-encoding: identity\r\ncontent-encoding: gzip\r\n").await;
+    assert_eq!(status(&two), 415, "{two}");
+    for encoding in ["identity", "Identity", "identity, identity", ""] {
+        // The body has a field that is not the route's: it was read.
+        let answer = ask("/generate", &format!("content-encoding: {encoding}\r\n")).await;
+        assert!(answer.contains("`prompt` is not supported"), "{answer}");
+    }
+}
+
+#[tokio::test]
+async fn bodies_that_do_not_come_to_their_end_are_not_called_bad_json() {
+    let router = Router::start(Script::saying(tokens("a"))).await;
+    let chunked = |chunks: &str| {
+        format!("POST /generate HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n{chunks}")
+    };
+    for request in [
+        head("/generate", "", 20) + "{\"inputs\": \"x\"}",
+        head("/generate", "", 1),
+        head("/v1/completions", "", 20) + "{",
+        head("/v1/chat/completions", "", 20) + "{}",
+        chunked("zz\r\n{}\r\n"),
+        chunked("-1\r\n{}\r\n"),
+        chunked("2\r\n{}xx"),
+        chunked("2\r\n{}\r\n"),
+        chunked("2\r\n{"),
+        chunked("ffffffffffffffffff\r\n{}"),
+    ] {
+        let mut stream = TcpStream::connect(&router.address).await.unwrap();
+        stream.write_all(request.as_bytes()).await.unwrap();
+        stream.shutdown().await.unwrap();
+        let answer = answer(stream).await;
+        assert_eq!(status(&answer), 400, "{request:?}: {answer}");
+        assert!(answer.contains("the body could not be read: "), "{answer}");
+        assert!(answer.contains("malformed") && !answer.contains("JSON"), "{answer}");
+    }
+}

@@ -2,6 +2,7 @@
 
 use config::Config;
 use serde_json::{Value, json};
+use tonic::Status;
 
 use crate::{
     refusals::{assert_native, assert_openai},
@@ -188,5 +189,82 @@ async fn types_are_told_in_words() {
         assert_eq!(status, 400, "{answer}");
         let code = if message.starts_with("missing") { "missing_required_parameter" } else { "invalid_type" };
         assert_openai(&answer, code, message);
+    }
+}
+
+#[tokio::test]
+async fn adapters_that_cannot_be_served_are_told_by_the_field_that_names_them() {
+    let refused = [
+        ("nowhere", Status::not_found("it does not exist"), "model_not_found"),
+        ("outside", Status::permission_denied("it is outside"), "adapter_forbidden"),
+        ("broken", Status::invalid_argument("it is broken"), "adapter_invalid"),
+        ("large", Status::resource_exhausted("it is too large"), "adapter_invalid"),
+    ];
+    let source = ("elsewhere", Status::unimplemented("no such source"), "adapter_invalid");
+    let script = Script {
+        refused: refused.iter().chain([&source]).map(|(id, status, _)| (*id, status.clone())).collect(),
+        ..Script::saying(tokens("a"))
+    };
+    let router = Router::start(script).await;
+    let bodies = [
+        ("/v1/completions", json!({"prompt": "x"})),
+        ("/v1/chat/completions", json!({"messages": [{"role": "user", "content": "x"}]})),
+    ];
+    for (path, body) in bodies {
+        let asked = async |names: &[(&str, &str)], code: &str, param: &str| {
+            let mut body = body.clone();
+            names.iter().for_each(|(field, value)| body[field] = json!(value));
+            let (_, answer) = router.post(path, &body).await;
+            assert_openai(&answer, code, "");
+            assert_eq!(answer["error"]["param"], param, "{answer}");
+        };
+        for (id, _, code) in &refused {
+            asked(&[("model", id)], code, "model").await;
+            asked(&[("adapter_id", id)], code, "adapter_id").await;
+            asked(&[("model", "good"), ("adapter_id", id)], code, "adapter_id").await;
+        }
+        for field in ["model", "adapter_id"] {
+            asked(&[(field, source.0), ("adapter_source", "hub")], source.2, "adapter_source").await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn fields_that_are_given_twice() {
+    let router = Router::start(Script::saying(tokens("a"))).await;
+    let native = [
+        (r#"{"inputs": "a", "inputs": "b"}"#, "inputs"),
+        (r#"{"inputs": "a", "stream": true, "stream": null}"#, "stream"),
+        (r#"{"inputs": "a", "parameters": {}, "parameters": {"seed": 1}}"#, "parameters"),
+        (r#"{"inputs": "a", "parameters": {"seed": 1, "seed": 1}}"#, "seed"),
+        (r#"{"inputs": "a", "parameters": {"top_p": 0.5, "stop": [], "top_p": 0.5}}"#, "top_p"),
+    ];
+    for (body, field) in native {
+        let (status, answer) = router.post_bytes("/generate", body.into()).await;
+        assert_eq!(status, 422, "{answer}");
+        assert_native(&answer, "validation", &format!("`{field}` is given twice"));
+    }
+    let openai = [
+        ("/v1/completions", r#"{"prompt": "a", "prompt": "a"}"#, "prompt"),
+        ("/v1/completions", r#"{"prompt": "a", "seed": 1, "seed": 2}"#, "seed"),
+        ("/v1/completions", r#"{"prompt": "a", "ignore_eos": true, "ignore_eos_token": true}"#, "ignore_eos"),
+        ("/v1/completions", r#"{"prompt": "a", "temperature": 1, "temperature": null}"#, "temperature"),
+        (
+            "/v1/completions",
+            r#"{"prompt": "a", "stream_options": {"include_usage": true, "include_usage": true}}"#,
+            "stream_options.include_usage",
+        ),
+        ("/v1/chat/completions", r#"{"messages": [], "messages": []}"#, "messages"),
+        (
+            "/v1/chat/completions",
+            r#"{"messages": [{"role": "user", "content": "x"}, {"role": "user", "role": "user"}]}"#,
+            "messages[1].role",
+        ),
+    ];
+    for (path, body, field) in openai {
+        let (status, answer) = router.post_bytes(path, body.into()).await;
+        assert_eq!(status, 400, "{answer}");
+        assert_openai(&answer, "invalid_value", &format!("`{field}` is given twice"));
+        assert_eq!(answer["error"]["param"], field, "{answer}");
     }
 }

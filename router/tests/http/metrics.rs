@@ -5,12 +5,13 @@ use std::collections::BTreeMap;
 use proto::Step;
 use reqwest::Method;
 use serde_json::{Value, json};
-use tokio::time::timeout;
+use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
 use tonic::Status;
 
 use crate::{
     router::{PATIENCE, Router, tokens},
     shard::{Gate, IMPROBABLE, Script},
+    sockets::head,
 };
 
 /// All samples by name and labels.
@@ -178,6 +179,25 @@ async fn clients_that_leave_are_counted_once() {
         tally.router.shard.release(&Gate::Steps);
         tally.answered(path, native("x", json!({"max_new_tokens": 1})), 200, "length").await;
     }
+}
+
+#[tokio::test]
+async fn clients_that_leave_within_their_body_are_counted_as_such() {
+    let mut tally = Tally::new(Router::start(script()).await);
+    let chunked =
+        |path| format!("POST {path} HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{{");
+    for path in ["/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions"] {
+        for request in [head(path, "", 100), head(path, "", 100) + "{\"inputs\"", chunked(path)] {
+            let mut stream = TcpStream::connect(&tally.router.address).await.unwrap();
+            stream.write_all(request.as_bytes()).await.unwrap();
+            drop(stream);
+            tally.ended("cancelled").await;
+        }
+    }
+    let broken = chunked("/generate") + "}xx";
+    let mut stream = TcpStream::connect(&tally.router.address).await.unwrap();
+    stream.write_all(broken.as_bytes()).await.unwrap();
+    tally.ended("validation").await;
 }
 
 #[tokio::test]

@@ -56,9 +56,9 @@ impl ApiError {
             }
             ApiError::Invalid { field, .. } => Some(field.as_ref()),
             ApiError::ContextLength { names, .. } => Some(names.prompt),
-            ApiError::AdapterNotFound(_) | ApiError::AdapterForbidden(_) | ApiError::AdapterInvalid(_) => {
-                Some("model")
-            }
+            ApiError::AdapterNotFound { field, .. }
+            | ApiError::AdapterForbidden { field, .. }
+            | ApiError::AdapterInvalid { field, .. } => Some(field),
             _ => None,
         }
     }
@@ -82,14 +82,15 @@ impl ApiError {
 
     fn native_type(&self) -> &'static str {
         match self {
-            ApiError::Malformed(_) => "malformed",
+            ApiError::Malformed(_) | ApiError::Incomplete | ApiError::Unreadable(_) => "malformed",
+            ApiError::Encoding(_) => "unsupported_encoding",
             ApiError::Missing { .. }
             | ApiError::Type { .. }
             | ApiError::Invalid { .. }
             | ApiError::Unsupported { .. }
             | ApiError::ContextLength { .. }
             | ApiError::Refused(_)
-            | ApiError::AdapterInvalid(_) => "validation",
+            | ApiError::AdapterInvalid { .. } => "validation",
             ApiError::Template(_) => "template_error",
             ApiError::TooLarge { .. } => "too_large",
             ApiError::Slow => "timeout",
@@ -97,8 +98,8 @@ impl ApiError {
             ApiError::RateLimited(_) => "rate_limit_exceeded",
             ApiError::Overloaded { .. } => "overloaded",
             ApiError::AdapterTimeout { .. } => "adapter_timeout",
-            ApiError::AdapterNotFound(_) => "adapter_not_found",
-            ApiError::AdapterForbidden(_) | ApiError::Generation(_) => "generation",
+            ApiError::AdapterNotFound { .. } => "adapter_not_found",
+            ApiError::AdapterForbidden { .. } | ApiError::Generation(_) => "generation",
             ApiError::Unavailable(_) => "unavailable",
             ApiError::NoRoute => "not_found",
             ApiError::Method(_) => "method_not_allowed",
@@ -139,9 +140,9 @@ impl ApiError {
             ApiError::Invalid { .. } => "invalid_value",
             ApiError::Unsupported { .. } => "unsupported_parameter",
             ApiError::ContextLength { .. } => "context_length_exceeded",
-            ApiError::AdapterNotFound(_) => "model_not_found",
-            ApiError::AdapterForbidden(_) => "adapter_forbidden",
-            ApiError::AdapterInvalid(_) => "adapter_invalid",
+            ApiError::AdapterNotFound { .. } => "model_not_found",
+            ApiError::AdapterForbidden { .. } => "adapter_forbidden",
+            ApiError::AdapterInvalid { .. } => "adapter_invalid",
             ApiError::Overloaded { .. } => "overloaded",
             error => error.native_type(),
         }

@@ -121,7 +121,7 @@ impl GenerateRequest {
             truncate: p.truncate,
         };
         let credential = caller.credential.or_in_body(p.api_token);
-        let adapter = app.adapter(p.adapter_id, p.adapter_source, credential);
+        let adapter = app.adapter("adapter_id", p.adapter_id, p.adapter_source, credential);
         Ok((GroupRequest { adapter, sequences: vec![sequence] }, shape))
     }
 }

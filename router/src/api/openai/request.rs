@@ -230,8 +230,12 @@ impl Common {
     /// The adapter: by its own field, else the model's name unless that is the base model's.
     fn adapter(&self, app: &App, caller: &Caller) -> Option<AdapterRef> {
         let model = self.model.clone().filter(|model| *model != app.config.model.id);
-        let id = self.adapter_id.clone().filter(|id| !id.is_empty()).or(model);
-        app.adapter(id, self.adapter_source.clone(), caller.credential.or_in_body(self.api_token.clone()))
+        let (field, id) = match self.adapter_id.clone().filter(|id| !id.is_empty()) {
+            None => ("model", model),
+            own => ("adapter_id", own),
+        };
+        let credential = caller.credential.or_in_body(self.api_token.clone());
+        app.adapter(field, id, self.adapter_source.clone(), credential)
     }
 
     /// OpenAI's requests draw unless they say otherwise.
