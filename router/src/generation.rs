@@ -46,6 +46,8 @@ pub(crate) enum Update {
     Started {
         /// Time from its submission until its first rows were planned.
         queued: Duration,
+        /// Tokens of its prompt that were in the prefix cache.
+        cached_tokens: u32,
     },
     /// Tokens of the prompt but the first, in order and without repetition.
     Prompt(Vec<PromptToken>),

@@ -25,11 +25,15 @@ use crate::{
 };
 use futures::future::try_join_all;
 use scheduler::{Adapter, CacheSalt, Finish, Tenant};
+use secrecy::{ExposeSecret, SecretString};
 
 /// The sequences of one HTTP request, which use the same adapter.
 #[derive(Debug)]
 pub(crate) struct GroupRequest {
     pub(crate) adapter: Option<AdapterRef>,
+    /// Narrows the sharing of the prefix cache to requests with the same salt. A secret: whoever knows it can find out by
+    /// the time of an answer whether a prompt was asked before.
+    pub(crate) cache_salt: Option<SecretString>,
     pub(crate) sequences: Vec<SequenceRequest>,
 }
 
@@ -46,11 +50,19 @@ pub(crate) struct Timing {
     pub(crate) queued: Duration,
 }
 
+/// The tokens of a sequence, counted as it runs.
+#[derive(Debug, Default)]
+pub(crate) struct TokenCounts {
+    pub(crate) prompt: usize,
+    /// Tokens of the prompt that were in the prefix cache.
+    pub(crate) cached: AtomicUsize,
+    /// Tokens that have been generated so far, whether or not they are text.
+    pub(crate) generated: AtomicUsize,
+}
+
 /// A sequence that is being generated. Dropping it cancels it.
 pub(crate) struct Generation {
-    pub(crate) prompt_tokens: usize,
-    /// Tokens that have been generated so far, whether or not they are text.
-    pub(crate) generated: Arc<AtomicUsize>,
+    pub(crate) tokens: Arc<TokenCounts>,
     /// The seed, if tokens are drawn.
     pub(crate) seed: Option<u64>,
     pub(crate) timing: Timing,
@@ -95,7 +107,11 @@ impl App {
         request: GroupRequest,
     ) -> Result<Vec<Generation>, ApiError> {
         let begun = Instant::now();
-        let GroupRequest { adapter, sequences } = request;
+        let GroupRequest { adapter, cache_salt, sequences } = request;
+        let cache_salt = cache_salt.as_ref().map(ExposeSecret::expose_secret);
+        if cache_salt.is_some_and(str::is_empty) {
+            return Err(ApiError::invalid("cache_salt", "cannot be empty"));
+        }
         let unavailable = || ApiError::Unavailable("the model is not available, try again".into());
         let info = self.engine.info().ok_or_else(unavailable)?;
         let limits = self.request_limits(&info);
@@ -111,7 +127,7 @@ impl App {
         let permits = self.admit_prepared(caller, adapter.as_ref(), entry)?;
         let shared = Shared {
             tenant: caller.principal.tenant.scheduled(),
-            salt: self.cache_salt(caller, adapter.as_ref(), None),
+            salt: self.cache_salt(caller, adapter.as_ref(), cache_salt),
             adapter: prepared,
             end_ids: info.eos_token_ids.iter().chain(self.tokenizer.end_ids()).copied().collect(),
             received: caller.received,
@@ -147,8 +163,7 @@ impl App {
         let Tokenized { request, prompt, max_new_tokens, text } = tokenized;
         let report = request.report;
         let mut generation = Generation {
-            prompt_tokens: prompt.len(),
-            generated: Arc::default(),
+            tokens: Arc::new(TokenCounts { prompt: prompt.len(), ..TokenCounts::default() }),
             seed: request.sampling.draws().then_some(request.sampling.seed),
             timing: Timing {
                 received: shared.received,
@@ -232,7 +247,7 @@ impl Generation {
         loop {
             if let Some(event) = self.ready.pop_front() {
                 if let TextEvent::Piece(Piece { token: Some(_), .. }) = &event {
-                    self.generated.fetch_add(1, Ordering::Relaxed);
+                    self.tokens.generated.fetch_add(1, Ordering::Relaxed);
                 }
                 return Some(Ok(event));
             }
@@ -247,7 +262,10 @@ impl Generation {
     async fn advance(&mut self) -> Result<(), ApiError> {
         let Some(running) = &mut self.running else { return Ok(()) };
         match running.next().await {
-            Some(Update::Started { queued }) => self.timing.queued = queued,
+            Some(Update::Started { queued, cached_tokens }) => {
+                self.timing.queued = queued;
+                self.tokens.cached.store(cached_tokens as usize, Ordering::Relaxed);
+            }
             Some(Update::Prompt(scores)) => {
                 if let Some(prompt) = &mut self.prompt {
                     prompt.score(scores);

@@ -7,10 +7,7 @@ mod logprobs;
 mod request;
 mod unions;
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
-};
+use std::sync::Arc;
 
 use axum::{
     Json,
@@ -30,7 +27,7 @@ use serde::Serialize;
 use super::{
     error::{ApiError, Dialect},
     fold::{self, Fold},
-    group::{Generation, GroupRequest},
+    group::{Generation, GroupRequest, TokenCounts},
 };
 use crate::server::{
     App,
@@ -105,16 +102,16 @@ async fn collect<F: Fold>(mut generation: Generation, fold: F) -> Result<F::Whol
     fold::collect(&mut generation, fold).await
 }
 
-/// Tokens of each choice's prompt, and of its answer as they come.
-type Counts = Vec<(usize, Arc<AtomicUsize>)>;
+/// The tokens of each choice.
+type Counts = Vec<Arc<TokenCounts>>;
 
 fn counts<F>(choices: &[(Generation, F)]) -> Counts {
-    choices.iter().map(|(generation, _)| (generation.prompt_tokens, generation.generated.clone())).collect()
+    choices.iter().map(|(generation, _)| generation.tokens.clone()).collect()
 }
 
 fn usage(counts: &Counts) -> Usage {
     let mut usage = Usage::default();
-    counts.iter().for_each(|(prompt, generated)| usage.add(*prompt, generated.load(Ordering::Relaxed)));
+    counts.iter().for_each(|tokens| usage.add(tokens));
     usage
 }
 

@@ -274,7 +274,7 @@ impl Batcher {
                     self.metrics.prompt_tokens.increment(in_flight.prompt as u64);
                     self.metrics.cached_tokens.increment(u64::from(cached_tokens));
                 }
-                self.send(id, Update::Started { queued });
+                self.send(id, Update::Started { queued, cached_tokens });
             }
             scheduler::Event::Token { .. } => {}
             scheduler::Event::Scored { id } => {

@@ -3,6 +3,7 @@
 
 mod adapters;
 mod bodies;
+mod cache_salts;
 mod clients;
 mod connections;
 mod failures;

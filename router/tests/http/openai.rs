@@ -53,8 +53,8 @@ async fn usage_counts_all_choices() {
     let router = echoing().await;
     let (prompts, options) = (json!(["Hello", "Work"]), json!({"include_usage": true}));
     let input = tokens("Hello").len() + tokens("Work").len();
-    let usage =
-        json!({"prompt_tokens": input, "completion_tokens": input + 2, "total_tokens": 2 * input + 2});
+    let usage = json!({"prompt_tokens": input, "completion_tokens": input + 2, "total_tokens": 2 * input + 2,
+        "prompt_tokens_details": {"cached_tokens": 0}});
     let answer = router.ok("/v1/completions", &json!({"prompt": prompts})).await;
     assert_eq!(answer["usage"], usage);
     let body = json!({"prompt": prompts, "stream": true, "stream_options": options});

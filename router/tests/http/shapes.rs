@@ -67,19 +67,19 @@ fn openai() -> Vec<(&'static str, Value, &'static str)> {
         (
             "/v1/completions",
             json!({"prompt": "Hi", "logprobs": 1, "echo": true, "max_tokens": 1}),
-            r#"{"id":_,"object":"text_completion","created":_,"model":"the/base-model","choices":[{"index":0,"text":"Hia","logprobs":{"tokens":["H","i","a"],"token_logprobs":[null,-1.1875,-1.0625],"top_logprobs":[null,{"i":-1.1875},{"a":-1.0625}],"text_offset":[0,1,2]},"finish_reason":"length"}],"usage":{"prompt_tokens":2,"completion_tokens":1,"total_tokens":3}}"#,
+            r#"{"id":_,"object":"text_completion","created":_,"model":"the/base-model","choices":[{"index":0,"text":"Hia","logprobs":{"tokens":["H","i","a"],"token_logprobs":[null,-1.1875,-1.0625],"top_logprobs":[null,{"i":-1.1875},{"a":-1.0625}],"text_offset":[0,1,2]},"finish_reason":"length"}],"usage":{"prompt_tokens":2,"completion_tokens":1,"total_tokens":3,"prompt_tokens_details":{"cached_tokens":0}}}"#,
         ),
         (
             "/v1/completions",
             json!({"prompt": "x", "max_tokens": 1, "stream": true, "stream_options": {"include_usage": true}}),
             "data: {\"id\":_,\"object\":\"text_completion\",\"created\":_,\"model\":\"the/base-model\",\"choices\":[{\"index\":0,\"text\":\"a\",\"logprobs\":null,\"finish_reason\":\"length\"}],\"usage\":null}\n\n\
-             data: {\"id\":_,\"object\":\"text_completion\",\"created\":_,\"model\":\"the/base-model\",\"choices\":[],\"usage\":{\"prompt_tokens\":1,\"completion_tokens\":1,\"total_tokens\":2}}\n\n\
+             data: {\"id\":_,\"object\":\"text_completion\",\"created\":_,\"model\":\"the/base-model\",\"choices\":[],\"usage\":{\"prompt_tokens\":1,\"completion_tokens\":1,\"total_tokens\":2,\"prompt_tokens_details\":{\"cached_tokens\":0}}}\n\n\
              data: [DONE]\n\n",
         ),
         (
             "/v1/chat/completions",
             chat(json!({"logprobs": true, "top_logprobs": 1, "max_tokens": 1})),
-            r#"{"id":_,"object":"chat.completion","created":_,"model":"the/base-model","choices":[{"index":0,"message":{"role":"assistant","content":"a"},"logprobs":{"content":[{"token":"a","logprob":-1.0625,"bytes":[97],"top_logprobs":[{"token":"a","logprob":-1.0625,"bytes":[97]}]}]},"finish_reason":"length"}],"usage":{"prompt_tokens":4,"completion_tokens":1,"total_tokens":5}}"#,
+            r#"{"id":_,"object":"chat.completion","created":_,"model":"the/base-model","choices":[{"index":0,"message":{"role":"assistant","content":"a"},"logprobs":{"content":[{"token":"a","logprob":-1.0625,"bytes":[97],"top_logprobs":[{"token":"a","logprob":-1.0625,"bytes":[97]}]}]},"finish_reason":"length"}],"usage":{"prompt_tokens":4,"completion_tokens":1,"total_tokens":5,"prompt_tokens_details":{"cached_tokens":0}}}"#,
         ),
         (
             "/v1/chat/completions",

@@ -30,7 +30,7 @@ pub(super) fn of_answer(generation: &Generation) -> HeaderMap {
     let timing = &generation.timing;
     let total = timing.received.elapsed();
     let inference = timing.submitted.elapsed().saturating_sub(timing.queued);
-    let (prompt, tokens) = (generation.prompt_tokens, generation.generated.load(Ordering::Relaxed));
+    let (prompt, tokens) = (generation.tokens.prompt, generation.tokens.generated.load(Ordering::Relaxed));
     let mut headers = HeaderMap::new();
     for (name, value) in [
         ("x-compute-time", total.as_millis()),

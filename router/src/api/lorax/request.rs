@@ -64,6 +64,7 @@ sampling::parameters!(parameters {
         adapter_id: Option<String>,
         adapter_source: Option<String>,
         api_token: Option<SecretString>,
+        cache_salt: Option<SecretString>,
         do_sample: Option<bool>,
         max_new_tokens: Option<u32>,
         ignore_eos_token: Option<bool>,
@@ -122,7 +123,7 @@ impl GenerateRequest {
         };
         let credential = caller.credential.or_in_body(p.api_token);
         let adapter = app.adapter("adapter_id", p.adapter_id, p.adapter_source, credential);
-        Ok((GroupRequest { adapter, sequences: vec![sequence] }, shape))
+        Ok((GroupRequest { adapter, cache_salt: p.cache_salt, sequences: vec![sequence] }, shape))
     }
 }
 

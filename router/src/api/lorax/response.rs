@@ -110,7 +110,7 @@ pub(super) struct GenerateFold {
 
 impl GenerateFold {
     pub(super) fn new(generation: &Generation, shape: Shape) -> GenerateFold {
-        let (prompt_tokens, seed) = (generation.prompt_tokens, generation.seed);
+        let (prompt_tokens, seed) = (generation.tokens.prompt, generation.seed);
         GenerateFold { shape, prompt_tokens, seed, text: String::new(), generated_tokens: 0 }
     }
 

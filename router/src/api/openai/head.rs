@@ -8,6 +8,7 @@ use std::{
 use serde::Serialize;
 
 use super::request::Options;
+use crate::api::group::TokenCounts;
 
 /// Tokens in and out.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
@@ -15,13 +16,24 @@ pub(super) struct Usage {
     prompt_tokens: usize,
     completion_tokens: usize,
     total_tokens: usize,
+    prompt_tokens_details: PromptDetails,
+}
+
+/// What is told of the tokens in.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+struct PromptDetails {
+    /// Those that were in the prefix cache.
+    cached_tokens: usize,
 }
 
 impl Usage {
-    pub(super) fn add(&mut self, prompt: usize, completion: usize) {
-        self.prompt_tokens += prompt;
-        self.completion_tokens += completion;
-        self.total_tokens += prompt + completion;
+    /// Adds those of a choice.
+    pub(super) fn add(&mut self, tokens: &TokenCounts) {
+        let generated = tokens.generated.load(Ordering::Relaxed);
+        self.prompt_tokens += tokens.prompt;
+        self.completion_tokens += generated;
+        self.total_tokens += tokens.prompt + generated;
+        self.prompt_tokens_details.cached_tokens += tokens.cached.load(Ordering::Relaxed);
     }
 }
 

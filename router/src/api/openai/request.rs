@@ -49,6 +49,7 @@ macro_rules! body {
             adapter_id: Option<String>,
             adapter_source: Option<String>,
             api_token: Option<SecretString>,
+            cache_salt: Option<SecretString>,
             #[serde(alias = "ignore_eos_token")]
             ignore_eos: Option<bool>,
             $($(#[$doc])* $name: Option<$type>,)*
@@ -73,6 +74,7 @@ macro_rules! body {
                     adapter_id: self.adapter_id.take(),
                     adapter_source: self.adapter_source.take(),
                     api_token: self.api_token.take(),
+                    cache_salt: self.cache_salt.take(),
                     ignore_eos: self.ignore_eos == Some(true),
                     named: Named { $($name: self.$name),* },
                     rest: mem::take(&mut self.rest),
@@ -114,6 +116,7 @@ struct Common {
     adapter_id: Option<String>,
     adapter_source: Option<String>,
     api_token: Option<SecretString>,
+    cache_salt: Option<SecretString>,
     ignore_eos: bool,
     named: Named,
     rest: Rest,
@@ -215,6 +218,7 @@ impl Common {
         };
         let group = GroupRequest {
             adapter: self.adapter(app, caller),
+            cache_salt: self.cache_salt,
             sequences: prompts.into_iter().map(sequence).collect(),
         };
         let options = Options {
