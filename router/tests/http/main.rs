@@ -7,6 +7,7 @@ mod cache_salts;
 mod clients;
 mod connections;
 mod failures;
+mod fairness;
 mod fields;
 mod folds;
 mod generate;

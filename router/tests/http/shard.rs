@@ -6,6 +6,7 @@ use std::{
     path::Path,
     pin::Pin,
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use proto::{
@@ -18,7 +19,7 @@ use proto::{
 use tokio::{
     net::UnixListener,
     sync::{Notify, mpsc, watch},
-    time::timeout,
+    time::{MissedTickBehavior, interval, timeout},
 };
 use tokio_stream::{Stream, wrappers::ReceiverStream, wrappers::UnixListenerStream};
 use tonic::{Request, Response, Status, Streaming};
@@ -89,6 +90,8 @@ pub(crate) struct Script {
     pub(crate) untaken: HashSet<u32>,
     /// Ids of the alternatives that are reported for a token, given how many.
     pub(crate) alternatives: fn(u32, u32) -> Vec<u32>,
+    /// The time between two answers to steps; none if it answers at once.
+    pub(crate) pace: Option<Duration>,
     /// How long it says that every step took, in microseconds.
     pub(crate) step_us: u64,
     /// Whether every event comes after one of the session before, which contradicts it.
@@ -131,6 +134,7 @@ impl Script {
             filled: BTreeMap::new(),
             untaken: HashSet::new(),
             alternatives: following,
+            pace: None,
             step_us: 0,
             echoes: false,
             held: BTreeSet::new(),
@@ -231,8 +235,13 @@ impl ScriptedShard {
 
     /// Waits until what it was told satisfies `wanted`, and returns what that gives.
     pub(crate) async fn saw<T>(&self, wanted: impl Fn(&Seen) -> Option<T>) -> T {
+        self.saw_within(PATIENCE, wanted).await
+    }
+
+    /// The same, for what takes its time.
+    pub(crate) async fn saw_within<T>(&self, limit: Duration, wanted: impl Fn(&Seen) -> Option<T>) -> T {
         let mut seen = self.seen.subscribe();
-        let seen = timeout(PATIENCE, seen.wait_for(|seen| wanted(seen).is_some())).await;
+        let seen = timeout(limit, seen.wait_for(|seen| wanted(seen).is_some())).await;
         wanted(&seen.expect("it is never told").unwrap()).unwrap()
     }
 
@@ -247,6 +256,10 @@ impl ScriptedShard {
 
     async fn run(&self, mut steps: Streaming<Step>, events: Events) {
         let mut sequences = HashMap::new();
+        let mut pace = self.script.pace.map(interval);
+        if let Some(pace) = &mut pace {
+            pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        }
         let session = self.seen.borrow().sessions.last().copied().unwrap_or_default();
         for id in 1.. {
             let Ok(Some(step)) = steps.message().await else { return };
@@ -262,6 +275,9 @@ impl ScriptedShard {
             }
             self.pass(&Gate::Steps).await;
             self.pass(&Gate::Step(step.id)).await;
+            if let Some(pace) = &mut pace {
+                pace.tick().await;
+            }
             let result = error.map_or_else(|| self.answer(step, &mut sequences), Err);
             let sent = match result {
                 // Every rank runs a step, and the first one tells of it.
