@@ -12,11 +12,17 @@ use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use subtle::{ConditionallySelectable, ConstantTimeEq};
+use tokio::{
+    task::{JoinError, spawn_blocking},
+    time::timeout,
+};
 
 use crate::principal::{Principal, Tenant, TenantId, TenantLimits};
 
 /// Time between two looks at the key file.
 const POLL: Duration = Duration::from_secs(1);
+/// Time in which it must be read before the log says that it was not.
+const READ: Duration = Duration::from_secs(2);
 
 /// The reason that keys were refused.
 #[derive(Debug, thiserror::Error)]
@@ -132,6 +138,8 @@ impl Ring {
 pub struct Keys {
     given: Vec<SecretString>,
     file: Option<PathBuf>,
+    /// Hash of the file's text when it was first read.
+    first: Option<Hash>,
     ring: RwLock<Ring>,
     /// Numbers of all tenants so far, by name: a tenant that comes back is the same one.
     ids: RwLock<HashMap<String, TenantId>>,
@@ -140,10 +148,11 @@ pub struct Keys {
 impl Keys {
     /// Reads all keys. Without any there is one anonymous tenant, and everybody is let in.
     pub fn load(given: Vec<SecretString>, file: Option<PathBuf>) -> Result<Keys, KeyError> {
-        let keys = Keys { given, file, ring: RwLock::default(), ids: RwLock::default() };
+        let mut keys = Keys { given, file, first: None, ring: RwLock::default(), ids: RwLock::default() };
         if keys.are_required() {
             let text = keys.read()?;
             keys.replace(text.as_deref())?;
+            keys.first = text.map(Sha256::digest).map(Into::into);
         }
         Ok(keys)
     }
@@ -167,23 +176,40 @@ impl Keys {
     /// cannot be used leaves the keys as they are.
     pub(crate) async fn watch(self: Arc<Keys>) {
         let Some(file) = &self.file else { return std::future::pending().await };
-        let mut seen = None;
+        let mut seen = self.first;
         let mut ticks = tokio::time::interval(POLL);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
-            let keys = self.clone();
-            let Ok(read) = tokio::task::spawn_blocking(move || keys.read()).await else { return };
-            let text = read.as_ref().ok().cloned().flatten();
-            if text == seen {
+            // Reading has panicked, or the runtime shuts down.
+            let Ok(read) = self.read_aside(file).await else { return };
+            let hash = read.as_ref().ok().and_then(Option::as_ref).map(Sha256::digest).map(Into::into);
+            if hash == seen {
                 continue;
             }
-            seen = text.clone();
-            match read.and_then(|_| self.replace(text.as_deref())) {
+            seen = hash;
+            match read.and_then(|text| self.replace(text.as_deref())) {
                 Ok(keys) => tracing::info!("api-key-file: {keys} keys are valid now"),
                 Err(error) => tracing::error!("api-key-file: {error}; {} is not used", file.display()),
             }
         }
+    }
+
+    /// Reads the file on a thread of its own. A file system that does not answer is told of, and waited for.
+    async fn read_aside(
+        self: &Arc<Keys>,
+        file: &Path,
+    ) -> Result<Result<Option<Vec<u8>>, KeyError>, JoinError> {
+        let keys = self.clone();
+        let mut reading = spawn_blocking(move || keys.read());
+        if let Ok(read) = timeout(READ, &mut reading).await {
+            return read;
+        }
+        let (file, limit) = (file.display(), READ.as_secs());
+        tracing::error!(
+            "key file watcher: {file} has not been read within {limit} s; the keys stay as they are"
+        );
+        reading.await
     }
 
     fn read(&self) -> Result<Option<Vec<u8>>, KeyError> {

@@ -52,14 +52,19 @@ async fn serve(config: Config, parent: &Parent, supervisor: &Supervisor) -> anyh
     parent.serving();
     tracing::info!("waiting for the model; {address} answers 503 until it is ready");
     let starting = app.clone();
-    tokio::spawn(async move {
+    supervisor.task("start-up message", async move {
         starting.ready().await;
         tracing::info!("listening on {address}");
+        // A supervised task does not return.
+        std::future::pending().await
     });
-    let stopping = async {
-        told_to_stop.await;
-        supervisor.stopping();
+    let stopping = {
+        let supervisor = supervisor.clone();
+        async move {
+            told_to_stop.await;
+            supervisor.stopping();
+        }
     };
-    server::serve(listener, app, stopping).await;
+    server::serve(listener, app, supervisor, stopping).await;
     Ok(())
 }

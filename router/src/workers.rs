@@ -47,6 +47,24 @@ impl Workers {
             let _turn = turn;
             work()
         });
-        done.await.map_err(|_| WorkError::Panicked)
+        done.await.map_err(|error| {
+            tracing::error!("a worker's task failed: {error}");
+            WorkError::Panicked
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn work_that_panics_fails_alone_and_gives_its_thread_back() {
+        let (workers, caller) = (Workers::new(1), Principal::anonymous());
+        for _ in 0..3 {
+            let failed = workers.run(&caller, || assert_eq!(1, 2, "a bug")).await;
+            assert_eq!(failed, Err(WorkError::Panicked));
+            assert_eq!(workers.run(&caller, || 7).await, Ok(7));
+        }
     }
 }

@@ -96,7 +96,8 @@ fn start_router(
         let (listener, address) = server::listen(&config).await?;
         let app = App::start(config, supervisor)?;
         app.ready().await;
-        tokio::spawn(server::serve(listener, app, std::future::pending()));
+        let supervisor = supervisor.clone();
+        tokio::spawn(async move { server::serve(listener, app, &supervisor, std::future::pending()).await });
         Ok(address)
     })
 }

@@ -1,23 +1,27 @@
 //! Connections: accepting them, serving them, and letting them finish.
 
 use std::{
-    future::Future,
+    future::{Future, pending},
     io,
     net::IpAddr,
+    panic::AssertUnwindSafe,
     pin::pin,
     sync::{Arc, atomic::Ordering::Relaxed},
     time::Duration,
 };
 
 use axum::extract::Request;
+use futures::FutureExt;
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::{conn::auto, graceful::GracefulShutdown},
     service::TowerToHyperService,
 };
+use lifecycle::{Pulse, Supervisor};
 use tokio::{
     net::{TcpListener, TcpStream},
-    time::{sleep, timeout},
+    task::JoinHandle,
+    time::{MissedTickBehavior, interval, sleep, timeout},
 };
 use tower::ServiceExt;
 
@@ -26,6 +30,15 @@ use super::{
     slots::{NoSlot, Slots},
     socket::{Peer, Socket, client},
 };
+
+/// Name of the accept loop in the log.
+const NAME: &str = "accept loop";
+/// The longest time between two of its turns; it comes round whether or not somebody connects.
+const TURN: Duration = Duration::from_millis(100);
+/// Time in which a turn must come, unless `--step-timeout` is set.
+const LONGEST_TURN: Duration = Duration::from_secs(10);
+/// Pause after a connection could not be accepted, as when there are too many open files.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// Time in which a client must send the head of its next request; after that the connection is closed.
 const HEAD: Duration = Duration::from_secs(75);
@@ -47,63 +60,105 @@ const TOO_MANY: &[u8] =
     b"HTTP/1.1 429 Too Many Requests\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
 
 /// Serves until `stop` and `--shutdown-delay` after it, then lets streams finish for as long as the configuration
-/// allows.
-pub async fn serve(listener: TcpListener, app: Arc<App>, stop: impl Future<Output = ()>) {
+/// allows. The supervisor must have been told that the process stops before `stop` resolves.
+pub async fn serve(
+    listener: TcpListener,
+    app: Arc<App>,
+    supervisor: &Supervisor,
+    stop: impl Future<Output = ()> + Send + 'static,
+) {
     let config = &app.config.router;
     let slots = Slots::new(bound(config.max_connections), config.connections_per_address());
     let server = Server {
         regular: builder(HEAD, true),
         reserved: builder(RESERVED_HEAD, false),
         routes: app.routes(),
+        slots,
         connections: GracefulShutdown::new(),
     };
-    let starting = app.clone();
-    tokio::spawn(async move {
-        starting.engine.ready().await;
-        starting.started.store(true, Relaxed);
-    });
-    let mut stop = pin!(async {
+    supervisor.task("start-up", started(app.clone()));
+    let limit = config.step_timeout.unwrap_or(LONGEST_TURN);
+    let stopping = app.clone();
+    let stop = async move {
         stop.await;
-        app.stopping.store(true, Relaxed);
-        sleep(config.shutdown_delay).await;
-    });
-    loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = &mut stop => break,
-        };
-        match accepted {
-            Ok((socket, address)) => server.admit(socket, client(address.ip()), &slots),
-            // The client has gone already.
-            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
-            Err(error) => {
-                tracing::error!("no connection can be accepted: {error}");
-                sleep(Duration::from_secs(1)).await;
-            }
+        stopping.stopping.store(true, Relaxed);
+        sleep(stopping.config.router.shutdown_delay).await;
+    };
+    let deadline = config.shutdown_deadline;
+    let serving = supervise(supervisor, limit, async move |pulse| {
+        server.accept(listener, stop, &pulse).await;
+        pulse.idle();
+        if timeout(deadline, server.connections.shutdown()).await.is_err() {
+            tracing::warn!("streams did not finish within {} s", deadline.as_secs_f64());
         }
-    }
-    drop(listener);
-    if timeout(config.shutdown_deadline, server.connections.shutdown()).await.is_err() {
-        tracing::warn!("streams did not finish within {} s", config.shutdown_deadline.as_secs_f64());
-    }
+    });
+    // If it panicked, the supervisor has been told.
+    let _ = serving.await;
+}
+
+/// Runs the accept loop under supervision. It must beat within `limit` all the time that it does not say it is idle.
+fn supervise<F: Future<Output = ()> + Send + 'static>(
+    supervisor: &Supervisor,
+    limit: Duration,
+    accept_loop: impl FnOnce(Pulse) -> F,
+) -> JoinHandle<()> {
+    let pulse = supervisor.watch(NAME, limit);
+    supervisor.task(NAME, accept_loop(pulse))
+}
+
+/// Notes that the model could answer once.
+async fn started(app: Arc<App>) {
+    app.engine.ready().await;
+    app.started.store(true, Relaxed);
+    // A supervised task does not return.
+    pending().await
 }
 
 struct Server {
     regular: auto::Builder<TokioExecutor>,
     reserved: auto::Builder<TokioExecutor>,
     routes: axum::Router,
+    slots: Arc<Slots>,
     connections: GracefulShutdown,
 }
 
 impl Server {
+    /// Accepts connections until `stop`. As this beats from turn to turn, a runtime whose threads are all blocked is
+    /// found out, too.
+    async fn accept(&self, listener: TcpListener, stop: impl Future<Output = ()>, pulse: &Pulse) {
+        let mut stop = pin!(stop);
+        let mut turns = interval(TURN);
+        turns.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        pulse.busy();
+        loop {
+            pulse.beat();
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                _ = turns.tick() => continue,
+                () = &mut stop => break,
+            };
+            match accepted {
+                Ok((socket, address)) => self.admit(socket, client(address.ip())),
+                // The client has gone already.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(error) => {
+                    tracing::error!("no connection can be accepted: {error}");
+                    pulse.idle();
+                    sleep(RETRY).await;
+                    pulse.busy();
+                }
+            }
+        }
+    }
+
     /// Serves a connection if there is a place for it.
-    fn admit(&self, socket: TcpStream, address: IpAddr, slots: &Arc<Slots>) {
+    fn admit(&self, socket: TcpStream, address: IpAddr) {
         // A token is a small write that follows a small write: Nagle's algorithm would hold it back until the client's
         // delayed acknowledgement, 40 ms.
         if let Err(error) = socket.set_nodelay(true) {
             tracing::debug!("TCP_NODELAY: {error}");
         }
-        let slot = match slots.take(address) {
+        let slot = match self.slots.take(address) {
             Ok(slot) => slot,
             Err(full) => {
                 let answer = if full == NoSlot::Full { FULL } else { TOO_MANY };
@@ -123,8 +178,11 @@ impl Server {
         let served = server.serve_connection(io, TowerToHyperService::new(routes)).into_owned();
         let served = self.connections.watch(served);
         tokio::spawn(async move {
-            if let Err(error) = served.await {
-                tracing::debug!("a connection: {error}");
+            // A fault in a handler ends its own connection.
+            match AssertUnwindSafe(served).catch_unwind().await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::debug!("a connection: {error}"),
+                Err(_) => tracing::error!("the task of a connection from {address} panicked"),
             }
         });
     }
@@ -157,4 +215,87 @@ fn bound(asked: usize) -> usize {
         tracing::warn!("max-connections: the limit of open files leaves {most}, not {asked}");
     }
     asked.min(most)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, sync_channel};
+
+    use axum::{Router, routing::get};
+    use lifecycle::Failure;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        sync::oneshot,
+    };
+
+    use super::*;
+
+    fn reporting() -> (Supervisor, Receiver<Failure>) {
+        let (report, failures) = sync_channel(4);
+        (Supervisor::reporting_to(move |failure| report.try_send(failure).unwrap()).unwrap(), failures)
+    }
+
+    #[test]
+    fn an_accept_loop_that_panics_returns_or_hangs_is_reported_by_name() {
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let _entered = runtime.enter();
+        let (supervisor, failures) = reporting();
+        let limit = Duration::from_millis(300);
+        let failure = || failures.recv_timeout(Duration::from_secs(30)).unwrap();
+        supervise(&supervisor, limit, async |_| panic!("a bug"));
+        assert_eq!(failure().to_string(), "accept loop panicked: a bug");
+        supervise(&supervisor, limit, async |_| {
+            tokio::task::yield_now().await;
+            panic!("a late bug")
+        });
+        assert_eq!(failure().to_string(), "accept loop panicked: a late bug");
+        supervise(&supervisor, limit, async |_| {});
+        assert_eq!(failure(), Failure::Returned { name: NAME.into() });
+        supervise(&supervisor, limit, async |pulse: Pulse| {
+            pulse.busy();
+            pending().await
+        });
+        assert!(matches!(failure(), Failure::Overdue { name, .. } if &*name == NAME));
+    }
+
+    async fn ask(address: std::net::SocketAddr, path: &str) -> String {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        // A connection that breaks has no answer.
+        let read = timeout(Duration::from_secs(30), stream.read_to_string(&mut answer)).await.unwrap();
+        read.map_or_else(|_| String::new(), |_| answer)
+    }
+
+    #[tokio::test]
+    async fn a_panic_in_a_connection_ends_that_connection_alone_and_frees_its_slot() {
+        let (supervisor, failures) = reporting();
+        let slots = Slots::new(4, 4);
+        let panics = get(async || -> &'static str { panic!("a bug in a handler") });
+        let server = Server {
+            regular: builder(HEAD, true),
+            reserved: builder(RESERVED_HEAD, false),
+            routes: Router::new().route("/panics", panics).route("/answers", get(async || "well")),
+            slots,
+            connections: GracefulShutdown::new(),
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (stop, stopped) = oneshot::channel::<()>();
+        let serving = supervise(&supervisor, Duration::from_secs(30), async move |pulse| {
+            server.accept(listener, async { _ = stopped.await }, &pulse).await;
+        });
+        // More of them than there are slots.
+        for _ in 0..6 {
+            assert_eq!(ask(address, "/panics").await, "");
+            let answer = ask(address, "/answers").await;
+            assert!(answer.starts_with("HTTP/1.1 200 ") && answer.ends_with("well"), "{answer}");
+        }
+        supervisor.stopping();
+        drop(stop);
+        timeout(Duration::from_secs(30), serving).await.unwrap().unwrap();
+        assert!(failures.try_recv().is_err());
+    }
 }

@@ -13,6 +13,7 @@ mod folds;
 mod generate;
 mod health;
 mod keys;
+mod killed;
 mod logprobs;
 mod metrics;
 mod openai;

@@ -149,11 +149,12 @@ impl Router {
         let supervisor = supervisor.unwrap();
         let app = App::start(config, &supervisor).unwrap();
         let (stop, stopped) = oneshot::channel::<()>();
+        let (supervising, serving) = (supervisor.clone(), app.clone());
         let stopping = async move {
             _ = stopped.await;
-            supervisor.stopping();
+            supervising.stopping();
         };
-        tokio::spawn(server::serve(listener, app.clone(), stopping));
+        tokio::spawn(async move { server::serve(listener, serving, &supervisor, stopping).await });
         let shard = ranks[0].clone();
         Router {
             address: address.to_string(),

@@ -36,16 +36,16 @@ async fn an_engine_that_ends_is_reported() {
 async fn an_engine_that_is_idle_or_waits_for_the_shards_is_not_taken_to_hang() {
     let mut script = Script::saying(tokens("a"));
     script.held.insert(Gate::Info);
-    let soon = |config: &mut config::Config| config.router.step_timeout = Some(Duration::from_millis(400));
+    let soon = |config: &mut config::Config| config.router.step_timeout = Some(Duration::from_secs(1));
     let router = Router::launch(script, soon).await;
     let begun = std::time::Instant::now();
-    while begun.elapsed() < Duration::from_secs(1) {
+    while begun.elapsed() < Duration::from_secs(2) {
         assert_eq!(router.get("/health").await.status(), 503);
     }
     router.shard.release(&Gate::Info);
     router.health(200, "").await;
     let begun = std::time::Instant::now();
-    while begun.elapsed() < Duration::from_secs(1) {
+    while begun.elapsed() < Duration::from_secs(2) {
         assert_eq!(router.get("/health").await.status(), 200);
     }
     router.ok("/generate", &json!({"inputs": "x"})).await;
