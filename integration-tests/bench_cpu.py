@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Speed of the CPU backend end to end: a server with the demo model, and clients that stream from it.
+"""Measures the speed of the CPU backend end to end: a server with the demo model, and clients that stream from it.
 
 Prints JSON: tokens per second of one and of eight streams, base and with adapters, the time to the first token of a
 512-token prompt, and the floor that the machine's read bandwidth and arithmetic imply, which are measured between the
@@ -44,7 +44,7 @@ ERROR = b'"error":'  # a key: quotes within JSON's strings are escaped
 
 
 def random_bf16(count: int) -> bytes:
-    """`count` values of either sign between 0.008 and 0.03."""
+    """Returns `count` values of either sign between 0.008 and 0.03."""
     signs = bytes(0x3C | (b & 0x80) for b in range(256))
     out = bytearray(2 * count)
     out[0::2] = os.urandom(count)
@@ -53,7 +53,7 @@ def random_bf16(count: int) -> bytes:
 
 
 def write_adapter(folder: Path, rank: int) -> None:
-    """A random adapter on all seven projections, in PEFT's format."""
+    """Writes a random adapter on all seven projections, in PEFT's format."""
     folder.mkdir(parents=True)
     config = dict(peft_type="LORA", r=rank, lora_alpha=rank, target_modules=[s.split(".")[1] for s in SITES], bias="none")
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -120,14 +120,14 @@ class Server:
         return times
 
     def together(self, adapters: list[str | None]) -> float:
-        """Tokens a second of streams that run at the same time, from the last first token to the first last one."""
+        """Returns the tokens a second of streams that run at the same time, from the last first token to the first last one."""
         requests = [(adapter, f"Story {i}. Once upon a time", TOKENS) for i, adapter in enumerate(adapters)]
         all_times = self.streams(requests)
         begin, end = max(times[1] for times in all_times), min(times[-1] for times in all_times)
         return sum(begin < t <= end for times in all_times for t in times[1:]) / (end - begin)
 
     def first_token(self, adapter: str | None) -> float:
-        """Seconds to the first token of 512 tokens that were not seen before."""
+        """Returns the seconds to the first token of a prompt of 512 tokens that was not sent before."""
         words = ["sea", "dog", "tree", "ship", "house", "red", "big", "cat"]  # a token each, with the space
         [times] = self.streams([(adapter, " ".join(random.choices(words, k=512)), 1)])
         return times[1] - times[0]
@@ -160,7 +160,7 @@ def main() -> None:
                 first_token_base_s=lambda: server.first_token(None),
                 first_token_adapter_s=lambda: server.first_token("pirate"),
             )
-            # In turns, so that a slow moment of the machine is shared.
+            # The kinds of run take turns, so that a slow moment of the machine affects all of them.
             figures = {name: [] for name in loads}
             for _ in range(args.runs):
                 for name, load in loads.items():

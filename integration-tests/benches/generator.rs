@@ -1,5 +1,5 @@
-//! How many tokens a second the load generator can take: against a server that streams events as fast as it is read,
-//! and against one that paces 256 streams as a GPU would.
+//! Measures how many tokens a second the load generator can take: against a server that streams events as fast as it
+//! is read, and against one that paces 256 streams as a GPU would.
 //!
 //! The generator must not be what is measured at 10,000 tokens a second. Generator and server have threads of their
 //! own, one each, so that the generator's CPU time is known.

@@ -10,32 +10,36 @@ from pathlib import Path
 from server import Server
 
 HERE = Path(__file__).resolve().parent
-TOLERANCE = 0.06  # of a log-probability in bf16
-COMPARED = 0.5  # of the tokens, at least
+TOLERANCE = 0.06  # largest difference of log-probabilities in bf16
+COMPARED = 0.5  # least share of the tokens that must be compared
 REQUESTS, TOKENS = 64, 32
 EVICTED = "adapters evicted and loaded again"
 
 
 def words(seed: int, count: int) -> str:
-    """A prompt that no other seed has."""
+    """Returns a prompt that no other seed gives."""
     draw = random.Random(seed)
     return " ".join("".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=4)) for _ in range(count))
 
 
 def prompts(adapters: list[str]) -> list[tuple[str, str]]:
-    """Adapters in turn, texts of different lengths."""
+    """Returns requests for the adapters in turn, with texts of different lengths."""
     return [(adapters[i % len(adapters)], words(i, 4 + 9 * (i % 7))) for i in range(REQUESTS)]
 
 
 def answers(server: Server, asks: list[tuple[str, str]], at_once: int) -> list[list[dict]]:
-    """The tokens of every request, so many of them at the same time."""
+    """Returns the tokens of every request; `at_once` requests run at the same time."""
     with ThreadPoolExecutor(at_once) as pool:
         return list(pool.map(lambda ask: server.generate(ask[1], ask[0], TOKENS)["tokens"], asks))
 
 
 def compare(name: str, expected: list[list[dict]], got: list[list[dict]]) -> dict:
-    """Where tokens first differ, the one that came must have been within the tolerance of the one expected; up to there
-    log-probabilities must be within it, too. What comes after has another context and is not compared: enough must be left."""
+    """Compares answers with the expected ones, up to the first token that differs in each.
+
+    There, the token that came must have been within the tolerance of the expected one (a near tie); up to there,
+    log-probabilities must be within it, too. Later tokens have another context and are not compared, but a share of
+    `COMPARED` must have been.
+    """
     result = dict(check=name, requests=len(expected), identical=0, near_ties=0, wrong=0, max_logprob_difference=0.0)
     compared = 0
     for want, have in zip(expected, got, strict=True):
@@ -55,10 +59,10 @@ def compare(name: str, expected: list[list[dict]], got: list[list[dict]]) -> dic
 
 
 def batches(start, adapters: list[str], variants: dict[str, list[str]], expected: list) -> list[dict]:
-    """Every request alone on the plain server, then all at once on servers with other flags. `start` makes a server.
+    """Runs every request alone on the plain server, then all at once on servers with other flags. `start` makes a server.
 
-    `expected` is filled with the answers alone, or used if it has them already. The variant `EVICTED` must have read adapters
-    again.
+    `expected` is filled with the answers alone, or used if it has them already. The variant `EVICTED` must have read
+    adapters again.
     """
     asks, results = prompts(adapters), []
     for name, flags in variants.items():
@@ -74,9 +78,10 @@ def batches(start, adapters: list[str], variants: dict[str, list[str]], expected
 
 
 def reference(start, name: str, folders: tuple[Path, Path], names: list[str | None], texts: list[str]) -> dict:
-    """Log-probabilities of prompts and answers beside those of transformers and PEFT on the same device.
+    """Compares log-probabilities of prompts and answers with those of transformers and PEFT on the same device.
 
-    `folders` are the model's and the adapters'. Passes where they are within the tolerance of either computation there, in bf16 or in f32 from the same weights.
+    `folders` are the model's and the adapters'. The check passes if they are within the tolerance of either computation
+    there: in bf16, or in f32 from the same weights.
     """
     asks = [(adapter, text) for adapter in names for text in texts]
     with start([]) as server, ThreadPoolExecutor(8) as pool:

@@ -1,4 +1,4 @@
-"""A shard that is killed under load: who was served gets an error, who asks meanwhile is refused, and the next one serves."""
+"""Kills a shard under load: running streams must get an error, requests must get 503, and then the next shard must serve."""
 
 import http.client
 import json
@@ -18,7 +18,7 @@ PAUSE_SECONDS = 0.05  # between requests while there is no shard
 
 
 class Crash:
-    """Streams that are cut, and requests until the server is back."""
+    """Streams that are cut off by the kill, and requests that are repeated until the server answers again."""
 
     def __init__(self, server: Server):
         self.server = server
@@ -44,7 +44,7 @@ class Crash:
         )
 
     def wait_for_tokens(self, streams: list[Future]) -> None:
-        """Returns when all streams have had one."""
+        """Waits until every stream has had a token."""
         deadline = time.monotonic() + FIRST_TOKENS_SECONDS
         for count in range(CLIENTS):
             if not self.begun.acquire(timeout=max(0.0, deadline - time.monotonic())):
@@ -52,7 +52,7 @@ class Crash:
                 raise RuntimeError(f"{count} of {CLIENTS} streams had a token in {FIRST_TOKENS_SECONDS:.0f} s; ended: {ended}")
 
     def recovery(self, since: float) -> tuple[float | None, Counter]:
-        """Seconds until a request is answered again, and how those before it ended."""
+        """Returns the seconds until a request is answered again, and counts how the requests before it ended."""
         meanwhile = Counter()
         while time.monotonic() < since + RECOVERY_SECONDS:
             try:
@@ -66,7 +66,7 @@ class Crash:
         return None, meanwhile
 
     def stream(self, text: str) -> tuple[str, float]:
-        """How a stream ended, and when."""
+        """Runs a stream; returns how it ended, and when."""
         body = dict(inputs=text, parameters=dict(max_new_tokens=TOKENS, ignore_eos_token=True))
         connection = self.server.connect()
         try:
@@ -80,7 +80,7 @@ class Crash:
         return how, time.monotonic()
 
     def read(self, response: http.client.HTTPResponse) -> str:
-        """Reads a stream; how it ended."""
+        """Reads a stream to its end; returns how it ended."""
         events = 0
         lines = (line for line in response if line.startswith(b"data:"))
         for event in map(lambda line: json.loads(line[5:]), lines):

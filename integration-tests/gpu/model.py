@@ -83,7 +83,7 @@ def config(shape: Shape) -> dict:
 
 
 def byte_alphabet() -> list[str]:
-    """The printable characters that stand for the 256 bytes, in the order of GPT-2's table."""
+    """Returns the printable characters that stand for the 256 bytes, in the order of GPT-2's table."""
     kept = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return [chr(b) for b in kept] + [chr(0x100 + i) for i in range(256 - len(kept))]
 
@@ -104,7 +104,7 @@ def tokenizer(vocab: int) -> dict:
 
 
 class Random:
-    """Normal numbers in bf16, as bytes; the same seed gives the same ones on the same device."""
+    """Returns normal numbers in bf16, as bytes; the same seed gives the same ones on the same device."""
 
     def __init__(self, seed: int):
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -136,7 +136,7 @@ class Tensor:
 
 
 def write_file(path: Path, tensors: list[Tensor], seed: int) -> None:
-    """One safetensors file."""
+    """Writes one safetensors file."""
     header, at = {}, 0
     for t in tensors:
         header[t.name] = dict(dtype="BF16", shape=t.shape, data_offsets=[at, at + t.size])
@@ -152,7 +152,7 @@ def write_file(path: Path, tensors: list[Tensor], seed: int) -> None:
 
 
 def model_tensors(shape: Shape) -> list[Tensor]:
-    """All tensors of a model."""
+    """Returns all tensors of a model."""
     deep = (2 * shape.layers) ** -0.5  # what the layers add must not outgrow the embedding
     tensors = [Tensor("model.embed_tokens.weight", (shape.vocab, shape.hidden), 1.0)]
     for layer in range(shape.layers):
@@ -168,7 +168,7 @@ def model_tensors(shape: Shape) -> list[Tensor]:
 
 
 def write_model(folder: Path, shape: Shape, seed: int = 1) -> int:
-    """A whole model; returns its bytes."""
+    """Writes a whole model; returns its size in bytes."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     files, size = [[]], 0
@@ -204,7 +204,7 @@ def adapter_config(shape: Shape, lora_rank: int) -> dict:
 
 
 def write_adapter(folder: Path, shape: Shape, lora_rank: int, seed: int) -> int:
-    """A random adapter on all seven projections; returns its bytes."""
+    """Writes a random adapter on all seven projections; returns its size in bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = []
     for layer, (site, (inputs, outputs)) in itertools.product(range(shape.layers), shape.sites().items()):
@@ -218,7 +218,7 @@ def write_adapter(folder: Path, shape: Shape, lora_rank: int, seed: int) -> int:
 
 
 def holds(path: Path, content: dict) -> bool:
-    """Whether a file of JSON is there, which must have this content."""
+    """Returns whether a JSON file exists; it must have this content if it does."""
     if not path.exists():
         return False
     if json.loads(path.read_text()) != content:
@@ -227,7 +227,7 @@ def holds(path: Path, content: dict) -> bool:
 
 
 def write_adapters(folder: Path, shape: Shape, lora_ranks: list[int]) -> int:
-    """Adapters `a0`, `a1`, … of the given ranks; those that are there already stay. Returns the bytes written."""
+    """Writes adapters `a0`, `a1`, … of the given ranks and keeps those that exist. Returns the bytes written."""
     there = lambda i, r: holds(folder / f"a{i}" / "adapter_config.json", adapter_config(shape, r))
     missing = [(i, r) for i, r in enumerate(lora_ranks) if not there(i, r)]
     with ThreadPoolExecutor(WRITERS) as pool:

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Reads cases from stdin, computes their log-probabilities with transformers and PEFT, prints the differences.
 
-Twice, from weights in bf16: computed in bf16, whose every operation rounds, and in f32. The differences of these two say
-what the first of them is worth. A case has an adapter's name or null, the ids of prompt and answer, and the log-probabilities that the server gave them.
+They are computed twice, from weights in bf16: in bf16, where every operation rounds, and in f32. The difference between the
+two shows how exact the first one is. A case has an adapter's name or null, the ids of prompt and answer, and the
+log-probabilities that the server gave them.
 """
 
 import argparse
@@ -19,7 +20,7 @@ NEAR = 0.06  # two tokens this close may change places
 
 
 def load(folder: Path, adapters: Path, adapter: str | None, dtype: torch.dtype) -> torch.nn.Module:
-    """The model as PEFT runs it, unmerged. In f32 it has the weights that bf16 keeps."""
+    """Loads the model as PEFT runs it, unmerged. In f32 it has the weights that bf16 keeps."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
     if adapter:
@@ -32,7 +33,7 @@ def load(folder: Path, adapters: Path, adapter: str | None, dtype: torch.dtype) 
 
 @torch.no_grad()
 def score(model: torch.nn.Module, case: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of all tokens but the first; how far each token of the answer is behind the best one."""
+    """Returns the log-probabilities of all tokens but the first, and how far each token of the answer is behind the best one."""
     ids = torch.tensor([case["prompt"] + case["tokens"]], device=model.device)
     logprobs = model(ids).logits[0, :-1].float().log_softmax(-1)
     chosen = logprobs.gather(1, ids[0, 1:, None])[:, 0]
@@ -41,7 +42,7 @@ def score(model: torch.nn.Module, case: dict) -> tuple[torch.Tensor, torch.Tenso
 
 
 def compared(a: torch.Tensor, b: torch.Tensor) -> dict:
-    """Largest and mean absolute difference."""
+    """Returns the largest and the mean absolute difference."""
     difference = (a - b).abs()
     return dict(max=round(difference.max().item(), 5), mean=round(difference.mean().item(), 5))
 

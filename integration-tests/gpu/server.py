@@ -21,7 +21,7 @@ class Refused(RuntimeError):
 
 
 class Server:
-    """A launcher on a free port, waited for. Use as a context manager: it stops the server, which must end in order."""
+    """A launcher on a free port that has become ready. As a context manager it stops the server, which must end in order."""
 
     def __init__(self, binaries: Path, model: Path, adapters: Path, log: Path, flags: list[str]):
         command = [binaries / "lorax-launcher", "--model-id", model, "--adapter-dir", adapters]
@@ -65,7 +65,7 @@ class Server:
             raise RuntimeError(f"the launcher ended with code {code}:\n" + "".join(self.tail))
 
     def stop(self) -> int:
-        """Ends it, gently at first; its exit code. Its last words are in the log then."""
+        """Terminates the server, kills it if it does not end, and returns its exit code. Its last lines are in the log then."""
         self.process.terminate()
         try:
             code = self.process.wait(40)
@@ -76,11 +76,11 @@ class Server:
         return code
 
     def connect(self) -> http.client.HTTPConnection:
-        """A connection of its own for one thread."""
+        """Opens a connection, for one thread."""
         return http.client.HTTPConnection(self.address, timeout=300)
 
     def post(self, path: str, body: dict) -> dict:
-        """One request and its whole answer."""
+        """Sends one request and returns its whole answer."""
         connection = self.connect()
         try:
             connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
@@ -93,23 +93,23 @@ class Server:
             connection.close()
 
     def generate(self, text: str, adapter: str | None, tokens: int, prompt_scores: bool = False) -> dict:
-        """Greedy answer with the ids and log-probabilities of its tokens, and the most probable ones at each."""
+        """Returns a greedy answer with the ids and log-probabilities of its tokens, and the most probable ones at each."""
         parameters = dict(adapter_id=adapter, max_new_tokens=tokens, ignore_eos_token=True, details=True)
         parameters |= dict(return_k_alternatives=5, decoder_input_details=prompt_scores)
         return self.post("/generate", dict(inputs=text, parameters=parameters))["details"]
 
     def processes(self) -> dict[str, int]:
-        """Process ids of the router and the shard."""
+        """Returns the process ids of the router and the shard."""
         return {name: int(status["Pid"]) for name, status in self._children().items()}
 
     def memory(self) -> dict[str, int]:
-        """Resident bytes of the router and the shard; where a GPU is in use, also what is used of it."""
+        """Returns the resident bytes of router and shard and, if a GPU is in use, the bytes that are used of it."""
         children = self._children()
         found = {name: int(status["VmRSS"].split()[0]) * 1024 for name, status in children.items()}
         return found | ({} if self.on_cpu else device_memory({int(status["Pid"]) for status in children.values()}))
 
     def _children(self) -> dict[str, dict[str, str]]:
-        """What the system knows of the router and the shard. An error when either does not run."""
+        """Returns /proc's status of the router and the shard. It is an error if either does not run."""
         if (code := self.process.poll()) is not None:
             raise RuntimeError(f"the launcher ended with code {code}")
         found = {}
@@ -127,7 +127,7 @@ class Server:
 
 
 def card() -> str | None:
-    """The name of the first GPU; none on a machine without one."""
+    """Returns the name of the first GPU; none on a machine without one."""
     try:
         return subprocess.check_output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], text=True).splitlines()[0]
     except FileNotFoundError:
@@ -135,7 +135,7 @@ def card() -> str | None:
 
 
 def device_memory(pids: set[int]) -> dict[str, int]:
-    """Bytes that the driver counts for these processes; those of the whole first GPU where it does not tell them apart."""
+    """Returns the bytes that the driver counts for these processes, or for the whole first GPU if it does not tell them apart."""
     ask = lambda query: subprocess.check_output(["nvidia-smi", query, "--format=csv,noheader,nounits"], text=True)
     apps = [line.partition(",") for line in ask("--query-compute-apps=pid,used_memory").splitlines()]
     own = [used.strip() for pid, _, used in apps if pid.strip() in map(str, pids)]

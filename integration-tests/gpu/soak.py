@@ -1,4 +1,4 @@
-"""Random load for minutes, with adapters that come and go, and clients that leave: no error and no growth."""
+"""Runs random load for minutes while adapters come and go and clients leave: no error, no growth of memory."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ from check import words
 from server import Server
 
 SAMPLE_SECONDS = 2.0
-SLACK = 64 << 20  # bytes by which an allocator may wander
+SLACK = 64 << 20  # bytes of growth that an allocator may cause
 
 
 class Soak:
@@ -29,7 +29,7 @@ class Soak:
         self.samples: list[dict] = []
 
     def run(self) -> dict:
-        """Everything until the end."""
+        """Runs clients and changes until the end, and returns the result."""
         threads = [threading.Thread(target=self.client, args=(i,)) for i in range(self.clients)]
         threads += [threading.Thread(target=self.change, args=(4,))]
         processes, begun = self.server.processes(), time.monotonic()
@@ -62,11 +62,11 @@ class Soak:
         )
 
     def sample(self, begun: float) -> None:
-        """Notes the memory in use."""
+        """Records the memory in use."""
         self.samples.append(dict(second=round(time.monotonic() - begun, 1), **self.server.memory()))
 
     def growth(self) -> dict:
-        """Largest use in the second quarter, when all pools have been filled, and in the last one."""
+        """Returns the largest use in the second quarter, when all pools have been filled, and in the last quarter."""
         quarter = len(self.samples) // 4
         names = self.samples[0].keys() - {"second"}
         if quarter == 0 or any(s.keys() - {"second"} != names for s in self.samples):
@@ -78,7 +78,7 @@ class Soak:
         }
 
     def change(self, most: int) -> None:
-        """Has adapters come and go until the end."""
+        """Adds and removes adapters until the end."""
         try:
             for count in itertools.count():
                 if time.monotonic() > self.end:
@@ -104,7 +104,7 @@ class Soak:
             shutil.rmtree(self.folder / old)
 
     def client(self, seed: int) -> None:
-        """One request after the other."""
+        """Sends one request after the other until the end."""
         draw = random.Random(seed)
         while time.monotonic() < self.end:
             with self.lock:
@@ -125,7 +125,7 @@ class Soak:
                     self.visiting[name] -= 1
 
     def request(self, draw: random.Random, adapter: str | None) -> None:
-        """A stream of random length and sampling; one in eight is left early."""
+        """Runs a stream of random length and sampling; one in eight is left early."""
         tokens, leave = draw.randint(1, 96), draw.random() < 0.125
         parameters = dict(adapter_id=adapter, max_new_tokens=tokens, ignore_eos_token=True)
         if draw.random() < 0.5:

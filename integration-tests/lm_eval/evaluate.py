@@ -25,7 +25,7 @@ TOLERANCE = 1e-3
 
 
 def evaluate(backend: str, **model_args) -> dict:
-    """Accuracies, and for each item the log-probability of every ending and whether it is the greedy one."""
+    """Returns accuracies, and for each item the log-probability of every ending and whether it is the greedy one."""
     os.chdir(HERE)  # where the task finds its items
     tasks = TaskManager(include_path=str(HERE), include_defaults=False)
     result = lm_eval.simple_evaluate(
@@ -50,7 +50,7 @@ def golden(folder: str, out: str) -> None:
 
 
 def server(url: str, gguf: str, path: str) -> None:
-    """Fails by an assertion if the server's scores are other ones."""
+    """Asserts that the server's scores are those of transformers."""
     from gguf_to_hf import convert_tokenizer
 
     expected = json.loads(Path(path).read_text())

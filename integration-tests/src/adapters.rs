@@ -23,9 +23,9 @@ pub struct Shape {
     pub intermediate: usize,
 }
 
-/// The demo model's.
+/// The shape of the demo model.
 pub const DEMO: Shape = Shape { layers: 30, hidden: 576, kv: 192, intermediate: 1536 };
-/// The fixture `tiny`'s.
+/// The shape of the fixture `tiny`.
 pub const TINY: Shape = Shape { layers: 2, hidden: 64, kv: 32, intermediate: 112 };
 
 /// All projections of a layer.
@@ -33,7 +33,7 @@ pub const ALL_SITES: [&str; 7] =
     ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
 impl Shape {
-    /// Columns in and out of a projection, and the module it is in.
+    /// Inputs and outputs of a projection, and the module that it is in.
     fn site(&self, name: &str) -> Result<(usize, usize, &'static str)> {
         match name {
             "q_proj" | "o_proj" => Ok((self.hidden, self.hidden, "self_attn")),

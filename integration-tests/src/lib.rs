@@ -1,4 +1,4 @@
-//! The real binaries together: a harness that starts a whole server, adapters for it, and a load generator.
+//! A harness for tests of whole servers: it starts the real programs, writes adapters for them, and puts load on them.
 
 pub mod adapters;
 pub mod load;

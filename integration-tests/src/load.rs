@@ -1,4 +1,4 @@
-//! Load on an OpenAI-compatible server: what to ask, when to ask it, and what came back.
+//! Load on an OpenAI-compatible server: workloads, schedules, and reports.
 //!
 //! Works against any server that streams `/v1/completions`. Adapters are named by `model`.
 

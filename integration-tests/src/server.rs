@@ -129,12 +129,12 @@ impl Server {
         }
     }
 
-    /// How many lines of the log since the last call have `text` in them.
+    /// Returns how many lines of the log since the last call contain `text`.
     pub fn said(&self, text: &str) -> usize {
         self.log.try_iter().filter(|line| line.contains(text)).count()
     }
 
-    /// Waits for a line of the log with `text` in it, beginning after the last line that was asked for.
+    /// Waits for a line of the log that contains `text`, beginning after the last line that was read.
     pub fn until(&self, text: &str) -> Result<String> {
         let begun = Instant::now();
         loop {

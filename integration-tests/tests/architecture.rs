@@ -8,10 +8,10 @@ use std::{
     process::Command,
 };
 
-/// Leaf crates: what several programs share. Everybody may depend on them, and they on nothing of ours.
+/// Leaf crates, which several programs share. Any crate may depend on them, and they depend on none of ours.
 const LEAVES: &[&str] = &["config", "hub", "lifecycle", "sampling", "telemetry"];
 
-/// What each other crate may depend on, of ours, beside the leaves. Test-only dependencies included.
+/// The crates of ours that each other crate may depend on, beside the leaves. Dependencies of tests are included.
 const EDGES: &[(&str, &[&str])] = &[
     ("gguf", &[]),
     ("proto", &[]),

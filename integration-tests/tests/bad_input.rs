@@ -1,4 +1,4 @@
-//! What cannot be served, in a whole server: refused with its cause, while everybody else is served.
+//! Requests, adapters and models that cannot be served are refused with a cause, while other requests are served.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{
@@ -17,7 +17,7 @@ fn tiny() -> std::path::PathBuf {
     fixtures().join("tiny/model")
 }
 
-/// A stream of the base model that runs while `refuse` is refused, and must come to its end.
+/// Runs a stream of the base model while `refuse` is refused; the stream must come to its end.
 async fn beside_a_stream(server: &Server, refuse: impl Future<Output = ()>) {
     let body = json!({"inputs": "The", "parameters": {"max_new_tokens": 100, "ignore_eos_token": true}});
     let stream = server.post("/generate_stream", &body).await.unwrap();

@@ -39,7 +39,7 @@ fn prose(text: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// What follows each `before` in a text, up to the first character that `is_part` refuses.
+/// The words that follow each `before` in a text; a word ends at the first character that `is_part` refuses.
 fn words<'a>(
     text: &'a str,
     before: &'a str,

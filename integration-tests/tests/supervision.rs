@@ -1,4 +1,4 @@
-//! Processes of a server that are there and do nothing.
+//! Suspended processes of a server are noticed and replaced.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::time::{Duration, Instant};
@@ -7,7 +7,7 @@ use integration_tests::server::{Server, fixtures};
 use reqwest::StatusCode;
 use serde_json::json;
 
-/// The flag's value, and what may pass beyond it until the server says that it is not well.
+/// The value of `--step-timeout`, and the time beyond it in which the server must report that it is not well.
 const LIMIT: Duration = Duration::from_millis(3500);
 const BEYOND: Duration = Duration::from_secs(2);
 

@@ -26,7 +26,7 @@ struct Args {
     /// Name of the base model in requests
     #[arg(long, default_value = "")]
     model: String,
-    /// What this run is called in reports
+    /// Name of this run in reports
     #[arg(long, default_value = "run")]
     label: String,
     /// Closed loop: requests in flight
@@ -53,7 +53,7 @@ struct Args {
     /// Names of adapters as a pattern with {} for 0 to num-adapters - 1
     #[arg(long, requires = "num_adapters")]
     adapter_pattern: Option<String>,
-    /// How many adapters the pattern names
+    /// Number of adapters that the pattern names
     #[arg(long)]
     num_adapters: Option<usize>,
     /// identical, distinct (one a stream), round-robin, uniform, or zipf:ALPHA
@@ -87,7 +87,7 @@ struct Args {
     /// Appends the report to this file as one line of JSON
     #[arg(long)]
     json: Option<PathBuf>,
-    /// Writes when each request was to be sent, when it was, and when each of its events came, one request a line of
+    /// Writes the planned and actual time of each request, and the times of its events, one request a line of
     /// JSON
     #[arg(long)]
     times: Option<PathBuf>,

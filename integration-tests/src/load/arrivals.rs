@@ -1,4 +1,4 @@
-//! When requests arrive, and how sizes and adapters are drawn.
+//! Random draws of arrival times, sizes and adapters.
 
 use std::{fmt, str::FromStr};
 
@@ -66,7 +66,7 @@ impl fmt::Display for Length {
     }
 }
 
-/// Which of N adapters a request uses.
+/// The popularity of adapters: a rule that picks one of N for each request.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Popularity {
     /// Always the first.

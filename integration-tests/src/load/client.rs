@@ -8,36 +8,36 @@ use serde_json::json;
 
 use super::workload::Ask;
 
-/// Where requests go and how they are asked.
+/// A client of one server.
 #[derive(Debug, Clone)]
 pub struct Target {
     /// The server, for instance `http://127.0.0.1:8080`.
     pub url: String,
     /// `model` of requests to the base model.
     pub base: String,
-    /// Generate all the tokens asked for.
+    /// Whether to generate all tokens that are asked for, past the end of a text.
     pub ignore_eos: bool,
     http: reqwest::Client,
     timeout: Duration,
 }
 
-/// What came back for one request.
+/// The answer to one request.
 #[derive(Debug, Clone)]
 pub struct Outcome {
     /// Adapter asked for.
     pub adapter: Option<String>,
     /// Tokens asked for.
     pub asked: usize,
-    /// When it was to be sent, from the start of the run. Latencies count from here: a user does not wait less because
+    /// Planned time of sending, from the start of the run. Latencies count from here: a user does not wait less because
     /// the generator was late.
     pub planned: Duration,
-    /// When it was sent, from the start of the run.
+    /// Time of sending, from the start of the run.
     pub sent: Duration,
-    /// When each event with text came, from the start of the run.
+    /// Arrival times of events with text, from the start of the run.
     pub events: Vec<Duration>,
     /// Tokens generated, by the server's count; the number of events where it gives none.
     pub tokens: usize,
-    /// Why it failed.
+    /// The failure, if there was one.
     pub error: Option<String>,
 }
 
@@ -47,7 +47,7 @@ impl Outcome {
         self.events.first().map(|first| *first - self.planned)
     }
 
-    /// By how much the generator was late.
+    /// Delay of the generator: how much later than planned the request was sent.
     pub fn lateness(&self) -> Duration {
         self.sent - self.planned
     }
@@ -133,7 +133,7 @@ impl Target {
     }
 }
 
-/// A request on its way, and what has come of its answer.
+/// A request in flight, and the part of its answer that has come.
 #[derive(Debug, Default)]
 struct Answer {
     sent: Duration,
@@ -173,7 +173,7 @@ impl Answer {
         Ok(())
     }
 
-    /// Whether a stream that ended was the whole answer; `asked` is given where nothing but that number of tokens is.
+    /// Returns whether a stream that ended was the whole answer; `asked` is given if only that number of tokens is one.
     fn check(&self, asked: Option<usize>) -> anyhow::Result<()> {
         ensure!(!self.events.is_empty(), "the stream ended without a token");
         ensure!(self.done, "the stream ended without [DONE]");
@@ -248,7 +248,7 @@ mod tests {
         format!("data: {{\"choices\":[],\"usage\":{{\"completion_tokens\":{tokens}}}}}\n\n")
     }
 
-    /// What becomes of a request for 3 tokens that is answered with these bytes, and then nothing until it has failed
+    /// The outcome of a request for 3 tokens that is answered with these bytes, and then nothing until it has failed
     /// or, unless it `stalls`, the end of the connection.
     async fn exchange(bytes: String, ignore_eos: bool, stalls: bool) -> Outcome {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -27,7 +27,7 @@ pub struct Quantiles {
 }
 
 impl Quantiles {
-    /// Nearest-rank quantiles; `None` of nothing.
+    /// Nearest-rank quantiles; `None` for an empty list.
     pub fn of(mut values: Vec<Duration>) -> Option<Self> {
         values.sort_unstable();
         let at = |q: f64| -> Option<f64> {
@@ -38,7 +38,7 @@ impl Quantiles {
     }
 }
 
-/// What an answer must reach to count as good.
+/// The objective that an answer must reach to count as good.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Objective {
     /// Time to first token, milliseconds.
@@ -63,7 +63,7 @@ pub struct AdapterFigures {
 /// Figures of one run.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
-    /// What the run was; copied from the command line.
+    /// Name of the run; copied from the command line.
     pub label: String,
     /// Seed of its draws.
     pub seed: u64,

@@ -19,7 +19,7 @@ use super::{
     workload::{Ask, Workload},
 };
 
-/// When requests are sent.
+/// The schedule of requests.
 #[derive(Debug, Clone)]
 pub enum Loop {
     /// As many streams, until as many requests have been sent.

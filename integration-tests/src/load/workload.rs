@@ -1,4 +1,4 @@
-//! What is asked: a list of requests drawn from distributions, or read from a trace.
+//! Workloads: lists of requests, drawn from distributions or read from a trace.
 
 use std::{fs, path::Path};
 
@@ -24,7 +24,7 @@ pub struct Ask {
 pub struct Workload {
     /// Names of the adapters; empty for the base model alone.
     pub adapters: Vec<String>,
-    /// Which adapter a request uses.
+    /// Popularity of the adapters.
     pub popularity: Popularity,
     /// Prompt lengths.
     pub prompt_tokens: Length,
