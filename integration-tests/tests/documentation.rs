@@ -8,6 +8,9 @@ use std::{
     process::Command,
 };
 
+/// Longest line of a page, in characters; tables and code apart.
+const MAX_COLUMNS: usize = 120;
+
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace root").to_owned()
 }
@@ -46,6 +49,14 @@ fn words<'a>(
     is_part: impl Fn(char) -> bool + Copy + 'a,
 ) -> impl Iterator<Item = &'a str> {
     text.split(before).skip(1).map(move |rest| &rest[..rest.find(|c| !is_part(c)).unwrap_or(rest.len())])
+}
+
+#[test]
+fn lines_of_pages_are_short() {
+    for (page, text) in pages() {
+        let long = prose(&text).find(|line| !line.starts_with('|') && line.chars().count() > MAX_COLUMNS);
+        assert_eq!(long, None, "{}", page.display());
+    }
 }
 
 #[test]
