@@ -106,7 +106,7 @@ impl Child {
             silent = self.heartbeat.stopped() => return Ok(End::Silent(silent)),
             status = self.process.wait() => status?,
         };
-        // What was sent before the end counts, and a pipe that stays open does not matter.
+        // Bytes that were sent before the end count. A pipe that stays open does not matter.
         let _ = timeout(LAST_WORDS, self.heartbeat.read_to_end()).await;
         if let Some(log) = self.log.take() {
             let _ = timeout(LAST_WORDS, log).await;
@@ -199,7 +199,7 @@ async fn pass_on(log: impl AsyncRead + Unpin, prefix: String, lines: Lines) {
     let mut in_a_line = false;
     while let Ok(1..) = (&mut log).take(LINE).read_until(b'\n', &mut line).await {
         let ends = line.pop_if(|last| *last == b'\n').is_some();
-        // Nothing is left of a line whose part before this was as long as a part may be.
+        // If the part before this had the full length, nothing of the line may be left.
         if !(in_a_line && line.is_empty()) {
             lines.write(&prefix, &line);
         }

@@ -111,7 +111,7 @@ impl<Start: Fn() -> Result<Vec<Child>, Failure>> Group<Start> {
                 let stopped = join_all(self.members.into_iter().map(|child| child.stop(patience))).await;
                 stopped.into_iter().all(|in_order| in_order)
             }
-            // Those that are left are being killed.
+            // The members that are left are being killed.
             _ => true,
         }
     }

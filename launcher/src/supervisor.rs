@@ -61,9 +61,9 @@ pub(crate) struct Plan {
     pub(crate) programs: PathBuf,
     /// The run configuration.
     pub(crate) config: Config,
-    /// The file in which children find it.
+    /// The file from which children read it.
     pub(crate) config_file: PathBuf,
-    /// Where the logs of children go.
+    /// The way in which the logs of children are passed on.
     pub(crate) output: Output,
 }
 

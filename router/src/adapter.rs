@@ -77,7 +77,7 @@ impl App {
         cache_salt(self.config.router.prefix_cache_scope, &caller.principal.tenant, public, narrower)
     }
 
-    /// Has the shards resolve, read and check an adapter, and returns what it is from then on.
+    /// Asks the shards to resolve, read and check an adapter, and returns its identity and size.
     pub(crate) async fn prepare(&self, adapter: &AdapterRef) -> Result<Adapter, ApiError> {
         let limit = self.config.router.prepare_timeout;
         let prepared = timeout(limit, prepare(&self.engine, adapter)).await;

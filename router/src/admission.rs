@@ -37,7 +37,7 @@ pub struct Asked<'a> {
     pub sequences: usize,
 }
 
-/// A request was let in.
+/// The result of letting a request in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Admitted {
     /// Its number.
@@ -68,7 +68,7 @@ pub enum Refusal {
     Requests {
         /// The limit.
         limit: u32,
-        /// When the next may begin.
+        /// Time until the next may begin.
         retry_after: Duration,
     },
     /// The tenant has used as many tokens as it may in a minute.
@@ -76,13 +76,13 @@ pub enum Refusal {
     Tokens {
         /// The limit.
         limit: u32,
-        /// When it has tokens again.
+        /// Time until it has tokens again.
         retry_after: Duration,
     },
 }
 
 impl Refusal {
-    /// When a new attempt may succeed.
+    /// Time until a new attempt may succeed.
     pub fn retry_after(&self) -> Duration {
         match self {
             Refusal::Full { retry_after }
@@ -369,7 +369,7 @@ impl<'a> Room<'a> {
         let length = |adapter: &'a Adapter, flow: &FlowState| {
             flow.held - self.gone_of_flows.get(&(id, adapter)).copied().unwrap_or(0)
         };
-        // Of the newcomer's own tenant only flows give way that are longer than its own.
+        // Flows of the newcomer's own tenant give way only if they are longer than the newcomer's flow.
         let own = self.asked.adapter.map(str::to_owned);
         let at_least = if id == self.asked.tenant.id {
             let own = state.flows.get_key_value(&own).map_or(0, |(adapter, flow)| length(adapter, flow));

@@ -188,7 +188,7 @@ impl Engine {
         let _ = self.readiness.clone().wait_for(ready).await;
     }
 
-    /// Has every rank read and check an adapter, and the caller's access to it.
+    /// Asks every rank to read and check an adapter, and to check the caller's access to it.
     pub(crate) async fn prepare(
         &self,
         adapter: &AdapterRef,

@@ -12,7 +12,7 @@ use crate::{metrics::End, principal};
 /// A validated request for one sequence.
 #[derive(Debug, Clone)]
 pub(crate) struct Job {
-    /// For whom it runs.
+    /// The tenant that it runs for.
     pub(crate) tenant: Tenant,
     /// Separates the prefix cache from those with another salt.
     pub(crate) salt: CacheSalt,

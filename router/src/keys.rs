@@ -50,7 +50,7 @@ pub enum KeyError {
     Toml {
         /// The file.
         path: PathBuf,
-        /// Where the first fault begins.
+        /// Position of the first fault.
         at: usize,
     },
     /// The entry has both a key and a hash, or neither.

@@ -39,9 +39,9 @@ pub(crate) struct Permit {
 
 /// A request that may ask for permits.
 pub(crate) struct Admissible {
-    /// Where and as what it was let in, the last time.
+    /// Its last admission: the pool, and its number there.
     admitted: Mutex<Option<(Arc<Shared>, AdmissionId)>>,
-    /// When it may come again, once it is shed.
+    /// Time after which it may come again, once it is shed.
     shed: watch::Sender<Option<Duration>>,
 }
 
@@ -105,7 +105,7 @@ impl Admissible {
         }
     }
 
-    /// When the request may come again, if it was shed.
+    /// Time after which the request may come again, if it was shed.
     pub(crate) fn was_shed(&self) -> Option<Duration> {
         *self.shed.borrow()
     }

@@ -69,7 +69,7 @@ pub(crate) enum RankError {
     Wire {
         /// The rank.
         rank: usize,
-        /// How.
+        /// The contradiction.
         source: WireError,
     },
     /// Another rank than 0 has answered a step.
@@ -127,7 +127,7 @@ pub(crate) enum RankError {
     Stuck {
         /// The rank.
         rank: usize,
-        /// For how long.
+        /// The age of that work.
         age: Duration,
         /// The deadline.
         limit: Duration,
@@ -213,7 +213,7 @@ impl Ranks {
         Ok(Group::new(session, info, resident, try_join_all(streams).await?))
     }
 
-    /// Has every rank read and check an adapter, and the caller's access to it.
+    /// Asks every rank to read and check an adapter, and to check the caller's access to it.
     pub(crate) async fn prepare(
         &self,
         adapter: &AdapterRef,
@@ -232,7 +232,7 @@ impl Ranks {
         same_content(&adapter.id, try_join_all(prepared).await?)
     }
 
-    /// For how long the step loop of a rank has been at its oldest work; `None` if it waits for work.
+    /// The age of the oldest work of a rank's step loop; `None` if the loop waits for work.
     pub(crate) async fn oldest_work(
         &self,
         rank: usize,

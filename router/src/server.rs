@@ -62,7 +62,7 @@ pub enum StartError {
     /// The address.
     #[error("{address}: {source}")]
     Listen {
-        /// Where to listen.
+        /// The address to listen at.
         address: String,
         /// The cause.
         source: std::io::Error,
@@ -172,7 +172,7 @@ impl App {
     }
 }
 
-/// Where the configuration says to listen.
+/// Opens the port that the configuration names.
 pub async fn listen(config: &Config) -> Result<(TcpListener, SocketAddr), StartError> {
     let (host, port) = (config.router.hostname.trim_matches(['[', ']']), config.router.port);
     let failed = |source| StartError::Listen { address: format!("{host}:{port}"), source };

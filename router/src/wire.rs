@@ -272,9 +272,9 @@ pub(crate) fn adapter(prepared: proto::PrepareResponse) -> Result<Adapter, WireE
 /// The adapters that a rank has kept from earlier sessions.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Held {
-    /// By slot.
+    /// Adapters in slots, by slot.
     pub(crate) slots: Vec<(u32, Adapter)>,
-    /// In host memory.
+    /// Adapters in host memory.
     pub(crate) host: Vec<Adapter>,
 }
 
@@ -289,7 +289,7 @@ pub(crate) fn held(attached: proto::AttachResponse) -> Result<Held, WireError> {
     })
 }
 
-/// For how long the step loop of a rank has been at its oldest work; `None` if it waits for work.
+/// The age of the oldest work of a rank's step loop; `None` if the loop waits for work.
 pub(crate) fn oldest_work(health: &proto::HealthResponse) -> Option<Duration> {
     health.oldest_ms.map(Duration::from_millis)
 }

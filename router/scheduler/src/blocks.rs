@@ -33,7 +33,7 @@ struct Block {
     /// Sequences that have it in their block table.
     holders: u32,
     published: Option<Published>,
-    /// When its last holder let go of it: its key in `idle`.
+    /// Time at which its last holder released it, which is its key in `idle`.
     idle_since: u64,
 }
 

@@ -29,7 +29,7 @@ pub enum Event {
     Token {
         /// The request.
         id: RequestId,
-        /// Where the token stands in the `sampled` that were given to `complete`.
+        /// Index of the token in the `sampled` that were given to `complete`.
         index: usize,
         /// The token; a stop token included.
         token: u32,
@@ -66,7 +66,7 @@ pub enum FailReason {
     AdapterLoad(AdapterKey),
     /// A shard could not take the sequence.
     Refused {
-        /// Where the request stands in the `refused` that were given to `complete`.
+        /// Index of the request in the `refused` that were given to `complete`.
         index: usize,
     },
     /// The shards ran this step and gave no result for the request.
@@ -91,7 +91,7 @@ impl fmt::Display for FailReason {
 pub struct Stats {
     /// Requests that have not been admitted.
     pub waiting: usize,
-    /// When the oldest of them was submitted.
+    /// Time at which the oldest of them was submitted.
     pub waiting_since: Option<Duration>,
     /// Sequences with a seat on the shards.
     pub running: usize,

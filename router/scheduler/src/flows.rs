@@ -50,7 +50,7 @@ pub(crate) enum Residency {
     Held,
 }
 
-/// In which turn a flow is served.
+/// The rule by which a flow is served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Turn {
     /// It has had the least service.
@@ -67,7 +67,7 @@ struct Flow<P> {
     waiting: BTreeMap<Arrival, Sequence<P>>,
     /// Virtual tokens.
     service: u64,
-    /// When one of its requests was admitted last, or when the first came to wait.
+    /// Time at which one of its requests was admitted last, or at which the first came to wait.
     since: Duration,
     /// Sequences that have been admitted and have not ended.
     users: usize,
@@ -148,7 +148,7 @@ impl<P> Flows<P> {
         self.submitted.len()
     }
 
-    /// When the oldest waiting request was submitted.
+    /// Time at which the oldest waiting request was submitted.
     pub(crate) fn waiting_since(&self) -> Option<Duration> {
         self.submitted.first_key_value().map(|(_, &submitted)| submitted)
     }

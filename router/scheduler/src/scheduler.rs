@@ -52,7 +52,7 @@ enum Outcome {
     Missing { step: u64 },
 }
 
-/// Where a request that has not ended is to be found.
+/// The keys of a request that has not ended: its place in the order of arrival, and its flow.
 #[derive(Debug, Clone, Copy)]
 struct Ticket {
     arrival: Arrival,

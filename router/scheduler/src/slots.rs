@@ -27,11 +27,11 @@ struct Slot {
     users: u32,
     /// Virtual tokens of work since it was loaded.
     earned: u64,
-    /// When its last user left: its key in `idle`.
+    /// Time at which its last user left, which is its key in `idle`.
     idle_since: u64,
 }
 
-/// Where an adapter is to be loaded.
+/// The place for an adapter that is to be loaded.
 #[derive(Debug)]
 pub(crate) struct Placement {
     pub(crate) slot: u32,

@@ -25,7 +25,7 @@ impl Bucket {
         }
     }
 
-    /// When the bucket has one more; zero if it has one.
+    /// Time until the bucket has one more; zero if it has one.
     pub(super) fn ready_in(&mut self, per_minute: u32, now: Duration) -> Duration {
         self.fill(per_minute, now);
         let missing = self.used + 1.0 - f64::from(per_minute);

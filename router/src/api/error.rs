@@ -96,7 +96,7 @@ pub(crate) enum ApiError {
     /// Too many requests at the same time.
     #[error("Model is overloaded")]
     Overloaded {
-        /// When a new attempt may succeed.
+        /// Time until a new attempt may succeed.
         retry_after: Duration,
     },
     /// The tenant is at one of its own limits.
@@ -113,7 +113,7 @@ pub(crate) enum ApiError {
     AdapterNotFound {
         /// The field that names it.
         field: &'static str,
-        /// Which it is.
+        /// The limit.
         message: String,
     },
     /// The caller may not read the adapter.

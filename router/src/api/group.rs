@@ -31,20 +31,20 @@ use secrecy::{ExposeSecret, SecretString};
 #[derive(Debug)]
 pub(crate) struct GroupRequest {
     pub(crate) adapter: Option<AdapterRef>,
-    /// Narrows the sharing of the prefix cache to requests with the same salt. A secret: whoever knows it can find out by
-    /// the time of an answer whether a prompt was asked before.
+    /// Narrows the sharing of the prefix cache to requests with the same salt. A secret: whoever knows it can find
+    /// out by the time of an answer whether a prompt was asked before.
     pub(crate) cache_salt: Option<SecretString>,
     pub(crate) sequences: Vec<SequenceRequest>,
 }
 
-/// Where the time of a request went.
+/// Times of a request.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Timing {
-    /// When the head of the request was read.
+    /// Time at which the head of the request was read.
     pub(crate) received: Instant,
     /// Tokenizing, checking, preparing the adapter.
     pub(crate) validation: Duration,
-    /// When the sequence was handed to the engine.
+    /// Time at which the sequence was handed to the engine.
     pub(crate) submitted: Instant,
     /// Time from `submitted` until its first rows were planned.
     pub(crate) queued: Duration,

@@ -91,7 +91,7 @@ fn events(generation: Generation, shape: Shape) -> impl IntoResponse {
     let events = fold::deltas(generation, fold).filter_map(|delta| {
         ready(match delta {
             Ok(Delta::Token(event)) => Some(Event::default().json_data(event)),
-            // Whole answers alone have it.
+            // Only whole answers have this field.
             Ok(Delta::Prefill(_)) => None,
             Err(error) => Some(Event::default().json_data(error.body(Dialect::Native))),
         })

@@ -7,7 +7,7 @@ use super::ChatError;
 /// Names under which a message may have its reasoning, the preferred one first.
 const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
-/// Is put behind the text of a message that is to be continued.
+/// Appended to the text of a message that is to be continued.
 const MARK: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
 
 type Message = Vec<(Value, Value)>;

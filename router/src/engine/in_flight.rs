@@ -21,7 +21,7 @@ pub(super) struct InFlight {
     pub(super) prompt_reported: u32,
     /// Tokens that have been generated.
     pub(super) generated: usize,
-    /// When the last of them came.
+    /// Time at which the last of them came.
     pub(super) last_token: Option<Instant>,
     pub(super) _hold: PermitHold,
 }
@@ -38,7 +38,7 @@ impl InFlight {
 pub(super) struct Steps {
     sent: u64,
     answered: u64,
-    /// When the oldest one became the oldest: a step waits for the one before it.
+    /// Time since which the oldest step has been the oldest: a step waits for the one before it.
     since: Instant,
 }
 

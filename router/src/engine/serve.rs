@@ -44,9 +44,9 @@ pub(super) struct Inbox {
 /// Deadlines of the ranks.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Deadlines {
-    /// For a step, and for an answer to any call but `Info` and `Prepare`.
+    /// Deadline of a step, and of any call but `Info` and `Prepare`.
     pub(super) step: Duration,
-    /// For a load into a slot, which may have to read the adapter again.
+    /// Deadline of a load into a slot, which may have to read the adapter again.
     pub(super) load: Duration,
 }
 

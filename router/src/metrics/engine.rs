@@ -112,7 +112,7 @@ impl EngineMetrics {
         self.preemptions.increment(stats.preemptions - before.preemptions);
     }
 
-    /// Nothing is there any more: the session is over.
+    /// Resets all gauges, because the session is over.
     pub(crate) fn clear(&self) {
         self.publish(Duration::ZERO, &Stats::default(), &Stats::default(), Capacity::default());
         self.ranks.set(0.0);
@@ -136,7 +136,7 @@ pub(crate) struct StepTokens<'a> {
 }
 
 impl StepTokens<'_> {
-    /// When the result came.
+    /// Time at which the result came.
     pub(crate) fn now(&self) -> Instant {
         self.now
     }

@@ -102,7 +102,7 @@ impl Outcome {
         CURRENT.try_with(Outcome::clone).ok()
     }
 
-    /// Has `handler` find this outcome as the current one.
+    /// Runs `handler` with this outcome as the current one.
     pub(super) async fn scope<T>(self, handler: impl Future<Output = T>) -> T {
         CURRENT.scope(self, handler).await
     }
@@ -141,7 +141,7 @@ impl Drop for Counted {
 
 /// The metrics of whole requests.
 pub(super) struct OutcomeMetrics {
-    /// By the number of their end.
+    /// Counters of ended requests, by the number of the end.
     requests: Vec<Counter>,
     duration: Histogram,
 }

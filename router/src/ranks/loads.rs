@@ -13,7 +13,7 @@ use super::RankError;
 struct Load {
     key: AdapterKey,
     sent: Instant,
-    /// By rank: whether it has reported its end.
+    /// For each rank, whether it has reported the end of the load.
     reported: Vec<bool>,
     /// The error of the first rank on which it failed.
     error: Option<String>,

@@ -12,9 +12,9 @@ pub(crate) enum InfoError {
     /// A socket leads to another rank than the configuration says.
     #[error("the shard at the socket of rank {expected} says that it is rank {actual}")]
     Rank {
-        /// By the configuration.
+        /// The value by the configuration.
         expected: usize,
-        /// By the shard.
+        /// The value by the shard.
         actual: u32,
     },
     /// A rank belongs to a group of another size.
@@ -22,9 +22,9 @@ pub(crate) enum InfoError {
     World {
         /// The rank.
         rank: usize,
-        /// By the configuration.
+        /// The value by the configuration.
         expected: usize,
-        /// By the shard.
+        /// The value by the shard.
         actual: u32,
     },
     /// Two ranks contradict each other.
@@ -49,8 +49,8 @@ pub(crate) enum InfoError {
     },
 }
 
-/// What the ranks serve together: values that must agree, and of each limit the smallest. `infos` are in the order of
-/// the configuration, and there is at least one.
+/// Merges the answers of all ranks: some values must agree, and of each limit the smallest counts. `infos` are in the
+/// order of the configuration, and there is at least one.
 pub(super) fn merge(infos: Vec<Info>) -> Result<Info, InfoError> {
     let world = infos.len();
     for (rank, info) in infos.iter().enumerate() {

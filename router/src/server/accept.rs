@@ -22,13 +22,13 @@ use crate::{
 /// Bodies above this size are parsed on a thread of their own.
 const LARGE_JSON: usize = 64 << 10;
 
-/// The caller of a request, and what belongs to the request whatever its body says.
+/// The caller of a request, and the properties of the request that do not depend on its body.
 #[derive(Clone)]
 pub(crate) struct Caller {
     pub(crate) principal: Principal,
-    /// When its head was read.
+    /// Time at which its head was read.
     pub(crate) received: Instant,
-    /// For the source of the adapter.
+    /// Tokens for the source of the adapter.
     pub(crate) credential: Credential,
     /// Its place among the admitted requests.
     pub(super) request: Arc<Admissible>,

@@ -1,4 +1,4 @@
-//! Letting requests in, with permits for their sequences.
+//! Admission of requests, with permits for their sequences.
 
 use super::{App, accept::Caller};
 use crate::{

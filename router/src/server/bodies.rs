@@ -1,4 +1,4 @@
-//! Reading bodies: how much memory they may take together, and how long each may take.
+//! Reading of bodies, with a bound on the memory that they take together and a deadline for each.
 
 use std::{error::Error, io, net::IpAddr, time::Duration};
 
@@ -93,7 +93,7 @@ fn check_encoding(headers: &HeaderMap) -> Result<(), ApiError> {
     Ok(())
 }
 
-/// Why the rest of a body cannot be read.
+/// The reason that the rest of a body cannot be read.
 fn unread(error: &axum::Error) -> ApiError {
     let mut cause: &dyn Error = error;
     while let Some(deeper) = cause.source() {

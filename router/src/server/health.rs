@@ -17,13 +17,13 @@ use crate::api::{
 
 /// `GET /livez`: whether the process does its work. One that does not answer should be started anew.
 pub(super) async fn live() -> StatusCode {
-    // Whatever else the process cannot live without ends it.
+    // The parts that the process cannot live without are supervised: when one fails, the process ends.
     StatusCode::OK
 }
 
 /// `GET /startupz`: whether the model could answer yet, be it once.
 pub(super) async fn started(State(app): State<Arc<App>>) -> Response {
-    // Whoever is told that the model is ready is not told afterwards that it is still loading.
+    // The answer never turns from 200 back to 503: `started` may be set a moment after `health`.
     if app.started.load(Relaxed) || app.engine.health().is_ok() {
         StatusCode::OK.into_response()
     } else {

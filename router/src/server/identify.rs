@@ -48,7 +48,7 @@ pub(super) async fn identify(State(app): State<Arc<App>>, mut request: Request, 
     request.extensions_mut().insert(caller.clone());
     let response = answer_or_shed(&caller, next.run(request));
     tokio::select! {
-        // Nobody hears this answer.
+        // The client has gone, so this answer goes nowhere.
         () = connection.client_has_left() => StatusCode::REQUEST_TIMEOUT.into_response(),
         response = response => {
             response.unwrap_or_else(|retry_after| ApiError::Overloaded { retry_after }.respond(dialect))

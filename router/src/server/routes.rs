@@ -128,7 +128,7 @@ async fn wrong_method(method: Method, uri: Uri) -> Response {
     ApiError::Method(method).respond(dialect(&uri))
 }
 
-/// In which dialect a path is answered.
+/// The dialect in which a path is answered.
 pub(super) fn dialect(uri: &Uri) -> Dialect {
     if uri.path().starts_with("/v1/") { Dialect::OpenAi } else { Dialect::Native }
 }

@@ -32,7 +32,7 @@ pub(super) struct Peer {
     stream: TcpStream,
     /// Its place among the connections.
     pub(super) slot: Slot,
-    /// Something of its last request will not be read.
+    /// Whether a part of its last request will not be read.
     cut_short: AtomicBool,
 }
 

@@ -13,7 +13,7 @@ use crate::{generation::PromptToken, tokenizer::ModelTokenizer};
 pub(crate) struct PromptText {
     tokenizer: Arc<ModelTokenizer>,
     text: String,
-    /// Without log-probabilities until they are told.
+    /// The tokens. Their log-probabilities are missing until they are reported.
     tokens: Vec<TokenText>,
     /// Tokens that have been scored, the first of which nothing predicts.
     scored: usize,

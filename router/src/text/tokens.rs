@@ -28,11 +28,11 @@ pub(super) struct Unit {
 #[derive(Debug, Clone)]
 pub(super) struct Placed {
     pub(super) token: TokenText,
-    /// Where its bytes begin.
+    /// Position at which its bytes begin.
     pub(super) start: usize,
-    /// Where its text ends: before the character of which it has a part only.
+    /// Position at which its text ends: before a character of which it has only a part.
     pub(super) text_end: usize,
-    /// Where the last character ends that it has a byte of.
+    /// Position at which the last character ends of which it has a byte.
     pub(super) end: usize,
 }
 

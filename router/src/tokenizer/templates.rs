@@ -1,4 +1,4 @@
-//! Where a model keeps its chat templates.
+//! The chat templates of a model, which may be in several files.
 
 use std::{collections::BTreeMap, fs, io, path::Path};
 

@@ -40,7 +40,7 @@ impl Aging {
         self.serve(AGED_SHARE.saturating_mul(unused));
     }
 
-    /// Somebody got so many tokens of service.
+    /// Counts tokens of service, whoever got them.
     pub(super) fn serve(&mut self, tokens: u64) {
         self.tokens = self.tokens.saturating_sub(tokens);
     }

@@ -55,7 +55,7 @@ impl<P: Clone> Scheduler<P> {
         true
     }
 
-    /// Has an adapter leave its slot for a flow as soon as its last sequence ends. Returns whether that is at once.
+    /// Makes an adapter leave its slot for a flow as soon as its last sequence ends. Returns whether that is at once.
     fn drain_slot(&mut self, flow: FlowId, turn: Turn) -> bool {
         let slice = if self.flows.needs_first_slot(flow) { 0 } else { SLICE };
         let flows = &self.flows;

@@ -187,7 +187,7 @@ fn harmless(name: &str, value: &Value) -> bool {
         "n" | "best_of" => value == 1,
         "suffix" => value == "",
         "response_format" => value["type"] == "text",
-        // Of no tools.
+        // The request brings no tools, so these choices ask for nothing.
         "tool_choice" | "function_call" => value == "none" || value == "auto",
         _ => false,
     }
