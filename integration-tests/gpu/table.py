@@ -90,15 +90,16 @@ def markdown(results: list[dict]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="lines of run.py's results.jsonl")
-    parser.add_argument("commits", nargs="*", help="of which to print the loads; without one, those of all lines in one table")
+    parser.add_argument("commits", nargs="*", help="commits to print, a table each; without any, all lines are printed in one table")
     parser.add_argument("--card", help="the GPU, if the lines do not say it")
     args = parser.parse_args()
     lines = [json.loads(line) for line in args.file.read_text().splitlines()]
     for commit in args.commits or [None]:
         found = measured(lines, commit, args.card)
         if not found:
-            parser.error(f"no load of commit {commit} in {args.file}")
-        print("\n".join([f"Commit {commit}, {found[0]['card'] or 'unknown card'}:", "", *markdown(found), ""]))
+            parser.error(f"no load of {commit or 'any commit'} in {args.file}")
+        of = f"Commit {commit}" if commit else "All commits"
+        print("\n".join([f"{of}, {found[0]['card'] or 'unknown card'}:", "", *markdown(found), ""]))
 
 
 if __name__ == "__main__":

@@ -71,6 +71,29 @@ fn links_of_pages_lead_to_files() {
     }
 }
 
+/// Pages say which file has what. A path is relative to the root, to the page, or to a crate or module that the page is
+/// about. Decisions may name files of their time, and of other projects.
+#[test]
+fn files_that_pages_name_exist() {
+    let folders =
+        ["", "router/src", "router/scheduler/src", "router/tests/http", "shard/src", "shard/model/src"]
+            .into_iter()
+            .chain(["shard/model/src/config", "kernels", "kernels/src", "integration-tests"]);
+    let folders: Vec<PathBuf> = folders.map(|folder| root().join(folder)).collect();
+    for (page, text) in pages().into_iter().filter(|(page, _)| !page.starts_with("docs/decisions")) {
+        let here = root().join(page.parent().unwrap());
+        for word in prose(&text).flat_map(|line| line.split('`').skip(1).step_by(2)) {
+            let is_path = word.contains('/') && !word.contains(['*', '{', ' ', '<', '$', '~']);
+            let source =
+                [".rs", ".py", ".cu", ".cuh", ".sh", ".proto", ".md"].iter().any(|end| word.ends_with(end));
+            if is_path && source {
+                let mut from = folders.iter().chain([&here]);
+                assert!(from.any(|folder| folder.join(word).exists()), "{}: {word}", page.display());
+            }
+        }
+    }
+}
+
 #[test]
 fn every_route_is_documented() {
     let (routes, api) = (read("router/src/server/routes.rs"), read("docs/api.md"));
