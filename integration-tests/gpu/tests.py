@@ -1,15 +1,17 @@
 """Tests of these scripts that need no server: python3 -m unittest discover -s integration-tests/gpu -p tests.py"""
 
+import io
 import json
 import tempfile
 import unittest
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 from check import EVICTED, batches, compare
 from loads import LOADS, Generator
-from run import merged
+from run import Session, merged
 from table import VLLM, markdown, measured, slots_of
 
 # A load generator that writes its arguments to a file beside itself and reports success.
@@ -27,6 +29,15 @@ if "--json" in sys.argv:
 class Flags(unittest.TestCase):
     def test_later_flags_replace_earlier_ones_and_keep_the_others(self):
         self.assertEqual(merged(["--a", "1", "--b", "2"], ["--b", "3"], ["--c", "4"]), "--a 1 --b 3 --c 4".split())
+
+
+class Results(unittest.TestCase):
+    def test_every_line_names_the_commit_if_it_is_known(self):
+        for commit, line in [(None, dict(load="base-1")), ("abc1234", dict(commit="abc1234", load="base-1"))]:
+            with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+                out = Path(folder)
+                Session(SimpleNamespace(commit=commit, out=out, work=out / "work")).say(dict(load="base-1"))
+                self.assertEqual(json.loads((out / "results.jsonl").read_text()), line)
 
 
 class Prompts(unittest.TestCase):

@@ -1,6 +1,6 @@
 //! The HTTP interface: what requests and responses look like. `docs/api.md` is its manual.
 //!
-//! A dialect turns a body into a [`group::GroupRequest`], and folds the [text events](crate::text) of every sequence
+//! A dialect turns a body into a `group::GroupRequest`, and folds the text events of `text` of every sequence
 //! of the group into deltas. A streamed response is the deltas, and a whole response is what they add up to.
 
 pub(crate) mod error;
