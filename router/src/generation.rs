@@ -64,9 +64,9 @@ pub(crate) enum Update {
     Failed(Failure),
 }
 
-/// With whom a request shares the prefix cache: with its tenant, or with everybody if the scope allows that and the
-/// adapter is `public`, which is one that resolves without a credential, or none. Requests that name a `narrower` salt
-/// share with those that name the same.
+/// Makes the salt of a request in the prefix cache. It contains the tenant, unless the scope allows that everybody
+/// shares and the adapter is `public`: one that resolves without a credential, or none. Requests that name a `narrower`
+/// salt share with those that name the same.
 pub(crate) fn cache_salt(
     scope: PrefixCacheScope,
     tenant: &principal::Tenant,

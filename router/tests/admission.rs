@@ -1,4 +1,4 @@
-//! Who is let in, and who is shed for whom.
+//! Admission: which requests are let in, and which are shed for others.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{collections::BTreeMap, time::Duration};
@@ -219,7 +219,7 @@ fn how_long_to_wait_follows_the_pace_and_the_flow() {
     assert_eq!(full(&mut admission, START), Duration::from_millis(10_500), "21 of two a second");
 }
 
-/// What a test does.
+/// One action of a random history.
 #[derive(Debug, Clone)]
 enum Act {
     Admit { tenant: usize, adapter: usize, sequences: usize },
@@ -257,7 +257,7 @@ impl Model {
         self.0.values().filter(|held| wanted(held)).map(|held| held.permits).sum()
     }
 
-    /// Whether a tenant is above its share of the permits, counted with what a newcomer asks for.
+    /// Returns whether a tenant is above its share of the permits, counted with what a newcomer asks for.
     fn is_above_share(
         &self,
         tenants: &[Tenant],
@@ -275,7 +275,7 @@ impl Model {
         self.held(|held| held.tenant == tenant) + if tenant == newcomer.0 { newcomer.1 } else { 0 }
     }
 
-    /// Whether somebody has to give way to a newcomer of one sequence.
+    /// Returns whether somebody has to give way to a newcomer of one sequence.
     fn somebody_gives_way(
         &self,
         tenants: &[Tenant],

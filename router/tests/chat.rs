@@ -10,7 +10,7 @@ use lorax_router::{
 use minijinja::Value;
 use serde::{Deserialize, de::DeserializeOwned};
 
-/// What goes into a template, as the fixtures write it.
+/// The variables of a template, as the fixtures write them.
 #[derive(Deserialize)]
 struct Input {
     messages: Vec<Value>,

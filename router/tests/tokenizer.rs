@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 struct Case {
     text: String,
     ids: Vec<u32>,
-    /// What the ids say.
+    /// The text of the ids.
     decoded: String,
 }
 
@@ -32,7 +32,7 @@ fn cases(file: &str) -> Vec<Case> {
 struct ByteLevel {
     tokens: Vec<String>,
     merges: Vec<[String; 2]>,
-    /// How many tokens at the beginning are special.
+    /// Number of tokens at the beginning that are special.
     special: usize,
     cases: Vec<SplitCase>,
 }

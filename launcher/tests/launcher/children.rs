@@ -115,7 +115,7 @@ fn a_child_that_hangs_is_killed_and_started_again() {
     }
 }
 
-/// What its children sent meanwhile counts.
+/// Heartbeats that children sent while the launcher was suspended count.
 #[test]
 fn a_launcher_that_was_suspended_itself_takes_nobody_to_hang() {
     let mut launcher = Launcher::with_model()

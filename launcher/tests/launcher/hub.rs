@@ -35,7 +35,7 @@ impl Repository {
     }
 }
 
-/// What a hub in trouble does.
+/// A fault of the hub.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Trouble {
     /// Answers with this status.
@@ -134,7 +134,7 @@ impl Hub {
         self.state.credentials.lock().unwrap().clone()
     }
 
-    /// From which bytes on the rest of a file was asked for.
+    /// Positions from which the rest of a file was asked for.
     pub(crate) fn resumed(&self) -> Vec<usize> {
         self.state.resumed.lock().unwrap().clone()
     }

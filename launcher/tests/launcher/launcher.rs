@@ -58,13 +58,13 @@ impl Launcher {
         launcher.env("MODEL_ID", model.to_str().unwrap())
     }
 
-    /// What the shard does.
+    /// Replaces the script of the shard.
     pub(crate) fn shard(self, script: &str) -> Launcher {
         fs::write(self.folder.path().join("lorax-shard.sh"), script).unwrap();
         self
     }
 
-    /// What the router does.
+    /// Replaces the script of the router.
     pub(crate) fn router(self, script: &str) -> Launcher {
         fs::write(self.folder.path().join("lorax-router.sh"), script).unwrap();
         self
@@ -130,7 +130,7 @@ impl Launcher {
     }
 }
 
-/// What a test gets; none takes more than some seconds.
+/// Deadline of a test; none takes more than some seconds.
 const HANGS: Duration = Duration::from_secs(60);
 
 /// Sends a signal to a process, or to a group of processes.
@@ -187,7 +187,7 @@ impl Running {
         kill(signal, &self.process.id().to_string());
     }
 
-    /// Nobody can read the log any more.
+    /// Closes the log, so that nobody can read it any more.
     pub(crate) fn close_log(&mut self) {
         self.log = None;
     }

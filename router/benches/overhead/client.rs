@@ -14,7 +14,7 @@ const END: &[u8] = b"\r\n0\r\n\r\n";
 pub(crate) struct Client {
     connection: TcpStream,
     request: Vec<u8>,
-    /// What the last event but one of every response has in it.
+    /// Text in the last event but one of every response.
     usage: Vec<u8>,
 }
 

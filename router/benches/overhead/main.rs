@@ -1,4 +1,4 @@
-//! What the router costs: the real one, over HTTP and gRPC, with a shard that computes nothing and takes no time for a
+//! The cost of the router: the real one, over HTTP and gRPC, with a shard that computes nothing and takes no time for a
 //! step, or as long as a GPU would.
 //!
 //! Router, shard and clients have threads of their own, three, one and one, so that the CPU time of each is known. The

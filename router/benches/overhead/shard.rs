@@ -23,12 +23,12 @@ use tonic::{Request, Response, Status, Streaming};
 /// Steps that the router keeps in flight.
 const IN_FLIGHT: usize = 2;
 
-/// What the shard saw since it was last asked.
+/// Observations of the shard since it was last asked.
 #[derive(Debug, Default)]
 pub(crate) struct Seen {
     /// Steps that ran.
     pub(crate) steps: usize,
-    /// From sending a step's result to receiving the step that it made room for.
+    /// Time from sending a step's result to receiving the step that it made room for.
     pub(crate) turnarounds: Vec<Duration>,
     /// Without a step to run.
     pub(crate) idle: Duration,
@@ -44,9 +44,9 @@ pub(crate) struct Double {
 #[derive(Debug, Default)]
 struct State {
     seen: Seen,
-    /// What a step takes.
+    /// Duration of a step.
     pace: Duration,
-    /// When the last results were sent, by the step's id modulo the steps in flight.
+    /// Times at which the last results were sent, by the step's id modulo the steps in flight.
     sent: [Option<Instant>; IN_FLIGHT],
 }
 
@@ -64,7 +64,7 @@ impl Double {
         self.state().pace = pace;
     }
 
-    /// What was seen since the last call.
+    /// Takes the observations since the last call.
     pub(crate) fn take(&self) -> Seen {
         std::mem::take(&mut self.state().seen)
     }

@@ -229,7 +229,7 @@ impl<P> Flows<P> {
         (self.aging.may_load() && now.saturating_sub(since) >= OVERDUE).then_some(id)
     }
 
-    /// How readily an adapter gives its slot to a flow, if at all.
+    /// The readiness of an adapter to give its slot to a flow; none if it does not.
     ///
     /// In turn, it gives it if all its flows have had more service than that one; the more they have had, the sooner.
     /// Out of turn, it gives it if its own requests came to wait later; the later, the sooner. In both cases whoever

@@ -157,7 +157,7 @@ impl ApiError {
         ApiError::Invalid { field: field.into(), problem: problem.into() }
     }
 
-    /// Why an adapter could not be prepared that this field names.
+    /// The error of an adapter that this field names and that could not be prepared.
     pub(crate) fn of_adapter(field: &'static str, error: PrepareError) -> ApiError {
         match error {
             PrepareError::NotFound(message) => ApiError::AdapterNotFound { field, message },

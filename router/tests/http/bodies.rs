@@ -39,7 +39,8 @@ async fn last_byte(stream: &mut TcpStream) {
     stream.write_all(b"}").await.unwrap();
 }
 
-/// A client that sends the head and all of the body but a byte, as fast as it may. Returns its answer and when that came.
+/// A client that sends the head and all of the body but a byte, as fast as it may. Returns its answer and when that
+/// came.
 async fn stalled(address: &str, head: &str, text: &[u8], begun: &Barrier) -> (String, Duration) {
     // Little of what is not read waits in this machine's memory.
     let socket = TcpSocket::new_v4().unwrap();
@@ -63,7 +64,7 @@ async fn stalled(address: &str, head: &str, text: &[u8], begun: &Barrier) -> (St
     (answer, sent.elapsed())
 }
 
-/// How long a client waits for its first token, many times.
+/// Waits of a client for its first token, many times.
 async fn first_tokens(address: &str) -> Vec<Duration> {
     let client = reqwest::Client::new();
     let mut waits = Vec::new();

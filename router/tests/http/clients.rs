@@ -52,7 +52,8 @@ async fn one_that_leaves_makes_room_with_the_next_step() {
         let next = long("next");
         let mut waiting = connect(&router, "/generate_stream", &next).await;
         router.holds(2).await;
-        // It is refused when it has been tokenized. The one before it has been handed over by then: one thread tokenizes.
+        // It is refused when it has been tokenized. The one before it has been handed over by then: one thread
+        // tokenizes.
         let too_long = json!({"inputs": "x", "parameters": {"max_new_tokens": 100_000}});
         assert_eq!(router.post("/generate", &too_long).await.0, 422);
         let in_flight = router.shard.saw(|seen| seen.steps.last().map(|step| step.id)).await + 1;

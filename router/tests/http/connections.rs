@@ -1,4 +1,4 @@
-//! How many connections there may be, and who may have them.
+//! Bounds of connections, and the reserve.
 
 use config::Config;
 use serde_json::json;

@@ -16,20 +16,21 @@ const ADAPTERS: usize = 240;
 const SEATS: usize = 32;
 /// Lengths of answers, in tokens: of adapters with an odd number, and of those with an even one.
 const LENGTHS: [usize; 2] = [12, 48];
-/// The time that a step takes. A request is overdue when it has waited for 5 s. The average answer has 30 tokens, so that to
-/// serve one request of every adapter takes 240 · 30 / 32 steps, which at this pace is 5.6 s: always some are overdue.
+/// The time that a step takes. A request is overdue when it has waited for 5 s. The average answer has 30 tokens, so
+/// that to serve one request of every adapter takes 240 · 30 / 32 steps, which at this pace is 5.6 s: always some are
+/// overdue.
 const PACE: Duration = Duration::from_millis(25);
-/// What the longest answer costs: one for the token of its prompt, and two for each generated token.
+/// Cost of the longest answer: one for the token of its prompt, and two for each generated token.
 const ANSWER: u64 = 1 + 2 * LENGTHS[1] as u64;
-/// The steps in which every adapter can get as much as the longest answer costs. As all of them begin together, those with
-/// long answers are ahead at the same time and wait at the same time: shares are measured over whole rounds.
+/// The steps in which every adapter can get as much as the longest answer costs. As all of them begin together, those
+/// with long answers are ahead at the same time and wait at the same time: shares are measured over whole rounds.
 const ROUND: usize = ADAPTERS * ANSWER as usize / (2 * SEATS);
 /// Rounds between the first one, in which adapters are loaded and nobody is overdue, and the last one.
 const ROUNDS: usize = 4;
 /// The time that all steps get on a machine that is busy with something else.
 const LIMIT: Duration = Duration::from_secs(240);
 
-/// What each slot's adapter had got in all, after each step.
+/// Service of each slot's adapter so far, after each step.
 fn costs(steps: &[Step]) -> Vec<[u64; ADAPTERS]> {
     let mut added = HashMap::new();
     let mut total = [0; ADAPTERS];

@@ -16,7 +16,7 @@ use crate::{
     shard::Script,
 };
 
-/// What a request asks for, and what the model says to it.
+/// A request, and the model's answer to it.
 #[derive(Debug, Clone)]
 struct Case {
     answer: Vec<u32>,

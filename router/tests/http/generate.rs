@@ -180,7 +180,7 @@ async fn browsers_are_told_who_may_ask() {
     }
 }
 
-/// What a page may send and read, as browsers take it: to them "*" does not include `Authorization`.
+/// The headers that a page may send and read. For browsers "*" does not include `Authorization`.
 #[tokio::test]
 async fn pages_may_send_keys_and_read_headers() {
     let origins = vec!["http://here".to_owned()];

@@ -1,4 +1,4 @@
-//! Who may call, and whose credential is whose.
+//! API keys, and the credentials of adapters.
 
 use std::{fs, time::Duration};
 
@@ -15,7 +15,7 @@ use crate::{
     shard::Script,
 };
 
-/// How long anything here may take; it takes milliseconds.
+/// Deadline of a wait; everything here takes milliseconds.
 const LONG: Duration = Duration::from_secs(30);
 
 async fn guarded() -> Router {
@@ -97,7 +97,7 @@ async fn who_is_not_let_in_is_told_so_in_the_dialect_of_the_route() {
     }
 }
 
-/// What the shard was asked to prepare.
+/// The preparations that the shard was asked for.
 async fn prepared(router: &Router, from: usize) -> Vec<PrepareRequest> {
     router.shard.saw(|seen| Some(seen.prepared[from..].to_vec())).await
 }

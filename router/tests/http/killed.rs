@@ -1,9 +1,9 @@
 //! Tasks and threads that come to harm while the router runs.
 //!
-//! What a test cannot reach from outside is killed beside its code: the engine in `engine/serve.rs`, the accept loop and
-//! the task of a connection in `server/connections.rs`, work for requests in `workers.rs`. All other tasks run under the
-//! same supervisor, which `lifecycle` tests with tasks and threads that panic, return and hang, in a process of its own,
-//! too. The connections to shards are broken in `failures.rs` and `ranks.rs`.
+//! What a test cannot reach from outside is killed beside its code: the engine in `engine/serve.rs`, the accept loop
+//! and the task of a connection in `server/connections.rs`, work for requests in `workers.rs`. All other tasks run
+//! under the same supervisor, which `lifecycle` tests with tasks and threads that panic, return and hang, in a
+//! process of its own, too. The connections to shards are broken in `failures.rs` and `ranks.rs`.
 
 use std::{fs, sync::mpsc::sync_channel, time::Duration};
 

@@ -14,7 +14,7 @@ use crate::{
     shard::{Gate, Script, ScriptedShard},
 };
 
-/// What a program gets to end; it takes milliseconds.
+/// Deadline for a program to end; it takes milliseconds.
 const END: Duration = Duration::from_secs(30);
 
 /// A router in a process of its own, in front of a scripted shard. Killed when it is dropped.

@@ -11,7 +11,7 @@ async fn saying(answer: &str) -> Router {
     Router::start(Script::saying(tokens(answer))).await
 }
 
-/// What is reported of tokens that follow each other, the first of which nothing predicts; `first` is where it begins.
+/// The report of consecutive tokens, the first of which nothing predicts; `first` is the position at which it begins.
 fn scores(ids: &[u32], num_top: u32) -> (Vec<Value>, Vec<Value>) {
     let numbers = |i: usize| if i == 0 { Value::Null } else { json!(logprob(ids[i])) };
     let top = |i: usize| {

@@ -344,8 +344,8 @@ async fn a_new_router_finds_the_adapters_where_the_old_one_left_them() {
 #[tokio::test]
 async fn a_slot_is_kept_if_all_ranks_hold_the_same_in_it() {
     type Change = fn(&mut [Script]);
-    // "sql" is in slot 1 everywhere; the others are changed on some rank. Which slots are emptied, and what is loaded when
-    // "sql" and "law" are asked for.
+    // "sql" is in slot 1 everywhere; the others are changed on some rank. Which slots are emptied, and what is loaded
+    // when "sql" and "law" are asked for.
     let cases: [(Change, &[u32], &[&str]); 10] = [
         (|_| {}, &[], &[]),
         (|scripts| _ = scripts[3].filled.remove(&2), &[2], &["law"]),

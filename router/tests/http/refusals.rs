@@ -28,7 +28,7 @@ pub(crate) fn assert_openai(body: &Value, code: &str, cause: &str) {
     assert!(body["error"]["message"].as_str().unwrap().contains(cause), "{cause:?} in {body}");
 }
 
-/// What each route needs, so that it would be answered.
+/// The fields that each route needs for an answer.
 fn good(path: &str) -> Value {
     match path {
         "/v1/completions" => json!({"prompt": "Hi"}),

@@ -15,10 +15,10 @@ use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
 
 use crate::shard::{Script, ScriptedShard};
 
-/// What everything here takes milliseconds for gets this long on a machine that is busy with something else.
+/// Deadline of a wait. Everything here takes milliseconds, but the machine may be busy with something else.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
-/// What the base model is called.
+/// Name of the base model.
 pub(crate) const MODEL: &str = "the/base-model";
 
 /// The folder of the model whose tokenizer is used.
@@ -36,7 +36,7 @@ pub(crate) fn tokens(text: &str) -> Vec<u32> {
     tokenizer().encode(text, false).unwrap()
 }
 
-/// What these tokens say together.
+/// The text of these tokens.
 pub(crate) fn text(tokens: &[u32]) -> String {
     tokenizer().decode(tokens, false)
 }
@@ -259,7 +259,7 @@ impl Router {
     }
 }
 
-/// What server-sent events carry.
+/// The data of server-sent events.
 pub(crate) fn events(stream: &str) -> Vec<Value> {
     let data = stream.split("\n\n").filter_map(|event| event.trim().strip_prefix("data:"));
     data.map(|data| serde_json::from_str(data).unwrap_or_else(|_| data.trim().into())).collect()

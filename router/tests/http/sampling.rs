@@ -7,7 +7,7 @@ use crate::{
     shard::Script,
 };
 
-/// What the shard is told of the last of these requests' sampling.
+/// The sampling parameters that reach the shard with the last of these requests.
 async fn told(router: &Router, path: &str, body: &Value) -> proto::Sampling {
     router.ok(path, body).await;
     router.shard.saw(|seen| seen.added().last()?.sampling.clone()).await

@@ -1,5 +1,5 @@
-//! A shard whose answers a test writes. It speaks the protocol over a Unix socket, computes nothing, remembers what it was
-//! told, and waits where it is told to.
+//! A shard whose answers a test writes. It speaks the protocol over a Unix socket, computes nothing, remembers what
+//! it was told, and waits where it is told to.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -26,7 +26,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::router::PATIENCE;
 
-/// Where the shard can be made to wait.
+/// The points at which a test can make the shard wait.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Gate {
     /// Before it says what it serves.
@@ -71,10 +71,10 @@ impl Seen {
 
 type Answer = Box<dyn Fn(&[u32]) -> Vec<u32> + Send + Sync>;
 
-/// What the shard says of itself and how it answers.
+/// The scripted shard's description of itself, and its answers.
 pub(crate) struct Script {
     pub(crate) info: InfoResponse,
-    /// What follows a prompt. After its last token comes the end of the sequence, over and over.
+    /// The tokens that follow a prompt. After the last one comes the end of the sequence, over and over.
     pub(crate) answer: Answer,
     /// Adapters that cannot be prepared, and why. All others can.
     pub(crate) refused: HashMap<&'static str, Status>,
@@ -92,11 +92,11 @@ pub(crate) struct Script {
     pub(crate) alternatives: fn(u32, u32) -> Vec<u32>,
     /// The time between two answers to steps; none if it answers at once.
     pub(crate) pace: Option<Duration>,
-    /// How long it says that every step took, in microseconds.
+    /// Reported duration of every step, in microseconds.
     pub(crate) step_us: u64,
     /// Whether every event comes after one of the session before, which contradicts it.
     pub(crate) echoes: bool,
-    /// Where it waits from the start.
+    /// The points at which it waits from the start.
     pub(crate) held: BTreeSet<Gate>,
 }
 
@@ -163,7 +163,7 @@ pub(crate) fn content(id: &str) -> Vec<u8> {
     content
 }
 
-/// What a test holds of a running shard; it ends with the runtime.
+/// A test's handle of a running shard, which ends with the runtime.
 #[derive(Clone)]
 pub(crate) struct ScriptedShard {
     script: Arc<Script>,
@@ -172,9 +172,9 @@ pub(crate) struct ScriptedShard {
     breaks: Arc<Notify>,
     /// Outlives sessions, as the memory of a device does.
     slots: Arc<Mutex<BTreeMap<u32, Vec<u8>>>>,
-    /// Where events of the present session go.
+    /// Sender of events of the present session.
     events: Arc<Mutex<Option<Events>>>,
-    /// How old the oldest work of its step loop is.
+    /// Reported age of the oldest work of its step loop.
     oldest_ms: watch::Sender<Option<u64>>,
 }
 

@@ -9,7 +9,7 @@ use tokio::{
     time::timeout,
 };
 
-/// How long anything may take that a test waits for.
+/// Deadline of a wait.
 pub(crate) const LONG: Duration = Duration::from_secs(60);
 
 /// The head of a request with a body of so many bytes, after which the connection is closed.

@@ -30,7 +30,7 @@ fn generate(adapter: Option<&str>) -> Value {
     json!({"inputs": "x", "parameters": {"adapter_id": adapter, "max_new_tokens": 1}})
 }
 
-/// Whether an answer is a refusal that says when to come again.
+/// Returns whether an answer is a refusal that says when to come again.
 fn is_shed(answer: &str) -> bool {
     let shed = answer.starts_with("HTTP/1.1 429 ");
     assert!(shed || answer.starts_with("HTTP/1.1 200 "), "{answer}");

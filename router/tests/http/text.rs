@@ -209,8 +209,8 @@ async fn joined_tokens_are_the_text_also_with_a_stop_string_inside_of_one() {
     }
 }
 
-/// A folder with a tokenizer as Llama 2's: words that begin with a space, bytes, and a decoder that leaves out the space
-/// that a text begins with.
+/// A folder with a tokenizer as Llama 2's: words that begin with a space, bytes, and a decoder that leaves out the
+/// space that a text begins with.
 fn sentencepiece() -> (tempfile::TempDir, ModelTokenizer) {
     let special = ["<unk>", "<s>", "</s>"].map(str::to_owned);
     let bytes = (0..=255).map(|byte| format!("<0x{byte:02X}>"));

@@ -118,7 +118,7 @@ impl<P> Draft<P> {
         });
     }
 
-    /// How many of the sequence's next rows the budgets allow.
+    /// Returns how many of the sequence's next rows the budgets allow.
     fn allowed(&self, sequence: &Sequence<P>) -> usize {
         let wanted = sequence.rows_to_plan();
         let mut rows = wanted.min(self.rows_left);

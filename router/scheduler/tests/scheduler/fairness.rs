@@ -221,8 +221,8 @@ fn with_fewer_slots_than_adapters_waits_are_bounded_and_shares_are_equal() {
             }
         }
         longest = longest.max(last.values().map(|turn| 60_000 - turn).max().unwrap());
-        // In a round, each adapter has a slice and the rest of the answers that run when it must leave. A turn serves two
-        // virtual tokens for each seat; half of that allows for seats that are empty while a slot changes hands.
+        // In a round, each adapter has a slice and the rest of the answers that run when it must leave. A turn serves
+        // two virtual tokens for each seat; half of that allows for seats that are empty while a slot changes hands.
         let round = usize::from(ADAPTERS) * (1_024 + 100 * seats as usize) / seats as usize;
         let case = format!("{slots} slots, {seats} seats: waited {longest} turns");
         assert!(longest < round, "{case}, a round is {round}");

@@ -1,4 +1,4 @@
-//! How requests end other than with their last token: refused, scored, or cancelled; and what a step's message may hold.
+//! Ends of requests other than with their last token: refused, scored, or cancelled; and the bound of a step's message.
 
 use scheduler::{Event, FailReason, Limits, Request, RequestId};
 

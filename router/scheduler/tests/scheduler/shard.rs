@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use scheduler::{Adapter, AdapterKey, Added, Limits, Request, RequestId, RowsPlan, Sampled, StepPlan};
 
-/// What a request's sampling parameters are to a real shard. The salt is part of the model's state here, so that a block
-/// shared between two salts is noticed.
+/// What a request's sampling parameters are to a real shard. The salt is part of the model's state here, so that a
+/// block shared between two salts is noticed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Payload {
     pub(crate) id: u64,
@@ -32,7 +32,7 @@ fn sample(state: u64) -> u32 {
     ((state >> 7) % VOCAB) as u32
 }
 
-/// What a request gets when it is alone, computed without blocks, chunks or steps.
+/// The answer that a request gets when it is alone, computed without blocks, chunks or steps.
 pub(crate) fn plain(request: &Request<Payload>) -> Vec<u32> {
     let start = start(request.adapter.map(|adapter| adapter.key), request.salt.0);
     let mut state = request.prompt.iter().fold(start, |state, &token| mix(state, u64::from(token)));

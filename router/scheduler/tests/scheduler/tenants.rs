@@ -39,7 +39,8 @@ fn flooded(limits: Limits, adapters: u16, prompt_len: usize, max_new: u32) -> Wo
     world
 }
 
-/// Submits a request and returns in which of the following steps it has its first rows, and whether they end its prompt.
+/// Submits a request and returns in which of the following steps it has its first rows, and whether they end its
+/// prompt.
 fn first_rows(world: &mut World, guest: Request<Payload>) -> (usize, bool) {
     let id = guest.id;
     world.submit(guest).unwrap();
@@ -253,7 +254,8 @@ fn a_flow_in_debt_is_served_in_a_stream_of_newcomers() {
         served.extend(world.finished[before..].iter().filter(|id| [1, 2].contains(&id.0)).map(|_| world.now));
     }
     assert_eq!(served.len(), 2, "{served:?}");
-    // Each costs 8 virtual tokens, and a turn serves 4 or more. A flow becomes overdue again OVERDUE after an admission.
+    // Each costs 8 virtual tokens, and a turn serves 4 or more. A flow becomes overdue again OVERDUE after an
+    // admission.
     let turn = Duration::from_millis(10);
     let bound = OVERDUE + turn * (AGED_SHARE as u32 * 8 / 4 + 4);
     assert!(served[0] - begun > OVERDUE && served[0] - begun < bound, "{served:?}");

@@ -79,7 +79,7 @@ pub(crate) fn prompt(number: u64, len: usize) -> Vec<u32> {
     (0..len as u64).map(|position| ((number * 31 + position * 7 + number * position) % 97) as u32).collect()
 }
 
-/// What a request must get, and has got.
+/// The tokens that a request must get, and those that it has got.
 #[derive(Debug)]
 pub(crate) struct Expected {
     adapter: Option<Adapter>,

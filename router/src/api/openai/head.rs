@@ -19,10 +19,10 @@ pub(super) struct Usage {
     prompt_tokens_details: PromptDetails,
 }
 
-/// What is told of the tokens in.
+/// Details of `prompt_tokens`.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
 struct PromptDetails {
-    /// Those that were in the prefix cache.
+    /// Tokens that came from the prefix cache.
     cached_tokens: usize,
 }
 

@@ -25,7 +25,7 @@ enum Kind {
     Sum,
     /// `<`, `<=`, `>` or `>=`.
     Order,
-    /// Whatever ends the operands of the others.
+    /// Anything else that ends the operands of the others.
     Boundary,
 }
 
