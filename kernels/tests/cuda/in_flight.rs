@@ -27,6 +27,8 @@ impl Work {
     /// Rows whose first element alone is 1, with a weight of zeros: a product is the value of the adapter.
     fn new() -> Work {
         let ops = backend();
+        // To unlock host memory waits for the card: what these adapters lock stays locked.
+        ops.expect_adapters(64 << 20, 0);
         let sites = vec![LoraSite { inputs: WIDE, outputs: vec![WIDE] }];
         let slots = resident(&ops, &sites, &[constant(3.0), constant(5.0)]);
         let device = device_batch(&ops, &batch(&[(ROWS, 0)], &[Some(0)]));
