@@ -197,10 +197,11 @@ impl<P> Flows<P> {
         order.least_served(|id| flows[id as usize].service)
     }
 
-    /// The flow to serve next of the tenants that have no admitted sequence.
-    pub(crate) fn newcomer(&mut self) -> Option<FlowId> {
+    /// The flow to serve next of a tenant that has no admitted sequence: of the `nth` such tenant, the least served first.
+    pub(crate) fn newcomer(&mut self, nth: usize) -> Option<FlowId> {
         let Self { flows, tenants, newcomers, .. } = self;
-        let tenant = newcomers.least_served(|id| tenants[id as usize].service)?;
+        // Nothing is charged to them, so what is recorded of them is true.
+        let tenant = newcomers.nth(nth)?;
         let order = tenants[tenant as usize].flows.order(Residency::Ready)?;
         order.least_served(|id| flows[id as usize].service)
     }

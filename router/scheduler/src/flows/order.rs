@@ -49,6 +49,11 @@ impl Order {
         }
     }
 
+    /// The `nth` member by the recorded service.
+    pub(super) fn nth(&self, nth: usize) -> Option<u32> {
+        self.by_service.iter().nth(nth).map(|&(_, _, id)| id)
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.by_service.is_empty()
     }

@@ -2,12 +2,15 @@
 
 use std::time::Duration;
 
-use super::{Scheduler, plan::Draft};
+use super::{Scheduler, plan::Draft, preempt::Obstacle};
 use crate::{
     flows::{FlowId, Residency, Turn},
     sequence::{Admission, Arrival, Sequence},
     slots::SLICE,
 };
+
+/// Tenants without a seat that one step passes over because of their blocks. Each costs a look at all running sequences.
+const PASSED_OVER: usize = 8;
 
 /// The next candidate for a seat.
 #[derive(Debug, Clone, Copy)]
@@ -83,10 +86,21 @@ impl<P: Clone> Scheduler<P> {
     }
 
     /// Gives seats to tenants that have none, ahead of everybody else and in place of running sequences, for as long as
-    /// others run more than one. The rows are planned with those of the running sequences.
+    /// others run more than one. The rows are planned with those of the running sequences. A tenant that needs more blocks
+    /// than it can get this way waits for them alone.
     pub(super) fn admit_newcomers(&mut self, now: Duration) {
-        while let Some(flow) = self.flows.newcomer() {
-            let Some(victims) = self.victims_for_newcomer(flow) else { return };
+        let mut passed_over = 0;
+        while passed_over < PASSED_OVER
+            && let Some(flow) = self.flows.newcomer(passed_over)
+        {
+            let victims = match self.victims_for_newcomer(flow) {
+                Ok(victims) => victims,
+                Err(Obstacle::Seats) => return,
+                Err(Obstacle::Blocks) => {
+                    passed_over += 1;
+                    continue;
+                }
+            };
             victims.into_iter().for_each(|victim| self.preempt(victim));
             let candidate = Candidate::Waiting(flow, Turn::Fair);
             let Some(cached) = self.fit(candidate, self.promised()) else { return };
@@ -117,7 +131,7 @@ impl<P: Clone> Scheduler<P> {
                 .least_served(Residency::Ready)
                 .map(|flow| Candidate::Waiting(flow, Turn::Fair));
         };
-        let newcomer = self.flows.newcomer().map(|flow| Candidate::Waiting(flow, Turn::Fair));
+        let newcomer = self.flows.newcomer(0).map(|flow| Candidate::Waiting(flow, Turn::Fair));
         Some(newcomer.unwrap_or(Candidate::Preempted(arrival)))
     }
 

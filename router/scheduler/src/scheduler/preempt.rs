@@ -17,6 +17,16 @@ struct Share {
     weight: u64,
 }
 
+/// Why a tenant that runs nothing cannot be given a seat in place of others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Obstacle {
+    /// No tenant that has had more service runs more than one sequence. The same holds for all who have had more service
+    /// than this one.
+    Seats,
+    /// Its request needs more blocks than its tenant's share, or than the others would give.
+    Blocks,
+}
+
 impl Share {
     /// Sequences relative to the weight.
     fn load(&self) -> u64 {
@@ -61,10 +71,9 @@ impl<P: Clone> Scheduler<P> {
     }
 
     /// The running sequences to preempt so that the next request of a newcomer's flow can start, none if there is
-    /// room. They are the youngest ones of tenants that run more than one and have had more service. `None` if there
-    /// are no such tenants, or if that is not enough, or if the request needs more blocks than its tenant's share.
-    pub(super) fn victims_for_newcomer(&self, flow: FlowId) -> Option<Vec<Arrival>> {
-        let sequence = self.flows.peek(flow)?;
+    /// room. They are the youngest ones of tenants that run more than one and have had more service.
+    pub(super) fn victims_for_newcomer(&self, flow: FlowId) -> Result<Vec<Arrival>, Obstacle> {
+        let sequence = self.flows.peek(flow).ok_or(Obstacle::Seats)?;
         let tenant = self.flows.tenant_of(flow);
         let mut shares = self.shares();
         let weights: u64 = shares.values().map(|share| share.weight).sum();
@@ -73,7 +82,7 @@ impl<P: Clone> Scheduler<P> {
         shares.retain(|&other, _| self.flows.tenant_service(other) > self.flows.tenant_service(tenant));
         shares.retain(|_, share| share.sequences > 1);
         if shares.is_empty() {
-            return None;
+            return Err(Obstacle::Seats);
         }
         let cached = self.find_cached(sequence);
         let needed = self.promised() + self.blocks_needed(sequence, &cached);
@@ -82,15 +91,15 @@ impl<P: Clone> Scheduler<P> {
         let mut victims = Vec::new();
         while seats == 0 || needed > available {
             if needed > available && self.blocks_to_come(sequence) as u64 > fair_blocks {
-                return None;
+                return Err(Obstacle::Blocks);
             }
-            let (&other, share) =
-                shares.iter_mut().filter(|(_, s)| s.sequences > 1).max_by_key(|(_, s)| s.load())?;
+            let most = shares.iter_mut().filter(|(_, s)| s.sequences > 1).max_by_key(|(_, s)| s.load());
+            let (&other, share) = most.ok_or(Obstacle::Blocks)?;
             let mut youngest = self.running.iter().rev();
             let own = |(arrival, _): &(&Arrival, _)| {
                 self.tenant_of(**arrival) == Some(other) && !victims.contains(*arrival)
             };
-            let (&victim, sequence) = youngest.find(own)?;
+            let (&victim, sequence) = youngest.find(own).ok_or(Obstacle::Blocks)?;
             share.sequences -= 1;
             victims.push(victim);
             let freed = sequence.run.blocks.iter();
@@ -99,7 +108,7 @@ impl<P: Clone> Scheduler<P> {
             available += freed + self.blocks_to_come(sequence);
             seats += 1;
         }
-        Some(victims)
+        Ok(victims)
     }
 
     fn shares(&self) -> BTreeMap<TenantId, Share> {

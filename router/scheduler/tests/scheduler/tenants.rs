@@ -178,6 +178,30 @@ fn a_guest_takes_no_more_blocks_than_its_share() {
     }
 }
 
+#[test]
+fn a_guest_does_not_wait_for_blocks_that_another_guest_needs() {
+    // Half of 64 blocks of 4 are 128 positions; prompts that need more, of one tenant and of several.
+    for (len, others) in [(140, 1), (140, 3), (200, 1), (200, 5), (250, 1), (250, 7)] {
+        let mut world = World::new(Limits { max_rows: 512, max_prefill_rows: Some(512), ..limits() });
+        for id in 0..100 {
+            world.submit(of(HOG, request(id, 0, prompt(id, 12), 20))).unwrap();
+        }
+        (0..30).for_each(|_| assert!(world.turn()));
+        assert!(world.scheduler.stats().running > 4);
+        for other in 1..=others {
+            let (tenant, id) = (GUEST + other, ID + other);
+            world.submit(of(tenant, request(id, 0, prompt(id, len), 1))).unwrap();
+        }
+        for round in 0..2 {
+            let id = 2 * ID + round;
+            let guest = of(GUEST, request(id, 0, prompt(id, 8), 1));
+            assert_eq!(first_rows(&mut world, guest).0, 1, "round {round} beside {others} of {len} tokens");
+            until_ended(&mut world, id);
+        }
+        world.run_to_end();
+    }
+}
+
 /// Virtual tokens of each of the given tenants in a number of turns, while all of them always have requests waiting.
 fn shares(limits: Limits, tenants: &[(Tenant, u16, u32)], turns: usize) -> Vec<f64> {
     let mut world = World::new(limits);
