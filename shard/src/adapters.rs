@@ -16,6 +16,7 @@ use model::adapter::{AdapterError, AdapterFolder, BaseModel, ContentHash};
 use tokio::{
     runtime::Handle,
     sync::{OnceCell, Semaphore, oneshot},
+    time::timeout,
 };
 
 use cache::Cache;
@@ -217,7 +218,7 @@ impl<B: Backend> Adapters<B> {
         let (this, id_there) = (self.clone(), id.to_owned());
         let reading = tokio::task::spawn_blocking(move || this.read_blocking(&folder, id_there));
         let limit = self.limits.read_timeout;
-        match tokio::time::timeout(limit, reading).await {
+        match timeout(limit, reading).await {
             Ok(read) => read.map_err(|error| {
                 tracing::error!("staging of adapter {id} panicked: {error}");
                 interrupted()
@@ -242,7 +243,10 @@ impl<B: Backend> Adapters<B> {
         // Beside its host copy, what is read of it.
         let parts = (host_bytes + model::adapter::read_bytes(&shapes, &self.sites)).div_ceil(self.part());
         let parts = parts.min(PARTS.min(self.limits.bytes.max(1))) as u32;
-        let memory = self.runtime.block_on(self.memory.acquire_many(parts));
+        // Whoever asked waits no longer than this, and a thread must not wait longer: there is a limited number.
+        let limit = self.limits.read_timeout;
+        let memory = self.runtime.block_on(async { timeout(limit, self.memory.acquire_many(parts)).await });
+        let Ok(memory) = memory else { return Err(PrepareError::Slow { id, limit }) };
         let Ok(_memory) = memory else { return Err(PrepareError::Interrupted { id }) };
         let adapter = opened.read().map_err(adapter_error)?;
         // Others are evicted before memory is taken in their place.

@@ -125,3 +125,26 @@ async fn a_reader_that_hangs_or_panics_fails_alone() {
     let prepared = tokio::time::timeout(PATIENCE, world.adapters.prepare("local", "three")).await.unwrap();
     assert!(prepared.is_ok());
 }
+
+#[test]
+fn one_that_waits_in_vain_for_memory_gives_its_thread_back() {
+    let mut threads = tokio::runtime::Builder::new_current_thread();
+    let runtime = threads.enable_all().max_blocking_threads(2).build().unwrap();
+    let (world, failures) = runtime.block_on(async {
+        let world = World::new(adapter_bytes().await);
+        // It has all of the memory and one of the two threads.
+        world.script.fail("stage", Fault::Hang);
+        let mut failures = Vec::new();
+        for name in ["one", "two", "two", "two"] {
+            failures
+                .push(tokio::time::timeout(3 * READ_TIMEOUT, world.adapters.prepare("local", name)).await);
+        }
+        (world, failures)
+    });
+    world.script.mend("stage");
+    for failure in failures {
+        assert!(matches!(failure, Ok(Err(PrepareError::Slow { .. }))), "{failure:?}");
+    }
+    let prepared = world.adapters.prepare("local", "two");
+    runtime.block_on(async { tokio::time::timeout(PATIENCE, prepared).await.unwrap().unwrap() });
+}
