@@ -14,7 +14,7 @@ use crate::{
     step::Step,
 };
 
-/// Steps as they arrive, each of them or what is wrong with it. A connection that breaks ends the stream.
+/// Steps as they arrive, each of them or what is wrong with it.
 pub type Steps = Pin<Box<dyn Stream<Item = Result<Box<Step>, StepError>> + Send>>;
 
 /// A stream that the router has opened.

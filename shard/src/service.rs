@@ -26,7 +26,8 @@ use crate::{
     wire,
 };
 
-/// Events on their way to the router: more than two steps can cause.
+/// Events on their way to the router, besides one for each slot: more than the two steps in flight can cause. A slot is
+/// loaded again only after the router has read how the load before ended.
 const EVENTS: usize = 256;
 
 /// Answers the router on behalf of the engine.
@@ -95,12 +96,15 @@ impl<B: Backend> Shard for Service<B> {
         request: Request<Streaming<Step>>,
     ) -> Result<Response<Self::ExecuteStream>, Status> {
         let steps = request.into_inner();
-        let (events, received) = mpsc::channel(EVENTS);
+        let (events, received) = mpsc::channel(EVENTS + self.info.num_slots as usize);
         let id = self.streams.fetch_add(1, Ordering::Relaxed);
         let (stream, ended) = EventStream::new(id, events);
         self.send(Command::Execute(stream)).await?;
-        // A broken connection ends the stream of steps, and the router begins a new session.
-        let steps = steps.map_while(Result::ok).map(|step| wire::step(step).map(Box::new));
+        // Of a broken connection nobody reads the error, and the router begins a new session.
+        let steps = steps.map(|step| match step {
+            Ok(step) => wire::step(step).map(Box::new),
+            Err(status) => Err(StepError::Unreadable(status.message().into())),
+        });
         let incoming = Incoming { stream: id, steps: Box::pin(steps), ended };
         self.engine.streams.send(incoming).await.map_err(|_| stopped())?;
         let answers = self.info.rank == 0;

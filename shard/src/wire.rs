@@ -170,6 +170,7 @@ pub(crate) fn step_status(error: &StepError) -> Status {
         | StepError::NoBlock { .. }
         | StepError::SlotNotReady(_)
         | StepError::ContentHash(_)
+        | StepError::Unreadable(_)
         | StepError::Rows(_) => Status::invalid_argument(message),
     }
 }

@@ -48,12 +48,18 @@ impl Served {
 
     /// A shard with this rank.
     async fn start_as(rank: u32) -> Served {
+        Served::start_with(Info { rank, ..client::info() }).await
+    }
+
+    /// A shard that tells this of itself, and has as many slots.
+    async fn start_with(info: Info) -> Served {
         let script = Script::default();
         let folder = tempfile::tempdir().unwrap();
-        let (engine, adapters) = tiny::engine(Fake::new(script.clone()), folder.path(), 1 << 20);
+        let (fake, slots) = (Fake::new(script.clone()), info.num_slots as usize);
+        let (engine, adapters) = tiny::engine_with_slots(fake, folder.path(), 1 << 20, slots);
         let socket = folder.path().join("shard.sock");
         let connections = UnixListenerStream::new(UnixListener::bind(&socket).unwrap());
-        let rank = Rank { engine, adapters, info: Info { rank, ..client::info() } };
+        let rank = Rank { engine, adapters, info };
         let supervisor = Supervisor::reporting_to(|_| ()).unwrap();
         tokio::spawn(async move {
             server::serve(rank, connections, PATIENCE, pending(), &supervisor).await.unwrap();
@@ -162,6 +168,46 @@ async fn results_of_steps_are_rank_0s_to_tell() {
         served.attach(2).await;
         assert_eq!(next(&mut events).await.unwrap(), None);
     }
+}
+
+#[tokio::test]
+async fn all_slots_may_be_filled_at_once() {
+    for num_slots in [2, 300, 2000] {
+        let mut served = Served::start_with(Info { num_slots, ..client::info() }).await;
+        let prepare =
+            PrepareRequest { source: "local".into(), id: "one".into(), ..PrepareRequest::default() };
+        let content = served.client.prepare(prepare).await.unwrap().into_inner().content;
+        served.attach(1).await;
+        let (steps, mut events) = served.execute().await;
+        let load = (0..num_slots).map(|slot| SlotLoad { slot, content: content.clone() }).collect();
+        steps.send(Step { load, ..client::first_step(1) }).await.unwrap();
+        let (mut slots, mut results) = (Vec::new(), 0);
+        while slots.len() < num_slots as usize || results == 0 {
+            match next(&mut events).await.unwrap().expect("the stream goes on").event.unwrap() {
+                Event::Slot(slot) => slots.push(slot.slot),
+                Event::Step(_) => results += 1,
+            }
+        }
+        slots.sort_unstable();
+        assert_eq!(slots, (0..num_slots).collect::<Vec<_>>());
+    }
+}
+
+#[tokio::test]
+async fn a_step_that_cannot_be_read_is_answered() {
+    let mut served = Served::start().await;
+    served.attach(1).await;
+    let (steps, mut events) = served.execute().await;
+    // Above the limit of a message.
+    let load = vec![SlotLoad { slot: 0, content: vec![0; 65 << 20] }];
+    steps.send(Step { load, ..client::first_step(1) }).await.unwrap();
+    let status = next(&mut events).await.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument);
+    assert!(status.message().starts_with("a step that cannot be read: "), "{}", status.message());
+    served.attach(2).await;
+    let (steps, mut events) = served.execute().await;
+    steps.send(client::first_step(2)).await.unwrap();
+    assert_eq!(next(&mut events).await.unwrap().unwrap().session, 2, "the next session runs");
 }
 
 #[tokio::test]

@@ -74,8 +74,8 @@ impl Session {
         Ok(())
     }
 
-    /// Tells the router of an event. The channel holds more than the two steps that may be in flight can cause: a
-    /// router for which it has no room has stopped reading, and its stream ends.
+    /// Tells the router of an event. The channel holds more than the slots and the two steps that may be in flight can
+    /// cause: a router for which it has no room has stopped reading, and its stream ends.
     pub(super) fn emit(&mut self, event: Event) {
         let Some(session) = self.number else { return };
         let Some(stream) = &self.stream else { return };

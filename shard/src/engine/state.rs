@@ -82,6 +82,9 @@ pub enum StepError {
     /// An adapter that is named by something else than its SHA-256.
     #[error("a content hash of {0} bytes")]
     ContentHash(usize),
+    /// A message that is too large, or no step. Nothing follows it.
+    #[error("a step that cannot be read: {0}")]
+    Unreadable(String),
     /// Rows that contradict each other.
     #[error("the rows of a step: {0}")]
     Rows(String),

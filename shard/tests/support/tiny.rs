@@ -16,6 +16,16 @@ pub(crate) const READ_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Writes the files into a folder and loads them. Host memory has room for so many bytes of adapters.
 pub(crate) fn engine<B: Backend>(ops: B, folder: &Path, host_bytes: usize) -> (Engine<B>, Arc<Adapters<B>>) {
+    engine_with_slots(ops, folder, host_bytes, 2)
+}
+
+/// As [`engine`], with so many slots for adapters.
+pub(crate) fn engine_with_slots<B: Backend>(
+    ops: B,
+    folder: &Path,
+    host_bytes: usize,
+    num_slots: usize,
+) -> (Engine<B>, Arc<Adapters<B>>) {
     let at = |name: &str| folder.join(name);
     testing::model().write_model(&at("model")).unwrap();
     for (name, seed) in [("one", 1), ("two", 2)] {
@@ -27,7 +37,7 @@ pub(crate) fn engine<B: Backend>(ops: B, folder: &Path, host_bytes: usize) -> (E
     let base = BaseModel { config: model.config().clone(), path: at("model"), dtype: DType::F32 };
     let host = HostLimits { bytes: host_bytes, read_timeout: READ_TIMEOUT };
     let adapters = Arc::new(Adapters::new(ops.clone(), base, model.sites(), roots, host, Handle::current()));
-    let limits = Limits { num_slots: 2, max_rows: 32, max_sequences: 4, max_logit_rows: 32 };
+    let limits = Limits { num_slots, max_rows: 32, max_sequences: 4, max_logit_rows: 32 };
     let mut engine = Engine::new(ops, model, adapters.clone(), limits).unwrap();
     engine.warm_up().unwrap();
     engine.set_blocks(16).unwrap();
