@@ -54,6 +54,10 @@ impl Cache {
             return Ok(());
         }
         let path = self.folder.join("refs").join(revision);
+        // A cache that needs no change may be one that cannot be changed.
+        if fs::read_to_string(&path).is_ok_and(|known| known.trim() == commit) {
+            return Ok(());
+        }
         in_place(&path, |path| fs::write(path, commit))
     }
 

@@ -223,7 +223,10 @@ async fn from_hub(settings: Settings, id: &str, revision: &str) -> Result<(PathB
         }
         config.parent().map(Path::to_owned).unwrap_or_default()
     };
-    commit.remember_as(revision).map_err(failed)?;
+    // It is needed only when the hub cannot be asked: all files are here, in a cache that is read-only or full, perhaps.
+    if let Err(error) = commit.remember_as(revision) {
+        tracing::warn!(model = id, "without the hub, {revision} will not be found in the cache: {error}");
+    }
     Ok((path, commit.sha))
 }
 

@@ -40,7 +40,7 @@ impl Settings {
             endpoint: endpoint.trim_end_matches('/').to_owned(),
             token: token.map(SecretString::from),
             cache: cache.map_or_else(|| home.join("hub"), PathBuf::from),
-            offline: variable("HF_HUB_OFFLINE").is_some_and(|value| !matches!(&*value, "0" | "false")),
+            offline: variable("HF_HUB_OFFLINE").is_some_and(|value| is_true(&value)),
             answer: seconds(ANSWER),
             bytes: seconds(BYTES),
         }
@@ -57,6 +57,11 @@ fn home() -> PathBuf {
 /// A variable that is set and not empty.
 fn variable(name: &str) -> Option<String> {
     env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+/// Whether a flag is set, by the words that `huggingface_hub` knows (`constants.py`).
+fn is_true(value: &str) -> bool {
+    ["1", "on", "yes", "true"].contains(&&*value.to_lowercase())
 }
 
 fn seconds((name, default): (&str, Duration)) -> Duration {

@@ -18,7 +18,7 @@ use clap::{Parser, error::ErrorKind};
 use config::{Config, Device, ModelConfig, ShardsConfig};
 use hub::{ModelError, ModelFiles, Settings};
 use lifecycle::{EX_USAGE, fail};
-use supervisor::Plan;
+use supervisor::{Plan, Signals};
 use telemetry::Log;
 
 fn main() {
@@ -62,8 +62,22 @@ fn check(args: &Args) -> anyhow::Result<()> {
 
 fn run(args: &Args, log: &Log) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    // From here on, as the first process of a container does not end by a signal that it does not handle.
+    let mut signals = runtime.block_on(async { Signals::listen() })?;
     let found = hub::find(Settings::from_env(), &args.model_id, args.revision.as_deref());
-    let ModelFiles { id, path, revision, sha } = runtime.block_on(found)?;
+    let found = runtime.block_on(async {
+        tokio::select! {
+            () = signals.next() => None,
+            found = found => Some(found),
+        }
+    });
+    let Some(found) = found else {
+        tracing::info!("stopping: the model was not there yet");
+        // A look-up of the hub's address cannot be interrupted.
+        runtime.shutdown_background();
+        return Ok(());
+    };
+    let ModelFiles { id, path, revision, sha } = found?;
     // Sockets and configuration are this user's alone.
     let folder =
         tempfile::Builder::new().prefix("lorax-").permissions(Permissions::from_mode(0o700)).tempdir();
@@ -90,5 +104,5 @@ fn run(args: &Args, log: &Log) -> anyhow::Result<()> {
         config,
         config_file,
     };
-    Ok(runtime.block_on(plan.run())?)
+    Ok(runtime.block_on(plan.run(&mut signals))?)
 }

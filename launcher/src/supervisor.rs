@@ -21,6 +21,30 @@ const SILENCE: Duration = Duration::from_secs(10);
 /// The shortest silence that means anything on a machine that is busy.
 const SHORTEST_SILENCE: Duration = Duration::from_secs(2);
 
+/// The signals that tell the launcher to stop. One that comes while nobody waits is not lost.
+pub(crate) struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    /// From now on they do not end the process any more. Must be called on a runtime.
+    pub(crate) fn listen() -> io::Result<Signals> {
+        Ok(Signals {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    /// Waits for the next one.
+    pub(crate) async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
 /// The reason that the launcher gave up.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Failure {
@@ -90,13 +114,12 @@ impl Plan {
     }
 
     /// Runs until told to stop.
-    pub(crate) async fn run(&self) -> Result<(), Failure> {
-        let mut signals = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
+    pub(crate) async fn run(&self, signals: &mut Signals) -> Result<(), Failure> {
         let mut shards = Group::start(|| self.start_shards())?;
         let mut router = Group::start(|| self.start_router())?;
         loop {
             tokio::select! {
-                () = any(&mut signals) => break,
+                () = signals.next() => break,
                 ended = shards.next_end() => {
                     let (name, end) = ended?;
                     report(&name, end);
@@ -126,7 +149,7 @@ impl Plan {
             shards.stop(PATIENCE).await && router
         };
         tokio::select! {
-            () = any(&mut signals) => {
+            () = signals.next() => {
                 tracing::warn!("told twice: stopping at once");
                 Ok(())
             }
@@ -139,14 +162,5 @@ fn report(name: &str, end: End) {
     match end {
         End::Exited(status) => tracing::error!("{name} ended ({status})"),
         End::Silent(_) => tracing::error!("{name} hangs ({end}): killing it"),
-    }
-}
-
-/// The next of several signals.
-async fn any(signals: &mut [Signal; 2]) {
-    let [first, second] = signals;
-    tokio::select! {
-        _ = first.recv() => {}
-        _ = second.recv() => {}
     }
 }

@@ -393,3 +393,70 @@ fn what_the_hub_refuses_is_not_served_from_the_cache() {
         assert!(log.contains("org/name") && log.contains(&refusal[..3]), "{log}");
     }
 }
+
+#[test]
+fn a_download_can_be_stopped() {
+    for (trouble, signal) in [
+        (Trouble::Silence, "-TERM"),
+        (Trouble::Silence, "-INT"),
+        (Trouble::Stall, "-TERM"),
+        (Trouble::Stall, "-INT"),
+        (Trouble::Files("503 Service Unavailable"), "-TERM"),
+    ] {
+        let hub = Hub::start(ID, Repository::new(&FILES));
+        hub.fail(trouble);
+        let mut launcher = launcher(&hub, ID);
+        let running = launcher.start();
+        while hub.asked().is_empty() {
+            std::thread::yield_now();
+        }
+        running.signal(signal);
+        // A signal that nobody handles ends the process as well, unless it is the first one of a container.
+        let (status, log) = running.ended();
+        assert_eq!(status, Some(0), "{trouble:?} {signal}: {log:#?}");
+    }
+}
+
+#[test]
+fn a_cache_that_cannot_be_written_is_read() {
+    let hub = Hub::start(ID, Repository::new(&FILES).with("v2", "c0", &FILES));
+    let mut launcher = launcher(&hub, ID);
+    let before = launcher.configuration();
+    let refs = Path::new(before["model"]["path"].as_str().unwrap()).join("../../refs");
+    for revision in ["main", "v2"] {
+        let _ = fs::remove_file(refs.join(revision));
+        // Even root cannot write to it then.
+        fs::create_dir(refs.join(revision)).unwrap();
+    }
+    assert_eq!(launcher.configuration()["model"], before["model"]);
+    let mut launcher = launcher.args(&["--revision", "v2"]);
+    assert_eq!(launcher.configuration()["model"]["path"], before["model"]["path"]);
+}
+
+#[test]
+fn downloads_are_off_where_the_hubs_own_client_takes_them_to_be() {
+    let hub = Hub::start(ID, Repository::new(&FILES));
+    for (value, offline) in [
+        ("1", true),
+        ("ON", true),
+        ("on", true),
+        ("Yes", true),
+        ("true", true),
+        ("TRUE", true),
+        ("0", false),
+        ("", false),
+        ("false", false),
+        ("False", false),
+        ("no", false),
+        ("OFF", false),
+    ] {
+        let mut launcher = launcher(&hub, ID).env("HF_HUB_OFFLINE", value);
+        if offline {
+            let (status, log) = launcher.fails();
+            assert_eq!(status, 64, "{value:?}: {log}");
+            assert!(log.contains("HF_HUB_OFFLINE is set"), "{value:?}: {log}");
+        } else {
+            launcher.configuration();
+        }
+    }
+}
