@@ -90,7 +90,7 @@ impl<P: Clone> Scheduler<P> {
     /// than it can get this way waits for them alone.
     pub(super) fn admit_newcomers(&mut self, now: Duration) {
         let mut passed_over = 0;
-        while passed_over < PASSED_OVER
+        while passed_over <= PASSED_OVER
             && let Some(flow) = self.flows.newcomer(passed_over)
         {
             let victims = match self.victims_for_newcomer(flow) {
