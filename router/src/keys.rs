@@ -138,8 +138,6 @@ impl Ring {
 pub struct Keys {
     given: Vec<SecretString>,
     file: Option<PathBuf>,
-    /// Hash of the file's text when it was first read.
-    first: Option<Hash>,
     ring: RwLock<Ring>,
     /// Numbers of all tenants so far, by name: a tenant that comes back is the same one.
     ids: RwLock<HashMap<String, TenantId>>,
@@ -148,11 +146,10 @@ pub struct Keys {
 impl Keys {
     /// Reads all keys. Without any there is one anonymous tenant, and everybody is let in.
     pub fn load(given: Vec<SecretString>, file: Option<PathBuf>) -> Result<Keys, KeyError> {
-        let mut keys = Keys { given, file, first: None, ring: RwLock::default(), ids: RwLock::default() };
+        let keys = Keys { given, file, ring: RwLock::default(), ids: RwLock::default() };
         if keys.are_required() {
             let text = keys.read()?;
             keys.replace(text.as_deref())?;
-            keys.first = text.map(Sha256::digest).map(Into::into);
         }
         Ok(keys)
     }
@@ -176,19 +173,19 @@ impl Keys {
     /// cannot be used leaves the keys as they are.
     pub(crate) async fn watch(self: Arc<Keys>) {
         let Some(file) = &self.file else { return std::future::pending().await };
-        let mut seen = self.first;
+        let mut seen = None;
         let mut ticks = tokio::time::interval(POLL);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
             // Reading has panicked, or the runtime shuts down.
             let Ok(read) = self.read_aside(file).await else { return };
-            let hash = read.as_ref().ok().and_then(Option::as_ref).map(Sha256::digest).map(Into::into);
-            if hash == seen {
+            let text = read.as_ref().ok().cloned().flatten();
+            if text == seen {
                 continue;
             }
-            seen = hash;
-            match read.and_then(|text| self.replace(text.as_deref())) {
+            seen = text.clone();
+            match read.and_then(|_| self.replace(text.as_deref())) {
                 Ok(keys) => tracing::info!("api-key-file: {keys} keys are valid now"),
                 Err(error) => tracing::error!("api-key-file: {error}; {} is not used", file.display()),
             }

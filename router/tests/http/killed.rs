@@ -60,6 +60,7 @@ async fn a_key_file_that_cannot_be_read_to_its_end_is_told_of_and_its_keys_stay(
     let change = |router: &mut config::RouterConfig| router.api_key_file = Some(file.clone());
     let mut program = Program::start(Script::saying(tokens("a")), change);
     let address = program.says("listening on ").await;
+    assert_eq!(program.says("api-key-file: ").await, "1 keys are valid now");
     let client = reqwest::Client::new();
     let status = async |key: &str| {
         let request = client.get(format!("http://{address}/info")).bearer_auth(key);
