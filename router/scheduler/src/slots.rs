@@ -56,7 +56,8 @@ pub(crate) struct Slots {
     idle: BTreeSet<(u64, u32)>,
     /// Looked up only, never iterated.
     by_key: HashMap<AdapterKey, u32>,
-    bytes: u64,
+    /// Of all adapters in slots. Wider than the bytes of one, so that the sum of any that shards report is exact.
+    bytes: u128,
     /// 0 for no bound.
     max_bytes: u64,
     /// Counts how often a slot became idle: the clock of `idle_since`.
@@ -80,7 +81,7 @@ impl Slots {
     /// adapter is known already, or it does not fit.
     pub(crate) fn adopt(&mut self, slot: u32, adapter: Adapter) -> bool {
         let known = self.by_key.contains_key(&adapter.key);
-        let fits = self.max_bytes == 0 || self.bytes + adapter.bytes <= self.max_bytes;
+        let fits = self.holds(self.bytes + u128::from(adapter.bytes));
         let Some(index) = self.empty.iter().position(|&empty| empty == slot) else { return false };
         if known || !fits {
             return false;
@@ -94,7 +95,12 @@ impl Slots {
     fn fill(&mut self, slot: u32, adapter: Adapter, state: State, earned: u64) {
         self.slots[slot as usize] = Some(Slot { adapter, state, users: 0, earned, idle_since: 0 });
         self.by_key.insert(adapter.key, slot);
-        self.bytes += adapter.bytes;
+        self.bytes += u128::from(adapter.bytes);
+    }
+
+    /// Whether adapters of so many bytes in all fit.
+    fn holds(&self, bytes: u128) -> bool {
+        self.max_bytes == 0 || bytes <= u128::from(self.max_bytes)
     }
 
     pub(crate) fn residency(&self, key: AdapterKey) -> Residency {
@@ -130,9 +136,8 @@ impl Slots {
     /// The slots to empty for `bytes` more in one more slot: the unwanted ones first, the least recently used of them
     /// first. `None` if there is no such set.
     fn victims(&self, bytes: u64, wanted: impl Fn(AdapterKey) -> bool) -> Option<Vec<(u32, AdapterKey)>> {
-        let fits = |count: usize, freed: u64| {
-            let room = self.max_bytes == 0 || self.bytes - freed + bytes <= self.max_bytes;
-            self.empty.len() + count > 0 && room
+        let fits = |count: usize, freed: u128| {
+            self.empty.len() + count > 0 && self.holds(self.bytes - freed + u128::from(bytes))
         };
         let idle = || self.idle.iter().filter_map(|&(_, id)| Some((id, self.slots[id as usize].as_ref()?)));
         let unwanted = idle().filter(|(_, slot)| !wanted(slot.adapter.key));
@@ -142,7 +147,7 @@ impl Slots {
         while !fits(victims.len(), freed) {
             let (id, slot) = candidates.next()?;
             victims.push((id, slot.adapter.key));
-            freed += slot.adapter.bytes;
+            freed += u128::from(slot.adapter.bytes);
         }
         Some(victims)
     }
@@ -249,7 +254,7 @@ impl Slots {
     fn clear(&mut self, slot: u32, key: AdapterKey) {
         if let Some(entry) = self.slots[slot as usize].take() {
             self.idle.remove(&(entry.idle_since, slot));
-            self.bytes -= entry.adapter.bytes;
+            self.bytes -= u128::from(entry.adapter.bytes);
             self.by_key.remove(&key);
             self.empty.push(slot);
         }
@@ -272,11 +277,11 @@ impl Slots {
             assert_eq!(self.idle.contains(&(slot.idle_since, id)), rests, "slot {id} is idle");
             assert!(slot.users == 0 || slot.state != State::Loading, "slot {id} is used before it is ready");
             idle += usize::from(rests);
-            bytes += slot.adapter.bytes;
+            bytes += u128::from(slot.adapter.bytes);
         }
         assert_eq!(self.idle.len(), idle, "idle slots");
         assert_eq!(self.empty.len() + self.by_key.len(), self.slots.len(), "slots");
         assert_eq!(self.bytes, bytes, "bytes in slots");
-        assert!(self.max_bytes == 0 || bytes <= self.max_bytes, "{bytes} bytes in slots");
+        assert!(self.holds(bytes), "{bytes} bytes in slots");
     }
 }

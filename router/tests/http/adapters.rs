@@ -5,9 +5,10 @@ use std::time::Duration;
 use config::Config;
 use futures::future::join_all;
 use serde_json::{Value, json};
+use tokio::time::timeout;
 
 use crate::{
-    router::{Router, tokens},
+    router::{PATIENCE, Router, tokens},
     shard::{Gate, Script, Seen},
 };
 
@@ -125,4 +126,42 @@ async fn one_that_cannot_be_loaded_fails_its_own_requests() {
     assert_eq!(good["generated_text"], "a");
     let (status, body) = router.post("/generate_stream", &bad).await;
     assert_eq!((status.as_u16(), &body["error_type"]), (503, &json!("unavailable")), "{body}");
+}
+
+#[tokio::test]
+async fn sizes_of_adapters_whose_sum_no_number_can_hold_are_counted_all_the_same() {
+    const MAX: u64 = u64::MAX;
+    // The size that a shard reports of every adapter, the room that it has for them (0 is no bound), and whether one fits.
+    for (bytes, room, fits) in [
+        (MAX, 0, true),
+        (MAX - 1, 0, true),
+        (MAX / 2, 0, true),
+        (MAX / 2 + 1, 0, true),
+        (MAX / 3 + 1, 0, true),
+        (MAX, MAX, true),
+        (MAX - 1, MAX, true),
+        (MAX / 2, MAX, true),
+        (MAX / 2 + 1, MAX, true),
+        (MAX / 3 + 1, MAX - 1, true),
+        (MAX, MAX - 1, false),
+        (MAX, 1, false),
+        (MAX / 2 + 1, MAX / 2, false),
+    ] {
+        let mut script = Script::saying(tokens("a"));
+        (script.adapter_bytes, script.info.adapter_bytes) = (bytes, room);
+        // Some are there from the start.
+        script.filled = [(0, "a"), (1, "b"), (2, "c")].into();
+        let router = Router::start_with(script, |_| {}).await;
+        for adapter in ["a", "b", "c", "d", "e", "f", "a"] {
+            let body = json!({"inputs": "x", "parameters": {"adapter_id": adapter, "max_new_tokens": 1}});
+            let (status, answer) = timeout(PATIENCE, router.post("/generate", &body)).await.unwrap();
+            if fits {
+                assert_eq!(status, 200, "{bytes} of {room}: {answer}");
+            } else {
+                assert_eq!(status, 422, "{bytes} of {room}: {answer}");
+                assert!(answer["error"].as_str().unwrap().contains(&bytes.to_string()), "{answer}");
+            }
+        }
+        assert_eq!(*router.failures.lock().unwrap(), [], "{bytes} of {room}");
+    }
 }
