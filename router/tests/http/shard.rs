@@ -19,7 +19,7 @@ use proto::{
 use tokio::{
     net::UnixListener,
     sync::{Notify, mpsc, watch},
-    time::{MissedTickBehavior, interval, timeout},
+    time::{interval, timeout},
 };
 use tokio_stream::{Stream, wrappers::ReceiverStream, wrappers::UnixListenerStream};
 use tonic::{Request, Response, Status, Streaming};
@@ -90,7 +90,7 @@ pub(crate) struct Script {
     pub(crate) untaken: HashSet<u32>,
     /// Ids of the alternatives that are reported for a token, given how many.
     pub(crate) alternatives: fn(u32, u32) -> Vec<u32>,
-    /// The time between two answers to steps; none if it answers at once.
+    /// The time that it takes for a step, from when nothing holds it; none if it answers at once.
     pub(crate) pace: Option<Duration>,
     /// Reported duration of every step, in microseconds.
     pub(crate) step_us: u64,
@@ -257,9 +257,6 @@ impl ScriptedShard {
     async fn run(&self, mut steps: Streaming<Step>, events: Events) {
         let mut sequences = HashMap::new();
         let mut pace = self.script.pace.map(interval);
-        if let Some(pace) = &mut pace {
-            pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        }
         let session = self.seen.borrow().sessions.last().copied().unwrap_or_default();
         for id in 1.. {
             let Ok(Some(step)) = steps.message().await else { return };
@@ -276,6 +273,7 @@ impl ScriptedShard {
             self.pass(&Gate::Steps).await;
             self.pass(&Gate::Step(step.id)).await;
             if let Some(pace) = &mut pace {
+                pace.reset();
                 pace.tick().await;
             }
             let result = error.map_or_else(|| self.answer(step, &mut sequences), Err);
