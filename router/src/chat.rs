@@ -152,7 +152,9 @@ impl Template {
     fn new(source: &str) -> Result<Template, ChatError> {
         let failed = |error: minijinja::Error| ChatError::Compile(error.to_string());
         let mut environment = environment::new().map_err(failed)?;
-        environment.add_template_owned(NAME, syntax::translate(source)).map_err(failed)?;
+        // To jinja2 all line breaks are alike.
+        let lines = source.replace("\r\n", "\n").replace('\r', "\n");
+        environment.add_template_owned(NAME, syntax::translate(&lines)).map_err(failed)?;
         Ok(Template { source: source.to_owned(), environment })
     }
 }

@@ -180,3 +180,38 @@ fn templates_are_chosen_by_what_the_request_has() {
     assert_eq!(render(&[("default", "{{"), ("tool_use", "T")], tools()).unwrap(), "T");
     assert!(render(&[("default", "{{"), ("rag", "R")], None).unwrap_err().contains("compile"));
 }
+
+/// Files from Windows, and templates in GGUFs that were made of them, have other line breaks.
+#[test]
+fn line_breaks_of_a_template_are_all_alike() {
+    let render = |source: &str, input: &Input| {
+        with_template(source).render(&input.template_input()).map_err(|error| error.to_string())
+    };
+    let Cases { inputs, cases } = read("chat/cases.json");
+    for (name, index, _) in cases {
+        let path = fixtures().join(format!("chat/templates/{name}.jinja"));
+        let source = fs::read_to_string(path).unwrap();
+        // Errors tell the line, which is the same.
+        let expected = render(&source, &inputs[index]);
+        for line_break in ["\r\n", "\r"] {
+            assert_eq!(render(&source.replace('\n', line_break), &inputs[index]), expected, "{name} {index}");
+        }
+    }
+    // As jinja2 3.1.6 renders them.
+    for (source, expected) in [
+        ("a\r\nb\rc", "a\nb\nc"),
+        ("a\r\n", "a"),
+        ("a\r\r", "a\n"),
+        ("a\n\r\n", "a\n"),
+        ("\r\na", "\na"),
+        ("{% if true %}\r\n a\r\n{% endif %}\r\nb", " a\nb"),
+        ("  {% if true %}\r  a\r  {% endif %}\rb", "  a\nb"),
+        ("a {%- if true -%}\r\n b\r\n{%- endif %}\r\nc", "abc"),
+        ("{# c\r\nd #}\r\nx", "x"),
+        ("{% raw %}\r\n{{ a }}\r\n{% endraw %}\r\nx", "\n{{ a }}\nx"),
+        ("{{ 'a\r\nb' | length }}{{ 'a\\r\\nb' | length }}", "34"),
+        ("{% set x %}\r\n1\r\n{% endset %}[{{ x }}]", "[1\n]"),
+    ] {
+        assert_eq!(render(source, &inputs[0]).as_deref(), Ok(expected), "{source:?}");
+    }
+}
