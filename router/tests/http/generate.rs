@@ -178,6 +178,19 @@ async fn browsers_are_told_who_may_ask() {
         let header = response.headers().get("access-control-allow-origin");
         assert_eq!(header.map(|header| header.to_str().unwrap()), answer, "{allowed:?}");
     }
+    for origin in ["http://here", "https://a.here:8443", "http://[::1]:80", "chrome-extension://abc", "null"]
+    {
+        for allowed in [origin.to_owned(), origin.to_uppercase()] {
+            if allowed == "NULL" {
+                continue;
+            }
+            let script = Script::saying(tokens("x"));
+            let router =
+                Router::start_with(script, |config| config.router.cors_allow_origin = vec![allowed]).await;
+            let response = router.preflight("/generate", origin).await;
+            assert_eq!(response.headers()["access-control-allow-origin"], origin);
+        }
+    }
 }
 
 /// The headers that a page may send and read. For browsers "*" does not include `Authorization`.

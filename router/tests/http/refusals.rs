@@ -331,9 +331,24 @@ async fn routes_that_do_not_exist() {
 
 #[tokio::test]
 async fn an_origin_that_is_none() {
-    let mut config = configuration("/no/such/socket".as_ref());
-    config.router.cors_allow_origin = vec!["http://here\n".into()];
-    let error = App::start(config, &Supervisor::reporting_to(drop).unwrap()).err().unwrap();
-    assert!(error.is_usage());
-    assert_eq!(error.to_string(), "cors-allow-origin: \"http://here\\n\" is not an origin");
+    for text in [
+        "http://here\n",
+        "here",
+        "here:8080",
+        "http://",
+        "http://here/",
+        "http://here/page",
+        "http://here?a",
+        "http://user@here",
+        "http://here http://there",
+        "*.here",
+        "/here",
+        "",
+    ] {
+        let mut config = configuration("/no/such/socket".as_ref());
+        config.router.cors_allow_origin = vec!["http://there".into(), text.into()];
+        let error = App::start(config, &Supervisor::reporting_to(drop).unwrap()).err().unwrap();
+        assert!(error.is_usage());
+        assert_eq!(error.to_string(), format!("cors-allow-origin: {text:?} is not an origin"));
+    }
 }
