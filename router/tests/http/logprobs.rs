@@ -121,3 +121,29 @@ async fn parts_of_characters_have_their_own_bytes() {
         assert_eq!(other["bytes"].as_array().unwrap().len(), 1, "every token here is a byte: {other}");
     }
 }
+
+#[tokio::test]
+async fn alternatives_without_log_probabilities_are_refused_unless_they_are_none() {
+    let router = Router::start(Script::saying(tokens("a"))).await;
+    for (logprobs, top, status) in [
+        (json!(null), json!(0), 200),
+        (json!(false), json!(0), 200),
+        (json!(false), json!(null), 200),
+        (json!(true), json!(0), 200),
+        (json!(true), json!(20), 200),
+        (json!(null), json!(1), 400),
+        (json!(false), json!(1), 400),
+        (json!(false), json!(20), 400),
+        (json!(true), json!(21), 400),
+        (json!(null), json!(21), 400),
+    ] {
+        let messages = json!([{"role": "user", "content": "x"}]);
+        let body = json!({"messages": messages, "logprobs": logprobs, "top_logprobs": top, "max_tokens": 1});
+        let (got, answer) = router.post("/v1/chat/completions", &body).await;
+        assert_eq!(got, status, "{answer}");
+        match answer["error"]["param"].as_str() {
+            Some(param) => assert_eq!(param, "top_logprobs"),
+            None => assert_eq!(answer["choices"][0]["logprobs"].is_object(), logprobs == true, "{answer}"),
+        }
+    }
+}

@@ -295,7 +295,7 @@ impl ChatRequest {
         caller: &Caller,
     ) -> Result<(GroupRequest, Options), ApiError> {
         let common = self.take_common();
-        if self.top_logprobs.is_some() && self.logprobs != Some(true) {
+        if self.top_logprobs.is_some_and(|top| top > 0) && self.logprobs != Some(true) {
             return Err(ApiError::invalid("top_logprobs", "needs `logprobs`"));
         }
         let max_tokens = match self.max_completion_tokens {
