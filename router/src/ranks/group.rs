@@ -1,6 +1,9 @@
 //! A session with all ranks.
 
-use std::time::{Duration, Instant};
+use std::{
+    iter, mem,
+    time::{Duration, Instant},
+};
 
 use futures::{
     Stream, StreamExt,
@@ -65,11 +68,14 @@ impl Group {
         for (slot, key) in wire::loads(&step) {
             self.loads.sent(slot, key, now);
         }
-        let last = self.steps.len() - 1;
-        for (rank, steps) in self.steps.iter().enumerate().take(last) {
-            steps.try_send(step.clone()).map_err(|error| not_sent(rank, &error))?;
+        // With the first step, each rank empties the slots that not all ranks have.
+        let beyond = mem::take(&mut self.resident.beyond);
+        let copies = iter::repeat_n(step, self.steps.len());
+        for ((rank, steps), mut step) in self.steps.iter().enumerate().zip(copies) {
+            step.unload.extend(beyond.get(rank).into_iter().flatten());
+            steps.try_send(step).map_err(|error| not_sent(rank, &error))?;
         }
-        self.steps[last].try_send(step).map_err(|error| not_sent(last, &error))
+        Ok(())
     }
 
     /// The next event of the group. Dropping the future loses no event.

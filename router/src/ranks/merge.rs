@@ -121,13 +121,19 @@ pub(crate) struct Resident {
     pub(crate) slots: Vec<(u32, Adapter)>,
     /// Slots whose content differs between ranks: they must be emptied.
     pub(crate) stale: Vec<u32>,
+    /// For each rank, its filled slots that not all ranks have: nothing of this session goes there, so the rank must
+    /// empty them.
+    pub(super) beyond: Vec<Vec<u32>>,
 }
 
 /// Finds out which of the slots that all ranks have can be kept.
 pub(super) fn resident(held: &[Held], num_slots: u32) -> Resident {
     let filled = held.iter().flat_map(|held| held.slots.iter().map(|(slot, _)| *slot));
     let filled: BTreeSet<u32> = filled.filter(|slot| *slot < num_slots).collect();
-    let mut resident = Resident::default();
+    let beyond =
+        |held: &Held| held.slots.iter().map(|(slot, _)| *slot).filter(|slot| *slot >= num_slots).collect();
+    let beyond = held.iter().map(beyond).collect();
+    let mut resident = Resident { beyond, ..Resident::default() };
     for slot in filled {
         match agreed(held, slot) {
             Some(adapter) => resident.slots.push((slot, adapter)),

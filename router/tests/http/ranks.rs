@@ -12,7 +12,7 @@ use tonic::Status;
 
 use crate::{
     router::{PATIENCE, Router, tokens},
-    shard::{Gate, Script, content},
+    shard::{Gate, Script, Seen, content},
 };
 
 const WORLD: usize = 4;
@@ -346,7 +346,7 @@ async fn a_slot_is_kept_if_all_ranks_hold_the_same_in_it() {
     type Change = fn(&mut [Script]);
     // "sql" is in slot 1 everywhere; the others are changed on some rank. Which slots are emptied, and what is loaded
     // when "sql" and "law" are asked for.
-    let cases: [(Change, &[u32], &[&str]); 10] = [
+    let cases: [(Change, &[u32], &[&str]); 9] = [
         (|_| {}, &[], &[]),
         (|scripts| _ = scripts[3].filled.remove(&2), &[2], &["law"]),
         (|scripts| _ = scripts[0].filled.remove(&2), &[2], &["law"]),
@@ -356,8 +356,6 @@ async fn a_slot_is_kept_if_all_ranks_hold_the_same_in_it() {
         (|scripts| scripts.iter_mut().for_each(|script| _ = script.filled.insert(3, "law")), &[3], &[]),
         (|scripts| scripts.iter_mut().for_each(|script| script.filled.clear()), &[], &["law", "sql"]),
         (|scripts| scripts[3].filled.clear(), &[1, 2], &["law", "sql"]),
-        // A slot that only this rank has: nobody else could be told to empty it.
-        (|scripts| (scripts[3].info.num_slots, _) = (9, scripts[3].filled.insert(8, "tax")), &[], &[]),
     ];
     for (case, (change, emptied, loaded)) in cases.into_iter().enumerate() {
         let mut scripts = scripts();
@@ -378,6 +376,44 @@ async fn a_slot_is_kept_if_all_ranks_hold_the_same_in_it() {
             loads.sort_unstable();
             assert_eq!(loads, loaded, "case {case}, rank {rank}");
             assert_eq!(router.ranks[rank].saw(|seen| Some(seen.sessions.len())).await, 1, "case {case}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn slots_that_not_all_ranks_have_are_emptied_by_those_that_have_them() {
+    // The slots that each rank has, and those of them that hold an adapter.
+    type Rank = (u32, &'static [u32]);
+    let cases: [[Rank; WORLD]; 4] = [
+        [(4, &[1]), (4, &[1]), (4, &[1]), (9, &[1, 8])],
+        [(9, &[1, 4, 8]), (4, &[1]), (4, &[1]), (4, &[1])],
+        [(5, &[1, 4]), (9, &[1, 4, 5, 8]), (4, &[1, 3]), (5, &[1])],
+        [(9, &[1, 8]), (9, &[1, 8]), (9, &[1, 8]), (8, &[1])],
+    ];
+    for ranks in cases {
+        let mut scripts = scripts();
+        for (script, (num_slots, filled)) in scripts.iter_mut().zip(ranks) {
+            script.info.num_slots = num_slots;
+            script.filled =
+                filled.iter().map(|slot| (*slot, if *slot == 1 { "sql" } else { "tax" })).collect();
+        }
+        let router = start(scripts).await;
+        for adapter in [None, Some("sql"), Some("law"), Some("tax")] {
+            router.ok("/generate", &ask(adapter)).await;
+        }
+        let common = ranks.iter().map(|(num_slots, _)| *num_slots).min().unwrap();
+        // Those of slot 3 are stale on all ranks if one of them holds something there.
+        let stale = ranks.iter().any(|(_, filled)| filled.contains(&3)).then_some(3);
+        for (rank, (_, filled)) in ranks.into_iter().enumerate() {
+            let beyond = filled.iter().copied().filter(|slot| *slot >= common);
+            let expected: Vec<u32> = stale.into_iter().chain(beyond).collect();
+            let unloads =
+                |seen: &Seen| Some(seen.steps.iter().flat_map(|step| step.unload.clone()).collect());
+            let unloads: Vec<u32> = router.ranks[rank].saw(unloads).await;
+            assert_eq!(unloads, expected, "{ranks:?}, rank {rank}");
+            let slots = router.ranks[rank].slots();
+            assert!(slots.keys().all(|slot| *slot < common), "{ranks:?}, rank {rank}: {slots:?}");
+            assert_eq!(slots.len(), 3, "{ranks:?}, rank {rank}: {slots:?}");
         }
     }
 }
