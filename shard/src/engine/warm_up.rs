@@ -46,12 +46,15 @@ impl<B: Backend> State<B> {
 
     /// Has the device record the steps that it wants to.
     pub(super) fn record(&mut self) -> kernels::Result<()> {
-        let Limits { max_sequences, max_logit_rows, .. } = self.limits;
-        let steps = in_use(self.ops.recorded_steps(), max_sequences, max_logit_rows);
-        if steps.is_empty() {
-            return Ok(());
+        let Limits { max_sequences, max_logit_rows, num_slots, .. } = self.limits;
+        let mut steps = in_use(self.ops.recorded_steps(), max_sequences, max_logit_rows);
+        if num_slots == 0 {
+            steps.retain(|&(_, runs)| runs == 0);
         }
-        self.load_nothing()?;
+        let with_adapters = steps.iter().any(|&(_, runs)| runs > 0);
+        if with_adapters {
+            self.load_nothing()?;
+        }
         for (rows, runs) in steps {
             // Every sequence of a step has a block of its own.
             let rows = rows.min(self.num_blocks);
@@ -59,7 +62,10 @@ impl<B: Backend> State<B> {
             self.run(&step)?;
             self.run(&step)?;
         }
-        self.ops.unload(&mut self.slots, 0)
+        if with_adapters {
+            self.ops.unload(&mut self.slots, 0)?;
+        }
+        Ok(())
     }
 
     /// Fills slot 0 with an adapter that adds nothing.

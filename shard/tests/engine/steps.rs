@@ -6,8 +6,9 @@ use lorax_shard::step::{NewSequence, Rows, Step};
 use model::adapter::ContentHash;
 
 use crate::{
+    fake::{Fake, Script},
     harness::{Shard, rows},
-    tiny::write_adapter,
+    tiny::{self, write_adapter},
 };
 
 #[tokio::test]
@@ -110,5 +111,16 @@ async fn what_cannot_be_read_again_is_reported() {
         assert_eq!(router.slot_event().await, (0, Some(cause.into())));
         router.send(Step { load: vec![(0, two)], ..Step::default() }).await;
         assert_eq!(router.slot_event().await, (0, None), "the slot is free again");
+    }
+}
+
+#[tokio::test]
+async fn decode_steps_are_recorded_for_any_number_of_slots() {
+    for slots in [0, 1, 2] {
+        let script = Script::default();
+        script.set_recorded(&[(1, 0), (1, 1), (4, 0), (4, 2), (4, 4)]);
+        let folder = tempfile::tempdir().unwrap();
+        tiny::engine_with_slots(Fake::new(script.clone()), folder.path(), 1 << 20, slots);
+        assert_eq!(script.count("load"), usize::from(slots > 0), "{slots} slots");
     }
 }

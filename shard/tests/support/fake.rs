@@ -34,6 +34,7 @@ struct State {
     marks: u64,
     counts: HashMap<&'static str, usize>,
     piece: usize,
+    recorded: Vec<(usize, usize)>,
 }
 
 /// The test's hold on a backend.
@@ -64,6 +65,11 @@ impl Script {
     /// Has adapters take multiples of so many bytes of host memory.
     pub(crate) fn set_piece(&self, bytes: usize) {
         self.state().piece = bytes;
+    }
+
+    /// Has the device record these decode steps (rows, runs of rows with an adapter).
+    pub(crate) fn set_recorded(&self, steps: &[(usize, usize)]) {
+        self.state().recorded = steps.into();
     }
 
     /// Lets the device finish nothing that is launched from now on.
@@ -249,6 +255,10 @@ impl Backend for Fake {
         let state = self.script.0.1.wait_while(self.script.state(), held).unwrap();
         drop(state);
         Ok((to.0 - from.0) as f64 * TICK)
+    }
+
+    fn recorded_steps(&self) -> Vec<(usize, usize)> {
+        self.script.state().recorded.clone()
     }
 
     fn embed(&self, batch: &CpuBatch, sampler: &CpuSampler, table: &Panels, y: &mut CpuMat) -> Result<()> {
