@@ -124,7 +124,8 @@ pub async fn find(
     if !is_id(id) || model_id.starts_with(['.', '~']) {
         return Err(ModelError::NotAnId(model_id.into()));
     }
-    let revision = revision.or(tag);
+    // An empty one, as of a variable without a value, is none.
+    let revision = revision.filter(|revision| !revision.is_empty()).or(tag).filter(|tag| !tag.is_empty());
     let asked = revision.unwrap_or("main");
     let (path, sha) = if settings.offline {
         let missing = || ModelError::Offline { id: id.into(), revision: asked.into() };

@@ -90,6 +90,19 @@ fn a_revision_is_asked_for_by_flag_or_name() {
 }
 
 #[test]
+fn an_empty_revision_is_none() {
+    let hub = Hub::start(ID, Repository::new(&FILES).with("v2", "c2", &FILES));
+    let named = |id: &str, revision: &str| launcher(&hub, id).env("REVISION", revision).configuration();
+    for (id, sha, revision) in
+        [(ID, "c0", Value::Null), ("org/name@", "c0", Value::Null), ("org/name@v2", "c2", json!("v2"))]
+    {
+        let model = &named(id, "")["model"];
+        assert_eq!((&model["sha"], &model["revision"]), (&json!(sha), &revision), "{id}");
+    }
+    assert_eq!(named("org/name@", "v2")["model"]["sha"], "c2");
+}
+
+#[test]
 fn a_token_opens_what_is_not_public() {
     let hub = Hub::start_with(ID, Repository::new(&FILES), Some("secret"));
     for name in ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"] {
