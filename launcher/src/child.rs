@@ -62,6 +62,10 @@ pub(crate) struct Child {
     log: Option<JoinHandle<()>>,
 }
 
+/// Variables that children do not get. They have the keys of callers from the run configuration, which nobody else can
+/// read, and what the hub's token opens has been fetched by the launcher.
+const SECRETS: [&str; 3] = ["LORAX_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"];
+
 impl Child {
     /// Starts `program` with `args`. It may be silent for as long as `patience`.
     pub(crate) fn start(
@@ -71,10 +75,10 @@ impl Child {
         patience: Duration,
         output: &Output,
     ) -> io::Result<Child> {
-        let mut process = Command::new(program)
+        let mut command = Command::new(program);
+        SECRETS.iter().for_each(|name| _ = command.env_remove(name));
+        let mut process = command
             .args(args)
-            // Children have the keys from the run configuration, which nobody else can read.
-            .env_remove("LORAX_API_KEY")
             // The child reads its end of this until we close ours, or die.
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

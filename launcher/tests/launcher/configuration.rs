@@ -106,15 +106,18 @@ fn help_and_version_are_no_errors() {
     }
 }
 
-/// Keys are given by flag and by environment, reach the router's file, and are shown nowhere else.
+/// Keys are given by flag and by environment, reach the router's file, and are shown nowhere else; the hub's token is
+/// shown nowhere at all.
 #[test]
-fn api_keys_are_told_to_nobody_but_the_router() {
+fn secrets_are_told_to_nobody_but_the_router() {
     for (args, environment) in [
         (&["--api-key", "sk-first,sk-second"][..], None),
         (&["--api-key", "sk-first", "--api-key", "sk-second"], None),
         (&[], Some("sk-first,sk-second")),
     ] {
         let launcher = Launcher::with_model().args(args).env("LOG_LEVEL", "trace");
+        // Models are fetched before there are children.
+        let launcher = launcher.env("HF_TOKEN", "sk-hub").env("HUGGING_FACE_HUB_TOKEN", "sk-hub");
         // A child says how it was called, and the environment that it was given.
         let router = "cp \"$config\" \"$CHILDREN/config.json\"; say $0 $@ $(env); say router up; serve";
         let mut launcher = launcher.router(router);
