@@ -9,7 +9,7 @@ use axum::{
 };
 use futures::StreamExt;
 use http_body::Body as _;
-use tokio::time::timeout;
+use tokio::{sync::Semaphore, time::timeout};
 
 use crate::{
     api::error::ApiError,
@@ -21,6 +21,10 @@ use crate::{
 /// short request never waits for large ones.
 const SMALL: usize = 16 << 10;
 
+/// Responses to bodies past their deadline that may be on their way at the same time. When thousands end at once, other
+/// clients' tokens go out between them.
+const LATE: usize = 16;
+
 /// The party that a body counts for: memory is shared among tenants, and among the addresses of each.
 pub(super) type Party = (TenantId, IpAddr);
 
@@ -29,6 +33,7 @@ pub(super) struct Bodies {
     memory: FairSemaphore<Party>,
     limit: usize,
     deadline: Duration,
+    late: Semaphore,
 }
 
 /// A whole body and the memory that it takes.
@@ -42,14 +47,20 @@ impl Bodies {
     pub(super) fn new(memory: usize, limit: usize, deadline: Duration) -> Bodies {
         // Two of the largest: a party may hold half of the memory, and has to get at least one of them.
         let memory = FairSemaphore::new(memory.max(2 * limit), Share::AsMuchAsIsFree);
-        Bodies { memory, limit, deadline }
+        Bodies { memory, limit, deadline, late: Semaphore::new(LATE) }
     }
 
     /// Reads a body as memory allows: until there is some the client is not read from.
     pub(super) async fn read(&self, request: Request, party: Party) -> Result<Bytes, ApiError> {
         check_encoding(request.headers())?;
-        let read = timeout(self.deadline, self.read_all(request.into_body(), party)).await;
-        read.map_err(|_| ApiError::Slow)?
+        match timeout(self.deadline, self.read_all(request.into_body(), party)).await {
+            Ok(read) => read,
+            Err(_) => {
+                // Never closed.
+                let _turn = self.late.acquire().await;
+                Err(ApiError::Slow)
+            }
+        }
     }
 
     async fn read_all(&self, body: Body, party: Party) -> Result<Bytes, ApiError> {

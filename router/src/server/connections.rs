@@ -7,11 +7,12 @@ use std::{
     panic::AssertUnwindSafe,
     pin::pin,
     sync::{Arc, atomic::Ordering::Relaxed},
+    task::Poll,
     time::Duration,
 };
 
 use axum::extract::Request;
-use futures::FutureExt;
+use futures::{FutureExt, poll};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::{conn::auto, graceful::GracefulShutdown},
@@ -20,6 +21,7 @@ use hyper_util::{
 use lifecycle::{Pulse, Supervisor};
 use tokio::{
     net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
     task::JoinHandle,
     time::{MissedTickBehavior, interval, sleep, timeout},
 };
@@ -49,6 +51,10 @@ const RESERVED_HEAD: Duration = Duration::from_secs(5);
 /// Memory for what was read of a connection and is not used yet. A larger head is refused.
 const READ_BUFFER: usize = 64 << 10;
 
+/// Accepted connections whose tasks have not had their first turn. When thousands connect at once, the others wait in the
+/// kernel, and tasks that have tokens to send are not behind all of them.
+const NEW: usize = 64;
+
 /// Files that the process needs beside connections.
 const OTHER_FILES: u64 = 128;
 
@@ -74,6 +80,7 @@ pub async fn serve(
         reserved: builder(RESERVED_HEAD, false),
         routes: app.routes(),
         slots,
+        new: Arc::new(Semaphore::new(NEW)),
         connections: GracefulShutdown::new(),
     };
     supervisor.task("start-up", started(app.clone()));
@@ -119,6 +126,7 @@ struct Server {
     reserved: auto::Builder<TokioExecutor>,
     routes: axum::Router,
     slots: Arc<Slots>,
+    new: Arc<Semaphore>,
     connections: GracefulShutdown,
 }
 
@@ -133,12 +141,12 @@ impl Server {
         loop {
             pulse.beat();
             let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
+                accepted = self.accept_one(&listener) => accepted,
                 _ = turns.tick() => continue,
                 () = &mut stop => break,
             };
             match accepted {
-                Ok((socket, address)) => self.admit(socket, client(address.ip())),
+                Ok((socket, address, new)) => self.admit(socket, client(address), new),
                 // The client has gone already.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(error) => {
@@ -151,8 +159,17 @@ impl Server {
         }
     }
 
-    /// Serves a connection if there is a place for it.
-    fn admit(&self, socket: TcpStream, address: IpAddr) {
+    async fn accept_one(
+        &self,
+        listener: &TcpListener,
+    ) -> io::Result<(TcpStream, IpAddr, OwnedSemaphorePermit)> {
+        let new = self.new.clone().acquire_owned().await.map_err(io::Error::other)?;
+        let (socket, address) = listener.accept().await?;
+        Ok((socket, address.ip(), new))
+    }
+
+    /// Serves a connection if there is a place for it. It is `new` until its task has had a turn.
+    fn admit(&self, socket: TcpStream, address: IpAddr, new: OwnedSemaphorePermit) {
         // A token is a small write that follows a small write: Nagle's algorithm would hold it back until the client's
         // delayed acknowledgement, 40 ms.
         if let Err(error) = socket.set_nodelay(true) {
@@ -177,6 +194,15 @@ impl Server {
         });
         let served = server.serve_connection(io, TowerToHyperService::new(routes)).into_owned();
         let served = self.connections.watch(served);
+        let served = async move {
+            let mut served = pin!(served);
+            let first = poll!(served.as_mut());
+            drop(new);
+            match first {
+                Poll::Ready(ended) => ended,
+                Poll::Pending => served.await,
+            }
+        };
         tokio::spawn(async move {
             // A fault in a handler ends its own connection.
             match AssertUnwindSafe(served).catch_unwind().await {
@@ -279,6 +305,7 @@ mod tests {
             reserved: builder(RESERVED_HEAD, false),
             routes: Router::new().route("/panics", panics).route("/answers", get(async || "well")),
             slots,
+            new: Arc::new(Semaphore::new(NEW)),
             connections: GracefulShutdown::new(),
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
