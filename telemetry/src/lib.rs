@@ -4,6 +4,7 @@
 //! queue and are then dropped, and when the reader is gone, lines go nowhere. Neither can stop or end the program.
 
 use std::{
+    env,
     fs::File,
     io::{self, IsTerminal, Write},
     os::fd::AsFd,
@@ -46,7 +47,10 @@ pub fn start(json: bool) -> io::Result<Log> {
         .thread_name("log")
         .finish(stderr);
     *WRITER.lock().unwrap_or_else(PoisonError::into_inner) = Some(writer);
-    let filter = EnvFilter::try_from_env("LOG_LEVEL").unwrap_or_else(|_| EnvFilter::new("info"));
+    // A variable without a value asks for nothing, and not for errors alone.
+    let asked = env::var("LOG_LEVEL").ok().filter(|level| !level.trim().is_empty());
+    let filter =
+        asked.and_then(|level| EnvFilter::try_new(level).ok()).unwrap_or_else(|| EnvFilter::new("info"));
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(queue.clone())

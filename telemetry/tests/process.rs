@@ -13,6 +13,8 @@ use std::{
 const ROLE: &str = "TELEMETRY_TEST_ROLE";
 /// Lines of a process that logs a lot: more than a pipe and the queue hold.
 const MANY: usize = 20_000;
+/// Told by a process that has logged as many.
+const WRITTEN: &[u8] = b"written\n";
 /// What a process gets to end; it takes up to two seconds.
 const END: Duration = Duration::from_secs(30);
 
@@ -26,6 +28,7 @@ fn main() -> ExitCode {
             a_reader_that_has_gone_ends_nobody();
             lines_of_others_are_passed_on();
             dropped_lines_are_counted();
+            levels_are_those_that_were_asked_for();
             ExitCode::SUCCESS
         }
     }
@@ -49,9 +52,15 @@ fn play(role: &str) -> ExitCode {
             for _ in 0..MANY {
                 lines.write("", &[b'x'; 100]);
             }
-            // The test has read half of the log.
+            io::stdout().write_all(WRITTEN).unwrap();
+            // The test has read enough of the log for further lines to have room.
             std::io::stdin().read_exact(&mut [0]).unwrap();
             lines.write("", b"the last one");
+        }
+        "levels" => {
+            tracing::error!("an error");
+            tracing::info!("an info");
+            tracing::debug!("a debug");
         }
         _ => (0..MANY).for_each(|i| tracing::info!("line {i}")),
     }
@@ -144,6 +153,9 @@ fn lines_of_others_are_passed_on() {
 
 fn dropped_lines_are_counted() {
     let mut child = start("drops");
+    let mut said = [0; WRITTEN.len()];
+    child.stdout.as_mut().unwrap().read_exact(&mut said).unwrap();
+    assert_eq!(said, WRITTEN);
     let mut log = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
     assert!(log.by_ref().take(MANY / 4).all(|line| line.starts_with('x')));
     child.stdin.take().unwrap().write_all(b"go").unwrap();
@@ -159,4 +171,23 @@ fn dropped_lines_are_counted() {
     // Lines that tell of it can be dropped, too, and are counted.
     assert!((MANY - written..MANY).contains(told.last().unwrap()), "{told:?} of {written}");
     assert!(rest.iter().any(|line| line == "the last one"));
+}
+
+fn levels_are_those_that_were_asked_for() {
+    for (level, lines) in [
+        ("error", 1),
+        ("info", 2),
+        ("INFO", 2),
+        ("debug", 3),
+        ("off,process=error", 1),
+        ("", 2),
+        (" ", 2),
+        ("a=b=c,,[", 2),
+    ] {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        let out = command.env(ROLE, "levels").env("LOG_LEVEL", level).output().unwrap();
+        assert!(out.status.success());
+        let log = String::from_utf8(out.stderr).unwrap();
+        assert_eq!(log.lines().count(), lines, "{level:?}: {log}");
+    }
 }
