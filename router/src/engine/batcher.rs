@@ -9,7 +9,7 @@ use std::{
 use config::RouterConfig;
 use lifecycle::Pulse;
 use scheduler::{FailReason, Finish, Request, RequestId, Sampled, Scheduler, Stats};
-use tokio::time::MissedTickBehavior;
+use tokio::{task::yield_now, time::MissedTickBehavior};
 
 use super::{
     Submit,
@@ -25,6 +25,10 @@ use crate::{
 
 /// Time between two checks of the deadlines.
 const TICK: Duration = Duration::from_millis(250);
+
+/// Events that are handed out before the tasks of the connections to the ranks get a turn, which share this thread: the
+/// next step is written meanwhile. Each event wakes a thread of the HTTP side, which takes a few microseconds.
+const BETWEEN_YIELDS: usize = 8;
 
 /// An input that the engine waits for.
 enum Input {
@@ -99,7 +103,7 @@ impl Batcher {
                     }
                 }
                 Input::Cancel => {}
-                Input::Event(event) => self.handle_event(event)?,
+                Input::Event(event) => self.handle_event(event).await?,
                 Input::Tick => {
                     self.publish();
                     self.steps.check(self.deadlines.step)?;
@@ -177,9 +181,9 @@ impl Batcher {
         }
     }
 
-    fn handle_event(&mut self, event: Event) -> Result<(), RankError> {
+    async fn handle_event(&mut self, event: Event) -> Result<(), RankError> {
         match event {
-            Event::Step(result) => self.complete(result)?,
+            Event::Step(result) => self.complete(result).await?,
             Event::Slot { slot, key, error: None } => {
                 self.metrics.slots_filled.increment(1);
                 self.scheduler.slot_ready(slot, key);
@@ -195,11 +199,17 @@ impl Batcher {
         Ok(())
     }
 
-    fn complete(&mut self, result: StepResult) -> Result<(), RankError> {
+    /// Plans the next step with the results of one, and hands these out while it is on its way.
+    async fn complete(&mut self, result: StepResult) -> Result<(), RankError> {
         let now = Instant::now();
         self.steps.answered(result.id, now)?;
         self.metrics.step_duration.record(result.duration);
         let refused: Vec<_> = result.refused.iter().map(|(sequence, _)| RequestId(*sequence)).collect();
+        let sampled = result.tokens.iter();
+        let sampled = sampled.map(|s| Sampled { id: RequestId(s.sequence), token: s.token.id });
+        let sampled: Vec<_> = sampled.collect();
+        let events = self.scheduler.complete(result.id, &sampled, &refused);
+        self.send_steps()?;
         for (sequence, reason) in result.refused {
             if let Some(in_flight) = self.in_flight.remove(&RequestId(sequence)) {
                 in_flight.fail(Failure::Rejected(reason));
@@ -208,13 +218,13 @@ impl Batcher {
         for part in result.prompt {
             self.report_prompt(part);
         }
-        let sampled = result.tokens.iter();
-        let sampled = sampled.map(|s| Sampled { id: RequestId(s.sequence), token: s.token.id });
-        let sampled: Vec<_> = sampled.collect();
         let mut tokens: Vec<_> = result.tokens.into_iter().map(|s| Some((s.token, s.top))).collect();
         let metrics = self.metrics.clone();
         let mut counted = metrics.tokens(now);
-        for event in self.scheduler.complete(result.id, &sampled, &refused) {
+        for (handed_out, event) in events.into_iter().enumerate() {
+            if handed_out % BETWEEN_YIELDS == 0 {
+                yield_now().await;
+            }
             match event {
                 scheduler::Event::Token { id, index, finish, .. } => {
                     if let Some((token, top)) = tokens.get_mut(index).and_then(Option::take) {
