@@ -1,11 +1,14 @@
 //! Folders of a model in many shapes: those that transformers loads are loaded, as the same model.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "support/logits.rs"]
+mod logits;
+
 use std::{collections::BTreeMap, fs, os::unix::fs::symlink, path::Path};
 
-use kernels::{Backend, DType, Solo, cpu::CpuBackend, testing::batch};
+use kernels::{DType, cpu::CpuBackend};
 use model::{
-    Model, Pass,
+    Model,
     testing::{self, Tensor, Tensors},
 };
 use safetensors::{
@@ -14,6 +17,8 @@ use safetensors::{
 };
 use serde::Deserialize;
 use serde_json::Value;
+
+use logits::logits_of;
 
 /// A folder, and what transformers makes of it; see `integration-tests/fixtures/make_folder_cases.py`.
 #[derive(Deserialize)]
@@ -68,16 +73,7 @@ fn outcome(folder: &Path) -> Result<(Vec<f32>, Vec<u32>), String> {
         .map_err(|error| error.to_string())?;
     let last = last.unwrap();
     assert!(last.done_bytes <= last.total_bytes);
-    let host = batch(&[(6, 0)], &[]);
-    let mut device = ops.batch(host.rows(), host.blocks.len()).unwrap();
-    ops.upload(&host, &mut device).unwrap();
-    let slots = ops.lora_slots(&model.sites(), 1).unwrap();
-    let sampler = ops.sampler(1, model.config().vocab).unwrap();
-    let mut scratch = model.scratch(&ops, host.rows(), 1).unwrap();
-    let mut kv = model.kv_cache(&ops, 1 + *host.blocks.iter().max().unwrap() as usize).unwrap();
-    let pass = Pass { ops: &ops, batch: &device, slots: &slots, sampler: &sampler, comm: &Solo };
-    model.forward(&pass, &mut scratch, &mut kv).unwrap();
-    Ok((ops.download(&scratch.logits).unwrap(), model.config().eos.clone()))
+    Ok((logits_of(&ops, &model, 6), model.config().eos.clone()))
 }
 
 #[test]

@@ -5,14 +5,17 @@
 mod ends;
 #[path = "gguf/keys.rs"]
 mod keys;
+#[path = "support/logits.rs"]
+mod logits;
 #[path = "gguf/writer.rs"]
 mod writer;
 
 use std::path::Path;
 
-use kernels::{Backend, DType, Solo, cpu::CpuBackend, testing::batch};
+use kernels::{DType, cpu::CpuBackend};
+use logits::logits_of;
 use model::{
-    Config, Model, Pass,
+    Config, Model,
     adapter::BaseModel,
     testing::{self, Files, Tensor},
 };
@@ -23,16 +26,7 @@ use writer::{DIM, Meta, converted, write};
 fn logits(path: &Path) -> Result<Vec<f32>, String> {
     let ops = CpuBackend::new(DType::F32, 1).unwrap();
     let model = Model::load(&ops, path, &mut |_| {}).map_err(|error| error.to_string())?;
-    let host = batch(&[(12, 0)], &[]);
-    let mut device = ops.batch(host.rows(), host.blocks.len()).unwrap();
-    ops.upload(&host, &mut device).unwrap();
-    let slots = ops.lora_slots(&model.sites(), 1).unwrap();
-    let sampler = ops.sampler(1, model.config().vocab).unwrap();
-    let mut scratch = model.scratch(&ops, host.rows(), 1).unwrap();
-    let mut kv = model.kv_cache(&ops, 1 + *host.blocks.iter().max().unwrap() as usize).unwrap();
-    let pass = Pass { ops: &ops, batch: &device, slots: &slots, sampler: &sampler, comm: &Solo };
-    model.forward(&pass, &mut scratch, &mut kv).unwrap();
-    Ok(ops.download(&scratch.logits).unwrap())
+    Ok(logits_of(&ops, &model, 12))
 }
 
 fn folder_logits(files: &Files) -> Vec<f32> {
