@@ -103,7 +103,11 @@ impl Batcher {
                     }
                 }
                 Input::Cancel => {}
-                Input::Event(event) => self.handle_event(event).await?,
+                Input::Event(event) => {
+                    // Before the next step is planned: whoever has left gets no rows of it.
+                    self.handle_cancels(inbox);
+                    self.handle_event(event).await?;
+                }
                 Input::Tick => {
                     self.publish();
                     self.steps.check(self.deadlines.step)?;
