@@ -14,6 +14,8 @@ pub use rope::Rope;
 const MAX_LAYERS: usize = 1 << 10;
 /// Most positions of a model; the longest context that a Llama was trained for.
 const MAX_POSITIONS: usize = 1 << 22;
+/// Most elements of a head; those in use have up to 576.
+const MAX_HEAD_DIM: usize = 1 << 12;
 
 /// A Llama-like decoder.
 #[derive(Debug, Clone, PartialEq)]
@@ -45,6 +47,13 @@ pub struct Config {
     pub mlp_bias: bool,
     /// Most positions that a row attends to, its own included; `None` for all before it.
     pub window: Option<u32>,
+}
+
+/// Refuses a size of heads that no model has. A table of rotary frequencies is made of it before weights are there to
+/// contradict.
+fn check_head_dim(dim: usize) -> Result<usize> {
+    let expected = "a positive integer up to 4096";
+    if dim <= MAX_HEAD_DIM { Ok(dim) } else { Err(LoadError::Field { field: "head_dim", expected }) }
 }
 
 impl Config {

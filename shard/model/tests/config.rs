@@ -88,6 +88,9 @@ fn absent_fields_have_the_values_of_their_family() {
 /// What is refused, and with which words.
 const REFUSED: &[(&str, &str, &str)] = &[
     ("model_type", r#""qwen2""#, "model_type \"qwen2\" is not supported; known are llama, mistral"),
+    ("head_dim", "4098", "head_dim is missing or not a positive integer up to 4096"),
+    ("head_dim", "2147483646", "head_dim is missing or not a positive integer up to 4096"),
+    ("hidden_size", "2147483640", "head_dim is missing or not a positive integer up to 4096"),
     ("model_type", "7", "model_type 7 is not supported"),
     ("hidden_act", r#""gelu""#, "hidden_act \"gelu\" is not supported; known are silu"),
     ("hidden_activation", r#""relu2""#, "hidden_activation \"relu2\" is not supported"),

@@ -7,6 +7,8 @@ mod ends;
 mod keys;
 #[path = "support/logits.rs"]
 mod logits;
+#[path = "gguf/mutations.rs"]
+mod mutations;
 #[path = "gguf/writer.rs"]
 mod writer;
 

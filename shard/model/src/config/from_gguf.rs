@@ -10,7 +10,7 @@ use gguf::{FromValue, Gguf};
 use kernels::Heads;
 
 use super::{
-    Config, Rope,
+    Config, Rope, check_head_dim,
     rope::{Yarn, yarn_attention_factor},
 };
 use crate::{LoadError, Result};
@@ -41,6 +41,7 @@ impl Config {
         keys::check_file(file)?;
         let (hidden, query) = (size(file, "embedding_length")?, size(file, "attention.head_count")?.max(1));
         let dim = optional::<u32>(file, "attention.key_length")?.map_or(hidden / query, |dim| dim as usize);
+        let dim = check_head_dim(dim)?;
         let table = file
             .tensor("token_embd.weight")
             .ok_or_else(|| LoadError::MissingTensor("token_embd.weight".into()))?;

@@ -9,7 +9,7 @@ use std::{fs, path::Path};
 use kernels::Heads;
 use serde_json::Value;
 
-use super::Config;
+use super::{Config, check_head_dim};
 use crate::{LoadError, Result};
 use fields::Fields;
 
@@ -73,7 +73,7 @@ impl Config {
                 Some(Value::Null) => query,
                 _ => fields.size("num_key_value_heads", kv)?,
             },
-            dim: fields.size("head_dim", hidden / query)?,
+            dim: check_head_dim(fields.size("head_dim", hidden / query)?)?,
         };
         fields.check_neutral(heads)?;
         let max_positions = fields.size("max_position_embeddings", max_positions)?;
