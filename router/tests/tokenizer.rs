@@ -1,6 +1,9 @@
 //! The tokenizer that is built from a GGUF file, against transformers' for the same file.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "tokenizer/mutations.rs"]
+mod mutations;
+
 use std::{
     collections::BTreeMap,
     fs,
