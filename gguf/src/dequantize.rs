@@ -8,35 +8,38 @@ use half::{bf16, f16};
 
 use crate::TensorType;
 
-/// The elements of whole blocks. `bytes` is a multiple of the type's block size: the index was checked.
-pub(crate) fn dequantize(ty: TensorType, bytes: &[u8]) -> Vec<f32> {
-    let mut out = vec![0.0; bytes.len() / ty.block_bytes() * ty.block_elements()];
-    let block = match ty {
-        TensorType::F32 => |b: &[u8], y: &mut [f32]| y[0] = f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
-        TensorType::F16 => |b: &[u8], y: &mut [f32]| y[0] = half(b),
-        TensorType::BF16 => |b: &[u8], y: &mut [f32]| y[0] = bf16::from_le_bytes([b[0], b[1]]).to_f32(),
-        TensorType::Q4_0 => |b: &[u8], y: &mut [f32]| nibbles(&b[2..], 0, half(b), -8.0 * half(b), y),
-        TensorType::Q4_1 => |b: &[u8], y: &mut [f32]| nibbles(&b[4..], 0, half(b), half(&b[2..]), y),
-        TensorType::Q5_0 => {
-            |b: &[u8], y: &mut [f32]| nibbles(&b[6..], fifths(&b[2..]), half(b), -16.0 * half(b), y)
+impl TensorType {
+    /// The elements of stored blocks. Bytes behind the last whole block are left out.
+    pub fn dequantize(self, blocks: &[u8]) -> Vec<f32> {
+        let mut out = vec![0.0; blocks.len() / self.block_bytes() * self.block_elements()];
+        let block = match self {
+            TensorType::F32 => |b: &[u8], y: &mut [f32]| y[0] = f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
+            TensorType::F16 => |b: &[u8], y: &mut [f32]| y[0] = half(b),
+            TensorType::BF16 => |b: &[u8], y: &mut [f32]| y[0] = bf16::from_le_bytes([b[0], b[1]]).to_f32(),
+            TensorType::Q4_0 => |b: &[u8], y: &mut [f32]| nibbles(&b[2..], 0, half(b), -8.0 * half(b), y),
+            TensorType::Q4_1 => |b: &[u8], y: &mut [f32]| nibbles(&b[4..], 0, half(b), half(&b[2..]), y),
+            TensorType::Q5_0 => {
+                |b: &[u8], y: &mut [f32]| nibbles(&b[6..], fifths(&b[2..]), half(b), -16.0 * half(b), y)
+            }
+            TensorType::Q5_1 => {
+                |b: &[u8], y: &mut [f32]| nibbles(&b[8..], fifths(&b[4..]), half(b), half(&b[2..]), y)
+            }
+            TensorType::Q8_0 => |b: &[u8], y: &mut [f32]| {
+                let d = half(b);
+                y.iter_mut().zip(&b[2..]).for_each(|(y, q)| *y = d * f32::from(*q as i8));
+            },
+            TensorType::Q2_K => k::q2,
+            TensorType::Q3_K => k::q3,
+            TensorType::Q4_K => k::q4,
+            TensorType::Q5_K => k::q5,
+            TensorType::Q6_K => k::q6,
+        };
+        for (b, y) in blocks.chunks_exact(self.block_bytes()).zip(out.chunks_exact_mut(self.block_elements()))
+        {
+            block(b, y);
         }
-        TensorType::Q5_1 => {
-            |b: &[u8], y: &mut [f32]| nibbles(&b[8..], fifths(&b[4..]), half(b), half(&b[2..]), y)
-        }
-        TensorType::Q8_0 => |b: &[u8], y: &mut [f32]| {
-            let d = half(b);
-            y.iter_mut().zip(&b[2..]).for_each(|(y, q)| *y = d * f32::from(*q as i8));
-        },
-        TensorType::Q2_K => k::q2,
-        TensorType::Q3_K => k::q3,
-        TensorType::Q4_K => k::q4,
-        TensorType::Q5_K => k::q5,
-        TensorType::Q6_K => k::q6,
-    };
-    for (b, y) in bytes.chunks_exact(ty.block_bytes()).zip(out.chunks_exact_mut(ty.block_elements())) {
-        block(b, y);
+        out
     }
-    out
 }
 
 /// The half-precision number at the start of `b`.

@@ -1,6 +1,6 @@
 //! Why a file could not be read.
 
-use std::{io, path::PathBuf};
+use std::{fmt, io, ops::Range, path::PathBuf};
 
 /// Result of reading a file.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -129,6 +129,24 @@ pub enum Error {
         /// Number of axes.
         axes: u32,
     },
+    /// A tensor does not have the rows or the columns that were asked for.
+    #[error("tensor \"{tensor}\" has no {part}")]
+    NoSuchPart {
+        /// The name.
+        tensor: String,
+        /// What was asked for.
+        part: PartOfTensor,
+    },
+    /// The columns that were asked for begin or end within a block.
+    #[error("tensor \"{tensor}\": {part} are not whole blocks of {} columns of {ty:?}", ty.block_elements())]
+    CutBlocks {
+        /// The name.
+        tensor: String,
+        /// What was asked for.
+        part: PartOfTensor,
+        /// Type of its elements.
+        ty: crate::TensorType,
+    },
     /// A tensor does not lie within the file, or not at a multiple of the alignment.
     #[error(
         "tensor \"{tensor}\": {bytes} bytes at offset {offset} of {available} bytes of data, aligned to {alignment}"
@@ -145,4 +163,22 @@ pub enum Error {
         /// What its offset must be a multiple of.
         alignment: u64,
     },
+}
+
+/// Rows and columns of a tensor that cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PartOfTensor {
+    /// The rows.
+    pub rows: Range<usize>,
+    /// The columns.
+    pub cols: Range<usize>,
+    /// Number of rows and of columns of the whole tensor.
+    pub shape: [usize; 2],
+}
+
+impl fmt::Display for PartOfTensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let PartOfTensor { rows, cols, shape } = self;
+        write!(f, "rows {rows:?} and columns {cols:?} of {shape:?}")
+    }
 }

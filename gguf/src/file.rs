@@ -10,8 +10,7 @@ use std::{
 };
 
 use crate::{
-    Error, FromValue, Result, TensorInfo, TensorType, Value,
-    dequantize::dequantize,
+    Error, FromValue, PartOfTensor, Result, TensorInfo, TensorType, Value,
     reader::Reader,
     tensor::{Data, RawTensor},
 };
@@ -92,23 +91,43 @@ impl Gguf {
     ///
     /// Errors: no tensor of that name, or the file cannot be read any more.
     pub fn dequantize(&self, name: &str) -> Result<Vec<f32>> {
-        let rows = self.tensor(name).map_or(0, TensorInfo::rows);
-        self.dequantize_rows(name, 0..rows)
+        let tensor = self.require_tensor(name)?;
+        Ok(tensor.ty.dequantize(&self.blocks(name, 0..tensor.rows(), 0..tensor.cols())?))
     }
 
-    /// As [`Self::dequantize`], but of some rows alone.
+    /// The stored blocks of a part of a tensor, row after row. Only these are read from the file.
     ///
-    /// # Panics
-    /// If there are no such rows.
-    pub fn dequantize_rows(&self, name: &str, rows: Range<usize>) -> Result<Vec<f32>> {
-        let tensor = self.tensor(name).ok_or_else(|| Error::MissingTensor { tensor: name.into() })?;
-        assert!(rows.start <= rows.end && rows.end <= tensor.rows(), "{rows:?} of {name}");
-        // Blocks do not cross rows.
-        let row = tensor.bytes / tensor.rows().max(1);
-        let mut bytes = vec![0; rows.len() * row];
-        let fail = |source| Error::Io { path: self.path.clone(), source };
-        self.file.read_exact_at(&mut bytes, tensor.offset + (rows.start * row) as u64).map_err(fail)?;
-        Ok(dequantize(tensor.ty, &bytes))
+    /// Errors: no tensor of that name, rows or columns that it does not have, columns that are not whole blocks, or the
+    /// file cannot be read any more.
+    pub fn blocks(&self, name: &str, rows: Range<usize>, cols: Range<usize>) -> Result<Vec<u8>> {
+        let tensor = self.require_tensor(name)?;
+        let part =
+            || PartOfTensor { rows: rows.clone(), cols: cols.clone(), shape: [tensor.rows(), tensor.cols()] };
+        let lies_within = |range: &Range<usize>, len: usize| range.start <= range.end && range.end <= len;
+        if !lies_within(&rows, tensor.rows()) || !lies_within(&cols, tensor.cols()) {
+            return Err(Error::NoSuchPart { tensor: name.into(), part: part() });
+        }
+        let block = tensor.ty.block_elements();
+        if !cols.start.is_multiple_of(block) || !cols.end.is_multiple_of(block) {
+            return Err(Error::CutBlocks { tensor: name.into(), part: part(), ty: tensor.ty });
+        }
+        let bytes_of = |elements: usize| elements / block * tensor.ty.block_bytes();
+        let (row, begin, len) = (bytes_of(tensor.cols()), bytes_of(cols.start), bytes_of(cols.len()));
+        let mut out = vec![0; rows.len() * len];
+        let read = |to: &mut [u8], row_index: usize| {
+            let at = tensor.offset + (row_index * row + begin) as u64;
+            self.file.read_exact_at(to, at).map_err(|source| Error::Io { path: self.path.clone(), source })
+        };
+        if len == row {
+            read(&mut out, rows.start)?;
+        } else if len > 0 {
+            out.chunks_exact_mut(len).zip(rows).try_for_each(|(to, row_index)| read(to, row_index))?;
+        }
+        Ok(out)
+    }
+
+    fn require_tensor(&self, name: &str) -> Result<&TensorInfo> {
+        self.tensor(name).ok_or_else(|| Error::MissingTensor { tensor: name.into() })
     }
 }
 

@@ -11,7 +11,7 @@ mod reader;
 mod tensor;
 mod value;
 
-pub use error::{Error, Result};
+pub use error::{Error, PartOfTensor, Result};
 pub use file::Gguf;
 pub use tensor::{TensorInfo, TensorType};
 pub use value::{FromValue, Value};

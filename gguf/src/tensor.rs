@@ -96,6 +96,11 @@ impl TensorInfo {
         self.dims.iter().skip(1).product()
     }
 
+    /// Number of columns: the length of the first axis.
+    pub fn cols(&self) -> usize {
+        self.dims.first().copied().unwrap_or(1)
+    }
+
     /// Bytes that it takes in the file.
     pub fn bytes(&self) -> usize {
         self.bytes

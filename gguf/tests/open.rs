@@ -1,7 +1,7 @@
 //! Metadata and tensors of well-formed files, and the error of every kind of malformed one.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::{fs, path::Path};
+use std::{collections::BTreeSet, fs, path::Path};
 
 use gguf::{Error, Gguf, TensorType};
 
@@ -228,4 +228,66 @@ fn every_block_type_dequantizes_as_ggml_does() {
         count += 1;
     }
     assert_eq!(count, 12);
+}
+
+/// Parts of every type are the slices of the whole: blocks and their elements.
+#[test]
+fn parts_are_slices_of_the_whole() {
+    let g = Gguf::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/quantized.gguf")).unwrap();
+    let mut types = BTreeSet::new();
+    for tensor in g.tensors() {
+        let (name, ty, rows, cols) = (&tensor.name, tensor.ty, tensor.rows(), tensor.cols());
+        types.insert(format!("{ty:?}"));
+        let (block, bytes) = (ty.block_elements(), ty.block_bytes());
+        let blocks = g.blocks(name, 0..rows, 0..cols).unwrap();
+        let whole = g.dequantize(name).unwrap();
+        assert_eq!((blocks.len(), whole.len()), (tensor.bytes(), rows * cols));
+        let row_ranges = [0..rows, 0..1, 1..2, 1..1, rows..rows];
+        let col_ranges = [0..cols, 0..block, block..cols, cols - block..cols, block..block, cols..cols];
+        for (r, c) in row_ranges.iter().flat_map(|r| col_ranges.iter().map(move |c| (r.clone(), c.clone()))) {
+            let part = g.blocks(name, r.clone(), c.clone()).unwrap();
+            let in_row = c.start / block * bytes..c.end / block * bytes;
+            let stored = blocks.chunks_exact(cols / block * bytes).skip(r.start).take(r.len());
+            assert_eq!(
+                part,
+                stored.flat_map(|row| &row[in_row.clone()]).copied().collect::<Vec<_>>(),
+                "{ty:?}"
+            );
+            let elements = whole.chunks_exact(cols).skip(r.start).take(r.len());
+            let elements: Vec<f32> = elements.flat_map(|row| &row[c.clone()]).copied().collect();
+            assert_eq!(ty.dequantize(&part), elements, "{ty:?}, rows {r:?}, columns {c:?}");
+        }
+    }
+    assert_eq!(types.len(), 13, "{types:?}");
+}
+
+#[test]
+fn parts_that_are_not_there_or_cut_blocks_are_refused() {
+    let g = Gguf::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/quantized.gguf")).unwrap();
+    #[allow(clippy::reversed_empty_ranges, reason = "that is what is refused")]
+    let missing =
+        [(0..3, 0..512), (2..3, 0..512), (3..3, 0..512), (2..1, 0..512), (0..2, 0..544), (0..2, 513..513)];
+    for tensor in g.tensors() {
+        for (rows, cols) in &missing {
+            let error = g.blocks(&tensor.name, rows.clone(), cols.clone()).unwrap_err();
+            let expected = format!("has no rows {rows:?} and columns {cols:?} of [2, 512]");
+            assert!(
+                matches!(error, Error::NoSuchPart { .. }) && error.to_string().ends_with(&expected),
+                "{error}"
+            );
+        }
+        for cols in [0..1, 1..512, 0..511, 16..32, 31..33, 255..256, 1..1] {
+            let part = g.blocks(&tensor.name, 0..2, cols.clone());
+            match tensor.ty.block_elements() {
+                1 => assert_eq!(part.unwrap().len(), 2 * cols.len() * tensor.ty.block_bytes()),
+                _ => assert!(matches!(part, Err(Error::CutBlocks { .. })), "{:?}, {cols:?}", tensor.ty),
+            }
+        }
+    }
+    assert!(matches!(g.blocks("none", 0..1, 0..1), Err(Error::MissingTensor { .. })));
+    let error = g.blocks("Q4_K", 0..2, 0..32).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "tensor \"Q4_K\": rows 0..2 and columns 0..32 of [2, 512] are not whole blocks of 256 columns of Q4_K"
+    );
 }

@@ -9,17 +9,16 @@ use std::{
 };
 
 /// Leaf crates, which several programs share. Any crate may depend on them, and they depend on none of ours.
-const LEAVES: &[&str] = &["config", "hub", "lifecycle", "sampling", "telemetry"];
+const LEAVES: &[&str] = &["config", "gguf", "hub", "lifecycle", "sampling", "telemetry"];
 
 /// The crates of ours that each other crate may depend on, beside the leaves. Dependencies of tests are included.
 const EDGES: &[(&str, &[&str])] = &[
-    ("gguf", &[]),
     ("proto", &[]),
     ("kernels", &[]),
-    ("model", &["gguf", "kernels"]),
+    ("model", &["kernels"]),
     ("scheduler", &[]),
     ("lorax-shard", &["proto", "model", "kernels"]),
-    ("lorax-router", &["proto", "scheduler", "gguf"]),
+    ("lorax-router", &["proto", "scheduler"]),
     ("lorax-launcher", &[]),
     ("integration-tests", &["proto"]),
 ];

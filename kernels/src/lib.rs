@@ -24,4 +24,4 @@ pub use batch::{BLOCK_SIZE, Batch, RowSet, Segment, SequenceRows};
 pub use comm::{Comm, Solo};
 pub use error::{Error, Result};
 pub use lora::{LoraPart, LoraShape, LoraSite};
-pub use tensor::{DType, HostTensor, Matrix};
+pub use tensor::{DType, Format, HostTensor, Matrix, WeightPart};

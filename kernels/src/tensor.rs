@@ -2,6 +2,8 @@
 
 use std::borrow::Cow;
 
+use gguf::TensorType;
+
 /// An element type in memory. Arithmetic always accumulates in f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DType {
@@ -48,6 +50,58 @@ impl HostTensor<'_> {
             }
             DType::F16 => {
                 self.data.chunks_exact(2).map(|x| half::f16::from_le_bytes([x[0], x[1]]).to_f32()).collect()
+            }
+        }
+    }
+}
+
+/// How the elements of a weight are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Format {
+    /// Each element by itself.
+    Dense(DType),
+    /// Quantized blocks along a row, in one of ggml's types.
+    Ggml(TensorType),
+}
+
+impl From<TensorType> for Format {
+    fn from(ty: TensorType) -> Format {
+        match ty {
+            TensorType::F32 => Format::Dense(DType::F32),
+            TensorType::F16 => Format::Dense(DType::F16),
+            TensorType::BF16 => Format::Dense(DType::Bf16),
+            quantized => Format::Ggml(quantized),
+        }
+    }
+}
+
+/// Some rows and columns of a weight, in the format in which the weight is stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WeightPart<'a> {
+    /// The format of `data`.
+    pub format: Format,
+    /// Number of rows; 1 for a vector.
+    pub rows: usize,
+    /// Number of columns: whole blocks of the format.
+    pub cols: usize,
+    /// The elements or blocks, row after row, little-endian.
+    pub data: Cow<'a, [u8]>,
+}
+
+impl<'a> WeightPart<'a> {
+    /// The same numbers with each element by itself: quantized blocks become f32.
+    pub fn into_dense(self) -> HostTensor<'a> {
+        /// Blocks that are dequantized at a time, so that the numbers are not in memory twice.
+        const BLOCKS: usize = 256;
+        let WeightPart { format, rows, cols, data } = self;
+        match format {
+            Format::Dense(dtype) => HostTensor { dtype, rows, cols, data },
+            Format::Ggml(ty) => {
+                let mut dense = Vec::with_capacity(rows * cols * DType::F32.size());
+                for blocks in data.chunks(BLOCKS * ty.block_bytes()) {
+                    dense.extend(ty.dequantize(blocks).into_iter().flat_map(f32::to_le_bytes));
+                }
+                HostTensor { dtype: DType::F32, rows, cols, data: dense.into() }
             }
         }
     }

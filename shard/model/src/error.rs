@@ -1,6 +1,6 @@
 //! What a model can be refused for.
 
-use std::{io, path::PathBuf};
+use std::{io, ops::Range, path::PathBuf};
 
 /// Result of loading.
 pub type Result<T> = std::result::Result<T, LoadError>;
@@ -79,6 +79,26 @@ pub enum LoadError {
         got: Vec<usize>,
         /// The shape that the configuration implies.
         expected: Vec<usize>,
+    },
+    /// A tensor that is neither a matrix nor a vector.
+    #[error("tensor {name} has the shape {got:?}, expected a matrix or a vector")]
+    NotAMatrix {
+        /// The tensor.
+        name: String,
+        /// Its shape.
+        got: Vec<usize>,
+    },
+    /// Rows or columns that a tensor does not have.
+    #[error("tensor {name} has no rows {rows:?} and columns {cols:?}, its shape is {shape:?}")]
+    NoSuchPart {
+        /// The tensor.
+        name: String,
+        /// The rows that were asked for.
+        rows: Range<usize>,
+        /// The columns that were asked for.
+        cols: Range<usize>,
+        /// Number of rows and of columns of the whole.
+        shape: [usize; 2],
     },
     /// A tensor of a type that we do not read.
     #[error("tensor {name} has the type {dtype}, known are F64, F32, F16 and BF16")]

@@ -13,7 +13,7 @@ use std::{
 use kernels::{Attention, Backend, Comm, Heads, HostTensor, LinearLora, LoraSite, Projection, RowSet};
 
 use crate::{
-    Config, LoadError, LoadProgress, Result,
+    Config, LoadProgress, Result,
     weights::{self, Source},
 };
 
@@ -226,8 +226,7 @@ fn has_own_head(source: &dyn Source) -> Result<bool> {
     if source.bytes(head) == 0 {
         return Ok(false);
     }
-    let (head, table) = (source.tensor(head)?, source.tensor("model.embed_tokens.weight")?);
-    Ok((head.dtype, head.rows, head.cols, &head.data) != (table.dtype, table.rows, table.cols, &table.data))
+    Ok(!weights::are_equal(source, head, "model.embed_tokens.weight")?)
 }
 
 /// Whoever is told how far loading is.
@@ -265,11 +264,7 @@ impl<B: Backend> Loader<'_, B> {
     }
 
     fn tensor(&self, name: &str, rows: usize, cols: usize) -> Result<HostTensor<'static>> {
-        let tensor = self.source.tensor(name)?;
-        if (tensor.rows, tensor.cols) != (rows, cols) {
-            let (got, expected) = (vec![tensor.rows, tensor.cols], vec![rows, cols]);
-            return Err(LoadError::Shape { name: name.into(), got, expected });
-        }
+        let tensor = self.source.dense(name, [rows, cols])?;
         let (tell, done) = &mut *self.progress.lock().unwrap_or_else(PoisonError::into_inner);
         done.done_bytes += self.source.bytes(name);
         tell(*done);

@@ -3,13 +3,14 @@
 mod folder;
 mod from_gguf;
 mod names;
-pub(crate) mod safetensors;
+mod safetensors;
+pub(crate) mod tensor_file;
 
 use std::{ops::Range, path::Path};
 
-use kernels::HostTensor;
+use kernels::{HostTensor, WeightPart};
 
-use crate::{Config, Result};
+use crate::{Config, LoadError, Result};
 use folder::Folder;
 
 /// How far loading is.
@@ -23,15 +24,44 @@ pub struct LoadProgress {
 
 /// Tensors of a model by their Hugging Face names.
 pub(crate) trait Source {
-    /// A tensor `[rows, cols]`, or a vector as one row.
-    fn tensor(&self, name: &str) -> Result<HostTensor<'static>>;
-    /// Some rows of a tensor `[rows, cols]` that the model does not keep in an order of its own, without reading the
-    /// others.
-    fn rows(&self, name: &str, rows: Range<usize>) -> Result<HostTensor<'static>>;
+    /// Number of rows and of columns of a tensor, from the header of its file. A vector is one row.
+    fn shape(&self, name: &str) -> Result<[usize; 2]>;
+    /// Some rows and columns of a tensor in the format in which it is stored. Nothing else is read where the file keeps a
+    /// row's elements side by side. Columns are whole blocks of the format.
+    fn part(&self, name: &str, rows: Range<usize>, cols: Range<usize>) -> Result<WeightPart<'static>>;
     /// Bytes of a tensor in its file; 0 if it is missing.
     fn bytes(&self, name: &str) -> u64;
     /// Bytes of all tensors.
     fn total_bytes(&self) -> u64;
+
+    /// A whole tensor, dequantized if it is stored in blocks, with which no backend computes yet. A tensor of another shape
+    /// is not read: it may be of any length.
+    fn dense(&self, name: &str, shape: [usize; 2]) -> Result<HostTensor<'static>> {
+        let got = self.shape(name)?;
+        if got != shape {
+            let (got, expected) = (got.into(), shape.into());
+            return Err(LoadError::Shape { name: name.into(), got, expected });
+        }
+        Ok(self.part(name, 0..shape[0], 0..shape[1])?.into_dense())
+    }
+}
+
+/// Whether two tensors are the same, stored in the same way. They are compared a few rows at a time, since tables of some
+/// models take gigabytes.
+pub(crate) fn are_equal(source: &dyn Source, one: &str, other: &str) -> Result<bool> {
+    const ROWS: usize = 64;
+    let shape = source.shape(one)?;
+    if source.shape(other)? != shape {
+        return Ok(false);
+    }
+    for first in (0..shape[0]).step_by(ROWS) {
+        let rows = first..shape[0].min(first + ROWS);
+        let part = |name| source.part(name, rows.clone(), 0..shape[1]);
+        if part(one)? != part(other)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Opens a model: its configuration and its tensors.

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use kernels::{DType, HostTensor};
+use kernels::{DType, WeightPart};
 
 use super::{
     AdapterError,
@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     Config,
-    weights::{self, safetensors::TensorFile},
+    weights::{self, tensor_file::TensorFile},
 };
 
 /// A model that is served, as adapters are checked against it.
@@ -48,8 +48,10 @@ impl BaseModel {
         let base = format!("{module}.weight");
         for first in (0..vocab).step_by(ROWS) {
             let rows = first..vocab.min(first + ROWS);
-            let (copy, base) = (file.rows(name, rows.clone())?, source.rows(&base, rows)?);
-            let converted = |tensor: HostTensor<'_>| tensor.to_f32().into_iter().map(|x| self.rounded(x));
+            let (copy, base) =
+                (file.part(name, rows.clone(), 0..hidden)?, source.part(&base, rows, 0..hidden)?);
+            let converted =
+                |part: WeightPart<'_>| part.into_dense().to_f32().into_iter().map(|x| self.rounded(x));
             if !converted(copy).eq(converted(base)) {
                 return Err(AdapterError::NotTheModels { name: name.into(), module: module.into() });
             }

@@ -1,11 +1,14 @@
 //! `adapter_model.safetensors`: A and B of every targeted module.
 
-use std::{collections::HashMap, path::Path};
+use std::{
+    collections::{HashMap, HashSet},
+    path::Path,
+};
 
-use kernels::{HostTensor, LoraPart};
+use kernels::LoraPart;
 
 use super::{AdapterError, BaseModel, WEIGHTS_FILE, base::copied_module, config::Target};
-use crate::weights::safetensors::TensorFile;
+use crate::weights::tensor_file::TensorFile;
 
 /// What PEFT puts in front of a module's path.
 pub(super) const PREFIX: &str = "base_model.model.";
@@ -34,20 +37,20 @@ pub(super) fn read(
         return Err(AdapterError::NoFile(WEIGHTS_FILE));
     }
     let file = TensorFile::open(&path)?;
-    let mut names: Vec<String> = file.names().collect();
-    // Of several faults, the same one is reported every time.
-    names.sort_unstable();
+    // They are sorted: of several faults, the same one is reported every time.
+    let names: Vec<&str> = file.names().collect();
+    let targeted: HashSet<&str> = targets.iter().map(|target| target.module.path.as_str()).collect();
     let mut places: HashMap<(&str, char), &str> = HashMap::new();
     let mut copies = Vec::new();
-    for name in &names {
+    for name in names {
         if let Some(module) = copied_module(name) {
             copies.push((name, module));
             continue;
         }
-        let found = place(name).filter(|(path, _)| targets.iter().any(|target| target.module.path == *path));
+        let found = place(name).filter(|(path, _)| targeted.contains(path));
         let twice = found.is_some_and(|found| places.insert(found, name).is_some());
         if found.is_none() || twice {
-            return Err(AdapterError::UnknownTensor(name.clone()));
+            return Err(AdapterError::UnknownTensor(name.into()));
         }
     }
     let parts = targets.iter().map(|target| part(&file, &places, target, model)).collect::<Result<_, _>>()?;
@@ -92,8 +95,7 @@ pub(super) fn expect_shape(file: &TensorFile, name: &str, expected: [usize; 2]) 
 
 fn values(file: &TensorFile, name: &str, expected: [usize; 2]) -> Result<Vec<f32>, AdapterError> {
     expect_shape(file, name, expected)?;
-    let (dtype, data) = file.read(name)?;
-    let values = HostTensor { dtype, rows: expected[0], cols: expected[1], data: data.into() }.to_f32();
+    let values = file.part(name, 0..expected[0], 0..expected[1])?.into_dense().to_f32();
     if values.iter().any(|x| !x.is_finite()) {
         return Err(AdapterError::NotFinite(name.into()));
     }

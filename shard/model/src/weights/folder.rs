@@ -3,10 +3,10 @@
 
 use std::{collections::BTreeMap, fs, ops::Range, path::Path};
 
-use kernels::HostTensor;
+use kernels::WeightPart;
 use serde::Deserialize;
 
-use super::{Source, names::is_taken, safetensors::TensorFile};
+use super::{Source, names::is_taken, tensor_file::TensorFile};
 use crate::{Config, LoadError, Result};
 
 const WHOLE: &str = "model.safetensors";
@@ -37,10 +37,10 @@ impl Folder {
         let mut places = BTreeMap::new();
         for (i, file) in files.iter().enumerate() {
             for name in file.names() {
-                let Some(taken) = taken_name(&name, config) else { continue };
+                let Some(taken) = taken_name(name, config) else { continue };
                 // A tensor of exactly this name wins over one that is meant by another name.
                 if taken == name || !places.contains_key(&taken) {
-                    places.insert(taken, Place { file: i, name });
+                    places.insert(taken, Place { file: i, name: name.into() });
                 }
             }
         }
@@ -54,8 +54,9 @@ impl Folder {
         Ok(Folder { files, places })
     }
 
-    fn place(&self, name: &str) -> Option<(&TensorFile, &str)> {
-        self.places.get(name).map(|place| (&self.files[place.file], place.name.as_str()))
+    fn place(&self, name: &str) -> Result<(&TensorFile, &str)> {
+        let place = self.places.get(name).ok_or_else(|| LoadError::MissingTensor(name.into()))?;
+        Ok((&self.files[place.file], &place.name))
     }
 }
 
@@ -90,23 +91,14 @@ fn taken_name(name: &str, config: &Config) -> Option<String> {
 }
 
 impl Source for Folder {
-    fn tensor(&self, name: &str) -> Result<HostTensor<'static>> {
-        let (file, stored) = self.place(name).ok_or_else(|| LoadError::MissingTensor(name.into()))?;
-        let (rows, cols) = match *file.shape(stored)? {
-            [cols] => (1, cols),
-            [rows, cols] => (rows, cols),
-            ref other => {
-                let got = other.to_vec();
-                return Err(LoadError::Shape { name: name.into(), got, expected: vec![0, 0] });
-            }
-        };
-        let (dtype, data) = file.read(stored)?;
-        Ok(HostTensor { dtype, rows, cols, data: data.into() })
+    fn shape(&self, name: &str) -> Result<[usize; 2]> {
+        let (file, stored) = self.place(name)?;
+        file.matrix_shape(stored)
     }
 
-    fn rows(&self, name: &str, rows: Range<usize>) -> Result<HostTensor<'static>> {
-        let (file, stored) = self.place(name).ok_or_else(|| LoadError::MissingTensor(name.into()))?;
-        file.rows(stored, rows)
+    fn part(&self, name: &str, rows: Range<usize>, cols: Range<usize>) -> Result<WeightPart<'static>> {
+        let (file, stored) = self.place(name)?;
+        file.part(stored, rows, cols)
     }
 
     fn bytes(&self, name: &str) -> u64 {

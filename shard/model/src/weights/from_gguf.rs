@@ -1,13 +1,17 @@
 //! Tensors of a Llama in a GGUF file, under their Hugging Face names.
 
+#[cfg(test)]
+mod tests;
+
 use std::{ops::Range, path::Path};
 
-use gguf::Gguf;
-use kernels::{DType, HostTensor};
+use gguf::{Gguf, TensorInfo};
+use kernels::{DType, Format, WeightPart};
 
 use super::{
     Source,
     names::{ggml_name, is_ggml_name},
+    tensor_file::check_part,
 };
 use crate::{Config, LoadError, Result, config::ROPE_FACTORS};
 
@@ -30,76 +34,94 @@ pub(super) fn open(path: &Path) -> Result<(Config, GgufSource)> {
     Ok((config, GgufSource { file, query_heads, kv_heads }))
 }
 
-/// The converter interleaves the halves of every q and k head for its own form of rotation: row `2j + h` of a head is
-/// row `h · dim / 2 + j` of the original.
-fn unpermute(values: &[f32], heads: usize, cols: usize) -> Vec<f32> {
-    let rows = values.len() / cols;
-    let dim = rows / heads;
-    let source = |row: usize| {
-        let (head, within) = (row / dim, row % dim);
-        let (half, j) = (within / (dim / 2), within % (dim / 2));
-        head * dim + 2 * j + half
-    };
-    (0..rows).flat_map(|row| &values[source(row) * cols..][..cols]).copied().collect()
+/// Where the converter put output `output` of a q or k projection with heads of `dim` outputs. It interleaves the
+/// halves of every head for its own form of rotation: its output `2j + h` of a head is output `h · dim / 2 + j` of the
+/// original.
+fn stored_output(output: usize, dim: usize) -> usize {
+    let (head, within) = (output / dim, output % dim);
+    let (half, j) = (within / (dim / 2), within % (dim / 2));
+    head * dim + 2 * j + half
+}
+
+impl GgufSource {
+    fn tensor(&self, name: &str) -> Result<&TensorInfo> {
+        let found = ggml_name(name).and_then(|ggml| self.file.tensor(&ggml));
+        found.ok_or_else(|| LoadError::MissingTensor(name.into()))
+    }
+
+    /// Outputs of one head, if the converter has interleaved this tensor's heads. Heads that are not whole or have an odd
+    /// size mean a wrong shape, which the caller finds.
+    fn interleaved_head(&self, info: &TensorInfo) -> Option<usize> {
+        let heads = match info.name.rsplit('.').nth(1) {
+            Some("attn_q") => self.query_heads,
+            Some("attn_k") => self.kv_heads,
+            _ => return None,
+        };
+        let outputs = if is_bias(info) { info.cols() } else { info.rows() };
+        (heads > 0 && outputs.is_multiple_of(2 * heads)).then(|| outputs / heads)
+    }
+
+    /// The blocks of some rows of a matrix whose heads are interleaved. Blocks lie within rows, so that the order of rows
+    /// is restored without a look into them.
+    fn deinterleaved_rows(
+        &self,
+        info: &TensorInfo,
+        part: (Range<usize>, Range<usize>),
+        dim: usize,
+    ) -> Result<Vec<u8>> {
+        let (rows, cols) = part;
+        let heads = rows.start / dim * dim..rows.end.next_multiple_of(dim);
+        let blocks = self.file.blocks(&info.name, heads.clone(), cols)?;
+        let width = blocks.len() / heads.len().max(1);
+        let stored = rows.map(|row| stored_output(row, dim) - heads.start);
+        Ok(stored.flat_map(|row| &blocks[row * width..][..width]).copied().collect())
+    }
+
+    /// Some elements of a bias whose heads are interleaved.
+    fn deinterleaved_bias(&self, info: &TensorInfo, elements: Range<usize>, dim: usize) -> Result<Vec<u8>> {
+        let values = self.file.dequantize(&info.name)?;
+        Ok(elements.flat_map(|element| values[stored_output(element, dim)].to_le_bytes()).collect())
+    }
+}
+
+/// A bias has an element where a weight has a row.
+fn is_bias(info: &TensorInfo) -> bool {
+    info.name.ends_with(".bias")
 }
 
 impl Source for GgufSource {
-    fn tensor(&self, name: &str) -> Result<HostTensor<'static>> {
-        let missing = || LoadError::MissingTensor(name.into());
-        let ggml = ggml_name(name).ok_or_else(missing)?;
-        let info = self.file.tensor(&ggml).ok_or_else(missing)?;
-        let cols = info.dims.first().copied().unwrap_or(1);
-        let rows: usize = info.dims.iter().skip(1).product();
-        let mut values = self.file.dequantize(&ggml)?;
-        let heads = match ggml.rsplit('.').nth(1) {
-            Some("attn_q") => Some(self.query_heads),
-            Some("attn_k") => Some(self.kv_heads),
-            _ => None,
-        };
-        // A bias has an element where a weight has a row.
-        let (outputs, width) = if ggml.ends_with(".bias") { (cols, 1) } else { (rows, cols) };
-        // Whole heads of an even size; anything else has a wrong shape, which is found out by whoever asked.
-        if let Some(heads) = heads.filter(|heads| outputs % (2 * heads) == 0) {
-            values = unpermute(&values, heads, width);
-        }
-        let data: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
-        Ok(HostTensor { dtype: DType::F32, rows, cols, data: data.into() })
+    fn shape(&self, name: &str) -> Result<[usize; 2]> {
+        let info = self.tensor(name)?;
+        Ok([info.rows(), info.cols()])
     }
 
-    fn rows(&self, name: &str, rows: Range<usize>) -> Result<HostTensor<'static>> {
-        let ggml = ggml_name(name).ok_or_else(|| LoadError::MissingTensor(name.into()))?;
-        let info = self.file.tensor(&ggml).ok_or_else(|| LoadError::MissingTensor(name.into()))?;
-        let shape = [info.rows(), info.dims.first().copied().unwrap_or(1)];
-        if rows.end > shape[0] {
-            return Err(LoadError::Shape {
-                name: name.into(),
-                got: shape.into(),
-                expected: vec![rows.end, shape[1]],
-            });
+    fn part(&self, name: &str, rows: Range<usize>, cols: Range<usize>) -> Result<WeightPart<'static>> {
+        let info = self.tensor(name)?;
+        check_part(name, [info.rows(), info.cols()], &rows, &cols)?;
+        let mut part = WeightPart {
+            format: info.ty.into(),
+            rows: rows.len(),
+            cols: cols.len(),
+            data: Vec::new().into(),
+        };
+        part.data = match self.interleaved_head(info) {
+            Some(dim) if is_bias(info) => {
+                part.format = Format::Dense(DType::F32);
+                self.deinterleaved_bias(info, cols, dim)?.repeat(rows.len())
+            }
+            Some(dim) => self.deinterleaved_rows(info, (rows, cols), dim)?,
+            None => self.file.blocks(&info.name, rows, cols)?,
         }
-        let data: Vec<u8> =
-            self.file.dequantize_rows(&ggml, rows.clone())?.iter().flat_map(|x| x.to_le_bytes()).collect();
-        Ok(HostTensor { dtype: DType::F32, rows: rows.len(), cols: shape[1], data: data.into() })
+        .into();
+        Ok(part)
     }
 
     fn bytes(&self, name: &str) -> u64 {
-        ggml_name(name).and_then(|name| self.file.tensor(&name)).map_or(0, |info| info.bytes() as u64)
+        self.tensor(name).map_or(0, |info| info.bytes() as u64)
     }
 
     fn total_bytes(&self) -> u64 {
         let loaded = self.file.tensors().iter().filter(|info| info.name != ROPE_FACTORS);
         loaded.map(|info| info.bytes() as u64).sum()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn heads_are_put_back_in_halves() {
-        // Two heads of four rows, one column; the converter stored halves interleaved.
-        let stored = [0.0, 2.0, 1.0, 3.0, 10.0, 12.0, 11.0, 13.0];
-        assert_eq!(unpermute(&stored, 2, 1), [0.0, 1.0, 2.0, 3.0, 10.0, 11.0, 12.0, 13.0]);
     }
 }

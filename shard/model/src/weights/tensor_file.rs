@@ -1,0 +1,173 @@
+//! A file of named tensors, whatever its format: the header says where they lie, and parts of them are read when they
+//! are asked for.
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    ops::Range,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
+
+use kernels::{DType, Format, WeightPart};
+
+use super::safetensors;
+use crate::{LoadError, Result, files};
+
+/// Type of a tensor's elements in a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum ElementType {
+    Known(DType),
+    /// 64 bits, in which no backend computes: they are rounded to 32.
+    F64,
+    /// Anything else, by its name; refused when it is read.
+    Other(String),
+}
+
+impl ElementType {
+    fn size(&self) -> usize {
+        match self {
+            ElementType::Known(dtype) => dtype.size(),
+            ElementType::F64 => 8,
+            ElementType::Other(_) => 0,
+        }
+    }
+}
+
+/// Where a tensor lies. Whoever makes one has checked that it lies within the file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Place {
+    pub(super) ty: ElementType,
+    pub(super) shape: Vec<usize>,
+    /// For each axis, how many elements further the next one is.
+    pub(super) strides: Vec<usize>,
+    /// Where the first element is in the file.
+    pub(super) offset: u64,
+    /// Bytes of all elements.
+    pub(super) bytes: u64,
+}
+
+/// An open file.
+pub(crate) struct TensorFile {
+    path: PathBuf,
+    file: File,
+    places: BTreeMap<String, Place>,
+}
+
+impl TensorFile {
+    /// Opens a file and reads its header.
+    pub(crate) fn open(path: &Path) -> Result<TensorFile> {
+        let file = files::open(path)?;
+        let places = safetensors::places(path, &file)?;
+        Ok(TensorFile { path: path.into(), file, places })
+    }
+
+    /// Names of all tensors, sorted.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.places.keys().map(String::as_str)
+    }
+
+    /// Bytes of a tensor; 0 if it is missing.
+    pub(crate) fn bytes(&self, name: &str) -> u64 {
+        self.places.get(name).map_or(0, |place| place.bytes)
+    }
+
+    fn place(&self, name: &str) -> Result<&Place> {
+        self.places.get(name).ok_or_else(|| LoadError::MissingTensor(name.into()))
+    }
+
+    /// Shape of a tensor, from the header.
+    pub(crate) fn shape(&self, name: &str) -> Result<&[usize]> {
+        Ok(&self.place(name)?.shape)
+    }
+
+    /// Number of rows and of columns of a tensor; a vector is one row.
+    pub(crate) fn matrix_shape(&self, name: &str) -> Result<[usize; 2]> {
+        match *self.shape(name)? {
+            [cols] => Ok([1, cols]),
+            [rows, cols] => Ok([rows, cols]),
+            ref other => Err(LoadError::NotAMatrix { name: name.into(), got: other.into() }),
+        }
+    }
+
+    /// Some rows and columns of a tensor. Where a row's elements lie side by side, nothing else is read.
+    pub(crate) fn part(
+        &self,
+        name: &str,
+        rows: Range<usize>,
+        cols: Range<usize>,
+    ) -> Result<WeightPart<'static>> {
+        let shape = self.matrix_shape(name)?;
+        check_part(name, shape, &rows, &cols)?;
+        let place = self.place(name)?;
+        let dtype = match &place.ty {
+            ElementType::Known(dtype) => *dtype,
+            ElementType::F64 => DType::F32,
+            ElementType::Other(other) => {
+                return Err(LoadError::TensorType { name: name.into(), dtype: other.clone() });
+            }
+        };
+        let mut data = self.elements(place, rows.clone(), cols.clone())?;
+        if place.ty == ElementType::F64 {
+            let values = data.as_chunks().0.iter().map(|bytes| f64::from_le_bytes(*bytes) as f32);
+            data = values.flat_map(f32::to_le_bytes).collect();
+        }
+        Ok(WeightPart { format: Format::Dense(dtype), rows: rows.len(), cols: cols.len(), data: data.into() })
+    }
+
+    /// The bytes of some rows and columns, row after row.
+    fn elements(&self, place: &Place, rows: Range<usize>, cols: Range<usize>) -> Result<Vec<u8>> {
+        let size = place.ty.size();
+        let (row_stride, col_stride) = match *place.strides {
+            [row, col] => (row, col),
+            [col] => (0, col),
+            _ => (0, 0),
+        };
+        let index = |row: usize, col: usize| row * row_stride + col * col_stride;
+        let mut data = vec![0; rows.len() * cols.len() * size];
+        if data.is_empty() {
+            return Ok(data);
+        }
+        let is_packed = cols.len() == 1 || col_stride == 1;
+        if is_packed && (rows.len() == 1 || row_stride == cols.len()) {
+            self.read(place, index(rows.start, cols.start), &mut data)?;
+        } else if is_packed {
+            for (to, row) in data.chunks_exact_mut(cols.len() * size).zip(rows) {
+                self.read(place, index(row, cols.start), to)?;
+            }
+        } else {
+            // A transposed matrix, say: all that lies between the first and the last element is read once.
+            let first = index(rows.start, cols.start);
+            let mut span = vec![0; (index(rows.end - 1, cols.end - 1) + 1 - first) * size];
+            self.read(place, first, &mut span)?;
+            let places = rows.flat_map(|row| cols.clone().map(move |col| (index(row, col) - first) * size));
+            for (to, at) in data.chunks_exact_mut(size).zip(places) {
+                to.copy_from_slice(&span[at..at + size]);
+            }
+        }
+        Ok(data)
+    }
+
+    /// Reads the elements from one on.
+    fn read(&self, place: &Place, element: usize, to: &mut [u8]) -> Result<()> {
+        let read = self.file.read_exact_at(to, place.offset + (element * place.ty.size()) as u64);
+        read.map_err(|source| LoadError::Io { path: self.path.clone(), source })
+    }
+}
+
+/// Refuses rows and columns that a matrix does not have.
+pub(super) fn check_part(
+    name: &str,
+    shape: [usize; 2],
+    rows: &Range<usize>,
+    cols: &Range<usize>,
+) -> Result<()> {
+    let lies_within = |range: &Range<usize>, len: usize| range.start <= range.end && range.end <= len;
+    if lies_within(rows, shape[0]) && lies_within(cols, shape[1]) {
+        return Ok(());
+    }
+    Err(LoadError::NoSuchPart { name: name.into(), rows: rows.clone(), cols: cols.clone(), shape })
+}
