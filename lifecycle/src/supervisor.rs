@@ -12,8 +12,8 @@ use std::{
     time::Duration,
 };
 
-use futures::FutureExt;
-use tokio::task::JoinHandle;
+use futures::{FutureExt, future::BoxFuture};
+use tokio::{runtime::Builder, task::JoinHandle};
 
 use crate::{
     exit::{self, EX_SOFTWARE},
@@ -47,24 +47,39 @@ pub enum Failure {
         /// The time that it may take.
         limit: Duration,
     },
+    /// It was due to be polled, and was not.
+    #[error("{name} has not been polled for {:.1} s: the threads that should run it are blocked", age.as_secs_f32())]
+    HeldUp {
+        /// The task.
+        name: Arc<str>,
+        /// The time since its last poll.
+        age: Duration,
+    },
 }
 
 impl Failure {
     /// The name of the task.
     pub fn name(&self) -> &str {
         match self {
-            Failure::Panicked { name, .. } | Failure::Returned { name } | Failure::Overdue { name, .. } => {
-                name
-            }
+            Failure::Panicked { name, .. }
+            | Failure::Returned { name }
+            | Failure::Overdue { name, .. }
+            | Failure::HeldUp { name, .. } => name,
         }
     }
 }
+
+/// A task that is supervised.
+type Task = BoxFuture<'static, ()>;
+/// What is run in the place of a task, by its name.
+type Layer = Arc<dyn Fn(&str, Task) -> Task + Send + Sync>;
 
 /// Runs tasks and threads, and reports those that fail. Clones are the same supervisor.
 #[derive(Clone)]
 pub struct Supervisor {
     reports: Arc<Reports>,
     watchdog: Watchdog,
+    layer: Option<Layer>,
 }
 
 struct Reports {
@@ -87,24 +102,59 @@ impl Supervisor {
         let reports = Arc::new(Reports { stopping: AtomicBool::new(false), report: Box::new(report) });
         let watching = reports.clone();
         let watchdog = Watchdog::start(move |failure| (watching.report)(failure))?;
-        Ok(Supervisor { reports, watchdog })
+        Ok(Supervisor { reports, watchdog, layer: None })
+    }
+
+    /// From now on this supervisor runs every task inside of what `layer` makes of it, so that a test can make a task
+    /// fail where it runs in the program.
+    pub fn layer(mut self, layer: impl Fn(&str, Task) -> Task + Send + Sync + 'static) -> Supervisor {
+        self.layer = Some(Arc::new(layer));
+        self
     }
 
     /// Spawns a task on the current tokio runtime that must neither panic nor return before [`stopping`] is called. It
-    /// may be aborted, and dropped with its runtime.
+    /// may wait for any time, but it is overdue when one of its polls takes longer than `limit`, or when its runtime
+    /// does not get round to it. It may be aborted, and dropped with its runtime.
     ///
     /// [`stopping`]: Supervisor::stopping
     pub fn task(
         &self,
         name: impl Into<Arc<str>>,
+        limit: Duration,
         future: impl Future<Output = ()> + Send + 'static,
     ) -> JoinHandle<()> {
-        let (name, reports) = (name.into(), self.reports.clone());
-        tokio::spawn(async move {
+        tokio::spawn(self.supervise(name.into(), limit, future))
+    }
+
+    /// Starts a thread with a runtime of its own for a task, which is supervised as by [`task`](Supervisor::task).
+    pub fn runtime(
+        &self,
+        name: impl Into<Arc<str>>,
+        limit: Duration,
+        future: impl Future<Output = ()> + Send + 'static,
+    ) -> io::Result<thread::JoinHandle<()>> {
+        let name = name.into();
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        let task = self.supervise(name.clone(), limit, future);
+        thread::Builder::new().name(name.to_string()).spawn(move || runtime.block_on(task))
+    }
+
+    fn supervise(
+        &self,
+        name: Arc<str>,
+        limit: Duration,
+        future: impl Future<Output = ()> + Send + 'static,
+    ) -> impl Future<Output = ()> + Send + 'static {
+        let future = match &self.layer {
+            Some(layer) => layer(&name, future.boxed()),
+            None => future.boxed(),
+        };
+        let (pulse, reports) = (self.watch(name.clone(), limit), self.reports.clone());
+        async move {
             // Whatever it has left half done, nothing of it is used again.
-            let ended = AssertUnwindSafe(future).catch_unwind().await;
+            let ended = AssertUnwindSafe(pulse.turns(future)).catch_unwind().await;
             reports.ended(name, ended);
-        })
+        }
     }
 
     /// Starts a thread that must neither panic nor return before [`stopping`](Supervisor::stopping) is called.
@@ -115,7 +165,7 @@ impl Supervisor {
     ) -> io::Result<thread::JoinHandle<()>> {
         let (name, reports) = (name.into(), self.reports.clone());
         thread::Builder::new().name(name.to_string()).spawn(move || {
-            // As above.
+            // As for a task.
             let ended = catch_unwind(AssertUnwindSafe(work));
             reports.ended(name, ended);
         })

@@ -1,14 +1,18 @@
 //! Deadlines on the progress of tasks: a thread that counts how long each of them has been busy with one thing.
 
 use std::{
+    future::poll_fn,
     io,
+    pin::pin,
     sync::{
         Arc, Mutex, PoisonError, Weak,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicU8, AtomicU64, Ordering::Relaxed},
     },
     thread,
     time::{Duration, Instant},
 };
+
+use tokio::time::{MissedTickBehavior, interval};
 
 use crate::Failure;
 
@@ -17,6 +21,17 @@ const TICK: Duration = Duration::from_millis(100);
 /// The most that one tick adds to an age. A process that was suspended, or whose machine was, finds that much more time
 /// has passed; that is nobody's fault, and its tasks get the rest of their time when it goes on.
 const LONGEST_TICK: Duration = Duration::from_secs(1);
+/// Time between two polls of a task that waits; less if its limit is short.
+const TURN: Duration = Duration::from_millis(250);
+/// What a task that is not polled may take beyond its limit: the one that holds up its runtime is reported first.
+const HELD_UP: Duration = Duration::from_secs(1);
+
+/// The task waits for something to do.
+const IDLE: u8 = 0;
+/// It does something that must end within its limit.
+const BUSY: u8 = 1;
+/// It is between two polls, the next of which is due within a turn.
+const DUE: u8 = 2;
 
 /// The progress of one task. Clones speak for the same task; when the last is dropped, the task is watched no longer.
 ///
@@ -27,7 +42,8 @@ pub struct Pulse(Arc<Watched>);
 #[derive(Debug)]
 struct Watched {
     name: Arc<str>,
-    busy: AtomicBool,
+    /// [`IDLE`], [`BUSY`] or [`DUE`].
+    state: AtomicU8,
     /// Microseconds since the last beat.
     age: AtomicU64,
     /// Microseconds that it may be busy without a beat.
@@ -42,13 +58,48 @@ impl Pulse {
 
     /// The task has begun something that must end, or make progress, within the limit.
     pub fn busy(&self) {
-        self.beat();
-        self.0.busy.store(true, Relaxed);
+        self.enter(BUSY);
     }
 
     /// The task waits for something to do, which may take any time.
     pub fn idle(&self) {
-        self.0.busy.store(false, Relaxed);
+        self.enter(IDLE);
+    }
+
+    fn enter(&self, state: u8) {
+        self.beat();
+        self.0.state.store(state, Relaxed);
+    }
+
+    /// Watches each poll of a future, which must return within the limit. It does not matter how long the future waits
+    /// in between.
+    pub async fn polls<F: Future>(self, future: F) -> F::Output {
+        let mut future = pin!(future);
+        let polled = poll_fn(|context| {
+            self.busy();
+            let polled = future.as_mut().poll(context);
+            self.idle();
+            polled
+        });
+        polled.await
+    }
+
+    /// Watches the polls of a future, and polls it several times a second whether or not it is woken: it is overdue as
+    /// well when its runtime does not get round to it.
+    pub async fn turns<F: Future>(self, future: F) -> F::Output {
+        let mut future = pin!(future);
+        let limit = Duration::from_micros(self.0.limit.load(Relaxed));
+        let mut turns = interval(TURN.min(limit / 4).max(Duration::from_millis(1)));
+        turns.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let polled = poll_fn(|context| {
+            self.busy();
+            let polled = future.as_mut().poll(context);
+            // Once it is pending, this task will be woken for its next turn.
+            while polled.is_pending() && turns.poll_tick(context).is_ready() {}
+            self.enter(if polled.is_pending() { DUE } else { IDLE });
+            polled
+        });
+        polled.await
     }
 
     /// Changes how long the task may be busy without a beat, what it is doing now included.
@@ -58,10 +109,9 @@ impl Pulse {
 
     /// How long the task has been busy since its last beat, to the tenth of a second; zero while it is idle.
     pub fn age(&self) -> Duration {
-        if self.0.busy.load(Relaxed) {
-            Duration::from_micros(self.0.age.load(Relaxed))
-        } else {
-            Duration::ZERO
+        match self.0.state.load(Relaxed) {
+            IDLE => Duration::ZERO,
+            _ => Duration::from_micros(self.0.age.load(Relaxed)),
         }
     }
 }
@@ -97,7 +147,7 @@ impl Watchdog {
     pub(crate) fn watch(&self, name: Arc<str>, limit: Duration) -> Pulse {
         let watched = Watched {
             name,
-            busy: AtomicBool::new(false),
+            state: AtomicU8::new(IDLE),
             age: AtomicU64::new(0),
             limit: AtomicU64::new(micros(limit)),
         };
@@ -111,14 +161,21 @@ impl Watchdog {
         let mut overdue = Vec::new();
         self.0.lock().unwrap_or_else(PoisonError::into_inner).retain(|task| {
             let Some(task) = task.upgrade() else { return false };
-            if task.busy.load(Relaxed) {
-                let age = task.age.fetch_add(micros(passed), Relaxed).saturating_add(micros(passed));
-                let limit = task.limit.load(Relaxed);
-                if age > limit {
-                    task.busy.store(false, Relaxed);
-                    let (age, limit) = (Duration::from_micros(age), Duration::from_micros(limit));
-                    overdue.push(Failure::Overdue { name: task.name.clone(), age, limit });
-                }
+            let state = task.state.load(Relaxed);
+            if state == IDLE {
+                return true;
+            }
+            let age = task.age.fetch_add(micros(passed), Relaxed).saturating_add(micros(passed));
+            let limit = task.limit.load(Relaxed);
+            let most = if state == DUE { limit.saturating_add(micros(HELD_UP)) } else { limit };
+            if age > most {
+                task.state.store(IDLE, Relaxed);
+                let (name, age, limit) =
+                    (task.name.clone(), Duration::from_micros(age), Duration::from_micros(limit));
+                overdue.push(match state {
+                    DUE => Failure::HeldUp { name, age },
+                    _ => Failure::Overdue { name, age, limit },
+                });
             }
             true
         });

@@ -53,12 +53,14 @@ fn play(role: &str) -> ExitCode {
         let pulse = supervisor.watch("the hanging one", Duration::from_millis(300));
         match role {
             "task panics" | "cannot write its log" => {
-                drop(supervisor.task("the engine", async { panic!("a bug") }))
+                drop(supervisor.task("the engine", PROMPT, async { panic!("a bug") }))
             }
             "thread panics" => drop(supervisor.thread("the engine", || panic!("a bug")).unwrap()),
-            "task returns" => drop(supervisor.task("the engine", async {})),
+            "task returns" => drop(supervisor.task("the engine", PROMPT, async {})),
             "thread returns" => drop(supervisor.thread("the engine", || {}).unwrap()),
             "hangs" => pulse.busy(),
+            "task hangs" => drop(supervisor.task("the engine", PROMPT / 10, async { hang() })),
+            "engine hangs" => drop(supervisor.runtime("the engine", PROMPT / 10, async { hang() }).unwrap()),
             "serves" => {
                 // The parent has seen it start.
                 signal(SignalKind::user_defined1()).unwrap().recv().await;
@@ -94,6 +96,8 @@ fn failures_end_the_process() {
         ("task returns", "the engine has ended, which it must not while the process runs"),
         ("thread returns", "the engine has ended, which it must not while the process runs"),
         ("hangs", "the hanging one has made no progress for"),
+        ("task hangs", "the engine has made no progress for"),
+        ("engine hangs", "the engine has made no progress for"),
     ] {
         let (out, took) = run(role);
         let log = String::from_utf8(out.stderr).unwrap();

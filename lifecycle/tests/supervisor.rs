@@ -2,11 +2,13 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{
+    future::pending,
     sync::mpsc::{Receiver, TryRecvError, sync_channel},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
+use futures::FutureExt;
 use lifecycle::{Failure, Supervisor};
 
 /// What a report gets to arrive; it takes milliseconds.
@@ -30,9 +32,9 @@ fn a_panic_is_reported_with_its_message() {
     let runtime = runtime();
     let _entered = runtime.enter();
     let number = 7;
-    supervisor.task("task", async { panic!("a text") });
+    supervisor.task("task", SOON, async { panic!("a text") });
     assert_eq!(failures.recv_timeout(SOON), Ok(panicked("task", "a text")));
-    supervisor.task("late task", async move {
+    supervisor.task("late task", SOON, async move {
         tokio::task::yield_now().await;
         panic!("number {number}")
     });
@@ -53,7 +55,7 @@ fn an_early_return_is_reported() {
     let _entered = runtime.enter();
     for name in ["task", "thread"] {
         match name {
-            "task" => drop(supervisor.task(name, async {})),
+            "task" => drop(supervisor.task(name, SOON, async {})),
             _ => drop(supervisor.thread(name, || {}).unwrap()),
         }
         assert_eq!(failures.recv_timeout(SOON), Ok(Failure::Returned { name: name.into() }));
@@ -65,15 +67,15 @@ fn what_ends_in_order_is_not_reported() {
     let (supervisor, failures) = reporting();
     let runtime = runtime();
     let entered = runtime.enter();
-    let aborted = supervisor.task("aborted", std::future::pending());
+    let aborted = supervisor.task("aborted", SOON, pending());
     aborted.abort();
     assert!(runtime.block_on(aborted).unwrap_err().is_cancelled());
-    supervisor.task("dropped with the runtime", std::future::pending());
+    supervisor.task("dropped with the runtime", SOON, pending());
     drop(entered);
     drop(runtime);
     let second = self::runtime();
     supervisor.stopping();
-    second.block_on(async { supervisor.task("stopped", async {}).await }).unwrap();
+    second.block_on(async { supervisor.task("stopped", SOON, async {}).await }).unwrap();
     supervisor.thread("stopped", || {}).unwrap().join().unwrap();
     assert_eq!(failures.try_recv(), Err(TryRecvError::Empty));
     supervisor.thread("panics", || panic!("even so")).unwrap();
@@ -97,4 +99,118 @@ fn a_hang_is_reported_by_the_clock() {
     hanging.join().unwrap();
     assert_eq!(failures.try_recv(), Err(TryRecvError::Empty), "the idle one is never overdue");
     drop(idle);
+}
+
+/// What a poll may take where one takes too long.
+const LIMIT: Duration = Duration::from_millis(200);
+
+/// A task whose second poll returns when the sender is dropped.
+async fn hang(gone_on: Receiver<()>) {
+    tokio::task::yield_now().await;
+    _ = gone_on.recv();
+    pending().await
+}
+
+#[test]
+fn a_poll_that_does_not_return_is_reported_before_the_tasks_that_it_holds_up() {
+    let (supervisor, failures) = reporting();
+    let runtime = runtime();
+    let _entered = runtime.enter();
+    for turn in 0..3 {
+        let others = ["one", "two"].map(|name| supervisor.task(name, LIMIT, pending()));
+        let (go_on, gone_on) = sync_channel(0);
+        let hanging = supervisor.task("hanging", LIMIT, hang(gone_on));
+        let first = failures.recv_timeout(SOON).unwrap();
+        assert!(
+            matches!(&first, Failure::Overdue { name, age, .. } if &**name == "hanging" && *age > LIMIT),
+            "{first}"
+        );
+        let held_up = [0; 2].map(|_| failures.recv_timeout(SOON).unwrap());
+        for name in ["one", "two"] {
+            let found = held_up.iter().find(|failure| failure.name() == name);
+            assert!(
+                matches!(found, Some(Failure::HeldUp { age, .. }) if *age > LIMIT),
+                "{turn}: {held_up:?}"
+            );
+        }
+        drop(go_on);
+        hanging.abort();
+        others.iter().for_each(tokio::task::JoinHandle::abort);
+    }
+}
+
+#[test]
+fn a_runtime_that_somebody_else_blocks_is_reported() {
+    let (supervisor, failures) = reporting();
+    let runtime = runtime();
+    let _entered = runtime.enter();
+    supervisor.task("held up", LIMIT, pending());
+    let (go_on, gone_on) = sync_channel(0);
+    runtime.spawn(hang(gone_on));
+    let failure = failures.recv_timeout(SOON).unwrap();
+    assert!(matches!(&failure, Failure::HeldUp { name, .. } if &**name == "held up"), "{failure}");
+    assert!(failure.to_string().contains("held up has not been polled for "), "{failure}");
+    drop(go_on);
+}
+
+#[test]
+fn a_task_with_a_runtime_of_its_own_is_supervised_like_any_other() {
+    let (supervisor, failures) = reporting();
+    let failure = || failures.recv_timeout(SOON).unwrap();
+    let thread =
+        supervisor.runtime("engine", SOON, async { assert_eq!(thread::current().name(), Some("engine")) });
+    assert_eq!(failure(), Failure::Returned { name: "engine".into() });
+    thread.unwrap().join().unwrap();
+    supervisor.runtime("engine", SOON, async { panic!("a bug") }).unwrap();
+    assert_eq!(failure().to_string(), "engine panicked: a bug");
+    let (go_on, gone_on) = sync_channel(0);
+    supervisor.runtime("engine", LIMIT, hang(gone_on)).unwrap();
+    assert!(matches!(failure(), Failure::Overdue { name, .. } if &*name == "engine"));
+    drop(go_on);
+}
+
+#[test]
+fn a_task_may_wait_for_longer_than_its_polls_may_take() {
+    let (supervisor, failures) = reporting();
+    let runtime = runtime();
+    let _entered = runtime.enter();
+    for limit in [1, 10, 50, 100] {
+        supervisor.task(format!("{limit} ms"), Duration::from_millis(limit), pending());
+    }
+    let pulse = supervisor.watch("each poll", LIMIT);
+    drop(runtime.spawn(pulse.polls(pending::<()>())));
+    // The tasks of the runtime have their turns meanwhile.
+    assert!(failures.recv_timeout(Duration::from_millis(1500)).is_err());
+}
+
+#[test]
+fn polls_that_take_too_long_are_reported_and_waits_are_not() {
+    let (supervisor, failures) = reporting();
+    let runtime = runtime();
+    let (go_on, gone_on) = sync_channel(0);
+    drop(runtime.spawn(supervisor.watch("hanging", LIMIT).polls(hang(gone_on))));
+    let begun = Instant::now();
+    let failure = failures.recv_timeout(SOON).unwrap();
+    assert!(matches!(&failure, Failure::Overdue { name, .. } if &**name == "hanging"), "{failure}");
+    assert!(begun.elapsed() < LIMIT + Duration::from_secs(2));
+    drop(go_on);
+}
+
+#[test]
+fn a_layer_may_replace_a_task() {
+    let (supervisor, failures) = reporting();
+    let supervisor =
+        supervisor.layer(
+            |name, task| {
+                if name == "victim" { task.map(|()| panic!("in its place")).boxed() } else { task }
+            },
+        );
+    let runtime = runtime();
+    let _entered = runtime.enter();
+    supervisor.task("other", SOON, async {});
+    assert_eq!(failures.recv_timeout(SOON), Ok(Failure::Returned { name: "other".into() }));
+    supervisor.task("victim", SOON, async {});
+    assert_eq!(failures.recv_timeout(SOON).unwrap().to_string(), "victim panicked: in its place");
+    supervisor.runtime("victim", SOON, async {}).unwrap();
+    assert_eq!(failures.recv_timeout(SOON).unwrap().to_string(), "victim panicked: in its place");
 }

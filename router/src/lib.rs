@@ -13,10 +13,12 @@ mod metrics;
 mod permits;
 pub mod principal;
 mod ranks;
+mod run;
 pub mod server;
 mod text;
 pub mod tokenizer;
 mod wire;
 mod workers;
 
+pub use run::{RunError, run};
 pub use server::{App, StartError};

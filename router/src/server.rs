@@ -16,9 +16,10 @@ use std::{
     net::SocketAddr,
     path::PathBuf,
     sync::{Arc, atomic::AtomicBool},
+    time::Duration,
 };
 
-use config::Config;
+use config::{Config, RouterConfig};
 use lifecycle::Supervisor;
 use tokio::{
     net::{TcpListener, TcpSocket, lookup_host},
@@ -47,6 +48,9 @@ const MIN_PREPARING: usize = 256;
 /// Connections that may wait to be accepted, if the system allows as many. Where they are too few, the system may reset
 /// connections that come all at once.
 const BACKLOG: u32 = 8192;
+
+/// Time in which a poll of a task must return, unless `--step-timeout` is set.
+const LONGEST_POLL: Duration = Duration::from_secs(10);
 
 /// The reason that the router could not start.
 #[derive(Debug, thiserror::Error)]
@@ -125,9 +129,10 @@ impl App {
             tracing::warn!("chats that need the template {name:?} will be refused: {error}");
         }
         let keys = Arc::new(Keys::load(router.api_keys.clone(), router.api_key_file.clone())?);
-        supervisor.task("key file watcher", keys.clone().watch());
+        let limit = longest_poll(router);
+        supervisor.task("key file watcher", limit, keys.clone().watch());
         let metrics = Arc::new(Metrics::new()?);
-        supervisor.task("metrics upkeep", metrics.clone().upkeep());
+        supervisor.task("metrics upkeep", limit, metrics.clone().upkeep());
         Ok(Arc::new(App {
             chat,
             tokenizer: Arc::new(tokenizer),
@@ -170,6 +175,11 @@ impl App {
             vocab_size: info.vocab_size,
         }
     }
+}
+
+/// Time in which a poll of a task must return: `--step-timeout` if it is set.
+pub(crate) fn longest_poll(config: &RouterConfig) -> Duration {
+    config.step_timeout.unwrap_or(LONGEST_POLL)
 }
 
 /// Opens the port that the configuration names.

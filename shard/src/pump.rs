@@ -1,12 +1,9 @@
 //! Passes the steps of the router's streams on to the engine.
 
-use std::{panic::resume_unwind, pin::Pin};
+use std::pin::Pin;
 
-use tokio::{
-    sync::mpsc::{Receiver, Sender},
-    task::{JoinError, JoinSet},
-};
-use tokio_stream::{Stream, StreamExt};
+use futures::stream::{FuturesUnordered, Stream, StreamExt};
+use tokio::sync::mpsc::{Receiver, Sender};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -28,19 +25,17 @@ pub struct Incoming {
 }
 
 /// Passes on the steps of all streams, each in its order. Must not end, and does so only when nobody can open a stream
-/// any more. A panic in one of the streams is a panic of this.
+/// any more. The streams have no tasks of their own, so that whoever watches this one watches them all.
 pub async fn run(mut opened: Receiver<Incoming>, engine: Sender<Command>) {
-    let mut streams = JoinSet::<()>::new();
+    let mut streams = FuturesUnordered::new();
     loop {
         tokio::select! {
             incoming = opened.recv() => match incoming {
-                Some(incoming) => drop(streams.spawn(pass_on(incoming, engine.clone()))),
+                Some(incoming) => streams.push(pass_on(incoming, engine.clone())),
                 None => return,
             },
-            // Otherwise the router has closed the stream, or the engine has.
-            Some(ended) = streams.join_next() => if let Err(Ok(panic)) = ended.map_err(JoinError::try_into_panic) {
-                resume_unwind(panic)
-            },
+            // The router has closed the stream, or the engine has.
+            Some(()) = streams.next() => {}
         }
     }
 }

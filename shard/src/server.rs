@@ -59,10 +59,10 @@ pub async fn serve<B: Backend>(
             tracing::error!("the device failed: {error}");
         }
     })?;
-    supervisor.task("step streams", pump::run(opened, commands.clone()));
+    supervisor.task("step streams", step_timeout, pump::run(opened, commands.clone()));
     let service = service::new(info, adapters, EngineHandle { commands, streams: open, heartbeat });
     let server = tonic::transport::Server::builder().add_service(service).serve_with_incoming(connections);
-    let server = supervisor.task("gRPC server", async {
+    let server = supervisor.task("gRPC server", step_timeout, async {
         if let Err(error) = server.await {
             tracing::error!("the gRPC server failed: {error}");
         }

@@ -8,15 +8,12 @@ mod fake;
 #[path = "support/tiny.rs"]
 mod tiny;
 
-use std::{
-    future::pending,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::{future::pending, time::Duration};
 
 use fake::{Fake, Fault, Script};
 use lifecycle::{Failure, Supervisor};
 use lorax_shard::{
+    engine::StepError,
     pump::{self, Incoming},
     server::{self, Rank},
     step::Info,
@@ -228,18 +225,32 @@ async fn health_is_answered_while_the_loop_hangs() {
     tokio::time::timeout(PATIENCE, aging).await.unwrap();
 }
 
-#[tokio::test]
-async fn a_panic_in_one_stream_of_steps_is_reported_with_the_tasks_name() {
-    let failures = Arc::new(Mutex::new(Vec::new()));
-    let seen = failures.clone();
-    let supervisor = Supervisor::reporting_to(move |failure| seen.lock().unwrap().push(failure)).unwrap();
-    let ((open, opened), (commands, _received)) = (mpsc::channel(1), mpsc::channel(1));
-    let task = supervisor.task("step streams", pump::run(opened, commands));
-    let steps = Box::pin(tokio_stream::once(()).map(|()| panic!("the test's panic")));
-    assert!(open.send(Incoming { stream: 1, steps, ended: Default::default() }).await.is_ok());
-    tokio::time::timeout(PATIENCE, task).await.unwrap().unwrap();
-    let (name, message) = ("step streams".into(), "the test's panic".into());
-    assert_eq!(*failures.lock().unwrap(), [Failure::Panicked { name, message }]);
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_of_steps_that_panics_or_hangs_is_reported_with_the_tasks_name() {
+    let limit = Duration::from_millis(200);
+    for hangs in [false, true] {
+        let (report, mut reported) = mpsc::channel(4);
+        let supervisor = Supervisor::reporting_to(move |failure| report.try_send(failure).unwrap()).unwrap();
+        let ((open, opened), (commands, _received)) = (mpsc::channel(1), mpsc::channel(1));
+        supervisor.task("step streams", limit, pump::run(opened, commands));
+        let (go_on, gone_on) = std::sync::mpsc::sync_channel::<()>(0);
+        let steps = Box::pin(tokio_stream::once(()).map(move |()| match hangs {
+            true => Err(StepError::Unreadable(gone_on.recv().unwrap_err().to_string())),
+            false => panic!("the test's panic"),
+        }));
+        // Another stream is open meanwhile.
+        let other = Box::pin(tokio_stream::pending());
+        for (stream, steps) in [(1, other as pump::Steps), (2, steps as pump::Steps)] {
+            assert!(open.send(Incoming { stream, steps, ended: Default::default() }).await.is_ok());
+        }
+        let failure = tokio::time::timeout(PATIENCE, reported.recv()).await.unwrap().unwrap();
+        match failure {
+            Failure::Panicked { message, .. } if !hangs => assert_eq!(message, "the test's panic"),
+            Failure::Overdue { ref name, .. } if hangs => assert_eq!(&**name, "step streams"),
+            failure => panic!("{failure}"),
+        }
+        drop(go_on);
+    }
 }
 
 #[tokio::test]

@@ -20,7 +20,10 @@ use fake::{Fake, Fault, Script};
 use lifecycle::{EX_SOFTWARE, Supervisor};
 use lorax_shard::server::{self, Rank};
 use proto::{AttachRequest, PrepareRequest, SlotLoad, Step};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::{
+    net::{UnixListener, UnixStream},
+    signal::unix::{SignalKind, signal},
+};
 use tokio_stream::{Stream, StreamExt, wrappers::UnixListenerStream};
 
 /// How the shard that is tested is told what goes wrong.
@@ -44,7 +47,7 @@ fn main() -> ExitCode {
 }
 
 /// Every fault, and what the log says of it.
-const FAULTS: [(&str, &str); 12] = [
+const FAULTS: [(&str, &str); 19] = [
     ("step panics", "engine panicked: the test's panic in embed"),
     ("upload panics", "engine panicked: the test's panic in upload"),
     ("copies panic", "engine panicked: the test's panic in loaded"),
@@ -57,6 +60,13 @@ const FAULTS: [(&str, &str); 12] = [
     ("attach hangs", "engine has made no progress for"),
     ("connections end", "gRPC server has ended, which it must not while the process runs"),
     ("connections panic", "gRPC server panicked: the test's panic in a connection"),
+    ("connections hangs", "gRPC server has made no progress for"),
+    ("gRPC server: panics", "gRPC server panicked: the test's panic"),
+    ("gRPC server: returns", "gRPC server has ended, which it must not while the process runs"),
+    ("gRPC server: hangs", "gRPC server has made no progress for"),
+    ("step streams: panics", "step streams panicked: the test's panic"),
+    ("step streams: returns", "step streams has ended, which it must not while the process runs"),
+    ("step streams: hangs", "step streams has made no progress for"),
 ];
 
 /// Runs a shard with a fault to its end: its exit code, its log, and the time from the fault on.
@@ -109,11 +119,13 @@ fn play(fault: &str) -> ExitCode {
         let script = Script::default();
         let (engine, adapters) = tiny::engine(Fake::new(script.clone()), folder.path(), 1 << 20);
         let supervisor = Supervisor::ending_the_process().unwrap();
+        let (victim, kind) = fault.split_once(": ").unwrap_or_default();
+        let supervisor = layered(supervisor, victim.to_owned(), kind.to_owned());
         let socket = folder.path().join("shard.sock");
         let connections = UnixListenerStream::new(UnixListener::bind(&socket).unwrap());
         let rank = Rank { engine, adapters, info: client::info() };
         if fault.starts_with("connections") {
-            let broken = breaking(connections, fault == "connections panic");
+            let broken = breaking(connections, fault.to_owned());
             let served = server::serve(rank, broken, STEP_TIMEOUT, pending(), &supervisor);
             return tokio::select! { served = served => served, () = connect_twice(&socket) => Ok(()) };
         }
@@ -127,16 +139,48 @@ fn play(fault: &str) -> ExitCode {
     panic!("{fault}: the shard lives: {served:?}")
 }
 
-/// One connection, then the end.
+/// One connection, then a fault.
 fn breaking(
     connections: UnixListenerStream,
-    panics: bool,
+    fault: String,
 ) -> impl Stream<Item = io::Result<UnixStream>> + Send + 'static {
     let mut taken = 0;
     connections.map_while(move |connection| {
         taken += 1;
-        assert!(taken == 1 || !panics, "the test's panic in a connection");
-        (taken == 1).then_some(connection)
+        match &*fault {
+            _ if taken == 1 => Some(connection),
+            "connections panic" => panic!("the test's panic in a connection"),
+            "connections hangs" => hang(),
+            _ => None,
+        }
+    })
+}
+
+fn hang() -> ! {
+    loop {
+        std::thread::park();
+    }
+}
+
+/// Has a task fail on SIGUSR1.
+fn layered(supervisor: Supervisor, victim: String, kind: String) -> Supervisor {
+    supervisor.layer(move |name, task| {
+        assert!(["gRPC server", "step streams"].contains(&name), "no test kills {name}");
+        if name != victim {
+            return task;
+        }
+        let (kind, mut told) = (kind.clone(), signal(SignalKind::user_defined1()).unwrap());
+        Box::pin(async move {
+            tokio::select! {
+                () = task => return,
+                told = told.recv() => told.unwrap(),
+            }
+            match &*kind {
+                "panics" => panic!("the test's panic"),
+                "hangs" => hang(),
+                _ => {}
+            }
+        })
     })
 }
 
@@ -180,10 +224,15 @@ async fn provoke(fault: &str, script: &Script, socket: &Path) {
         "step hangs" => script.fail("embed", Fault::Hang),
         "load hangs" => script.fail("load", Fault::Hang),
         "device hangs" | "attach hangs" => script.hold(),
-        _ => panic!("an unknown fault"),
+        _ => assert!(fault.contains(": "), "an unknown fault"),
     }
     let before = script.marks();
     eprintln!("{NOW}");
+    if fault.contains(": ") {
+        let id = std::process::id().to_string();
+        assert!(Command::new("kill").args(["-USR1", &id]).status().unwrap().success());
+        return pending().await;
+    }
     steps.send(Step { load, ..client::first_step(1) }).await.unwrap();
     if fault == "attach hangs" {
         while script.marks() < before + 2 {

@@ -7,7 +7,6 @@ use std::{
 };
 
 use config::RouterConfig;
-use lifecycle::Pulse;
 use scheduler::{FailReason, Finish, Request, RequestId, Sampled, Scheduler, Stats};
 use tokio::{task::yield_now, time::MissedTickBehavior};
 
@@ -77,22 +76,19 @@ impl Batcher {
         self.begun.elapsed()
     }
 
-    /// Runs until nobody can send a job any more, or until the session fails. Work between two waits is `pulse`'s.
-    pub(super) async fn run(&mut self, inbox: &mut Inbox, pulse: &Pulse) -> Result<(), RankError> {
+    /// Runs until nobody can send a job any more, or until the session fails.
+    pub(super) async fn run(&mut self, inbox: &mut Inbox) -> Result<(), RankError> {
         let mut tick = tokio::time::interval(TICK.min(self.deadlines.step / 4));
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            pulse.busy();
             self.handle_cancels(inbox);
             self.send_steps()?;
-            pulse.idle();
             let input = tokio::select! {
                 submit = inbox.submits.recv() => Input::Submit(submit),
                 () = inbox.cancels.added.notified() => Input::Cancel,
                 event = self.group.next() => Input::Event(event?),
                 _ = tick.tick() => Input::Tick,
             };
-            pulse.busy();
             match input {
                 Input::Submit(None) => return Ok(()),
                 Input::Submit(Some(submit)) => {

@@ -9,9 +9,8 @@ use std::{
 
 use config::RouterConfig;
 use futures::future::{select_all, try_join_all};
-use lifecycle::{Pulse, Supervisor};
+use lifecycle::Supervisor;
 use tokio::{
-    runtime::Builder,
     sync::{mpsc, watch},
     time::sleep,
 };
@@ -66,26 +65,14 @@ pub(super) fn start(
     supervisor: &Supervisor,
 ) -> io::Result<()> {
     let limit = config.step_timeout.unwrap_or(LEAST_STEP_TIMEOUT);
-    run_on_thread(supervisor, limit, async move |pulse| {
+    supervisor.runtime(NAME, limit, async move {
         let connector = Connector { ranks: Ranks::new(&sockets), config, readiness, metrics, session: 0 };
-        serve(connector, inbox, &pulse).await;
-    })
-}
-
-/// Runs the engine on a thread and a runtime of its own, under supervision. Its pulse may be busy for as long as
-/// `limit`.
-fn run_on_thread(
-    supervisor: &Supervisor,
-    limit: Duration,
-    engine: impl AsyncFnOnce(Pulse) + Send + 'static,
-) -> io::Result<()> {
-    let runtime = Builder::new_current_thread().enable_all().build()?;
-    let pulse = supervisor.watch(NAME, limit);
-    supervisor.thread(NAME, move || runtime.block_on(engine(pulse)))?;
+        serve(connector, inbox).await;
+    })?;
     Ok(())
 }
 
-async fn serve(mut connector: Connector, mut inbox: Inbox, pulse: &Pulse) {
+async fn serve(mut connector: Connector, mut inbox: Inbox) {
     loop {
         let (group, deadlines) = tokio::select! {
             attached = connector.connect() => attached,
@@ -99,7 +86,7 @@ async fn serve(mut connector: Connector, mut inbox: Inbox, pulse: &Pulse) {
         connector.readiness.send_replace(Readiness::Ready(info.clone()));
         connector.greet(&info);
         let ended = tokio::select! {
-            ended = batcher.run(&mut inbox, pulse) => ended,
+            ended = batcher.run(&mut inbox) => ended,
             error = heartbeats(&connector.ranks, deadlines.step) => Err(error),
         };
         let reason = ended.as_ref().err().map_or_else(|| "the server stops".into(), ToString::to_string);
@@ -212,42 +199,7 @@ async fn beat(ranks: &Ranks, rank: usize, limit: Duration) -> Result<(), RankErr
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc::{Receiver, sync_channel};
-
-    use lifecycle::Failure;
-
     use super::*;
-
-    fn run(engine: impl AsyncFnOnce(Pulse) + Send + 'static) -> (Supervisor, Receiver<Failure>) {
-        let (report, failures) = sync_channel(4);
-        let supervisor = Supervisor::reporting_to(move |failure| report.try_send(failure).unwrap()).unwrap();
-        run_on_thread(&supervisor, Duration::from_millis(200), engine).unwrap();
-        (supervisor, failures)
-    }
-
-    fn failure(failures: &Receiver<Failure>) -> Failure {
-        failures.recv_timeout(Duration::from_secs(30)).unwrap()
-    }
-
-    #[test]
-    fn an_engine_that_panics_returns_or_hangs_is_reported_by_name() {
-        let (_supervisor, failures) = run(async |_| panic!("a bug"));
-        assert_eq!(failure(&failures).to_string(), "engine panicked: a bug");
-        let (_supervisor, failures) = run(async |_| {
-            tokio::task::yield_now().await;
-            panic!("a late bug")
-        });
-        assert_eq!(failure(&failures).to_string(), "engine panicked: a late bug");
-        let (_supervisor, failures) = run(async |_| {});
-        assert_eq!(failure(&failures), Failure::Returned { name: NAME.into() });
-        let (go_on, gone_on) = sync_channel::<()>(0);
-        let (_supervisor, failures) = run(async move |pulse| {
-            pulse.busy();
-            _ = gone_on.recv();
-        });
-        assert!(matches!(failure(&failures), Failure::Overdue { name, .. } if &*name == NAME));
-        drop(go_on);
-    }
 
     #[test]
     fn session_numbers_grow_whatever_the_clock_does() {

@@ -18,27 +18,22 @@ use hyper_util::{
     server::{conn::auto, graceful::GracefulShutdown},
     service::TowerToHyperService,
 };
-use lifecycle::{Pulse, Supervisor};
+use lifecycle::Supervisor;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
-    task::JoinHandle,
-    time::{MissedTickBehavior, interval, sleep, timeout},
+    time::{sleep, timeout},
 };
 use tower::ServiceExt;
 
 use super::{
-    App,
+    App, longest_poll,
     slots::{NoSlot, Slots},
     socket::{Peer, Socket, client},
 };
 
 /// Name of the accept loop in the log.
 const NAME: &str = "accept loop";
-/// The longest time between two of its turns; it comes round whether or not somebody connects.
-const TURN: Duration = Duration::from_millis(100);
-/// Time in which a turn must come, unless `--step-timeout` is set.
-const LONGEST_TURN: Duration = Duration::from_secs(10);
 /// Pause after a connection could not be accepted, as when there are too many open files.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -83,8 +78,8 @@ pub async fn serve(
         new: Arc::new(Semaphore::new(NEW)),
         connections: GracefulShutdown::new(),
     };
-    supervisor.task("start-up", started(app.clone()));
-    let limit = config.step_timeout.unwrap_or(LONGEST_TURN);
+    let limit = longest_poll(config);
+    supervisor.task("start-up", limit, started(app.clone()));
     let stopping = app.clone();
     let stop = async move {
         stop.await;
@@ -92,25 +87,14 @@ pub async fn serve(
         sleep(stopping.config.router.shutdown_delay).await;
     };
     let deadline = config.shutdown_deadline;
-    let serving = supervise(supervisor, limit, async move |pulse| {
-        server.accept(listener, stop, &pulse).await;
-        pulse.idle();
+    let serving = supervisor.task(NAME, limit, async move {
+        server.accept(listener, stop).await;
         if timeout(deadline, server.connections.shutdown()).await.is_err() {
             tracing::warn!("streams did not finish within {} s", deadline.as_secs_f64());
         }
     });
     // If it panicked, the supervisor has been told.
     let _ = serving.await;
-}
-
-/// Runs the accept loop under supervision. It must beat within `limit` all the time that it does not say it is idle.
-fn supervise<F: Future<Output = ()> + Send + 'static>(
-    supervisor: &Supervisor,
-    limit: Duration,
-    accept_loop: impl FnOnce(Pulse) -> F,
-) -> JoinHandle<()> {
-    let pulse = supervisor.watch(NAME, limit);
-    supervisor.task(NAME, accept_loop(pulse))
 }
 
 /// Notes that the model could answer once.
@@ -131,18 +115,12 @@ struct Server {
 }
 
 impl Server {
-    /// Accepts connections until `stop`. As this beats from turn to turn, a runtime whose threads are all blocked is
-    /// found out, too.
-    async fn accept(&self, listener: TcpListener, stop: impl Future<Output = ()>, pulse: &Pulse) {
+    /// Accepts connections until `stop`.
+    async fn accept(&self, listener: TcpListener, stop: impl Future<Output = ()>) {
         let mut stop = pin!(stop);
-        let mut turns = interval(TURN);
-        turns.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        pulse.busy();
         loop {
-            pulse.beat();
             let accepted = tokio::select! {
                 accepted = self.accept_one(&listener) => accepted,
-                _ = turns.tick() => continue,
                 () = &mut stop => break,
             };
             match accepted {
@@ -151,9 +129,7 @@ impl Server {
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(error) => {
                     tracing::error!("no connection can be accepted: {error}");
-                    pulse.idle();
                     sleep(RETRY).await;
-                    pulse.busy();
                 }
             }
         }
@@ -261,30 +237,6 @@ mod tests {
         (Supervisor::reporting_to(move |failure| report.try_send(failure).unwrap()).unwrap(), failures)
     }
 
-    #[test]
-    fn an_accept_loop_that_panics_returns_or_hangs_is_reported_by_name() {
-        let runtime =
-            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let _entered = runtime.enter();
-        let (supervisor, failures) = reporting();
-        let limit = Duration::from_millis(300);
-        let failure = || failures.recv_timeout(Duration::from_secs(30)).unwrap();
-        supervise(&supervisor, limit, async |_| panic!("a bug"));
-        assert_eq!(failure().to_string(), "accept loop panicked: a bug");
-        supervise(&supervisor, limit, async |_| {
-            tokio::task::yield_now().await;
-            panic!("a late bug")
-        });
-        assert_eq!(failure().to_string(), "accept loop panicked: a late bug");
-        supervise(&supervisor, limit, async |_| {});
-        assert_eq!(failure(), Failure::Returned { name: NAME.into() });
-        supervise(&supervisor, limit, async |pulse: Pulse| {
-            pulse.busy();
-            pending().await
-        });
-        assert!(matches!(failure(), Failure::Overdue { name, .. } if &*name == NAME));
-    }
-
     async fn ask(address: std::net::SocketAddr, path: &str) -> String {
         let mut stream = TcpStream::connect(address).await.unwrap();
         let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
@@ -311,8 +263,8 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (stop, stopped) = oneshot::channel::<()>();
-        let serving = supervise(&supervisor, Duration::from_secs(30), async move |pulse| {
-            server.accept(listener, async { _ = stopped.await }, &pulse).await;
+        let serving = supervisor.task(NAME, Duration::from_secs(30), async move {
+            server.accept(listener, async { _ = stopped.await }).await;
         });
         // More of them than there are slots.
         for _ in 0..6 {

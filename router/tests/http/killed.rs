@@ -1,9 +1,8 @@
 //! Tasks and threads that come to harm while the router runs.
 //!
-//! What a test cannot reach from outside is killed beside its code: the engine in `engine/serve.rs`, the accept loop
-//! and the task of a connection in `server/connections.rs`, work for requests in `workers.rs`. All other tasks run
-//! under the same supervisor, which `lifecycle` tests with tasks and threads that panic, return and hang, in a
-//! process of its own, too. The connections to shards are broken in `failures.rs` and `ranks.rs`.
+//! The tasks of the router are killed in `tests/tasks.rs`, in a process of its own. What a test cannot reach from
+//! outside is killed beside its code: the task of a connection in `server/connections.rs`, and work for requests in
+//! `workers.rs`. The connections to shards are broken in `failures.rs` and `ranks.rs`.
 
 use std::{fs, sync::mpsc::sync_channel, time::Duration};
 
@@ -20,7 +19,7 @@ use crate::{
 
 /// All of a runtime's threads are blocked, as by work that belongs on another thread.
 #[test]
-fn threads_that_are_blocked_are_reported_as_the_accept_loop_that_they_hold_up() {
+fn threads_that_are_blocked_are_reported_with_a_task_that_they_hold_up() {
     let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let limit = Duration::from_secs(1);
     let router = runtime.block_on(Router::start_with(Script::saying(tokens("a")), |config| {
@@ -46,7 +45,7 @@ fn threads_that_are_blocked_are_reported_as_the_accept_loop_that_they_hold_up() 
         timeout(PATIENCE, found).await.unwrap();
     });
     let failure = failures.lock().unwrap()[0].clone();
-    assert!(matches!(&failure, Failure::Overdue { name, .. } if &**name == "accept loop"), "{failure}");
+    assert!(matches!(&failure, Failure::HeldUp { age, .. } if *age > limit), "{failure}");
     drop(go_on);
 }
 
