@@ -176,6 +176,11 @@ impl Supervisor {
         self.watchdog.watch(name.into(), limit)
     }
 
+    /// Reports a failure that somebody else has found.
+    pub fn report(&self, failure: Failure) {
+        (self.reports.report)(failure);
+    }
+
     /// From now on tasks and threads may return. A panic is a failure still, and so is a task that is overdue.
     pub fn stopping(&self) {
         self.reports.stopping.store(true, Relaxed);

@@ -6,6 +6,7 @@
 mod engine;
 mod http;
 mod outcome;
+mod workers;
 
 use std::{sync::Arc, time::Duration};
 
@@ -24,6 +25,7 @@ pub(crate) use engine::{Capacity, EngineMetrics, PrepareMetrics, StepTokens};
 pub(crate) use http::observe;
 use outcome::OutcomeMetrics;
 pub(crate) use outcome::{End, Outcome};
+pub(crate) use workers::WorkerMetrics;
 
 /// Time between two sortings of recorded durations into their buckets; until then each takes 16 bytes.
 const UPKEEP: Duration = Duration::from_secs(1);
@@ -86,6 +88,16 @@ impl Metrics {
         with_local_recorder(&self.recorder, PrepareMetrics::new)
     }
 
+    /// The metrics of work for requests.
+    pub(crate) fn workers(&self) -> WorkerMetrics {
+        with_local_recorder(&self.recorder, WorkerMetrics::new)
+    }
+
+    /// All of them in Prometheus' text format.
+    pub(crate) fn render(&self) -> String {
+        self.page.render()
+    }
+
     /// Puts recorded durations into their buckets from time to time, for ever.
     pub(crate) async fn upkeep(self: Arc<Metrics>) {
         let mut ticks = tokio::time::interval(UPKEEP);
@@ -99,5 +111,5 @@ impl Metrics {
 
 /// `GET /metrics`
 pub(crate) async fn page(State(app): State<Arc<App>>) -> Response {
-    ([(CONTENT_TYPE, TEXT_FORMAT)], app.metrics.page.render()).into_response()
+    ([(CONTENT_TYPE, TEXT_FORMAT)], app.metrics.render()).into_response()
 }

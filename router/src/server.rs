@@ -36,7 +36,7 @@ use crate::{
     permits::Permits,
     tokenizer::{ModelTokenizer, TokenizerError},
     wire::Info,
-    workers::Workers,
+    workers::{self, Workers},
 };
 use bodies::Bodies;
 pub use connections::serve;
@@ -107,7 +107,7 @@ pub struct App {
     pub(crate) permits: Permits,
     /// Permits of requests whose adapters are being prepared.
     preparing: Permits,
-    pub(crate) workers: Workers,
+    pub(crate) workers: Arc<Workers>,
     bodies: Bodies,
     keys: Arc<Keys>,
     /// The model could answer at least once.
@@ -133,6 +133,8 @@ impl App {
         supervisor.task("key file watcher", limit, keys.clone().watch());
         let metrics = Arc::new(Metrics::new()?);
         supervisor.task("metrics upkeep", limit, metrics.clone().upkeep());
+        let workers = Arc::new(Workers::new(router.validation_workers, limit, metrics.workers()));
+        supervisor.task(workers::NAME, limit, workers.clone().watch(supervisor.clone()));
         Ok(Arc::new(App {
             chat,
             tokenizer: Arc::new(tokenizer),
@@ -140,7 +142,7 @@ impl App {
             metrics,
             permits: Permits::new(router.max_concurrent_requests),
             preparing: Permits::new(router.max_concurrent_requests.max(MIN_PREPARING)),
-            workers: Workers::new(router.validation_workers),
+            workers,
             bodies: Bodies::new(
                 router.max_body_memory as usize,
                 router.max_body_size as usize,

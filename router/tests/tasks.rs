@@ -43,8 +43,15 @@ const ARMED: &str = "the task is armed";
 const STARTED: &str = "the test sees ";
 
 /// All tasks of a router.
-const TASKS: [&str; 6] =
-    ["accept loop", "engine", "key file watcher", "metrics upkeep", "start-up", "start-up message"];
+const TASKS: [&str; 7] = [
+    "accept loop",
+    "engine",
+    "key file watcher",
+    "metrics upkeep",
+    "start-up",
+    "start-up message",
+    "validation workers",
+];
 /// Every fault, and what the log says of it after the task's name.
 const FAULTS: [(&str, &str); 3] = [
     ("panics", " panicked: the test's panic: ending the process"),

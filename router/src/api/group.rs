@@ -151,7 +151,7 @@ impl App {
             return tokenize(tokenizer, request, &limits);
         }
         let work = move || tokenize(tokenizer, request, &limits);
-        self.workers.run(&caller.principal, work).await?
+        self.workers.run("tokenizing", &caller.principal, work).await?
     }
 
     async fn start_sequence(

@@ -62,7 +62,7 @@ pub(crate) async fn chat_completions(
             let (app, caller) = (app.clone(), caller.clone());
             move || body.into_group(&app, &caller)
         };
-        let (request, options) = app.workers.run(&caller.principal, render).await??;
+        let (request, options) = app.workers.run("rendering of a chat", &caller.principal, render).await??;
         let fold = move |index| ChatFold::new(index, options.logprobs);
         respond(&app, &caller, request, &options, fold).await
     };

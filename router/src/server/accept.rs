@@ -61,7 +61,7 @@ async fn accept<T: Body>(mut request: Request, app: &App) -> Result<Accepted<T>,
     connection.body_was_read();
     // The memory of the text is given back when it has been parsed.
     let body = if text.bytes.len() > LARGE_JSON {
-        app.workers.run(&caller.principal, move || json::parse(&text.bytes)).await?
+        app.workers.run("parsing of a body", &caller.principal, move || json::parse(&text.bytes)).await?
     } else {
         json::parse(&text.bytes)
     };
