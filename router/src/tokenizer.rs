@@ -1,8 +1,11 @@
 //! Reads the model's tokenizer, special tokens and chat templates from a folder or from a GGUF file.
 
 mod bytes;
+mod from_folder;
 mod from_gguf;
+mod post_processor;
 mod special_tokens;
+mod splits;
 mod templates;
 
 use std::{
@@ -51,6 +54,50 @@ pub enum TokenizerError {
         /// The supported values.
         known: &'static str,
     },
+    /// A file that a vocabulary is read from is not valid.
+    #[error("{}: {source}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: tokenizers::Error,
+    },
+    /// There is no file to build the tokenizer from.
+    #[error("{}: there is neither a tokenizer.json nor {files} for a {class}", folder.display())]
+    Missing {
+        /// The model's folder.
+        folder: PathBuf,
+        /// The files that would do.
+        files: &'static str,
+        /// transformers' class of the tokenizer.
+        class: &'static str,
+    },
+    /// The class does not read such a file.
+    #[error("{}: no {class} can be built from this file", path.display())]
+    Kind {
+        /// The file.
+        path: PathBuf,
+        /// transformers' class of the tokenizer.
+        class: &'static str,
+    },
+    /// The class is built from nothing but a tokenizer.json.
+    #[error("{}: tokenizer_class {class:?} is not supported without a tokenizer.json", folder.display())]
+    Class {
+        /// The model's folder.
+        folder: PathBuf,
+        /// The class, as the configuration names it.
+        class: String,
+    },
+    /// A setting of a sentencepiece model that is not supported.
+    #[error("{}: {field} {value} is not supported", path.display())]
+    Sentencepiece {
+        /// The model's file.
+        path: PathBuf,
+        /// The setting.
+        field: &'static str,
+        /// Its value.
+        value: String,
+    },
     /// The tokenizers library refused the definition.
     #[error("{0}")]
     Definition(#[source] tokenizers::Error),
@@ -76,7 +123,7 @@ impl ModelTokenizer {
     pub fn load(model: &Path, given: Option<&Path>) -> Result<ModelTokenizer, TokenizerError> {
         let given = given.map(json).transpose().map_err(|error| TokenizerError::Given(Box::new(error)))?;
         if !model.is_file() {
-            return from_folder(model, given.as_ref());
+            return from_folder::load(model, given.as_ref());
         }
         let mut found = from_gguf::load(model)?;
         if let Some(config) = &given {
@@ -103,9 +150,11 @@ impl ModelTokenizer {
     }
 
     fn new(tokenizer: Tokenizer) -> ModelTokenizer {
-        let added = tokenizer.get_added_tokens_decoder();
+        let added = tokenizer.get_added_tokens_decoder().into_iter();
+        // A token may be made special after it was added.
+        let is_special = |text: &str| tokenizer.get_added_vocabulary().is_special_token(text);
         ModelTokenizer {
-            added: added.into_iter().map(|(id, token)| (id, token.special)).collect(),
+            added: added.map(|(id, token)| (id, is_special(&token.content))).collect(),
             bytes: TokenBytes::new(&tokenizer),
             tokenizer,
             chat_templates: BTreeMap::new(),
@@ -164,27 +213,4 @@ fn json_if_exists(path: &Path) -> Result<Option<Value>, TokenizerError> {
         Err(TokenizerError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }
-}
-
-/// A folder in Hugging Face's layout, with `given` in place of its tokenizer_config.json.
-fn from_folder(folder: &Path, given: Option<&Value>) -> Result<ModelTokenizer, TokenizerError> {
-    let path = folder.join("tokenizer.json");
-    let text = fs::read(&path).map_err(|source| TokenizerError::Io { path, source })?;
-    let mut tokenizer = Tokenizer::from_bytes(text).map_err(TokenizerError::Definition)?;
-    // The router limits lengths itself, and a file may ask for truncation or padding.
-    tokenizer.with_truncation(None).map_err(TokenizerError::Definition)?;
-    tokenizer.with_padding(None);
-    let mut found = ModelTokenizer::new(tokenizer);
-    let own = match given {
-        Some(_) => None,
-        None => json_if_exists(&folder.join("tokenizer_config.json"))?,
-    };
-    let config = given.or(own.as_ref()).unwrap_or(&Value::Null);
-    found.special_tokens = special_tokens::from_folder(folder, config, found.bytes.is_byte_level())?;
-    found.chat_templates = templates::from_folder(folder, config)?;
-    if let Some(given) = given {
-        found.take_templates(given);
-    }
-    found.end_at_eos_token();
-    Ok(found)
 }

@@ -38,11 +38,6 @@ impl TokenBytes {
         TokenBytes(steps)
     }
 
-    /// Returns whether the vocabulary is written in characters that stand for bytes.
-    pub(super) fn is_byte_level(&self) -> bool {
-        self.0.iter().any(|step| matches!(step, Step::ByteLevel(_)))
-    }
-
     /// The bytes of an entry. Added tokens are kept as they are by byte-level vocabularies, whose alphabet they do not
     /// use, and special tokens by all.
     pub(super) fn of(&self, entry: String, added: bool, special: bool) -> Vec<u8> {
@@ -100,12 +95,19 @@ fn collect(decoder: &Value, steps: &mut Vec<Step>) {
     }
 }
 
-/// GPT-2's table: printable bytes of Latin-1 stand for themselves, the others for the characters from U+0100 on.
+/// The byte that each character stands for.
 fn byte_level_alphabet() -> HashMap<char, u8> {
-    let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
-    let (itself, moved): (Vec<u8>, Vec<u8>) = (0..=255).partition(|byte| printable(*byte));
-    let moved = ('\u{100}'..).zip(moved);
-    itself.into_iter().map(|byte| (char::from(byte), byte)).chain(moved).collect()
+    byte_level_letters().into_iter().zip(0..=u8::MAX).collect()
+}
+
+/// GPT-2's table, the character of each byte: printable bytes of Latin-1 stand for themselves, the others for the
+/// characters from U+0100 on.
+pub(super) fn byte_level_letters() -> [char; 256] {
+    let mut more = '\u{100}'..;
+    std::array::from_fn(|byte| match u8::try_from(byte) {
+        Ok(byte @ (b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF)) => char::from(byte),
+        _ => more.next().unwrap_or_default(),
+    })
 }
 
 /// The byte of an entry such as `<0xE2>`.

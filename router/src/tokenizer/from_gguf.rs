@@ -8,7 +8,7 @@ use gguf::Gguf;
 use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer;
 
-use super::{ModelTokenizer, TokenizerError, special_tokens, templates};
+use super::{ModelTokenizer, TokenizerError, post_processor, special_tokens, splits, templates};
 
 /// ggml's `token_type` of the token that stands for unknown text.
 const UNKNOWN: i32 = 2;
@@ -16,9 +16,6 @@ const UNKNOWN: i32 = 2;
 const CONTROL: i32 = 3;
 /// ggml's `token_type` of a token that was added to a trained vocabulary.
 const USER_DEFINED: i32 = 4;
-
-/// The regular expression by which Llama 3's tokenizer splits text, from its published tokenizer.json.
-const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// Writes the metadata as a tokenizer.json and lets the tokenizers library read that.
 pub(super) fn load(path: &Path) -> Result<ModelTokenizer, TokenizerError> {
@@ -74,8 +71,8 @@ fn byte_level(file: &Gguf, tokens: &[String]) -> Result<Value, TokenizerError> {
         "padding": null,
         "normalizer": null,
         "pre_tokenizer": pre_tokenizer,
-        "post_processor": post_processor(file, tokens, adds_bos)?,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
+        "post_processor": around(file, tokens, adds_bos)?,
+        "decoder": splits::bytes_decoder(),
         "model": {
             "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
             "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
@@ -85,7 +82,7 @@ fn byte_level(file: &Gguf, tokens: &[String]) -> Result<Value, TokenizerError> {
 }
 
 /// The post-processor, which adds BOS and EOS to a text. `adds_bos` applies where the file does not say.
-fn post_processor(file: &Gguf, tokens: &[String], adds_bos: bool) -> Result<Value, TokenizerError> {
+fn around(file: &Gguf, tokens: &[String], adds_bos: bool) -> Result<Value, TokenizerError> {
     let token = |adds: &str, default: bool, id: &str| -> Result<Option<(&str, u32)>, TokenizerError> {
         let adds = file.get(adds)?.unwrap_or(default);
         let id: Option<u32> = file.get(id)?.filter(|_| adds);
@@ -93,36 +90,15 @@ fn post_processor(file: &Gguf, tokens: &[String], adds_bos: bool) -> Result<Valu
     };
     let bos = token("tokenizer.ggml.add_bos_token", adds_bos, "tokenizer.ggml.bos_token_id")?;
     let eos = token("tokenizer.ggml.add_eos_token", false, "tokenizer.ggml.eos_token_id")?;
-    let around = |sequence: &str| -> Vec<Value> {
-        let special = |token: Option<(&str, u32)>| {
-            token.map(|(text, _)| json!({"SpecialToken": {"id": text, "type_id": 0}}))
-        };
-        let sequence = json!({"Sequence": {"id": sequence, "type_id": 0}});
-        special(bos).into_iter().chain([sequence]).chain(special(eos)).collect()
-    };
-    let special: Map<String, Value> = bos
-        .into_iter()
-        .chain(eos)
-        .map(|(text, id)| (text.to_owned(), json!({"id": text, "ids": [id], "tokens": [text]})))
-        .collect();
-    let pair = [around("A"), around("B")].concat();
-    Ok(json!({"type": "TemplateProcessing", "single": around("A"), "pair": pair, "special_tokens": special}))
+    Ok(post_processor::around(bos, eos))
 }
 
 /// The pre-tokenizer, which splits text before merging, and whether it is Llama 3's.
 fn pre_tokenizer(name: &str) -> Result<(Value, bool), TokenizerError> {
-    let byte_level = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
-    let sequence =
-        |first: Value, second: Value| json!({"type": "Sequence", "pretokenizers": [first, second]});
     Ok(match name {
-        "gpt-2" => (byte_level(true), false),
-        "smollm" => (sequence(json!({"type": "Digits", "individual_digits": true}), byte_level(true)), false),
-        "llama-bpe" | "llama3" | "llama-v3" => {
-            let split = json!({
-                "type": "Split", "pattern": {"Regex": LLAMA3_SPLIT}, "behavior": "Isolated", "invert": false,
-            });
-            (sequence(split, byte_level(false)), true)
-        }
+        "gpt-2" => (splits::gpt2(false), false),
+        "smollm" => (splits::smollm(), false),
+        "llama-bpe" | "llama3" | "llama-v3" => (splits::by_regex(splits::LLAMA3, false), true),
         other => {
             let (key, known) = ("tokenizer.ggml.pre", "gpt-2, smollm, llama-bpe");
             return Err(TokenizerError::Unsupported { key, value: other.into(), known });

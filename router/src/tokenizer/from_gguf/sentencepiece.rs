@@ -5,7 +5,7 @@ use std::{cmp::Reverse, collections::HashMap};
 use gguf::Gguf;
 use serde_json::{Value, json};
 
-use super::{TokenizerError, post_processor};
+use super::{TokenizerError, around};
 
 /// The character that sentencepiece writes in place of a space.
 const SPACE: &str = "\u{2581}";
@@ -32,7 +32,7 @@ pub(super) fn definition(file: &Gguf, tokens: &[String]) -> Result<Value, Tokeni
             "type": "Metaspace", "replacement": SPACE, "split": false,
             "prepend_scheme": if prefix { "first" } else { "never" },
         },
-        "post_processor": post_processor(file, tokens, true)?,
+        "post_processor": around(file, tokens, true)?,
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": {
             "type": "BPE", "dropout": null, "unk_token": unknown, "continuing_subword_prefix": null,
