@@ -28,6 +28,7 @@ use crate::{
     metrics::{End, Metrics, Outcome, PrepareMetrics},
     permits::Permit,
     ranks::{PrepareError, Ranks},
+    server::longest_poll,
     wire::Info,
 };
 
@@ -145,7 +146,7 @@ impl Engine {
         let (readiness, watched) =
             watch::channel(Readiness::NotReady("the ranks have not been asked".into()));
         let cancels = Arc::new(Cancels::default());
-        let ranks = Ranks::new(&sockets);
+        let ranks = Ranks::new(&sockets, longest_poll(config));
         let inbox = serve::Inbox { submits: received, cancels: cancels.clone() };
         let engine_metrics = Arc::new(metrics.engine());
         serve::start(sockets, config.clone(), inbox, (readiness, engine_metrics), supervisor)?;

@@ -34,6 +34,9 @@ pub(crate) use merge::InfoError;
 /// Largest message. The largest ones are steps that add many long prompts.
 const MAX_MESSAGE: usize = 64 << 20;
 
+/// Time between two pings over a connection.
+const PING: Duration = Duration::from_millis(500);
+
 /// The reason that a session with the ranks has ended, or could not begin.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum RankError {
@@ -167,17 +170,18 @@ impl From<Status> for PrepareError {
     }
 }
 
-/// Clients of all ranks. Connections are made, and made again, when they are needed; they belong to the runtime on
-/// which the clients were made.
+/// Clients of all ranks. Connections are made, and made again, when they are needed, and one that does not answer a ping
+/// is given up; they belong to the runtime on which the clients were made.
 #[derive(Clone)]
 pub(crate) struct Ranks {
     clients: Vec<ShardClient<Channel>>,
 }
 
 impl Ranks {
-    /// The shards at these sockets, in the order of their ranks. Must be called on a runtime.
-    pub(crate) fn new(sockets: &[PathBuf]) -> Ranks {
-        Ranks { clients: sockets.iter().map(|socket| client(socket)).collect() }
+    /// The shards at these sockets, in the order of their ranks, which must answer pings within `limit`. Must be called
+    /// on a runtime.
+    pub(crate) fn new(sockets: &[PathBuf], limit: Duration) -> Ranks {
+        Ranks { clients: sockets.iter().map(|socket| client(socket, limit)).collect() }
     }
 
     /// The number of ranks.
@@ -260,14 +264,16 @@ fn same_content(id: &str, prepared: Vec<Adapter>) -> Result<Adapter, PrepareErro
     Ok(adapter)
 }
 
-fn client(socket: &Path) -> ShardClient<Channel> {
+fn client(socket: &Path, limit: Duration) -> ShardClient<Channel> {
     let socket: PathBuf = socket.into();
     let connect = service_fn(move |_: Uri| {
         let socket = socket.clone();
         async move { UnixStream::connect(socket).await.map(TokioIo::new) }
     });
     // The connector knows the socket, so the address is not looked at.
-    let channel = Endpoint::from_static("http://shard").connect_with_connector_lazy(connect);
+    let endpoint = Endpoint::from_static("http://shard").http2_keep_alive_interval(PING);
+    let endpoint = endpoint.keep_alive_timeout(limit).keep_alive_while_idle(true);
+    let channel = endpoint.connect_with_connector_lazy(connect);
     ShardClient::new(channel).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE)
 }
 

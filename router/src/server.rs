@@ -49,7 +49,7 @@ const MIN_PREPARING: usize = 256;
 /// connections that come all at once.
 const BACKLOG: u32 = 8192;
 
-/// Time in which a poll of a task must return, unless `--step-timeout` is set.
+/// The same, unless `--step-timeout` is set.
 const LONGEST_POLL: Duration = Duration::from_secs(10);
 
 /// The reason that the router could not start.
@@ -179,7 +179,7 @@ impl App {
     }
 }
 
-/// Time in which a poll of a task must return: `--step-timeout` if it is set.
+/// Time in which a poll of a task must return, and a ping be answered: `--step-timeout` if it is set.
 pub(crate) fn longest_poll(config: &RouterConfig) -> Duration {
     config.step_timeout.unwrap_or(LONGEST_POLL)
 }

@@ -20,6 +20,7 @@ use crate::{
     generation::{Failure, Update},
     metrics::{End, EngineMetrics},
     ranks::{Group, RankError, Ranks},
+    server::longest_poll,
     wire::Info,
 };
 
@@ -64,9 +65,10 @@ pub(super) fn start(
     (readiness, metrics): (watch::Sender<Readiness>, Arc<EngineMetrics>),
     supervisor: &Supervisor,
 ) -> io::Result<()> {
-    let limit = config.step_timeout.unwrap_or(LEAST_STEP_TIMEOUT);
+    let limit = longest_poll(&config);
     supervisor.runtime(NAME, limit, async move {
-        let connector = Connector { ranks: Ranks::new(&sockets), config, readiness, metrics, session: 0 };
+        let connector =
+            Connector { ranks: Ranks::new(&sockets, limit), config, readiness, metrics, session: 0 };
         serve(connector, inbox).await;
     })?;
     Ok(())

@@ -70,6 +70,7 @@ pub async fn serve(
 ) {
     let config = &app.config.router;
     let slots = Slots::new(bound(config.max_connections), config.connections_per_address());
+    let limit = longest_poll(config);
     let server = Server {
         regular: builder(HEAD, true),
         reserved: builder(RESERVED_HEAD, false),
@@ -77,8 +78,9 @@ pub async fn serve(
         slots,
         new: Arc::new(Semaphore::new(NEW)),
         connections: GracefulShutdown::new(),
+        supervisor: supervisor.clone(),
+        limit,
     };
-    let limit = longest_poll(config);
     supervisor.task("start-up", limit, started(app.clone()));
     let stopping = app.clone();
     let stop = async move {
@@ -112,6 +114,9 @@ struct Server {
     slots: Arc<Slots>,
     new: Arc<Semaphore>,
     connections: GracefulShutdown,
+    supervisor: Supervisor,
+    /// Time in which a poll of a connection must return.
+    limit: Duration,
 }
 
 impl Server {
@@ -179,9 +184,11 @@ impl Server {
                 Poll::Pending => served.await,
             }
         };
+        // A handler that blocks its thread holds up other connections.
+        let pulse = self.supervisor.watch(format!("connection from {address}"), self.limit);
         tokio::spawn(async move {
-            // A fault in a handler ends its own connection.
-            match AssertUnwindSafe(served).catch_unwind().await {
+            // A panic in a handler ends its own connection.
+            match AssertUnwindSafe(pulse.polls(served)).catch_unwind().await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::debug!("a connection: {error}"),
                 Err(_) => tracing::error!("the task of a connection from {address} panicked"),
@@ -247,34 +254,68 @@ mod tests {
         read.map_or_else(|_| String::new(), |_| answer)
     }
 
-    #[tokio::test]
-    async fn a_panic_in_a_connection_ends_that_connection_alone_and_frees_its_slot() {
-        let (supervisor, failures) = reporting();
-        let slots = Slots::new(4, 4);
-        let panics = get(async || -> &'static str { panic!("a bug in a handler") });
+    /// A server of these routes, and what ends it.
+    async fn start(
+        routes: Router,
+        supervisor: &Supervisor,
+        limit: Duration,
+    ) -> (std::net::SocketAddr, oneshot::Sender<()>) {
         let server = Server {
             regular: builder(HEAD, true),
             reserved: builder(RESERVED_HEAD, false),
-            routes: Router::new().route("/panics", panics).route("/answers", get(async || "well")),
-            slots,
+            routes: routes.route("/answers", get(async || "well")),
+            slots: Slots::new(4, 4),
             new: Arc::new(Semaphore::new(NEW)),
             connections: GracefulShutdown::new(),
+            supervisor: supervisor.clone(),
+            limit,
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (stop, stopped) = oneshot::channel::<()>();
-        let serving = supervisor.task(NAME, Duration::from_secs(30), async move {
+        supervisor.task(NAME, Duration::from_secs(30), async move {
             server.accept(listener, async { _ = stopped.await }).await;
         });
+        (address, stop)
+    }
+
+    #[tokio::test]
+    async fn a_panic_in_a_connection_ends_that_connection_alone_and_frees_its_slot() {
+        let (supervisor, failures) = reporting();
+        let panics = get(async || -> &'static str { panic!("a bug in a handler") });
+        let (address, _stop) =
+            start(Router::new().route("/panics", panics), &supervisor, Duration::from_secs(30)).await;
         // More of them than there are slots.
         for _ in 0..6 {
             assert_eq!(ask(address, "/panics").await, "");
             let answer = ask(address, "/answers").await;
             assert!(answer.starts_with("HTTP/1.1 200 ") && answer.ends_with("well"), "{answer}");
         }
-        supervisor.stopping();
-        drop(stop);
-        timeout(Duration::from_secs(30), serving).await.unwrap().unwrap();
+        assert!(failures.try_recv().is_err());
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_handler_that_blocks_its_thread_is_reported_and_one_that_waits_is_not() {
+        let (supervisor, failures) = reporting();
+        let (go_on, gone_on) = sync_channel::<()>(0);
+        let gone_on = Arc::new(std::sync::Mutex::new(gone_on));
+        let blocks = get(async move || {
+            _ = gone_on.lock().unwrap().recv();
+            "at last"
+        });
+        let routes = Router::new().route("/blocks", blocks).route("/waits", get(pending::<&'static str>));
+        let (address, _stop) = start(routes, &supervisor, Duration::from_millis(300)).await;
+        let _waiting = tokio::spawn(ask(address, "/waits"));
+        let blocked = tokio::spawn(ask(address, "/blocks"));
+        let (failure, failures) =
+            tokio::task::spawn_blocking(move || (failures.recv_timeout(Duration::from_secs(30)), failures))
+                .await
+                .unwrap();
+        let failure = failure.unwrap();
+        let name = "connection from 127.0.0.1";
+        assert!(matches!(&failure, Failure::Overdue { name: it, .. } if &**it == name), "{failure}");
+        drop(go_on);
+        assert!(blocked.await.unwrap().ends_with("at last"));
         assert!(failures.try_recv().is_err());
     }
 }

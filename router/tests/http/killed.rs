@@ -4,11 +4,25 @@
 //! outside is killed beside its code: the task of a connection in `server/connections.rs`, and work for requests in
 //! `workers.rs`. The connections to shards are broken in `failures.rs` and `ranks.rs`.
 
-use std::{fs, sync::mpsc::sync_channel, time::Duration};
+use std::{
+    fs,
+    future::pending,
+    path::PathBuf,
+    sync::{Arc, mpsc::sync_channel},
+    time::{Duration, Instant},
+};
 
 use lifecycle::Failure;
 use serde_json::json;
-use tokio::{process::Command, runtime::Builder, task::spawn_blocking, time::timeout};
+use tokio::{
+    io::copy_bidirectional,
+    net::{UnixListener, UnixStream},
+    process::Command,
+    runtime::Builder,
+    sync::Notify,
+    task::spawn_blocking,
+    time::timeout,
+};
 
 use crate::{
     process::Program,
@@ -47,6 +61,60 @@ fn threads_that_are_blocked_are_reported_with_a_task_that_they_hold_up() {
     let failure = failures.lock().unwrap()[0].clone();
     assert!(matches!(&failure, Failure::HeldUp { age, .. } if *age > limit), "{failure}");
     drop(go_on);
+}
+
+/// Passes connections on to a shard. Each time it is told to freeze, those that are open stay open, and nothing passes
+/// through them any more.
+async fn relay(at: PathBuf, shard: PathBuf, freeze: Arc<Notify>) {
+    let listener = UnixListener::bind(at).unwrap();
+    loop {
+        // Kept until the runtime ends.
+        let frozen = Arc::new(Notify::new());
+        loop {
+            tokio::select! {
+                near = listener.accept() => {
+                    let (shard, frozen) = (shard.clone(), frozen.clone());
+                    tokio::spawn(async move {
+                        let mut near = near.unwrap().0;
+                        let mut far = UnixStream::connect(shard).await.unwrap();
+                        tokio::select! {
+                            _ = copy_bidirectional(&mut near, &mut far) => {}
+                            () = frozen.notified() => pending().await,
+                        }
+                    });
+                }
+                () = freeze.notified() => break,
+            }
+        }
+        frozen.notify_waiters();
+    }
+}
+
+/// A connection to a shard whose task hangs, in either process.
+#[tokio::test]
+async fn a_connection_to_a_shard_that_hangs_is_replaced() {
+    let (limit, freeze) = (Duration::from_secs(1), Arc::new(Notify::new()));
+    let told = freeze.clone();
+    let router = Router::start_with(Script::saying(tokens("a")), move |config| {
+        config.router.step_timeout = Some(limit);
+        let shard = config.shards.uds[0].clone();
+        let at = shard.with_extension("relay");
+        config.shards.uds[0] = at.clone();
+        tokio::spawn(relay(at, shard, told));
+    })
+    .await;
+    let ask = |adapter: &str| json!({"inputs": "x", "parameters": {"adapter_id": adapter}});
+    for adapter in ["one", "two", "three"] {
+        // Both connections are open: for steps and for adapters.
+        router.ok("/generate", &ask(adapter)).await;
+        freeze.notify_one();
+        let begun = Instant::now();
+        assert_eq!(router.post("/generate", &json!({"inputs": "x"})).await.0, 503);
+        router.health(200, "").await;
+        assert!(begun.elapsed() < limit + Duration::from_secs(2), "{:?}", begun.elapsed());
+        router.ok("/generate", &ask(&format!("{adapter} more"))).await;
+    }
+    assert_eq!(*router.failures.lock().unwrap(), []);
 }
 
 /// A key file on a file system that does not answer: a pipe that nobody writes.
