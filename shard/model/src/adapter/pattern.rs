@@ -1,6 +1,8 @@
 //! PEFT's ways to name modules (`peft/tuners/tuners_utils.py`: `check_target_module_exists`, and
 //! `peft/utils/other.py`: `get_pattern_key`).
 
+use std::{collections::HashSet, iter};
+
 use super::{
     AdapterError,
     config::OneOrMany,
@@ -51,7 +53,8 @@ impl FieldPattern {
 
 /// Modules by a list of names or path endings, or by a pattern of the whole path.
 pub(super) enum Targets {
-    Names(Vec<String>),
+    /// Names and endings of paths.
+    Names(HashSet<String>),
     Pattern(FieldPattern),
     AllLinear,
 }
@@ -73,14 +76,14 @@ impl Targets {
     ) -> Result<Targets, AdapterError> {
         Ok(match value {
             OneOrMany::One(pattern) => Targets::Pattern(patterns.compile(field, Around::Nothing, pattern)?),
-            OneOrMany::Many(names) => Targets::Names(names.clone()),
+            OneOrMany::Many(names) => Targets::Names(names.iter().cloned().collect()),
         })
     }
 
     /// Whether the layer filter has a say in a path that matches: PEFT asks it about endings of paths only.
     pub(super) fn is_filtered(&self, path: &str) -> bool {
         match self {
-            Targets::Names(names) => !names.iter().any(|name| name == path),
+            Targets::Names(names) => !names.contains(path),
             Targets::Pattern(_) | Targets::AllLinear => false,
         }
     }
@@ -88,16 +91,16 @@ impl Targets {
     /// Whether a module is one of these. `is_linear`: it is a projection, not one of the modules around them.
     pub(super) fn matches(&self, path: &str, is_linear: bool) -> Result<bool, AdapterError> {
         match self {
-            Targets::Names(names) => Ok(names.iter().any(|name| ends_with(path, name))),
+            Targets::Names(names) => Ok(endings(path).any(|ending| names.contains(ending))),
             Targets::Pattern(pattern) => pattern.is_match(path),
             Targets::AllLinear => Ok(is_linear && path != "lm_head"),
         }
     }
 }
 
-/// Whether a path is a name, or ends in it as a whole part.
-fn ends_with(path: &str, name: &str) -> bool {
-    path.strip_suffix(name).is_some_and(|before| before.is_empty() || before.ends_with('.'))
+/// A path, and what is left of it without its first parts.
+fn endings(path: &str) -> impl Iterator<Item = &str> {
+    iter::successors(Some(path), |rest| rest.split_once('.').map(|(_, rest)| rest))
 }
 
 /// Which layers are changed.
