@@ -19,8 +19,8 @@ pub use python_regex::PatternError;
 
 /// Name of an adapter's configuration in its folder.
 pub const CONFIG_FILE: &str = "adapter_config.json";
-/// Name of an adapter's tensors in its folder.
-pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+/// Names of the file of an adapter's tensors in its folder. The first that is there is read.
+pub const WEIGHTS_FILES: [&str; 2] = ["adapter_model.safetensors", "adapter_model.bin"];
 
 /// SHA-256 of all that determines an adapter's output.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -73,10 +73,10 @@ pub enum AdapterError {
     #[error("{CONFIG_FILE}: no module of this model is targeted")]
     NoTarget,
     /// A tensor that belongs to no targeted module.
-    #[error("{WEIGHTS_FILE}: tensor {0} belongs to no targeted module of this model")]
+    #[error("tensor {0} belongs to no targeted module of this model")]
     UnknownTensor(String),
     /// A tensor of the base model that came with the adapter and is another one.
-    #[error("{WEIGHTS_FILE}: tensor {name} is not {module} of this model")]
+    #[error("tensor {name} is not {module} of this model")]
     NotTheModels {
         /// The tensor.
         name: String,
@@ -84,10 +84,10 @@ pub enum AdapterError {
         module: String,
     },
     /// A tensor that a targeted module needs.
-    #[error("{WEIGHTS_FILE}: tensor {0} is missing")]
+    #[error("the adapter's tensor {0} is missing")]
     MissingTensor(String),
     /// A tensor of another shape than model and configuration imply.
-    #[error("{WEIGHTS_FILE}: tensor {name} has the shape {got:?}, expected {expected:?}")]
+    #[error("tensor {name} has the shape {got:?}, expected {expected:?}")]
     Shape {
         /// The tensor.
         name: String,
@@ -97,10 +97,10 @@ pub enum AdapterError {
         expected: [usize; 2],
     },
     /// A value that is no number.
-    #[error("{WEIGHTS_FILE}: tensor {0} has NaN or infinite values")]
+    #[error("tensor {0} has NaN or infinite values")]
     NotFinite(String),
     /// A value that the type computed with cannot hold.
-    #[error("{WEIGHTS_FILE}: tensor {name} has values that, times {scale}, are too large for {dtype:?}")]
+    #[error("tensor {name} has values that, times {scale}, are too large for {dtype:?}")]
     TooLarge {
         /// The tensor.
         name: String,

@@ -2,6 +2,8 @@
 
 use std::{io, ops::Range, path::PathBuf};
 
+use crate::weights::TorchError;
+
 /// Result of loading.
 pub type Result<T> = std::result::Result<T, LoadError>;
 
@@ -35,6 +37,14 @@ pub enum LoadError {
         path: PathBuf,
         /// What is wrong.
         fault: String,
+    },
+    /// A file of torch that cannot be read.
+    #[error("{}: {source}", path.display())]
+    Torch {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: TorchError,
     },
     /// A value that we cannot serve exactly.
     #[error("{field} {value} is not supported{}", if known.is_empty() { String::new() } else { format!("; known are {known}") })]
@@ -119,7 +129,8 @@ impl LoadError {
         let path = match &mut self {
             LoadError::Io { path, .. }
             | LoadError::Json { path, .. }
-            | LoadError::Safetensors { path, .. } => path,
+            | LoadError::Safetensors { path, .. }
+            | LoadError::Torch { path, .. } => path,
             LoadError::Gguf(gguf::Error::Io { path, .. }) => path,
             _ => return self,
         };

@@ -11,4 +11,4 @@ mod weights;
 pub use config::{Config, Rope};
 pub use error::{LoadError, Result};
 pub use forward::{KvCache, Model, Pass, Scratch};
-pub use weights::LoadProgress;
+pub use weights::{LoadProgress, TorchError};

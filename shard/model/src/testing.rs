@@ -1,5 +1,7 @@
 //! For tests: small models and adapters as files, with weights that look random and are the same every time.
 
+mod torch_file;
+
 use std::{collections::BTreeMap, fs, path::Path};
 
 use kernels::testing::Numbers;
@@ -7,6 +9,7 @@ use safetensors::{Dtype, View, serialize_to_file};
 use serde_json::{Value, json};
 
 use crate::adapter;
+pub use torch_file::{Pickle, write_archive, write_torch};
 
 /// One f32 tensor of a file.
 #[derive(Debug, Clone)]
@@ -132,6 +135,6 @@ impl Files {
 
     /// Writes an adapter in PEFT's layout.
     pub fn write_adapter(&self, folder: &Path) -> crate::Result<()> {
-        self.write(folder, adapter::CONFIG_FILE, adapter::WEIGHTS_FILE)
+        self.write(folder, adapter::CONFIG_FILE, adapter::WEIGHTS_FILES[0])
     }
 }

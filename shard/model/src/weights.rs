@@ -1,10 +1,11 @@
-//! Where tensors come from: a folder of safetensors, or a GGUF file. Both speak the Hugging Face names.
+//! Where tensors come from: a folder of safetensors or of files of torch, or a GGUF file. All speak the Hugging Face names.
 
 mod folder;
 mod from_gguf;
 mod names;
 mod safetensors;
 pub(crate) mod tensor_file;
+mod torch;
 
 use std::{ops::Range, path::Path};
 
@@ -12,6 +13,7 @@ use kernels::{HostTensor, WeightPart};
 
 use crate::{Config, LoadError, Result};
 use folder::Folder;
+pub use torch::TorchError;
 
 /// How far loading is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

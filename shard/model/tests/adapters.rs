@@ -220,7 +220,7 @@ fn damaged_folders_are_refused() {
             "adapter_config.json is missing",
         ),
         (
-            |folder| fs::remove_file(folder.join(adapter::WEIGHTS_FILE)).unwrap(),
+            |folder| fs::remove_file(folder.join(adapter::WEIGHTS_FILES[0])).unwrap(),
             "adapter_model.safetensors is missing",
         ),
         (
@@ -230,7 +230,7 @@ fn damaged_folders_are_refused() {
         (|folder| fs::write(folder.join(adapter::CONFIG_FILE), [0xff, 0xfe]).unwrap(), "adapter_config.json"),
         (
             |folder| {
-                let file = folder.join(adapter::WEIGHTS_FILE);
+                let file = folder.join(adapter::WEIGHTS_FILES[0]);
                 let all = fs::read(&file).unwrap();
                 fs::write(&file, &all[..all.len() / 2]).unwrap();
             },
@@ -245,7 +245,7 @@ fn damaged_folders_are_refused() {
 #[test]
 fn files_without_an_end_are_refused() {
     for replace in [replace_by_folder, replace_by_pipe, replace_by_device] {
-        for file in [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE] {
+        for file in [adapter::CONFIG_FILE, adapter::WEIGHTS_FILES[0]] {
             assert_refused(|folder| replace(&folder.join(file)), &format!("{file}: not a regular file"));
         }
     }
@@ -295,7 +295,7 @@ fn tensors_of_another_shape_are_refused_unread() {
         let name = format!("base_model.model.{name}.weight");
         files.tensors.remove(&name);
         files.write_adapter(folder.path()).unwrap();
-        add_hole(&folder.path().join(adapter::WEIGHTS_FILE), &name, [4, 1 << 36]);
+        add_hole(&folder.path().join(adapter::WEIGHTS_FILES[0]), &name, [4, 1 << 36]);
         let refusal = adapter::read(folder.path(), &base).err().unwrap().to_string();
         assert!(refusal.contains(&format!("{name} has the shape [4, 68719476736]")), "{refusal}");
     }
@@ -369,7 +369,7 @@ fn copies_are_compared_as_they_are_computed_with() {
         *x *= 1.0 + 1.0 / 1024.0;
     }
     assert!(read_for(&close, &base, DType::Bf16).is_ok());
-    let refusal = "adapter_model.safetensors: tensor base_model.model.lm_head.base_layer.weight is not lm_head of this model";
+    let refusal = "tensor base_model.model.lm_head.base_layer.weight is not lm_head of this model";
     assert_eq!(read_for(&close, &base, DType::F32).err().unwrap(), refusal);
 }
 

@@ -47,7 +47,7 @@ fn a_large_table_is_not_held_in_memory() {
     files.write_model(&base).unwrap();
     add_table(&base.join("model.safetensors"), "model.embed_tokens.weight");
     testing::adapter(&["q_proj"], 4, 1).write_adapter(&copy).unwrap();
-    let weights = copy.join(adapter::WEIGHTS_FILE);
+    let weights = copy.join(adapter::WEIGHTS_FILES[0]);
     add_table(&weights, "base_model.model.model.embed_tokens.weight");
     let model =
         BaseModel { config: Config::from_folder(&base).unwrap(), path: base.clone(), dtype: DType::Bf16 };

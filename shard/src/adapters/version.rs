@@ -16,7 +16,7 @@ use model::adapter;
 pub(super) struct Version {
     folder: PathBuf,
     /// Of the folder and its files; none of a file that is not there.
-    stamps: [Option<Stamp>; 3],
+    stamps: [Option<Stamp>; 4],
 }
 
 /// What tells a file from every other, and from itself after a change.
@@ -57,8 +57,10 @@ impl Stamp {
 impl Version {
     /// A folder, with all links in its path followed, as it is now.
     pub(super) fn of(folder: &Path) -> Version {
-        let files =
-            [folder.to_owned(), folder.join(adapter::CONFIG_FILE), folder.join(adapter::WEIGHTS_FILE)];
+        let [safetensors, torch] = adapter::WEIGHTS_FILES;
+        let [config, safetensors, torch] =
+            [adapter::CONFIG_FILE, safetensors, torch].map(|name| folder.join(name));
+        let files = [folder.to_owned(), config, safetensors, torch];
         let stamps = files.map(|file| fs::metadata(file).ok().map(|data| Stamp::of(&data)));
         Version { folder: folder.to_owned(), stamps }
     }

@@ -1,4 +1,4 @@
-//! `adapter_model.safetensors`: A and B of every targeted module.
+//! `adapter_model.safetensors`, or else `adapter_model.bin`: A and B of every targeted module.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -7,7 +7,7 @@ use std::{
 
 use kernels::LoraPart;
 
-use super::{AdapterError, BaseModel, WEIGHTS_FILE, base::copied_module, config::Target};
+use super::{AdapterError, BaseModel, WEIGHTS_FILES, base::copied_module, config::Target};
 use crate::weights::tensor_file::TensorFile;
 
 /// What PEFT puts in front of a module's path.
@@ -32,11 +32,8 @@ pub(super) fn read(
     targets: &[Target],
     model: &BaseModel,
 ) -> Result<Vec<LoraPart>, AdapterError> {
-    let path = folder.join(WEIGHTS_FILE);
-    if !path.exists() {
-        return Err(AdapterError::NoFile(WEIGHTS_FILE));
-    }
-    let file = TensorFile::open(&path)?;
+    let path = WEIGHTS_FILES.map(|name| folder.join(name)).into_iter().find(|path| path.exists());
+    let file = TensorFile::open(&path.ok_or(AdapterError::NoFile(WEIGHTS_FILES[0]))?)?;
     // They are sorted: of several faults, the same one is reported every time.
     let names: Vec<&str> = file.names().collect();
     let targeted: HashSet<&str> = targets.iter().map(|target| target.module.path.as_str()).collect();

@@ -1,4 +1,4 @@
-//! Safetensors files of a folder in Hugging Face layout, found and named as transformers does (`modeling_utils.py`:
+//! Files of tensors of a folder in Hugging Face layout, found and named as transformers does (`modeling_utils.py`:
 //! `_get_resolved_checkpoint_files`, and `core_model_loading.py`: `rename_source_key`).
 
 use std::{collections::BTreeMap, fs, ops::Range, path::Path};
@@ -10,7 +10,9 @@ use super::{Source, names::is_taken, tensor_file::TensorFile};
 use crate::{Config, LoadError, Result};
 
 const WHOLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+/// A whole file and an index of several, in the order in which transformers looks for them.
+const FILES: [(&str, &str); 2] =
+    [(WHOLE, "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json")];
 const TABLE: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 
@@ -66,10 +68,14 @@ fn file_names(folder: &Path) -> Result<Vec<String>> {
     struct Index {
         weight_map: BTreeMap<String, String>,
     }
-    let index = folder.join(INDEX);
-    if folder.join(WHOLE).is_file() || !index.is_file() {
+    let has = |name: &str| folder.join(name).is_file();
+    let Some((whole, index)) = FILES.into_iter().find(|(whole, index)| has(whole) || has(index)) else {
         return Ok(vec![WHOLE.into()]);
+    };
+    if has(whole) {
+        return Ok(vec![whole.into()]);
     }
+    let index = folder.join(index);
     let text = fs::read(&index).map_err(|source| LoadError::Io { path: index.clone(), source })?;
     let parsed: Index =
         serde_json::from_slice(&text).map_err(|source| LoadError::Json { path: index, source })?;
@@ -106,6 +112,6 @@ impl Source for Folder {
     }
 
     fn total_bytes(&self) -> u64 {
-        self.places.keys().map(|name| self.bytes(name)).sum()
+        self.places.keys().map(|name| self.bytes(name)).fold(0, u64::saturating_add)
     }
 }

@@ -14,7 +14,7 @@ use std::{
 
 use kernels::{DType, Format, WeightPart};
 
-use super::safetensors;
+use super::{safetensors, torch};
 use crate::{LoadError, Result, files};
 
 /// Type of a tensor's elements in a file.
@@ -58,10 +58,11 @@ pub(crate) struct TensorFile {
 }
 
 impl TensorFile {
-    /// Opens a file and reads its header.
+    /// Opens a file and reads its header. Names tell formats apart, as for transformers.
     pub(crate) fn open(path: &Path) -> Result<TensorFile> {
         let file = files::open(path)?;
-        let places = safetensors::places(path, &file)?;
+        let is_safetensors = path.extension().is_some_and(|extension| extension == "safetensors");
+        let places = if is_safetensors { safetensors::places } else { torch::places }(path, &file)?;
         Ok(TensorFile { path: path.into(), file, places })
     }
 

@@ -51,7 +51,7 @@ fn write(path: &Path) {
 }
 
 fn open() -> TensorFile {
-    let file = tempfile::NamedTempFile::new().unwrap();
+    let file = tempfile::NamedTempFile::with_suffix(".safetensors").unwrap();
     write(file.path());
     TensorFile::open(file.path()).unwrap()
 }
@@ -115,7 +115,7 @@ fn parts_that_are_not_there_are_refused() {
 #[test]
 fn only_what_is_asked_for_is_read() {
     const COLS: u64 = 1 << 34;
-    let path = tempfile::NamedTempFile::new().unwrap();
+    let path = tempfile::NamedTempFile::with_suffix(".safetensors").unwrap();
     let bytes = 4 * 4 * COLS;
     let header =
         json!({"wide": {"dtype": "F32", "shape": [4, COLS], "data_offsets": [0, bytes]}}).to_string();
