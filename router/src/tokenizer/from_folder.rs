@@ -14,7 +14,7 @@ mod tiktoken;
 use std::{fs, io, path::Path};
 
 use serde_json::Value;
-use tokenizers::Tokenizer;
+use tokenizers::{ModelWrapper, Tokenizer};
 
 use self::{added_tokens::AddedTokens, class::Class, source::Source};
 use super::{ModelTokenizer, TokenizerError, json_if_exists, post_processor, templates};
@@ -47,6 +47,9 @@ pub(super) fn load(path: &Path, given: Option<&Value>) -> Result<ModelTokenizer,
     tokenizer.with_truncation(None).map_err(TokenizerError::Definition)?;
     tokenizer.with_padding(None);
     let mut found = ModelTokenizer::new(tokenizer);
+    // To BPE it would do harm, so transformers does not do it there.
+    let is_bpe = matches!(found.tokenizer.get_model(), ModelWrapper::BPE(_));
+    found.cleans_up = !is_bpe && is_true(&config["clean_up_tokenization_spaces"]);
     found.special_tokens = added.texts();
     found.chat_templates = templates::from_folder(path, config)?;
     if let Some(given) = given {

@@ -16,10 +16,12 @@ use super::{
 /// The tokens that the files of a folder add, in the order in which transformers adds them: an id that the vocabulary
 /// does not have is the next free one, whatever the file says.
 pub(super) struct AddedTokens {
-    /// By name; `None` where a file says that there is none.
-    named: BTreeMap<String, Option<AddedToken>>,
+    /// By name, those of the class first; `None` where a file says that there is none.
+    named: Vec<(String, Option<AddedToken>)>,
     /// Further special tokens; `None` if no file lists any.
     extra: Option<Vec<AddedToken>>,
+    /// Those that an older file lists. They count if neither the configuration nor a sentencepiece model has any.
+    older_extra: Option<Vec<AddedToken>>,
     by_id: BTreeMap<u32, AddedToken>,
     /// Whether the configuration lists the added tokens, so that no other file does.
     listed: bool,
@@ -36,12 +38,12 @@ impl AddedTokens {
         let listed = config.get("added_tokens_decoder").and_then(Value::as_object);
         let mut added = AddedTokens {
             named: defaults.collect(),
-            extra: None,
+            extra: extra(config),
+            older_extra: None,
             by_id: BTreeMap::new(),
             listed: config.contains_key("added_tokens_decoder"),
         };
         added.name(config, false);
-        added.extra = extra(config);
         for (id, value) in listed.into_iter().flatten() {
             if let (Ok(id), Some(token)) = (id.parse(), token(value)) {
                 added.by_id.insert(id, token);
@@ -52,9 +54,10 @@ impl AddedTokens {
         }
         if let Some(Value::Object(file)) = json_if_exists(&folder.path.join("special_tokens_map.json"))? {
             added.name(&file, true);
-            if added.extra.is_none() {
-                added.extra = extra(&file);
+            if let Some(more) = list(&file, "extra_special_tokens") {
+                added.extra.get_or_insert_default().extend(more);
             }
+            added.older_extra = list(&file, "additional_special_tokens");
         }
         if let Some(Value::Object(file)) = json_if_exists(&folder.path.join("added_tokens.json"))? {
             let special = added.special_texts();
@@ -68,7 +71,10 @@ impl AddedTokens {
     fn name(&mut self, file: &Map<String, Value>, special: bool) {
         for (name, value) in special_tokens::named(file) {
             let token = token(value).map(|token| if special { token.special(true) } else { token });
-            self.named.insert(name.to_owned(), token);
+            match self.named.iter_mut().find(|(known, _)| known == name) {
+                Some((_, known)) => *known = token,
+                None => self.named.push((name.to_owned(), token)),
+            }
         }
     }
 
@@ -86,7 +92,9 @@ impl AddedTokens {
 
     /// Names a token unless a file says something of the name.
     pub(super) fn name_by_default(&mut self, name: &str, text: &str) {
-        self.named.entry(name.to_owned()).or_insert_with(|| Some(AddedToken::from(text, true)));
+        if self.named.iter().all(|(known, _)| known != name) {
+            self.named.push((name.to_owned(), Some(AddedToken::from(text, true))));
+        }
     }
 
     /// Lets added tokens be found before the text is normalized.
@@ -101,17 +109,17 @@ impl AddedTokens {
 
     /// The further special tokens.
     pub(super) fn extra(&self) -> &[AddedToken] {
-        self.extra.as_deref().unwrap_or_default()
+        self.extra.as_ref().or(self.older_extra.as_ref()).map_or(&[], Vec::as_slice)
     }
 
     /// The text of a named token.
     pub(super) fn named(&self, name: &str) -> Option<&str> {
-        Some(&*self.named.get(name)?.as_ref()?.content)
+        Some(&*self.token(name)?.content)
     }
 
     /// The texts of all named tokens.
     pub(super) fn texts(&self) -> SpecialTokens {
-        let text = |(name, token): (&String, &Option<AddedToken>)| {
+        let text = |(name, token): &(String, Option<AddedToken>)| {
             Some((name.clone(), token.as_ref()?.content.clone()))
         };
         self.named.iter().filter_map(text).collect()
@@ -143,23 +151,30 @@ impl AddedTokens {
 
     /// The named tokens, those first that every class has.
     fn in_order(&self) -> impl Iterator<Item = &AddedToken> {
-        let own =
-            self.named.iter().filter(|(name, _)| !NAMES.contains(&name.as_str())).map(|(_, token)| token);
-        NAMES.iter().filter_map(|name| self.named.get(*name)).chain(own).flatten()
+        let own = self.named.iter().filter(|(name, _)| !NAMES.contains(&name.as_str()));
+        NAMES.iter().filter_map(|name| self.token(name)).chain(own.filter_map(|(_, token)| token.as_ref()))
+    }
+
+    fn token(&self, name: &str) -> Option<&AddedToken> {
+        self.named.iter().find(|(known, _)| known == name)?.1.as_ref()
     }
 
     fn special_texts(&self) -> HashSet<String> {
         let tokens = NAMES.iter().filter_map(|name| self.named(name));
-        tokens.chain(self.extra().iter().map(|token| &*token.content)).map(str::to_owned).collect()
+        let extra = self.extra.iter().flatten().map(|token| &*token.content);
+        tokens.chain(extra).map(str::to_owned).collect()
     }
 }
 
-/// The further special tokens that a file lists. Of the two names for the list, the older one counts where the newer
-/// one lists none.
-fn extra(file: &Map<String, Value>) -> Option<Vec<AddedToken>> {
-    let newer = file.get("extra_special_tokens").filter(|value| is_true(value));
-    let list = newer.or_else(|| file.get("additional_special_tokens"))?.as_array()?;
-    Some(list.iter().filter_map(token).collect())
+/// The further special tokens that a configuration lists. Of the two names for the list, the older one counts where the
+/// newer one lists none.
+fn extra(config: &Map<String, Value>) -> Option<Vec<AddedToken>> {
+    let newer = config.get("extra_special_tokens").filter(|value| is_true(value));
+    list(config, if newer.is_some() { "extra_special_tokens" } else { "additional_special_tokens" })
+}
+
+fn list(file: &Map<String, Value>, name: &str) -> Option<Vec<AddedToken>> {
+    Some(file.get(name)?.as_array()?.iter().filter_map(token).collect())
 }
 
 /// A token is its text, or an object that has it. A text alone is special.

@@ -1,0 +1,176 @@
+//! Tokenizers from every kind of file that transformers reads, beside configurations of many shapes, against what it
+//! makes of the same folders.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use lorax_router::tokenizer::ModelTokenizer;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+#[derive(Deserialize)]
+struct Fixture {
+    many: Vec<String>,
+    few: Vec<String>,
+    cases: Vec<Case>,
+    /// What each text becomes; null for folders that transformers refuses.
+    outcomes: Vec<Option<Vec<Encoded>>>,
+}
+
+/// The ids of a text, their text, and the text of those that are not special. 0 stands for a text that is the same as
+/// the one before it.
+type Encoded = (Vec<u32>, Value, Value);
+
+/// Files with the fixtures that they are copies of, tokenizer_config.json, and a part of the refusal.
+type Refused<'a> = (&'a [(&'a str, &'a str)], Value, &'a str);
+
+/// A folder.
+#[derive(Deserialize)]
+struct Case {
+    name: String,
+    /// Files by name, each with the fixture that it is a copy of.
+    copies: BTreeMap<String, String>,
+    /// JSON files by name.
+    written: BTreeMap<String, Value>,
+    /// Whether the case is of the many texts or of the few.
+    many: bool,
+    /// Special tokens by name.
+    named: Option<BTreeMap<String, String>>,
+    /// Which outcome the case has.
+    encoded: usize,
+}
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../integration-tests/fixtures/tokenizer/folders")
+}
+
+/// A folder with copies of fixtures and JSON files.
+fn folder(copies: &[(&str, &str)], written: &[(&str, &Value)]) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, source) in copies {
+        fs::copy(fixtures().join(source), folder.path().join(name)).unwrap();
+    }
+    for (name, content) in written {
+        fs::write(folder.path().join(name), content.to_string()).unwrap();
+    }
+    folder
+}
+
+/// Text that may be told to be the same as another.
+fn or<'a>(text: &'a Value, same: &'a str) -> &'a str {
+    text.as_str().unwrap_or(same)
+}
+
+#[test]
+fn folders_give_the_tokenizers_of_transformers() {
+    let fixture: Fixture = serde_json::from_slice(&fs::read(fixtures().join("cases.json")).unwrap()).unwrap();
+    assert!(fixture.cases.len() > 120, "{}", fixture.cases.len());
+    let mut wrong = Vec::new();
+    for case in &fixture.cases {
+        let copies: Vec<_> =
+            case.copies.iter().map(|(name, source)| (name.as_str(), source.as_str())).collect();
+        let written: Vec<_> = case.written.iter().map(|(name, content)| (name.as_str(), content)).collect();
+        let folder = folder(&copies, &written);
+        let loaded = ModelTokenizer::load(folder.path(), None);
+        let (tokenizer, expected) = match (loaded, &fixture.outcomes[case.encoded]) {
+            (Ok(tokenizer), Some(expected)) => (tokenizer, expected),
+            (Err(_), None) => continue,
+            (Ok(_), None) => {
+                wrong.push(format!("{}: loads", case.name));
+                continue;
+            }
+            (Err(error), Some(_)) => {
+                wrong.push(format!("{}: {error}", case.name));
+                continue;
+            }
+        };
+        if Some(&tokenizer.special_tokens) != case.named.as_ref() {
+            let (expected, got) = (&case.named, &tokenizer.special_tokens);
+            wrong.push(format!("{}\n  transformers: {expected:?}\n  here:         {got:?}", case.name));
+        }
+        let texts = if case.many { &fixture.many } else { &fixture.few };
+        for (text, (ids, decoded, skipped)) in texts.iter().zip(expected) {
+            let decoded = or(decoded, text);
+            let expected = (ids.clone(), decoded.to_owned(), or(skipped, decoded).to_owned());
+            let got = tokenizer.encode(text, true).unwrap();
+            let got = (got, tokenizer.decode(ids, false), tokenizer.decode(ids, true));
+            if got != expected {
+                let name = &case.name;
+                wrong.push(format!("{name} {text:?}\n  transformers: {expected:?}\n  here:         {got:?}"));
+            }
+        }
+    }
+    assert!(
+        wrong.is_empty(),
+        "{} differ, the first of them:\n{}",
+        wrong.len(),
+        wrong[..wrong.len().min(40)].join("\n")
+    );
+}
+
+/// Of some of these folders transformers makes a tokenizer that is not the model's.
+#[test]
+fn what_cannot_be_built_is_refused_by_name() {
+    let class = |name: &str| json!({"tokenizer_class": name});
+    let (llama, fast) = (class("LlamaTokenizer"), class("PreTrainedTokenizerFast"));
+    let cases: Vec<Refused> = vec![
+        (&[], llama.clone(), "neither a tokenizer.json nor tokenizer.model for a LlamaTokenizer"),
+        (&[], json!({}), "neither a tokenizer.json nor tokenizer.model for a TokenizersBackend"),
+        (&[], class("GPT2TokenizerFast"), "nor vocab.json and merges.txt for a GPT2Tokenizer"),
+        (
+            &[("vocab.json", "vocab.json")],
+            class("Qwen2Tokenizer"),
+            "nor vocab.json and merges.txt for a Qwen2Tokenizer",
+        ),
+        (
+            &[("merges.txt", "merges.txt")],
+            class("GPTNeoXTokenizer"),
+            "nor vocab.json and merges.txt for a GPTNeoXTokenizer",
+        ),
+        (&[("vocab.json", "vocab.json")], class("BertTokenizer"), "nor vocab.txt for a BertTokenizer"),
+        (&[("tekken.json", "vocab.json")], fast.clone(), "nor tokenizer.model for a TokenizersBackend"),
+        (&[("qwen.tiktoken", "ranks.model")], class("QWenTokenizer"), "tokenizer_class \"QWenTokenizer\""),
+        (&[("tokenizer.model", "unigram.model")], class("T5Tokenizer"), "tokenizer_class \"T5Tokenizer\""),
+        (
+            &[("tokenizer.model", "unigram.model")],
+            llama.clone(),
+            "tokenizer.model: no LlamaTokenizer can be built",
+        ),
+        (
+            &[("tokenizer.model", "unigram.model")],
+            class("GemmaTokenizer"),
+            "tokenizer.model: no GemmaTokenizer",
+        ),
+        (&[("tokenizer.model", "whole.model")], class("GPT2Tokenizer"), "tokenizer.model: no GPT2Tokenizer"),
+        (&[("tokenizer.json", "words.json")], llama.clone(), "tokenizer.json: no LlamaTokenizer"),
+        (&[("tokenizer.json", "bytes.json")], class("BertTokenizer"), "tokenizer.json: no BertTokenizer"),
+        (&[("tokenizer.model", "word.model")], fast.clone(), "tokenizer.model: model_type 3"),
+        (&[("tokenizer.model", "char.model")], llama.clone(), "tokenizer.model: model_type 4"),
+        (
+            &[("tokenizer.model", "suffix.model")],
+            fast.clone(),
+            "tokenizer.model: treat_whitespace_as_suffix true",
+        ),
+        (&[("tokenizer.model", "vocab.txt")], llama.clone(), "tokenizer.model: "),
+        (
+            &[("vocab.json", "words.json"), ("merges.txt", "merges.txt")],
+            class("GPT2Tokenizer"),
+            "vocab.json: ",
+        ),
+        (
+            &[("vocab.json", "vocab.json"), ("merges.txt", "vocab.txt")],
+            class("GPT2Tokenizer"),
+            "vocab.json: ",
+        ),
+    ];
+    for (copies, config, expected) in cases {
+        let folder = folder(copies, &[("tokenizer_config.json", &config)]);
+        let error =
+            ModelTokenizer::load(folder.path(), None).err().unwrap_or_else(|| panic!("{copies:?} {config}"));
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+}
