@@ -43,11 +43,28 @@ struct State<K> {
 struct Party {
     held: usize,
     waiting: VecDeque<Waiter>,
+    /// Entries of `waiting` for which nobody waits any more. None of them is the first.
+    abandoned: usize,
 }
 
 struct Waiter {
     units: usize,
     granted: oneshot::Sender<()>,
+}
+
+impl Party {
+    /// Drops abandoned requests in front, and those behind once they are more than the others: thousands that give up
+    /// together cost no more than as many steps each of which takes the same time.
+    fn drop_abandoned(&mut self) {
+        while self.waiting.front().is_some_and(|waiter| waiter.granted.is_closed()) {
+            self.waiting.pop_front();
+            self.abandoned -= 1;
+        }
+        if self.abandoned > self.waiting.len() / 2 {
+            self.waiting.retain(|waiter| !waiter.granted.is_closed());
+            self.abandoned = 0;
+        }
+    }
 }
 
 impl<K: Eq + Hash + Copy> FairSemaphore<K> {
@@ -162,7 +179,9 @@ impl<K: Eq + Hash + Copy> State<K> {
                 continue;
             }
             passed = 0;
-            let waiter = self.parties.get_mut(&key).and_then(|party| party.waiting.pop_front());
+            let Some(party) = self.parties.get_mut(&key) else { continue };
+            let waiter = party.waiting.pop_front();
+            party.drop_abandoned();
             if waiter.is_some_and(|waiter| waiter.granted.send(()).is_ok()) {
                 self.take(key, units);
             }
@@ -170,10 +189,11 @@ impl<K: Eq + Hash + Copy> State<K> {
         }
     }
 
-    /// Drops requests that nobody waits for any more. What waited behind them may fit.
+    /// Notes that nobody waits for a request any more. What waited behind it may fit.
     fn give_up(&mut self, key: K) {
         if let Some(party) = self.parties.get_mut(&key) {
-            party.waiting.retain(|waiter| !waiter.granted.is_closed());
+            party.abandoned += 1;
+            party.drop_abandoned();
         }
         self.forget(key);
         self.grant();
@@ -265,6 +285,46 @@ mod tests {
         assert_eq!(free(&semaphore), 3);
         drop(small);
         assert_eq!((free(&semaphore), lock(&semaphore.state).parties.len()), (4, 0));
+    }
+
+    // Not within tokio, which lets a task wait after 128 polls.
+    #[test]
+    fn those_that_give_up_do_not_pile_up() {
+        const MANY: usize = 1000;
+        // The numbers of those that give up, in order.
+        let orders: [Vec<usize>; 10] = [
+            (0..MANY).collect(),
+            (0..MANY).rev().collect(),
+            (1..MANY).collect(),
+            (1..MANY).rev().collect(),
+            (0..MANY - 1).collect(),
+            (0..MANY).step_by(2).collect(),
+            (0..MANY).step_by(2).rev().collect(),
+            (0..MANY).map(|i| i * 7 % MANY).collect(),
+            (MANY / 4..MANY / 2).chain((0..MANY / 4).rev()).collect(),
+            Vec::new(),
+        ];
+        for order in orders {
+            let semaphore = FairSemaphore::new(1, Share::All);
+            let held = try_acquire(&semaphore, 'a', 1);
+            let mut waiting: Vec<_> = (0..MANY).map(|_| Some(Box::pin(semaphore.acquire('a', 1)))).collect();
+            for waiter in waiting.iter_mut().flatten() {
+                assert!(waiter.now_or_never().is_none());
+            }
+            let mut left = MANY;
+            for number in &order {
+                left -= usize::from(waiting[*number].take().is_some());
+                let queued = lock(&semaphore.state).parties[&'a'].waiting.len();
+                assert!((left..=2 * left + 1).contains(&queued), "{queued} for {left}");
+            }
+            drop(held);
+            // The others get their turns in order.
+            for waiter in waiting.iter_mut().flatten() {
+                assert!(waiter.now_or_never().is_some());
+            }
+            drop(waiting);
+            assert_eq!((free(&semaphore), lock(&semaphore.state).parties.len()), (1, 0));
+        }
     }
 
     #[tokio::test]

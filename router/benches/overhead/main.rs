@@ -5,6 +5,9 @@
 //! tokenizer is byte-level, as Llama 3's, with 256 special tokens.
 
 mod client;
+#[path = "../support/model.rs"]
+mod model;
+#[path = "../support/shard.rs"]
 mod shard;
 
 use std::{
@@ -17,11 +20,10 @@ use std::{
 };
 
 use client::Client;
-use config::{Config, LogConfig, ModelConfig, RouterConfig, ShardConfig, ShardsConfig};
 use futures::future::try_join_all;
 use lifecycle::Supervisor;
 use lorax_router::{App, server};
-use serde_json::json;
+use model::{configuration, write_tokenizer};
 use shard::Double;
 use tokio::runtime::{Builder, Runtime};
 
@@ -29,44 +31,11 @@ type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
 const PROMPT: usize = 512;
 const OUTPUT: usize = 128;
-const SPECIAL: usize = 256;
 /// Threads of router, shard and clients, by name.
 const NAMES: [&[&str]; 3] = [&["router", "engine"], &["shard"], &["client"]];
 /// Streams, requests of each, and milliseconds that a step takes.
 const SCENARIOS: [(usize, usize, u64); 6] =
     [(1, 100, 0), (32, 20, 0), (256, 8, 0), (1, 4, 5), (32, 4, 8), (256, 4, 10)];
-
-/// Writes a tokenizer: bytes, then words of two and three letters, then special tokens. Returns the ordinary ones.
-fn write_tokenizer(folder: &Path) -> Result<u32> {
-    let kept = (33..=126u32).chain(161..=172).chain(174..=255);
-    let bytes = kept.chain(256..324).filter_map(char::from_u32).map(String::from);
-    let mut tokens: Vec<String> = bytes.collect();
-    let mut merges = Vec::new();
-    let letters = || ('a'..='z').map(String::from);
-    let pairs: Vec<String> = letters().flat_map(|a| letters().map(move |b| a.clone() + &b)).collect();
-    for pair in &pairs {
-        merges.push(format!("{} {}", &pair[..1], &pair[1..]));
-    }
-    tokens.extend(pairs.iter().cloned());
-    for (pair, letter) in pairs.iter().flat_map(|pair| letters().map(move |letter| (pair, letter))) {
-        merges.push(format!("{pair} {letter}"));
-        tokens.push(format!("{pair}{letter}"));
-    }
-    let ordinary = tokens.len();
-    let special = (0..SPECIAL).map(|i| {
-        json!({"id": ordinary + i, "content": format!("<|special_{i}|>"), "special": true, "single_word": false,
-            "lstrip": false, "rstrip": false, "normalized": false})
-    });
-    let special: Vec<_> = special.collect();
-    let byte_level =
-        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
-    let vocab: serde_json::Map<_, _> =
-        tokens.into_iter().enumerate().map(|(i, token)| (token, json!(i))).collect();
-    let whole = json!({"version": "1.0", "added_tokens": special, "pre_tokenizer": byte_level, "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges}});
-    fs::write(folder.join("tokenizer.json"), whole.to_string())?;
-    Ok(ordinary as u32)
-}
 
 fn runtime(name: &str, threads: usize) -> Result<Runtime> {
     Ok(Builder::new_multi_thread().worker_threads(threads).thread_name(name).enable_all().build()?)
@@ -79,19 +48,7 @@ fn start_router(
     socket: &Path,
     supervisor: &Supervisor,
 ) -> Result<SocketAddr> {
-    let config = Config {
-        model: ModelConfig { id: "bench".into(), path: model.into(), revision: None, sha: None },
-        shards: ShardsConfig { uds: vec![socket.into()] },
-        router: RouterConfig {
-            hostname: "127.0.0.1".into(),
-            port: 0,
-            max_batch_prefill_tokens: Some(1792),
-            prefix_caching: false,
-            ..RouterConfig::default()
-        },
-        shard: ShardConfig::default(),
-        log: LogConfig::default(),
-    };
+    let config = configuration(model, socket);
     runtime.block_on(async {
         let (listener, address) = server::listen(&config).await?;
         let app = App::start(config, supervisor)?;

@@ -9,7 +9,7 @@ use axum::{
 };
 use futures::StreamExt;
 use http_body::Body as _;
-use tokio::{sync::Semaphore, time::timeout};
+use tokio::{sync::Semaphore, task::yield_now, time::timeout};
 
 use crate::{
     api::error::ApiError,
@@ -85,6 +85,10 @@ impl Bodies {
                 memory = Some(self.memory.acquire(party, limit).await);
             }
             bytes.extend_from_slice(&chunk);
+            if memory.is_some() {
+                // Tokens for others go out between the pieces of large bodies.
+                yield_now().await;
+            }
         }
         if let Some(memory) = &mut memory {
             memory.shrink(bytes.len());
