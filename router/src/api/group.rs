@@ -116,6 +116,9 @@ impl App {
         let info = self.engine.info().ok_or_else(unavailable)?;
         let limits = self.request_limits(&info);
         sequences.iter().try_for_each(|sequence| sequence.check(&limits))?;
+        if let Some(first) = sequences.first() {
+            self.check_sequences(caller, first.names.prompt, sequences.len())?;
+        }
         // Each sequence is as much work as a request of its own.
         let entry = self.admit(caller, adapter.as_ref(), sequences.len())?;
         let tokenized = sequences.into_iter().map(|sequence| self.tokenize(caller, sequence, limits));

@@ -18,6 +18,30 @@ pub(crate) enum Entry {
 }
 
 impl App {
+    /// Refuses a list of more prompts than could ever run at the same time: to try again would not help. `field` is
+    /// the list's name.
+    pub(crate) fn check_sequences(
+        &self,
+        caller: &Caller,
+        field: &'static str,
+        sequences: usize,
+    ) -> Result<(), ApiError> {
+        let all = self.config.router.max_concurrent_requests;
+        let (most, whose) = match caller.principal.tenant.limits.max_concurrent_requests {
+            Some(own) if own < all => (own, "the tenant"),
+            _ => (all, "the server"),
+        };
+        // One sequence is no list; a tenant that may have none now may have one when the keys are read again.
+        if sequences > most.max(1) {
+            let problem = format!(
+                "must have at most {most} elements: each is a request of its own, and {whose} may run {most} at the same \
+                 time. Given: {sequences}"
+            );
+            return Err(ApiError::invalid(field, problem));
+        }
+        Ok(())
+    }
+
     /// Lets a request in, with a permit for each of its sequences. One that needs an adapter gets those of
     /// `--max-concurrent-requests` only when the adapter is there, for that may take long; it is refused at once if
     /// it would not get them now.

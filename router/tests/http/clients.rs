@@ -1,5 +1,8 @@
 //! Clients that leave, and clients that do not read.
 
+use std::fs;
+
+use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -195,9 +198,59 @@ async fn each_prompt_of_a_list_takes_a_place() {
     let script = Script::saying(tokens("a"));
     let router = Router::start_with(script, |config| config.router.max_concurrent_requests = 2).await;
     let body = |prompts: &[&str]| json!({"prompt": prompts, "max_tokens": 1, "model": null, "stream": null});
-    for _ in 0..3 {
-        router.ok("/v1/completions", &body(&["x", "y"])).await;
-        let (status, answer) = router.post("/v1/completions", &body(&["x", "y", "z"])).await;
-        assert_eq!((status.as_u16(), &answer["error"]["code"]), (429, &json!("overloaded")));
+    router.shard.hold(Gate::Steps);
+    let one = router.begin("/v1/completions", &body(&["x"]));
+    router.holds(1).await;
+    let (status, answer) = router.post("/v1/completions", &body(&["x", "y"])).await;
+    assert_eq!((status.as_u16(), &answer["error"]["code"]), (429, &json!("overloaded")));
+    router.shard.release(&Gate::Steps);
+    assert_eq!(one.await.unwrap().status(), 200);
+    router.holds(0).await;
+    router.ok("/v1/completions", &body(&["x", "y"])).await;
+}
+
+#[tokio::test]
+async fn a_list_that_could_never_run_is_no_overload() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("keys.json");
+    let limited = [1, 2, 3, 5].map(|limit| {
+        let limits = json!({"max_concurrent_requests": limit});
+        json!({"key": format!("sk-{limit}"), "tenant": format!("{limit}"), "limits": limits})
+    });
+    let keys = [&limited[..], &[json!({"key": "sk-all", "tenant": "all"})]].concat();
+    fs::write(&file, json!({"keys": keys}).to_string()).unwrap();
+    let router = Router::start_with(Script::saying(tokens("a")), |config| {
+        config.router.max_concurrent_requests = 4;
+        config.router.api_key_file = Some(file);
+    })
+    .await;
+    for (key, most) in [("sk-1", 1), ("sk-2", 2), ("sk-3", 3), ("sk-5", 4), ("sk-all", 4)] {
+        let headers = [("authorization", &*format!("Bearer {key}"))];
+        for (more, stream, ids) in [
+            (0, false, false),
+            (0, true, true),
+            (1, false, false),
+            (1, true, false),
+            (1, false, true),
+            (60, true, true),
+        ] {
+            let prompt = if ids { json!([5]) } else { json!("x") };
+            let body = json!({"prompt": vec![prompt; most + more], "max_tokens": 1, "stream": stream});
+            let response = router.send_with(Method::POST, "/v1/completions", &headers, &body).await;
+            let (status, retry) =
+                (response.status().as_u16(), response.headers().contains_key("retry-after"));
+            let text = response.text().await.unwrap();
+            if more == 0 {
+                assert_eq!(status, 200, "{key}: {text}");
+            } else {
+                let error = &serde_json::from_str::<Value>(&text).unwrap()["error"];
+                assert_eq!((status, retry), (400, false), "{key}: {text}");
+                assert_eq!((&error["param"], &error["code"]), (&json!("prompt"), &json!("invalid_value")));
+                let message = error["message"].as_str().unwrap();
+                let words = [format!("at most {most} elements"), format!("Given: {}", most + more)];
+                assert!(words.iter().all(|words| message.contains(words)), "{message}");
+            }
+            router.holds(0).await;
+        }
     }
 }

@@ -9,7 +9,7 @@ use tokio::{
 };
 
 use crate::{
-    router::{Router, tokens},
+    router::{Router, poll, tokens},
     shard::{Gate, Script},
     sockets::{LONG, answer, connect_from, head, open, status},
 };
@@ -47,7 +47,9 @@ async fn one_address_has_no_more_than_its_part() {
     assert!(refused.contains("\r\nretry-after: 1\r\n"), "{refused}");
     assert_eq!(info(&mut connect_from(&router.address, 3).await, "sk-many").await, 200);
     drop(open.pop());
-    let again = async { while info(&mut connect_from(&router.address, 2).await, "sk-many").await != 200 {} };
+    let again = poll(async || {
+        (info(&mut connect_from(&router.address, 2).await, "sk-many").await == 200).then_some(())
+    });
     timeout(LONG, again).await.unwrap();
 }
 
@@ -102,9 +104,10 @@ async fn when_all_places_are_taken_a_client_is_told_so() {
     assert_eq!(status(&refused), 503);
     assert!(refused.contains("\r\nretry-after: 1\r\n"), "{refused}");
     drop(held);
-    let again = async {
-        while info(&mut TcpStream::connect(&router.address).await.unwrap(), "sk-few").await != 200 {}
-    };
+    let again = poll(async || {
+        let mut stream = TcpStream::connect(&router.address).await.unwrap();
+        (info(&mut stream, "sk-few").await == 200).then_some(())
+    });
     timeout(LONG, again).await.unwrap();
 }
 

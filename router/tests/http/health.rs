@@ -8,7 +8,7 @@ use tokio::time::timeout;
 
 use crate::{
     process::Program,
-    router::{Router, tokens},
+    router::{Router, poll, tokens},
     shard::{Gate, Script},
     sockets::LONG,
 };
@@ -49,15 +49,11 @@ async fn before_it_stops_it_says_that_it_is_not_ready_and_goes_on() {
     // Each on a connection of its own.
     let client = Client::builder().pool_max_idle_per_host(0).build().unwrap();
     let ready = async || client.get(format!("http://{address}/readyz")).send().await.unwrap();
-    let unready = async {
-        loop {
-            let answer = ready().await;
-            if answer.status() == 503 {
-                return answer.json::<Value>().await.unwrap();
-            }
-        }
-    };
-    let said = timeout(LONG, unready).await.unwrap();
+    let unready = poll(async || {
+        let answer = ready().await;
+        (answer.status() == 503).then_some(answer)
+    });
+    let said: Value = timeout(LONG, unready).await.unwrap().json().await.unwrap();
     assert_eq!(said, json!({"error": "unhealthy: the server is about to stop", "error_type": "healthcheck"}));
     for (path, status) in [("/livez", 200), ("/startupz", 200), ("/health", 503), ("/", 503)] {
         let answer = client.get(format!("http://{address}{path}")).send().await.unwrap();

@@ -9,7 +9,7 @@ use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
 use tonic::Status;
 
 use crate::{
-    router::{PATIENCE, Router, tokens},
+    router::{PATIENCE, Router, poll, tokens},
     shard::{Gate, IMPROBABLE, Script},
     sockets::head,
 };
@@ -33,11 +33,10 @@ pub(crate) async fn scrape(router: &Router) -> BTreeMap<String, f64> {
 /// Waits until a scrape is as wanted.
 async fn until(router: &Router, what: &str, wanted: impl Fn(&BTreeMap<String, f64>) -> bool) {
     let mut last = BTreeMap::new();
-    let turns = async {
-        while !wanted(&last) {
-            last = scrape(router).await;
-        }
-    };
+    let turns = poll(async || {
+        last = scrape(router).await;
+        wanted(&last).then_some(())
+    });
     let turned = timeout(PATIENCE, turns).await;
     assert!(turned.is_ok(), "never {what}: {last:#?}");
 }

@@ -11,12 +11,31 @@ use lifecycle::{Failure, Supervisor};
 use lorax_router::{App, server, tokenizer::ModelTokenizer};
 use reqwest::{Client, Method, Response, StatusCode};
 use serde_json::{Value, json};
-use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
+use tokio::{
+    sync::oneshot,
+    task::JoinHandle,
+    time::{MissedTickBehavior, interval, timeout},
+};
 
 use crate::shard::{Script, ScriptedShard};
 
 /// Deadline of a wait. Everything here takes milliseconds, but the machine may be busy with something else.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Pause between two questions for something that no event tells of.
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// Asks again and again, with a pause, until there is an answer.
+pub(crate) async fn poll<T>(mut ask: impl AsyncFnMut() -> Option<T>) -> T {
+    let mut turns = interval(PAUSE);
+    turns.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        turns.tick().await;
+        if let Some(answer) = ask().await {
+            return answer;
+        }
+    }
+}
 
 /// Name of the base model.
 pub(crate) const MODEL: &str = "the/base-model";
@@ -228,16 +247,12 @@ impl Router {
     /// Waits until `/health` has this status, with these words in its body.
     pub(crate) async fn health(&self, status: u16, words: &str) {
         let mut last = String::new();
-        let turns = async {
-            loop {
-                let response = self.get("/health").await;
-                let right = response.status().as_u16() == status;
-                last = response.text().await.unwrap();
-                if right && last.contains(words) {
-                    return;
-                }
-            }
-        };
+        let turns = poll(async || {
+            let response = self.get("/health").await;
+            let right = response.status().as_u16() == status;
+            last = response.text().await.unwrap();
+            (right && last.contains(words)).then_some(())
+        });
         let turned = timeout(PATIENCE, turns).await;
         assert!(turned.is_ok(), "health never was {status} {words:?}; last {last:?}");
     }

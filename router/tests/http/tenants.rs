@@ -2,11 +2,12 @@
 
 use std::{
     fs,
+    ops::Range,
     time::{Duration, Instant},
 };
 
 use futures::future::{FutureExt, select_all};
-use reqwest::Method;
+use reqwest::{Method, Response};
 use serde_json::{Value, json};
 use tokio::{io::AsyncReadExt, time::timeout};
 
@@ -199,7 +200,7 @@ async fn limits_of_a_tenant_are_its_own() {
     let file = folder.path().join("keys.json");
     let key = |name: &str, limits: Value| json!({"key": name, "tenant": name, "limits": limits});
     let keys = json!({"keys": [
-        key("concurrent", json!({"max_concurrent_requests": 1})),
+        key("concurrent", json!({"max_concurrent_requests": 2})),
         key("requests", json!({"requests_per_minute": 1})),
         key("tokens", json!({"tokens_per_minute": 2})),
         key("free", json!({})),
@@ -212,23 +213,34 @@ async fn limits_of_a_tenant_are_its_own() {
         router.send_with(Method::POST, path, &[("authorization", &header)], body).await
     };
     let completion = json!({"prompt": ["x", "y"], "max_tokens": 1});
-    for (key, first, limit, seconds) in [
-        ("concurrent", None, "1 concurrent requests", 1..2),
-        ("requests", Some(generate(None)), "1 requests per minute", 59..61),
-        // A token of the prompt and two of the answer, the last of which ends it.
-        ("tokens", Some(json!({"inputs": "x"})), "2 tokens per minute", 59..61),
-    ] {
-        if let Some(first) = first {
-            assert_eq!(ask(key, "/generate", &first).await.status(), 200, "{key}");
-        }
-        let refused = ask(key, "/v1/completions", &completion).await;
-        assert_eq!(refused.status(), 429, "{key}");
+    let check = async |refused: Response, limit: &str, seconds: Range<u64>| {
+        assert_eq!(refused.status(), 429, "{limit}");
         let after: u64 = refused.headers()["retry-after"].to_str().unwrap().parse().unwrap();
-        assert!(seconds.contains(&after), "{key}: {after}");
+        assert!(seconds.contains(&after), "{limit}: {after}");
         let body: Value = refused.json().await.unwrap();
-        let message = format!("the tenant's limit of {limit} is reached");
-        assert_eq!(body["error"]["message"], message);
+        assert_eq!(body["error"]["message"], format!("the tenant's limit of {limit} is reached"));
         assert_eq!(body["error"]["code"], "rate_limit_exceeded");
-        assert_eq!(ask("free", "/v1/completions", &completion).await.status(), 200, "{key}");
+        assert_eq!(ask("free", "/v1/completions", &completion).await.status(), 200, "{limit}");
+    };
+    for (key, first, limit, seconds) in [
+        ("requests", generate(None), "1 requests per minute", 59..61),
+        // A token of the prompt and two of the answer, the last of which ends it.
+        ("tokens", json!({"inputs": "x"}), "2 tokens per minute", 59..61),
+    ] {
+        assert_eq!(ask(key, "/generate", &first).await.status(), 200, "{key}");
+        check(ask(key, "/v1/completions", &completion).await, limit, seconds).await;
     }
+    // While one runs there is room for one more, and not for two.
+    router.holds(0).await;
+    router.shard.hold(Gate::Steps);
+    let first = generate(None);
+    let refused = async {
+        router.holds(1).await;
+        let refused = ask("concurrent", "/v1/completions", &completion).await;
+        router.shard.release(&Gate::Steps);
+        refused
+    };
+    let (first, refused) = tokio::join!(ask("concurrent", "/generate", &first), refused);
+    assert_eq!(first.status(), 200);
+    check(refused, "2 concurrent requests", 1..2).await;
 }
