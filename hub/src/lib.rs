@@ -14,4 +14,4 @@ pub use cache::Cache;
 pub use error::HubError;
 pub use fetch::{Commit, Hub};
 pub use model::{ModelError, ModelFiles, find};
-pub use settings::Settings;
+pub use settings::{NoHome, Settings};

@@ -8,7 +8,7 @@ use std::{
 
 use serde::Deserialize;
 
-use crate::{Cache, Commit, Hub, HubError, Settings};
+use crate::{Cache, Commit, Hub, HubError, Settings, settings::NoHome};
 
 /// Files beside the weights that somebody reads. The first must be there.
 const SMALL_FILES: [&str; 7] = [
@@ -46,6 +46,9 @@ pub enum ModelError {
     /// The path exists and is not a model.
     #[error("{} is neither a folder with a config.json nor a GGUF file", .0.display())]
     NotAModel(PathBuf),
+    /// There is no folder for the hub's files.
+    #[error(transparent)]
+    NoHome(#[from] NoHome),
     /// This is neither a path nor a hub id.
     #[error("{0:?} is neither a path that exists nor a hub id")]
     NotAnId(String),
@@ -105,11 +108,7 @@ impl ModelError {
 }
 
 /// Finds a model, and fetches it if it is not here.
-pub async fn find(
-    settings: Settings,
-    model_id: &str,
-    revision: Option<&str>,
-) -> Result<ModelFiles, ModelError> {
+pub async fn find(model_id: &str, revision: Option<&str>) -> Result<ModelFiles, ModelError> {
     let path = Path::new(model_id);
     if path.exists() {
         let is_gguf = path.is_file() && path.extension().is_some_and(|extension| extension == "gguf");
@@ -127,6 +126,7 @@ pub async fn find(
     // An empty one, as of a variable without a value, is none.
     let revision = revision.filter(|revision| !revision.is_empty()).or(tag).filter(|tag| !tag.is_empty());
     let asked = revision.unwrap_or("main");
+    let settings = Settings::from_env()?;
     let (path, sha) = if settings.offline {
         let missing = || ModelError::Offline { id: id.into(), revision: asked.into() };
         from_cache(&settings, id, asked).ok_or_else(missing)?
@@ -268,7 +268,7 @@ mod tests {
     #[tokio::test]
     async fn paths_are_taken_as_they_are() {
         let folder = tempfile::tempdir().unwrap();
-        let find = async |path: &Path| super::find(Settings::from_env(), path.to_str().unwrap(), None).await;
+        let find = async |path: &Path| super::find(path.to_str().unwrap(), None).await;
         assert!(matches!(find(folder.path()).await, Err(ModelError::NotAModel(_))));
         let gguf = folder.path().join("m.gguf");
         std::fs::write(&gguf, "").unwrap();
@@ -280,10 +280,7 @@ mod tests {
     #[tokio::test]
     async fn what_cannot_be_an_id_is_refused_without_asking_a_hub() {
         for bad in ["/no/such/path", "a/b/c", "", "a b", "../x", "org/..", "@main"] {
-            assert!(
-                matches!(find(Settings::from_env(), bad, None).await, Err(ModelError::NotAnId(_))),
-                "{bad}"
-            );
+            assert!(matches!(find(bad, None).await, Err(ModelError::NotAnId(_))), "{bad}");
         }
     }
 }

@@ -26,32 +26,44 @@ pub struct Settings {
     pub bytes: Duration,
 }
 
+/// There is no folder for what the hub's clients keep.
+#[derive(Debug, thiserror::Error)]
+#[error("there is no home folder to keep the hub's files in: set HF_HOME, or HOME")]
+pub struct NoHome;
+
 impl Settings {
     /// What the environment says, or the defaults.
-    pub fn from_env() -> Settings {
-        let home = home();
+    pub fn from_env() -> Result<Settings, NoHome> {
+        let home = home(variable, env::home_dir());
         let cache = variable("HF_HUB_CACHE").or_else(|| variable("HUGGINGFACE_HUB_CACHE"));
         let token = variable("HF_TOKEN").or_else(|| variable("HUGGING_FACE_HUB_TOKEN"));
-        let token_file = variable("HF_TOKEN_PATH").map_or_else(|| home.join("token"), PathBuf::from);
-        let token = token.or_else(|| fs::read_to_string(token_file).ok());
+        let in_home = |name| home.as_ref().map(|home| home.join(name));
+        let token_file = variable("HF_TOKEN_PATH").map(PathBuf::from).or_else(|| in_home("token"));
+        let token = token.or_else(|| fs::read_to_string(token_file?).ok());
         let token = token.map(|token| token.trim().to_owned()).filter(|token| !token.is_empty());
         let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
-        Settings {
+        Ok(Settings {
             endpoint: endpoint.trim_end_matches('/').to_owned(),
             token: token.map(SecretString::from),
-            cache: cache.map_or_else(|| home.join("hub"), PathBuf::from),
+            cache: cache.map(PathBuf::from).or_else(|| in_home("hub")).ok_or(NoHome)?,
             offline: variable("HF_HUB_OFFLINE").is_some_and(|value| is_true(&value)),
             answer: seconds(ANSWER),
             bytes: seconds(BYTES),
-        }
+        })
     }
 }
 
-/// The folder of what the hub's clients keep.
-fn home() -> PathBuf {
-    let in_cache = || variable("XDG_CACHE_HOME").map(|cache| PathBuf::from(cache).join("huggingface"));
-    let in_home = || PathBuf::from(variable("HOME").unwrap_or_default()).join(".cache/huggingface");
-    variable("HF_HOME").map(PathBuf::from).or_else(in_cache).unwrap_or_else(in_home)
+/// The folder of what the hub's clients keep. Without `HOME` the user's home is the one that the system knows, as for
+/// `huggingface_hub` (Python's `os.path.expanduser`). A user without any would have the files in whatever folder the
+/// process was started in.
+fn home(variable: impl Fn(&str) -> Option<String>, of_user: Option<PathBuf>) -> Option<PathBuf> {
+    let folder = |name: &str| variable(name).map(PathBuf::from);
+    let in_cache = || folder("XDG_CACHE_HOME").map(|cache| cache.join("huggingface"));
+    let in_home = || {
+        let home = of_user.filter(|home| home.is_absolute())?;
+        Some(home.join(".cache/huggingface"))
+    };
+    folder("HF_HOME").or_else(in_cache).or_else(in_home)
 }
 
 /// A variable that is set and not empty.
@@ -67,4 +79,33 @@ fn is_true(value: &str) -> bool {
 fn seconds((name, default): (&str, Duration)) -> Duration {
     let seconds = variable(name).and_then(|seconds| seconds.parse().ok());
     seconds.filter(|seconds| *seconds > 0).map_or(default, Duration::from_secs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_never_kept_where_the_process_happens_to_start() {
+        for (hf_home, cache, user, expected) in [
+            ("/hf", "/cache", Some("/home/me"), Some("/hf")),
+            ("/hf", "", None, Some("/hf")),
+            ("here", "", Some("/home/me"), Some("here")),
+            ("", "/cache", Some("/home/me"), Some("/cache/huggingface")),
+            ("", "/cache", None, Some("/cache/huggingface")),
+            ("", "", Some("/home/me"), Some("/home/me/.cache/huggingface")),
+            ("", "", Some("/"), Some("/.cache/huggingface")),
+            ("", "", Some("me"), None),
+            ("", "", Some(""), None),
+            ("", "", Some("~"), None),
+            ("", "", None, None),
+        ] {
+            let variable = |name: &str| {
+                let value = if name == "HF_HOME" { hf_home } else { cache };
+                (!value.is_empty()).then(|| value.to_owned())
+            };
+            let found = home(variable, user.map(PathBuf::from));
+            assert_eq!(found, expected.map(PathBuf::from), "{hf_home:?} {cache:?} {user:?}");
+        }
+    }
 }

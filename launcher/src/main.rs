@@ -16,7 +16,7 @@ use args::Args;
 use child::Output;
 use clap::{Parser, error::ErrorKind};
 use config::{Config, Device, ModelConfig, ShardsConfig};
-use hub::{ModelError, ModelFiles, Settings};
+use hub::{ModelError, ModelFiles};
 use lifecycle::{EX_USAGE, fail};
 use supervisor::{Plan, Signals};
 use telemetry::Log;
@@ -28,7 +28,8 @@ fn main() {
         let asked = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
         std::process::exit(if asked { 0 } else { EX_USAGE })
     });
-    let log = telemetry::start(args.log.json_output).unwrap_or_else(|error| fail(1, &error));
+    let log = telemetry::start(args.log.json_output)
+        .unwrap_or_else(|error| fail(if error.is_usage() { EX_USAGE } else { 1 }, &error));
     lifecycle::before_exit(telemetry::flush);
     if let Err(error) = check(&args) {
         fail(EX_USAGE, &*error);
@@ -64,7 +65,7 @@ fn run(args: &Args, log: &Log) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     // From here on, as the first process of a container does not end by a signal that it does not handle.
     let mut signals = runtime.block_on(async { Signals::listen() })?;
-    let found = hub::find(Settings::from_env(), &args.model_id, args.revision.as_deref());
+    let found = hub::find(&args.model_id, args.revision.as_deref());
     let found = runtime.block_on(async {
         tokio::select! {
             () = signals.next() => None,

@@ -19,7 +19,8 @@ struct Args {
 fn main() {
     let args = Args::parse();
     let config = Config::read(&args.config).unwrap_or_else(|error| fail(EX_USAGE, &error));
-    let log = telemetry::start(config.log.json_output).unwrap_or_else(|error| fail(1, &error));
+    let log = telemetry::start(config.log.json_output)
+        .unwrap_or_else(|error| fail(if error.is_usage() { EX_USAGE } else { 1 }, &error));
     lifecycle::before_exit(telemetry::flush);
     let ended = Supervisor::ending_the_process()
         .map_err(RunError::from)

@@ -42,7 +42,8 @@ struct Args {
 fn main() {
     let args = Args::parse();
     let config = Config::read(&args.config).unwrap_or_else(|error| fail(EX_USAGE, &error));
-    let log = telemetry::start(config.log.json_output).unwrap_or_else(|error| fail(1, &error));
+    let log = telemetry::start(config.log.json_output)
+        .unwrap_or_else(|error| fail(if error.is_usage() { EX_USAGE } else { 1 }, &error));
     lifecycle::before_exit(telemetry::flush);
     let ended =
         Parent::link().map_err(anyhow::Error::from).and_then(|parent| run(&config, args.rank, &parent));

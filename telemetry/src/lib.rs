@@ -3,8 +3,9 @@
 //! Nobody waits for the log. A thread of its own writes it; when whoever reads stderr stalls, lines wait in a bounded
 //! queue and are then dropped, and when the reader is gone, lines go nowhere. Neither can stop or end the program.
 
+mod level;
+
 use std::{
-    env,
     fs::File,
     io::{self, IsTerminal, Write},
     os::fd::AsFd,
@@ -16,7 +17,9 @@ use std::{
 };
 
 use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
-use tracing_subscriber::EnvFilter;
+
+pub use level::LevelError;
+use level::filter;
 
 /// Lines that wait for a reader of stderr. Those that come then are dropped.
 const WAITING: usize = 8192;
@@ -37,8 +40,27 @@ pub struct Lines {
     told: Arc<AtomicUsize>,
 }
 
+/// The reason that there is no log.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    /// `LOG_LEVEL` is not a level.
+    #[error("LOG_LEVEL: {0}")]
+    Level(#[from] LevelError),
+    /// Its thread or its file cannot be had.
+    #[error("the log: {0}")]
+    Io(#[from] io::Error),
+}
+
+impl LogError {
+    /// Returns whether the environment is at fault.
+    pub fn is_usage(&self) -> bool {
+        matches!(self, LogError::Level(_))
+    }
+}
+
 /// Starts the log of this process, which panics go to as well. To be called once, at the start of the program.
-pub fn start(json: bool) -> io::Result<Log> {
+pub fn start(json: bool) -> Result<Log, LogError> {
+    let filter = filter()?;
     // Not `io::stderr`, whose lock would be held for as long as a reader stalls.
     let stderr = File::from(io::stderr().as_fd().try_clone_to_owned()?);
     let (queue, writer) = NonBlockingBuilder::default()
@@ -47,10 +69,6 @@ pub fn start(json: bool) -> io::Result<Log> {
         .thread_name("log")
         .finish(stderr);
     *WRITER.lock().unwrap_or_else(PoisonError::into_inner) = Some(writer);
-    // A variable without a value asks for nothing, and not for errors alone.
-    let asked = env::var("LOG_LEVEL").ok().filter(|level| !level.trim().is_empty());
-    let filter =
-        asked.and_then(|level| EnvFilter::try_new(level).ok()).unwrap_or_else(|| EnvFilter::new("info"));
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(queue.clone())

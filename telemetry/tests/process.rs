@@ -36,7 +36,13 @@ fn main() -> ExitCode {
 
 /// The process that is tested.
 fn play(role: &str) -> ExitCode {
-    let log = telemetry::start(role == "json").unwrap();
+    let log = match telemetry::start(role == "json") {
+        Ok(log) => log,
+        Err(error) => {
+            eprintln!("{error}");
+            return ExitCode::from(if error.is_usage() { 64 } else { 1 });
+        }
+    };
     match role {
         "panics" => {
             let panicked = thread::Builder::new().name("engine".into()).spawn(|| panic!("a bug")).unwrap();
@@ -59,6 +65,7 @@ fn play(role: &str) -> ExitCode {
         }
         "levels" => {
             tracing::error!("an error");
+            tracing::warn!("a warning");
             tracing::info!("an info");
             tracing::debug!("a debug");
         }
@@ -175,19 +182,50 @@ fn dropped_lines_are_counted() {
 
 fn levels_are_those_that_were_asked_for() {
     for (level, lines) in [
+        ("off", 0),
+        ("OFF", 0),
         ("error", 1),
-        ("info", 2),
-        ("INFO", 2),
-        ("debug", 3),
+        ("ERROR", 1),
+        ("critical", 1),
+        ("Fatal", 1),
+        ("warn", 2),
+        ("warning", 2),
+        ("WARNING", 2),
+        ("Warning ", 2),
+        ("info", 3),
+        ("INFO", 3),
+        ("debug", 4),
+        ("DEBUG", 4),
+        ("trace", 4),
         ("off,process=error", 1),
-        ("", 2),
-        (" ", 2),
-        ("a=b=c,,[", 2),
+        ("error, process=WARNING", 2),
+        ("warning,other=debug", 2),
+        ("", 3),
+        (" ", 3),
     ] {
         let mut command = Command::new(std::env::current_exe().unwrap());
         let out = command.env(ROLE, "levels").env("LOG_LEVEL", level).output().unwrap();
         assert!(out.status.success());
         let log = String::from_utf8(out.stderr).unwrap();
         assert_eq!(log.lines().count(), lines, "{level:?}: {log}");
+    }
+    for level in [
+        "junk",
+        "warnings",
+        "20",
+        "-1",
+        "verbose",
+        "info,",
+        "info debug",
+        "process",
+        "process=loud",
+        "a=b=c,,[",
+        "[=info",
+    ] {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        let out = command.env(ROLE, "levels").env("LOG_LEVEL", level).output().unwrap();
+        let log = String::from_utf8(out.stderr).unwrap();
+        assert_eq!(out.status.code(), Some(64), "{level:?}: {log}");
+        assert!(log.starts_with("LOG_LEVEL: "), "{log}");
     }
 }
