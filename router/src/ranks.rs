@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use futures::future::try_join_all;
+use futures::{StreamExt, future::try_join_all};
 use hyper_util::rt::TokioIo;
 use proto::{AttachRequest, HealthRequest, InfoRequest, PrepareRequest, shard_client::ShardClient};
 use scheduler::{Adapter, AdapterKey};
@@ -210,7 +210,7 @@ impl Ranks {
         let resident = merge::resident(&try_join_all(attached).await?, info.num_slots);
         let streams = self.clients.iter().cloned().enumerate().map(async |(rank, mut client)| {
             let (steps, outgoing) = group::channel();
-            let request = client.execute(ReceiverStream::new(outgoing));
+            let request = client.execute(ReceiverStream::new(outgoing).map(wire::request));
             let events = in_time(rank, "Execute", limit, request).await?;
             Ok::<_, RankError>(RankStream { steps, events })
         });

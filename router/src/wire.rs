@@ -7,7 +7,7 @@ use std::{sync::Arc, time::Duration};
 
 use config::RouterConfig;
 use sampling::SamplingParams;
-use scheduler::{Adapter, AdapterKey, Limits, RowsPlan, StepPlan};
+use scheduler::{Adapter, AdapterKey, Limits, RopeScaling, RowsPlan, StepPlan, kv_positions};
 
 use crate::generation::{Job, PromptToken, Scored};
 
@@ -64,6 +64,12 @@ pub(crate) struct Info {
     pub(crate) max_logit_rows: u32,
     /// The longest step of the warm-up; zero if none was run.
     pub(crate) longest_step: Duration,
+    /// Positions whose KV blocks a row needs; 0 for all.
+    pub(crate) kv_window: u32,
+    /// The original context of LongRoPE; 0 without it.
+    pub(crate) rope_switch: u32,
+    /// The original context of dynamic NTK scaling; 0 without it.
+    pub(crate) rope_dynamic: u32,
 }
 
 impl From<proto::InfoResponse> for Info {
@@ -84,6 +90,9 @@ impl From<proto::InfoResponse> for Info {
             max_sequences: info.max_sequences,
             max_logit_rows: info.max_logit_rows,
             longest_step: Duration::from_micros(info.longest_step_us),
+            kv_window: info.kv_window,
+            rope_switch: info.rope_switch,
+            rope_dynamic: info.rope_dynamic,
         }
     }
 }
@@ -92,8 +101,16 @@ impl Info {
     /// Most tokens of prompt and output together: the model has a position for each, and KV memory for all but the
     /// last, which is never computed with.
     pub(crate) fn max_total_tokens(&self) -> usize {
-        let held = u64::from(self.num_blocks) * u64::from(self.block_size);
-        u64::from(self.max_positions).min(held + 1) as usize
+        let held = kv_positions(self.num_blocks, self.block_size, self.kv_window);
+        u64::from(self.max_positions).min(held.saturating_add(1)) as usize
+    }
+
+    fn rope(&self) -> RopeScaling {
+        match (self.rope_switch, self.rope_dynamic) {
+            (0, 0) => RopeScaling::Fixed,
+            (0, context) => RopeScaling::Dynamic { context },
+            (context, _) => RopeScaling::Switch { context },
+        }
     }
 
     /// The limits that the scheduler plans with.
@@ -110,6 +127,8 @@ impl Info {
             max_added_tokens: MAX_ADDED_TOKENS,
             max_prefill_rows: config.max_batch_prefill_tokens.map(most),
             prefix_caching: config.prefix_caching,
+            kv_window: self.kv_window,
+            rope: self.rope(),
         }
     }
 }
@@ -123,6 +142,7 @@ pub(crate) fn step(plan: StepPlan<Arc<Job>>) -> proto::Step {
         slot: added.slot,
         sampling: Some(message(&added.payload.sampling)),
         prompt_logprobs: added.payload.prompt_logprobs,
+        pooling: None,
     });
     proto::Step {
         id: plan.id,
@@ -136,7 +156,13 @@ pub(crate) fn step(plan: StepPlan<Arc<Job>>) -> proto::Step {
         added: added.collect(),
         rows: plan.rows.into_iter().map(rows).collect(),
         session: 0,
+        masks: Vec::new(),
     }
+}
+
+/// A step on its way to a rank.
+pub(crate) fn request(step: proto::Step) -> proto::ExecuteRequest {
+    proto::ExecuteRequest { request: Some(proto::execute_request::Request::Step(step)) }
 }
 
 /// The loads into slots that a step asks for.
@@ -152,7 +178,10 @@ fn rows(rows: RowsPlan) -> proto::SequenceRows {
         position: rows.position,
         rows: rows.rows,
         new_blocks: rows.new_blocks,
-        sample: rows.sample,
+        sample: rows.sample.into(),
+        released_blocks: rows.released_blocks,
+        tokens: Vec::new(),
+        masked: false,
     }
 }
 

@@ -196,6 +196,9 @@ fn serve<B: Backend>(
         max_sequences: limits.max_sequences as u32,
         max_logit_rows: limits.max_logit_rows as u32,
         longest_step_us: engine.longest_step().as_micros() as u64,
+        kv_window: memory::kv_window(description.window),
+        rope_switch: 0,
+        rope_dynamic: 0,
     };
     let step_timeout = server::step_timeout(config.router.step_timeout, engine.longest_step());
     let supervisor = Supervisor::ending_the_process()?;

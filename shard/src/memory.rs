@@ -41,6 +41,15 @@ pub enum TooSmall {
 /// Set aside for recorded steps and what the driver takes while adapters come and go.
 const RECORDINGS: u64 = 1 << 30;
 
+/// Positions of the largest tile in which attention kernels read keys and values. A tile begins at a multiple of its
+/// size, so a kernel may read almost a whole tile of positions before the window, whose scores it masks.
+const ATTENTION_TILE: u32 = 128;
+
+/// Positions whose blocks a row needs if no layer attends to more than `window` of them; 0, for all, if one does.
+pub fn kv_window(window: Option<u32>) -> u32 {
+    window.map_or(0, |window| window.saturating_add(ATTENTION_TILE))
+}
+
 /// Memory for what grows and shrinks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Room {

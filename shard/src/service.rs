@@ -10,8 +10,8 @@ use std::{
 
 use kernels::Backend;
 use proto::{
-    AttachRequest, AttachResponse, ExecuteEvent, HealthRequest, HealthResponse, InfoRequest, InfoResponse,
-    PrepareRequest, PrepareResponse, Step,
+    AttachRequest, AttachResponse, ExecuteEvent, ExecuteRequest, HealthRequest, HealthResponse, InfoRequest,
+    InfoResponse, PrepareRequest, PrepareResponse,
     shard_server::{Shard, ShardServer},
 };
 use tokio::sync::{mpsc, oneshot};
@@ -93,7 +93,7 @@ impl<B: Backend> Shard for Service<B> {
 
     async fn execute(
         &self,
-        request: Request<Streaming<Step>>,
+        request: Request<Streaming<ExecuteRequest>>,
     ) -> Result<Response<Self::ExecuteStream>, Status> {
         let steps = request.into_inner();
         let (events, received) = mpsc::channel(EVENTS + self.info.num_slots as usize);
@@ -102,7 +102,7 @@ impl<B: Backend> Shard for Service<B> {
         self.send(Command::Execute(stream)).await?;
         // Of a broken connection nobody reads the error, and the router begins a new session.
         let steps = steps.map(|step| match step {
-            Ok(step) => wire::step(step).map(Box::new),
+            Ok(request) => wire::request(request).map(Box::new),
             Err(status) => Err(StepError::Unreadable(status.message().into())),
         });
         let incoming = Incoming { stream: id, steps: Box::pin(steps), ended };

@@ -53,6 +53,8 @@ pub struct Rows {
     pub new_blocks: Vec<u32>,
     /// Sample from the last row.
     pub sample: bool,
+    /// Entries at the beginning of its table whose blocks are not needed any more.
+    pub released_blocks: usize,
 }
 
 /// What a shard serves, and how much room it has.
@@ -74,6 +76,9 @@ pub struct Info {
     pub max_sequences: u32,
     pub max_logit_rows: u32,
     pub longest_step_us: u64,
+    pub kv_window: u32,
+    pub rope_switch: u32,
+    pub rope_dynamic: u32,
 }
 
 /// An event, and the session that it belongs to.

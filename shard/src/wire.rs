@@ -28,10 +28,20 @@ pub(crate) fn info(info: Info) -> wire::InfoResponse {
         max_sequences: info.max_sequences,
         max_logit_rows: info.max_logit_rows,
         longest_step_us: info.longest_step_us,
+        kv_window: info.kv_window,
+        rope_switch: info.rope_switch,
+        rope_dynamic: info.rope_dynamic,
     }
 }
 
-pub(crate) fn step(step: wire::Step) -> Result<Step, StepError> {
+pub(crate) fn request(request: wire::ExecuteRequest) -> Result<Step, StepError> {
+    match request.request {
+        Some(wire::execute_request::Request::Step(message)) => step(message),
+        _ => Err(StepError::Unreadable("a request without a step".into())),
+    }
+}
+
+fn step(step: wire::Step) -> Result<Step, StepError> {
     Ok(Step {
         session: step.session,
         id: step.id,
@@ -83,7 +93,8 @@ fn rows(rows: wire::SequenceRows) -> Rows {
         position: rows.position as usize,
         rows: rows.rows as usize,
         new_blocks: rows.new_blocks,
-        sample: rows.sample,
+        sample: rows.sample > 0,
+        released_blocks: rows.released_blocks as usize,
     }
 }
 
@@ -140,6 +151,8 @@ fn step_result(result: StepResult) -> wire::StepResult {
         tokens: result.tokens.into_iter().map(sampled).collect(),
         prompt: result.prompt.into_iter().map(prompt).collect(),
         duration_us: result.duration_us,
+        hidden: Vec::new(),
+        pooled: Vec::new(),
         refused: result.refused.into_iter().map(refused).collect(),
     }
 }
@@ -168,6 +181,7 @@ pub(crate) fn step_status(error: &StepError) -> Status {
         | StepError::DuplicateSequence(_)
         | StepError::OutOfRange { .. }
         | StepError::NoBlock { .. }
+        | StepError::ReleasedBlock { .. }
         | StepError::SlotNotReady(_)
         | StepError::ContentHash(_)
         | StepError::Unreadable(_)

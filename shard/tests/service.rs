@@ -66,7 +66,8 @@ impl Served {
 
     async fn execute(&mut self) -> (mpsc::Sender<Step>, Streaming<ExecuteEvent>) {
         let (steps, outgoing) = mpsc::channel(4);
-        (steps, self.client.execute(ReceiverStream::new(outgoing)).await.unwrap().into_inner())
+        let outgoing = ReceiverStream::new(outgoing).map(client::request);
+        (steps, self.client.execute(outgoing).await.unwrap().into_inner())
     }
 
     async fn attach(&mut self, session: u64) -> proto::AttachResponse {

@@ -213,6 +213,7 @@ async fn provoke(fault: &str, script: &Script, socket: &Path) {
     let load = if fault.starts_with("load") || fault == "copies panic" { load } else { Vec::new() };
     let (steps, outgoing) = tokio::sync::mpsc::channel(2);
     let outgoing = tokio_stream::wrappers::ReceiverStream::new(outgoing);
+    let outgoing = tokio_stream::StreamExt::map(outgoing, client::request);
     let mut events = client.execute(outgoing).await.unwrap().into_inner();
     match fault {
         "step panics" => script.fail("embed", Fault::Panic),

@@ -47,6 +47,19 @@ pub struct InfoResponse {
     /// The longest step of the warm-up, in microseconds. 0: the shard ran none.
     #[prost(uint64, tag = "15")]
     pub longest_step_us: u64,
+    /// Positions whose KV blocks a row needs: its own and those before it, and what the kernels read beside the attention
+    /// window. 0: all, because some layer has no window.
+    #[prost(uint32, tag = "16")]
+    pub kv_window: u32,
+    /// LongRoPE: the model's original context. A sequence that grows past it has to be computed again from its first
+    /// token, because its rotary frequencies are others from there on. 0: they stay the same.
+    #[prost(uint32, tag = "17")]
+    pub rope_switch: u32,
+    /// Dynamic NTK scaling: the model's original context. Beyond it every length has rotary frequencies of its own, so that
+    /// only sequences that were added with the same number of tokens can share KV blocks. 0: frequencies do not follow the
+    /// length.
+    #[prost(uint32, tag = "18")]
+    pub rope_dynamic: u32,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct AttachRequest {
@@ -114,6 +127,23 @@ pub struct PrepareResponse {
     #[prost(string, repeated, tag = "4")]
     pub sites: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
+/// What the router sends while a session runs.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ExecuteRequest {
+    #[prost(oneof = "execute_request::Request", tags = "1, 2")]
+    pub request: ::core::option::Option<execute_request::Request>,
+}
+/// Nested message and enum types in `ExecuteRequest`.
+pub mod execute_request {
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Request {
+        #[prost(message, tag = "1")]
+        Step(super::Step),
+        /// Masks of a step that has been sent before.
+        #[prost(message, tag = "2")]
+        Masks(super::Masks),
+    }
+}
 /// One forward pass over a ragged batch of rows, and the changes that come before it, in the order of the fields.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Step {
@@ -138,6 +168,35 @@ pub struct Step {
     /// The session that the step belongs to.
     #[prost(uint64, tag = "7")]
     pub session: u64,
+    /// Masks of rows of this step. The others follow in messages of their own.
+    #[prost(message, repeated, tag = "8")]
+    pub masks: ::prost::alloc::vec::Vec<Mask>,
+}
+/// Masks that follow their step, so that its forward pass need not wait for them. Sampling does, and so do the steps
+/// behind it. Masks of a step that is not in flight are ignored.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Masks {
+    /// The step's id.
+    #[prost(uint64, tag = "1")]
+    pub step: u64,
+    #[prost(message, repeated, tag = "2")]
+    pub masks: ::prost::alloc::vec::Vec<Mask>,
+    /// The session that the step belongs to.
+    #[prost(uint64, tag = "3")]
+    pub session: u64,
+}
+/// The tokens that a grammar allows in one sampled row of a step.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Mask {
+    #[prost(uint64, tag = "1")]
+    pub sequence: u64,
+    /// Which of the rows that the sequence samples from in the step, from 0.
+    #[prost(uint32, tag = "2")]
+    pub row: u32,
+    /// A bit for every token of the vocabulary: token t is allowed if bit t % 8 of byte t / 8 is set. At least one must be,
+    /// or the sequence is refused.
+    #[prost(bytes = "vec", tag = "3")]
+    pub allowed: ::prost::alloc::vec::Vec<u8>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SlotLoad {
@@ -168,6 +227,68 @@ pub struct NewSequence {
     /// computed.
     #[prost(bool, tag = "6")]
     pub prompt_logprobs: bool,
+    /// Asks for hidden states. Nothing is sampled from the sequence then, and no row of it may come from the prefix cache.
+    /// Rows whose hidden states are needed count as rows with logits.
+    #[prost(message, optional, tag = "7")]
+    pub pooling: ::core::option::Option<Pooling>,
+}
+/// What becomes of the hidden states of a sequence behind the model's last norm.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Pooling {
+    #[prost(enumeration = "pooling::Kind", tag = "1")]
+    pub kind: i32,
+    /// Whether each reported vector is divided by its Euclidean length.
+    #[prost(bool, tag = "2")]
+    pub normalize: bool,
+}
+/// Nested message and enum types in `Pooling`.
+pub mod pooling {
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum Kind {
+        /// All of them are reported as they are computed.
+        None = 0,
+        /// One vector is reported once all rows have been computed: that of the first token,
+        First = 1,
+        /// of the last one,
+        Last = 2,
+        /// or the mean over all.
+        Mean = 3,
+    }
+    impl Kind {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::None => "NONE",
+                Self::First => "FIRST",
+                Self::Last => "LAST",
+                Self::Mean => "MEAN",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "NONE" => Some(Self::None),
+                "FIRST" => Some(Self::First),
+                "LAST" => Some(Self::Last),
+                "MEAN" => Some(Self::Mean),
+                _ => None,
+            }
+        }
+    }
 }
 /// The parameters are defined in docs/api.md. Each comment names the value that switches a filter off.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -217,7 +338,7 @@ pub struct LogitBias {
 pub struct SequenceRows {
     #[prost(uint64, tag = "1")]
     pub sequence: u64,
-    /// Position of the first row. A decode row carries no token id: a row beyond the known tokens takes the token that the
+    /// Position of the first row. A decode row needs no token id: a row beyond the known tokens takes the token that the
     /// shard sampled last for the sequence.
     #[prost(uint32, tag = "2")]
     pub position: u32,
@@ -228,9 +349,21 @@ pub struct SequenceRows {
     /// far, including those that it shares with others through the prefix cache.
     #[prost(uint32, repeated, tag = "4")]
     pub new_blocks: ::prost::alloc::vec::Vec<u32>,
-    /// Whether to sample a token from the last row.
-    #[prost(bool, tag = "5")]
-    pub sample: bool,
+    /// Tokens to sample: one from each of the last so many rows.
+    #[prost(uint32, tag = "5")]
+    pub sample: u32,
+    /// Entries at the beginning of the block table that have been released: they lie before the KV window of these rows and
+    /// of all that follow, and the blocks may belong to others. Entries that have never been sent count, too: the first new
+    /// block of a sequence stands behind them.
+    #[prost(uint32, tag = "6")]
+    pub released_blocks: u32,
+    /// Ids of the tokens of the last rows, as many as there are. They replace what the sequence had from there on, and
+    /// whatever is sampled behind them is sampled as if they had been, too.
+    #[prost(uint32, repeated, tag = "7")]
+    pub tokens: ::prost::alloc::vec::Vec<u32>,
+    /// Whether every sampled row has a mask, for which sampling waits.
+    #[prost(bool, tag = "8")]
+    pub masked: bool,
 }
 /// An event that a rank reports while it executes.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -258,7 +391,7 @@ pub struct StepResult {
     /// The step's id.
     #[prost(uint64, tag = "1")]
     pub id: u64,
-    /// One token for every `sample` of the step, in the order of rows.
+    /// One token for every sampled row of the step, in the order of rows.
     #[prost(message, repeated, tag = "2")]
     pub tokens: ::prost::alloc::vec::Vec<Sampled>,
     /// Log-probabilities of prompt tokens whose rows were in the step.
@@ -267,10 +400,16 @@ pub struct StepResult {
     /// Duration of the pass in microseconds.
     #[prost(uint64, tag = "4")]
     pub duration_us: u64,
-    /// Sequences of `added` that the shard cannot compute. It skips their rows, in this step and the following ones, until
-    /// they are dropped; the rows of all other sequences are computed.
+    /// Sequences that the shard cannot compute, from this step on: it skips their rows until they are dropped. The rows of
+    /// all other sequences are computed.
     #[prost(message, repeated, tag = "5")]
     pub refused: ::prost::alloc::vec::Vec<Refused>,
+    /// Hidden states of rows of the step, by sequence.
+    #[prost(message, repeated, tag = "6")]
+    pub hidden: ::prost::alloc::vec::Vec<HiddenStates>,
+    /// Pooled vectors of the sequences whose last rows were in the step.
+    #[prost(message, repeated, tag = "7")]
+    pub pooled: ::prost::alloc::vec::Vec<PooledVector>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Refused {
@@ -317,6 +456,24 @@ pub struct ScoredToken {
     /// The most probable tokens at its position, most probable first.
     #[prost(message, repeated, tag = "2")]
     pub top: ::prost::alloc::vec::Vec<Token>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct HiddenStates {
+    #[prost(uint64, tag = "1")]
+    pub sequence: u64,
+    /// Position of the first row.
+    #[prost(uint32, tag = "2")]
+    pub position: u32,
+    /// The hidden states of consecutive rows, one after the other.
+    #[prost(float, repeated, tag = "3")]
+    pub values: ::prost::alloc::vec::Vec<f32>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PooledVector {
+    #[prost(uint64, tag = "1")]
+    pub sequence: u64,
+    #[prost(float, repeated, tag = "2")]
+    pub values: ::prost::alloc::vec::Vec<f32>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SlotEvent {
@@ -500,7 +657,7 @@ pub mod shard_client {
         /// FAILED_PRECONDITION.
         pub async fn execute(
             &mut self,
-            request: impl tonic::IntoStreamingRequest<Message = super::Step>,
+            request: impl tonic::IntoStreamingRequest<Message = super::ExecuteRequest>,
         ) -> std::result::Result<
             tonic::Response<tonic::codec::Streaming<super::ExecuteEvent>>,
             tonic::Status,
@@ -582,7 +739,7 @@ pub mod shard_server {
         /// FAILED_PRECONDITION.
         async fn execute(
             &self,
-            request: tonic::Request<tonic::Streaming<super::Step>>,
+            request: tonic::Request<tonic::Streaming<super::ExecuteRequest>>,
         ) -> std::result::Result<tonic::Response<Self::ExecuteStream>, tonic::Status>;
         /// Reports the heartbeat of the step loop. It never waits for the loop, so that a loop that hangs is seen to hang.
         async fn health(
@@ -798,7 +955,7 @@ pub mod shard_server {
                 "/shard.v1.Shard/Execute" => {
                     #[allow(non_camel_case_types)]
                     struct ExecuteSvc<T: Shard>(pub Arc<T>);
-                    impl<T: Shard> tonic::server::StreamingService<super::Step>
+                    impl<T: Shard> tonic::server::StreamingService<super::ExecuteRequest>
                     for ExecuteSvc<T> {
                         type Response = super::ExecuteEvent;
                         type ResponseStream = T::ExecuteStream;
@@ -808,7 +965,9 @@ pub mod shard_server {
                         >;
                         fn call(
                             &mut self,
-                            request: tonic::Request<tonic::Streaming<super::Step>>,
+                            request: tonic::Request<
+                                tonic::Streaming<super::ExecuteRequest>,
+                            >,
                         ) -> Self::Future {
                             let inner = Arc::clone(&self.0);
                             let fut = async move {

@@ -8,9 +8,10 @@ use std::{
 };
 
 use proto::{
-    AttachRequest, AttachResponse, ExecuteEvent, HealthRequest, HealthResponse, InfoRequest, InfoResponse,
-    PrepareRequest, PrepareResponse, Sampled, Step, StepResult, Token,
+    AttachRequest, AttachResponse, ExecuteEvent, ExecuteRequest, HealthRequest, HealthResponse, InfoRequest,
+    InfoResponse, PrepareRequest, PrepareResponse, Sampled, Step, StepResult, Token,
     execute_event::Event,
+    execute_request,
     shard_server::{Shard, ShardServer},
 };
 use tokio::{net::UnixListener, sync::mpsc, time::sleep};
@@ -114,7 +115,7 @@ fn result(step: &Step, vocab: u32, state: &mut u64) -> StepResult {
         let token = Token { id: (*state >> 33) as u32 % vocab, logprob: -1.0 };
         Sampled { sequence, token: Some(token), top: Vec::new() }
     };
-    let tokens = step.rows.iter().filter(|rows| rows.sample).map(|rows| sampled(rows.sequence)).collect();
+    let tokens = step.rows.iter().filter(|rows| rows.sample > 0).map(|rows| sampled(rows.sequence)).collect();
     StepResult { id: step.id, tokens, ..StepResult::default() }
 }
 
@@ -149,7 +150,7 @@ impl Shard for Double {
 
     async fn execute(
         &self,
-        request: Request<Streaming<Step>>,
+        request: Request<Streaming<ExecuteRequest>>,
     ) -> Result<Response<Self::ExecuteStream>, Status> {
         let mut steps = request.into_inner();
         let (queue, queued) = mpsc::channel(16);
@@ -158,7 +159,9 @@ impl Shard for Double {
         tokio::spawn(self.clone().run(queued, events));
         let this = self.clone();
         tokio::spawn(async move {
-            while let Some(Ok(step)) = steps.next().await {
+            while let Some(Ok(ExecuteRequest { request: Some(execute_request::Request::Step(step)) })) =
+                steps.next().await
+            {
                 this.received(step.id);
                 if queue.send(step).await.is_err() {
                     break;

@@ -78,6 +78,8 @@ impl Server {
             max_added_tokens: 10 << 20,
             max_prefill_rows: None,
             prefix_caching: true,
+            kv_window: 0,
+            rope: RopeScaling::Fixed,
         };
         Self {
             scheduler: Scheduler::new(limits, &[]),

@@ -3,29 +3,31 @@
 use std::{
     borrow::Cow,
     collections::{BTreeMap, HashMap},
-    hash::{DefaultHasher, Hash, Hasher},
+    hash::{BuildHasher, RandomState},
 };
 
-use crate::{AdapterKey, CacheSalt};
+use crate::{AdapterKey, CacheSalt, rope::Regime, table::Table};
 
-/// The predecessor of a block: the start of a sequence, or a published block.
+/// What a block follows: the start of a sequence, or another full block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Prefix {
-    /// Nothing. KV blocks are never shared between different adapters, nor between different salts.
-    Start { adapter: Option<AdapterKey>, salt: CacheSalt },
-    /// The published block of this number.
-    Block(u64),
+    /// Nothing. KV blocks are never shared between different adapters, salts or rotary frequencies.
+    Start { adapter: Option<AdapterKey>, salt: CacheSalt, regime: Regime },
+    /// The block with this digest.
+    Block(Digest),
 }
 
-/// The identity of a published block, together with its tokens. Two blocks with equal prefixes and equal tokens hold
-/// the same sequence of tokens from its start, by induction, so hashes need not be collision-free.
+/// Stands for all tokens of a sequence up to the end of a block, and for its start. It is taken with keys that nobody
+/// outside the process knows, and it is long enough to be taken for what it stands for: a block may be found though the
+/// blocks before it are gone.
+type Digest = u128;
+
+/// The identity of a published block, together with its tokens.
 #[derive(Debug)]
 struct Published {
-    /// Never used twice, so that a reused block cannot be taken for its former content.
-    number: u64,
     prefix: Prefix,
     /// Its key in the index.
-    hash: u64,
+    digest: Digest,
 }
 
 #[derive(Debug, Default)]
@@ -37,6 +39,15 @@ struct Block {
     idle_since: u64,
 }
 
+/// The beginning of a sequence that need not be computed.
+#[derive(Debug)]
+pub(crate) struct Cached {
+    /// The blocks of it that are needed.
+    pub(crate) table: Table,
+    /// What the next block follows.
+    pub(crate) prefix: Prefix,
+}
+
 /// All blocks. Each is free, or held by sequences, or idle: published and held by none.
 #[derive(Debug)]
 pub(crate) struct Blocks {
@@ -45,19 +56,15 @@ pub(crate) struct Blocks {
     /// The tokens of published blocks, `size` to a block.
     tokens: Vec<u32>,
     free: Vec<u32>,
-    /// Least recently used first. Blocks are let go last position first, so a block leaves before its prefix does.
+    /// Least recently used first. Blocks are let go last position first, so a block leaves before its prefix does,
+    /// except where the front of a sequence was released before its end.
     idle: BTreeMap<u64, u32>,
-    /// Published blocks by the hash of prefix and tokens. Of several with the same hash, it has the first. Looked up
-    /// only, never iterated.
-    index: HashMap<u64, u32>,
-    /// Counts publications and releases: the clock of `idle_since`, and the source of numbers.
+    /// Published blocks by their digest. Looked up only, never iterated.
+    index: HashMap<Digest, u32>,
+    /// The keys of the two halves of digests.
+    keys: [RandomState; 2],
+    /// Counts releases: the clock of `idle_since`.
     ticks: u64,
-}
-
-fn hash(prefix: Prefix, tokens: &[u32]) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    (prefix, tokens).hash(&mut hasher);
-    hasher.finish()
 }
 
 impl Blocks {
@@ -69,6 +76,7 @@ impl Blocks {
             free: (0..count).rev().collect(),
             idle: BTreeMap::new(),
             index: HashMap::new(),
+            keys: Default::default(),
             ticks: 0,
         }
     }
@@ -96,35 +104,54 @@ impl Blocks {
         self.blocks[block as usize].holders == 1
     }
 
-    /// The published blocks that follow `start`, for as long as they hold the given tokens, one item to a block.
+    fn digest(&self, prefix: Prefix, tokens: &[u32]) -> Digest {
+        let [high, low] = &self.keys;
+        Digest::from(high.hash_one((prefix, tokens))) << 64 | Digest::from(low.hash_one((prefix, tokens)))
+    }
+
+    /// The longest beginning of a sequence whose needed blocks are published. `full` has the tokens of its blocks;
+    /// after so many of them, the blocks before the place that `first` tells are not needed any more.
     pub(crate) fn find<'a>(
         &self,
         start: Prefix,
-        mut tokens: impl Iterator<Item = Cow<'a, [u32]>>,
-    ) -> Vec<u32> {
-        let mut prefix = Some(start);
-        let next = || {
-            let block = self.known(prefix?, &tokens.next()?)?;
-            prefix = self.prefix_of(block);
-            Some(block)
-        };
-        std::iter::from_fn(next).collect()
+        full: impl ExactSizeIterator<Item = Cow<'a, [u32]>>,
+        first: impl Fn(usize) -> usize,
+    ) -> Cached {
+        let most = first(full.len());
+        let (mut prefix, mut found) = (start, Vec::new());
+        // The place behind the last block that is missing.
+        let mut after_gap = 0;
+        let mut best = (0, start);
+        for (end, tokens) in (1..).zip(full) {
+            let digest = self.digest(prefix, &tokens);
+            let block = self.known(digest, prefix, &tokens);
+            prefix = Prefix::Block(digest);
+            found.push(block);
+            if block.is_none() {
+                after_gap = end;
+            }
+            if after_gap <= first(end) {
+                best = (end, prefix);
+            }
+            if after_gap > most {
+                break;
+            }
+        }
+        let (end, prefix) = best;
+        let released = first(end);
+        let blocks = found[released..end].iter().copied().flatten().collect();
+        Cached { table: Table::new(released, blocks), prefix }
     }
 
     /// The block published as `tokens` after `prefix`.
-    fn known(&self, prefix: Prefix, tokens: &[u32]) -> Option<u32> {
-        let &block = self.index.get(&hash(prefix, tokens))?;
+    fn known(&self, digest: Digest, prefix: Prefix, tokens: &[u32]) -> Option<u32> {
+        let &block = self.index.get(&digest)?;
         let same = self.blocks[block as usize].published.as_ref().is_some_and(|p| p.prefix == prefix);
         (same && self.tokens_of(block) == tokens).then_some(block)
     }
 
     fn tokens_of(&self, block: u32) -> &[u32] {
         &self.tokens[block as usize * self.size..][..self.size]
-    }
-
-    /// `block` as the prefix of the next one; `None` when it is not published.
-    pub(crate) fn prefix_of(&self, block: u32) -> Option<Prefix> {
-        self.blocks[block as usize].published.as_ref().map(|p| Prefix::Block(p.number))
     }
 
     /// Adds a holder to a block that `find` gave.
@@ -144,7 +171,7 @@ impl Blocks {
         };
         let entry = &mut self.blocks[block as usize];
         if let Some(published) = entry.published.take() {
-            self.index.remove(&published.hash);
+            self.index.remove(&published.digest);
         }
         entry.holders = 1;
         Some(block)
@@ -168,20 +195,16 @@ impl Blocks {
         }
     }
 
-    /// Publishes a full, computed block as `tokens` after `prefix`, and returns it as the prefix of the next block.
-    /// If such a block is published already, that one is returned, and `block` stays private to its holder. Returns
-    /// `None` if something else has the same hash: then neither this block nor those that follow it can be published.
-    pub(crate) fn publish(&mut self, prefix: Prefix, tokens: &[u32], block: u32) -> Option<Prefix> {
-        let hash = hash(prefix, tokens);
-        if self.index.contains_key(&hash) {
-            return self.prefix_of(self.known(prefix, tokens)?);
+    /// Publishes a full, computed block as `tokens` after `prefix`, unless such a block is published already: then
+    /// `block` stays private to its holder. Returns the prefix of the next block.
+    pub(crate) fn publish(&mut self, prefix: Prefix, tokens: &[u32], block: Option<u32>) -> Prefix {
+        let digest = self.digest(prefix, tokens);
+        if let Some(block) = block.filter(|_| !self.index.contains_key(&digest)) {
+            self.index.insert(digest, block);
+            self.blocks[block as usize].published = Some(Published { prefix, digest });
+            self.tokens[block as usize * self.size..][..self.size].copy_from_slice(tokens);
         }
-        self.ticks += 1;
-        let number = self.ticks;
-        self.index.insert(hash, block);
-        self.blocks[block as usize].published = Some(Published { number, prefix, hash });
-        self.tokens[block as usize * self.size..][..self.size].copy_from_slice(tokens);
-        Some(Prefix::Block(number))
+        Prefix::Block(digest)
     }
 
     /// Panics unless every block is counted exactly once and held by as many as `tables`, all sequences' blocks, say.
@@ -202,8 +225,9 @@ impl Blocks {
             assert!(!free[number as usize] || entry.published.is_none(), "free block {number} is published");
             if let Some(p) = &entry.published {
                 published += 1;
-                assert_eq!(self.index.get(&p.hash), Some(&number), "the index knows block {number}");
-                assert_eq!(p.hash, hash(p.prefix, self.tokens_of(number)), "hash of block {number}");
+                assert_eq!(self.index.get(&p.digest), Some(&number), "the index knows block {number}");
+                let digest = self.digest(p.prefix, self.tokens_of(number));
+                assert_eq!(p.digest, digest, "digest of block {number}");
             }
         }
         assert_eq!(self.index.len(), published, "the index holds published blocks only");

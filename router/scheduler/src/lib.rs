@@ -7,12 +7,14 @@
 //! ```
 //! # use std::time::Duration;
 //! # use scheduler::{
-//! #     CacheSalt, Event, Finish, Limits, Request, RequestId, Sampled, Scheduler, SubmitError, Tenant,
+//! #     CacheSalt, Event, Finish, Limits, Request, RequestId, RopeScaling, Sampled, Scheduler, SubmitError,
+//! #     Tenant,
 //! # };
 //! # fn main() -> Result<(), SubmitError> {
 //! # let limits = Limits {
 //! #     num_blocks: 64, block_size: 16, num_slots: 4, adapter_bytes: 0, max_rows: 64, max_sequences: 8,
 //! #     max_logit_rows: 64, max_added_tokens: 1000, max_prefill_rows: None, prefix_caching: true,
+//! #     kv_window: 0, rope: RopeScaling::Fixed,
 //! # };
 //! # let now = Duration::ZERO;
 //! let mut scheduler = Scheduler::new(limits, &[]);
@@ -45,13 +47,18 @@ mod blocks;
 mod event;
 mod flows;
 mod request;
+mod rope;
 mod scheduler;
 mod sequence;
 mod slots;
 mod step;
+mod table;
 
 pub use event::{Event, FailReason, Finish, Sampled, Stats};
 pub use flows::{AGED_SHARE, OVERDUE};
-pub use request::{Adapter, AdapterKey, CacheSalt, Limits, Request, RequestId, SubmitError, Tenant};
+pub use request::{
+    Adapter, AdapterKey, CacheSalt, Limits, Request, RequestId, SubmitError, Tenant, kv_positions,
+};
+pub use rope::RopeScaling;
 pub use scheduler::{MAX_IN_FLIGHT, Scheduler};
 pub use step::{Added, RowsPlan, StepPlan};

@@ -2,6 +2,8 @@
 
 use std::{error::Error, fmt, sync::Arc};
 
+use crate::RopeScaling;
+
 /// Names one request to the caller and on the wire. Must be unique among the requests that have not ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RequestId(pub u64);
@@ -91,6 +93,10 @@ pub struct Limits {
     pub max_prefill_rows: Option<u32>,
     /// Reuse the KV blocks of equal prefixes.
     pub prefix_caching: bool,
+    /// Positions whose blocks a row needs, its own included; 0 for all before it.
+    pub kv_window: u32,
+    /// How rotary frequencies follow the length of a sequence.
+    pub rope: RopeScaling,
 }
 
 impl Limits {
@@ -109,6 +115,20 @@ impl Limits {
         positions.div_ceil(self.block_size as usize)
     }
 
+    /// The first block that a row at a position needs, and all rows behind it.
+    pub(crate) fn first_block(&self, position: usize) -> usize {
+        match self.kv_window {
+            0 => 0,
+            window => (position + 1).saturating_sub(window as usize) / self.block_size as usize,
+        }
+    }
+
+    /// Blocks that a sequence holds at once, at most, while its steps have up to so many rows.
+    pub(crate) fn most_blocks(&self, rows: usize) -> usize {
+        let most = self.num_blocks as usize;
+        most_blocks(self.kv_window, self.block_size, rows).map_or(most, |blocks| blocks.min(most))
+    }
+
     /// Panics unless steps can be planned within the limits.
     pub(crate) fn assert_positive(&self) {
         let positive = [
@@ -122,6 +142,21 @@ impl Limits {
         ];
         assert!(positive.iter().all(|&limit| limit > 0), "a limit is zero: {self:?}");
     }
+}
+
+/// Positions that one sequence can fill, given the KV memory that there is: any number if its window fits.
+pub fn kv_positions(num_blocks: u32, block_size: u32, kv_window: u32) -> u64 {
+    match most_blocks(kv_window, block_size, 1) {
+        Some(blocks) if blocks <= num_blocks as usize => u64::MAX,
+        _ => u64::from(num_blocks) * u64::from(block_size),
+    }
+}
+
+/// Blocks that hold the window of the first of `rows` rows and the rows themselves, wherever blocks begin; `None`
+/// without a window.
+fn most_blocks(kv_window: u32, block_size: u32, rows: usize) -> Option<usize> {
+    let (window, size) = (kv_window as usize, block_size as usize);
+    (window > 0).then(|| (window + rows + size - 3) / size + 1)
 }
 
 /// The reason that a request can never run.

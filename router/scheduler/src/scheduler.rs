@@ -16,6 +16,7 @@ use crate::{
     Adapter, AdapterKey, Event, FailReason, Limits, Request, RequestId, Sampled, Stats, SubmitError,
     blocks::Blocks,
     flows::{FlowId, Flows, Residency},
+    kv_positions,
     sequence::{Arrival, Sequence, max_positions},
     slots::Slots,
 };
@@ -146,7 +147,8 @@ impl<P: Clone> Scheduler<P> {
             return Err(SubmitError::DuplicateId(request.id));
         }
         let positions = max_positions(request.prompt.len() as u64, request.max_new_tokens.into());
-        let capacity = u64::from(self.limits.num_blocks) * u64::from(self.limits.block_size);
+        let Limits { num_blocks, block_size, kv_window, .. } = self.limits;
+        let capacity = kv_positions(num_blocks, block_size, kv_window);
         if positions > capacity {
             return Err(SubmitError::TooLong { positions, capacity });
         }
@@ -242,7 +244,7 @@ impl<P: Clone> Scheduler<P> {
         };
         if runs {
             sequence.run.computed += rows.rows as usize;
-            Self::publish(&mut self.blocks, self.limits.block_size as usize, sequence);
+            Self::publish(&mut self.blocks, &self.limits, sequence);
         }
         if ended {
             self.end(rows.arrival);
@@ -250,16 +252,19 @@ impl<P: Clone> Scheduler<P> {
     }
 
     /// Makes the blocks of a sequence that have become full known to the prefix cache.
-    fn publish(blocks: &mut Blocks, size: usize, sequence: &mut Sequence<P>) {
+    fn publish(blocks: &mut Blocks, limits: &Limits, sequence: &mut Sequence<P>) {
+        let size = limits.block_size as usize;
         // A row of a token that never came may have been computed.
         let computed = sequence.run.computed.min(sequence.known());
+        let computed = computed.min(limits.rope.shared_positions(sequence.run.added_len));
         while let Some(prefix) = sequence.run.prefix
             && (sequence.run.published + 1) * size <= computed
         {
             let published = sequence.run.published;
             let tokens = sequence.tokens(published * size..(published + 1) * size);
-            let prefix = blocks.publish(prefix, &tokens, sequence.run.blocks[published]);
-            sequence.run.prefix = prefix;
+            // Where the window is short, the block may have been released by now.
+            let block = sequence.run.table.get(published);
+            sequence.run.prefix = Some(blocks.publish(prefix, &tokens, block));
             sequence.run.published += 1;
         }
     }
@@ -318,7 +323,7 @@ impl<P: Clone> Scheduler<P> {
         if sequence.run.added {
             self.dropped.push(sequence.id);
         }
-        self.blocks.release(&sequence.stop());
+        self.blocks.release(sequence.stop().blocks());
         Some(sequence)
     }
 

@@ -3,9 +3,10 @@
 use std::{borrow::Cow, mem, ops::Range, sync::Arc, time::Duration};
 
 use crate::{
-    AdapterKey, Finish, Request, RequestId,
+    AdapterKey, CacheSalt, Finish, Request, RequestId, RopeScaling,
     blocks::Prefix,
     flows::{FlowId, GENERATED},
+    table::Table,
 };
 
 /// Order of submission. Older sequences keep their blocks when memory runs out.
@@ -18,8 +19,7 @@ pub(crate) struct Sequence<P> {
     pub(crate) arrival: Arrival,
     pub(crate) flow: FlowId,
     pub(crate) adapter: Option<AdapterKey>,
-    /// The prefix of its first block: adapter and salt.
-    pub(crate) start: Prefix,
+    salt: CacheSalt,
     pub(crate) submitted: Duration,
     pub(crate) prompt: Arc<[u32]>,
     pub(crate) generated: Vec<u32>,
@@ -52,15 +52,14 @@ pub(crate) struct Admission {
 /// State that a sequence has only while it runs.
 #[derive(Debug, Default)]
 pub(crate) struct Run {
-    /// Its block table.
-    pub(crate) blocks: Vec<u32>,
+    pub(crate) table: Table,
     /// Whether the sequence has been added on the shards.
     pub(crate) added: bool,
-    /// The number of `blocks` that the shards know.
+    /// Places of the table that the shards know.
     pub(crate) sent: usize,
-    /// The number of `blocks`, from the first, that the prefix cache knows (as these or as equal ones).
+    /// Places of the table that have been published in the prefix cache (as these blocks or as equal ones).
     pub(crate) published: usize,
-    /// The prefix that the first unpublished block follows; `None` when no further block can be published.
+    /// What the first unpublished block follows; `None` when nothing is published.
     pub(crate) prefix: Option<Prefix>,
     /// Tokens that are known when it gets its seat: rows below are prefill, rows from here on are decode.
     pub(crate) added_len: usize,
@@ -80,7 +79,7 @@ impl<P> Sequence<P> {
             arrival,
             flow,
             adapter,
-            start: Prefix::Start { adapter, salt: request.salt },
+            salt: request.salt,
             submitted,
             prompt: request.prompt,
             generated: Vec::new(),
@@ -161,9 +160,14 @@ impl<P> Sequence<P> {
         }
     }
 
+    /// The prefix of its first block if it is added with the tokens that are known.
+    pub(crate) fn start(&self, rope: RopeScaling) -> Prefix {
+        Prefix::Start { adapter: self.adapter, salt: self.salt, regime: rope.regime(self.known()) }
+    }
+
     /// Forgets what has been computed, and returns the block table.
-    pub(crate) fn stop(&mut self) -> Vec<u32> {
-        mem::take(&mut self.run).blocks
+    pub(crate) fn stop(&mut self) -> Table {
+        mem::take(&mut self.run).table
     }
 }
 

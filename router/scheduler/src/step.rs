@@ -46,8 +46,11 @@ pub struct RowsPlan {
     pub position: u32,
     /// Number of rows, at consecutive positions.
     pub rows: u32,
-    /// Blocks appended to the block table before the pass. With the first rows, these are all blocks up to here.
+    /// Blocks appended to the block table before the pass. With the first rows, these are all blocks up to here, behind
+    /// the places that have been released.
     pub new_blocks: Vec<u32>,
+    /// Places at the beginning of the block table whose blocks neither these rows nor any that follow need.
+    pub released_blocks: u32,
     /// Sample a token from the last row.
     pub sample: bool,
 }

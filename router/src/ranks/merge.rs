@@ -111,6 +111,9 @@ fn check_equal(rank: usize, first: &Info, other: &Info) -> Result<(), InfoError>
     equal(rank, "eos_token_ids", &first.eos_token_ids, &other.eos_token_ids)?;
     equal(rank, "dtype", &first.dtype, &other.dtype)?;
     equal(rank, "block_size", &first.block_size, &other.block_size)?;
+    equal(rank, "kv_window", &first.kv_window, &other.kv_window)?;
+    equal(rank, "rope_switch", &first.rope_switch, &other.rope_switch)?;
+    equal(rank, "rope_dynamic", &first.rope_dynamic, &other.rope_dynamic)?;
     equal(rank, "max_positions", &first.max_positions, &other.max_positions)
 }
 

@@ -126,7 +126,7 @@ async fn nothing_is_generated_when_nothing_is_asked_for() {
     }
     let sampled = router.shard.saw(|seen| {
         let rows = seen.steps.iter().flat_map(|step| &step.rows);
-        Some(rows.filter(|rows| rows.sample).count())
+        Some(rows.filter(|rows| rows.sample > 0).count())
     });
     assert_eq!(sampled.await, 0, "no token was sampled for any of them");
 }

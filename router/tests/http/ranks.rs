@@ -144,7 +144,7 @@ async fn events_of_an_older_session_change_nothing() {
 #[tokio::test]
 async fn ranks_that_contradict_each_other_do_not_serve() {
     type Change = fn(&mut InfoResponse);
-    let cases: [(Change, &str); 14] = [
+    let cases: [(Change, &str); 17] = [
         (|info| info.rank = 1, "the socket of rank 2 says that it is rank 1"),
         (|info| info.rank = 77, "the socket of rank 2 says that it is rank 77"),
         (|info| info.world = 1, "rank 2 is one of 1, but the configuration names 4"),
@@ -154,6 +154,9 @@ async fn ranks_that_contradict_each_other_do_not_serve() {
         (|info| info.dtype = "bfloat16".into(), "`dtype` is \\\"float32\\\" on rank 0 and \\\"bfloat16\\\""),
         (|info| info.block_size = 32, "`block_size` is 16 on rank 0 and 32 on rank 2"),
         (|info| info.max_positions = 8, "`max_positions` is 4096 on rank 0 and 8 on rank 2"),
+        (|info| info.kv_window = 128, "`kv_window` is 0 on rank 0 and 128 on rank 2"),
+        (|info| info.rope_switch = 4096, "`rope_switch` is 0 on rank 0 and 4096 on rank 2"),
+        (|info| info.rope_dynamic = 2048, "`rope_dynamic` is 0 on rank 0 and 2048 on rank 2"),
         (|info| info.num_blocks = 0, "`num_blocks` is 0 on rank 2"),
         (|info| info.max_rows = 0, "`max_rows` is 0 on rank 2"),
         (|info| info.max_sequences = 0, "`max_sequences` is 0 on rank 2"),

@@ -10,10 +10,11 @@ use std::{
 };
 
 use proto::{
-    AttachRequest, AttachResponse, ExecuteEvent, FilledSlot, HealthRequest, HealthResponse, InfoRequest,
-    InfoResponse, NewSequence, PrepareRequest, PrepareResponse, PromptLogprobs, Refused, Sampled,
-    ScoredToken, SequenceRows, SlotEvent, SlotLoad, Step, StepResult, Token,
+    AttachRequest, AttachResponse, ExecuteEvent, ExecuteRequest, FilledSlot, HealthRequest, HealthResponse,
+    InfoRequest, InfoResponse, NewSequence, PrepareRequest, PrepareResponse, PromptLogprobs, Refused,
+    Sampled, ScoredToken, SequenceRows, SlotEvent, SlotLoad, Step, StepResult, Token,
     execute_event::Event,
+    execute_request,
     shard_server::{Shard, ShardServer},
 };
 use tokio::{
@@ -122,7 +123,7 @@ impl Script {
             max_rows: 256,
             max_sequences: 16,
             max_logit_rows: 256,
-            longest_step_us: 0,
+            ..InfoResponse::default()
         };
         Script {
             info,
@@ -254,12 +255,16 @@ impl ScriptedShard {
         self.held.subscribe().wait_for(|held| !held.contains(gate)).await.unwrap();
     }
 
-    async fn run(&self, mut steps: Streaming<Step>, events: Events) {
+    async fn run(&self, mut steps: Streaming<ExecuteRequest>, events: Events) {
         let mut sequences = HashMap::new();
         let mut pace = self.script.pace.map(interval);
         let session = self.seen.borrow().sessions.last().copied().unwrap_or_default();
         for id in 1.. {
-            let Ok(Some(step)) = steps.message().await else { return };
+            let Ok(Some(ExecuteRequest { request: Some(execute_request::Request::Step(step)) })) =
+                steps.message().await
+            else {
+                return;
+            };
             let error = if (step.session, step.id) == (session, id) {
                 None
             } else {
@@ -343,7 +348,7 @@ impl ScriptedShard {
                 continue;
             }
             result.prompt.extend(running.prompt(rows));
-            result.tokens.extend(rows.sample.then(|| running.sample()));
+            result.tokens.extend((rows.sample > 0).then(|| running.sample()));
         }
         Ok(result)
     }
@@ -446,7 +451,7 @@ impl Shard for ScriptedShard {
 
     async fn execute(
         &self,
-        request: Request<Streaming<Step>>,
+        request: Request<Streaming<ExecuteRequest>>,
     ) -> Result<Response<Self::ExecuteStream>, Status> {
         let (events, received) = mpsc::channel(16);
         *self.events.lock().unwrap() = Some(events.clone());

@@ -156,7 +156,7 @@ impl<B: Backend> State<B> {
             return Ok(Some(self.refuse(id, format!("position {} is beyond the model's {limit}", end - 1))));
         }
         let Some(Place::Seated(sequence)) = self.sequences.get_mut(&id) else { return Ok(None) };
-        sequence.blocks.extend(&rows.new_blocks);
+        sequence.extend_blocks(rows)?;
         if rows.rows == 0 || end > sequence.blocks.len() * BLOCK_SIZE {
             return Err(StepError::NoBlock { sequence: id, position: end, blocks: sequence.blocks.len() });
         }

@@ -2,14 +2,14 @@
 
 use std::{collections::HashMap, mem, sync::Arc};
 
-use kernels::{Backend, Batch, SamplingParams};
+use kernels::{BLOCK_SIZE, Backend, Batch, SamplingParams};
 use model::{Config, Model, adapter::ContentHash};
 use tokio::sync::oneshot::error::TryRecvError;
 
 use super::{Held, idle::Idle};
 use crate::{
     adapters::{Adapters, Fetch},
-    step::{Event, NewSequence, Refusal, Step},
+    step::{Event, NewSequence, Refusal, Rows, Step},
 };
 
 /// How much room there is.
@@ -76,6 +76,16 @@ pub enum StepError {
         /// Its blocks.
         blocks: usize,
     },
+    /// Rows that are stored in a block that has been released.
+    #[error("sequence {sequence} has released {released} blocks, position {position} is in one of them")]
+    ReleasedBlock {
+        /// The sequence.
+        sequence: u64,
+        /// Its first position in the step.
+        position: usize,
+        /// Blocks at its beginning that it has released.
+        released: usize,
+    },
     /// A row uses a slot before it was reported ready.
     #[error("slot {0} is not ready")]
     SlotNotReady(u32),
@@ -106,6 +116,22 @@ pub(super) struct Sequence {
     pub(super) blocks: Vec<u32>,
     pub(super) prompt_logprobs: bool,
     pub(super) num_top: u32,
+}
+
+impl Sequence {
+    /// Appends blocks to the table, and gives up those before a place. Kernels read nothing there, and what stands there
+    /// afterwards is a block of the sequence itself.
+    pub(super) fn extend_blocks(&mut self, rows: &Rows) -> Result<(), StepError> {
+        let Rows { sequence, position, released_blocks: released, .. } = *rows;
+        if position / BLOCK_SIZE < released {
+            return Err(StepError::ReleasedBlock { sequence, position, released });
+        }
+        self.blocks.resize(self.blocks.len().max(released), 0);
+        self.blocks.extend(&rows.new_blocks);
+        let first = self.blocks.get(released).copied().unwrap_or_default();
+        self.blocks[..released].fill(first);
+        Ok(())
+    }
 }
 
 /// What a slot holds, with the bytes that it takes there.

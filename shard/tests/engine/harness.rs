@@ -9,7 +9,10 @@ use lorax_shard::{
     engine::{Command, EventStream, Heartbeat, Held, StepError},
     step::{Event, NewSequence, Rows, SessionEvent, Step, StepResult},
 };
-use model::adapter::ContentHash;
+use model::{
+    adapter::ContentHash,
+    testing::{self, Files},
+};
 use tokio::{
     sync::{mpsc, oneshot},
     time::timeout,
@@ -61,8 +64,13 @@ impl Shard<Fake> {
 
 impl<B: Backend> Shard<B> {
     fn new(ops: B, host_bytes: usize) -> Shard<B> {
+        Shard::of(&testing::model(), ops, host_bytes)
+    }
+
+    /// One of a model like that of [`testing::model`].
+    pub(crate) fn of(files: &Files, ops: B, host_bytes: usize) -> Shard<B> {
         let folder = tempfile::tempdir().unwrap();
-        let (engine, adapters) = tiny::engine(ops, folder.path(), host_bytes);
+        let (engine, adapters) = tiny::engine_of(files, ops, folder.path(), (host_bytes, 2));
         let (commands, received) = mpsc::channel(16);
         let (heartbeat, longest_step) = (engine.heartbeat(), engine.longest_step());
         let (end, ended) = oneshot::channel();
@@ -166,7 +174,7 @@ pub(crate) fn prompt(sequence: u64) -> NewSequence {
 }
 
 pub(crate) fn rows(sequence: u64, position: usize, rows: usize, new_blocks: &[u32], sample: bool) -> Rows {
-    Rows { sequence, position, rows, new_blocks: new_blocks.to_vec(), sample }
+    Rows { sequence, position, rows, new_blocks: new_blocks.to_vec(), sample, ..Rows::default() }
 }
 
 /// The events of one stream.

@@ -10,3 +10,4 @@ mod sessions;
 mod steps;
 #[path = "../support/tiny.rs"]
 mod tiny;
+mod windows;

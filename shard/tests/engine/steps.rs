@@ -44,6 +44,14 @@ async fn steps_that_contradict_the_protocol_are_refused_and_harm_nobody() {
         (step(vec![new(Some(1))], vec![rows(1, 0, 2, &[0])]), "slot 1 is not ready"),
         (step(vec![new(None)], vec![rows(1, 0, 2, &[16])]), "block 16 is out of range, limit 16"),
         (step(vec![new(None)], vec![rows(1, 0, 2, &[])]), "sequence 1 has 0 blocks, position 2 needs more"),
+        (
+            step(vec![new(None)], vec![Rows { released_blocks: 1, ..rows(1, 0, 2, &[0]) }]),
+            "sequence 1 has released 1 blocks, position 0 is in one of them",
+        ),
+        (
+            step(vec![new(None)], vec![Rows { released_blocks: usize::MAX, ..rows(1, 17, 1, &[0]) }]),
+            "sequence 1 has released 18446744073709551615 blocks, position 17 is in one of them",
+        ),
         (step(vec![new(None)], vec![rows(1, 0, 33, &[0, 1, 2])]), "rows 33 is out of range, limit 33"),
         (
             step(

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use hyper_util::rt::TokioIo;
 use lorax_shard::step::Info;
-use proto::{NewSequence, SequenceRows, Step, shard_client::ShardClient};
+use proto::{ExecuteRequest, NewSequence, SequenceRows, Step, execute_request, shard_client::ShardClient};
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 
@@ -20,6 +20,11 @@ pub(crate) async fn connect(socket: &Path) -> ShardClient<Channel> {
     ShardClient::new(endpoint.connect_with_connector(connect).await.unwrap())
 }
 
+/// A step as it is sent.
+pub(crate) fn request(step: Step) -> ExecuteRequest {
+    ExecuteRequest { request: Some(execute_request::Request::Step(step)) }
+}
+
 /// The first step of a session, which samples a token of a prompt.
 pub(crate) fn first_step(session: u64) -> Step {
     let tokens: Vec<u32> = (0..20).map(|i| i * 7 % 96).collect();
@@ -31,7 +36,7 @@ pub(crate) fn first_step(session: u64) -> Step {
             sequence: 5,
             rows: 20,
             new_blocks: vec![3, 9],
-            sample: true,
+            sample: 1,
             ..SequenceRows::default()
         }],
         ..Step::default()
@@ -55,5 +60,8 @@ pub(crate) fn info() -> Info {
         max_sequences: 4,
         max_logit_rows: 32,
         longest_step_us: 1000,
+        kv_window: 0,
+        rope_switch: 0,
+        rope_dynamic: 0,
     }
 }

@@ -8,7 +8,11 @@ use lorax_shard::{
     adapters::{Adapters, HostLimits, Roots},
     engine::{Engine, Limits},
 };
-use model::{Model, adapter::BaseModel, testing};
+use model::{
+    Model,
+    adapter::BaseModel,
+    testing::{self, Files},
+};
 use tokio::runtime::Handle;
 
 /// What reading an adapter may take.
@@ -26,8 +30,18 @@ pub(crate) fn engine_with_slots<B: Backend>(
     host_bytes: usize,
     num_slots: usize,
 ) -> (Engine<B>, Arc<Adapters<B>>) {
+    engine_of(&testing::model(), ops, folder, (host_bytes, num_slots))
+}
+
+/// As [`engine_with_slots`], of a model like that of [`testing::model`].
+pub(crate) fn engine_of<B: Backend>(
+    files: &Files,
+    ops: B,
+    folder: &Path,
+    (host_bytes, num_slots): (usize, usize),
+) -> (Engine<B>, Arc<Adapters<B>>) {
     let at = |name: &str| folder.join(name);
-    testing::model().write_model(&at("model")).unwrap();
+    files.write_model(&at("model")).unwrap();
     for (name, seed) in [("one", 1), ("two", 2)] {
         write_adapter(&at("adapters").join(name), seed);
     }

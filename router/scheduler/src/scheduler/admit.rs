@@ -4,9 +4,11 @@ use std::time::Duration;
 
 use super::{Scheduler, plan::Draft, preempt::Obstacle};
 use crate::{
+    blocks::Cached,
     flows::{FlowId, Residency, Turn},
     sequence::{Admission, Arrival, Sequence},
     slots::SLICE,
+    table::Table,
 };
 
 /// Tenants without a seat that one step passes over because of their blocks. Each costs a look at all running sequences.
@@ -80,7 +82,7 @@ impl<P: Clone> Scheduler<P> {
             }
             let promised = promised.get_or_insert_with(|| self.promised());
             let Some(cached) = self.fit(candidate, *promised) else { return };
-            let Some(sequence) = self.take(candidate, cached.len(), now) else { return };
+            let Some(sequence) = self.take(candidate, cached.table.end(), now) else { return };
             *promised += self.start(sequence, cached, draft);
         }
     }
@@ -104,7 +106,7 @@ impl<P: Clone> Scheduler<P> {
             victims.into_iter().for_each(|victim| self.preempt(victim));
             let candidate = Candidate::Waiting(flow, Turn::Fair);
             let Some(cached) = self.fit(candidate, self.promised()) else { return };
-            let Some(sequence) = self.take(candidate, cached.len(), now) else { return };
+            let Some(sequence) = self.take(candidate, cached.table.end(), now) else { return };
             self.seat(sequence, cached);
         }
     }
@@ -142,45 +144,46 @@ impl<P: Clone> Scheduler<P> {
         }
     }
 
-    /// The cached blocks that the candidate shares, if there are blocks for all its known tokens and one more block,
-    /// beside those promised to the running sequences for theirs.
-    fn fit(&self, candidate: Candidate, promised: usize) -> Option<Vec<u32>> {
+    /// The beginning that the candidate shares, if there are blocks for all its known tokens and one more block, beside
+    /// those promised to the running sequences for theirs.
+    fn fit(&self, candidate: Candidate, promised: usize) -> Option<Cached> {
         let sequence = self.peek(candidate).filter(|sequence| sequence.in_flight == 0)?;
         let cached = self.find_cached(sequence);
-        let needed = self.blocks_needed(sequence, &cached);
+        let needed = self.blocks_needed(sequence, &cached.table);
         (promised + needed <= self.blocks.available()).then_some(cached)
     }
 
     /// Available blocks that a sequence takes when it gets its seat, and is promised then.
-    pub(super) fn blocks_needed(&self, sequence: &Sequence<P>, cached: &[u32]) -> usize {
-        let idle = cached.iter().filter(|&&block| self.blocks.is_idle(block)).count();
-        self.blocks_to_come(sequence) - cached.len() + idle
+    pub(super) fn blocks_needed(&self, sequence: &Sequence<P>, cached: &Table) -> usize {
+        let idle = cached.blocks().iter().filter(|&&block| self.blocks.is_idle(block)).count();
+        self.blocks_to_come(sequence, cached) + idle
     }
 
     /// Blocks that the running sequences are expected to need soon.
     pub(super) fn promised(&self) -> usize {
-        self.running.values().map(|running| self.blocks_to_come(running)).sum()
+        self.running.values().map(|running| self.blocks_to_come(running, &running.run.table)).sum()
     }
 
     /// The blocks of the prefix cache that a sequence can begin with.
-    pub(super) fn find_cached(&self, sequence: &Sequence<P>) -> Vec<u32> {
+    pub(super) fn find_cached(&self, sequence: &Sequence<P>) -> Cached {
+        let start = sequence.start(self.limits.rope);
         if !self.limits.prefix_caching || sequence.prompt_logprobs {
-            return Vec::new();
+            return Cached { table: Table::default(), prefix: start };
         }
         let size = self.limits.block_size as usize;
         // The last token is always computed, because its row gives the next one.
         let reusable = (sequence.known() - 1) / size;
-        self.blocks.find(
-            sequence.start,
-            (0..reusable).map(|block| sequence.tokens(block * size..(block + 1) * size)),
-        )
+        let full = (0..reusable).map(|block| sequence.tokens(block * size..(block + 1) * size));
+        self.blocks.find(start, full, |end| self.limits.first_block(end * size))
     }
 
-    /// Blocks that a sequence is expected to need soon: for its known tokens, and one to grow into.
-    pub(super) fn blocks_to_come(&self, sequence: &Sequence<P>) -> usize {
-        let held = sequence.run.blocks.len();
-        let soon = self.limits.blocks_for(sequence.len()).max(held) + 1;
-        soon.min(self.limits.blocks_for(sequence.max_positions())) - held
+    /// Blocks that a sequence is expected to need soon beside those of a table: for its known tokens, and one to grow
+    /// into, as far as its window and the rows of a step hold them at once.
+    pub(super) fn blocks_to_come(&self, sequence: &Sequence<P>, table: &Table) -> usize {
+        let soon = self.limits.blocks_for(sequence.len()).max(table.end()) + 1;
+        let soon = soon.min(self.limits.blocks_for(sequence.max_positions())) - table.released();
+        let rows = sequence.rows_to_plan().clamp(1, self.limits.most_prefill_rows());
+        soon.min(self.limits.most_blocks(rows)).saturating_sub(table.blocks().len())
     }
 
     /// Takes a candidate from where it waits. `cached` blocks of it need not be computed.
@@ -212,24 +215,23 @@ impl<P: Clone> Scheduler<P> {
     }
 
     /// Gives a sequence its seat and its first rows. Returns the blocks that it is promised beside.
-    fn start(&mut self, sequence: Sequence<P>, cached: Vec<u32>, draft: &mut Draft<P>) -> usize {
+    fn start(&mut self, sequence: Sequence<P>, cached: Cached, draft: &mut Draft<P>) -> usize {
         let arrival = self.seat(sequence, cached);
         draft.shared = self.waiting_for_seats() > 0;
         self.plan_rows(arrival, draft);
-        self.running.get(&arrival).map_or(0, |sequence| self.blocks_to_come(sequence))
+        self.running.get(&arrival).map_or(0, |sequence| self.blocks_to_come(sequence, &sequence.run.table))
     }
 
     /// Gives a sequence its seat and its cached blocks.
-    fn seat(&mut self, mut sequence: Sequence<P>, cached: Vec<u32>) -> Arrival {
-        cached.iter().for_each(|&block| self.blocks.hold(block));
-        let hit = cached.len() * self.limits.block_size as usize;
-        let prefix = cached.last().map_or(Some(sequence.start), |&block| self.blocks.prefix_of(block));
+    fn seat(&mut self, mut sequence: Sequence<P>, Cached { table, prefix }: Cached) -> Arrival {
+        table.blocks().iter().for_each(|&block| self.blocks.hold(block));
+        let hit = table.end() * self.limits.block_size as usize;
         let (arrival, known) = (sequence.arrival, sequence.known());
         let run = &mut sequence.run;
         run.added_len = known;
-        (run.planned, run.computed, run.published) = (hit, hit, cached.len());
-        run.prefix = prefix.filter(|_| self.limits.prefix_caching);
-        run.blocks = cached;
+        (run.planned, run.computed, run.published) = (hit, hit, table.end());
+        run.prefix = self.limits.prefix_caching.then_some(prefix);
+        run.table = table;
         self.running.insert(arrival, sequence);
         arrival
     }

@@ -9,7 +9,7 @@ impl<P> Scheduler<P> {
     /// # Panics
     /// If one is broken.
     pub fn check(&self) {
-        self.blocks.check(self.running.values().map(|sequence| &sequence.run.blocks[..]));
+        self.blocks.check(self.running.values().map(|sequence| sequence.run.table.blocks()));
         self.slots.check(self.admitted().filter_map(|sequence| sequence.slot().zip(sequence.adapter)));
         self.flows.check(self.admitted().map(|sequence| sequence.flow), |key| self.slots.residency(key));
         self.check_sequences();
@@ -30,9 +30,13 @@ impl<P> Scheduler<P> {
         }
         for sequence in self.running.values() {
             let run = &sequence.run;
-            let room = run.blocks.len() * self.limits.block_size as usize;
+            let room = run.table.end() * self.limits.block_size as usize;
             assert!(run.computed <= run.planned && run.planned <= room, "rows of {:?}", sequence.id);
-            assert!(run.published <= run.blocks.len(), "published blocks of {:?}", sequence.id);
+            assert!(run.published <= run.table.end(), "published blocks of {:?}", sequence.id);
+            let needed = self.limits.first_block(run.planned);
+            assert!(run.table.released() <= needed, "{:?} has released what it needs", sequence.id);
+            let last = self.limits.rope.last_position(run.added_len);
+            assert!(last.is_none_or(|last| run.planned <= last), "{:?} outgrows its rotation", sequence.id);
             assert!(run.planned <= sequence.max_positions(), "{:?} is planned too far", sequence.id);
         }
     }

@@ -222,20 +222,26 @@ impl<P: Clone> Scheduler<P> {
     }
 
     /// Plans as many rows of a sequence as it has and as budgets and blocks allow. Does nothing if the sequence does
-    /// not run any more because it has been preempted.
+    /// not run any more because it has been preempted. One that has grown out of its rotary frequencies is preempted, so
+    /// that it is computed again under others.
     pub(super) fn plan_rows(&mut self, arrival: Arrival, draft: &mut Draft<P>) {
-        let Some(sequence) = self.running.get(&arrival) else { return };
+        let Some(sequence) = self.running.get_mut(&arrival) else { return };
+        let (planned, added_len) = (sequence.run.planned, sequence.run.added_len);
+        if sequence.rows_to_plan() > 0 && self.limits.rope.last_position(added_len) == Some(planned) {
+            return self.preempt(arrival);
+        }
         let allowed = draft.allowed(sequence);
         if allowed == 0 || !sequence.run.added && !draft.fits(sequence) {
             return;
         }
-        let (planned, held) = (sequence.run.planned, sequence.run.blocks.len());
-        let missing = self.limits.blocks_for(planned + allowed).saturating_sub(held);
+        let behind = sequence.run.table.release_before(self.limits.first_block(planned));
+        let missing = self.limits.blocks_for(planned + allowed).saturating_sub(sequence.run.table.end());
+        self.blocks.release(&behind);
         while self.blocks.available() < missing && self.preempt_for(arrival, draft.id) {}
         let Some(sequence) = self.running.get_mut(&arrival) else { return };
-        let table = &mut sequence.run.blocks;
-        table.extend((0..missing).map_while(|_| self.blocks.take()));
-        let rows = allowed.min(table.len() * self.limits.block_size as usize - planned);
+        let table = &mut sequence.run.table;
+        (0..missing).map_while(|_| self.blocks.take()).for_each(|block| table.push(block));
+        let rows = allowed.min(table.end() * self.limits.block_size as usize - planned);
         if rows == 0 {
             return;
         }
@@ -249,10 +255,11 @@ impl<P: Clone> Scheduler<P> {
             id: sequence.id,
             position: planned as u32,
             rows: rows as u32,
-            new_blocks: sequence.run.blocks[sequence.run.sent..].to_vec(),
+            new_blocks: sequence.run.table.from(sequence.run.sent).to_vec(),
+            released_blocks: sequence.run.table.released() as u32,
             sample,
         };
-        sequence.run.sent = sequence.run.blocks.len();
+        sequence.run.sent = sequence.run.table.end();
         sequence.run.planned += rows;
         sequence.run.last_step = draft.id;
         sequence.in_flight += 1;

@@ -6,6 +6,7 @@ use super::Scheduler;
 use crate::{
     flows::{FlowId, SERVICE_UNIT, TenantId},
     sequence::Arrival,
+    table::Table,
 };
 
 /// The running sequences of a tenant.
@@ -85,12 +86,12 @@ impl<P: Clone> Scheduler<P> {
             return Err(Obstacle::Seats);
         }
         let cached = self.find_cached(sequence);
-        let needed = self.promised() + self.blocks_needed(sequence, &cached);
-        let shared: BTreeSet<u32> = cached.into_iter().collect();
+        let needed = self.promised() + self.blocks_needed(sequence, &cached.table);
+        let shared: BTreeSet<u32> = cached.table.blocks().iter().copied().collect();
         let (mut available, mut seats) = (self.blocks.available(), self.limits.seats() - self.running.len());
         let mut victims = Vec::new();
         while seats == 0 || needed > available {
-            if needed > available && self.blocks_to_come(sequence) as u64 > fair_blocks {
+            if needed > available && self.blocks_to_come(sequence, &Table::default()) as u64 > fair_blocks {
                 return Err(Obstacle::Blocks);
             }
             let most = shares.iter_mut().filter(|(_, s)| s.sequences > 1).max_by_key(|(_, s)| s.load());
@@ -102,10 +103,11 @@ impl<P: Clone> Scheduler<P> {
             let (&victim, sequence) = youngest.find(own).ok_or(Obstacle::Blocks)?;
             share.sequences -= 1;
             victims.push(victim);
-            let freed = sequence.run.blocks.iter();
+            let table = &sequence.run.table;
+            let freed = table.blocks().iter();
             let freed =
                 freed.filter(|block| self.blocks.is_exclusive(**block) && !shared.contains(block)).count();
-            available += freed + self.blocks_to_come(sequence);
+            available += freed + self.blocks_to_come(sequence, table);
             seats += 1;
         }
         Ok(victims)

@@ -4,7 +4,7 @@
 use std::{sync::Arc, time::Duration};
 
 use proptest::{collection::vec, prelude::*};
-use scheduler::{Limits, Request, RequestId, SubmitError, Tenant};
+use scheduler::{Limits, Request, RequestId, RopeScaling, SubmitError, Tenant};
 
 use crate::{
     shard::STOP,
@@ -51,7 +51,14 @@ fn op() -> impl Strategy<Value = Op> {
 fn some_limits() -> impl Strategy<Value = Limits> {
     let sizes = (4..40u32, 1..7u32, 1..5u32, prop_oneof![Just(0), Just(10), Just(25)]);
     let budgets = (1..24u32, 1..7u32, 1..24u32, prop::option::of(1..16u32), 1..80u32);
-    (sizes, budgets, any::<bool>()).prop_map(|(sizes, budgets, prefix_caching)| Limits {
+    let window = prop_oneof![Just(0), 1..40u32];
+    let rope = prop_oneof![
+        2 => Just(RopeScaling::Fixed),
+        1 => (1..40u32).prop_map(|context| RopeScaling::Switch { context }),
+        1 => (1..40u32).prop_map(|context| RopeScaling::Dynamic { context }),
+    ];
+    let model = (any::<bool>(), window, rope);
+    (sizes, budgets, model).prop_map(|(sizes, budgets, (prefix_caching, kv_window, rope))| Limits {
         num_blocks: sizes.0,
         block_size: sizes.1,
         num_slots: sizes.2,
@@ -62,6 +69,8 @@ fn some_limits() -> impl Strategy<Value = Limits> {
         max_prefill_rows: budgets.3,
         max_added_tokens: budgets.4,
         prefix_caching,
+        kv_window,
+        rope,
     })
 }
 

@@ -1,6 +1,6 @@
 //! Blocks: growth, preemption, and the prefix cache.
 
-use scheduler::{Limits, Request, RequestId};
+use scheduler::{Limits, Request, RequestId, RopeScaling};
 
 use crate::{
     shard::{Payload, plain},
@@ -105,7 +105,7 @@ fn generated_tokens_are_a_prefix_too() {
     let mut world = World::new(limits());
     assert_eq!(cached(&mut world, request(1, 0, prompt(1, 5), 12)), 0);
     let mut longer = prompt(1, 5);
-    longer.extend(plain(&request(0, 0, longer.clone(), 12)));
+    longer.extend(plain(&request(0, 0, longer.clone(), 12), RopeScaling::Fixed));
     // 5 + 12 positions, the last of which was never computed: 4 blocks of 4.
     longer.push(3);
     assert_eq!(cached(&mut world, request(2, 0, longer, 1)), 16);

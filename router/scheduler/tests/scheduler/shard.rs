@@ -1,9 +1,12 @@
 //! A shard whose model is a hash: the token after a sequence depends on the adapter and on every token before it, and
-//! so does what a row leaves in KV memory. A row that reads anything but its own past panics.
+//! so does what a row leaves in KV memory, which the rotation of its position has a part in, too. A row that reads
+//! anything but its own past panics.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use scheduler::{Adapter, AdapterKey, Added, Limits, Request, RequestId, RowsPlan, Sampled, StepPlan};
+use scheduler::{
+    Adapter, AdapterKey, Added, Limits, Request, RequestId, RopeScaling, RowsPlan, Sampled, StepPlan,
+};
 
 /// What a request's sampling parameters are to a real shard. The salt is part of the model's state here, so that a
 /// block shared between two salts is noticed.
@@ -32,26 +35,63 @@ fn sample(state: u64) -> u32 {
     ((state >> 7) % VOCAB) as u32
 }
 
+/// What distinguishes the rotary frequencies of a row that goes by so many tokens.
+fn rotation(rope: RopeScaling, length: usize) -> u64 {
+    match rope {
+        RopeScaling::Switch { context } => u64::from(length > context as usize),
+        RopeScaling::Dynamic { context } if length > context as usize => length as u64,
+        RopeScaling::Dynamic { .. } | RopeScaling::Fixed => 0,
+    }
+}
+
+/// The state after the token at a position of a sequence that was added with so many tokens.
+fn next(state: u64, token: u32, (rope, added, position): (RopeScaling, usize, usize)) -> u64 {
+    let state = mix(state, u64::from(token));
+    match rotation(rope, added.max(position + 1)) {
+        0 => state,
+        rotation => mix(state, rotation),
+    }
+}
+
 /// The answer that a request gets when it is alone, computed without blocks, chunks or steps.
-pub(crate) fn plain(request: &Request<Payload>) -> Vec<u32> {
+pub(crate) fn plain(request: &Request<Payload>, rope: RopeScaling) -> Vec<u32> {
+    answer(request, &[], rope)
+}
+
+/// The whole answer of a request that is added when it has generated the first tokens of it.
+pub(crate) fn answer(request: &Request<Payload>, generated: &[u32], rope: RopeScaling) -> Vec<u32> {
     let start = start(request.adapter.map(|adapter| adapter.key), request.salt.0);
-    let mut state = request.prompt.iter().fold(start, |state, &token| mix(state, u64::from(token)));
-    let mut tokens = Vec::new();
-    while tokens.len() < request.max_new_tokens as usize {
+    let mut tokens = [&request.prompt[..], generated].concat();
+    let mut added = tokens.len();
+    let all = |tokens: &[u32], added| {
+        (0..).zip(tokens).fold(start, |state, (position, &token)| next(state, token, (rope, added, position)))
+    };
+    let mut state = all(&tokens, added);
+    while tokens.len() < request.prompt.len() + request.max_new_tokens as usize {
         let token = sample(state);
         tokens.push(token);
         if request.stop_ids.contains(&token) {
             break;
         }
-        state = mix(state, u64::from(token));
+        let len = tokens.len();
+        state = next(state, token, (rope, added, len - 1));
+        if matches!(rope, RopeScaling::Switch { context } if len == context as usize + 1) {
+            added = len;
+            state = all(&tokens, added);
+        }
     }
-    tokens
+    tokens.split_off(request.prompt.len())
 }
 
 #[derive(Debug)]
 struct Seat {
     tokens: Vec<u32>,
-    table: Vec<u32>,
+    /// The number of tokens that it was added with.
+    added: usize,
+    /// Its blocks that have not been released.
+    table: Vec<Option<u32>>,
+    /// The position behind its last row.
+    planned: usize,
     adapter: Option<AdapterKey>,
     slot: Option<u32>,
     salt: u128,
@@ -156,14 +196,25 @@ impl Shard {
             slot => panic!("{:?} uses a slot that is {slot:?}", added.id),
         });
         let tokens = [&added.prompt[..], &added.generated].concat();
-        let seat = Seat { tokens, table: Vec::new(), adapter, slot: added.slot, salt: added.payload.salt };
+        let seat = Seat {
+            added: tokens.len(),
+            tokens,
+            table: Vec::new(),
+            planned: 0,
+            adapter,
+            slot: added.slot,
+            salt: added.payload.salt,
+        };
         assert!(self.seats.insert(added.id, seat).is_none(), "{:?} has two seats", added.id);
         true
     }
 
     fn run_rows(&mut self, rows: &RowsPlan) -> Option<u32> {
         let seat = self.seats.get_mut(&rows.id).unwrap();
-        seat.table.extend(&rows.new_blocks);
+        let released = rows.released_blocks as usize;
+        seat.table.resize(seat.table.len().max(released), None);
+        seat.table.extend(rows.new_blocks.iter().copied().map(Some));
+        seat.table[..released].fill(None);
         if let Some(slot) = seat.slot {
             assert_eq!(
                 Some(self.slots[slot as usize]),
@@ -173,32 +224,45 @@ impl Shard {
             );
         }
         let size = self.limits.block_size as usize;
-        let mut state = start(seat.adapter, seat.salt);
-        for position in 0..rows.position as usize {
-            state = mix(state, u64::from(seat.tokens[position]));
-            let stored = self.memory[seat.table[position / size] as usize][position % size];
-            assert_eq!(stored, Some(state), "{:?} reads position {position}", rows.id);
-        }
+        let window = match self.limits.kv_window {
+            0 => usize::MAX,
+            window => window as usize,
+        };
         let first = rows.position as usize;
+        let mut state = start(seat.adapter, seat.salt);
+        let step = |state, position: usize| {
+            next(state, seat.tokens[position], (self.limits.rope, seat.added, position))
+        };
+        for position in 0..first {
+            state = step(state, position);
+            if first - position < window {
+                let block = seat.table[position / size].expect("a block that is read is held");
+                let stored = self.memory[block as usize][position % size];
+                assert_eq!(stored, Some(state), "{:?} reads position {position}", rows.id);
+            }
+        }
         let range = first..first + rows.rows as usize;
         let mut written = Vec::new();
         for position in range.clone() {
-            state = mix(state, u64::from(seat.tokens[position]));
-            let block = seat.table[position / size];
+            state = step(state, position);
+            let block = seat.table[position / size].expect("a block that is written is held");
             self.memory[block as usize][position % size] = Some(state);
-            written.push(block);
+            written.push(Some(block));
         }
+        let held = seat.table.iter().flatten().count();
+        let most = window.saturating_add(range.len() - 1).div_ceil(size).saturating_add(1);
+        assert!(held <= most, "{:?} holds {held} blocks, {most} are enough", rows.id);
+        seat.planned = range.end;
         let token = rows.sample.then(|| sample(state));
         if let Some(token) = token {
             assert_eq!(range.end, seat.tokens.len(), "{:?} samples after its last token", rows.id);
             seat.tokens.push(token);
         }
         for (id, other) in self.seats.iter().filter(|(id, _)| **id != rows.id) {
-            assert!(
-                !written.iter().any(|b| other.table.contains(b)),
-                "{:?} writes a block of {id:?}",
-                rows.id
-            );
+            // Of blocks that it does not need any more it may be told with its next rows.
+            let needed = (other.planned + 1).saturating_sub(window) / size;
+            let mut needed = other.table.iter().skip(needed);
+            assert!(!needed.any(|block| written.contains(block)), "{:?} writes a block of {id:?}", rows.id);
         }
         token
     }

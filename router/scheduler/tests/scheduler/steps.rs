@@ -3,7 +3,8 @@
 use std::{sync::Arc, time::Duration};
 
 use scheduler::{
-    Adapter, Event, FailReason, Finish, Limits, Request, RequestId, Sampled, Scheduler, SubmitError,
+    Adapter, Event, FailReason, Finish, Limits, Request, RequestId, RopeScaling, Sampled, Scheduler,
+    SubmitError,
 };
 
 use crate::{
@@ -241,7 +242,7 @@ fn a_stop_token_costs_one_discarded_row() {
     let (request, stop_at) = (0..)
         .map(|number| Request { stop_ids: Arc::new([STOP]), ..request(1, 0, prompt(number, 5), 20) })
         .find_map(|request| {
-            let tokens = plain(&request).len();
+            let tokens = plain(&request, RopeScaling::Fixed).len();
             (tokens > 2 && tokens < 20).then_some((request, tokens))
         })
         .unwrap();

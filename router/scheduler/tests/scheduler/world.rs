@@ -7,11 +7,11 @@ use std::{
 };
 
 use scheduler::{
-    Adapter, AdapterKey, CacheSalt, Event, FailReason, Finish, Limits, Request, RequestId, Sampled,
-    Scheduler, StepPlan, SubmitError, Tenant,
+    Adapter, AdapterKey, CacheSalt, Event, FailReason, Finish, Limits, Request, RequestId, RopeScaling,
+    Sampled, Scheduler, StepPlan, SubmitError, Tenant,
 };
 
-use crate::shard::{Payload, STOP, Shard, plain};
+use crate::shard::{Payload, STOP, Shard, answer, plain};
 
 pub(crate) type Plan = StepPlan<Payload>;
 
@@ -28,6 +28,8 @@ pub(crate) fn limits() -> Limits {
         max_added_tokens: 1_000_000,
         max_prefill_rows: Some(16),
         prefix_caching: true,
+        kv_window: 0,
+        rope: RopeScaling::Fixed,
     }
 }
 
@@ -82,6 +84,7 @@ pub(crate) fn prompt(number: u64, len: usize) -> Vec<u32> {
 /// The tokens that a request must get, and those that it has got.
 #[derive(Debug)]
 pub(crate) struct Expected {
+    request: Request<Payload>,
     adapter: Option<Adapter>,
     flow: (u64, u16),
     prompt_logprobs: bool,
@@ -151,7 +154,8 @@ impl World {
             flow: (request.tenant.id, number(request.adapter)),
             prompt_logprobs: request.prompt_logprobs,
             prompt_len: request.prompt.len(),
-            tokens: plain(&request),
+            tokens: plain(&request, self.limits.rope),
+            request: request.clone(),
             got: 0,
             started: None,
             cached_tokens: 0,
@@ -302,7 +306,11 @@ impl World {
     fn check_plan(&mut self, plan: &Plan) {
         let order = |id: &RequestId| self.open.get(id).map(|expected| expected.order);
         let oldest = self.positions.keys().filter_map(order).min();
-        for id in &plan.dropped {
+        let outgrows = |id: &RequestId| match (self.limits.rope, self.positions.get(id)) {
+            (RopeScaling::Switch { context }, Some(&(next, added))) => next == context && added <= context,
+            _ => false,
+        };
+        for id in plan.dropped.iter().filter(|id| !outgrows(id)) {
             assert!(order(id).is_none() || order(id) != oldest, "the oldest sequence, {id:?}, is preempted");
         }
         for id in &plan.dropped {
@@ -311,6 +319,10 @@ impl World {
         for added in &plan.added {
             self.positions.insert(added.id, (u32::MAX, (added.prompt.len() + added.generated.len()) as u32));
             assert!(plan.rows.iter().any(|rows| rows.id == added.id), "{:?} is added without rows", added.id);
+            if let Some(expected) = self.open.get_mut(&added.id) {
+                assert_eq!(added.generated, expected.tokens[..expected.got], "tokens of {:?}", added.id);
+                expected.tokens = answer(&expected.request, &added.generated, self.limits.rope);
+            }
         }
         let (mut rows, mut prefill, mut logits) = (0, 0, 0);
         for planned in &plan.rows {
