@@ -9,8 +9,8 @@ use std::{
 };
 
 use scheduler::{
-    Adapter, AdapterKey, CacheSalt, Event, Limits, Request, RequestId, Sampled, Scheduler, StepPlan,
-    SubmitError, Tenant,
+    Adapter, AdapterKey, CacheSalt, Event, Limits, Request, RequestId, RopeScaling, Sampled, Scheduler,
+    StepPlan, SubmitError, Tenant,
 };
 
 const WAITING: usize = 10_000;
