@@ -37,6 +37,9 @@ pub struct Batch {
     pub tokens: Vec<i32>,
     /// Position of every row in its sequence, from 0.
     pub positions: Vec<u32>,
+    /// For every row, the number of tokens that the rotary scaling goes by ([`crate::Stretch`]): those of its sequence
+    /// when it began to run, or up to this row if that is more. Empty where no scaling depends on it.
+    pub lengths: Vec<u32>,
     /// Where every row's key and value are stored: `block * BLOCK_SIZE + offset`.
     pub store_at: Vec<u32>,
     /// The sequences, in row order.
@@ -57,13 +60,22 @@ impl Batch {
         self.tokens.len()
     }
 
+    /// The number of tokens that the rotary scaling of row i goes by.
+    pub fn length(&self, i: usize) -> u32 {
+        self.lengths.get(i).copied().unwrap_or(self.positions[i] + 1)
+    }
+
     /// Refuses indices that contradict each other, and two sequences that store into the same block: kernels may store
     /// the rows of different blocks at the same time. Whether indices fit a device's memory is checked where they are used.
     pub fn check(&self) -> Result<()> {
         let op = "upload";
         let rows = self.rows();
-        for (what, got) in [("positions", self.positions.len()), ("places to store at", self.store_at.len())]
-        {
+        let lengths = if self.lengths.is_empty() { rows } else { self.lengths.len() };
+        for (what, got) in [
+            ("positions", self.positions.len()),
+            ("places to store at", self.store_at.len()),
+            ("lengths", lengths),
+        ] {
             if got != rows {
                 return Err(Error::Shape { op, what, got, expected: rows });
             }

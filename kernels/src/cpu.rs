@@ -21,8 +21,9 @@ use std::{
 };
 
 use crate::{
-    Attention, Backend, Batch, DType, Error, Heads, HostTensor, LoraPart, LoraShape, LoraSite, Matrix,
-    Projection, Result, SampleRow, Sampled, SamplingParams,
+    Activation, Adapters, Attention, Batch, DType, Embedding, Error, Heads, HostTensor, LinearLora,
+    LogitShape, LoraPart, LoraShape, LoraSite, Matrix, Memory, Norm, Ops, Projection, Qkv, Result, RopeSpec,
+    SampleRow, Sampled, Sampling, SamplingParams, Span,
 };
 pub use elementwise::CpuRope;
 pub use kv::CpuKv;
@@ -94,33 +95,17 @@ impl CpuBackend {
     }
 }
 
-impl Backend for CpuBackend {
+impl Memory for CpuBackend {
     type Mat = CpuMat;
     type Weight = Panels;
     type Vector = Vec<f32>;
     type Rope = CpuRope;
     type Kv = CpuKv;
     type Batch = CpuBatch;
-    type HostAdapter = CpuAdapter;
-    type LoraSlots = CpuSlots;
-    type Sampler = CpuSampler;
-    type Pending = Vec<Sampled>;
     type Mark = Instant;
 
     fn dtype(&self) -> DType {
         self.dtype
-    }
-
-    fn mark(&self) -> Result<Instant> {
-        Ok(Instant::now())
-    }
-
-    fn reached(&self, _mark: &Instant) -> bool {
-        true
-    }
-
-    fn seconds_between(&self, from: &Instant, to: &Instant) -> Result<f64> {
-        Ok((*to - *from).as_secs_f64())
     }
 
     fn mat(&self, rows: usize, cols: usize) -> Result<CpuMat> {
@@ -136,8 +121,8 @@ impl Backend for CpuBackend {
         Ok(values.to_vec())
     }
 
-    fn rope(&self, inv_freq: &[f32], positions: usize, scale: f32) -> Result<CpuRope> {
-        Ok(CpuRope::new(inv_freq, positions, scale))
+    fn rope(&self, spec: &RopeSpec) -> Result<CpuRope> {
+        Ok(CpuRope::new(spec))
     }
 
     fn kv(&self, blocks: usize, heads: Heads) -> Result<CpuKv> {
@@ -151,7 +136,7 @@ impl Backend for CpuBackend {
         CpuKv::block_bytes(self.dtype, heads)
     }
 
-    fn batch(&self, _rows: usize, _blocks: usize) -> Result<CpuBatch> {
+    fn batch(&self, _rows: usize, _blocks: usize, _spans: &[Span]) -> Result<CpuBatch> {
         Ok(CpuBatch::default())
     }
 
@@ -175,6 +160,128 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn mark(&self) -> Result<Instant> {
+        Ok(Instant::now())
+    }
+
+    fn reached(&self, _mark: &Instant) -> bool {
+        true
+    }
+
+    fn seconds_between(&self, from: &Instant, to: &Instant) -> Result<f64> {
+        Ok((*to - *from).as_secs_f64())
+    }
+}
+
+impl Ops for CpuBackend {
+    fn embed(
+        &self,
+        batch: &CpuBatch,
+        sampler: &CpuSampler,
+        by: Embedding<'_, Self>,
+        y: &mut CpuMat,
+    ) -> Result<()> {
+        let op = "embed";
+        let (cols, rows, table) = (y.cols(), batch.rows(), by.table);
+        if table.inputs != cols {
+            return Err(Error::Shape { op, what: "columns of the table", got: table.inputs, expected: cols });
+        }
+        let mut ids = Vec::with_capacity(rows);
+        for &token in &batch.tokens {
+            let id = match usize::try_from(token) {
+                Ok(id) => id,
+                Err(_) => sampler.last(op, (-1 - i64::from(token)) as usize)? as usize,
+            };
+            if id >= table.outputs {
+                return Err(Error::Index { op, what: "token", index: id, limit: table.outputs });
+            }
+            ids.push(id);
+        }
+        if let Some((positions, first)) = by.positions {
+            if positions.inputs != cols {
+                let (got, expected) = (positions.inputs, cols);
+                return Err(Error::Shape { op, what: "columns of the positions", got, expected });
+            }
+            let index = batch.positions.iter().max().map_or(0, |&last| first + last as usize);
+            if index >= positions.outputs {
+                return Err(Error::Index { op, what: "position", index, limit: positions.outputs });
+            }
+        }
+        y.resize(op, rows)?;
+        let y = Shards(y.used_mut().as_mut_ptr());
+        elementwise::each_row(self, rows, cols, |i| {
+            // SAFETY: row i is this call's own.
+            let row = unsafe { y.slice(i * cols, cols) };
+            table.read_row(ids[i], row);
+            row.iter_mut().for_each(|x| *x *= by.scale);
+            if let Some((positions, first)) = by.positions {
+                let mut position = vec![0.0; cols];
+                positions.read_row(first + batch.positions[i] as usize, &mut position);
+                row.iter_mut().zip(position).for_each(|(x, position)| *x += position);
+            }
+        });
+        Ok(())
+    }
+
+    fn matmul(&self, x: &CpuMat, by: Projection<'_, Self>, y: &mut CpuMat) -> Result<()> {
+        linear::linear(self, x, by, linear::Sum { y, add: false })
+    }
+
+    fn matmul_add(&self, x: &CpuMat, by: Projection<'_, Self>, y: &mut CpuMat) -> Result<()> {
+        linear::linear(self, x, by, linear::Sum { y, add: true })
+    }
+
+    fn add(&self, x: &CpuMat, post: Option<Norm<'_, Self>>, scale: f32, stream: &mut CpuMat) -> Result<()> {
+        elementwise::add(self, x, post, scale, stream)
+    }
+
+    fn normalize(&self, x: &CpuMat, norm: Norm<'_, Self>, y: &mut CpuMat) -> Result<()> {
+        elementwise::normalize(self, x, norm, y)
+    }
+
+    fn activate(&self, x: &CpuMat, f: Activation, y: &mut CpuMat) -> Result<()> {
+        elementwise::activate(self, x, f, y)
+    }
+
+    fn gate(&self, x: &CpuMat, f: Activation, y: &mut CpuMat) -> Result<()> {
+        elementwise::gate(self, x, f, y)
+    }
+
+    fn shape_logits(&self, shape: LogitShape, y: &mut CpuMat) -> Result<()> {
+        elementwise::shape_logits(self, shape, y);
+        Ok(())
+    }
+
+    fn rope_and_store(
+        &self,
+        qkv: &mut CpuMat,
+        by: Qkv<'_, Self>,
+        batch: &CpuBatch,
+        kv: &mut CpuKv,
+    ) -> Result<()> {
+        kv::rope_and_store(self, qkv, by, batch, kv)
+    }
+
+    fn paged_attention(
+        &self,
+        qkv: &CpuMat,
+        by: Attention<'_, Self>,
+        batch: &CpuBatch,
+        kv: &CpuKv,
+        y: &mut CpuMat,
+    ) -> Result<()> {
+        attention::paged_attention(self, qkv, by, batch, kv, y)
+    }
+
+    fn gather_logit_rows(&self, x: &CpuMat, batch: &CpuBatch, y: &mut CpuMat) -> Result<()> {
+        attention::gather(self, x, batch, y)
+    }
+}
+
+impl Adapters for CpuBackend {
+    type HostAdapter = CpuAdapter;
+    type LoraSlots = CpuSlots;
+
     fn host_bytes(&self, sites: &[LoraSite], shapes: &[LoraShape]) -> Result<usize> {
         lora::bytes(self.dtype, sites, shapes)
     }
@@ -191,7 +298,13 @@ impl Backend for CpuBackend {
         Ok(CpuSlots { sites: sites.to_vec(), slots: vec![None; slots], loaded: Vec::new() })
     }
 
-    fn load(&self, slots: &mut CpuSlots, slot: u32, adapter: &Arc<CpuAdapter>) -> Result<()> {
+    fn load(
+        &self,
+        slots: &mut CpuSlots,
+        slot: u32,
+        adapter: &Arc<CpuAdapter>,
+        _weights: &[&Panels],
+    ) -> Result<()> {
         let limit = slots.slots.len();
         let place = slots.slots.get_mut(slot as usize);
         *place.ok_or(Error::Index { op: "load", what: "slot", index: slot as usize, limit })? =
@@ -212,73 +325,14 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn embed(&self, batch: &CpuBatch, sampler: &CpuSampler, table: &Panels, y: &mut CpuMat) -> Result<()> {
-        let op = "embed";
-        let (cols, rows) = (y.cols(), batch.rows());
-        if table.inputs != cols {
-            return Err(Error::Shape { op, what: "columns of the table", got: table.inputs, expected: cols });
-        }
-        let mut ids = Vec::with_capacity(rows);
-        for &token in &batch.tokens {
-            let id = match usize::try_from(token) {
-                Ok(id) => id,
-                Err(_) => sampler.last(op, (-1 - i64::from(token)) as usize)? as usize,
-            };
-            if id >= table.outputs {
-                return Err(Error::Index { op, what: "token", index: id, limit: table.outputs });
-            }
-            ids.push(id);
-        }
-        y.resize(op, rows)?;
-        let y = Shards(y.used_mut().as_mut_ptr());
-        elementwise::each_row(self, rows, cols, |i| {
-            // SAFETY: row i is this call's own.
-            table.read_row(ids[i], unsafe { y.slice(i * cols, cols) });
-        });
-        Ok(())
+    fn scales(&self, _lora: &LinearLora<'_, Self>) -> bool {
+        false
     }
+}
 
-    fn linear(&self, x: &CpuMat, by: Projection<'_, Self>, y: &mut CpuMat) -> Result<()> {
-        linear::linear(self, x, by, (y, false))
-    }
-
-    fn add_linear(&self, x: &CpuMat, by: Projection<'_, Self>, y: &mut CpuMat) -> Result<()> {
-        linear::linear(self, x, by, (y, true))
-    }
-
-    fn rms_norm(&self, x: &CpuMat, w: &Vec<f32>, eps: f32, y: &mut CpuMat) -> Result<()> {
-        elementwise::rms_norm(self, x, w, eps, y)
-    }
-
-    fn rope_and_store(
-        &self,
-        qkv: &mut CpuMat,
-        heads: Heads,
-        rope: &CpuRope,
-        batch: &CpuBatch,
-        kv: &mut CpuKv,
-    ) -> Result<()> {
-        kv::rope_and_store(self, qkv, heads, rope, batch, kv)
-    }
-
-    fn paged_attention(
-        &self,
-        qkv: &CpuMat,
-        attention: &Attention,
-        batch: &CpuBatch,
-        kv: &CpuKv,
-        y: &mut CpuMat,
-    ) -> Result<()> {
-        attention::paged_attention(self, qkv, attention, batch, kv, y)
-    }
-
-    fn silu_mul(&self, gate_up: &CpuMat, y: &mut CpuMat) -> Result<()> {
-        elementwise::silu_mul(self, gate_up, y)
-    }
-
-    fn gather_logit_rows(&self, x: &CpuMat, batch: &CpuBatch, y: &mut CpuMat) -> Result<()> {
-        attention::gather(self, x, batch, y)
-    }
+impl Sampling for CpuBackend {
+    type Sampler = CpuSampler;
+    type Pending = Vec<Sampled>;
 
     fn sampler(&self, seats: usize, vocab: usize) -> Result<CpuSampler> {
         Ok(CpuSampler::new(seats, vocab))

@@ -6,12 +6,13 @@
 
 mod backend;
 mod batch;
-mod comm;
+pub mod compose;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod error;
 mod lora;
+mod ops;
 pub mod reference;
 mod sampling;
 mod tensor;
@@ -19,9 +20,12 @@ pub mod testing;
 
 pub use self::sampling::{MAX_BIASES, MAX_TOP, SampleRow, Sampled};
 pub use ::sampling::SamplingParams;
-pub use backend::{Attention, Backend, Heads, LinearLora, Projection};
+pub use backend::{Adapters, Backend, Memory, Ops, Sampling};
 pub use batch::{BLOCK_SIZE, Batch, RowSet, Segment, SequenceRows};
-pub use comm::{Comm, Solo};
 pub use error::{Error, Result};
-pub use lora::{LoraPart, LoraShape, LoraSite};
+pub use lora::{LoraPart, LoraShape, LoraSite, LowRank, ReplacedRows, SiteKind};
+pub use ops::{
+    Activation, Attention, AttentionShape, Embedding, Heads, LinearLora, LogitShape, Norm, NormKind,
+    NormSpan, Output, Pairs, Projection, QkNorms, Qkv, Residual, RopeSpec, Rotation, Span, Stretch,
+};
 pub use tensor::{DType, Format, HostTensor, Matrix, WeightPart};

@@ -1,6 +1,6 @@
 //! What every operation means, as plain loops over f32: the oracle of the conformance tests.
 
-use crate::{Attention, BLOCK_SIZE, Batch, Heads, LoraPart, LoraSite, Segment};
+use crate::{AttentionShape, BLOCK_SIZE, Batch, Heads, LoraPart, LoraSite, LowRank, Segment, Span};
 
 /// A row-major matrix.
 #[derive(Debug, Clone, PartialEq)]
@@ -51,9 +51,11 @@ pub fn add_lora(
         for part in adapters[segment.slot as usize].iter().filter(|part| part.site == site.0) {
             let column: usize = site.1.outputs[..part.slice].iter().sum();
             for i in segment.start as usize..segment.end as usize {
-                let shrunk: Vec<f32> = part.a.chunks(site.1.inputs).map(|a| dot(x.row(i), a)).collect();
-                for (o, b) in part.b.chunks(part.lora_rank).enumerate() {
-                    y.data[i * y.cols + column + o] += dot(&shrunk, b);
+                let Some(LowRank { rank, scale, a, b }) = &part.low_rank else { continue };
+                let (a, b) = (a.to_f32(), b.to_f32());
+                let shrunk: Vec<f32> = a.chunks(site.1.inputs).map(|a| dot(x.row(i), a)).collect();
+                for (o, b) in b.chunks(*rank).enumerate() {
+                    y.data[i * y.cols + column + o] += scale * dot(&shrunk, b);
                 }
             }
         }
@@ -117,7 +119,7 @@ pub fn rope_and_store(qkv: &mut Table, heads: Heads, inv_freq: &[f32], batch: &B
 }
 
 /// Causal attention of every row over its sequence.
-pub fn paged_attention(qkv: &Table, attention: &Attention, batch: &Batch, memory: &Memory) -> Table {
+pub fn paged_attention(qkv: &Table, attention: &AttentionShape, batch: &Batch, memory: &Memory) -> Table {
     let Heads { query, kv, dim } = attention.heads;
     let mut y = Table { cols: query * dim, data: Vec::new() };
     for sequence in &batch.sequences {
@@ -127,7 +129,11 @@ pub fn paged_attention(qkv: &Table, attention: &Attention, batch: &Batch, memory
         };
         for r in 0..sequence.rows {
             let end = (sequence.kv_len - sequence.rows + r + 1) as usize;
-            let begin = attention.window.map_or(0, |window| end.saturating_sub(window as usize));
+            let (begin, end) = match attention.span {
+                Span::Causal => (0, end),
+                Span::Window(window) => (end.saturating_sub(window as usize), end),
+                Span::Bidirectional => (0, sequence.kv_len as usize),
+            };
             for head in 0..query {
                 let columns = head / (query / kv) * dim..(head / (query / kv) + 1) * dim;
                 let q = &qkv.row((sequence.start + r) as usize)[head * dim..][..dim];

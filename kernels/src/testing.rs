@@ -48,7 +48,7 @@ impl Numbers {
     pub fn part(&mut self, (site, slice): (usize, usize), shape: &LoraSite, lora_rank: usize) -> LoraPart {
         let a = self.table(lora_rank, shape.inputs).data;
         let b = self.table(shape.outputs[slice], lora_rank).data;
-        LoraPart { site, slice, lora_rank, a, b }
+        LoraPart::delta((site, slice), lora_rank, 1.0, &a, &b)
     }
 }
 

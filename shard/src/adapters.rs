@@ -101,7 +101,7 @@ pub enum FetchError {
 }
 
 /// A host copy on its way.
-pub type Fetch<B> = oneshot::Receiver<Result<Arc<<B as Backend>::HostAdapter>, FetchError>>;
+pub type Fetch<B> = oneshot::Receiver<Result<Arc<<B as kernels::Adapters>::HostAdapter>, FetchError>>;
 
 /// What a caller learns of an adapter.
 #[derive(Debug, Clone)]
@@ -117,7 +117,7 @@ pub struct Prepared {
 }
 
 /// What is known of an adapter, and its host copy.
-type Read<B> = (Prepared, Arc<<B as Backend>::HostAdapter>);
+type Read<B> = (Prepared, Arc<<B as kernels::Adapters>::HostAdapter>);
 
 /// See the module.
 pub struct Adapters<B: Backend> {

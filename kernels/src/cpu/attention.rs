@@ -14,7 +14,7 @@ use super::{
     pool::Shards,
     simd::{Kernel, Simd, run},
 };
-use crate::{Attention, BLOCK_SIZE, Batch, DType, Error, Matrix, Result, SequenceRows};
+use crate::{Attention, BLOCK_SIZE, Batch, DType, Error, Matrix, Result, SequenceRows, Span};
 
 /// Positions between two rescalings of the online softmax.
 const POSITIONS: usize = 8 * BLOCK_SIZE;
@@ -24,13 +24,13 @@ const TILE: usize = 24;
 pub(super) fn paged_attention(
     be: &CpuBackend,
     qkv: &CpuMat,
-    attention: &Attention,
+    attention: Attention<'_, CpuBackend>,
     batch: &Batch,
     kv: &CpuKv,
     y: &mut CpuMat,
 ) -> Result<()> {
     let op = "paged_attention";
-    let heads = attention.heads;
+    let heads = attention.shape.heads;
     let rows = qkv.rows();
     for (what, got, expected) in [
         ("columns of qkv", qkv.cols(), heads.qkv_cols()),
@@ -41,6 +41,11 @@ pub(super) fn paged_attention(
     ] {
         if got != expected {
             return Err(Error::Shape { op, what, got, expected });
+        }
+    }
+    for (what, vector) in [("sinks", attention.sinks), ("slopes", attention.slopes)] {
+        if let Some(vector) = vector.filter(|vector| vector.len() != heads.query) {
+            return Err(Error::Shape { op, what, got: vector.len(), expected: heads.query });
         }
     }
     let limit = kv.blocks();
@@ -88,7 +93,7 @@ pub(super) fn paged_attention(
 /// `head · group + v % group`.
 struct Unit<'a> {
     qkv: &'a CpuMat,
-    attention: &'a Attention,
+    attention: Attention<'a, CpuBackend>,
     table: &'a [u32],
     kv: &'a CpuKv,
     y: &'a Shards<f32>,
@@ -159,7 +164,7 @@ impl Kernel for Attend<'_> {
 
 impl Unit<'_> {
     fn place(&self, v: usize) -> (usize, usize) {
-        let group = self.attention.heads.query / self.attention.heads.kv;
+        let group = self.attention.shape.heads.query / self.attention.shape.heads.kv;
         let v = self.first + v;
         (v / group, self.head * group + v % group)
     }
@@ -168,13 +173,16 @@ impl Unit<'_> {
     fn sees(&self, v: usize) -> std::ops::Range<usize> {
         let before = (self.sequence.kv_len - self.sequence.rows) as usize;
         let end = before + self.place(v).0 + 1;
-        let window = self.attention.window.map_or(usize::MAX, |window| window as usize);
-        end.saturating_sub(window)..end
+        match self.attention.shape.span {
+            Span::Causal => 0..end,
+            Span::Window(window) => end.saturating_sub(window as usize)..end,
+            Span::Bidirectional => 0..self.sequence.kv_len as usize,
+        }
     }
 
     /// Scaled queries, zeros behind them up to whole tiles, and sums of nothing.
     fn begin(&self, buffers: &mut Buffers<'_>) {
-        let (dim, width) = (self.attention.heads.dim, buffers.width);
+        let (dim, width) = (self.attention.shape.heads.dim, buffers.width);
         let used = self.vectors.next_multiple_of(4) * width;
         buffers.q[..used].fill(0.0);
         buffers.out[..used].fill(0.0);
@@ -182,7 +190,7 @@ impl Unit<'_> {
             let (row, head) = self.place(v);
             let q = &self.qkv.row(self.sequence.start as usize + row)[head * dim..][..dim];
             for (to, from) in buffers.q[v * width..].iter_mut().zip(q) {
-                *to = from * self.attention.scale;
+                *to = from * self.attention.shape.scale;
             }
         }
     }
@@ -191,10 +199,18 @@ impl Unit<'_> {
     unsafe fn attend<S: Simd, A: Arithmetic<S>>(&self, buffers: &mut Buffers<'_>) {
         self.begin(buffers);
         let mut running = [Running { max: f32::NEG_INFINITY, sum: 0.0 }; TILE];
+        if let Some(sinks) = self.attention.sinks {
+            for (v, running) in running.iter_mut().enumerate().take(self.vectors) {
+                *running = Running { max: sinks[self.place(v).1], sum: 1.0 };
+            }
+        }
         let end = self.sees(self.vectors - 1).end;
-        let begin = self.sees(0).start / POSITIONS * POSITIONS;
-        for start in (begin..end).step_by(POSITIONS) {
-            let blocks = &self.table[start / BLOCK_SIZE..end.min(start + POSITIONS).div_ceil(BLOCK_SIZE)];
+        // Blocks that lie behind every window may hold anything.
+        let mut next = self.sees(0).start / BLOCK_SIZE * BLOCK_SIZE;
+        while next < end {
+            let start = next;
+            next = (start + 1).next_multiple_of(POSITIONS);
+            let blocks = &self.table[start / BLOCK_SIZE..end.min(next).div_ceil(BLOCK_SIZE)];
             // SAFETY: the caller's promise; blocks were checked.
             unsafe {
                 self.scores::<S, A>(buffers, blocks);
@@ -204,10 +220,10 @@ impl Unit<'_> {
                 self.values::<S, A>(buffers, blocks);
             }
         }
-        let dim = self.attention.heads.dim;
+        let dim = self.attention.shape.heads.dim;
         for (v, running) in running.iter().enumerate().take(self.vectors) {
             let (row, head) = self.place(v);
-            let cols = self.attention.heads.query * dim;
+            let cols = self.attention.shape.heads.query * dim;
             // SAFETY: units have their own rows and heads.
             let y = unsafe { self.y.slice((self.sequence.start as usize + row) * cols + head * dim, dim) };
             for (y, out) in y.iter_mut().zip(&buffers.out[v * buffers.width..]) {
@@ -295,8 +311,15 @@ impl Unit<'_> {
     ) {
         let sees = self.sees(v);
         let scores = &mut buffers.scores[v * POSITIONS..][..len];
-        if let Some(cap) = self.attention.softcap {
+        if let Some(cap) = self.attention.shape.softcap {
             scores.iter_mut().for_each(|score| *score = cap * (*score / cap).tanh());
+        }
+        if let Some(slopes) = self.attention.slopes {
+            let (row, head) = self.place(v);
+            let position = (self.sequence.kv_len - self.sequence.rows) as usize + row;
+            for (t, score) in (start..).zip(scores.iter_mut()) {
+                *score += slopes[head] * (t as f32 - position as f32);
+            }
         }
         let (low, high) =
             (sees.start.saturating_sub(start).min(len), sees.end.saturating_sub(start).min(len));

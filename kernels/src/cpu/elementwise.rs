@@ -7,7 +7,7 @@ use super::{
     pool::Shards,
     simd::{Kernel, Simd, run},
 };
-use crate::{Error, Heads, Matrix, Result};
+use crate::{Activation, Error, Heads, LogitShape, Matrix, Norm, NormKind, Pairs, Result, RopeSpec, Stretch};
 
 /// Elements that make a chunk worth handing out.
 const CHUNK: usize = 1 << 13;
@@ -21,137 +21,332 @@ pub(super) fn each_row(be: &CpuBackend, rows: usize, cols: usize, f: impl Fn(usi
     be.pool.run(chunks, |i| (i * rows / chunks..(i + 1) * rows / chunks).for_each(&f));
 }
 
-struct Norm<'a> {
+/// One row's norm.
+struct Normed<'a> {
+    kind: NormKind,
     x: &'a [f32],
-    w: &'a [f32],
+    weight: &'a [f32],
+    bias: Option<&'a [f32]>,
     eps: f32,
     y: &'a mut [f32],
 }
 
-impl Kernel for Norm<'_> {
+impl Kernel for Normed<'_> {
     type Output = ();
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         // SAFETY: the caller's promise; all loads and stores stay in the chunks.
         unsafe {
+            let cols = self.x.len() as f32;
+            let mut mean = 0.0;
+            if self.kind == NormKind::Layer {
+                let mut sum = S::splat(0.0);
+                for x in self.x.chunks(16) {
+                    sum = S::add(sum, load_some::<S>(x));
+                }
+                mean = S::sum(sum) / cols;
+            }
+            let shift = S::splat(-mean);
             let mut squares = S::splat(0.0);
-            for x in self.x.chunks(16) {
-                let x = load_some::<S>(x);
+            let whole = self.x.chunks_exact(16);
+            // What fills up the last chunk has no distance from the mean.
+            let mut rest = [mean; 16];
+            rest[..whole.remainder().len()].copy_from_slice(whole.remainder());
+            for x in whole.chain([rest.as_slice()]) {
+                let x = S::add(load_some::<S>(x), shift);
                 squares = S::fma(x, x, squares);
             }
-            let mean = S::sum(squares) / self.w.len() as f32;
-            let factor = S::splat(1.0 / (mean + self.eps).sqrt());
-            for ((x, w), y) in self.x.chunks(16).zip(self.w.chunks(16)).zip(self.y.chunks_mut(16)) {
-                let normed = S::mul(load_some::<S>(x), factor);
-                store_some::<S>(y, S::mul(normed, load_some::<S>(w)));
+            let factor = S::splat(1.0 / (S::sum(squares) / cols + self.eps).sqrt());
+            for (i, (x, y)) in self.x.chunks(16).zip(self.y.chunks_mut(16)).enumerate() {
+                let weight = load_some::<S>(&self.weight[16 * i..][..x.len()]);
+                let mut normed = S::mul(S::mul(S::add(load_some::<S>(x), shift), factor), weight);
+                if let Some(bias) = self.bias {
+                    normed = S::add(normed, load_some::<S>(&bias[16 * i..][..x.len()]));
+                }
+                store_some::<S>(y, normed);
             }
         }
     }
 }
 
-pub(super) fn rms_norm(be: &CpuBackend, x: &CpuMat, w: &[f32], eps: f32, y: &mut CpuMat) -> Result<()> {
-    let op = "rms_norm";
-    let (rows, cols) = (x.rows(), x.cols());
-    for (what, got) in [("columns of y", y.cols()), ("elements of the weight", w.len())] {
+fn expect_norm(op: &'static str, norm: &Norm<'_, CpuBackend>, cols: usize) -> Result<()> {
+    let bias = norm.bias.map_or(cols, Vec::len);
+    for (what, got) in [("elements of the weight", norm.weight.len()), ("elements of the norm's bias", bias)]
+    {
         if got != cols {
             return Err(Error::Shape { op, what, got, expected: cols });
         }
+    }
+    Ok(())
+}
+
+/// Norms a part of a row in place, with the weights from `first` on.
+pub(super) fn norm_in_place(be: &CpuBackend, norm: &Norm<'_, CpuBackend>, first: usize, row: &mut [f32]) {
+    let x = row.to_vec();
+    let weight = &norm.weight[first..][..x.len()];
+    let bias = norm.bias.map(|bias| &bias[first..][..x.len()]);
+    run(be.tier, Normed { kind: norm.kind, x: &x, weight, bias, eps: norm.eps, y: row });
+}
+
+/// Norms one row.
+fn norm_row(be: &CpuBackend, norm: &Norm<'_, CpuBackend>, x: &[f32], y: &mut [f32]) {
+    let (weight, bias) = (norm.weight.as_slice(), norm.bias.map(Vec::as_slice));
+    run(be.tier, Normed { kind: norm.kind, x, weight, bias, eps: norm.eps, y });
+}
+
+pub(super) fn normalize(
+    be: &CpuBackend,
+    x: &CpuMat,
+    norm: Norm<'_, CpuBackend>,
+    y: &mut CpuMat,
+) -> Result<()> {
+    let op = "normalize";
+    let (rows, cols) = (x.rows(), x.cols());
+    expect_norm(op, &norm, cols)?;
+    if y.cols() != cols {
+        return Err(Error::Shape { op, what: "columns of y", got: y.cols(), expected: cols });
     }
     y.resize(op, rows)?;
     let y = Shards(y.used_mut().as_mut_ptr());
     each_row(be, rows, cols, |i| {
         // SAFETY: row i is this call's own.
-        run(be.tier, Norm { x: x.row(i), w, eps, y: unsafe { y.slice(i * cols, cols) } });
+        norm_row(be, &norm, x.row(i), unsafe { y.slice(i * cols, cols) });
     });
     Ok(())
 }
 
-struct SiluMul<'a> {
-    gate: &'a [f32],
-    up: &'a [f32],
+/// Adds rows, normed and scaled, to a stream.
+pub(super) fn add(
+    be: &CpuBackend,
+    x: &CpuMat,
+    post: Option<Norm<'_, CpuBackend>>,
+    scale: f32,
+    stream: &mut CpuMat,
+) -> Result<()> {
+    let op = "add";
+    let (rows, cols) = (x.rows(), x.cols());
+    if let Some(post) = &post {
+        expect_norm(op, post, cols)?;
+    }
+    for (what, got, expected) in
+        [("columns of the stream", stream.cols(), cols), ("rows of the stream", stream.rows(), rows)]
+    {
+        if got != expected {
+            return Err(Error::Shape { op, what, got, expected });
+        }
+    }
+    let stream = Shards(stream.used_mut().as_mut_ptr());
+    each_row(be, rows, cols, |i| {
+        // SAFETY: row i is this call's own.
+        let to = unsafe { stream.slice(i * cols, cols) };
+        let mut normed = Vec::new();
+        let x = match &post {
+            Some(post) => {
+                normed.resize(cols, 0.0);
+                norm_row(be, post, x.row(i), &mut normed);
+                &normed
+            }
+            None => x.row(i),
+        };
+        to.iter_mut().zip(x).for_each(|(to, x)| *to += scale * x);
+    });
+    Ok(())
+}
+
+/// A vector of activations.
+#[inline(always)]
+unsafe fn apply<S: Simd>(f: Activation, x: S::V) -> S::V {
+    // SAFETY: no memory is touched but an array of this function's own.
+    unsafe {
+        match f {
+            Activation::Silu => S::div(x, S::add(S::splat(1.0), bounded_exp::<S>(S::mul(x, S::splat(-1.0))))),
+            Activation::GeluTanh => {
+                // x / 2 · (1 + tanh(u)) is x / (1 + e^(-2u)).
+                let cube = S::mul(S::mul(x, x), S::mul(x, S::splat(0.044_715)));
+                let u = S::mul(S::add(x, cube), S::splat(-2.0 * (2.0 / std::f32::consts::PI).sqrt()));
+                S::div(x, S::add(S::splat(1.0), bounded_exp::<S>(u)))
+            }
+            Activation::Relu => S::max(x, S::splat(0.0)),
+            Activation::Gelu => {
+                let mut values = [0.0; 16];
+                store_some::<S>(&mut values, x);
+                for x in &mut values {
+                    *x = 0.5 * *x * libm::erfcf(-*x * std::f32::consts::FRAC_1_SQRT_2);
+                }
+                load_some::<S>(&values)
+            }
+        }
+    }
+}
+
+/// e to the power of numbers that are cut off at ±80: beyond, one and their power differ by more than f32 has digits.
+#[inline(always)]
+unsafe fn bounded_exp<S: Simd>(x: S::V) -> S::V {
+    // SAFETY: no memory is touched.
+    unsafe {
+        let x = S::max(x, S::splat(-80.0));
+        S::exp(S::mul(S::max(S::mul(x, S::splat(-1.0)), S::splat(-80.0)), S::splat(-1.0)))
+    }
+}
+
+struct Activate<'a> {
+    f: Activation,
+    x: &'a [f32],
+    /// Factors of the activations.
+    up: Option<&'a [f32]>,
     y: &'a mut [f32],
 }
 
-impl Kernel for SiluMul<'_> {
+impl Kernel for Activate<'_> {
     type Output = ();
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         // SAFETY: the caller's promise; all loads and stores stay in the chunks.
         unsafe {
-            for ((gate, up), y) in self.gate.chunks(16).zip(self.up.chunks(16)).zip(self.y.chunks_mut(16)) {
-                let gate = load_some::<S>(gate);
-                // The exponent is bounded so that 2^n stays finite: beyond it the sigmoid is 0 or 1 to f32's precision.
-                let exponent = S::max(S::mul(gate, S::splat(-1.0)), S::splat(-80.0));
-                let exponent =
-                    S::mul(S::max(S::mul(exponent, S::splat(-1.0)), S::splat(-80.0)), S::splat(-1.0));
-                let silu = S::div(gate, S::add(S::splat(1.0), S::exp(exponent)));
-                store_some::<S>(y, S::mul(silu, load_some::<S>(up)));
+            for (i, (x, y)) in self.x.chunks(16).zip(self.y.chunks_mut(16)).enumerate() {
+                let mut activated = apply::<S>(self.f, load_some::<S>(x));
+                if let Some(up) = self.up {
+                    activated = S::mul(activated, load_some::<S>(&up[16 * i..][..x.len()]));
+                }
+                store_some::<S>(y, activated);
             }
         }
     }
 }
 
-pub(super) fn silu_mul(be: &CpuBackend, gate_up: &CpuMat, y: &mut CpuMat) -> Result<()> {
-    let op = "silu_mul";
-    let n = y.cols();
-    if gate_up.cols() != 2 * n {
-        return Err(Error::Shape { op, what: "columns of x", got: gate_up.cols(), expected: 2 * n });
+pub(super) fn activate(be: &CpuBackend, x: &CpuMat, f: Activation, y: &mut CpuMat) -> Result<()> {
+    let op = "activate";
+    let (rows, n) = (x.rows(), y.cols());
+    if x.cols() != n {
+        return Err(Error::Shape { op, what: "columns of x", got: x.cols(), expected: n });
     }
-    let rows = gate_up.rows();
     y.resize(op, rows)?;
     let y = Shards(y.used_mut().as_mut_ptr());
     each_row(be, rows, n, |i| {
-        let (gate, up) = gate_up.row(i).split_at(n);
         // SAFETY: row i is this call's own.
-        run(be.tier, SiluMul { gate, up, y: unsafe { y.slice(i * n, n) } });
+        run(be.tier, Activate { f, x: x.row(i), up: None, y: unsafe { y.slice(i * n, n) } });
     });
     Ok(())
 }
 
-/// Cosines and sines of a rotary embedding, `[positions, dim / 2]` each.
+pub(super) fn gate(be: &CpuBackend, x: &CpuMat, f: Activation, y: &mut CpuMat) -> Result<()> {
+    let op = "gate";
+    let (rows, n) = (x.rows(), y.cols());
+    if x.cols() != 2 * n {
+        return Err(Error::Shape { op, what: "columns of x", got: x.cols(), expected: 2 * n });
+    }
+    y.resize(op, rows)?;
+    let y = Shards(y.used_mut().as_mut_ptr());
+    each_row(be, rows, n, |i| {
+        let (gate, up) = x.row(i).split_at(n);
+        // SAFETY: row i is this call's own.
+        run(be.tier, Activate { f, x: gate, up: Some(up), y: unsafe { y.slice(i * n, n) } });
+    });
+    Ok(())
+}
+
+pub(super) fn shape_logits(be: &CpuBackend, shape: LogitShape, y: &mut CpuMat) {
+    if shape == LogitShape::PLAIN {
+        return;
+    }
+    let (rows, cols) = (y.rows(), y.cols());
+    let y = Shards(y.used_mut().as_mut_ptr());
+    each_row(be, rows, cols, |i| {
+        // SAFETY: row i is this call's own.
+        for logit in unsafe { y.slice(i * cols, cols) } {
+            *logit *= shape.scale;
+            if let Some(cap) = shape.softcap {
+                *logit = cap * (*logit / cap).tanh();
+            }
+        }
+    });
+}
+
+/// Cosines and sines of a rotary embedding, `[positions, pairs]` each.
 #[derive(Debug)]
-pub struct CpuRope {
+struct Angles {
     cos: Vec<f32>,
     sin: Vec<f32>,
-    half: usize,
+}
+
+impl Angles {
+    fn new(inv_freq: &[f32], spec: &RopeSpec) -> Angles {
+        let angle = |i: usize| (i / inv_freq.len()) as f32 * inv_freq[i % inv_freq.len()];
+        let len = spec.positions * inv_freq.len();
+        Angles {
+            cos: (0..len).map(|i| angle(i).cos() * spec.scale).collect(),
+            sin: (0..len).map(|i| angle(i).sin() * spec.scale).collect(),
+        }
+    }
+}
+
+/// The angles of a rotary embedding.
+#[derive(Debug)]
+pub struct CpuRope {
+    spec: RopeSpec,
+    short: Angles,
+    long: Option<Angles>,
 }
 
 impl CpuRope {
-    pub(super) fn new(inv_freq: &[f32], positions: usize, scale: f32) -> CpuRope {
-        let angle = |i: usize| (i / inv_freq.len()) as f32 * inv_freq[i % inv_freq.len()];
-        let len = positions * inv_freq.len();
-        CpuRope {
-            cos: (0..len).map(|i| angle(i).cos() * scale).collect(),
-            sin: (0..len).map(|i| angle(i).sin() * scale).collect(),
-            half: inv_freq.len(),
-        }
+    pub(super) fn new(spec: &RopeSpec) -> CpuRope {
+        let long = match &spec.stretch {
+            Stretch::Long { inv_freq, .. } => Some(Angles::new(inv_freq, spec)),
+            Stretch::None | Stretch::Dynamic { .. } => None,
+        };
+        CpuRope { short: Angles::new(&spec.inv_freq, spec), long, spec: spec.clone() }
+    }
+
+    /// Pairs of elements of a head that are rotated.
+    pub(super) fn pairs(&self) -> usize {
+        self.spec.inv_freq.len()
     }
 
     pub(super) fn check(&self, op: &'static str, heads: Heads, positions: &[u32]) -> Result<()> {
-        if self.half * 2 != heads.dim {
-            return Err(Error::Shape {
-                op,
-                what: "head size of the rope",
-                got: self.half * 2,
-                expected: heads.dim,
-            });
+        if self.pairs() * 2 > heads.dim {
+            let (got, expected) = (self.pairs() * 2, heads.dim);
+            return Err(Error::Shape { op, what: "elements that are rotated", got, expected });
         }
-        let limit = self.cos.len() / self.half.max(1);
+        let limit = self.spec.positions;
         match positions.iter().find(|&&position| position as usize >= limit) {
             Some(&index) => Err(Error::Index { op, what: "position", index: index as usize, limit }),
             None => Ok(()),
         }
     }
 
-    /// Rotates one head: element j with j + dim / 2.
-    pub(super) fn rotate(&self, head: &mut [f32], position: u32) {
-        let at = position as usize * self.half;
-        let (low, high) = head.split_at_mut(self.half);
-        let turns = self.cos[at..][..self.half].iter().zip(&self.sin[at..][..self.half]);
-        for ((a, b), (cos, sin)) in low.iter_mut().zip(high).zip(turns) {
-            (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-        }
+    /// Calls `turn` for every pair with its cosine and sine, for a row at a position of a sequence of so many tokens.
+    pub(super) fn each_pair(&self, position: u32, length: u32, mut turn: impl FnMut(usize, f32, f32)) {
+        let pairs = self.pairs();
+        let angles = match &self.spec.stretch {
+            Stretch::Dynamic { original, factor } if length > *original => {
+                let stretched = factor * length as f32 / *original as f32 - (factor - 1.0);
+                for (j, inv_freq) in self.spec.inv_freq.iter().enumerate() {
+                    let power = 2.0 * j as f32 / (2.0 * pairs as f32 - 2.0);
+                    let (sin, cos) = (position as f32 * inv_freq / stretched.powf(power)).sin_cos();
+                    turn(j, cos * self.spec.scale, sin * self.spec.scale);
+                }
+                return;
+            }
+            Stretch::Long { original, .. } if length > *original => self.long.as_ref().unwrap_or(&self.short),
+            _ => &self.short,
+        };
+        let at = position as usize * pairs;
+        let turns = angles.cos[at..][..pairs].iter().zip(&angles.sin[at..][..pairs]);
+        turns.enumerate().for_each(|(j, (cos, sin))| turn(j, *cos, *sin));
+    }
+
+    /// Rotates one head.
+    pub(super) fn rotate(&self, which: Pairs, head: &mut [f32], position: u32, length: u32) {
+        let pairs = self.pairs();
+        self.each_pair(position, length, |j, cos, sin| {
+            let (i, k) = match which {
+                Pairs::Halves => (j, j + pairs),
+                Pairs::Neighbours => (2 * j, 2 * j + 1),
+            };
+            let (a, b) = (head[i], head[k]);
+            (head[i], head[k]) = (a * cos - b * sin, b * cos + a * sin);
+        });
     }
 }

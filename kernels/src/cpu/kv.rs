@@ -6,13 +6,13 @@
 
 use super::{
     CpuBackend,
-    elementwise::CpuRope,
+    elementwise::{each_row, norm_in_place},
     gemm::{load_some, prefetch},
     memory::{CpuMat, Line, Lines},
     pool::Shards,
     simd::{Kernel, Simd, run},
 };
-use crate::{BLOCK_SIZE, Batch, DType, Error, Heads, Matrix, Result};
+use crate::{BLOCK_SIZE, Batch, DType, Error, Heads, Matrix, NormSpan, QkNorms, Qkv, Result, Rotation};
 
 /// Keys and values of one layer: by block and head, first the keys, then the values.
 #[derive(Debug)]
@@ -78,12 +78,12 @@ impl CpuKv {
 pub(super) fn rope_and_store(
     be: &CpuBackend,
     qkv: &mut CpuMat,
-    heads: Heads,
-    rope: &CpuRope,
+    by: Qkv<'_, CpuBackend>,
     batch: &Batch,
     kv: &mut CpuKv,
 ) -> Result<()> {
     let op = "rope_and_store";
+    let heads = by.heads;
     let (rows, cols, dim) = (qkv.rows(), qkv.cols(), heads.dim);
     for (what, got, expected) in [
         ("columns of qkv", cols, heads.qkv_cols()),
@@ -95,11 +95,19 @@ pub(super) fn rope_and_store(
             return Err(Error::Shape { op, what, got, expected });
         }
     }
-    rope.check(op, heads, &batch.positions)?;
+    if let Some(rope) = &by.rope {
+        rope.table.check(op, heads, &batch.positions)?;
+    }
     let limit = kv.blocks() * BLOCK_SIZE;
     if let Some(&at) = batch.store_at.iter().find(|&&at| at as usize >= limit) {
         return Err(Error::Index { op, what: "place in KV memory", index: at as usize, limit });
     }
+    clamp_and_norm(be, qkv, &by)?;
+    let rotate = |head: &mut [f32], i: usize| {
+        if let Some(Rotation { table, pairs }) = by.rope {
+            table.rotate(pairs, head, batch.positions[i], batch.length(i));
+        }
+    };
     let layout = kv.layout;
     let memory = Shards(kv.lines.as_mut_ptr());
     let data = Shards(qkv.used_mut().as_mut_ptr());
@@ -122,14 +130,53 @@ pub(super) fn rope_and_store(
             unsafe {
                 let head_of = |h: usize| data.slice(i * cols + h * dim, dim);
                 for q in 0..group {
-                    rope.rotate(head_of(head * group + q), batch.positions[i]);
+                    rotate(head_of(head * group + q), i);
                 }
                 let key = head_of(heads.query + head);
-                rope.rotate(key, batch.positions[i]);
+                rotate(key, i);
                 let place = memory.slice((block(i) * heads.kv + head) * layout.lines(), layout.lines());
                 let offset = batch.store_at[i] as usize % BLOCK_SIZE;
                 let value = head_of(heads.query + heads.kv + head);
                 run(be.tier, Store { layout, block: place, offset, key, value });
+            }
+        }
+    });
+    Ok(())
+}
+
+/// What happens to queries, keys and values before they are rotated.
+fn clamp_and_norm(be: &CpuBackend, qkv: &mut CpuMat, by: &Qkv<'_, CpuBackend>) -> Result<()> {
+    let (rows, cols, Heads { query, kv, dim }) = (qkv.rows(), qkv.cols(), by.heads);
+    if by.clamp.is_none() && by.norms.is_none() {
+        return Ok(());
+    }
+    if let Some(QkNorms { query: of_query, key, over }) = &by.norms {
+        for (norm, heads) in [(of_query, query), (key, kv)] {
+            let (got, all) = (norm.weight.len(), heads * dim);
+            if got != all && (*over == NormSpan::Row || got != dim) {
+                return Err(Error::Shape {
+                    op: "rope_and_store",
+                    what: "weights of a norm",
+                    got,
+                    expected: all,
+                });
+            }
+        }
+    }
+    let data = Shards(qkv.used_mut().as_mut_ptr());
+    each_row(be, rows, cols, |i| {
+        // SAFETY: row i is this call's own.
+        let row = unsafe { data.slice(i * cols, cols) };
+        if let Some(most) = by.clamp {
+            row.iter_mut().for_each(|x| *x = x.clamp(-most, most));
+        }
+        let Some(QkNorms { query: of_query, key, over }) = &by.norms else { return };
+        let (queries, rest) = row.split_at_mut(query * dim);
+        for (norm, part) in [(of_query, queries), (key, &mut rest[..kv * dim])] {
+            let width = if *over == NormSpan::Row { part.len() } else { dim };
+            for (i, part) in part.chunks_mut(width).enumerate() {
+                // Of a weight that all heads share, every head has the same elements.
+                norm_in_place(be, norm, i * width % norm.weight.len(), part);
             }
         }
     });

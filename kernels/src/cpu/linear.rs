@@ -44,6 +44,8 @@ struct Unit<'a> {
     /// First row, and how many.
     rows: (usize, usize),
     a: &'a [Line],
+    /// Factor of each row of A.
+    scales: &'a [f32],
     /// Lines of a row of A.
     depth: usize,
     /// Where the result goes, and f32 from one row to the next.
@@ -76,14 +78,16 @@ struct Call<'a> {
     expands: Vec<Expand<'a>>,
 }
 
-pub(super) fn linear(
-    be: &CpuBackend,
-    x: &CpuMat,
-    by: Projection<'_, CpuBackend>,
-    (y, add): (&mut CpuMat, bool),
-) -> Result<()> {
+/// Where sums go.
+pub(super) struct Sum<'a> {
+    pub(super) y: &'a mut CpuMat,
+    /// Whether they are added to what `y` holds.
+    pub(super) add: bool,
+}
+
+pub(super) fn linear(be: &CpuBackend, x: &CpuMat, by: Projection<'_, CpuBackend>, to: Sum<'_>) -> Result<()> {
     let scratch = &mut *be.scratch();
-    Call::begin((be, scratch), x, by, (y, add))?.sum();
+    Call::begin((be, scratch), x, by, to)?.sum();
     Ok(())
 }
 
@@ -152,15 +156,16 @@ impl<'a> Delta<'a> {
 
     /// The shrink in pieces, by rows and by rows of A.
     fn shrinks(&self) -> impl Iterator<Item = Unit<'a>> {
-        let (segment, t, a) = (self.rows(), self.t, &self.site.a);
+        let (segment, t, site) = (self.rows(), self.t, self.site);
         let (width, depth) = (self.site.width(), self.site.depth.max(1));
         let a_step = (CHUNK_LINES / depth).max(1).next_multiple_of(4);
         let step = (SHRINK_CHUNK / (depth * a_step.min(width)).max(1)).max(1).next_multiple_of(4);
         segment.clone().step_by(step).flat_map(move |row| {
             let (rows, t) = (step.min(segment.end - row), t + (row - segment.start) * width);
-            a.chunks(a_step * depth).enumerate().map(move |(i, a)| Unit {
+            site.a.chunks(a_step * depth).enumerate().map(move |(i, a)| Unit {
                 rows: (row, rows),
                 a,
+                scales: &site.scales[i * a_step..],
                 depth,
                 t: (t + i * a_step, width),
             })
@@ -198,7 +203,7 @@ impl<'a> Call<'a> {
         (be, scratch): (&'a CpuBackend, &'a mut Scratch),
         x: &'a CpuMat,
         by: Projection<'a, CpuBackend>,
-        (y, add): (&mut CpuMat, bool),
+        Sum { y, add }: Sum<'_>,
     ) -> Result<Call<'a>> {
         let op = "linear";
         let (w, bias) = (by.weight, by.bias.map(Vec::as_slice));
@@ -274,6 +279,12 @@ impl<'a> Call<'a> {
                 t_stride,
             },
         );
+        let width = unit.a.len() / unit.depth;
+        for row in 0..rows {
+            // SAFETY: the unit's own part of its rows' sums.
+            let sums = unsafe { self.t.slice(t_offset + row * t_stride, width) };
+            sums.iter_mut().zip(unit.scales).for_each(|(sum, scale)| *sum *= scale);
+        }
     }
 
     /// The base product of some panels.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::memory::{Arena, Line, Lines, Panels, pair};
-use crate::{DType, Error, LoraPart, LoraShape, LoraSite, Result};
+use crate::{DType, Error, LoraPart, LoraShape, LoraSite, LowRank, Result};
 
 /// The deltas of one adapter at one site.
 #[derive(Debug)]
@@ -13,6 +13,8 @@ pub(super) struct SiteDelta {
     pub(super) a: Lines,
     /// Lines of one row of A.
     pub(super) depth: usize,
+    /// The adapter's factor for each row of A.
+    pub(super) scales: Vec<f32>,
     pub(super) slices: Vec<SliceDelta>,
 }
 
@@ -23,7 +25,7 @@ pub(super) struct SliceDelta {
     pub(super) first: usize,
     /// The panel of the site's base weight that B's first panel lies on.
     pub(super) panel: usize,
-    /// Scale included; panels over the outputs of the slice. They lie on the base weight's panels: if the slice begins
+    /// Panels over the outputs of the slice. They lie on the base weight's panels: if the slice begins
     /// inside of one, there are zeros for the outputs before it.
     pub(super) b: Panels,
 }
@@ -33,21 +35,24 @@ impl SiteDelta {
     fn new(arena: &mut Arena, dtype: DType, site: &LoraSite, parts: &[&LoraPart]) -> Result<SiteDelta> {
         let depth = site.inputs.div_ceil(a_elements_per_line(dtype));
         let mut a = arena.lines(a_rows(dtype, parts) * depth, "an adapter")?;
-        let (mut slices, mut first) = (Vec::new(), 0);
+        let (mut slices, mut scales, mut first) = (Vec::new(), Vec::new(), 0);
         for part in parts {
-            for (i, row) in part.a.chunks_exact(site.inputs).enumerate() {
+            let Some(LowRank { rank, scale, a: own_a, b: own_b }) = &part.low_rank else { continue };
+            let (own_a, own_b) = (own_a.to_f32(), own_b.to_f32());
+            for (i, row) in own_a.chunks_exact(site.inputs).enumerate() {
                 pack_row(dtype, row, &mut a[(first + i) * depth..][..depth]);
             }
             let column: usize = site.outputs[..part.slice].iter().sum();
             let before = column % 16;
-            let shape = [before + site.outputs[part.slice], part.lora_rank];
+            let shape = [before + site.outputs[part.slice], *rank];
             let b = Panels::from_fn(arena, dtype, shape, |o, r| {
-                o.checked_sub(before).map_or(0.0, |o| part.b[o * part.lora_rank + r])
+                o.checked_sub(before).map_or(0.0, |o| own_b[o * rank + r])
             })?;
             slices.push(SliceDelta { first, panel: column / 16, b });
+            scales.resize(first + a_rows(dtype, &[part]), *scale);
             first += a_rows(dtype, &[part]);
         }
-        Ok(SiteDelta { a, depth, slices })
+        Ok(SiteDelta { a, depth, scales, slices })
     }
 
     /// Rows of A: elements of a shrunk row.
@@ -63,7 +68,7 @@ fn a_elements_per_line(dtype: DType) -> usize {
 /// Rows that the A of some slices takes.
 fn a_rows(dtype: DType, parts: &[&LoraPart]) -> usize {
     let whole = Panels::inputs_per_line(dtype);
-    parts.iter().map(|part| part.lora_rank.next_multiple_of(whole)).sum()
+    parts.iter().map(|part| part.shape().lora_rank.next_multiple_of(whole)).sum()
 }
 
 fn pack_row(dtype: DType, row: &[f32], lines: &mut [Line]) {
@@ -91,6 +96,10 @@ impl CpuAdapter {
         let mut by_site = vec![Vec::new(); sites.len()];
         for part in parts {
             part.check(sites)?;
+            if part.magnitude.is_some() || part.bias.is_some() || part.rows.is_some() {
+                let what = "more than a low-rank delta".into();
+                return Err(Error::Unsupported { backend: "cpu", what });
+            }
             by_site[part.site].push(part);
         }
         let shapes: Vec<_> = parts.iter().map(LoraPart::shape).collect();

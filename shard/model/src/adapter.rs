@@ -9,7 +9,7 @@ mod tensors;
 
 use std::{fmt, path::Path};
 
-use kernels::{DType, LoraPart, LoraShape, LoraSite};
+use kernels::{DType, LoraPart, LoraShape, LoraSite, LowRank};
 use sha2::{Digest, Sha256};
 
 use crate::{Config, LoadError};
@@ -100,12 +100,10 @@ pub enum AdapterError {
     #[error("tensor {0} has NaN or infinite values")]
     NotFinite(String),
     /// A value that the type computed with cannot hold.
-    #[error("tensor {name} has values that, times {scale}, are too large for {dtype:?}")]
+    #[error("tensor {name} has values that are too large for {dtype:?}")]
     TooLarge {
         /// The tensor.
         name: String,
-        /// What its values are multiplied with.
-        scale: f32,
         /// The type computed with.
         dtype: DType,
     },
@@ -212,11 +210,8 @@ impl<'a> AdapterFolder<'a> {
 
     /// Places and sizes of its deltas.
     pub fn shapes(&self) -> Vec<LoraShape> {
-        let shape = |target: &Target| LoraShape {
-            site: target.module.site,
-            slice: target.module.slice,
-            lora_rank: target.lora_rank,
-        };
+        let shape =
+            |target: &Target| LoraShape::delta(target.module.site, target.module.slice, target.lora_rank);
         self.targets.iter().map(shape).collect()
     }
 
@@ -229,7 +224,7 @@ impl<'a> AdapterFolder<'a> {
         sites.dedup();
         Ok(Adapter {
             hash: hash(&parts),
-            max_lora_rank: parts.iter().map(|part| part.lora_rank).max().unwrap_or(0),
+            max_lora_rank: parts.iter().map(|part| part.shape().lora_rank).max().unwrap_or(0),
             parts,
             sites,
         })
@@ -248,18 +243,18 @@ pub fn read_bytes(shapes: &[LoraShape], sites: &[LoraSite]) -> usize {
 /// Hashes what the kernels will compute with: two folders that give the same output have the same identity, however
 /// they are written.
 fn hash(parts: &[LoraPart]) -> ContentHash {
-    const CHUNK: usize = 1024;
     let mut sha = Sha256::new();
     for part in parts {
-        for number in [part.site, part.slice, part.lora_rank, part.a.len(), part.b.len()] {
+        let LoraShape { site, slice, lora_rank, .. } = part.shape();
+        for number in [site, slice, lora_rank] {
             sha.update((number as u64).to_le_bytes());
         }
-        for values in part.a.chunks(CHUNK).chain(part.b.chunks(CHUNK)) {
-            let mut bytes = [0; 4 * CHUNK];
-            for (to, x) in bytes.chunks_exact_mut(4).zip(values) {
-                to.copy_from_slice(&x.to_le_bytes());
+        if let Some(LowRank { scale, a, b, .. }) = &part.low_rank {
+            sha.update(scale.to_le_bytes());
+            for tensor in [a, b] {
+                sha.update((tensor.data.len() as u64).to_le_bytes());
+                sha.update(&tensor.data);
             }
-            sha.update(&bytes[..4 * values.len()]);
         }
     }
     ContentHash(sha.finalize().into())

@@ -4,7 +4,7 @@ mod from_gguf;
 mod from_json;
 mod rope;
 
-use kernels::Heads;
+use kernels::{Heads, LoraSite, SiteKind};
 
 use crate::{LoadError, Result};
 pub(crate) use from_gguf::ROPE_FACTORS;
@@ -94,9 +94,9 @@ impl Config {
     }
 
     /// The low-rank sites of the model, by their index: per layer q k v, o, gate up, down; then the output projection.
-    pub fn sites(&self) -> Vec<kernels::LoraSite> {
+    pub fn sites(&self) -> Vec<LoraSite> {
         let Heads { query, kv, dim } = self.heads;
-        let site = |inputs, outputs: &[usize]| kernels::LoraSite { inputs, outputs: outputs.to_vec() };
+        let site = LoraSite::linear;
         let layer = [
             site(self.hidden, &[query * dim, kv * dim, kv * dim]),
             site(query * dim, &[self.hidden]),
@@ -104,6 +104,6 @@ impl Config {
             site(self.ffn, &[self.hidden]),
         ];
         let layers = std::iter::repeat_n(layer, self.layers).flatten();
-        layers.chain([site(self.hidden, &[self.vocab])]).collect()
+        layers.chain([LoraSite { kind: SiteKind::Head, ..site(self.hidden, &[self.vocab]) }]).collect()
     }
 }

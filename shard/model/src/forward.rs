@@ -10,7 +10,10 @@ use std::{
     thread,
 };
 
-use kernels::{Attention, Backend, Comm, Heads, HostTensor, LinearLora, LoraSite, Projection, RowSet};
+use kernels::{
+    Activation, AttentionShape, Backend, Embedding, Heads, HostTensor, LinearLora, LogitShape, LoraSite,
+    Norm, NormKind, Output, Pairs, Projection, Qkv, Residual, RopeSpec, Rotation, RowSet, Span, Stretch,
+};
 
 use crate::{
     Config, LoadProgress, Result,
@@ -30,8 +33,6 @@ pub struct Pass<'a, B: Backend> {
     pub slots: &'a B::LoraSlots,
     /// Tokens sampled last.
     pub sampler: &'a B::Sampler,
-    /// The other ranks.
-    pub comm: &'a dyn Comm<B>,
 }
 
 /// Activations, allocated once for the largest step.
@@ -45,6 +46,7 @@ pub struct Scratch<B: Backend> {
     gate_up: B::Mat,
     act: B::Mat,
     last: B::Mat,
+    products: B::Mat,
 }
 
 /// Keys and values of all layers.
@@ -64,38 +66,7 @@ impl<B: Backend> Linear<B> {
         let lora = LinearLora { slots: pass.slots, site: self.site, batch: pass.batch, rows: RowSet::All };
         Projection { weight: &self.weight, bias: self.bias.as_ref(), lora: Some(lora) }
     }
-
-    fn forward(&self, pass: &Pass<'_, B>, x: &B::Mat, y: &mut B::Mat) -> kernels::Result<()> {
-        pass.ops.linear(x, self.projection(pass), y)
-    }
-
-    /// Adds this projection of `x` to the residual stream, and norms that into `y`. Where every rank has a share, one of
-    /// them adds its own, with the bias, to the stream, the others put theirs in its place, and the sum over ranks is the
-    /// stream again.
-    fn add_norm(
-        &self,
-        pass: &Pass<'_, B>,
-        x: &B::Mat,
-        residual: &mut B::Mat,
-        norm: Norm<'_, B>,
-        y: &mut B::Mat,
-    ) -> kernels::Result<()> {
-        let projection = self.projection(pass);
-        if pass.comm.ranks() == 1 {
-            return pass.ops.add_linear_norm(x, projection, residual, norm, y);
-        }
-        if pass.comm.rank() == 0 {
-            pass.ops.add_linear(x, projection, residual)?;
-        } else {
-            pass.ops.linear(x, Projection { bias: None, ..projection }, residual)?;
-        }
-        pass.comm.all_reduce(residual)?;
-        pass.ops.rms_norm(residual, norm.0, norm.1, y)
-    }
 }
-
-/// Weights of a norm, and what is added to the mean of squares.
-type Norm<'a, B> = (&'a <B as Backend>::Vector, f32);
 
 struct Layer<B: Backend> {
     attn_norm: B::Vector,
@@ -131,7 +102,12 @@ impl<B: Backend> Model<B> {
             true => None,
             false => Some(loader.weight(&[("lm_head", config.vocab)], config.hidden)?),
         };
-        let rope = ops.rope(&config.rope.inv_freq, config.max_positions, config.rope.attention_factor)?;
+        let rope = ops.rope(&RopeSpec {
+            inv_freq: config.rope.inv_freq.clone(),
+            scale: config.rope.attention_factor,
+            positions: config.max_positions,
+            stretch: Stretch::None,
+        })?;
         Ok(Model { embed, layers, norm, lm_head, rope, config })
     }
 
@@ -169,6 +145,7 @@ impl<B: Backend> Model<B> {
             gate_up: ops.mat(max_rows, 2 * ffn)?,
             act: ops.mat(max_rows, ffn)?,
             last: ops.mat(max_logit_rows, hidden)?,
+            products: ops.wide_mat(max_rows, hidden)?,
         })
     }
 
@@ -180,12 +157,13 @@ impl<B: Backend> Model<B> {
         kv: &mut KvCache<B>,
     ) -> kernels::Result<()> {
         let ops = pass.ops;
-        ops.step(pass.batch, || {
-            ops.embed(pass.batch, pass.sampler, &self.embed, &mut s.residual)?;
+        ops.step(pass.batch, pass.slots, || {
+            let embedding = Embedding { table: &self.embed, scale: 1.0, positions: None, lora: None };
+            ops.embed(pass.batch, pass.sampler, embedding, &mut s.residual)?;
             let norms = self.layers.iter().map(|layer| &layer.attn_norm).chain([&self.norm]);
-            let mut norms = norms.map(|norm| (norm, self.config.rms_eps));
-            if let Some((norm, eps)) = norms.next() {
-                ops.rms_norm(&s.residual, norm, eps, &mut s.x)?;
+            let mut norms = norms.map(|weight| self.norm(weight));
+            if let Some(norm) = norms.next() {
+                ops.normalize(&s.residual, norm, &mut s.x)?;
             }
             for ((layer, next), kv) in self.layers.iter().zip(norms).zip(&mut kv.layers) {
                 self.layer(layer, next, pass, s, kv)?;
@@ -194,8 +172,24 @@ impl<B: Backend> Model<B> {
             let site = self.layers.len() * SITES;
             let lora = LinearLora { slots: pass.slots, site, batch: pass.batch, rows: RowSet::Logits };
             let weight = self.lm_head.as_ref().unwrap_or(&self.embed);
-            ops.linear(&s.last, Projection::new(weight, Some(lora)), &mut s.logits)
+            let to = Output::Logits { y: &mut s.logits, shape: LogitShape::PLAIN };
+            ops.linear(&s.last, Projection::new(weight, Some(lora)), to)
         })
+    }
+
+    fn norm<'a>(&self, weight: &'a B::Vector) -> Norm<'a, B> {
+        Norm { kind: NormKind::Rms, weight, bias: None, eps: self.config.rms_eps }
+    }
+
+    /// Which keys a row sees, in any layer.
+    pub fn spans(&self) -> Vec<Span> {
+        vec![self.config.window.map_or(Span::Causal, Span::Window)]
+    }
+
+    /// The weights of the sites, in their order.
+    pub fn site_weights(&self) -> Vec<&B::Weight> {
+        let linears = self.layers.iter().flat_map(|at| [&at.qkv, &at.o, &at.gate_up, &at.down]);
+        linears.map(|linear| &linear.weight).chain([self.lm_head.as_ref().unwrap_or(&self.embed)]).collect()
     }
 
     /// One layer behind its first norm, up to the `next` one: from `s.x` to `s.x`, and onto the residual stream.
@@ -207,15 +201,23 @@ impl<B: Backend> Model<B> {
         s: &mut Scratch<B>,
         kv: &mut B::Kv,
     ) -> kernels::Result<()> {
-        let Config { heads, window, rms_eps, .. } = self.config;
-        let attention = Attention { heads, scale: 1.0 / (heads.dim as f32).sqrt(), window, softcap: None };
-        layer.qkv.forward(pass, &s.x, &mut s.qkv)?;
-        pass.ops.rope_and_store(&mut s.qkv, heads, &self.rope, pass.batch, kv)?;
-        pass.ops.paged_attention(&s.qkv, &attention, pass.batch, kv, &mut s.attn)?;
-        layer.o.add_norm(pass, &s.attn, &mut s.residual, (&layer.mlp_norm, rms_eps), &mut s.x)?;
-        let gate_up = layer.gate_up.projection(pass);
-        pass.ops.gated_linear(&s.x, gate_up, &mut s.gate_up, &mut s.act)?;
-        layer.down.add_norm(pass, &s.act, &mut s.residual, next, &mut s.x)
+        let (ops, heads, window) = (pass.ops, self.config.heads, self.config.window);
+        let span = window.map_or(Span::Causal, Span::Window);
+        let attention = AttentionShape { span, ..AttentionShape::causal(heads) };
+        ops.linear(&s.x, layer.qkv.projection(pass), Output::Store(&mut s.qkv))?;
+        let rope = Some(Rotation { table: &self.rope, pairs: Pairs::Halves });
+        ops.rope_and_store(&mut s.qkv, Qkv { heads, clamp: None, norms: None, rope }, pass.batch, kv)?;
+        ops.paged_attention(&s.qkv, attention.into(), pass.batch, kv, &mut s.attn)?;
+        let (stream, products) = (&mut s.residual, &mut s.products);
+        let next_of = Some((self.norm(&layer.mlp_norm), &mut s.x));
+        let to = Residual { stream, products, post: None, scale: 1.0, more: false, next: next_of };
+        ops.linear(&s.attn, layer.o.projection(pass), Output::Residual(to))?;
+        let to = Output::Gate { activation: Activation::Silu, products: &mut s.gate_up, y: &mut s.act };
+        ops.linear(&s.x, layer.gate_up.projection(pass), to)?;
+        let (stream, products) = (&mut s.residual, &mut s.products);
+        let to =
+            Residual { stream, products, post: None, scale: 1.0, more: false, next: Some((next, &mut s.x)) };
+        ops.linear(&s.act, layer.down.projection(pass), Output::Residual(to))
     }
 }
 

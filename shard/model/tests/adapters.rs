@@ -44,10 +44,10 @@ fn all_projections_are_read_and_scaled() {
     assert_eq!((plain.parts.len(), plain.max_lora_rank), (14, 4));
     assert_eq!(plain.sites, ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]);
     let stored = &files.tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"].data;
-    let scale = plain.parts[0].b[0] / stored[0];
+    let scale = plain.parts[0].low_rank.as_ref().unwrap().scale;
     assert_eq!(scale, 2.0, "alpha / r");
     let rslora = read(&with("use_rslora", json!(true))).unwrap();
-    assert_eq!(rslora.parts[0].b[0] / stored[0], 4.0, "alpha / √r");
+    assert_eq!(rslora.parts[0].low_rank.as_ref().unwrap().scale, 4.0, "alpha / √r");
 }
 
 #[test]
@@ -79,10 +79,9 @@ fn ranks_and_scales_follow_their_patterns() {
         files.tensors.insert(name, Tensor { shape: shape.into(), data: vec![0.5; shape[0] * shape[1]] });
     }
     let adapter = read(&files).unwrap();
-    let ranks: Vec<usize> = adapter.parts.iter().map(|part| part.lora_rank).collect();
+    let ranks: Vec<usize> = adapter.parts.iter().map(|part| part.shape().lora_rank).collect();
     assert_eq!(ranks, [4, 4, 4, 6]);
-    let stored = &files.tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"].data;
-    assert_eq!(adapter.parts[0].b[0] / stored[0], 3.0);
+    assert_eq!(adapter.parts[0].low_rank.as_ref().unwrap().scale, 3.0);
 }
 
 #[test]

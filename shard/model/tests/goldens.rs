@@ -46,11 +46,11 @@ struct Running<'a> {
 struct Runner {
     ops: CpuBackend,
     model: Model<CpuBackend>,
-    slots: <CpuBackend as Backend>::LoraSlots,
-    sampler: <CpuBackend as Backend>::Sampler,
+    slots: <CpuBackend as Adapters>::LoraSlots,
+    sampler: <CpuBackend as Sampling>::Sampler,
     kv: KvCache<CpuBackend>,
     scratch: Scratch<CpuBackend>,
-    batch: <CpuBackend as Backend>::Batch,
+    batch: <CpuBackend as Memory>::Batch,
 }
 
 fn fixtures() -> PathBuf {
@@ -74,14 +74,14 @@ impl Runner {
         for (slot, folder) in adapters.iter().enumerate() {
             let parts = adapter::read(folder, &base).unwrap().parts;
             let staged = Arc::new(ops.stage(&model.sites(), &parts).unwrap());
-            ops.load(&mut slots, slot as u32, &staged).unwrap();
+            ops.load(&mut slots, slot as u32, &staged, &model.site_weights()).unwrap();
         }
         assert_eq!(ops.loaded(&mut slots).unwrap().len(), adapters.len());
         Runner {
             sampler: ops.sampler(1, model.config().vocab).unwrap(),
             kv: model.kv_cache(&ops, blocks as usize).unwrap(),
             scratch: model.scratch(&ops, 256, 256).unwrap(),
-            batch: ops.batch(256, blocks as usize).unwrap(),
+            batch: ops.batch(256, blocks as usize, &model.spans()).unwrap(),
             ops,
             model,
             slots,

@@ -82,7 +82,10 @@ fn adapters_are_served_exactly_where_peft_serves_them() {
         let usual = [("model.layers.0.self_attn.q_proj".to_owned(), (4, 2.0))].into();
         let got = read(&adapter(&config, modules.as_ref().unwrap_or(&usual)));
         let got = got.map(|adapter| {
-            let parts = adapter.parts.iter().map(|part| (path(part), (part.lora_rank, part.b[0])));
+            let parts = adapter
+                .parts
+                .iter()
+                .map(|part| (path(part), (part.shape().lora_rank, part.low_rank.as_ref().unwrap().scale)));
             parts.collect::<BTreeMap<String, (usize, f32)>>()
         });
         let expected = modules.map(|modules| {
@@ -108,7 +111,10 @@ fn a_configuration_of_the_fewest_fields_has_pefts_defaults() {
         .map(|path| (path, (8, 1.0)))
         .collect();
     let read = read(&adapter(&json!({"peft_type": "LORA"}), &modules)).unwrap();
-    assert_eq!((read.parts.len(), read.max_lora_rank, read.parts[0].b[0]), (4, 8, 1.0));
+    assert_eq!(
+        (read.parts.len(), read.max_lora_rank, read.parts[0].low_rank.as_ref().unwrap().scale),
+        (4, 8, 1.0)
+    );
 }
 
 /// Every pattern would keep a matcher busy for years.

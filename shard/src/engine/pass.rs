@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use kernels::{BLOCK_SIZE, Backend, Matrix, SampleRow, Sampled, Segment, SequenceRows, Solo};
+use kernels::{BLOCK_SIZE, Backend, Matrix, SampleRow, Sampled, Segment, SequenceRows};
 use model::Pass;
 
 use super::{
@@ -81,13 +81,7 @@ impl<B: Backend> State<B> {
     /// Starts the pass of the rows in `self.host`.
     pub(super) fn forward(&mut self) -> kernels::Result<()> {
         self.ops.upload(&self.host, &mut self.batch)?;
-        let pass = Pass {
-            ops: &*self.ops,
-            batch: &self.batch,
-            slots: &self.slots,
-            sampler: &self.sampler,
-            comm: &Solo,
-        };
+        let pass = Pass { ops: &*self.ops, batch: &self.batch, slots: &self.slots, sampler: &self.sampler };
         self.model.forward(&pass, &mut self.scratch, &mut self.kv)
     }
 

@@ -180,7 +180,7 @@ impl<B: Backend> State<B> {
             num_blocks: 0,
             kv: model.kv_cache(&ops, 0)?,
             scratch: model.scratch(&ops, limits.max_rows, limits.max_logit_rows)?,
-            batch: ops.batch(limits.max_rows, tables)?,
+            batch: ops.batch(limits.max_rows, tables, &model.spans())?,
             host: Batch::default(),
             idle: Idle::new(),
             sequences: HashMap::new(),
@@ -264,7 +264,7 @@ impl<B: Backend> State<B> {
         adapter: &Arc<B::HostAdapter>,
     ) -> kernels::Result<()> {
         let state = &mut self.slot_states[slot as usize];
-        match self.ops.load(&mut self.slots, slot, adapter) {
+        match self.ops.load(&mut self.slots, slot, adapter, &self.model.site_weights()) {
             Ok(()) => *state = Slot::Loading(content, self.ops.adapter_bytes(adapter)),
             Err(error @ kernels::Error::OutOfMemory { .. }) => {
                 tracing::warn!(slot, "an adapter does not fit on the device: {error}");

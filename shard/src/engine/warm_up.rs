@@ -73,9 +73,9 @@ impl<B: Backend> State<B> {
         let sites = self.model.sites();
         let nothing = sites.first().and_then(|site| Some((site.inputs, *site.outputs.first()?)));
         let (inputs, outputs) = nothing.unwrap_or_default();
-        let part = LoraPart { site: 0, slice: 0, lora_rank: 1, a: vec![0.0; inputs], b: vec![0.0; outputs] };
+        let part = LoraPart::delta((0, 0), 1, 1.0, &vec![0.0; inputs], &vec![0.0; outputs]);
         let adapter = Arc::new(self.ops.stage(&sites, slice::from_ref(&part))?);
-        self.ops.load(&mut self.slots, 0, &adapter)?;
+        self.ops.load(&mut self.slots, 0, &adapter, &self.model.site_weights())?;
         while self.ops.loaded(&mut self.slots)?.is_empty() {
             thread::park_timeout(LOAD_POLL);
         }

@@ -7,8 +7,9 @@ use std::{
 };
 
 use kernels::{
-    Attention, Backend, Batch, DType, Error, Heads, HostTensor, LinearLora, LoraPart, LoraShape, LoraSite,
-    Projection, Result, SampleRow, Sampled, SamplingParams,
+    Activation, Adapters, Attention, Batch, DType, Embedding, Error, Heads, HostTensor, LinearLora,
+    LogitShape, LoraPart, LoraShape, LoraSite, Memory, Norm, Ops, Projection, QkNorms, Qkv, Result, RopeSpec,
+    Rotation, SampleRow, Sampled, Sampling, SamplingParams, Span,
     cpu::{CpuAdapter, CpuBackend, CpuBatch, CpuKv, CpuMat, CpuRope, CpuSampler, CpuSlots, Panels},
 };
 
@@ -133,27 +134,27 @@ impl Fake {
     }
 }
 
-fn on_cpu<'a>(by: Projection<'a, Fake>) -> Projection<'a, CpuBackend> {
-    let lora = by.lora.map(|lora| LinearLora {
-        slots: lora.slots,
-        site: lora.site,
-        batch: lora.batch,
-        rows: lora.rows,
-    });
-    Projection { weight: by.weight, bias: by.bias, lora }
+fn lora_on_cpu<'a>(lora: LinearLora<'a, Fake>) -> LinearLora<'a, CpuBackend> {
+    let LinearLora { slots, site, batch, rows } = lora;
+    LinearLora { slots, site, batch, rows }
 }
 
-impl Backend for Fake {
+fn on_cpu<'a>(by: Projection<'a, Fake>) -> Projection<'a, CpuBackend> {
+    Projection { weight: by.weight, bias: by.bias, lora: by.lora.map(lora_on_cpu) }
+}
+
+fn norm_on_cpu<'a>(norm: Norm<'a, Fake>) -> Norm<'a, CpuBackend> {
+    let Norm { kind, weight, bias, eps } = norm;
+    Norm { kind, weight, bias, eps }
+}
+
+impl Memory for Fake {
     type Mat = CpuMat;
     type Weight = Panels;
     type Vector = Vec<f32>;
     type Rope = CpuRope;
     type Kv = CpuKv;
     type Batch = CpuBatch;
-    type HostAdapter = CpuAdapter;
-    type LoraSlots = CpuSlots;
-    type Sampler = CpuSampler;
-    type Pending = Vec<Sampled>;
     type Mark = Mark;
 
     fn dtype(&self) -> DType {
@@ -172,8 +173,8 @@ impl Backend for Fake {
         self.cpu.vector(values)
     }
 
-    fn rope(&self, inv_freq: &[f32], positions: usize, scale: f32) -> Result<CpuRope> {
-        self.cpu.rope(inv_freq, positions, scale)
+    fn rope(&self, spec: &RopeSpec) -> Result<CpuRope> {
+        self.cpu.rope(spec)
     }
 
     fn kv(&self, blocks: usize, heads: Heads) -> Result<CpuKv> {
@@ -184,8 +185,8 @@ impl Backend for Fake {
         self.cpu.kv_block_bytes(heads)
     }
 
-    fn batch(&self, rows: usize, blocks: usize) -> Result<CpuBatch> {
-        self.cpu.batch(rows, blocks)
+    fn batch(&self, rows: usize, blocks: usize, spans: &[Span]) -> Result<CpuBatch> {
+        self.cpu.batch(rows, blocks, spans)
     }
 
     fn upload(&self, host: &Batch, batch: &mut CpuBatch) -> Result<()> {
@@ -199,43 +200,6 @@ impl Backend for Fake {
 
     fn fill(&self, x: &mut CpuMat, values: &[f32]) -> Result<()> {
         self.cpu.fill(x, values)
-    }
-
-    fn host_bytes(&self, sites: &[LoraSite], shapes: &[LoraShape]) -> Result<usize> {
-        let piece = self.script.state().piece.max(1);
-        Ok(self.cpu.host_bytes(sites, shapes)?.next_multiple_of(piece))
-    }
-
-    fn stage(&self, sites: &[LoraSite], parts: &[LoraPart]) -> Result<CpuAdapter> {
-        self.script.at("stage")?;
-        self.cpu.stage(sites, parts)
-    }
-
-    fn adapter_bytes(&self, adapter: &CpuAdapter) -> usize {
-        self.cpu.adapter_bytes(adapter)
-    }
-
-    fn lora_slots(&self, sites: &[LoraSite], slots: usize) -> Result<CpuSlots> {
-        self.cpu.lora_slots(sites, slots)
-    }
-
-    fn load(&self, slots: &mut CpuSlots, slot: u32, adapter: &Arc<CpuAdapter>) -> Result<()> {
-        self.cpu.unload(slots, slot)?;
-        self.script.at("load")?;
-        self.cpu.load(slots, slot, adapter)
-    }
-
-    fn loaded(&self, slots: &mut CpuSlots) -> Result<Vec<u32>> {
-        // A copy that does not end holds nobody up.
-        if self.script.state().faults.get("loaded") == Some(&Fault::Hang) {
-            return Ok(Vec::new());
-        }
-        self.script.at("loaded")?;
-        self.cpu.loaded(slots)
-    }
-
-    fn unload(&self, slots: &mut CpuSlots, slot: u32) -> Result<()> {
-        self.cpu.unload(slots, slot)
     }
 
     fn mark(&self) -> Result<Mark> {
@@ -256,57 +220,142 @@ impl Backend for Fake {
         drop(state);
         Ok((to.0 - from.0) as f64 * TICK)
     }
+}
 
+impl Ops for Fake {
     fn recorded_steps(&self) -> Vec<(usize, usize)> {
         self.script.state().recorded.clone()
     }
 
-    fn embed(&self, batch: &CpuBatch, sampler: &CpuSampler, table: &Panels, y: &mut CpuMat) -> Result<()> {
+    fn embed(
+        &self,
+        batch: &CpuBatch,
+        sampler: &CpuSampler,
+        by: Embedding<'_, Self>,
+        y: &mut CpuMat,
+    ) -> Result<()> {
         self.script.at("embed")?;
-        self.cpu.embed(batch, sampler, table, y)
+        let Embedding { table, scale, positions, lora } = by;
+        self.cpu.embed(batch, sampler, Embedding { table, scale, positions, lora: lora.map(lora_on_cpu) }, y)
     }
 
-    fn linear(&self, x: &CpuMat, by: Projection<'_, Self>, y: &mut CpuMat) -> Result<()> {
-        self.cpu.linear(x, on_cpu(by), y)
+    fn matmul(&self, x: &CpuMat, by: Projection<'_, Self>, y: &mut CpuMat) -> Result<()> {
+        self.cpu.matmul(x, on_cpu(by), y)
     }
 
-    fn add_linear(&self, x: &CpuMat, by: Projection<'_, Self>, y: &mut CpuMat) -> Result<()> {
-        self.cpu.add_linear(x, on_cpu(by), y)
+    fn matmul_add(&self, x: &CpuMat, by: Projection<'_, Self>, y: &mut CpuMat) -> Result<()> {
+        self.cpu.matmul_add(x, on_cpu(by), y)
     }
 
-    fn rms_norm(&self, x: &CpuMat, w: &Vec<f32>, eps: f32, y: &mut CpuMat) -> Result<()> {
-        self.cpu.rms_norm(x, w, eps, y)
+    fn add(&self, x: &CpuMat, post: Option<Norm<'_, Self>>, scale: f32, stream: &mut CpuMat) -> Result<()> {
+        self.cpu.add(x, post.map(norm_on_cpu), scale, stream)
+    }
+
+    fn normalize(&self, x: &CpuMat, norm: Norm<'_, Self>, y: &mut CpuMat) -> Result<()> {
+        self.cpu.normalize(x, norm_on_cpu(norm), y)
+    }
+
+    fn activate(&self, x: &CpuMat, f: Activation, y: &mut CpuMat) -> Result<()> {
+        self.cpu.activate(x, f, y)
+    }
+
+    fn gate(&self, x: &CpuMat, f: Activation, y: &mut CpuMat) -> Result<()> {
+        self.cpu.gate(x, f, y)
+    }
+
+    fn shape_logits(&self, shape: LogitShape, y: &mut CpuMat) -> Result<()> {
+        self.cpu.shape_logits(shape, y)
     }
 
     fn rope_and_store(
         &self,
         qkv: &mut CpuMat,
-        heads: Heads,
-        rope: &CpuRope,
+        by: Qkv<'_, Self>,
         batch: &CpuBatch,
         kv: &mut CpuKv,
     ) -> Result<()> {
-        self.cpu.rope_and_store(qkv, heads, rope, batch, kv)
+        let Qkv { heads, clamp, norms, rope } = by;
+        let norms = norms.map(|QkNorms { query, key, over }| QkNorms {
+            query: norm_on_cpu(query),
+            key: norm_on_cpu(key),
+            over,
+        });
+        let rope = rope.map(|Rotation { table, pairs }| Rotation { table, pairs });
+        self.cpu.rope_and_store(qkv, Qkv { heads, clamp, norms, rope }, batch, kv)
     }
 
     fn paged_attention(
         &self,
         qkv: &CpuMat,
-        attention: &Attention,
+        by: Attention<'_, Self>,
         batch: &CpuBatch,
         kv: &CpuKv,
         y: &mut CpuMat,
     ) -> Result<()> {
-        self.cpu.paged_attention(qkv, attention, batch, kv, y)
-    }
-
-    fn silu_mul(&self, gate_up: &CpuMat, y: &mut CpuMat) -> Result<()> {
-        self.cpu.silu_mul(gate_up, y)
+        let Attention { shape, sinks, slopes } = by;
+        self.cpu.paged_attention(qkv, Attention { shape, sinks, slopes }, batch, kv, y)
     }
 
     fn gather_logit_rows(&self, x: &CpuMat, batch: &CpuBatch, y: &mut CpuMat) -> Result<()> {
         self.cpu.gather_logit_rows(x, batch, y)
     }
+}
+
+impl Adapters for Fake {
+    type HostAdapter = CpuAdapter;
+    type LoraSlots = CpuSlots;
+
+    fn host_bytes(&self, sites: &[LoraSite], shapes: &[LoraShape]) -> Result<usize> {
+        let piece = self.script.state().piece.max(1);
+        Ok(self.cpu.host_bytes(sites, shapes)?.next_multiple_of(piece))
+    }
+
+    fn stage(&self, sites: &[LoraSite], parts: &[LoraPart]) -> Result<CpuAdapter> {
+        self.script.at("stage")?;
+        self.cpu.stage(sites, parts)
+    }
+
+    fn adapter_bytes(&self, adapter: &CpuAdapter) -> usize {
+        self.cpu.adapter_bytes(adapter)
+    }
+
+    fn lora_slots(&self, sites: &[LoraSite], slots: usize) -> Result<CpuSlots> {
+        self.cpu.lora_slots(sites, slots)
+    }
+
+    fn load(
+        &self,
+        slots: &mut CpuSlots,
+        slot: u32,
+        adapter: &Arc<CpuAdapter>,
+        weights: &[&Panels],
+    ) -> Result<()> {
+        self.cpu.unload(slots, slot)?;
+        self.script.at("load")?;
+        self.cpu.load(slots, slot, adapter, weights)
+    }
+
+    fn loaded(&self, slots: &mut CpuSlots) -> Result<Vec<u32>> {
+        // A copy that does not end holds nobody up.
+        if self.script.state().faults.get("loaded") == Some(&Fault::Hang) {
+            return Ok(Vec::new());
+        }
+        self.script.at("loaded")?;
+        self.cpu.loaded(slots)
+    }
+
+    fn unload(&self, slots: &mut CpuSlots, slot: u32) -> Result<()> {
+        self.cpu.unload(slots, slot)
+    }
+
+    fn scales(&self, lora: &LinearLora<'_, Self>) -> bool {
+        self.cpu.scales(&lora_on_cpu(*lora))
+    }
+}
+
+impl Sampling for Fake {
+    type Sampler = CpuSampler;
+    type Pending = Vec<Sampled>;
 
     fn sampler(&self, seats: usize, vocab: usize) -> Result<CpuSampler> {
         self.cpu.sampler(seats, vocab)

@@ -63,22 +63,21 @@ fn part(
     model: &BaseModel,
 ) -> Result<LoraPart, AdapterError> {
     let &Target { ref module, lora_rank, scale } = target;
-    let read = |which: char, expected: [usize; 2], scale: f32| {
+    let read = |which: char, expected: [usize; 2]| {
         let name = places.get(&(module.path.as_str(), which)).copied();
         let missing = || AdapterError::MissingTensor(format!("{PREFIX}{}.lora_{which}.weight", module.path));
         let name = name.ok_or_else(missing)?;
-        let mut values = values(file, name, expected)?;
-        values.iter_mut().for_each(|x| *x *= scale);
+        let values = values(file, name, expected)?;
         // Rounding keeps the order: if the type can hold the largest, it can hold all.
         let largest = values.iter().fold(0.0, |largest: f32, x| largest.max(x.abs()));
-        if scale.is_finite() && model.rounded(largest).is_finite() {
+        if model.rounded(largest).is_finite() {
             return Ok(values);
         }
-        Err(AdapterError::TooLarge { name: name.into(), scale, dtype: model.dtype })
+        Err(AdapterError::TooLarge { name: name.into(), dtype: model.dtype })
     };
-    let a = read('A', [lora_rank, module.inputs], 1.0)?;
-    let b = read('B', [module.outputs, lora_rank], scale)?;
-    Ok(LoraPart { site: module.site, slice: module.slice, lora_rank, a, b })
+    let a = read('A', [lora_rank, module.inputs])?;
+    let b = read('B', [module.outputs, lora_rank])?;
+    Ok(LoraPart::delta((module.site, module.slice), lora_rank, scale, &a, &b))
 }
 
 /// Refuses a tensor of another shape, which may be of any length and is not read.

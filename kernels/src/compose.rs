@@ -1,0 +1,43 @@
+//! What becomes of products, for devices that do not fuse it: every [`Output`] as a sequence of simpler operations.
+
+use crate::{Ops, Output, Projection, Residual, Result};
+
+/// [`Ops::linear`](crate::Ops::linear), one operation after the other.
+pub fn linear<B: Ops>(be: &B, x: &B::Mat, by: Projection<'_, B>, out: Output<'_, B>) -> Result<()> {
+    match out {
+        Output::Store(y) => be.matmul(x, by, y),
+        Output::Activate { activation, products, y } => {
+            be.matmul(x, by, products)?;
+            be.activate(products, activation, y)
+        }
+        Output::Gate { activation, products, y } => {
+            be.matmul(x, by, products)?;
+            be.gate(products, activation, y)
+        }
+        Output::Residual(residual) => add_and_norm(be, x, by, residual),
+        Output::Logits { y, shape } => {
+            be.matmul(x, by, y)?;
+            be.shape_logits(shape, y)
+        }
+    }
+}
+
+/// Whether products can be added to the residual stream as they come: nothing is done to their sum first.
+pub fn adds_directly<B: Ops>(be: &B, by: &Projection<'_, B>, to: &Residual<'_, B>) -> bool {
+    let scales = by.lora.as_ref().is_some_and(|lora| be.scales(lora));
+    to.post.is_none() && to.scale == 1.0 && be.ranks() == 1 && !scales
+}
+
+fn add_and_norm<B: Ops>(be: &B, x: &B::Mat, by: Projection<'_, B>, to: Residual<'_, B>) -> Result<()> {
+    if adds_directly(be, &by, &to) {
+        be.matmul_add(x, by, to.stream)?;
+    } else {
+        be.matmul(x, by, to.products)?;
+        be.all_reduce(to.products)?;
+        be.add(to.products, to.post, to.scale, to.stream)?;
+    }
+    match to.next {
+        Some((norm, y)) => be.normalize(to.stream, norm, y),
+        None => Ok(()),
+    }
+}
