@@ -18,6 +18,11 @@ mod sampling;
 mod tensor;
 pub mod testing;
 
+/// The traits of a backend, for whoever calls one by its name.
+pub mod prelude {
+    pub use crate::{Adapters, Backend, Memory, Ops, Sampling};
+}
+
 pub use self::sampling::{MAX_BIASES, MAX_TOP, SampleRow, Sampled};
 pub use ::sampling::SamplingParams;
 pub use backend::{Adapters, Backend, Memory, Ops, Sampling};

@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use kernels::{BLOCK_SIZE, Backend, Batch, DType, Sampled, Segment, SequenceRows, Solo, cpu::CpuBackend};
+use kernels::{BLOCK_SIZE, Batch, DType, Sampled, Segment, SequenceRows, cpu::CpuBackend, prelude::*};
 use model::{
     KvCache, Model, Pass, Scratch,
     adapter::{self, BaseModel},
@@ -114,13 +114,7 @@ impl Runner {
         }
         host.logit_segments = host.segments.clone();
         self.ops.upload(&host, &mut self.batch).unwrap();
-        let pass = Pass {
-            ops: &self.ops,
-            batch: &self.batch,
-            slots: &self.slots,
-            sampler: &self.sampler,
-            comm: &Solo,
-        };
+        let pass = Pass { ops: &self.ops, batch: &self.batch, slots: &self.slots, sampler: &self.sampler };
         self.model.forward(&pass, &mut self.scratch, &mut self.kv).unwrap();
         let pending = self.ops.score(&self.scratch.logits, &targets, 1).unwrap();
         let mut scores = Vec::new();

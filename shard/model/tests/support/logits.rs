@@ -1,6 +1,6 @@
 //! Logits of a loaded model, computed on the CPU in f32.
 
-use kernels::{Adapters, Memory, Sampling, cpu::CpuBackend, testing::batch};
+use kernels::{cpu::CpuBackend, prelude::*, testing::batch};
 use model::{Model, Pass};
 
 /// The logits that follow a prompt of so many tokens, which are those of [`batch`].
