@@ -81,24 +81,24 @@ pub fn silu_mul(x: &Table) -> Table {
 
 /// Keys and values of all places in KV memory, `[blocks · BLOCK_SIZE, kv · dim]` each.
 #[derive(Debug, Clone)]
-pub struct Memory {
+pub struct KvMemory {
     /// Keys, rotated.
     pub keys: Table,
     /// Values.
     pub values: Table,
 }
 
-impl Memory {
+impl KvMemory {
     /// Zeros.
-    pub fn new(blocks: usize, heads: Heads) -> Memory {
+    pub fn new(blocks: usize, heads: Heads) -> KvMemory {
         let cols = heads.kv * heads.dim;
         let table = Table { cols, data: vec![0.0; blocks * BLOCK_SIZE * cols] };
-        Memory { keys: table.clone(), values: table }
+        KvMemory { keys: table.clone(), values: table }
     }
 }
 
 /// Rotates queries and keys in place and stores keys and values.
-pub fn rope_and_store(qkv: &mut Table, heads: Heads, inv_freq: &[f32], batch: &Batch, memory: &mut Memory) {
+pub fn rope_and_store(qkv: &mut Table, heads: Heads, inv_freq: &[f32], batch: &Batch, memory: &mut KvMemory) {
     let (dim, half) = (heads.dim, heads.dim / 2);
     for i in 0..qkv.rows() {
         let cols = qkv.cols;
@@ -119,7 +119,7 @@ pub fn rope_and_store(qkv: &mut Table, heads: Heads, inv_freq: &[f32], batch: &B
 }
 
 /// Causal attention of every row over its sequence.
-pub fn paged_attention(qkv: &Table, attention: &AttentionShape, batch: &Batch, memory: &Memory) -> Table {
+pub fn paged_attention(qkv: &Table, attention: &AttentionShape, batch: &Batch, memory: &KvMemory) -> Table {
     let Heads { query, kv, dim } = attention.heads;
     let mut y = Table { cols: query * dim, data: Vec::new() };
     for sequence in &batch.sequences {

@@ -1,8 +1,9 @@
 //! Attention, and the rotation and storing of its rows.
 
 use kernels::{
-    Attention, Backend, Batch, Heads, Matrix, SequenceRows,
-    reference::{self, Memory, Table},
+    AttentionShape, Batch, Heads, Matrix, Pairs, Qkv, RopeSpec, Rotation, SequenceRows, Stretch,
+    prelude::*,
+    reference::{self, KvMemory, Table},
     testing::{Numbers, assert_close, batch},
 };
 
@@ -18,19 +19,21 @@ struct Stored<B: Backend> {
     rope: B::Rope,
     inv_freq: Vec<f32>,
     kv: B::Kv,
-    memory: Memory,
+    memory: KvMemory,
     numbers: Numbers,
 }
 
 impl<B: Backend> Stored<B> {
     fn new(ops: &B, heads: Heads, blocks: usize) -> kernels::Result<Self> {
         let inv_freq: Vec<f32> = (0..heads.dim / 2).map(|j| 0.8_f32.powi(j as i32)).collect();
+        let spec =
+            RopeSpec { inv_freq: inv_freq.clone(), scale: 1.0, positions: 8192, stretch: Stretch::None };
         Ok(Stored {
             heads,
-            rope: ops.rope(&inv_freq, 8192, 1.0)?,
+            rope: ops.rope(&spec)?,
             inv_freq,
             kv: ops.kv(blocks, heads)?,
-            memory: Memory::new(blocks, heads),
+            memory: KvMemory::new(blocks, heads),
             numbers: Numbers(3),
         })
     }
@@ -39,7 +42,8 @@ impl<B: Backend> Stored<B> {
     fn store(&mut self, ops: &B, host: &Batch) -> kernels::Result<B::Mat> {
         let mut table = self.numbers.table(host.rows(), self.heads.qkv_cols());
         let mut x = mat(ops, &table)?;
-        ops.rope_and_store(&mut x, self.heads, &self.rope, &uploaded(ops, host)?, &mut self.kv)?;
+        let by = rotated(self.heads, &self.rope);
+        ops.rope_and_store(&mut x, by, &uploaded(ops, host)?, &mut self.kv)?;
         reference::rope_and_store(&mut table, self.heads, &self.inv_freq, host, &mut self.memory);
         assert_close("rope_and_store", &ops.download(&x)?, &table.data, ops.dtype());
         Ok(x)
@@ -49,7 +53,7 @@ impl<B: Backend> Stored<B> {
     fn check(
         &self,
         ops: &B,
-        attention: &Attention,
+        attention: &AttentionShape,
         host: &Batch,
         (x, y): (&B::Mat, &B::Mat),
     ) -> kernels::Result<()> {
@@ -66,6 +70,11 @@ impl<B: Backend> Stored<B> {
         assert_close("paged_attention", &last(y)?.data, &expected.data, ops.dtype());
         Ok(())
     }
+}
+
+/// Rotates all elements of queries and keys.
+fn rotated<B: Backend>(heads: Heads, table: &B::Rope) -> Qkv<'_, B> {
+    Qkv { heads, clamp: None, norms: None, rope: Some(Rotation { table, pairs: Pairs::Halves }) }
 }
 
 /// One sequence of a step as a step of its own.
@@ -99,8 +108,8 @@ fn attention<M: Machine>(bench: &Bench<M>, (count, rows, before): (usize, usize,
     }
     let (mut x, device) = (stored.store(ops, &host)?, uploaded(ops, &host)?);
     let mut y = ops.mat(host.rows(), heads.query * heads.dim)?;
-    let attention = Attention { heads, scale: (heads.dim as f32).powf(-0.5), window: None, softcap: None };
-    ops.paged_attention(&x, &attention, &device, &stored.kv, &mut y)?;
+    let attention = AttentionShape::causal(heads);
+    ops.paged_attention(&x, attention.into(), &device, &stored.kv, &mut y)?;
     stored.check(ops, &attention, &host, (&x, &y))?;
     let seen = count * (rows * before + rows * (rows + 1) / 2);
     if bench.wants(&attend) {
@@ -108,14 +117,16 @@ fn attention<M: Machine>(bench: &Bench<M>, (count, rows, before): (usize, usize,
             bytes: 2 * count * (rows + before) * heads.kv * heads.dim * ops.dtype().size(),
             flops: 4 * seen * heads.query * heads.dim,
         };
-        bench.time(&attend, cost, |_| ops.paged_attention(&x, &attention, &device, &stored.kv, &mut y))?;
+        bench.time(&attend, cost, |_| {
+            ops.paged_attention(&x, attention.into(), &device, &stored.kv, &mut y)
+        })?;
     }
     if bench.wants(&store) {
         // Reads all columns, writes the rotated ones in place and two parts to memory.
         let moved = (2 * heads.query + 3 * heads.kv) * M::ELEMENT + 2 * heads.kv * ops.dtype().size();
         let cost = Cost { bytes: host.rows() * heads.dim * moved, flops: host.rows() * heads.qkv_cols() * 3 };
         let Stored { rope, kv, .. } = &mut stored;
-        bench.time(&store, cost, |_| ops.rope_and_store(&mut x, heads, rope, &device, kv))?;
+        bench.time(&store, cost, |_| ops.rope_and_store(&mut x, rotated(heads, rope), &device, kv))?;
     }
     Ok(())
 }

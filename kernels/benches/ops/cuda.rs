@@ -6,8 +6,9 @@ use std::{cell::RefCell, ptr::null_mut, time::Instant};
 
 use cudarc::driver::{DriverError, result};
 use kernels::{
-    Backend, DType, Heads, LoraSite, Projection,
+    DType, Heads, LoraSite, Output, Projection, SiteKind,
     cuda::{CudaBackend, CudaMat, CudaWeight},
+    prelude::*,
     testing::Numbers,
 };
 
@@ -56,7 +57,8 @@ impl Card {
         let mut numbers = Numbers(7);
         let weight = self.ops.weight(&[tensor(&numbers.table(n, n))])?;
         let (x, mut y) = (mat(&self.ops, &numbers.table(n, n))?, self.ops.mat(n, n)?);
-        let seconds = self.seconds(&mut |_| self.ops.linear(&x, Projection::new(&weight, None), &mut y))?;
+        let by = Projection::new(&weight, None);
+        let seconds = self.seconds(&mut |_| self.ops.linear(&x, by, Output::Store(&mut y)))?;
         Ok(2e-9 * (n as f64).powi(3) / seconds)
     }
 }
@@ -96,7 +98,9 @@ impl Machine for Card {
     fn seconds(&self, f: &mut dyn FnMut(usize) -> kernels::Result<()>) -> kernels::Result<f64> {
         let mut marks = Vec::new();
         for call in 0..UNTIMED + TIMED {
-            self.ops.linear(&self.row, Projection::new(&self.flush, None), &mut self.sink.borrow_mut())?;
+            let mut sink = self.sink.borrow_mut();
+            let by = Projection::new(&self.flush, None);
+            self.ops.linear(&self.row, by, Output::Store(&mut sink))?;
             let start = self.ops.mark()?;
             f(call)?;
             marks.push((start, self.ops.mark()?));
@@ -110,7 +114,7 @@ impl Machine for Card {
 
 fn shapes() -> Shapes {
     let mut sites = layer_sites(HIDDEN, INNER, HEADS).to_vec();
-    sites.push(("lm_head", LoraSite { inputs: HIDDEN, outputs: vec![VOCAB] }));
+    sites.push(("lm_head", LoraSite { kind: SiteKind::Head, inputs: HIDDEN, outputs: vec![VOCAB] }));
     let mixes = |rows: usize| {
         let mut adapters = vec![0, 1, rows.min(ADAPTERS)];
         adapters.dedup();

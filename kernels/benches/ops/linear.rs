@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use kernels::{
-    Backend, Batch, LinearLora, LoraPart, LoraSite, Projection, RowSet,
+    Batch, LinearLora, LoraPart, LoraSite, Output, Projection, RowSet,
+    prelude::*,
     reference::{self, Table},
     testing::{Numbers, assert_close, batch},
 };
@@ -39,7 +40,7 @@ fn title(name: &str, site: &LoraSite, (rows, adapters): (usize, usize)) -> Strin
 /// One adapter for each rank, on all slices of all sites.
 pub(crate) fn adapters<B: Backend>(
     ops: &B,
-    sites: &[LoraSite],
+    (sites, weights): (&[LoraSite], &[&B::Weight]),
     ranks: &[usize],
 ) -> kernels::Result<(B::LoraSlots, Vec<Vec<LoraPart>>)> {
     let mut numbers = Numbers(9);
@@ -52,7 +53,7 @@ pub(crate) fn adapters<B: Backend>(
             .flat_map(|(i, site)| (0..site.outputs.len()).map(move |slice| (i, slice)))
             .map(|(i, slice)| numbers.part((i, slice), &sites[i], *rank))
             .collect();
-        ops.load(&mut slots, slot as u32, &Arc::new(ops.stage(sites, &parts)?))?;
+        ops.load(&mut slots, slot as u32, &Arc::new(ops.stage(sites, &parts)?), weights)?;
         all.push(parts);
     }
     let mut loaded = 0;
@@ -85,7 +86,8 @@ fn site_of<M: Machine>(
         .map(|_| ops.weight(std::slice::from_ref(&host)))
         .collect::<kernels::Result<Vec<_>>>()?;
     let any = mixes.iter().any(|(_, adapters)| *adapters > 0);
-    let resident = any.then(|| adapters(ops, std::slice::from_ref(site), ranks)).transpose()?;
+    let resident =
+        any.then(|| adapters(ops, (std::slice::from_ref(site), &[&weights[0]]), ranks)).transpose()?;
     for &(rows, adapters) in mixes {
         let host = shared(rows, adapters, ranks.len());
         let device = uploaded(ops, &host)?;
@@ -96,7 +98,7 @@ fn site_of<M: Machine>(
             let (slots, _) = resident.as_ref().filter(|_| adapters > 0)?;
             Some(LinearLora { slots, site: 0, batch: &device, rows: RowSet::All })
         };
-        ops.linear(&x, Projection::new(&weights[0], lora()), &mut y)?;
+        ops.linear(&x, Projection::new(&weights[0], lora()), Output::Store(&mut y))?;
         let parts = resident.as_ref().map_or(&[][..], |(_, parts)| parts);
         check(ops, site, &w, (&table, &host, parts), &ops.download(&y)?);
         let mut cost = Cost { bytes, flops: 2 * rows * site.inputs * outputs };
@@ -107,7 +109,8 @@ fn site_of<M: Machine>(
             cost.flops += 2 * elements * (segment.end - segment.start) as usize;
         }
         bench.time(&title(name, site, (rows, adapters)), cost, |i| {
-            ops.linear(&x, Projection::new(&weights[i % weights.len()], lora()), &mut y)
+            let by = Projection::new(&weights[i % weights.len()], lora());
+            ops.linear(&x, by, Output::Store(&mut y))
         })?;
     }
     Ok(())

@@ -16,7 +16,7 @@ mod sampling;
 #[cfg(not(feature = "cuda"))]
 mod step;
 
-use kernels::{Backend, DType, Heads, HostTensor, LoraSite, reference::Table};
+use kernels::{Backend, DType, Heads, HostTensor, LoraSite, Span, reference::Table};
 
 #[cfg(not(feature = "cuda"))]
 use cpu as machine;
@@ -114,12 +114,11 @@ impl<M: Machine> Bench<M> {
 /// The projections of a decoder's layer.
 fn layer_sites(hidden: usize, inner: usize, heads: Heads) -> [(&'static str, LoraSite); 4] {
     let (query, kv) = (heads.query * heads.dim, heads.kv * heads.dim);
-    let site = |inputs, outputs| LoraSite { inputs, outputs };
     [
-        ("qkv", site(hidden, vec![query, kv, kv])),
-        ("o", site(query, vec![hidden])),
-        ("gate_up", site(hidden, vec![inner, inner])),
-        ("down", site(inner, vec![hidden])),
+        ("qkv", LoraSite::linear(hidden, &[query, kv, kv])),
+        ("o", LoraSite::linear(query, &[hidden])),
+        ("gate_up", LoraSite::linear(hidden, &[inner, inner])),
+        ("down", LoraSite::linear(inner, &[hidden])),
     ]
 }
 
@@ -146,7 +145,7 @@ fn tensor(table: &Table) -> HostTensor<'static> {
 
 /// A step on the device.
 fn uploaded<B: Backend>(ops: &B, host: &kernels::Batch) -> kernels::Result<B::Batch> {
-    let mut batch = ops.batch(host.rows(), host.blocks.len())?;
+    let mut batch = ops.batch(host.rows(), host.blocks.len(), &[Span::Causal])?;
     ops.upload(host, &mut batch)?;
     Ok(batch)
 }

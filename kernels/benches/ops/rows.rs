@@ -1,7 +1,8 @@
 //! Operations that work row by row.
 
 use kernels::{
-    Backend,
+    Activation, Embedding, Norm, NormKind,
+    prelude::*,
     reference::{self, Table},
     testing::{Numbers, assert_close, batch},
 };
@@ -13,7 +14,7 @@ const EPS: f32 = 1e-5;
 pub(crate) fn all<M: Machine>(bench: &Bench<M>) -> Outcome<()> {
     for &rows in &bench.shapes.rows {
         norms(bench, rows)?;
-        silu_mul(bench, rows)?;
+        gate(bench, rows)?;
     }
     embed(bench)?;
     bench.shapes.rows.iter().try_for_each(|rows| gather(bench, *rows))
@@ -22,31 +23,32 @@ pub(crate) fn all<M: Machine>(bench: &Bench<M>) -> Outcome<()> {
 fn norms<M: Machine>(bench: &Bench<M>, rows: usize) -> Outcome<()> {
     let (ops, cols) = (bench.ops(), bench.shapes.hidden);
     let mut numbers = Numbers(2);
-    let name = format!("rms_norm {rows}x{cols}");
+    let name = format!("normalize {rows}x{cols}");
     if !bench.wants(&name) {
         return Ok(());
     }
     let (table, weights) = (numbers.table(rows, cols), numbers.table(1, cols).data);
     let (x, mut y, w) = (wide_mat(ops, &table)?, ops.mat(rows, cols)?, ops.vector(&weights)?);
-    ops.rms_norm(&x, &w, EPS, &mut y)?;
+    let norm = Norm { kind: NormKind::Rms, weight: &w, bias: None, eps: EPS };
+    ops.normalize(&x, norm, &mut y)?;
     let expected = reference::rms_norm(&table, &weights, EPS);
     assert_close("norm", &ops.download(&y)?, &expected.data, ops.dtype());
     let cost = Cost { bytes: rows * cols * (4 + M::ELEMENT), flops: rows * cols * 4 };
-    bench.time(&name, cost, |_| ops.rms_norm(&x, &w, EPS, &mut y))
+    bench.time(&name, cost, |_| ops.normalize(&x, norm, &mut y))
 }
 
-fn silu_mul<M: Machine>(bench: &Bench<M>, rows: usize) -> Outcome<()> {
+fn gate<M: Machine>(bench: &Bench<M>, rows: usize) -> Outcome<()> {
     let (ops, cols) = (bench.ops(), bench.shapes.inner);
-    let name = format!("silu_mul {rows}x{cols}");
+    let name = format!("gate {rows}x{cols}");
     if !bench.wants(&name) {
         return Ok(());
     }
     let table = Numbers(2).table(rows, 2 * cols);
     let (x, mut y) = (mat(ops, &table)?, ops.mat(rows, cols)?);
-    ops.silu_mul(&x, &mut y)?;
-    assert_close("silu_mul", &ops.download(&y)?, &reference::silu_mul(&table).data, ops.dtype());
+    ops.gate(&x, Activation::Silu, &mut y)?;
+    assert_close("gate", &ops.download(&y)?, &reference::silu_mul(&table).data, ops.dtype());
     let cost = Cost { bytes: rows * cols * 3 * M::ELEMENT, flops: rows * cols * 16 };
-    bench.time(&name, cost, |_| ops.silu_mul(&x, &mut y))
+    bench.time(&name, cost, |_| ops.gate(&x, Activation::Silu, &mut y))
 }
 
 /// Looks up rows of a table that is large enough to spread them.
@@ -58,15 +60,16 @@ fn embed<M: Machine>(bench: &Bench<M>) -> Outcome<()> {
     }
     let table = Numbers(6).table(tokens, cols);
     let (weight, sampler) = (ops.weight(&[tensor(&table)])?, ops.sampler(1, tokens)?);
+    let by = Embedding { table: &weight, scale: 1.0, positions: None, lora: None };
     for &rows in bench.shapes.rows.iter().filter(|rows| bench.wants(&name(**rows))) {
         let mut host = batch(&[(rows, 0)], &[]);
         host.tokens = (0..rows).map(|i| (997 * i % tokens) as i32).collect();
         let (device, mut y) = (uploaded(ops, &host)?, ops.wide_mat(rows, cols)?);
-        ops.embed(&device, &sampler, &weight, &mut y)?;
+        ops.embed(&device, &sampler, by, &mut y)?;
         let expected: Vec<f32> = host.tokens.iter().flat_map(|&t| table.row(t as usize)).copied().collect();
         assert_close("embed", &ops.download(&y)?, &expected, ops.dtype());
         let cost = Cost { bytes: rows * cols * (ops.dtype().size() + 4), flops: 0 };
-        bench.time(&name(rows), cost, |_| ops.embed(&device, &sampler, &weight, &mut y))?;
+        bench.time(&name(rows), cost, |_| ops.embed(&device, &sampler, by, &mut y))?;
     }
     Ok(())
 }

@@ -1,7 +1,8 @@
 //! Choices of tokens, and the scoring of given ones.
 
 use kernels::{
-    Backend, SampleRow, Sampled, SamplingParams,
+    SampleRow, Sampled, SamplingParams,
+    prelude::*,
     reference::{self, Table},
     testing::Numbers,
 };
@@ -49,7 +50,7 @@ fn time<M: Machine>(
     bench: &Bench<M>,
     name: &str,
     cost: Cost,
-    mut launch: impl FnMut() -> kernels::Result<<M::Ops as Backend>::Pending>,
+    mut launch: impl FnMut() -> kernels::Result<<M::Ops as Sampling>::Pending>,
 ) -> Outcome<()> {
     let (mut before, mut out) = (None, Vec::new());
     bench.time(name, cost, |_| {

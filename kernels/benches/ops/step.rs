@@ -1,8 +1,10 @@
 //! Whole steps of a decoder of SmolLM2-135M's shape with random weights: what the operations add up to.
 
 use kernels::{
-    Attention, Backend, LinearLora, LoraSite, Projection, RowSet, SampleRow, SamplingParams,
+    Activation, AttentionShape, Embedding, LinearLora, LoraSite, Norm, NormKind, Output, Pairs, Projection,
+    Qkv, Residual, RopeSpec, Rotation, RowSet, SampleRow, SamplingParams, Stretch,
     cpu::{CpuBackend, CpuBatch, CpuKv, CpuMat, CpuRope, CpuSampler, CpuSlots, Panels},
+    prelude::*,
     testing::{Numbers, batch},
 };
 
@@ -27,8 +29,9 @@ struct Model {
     norm: Vec<f32>,
     rope: CpuRope,
     slots: CpuSlots,
-    /// Activations: the hidden state, the residual, qkv, attention, gate and up, their product, the last rows, logits.
-    mats: [CpuMat; 8],
+    /// Activations: the hidden state, the residual, qkv, attention, gate and up, their product, the last rows, logits,
+    /// products that are not added to the residual as they come.
+    mats: [CpuMat; 9],
     sampler: CpuSampler,
 }
 
@@ -54,15 +57,18 @@ impl Model {
                 ];
                 Ok(Layer { weights, kv: ops.kv(blocks, HEADS)? })
             })
-            .collect::<kernels::Result<Vec<_>>>()?;
+            .collect::<kernels::Result<Vec<Layer>>>()?;
         let sites: Vec<LoraSite> = (0..LAYERS).flat_map(|_| layer_sites()).collect();
         let mat = |cols| ops.mat(rows, cols);
+        let spec = RopeSpec { inv_freq: vec![0.5; 32], scale: 1.0, positions: 8192, stretch: Stretch::None };
+        let of_sites: Vec<&Panels> = layers.iter().flat_map(|layer| &layer.weights).collect();
+        let slots = adapters(ops, (&sites, &of_sites), &RANKS)?.0;
         Ok(Model {
             layers,
             table: weight(VOCAB, HIDDEN)?,
             norm: ops.vector(&[1.0; HIDDEN])?,
-            rope: ops.rope(&[0.5; 32], 8192, 1.0)?,
-            slots: adapters(ops, &sites, &RANKS)?.0,
+            rope: ops.rope(&spec)?,
+            slots,
             mats: [
                 mat(HIDDEN)?,
                 mat(HIDDEN)?,
@@ -72,32 +78,43 @@ impl Model {
                 mat(INNER)?,
                 mat(HIDDEN)?,
                 ops.mat(rows.min(64), VOCAB)?,
+                mat(HIDDEN)?,
             ],
             sampler: ops.sampler(rows, VOCAB)?,
         })
     }
 
     fn step(&mut self, ops: &CpuBackend, batch: &CpuBatch) -> kernels::Result<()> {
-        let [x, residual, qkv, attended, gate_up, inner, last, logits] = &mut self.mats;
-        let attention = Attention { heads: HEADS, scale: 0.125, window: None, softcap: None };
-        ops.embed(batch, &self.sampler, &self.table, residual)?;
+        let [x, residual, qkv, attended, gate_up, inner, last, logits, products] = &mut self.mats;
+        let attention = AttentionShape::causal(HEADS);
+        let norm = Norm { kind: NormKind::Rms, weight: &self.norm, bias: None, eps: 1e-5 };
+        let rope = Some(Rotation { table: &self.rope, pairs: Pairs::Halves });
+        let by = Qkv { heads: HEADS, clamp: None, norms: None, rope };
+        let table = Embedding { table: &self.table, scale: 1.0, positions: None, lora: None };
+        ops.embed(batch, &self.sampler, table, residual)?;
+        ops.normalize(residual, norm, x)?;
         for (i, layer) in self.layers.iter_mut().enumerate() {
             let lora = |site: usize| {
                 let lora = LinearLora { slots: &self.slots, site: 4 * i + site, batch, rows: RowSet::All };
                 (!batch.segments.is_empty()).then_some(lora)
             };
-            ops.rms_norm(residual, &self.norm, 1e-5, x)?;
-            ops.linear(x, Projection::new(&layer.weights[0], lora(0)), qkv)?;
-            ops.rope_and_store(qkv, HEADS, &self.rope, batch, &mut layer.kv)?;
-            ops.paged_attention(qkv, &attention, batch, &layer.kv, attended)?;
-            ops.add_linear(attended, Projection::new(&layer.weights[1], lora(1)), residual)?;
-            ops.rms_norm(residual, &self.norm, 1e-5, x)?;
-            ops.gated_linear(x, Projection::new(&layer.weights[2], lora(2)), gate_up, inner)?;
-            ops.add_linear(inner, Projection::new(&layer.weights[3], lora(3)), residual)?;
+            let mut add_and_norm = |from: &CpuMat, which: usize, x: &mut CpuMat| {
+                let by = Projection::new(&layer.weights[which], lora(which));
+                let (stream, next) = (&mut *residual, Some((norm, x)));
+                let products = &mut *products;
+                let to = Residual { stream, products, post: None, scale: 1.0, more: false, next };
+                ops.linear(from, by, Output::Residual(to))
+            };
+            ops.linear(x, Projection::new(&layer.weights[0], lora(0)), Output::Store(qkv))?;
+            ops.rope_and_store(qkv, by, batch, &mut layer.kv)?;
+            ops.paged_attention(qkv, attention.into(), batch, &layer.kv, attended)?;
+            add_and_norm(attended, 1, x)?;
+            let gated = Output::Gate { activation: Activation::Silu, products: gate_up, y: inner };
+            ops.linear(x, Projection::new(&layer.weights[2], lora(2)), gated)?;
+            add_and_norm(inner, 3, x)?;
         }
-        ops.rms_norm(residual, &self.norm, 1e-5, x)?;
         ops.gather_logit_rows(x, batch, last)?;
-        ops.linear(last, Projection::new(&self.table, None), logits)?;
+        ops.linear(last, Projection::new(&self.table, None), Output::Store(logits))?;
         let rows = batch.logit_rows.len() as u32;
         let places: Vec<_> = (0..rows).map(|i| SampleRow { row: i, seat: i }).collect();
         ops.sample(logits, &places, &mut self.sampler).map(drop)

@@ -4,12 +4,12 @@
 use std::{slice, sync::Arc};
 
 use kernels::{
-    Backend, Batch, LinearLora, LoraPart, LoraSite, Projection, RowSet,
+    Activation, Backend, Batch, LinearLora, LoraPart, LoraSite, Output, Projection, RowSet,
     reference::Table,
     testing::{Numbers, batch},
 };
 
-use super::{device_batch, mat, tensor, wide_mat};
+use super::{add_and_norm, add_products, device_batch, mat, rms, tensor, wide_mat};
 
 /// Inputs of projections of large models.
 const INPUTS: [usize; 2] = [4096, 14336];
@@ -58,9 +58,10 @@ fn adapter_of(row: usize, rows: usize) -> usize {
 
 impl<B: Backend> Case<B> {
     fn new(ops: &B, x: Table, w: &Table, outputs: &[usize], signs: &mut Signs) -> Case<B> {
-        let site = LoraSite { inputs: x.cols, outputs: outputs.to_vec() };
+        let site = LoraSite::linear(x.cols, outputs);
         let base = product(&x, w);
         let mut sums = [base.clone(), base.clone(), base];
+        let weight = ops.weight(&[tensor(w)]).unwrap();
         let mut slots = ops.lora_slots(slice::from_ref(&site), 2).unwrap();
         let mut loaded = 0;
         for slot in 0..2 {
@@ -76,18 +77,18 @@ impl<B: Backend> Case<B> {
                         let to = &mut sums[slot + 1].data[row * w.rows() + first..][..count];
                         to.iter_mut().zip(delta.row(row)).for_each(|(to, delta)| *to += delta);
                     }
-                    parts.push(LoraPart { site: 0, slice, lora_rank: rank, a: a.data, b: b.data });
+                    parts.push(LoraPart::delta((0, slice), rank, 1.0, &a.data, &b.data));
                 }
                 first += count;
             }
             let adapter = Arc::new(ops.stage(slice::from_ref(&site), &parts).unwrap());
-            ops.load(&mut slots, slot as u32, &adapter).unwrap();
+            ops.load(&mut slots, slot as u32, &adapter, &[&weight]).unwrap();
         }
         while loaded < 2 {
             loaded += ops.loaded(&mut slots).unwrap().len();
         }
         assert!(sums.iter().flat_map(|sums| &sums.data).all(|sum| sum.abs() <= 256.0), "exact in bf16");
-        Case { weight: ops.weight(&[tensor(w)]).unwrap(), slots, x, sums }
+        Case { weight, slots, x, sums }
     }
 
     /// A step of so many rows, each of them a sequence, with or without deltas; its result.
@@ -118,16 +119,16 @@ pub(super) fn products_of_small_integers<B: Backend>(ops: &B, outputs: &[usize],
             let device = device_batch(ops, &host);
             let x = mat(ops, &first_rows(&case.x, rows));
             let mut y = ops.wide_mat(rows, expected.cols).unwrap();
-            ops.linear(&x, case.by(&device), &mut y).unwrap();
+            ops.linear(&x, case.by(&device), Output::Store(&mut y)).unwrap();
             assert!(ops.download(&y).unwrap() == expected.data, "linear of {what}");
             let mut half = ops.mat(rows, expected.cols).unwrap();
-            ops.linear(&x, case.by(&device), &mut half).unwrap();
+            ops.linear(&x, case.by(&device), Output::Store(&mut half)).unwrap();
             assert!(ops.download(&half).unwrap() == expected.data, "linear to activations of {what}");
             let stream = signs.table(rows, expected.cols, 2);
             let sums: Vec<f32> = stream.data.iter().zip(&expected.data).map(|(a, b)| a + b).collect();
             let mut residual = wide_mat(ops, &stream);
-            ops.add_linear(&x, case.by(&device), &mut residual).unwrap();
-            assert!(ops.download(&residual).unwrap() == sums, "add_linear of {what}");
+            add_products(ops, &x, case.by(&device), &mut residual).unwrap();
+            assert!(ops.download(&residual).unwrap() == sums, "products onto the stream of {what}");
         }
     }
 }
@@ -147,9 +148,10 @@ pub(super) fn normed_products_of_small_integers<B: Backend>(ops: &B, outputs: us
             let stream = signs.table(rows, outputs, 2);
             let sums: Vec<f32> = stream.data.iter().zip(&expected.data).map(|(a, b)| a + b).collect();
             let (mut residual, mut y) = (wide_mat(ops, &stream), ops.mat(rows, outputs).unwrap());
-            ops.add_linear_norm(&x, case.by(&device), &mut residual, (&norm, 1e-5), &mut y).unwrap();
+            let next = Some((rms(&norm), &mut y));
+            add_and_norm(ops, &x, case.by(&device), &mut residual, next).unwrap();
             let what = format!("{rows} rows of {inputs} inputs, deltas: {deltas}");
-            assert!(ops.download(&residual).unwrap() == sums, "add_linear_norm of {what}");
+            assert!(ops.download(&residual).unwrap() == sums, "products onto the normed stream of {what}");
         }
     }
 }
@@ -186,9 +188,10 @@ pub(super) fn gated_products_of_small_integers<B: Backend>(ops: &B, outputs: usi
                 let x = mat(ops, &first_rows(&up.x, rows));
                 let (mut gate_up, mut y) =
                     (ops.mat(rows, 2 * outputs).unwrap(), ops.mat(rows, outputs).unwrap());
-                ops.gated_linear(&x, up.by(&device), &mut gate_up, &mut y).unwrap();
+                let out = Output::Gate { activation: Activation::Silu, products: &mut gate_up, y: &mut y };
+                ops.linear(&x, up.by(&device), out).unwrap();
                 let what = format!("{rows} rows of {inputs} inputs, deltas: {deltas}");
-                assert!(ops.download(&y).unwrap() == expected, "gated_linear of {what}");
+                assert!(ops.download(&y).unwrap() == expected, "gated products of {what}");
             }
         }
     }

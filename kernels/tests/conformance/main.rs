@@ -8,10 +8,12 @@ mod sampling;
 use std::{slice, sync::Arc};
 
 use kernels::{
-    Attention, Backend, Batch, DType, Heads, HostTensor, LinearLora, LoraPart, LoraSite, Matrix, Projection,
-    RowSet, SampleRow, Sampled, SamplingParams,
+    Activation, AttentionShape, Backend, Batch, DType, Embedding, Heads, HostTensor, LinearLora, LoraPart,
+    LoraSite, Matrix, Norm, NormKind, Output, Pairs, Projection, Qkv, Residual, Result, RopeSpec, Rotation,
+    RowSet, SampleRow, Sampled, SamplingParams, Span, Stretch,
     cpu::{CpuBackend, Tier},
-    reference::{self, Memory, Table},
+    prelude::*,
+    reference::{self, KvMemory, Table},
     testing::{Numbers, assert_close, batch},
 };
 
@@ -119,18 +121,18 @@ fn products_of_small_integers_are_exact_on_cuda() {
 #[test]
 fn values_beyond_f16_are_cut_off_on_the_cpu() {
     let heads = Heads { query: 1, kv: 1, dim: 16 };
-    let attention = Attention { heads, scale: 1.0, window: None, softcap: None };
+    let attention = AttentionShape { scale: 1.0, ..AttentionShape::causal(heads) };
     let host = batch(&[(1, 0)], &[]);
     for tier in Tier::available() {
         let ops = CpuBackend::with_tier(DType::Bf16, 1, tier).unwrap();
-        let rope = ops.rope(&[0.0; 8], 16, 1.0).unwrap();
         let mut kv = ops.kv(1, heads).unwrap();
         let device = device_batch(&ops, &host);
         let mut qkv = Table { cols: 48, data: vec![1e6; 48] };
         qkv.data[47] = -1e6;
         let (mut x, mut y) = (mat(&ops, &qkv), ops.mat(1, 16).unwrap());
-        ops.rope_and_store(&mut x, heads, &rope, &device, &mut kv).unwrap();
-        ops.paged_attention(&x, &attention, &device, &kv, &mut y).unwrap();
+        let by = Qkv { heads, clamp: None, norms: None, rope: None };
+        ops.rope_and_store(&mut x, by, &device, &mut kv).unwrap();
+        ops.paged_attention(&x, attention.into(), &device, &kv, &mut y).unwrap();
         let mut expected = [65504.0; 16];
         expected[15] = -65504.0;
         assert_eq!(ops.download(&y).unwrap(), expected, "{tier:?}");
@@ -156,9 +158,43 @@ fn tensor(table: &Table) -> HostTensor<'static> {
 }
 
 fn device_batch<B: Backend>(ops: &B, host: &Batch) -> B::Batch {
-    let mut batch = ops.batch(host.rows(), host.blocks.len()).unwrap();
+    device_batch_for(ops, host, Span::Causal)
+}
+
+/// As [`device_batch`], for attention over a span.
+fn device_batch_for<B: Backend>(ops: &B, host: &Batch, span: Span) -> B::Batch {
+    let mut batch = ops.batch(host.rows(), host.blocks.len(), &[span]).unwrap();
     ops.upload(host, &mut batch).unwrap();
     batch
+}
+
+/// Adds products to a stream.
+fn add_products<B: Backend>(ops: &B, x: &B::Mat, by: Projection<'_, B>, stream: &mut B::Mat) -> Result<()> {
+    add_and_norm(ops, x, by, stream, None)
+}
+
+/// Adds products to a stream, and norms it.
+fn add_and_norm<B: Backend>(
+    ops: &B,
+    x: &B::Mat,
+    by: Projection<'_, B>,
+    stream: &mut B::Mat,
+    next: Option<(Norm<'_, B>, &mut B::Mat)>,
+) -> Result<()> {
+    let products = &mut ops.wide_mat(x.rows().max(1), stream.cols())?;
+    let to = Residual { stream, products, post: None, scale: 1.0, more: false, next };
+    ops.linear(x, by, Output::Residual(to))
+}
+
+/// An RMS norm without a bias.
+fn rms<B: Backend>(weight: &B::Vector) -> Norm<'_, B> {
+    Norm { kind: NormKind::Rms, weight, bias: None, eps: 1e-5 }
+}
+
+/// Angles of some frequencies, which no length stretches.
+fn angles<B: Backend>(ops: &B, inv_freq: &[f32], positions: usize) -> B::Rope {
+    let spec = RopeSpec { inv_freq: inv_freq.to_vec(), scale: 1.0, positions, stretch: Stretch::None };
+    ops.rope(&spec).unwrap()
 }
 
 fn linear_of_any_shape<B: Backend>(ops: &B) {
@@ -175,33 +211,25 @@ fn linear_of_any_shape<B: Backend>(ops: &B) {
         let vector = ops.vector(&bias).unwrap();
         for (bias, vector) in [(None, None), (Some(bias.as_slice()), Some(&vector))] {
             let expected = reference::linear(&x, &w, bias);
-            ops.linear(&mat(ops, &x), Projection { weight: &weight, bias: vector, lora: None }, &mut y)
-                .unwrap();
+            let by = Projection { weight: &weight, bias: vector, lora: None };
+            ops.linear(&mat(ops, &x), by, Output::Store(&mut y)).unwrap();
             assert_close("linear", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
             let mut sums = numbers.table(rows, outputs);
             let mut wide = wide_mat(ops, &sums);
             reference::add(&expected, &mut sums);
-            ops.add_linear(
-                &mat(ops, &x),
-                Projection { weight: &weight, bias: vector, lora: None },
-                &mut wide,
-            )
-            .unwrap();
+            add_products(ops, &mat(ops, &x), by, &mut wide).unwrap();
             assert_close("linear onto", &ops.download(&wide).unwrap(), &sums.data, ops.dtype());
         }
         let mut other = ops.wide_mat(rows + 1, outputs).unwrap();
-        let refused = ops
-            .add_linear(&mat(ops, &x), Projection::new(&weight, None), &mut other)
-            .unwrap_err()
-            .to_string();
+        let by = Projection::new(&weight, None);
+        let refused = add_products(ops, &mat(ops, &x), by, &mut other).unwrap_err().to_string();
         assert!(refused.contains("rows of y"), "{refused}");
     }
 }
 
 /// Two sites, the second with three slices, and adapters of odd and large ranks on some of them.
 fn sites_and_adapters(numbers: &mut Numbers) -> (Vec<LoraSite>, Vec<Vec<LoraPart>>) {
-    let sites =
-        vec![LoraSite { inputs: 40, outputs: vec![33] }, LoraSite { inputs: 70, outputs: vec![48, 20, 31] }];
+    let sites = vec![LoraSite::linear(40, &[33]), LoraSite::linear(70, &[48, 20, 31])];
     let ranks = [1, 2, 3, 7, 8, 16, 33, 64, 256];
     let adapters = ranks.iter().enumerate().map(|(i, &lora_rank)| {
         let slices = (0..3).filter(|slice| i % 4 != *slice);
@@ -216,12 +244,17 @@ fn sites_and_adapters(numbers: &mut Numbers) -> (Vec<LoraSite>, Vec<Vec<LoraPart
     (sites, adapters)
 }
 
-fn fill_slots<B: Backend>(ops: &B, sites: &[LoraSite], adapters: &[Vec<LoraPart>]) -> B::LoraSlots {
+fn fill_slots<B: Backend>(
+    ops: &B,
+    sites: &[LoraSite],
+    weights: &[&B::Weight],
+    adapters: &[Vec<LoraPart>],
+) -> B::LoraSlots {
     let mut slots = ops.lora_slots(sites, adapters.len()).unwrap();
     for (slot, parts) in adapters.iter().enumerate() {
         let adapter = Arc::new(ops.stage(sites, parts).unwrap());
         assert!(ops.adapter_bytes(&adapter) > 0);
-        ops.load(&mut slots, slot as u32, &adapter).unwrap();
+        ops.load(&mut slots, slot as u32, &adapter, weights).unwrap();
     }
     let mut loaded = ops.loaded(&mut slots).unwrap();
     while loaded.len() < adapters.len() {
@@ -233,7 +266,10 @@ fn fill_slots<B: Backend>(ops: &B, sites: &[LoraSite], adapters: &[Vec<LoraPart>
 fn low_rank_deltas_of_mixed_ranks<B: Backend>(ops: &B) {
     let mut numbers = Numbers(2);
     let (sites, adapters) = sites_and_adapters(&mut numbers);
-    let slots = fill_slots(ops, &sites, &adapters);
+    let weights = sites.iter().map(|site| numbers.table(site.outputs.iter().sum(), site.inputs));
+    let tables: Vec<Table> = weights.collect();
+    let weights: Vec<_> = tables.iter().map(|w| ops.weight(&[tensor(w)]).unwrap()).collect();
+    let slots = fill_slots(ops, &sites, &weights.iter().collect::<Vec<_>>(), &adapters);
     let popularity: [Vec<Option<u32>>; 4] = [
         vec![None; 9],
         vec![Some(4); 9],
@@ -250,18 +286,18 @@ fn low_rank_deltas_of_mixed_ranks<B: Backend>(ops: &B) {
         ] {
             for (site, shape) in sites.iter().enumerate() {
                 let outputs = shape.outputs.iter().sum();
-                let (x, w) = (numbers.table(count, shape.inputs), numbers.table(outputs, shape.inputs));
-                let mut expected = reference::linear(&x, &w, None);
+                let (x, weight) = (numbers.table(count, shape.inputs), &weights[site]);
+                let mut expected = reference::linear(&x, &tables[site], None);
                 reference::add_lora(&x, (site, shape), segments, &adapters, &mut expected);
-                let weight = ops.weight(&[tensor(&w)]).unwrap();
                 let mut y = ops.mat(count, outputs).unwrap();
-                let lora = || Some(LinearLora { slots: &slots, site, batch: &batch, rows });
-                ops.linear(&mat(ops, &x), Projection::new(&weight, lora()), &mut y).unwrap();
+                let lora = LinearLora { slots: &slots, site, batch: &batch, rows };
+                let by = Projection::new(weight, Some(lora));
+                ops.linear(&mat(ops, &x), by, Output::Store(&mut y)).unwrap();
                 assert_close("linear with deltas", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
                 let mut sums = numbers.table(count, outputs);
                 let mut wide = wide_mat(ops, &sums);
                 reference::add(&expected, &mut sums);
-                ops.add_linear(&mat(ops, &x), Projection::new(&weight, lora()), &mut wide).unwrap();
+                add_products(ops, &mat(ops, &x), by, &mut wide).unwrap();
                 assert_close("deltas onto", &ops.download(&wide).unwrap(), &sums.data, ops.dtype());
             }
         }
@@ -271,15 +307,15 @@ fn low_rank_deltas_of_mixed_ranks<B: Backend>(ops: &B) {
 fn gated_projections_with_deltas<B: Backend>(ops: &B) {
     let mut numbers = Numbers(7);
     for inner in [128, 20] {
-        let site = LoraSite { inputs: 72, outputs: vec![inner; 2] };
+        let site = LoraSite::linear(72, &[inner; 2]);
         // The last one has no delta on the gate.
         let adapters: Vec<Vec<_>> = [(16, 0), (1, 0), (40, 1)]
             .into_iter()
             .map(|(rank, first)| (first..2).map(|slice| numbers.part((0, slice), &site, rank)).collect())
             .collect();
-        let slots = fill_slots(ops, slice::from_ref(&site), &adapters);
         let (w, bias) = (numbers.table(2 * inner, 72), numbers.table(1, 2 * inner).data);
         let (weight, vector) = (ops.weight(&[tensor(&w)]).unwrap(), ops.vector(&bias).unwrap());
+        let slots = fill_slots(ops, slice::from_ref(&site), &[&weight], &adapters);
         for sequences in [vec![(1, 3); 5], vec![(3, 0), (270, 0), (1, 9), (70, 0), (65, 1)]] {
             let slots_of = [None, Some(0), None, Some(2), Some(1)];
             let host = batch(&sequences, &slots_of);
@@ -291,13 +327,9 @@ fn gated_projections_with_deltas<B: Backend>(ops: &B) {
             let mut gate_up = ops.mat(host.rows(), 2 * inner).unwrap();
             let mut y = ops.mat(host.rows(), inner).unwrap();
             let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All };
-            ops.gated_linear(
-                &mat(ops, &x),
-                Projection { weight: &weight, bias: Some(&vector), lora: Some(lora) },
-                &mut gate_up,
-                &mut y,
-            )
-            .unwrap();
+            let by = Projection { weight: &weight, bias: Some(&vector), lora: Some(lora) };
+            let out = Output::Gate { activation: Activation::Silu, products: &mut gate_up, y: &mut y };
+            ops.linear(&mat(ops, &x), by, out).unwrap();
             assert_close("gated", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
         }
     }
@@ -306,12 +338,12 @@ fn gated_projections_with_deltas<B: Backend>(ops: &B) {
 fn normed_projections_with_deltas<B: Backend>(ops: &B) {
     let mut numbers = Numbers(8);
     for outputs in [64, 1024, 576, 4096, 4160, 8192, 36] {
-        let site = LoraSite { inputs: 72, outputs: vec![outputs] };
+        let site = LoraSite::linear(72, &[outputs]);
         let adapters: Vec<Vec<_>> = [16, 1, 40].map(|rank| vec![numbers.part((0, 0), &site, rank)]).into();
-        let slots = fill_slots(ops, slice::from_ref(&site), &adapters);
         let (w, bias) = (numbers.table(outputs, 72), numbers.table(1, outputs).data);
         let norm = numbers.table(1, outputs).data;
         let (weight, bias_of) = (ops.weight(&[tensor(&w)]).unwrap(), ops.vector(&bias).unwrap());
+        let slots = fill_slots(ops, slice::from_ref(&site), &[&weight], &adapters);
         let vector = ops.vector(&norm).unwrap();
         let slots_of = [None, Some(0), None, Some(2), Some(1)];
         for (sequences, slots_of) in [
@@ -328,15 +360,8 @@ fn normed_projections_with_deltas<B: Backend>(ops: &B) {
             reference::add(&products, &mut sums);
             let mut y = ops.mat(host.rows(), outputs).unwrap();
             let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All };
-            let (x, norm_of) = (mat(ops, &x), (&vector, 1e-5));
-            ops.add_linear_norm(
-                &x,
-                Projection { weight: &weight, bias: Some(&bias_of), lora: Some(lora) },
-                &mut residual,
-                norm_of,
-                &mut y,
-            )
-            .unwrap();
+            let by = Projection { weight: &weight, bias: Some(&bias_of), lora: Some(lora) };
+            add_and_norm(ops, &mat(ops, &x), by, &mut residual, Some((rms(&vector), &mut y))).unwrap();
             assert_close("stream", &ops.download(&residual).unwrap(), &sums.data, ops.dtype());
             let expected = reference::rms_norm(&sums, &norm, 1e-5);
             assert_close("normed", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
@@ -352,12 +377,12 @@ fn the_stream_is_not_rounded<B: Backend>(ops: &B) {
         Table { cols, data }
     };
     for outputs in [128, 36] {
-        let site = LoraSite { inputs: 64, outputs: vec![outputs] };
+        let site = LoraSite::linear(64, &[outputs]);
         let (a, b) = (signs(20, 64, 1.0).data, signs(outputs, 20, 1.0 / 64.0).data);
-        let adapters = [vec![LoraPart { site: 0, slice: 0, lora_rank: 20, a, b }]];
-        let slots = fill_slots(ops, slice::from_ref(&site), &adapters);
+        let adapters = [vec![LoraPart::delta((0, 0), 20, 1.0, &a, &b)]];
         let w = signs(outputs, 64, 1.0);
         let (weight, norm) = (ops.weight(&[tensor(&w)]).unwrap(), ops.vector(&vec![1.0; outputs]).unwrap());
+        let slots = fill_slots(ops, slice::from_ref(&site), &[&weight], &adapters);
         for rows in [1, 7, 20, 50, 100, 300] {
             for slots_of in [vec![None, None], vec![Some(0), None]] {
                 let host = batch(&[(rows, 0), (1, 5)], &slots_of);
@@ -369,11 +394,11 @@ fn the_stream_is_not_rounded<B: Backend>(ops: &B) {
                 let mut products = reference::linear(&x, &w, None);
                 reference::add_lora(&x, (0, &site), &host.segments, &adapters, &mut products);
                 reference::add(&products, &mut sums);
-                let lora = || Some(LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All });
+                let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All };
+                let by = Projection::new(&weight, Some(lora));
                 let (x, mut y) = (mat(ops, &x), ops.mat(host.rows(), outputs).unwrap());
-                ops.add_linear(&x, Projection::new(&weight, lora()), &mut streams[0]).unwrap();
-                let by = Projection::new(&weight, lora());
-                ops.add_linear_norm(&x, by, &mut streams[1], (&norm, 1e-5), &mut y).unwrap();
+                add_products(ops, &x, by, &mut streams[0]).unwrap();
+                add_and_norm(ops, &x, by, &mut streams[1], Some((rms(&norm), &mut y))).unwrap();
                 for stream in &streams {
                     assert_close("stream", &ops.download(stream).unwrap(), &sums.data, DType::F32);
                 }
@@ -385,16 +410,18 @@ fn the_stream_is_not_rounded<B: Backend>(ops: &B) {
 fn a_row_does_not_depend_on_its_neighbours<B: Backend>(ops: &B) {
     let mut numbers = Numbers(3);
     let (sites, adapters) = sites_and_adapters(&mut numbers);
-    let slots = fill_slots(ops, &sites, &adapters);
     let (x, w) = (numbers.table(37, 70), numbers.table(99, 70));
+    let first = ops.weight(&[tensor(&numbers.table(33, 40))]).unwrap();
     let weight = ops.weight(&[tensor(&w)]).unwrap();
+    let slots = fill_slots(ops, &sites, &[&first, &weight], &adapters);
     let product = |first: usize, rows: usize| {
         let host = batch(&[(rows, first)], &[Some(6)]);
         let batch = device_batch(ops, &host);
         let part = Table { cols: 70, data: x.data[first * 70..][..rows * 70].to_vec() };
         let mut y = ops.mat(rows, 99).unwrap();
         let lora = LinearLora { slots: &slots, site: 1, batch: &batch, rows: RowSet::All };
-        ops.linear(&mat(ops, &part), Projection::new(&weight, Some(lora)), &mut y).unwrap();
+        let by = Projection::new(&weight, Some(lora));
+        ops.linear(&mat(ops, &part), by, Output::Store(&mut y)).unwrap();
         ops.download(&y).unwrap()
     };
     let whole = product(0, 37);
@@ -409,24 +436,24 @@ fn norms_and_activations<B: Backend>(ops: &B) {
         let mut x = numbers.table(rows, cols);
         let w = numbers.table(1, cols).data;
         let mut y = ops.mat(rows, cols).unwrap();
-        ops.rms_norm(&wide_mat(ops, &x), &ops.vector(&w).unwrap(), 1e-5, &mut y).unwrap();
+        ops.normalize(&wide_mat(ops, &x), rms(&ops.vector(&w).unwrap()), &mut y).unwrap();
         let expected = reference::rms_norm(&x, &w, 1e-5);
         assert_close("norm", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
         x.data.extend(x.data.clone().iter().map(|x| x * 90.0));
         let gates = Table { cols: 2 * cols, data: x.data };
-        ops.silu_mul(&mat(ops, &gates), &mut y).unwrap();
-        assert_close("silu_mul", &ops.download(&y).unwrap(), &reference::silu_mul(&gates).data, ops.dtype());
+        ops.gate(&mat(ops, &gates), Activation::Silu, &mut y).unwrap();
+        assert_close("gate", &ops.download(&y).unwrap(), &reference::silu_mul(&gates).data, ops.dtype());
     }
 }
 
 /// Runs a prefill of `lens` tokens each, then one decode step, and checks both.
-fn check_attention<B: Backend>(ops: &B, attention: &Attention, lens: &[usize]) {
+fn check_attention<B: Backend>(ops: &B, attention: &AttentionShape, lens: &[usize]) {
     let mut numbers = Numbers(5);
     let heads = attention.heads;
     let inv_freq: Vec<f32> = (0..heads.dim / 2).map(|j| 0.1_f32.powf(j as f32 / 8.0)).collect();
-    let rope = ops.rope(&inv_freq, 512, 1.0).unwrap();
+    let table = angles(ops, &inv_freq, 512);
     let blocks = 2 * lens.iter().map(|len| len / 16 + 2).sum::<usize>();
-    let (mut kv, mut memory) = (ops.kv(blocks, heads).unwrap(), Memory::new(blocks, heads));
+    let (mut kv, mut memory) = (ops.kv(blocks, heads).unwrap(), KvMemory::new(blocks, heads));
     assert!(ops.kv_block_bytes(heads) > 0);
     // One prefill whose sequences already have their last block, then decode rows behind it.
     let prefill = batch(&lens.iter().map(|len| (*len, 0)).collect::<Vec<_>>(), &[]);
@@ -438,14 +465,16 @@ fn check_attention<B: Backend>(ops: &B, attention: &Attention, lens: &[usize]) {
     for host in [prefill, decode] {
         let qkv = numbers.table(host.rows().max(1), heads.qkv_cols());
         let qkv = Table { cols: qkv.cols, data: qkv.data[..host.rows() * qkv.cols].to_vec() };
-        let device = device_batch(ops, &host);
+        let device = device_batch_for(ops, &host, attention.span);
         let mut x = mat(ops, &qkv);
-        ops.rope_and_store(&mut x, heads, &rope, &device, &mut kv).unwrap();
+        let rope = Some(Rotation { table: &table, pairs: Pairs::Halves });
+        let by = Qkv { heads, clamp: None, norms: None, rope };
+        ops.rope_and_store(&mut x, by, &device, &mut kv).unwrap();
         let mut rotated = qkv.clone();
         reference::rope_and_store(&mut rotated, heads, &inv_freq, &host, &mut memory);
         assert_close("rope", &ops.download(&x).unwrap(), &rotated.data, ops.dtype());
         let mut y = ops.mat(host.rows().max(1), heads.query * heads.dim).unwrap();
-        ops.paged_attention(&x, attention, &device, &kv, &mut y).unwrap();
+        ops.paged_attention(&x, (*attention).into(), &device, &kv, &mut y).unwrap();
         let expected = reference::paged_attention(&rotated, attention, &host, &memory);
         assert_close("attention", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
     }
@@ -454,10 +483,10 @@ fn check_attention<B: Backend>(ops: &B, attention: &Attention, lens: &[usize]) {
 fn attention_over_blocks<B: Backend>(ops: &B) {
     for (query, kv, dim) in [(4, 2, 16), (9, 3, 64), (2, 2, 24), (12, 1, 32), (1, 1, 256)] {
         let heads = Heads { query, kv, dim };
-        let plain = Attention { heads, scale: 0.2, window: None, softcap: None };
+        let plain = AttentionShape { scale: 0.2, ..AttentionShape::causal(heads) };
         check_attention(ops, &plain, &[1, 5, 16, 17, 150, 261]);
-        check_attention(ops, &Attention { window: Some(20), ..plain }, &[7, 190]);
-        check_attention(ops, &Attention { softcap: Some(3.0), ..plain }, &[40]);
+        check_attention(ops, &AttentionShape { span: Span::Window(20), ..plain }, &[7, 190]);
+        check_attention(ops, &AttentionShape { softcap: Some(3.0), ..plain }, &[40]);
     }
 }
 
@@ -465,6 +494,11 @@ fn collect<B: Backend>(ops: &B, pending: B::Pending) -> Vec<Sampled> {
     let mut out = Vec::new();
     ops.collect(pending, &mut out).unwrap();
     out
+}
+
+/// A table's rows as they are.
+fn rows_of<B: Backend>(table: &B::Weight) -> Embedding<'_, B> {
+    Embedding { table, scale: 1.0, positions: None, lora: None }
 }
 
 fn embedding_takes_the_token_sampled_last<B: Backend>(ops: &B) {
@@ -480,7 +514,7 @@ fn embedding_takes_the_token_sampled_last<B: Backend>(ops: &B) {
     let mut host = batch(&[(2, 0)], &[]);
     host.tokens = vec![5, -3];
     let mut y = ops.wide_mat(2, 40).unwrap();
-    ops.embed(&device_batch(ops, &host), &sampler, &weight, &mut y).unwrap();
+    ops.embed(&device_batch(ops, &host), &sampler, rows_of(&weight), &mut y).unwrap();
     let expected = Table { cols: 40, data: [table.row(5), table.row(17)].concat() };
     assert_close("embed", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
     let mut last = ops.mat(2, 40).unwrap();
@@ -492,7 +526,7 @@ fn embedding_takes_the_token_sampled_last<B: Backend>(ops: &B) {
 #[test]
 fn contradicting_indices_are_refused() {
     let ops = CpuBackend::new(DType::Bf16, 2).unwrap();
-    let mut device = ops.batch(8, 8).unwrap();
+    let mut device = ops.batch(8, 8, &[Span::Causal]).unwrap();
     let good = batch(&[(3, 0), (1, 20)], &[Some(0), None]);
     ops.upload(&good, &mut device).unwrap();
     let breaks: [fn(&mut Batch); 8] = [
@@ -514,13 +548,14 @@ fn contradicting_indices_are_refused() {
     let table = ops.weight(&[tensor(&Numbers(1).table(4, 8))]).unwrap();
     let mut y = ops.mat(8, 8).unwrap();
     let sampler = ops.sampler(1, 4).unwrap();
-    let refused = ops.embed(&device, &sampler, &table, &mut y).unwrap_err().to_string();
+    let refused = ops.embed(&device, &sampler, rows_of(&table), &mut y).unwrap_err().to_string();
     assert_eq!(refused, "embed: token 27 is out of range, limit 4");
-    let sites = [LoraSite { inputs: 8, outputs: vec![4] }];
+    let sites = [LoraSite::linear(8, &[4])];
     let slots = ops.lora_slots(&sites, 1).unwrap();
     let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All };
     y.set_rows(4);
     let mut out = ops.mat(8, 4).unwrap();
-    let refused = ops.linear(&y, Projection::new(&table, Some(lora)), &mut out).unwrap_err().to_string();
+    let by = Projection::new(&table, Some(lora));
+    let refused = ops.linear(&y, by, Output::Store(&mut out)).unwrap_err().to_string();
     assert_eq!(refused, "linear: slot 0 is empty");
 }

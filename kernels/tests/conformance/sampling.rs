@@ -3,6 +3,7 @@
 use kernels::{
     Backend, SampleRow, SamplingParams,
     cpu::CpuBackend,
+    prelude::*,
     reference::{self, Table},
     testing::Numbers,
 };
