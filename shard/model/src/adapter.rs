@@ -99,6 +99,12 @@ pub enum AdapterError {
     /// A value that is no number.
     #[error("tensor {0} has NaN or infinite values")]
     NotFinite(String),
+    /// An alpha that f32, which deltas are scaled in, cannot hold.
+    #[error("{CONFIG_FILE}: the scale of {module} is too large for f32")]
+    ScaleTooLarge {
+        /// The module.
+        module: String,
+    },
     /// A value that the type computed with cannot hold.
     #[error("tensor {name} has values that are too large for {dtype:?}")]
     TooLarge {

@@ -75,6 +75,9 @@ fn part(
         }
         Err(AdapterError::TooLarge { name: name.into(), dtype: model.dtype })
     };
+    if !scale.is_finite() {
+        return Err(AdapterError::ScaleTooLarge { module: module.path.clone() });
+    }
     let a = read('A', [lora_rank, module.inputs])?;
     let b = read('B', [module.outputs, lora_rank])?;
     Ok(LoraPart::delta((module.site, module.slice), lora_rank, scale, &a, &b))
