@@ -84,11 +84,21 @@ impl Detokenizer {
     }
 }
 
-/// The part of `after` that goes beyond `before`. A prompt of tokens may end within a character, whose text changes
-/// when it is completed.
+/// The part of `after` that goes beyond `before`, which has been given out.
+///
+/// A prompt of tokens may end within a character, whose text changes when it is completed. The other way round, the
+/// library takes all bytes of a run of byte tokens for no characters if one of them is none, so that characters that
+/// have been given out turn into a replacement character for each of their bytes.
 fn added<'a>(before: &str, after: &'a str) -> &'a str {
-    let same = before.char_indices().zip(after.chars()).find(|((_, old), new)| old != new);
-    after.get(same.map_or(before.len(), |((at, _), _)| at)..).unwrap_or_default()
+    let mut rest = after;
+    for old in before.chars() {
+        match rest.strip_prefix(old) {
+            Some(behind) => rest = behind,
+            None if old == REPLACEMENT => break,
+            None => (0..old.len_utf8()).for_each(|_| rest = rest.strip_prefix(REPLACEMENT).unwrap_or(rest)),
+        }
+    }
+    rest
 }
 
 #[cfg(test)]
