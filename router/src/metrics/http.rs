@@ -10,23 +10,22 @@ use axum::{
 };
 use metrics::{counter, with_local_recorder};
 
-use super::{End, Metrics};
+use super::{End, Metrics, Outcome};
 use crate::server::App;
 
 /// Routes that generate, which is what a request is to the metrics of requests.
 const GENERATING: [&str; 5] =
     ["/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions"];
 
-/// Counts a response, and the request if it is one to generate.
-pub(crate) async fn observe(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+/// Counts a response, and the end of a request to generate.
+pub(crate) async fn observe(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     let matched = request.extensions().get::<MatchedPath>().cloned();
     let route = matched.as_ref().map_or("none", MatchedPath::as_str);
-    if !(request.method() == Method::POST && GENERATING.contains(&route)) {
+    let Some(outcome) = request.extensions_mut().remove::<Outcome>() else {
         let response = next.run(request).await;
         app.metrics.response(route, response.status());
         return response;
-    }
-    let outcome = app.metrics.outcome();
+    };
     let response = outcome.clone().scope(next.run(request)).await;
     app.metrics.response(route, response.status());
     match response.extensions().get::<End>() {
@@ -40,6 +39,13 @@ pub(crate) async fn observe(State(app): State<Arc<App>>, request: Request, next:
 }
 
 impl Metrics {
+    /// Begins to count a request if it is one to generate. To be called when its head has come.
+    pub(crate) fn received(&self, request: &mut Request) {
+        if request.method() == Method::POST && GENERATING.contains(&request.uri().path()) {
+            request.extensions_mut().insert(self.outcome());
+        }
+    }
+
     /// Counts a response. Routes and statuses are few, and this happens once a request, so the handle is looked up.
     fn response(&self, route: &str, status: StatusCode) {
         let (route, status) = (route.to_owned(), status.as_u16().to_string());

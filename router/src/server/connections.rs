@@ -13,10 +13,10 @@ use std::{
 
 use axum::extract::Request;
 use futures::{FutureExt, poll};
+use hyper::service::service_fn;
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::{conn::auto, graceful::GracefulShutdown},
-    service::TowerToHyperService,
 };
 use lifecycle::Supervisor;
 use tokio::{
@@ -31,6 +31,7 @@ use super::{
     slots::{NoSlot, Slots},
     socket::{Peer, Socket, client},
 };
+use crate::metrics::Metrics;
 
 /// Name of the accept loop in the log.
 const NAME: &str = "accept loop";
@@ -75,6 +76,7 @@ pub async fn serve(
         regular: builder(HEAD, true),
         reserved: builder(RESERVED_HEAD, false),
         routes: app.routes(),
+        metrics: app.metrics.clone(),
         slots,
         new: Arc::new(Semaphore::new(NEW)),
         connections: GracefulShutdown::new(),
@@ -111,6 +113,7 @@ struct Server {
     regular: auto::Builder<TokioExecutor>,
     reserved: auto::Builder<TokioExecutor>,
     routes: axum::Router,
+    metrics: Arc<Metrics>,
     slots: Arc<Slots>,
     new: Arc<Semaphore>,
     connections: GracefulShutdown,
@@ -168,12 +171,15 @@ impl Server {
         let server = if slot.reserved { &self.reserved } else { &self.regular };
         let peer = Peer::new(socket, slot);
         let io = TokioIo::new(Socket::new(peer.clone()));
-        let routes = self.routes.clone().map_request(move |request: Request<_>| {
+        let (routes, metrics) = (self.routes.clone(), self.metrics.clone());
+        let service = service_fn(move |request: Request<_>| {
             let mut request = request.map(axum::body::Body::new);
             request.extensions_mut().insert(peer.clone());
-            request
+            // Here, because the future is dropped before its first turn if the client has closed the connection.
+            metrics.received(&mut request);
+            routes.clone().oneshot(request)
         });
-        let served = server.serve_connection(io, TowerToHyperService::new(routes)).into_owned();
+        let served = server.serve_connection(io, service).into_owned();
         let served = self.connections.watch(served);
         let served = async move {
             let mut served = pin!(served);
@@ -263,6 +269,7 @@ mod tests {
         let server = Server {
             regular: builder(HEAD, true),
             reserved: builder(RESERVED_HEAD, false),
+            metrics: Arc::new(Metrics::new().unwrap()),
             routes: routes.route("/answers", get(async || "well")),
             slots: Slots::new(4, 4),
             new: Arc::new(Semaphore::new(NEW)),

@@ -5,7 +5,11 @@ use std::collections::BTreeMap;
 use proto::Step;
 use reqwest::Method;
 use serde_json::{Value, json};
-use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::timeout,
+};
 use tonic::Status;
 
 use crate::{
@@ -197,6 +201,46 @@ async fn clients_that_leave_within_their_body_are_counted_as_such() {
     let mut stream = TcpStream::connect(&tally.router.address).await.unwrap();
     stream.write_all(broken.as_bytes()).await.unwrap();
     tally.ended("validation").await;
+}
+
+#[tokio::test]
+async fn clients_that_close_at_once_are_counted() {
+    let router = Router::start(script()).await;
+    let whole = |path: &str, body: &str| head(path, "", body.len()) + body;
+    let bare = |line: &str| format!("{line} HTTP/1.1\r\nhost: x\r\n\r\n");
+    let requests = [
+        whole("/generate", r#"{"inputs":"x","parameters":{"max_new_tokens":400}}"#),
+        whole("/generate_stream", r#"{"inputs":"x","parameters":{"max_new_tokens":400}}"#),
+        whole("/v1/completions", r#"{"prompt":"x","max_tokens":400,"stream":true}"#),
+        whole("/v1/completions", r#"{"prompt":["x","z"],"max_tokens":400}"#),
+        whole("/v1/chat/completions", r#"{"messages":[{"role":"user","content":"x"}]}"#),
+        whole("/generate", r#"{"inputs":7}"#),
+        whole("/generate", "{"),
+        whole("/generate", ""),
+        whole("/v1/completions", ""),
+        whole("/", ""),
+        bare("POST /generate"),
+        bare("POST /v1/chat/completions"),
+        head("/generate", "", 100),
+    ];
+    let mut sent = 0;
+    for request in &requests {
+        for half in [false, true] {
+            for _ in 0..10 {
+                let mut stream = TcpStream::connect(&router.address).await.unwrap();
+                stream.write_all(request.as_bytes()).await.unwrap();
+                if half {
+                    stream.shutdown().await.unwrap();
+                    // Whatever comes, if anything does.
+                    _ = timeout(PATIENCE, stream.read_to_end(&mut Vec::new())).await.unwrap();
+                }
+            }
+            sent += 10;
+            let sum = |samples: &BTreeMap<String, f64>| ends(samples).values().sum::<u64>();
+            until(&router, &format!("{sent} ends after {request:?}"), |samples| sum(samples) >= sent).await;
+            assert_eq!(sum(&scrape(&router).await), sent, "after {request:?}");
+        }
+    }
 }
 
 #[tokio::test]
