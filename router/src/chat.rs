@@ -4,6 +4,7 @@
 //! of strings and its rules of truth. minijinja has the language; the modules below add what it does otherwise.
 
 mod arguments;
+mod attributes;
 mod environment;
 mod filters;
 mod format;

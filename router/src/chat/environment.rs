@@ -44,7 +44,10 @@ fn add_tests(environment: &mut Environment) {
         kind => matches!(kind, ValueKind::Seq | ValueKind::String | ValueKind::Undefined),
     });
     environment.add_test("mapping", |value: &Value| value.kind() == ValueKind::Map && !is_namespace(value));
-    environment.add_test("callable", |value: &Value| value.kind() == ValueKind::Plain);
+    // To call what is undefined fails, but it can be tried.
+    environment.add_test("callable", |value: &Value| {
+        matches!(value.kind(), ValueKind::Plain | ValueKind::Undefined)
+    });
 }
 
 fn add_globals(environment: &mut Environment) {

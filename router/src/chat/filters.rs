@@ -13,6 +13,7 @@ use minijinja::{
 
 use super::{
     arguments::{Args, bind, integer, required, string, truth},
+    attributes::own_attribute,
     format::printf,
     json,
     objects::Generator,
@@ -221,13 +222,14 @@ fn float(value: &Value, args: Args) -> Result<Value, Error> {
     Ok(parsed.map(Value::from).unwrap_or_else(|| default.unwrap_or_else(|| 0.0.into())))
 }
 
-/// Attributes are not items: a plain map has none that a template may use.
+/// Attributes are not items: a plain map has none but its methods.
 fn attribute(value: &Value, name: &Value) -> Value {
-    match value.kind() {
+    let own = name.as_str().and_then(|name| own_attribute(value, name));
+    own.unwrap_or_else(|| match value.kind() {
         ValueKind::Map if !super::environment::is_namespace(value) => Value::UNDEFINED,
         ValueKind::Seq | ValueKind::String => Value::UNDEFINED,
         _ => value.get_item(name).unwrap_or_default(),
-    }
+    })
 }
 
 fn last(value: &Value) -> Result<Value, Error> {

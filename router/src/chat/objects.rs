@@ -11,7 +11,7 @@ use std::{
 
 use minijinja::{
     Error, ErrorKind, State, Value,
-    value::{Enumerator, Object, ObjectRepr},
+    value::{Enumerator, Kwargs, Object, ObjectRepr, Tuple},
 };
 
 use super::{
@@ -138,6 +138,62 @@ impl Object for Generator {
 
     fn render(self: &Arc<Self>, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         out.write_str("<generator object>")
+    }
+}
+
+/// A macro that takes more arguments than it has parameters, if its body names `varargs` or `kwargs`.
+#[derive(Debug)]
+pub(super) struct Macro {
+    /// The macro, whose last two parameters are these two.
+    pub(super) inner: Value,
+    /// Names of the other parameters.
+    pub(super) names: Vec<String>,
+    pub(super) varargs: bool,
+    pub(super) kwargs: bool,
+}
+
+impl Macro {
+    /// The arguments of the macro itself.
+    fn arguments(&self, args: &[Value]) -> Result<Vec<Value>, Error> {
+        let (by_position, by_name) = match args.split_last() {
+            Some((last, before)) if last.is_kwargs() => (before, Some(Kwargs::try_from(last.clone())?)),
+            _ => (args, None),
+        };
+        let (own, more) = by_position.split_at(by_position.len().min(self.names.len()));
+        if !more.is_empty() && !self.varargs {
+            return Err(Error::from(ErrorKind::TooManyArguments));
+        }
+        let (mut named, mut others) = (Vec::new(), Vec::new());
+        for name in by_name.iter().flat_map(Kwargs::args) {
+            let value = by_name.as_ref().map_or(Ok(Value::UNDEFINED), |by_name| by_name.peek(name))?;
+            let is_own = name == "caller" || self.names.iter().any(|own| own == name);
+            if !is_own && !self.kwargs {
+                return Err(error(format!("unexpected argument {name:?}")));
+            }
+            if is_own { &mut named } else { &mut others }.push((name.to_owned(), value));
+        }
+        named.push(("varargs".into(), Tuple::from(more.to_vec()).into()));
+        named.push(("kwargs".into(), Value::from_pairs(others)));
+        Ok([own, &[Value::from(Kwargs::from_iter(named))]].concat())
+    }
+}
+
+impl Object for Macro {
+    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
+        Some(match key.as_str()? {
+            "arguments" => Tuple::new(self.names.iter().map(Value::from).collect()).into(),
+            "catch_varargs" => self.varargs.into(),
+            "catch_kwargs" => self.kwargs.into(),
+            _ => return self.inner.get_item(key).ok(),
+        })
+    }
+
+    fn enumerate(self: &Arc<Self>) -> Enumerator {
+        Enumerator::NonEnumerable
+    }
+
+    fn call(self: &Arc<Self>, state: &mut State<'_, '_>, args: &[Value]) -> Result<Value, Error> {
+        self.inner.call(state, &self.arguments(args)?)
     }
 }
 

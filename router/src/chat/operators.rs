@@ -3,7 +3,9 @@
 use minijinja::{Environment, Error, Value, value::ValueKind};
 
 use super::{
+    attributes::{attribute, item},
     format::printf,
+    objects::Macro,
     python::{error, str_of},
 };
 
@@ -16,6 +18,14 @@ pub(super) const PRINT: &str = "__print";
 /// Refuses what Python does not iterate over.
 pub(super) const ITERATE: &str = "__iterate";
 
+/// Gives a macro the arguments that are none of its parameters.
+pub(super) const MACRO: &str = "__macro";
+/// Stands for `value.name`, with the name as text.
+pub(super) const ATTRIBUTE: &str = "__attribute";
+
+/// Stands for `value["name"]`.
+pub(super) const ITEM: &str = "__item";
+
 /// Adds all.
 pub(super) fn add(environment: &mut Environment) {
     environment.add_function(REMAINDER, remainder);
@@ -26,9 +36,14 @@ pub(super) fn add(environment: &mut Environment) {
         _ => str_of(value).into(),
     });
     environment.add_function(ITERATE, iterate);
+    environment.add_function(ATTRIBUTE, attribute);
+    environment.add_function(ITEM, item);
+    environment.add_function(MACRO, |inner: Value, names: Vec<String>, varargs: bool, kwargs: bool| {
+        Value::from_object(Macro { inner, names, varargs, kwargs })
+    });
 }
 
-/// The items of a loop. The loop's variables need their number, which minijinja does not know for text and generators.
+/// The items of a loop, or of an assignment to several names. The loop's variables need their number, which minijinja does not know for text and generators.
 fn iterate(value: Value) -> Result<Value, Error> {
     match value.kind() {
         ValueKind::None => Err(error("None is not iterable")),

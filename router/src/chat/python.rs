@@ -45,14 +45,15 @@ fn write_repr(out: &mut String, value: &Value) {
             out.push_str(if value.is_tuple() && length == 1 { ",)" } else { close });
         }
         ValueKind::Map if !is_printed_otherwise(value) => {
-            out.push('{');
+            let is_namespace = super::environment::is_namespace(value);
+            out.push_str(if is_namespace { "<Namespace {" } else { "{" });
             for (index, key) in value.try_iter().into_iter().flatten().enumerate() {
                 out.push_str(if index > 0 { ", " } else { "" });
                 write_repr(out, &key);
                 out.push_str(": ");
                 write_repr(out, &value.get_item(&key).unwrap_or_default());
             }
-            out.push('}');
+            out.push_str(if is_namespace { "}>" } else { "}" });
         }
         // Writing to a string does not fail.
         _ => _ = write!(out, "{value}"),

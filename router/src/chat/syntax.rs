@@ -1,11 +1,18 @@
 //! Rewrites what jinja2 reads differently from minijinja, before minijinja reads it.
 
 mod expression;
+mod macros;
+
+use macros::Open;
+
+/// The end of a statement.
+const END: &str = "%}";
 
 /// A template as minijinja has to read it. Text outside of tags stays as it is.
 pub(super) fn translate(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
+    let mut open_macros = Vec::new();
     while let Some(at) = rest.find('{') {
         out.push_str(&rest[..at]);
         rest = &rest[at..];
@@ -25,6 +32,15 @@ pub(super) fn translate(source: &str) -> String {
                 let (raw, behind) = rest.split_at(end_of_raw(rest));
                 out.push_str(raw);
                 rest = behind;
+            }
+            Some(tag) if tag.word == "macro" => {
+                let open = Open::read(&tag, rest);
+                tag.write_macro(&mut out, open.as_ref());
+                open_macros.push(open);
+            }
+            Some(tag) if tag.word == "endmacro" => {
+                let more = open_macros.pop().flatten().and_then(|open| open.tail());
+                tag.write_with(&mut out, more.as_deref());
             }
             Some(tag) => tag.write(&mut out),
             None => out.push_str(text),
@@ -68,8 +84,31 @@ impl<'a> Tag<'a> {
             word => word,
         };
         out.extend([self.open, word]);
-        expression::write(out, self.code, word == "for");
+        expression::write(out, self.code, word);
         out.push_str(self.close);
+    }
+
+    /// Writes the head of a macro.
+    fn write_macro(&self, out: &mut String, open: Option<&Open>) {
+        let Some((head, body)) = open.and_then(Open::head) else { return self.write(out) };
+        out.extend([self.open, self.word]);
+        expression::write(out, &head, self.word);
+        match body.strip_suffix(END) {
+            None => out.push_str(self.close),
+            // White space behind the head is that behind the last of these.
+            Some(body) => {
+                out.push_str(END);
+                out.push_str(&translate(&format!("{body}{END}")));
+                out.truncate(out.len() - END.len());
+                out.push_str(self.close);
+            }
+        }
+    }
+
+    /// Writes a statement, and another one right behind it.
+    fn write_with(&self, out: &mut String, other: Option<&str>) {
+        let Some(other) = other else { return self.write(out) };
+        out.extend([self.open, self.word, " ", END, "{% ", other, " ", self.close]);
     }
 }
 

@@ -4,7 +4,10 @@
 //! an empty list in loops, and knows no unary plus. The expression is split into the levels that its brackets make;
 //! within a level, the operators that bind more weakly end the operands.
 
-use super::super::operators::{COMPARE, ITERATE, PRINT, REMAINDER};
+use super::super::{
+    attributes::is_special,
+    operators::{ATTRIBUTE, COMPARE, ITEM, ITERATE, PRINT, REMAINDER},
+};
 
 /// A piece of an expression. `space` is what stands before it.
 #[derive(Debug, Clone)]
@@ -32,15 +35,64 @@ enum Kind {
 /// Words that end an operand.
 const WORDS: [&str; 7] = ["and", "or", "not", "in", "if", "else", "recursive"];
 
-/// Writes an expression, or for a loop its target and expression.
-pub(super) fn write(out: &mut String, code: &str, is_loop: bool) {
-    let needs_none = !is_loop && !code.contains(['%', '~', '+', '<', '>']) && !code.contains("\\U");
-    match Lexer(code).pieces().filter(|_| !needs_none) {
-        Some(pieces) if is_loop => write_loop(out, &pieces),
-        Some(pieces) => write_level(out, &pieces),
-        // Not an expression: minijinja will say why.
-        None => out.push_str(code),
+/// Writes the code of an expression's tag, which has no `word`, or of a statement's.
+pub(super) fn write(out: &mut String, code: &str, word: &str) {
+    // Not an expression: minijinja will say why.
+    let Some(pieces) = Lexer(code).pieces() else { return out.push_str(code) };
+    match word {
+        "for" => write_loop(out, &pieces),
+        "set" => write_assignment(out, &pieces),
+        "with" => write_scope(out, &pieces),
+        "" | "if" | "elif" => write_tuple(out, &pieces),
+        _ => write_level(out, &pieces),
     }
+}
+
+/// An expression, which is a tuple if there are commas.
+fn write_tuple(out: &mut String, pieces: &[Piece]) {
+    let is_tuple = pieces.iter().any(is_comma);
+    out.push_str(if is_tuple { " (" } else { "" });
+    write_level(out, pieces);
+    out.push_str(if is_tuple { ")" } else { "" });
+}
+
+fn is_comma(piece: &Piece) -> bool {
+    piece.kind == Kind::Boundary && piece.text == ","
+}
+
+fn is_assignment(piece: &Piece) -> bool {
+    piece.kind == Kind::Boundary && piece.text == "="
+}
+
+/// `target = expression`, or a target alone. Several names take the items of anything that can be iterated over.
+fn write_assignment(out: &mut String, pieces: &[Piece]) {
+    let Some(at) = pieces.iter().position(is_assignment) else { return write_level(out, pieces) };
+    let (target, expression) = pieces.split_at(at + 1);
+    write_level(out, target);
+    let is_one = !target.iter().any(|piece| is_comma(piece) || piece.text.starts_with('('));
+    if is_one {
+        return write_level(out, expression);
+    }
+    out.push_str(&format!(" {ITERATE}(("));
+    write_level(out, expression);
+    out.push_str("))");
+}
+
+/// Assignments for a scope. They are made at the same time: none sees the names of another.
+fn write_scope(out: &mut String, pieces: &[Piece]) {
+    let parts: Option<Vec<_>> = pieces
+        .split(is_comma)
+        .map(|assignment| Some(assignment.split_at(assignment.iter().position(is_assignment)?)))
+        .collect();
+    let Some(parts) = parts.filter(|parts| parts.len() > 1) else { return write_level(out, pieces) };
+    let (mut names, mut values) = (String::new(), String::new());
+    for (name, value) in parts {
+        write_level(&mut names, name);
+        write_level(&mut values, &value[1..]);
+        names.push(',');
+        values.push(',');
+    }
+    out.push_str(&format!(" ({names}) = ({values}) "));
 }
 
 /// `target in iterable`, and what may follow: a filter or `recursive`.
@@ -133,6 +185,56 @@ fn product(pieces: &[Piece]) -> String {
     so_far + operator.map_or("", |piece| &piece.text)
 }
 
+/// Writes an attribute or item at the end, such as `value.items`, as the call that finds it as Python does.
+fn name_attribute(pieces: &mut Vec<Piece>) {
+    let (function, name, length) = match &pieces[..] {
+        [.., dot, name] if dot.text == "." && name.kind == Kind::Operand => (ATTRIBUTE, &*name.text, 2),
+        [.., item] => match quoted(&item.text) {
+            Some(name) => (ITEM, name, 1),
+            None => return,
+        },
+        [] => return,
+    };
+    let start = start_of_value(&pieces[..pieces.len() - length]).filter(|_| is_special(name));
+    let is_filter = |start: usize| start > 0 && pieces[start - 1].text == "|";
+    let Some(start) = start.filter(|start| !is_filter(*start) && pieces[*start].text != "loop") else {
+        return;
+    };
+    let name = name.to_owned();
+    let mut value = pieces.split_off(start);
+    value.truncate(value.len() - length);
+    let space = value[0].space.clone();
+    let value: String = value.into_iter().flat_map(|piece| [piece.space, piece.text]).collect();
+    let text = format!("{function}({value}, \"{name}\")");
+    pieces.push(Piece { space, text, kind: Kind::Operand });
+}
+
+/// The name in `["name"]`.
+fn quoted(group: &str) -> Option<&str> {
+    let literal = group.strip_prefix('[')?.strip_suffix(']')?.trim();
+    let quote = literal.chars().next().filter(|letter| matches!(letter, '"' | '\''))?;
+    literal.strip_prefix(quote)?.strip_suffix(quote)
+}
+
+/// Where the value begins that ends a list of pieces: a name, literal or group with calls, items and attributes.
+fn start_of_value(pieces: &[Piece]) -> Option<usize> {
+    let is_value = |piece: &Piece| {
+        piece.kind == Kind::Operand
+            && !piece.text.is_empty()
+            && !matches!(&*piece.text, "." | "|" | "**" | "-" | "*")
+    };
+    let mut at = pieces.len().checked_sub(1)?;
+    loop {
+        let before = at.checked_sub(1).map(|before| &pieces[before]);
+        let follows = pieces[at].text.starts_with(['(', '[']) && before.is_some_and(is_value);
+        match before {
+            Some(_) if follows => at -= 1,
+            Some(dot) if dot.text == "." && at > 1 => at -= 2,
+            _ => return is_value(&pieces[at]).then_some(at),
+        }
+    }
+}
+
 /// The code that has not been read.
 struct Lexer<'a>(&'a str);
 
@@ -150,11 +252,16 @@ impl Lexer<'_> {
             let code = self.0.trim_start();
             let space = self.take(self.0.len() - code.len()).to_owned();
             let Some(first) = code.chars().next().filter(|letter| !matches!(letter, ')' | ']' | '}')) else {
+                name_attribute(&mut pieces);
                 if !space.is_empty() {
                     pieces.push(Piece { space, text: String::new(), kind: Kind::Operand });
                 }
                 return Some(pieces);
             };
+            // A method that is called needs nothing; and the target of an assignment is no value.
+            if !matches!(first, '(' | '=') || code.starts_with("==") {
+                name_attribute(&mut pieces);
+            }
             let (text, kind) = match first {
                 '(' | '[' | '{' => (self.group()?, Kind::Operand),
                 '"' | '\'' => (self.string(first)?, Kind::Operand),
