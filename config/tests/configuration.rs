@@ -98,6 +98,14 @@ fn every_setting_has_a_bound() {
             assert_eq!(Config::read(&path).is_ok(), lowered, "{section}.{name}");
         }
     }
+    // This one has a bound of its own, however much memory there is for bodies.
+    for (size, allowed) in [(1_u64 << 30, true), ((1 << 30) + 1, false), (1 << 40, false)] {
+        let mut config = good.clone();
+        config["router"]["max_body_memory"] = json!(1_u64 << 50);
+        config["router"]["max_body_size"] = json!(size);
+        fs::write(&path, config.to_string()).unwrap();
+        assert_eq!(Config::read(&path).is_ok(), allowed, "{size}");
+    }
 }
 
 #[test]

@@ -213,3 +213,17 @@ impl Engine {
         Ok(Running { id, updates: received, cancels: self.cancels.clone(), outcome, _hold: other })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_cancellation_is_lost_however_many_come_while_the_engine_is_busy() {
+        let cancels = Cancels::default();
+        let all: Vec<_> = (0..100_000).map(RequestId).collect();
+        all.iter().for_each(|id| cancels.add(*id));
+        assert_eq!(cancels.take(), all);
+        assert_eq!(cancels.take(), []);
+    }
+}

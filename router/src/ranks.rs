@@ -32,7 +32,7 @@ use group::RankStream;
 pub(crate) use merge::InfoError;
 
 /// Largest message. The largest ones are steps that add many long prompts.
-const MAX_MESSAGE: usize = 64 << 20;
+pub(crate) const MAX_MESSAGE: usize = 64 << 20;
 
 /// Time between two pings over a connection.
 const PING: Duration = Duration::from_millis(500);

@@ -322,3 +322,30 @@ pub(crate) fn held(attached: proto::AttachResponse) -> Result<Held, WireError> {
 pub(crate) fn oldest_work(health: &proto::HealthResponse) -> Option<Duration> {
     health.oldest_ms.map(Duration::from_millis)
 }
+
+#[cfg(test)]
+mod tests {
+    use prost::Message;
+
+    use super::*;
+    use crate::ranks::MAX_MESSAGE;
+
+    /// The longest tokens, in as many sequences as a step may add, each with all else that can be told of one.
+    #[test]
+    fn the_largest_step_fits_into_a_message() {
+        const SEQUENCES: u32 = 1024;
+        let bias = vec![proto::LogitBias { token: u32::MAX, bias: 1.0 }; 1024];
+        let sampling = proto::Sampling { seed: u64::MAX, logit_bias: bias, ..proto::Sampling::default() };
+        let added = proto::NewSequence {
+            sequence: u64::MAX,
+            tokens: vec![u32::MAX; (MAX_ADDED_TOKENS / SEQUENCES) as usize],
+            prompt_len: u32::MAX,
+            slot: Some(u32::MAX),
+            sampling: Some(sampling),
+            prompt_logprobs: true,
+            ..proto::NewSequence::default()
+        };
+        let step = proto::Step { added: vec![added; SEQUENCES as usize], ..proto::Step::default() };
+        assert!(step.encoded_len() < MAX_MESSAGE, "{} bytes", step.encoded_len());
+    }
+}

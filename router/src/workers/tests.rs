@@ -92,6 +92,27 @@ async fn work_that_panics_fails_alone_and_gives_its_thread_back() {
     }
 }
 
+/// Otherwise clients that leave would have as many threads as they like.
+#[tokio::test]
+async fn work_whose_caller_has_left_keeps_its_thread_until_it_ends() {
+    let (workers, _metrics) = workers(1, LIMIT);
+    let caller = Principal::anonymous();
+    let (tell, mut told) = mpsc::channel(1);
+    let (go_on, gone_on) = sync_channel::<()>(0);
+    {
+        let mut left = Box::pin(workers.run("a job", &caller, move || {
+            tell.try_send(()).unwrap();
+            _ = gone_on.recv();
+        }));
+        assert!(left.as_mut().now_or_never().is_none());
+        timeout(PATIENCE, told.recv()).await.unwrap().unwrap();
+    }
+    let turn = || workers.turns.acquire(caller.tenant.id, 1);
+    assert!(turn().now_or_never().is_none(), "its work goes on");
+    drop(go_on);
+    timeout(PATIENCE, turn()).await.unwrap();
+}
+
 /// The pool does not go down with as many jobs as it has threads, and the supervisor hears of as many more.
 #[tokio::test]
 async fn jobs_that_hang_are_replaced_up_to_a_bound() {

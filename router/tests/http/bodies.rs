@@ -3,6 +3,7 @@
 use std::{
     fs,
     future::pending,
+    io::ErrorKind,
     time::{Duration, Instant},
 };
 
@@ -122,29 +123,31 @@ async fn a_body_waits_for_memory_and_only_behind_its_own() {
     .await;
     let mut first = TcpStream::connect(&router.address).await.unwrap();
     all_but_a_byte(&mut first, "sk-many", LENGTH).await;
+    // Whoever expects this is told to go on when the body is read.
     let mut second = TcpStream::connect(&router.address).await.unwrap();
-    let sending = async {
-        all_but_a_byte(&mut second, "sk-many", LENGTH).await;
-        last_byte(&mut second).await;
-    };
-    let others = async {
-        // Of another tenant, of another address, and a small one of the same.
-        let mut tenant = TcpStream::connect(&router.address).await.unwrap();
-        all_but_a_byte(&mut tenant, "sk-few", LENGTH).await;
-        last_byte(&mut tenant).await;
-        let mut address = connect_from(&router.address, 2).await;
-        all_but_a_byte(&mut address, "sk-many", LENGTH).await;
-        last_byte(&mut address).await;
-        let mut small = TcpStream::connect(&router.address).await.unwrap();
-        all_but_a_byte(&mut small, "sk-many", 9000).await;
-        last_byte(&mut small).await;
-        for stream in [tenant, address, small] {
-            assert_eq!(status(&answer(stream).await), 422);
-        }
-        last_byte(&mut first).await;
-        assert_eq!(status(&answer(first).await), 422, "the prompt is too long");
-    };
-    tokio::join!(sending, others);
+    let headers = "authorization: Bearer sk-many\r\nexpect: 100-continue\r\n";
+    second.write_all(head("/generate", headers, LENGTH).as_bytes()).await.unwrap();
+    // Of another tenant, of another address, and a small one of the same.
+    let mut tenant = TcpStream::connect(&router.address).await.unwrap();
+    all_but_a_byte(&mut tenant, "sk-few", LENGTH).await;
+    last_byte(&mut tenant).await;
+    let mut address = connect_from(&router.address, 2).await;
+    all_but_a_byte(&mut address, "sk-many", LENGTH).await;
+    last_byte(&mut address).await;
+    let mut small = TcpStream::connect(&router.address).await.unwrap();
+    all_but_a_byte(&mut small, "sk-many", 9000).await;
+    last_byte(&mut small).await;
+    for stream in [tenant, address, small] {
+        assert_eq!(status(&answer(stream).await), 422);
+    }
+    let read = second.try_read(&mut [0; 1]).map_err(|error| error.kind());
+    assert_eq!(read, Err(ErrorKind::WouldBlock), "its body is not read while the first has the memory");
+    last_byte(&mut first).await;
+    assert_eq!(status(&answer(first).await), 422, "the prompt is too long");
+    let mut told = [0; 25];
+    timeout(LONG, second.read_exact(&mut told)).await.unwrap().unwrap();
+    assert_eq!(&told, b"HTTP/1.1 100 Continue\r\n\r\n");
+    second.write_all(body(LENGTH).as_bytes()).await.unwrap();
     assert_eq!(status(&answer(second).await), 422);
 }
 

@@ -175,12 +175,25 @@ async fn ranks_that_contradict_each_other_do_not_serve() {
 }
 
 #[tokio::test]
-async fn one_shard_without_room_is_no_model() {
-    let mut script = Script::saying(tokens("a"));
-    script.info.num_blocks = 0;
-    let router = Router::launch(script, |_| {}).await;
-    router.health(503, "`num_blocks` is 0 on rank 0").await;
-    assert_eq!(router.get("/info").await.status(), 503);
+async fn a_shard_without_room_is_no_model() {
+    type Change = fn(&mut proto::InfoResponse);
+    let limits: [(&str, Change); 7] = [
+        ("num_blocks", |info| info.num_blocks = 0),
+        ("block_size", |info| info.block_size = 0),
+        ("max_positions", |info| info.max_positions = 0),
+        ("vocab_size", |info| info.vocab_size = 0),
+        ("max_rows", |info| info.max_rows = 0),
+        ("max_sequences", |info| info.max_sequences = 0),
+        ("max_logit_rows", |info| info.max_logit_rows = 0),
+    ];
+    for (name, change) in limits {
+        let mut script = Script::saying(tokens("a"));
+        change(&mut script.info);
+        let router = Router::launch(script, |_| {}).await;
+        router.health(503, &format!("`{name}` is 0 on rank 0")).await;
+        assert_eq!(router.get("/info").await.status(), 503);
+        assert_eq!(*router.failures.lock().unwrap(), []);
+    }
 }
 
 #[tokio::test]
