@@ -8,6 +8,7 @@ use gguf::Gguf;
 use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer;
 
+use self::sentencepiece::Family;
 use super::{ModelTokenizer, TokenizerError, post_processor, special_tokens, splits, templates};
 
 /// ggml's `token_type` of the token that stands for unknown text.
@@ -20,13 +21,18 @@ const USER_DEFINED: i32 = 4;
 /// Writes the metadata as a tokenizer.json and lets the tokenizers library read that.
 pub(super) fn load(path: &Path) -> Result<ModelTokenizer, TokenizerError> {
     let file = Gguf::open(path)?;
-    let tokens: &[String] = file.require("tokenizer.ggml.tokens")?;
-    let types: Vec<i32> = file.require("tokenizer.ggml.token_type")?;
+    let mut tokens: Vec<String> = file.require::<&[String]>("tokenizer.ggml.tokens")?.to_vec();
+    let mut types: Vec<i32> = file.require("tokenizer.ggml.token_type")?;
+    let family = Family::of(&file)?;
+    if family == Family::Gemma {
+        sentencepiece::write_spaces(&mut tokens, &mut types);
+    }
+    let tokens = &*tokens;
     let vocab: Map<String, Value> =
         tokens.iter().zip(0..).map(|(token, id): (_, u32)| (token.clone(), id.into())).collect();
     let mut definition = match file.require("tokenizer.ggml.model")? {
         "gpt2" => byte_level(&file, tokens)?,
-        "llama" => sentencepiece::definition(&file, tokens)?,
+        "llama" => sentencepiece::definition(&file, tokens, family)?,
         other => {
             let (key, known) = ("tokenizer.ggml.model", "gpt2, llama");
             return Err(TokenizerError::Unsupported { key, value: other.into(), known });
@@ -63,7 +69,7 @@ fn byte_level(file: &Gguf, tokens: &[String]) -> Result<Value, TokenizerError> {
     let merges: &[String] = file.require("tokenizer.ggml.merges")?;
     let merges: Vec<_> = merges.iter().filter_map(|merge| merge.split_once(' ')).collect();
     let (pre_tokenizer, llama3) = pre_tokenizer(file.get("tokenizer.ggml.pre")?.unwrap_or("default"))?;
-    // Llama 3's tokenizer does not merge a word that is a token as a whole. Older files do not say that it adds BOS.
+    // Such as Llama 3's do not merge a word that is a token as a whole. Older files do not say that it adds BOS.
     let (ignore_merges, adds_bos) = (llama3, llama3);
     Ok(json!({
         "version": "1.0",
@@ -93,14 +99,17 @@ fn around(file: &Gguf, tokens: &[String], adds_bos: bool) -> Result<Value, Token
     Ok(post_processor::around(bos, eos))
 }
 
-/// The pre-tokenizer, which splits text before merging, and whether it is Llama 3's.
+/// The pre-tokenizer, which splits text before merging, and whether the tokenizer is used as Llama 3's.
 fn pre_tokenizer(name: &str) -> Result<(Value, bool), TokenizerError> {
     Ok(match name {
-        "gpt-2" => (splits::gpt2(false), false),
+        "gpt-2" | "phi-2" => (splits::gpt2(false), false),
         "smollm" => (splits::smollm(), false),
         "llama-bpe" | "llama3" | "llama-v3" => (splits::by_regex(splits::LLAMA3, false), true),
+        "tekken" => (splits::by_regex(splits::TEKKEN, false), true),
+        "qwen2" | "deepseek-r1-qwen" => (splits::by_regex(splits::QWEN2, false), false),
         other => {
-            let (key, known) = ("tokenizer.ggml.pre", "gpt-2, smollm, llama-bpe");
+            let (key, known) =
+                ("tokenizer.ggml.pre", "gpt-2, phi-2, smollm, llama-bpe, tekken, qwen2, deepseek-r1-qwen");
             return Err(TokenizerError::Unsupported { key, value: other.into(), known });
         }
     })
