@@ -153,11 +153,12 @@ fn serve<B: Backend>(
     // Locked memory is lost to everybody else.
     ops.expect_adapters(host_bytes, memory::quarter(config.shards.uds.len()) as usize);
     let model = Arc::new(load(&*ops, config)?);
-    let description = model.config().clone();
+    let description = model.decoder().clone();
     let limits = limits(config, target.max_rows);
     let roots =
         Roots::new(shard.adapter_dir.as_deref(), &shard.adapter_roots).context("the adapter folders")?;
-    let base = BaseModel { config: description.clone(), path: config.model.path.clone(), dtype: ops.dtype() };
+    let base =
+        BaseModel { decoder: description.clone(), path: config.model.path.clone(), dtype: ops.dtype() };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .thread_name("requests")
         .worker_threads(2)
@@ -165,7 +166,7 @@ fn serve<B: Backend>(
         .build()?;
     let reads = runtime.handle().clone();
     let host = HostLimits { bytes: host_bytes, read_timeout: config.router.prepare_timeout };
-    let adapters = Arc::new(Adapters::new(ops.clone(), base, model.sites(), roots, host, reads));
+    let adapters = Arc::new(Adapters::new(ops.clone(), base, model.sites().to_vec(), roots, host, reads));
     let mut engine = Engine::new(ops.clone(), model.clone(), adapters.clone(), limits)?;
     if target.warms_up {
         engine.warm_up()?;
@@ -196,7 +197,7 @@ fn serve<B: Backend>(
         max_sequences: limits.max_sequences as u32,
         max_logit_rows: limits.max_logit_rows as u32,
         longest_step_us: engine.longest_step().as_micros() as u64,
-        kv_window: memory::kv_window(description.window),
+        kv_window: memory::kv_window(description.lookback()),
         rope_switch: 0,
         rope_dynamic: 0,
     };

@@ -12,7 +12,10 @@ use std::{fmt, path::Path};
 use kernels::{DType, LoraPart, LoraShape, LoraSite, LowRank};
 use sha2::{Digest, Sha256};
 
-use crate::{Config, LoadError};
+use crate::{
+    Decoder, LoadError,
+    decoder::{Kind, Module, Modules},
+};
 pub use base::BaseModel;
 use config::Target;
 pub use python_regex::PatternError;
@@ -135,62 +138,25 @@ pub struct Adapter {
     pub sites: Vec<String>,
 }
 
-/// A module that deltas can attach to.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Module {
-    /// Its path in the model, such as `model.layers.0.self_attn.q_proj`.
-    path: String,
-    site: usize,
-    slice: usize,
-    inputs: usize,
-    outputs: usize,
+/// Paths of what PEFT looks at and is no projection: it refuses a target among them, or changes it in a way that is not
+/// served.
+fn other_paths(decoder: &Decoder, modules: &Modules) -> Vec<String> {
+    let names = &decoder.names;
+    let (outer, inner) = names.others;
+    let in_layers = (0..decoder.layers.len()).flat_map(|i| {
+        inner.iter().map(move |path| match *path {
+            "" => format!("{}.{i}", names.layers),
+            path => format!("{}.{i}.{path}", names.layers),
+        })
+    });
+    let without_place =
+        modules.iter().filter(|module| !is_projection(module)).map(|module| module.path.clone());
+    outer.iter().map(|path| (*path).to_owned()).chain(in_layers).chain(without_place).collect()
 }
 
-impl Module {
-    /// Last part of the path.
-    fn name(&self) -> &str {
-        self.path.rsplit('.').next().unwrap_or_default()
-    }
-
-    /// Paths of the modules that are no projections, as transformers names them. PEFT refuses a target among them, or
-    /// changes it in a way that is not served.
-    fn others(config: &Config) -> Vec<String> {
-        let outer = ["model", "model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb"];
-        let inner =
-            ["", ".self_attn", ".mlp", ".mlp.act_fn", ".input_layernorm", ".post_attention_layernorm"];
-        let layer = |i: usize| inner.map(|module| format!("model.layers.{i}{module}"));
-        outer.map(str::to_owned).into_iter().chain((0..config.layers).flat_map(layer)).collect()
-    }
-
-    /// All projections of a model, in the order of its sites.
-    fn all(config: &Config) -> Vec<Module> {
-        let sites = config.sites();
-        let names: [&[&str]; 4] = [
-            &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-            &["self_attn.o_proj"],
-            &["mlp.gate_proj", "mlp.up_proj"],
-            &["mlp.down_proj"],
-        ];
-        let path = |site: usize, slice: usize| {
-            let (layer, within) = (site / names.len(), site % names.len());
-            if layer == config.layers {
-                "lm_head".into()
-            } else {
-                format!("model.layers.{layer}.{}", names[within][slice])
-            }
-        };
-        let module = |site: usize, slice: usize| Module {
-            path: path(site, slice),
-            site,
-            slice,
-            inputs: sites[site].inputs,
-            outputs: sites[site].outputs[slice],
-        };
-        (0..sites.len())
-            .flat_map(|site| (0..sites[site].outputs.len()).map(move |slice| (site, slice)))
-            .map(|(site, slice)| module(site, slice))
-            .collect()
-    }
+/// Whether deltas can attach to a module.
+fn is_projection(module: &Module) -> bool {
+    matches!(module.kind, Kind::Linear | Kind::Head)
 }
 
 /// Reads the adapter in a folder and checks it against a model.
@@ -208,16 +174,17 @@ pub struct AdapterFolder<'a> {
 impl<'a> AdapterFolder<'a> {
     /// Reads the configuration.
     pub fn open(folder: &'a Path, model: &'a BaseModel) -> Result<AdapterFolder<'a>, AdapterError> {
-        let config = config::AdapterConfig::read(folder, &model.config)?;
-        let modules = Module::all(&model.config);
-        let targets = config.targets(&modules, &Module::others(&model.config))?;
+        let config = config::AdapterConfig::read(folder, &model.decoder)?;
+        let modules = Modules::of(&model.decoder);
+        let projections: Vec<Module> =
+            modules.iter().filter(|module| is_projection(module)).cloned().collect();
+        let targets = config.targets(&projections, &other_paths(&model.decoder, &modules))?;
         Ok(AdapterFolder { folder, model, targets })
     }
 
     /// Places and sizes of its deltas.
     pub fn shapes(&self) -> Vec<LoraShape> {
-        let shape =
-            |target: &Target| LoraShape::delta(target.module.site, target.module.slice, target.lora_rank);
+        let shape = |target: &Target| LoraShape::delta(target.place().0, target.place().1, target.lora_rank);
         self.targets.iter().map(shape).collect()
     }
 

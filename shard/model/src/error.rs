@@ -54,7 +54,7 @@ pub enum LoadError {
         /// Its value.
         value: String,
         /// What would be.
-        known: &'static str,
+        known: String,
     },
     /// A field of the configuration that is missing, or of another type.
     #[error("{field} is missing or not {expected}")]

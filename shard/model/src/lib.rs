@@ -1,14 +1,16 @@
 //! Decoder models as sequences of [`kernels`] operations: configuration, weights, the forward pass, and adapters.
 
 pub mod adapter;
-mod config;
+pub mod decoder;
 mod error;
+mod families;
 mod files;
 mod forward;
+mod load;
 pub mod testing;
 mod weights;
 
-pub use config::{Config, Rope};
+pub use decoder::Decoder;
 pub use error::{LoadError, Result};
 pub use forward::{KvCache, Model, Pass, Scratch};
 pub use weights::{LoadProgress, TorchError};

@@ -2,7 +2,6 @@
 
 mod folder;
 mod from_gguf;
-mod names;
 mod safetensors;
 pub(crate) mod tensor_file;
 mod torch;
@@ -11,7 +10,7 @@ use std::{ops::Range, path::Path};
 
 use kernels::{HostTensor, WeightPart};
 
-use crate::{Config, LoadError, Result};
+use crate::{Decoder, LoadError, Result};
 use folder::Folder;
 pub use torch::TorchError;
 
@@ -67,12 +66,12 @@ pub(crate) fn are_equal(source: &dyn Source, one: &str, other: &str) -> Result<b
 }
 
 /// Opens a model: its configuration and its tensors.
-pub(crate) fn open(path: &Path) -> Result<(Config, Box<dyn Source + Sync>)> {
+pub(crate) fn open(path: &Path) -> Result<(Decoder, Box<dyn Source + Sync>)> {
     if path.is_file() {
-        let (config, source) = from_gguf::open(path)?;
-        return Ok((config, Box::new(source)));
+        let (decoder, source) = from_gguf::open(path)?;
+        return Ok((decoder, Box::new(source)));
     }
-    let config = Config::from_folder(path)?;
-    let folder = Folder::open(path, &config)?;
-    Ok((config, Box::new(folder)))
+    let decoder = Decoder::from_folder(path)?;
+    let folder = Folder::open(path, &decoder)?;
+    Ok((decoder, Box::new(folder)))
 }

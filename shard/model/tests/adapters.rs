@@ -5,7 +5,7 @@ use std::{fs, os::unix::fs::symlink, path::Path, process::Command};
 
 use kernels::DType;
 use model::{
-    Config,
+    Decoder,
     adapter::{self, Adapter, BaseModel},
     testing::{self, Files, Tensor},
 };
@@ -16,7 +16,7 @@ const SEVEN: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "
 /// Writes a model into a folder.
 fn model(folder: &Path, files: &Files, dtype: DType) -> BaseModel {
     files.write_model(folder).unwrap();
-    BaseModel { config: Config::from_folder(folder).unwrap(), path: folder.into(), dtype }
+    BaseModel { decoder: Decoder::from_folder(folder).unwrap(), path: folder.into(), dtype }
 }
 
 fn read(files: &Files) -> Result<Adapter, String> {

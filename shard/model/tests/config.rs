@@ -3,7 +3,7 @@
 
 use std::{fs, path::Path};
 
-use model::Config;
+use model::Decoder;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -22,10 +22,10 @@ struct Case {
     mlp_bias: bool,
 }
 
-fn read(config: &Value) -> Result<Config, String> {
+fn read(config: &Value) -> Result<Decoder, String> {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
-    Config::from_folder(folder.path()).map_err(|error| error.to_string())
+    Decoder::from_folder(folder.path()).map_err(|error| error.to_string())
 }
 
 fn base() -> Value {
@@ -36,7 +36,7 @@ fn base() -> Value {
     })
 }
 
-fn with(field: &str, value: Value) -> Result<Config, String> {
+fn with(field: &str, value: Value) -> Result<Decoder, String> {
     let mut json = base();
     json[field] = value;
     read(&json)
@@ -56,14 +56,14 @@ fn configurations_are_read_as_transformers_reads_them() {
         let config = read(&case.config).unwrap();
         let read = &case.config;
         let close = |x: f32, y: f32| (x - y).abs() <= 2e-6 * y.abs();
-        assert_eq!(config.rope.inv_freq.len(), case.inv_freq.len(), "{read}");
-        for (j, (x, y)) in config.rope.inv_freq.iter().zip(&case.inv_freq).enumerate() {
+        assert_eq!(config.ropes[0].inv_freq.len(), case.inv_freq.len(), "{read}");
+        for (j, (x, y)) in config.ropes[0].inv_freq.iter().zip(&case.inv_freq).enumerate() {
             assert!(close(*x, *y), "pair {j}: {x}, transformers has {y}: {read}");
         }
-        assert!(close(config.rope.attention_factor, case.attention_factor), "{read}");
-        assert_eq!((config.heads.kv, config.heads.dim), (case.kv_heads, case.head_dim), "{read}");
-        assert_eq!((config.window, &config.eos), (case.window, &case.eos), "{read}");
-        let flags = (config.tied, config.attention_bias, config.mlp_bias);
+        assert!(close(config.ropes[0].scale, case.attention_factor), "{read}");
+        assert_eq!((config.heads().kv, config.heads().dim), (case.kv_heads, case.head_dim), "{read}");
+        assert_eq!((config.lookback(), &config.eos), (case.window, &case.eos), "{read}");
+        let flags = (config.head.tied, config.layers[0].attention.qkv_bias, config.layers[0].mlp.bias);
         assert_eq!(flags, (case.tied, case.attention_bias, case.mlp_bias), "{read}");
     }
 }
@@ -71,18 +71,21 @@ fn configurations_are_read_as_transformers_reads_them() {
 #[test]
 fn sizes_of_a_llama_are_its_sites() {
     let config = read(&base()).unwrap();
-    assert_eq!(config.sites().len(), 9);
+    assert_eq!(config.sites().len(), 10);
     assert_eq!(config.sites()[0].outputs, [64, 32, 32]);
 }
 
 #[test]
 fn absent_fields_have_the_values_of_their_family() {
     let config = read(&json!({"model_type": "llama"})).unwrap();
-    assert_eq!((config.hidden, config.ffn, config.layers, config.vocab), (4096, 11_008, 32, 32_000));
-    assert_eq!((config.heads.kv, config.max_positions, config.eos.as_slice()), (32, 2048, &[][..]));
+    assert_eq!(
+        (config.hidden, config.layers[0].mlp.width, config.layers.len(), config.vocab),
+        (4096, 11_008, 32, 32_000)
+    );
+    assert_eq!((config.heads().kv, config.max_positions, config.eos.as_slice()), (32, 2048, &[][..]));
     let config = read(&json!({"architectures": ["MistralForCausalLM"]})).unwrap();
-    assert_eq!((config.heads.kv, config.ffn, config.max_positions), (8, 14_336, 131_072));
-    assert_eq!(config.window, Some(4096));
+    assert_eq!((config.heads().kv, config.layers[0].mlp.width, config.max_positions), (8, 14_336, 131_072));
+    assert_eq!(config.lookback(), Some(4096));
 }
 
 /// What is refused, and with which words.
@@ -92,7 +95,7 @@ const REFUSED: &[(&str, &str, &str)] = &[
     ("head_dim", "2147483646", "head_dim is missing or not a positive integer up to 4096"),
     ("hidden_size", "2147483640", "head_dim is missing or not a positive integer up to 4096"),
     ("model_type", "7", "model_type 7 is not supported"),
-    ("hidden_act", r#""gelu""#, "hidden_act \"gelu\" is not supported; known are silu"),
+    ("hidden_act", r#""relu2""#, "hidden_act \"relu2\" is not supported; known are silu, swish, gelu"),
     ("hidden_activation", r#""relu2""#, "hidden_activation \"relu2\" is not supported"),
     ("rope_scaling", r#"{"rope_type": "longrope"}"#, "rope_type \"longrope\" is not supported; known are"),
     ("rope_scaling", r#"{"type": "su", "factor": 2}"#, "type \"su\" is not supported"),
@@ -185,7 +188,7 @@ fn neutral_values_change_nothing() {
         ("num_experts", json!(0)),
         ("pruned_heads", json!({})),
         ("rope_scaling", Value::Null),
-        ("rope_scaling", json!({"type": "dynamic", "factor": 4.0})),
+        ("rope_scaling", json!({"type": "default"})),
         ("rope_scaling", json!({"rope_type": "default", "factor": 1.0})),
         ("layer_types", json!(["full_attention", "full_attention"])),
         ("sliding_window", json!(64)),
@@ -207,12 +210,12 @@ fn a_mistral_has_no_biases() {
         let mut json = json.clone();
         json[field] = json!(true);
         let refusal = read(&json).unwrap_err();
-        assert_eq!(refusal, format!("{field} true is not supported; known are false for a Mistral"));
+        assert_eq!(refusal, format!("{field} true is not supported"));
     }
     json["layer_types"] = json!(["full_attention", "full_attention"]);
     assert!(read(&json).unwrap_err().contains("layer_types"), "its window is 4096");
     json["sliding_window"] = Value::Null;
-    assert_eq!(read(&json).unwrap().window, None);
+    assert_eq!(read(&json).unwrap().lookback(), None);
 }
 
 /// `config.json`'s field (or none), `generation_config.json` (or none), and the ends of a sequence.
@@ -245,6 +248,6 @@ fn ends_of_sequences_are_those_of_either_file() {
         if let Some(generation) = generation {
             fs::write(folder.path().join("generation_config.json"), generation).unwrap();
         }
-        assert_eq!(Config::from_folder(folder.path()).unwrap().eos, ends, "{own:?} {generation:?}");
+        assert_eq!(Decoder::from_folder(folder.path()).unwrap().eos, ends, "{own:?} {generation:?}");
     }
 }

@@ -6,7 +6,7 @@ use std::{fs, path::Path};
 
 use kernels::DType;
 use model::{
-    Config,
+    Decoder,
     adapter::{self, BaseModel},
     testing,
 };
@@ -50,7 +50,7 @@ fn a_large_table_is_not_held_in_memory() {
     let weights = copy.join(adapter::WEIGHTS_FILES[0]);
     add_table(&weights, "base_model.model.model.embed_tokens.weight");
     let model =
-        BaseModel { config: Config::from_folder(&base).unwrap(), path: base.clone(), dtype: DType::Bf16 };
+        BaseModel { decoder: Decoder::from_folder(&base).unwrap(), path: base.clone(), dtype: DType::Bf16 };
     let before = peak();
     adapter::read(&copy, &model).unwrap();
     assert!(peak() - before < 16 << 20, "{} MiB for two tables of 64", (peak() - before) >> 20);

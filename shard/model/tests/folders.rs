@@ -73,7 +73,7 @@ fn outcome(folder: &Path) -> Result<(Vec<f32>, Vec<u32>), String> {
         .map_err(|error| error.to_string())?;
     let last = last.unwrap();
     assert!(last.done_bytes <= last.total_bytes);
-    Ok((logits_of(&ops, &model, 6), model.config().eos.clone()))
+    Ok((logits_of(&ops, &model, 6), model.decoder().eos.clone()))
 }
 
 #[test]
@@ -170,7 +170,7 @@ fn the_vocabulary_is_as_large_as_the_table() {
         files.write_model(folder.path()).unwrap();
         assert_eq!(outcome(folder.path()).unwrap().0.len(), rows, "columns of the logits");
         let ops = CpuBackend::new(DType::F32, 1).unwrap();
-        assert_eq!(Model::load(&ops, folder.path(), &mut |_| {}).unwrap().config().vocab, rows);
+        assert_eq!(Model::load(&ops, folder.path(), &mut |_| {}).unwrap().decoder().vocab, rows);
         files.config["vocab_size"] = (rows - 1).into();
         files.write_model(folder.path()).unwrap();
         let refusal = outcome(folder.path()).err().unwrap();

@@ -17,7 +17,7 @@ use std::path::Path;
 use kernels::{DType, cpu::CpuBackend};
 use logits::logits_of;
 use model::{
-    Config, Model,
+    Decoder, Model,
     adapter::BaseModel,
     testing::{self, Files, Tensor},
 };
@@ -138,7 +138,7 @@ fn rotary_frequencies_are_divided_by_the_files_factors() {
     let inv_freq = |files: &Files| {
         let folder = tempfile::tempdir().unwrap();
         files.write_model(folder.path()).unwrap();
-        Config::from_folder(folder.path()).unwrap().rope.inv_freq
+        Decoder::from_folder(folder.path()).unwrap().ropes.remove(0).inv_freq
     };
     let (plain, scaled) = (inv_freq(&testing::model()), inv_freq(&files));
     let data: Vec<f32> = plain.iter().zip(&scaled).map(|(plain, scaled)| plain / scaled).collect();
@@ -167,8 +167,8 @@ fn copies_of_tables_are_compared_with_a_file() {
     let tensors: Vec<_> = files.tensors.iter().map(|(name, tensor)| converted(name, tensor)).collect();
     write(&path, &tensors, &[]);
     let ops = CpuBackend::new(DType::F32, 1).unwrap();
-    let config = Model::load(&ops, &path, &mut |_| {}).unwrap().config().clone();
-    let base = BaseModel { config, path, dtype: DType::F32 };
+    let decoder = Model::load(&ops, &path, &mut |_| {}).unwrap().decoder().clone();
+    let base = BaseModel { decoder, path, dtype: DType::F32 };
     let read = |module: &str, spoil: Option<usize>| {
         let mut copied = testing::adapter(&["q_proj"], 4, 1);
         let mut table = files.tensors[&format!("{module}.weight")].clone();

@@ -69,16 +69,16 @@ impl Runner {
         let ops = CpuBackend::new(dtype, 2).unwrap();
         let path = model.to_owned();
         let model = Model::load(&ops, model, &mut |_| {}).unwrap();
-        let base = BaseModel { config: model.config().clone(), path, dtype };
-        let mut slots = ops.lora_slots(&model.sites(), adapters.len()).unwrap();
+        let base = BaseModel { decoder: model.decoder().clone(), path, dtype };
+        let mut slots = ops.lora_slots(model.sites(), adapters.len()).unwrap();
         for (slot, folder) in adapters.iter().enumerate() {
             let parts = adapter::read(folder, &base).unwrap().parts;
-            let staged = Arc::new(ops.stage(&model.sites(), &parts).unwrap());
+            let staged = Arc::new(ops.stage(model.sites(), &parts).unwrap());
             ops.load(&mut slots, slot as u32, &staged, &model.site_weights()).unwrap();
         }
         assert_eq!(ops.loaded(&mut slots).unwrap().len(), adapters.len());
         Runner {
-            sampler: ops.sampler(1, model.config().vocab).unwrap(),
+            sampler: ops.sampler(1, model.decoder().vocab).unwrap(),
             kv: model.kv_cache(&ops, blocks as usize).unwrap(),
             scratch: model.scratch(&ops, 256, 256).unwrap(),
             batch: ops.batch(256, blocks as usize, &model.spans()).unwrap(),

@@ -28,7 +28,7 @@ fn a_folder_loads_and_shows_its_progress() {
     let ops = CpuBackend::new(DType::Bf16, 1).unwrap();
     let mut seen = Vec::new();
     let model = Model::load(&ops, folder.path(), &mut |progress| seen.push(progress)).unwrap();
-    assert_eq!(model.config().eos, [2, 7]);
+    assert_eq!(model.decoder().eos, [2, 7]);
     assert!(seen.windows(2).all(|pair| pair[0].done_bytes < pair[1].done_bytes));
     assert_eq!(seen.last().unwrap().done_bytes, seen[0].total_bytes, "it ends at the whole");
 }
@@ -64,7 +64,7 @@ fn a_head_that_is_not_the_table_is_used() {
     let tied = |files: &Files| {
         let folder = tempfile::tempdir().unwrap();
         files.write_model(folder.path()).unwrap();
-        load(folder.path()).unwrap().config().tied
+        load(folder.path()).unwrap().decoder().head.tied
     };
     assert!(!tied(&files), "the file has another one");
     files.tensors.insert("lm_head.weight".into(), files.tensors["model.embed_tokens.weight"].clone());

@@ -6,7 +6,7 @@ use std::{fs, time::Duration};
 
 use kernels::DType;
 use model::{
-    Config,
+    Decoder,
     adapter::{AdapterFolder, BaseModel},
     testing::{self, Tensor, Tensors},
 };
@@ -26,9 +26,9 @@ fn time_to_read(layers: usize, targets: Option<Value>) -> Duration {
     let folder = tempfile::tempdir().unwrap();
     let (base, at) = (folder.path().join("model"), folder.path().join("adapter"));
     testing::model().write_model(&base).unwrap();
-    let mut config = Config::from_folder(&base).unwrap();
-    config.layers = layers;
-    let model = BaseModel { config, path: base, dtype: DType::F32 };
+    let mut decoder = Decoder::from_folder(&base).unwrap();
+    decoder.layers = vec![decoder.layers[0].clone(); layers];
+    let model = BaseModel { decoder, path: base, dtype: DType::F32 };
     let mut files = testing::adapter(&NAMES, 1, 1);
     let first: Tensors = files.tensors.into_iter().filter(|(name, _)| name.contains("layers.0.")).collect();
     let in_layer = |layer: usize| {

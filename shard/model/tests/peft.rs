@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fs, path::Path};
 
 use kernels::{DType, LoraPart};
 use model::{
-    Config,
+    Decoder,
     adapter::{self, Adapter, BaseModel},
     testing::{self, Files, Tensor, Tensors},
 };
@@ -25,7 +25,7 @@ fn read(files: &Files) -> Result<Adapter, String> {
     let folder = tempfile::tempdir().unwrap();
     let base = folder.path().join("model");
     testing::model().write_model(&base).unwrap();
-    let base = BaseModel { config: Config::from_folder(&base).unwrap(), path: base, dtype: DType::F32 };
+    let base = BaseModel { decoder: Decoder::from_folder(&base).unwrap(), path: base, dtype: DType::F32 };
     files.write_adapter(folder.path()).unwrap();
     adapter::read(folder.path(), &base).map_err(|error| error.to_string())
 }

@@ -9,7 +9,7 @@ use std::{fs, path::Path};
 use kernels::{DType, cpu::CpuBackend};
 use logits::logits_of;
 use model::{
-    Config, Model,
+    Decoder, Model,
     adapter::{self, AdapterError, BaseModel, ContentHash},
     testing::{self, Files, Pickle, Tensors, write_archive, write_torch},
 };
@@ -134,7 +134,7 @@ impl Adapters {
 
     fn read(&self) -> Result<ContentHash, AdapterError> {
         let path = self.0.path().join("model");
-        let model = BaseModel { config: Config::from_folder(&path).unwrap(), path, dtype: DType::F32 };
+        let model = BaseModel { decoder: Decoder::from_folder(&path).unwrap(), path, dtype: DType::F32 };
         adapter::read(&self.0.path().join("adapter"), &model).map(|adapter| adapter.hash)
     }
 }

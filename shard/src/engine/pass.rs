@@ -145,7 +145,7 @@ impl<B: Backend> State<B> {
         if let Some(slot) = slot.filter(|slot| !self.is_slot_ready(*slot)) {
             return Err(StepError::SlotNotReady(slot));
         }
-        let (end, limit) = (rows.position.saturating_add(rows.rows), self.model.config().max_positions);
+        let (end, limit) = (rows.position.saturating_add(rows.rows), self.model.decoder().max_positions);
         if end > limit {
             return Ok(Some(self.refuse(id, format!("position {} is beyond the model's {limit}", end - 1))));
         }

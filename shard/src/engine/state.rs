@@ -3,7 +3,7 @@
 use std::{collections::HashMap, mem, sync::Arc};
 
 use kernels::{BLOCK_SIZE, Backend, Batch, SamplingParams};
-use model::{Config, Model, adapter::ContentHash};
+use model::{Decoder, Model, adapter::ContentHash};
 use tokio::sync::oneshot::error::TryRecvError;
 
 use super::{Held, idle::Idle};
@@ -171,11 +171,11 @@ impl<B: Backend> State<B> {
         adapters: Arc<Adapters<B>>,
         limits: Limits,
     ) -> kernels::Result<State<B>> {
-        let Config { vocab, max_positions, .. } = *model.config();
+        let Decoder { vocab, max_positions, .. } = *model.decoder();
         // Sequences may share blocks, but each has a table of its own.
         let tables = limits.max_sequences * max_positions.div_ceil(kernels::BLOCK_SIZE);
         Ok(State {
-            slots: ops.lora_slots(&model.sites(), limits.num_slots)?,
+            slots: ops.lora_slots(model.sites(), limits.num_slots)?,
             sampler: ops.sampler(limits.max_sequences, vocab)?,
             num_blocks: 0,
             kv: model.kv_cache(&ops, 0)?,
@@ -368,7 +368,7 @@ impl<B: Backend> State<B> {
 
     /// Whether the model has room for a sequence's tokens. Which tokens there are is checked with its sampling.
     fn expect_tokens(&self, new: &NewSequence) -> Result<(), String> {
-        let (tokens, limit) = (new.tokens.len(), self.model.config().max_positions);
+        let (tokens, limit) = (new.tokens.len(), self.model.decoder().max_positions);
         if new.prompt_len == 0 || new.prompt_len > tokens {
             return Err(format!("a prompt of {} tokens of {tokens}", new.prompt_len));
         }

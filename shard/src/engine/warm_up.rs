@@ -26,7 +26,7 @@ impl<B: Backend> State<B> {
     /// once for all rows, so that it takes less than in proportion: the result is an upper estimate but for attention
     /// over long contexts.
     pub(super) fn estimate_longest_step(&mut self) -> kernels::Result<Duration> {
-        let room = self.num_blocks.saturating_mul(BLOCK_SIZE).min(self.model.config().max_positions);
+        let room = self.num_blocks.saturating_mul(BLOCK_SIZE).min(self.model.decoder().max_positions);
         let rows = MODEST_ROWS.min(self.limits.max_rows).min(room);
         let took = self.run(&batch(&[rows], 0))?;
         Ok(took.mul_f64(self.limits.max_rows as f64 / rows as f64))
@@ -34,7 +34,7 @@ impl<B: Backend> State<B> {
 
     /// Lengths of sequences that have so many rows together, or as many as all sequences can have.
     fn prefill(&self, rows: usize) -> Vec<usize> {
-        let longest = self.model.config().max_positions;
+        let longest = self.model.decoder().max_positions;
         let starts = (0..rows).step_by(longest).take(self.limits.max_sequences);
         starts.map(|start| longest.min(rows - start)).collect()
     }

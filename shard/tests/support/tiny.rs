@@ -48,9 +48,10 @@ pub(crate) fn engine_of<B: Backend>(
     let ops = Arc::new(ops);
     let model = Arc::new(Model::load(&*ops, &at("model"), &mut |_| {}).unwrap());
     let roots = Roots::new(Some(&at("adapters")), &[]).unwrap();
-    let base = BaseModel { config: model.config().clone(), path: at("model"), dtype: DType::F32 };
+    let base = BaseModel { decoder: model.decoder().clone(), path: at("model"), dtype: DType::F32 };
     let host = HostLimits { bytes: host_bytes, read_timeout: READ_TIMEOUT };
-    let adapters = Arc::new(Adapters::new(ops.clone(), base, model.sites(), roots, host, Handle::current()));
+    let adapters =
+        Arc::new(Adapters::new(ops.clone(), base, model.sites().to_vec(), roots, host, Handle::current()));
     let limits = Limits { num_slots, max_rows: 32, max_sequences: 4, max_logit_rows: 32 };
     let mut engine = Engine::new(ops, model, adapters.clone(), limits).unwrap();
     engine.warm_up().unwrap();

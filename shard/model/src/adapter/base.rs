@@ -9,7 +9,8 @@ use super::{
     tensors::{self, PREFIX},
 };
 use crate::{
-    Config,
+    Decoder,
+    decoder::Part,
     weights::{self, tensor_file::TensorFile},
 };
 
@@ -17,7 +18,7 @@ use crate::{
 #[derive(Debug, Clone)]
 pub struct BaseModel {
     /// What it looks like.
-    pub config: Config,
+    pub decoder: Decoder,
     /// Its files: a folder, or a GGUF file.
     pub path: PathBuf,
     /// What its weights are converted to.
@@ -41,8 +42,9 @@ impl BaseModel {
     /// Refuses a tensor of an adapter that is not what the model has for `module`, once both are converted. A few rows at
     /// a time: tables of some models take gigabytes.
     pub(super) fn check_copy(&self, file: &TensorFile, name: &str, module: &str) -> Result<(), AdapterError> {
-        let module = if self.config.tied { "model.embed_tokens" } else { module };
-        let Config { vocab, hidden, .. } = self.config;
+        let table = self.decoder.names.path(None, Part::Embed);
+        let module = if self.decoder.head.tied { &table } else { module };
+        let Decoder { vocab, hidden, .. } = self.decoder;
         tensors::expect_shape(file, name, [vocab, hidden])?;
         let (_, source) = weights::open(&self.path)?;
         let base = format!("{module}.weight");

@@ -8,14 +8,12 @@ use super::{
     AdapterError, CONFIG_FILE, Module,
     pattern::{LayerFilter, Patterns, Targets, pattern_values, saved_module},
 };
-use crate::{Config, LoadError, files};
+use crate::{Decoder, LoadError, files};
 use file::File;
 pub(super) use file::OneOrMany;
 
 /// Longest configuration that is read.
 const MAX_CONFIG: u64 = 1 << 20;
-/// What PEFT targets in a Llama or a Mistral if a configuration does not tell.
-const DEFAULT_TARGETS: [&str; 2] = ["q_proj", "v_proj"];
 
 /// A checked configuration, with its patterns compiled.
 pub(super) struct AdapterConfig {
@@ -34,8 +32,15 @@ pub(super) struct Target {
     pub(super) scale: f32,
 }
 
+impl Target {
+    /// The site and slice of its module.
+    pub(super) fn place(&self) -> (usize, usize) {
+        self.module.place.unwrap_or_default()
+    }
+}
+
 impl AdapterConfig {
-    pub(super) fn read(folder: &Path, model: &Config) -> Result<AdapterConfig, AdapterError> {
+    pub(super) fn read(folder: &Path, model: &Decoder) -> Result<AdapterConfig, AdapterError> {
         let path = folder.join(CONFIG_FILE);
         if !path.exists() {
             return Err(AdapterError::NoFile(CONFIG_FILE));
@@ -47,7 +52,7 @@ impl AdapterConfig {
         let patterns = Patterns::of(file.patterns());
         let targets = match &file.target_modules {
             Some(targets) => Targets::new(targets, patterns)?,
-            None => Targets::Names(DEFAULT_TARGETS.map(str::to_owned).into()),
+            None => Targets::Names(model.names.targets.iter().map(|name| (*name).to_owned()).collect()),
         };
         let excluded = file.exclude_modules.as_ref();
         let excluded =

@@ -80,7 +80,7 @@ fn part(
     }
     let a = read('A', [lora_rank, module.inputs])?;
     let b = read('B', [module.outputs, lora_rank])?;
-    Ok(LoraPart::delta((module.site, module.slice), lora_rank, scale, &a, &b))
+    Ok(LoraPart::delta(target.place(), lora_rank, scale, &a, &b))
 }
 
 /// Refuses a tensor of another shape, which may be of any length and is not read.

@@ -1,20 +1,26 @@
 //! Files of tensors of a folder in Hugging Face layout, found and named as transformers does (`modeling_utils.py`:
 //! `_get_resolved_checkpoint_files`, and `core_model_loading.py`: `rename_source_key`).
 
-use std::{collections::BTreeMap, fs, ops::Range, path::Path};
+use std::{
+    collections::{BTreeMap, HashSet},
+    fs,
+    ops::Range,
+    path::Path,
+};
 
 use kernels::WeightPart;
 use serde::Deserialize;
 
-use super::{Source, names::is_taken, tensor_file::TensorFile};
-use crate::{Config, LoadError, Result};
+use super::{Source, tensor_file::TensorFile};
+use crate::{
+    Decoder, LoadError, Result,
+    decoder::{Modules, Part},
+};
 
 const WHOLE: &str = "model.safetensors";
 /// A whole file and an index of several, in the order in which transformers looks for them.
 const FILES: [(&str, &str); 2] =
     [(WHOLE, "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json")];
-const TABLE: &str = "model.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
 
 /// A tensor in one of the files.
 #[derive(Clone)]
@@ -32,14 +38,15 @@ pub(super) struct Folder {
 }
 
 impl Folder {
-    pub(super) fn open(folder: &Path, config: &Config) -> Result<Folder> {
+    pub(super) fn open(folder: &Path, decoder: &Decoder) -> Result<Folder> {
         let files = file_names(folder)?;
         let files =
             files.iter().map(|name| TensorFile::open(&folder.join(name))).collect::<Result<Vec<_>>>()?;
+        let taken = Taken::of(decoder);
         let mut places = BTreeMap::new();
         for (i, file) in files.iter().enumerate() {
             for name in file.names() {
-                let Some(taken) = taken_name(name, config) else { continue };
+                let Some(taken) = taken.name(name) else { continue };
                 // A tensor of exactly this name wins over one that is meant by another name.
                 if taken == name || !places.contains_key(&taken) {
                     places.insert(taken, Place { file: i, name: name.into() });
@@ -47,11 +54,12 @@ impl Folder {
             }
         }
         // Of a model that has one matrix for both, either may be missing.
-        if config.tied
-            && !places.contains_key(TABLE)
-            && let Some(head) = places.get(HEAD).cloned()
+        let [table, head] = [Part::Embed, Part::Head].map(|part| decoder.names.path(None, part) + ".weight");
+        if decoder.head.tied
+            && !places.contains_key(&table)
+            && let Some(head) = places.get(&head).cloned()
         {
-            places.insert(TABLE.into(), head);
+            places.insert(table, head);
         }
         Ok(Folder { files, places })
     }
@@ -85,15 +93,30 @@ fn file_names(folder: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// The name under which the model takes a tensor: its own, or the same without or with `model.` in front, which is where
-/// a decoder is in a model with a head.
-fn taken_name(name: &str, config: &Config) -> Option<String> {
-    let prefix = "model.";
-    let without = name.strip_prefix(prefix).filter(|without| is_taken(without, config));
-    if let Some(without) = without {
-        return Some(without.into());
+/// Names of the tensors that a model takes.
+struct Taken {
+    names: HashSet<String>,
+    /// What may be missing in front of a name, or be there although it should not.
+    base: String,
+}
+
+impl Taken {
+    fn of(decoder: &Decoder) -> Taken {
+        let modules = Modules::of(decoder);
+        let names =
+            modules.iter().flat_map(|module| module.tensors().map(|(name, _)| name).collect::<Vec<_>>());
+        Taken { names: names.collect(), base: format!("{}.", decoder.names.base) }
     }
-    [format!("{prefix}{name}"), name.into()].into_iter().find(|name| is_taken(name, config))
+
+    /// The name under which the model takes a tensor: its own, or the same with or without the module in front that holds a
+    /// decoder in a model with a head.
+    fn name(&self, name: &str) -> Option<String> {
+        let without = name.strip_prefix(&self.base).filter(|without| self.names.contains(*without));
+        if let Some(without) = without {
+            return Some(without.into());
+        }
+        [format!("{}{name}", self.base), name.into()].into_iter().find(|name| self.names.contains(name))
+    }
 }
 
 impl Source for Folder {

@@ -1,37 +1,47 @@
-//! Tensors of a Llama in a GGUF file, under their Hugging Face names.
+//! Tensors of a decoder in a GGUF file, under their Hugging Face names.
 
 #[cfg(test)]
 mod tests;
 
-use std::{ops::Range, path::Path};
+use std::{
+    collections::{HashMap, HashSet},
+    ops::Range,
+    path::Path,
+};
 
 use gguf::{Gguf, TensorInfo};
 use kernels::{DType, Format, WeightPart};
 
-use super::{
-    Source,
-    names::{ggml_name, is_ggml_name},
-    tensor_file::check_part,
+use super::{Source, tensor_file::check_part};
+use crate::{
+    Decoder, LoadError, Result,
+    decoder::{Modules, Stored},
+    families::ROPE_FACTORS,
 };
-use crate::{Config, LoadError, Result, config::ROPE_FACTORS};
 
 /// An open file.
 pub(super) struct GgufSource {
     file: Gguf,
-    query_heads: usize,
-    kv_heads: usize,
+    /// The file's names of tensors by Hugging Face's.
+    names: HashMap<String, String>,
+    /// Heads of queries and of keys whose halves the converter has interleaved.
+    interleaved: Option<[usize; 2]>,
 }
 
 /// Opens a file. A tensor that no module takes is refused: without it, this would be another model.
-pub(super) fn open(path: &Path) -> Result<(Config, GgufSource)> {
+pub(super) fn open(path: &Path) -> Result<(Decoder, GgufSource)> {
     let file = Gguf::open(path)?;
-    let config = Config::from_gguf(&file)?;
-    let is_used = |name: &str| name == ROPE_FACTORS || is_ggml_name(name, config.layers);
-    if let Some(other) = file.tensors().iter().find(|info| !is_used(&info.name)) {
+    let decoder = Decoder::from_gguf(&file)?;
+    let names: HashMap<String, String> =
+        Modules::of(&decoder).iter().flat_map(|module| module.tensors().collect::<Vec<_>>()).collect();
+    let used: HashSet<&str> = names.values().map(String::as_str).chain([ROPE_FACTORS]).collect();
+    if let Some(other) = file.tensors().iter().find(|info| !used.contains(info.name.as_str())) {
         return Err(LoadError::UnknownTensor(other.name.clone()));
     }
-    let (query_heads, kv_heads) = (config.heads.query, config.heads.kv);
-    Ok((config, GgufSource { file, query_heads, kv_heads }))
+    let heads = decoder.heads();
+    let is_permuted = decoder.names.stored == Stored::Gguf { permuted: true };
+    let interleaved = is_permuted.then_some([heads.query, heads.kv]);
+    Ok((decoder, GgufSource { file, names, interleaved }))
 }
 
 /// Where the converter put output `output` of a q or k projection with heads of `dim` outputs. It interleaves the
@@ -45,16 +55,17 @@ fn stored_output(output: usize, dim: usize) -> usize {
 
 impl GgufSource {
     fn tensor(&self, name: &str) -> Result<&TensorInfo> {
-        let found = ggml_name(name).and_then(|ggml| self.file.tensor(&ggml));
+        let found = self.names.get(name).and_then(|ggml| self.file.tensor(ggml));
         found.ok_or_else(|| LoadError::MissingTensor(name.into()))
     }
 
     /// Outputs of one head, if the converter has interleaved this tensor's heads. Heads that are not whole or have an odd
     /// size mean a wrong shape, which the caller finds.
     fn interleaved_head(&self, info: &TensorInfo) -> Option<usize> {
+        let [query, kv] = self.interleaved?;
         let heads = match info.name.rsplit('.').nth(1) {
-            Some("attn_q") => self.query_heads,
-            Some("attn_k") => self.kv_heads,
+            Some("attn_q") => query,
+            Some("attn_k") => kv,
             _ => return None,
         };
         let outputs = if is_bias(info) { info.cols() } else { info.rows() };

@@ -16,8 +16,8 @@ fn ends(metadata: &[(&str, Meta)]) -> Vec<u32> {
     let ops = CpuBackend::new(DType::F32, 1).unwrap();
     let model = Model::load(&ops, file.path(), &mut |_| {}).unwrap();
     // However few tokens the file lists, each row of the table is one of the model's.
-    assert_eq!(model.config().vocab, 96);
-    model.config().eos.clone()
+    assert_eq!(model.decoder().vocab, 96);
+    model.decoder().eos.clone()
 }
 
 /// The ends of a model whose first tokens are these, of one type, and whose key names token 0.

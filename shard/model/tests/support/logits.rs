@@ -8,8 +8,8 @@ pub(crate) fn logits_of(ops: &CpuBackend, model: &Model<CpuBackend>, prompt: usi
     let host = batch(&[(prompt, 0)], &[]);
     let mut device = ops.batch(host.rows(), host.blocks.len(), &model.spans()).unwrap();
     ops.upload(&host, &mut device).unwrap();
-    let slots = ops.lora_slots(&model.sites(), 1).unwrap();
-    let sampler = ops.sampler(1, model.config().vocab).unwrap();
+    let slots = ops.lora_slots(model.sites(), 1).unwrap();
+    let sampler = ops.sampler(1, model.decoder().vocab).unwrap();
     let mut scratch = model.scratch(ops, host.rows(), 1).unwrap();
     let mut kv = model.kv_cache(ops, 1 + *host.blocks.iter().max().unwrap() as usize).unwrap();
     let pass = Pass { ops, batch: &device, slots: &slots, sampler: &sampler };

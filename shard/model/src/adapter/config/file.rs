@@ -6,7 +6,7 @@ use serde::{
 };
 use serde_json::{Map, Value};
 
-use crate::{Config, adapter::AdapterError};
+use crate::{Decoder, adapter::AdapterError, decoder::Modules};
 
 /// Fields of `LoraConfig` (PEFT 0.5 to 0.21) that have no say in the output, whatever their value is.
 const HARMLESS: [&str; 16] = [
@@ -123,7 +123,7 @@ impl File {
     }
 
     /// Refuses what would change the output in a way that is not served.
-    pub(super) fn check(&self, model: &Config) -> Result<(), AdapterError> {
+    pub(super) fn check(&self, model: &Decoder) -> Result<(), AdapterError> {
         if self.peft_type.as_deref() != Some("LORA") {
             return refuse("peft_type", self.peft_type.as_deref().unwrap_or("null"));
         }
@@ -137,7 +137,7 @@ impl File {
         // Biases of the base model that were trained. One without biases has none to train.
         match self.bias.as_deref() {
             None | Some("none") => {}
-            Some("all" | "lora_only") if !model.attention_bias && !model.mlp_bias => {}
+            Some("all" | "lora_only") if !Modules::of(model).iter().any(|module| module.bias) => {}
             Some(bias) => return refuse("bias", bias),
         }
         self.check_layers()?;

@@ -64,7 +64,15 @@ fn source((ty, code): (TensorType, u32)) -> GgufSource {
     header.resize(header.len().next_multiple_of(32), 0);
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(file.path(), [header, data].concat()).unwrap();
-    GgufSource { file: Gguf::open(file.path()).unwrap(), query_heads: QUERY_HEADS, kv_heads: KV_HEADS }
+    let names = [
+        (Q, "blk.0.attn_q.weight"),
+        (K, "blk.0.attn_k.weight"),
+        (DOWN, "blk.0.ffn_down.weight"),
+        (Q_BIAS, "blk.0.attn_q.bias"),
+        (NORM, "output_norm.weight"),
+    ];
+    let names = names.map(|(name, ggml)| (name.to_owned(), ggml.to_owned())).into();
+    GgufSource { file: Gguf::open(file.path()).unwrap(), names, interleaved: Some([QUERY_HEADS, KV_HEADS]) }
 }
 
 /// Rows and columns of a part, both cut from the whole.

@@ -2,13 +2,14 @@
 
 use std::f32::consts::TAU;
 
+use kernels::{RopeSpec, Stretch};
+
 /// A rotary embedding: what a position is multiplied with to get the angle of each pair of elements of a head.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Rope {
-    /// Radians per position of each pair, `[head_dim / 2]`.
-    pub inv_freq: Vec<f32>,
+pub(super) struct Rope {
+    /// Radians per position of each pair.
+    inv_freq: Vec<f32>,
     /// Factor of all cosines and sines. The logits of attention grow by its square.
-    pub attention_factor: f32,
+    attention_factor: f32,
 }
 
 /// Llama 3.1's scaling: low frequencies are divided by `factor`, high ones are kept, with a ramp between.
@@ -35,6 +36,11 @@ pub(super) struct Yarn {
 }
 
 impl Rope {
+    /// The same as it is computed.
+    pub(super) fn spec(self, positions: usize, stretch: Stretch) -> RopeSpec {
+        RopeSpec { inv_freq: self.inv_freq, scale: self.attention_factor, positions, stretch }
+    }
+
     /// The frequencies `theta^(-2j / dim)` of a head of `dim` elements, unscaled.
     pub(super) fn plain(theta: f32, dim: usize) -> Rope {
         let inv_freq = |j: usize| 1.0 / theta.powf(2.0 * j as f32 / dim as f32);

@@ -7,13 +7,18 @@ mod keys;
 use std::f32::consts::PI;
 
 use gguf::{FromValue, Gguf};
-use kernels::Heads;
+use kernels::{Activation, Heads, RopeSpec, Stretch};
 
 use super::{
-    Config, Rope, check_head_dim,
-    rope::{Yarn, yarn_attention_factor},
+    frequencies::{Rope, Yarn, yarn_attention_factor},
+    llama,
 };
-use crate::{LoadError, Result};
+use crate::{
+    Decoder, LoadError, Result,
+    decoder::{
+        Attention, Embedding, Head, Layer, MAX_LAYERS, Mlp, Names, NormSpec, Stored, Wiring, check_head_dim,
+    },
+};
 
 /// Tensor of a GGUF file that divides rotary frequencies, `[head_dim / 2]`. Llama 3.1's scaling is written this way.
 pub(crate) const ROPE_FACTORS: &str = "rope_freqs.weight";
@@ -27,16 +32,16 @@ fn size(file: &Gguf, key: &str) -> Result<usize> {
 }
 
 fn refused(key: &str, value: impl ToString, known: &'static str) -> LoadError {
-    LoadError::Unsupported { field: format!("llama.{key}"), value: value.to_string(), known }
+    LoadError::Unsupported { field: format!("llama.{key}"), value: value.to_string(), known: known.into() }
 }
 
-impl Config {
+impl Decoder {
     /// Reads a GGUF file's metadata.
-    pub(crate) fn from_gguf(file: &Gguf) -> Result<Config> {
+    pub(crate) fn from_gguf(file: &Gguf) -> Result<Decoder> {
         let architecture: &str = file.require("general.architecture")?;
         if architecture != "llama" {
             let (field, value) = ("general.architecture".into(), architecture.into());
-            return Err(LoadError::Unsupported { field, value, known: "llama" });
+            return Err(LoadError::Unsupported { field, value, known: "llama".into() });
         }
         keys::check_file(file)?;
         let (hidden, query) = (size(file, "embedding_length")?, size(file, "attention.head_count")?.max(1));
@@ -52,28 +57,34 @@ impl Config {
             file.tensors().iter().any(|info| is_bias(&info.name))
         };
         let max_positions = size(file, "context_length")?;
-        let config = Config {
+        let kv = optional::<u32>(file, "attention.head_count_kv")?.map_or(query, |kv| kv as usize);
+        let mut attention = Attention::causal(Heads { query, kv, dim });
+        attention.qkv_bias = has_bias("attn_");
+        attention.out_bias = attention.qkv_bias;
+        let norm = NormSpec::rms(file.require("llama.attention.layer_norm_rms_epsilon")?);
+        let mlp = Mlp {
+            width: size(file, "feed_forward_length")?,
+            activation: Activation::Silu,
+            gated: true,
+            bias: has_bias("ffn_"),
+        };
+        let layer = Layer { norm, wiring: Wiring::Sequential { post_norms: false }, attention, mlp };
+        let decoder = Decoder {
             hidden,
-            layers: size(file, "block_count")?,
-            heads: Heads {
-                query,
-                kv: optional::<u32>(file, "attention.head_count_kv")?.map_or(query, |kv| kv as usize),
-                dim,
-            },
-            ffn: size(file, "feed_forward_length")?,
             vocab: table.dims.get(1).copied().unwrap_or(0),
             max_positions,
             eos: file.end_tokens()?,
-            rms_eps: file.require("llama.attention.layer_norm_rms_epsilon")?,
-            rope: rope(file, dim, max_positions)?,
-            tied: file.tensor("output.weight").is_none(),
-            attention_bias: has_bias("attn_"),
-            mlp_bias: has_bias("ffn_"),
-            window: None,
+            embedding: Embedding { scale: 1.0, positions: None, norm: None },
+            layers: vec![layer; size(file, "block_count")?.min(MAX_LAYERS + 1)],
+            norm,
+            head: Head::plain(file.tensor("output.weight").is_none()),
+            ropes: vec![rope(file, dim, max_positions)?],
+            residual_scale: 1.0,
+            names: Names { stored: Stored::Gguf { permuted: true }, ..llama::NAMES },
         };
-        let config = config.check()?;
-        keys::check_architecture(file, &config)?;
-        Ok(config)
+        let decoder = decoder.check()?;
+        keys::check_architecture(file, &decoder)?;
+        Ok(decoder)
     }
 }
 
@@ -85,7 +96,11 @@ fn positive(file: &Gguf, key: &str, default: f32) -> Result<f32> {
 
 /// The rotary embedding. Without a type the scaling is linear; a factor of 0 is none; the factors of [`ROPE_FACTORS`]
 /// apply before any other scaling; and `attn_factor` applies whatever the type is.
-fn rope(file: &Gguf, dim: usize, context: usize) -> Result<Rope> {
+fn rope(file: &Gguf, dim: usize, context: usize) -> Result<RopeSpec> {
+    scaled(file, dim, context).map(|rope| rope.spec(context, Stretch::None))
+}
+
+fn scaled(file: &Gguf, dim: usize, context: usize) -> Result<Rope> {
     let theta = positive(file, "rope.freq_base", 10_000.0)?;
     let rope =
         Rope::plain(theta, dim).with_attention_factor(positive(file, "rope.scaling.attn_factor", 1.0)?);

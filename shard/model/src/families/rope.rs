@@ -3,14 +3,12 @@
 
 use std::f64::consts::TAU;
 
+use kernels::{RopeSpec, Stretch};
 use serde_json::{Map, Value};
 
 use super::{
-    super::{
-        Rope,
-        rope::{Llama3, Yarn, yarn_attention_factor},
-    },
     fields::{Fields, unsupported},
+    frequencies::{Llama3, Rope, Yarn, yarn_attention_factor},
 };
 use crate::{LoadError, Result};
 
@@ -25,7 +23,7 @@ struct Parameters<'a> {
 }
 
 /// The rotary embedding of heads of `dim` elements.
-pub(super) fn rope(fields: &Fields, dim: usize, max_positions: usize) -> Result<Rope> {
+pub(super) fn rope(fields: &Fields, dim: usize, max_positions: usize) -> Result<RopeSpec> {
     let none = Map::new();
     // The older name wins over the newer one, unless it is empty.
     let nested = match object(fields, "rope_scaling")?.filter(|nested| !nested.is_empty()) {
@@ -87,7 +85,8 @@ impl Parameters<'_> {
         if original > 0.0 { Ok(original) } else { Err(wrong) }
     }
 
-    fn scaled(&self, rope: Rope, theta: f64, dim: usize) -> Result<Rope> {
+    fn scaled(&self, rope: Rope, theta: f64, dim: usize) -> Result<RopeSpec> {
+        let plain = |rope: Rope| rope.spec(self.max_positions, Stretch::None);
         let (name, kind) = match (self.get("rope_type"), self.get("type")) {
             (Some(kind), _) => ("rope_type", kind.clone()),
             (None, Some(kind)) => ("type", kind.clone()),
@@ -95,20 +94,23 @@ impl Parameters<'_> {
         };
         match kind.as_str() {
             Some("default") => match self.number("factor")? {
-                None | Some(1.0) => Ok(rope),
+                None | Some(1.0) => Ok(plain(rope)),
                 // A factor of nothing: transformers passes over it, or fails, depending on its version.
                 Some(_) => Err(unsupported("factor", &self.nested["factor"], "factors of a rope_type")),
             },
-            Some("linear") => Ok(rope.linear(self.factor()? as f32)),
-            // Its frequencies change only for sequences longer than the model's, which are not served.
-            Some("dynamic") => self.factor().map(|_| rope),
-            Some("yarn") => self.yarn(rope, theta, dim as f64),
-            Some("llama3") => Ok(rope.llama3(&Llama3 {
+            Some("linear") => Ok(plain(rope.linear(self.factor()? as f32))),
+            Some("dynamic") => {
+                let factor = self.factor()? as f32;
+                let positions = (self.max_positions as f32 * factor.max(1.0)) as usize;
+                Ok(rope.spec(positions, Stretch::Dynamic { original: self.max_positions as u32, factor }))
+            }
+            Some("yarn") => self.yarn(rope, theta, dim as f64).map(plain),
+            Some("llama3") => Ok(plain(rope.llama3(&Llama3 {
                 factor: self.factor()? as f32,
                 low: self.required("low_freq_factor")? as f32,
                 high: self.required("high_freq_factor")? as f32,
                 original: self.original()? as f32,
-            })),
+            }))),
             _ => Err(unsupported(name, &kind, KNOWN)),
         }
     }

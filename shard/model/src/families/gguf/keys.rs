@@ -3,7 +3,7 @@
 
 use gguf::{Gguf, Value};
 
-use crate::{Config, LoadError, Result};
+use crate::{Decoder, LoadError, Result};
 
 /// Refuses a file that is no whole model, or asks for something that is not computed whatever the architecture is.
 pub(super) fn check_file(file: &Gguf) -> Result<()> {
@@ -20,12 +20,12 @@ pub(super) fn check_file(file: &Gguf) -> Result<()> {
 }
 
 /// Refuses what the file asks of its architecture and is not computed.
-pub(super) fn check_architecture(file: &Gguf, config: &Config) -> Result<()> {
+pub(super) fn check_architecture(file: &Gguf, decoder: &Decoder) -> Result<()> {
     let theta = file.metadata().find(|(key, _)| *key == "llama.rope.freq_base").map(|(_, value)| value);
     check(file, |key, value| match key.strip_prefix("llama.") {
         // The base of layers that have a window. A file that gives one means it, unless it is that of all layers.
         Some("rope.freq_base_swa") => Some(value) == theta,
-        Some(key) => of_architecture(key, value, config),
+        Some(key) => of_architecture(key, value, decoder),
         None => true,
     })
 }
@@ -36,7 +36,7 @@ fn check(file: &Gguf, is_neutral: impl Fn(&str, &Value) -> bool) -> Result<()> {
     match refused.min_by_key(|(key, _)| *key) {
         None => Ok(()),
         Some((key, value)) => {
-            Err(LoadError::Unsupported { field: key.into(), value: value.to_string(), known: "" })
+            Err(LoadError::Unsupported { field: key.into(), value: value.to_string(), known: String::new() })
         }
     }
 }
@@ -78,9 +78,9 @@ fn of_file(key: &str, value: &Value) -> bool {
 }
 
 /// Keys of the architecture's namespace.
-fn of_architecture(key: &str, value: &Value, config: &Config) -> bool {
+fn of_architecture(key: &str, value: &Value, decoder: &Decoder) -> bool {
     let is = |expected: f64| number(value).is_some_and(|x| (x - expected).abs() <= 1e-6 * expected.abs());
-    let dim = config.heads.dim as f64;
+    let dim = decoder.heads().dim as f64;
     match key {
         // Read where the configuration is.
         "context_length"
@@ -105,7 +105,7 @@ fn of_architecture(key: &str, value: &Value, config: &Config) -> bool {
         "attention.layer_norm_epsilon" => true,
         // Sizes that must be the ones computed with.
         "attention.value_length" | "rope.dimension_count" => is(dim),
-        "embedding_length_out" => is_off(value) || is(config.hidden as f64),
+        "embedding_length_out" => is_off(value) || is(decoder.hidden as f64),
         // Llama's own order of the rows of q and k; the converter's, too.
         "tensor_data_layout" => matches!(value, Value::Str(layout) if layout == "Meta AI original pth"),
         "attention.causal" => matches!(value, Value::Bool(true)),
@@ -120,7 +120,7 @@ fn of_architecture(key: &str, value: &Value, config: &Config) -> bool {
         "hidden_activation" => matches!(value, Value::Str(name) if name == "silu"),
         // A window that covers every sequence is none.
         "attention.sliding_window" => {
-            is_off(value) || number(value).is_some_and(|window| window >= config.max_positions as f64)
+            is_off(value) || number(value).is_some_and(|window| window >= decoder.max_positions as f64)
         }
         // YaRN's constants, which llama.cpp does not read for a Llama: they must be the ones that it takes instead.
         "rope.scaling.yarn_beta_fast" => is(32.0),

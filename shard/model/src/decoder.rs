@@ -1,0 +1,270 @@
+//! What a decoder looks like, as data: the features in which families differ. A family's page fills it, and everything
+//! else reads it.
+
+mod modules;
+mod names;
+
+use kernels::{
+    Activation, AttentionShape, Heads, LogitShape, LoraSite, NormKind, NormSpan, Pairs, RopeSpec, Span,
+};
+
+use crate::{LoadError, Result};
+pub use modules::{Kind, Module, RowOrder};
+pub(crate) use modules::{LAYER_SITES, Modules};
+pub(crate) use names::{Names, Part, QkvOrder, Stored};
+
+/// Most layers of a model.
+pub(crate) const MAX_LAYERS: usize = 1 << 10;
+/// Most positions of a model; the longest context that a Llama was trained for.
+pub(crate) const MAX_POSITIONS: usize = 1 << 22;
+
+/// Most elements of a head.
+const MAX_HEAD_DIM: usize = 1 << 12;
+
+/// Refuses a size of heads that no model has. A table of rotary frequencies is made of it before weights are there to
+/// contradict.
+pub(crate) fn check_head_dim(dim: usize) -> Result<usize> {
+    let expected = "a positive integer up to 4096";
+    if dim <= MAX_HEAD_DIM { Ok(dim) } else { Err(LoadError::Field { field: "head_dim", expected }) }
+}
+
+/// A decoder-only language model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Decoder {
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Rows of the embedding table, which are the columns of the logits. A tokenizer may know fewer tokens, where the
+    /// table was padded, or more. [`Model::load`](crate::Model::load) refuses a table of another size.
+    pub vocab: usize,
+    /// Longest sequence.
+    pub max_positions: usize,
+    /// Tokens that end a sequence, sorted, all below `vocab`.
+    pub eos: Vec<u32>,
+    /// What a token becomes.
+    pub embedding: Embedding,
+    /// The layers, of equal sizes.
+    pub layers: Vec<Layer>,
+    /// The norm of the residual stream behind the last layer.
+    pub norm: NormSpec,
+    /// The output projection.
+    pub head: Head,
+    /// Rotary embeddings, which layers refer to.
+    pub ropes: Vec<RopeSpec>,
+    /// Factor of everything that is added to the residual stream.
+    pub residual_scale: f32,
+    /// What the parts are called, and how files store them.
+    pub(crate) names: Names,
+}
+
+/// What a token becomes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Embedding {
+    /// Factor of the table's rows.
+    pub scale: f32,
+    /// Learned positions that are added to them.
+    pub positions: Option<Positions>,
+    /// The norm of their sum.
+    pub norm: Option<NormSpec>,
+}
+
+/// A table of learned positions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Positions {
+    /// Rows of the table.
+    pub rows: usize,
+    /// The row of position 0.
+    pub first: usize,
+}
+
+/// A norm, but for its weights.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct NormSpec {
+    /// The formula.
+    pub kind: NormKind,
+    /// Added below the root.
+    pub eps: f32,
+    /// Whether there is a bias.
+    pub bias: bool,
+    /// Whether files store the weight without 1.
+    pub plus_one: bool,
+}
+
+impl NormSpec {
+    /// An RMS norm whose weight is stored as it is.
+    pub fn rms(eps: f32) -> NormSpec {
+        NormSpec { kind: NormKind::Rms, eps, bias: false, plus_one: false }
+    }
+
+    /// A layer norm with a bias.
+    pub fn layer(eps: f32) -> NormSpec {
+        NormSpec { kind: NormKind::Layer, eps, bias: true, plus_one: false }
+    }
+}
+
+/// One layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Layer {
+    /// Its norms; which there are, `wiring` says.
+    pub norm: NormSpec,
+    /// How its two branches meet the residual stream.
+    pub wiring: Wiring,
+    /// Attention.
+    pub attention: Attention,
+    /// The feed-forward network.
+    pub mlp: Mlp,
+}
+
+/// How attention and the feed-forward network of a layer meet the residual stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wiring {
+    /// One after the other, each behind a norm of the stream.
+    Sequential {
+        /// Whether what each adds to the stream is normed, too.
+        post_norms: bool,
+    },
+    /// Both read the stream as it was before the layer.
+    Parallel {
+        /// Whether both read it through the same norm.
+        shared_norm: bool,
+    },
+}
+
+/// Attention of a layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Attention {
+    /// Heads, scale, and which keys are seen.
+    pub shape: AttentionShape,
+    /// The rotation of queries and keys: which of [`Decoder::ropes`], and of which pairs.
+    pub rope: Option<(usize, Pairs)>,
+    /// Norms of queries and keys.
+    pub norms: Option<(NormSpec, NormSpan)>,
+    /// Whether the projections of queries, keys and values may have biases.
+    pub qkv_bias: bool,
+    /// Whether the output's projection may have one.
+    pub out_bias: bool,
+    /// Queries, keys and values are cut off at ±this.
+    pub clamp: Option<f32>,
+    /// Whether there are learned attention sinks.
+    pub sinks: bool,
+    /// ALiBi's slope of every query head.
+    pub slopes: Option<Vec<f32>>,
+}
+
+impl Attention {
+    /// Causal attention with rotary embeddings of whole heads, and nothing else.
+    pub fn causal(heads: Heads) -> Attention {
+        Attention {
+            shape: AttentionShape::causal(heads),
+            rope: Some((0, Pairs::Halves)),
+            norms: None,
+            qkv_bias: false,
+            out_bias: false,
+            clamp: None,
+            sinks: false,
+            slopes: None,
+        }
+    }
+}
+
+/// The feed-forward network of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mlp {
+    /// Its width.
+    pub width: usize,
+    /// Its activation.
+    pub activation: Activation,
+    /// Whether the activation of one projection gates another.
+    pub gated: bool,
+    /// Whether its projections may have biases.
+    pub bias: bool,
+}
+
+/// The output projection.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Head {
+    /// It is the embedding table.
+    pub tied: bool,
+    /// It has a bias.
+    pub bias: bool,
+    /// What happens to its products.
+    pub shape: LogitShape,
+}
+
+impl Head {
+    /// One without a bias, whose products are the logits.
+    pub fn plain(tied: bool) -> Head {
+        Head { tied, bias: false, shape: LogitShape::PLAIN }
+    }
+}
+
+impl Decoder {
+    /// Heads of all layers.
+    pub fn heads(&self) -> Heads {
+        self.layers[0].attention.shape.heads
+    }
+
+    /// Which keys rows see, in any layer; distinct.
+    pub fn spans(&self) -> Vec<Span> {
+        let mut spans: Vec<Span> = Vec::new();
+        for layer in &self.layers {
+            if !spans.contains(&layer.attention.shape.span) {
+                spans.push(layer.attention.shape.span);
+            }
+        }
+        spans
+    }
+
+    /// Positions that some row of any layer looks back over, its own included, or `None` for all: keys and values further
+    /// behind are never read again.
+    pub fn lookback(&self) -> Option<u32> {
+        let windows = self.layers.iter().map(|layer| match layer.attention.shape.span {
+            Span::Window(window) => Some(window),
+            Span::Causal | Span::Bidirectional => None,
+        });
+        windows.collect::<Option<Vec<_>>>()?.into_iter().max()
+    }
+
+    /// The operations that adapters can attach to, by their index: per layer q k v, o, the first and the second half of the
+    /// feed-forward network; then the output projection; then the embedding table.
+    pub fn sites(&self) -> Vec<LoraSite> {
+        Modules::of(self).sites()
+    }
+
+    /// Refuses sizes that contradict each other, and leaves out ends of sequences that the model cannot generate.
+    pub(crate) fn check(mut self) -> Result<Decoder> {
+        let inconsistent = |what, got, expected| Err(LoadError::Inconsistent { what, got, expected });
+        let field = |field, expected| Err(LoadError::Field { field, expected });
+        // Memory is taken for each of them before weights are there to contradict.
+        if self.layers.len() > MAX_LAYERS {
+            return field("num_hidden_layers", "a positive integer up to 1024");
+        }
+        if self.max_positions > MAX_POSITIONS {
+            return field("max_position_embeddings", "a positive integer up to 4194304");
+        }
+        let Some(first) = self.layers.first() else { return inconsistent("num_hidden_layers", 0, 1) };
+        let Heads { query, kv, dim } = first.attention.shape.heads;
+        if kv == 0 || !query.is_multiple_of(kv) {
+            return inconsistent("num_attention_heads, a multiple of num_key_value_heads", query, kv);
+        }
+        if dim == 0 || !dim.is_multiple_of(2) {
+            return inconsistent("head_dim, an even number", dim, dim + 1);
+        }
+        if self.vocab == 0 || first.mlp.width == 0 || self.max_positions == 0 || self.hidden == 0 {
+            return inconsistent("a size of the model", 0, 1);
+        }
+        let norms = self.layers.iter().map(|layer| layer.norm).chain([self.norm]);
+        if norms.into_iter().any(|norm| !norm.eps.is_finite()) {
+            return field(self.names.eps, "a finite number");
+        }
+        for rope in &self.ropes {
+            let numbers = rope.inv_freq.iter().chain([&rope.scale]);
+            if !numbers.into_iter().all(|x| x.is_finite() && *x >= 0.0) {
+                return field("rope_parameters", "parameters that give finite rotary frequencies");
+            }
+        }
+        self.eos.retain(|id| (*id as usize) < self.vocab);
+        self.eos.sort_unstable();
+        self.eos.dedup();
+        Ok(self)
+    }
+}

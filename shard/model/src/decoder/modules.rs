@@ -1,0 +1,281 @@
+//! The one table of a decoder's modules, derived from its description: what each is called, how large it is, where
+//! adapters attach to it, and how its rows are stored. Whoever loads weights, reads GGUF files, or matches adapters reads
+//! this table and nothing else.
+
+use kernels::{Heads, LoraSite, NormSpan, SiteKind};
+
+use super::{
+    Attention, Decoder, Layer, NormSpec, Wiring,
+    names::{Names, Part, QkvOrder, Stored},
+};
+
+/// Sites of one layer: q k v, o, gate and up, down.
+pub(crate) const LAYER_SITES: usize = 4;
+
+/// One module with weights.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Module {
+    /// Its layer, or none if it is outside of the layers.
+    pub layer: Option<usize>,
+    /// Which part of the decoder it is.
+    pub(crate) part: Part,
+    /// Its path in transformers' model, such as `model.layers.0.self_attn.q_proj`.
+    pub path: String,
+    /// Its path in a GGUF file, such as `blk.0.attn_q`.
+    pub ggml: String,
+    /// What it computes.
+    pub kind: Kind,
+    /// Where adapters attach: a site and a slice of it.
+    pub place: Option<(usize, usize)>,
+    /// Columns of its weight; 1 for a vector.
+    pub inputs: usize,
+    /// Rows of its weight; elements of a vector.
+    pub outputs: usize,
+    /// Whether it may have a bias.
+    pub bias: bool,
+    /// Whether files store its weight as `[in, out]`.
+    pub transposed: bool,
+    /// How files and adapters order its outputs.
+    pub order: RowOrder,
+}
+
+impl Module {
+    /// Last part of its path.
+    pub fn name(&self) -> &str {
+        self.path.rsplit('.').next().unwrap_or_default()
+    }
+
+    /// Names of its tensors: Hugging Face's, and a GGUF file's.
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = (String, String)> + '_ {
+        let kinds: &[&str] = match (self.kind, self.bias) {
+            (Kind::Vector, _) => &[""],
+            (_, false) => &[".weight"],
+            (_, true) => &[".weight", ".bias"],
+        };
+        let ggml_kind = |kind: &str| if kind.is_empty() { ".weight" } else { kind }.to_owned();
+        kinds.iter().map(move |kind| (format!("{}{kind}", self.path), self.ggml.clone() + &ggml_kind(kind)))
+    }
+}
+
+/// What a module computes with its weight.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Kind {
+    /// A table of rows by token.
+    Lookup,
+    /// A table of rows by position.
+    Positions,
+    /// A product.
+    Linear,
+    /// The product that gives the logits.
+    Head,
+    /// A norm.
+    Norm(NormSpec),
+    /// A vector of numbers.
+    Vector,
+}
+
+/// How rows of a matrix are ordered, in comparison with the order that is computed with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RowOrder {
+    /// In the same way.
+    Same,
+    /// Query, key and value of the first head, then of the next: `[heads, 3, dim]` where `[3, heads, dim]` is computed with.
+    ByHead {
+        /// Heads, of queries as of keys.
+        heads: usize,
+    },
+}
+
+impl RowOrder {
+    /// Of every row that is computed with, which stored one it is. `None`: the same, or the rows are no whole heads,
+    /// which whoever checks the shape finds out.
+    pub(crate) fn sources(self, rows: usize) -> Option<Vec<usize>> {
+        match self {
+            RowOrder::Same => None,
+            RowOrder::ByHead { heads } if rows.is_multiple_of(3 * heads) => {
+                let dim = rows / (3 * heads);
+                let source = |row: usize| {
+                    let (kind, head, j) = (row / (heads * dim), row / dim % heads, row % dim);
+                    (head * 3 + kind) * dim + j
+                };
+                Some((0..rows).map(source).collect())
+            }
+            RowOrder::ByHead { .. } => None,
+        }
+    }
+}
+
+/// All modules of a decoder.
+#[derive(Debug, Clone)]
+pub(crate) struct Modules {
+    all: Vec<Module>,
+}
+
+impl Modules {
+    pub(crate) fn of(decoder: &Decoder) -> Modules {
+        let mut table = Table { decoder, all: Vec::new() };
+        table.outer();
+        for (i, layer) in decoder.layers.iter().enumerate() {
+            table.layer(i, layer);
+        }
+        Modules { all: table.all }
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Module> {
+        self.all.iter()
+    }
+
+    /// A part outside of the layers, or of one of them.
+    pub(crate) fn find(&self, layer: Option<usize>, part: Part) -> Option<&Module> {
+        self.all.iter().find(|module| module.layer == layer && module.part == part)
+    }
+
+    /// Modules that a site is made of, by slice.
+    pub(crate) fn at_site(&self, site: usize) -> Vec<&Module> {
+        let mut found: Vec<_> =
+            self.all.iter().filter(|module| module.place.is_some_and(|at| at.0 == site)).collect();
+        found.sort_by_key(|module| module.place);
+        found
+    }
+
+    /// What adapters can attach to.
+    pub(crate) fn sites(&self) -> Vec<LoraSite> {
+        let mut placed: Vec<_> = self.all.iter().filter(|module| module.place.is_some()).collect();
+        placed.sort_by_key(|module| module.place);
+        let mut sites: Vec<LoraSite> = Vec::new();
+        for module in placed {
+            let slice = module.place.map_or(0, |(_, slice)| slice);
+            let (kind, inputs) = match module.kind {
+                // The table is `[tokens, hidden]`: its input is a token.
+                Kind::Lookup => (SiteKind::Lookup, module.outputs),
+                Kind::Head => (SiteKind::Head, module.inputs),
+                _ => (SiteKind::Linear, module.inputs),
+            };
+            let outputs = if module.kind == Kind::Lookup { module.inputs } else { module.outputs };
+            match sites.last_mut().filter(|_| slice > 0) {
+                Some(site) => site.outputs.push(outputs),
+                None => sites.push(LoraSite { kind, inputs, outputs: vec![outputs] }),
+            }
+        }
+        sites
+    }
+}
+
+/// The table while it is made.
+struct Table<'a> {
+    decoder: &'a Decoder,
+    all: Vec<Module>,
+}
+
+impl Table<'_> {
+    fn names(&self) -> &Names {
+        &self.decoder.names
+    }
+
+    fn add(
+        &mut self,
+        layer: Option<usize>,
+        part: Part,
+        kind: Kind,
+        [outputs, inputs]: [usize; 2],
+    ) -> &mut Module {
+        let path = self.names().path(layer, part);
+        let module = Module {
+            layer,
+            part,
+            path,
+            ggml: Names::ggml(layer, part),
+            kind,
+            place: None,
+            inputs,
+            outputs,
+            bias: false,
+            transposed: false,
+            order: RowOrder::Same,
+        };
+        self.all.push(module);
+        // The list was just added to.
+        let last = self.all.len() - 1;
+        &mut self.all[last]
+    }
+
+    fn norm(&mut self, layer: Option<usize>, part: Part, spec: NormSpec, width: usize) {
+        self.add(layer, part, Kind::Norm(spec), [width, 1]).bias = spec.bias;
+    }
+
+    fn outer(&mut self) {
+        let Decoder { hidden, vocab, norm, head, ref embedding, ref layers, .. } = *self.decoder;
+        let first = layers.len() * LAYER_SITES;
+        self.add(None, Part::Embed, Kind::Lookup, [vocab, hidden]).place = Some((first + 1, 0));
+        if let Some(positions) = embedding.positions {
+            self.add(None, Part::Positions, Kind::Positions, [positions.rows, hidden]);
+        }
+        if let Some(norm) = embedding.norm {
+            self.norm(None, Part::EmbedNorm, norm, hidden);
+        }
+        self.norm(None, Part::Norm, norm, hidden);
+        let output = self.add(None, Part::Head, Kind::Head, [vocab, hidden]);
+        output.place = Some((first, 0));
+        output.bias = head.bias;
+    }
+
+    fn layer(&mut self, i: usize, layer: &Layer) {
+        let (at, hidden) = (Some(i), self.decoder.hidden);
+        self.norm(at, Part::AttentionNorm, layer.norm, hidden);
+        self.attention(i, &layer.attention);
+        match layer.wiring {
+            Wiring::Sequential { post_norms } => {
+                self.norm(at, Part::MlpNorm, layer.norm, hidden);
+                if post_norms {
+                    self.norm(at, Part::AttentionPost, layer.norm, hidden);
+                    self.norm(at, Part::MlpPost, layer.norm, hidden);
+                }
+            }
+            Wiring::Parallel { shared_norm: true } => {}
+            Wiring::Parallel { shared_norm: false } => self.norm(at, Part::MlpNorm, layer.norm, hidden),
+        }
+        let (width, site, bias) = (layer.mlp.width, i * LAYER_SITES + 2, layer.mlp.bias);
+        let parts: &[(Part, usize)] = match (layer.mlp.gated, self.names().find(Part::GateUp)) {
+            (true, Some(_)) => &[(Part::GateUp, 2 * width)],
+            (true, None) => &[(Part::Gate, width), (Part::Up, width)],
+            (false, _) => &[(Part::Up, width)],
+        };
+        self.projections(i, site, hidden, bias, parts);
+        self.projections(i, site + 1, width, bias, &[(Part::Down, hidden)]);
+    }
+
+    fn attention(&mut self, i: usize, attention: &Attention) {
+        let (at, hidden, site) = (Some(i), self.decoder.hidden, i * LAYER_SITES);
+        let heads @ Heads { query, kv, dim } = attention.shape.heads;
+        let parts: &[(Part, usize)] = match self.names().find(Part::Qkv) {
+            Some(_) => &[(Part::Qkv, heads.qkv_cols())],
+            None => &[(Part::Q, query * dim), (Part::K, kv * dim), (Part::V, kv * dim)],
+        };
+        let first = self.all.len();
+        self.projections(i, site, hidden, attention.qkv_bias, parts);
+        if self.names().qkv_order == QkvOrder::ByHead {
+            let fused = self.all[first..].iter_mut().filter(|module| module.part == Part::Qkv);
+            fused.for_each(|module| module.order = RowOrder::ByHead { heads: query });
+        }
+        self.projections(i, site + 1, query * dim, attention.out_bias, &[(Part::Out, hidden)]);
+        if let Some((norm, over)) = attention.norms {
+            let width = |heads: usize| if over == NormSpan::Head { dim } else { heads * dim };
+            self.norm(at, Part::QNorm, norm, width(query));
+            self.norm(at, Part::KNorm, norm, width(kv));
+        }
+        if attention.sinks {
+            self.add(at, Part::Sinks, Kind::Vector, [query, 1]);
+        }
+    }
+
+    /// The modules of one site, by slice.
+    fn projections(&mut self, i: usize, site: usize, inputs: usize, bias: bool, parts: &[(Part, usize)]) {
+        let transposed = self.names().transposed && self.names().stored == Stored::Folder;
+        for (slice, &(part, outputs)) in parts.iter().enumerate() {
+            let module = self.add(Some(i), part, Kind::Linear, [outputs, inputs]);
+            module.place = Some((site, slice));
+            module.bias = bias;
+            module.transposed = transposed;
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! From files to a device: reads the tensors of a decoder's modules, checks their shapes, and brings them into the order
+//! and form that is computed with.
+
+use std::{
+    panic::resume_unwind,
+    path::Path,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+};
+
+use kernels::{Backend, HostTensor};
+
+use crate::{
+    Decoder, LoadProgress, Result,
+    decoder::{Kind, Module, Modules, NormSpec, Part, RowOrder},
+    forward::{Layer, Linear, Model, NormOf},
+    weights::{self, Source},
+};
+
+/// Whoever is told how far loading is.
+pub(crate) type Progress<'a> = dyn FnMut(LoadProgress) + Send + 'a;
+
+/// Threads that load layers: enough to read from the page cache as fast as a GPU takes weights.
+const LOADERS: usize = 8;
+
+/// Reads tensors and puts them on the device.
+struct Loader<'a, B: Backend> {
+    ops: &'a B,
+    source: &'a (dyn Source + Sync),
+    modules: Modules,
+    progress: Mutex<(&'a mut Progress<'a>, LoadProgress)>,
+}
+
+/// Loads a GGUF file or a folder in Hugging Face layout, and tells how far it is.
+pub(crate) fn load<B: Backend>(ops: &B, path: &Path, progress: &mut Progress<'_>) -> Result<Model<B>> {
+    let (mut decoder, source) = weights::open(path)?;
+    decoder.head.tied = decoder.head.tied && !has_own_head(&*source, &decoder)?;
+    let done = LoadProgress { done_bytes: 0, total_bytes: source.total_bytes() };
+    let modules = Modules::of(&decoder);
+    let loader = Loader { ops, source: &*source, modules, progress: Mutex::new((progress, done)) };
+    let embed = loader.weight(&[loader.module(None, Part::Embed)])?;
+    let positions = loader.modules.find(None, Part::Positions).map(|at| loader.weight(&[at])).transpose()?;
+    let embed_norm =
+        decoder.embedding.norm.map(|spec| loader.norm(None, Part::EmbedNorm, spec)).transpose()?;
+    let layers = loader.layers(&decoder)?;
+    let norm = loader.norm(None, Part::Norm, decoder.norm)?;
+    let head = loader.module(None, Part::Head);
+    let head_weight = if decoder.head.tied { None } else { Some(loader.weight(&[head])?) };
+    let head_bias = loader.bias(&[head])?;
+    let ropes = decoder.ropes.iter().map(|spec| ops.rope(spec)).collect::<kernels::Result<_>>()?;
+    let sites = loader.modules.sites();
+    Ok(Model { embed, positions, embed_norm, layers, norm, head_weight, head_bias, ropes, sites, decoder })
+}
+
+/// Whether a model has an output projection other than its embedding table. transformers then uses it, though the
+/// configuration says that there is one for both.
+fn has_own_head(source: &dyn Source, decoder: &Decoder) -> Result<bool> {
+    let [head, table] = [Part::Head, Part::Embed].map(|part| decoder.names.path(None, part) + ".weight");
+    if source.bytes(&head) == 0 {
+        return Ok(false);
+    }
+    Ok(!weights::are_equal(source, &head, &table)?)
+}
+
+impl<B: Backend> Loader<'_, B> {
+    /// A module that every decoder of this kind has.
+    fn module(&self, layer: Option<usize>, part: Part) -> &Module {
+        let found = self.modules.find(layer, part);
+        found.unwrap_or_else(|| unreachable!("the table of modules has {part:?} wherever it is asked for"))
+    }
+
+    /// All layers, several at a time. Of several faults, that of the first layer is reported.
+    fn layers(&self, decoder: &Decoder) -> Result<Vec<Layer<B>>> {
+        let threads = thread::available_parallelism().map_or(1, usize::from).min(LOADERS);
+        let next = AtomicUsize::new(0);
+        let load = || {
+            let indices = std::iter::from_fn(|| Some(next.fetch_add(1, Ordering::Relaxed)));
+            let mine = indices.take_while(|&i| i < decoder.layers.len());
+            mine.map(|i| (i, self.layer(decoder, i))).collect::<Vec<_>>()
+        };
+        let mut layers: Vec<_> = thread::scope(|scope| {
+            let loaders: Vec<_> = (0..threads).map(|_| scope.spawn(load)).collect();
+            loaders
+                .into_iter()
+                .flat_map(|loader| loader.join().unwrap_or_else(|panic| resume_unwind(panic)))
+                .collect()
+        });
+        layers.sort_unstable_by_key(|(i, _)| *i);
+        layers.into_iter().map(|(_, layer)| layer).collect()
+    }
+
+    fn layer(&self, decoder: &Decoder, i: usize) -> Result<Layer<B>> {
+        let (spec, at) = (&decoder.layers[i], Some(i));
+        let norm =
+            |part, spec: NormSpec| self.modules.find(at, part).map(|_| self.norm(at, part, spec)).transpose();
+        let qk = spec.attention.norms.map(|(norm, _)| norm).unwrap_or(spec.norm);
+        let vector = |part| self.modules.find(at, part).map(|module| self.vector(module)).transpose();
+        let slopes = spec.attention.slopes.as_ref().map(|slopes| self.ops.vector(slopes)).transpose()?;
+        Ok(Layer {
+            attention_norm: self.norm(at, Part::AttentionNorm, spec.norm)?,
+            qkv: self.linear(i, 0)?,
+            q_norm: norm(Part::QNorm, qk)?,
+            k_norm: norm(Part::KNorm, qk)?,
+            sinks: vector(Part::Sinks)?,
+            slopes,
+            out: self.linear(i, 1)?,
+            attention_post: norm(Part::AttentionPost, spec.norm)?,
+            mlp_norm: norm(Part::MlpNorm, spec.norm)?,
+            up: self.linear(i, 2)?,
+            down: self.linear(i, 3)?,
+            mlp_post: norm(Part::MlpPost, spec.norm)?,
+        })
+    }
+
+    /// The projection of a layer's site.
+    fn linear(&self, layer: usize, site: usize) -> Result<Linear<B>> {
+        let site = layer * crate::decoder::LAYER_SITES + site;
+        let modules = self.modules.at_site(site);
+        Ok(Linear { weight: self.weight(&modules)?, bias: self.bias(&modules)?, site })
+    }
+
+    fn tensor(&self, name: &str, shape: [usize; 2]) -> Result<HostTensor<'static>> {
+        let tensor = self.source.dense(name, shape)?;
+        let (tell, done) = &mut *self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        done.done_bytes += self.source.bytes(name);
+        tell(*done);
+        Ok(tensor)
+    }
+
+    /// The rows of several modules' weights, one after the other.
+    fn weight(&self, modules: &[&Module]) -> Result<B::Weight> {
+        let parts = modules.iter().map(|module| {
+            let (name, shape) = (format!("{}.weight", module.path), [module.outputs, module.inputs]);
+            let weight = match module.transposed {
+                false => self.tensor(&name, shape)?,
+                true => transposed(&self.tensor(&name, [module.inputs, module.outputs])?),
+            };
+            Ok(in_order(weight, module.order))
+        });
+        let parts = parts.collect::<Result<Vec<_>>>()?;
+        Ok(self.ops.weight(&parts)?)
+    }
+
+    /// The biases of several modules, or none if no module may have one. One that is missing is zero: some projections of a
+    /// model may have one without the others.
+    fn bias(&self, modules: &[&Module]) -> Result<Option<B::Vector>> {
+        if !modules.iter().any(|module| module.bias) {
+            return Ok(None);
+        }
+        let values = modules.iter().map(|module| {
+            let name = format!("{}.bias", module.path);
+            if !module.bias || self.source.bytes(&name) == 0 {
+                return Ok(vec![0.0; module.outputs]);
+            }
+            let values = self.tensor(&name, [1, module.outputs])?.to_f32();
+            Ok(match module.order.sources(module.outputs) {
+                Some(sources) => sources.into_iter().map(|source| values[source]).collect(),
+                None => values,
+            })
+        });
+        let values = values.collect::<Result<Vec<_>>>()?.concat();
+        Ok(Some(self.ops.vector(&values)?))
+    }
+
+    fn vector(&self, module: &Module) -> Result<B::Vector> {
+        let name = match module.kind {
+            Kind::Vector => module.path.clone(),
+            _ => format!("{}.weight", module.path),
+        };
+        let values = self.tensor(&name, [1, module.outputs])?.to_f32();
+        Ok(self.ops.vector(&values)?)
+    }
+
+    fn norm(&self, layer: Option<usize>, part: Part, spec: NormSpec) -> Result<NormOf<B>> {
+        let module = self.module(layer, part);
+        let mut weight = self.tensor(&format!("{}.weight", module.path), [1, module.outputs])?.to_f32();
+        if spec.plus_one {
+            weight.iter_mut().for_each(|x| *x += 1.0);
+        }
+        Ok(NormOf { weight: self.ops.vector(&weight)?, bias: self.bias(&[module])?, spec })
+    }
+}
+
+/// Rows become columns.
+fn transposed(tensor: &HostTensor<'_>) -> HostTensor<'static> {
+    let (rows, cols, size) = (tensor.cols, tensor.rows, tensor.dtype.size());
+    let mut data = Vec::with_capacity(tensor.data.len());
+    for row in 0..rows {
+        for col in 0..cols {
+            data.extend_from_slice(&tensor.data[(col * rows + row) * size..][..size]);
+        }
+    }
+    HostTensor { dtype: tensor.dtype, rows, cols, data: data.into() }
+}
+
+/// The rows as they are computed with.
+fn in_order(tensor: HostTensor<'static>, order: RowOrder) -> HostTensor<'static> {
+    let Some(sources) = order.sources(tensor.rows) else { return tensor };
+    let width = tensor.cols * tensor.dtype.size();
+    let data: Vec<u8> =
+        sources.into_iter().flat_map(|row| &tensor.data[row * width..][..width]).copied().collect();
+    HostTensor { data: data.into(), ..tensor }
+}
