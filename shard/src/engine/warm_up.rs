@@ -74,7 +74,7 @@ impl<B: Backend> State<B> {
         let nothing = sites.first().and_then(|site| Some((site.inputs, *site.outputs.first()?)));
         let (inputs, outputs) = nothing.unwrap_or_default();
         let part = LoraPart::delta((0, 0), 1, 1.0, &vec![0.0; inputs], &vec![0.0; outputs]);
-        let adapter = Arc::new(self.ops.stage(&sites, slice::from_ref(&part))?);
+        let adapter = Arc::new(self.ops.stage(sites, slice::from_ref(&part))?);
         self.ops.load(&mut self.slots, 0, &adapter, &self.model.site_weights())?;
         while self.ops.loaded(&mut self.slots)?.is_empty() {
             thread::park_timeout(LOAD_POLL);
