@@ -1,6 +1,7 @@
 //! Filters where jinja2's differ from minijinja's.
 
 mod text;
+mod urlize;
 
 pub(super) use text::escaped;
 
@@ -57,6 +58,7 @@ pub(super) fn add(environment: &mut Environment) {
     });
     environment.add_filter("pprint", |value: &Value| repr_of(&sorted(value)));
     add_generators(environment);
+    environment.add_filter("urlize", urlize::urlize);
     text::add(environment);
 }
 
