@@ -9,8 +9,18 @@ use std::{
 };
 
 use lorax_router::tokenizer::ModelTokenizer;
+use proptest::{
+    prelude::any,
+    strategy::{Strategy, ValueTree},
+    test_runner::{Config, RngAlgorithm, TestRng, TestRunner},
+};
 use serde::Deserialize;
 use serde_json::{Value, json};
+
+/// Files that are tried of each kind.
+const MUTATIONS: usize = 60;
+/// Files that are tried with a map of characters, in which the library looks up without checks.
+const MUTATED_MAPS: usize = 1500;
 
 #[derive(Deserialize)]
 struct Fixture {
@@ -173,4 +183,48 @@ fn what_cannot_be_built_is_refused_by_name() {
             ModelTokenizer::load(folder.path(), None).err().unwrap_or_else(|| panic!("{copies:?} {config}"));
         assert!(error.to_string().contains(expected), "{error}");
     }
+}
+
+/// Whatever the bytes of a file are, it is refused, or texts have ids.
+#[test]
+fn files_with_bytes_changed_are_refused_or_read() {
+    let class = |name: &str| json!({"tokenizer_class": name});
+    let (llama, fast) = (class("LlamaTokenizer"), class("PreTrainedTokenizerFast"));
+    let merges: &[(&str, &str)] = &[("merges.txt", "merges.txt"), ("vocab.json", "vocab.json")];
+    let cases: [(&[(&str, &str)], Value); 9] = [
+        (&[("tokenizer.model", "whole.model")], llama),
+        (&[("tokenizer.model", "whole.model")], fast.clone()),
+        (&[("tokenizer.model", "unigram_bytes.model")], fast.clone()),
+        (&[("tokenizer.model", "rules.model")], fast.clone()),
+        (&[("tokenizer.model", "unigram.model")], fast.clone()),
+        (&[("tokenizer.model", "ranks.model")], fast),
+        (merges, class("GPT2Tokenizer")),
+        (&[merges[1], merges[0]], class("Qwen2Tokenizer")),
+        (&[("vocab.txt", "vocab.txt")], class("BertTokenizer")),
+    ];
+    let mut runner =
+        TestRunner::new_with_rng(Config::default(), TestRng::deterministic_rng(RngAlgorithm::ChaCha));
+    let mut read = 0;
+    for (copies, config) in &cases {
+        let folder = folder(copies, &[("tokenizer_config.json", config)]);
+        let (file, source) = copies[0];
+        let whole = fs::read(fixtures().join(source)).unwrap();
+        let changes = proptest::collection::vec((0..whole.len(), any::<u8>()), 1..4);
+        let mutations = if source == "rules.model" { MUTATED_MAPS } else { MUTATIONS };
+        for _ in 0..mutations {
+            let mut bytes = whole.clone();
+            for (at, byte) in changes.new_tree(&mut runner).unwrap().current() {
+                bytes[at] = byte;
+            }
+            fs::write(folder.path().join(file), bytes).unwrap();
+            let Ok(tokenizer) = ModelTokenizer::load(folder.path(), None) else { continue };
+            read += 1;
+            for text in ["", "  the quick brown fox\n", "É…Ａ 日本語 🙂", "<s> [INST] x</s>\u{0}"] {
+                // A vocabulary without the token for what is unknown has no ids for some texts.
+                let ids = tokenizer.encode(text, true).unwrap_or_default();
+                tokenizer.decode(&ids, false);
+            }
+        }
+    }
+    assert!((1..MUTATIONS * (cases.len() - 1) + MUTATED_MAPS).contains(&read), "{read} were read");
 }

@@ -18,6 +18,7 @@ use tokenizers::{
 use super::{
     super::TokenizerError,
     added_tokens::AddedTokens,
+    charsmap,
     steps::{self, SPACE},
 };
 
@@ -111,7 +112,12 @@ impl Model {
         if trainer.treat_whitespace_as_suffix() {
             return refuse("treat_whitespace_as_suffix", "true".into());
         }
-        Ok(Model { pieces: proto.pieces, trainer, normalizer: proto.normalizer_spec.unwrap_or_default() })
+        let normalizer = proto.normalizer_spec.unwrap_or_default();
+        let map = normalizer.precompiled_charsmap();
+        if !(map.is_empty() || charsmap::is_sound(map)) {
+            return refuse("precompiled_charsmap", format!("of {} bytes with no sound trie", map.len()));
+        }
+        Ok(Model { pieces: proto.pieces, trainer, normalizer })
     }
 
     pub(super) fn is_unigram(&self) -> bool {
