@@ -98,6 +98,12 @@ pub enum TokenizerError {
         /// Its value.
         value: String,
     },
+    /// A map of characters in which some texts cannot be looked up.
+    #[error("{}: precompiled_charsmap is broken", path.display())]
+    Charsmap {
+        /// The file.
+        path: PathBuf,
+    },
     /// The tokenizers library refused the definition.
     #[error("{0}")]
     Definition(#[source] tokenizers::Error),

@@ -8,6 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use base64::{Engine, engine::general_purpose::STANDARD};
 use lorax_router::tokenizer::ModelTokenizer;
 use proptest::{
     prelude::any,
@@ -227,4 +228,58 @@ fn files_with_bytes_changed_are_refused_or_read() {
         }
     }
     assert!((1..MUTATIONS * (cases.len() - 1) + MUTATED_MAPS).contains(&read), "{read} were read");
+}
+
+/// A map of characters: the first units of its trie, of which all others are zero, their number, and the texts.
+fn map(units: &[(usize, u32)], count: usize, texts: &[u8]) -> Vec<u8> {
+    let mut trie = vec![0u32; count];
+    for (at, unit) in units {
+        trie[*at] = *unit;
+    }
+    let size = (4 * count as u32).to_le_bytes();
+    [&size[..], &trie.iter().flat_map(|unit| unit.to_le_bytes()).collect::<Vec<u8>>(), texts].concat()
+}
+
+#[test]
+fn a_broken_map_of_characters_is_refused_in_every_file() {
+    const LEAF: u32 = 1 << 8;
+    let offset = |by: u32| by << 10;
+    let a = u32::from(b'a');
+    let (at_a, leaf_of_a) = (usize::from(b'a'), usize::from(b'a') ^ 1);
+    let to_a = |offset_of_leaf: u32| (at_a, a | LEAF | offset(offset_of_leaf));
+    let texts = "é\0b\0".as_bytes();
+    let cases = [
+        (map(&[], 256, b""), true),
+        (map(&[to_a(1)], 256, texts), true),
+        (map(&[to_a(1), (leaf_of_a, 3)], 256, texts), true),
+        (map(&[to_a(1), (leaf_of_a, 5)], 256, texts), true),
+        (map(&[], 0, b""), false),
+        (map(&[], 255, b""), false),
+        (map(&[(0, offset(256))], 256, b""), false),
+        (map(&[(0, offset(1 << 20))], 512, b""), false),
+        (map(&[to_a(1), (leaf_of_a, 1)], 256, texts), false),
+        (map(&[to_a(1), (leaf_of_a, 6)], 256, texts), false),
+        (map(&[to_a(1), (leaf_of_a, 1 << 30)], 256, texts), false),
+        (map(&[to_a(256)], 256, texts), false),
+        (map(&[(at_a, a | offset(300))], 256, texts), false),
+        (map(&[(at_a, a | 1 << 9 | offset(1))], 256, texts), false),
+        (map(&[], 256, b"\xff"), false),
+        (map(&[], 256, b"")[..900].to_vec(), false),
+        (vec![3, 0, 0, 0, 1, 2, 3], false),
+        (vec![1, 0], false),
+    ];
+    let mut definition: Value =
+        serde_json::from_slice(&fs::read(fixtures().join("bytes.json")).unwrap()).unwrap();
+    for (index, (map, is_sound)) in cases.iter().enumerate() {
+        let step = json!({"type": "Precompiled", "precompiled_charsmap": STANDARD.encode(map)});
+        for normalizer in [step.clone(), json!({"type": "Sequence", "normalizers": [{"type": "NFC"}, step]})]
+        {
+            definition["normalizer"] = normalizer;
+            let folder = folder(&[], &[("tokenizer.json", &definition)]);
+            let loaded = ModelTokenizer::load(folder.path(), None);
+            assert_eq!(loaded.is_ok(), *is_sound, "case {index}: {:?}", loaded.err());
+            let Ok(tokenizer) = loaded else { continue };
+            tokenizer.encode("a bé aa", true).unwrap();
+        }
+    }
 }

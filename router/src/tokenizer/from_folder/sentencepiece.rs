@@ -115,7 +115,7 @@ impl Model {
         let normalizer = proto.normalizer_spec.unwrap_or_default();
         let map = normalizer.precompiled_charsmap();
         if !(map.is_empty() || charsmap::is_sound(map)) {
-            return refuse("precompiled_charsmap", format!("of {} bytes with no sound trie", map.len()));
+            return Err(TokenizerError::Charsmap { path: path.into() });
         }
         Ok(Model { pieces: proto.pieces, trainer, normalizer })
     }

@@ -2,13 +2,16 @@
 
 use std::{fs, path::PathBuf};
 
+use base64::{Engine, engine::general_purpose::STANDARD};
+use serde::Deserialize;
+use serde_json::Value;
 use tokenizers::{
     ModelWrapper, PostProcessorWrapper, Tokenizer,
     models::{bpe::BPE, wordpiece::WordPiece},
 };
 
 use super::{
-    super::TokenizerError, Folder, added_tokens::AddedTokens, class::Class, sentencepiece, tiktoken,
+    super::TokenizerError, Folder, added_tokens::AddedTokens, charsmap, class::Class, sentencepiece, tiktoken,
 };
 
 /// What the files have.
@@ -50,6 +53,11 @@ impl Source {
 
 /// tokenizer.json, as it is or for the steps of a class.
 fn defined(folder: &Folder, definition: &str, added: &mut AddedTokens) -> Result<Source, TokenizerError> {
+    // The library panics when it reads some maps that are broken, and when it looks texts up in the others.
+    if definition.contains("precompiled_charsmap") {
+        let normalizer = serde_json::from_str(definition).map(|Normalizer { normalizer }| normalizer);
+        check_maps(&normalizer.unwrap_or_default(), folder)?;
+    }
     let tokenizer = Tokenizer::from_bytes(definition).map_err(TokenizerError::Definition)?;
     let model = match (folder.class, tokenizer.get_model()) {
         (Class::Backend | Class::Other, _) => return Ok(Source::Whole(Box::new(tokenizer))),
@@ -63,6 +71,22 @@ fn defined(folder: &Folder, definition: &str, added: &mut AddedTokens) -> Result
     added.define(tokenizer.get_added_tokens_decoder());
     let post_processor = tokenizer.get_post_processor().cloned();
     Ok(Source::Vocabulary { model: Box::new(model.clone()), post_processor })
+}
+
+/// The part of a tokenizer.json that has maps of characters.
+#[derive(Deserialize)]
+struct Normalizer {
+    normalizer: Value,
+}
+
+/// Refuses a normalizer, or one in a sequence, whose map of characters is broken.
+fn check_maps(normalizer: &Value, folder: &Folder) -> Result<(), TokenizerError> {
+    normalizer["normalizers"].as_array().into_iter().flatten().try_for_each(|one| check_maps(one, folder))?;
+    match normalizer["precompiled_charsmap"].as_str().map(|map| STANDARD.decode(map)) {
+        None => Ok(()),
+        Some(Ok(map)) if charsmap::is_sound(&map) => Ok(()),
+        Some(_) => Err(TokenizerError::Charsmap { path: folder.path.join("tokenizer.json") }),
+    }
 }
 
 /// A sentencepiece model or a list of ranks, which have the same file name.
