@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::{
     Activation, Attention, Batch, DType, Embedding, Heads, HostTensor, LinearLora, LogitShape, LoraPart,
     LoraShape, LoraSite, Matrix, Norm, Output, Projection, Qkv, Result, RopeSpec, SampleRow, Sampled,
-    SamplingParams, Span, compose,
+    SamplingParams, Span, TokenMask, compose,
 };
 
 /// A device and its kernels.
@@ -260,6 +260,15 @@ pub trait Sampling: Memory {
         &self,
         logits: &Self::Mat,
         rows: &[SampleRow],
+        sampler: &mut Self::Sampler,
+    ) -> Result<Self::Pending>;
+    /// As [`Self::sample`], with a mask or none for each row: whatever the parameters and the logits are, a token that
+    /// the row's mask allows is chosen. What is reported are still the probabilities without the mask.
+    fn sample_masked(
+        &self,
+        logits: &Self::Mat,
+        rows: &[SampleRow],
+        masks: &[Option<&TokenMask>],
         sampler: &mut Self::Sampler,
     ) -> Result<Self::Pending>;
     /// The log-probability of `token` under the logits in `row`, for each `(row, token)`, and the `num_top` most

@@ -23,7 +23,7 @@ use std::{
 use crate::{
     Activation, Adapters, Attention, Batch, DType, Embedding, Error, Heads, HostTensor, LinearLora,
     LogitShape, LoraPart, LoraShape, LoraSite, Matrix, Memory, Norm, Ops, Projection, Qkv, Result, RopeSpec,
-    SampleRow, Sampled, Sampling, SamplingParams, Span,
+    SampleRow, Sampled, Sampling, SamplingParams, Span, TokenMask,
 };
 pub use elementwise::CpuRope;
 pub use kv::CpuKv;
@@ -350,7 +350,17 @@ impl Sampling for CpuBackend {
     }
 
     fn sample(&self, logits: &CpuMat, rows: &[SampleRow], sampler: &mut CpuSampler) -> Result<Vec<Sampled>> {
-        sampling::sample(self, logits, rows, sampler)
+        sampling::sample(self, logits, rows, &vec![None; rows.len()], sampler)
+    }
+
+    fn sample_masked(
+        &self,
+        logits: &CpuMat,
+        rows: &[SampleRow],
+        masks: &[Option<&TokenMask>],
+        sampler: &mut CpuSampler,
+    ) -> Result<Vec<Sampled>> {
+        sampling::sample(self, logits, rows, masks, sampler)
     }
 
     fn score(&self, logits: &CpuMat, targets: &[(u32, u32)], num_top: u32) -> Result<Vec<Sampled>> {

@@ -23,7 +23,7 @@ use cudarc::driver::sys::{CUdevice_attribute, CUstream};
 
 use crate::{
     Attention, Backend, Batch, DType, Error, Heads, HostTensor, LoraPart, LoraShape, LoraSite, Matrix,
-    Projection, Result, RowSet, SampleRow, Sampled, SamplingParams,
+    Projection, Result, RowSet, SampleRow, Sampled, SamplingParams, TokenMask,
 };
 pub use batch::CudaBatch;
 pub use device::DeviceMemory;
@@ -439,6 +439,19 @@ impl Backend for CudaBackend {
     }
 
     fn sample(&self, logits: &CudaMat, rows: &[SampleRow], sampler: &mut CudaSampler) -> Result<CudaPending> {
+        sampler.sample(self, logits, rows)
+    }
+
+    fn sample_masked(
+        &self,
+        logits: &CudaMat,
+        rows: &[SampleRow],
+        masks: &[Option<&TokenMask>],
+        sampler: &mut CudaSampler,
+    ) -> Result<CudaPending> {
+        if masks.iter().any(Option::is_some) {
+            return Err(unsupported("sampling with a mask".into()));
+        }
         sampler.sample(self, logits, rows)
     }
 

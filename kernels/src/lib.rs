@@ -23,7 +23,7 @@ pub mod prelude {
     pub use crate::{Adapters, Backend, Memory, Ops, Sampling};
 }
 
-pub use self::sampling::{MAX_BIASES, MAX_TOP, SampleRow, Sampled};
+pub use self::sampling::{MAX_BIASES, MAX_TOP, SampleRow, Sampled, TokenMask};
 pub use ::sampling::SamplingParams;
 pub use backend::{Adapters, Backend, Memory, Ops, Sampling};
 pub use batch::{BLOCK_SIZE, Batch, RowSet, Segment, SequenceRows};

@@ -29,6 +29,62 @@ pub(crate) fn check_seat(
     Ok(())
 }
 
+/// The tokens of a vocabulary that may be sampled; at least one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenMask {
+    /// Bit t % 32 of word t / 32 is set if token t is allowed.
+    words: Vec<u32>,
+    vocab: usize,
+}
+
+impl TokenMask {
+    /// A mask from bytes: bit t % 8 of byte t / 8 is set if token t is allowed. Bytes that are missing allow nothing, and
+    /// bits beyond the vocabulary are ignored. `None` if no token is allowed.
+    pub fn new(bytes: &[u8], vocab: usize) -> Option<TokenMask> {
+        let mut words = vec![0; vocab.div_ceil(32)];
+        for (at, &byte) in bytes.iter().enumerate().take(vocab.div_ceil(8)) {
+            words[at / 4] |= u32::from(byte) << (at % 4 * 8);
+        }
+        if let Some(last) = words.last_mut().filter(|_| !vocab.is_multiple_of(32)) {
+            *last &= (1 << (vocab % 32)) - 1;
+        }
+        words.iter().any(|word| *word != 0).then_some(TokenMask { words, vocab })
+    }
+
+    /// Tokens of the vocabulary.
+    pub fn vocab(&self) -> usize {
+        self.vocab
+    }
+
+    /// The bits, 32 to a word.
+    pub fn words(&self) -> &[u32] {
+        &self.words
+    }
+
+    /// Whether a token may be sampled.
+    pub fn allows(&self, token: usize) -> bool {
+        self.words.get(token / 32).is_some_and(|word| word >> (token % 32) & 1 == 1)
+    }
+
+    /// The first token that may be sampled.
+    pub fn first(&self) -> u32 {
+        let word = self.words.iter().position(|word| *word != 0).unwrap_or_default();
+        word as u32 * 32 + self.words.get(word).map_or(0, |word| word.trailing_zeros())
+    }
+}
+
+/// Refuses masks that are not one for each row, or of another vocabulary.
+pub(crate) fn check_masks(masks: &[Option<&TokenMask>], rows: usize, vocab: usize) -> Result<()> {
+    let op = "sample";
+    if masks.len() != rows {
+        return Err(Error::Shape { op, what: "masks", got: masks.len(), expected: rows });
+    }
+    match masks.iter().flatten().find(|mask| mask.vocab != vocab) {
+        Some(mask) => Err(Error::Shape { op, what: "tokens of a mask", got: mask.vocab, expected: vocab }),
+        None => Ok(()),
+    }
+}
+
 /// A row of logits to sample from, for the sequence at a seat.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SampleRow {

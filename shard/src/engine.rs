@@ -3,6 +3,10 @@
 mod heartbeat;
 mod idle;
 mod pass;
+mod pipeline;
+mod pooling;
+mod sampling;
+mod sequence;
 mod session;
 mod state;
 mod warm_up;
@@ -21,8 +25,12 @@ use tokio::sync::{
     oneshot,
 };
 
-use crate::{adapters::Adapters, step::Step};
+use crate::{
+    adapters::Adapters,
+    step::{Event, Masks, Step},
+};
 pub use heartbeat::Heartbeat;
+use pipeline::Pipeline;
 pub use session::EventStream;
 use session::Session;
 use state::State;
@@ -49,6 +57,13 @@ pub enum Command {
         /// The step.
         step: Result<Box<Step>, StepError>,
     },
+    /// Give a step its masks.
+    Masks {
+        /// The id of the [`EventStream`] that they came with.
+        stream: u64,
+        /// The masks.
+        masks: Masks,
+    },
 }
 
 /// Adapters that outlive a session.
@@ -64,6 +79,7 @@ pub struct Held {
 pub struct Engine<B: Backend> {
     state: State<B>,
     session: Session,
+    pipeline: Pipeline<B>,
     heartbeat: Arc<Heartbeat>,
     longest_step: Duration,
     /// When the oldest work that is not finished began, as of the last turn.
@@ -81,6 +97,7 @@ impl<B: Backend> Engine<B> {
         Ok(Engine {
             state: State::new(ops, model, adapters, limits)?,
             session: Session::default(),
+            pipeline: Pipeline::default(),
             heartbeat: Arc::default(),
             longest_step: Duration::ZERO,
             oldest: None,
@@ -121,9 +138,8 @@ impl<B: Backend> Engine<B> {
     /// Runs until all senders are gone; `pulse` is busy while there is work, and beats when some of it is finished.
     /// Errors: the device failed; nothing that it holds can be trusted.
     pub fn run(mut self, mut commands: Receiver<Command>, pulse: &Pulse) -> kernels::Result<()> {
-        let mut launched: Option<pass::Launched<B>> = None;
         loop {
-            let command = if launched.is_some() || self.state.is_loading() {
+            let command = if self.pipeline.is_running() || self.state.is_loading() {
                 commands.try_recv()
             } else {
                 commands.blocking_recv().ok_or(TryRecvError::Disconnected)
@@ -131,23 +147,21 @@ impl<B: Backend> Engine<B> {
             self.heartbeat.turn();
             match command {
                 // Neither the next step nor this one's result may wait for the other.
-                Err(TryRecvError::Empty) if launched.is_some() => thread::yield_now(),
+                Err(TryRecvError::Empty) if self.pipeline.is_running() => thread::yield_now(),
                 Err(TryRecvError::Empty) => thread::park_timeout(LOAD_POLL),
                 Err(TryRecvError::Disconnected) => return Ok(()),
                 Ok(command) => {
-                    if launched.is_none() {
+                    if !self.pipeline.is_running() {
                         self.set_oldest(Some(Instant::now()), pulse);
                     }
-                    self.handle(command, &mut launched)?;
+                    self.handle(command)?;
                 }
             }
-            if launched.as_ref().is_some_and(|launched| self.state.is_ready(launched)) {
-                self.finish(&mut launched)?;
-            }
+            self.advance()?;
             for event in self.state.slot_events()? {
                 self.session.emit(event);
             }
-            self.set_oldest(launched.as_ref().map(pass::Launched::started), pulse);
+            self.set_oldest(self.pipeline.oldest(), pulse);
         }
     }
 
@@ -164,13 +178,11 @@ impl<B: Backend> Engine<B> {
         }
     }
 
-    fn handle(&mut self, command: Command, launched: &mut Option<pass::Launched<B>>) -> kernels::Result<()> {
+    fn handle(&mut self, command: Command) -> kernels::Result<()> {
         match command {
             Command::Attach { session, held } => {
-                // Nothing that the new session does may overtake the step in flight, whose result nobody wants.
-                if let Some(launched) = launched.take() {
-                    self.state.collect(launched)?;
-                }
+                // Nothing that the new session does may overtake the steps in flight, whose results nobody wants.
+                self.pipeline.abandon(&mut self.state)?;
                 self.session.begin(session);
                 let kept = self.state.begin_session()?;
                 // Whoever asked may be gone.
@@ -179,27 +191,30 @@ impl<B: Backend> Engine<B> {
             Command::Execute(stream) => self.session.join(stream),
             Command::Step { stream, step } if self.session.hears(stream) => {
                 let step = step.and_then(|step| self.session.take(&step).map(|()| step));
-                let next = match step {
-                    Ok(step) => self.state.launch(&step, Instant::now())?,
-                    Err(refused) => Err(refused),
-                };
-                self.finish(launched)?;
-                match next {
-                    Ok(next) => *launched = Some(next),
-                    Err(refused) => self.session.fail(refused),
+                self.pipeline.push(step);
+            }
+            Command::Masks { stream, masks } if self.session.hears(stream) => {
+                match self.session.expect(masks.session) {
+                    Ok(()) => self.pipeline.add_masks(masks),
+                    Err(error) => self.pipeline.push(Err(error)),
                 }
             }
             // It comes from a stream that has ended: there is nobody to answer to.
-            Command::Step { .. } => {}
+            Command::Step { .. } | Command::Masks { .. } => {}
         }
         Ok(())
     }
 
-    fn finish(&mut self, launched: &mut Option<pass::Launched<B>>) -> kernels::Result<()> {
-        if let Some(launched) = launched.take() {
-            let result = self.state.collect(launched)?;
-            self.session.emit(crate::step::Event::Step(result));
+    /// Launches what can be launched, and answers the steps that have ended.
+    fn advance(&mut self) -> kernels::Result<()> {
+        loop {
+            if let Err(refused) = self.pipeline.launch(&mut self.state)? {
+                self.session.fail(refused);
+            }
+            match self.pipeline.poll(&mut self.state)? {
+                Some(result) => self.session.emit(Event::Step(result)),
+                None => return Ok(()),
+            }
         }
-        Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! `lorax-shard`: one rank of a model.
 
 use std::{
-    io::IsTerminal,
+    io::{self, IsTerminal},
     path::{Path, PathBuf},
     sync::Arc,
     thread,
@@ -12,7 +12,7 @@ use anyhow::Context;
 use clap::Parser;
 use config::{Config, Device, Dtype};
 use indicatif::{ProgressBar, ProgressStyle};
-use kernels::{Backend, DType, cpu::CpuBackend};
+use kernels::{Backend, DType, RopeSpec, Stretch, cpu::CpuBackend};
 use lifecycle::{EX_USAGE, Parent, Supervisor, fail};
 #[cfg(feature = "cuda")]
 use lorax_shard::choices::ChoiceFile;
@@ -23,8 +23,11 @@ use lorax_shard::{
     server::{self, Rank},
     step::Info,
 };
-use model::{LoadProgress, Model, adapter::BaseModel};
-use tokio::net::UnixListener;
+use model::{Decoder, LoadProgress, Model, adapter::BaseModel};
+use tokio::{
+    net::UnixListener,
+    runtime::{Builder, Runtime},
+};
 use tokio_stream::wrappers::UnixListenerStream;
 
 /// One rank of a model behind gRPC. Started by lorax-launcher.
@@ -159,11 +162,7 @@ fn serve<B: Backend>(
         Roots::new(shard.adapter_dir.as_deref(), &shard.adapter_roots).context("the adapter folders")?;
     let base =
         BaseModel { decoder: description.clone(), path: config.model.path.clone(), dtype: ops.dtype() };
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .thread_name("requests")
-        .worker_threads(2)
-        .enable_all()
-        .build()?;
+    let runtime = runtime()?;
     let reads = runtime.handle().clone();
     let host = HostLimits { bytes: host_bytes, read_timeout: config.router.prepare_timeout };
     let adapters = Arc::new(Adapters::new(ops.clone(), base, model.sites().to_vec(), roots, host, reads));
@@ -198,8 +197,8 @@ fn serve<B: Backend>(
         max_logit_rows: limits.max_logit_rows as u32,
         longest_step_us: engine.longest_step().as_micros() as u64,
         kv_window: memory::kv_window(description.lookback()),
-        rope_switch: 0,
-        rope_dynamic: 0,
+        rope_switch: rope_switch(&description),
+        rope_dynamic: rope_dynamic(&description),
     };
     let step_timeout = server::step_timeout(config.router.step_timeout, engine.longest_step());
     let supervisor = Supervisor::ending_the_process()?;
@@ -212,6 +211,29 @@ fn serve<B: Backend>(
     // Whoever waits for an adapter that is being read is gone.
     runtime.shutdown_timeout(Duration::from_secs(1));
     served
+}
+
+/// Answers the router and reads adapters, beside the engine.
+fn runtime() -> io::Result<Runtime> {
+    Builder::new_multi_thread().thread_name("requests").worker_threads(2).enable_all().build()
+}
+
+/// The original context of LongRoPE; 0 without it.
+fn rope_switch(decoder: &Decoder) -> u32 {
+    let original = |rope: &RopeSpec| match rope.stretch {
+        Stretch::Long { original, .. } => Some(original),
+        _ => None,
+    };
+    decoder.ropes.iter().find_map(original).unwrap_or(0)
+}
+
+/// The original context of dynamic NTK scaling; 0 without it.
+fn rope_dynamic(decoder: &Decoder) -> u32 {
+    let original = |rope: &RopeSpec| match rope.stretch {
+        Stretch::Dynamic { original, .. } => Some(original),
+        _ => None,
+    };
+    decoder.ropes.iter().find_map(original).unwrap_or(0)
 }
 
 /// How much a step may hold.

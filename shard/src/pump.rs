@@ -8,11 +8,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     engine::{Command, StepError},
-    step::Step,
+    step::Request,
 };
 
-/// Steps as they arrive, each of them or what is wrong with it.
-pub type Steps = Pin<Box<dyn Stream<Item = Result<Box<Step>, StepError>> + Send>>;
+/// Steps and their masks as they arrive, each of them or what is wrong with it.
+pub type Steps = Pin<Box<dyn Stream<Item = Result<Request, StepError>> + Send>>;
 
 /// A stream that the router has opened.
 pub struct Incoming {
@@ -44,7 +44,12 @@ async fn pass_on(incoming: Incoming, engine: Sender<Command>) {
     let Incoming { stream, mut steps, ended } = incoming;
     let all = async {
         while let Some(step) = steps.next().await {
-            if engine.send(Command::Step { stream, step }).await.is_err() {
+            let command = match step {
+                Ok(Request::Step(step)) => Command::Step { stream, step: Ok(step) },
+                Ok(Request::Masks(masks)) => Command::Masks { stream, masks },
+                Err(error) => Command::Step { stream, step: Err(error) },
+            };
+            if engine.send(command).await.is_err() {
                 break;
             }
         }

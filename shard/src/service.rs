@@ -101,8 +101,9 @@ impl<B: Backend> Shard for Service<B> {
         let (stream, ended) = EventStream::new(id, events);
         self.send(Command::Execute(stream)).await?;
         // Of a broken connection nobody reads the error, and the router begins a new session.
-        let steps = steps.map(|step| match step {
-            Ok(request) => wire::request(request).map(Box::new),
+        let vocab = self.info.vocab_size;
+        let steps = steps.map(move |step| match step {
+            Ok(request) => wire::request(request, vocab),
             Err(status) => Err(StepError::Unreadable(status.message().into())),
         });
         let incoming = Incoming { stream: id, steps: Box::pin(steps), ended };

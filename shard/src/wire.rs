@@ -1,14 +1,18 @@
 //! Between messages and our own types, and from our errors to gRPC's.
 
-use kernels::{Sampled, SamplingParams};
+use kernels::{Sampled, SamplingParams, TokenMask};
 use model::adapter::ContentHash;
 use proto as wire;
+use proto::ScoredToken;
 use tonic::Status;
 
 use crate::{
     adapters::{PrepareError, Prepared, ResolveError},
     engine::{Heartbeat, Held, StepError},
-    step::{Event, Info, NewSequence, Refusal, Rows, SessionEvent, Step, StepResult},
+    step::{
+        self, Event, Info, Mask, NewSequence, Output, Pooling, PoolingKind, Refusal, Request, Rows,
+        SessionEvent, Step, StepResult,
+    },
 };
 
 pub(crate) fn info(info: Info) -> wire::InfoResponse {
@@ -34,14 +38,21 @@ pub(crate) fn info(info: Info) -> wire::InfoResponse {
     }
 }
 
-pub(crate) fn request(request: wire::ExecuteRequest) -> Result<Step, StepError> {
+/// A request of the router, of a model with so many tokens.
+pub(crate) fn request(request: wire::ExecuteRequest, vocab: u32) -> Result<Request, StepError> {
+    use wire::execute_request::Request::{Masks, Step};
     match request.request {
-        Some(wire::execute_request::Request::Step(message)) => step(message),
-        _ => Err(StepError::Unreadable("a request without a step".into())),
+        Some(Step(message)) => Ok(Request::Step(Box::new(step(message, vocab)?))),
+        Some(Masks(message)) => Ok(Request::Masks(step::Masks {
+            session: message.session,
+            step: message.step,
+            masks: masks(message.masks, vocab)?,
+        })),
+        None => Err(StepError::Unreadable("a request of an unknown kind".into())),
     }
 }
 
-fn step(step: wire::Step) -> Result<Step, StepError> {
+fn step(step: wire::Step, vocab: u32) -> Result<Step, StepError> {
     Ok(Step {
         session: step.session,
         id: step.id,
@@ -54,7 +65,20 @@ fn step(step: wire::Step) -> Result<Step, StepError> {
             .collect::<Result<_, StepError>>()?,
         added: step.added.into_iter().map(new_sequence).collect(),
         rows: step.rows.into_iter().map(rows).collect(),
+        masks: masks(step.masks, vocab)?,
     })
+}
+
+fn masks(masks: Vec<wire::Mask>, vocab: u32) -> Result<Vec<Mask>, StepError> {
+    let (vocab, expected) = (vocab as usize, vocab.div_ceil(8) as usize);
+    let mask = |mask: wire::Mask| match mask.allowed.len() {
+        got if got != expected => Err(StepError::Mask { got, expected }),
+        _ => {
+            let allowed = TokenMask::new(&mask.allowed, vocab);
+            Ok(Mask { sequence: mask.sequence, row: mask.row as usize, allowed })
+        }
+    };
+    masks.into_iter().map(mask).collect()
 }
 
 fn content(bytes: &[u8]) -> Result<ContentHash, StepError> {
@@ -69,7 +93,18 @@ fn new_sequence(new: wire::NewSequence) -> NewSequence {
         slot: new.slot,
         sampling: new.sampling.map(sampling_params).unwrap_or_default(),
         prompt_logprobs: new.prompt_logprobs,
+        pooling: new.pooling.map(pooling),
     }
+}
+
+fn pooling(message: wire::Pooling) -> Pooling {
+    let kind = match message.kind() {
+        wire::pooling::Kind::None => PoolingKind::None,
+        wire::pooling::Kind::First => PoolingKind::First,
+        wire::pooling::Kind::Last => PoolingKind::Last,
+        wire::pooling::Kind::Mean => PoolingKind::Mean,
+    };
+    Pooling { kind, normalize: message.normalize }
 }
 
 macro_rules! sampling_params {
@@ -93,8 +128,10 @@ fn rows(rows: wire::SequenceRows) -> Rows {
         position: rows.position as usize,
         rows: rows.rows as usize,
         new_blocks: rows.new_blocks,
-        sample: rows.sample > 0,
+        sample: rows.sample as usize,
         released_blocks: rows.released_blocks as usize,
+        tokens: rows.tokens,
+        masked: rows.masked,
     }
 }
 
@@ -128,32 +165,38 @@ pub(crate) fn health(heartbeat: &Heartbeat) -> wire::HealthResponse {
 }
 
 fn step_result(result: StepResult) -> wire::StepResult {
-    let token = |id, logprob| wire::Token { id, logprob };
-    let tops = |top: Vec<(u32, f32)>| top.into_iter().map(|(id, logprob)| token(id, logprob)).collect();
-    let sampled = |(sequence, sampled): (u64, Sampled)| wire::Sampled {
-        sequence,
-        token: Some(token(sampled.token, sampled.logprob)),
-        top: tops(sampled.top),
-    };
-    let prompt = |(sequence, position, tokens): (u64, usize, Vec<Sampled>)| wire::PromptLogprobs {
-        sequence,
-        position: position as u32,
-        tokens: tokens
-            .into_iter()
-            .map(|sampled| wire::ScoredToken {
-                token: Some(token(sampled.token, sampled.logprob)),
-                top: tops(sampled.top),
-            })
-            .collect(),
-    };
-    wire::StepResult {
+    let mut message = wire::StepResult {
         id: result.id,
-        tokens: result.tokens.into_iter().map(sampled).collect(),
-        prompt: result.prompt.into_iter().map(prompt).collect(),
         duration_us: result.duration_us,
-        hidden: Vec::new(),
-        pooled: Vec::new(),
         refused: result.refused.into_iter().map(refused).collect(),
+        ..wire::StepResult::default()
+    };
+    for output in result.outputs {
+        match output {
+            Output::Token { sequence, sampled } => {
+                let ScoredToken { token, top } = scored_token(sampled);
+                message.tokens.push(wire::Sampled { sequence, token, top });
+            }
+            Output::PromptScores { sequence, position, tokens } => {
+                let tokens = tokens.into_iter().map(scored_token).collect();
+                message.prompt.push(wire::PromptLogprobs { sequence, position: position as u32, tokens });
+            }
+            Output::HiddenStates { sequence, position, values } => {
+                message.hidden.push(wire::HiddenStates { sequence, position: position as u32, values });
+            }
+            Output::Pooled { sequence, values } => {
+                message.pooled.push(wire::PooledVector { sequence, values });
+            }
+        }
+    }
+    message
+}
+
+fn scored_token(sampled: Sampled) -> ScoredToken {
+    let token = |(id, logprob)| wire::Token { id, logprob };
+    ScoredToken {
+        token: Some(token((sampled.token, sampled.logprob))),
+        top: sampled.top.into_iter().map(token).collect(),
     }
 }
 
@@ -182,6 +225,9 @@ pub(crate) fn step_status(error: &StepError) -> Status {
         | StepError::OutOfRange { .. }
         | StepError::NoBlock { .. }
         | StepError::ReleasedBlock { .. }
+        | StepError::GivenPrompt { .. }
+        | StepError::UnknownToken { .. }
+        | StepError::Mask { .. }
         | StepError::SlotNotReady(_)
         | StepError::ContentHash(_)
         | StepError::Unreadable(_)

@@ -19,7 +19,7 @@ use lorax_shard::{
     step::Info,
 };
 use proto::{
-    AttachRequest, ExecuteEvent, HealthRequest, InfoRequest, PrepareRequest, SlotLoad, Step,
+    AttachRequest, ExecuteEvent, HealthRequest, InfoRequest, Mask, PrepareRequest, SlotLoad, Step,
     execute_event::Event, shard_client::ShardClient,
 };
 use tokio::{net::UnixListener, sync::mpsc};
@@ -82,6 +82,7 @@ async fn next(events: &mut Streaming<ExecuteEvent>) -> Result<Option<ExecuteEven
 #[tokio::test]
 async fn what_contradicts_the_session_is_a_failed_precondition() {
     let mut served = Served::start().await;
+    let mask = |bytes| Mask { sequence: 5, row: 0, allowed: vec![255; bytes] };
     let (_steps, mut events) = served.execute().await;
     let status = next(&mut events).await.unwrap_err();
     assert_eq!((status.code(), status.message()), (Code::FailedPrecondition, "no session has begun"));
@@ -89,6 +90,8 @@ async fn what_contradicts_the_session_is_a_failed_precondition() {
         (Step { session: 9, ..client::first_step(7) }, Code::FailedPrecondition),
         (Step { id: 2, ..client::first_step(7) }, Code::FailedPrecondition),
         (Step { dropped: vec![3], ..client::first_step(7) }, Code::InvalidArgument),
+        (Step { masks: vec![mask(11)], ..client::first_step(7) }, Code::InvalidArgument),
+        (Step { masks: vec![mask(13)], ..client::first_step(7) }, Code::InvalidArgument),
         (
             Step { load: vec![SlotLoad { slot: 0, content: vec![1] }], ..client::first_step(7) },
             Code::InvalidArgument,

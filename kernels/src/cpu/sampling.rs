@@ -13,7 +13,10 @@ use super::{
     memory::CpuMat,
     simd::{Kernel, Simd, Tier, run},
 };
-use crate::{Error, Matrix, Result, SampleRow, Sampled, SamplingParams, sampling::check_seat};
+use crate::{
+    Error, Matrix, Result, SampleRow, Sampled, SamplingParams, TokenMask,
+    sampling::{check_masks, check_seat},
+};
 use ranking::{Buffers, Ranking, lane_maxima};
 
 /// Sampling state by seat.
@@ -86,9 +89,11 @@ pub(super) fn sample(
     be: &CpuBackend,
     logits: &CpuMat,
     rows: &[SampleRow],
+    masks: &[Option<&TokenMask>],
     sampler: &mut CpuSampler,
 ) -> Result<Vec<Sampled>> {
     let op = "sample";
+    check_masks(masks, rows.len(), sampler.vocab)?;
     check_rows(op, logits, sampler.vocab, rows.iter().map(|row| row.row))?;
     for row in rows {
         sampler.last(op, row.seat as usize)?;
@@ -97,7 +102,8 @@ pub(super) fn sample(
     let sampled = each(be, rows.len(), |i| {
         let SampleRow { row, seat } = rows[i];
         let mut scratch = spare().pop().unwrap_or_default();
-        let choice = seats[seat as usize].choose(be.tier, seat, logits.row(row as usize), &mut scratch);
+        let logits = Logits { raw: logits.row(row as usize), mask: masks[i] };
+        let choice = seats[seat as usize].choose(be.tier, seat, logits, &mut scratch);
         spare().push(scratch);
         choice
     });
@@ -195,11 +201,22 @@ impl Kernel for LogSumExp<'_> {
     }
 }
 
-/// The first token of the greatest logit; 0 where none can be chosen.
-fn argmax(logits: &[f32]) -> u32 {
+/// Gives tokens that may not be chosen no probability.
+fn rule_out(mask: &TokenMask, logits: &mut [f32]) {
+    for (logits, word) in logits.chunks_mut(32).zip(mask.words()) {
+        for (bit, logit) in logits.iter_mut().enumerate() {
+            if word >> bit & 1 == 0 {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+    }
+}
+
+/// The first token of the greatest logit; none where all are NaN or negative infinity.
+fn argmax(logits: &[f32]) -> Option<u32> {
     let most = lane_maxima(logits).into_iter().fold(f32::NEG_INFINITY, f32::max);
     let best = logits.iter().position(|x| *x == most && most > f32::NEG_INFINITY);
-    best.unwrap_or(0) as u32
+    best.map(|token| token as u32)
 }
 
 /// The `count` most probable tokens that have a probability, best first, with its logarithm.
@@ -211,19 +228,27 @@ fn top(logits: &[f32], count: u32, normalizer: f32, buffers: &mut Buffers) -> Ve
     ranking.first(count as usize).map(|id| (id, logits[id as usize] - normalizer)).collect()
 }
 
+/// The logits of a row, and the tokens that may be chosen.
+struct Logits<'a> {
+    raw: &'a [f32],
+    mask: Option<&'a TokenMask>,
+}
+
 impl Seat {
-    fn choose(&self, tier: Tier, seat: u32, raw: &[f32], scratch: &mut Scratch) -> Sampled {
+    fn choose(&self, tier: Tier, seat: u32, row: Logits<'_>, scratch: &mut Scratch) -> Sampled {
+        let Logits { raw, mask } = row;
         let normalizer = log_sum_exp(tier, raw);
         let params = &self.params;
-        let logits = if params.has_penalty() || !params.logit_bias.is_empty() {
+        let logits = if params.has_penalty() || !params.logit_bias.is_empty() || mask.is_some() {
             scratch.logits.clear();
             scratch.logits.extend_from_slice(raw);
             self.penalize(&mut scratch.logits);
+            mask.into_iter().for_each(|mask| rule_out(mask, &mut scratch.logits));
             &scratch.logits
         } else {
             raw
         };
-        let mut token = argmax(logits);
+        let mut token = argmax(logits).unwrap_or_else(|| mask.map_or(0, TokenMask::first));
         // An infinite logit has all the probability.
         if params.temperature != 0.0 && logits[token as usize].is_finite() {
             token = draw::draw(params, self.drawn, tier, logits, &mut scratch.draw);

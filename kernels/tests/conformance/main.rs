@@ -91,6 +91,12 @@ fn any_logits_give_a_token_on_the_cpu() {
     on_cpu(sampling::any_logits_give_a_token);
 }
 
+#[test]
+fn masks_hold_on_the_cpu() {
+    on_cpu(sampling::masks_hold_for_any_logits);
+    on_cpu(sampling::masks_change_nothing_else);
+}
+
 /// A few outputs and numbers of rows: the plainest tier takes its time.
 #[test]
 fn products_of_small_integers_are_exact_on_the_cpu() {

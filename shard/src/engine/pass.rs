@@ -1,113 +1,120 @@
-//! One forward pass: from the rows of a step to its result.
+//! The forward pass of a step: its rows, and what is wanted of them.
 
-use std::time::Instant;
+use std::{collections::HashMap, time::Instant};
 
-use kernels::{BLOCK_SIZE, Backend, Matrix, SampleRow, Sampled, Segment, SequenceRows};
+use kernels::{Backend, Segment, SequenceRows, TokenMask};
 use model::Pass;
 
 use super::{
-    idle::Marks,
-    state::{Place, Sequence, State, StepError},
+    sequence::Sequence,
+    state::{Place, State, StepError},
 };
-use crate::step::{Refusal, Rows, Step, StepResult};
+use crate::step::{Mask, PoolingKind, Refusal, Rows, Step};
 
-/// A pass that the device has not been seen to finish.
-pub(super) struct Launched<B: Backend> {
-    id: u64,
-    started: Instant,
-    /// Sequences in the order of the choices.
-    sampled: Vec<u64>,
-    tokens: Option<B::Pending>,
-    /// Sequences with scored prompt tokens: id, position of the first token, number of tokens.
-    scored: Vec<(u64, usize, usize)>,
-    scores: Option<B::Pending>,
-    refused: Vec<Refusal>,
-    /// A step that nothing is sampled from has run when the device has reached its end, too.
-    marks: Marks<B>,
+/// A step whose forward pass has been launched. What is left may have to wait: for masks, or for tokens that an earlier
+/// step has sampled.
+pub(super) struct Forwarded<B: Backend> {
+    pub(super) id: u64,
+    pub(super) started: Instant,
+    pub(super) begin: B::Mark,
+    /// The end of the pass, if sampling did not follow at once.
+    pub(super) end: Option<B::Mark>,
+    pub(super) rows: usize,
+    /// Whether every row is a sequence of its own.
+    pub(super) decodes: bool,
+    pub(super) wanted: Wanted,
+    masks: HashMap<(u64, usize), Option<TokenMask>>,
+    pub(super) refused: Vec<Refusal>,
 }
 
-impl<B: Backend> Launched<B> {
-    /// When its launch began.
-    pub(super) fn started(&self) -> Instant {
-        self.started
+impl<B: Backend> Forwarded<B> {
+    /// Takes masks of its rows.
+    pub(super) fn add_masks(&mut self, masks: Vec<Mask>) {
+        self.masks.extend(masks.into_iter().map(|mask| ((mask.sequence, mask.row), mask.allowed)));
+    }
+
+    /// The mask of a sampled row; the inner one is missing if the grammar allows no token.
+    pub(super) fn mask(&self, sample: &Sample) -> Option<&Option<TokenMask>> {
+        self.masks.get(&(sample.sequence, sample.nth))
+    }
+
+    /// Whether tokens can be sampled, given whether results of earlier steps are outstanding.
+    pub(super) fn can_sample(&self, outstanding: bool) -> bool {
+        let masked = |sample: &Sample| !sample.masked || self.mask(sample).is_some();
+        let known = |sample: &Sample| !sample.seat_again || !outstanding;
+        self.wanted.samples.iter().all(|sample| masked(sample) && known(sample))
     }
 }
 
-/// What is wanted of a step's logits.
+/// What is wanted of a step's rows besides their keys and values.
 #[derive(Default)]
-struct Wanted {
-    rows: Vec<SampleRow>,
-    sampled: Vec<u64>,
-    targets: Vec<(u32, u32)>,
-    scored: Vec<(u64, usize, usize)>,
-    num_top: u32,
+pub(super) struct Wanted {
+    pub(super) samples: Vec<Sample>,
+    /// Rows of logits, and the tokens whose log-probabilities are wanted of them.
+    pub(super) targets: Vec<(u32, u32)>,
+    /// Sequences with such tokens: id, position of the first token, number of tokens.
+    pub(super) scored: Vec<(u64, usize, usize)>,
+    /// Most probable tokens to report beside those.
+    pub(super) num_top: u32,
+    pub(super) hidden: Vec<HiddenRows>,
+}
+
+/// A row that a token is sampled from.
+pub(super) struct Sample {
+    pub(super) sequence: u64,
+    /// The step that added the sequence.
+    pub(super) added_by: u64,
+    /// Which of the sequence's sampled rows it is.
+    pub(super) nth: usize,
+    pub(super) position: usize,
+    /// The row of the logits.
+    pub(super) logit: u32,
+    pub(super) masked: bool,
+    /// Whether the sampler has to be told what the sequence consists of, for which the host must know its tokens.
+    pub(super) seat_again: bool,
+}
+
+/// Rows of a sequence whose hidden states are wanted.
+pub(super) struct HiddenRows {
+    pub(super) sequence: u64,
+    pub(super) position: usize,
+    pub(super) start: usize,
+    pub(super) rows: usize,
 }
 
 impl<B: Backend> State<B> {
-    /// Applies a step and starts its pass. The inner error is the router's fault, the outer one the device's.
-    pub(super) fn launch(
+    /// Applies a step and launches its forward pass. The inner error is the router's fault, the outer one the device's.
+    pub(super) fn launch_forward(
         &mut self,
-        step: &Step,
+        step: Step,
         started: Instant,
-    ) -> kernels::Result<Result<Launched<B>, StepError>> {
-        let mut refused = match self.prepare(step)? {
+    ) -> kernels::Result<Result<Forwarded<B>, StepError>> {
+        let mut refused = match self.prepare(&step)? {
             Ok(refused) => refused,
             Err(error) => return Ok(Err(error)),
         };
-        let wanted = match self.build(step, &mut refused) {
+        let wanted = match self.build(&step, &mut refused) {
             Ok(wanted) => wanted,
             Err(error) => return Ok(Err(error)),
         };
         let begin = self.ops.mark()?;
-        let (mut tokens, mut scores) = (None, None);
-        if self.host.rows() > 0 {
-            self.forward()?;
-            let logits = &self.scratch.logits;
-            if !wanted.targets.is_empty() {
-                debug_assert!(logits.rows() >= wanted.targets.len());
-                scores = Some(self.ops.score(logits, &wanted.targets, wanted.num_top)?);
-            }
-            if !wanted.rows.is_empty() {
-                tokens = Some(self.ops.sample(logits, &wanted.rows, &mut self.sampler)?);
-            }
-        }
         let rows = self.host.rows();
-        let rows = (rows > 0 && self.host.sequences.len() == rows).then_some(rows);
-        let marks = Marks { begin, end: self.ops.mark()?, rows };
-        let Wanted { sampled, scored, .. } = wanted;
-        Ok(Ok(Launched { id: step.id, started, sampled, tokens, scored, scores, refused, marks }))
+        if rows > 0 {
+            self.forward()?;
+        }
+        let decodes = self.host.sequences.len() == rows;
+        let (id, masks) = (step.id, HashMap::new());
+        let mut forwarded =
+            Forwarded { id, started, begin, end: None, rows, decodes, wanted, masks, refused };
+        forwarded.add_masks(step.masks);
+        Ok(Ok(forwarded))
     }
 
-    /// Starts the pass of the rows in `self.host`.
+    /// Launches the pass of the rows in `self.host`.
     pub(super) fn forward(&mut self) -> kernels::Result<()> {
         self.ops.upload(&self.host, &mut self.batch)?;
         let pass = Pass { ops: &*self.ops, batch: &self.batch, slots: &self.slots, sampler: &self.sampler };
         self.model.forward(&pass, &mut self.scratch, &mut self.kv)
-    }
-
-    /// Whether the device has finished a pass, the copies of its choices included.
-    pub(super) fn is_ready(&self, launched: &Launched<B>) -> bool {
-        self.ops.reached(&launched.marks.end)
-    }
-
-    /// Waits for a pass.
-    pub(super) fn collect(&mut self, launched: Launched<B>) -> kernels::Result<StepResult> {
-        let all = |pending: Option<B::Pending>| -> kernels::Result<Vec<Sampled>> {
-            let mut out = Vec::new();
-            pending.map_or(Ok(()), |pending| self.ops.collect(pending, &mut out))?;
-            Ok(out)
-        };
-        let mut scores = all(launched.scores)?.into_iter();
-        let prompt = launched
-            .scored
-            .into_iter()
-            .map(|(sequence, position, count)| (sequence, position, scores.by_ref().take(count).collect()));
-        let prompt = prompt.collect();
-        let tokens = launched.sampled.into_iter().zip(all(launched.tokens)?).collect();
-        let Marks { begin, end, .. } = &launched.marks;
-        let duration_us = (self.ops.seconds_between(begin, end)? * 1e6) as u64;
-        self.idle.note(&self.ops, launched.marks);
-        Ok(StepResult { id: launched.id, prompt, tokens, duration_us, refused: launched.refused })
     }
 
     /// Builds the index data of a step in `self.host`.
@@ -115,6 +122,7 @@ impl<B: Backend> State<B> {
         let host = &mut self.host;
         host.tokens.clear();
         host.positions.clear();
+        host.lengths.clear();
         host.store_at.clear();
         host.sequences.clear();
         host.blocks.clear();
@@ -140,59 +148,102 @@ impl<B: Backend> State<B> {
         for &block in &rows.new_blocks {
             self.in_range("block", block as usize, self.num_blocks)?;
         }
+        self.in_range("rows to sample from", rows.sample, rows.rows.saturating_add(1))?;
         let Some(place) = self.sequences.get(&id) else { return Err(StepError::UnknownSequence(id)) };
-        let Place::Seated(Sequence { slot, .. }) = place else { return Ok(None) };
+        let Place::Seated(Sequence { slot, pooling, .. }) = place else { return Ok(None) };
         if let Some(slot) = slot.filter(|slot| !self.is_slot_ready(*slot)) {
             return Err(StepError::SlotNotReady(slot));
         }
-        let (end, limit) = (rows.position.saturating_add(rows.rows), self.model.decoder().max_positions);
-        if end > limit {
-            return Ok(Some(self.refuse(id, format!("position {} is beyond the model's {limit}", end - 1))));
+        if pooling.is_some() {
+            self.in_range("rows to sample from of a sequence that is pooled", rows.sample, 1)?;
+        }
+        if let Err(reason) = self.expect_rows(rows) {
+            return Ok(Some(self.refuse(id, reason)));
         }
         let Some(Place::Seated(sequence)) = self.sequences.get_mut(&id) else { return Ok(None) };
         sequence.extend_blocks(rows)?;
-        if rows.rows == 0 || end > sequence.blocks.len() * BLOCK_SIZE {
-            return Err(StepError::NoBlock { sequence: id, position: end, blocks: sequence.blocks.len() });
-        }
+        sequence.give(rows)?;
         let host = &mut self.host;
-        let start = host.tokens.len() as u32;
+        let (start, end) = (host.tokens.len() as u32, rows.position + rows.rows);
         host.sequences.push(SequenceRows {
             start,
             rows: rows.rows as u32,
             kv_len: end as u32,
             first_block: host.blocks.len() as u32,
         });
-        host.blocks.extend(&sequence.blocks[..end.div_ceil(BLOCK_SIZE)]);
-        let first_logit = host.logit_rows.len() as u32;
+        host.blocks.extend(sequence.table(end));
         for position in rows.position..end {
-            let known = sequence.tokens.get(position).map(|token| *token as i32);
+            let known = sequence.token(position).map(|token| token as i32);
             host.tokens.push(known.unwrap_or(-1 - sequence.seat as i32));
             host.positions.push(position as u32);
-            host.store_at.push(
-                sequence.blocks[position / BLOCK_SIZE] * BLOCK_SIZE as u32 + (position % BLOCK_SIZE) as u32,
-            );
-            let scored = sequence.prompt_logprobs && position + 1 < sequence.prompt_len;
-            let logit = host.logit_rows.len() as u32;
-            if scored {
-                wanted.targets.push((logit, sequence.tokens[position + 1]));
-                wanted.num_top = wanted.num_top.max(sequence.num_top);
-            } else if rows.sample && position + 1 == end {
-                wanted.rows.push(SampleRow { row: logit, seat: sequence.seat });
-                wanted.sampled.push(id);
-            } else {
-                continue;
-            }
-            host.logit_rows.push(host.tokens.len() as u32 - 1);
+            host.lengths.push(sequence.rope_length(position));
+            host.store_at.push(sequence.store_at(position));
         }
-        let scored = end.min(sequence.prompt_len.saturating_sub(1)).saturating_sub(rows.position);
-        if sequence.prompt_logprobs && scored > 0 {
-            wanted.scored.push((id, rows.position + 1, scored));
-        }
+        let first_logit = host.logit_rows.len() as u32;
+        wanted.add(rows, sequence, start, &mut host.logit_rows);
         if let Some(slot) = sequence.slot {
             extend_segment(&mut host.segments, start, host.tokens.len() as u32, slot);
             extend_segment(&mut host.logit_segments, first_logit, host.logit_rows.len() as u32, slot);
         }
         Ok(None)
+    }
+
+    /// Whether the model can compute a sequence's rows.
+    fn expect_rows(&self, rows: &Rows) -> Result<(), String> {
+        let (end, limit) = (rows.position.saturating_add(rows.rows), self.model.decoder().max_positions);
+        if end > limit {
+            return Err(format!("position {} is beyond the model's {limit}", end - 1));
+        }
+        let vocab = self.model.decoder().vocab;
+        match rows.tokens.iter().find(|token| **token as usize >= vocab) {
+            Some(token) => Err(format!("token {token} is out of range, limit {vocab}")),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Wanted {
+    /// Adds what is wanted of a sequence's rows, which begin at row `start` of the step. Rows whose logits are needed are
+    /// appended to `logit_rows`.
+    fn add(&mut self, rows: &Rows, sequence: &Sequence, start: u32, logit_rows: &mut Vec<u32>) {
+        let end = rows.position + rows.rows;
+        for (row, position) in (start..).zip(rows.position..end) {
+            let logit = logit_rows.len() as u32;
+            let scored = sequence.prompt_logprobs && position + 1 < sequence.prompt_len;
+            let sampled = position + rows.sample >= end;
+            match sequence.token(position + 1).filter(|_| scored) {
+                Some(target) => self.targets.push((logit, target)),
+                None if sampled => {
+                    let nth = position + rows.sample - end;
+                    self.samples.push(Sample {
+                        sequence: rows.sequence,
+                        added_by: sequence.added_by,
+                        nth,
+                        position,
+                        logit,
+                        masked: rows.masked,
+                        seat_again: nth > 0 || !sequence.is_counted(position),
+                    });
+                }
+                None => continue,
+            }
+            logit_rows.push(row);
+        }
+        let scored = end.min(sequence.prompt_len.saturating_sub(1)).saturating_sub(rows.position);
+        if sequence.prompt_logprobs && scored > 0 {
+            self.num_top = self.num_top.max(sequence.sampling.num_top);
+            self.scored.push((rows.sequence, rows.position + 1, scored));
+        }
+        let ends = end == sequence.len();
+        let hidden = sequence.pooling.is_some_and(|pooling| match pooling.kind {
+            PoolingKind::None | PoolingKind::Mean => true,
+            PoolingKind::First => rows.position == 0 || ends,
+            PoolingKind::Last => ends,
+        });
+        if hidden {
+            let (start, position) = (start as usize, rows.position);
+            self.hidden.push(HiddenRows { sequence: rows.sequence, position, start, rows: rows.rows });
+        }
     }
 }
 

@@ -63,15 +63,21 @@ impl Session {
 
     /// Refuses a step of another session, or one that does not follow the one before.
     pub(super) fn take(&mut self, step: &Step) -> Result<(), StepError> {
-        if self.number != Some(step.session) {
-            return Err(StepError::OtherSession { got: step.session, current: self.number.unwrap_or(0) });
-        }
+        self.expect(step.session)?;
         let expected = self.last_step + 1;
         if step.id != expected {
             return Err(StepError::NotConsecutive { got: step.id, expected });
         }
         self.last_step = step.id;
         Ok(())
+    }
+
+    /// Refuses what belongs to another session.
+    pub(super) fn expect(&self, session: u64) -> Result<(), StepError> {
+        if self.number == Some(session) {
+            return Ok(());
+        }
+        Err(StepError::OtherSession { got: session, current: self.number.unwrap_or(0) })
     }
 
     /// Tells the router of an event. The channel holds more than the slots and the two steps that may be in flight can

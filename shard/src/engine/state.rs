@@ -2,14 +2,14 @@
 
 use std::{collections::HashMap, mem, sync::Arc};
 
-use kernels::{BLOCK_SIZE, Backend, Batch, SamplingParams};
+use kernels::{Backend, Batch, SamplingParams};
 use model::{Decoder, Model, adapter::ContentHash};
 use tokio::sync::oneshot::error::TryRecvError;
 
-use super::{Held, idle::Idle};
+use super::{Held, idle::Idle, sequence::Sequence};
 use crate::{
     adapters::{Adapters, Fetch},
-    step::{Event, NewSequence, Refusal, Rows, Step},
+    step::{Event, NewSequence, Refusal, Step},
 };
 
 /// How much room there is.
@@ -86,6 +86,30 @@ pub enum StepError {
         /// Blocks at its beginning that it has released.
         released: usize,
     },
+    /// A token of a prompt that is given another time.
+    #[error("sequence {sequence} is given a token at position {position} of its prompt")]
+    GivenPrompt {
+        /// The sequence.
+        sequence: u64,
+        /// The position.
+        position: usize,
+    },
+    /// A token is to be sampled behind one that was never sampled nor given.
+    #[error("sequence {sequence} has no token at or before position {position}")]
+    UnknownToken {
+        /// The sequence.
+        sequence: u64,
+        /// The row to sample from.
+        position: usize,
+    },
+    /// A mask of another vocabulary.
+    #[error("a mask of {got} bytes, the vocabulary needs {expected}")]
+    Mask {
+        /// Its bytes.
+        got: usize,
+        /// Bytes that have a bit for every token.
+        expected: usize,
+    },
     /// A row uses a slot before it was reported ready.
     #[error("slot {0} is not ready")]
     SlotNotReady(u32),
@@ -105,33 +129,6 @@ pub(super) enum Place {
     Seated(Sequence),
     /// The router was told why. Its rows are passed over until it is dropped.
     Refused,
-}
-
-/// A running sequence.
-pub(super) struct Sequence {
-    pub(super) tokens: Vec<u32>,
-    pub(super) prompt_len: usize,
-    pub(super) seat: u32,
-    pub(super) slot: Option<u32>,
-    pub(super) blocks: Vec<u32>,
-    pub(super) prompt_logprobs: bool,
-    pub(super) num_top: u32,
-}
-
-impl Sequence {
-    /// Appends blocks to the table, and gives up those before a place. Kernels read nothing there, and what stands there
-    /// afterwards is a block of the sequence itself.
-    pub(super) fn extend_blocks(&mut self, rows: &Rows) -> Result<(), StepError> {
-        let Rows { sequence, position, released_blocks: released, .. } = *rows;
-        if position / BLOCK_SIZE < released {
-            return Err(StepError::ReleasedBlock { sequence, position, released });
-        }
-        self.blocks.resize(self.blocks.len().max(released), 0);
-        self.blocks.extend(&rows.new_blocks);
-        let first = self.blocks.get(released).copied().unwrap_or_default();
-        self.blocks[..released].fill(first);
-        Ok(())
-    }
 }
 
 /// What a slot holds, with the bytes that it takes there.
@@ -308,7 +305,7 @@ impl<B: Backend> State<B> {
         }
         let mut refused = Vec::new();
         for new in &step.added {
-            match self.add(new)? {
+            match self.add(new, step.id)? {
                 Ok(refusal) => refused.extend(refusal),
                 Err(error) => return Ok(Err(error)),
             }
@@ -321,7 +318,7 @@ impl<B: Backend> State<B> {
     }
 
     /// Seats a sequence, unless there is something about it that the model or the device cannot take.
-    fn add(&mut self, new: &NewSequence) -> kernels::Result<Result<Option<Refusal>, StepError>> {
+    fn add(&mut self, new: &NewSequence, step: u64) -> kernels::Result<Result<Option<Refusal>, StepError>> {
         if let Err(error) = self.expect_new(new) {
             return Ok(Err(error));
         }
@@ -342,15 +339,7 @@ impl<B: Backend> State<B> {
             Err(error) => return Err(error),
         }
         self.free_seats.pop();
-        let seated = Sequence {
-            tokens: new.tokens.clone(),
-            prompt_len: new.prompt_len,
-            seat,
-            slot: new.slot,
-            blocks: Vec::new(),
-            prompt_logprobs: new.prompt_logprobs,
-            num_top: new.sampling.num_top,
-        };
+        let seated = Sequence::new(new, seat, step);
         self.sequences.insert(id, Place::Seated(seated));
         Ok(Ok(None))
     }

@@ -7,7 +7,7 @@ use lifecycle::Supervisor;
 use lorax_shard::{
     adapters::Adapters,
     engine::{Command, EventStream, Heartbeat, Held, StepError},
-    step::{Event, NewSequence, Rows, SessionEvent, Step, StepResult},
+    step::{Event, Mask, Masks, NewSequence, Output, Rows, SessionEvent, Step, StepResult},
 };
 use model::{
     adapter::ContentHash,
@@ -174,7 +174,17 @@ pub(crate) fn prompt(sequence: u64) -> NewSequence {
 }
 
 pub(crate) fn rows(sequence: u64, position: usize, rows: usize, new_blocks: &[u32], sample: bool) -> Rows {
-    Rows { sequence, position, rows, new_blocks: new_blocks.to_vec(), sample, ..Rows::default() }
+    let (new_blocks, sample) = (new_blocks.to_vec(), sample.into());
+    Rows { sequence, position, rows, new_blocks, sample, ..Rows::default() }
+}
+
+/// The sampled tokens of a result, with their sequences.
+pub(crate) fn tokens_of(result: &StepResult) -> Vec<(u64, u32)> {
+    let token = |output: &Output| match output {
+        Output::Token { sequence, sampled } => Some((*sequence, sampled.token)),
+        _ => None,
+    };
+    result.outputs.iter().filter_map(token).collect()
 }
 
 /// The events of one stream.
@@ -217,6 +227,12 @@ impl<B: Backend> Router<'_, B> {
         id
     }
 
+    /// Sends masks of a step of the session.
+    pub(crate) async fn send_masks(&self, step: u64, masks: Vec<Mask>) {
+        let masks = Masks { session: self.session, step, masks };
+        self.shard.command(Command::Masks { stream: self.session, masks }).await;
+    }
+
     pub(crate) async fn event(&mut self) -> Event {
         let SessionEvent { session, event } = self.events.next().await.unwrap().unwrap();
         assert_eq!(session, self.session);
@@ -234,7 +250,7 @@ impl<B: Backend> Router<'_, B> {
 
     /// Tokens of the next result.
     pub(crate) async fn tokens(&mut self) -> Vec<u32> {
-        self.result().await.tokens.into_iter().map(|(_, sampled)| sampled.token).collect()
+        tokens_of(&self.result().await).into_iter().map(|(_, token)| token).collect()
     }
 
     /// How the next load into a slot ends: the slot, and the error.

@@ -4,7 +4,10 @@
 #[path = "../support/fake.rs"]
 mod fake;
 mod faults;
+mod given;
 mod harness;
+mod masks;
+mod pooling;
 mod refusals;
 mod sessions;
 mod steps;

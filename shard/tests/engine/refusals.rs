@@ -5,7 +5,7 @@ use lorax_shard::step::{NewSequence, Refusal, Step};
 
 use crate::{
     fake::Fault,
-    harness::{Router, Shard, prompt, rows},
+    harness::{Router, Shard, prompt, rows, tokens_of},
 };
 
 type Spoil = fn(&mut NewSequence);
@@ -54,7 +54,7 @@ fn spoils() -> Vec<(Spoil, &'static str)> {
 /// Tokens of the next result, and who was refused in it.
 async fn outcome<B: kernels::Backend>(router: &mut Router<'_, B>) -> (Vec<(u64, u32)>, Vec<Refusal>) {
     let result = router.result().await;
-    (result.tokens.into_iter().map(|(sequence, sampled)| (sequence, sampled.token)).collect(), result.refused)
+    (tokens_of(&result), result.refused)
 }
 
 #[tokio::test]

@@ -59,7 +59,16 @@ async fn generate(
         let added = if position == 0 { vec![prompt(1, len)] } else { vec![] };
         let sample = position + rows >= len;
         let new_blocks = (sent as u32..end as u32).collect();
-        let rows = Rows { sequence: 1, position, rows, new_blocks, sample, released_blocks: first };
+        let sample = sample.into();
+        let rows = Rows {
+            sequence: 1,
+            position,
+            rows,
+            new_blocks,
+            sample,
+            released_blocks: first,
+            ..Rows::default()
+        };
         router.send(Step { added, rows: vec![rows], ..Step::default() }).await;
         tokens.extend(router.tokens().await);
         let behind: Vec<u32> = (released as u32..first as u32).collect();
@@ -104,4 +113,36 @@ fn a_window_leaves_the_tile_around_it() {
         assert_eq!(kv_window(Some(window)), window + 128);
     }
     assert_eq!(kv_window(Some(u32::MAX)), u32::MAX);
+}
+
+#[tokio::test]
+async fn rotary_scaling_goes_by_the_tokens_at_admission_or_up_to_the_row() {
+    let (shard, script) = Shard::scripted();
+    let mut router = shard.attach().await;
+    let new_blocks = vec![3, 9, 12];
+    // Tokens that the sequence is added with, and how many of them are the prompt.
+    for (len, prompt_len) in
+        [(1, 1), (2, 1), (15, 15), (16, 3), (17, 17), (20, 20), (20, 1), (25, 20), (31, 31), (32, 16)]
+    {
+        let added = vec![NewSequence { prompt_len, ..prompt(1, len) }];
+        let rows = |position, rows, sample| Rows { sequence: 1, position, rows, sample, ..Rows::default() };
+        let first =
+            Rows { new_blocks: new_blocks.clone(), ..rows(0, len.div_ceil(2), usize::from(len == 1)) };
+        router.send(Step { added, rows: vec![first], ..Step::default() }).await;
+        router.result().await;
+        assert_eq!(script.lengths(), vec![len as u32; len.div_ceil(2)]);
+        if len > 1 {
+            let second = rows(len.div_ceil(2), len / 2, 1);
+            router.send(Step { rows: vec![second], ..Step::default() }).await;
+            router.result().await;
+            assert_eq!(script.lengths(), vec![len as u32; len / 2]);
+        }
+        for position in len..len + 3 {
+            router.send(Step { rows: vec![rows(position, 1, 1)], ..Step::default() }).await;
+            router.result().await;
+            assert_eq!(script.lengths(), [position as u32 + 1]);
+        }
+        router.send(Step { dropped: vec![1], ..Step::default() }).await;
+        router.result().await;
+    }
 }

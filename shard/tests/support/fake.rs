@@ -9,7 +9,7 @@ use std::{
 use kernels::{
     Activation, Adapters, Attention, Batch, DType, Embedding, Error, Heads, HostTensor, LinearLora,
     LogitShape, LoraPart, LoraShape, LoraSite, Memory, Norm, Ops, Projection, QkNorms, Qkv, Result, RopeSpec,
-    Rotation, SampleRow, Sampled, Sampling, SamplingParams, Span,
+    Rotation, SampleRow, Sampled, Sampling, SamplingParams, Span, TokenMask,
     cpu::{CpuAdapter, CpuBackend, CpuBatch, CpuKv, CpuMat, CpuRope, CpuSampler, CpuSlots, Panels},
 };
 
@@ -36,6 +36,7 @@ struct State {
     counts: HashMap<&'static str, usize>,
     piece: usize,
     recorded: Vec<(usize, usize)>,
+    lengths: Vec<u32>,
 }
 
 /// The test's hold on a backend.
@@ -71,6 +72,11 @@ impl Script {
     /// Has the device record these decode steps (rows, runs of rows with an adapter).
     pub(crate) fn set_recorded(&self, steps: &[(usize, usize)]) {
         self.state().recorded = steps.into();
+    }
+
+    /// The lengths that the rotary scaling of the last step's rows goes by.
+    pub(crate) fn lengths(&self) -> Vec<u32> {
+        self.state().lengths.clone()
     }
 
     /// Lets the device finish nothing that is launched from now on.
@@ -191,6 +197,7 @@ impl Memory for Fake {
 
     fn upload(&self, host: &Batch, batch: &mut CpuBatch) -> Result<()> {
         self.script.at("upload")?;
+        self.script.state().lengths.clone_from(&host.lengths);
         self.cpu.upload(host, batch)
     }
 
@@ -375,6 +382,16 @@ impl Sampling for Fake {
 
     fn sample(&self, logits: &CpuMat, rows: &[SampleRow], sampler: &mut CpuSampler) -> Result<Vec<Sampled>> {
         self.cpu.sample(logits, rows, sampler)
+    }
+
+    fn sample_masked(
+        &self,
+        logits: &CpuMat,
+        rows: &[SampleRow],
+        masks: &[Option<&TokenMask>],
+        sampler: &mut CpuSampler,
+    ) -> Result<Vec<Sampled>> {
+        self.cpu.sample_masked(logits, rows, masks, sampler)
     }
 
     fn score(&self, logits: &CpuMat, targets: &[(u32, u32)], num_top: u32) -> Result<Vec<Sampled>> {

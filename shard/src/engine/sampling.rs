@@ -1,0 +1,212 @@
+//! What follows the forward pass of a step: sampling, and the collection of the results.
+
+use std::time::Instant;
+
+use kernels::{Backend, SampleRow, Sampled};
+
+use super::{
+    idle::Marks,
+    pass::{Forwarded, HiddenRows, Sample},
+    pooling,
+    state::{Place, State, StepError},
+};
+use crate::step::{Output, Refusal, StepResult};
+
+/// A step of which everything has been launched, and which the device has not been seen to finish.
+pub(super) struct Launched<B: Backend> {
+    id: u64,
+    started: Instant,
+    samples: Vec<Sample>,
+    rounds: Vec<Round<B>>,
+    scored: Vec<(u64, usize, usize)>,
+    scores: Option<B::Pending>,
+    hidden: Vec<HiddenRows>,
+    rows: usize,
+    refused: Vec<Refusal>,
+    /// A step that nothing is sampled from has run when the device has reached its end, too.
+    marks: Marks<B>,
+    /// The end of the pass and the beginning of sampling, if the device had nothing to do between them.
+    pause: Option<(B::Mark, B::Mark)>,
+}
+
+/// Choices on their way.
+struct Round<B: Backend> {
+    pending: B::Pending,
+    /// The places of their rows among the step's samples.
+    places: Vec<usize>,
+}
+
+impl<B: Backend> Launched<B> {
+    /// When its launch began.
+    pub(super) fn started(&self) -> Instant {
+        self.started
+    }
+
+    /// Whether its results are read from activations, which the next pass overwrites.
+    pub(super) fn holds_activations(&self) -> bool {
+        !self.hidden.is_empty()
+    }
+}
+
+impl<B: Backend> State<B> {
+    /// Launches what follows a forward pass. Sequences that nothing can be sampled for are refused.
+    pub(super) fn launch_sampling(
+        &mut self,
+        mut forwarded: Forwarded<B>,
+    ) -> kernels::Result<Result<Launched<B>, StepError>> {
+        let pause = match forwarded.end.take() {
+            Some(end) => Some((end, self.ops.mark()?)),
+            None => None,
+        };
+        let wanted = &forwarded.wanted;
+        let scores = match wanted.targets.is_empty() {
+            true => None,
+            false => Some(self.ops.score(&self.scratch.logits, &wanted.targets, wanted.num_top)?),
+        };
+        let mut rounds = Vec::new();
+        // A row is sampled as if the tokens given behind the rows before it had been: one row of a sequence at a time.
+        let most = wanted.samples.iter().map(|sample| sample.nth + 1).max().unwrap_or(0);
+        for nth in 0..most {
+            match self.sample_round(&mut forwarded, nth)? {
+                Ok(round) => rounds.extend(round),
+                Err(error) => return Ok(Err(error)),
+            }
+        }
+        let Forwarded { id, started, begin, rows, decodes, wanted, refused, .. } = forwarded;
+        let decode_rows = (rows > 0 && decodes).then_some(rows);
+        let marks = Marks { begin, end: self.ops.mark()?, rows: decode_rows };
+        Ok(Ok(Launched {
+            id,
+            started,
+            samples: wanted.samples,
+            rounds,
+            scored: wanted.scored,
+            scores,
+            hidden: wanted.hidden,
+            rows,
+            refused,
+            marks,
+            pause,
+        }))
+    }
+
+    /// Samples from the `nth` row of every sequence that has as many.
+    fn sample_round(
+        &mut self,
+        forwarded: &mut Forwarded<B>,
+        nth: usize,
+    ) -> kernels::Result<Result<Option<Round<B>>, StepError>> {
+        let (mut rows, mut places, mut refused) = (Vec::new(), Vec::new(), Vec::new());
+        for (place, sample) in forwarded.wanted.samples.iter().enumerate() {
+            if sample.nth != nth {
+                continue;
+            }
+            if sample.masked && matches!(forwarded.mask(sample), Some(None)) {
+                refused.push(self.refuse(sample.sequence, "its grammar allows no token".into()));
+                continue;
+            }
+            match self.take_seat(sample)? {
+                Ok(Some(seat)) => {
+                    rows.push(SampleRow { row: sample.logit, seat });
+                    places.push(place);
+                }
+                Ok(None) => {}
+                Err(error) => return Ok(Err(error)),
+            }
+        }
+        let masks: Vec<_> = places
+            .iter()
+            .map(|&place| forwarded.mask(&forwarded.wanted.samples[place]).and_then(Option::as_ref))
+            .collect();
+        let logits = &self.scratch.logits;
+        let pending = match (rows.is_empty(), masks.iter().any(Option::is_some)) {
+            (true, _) => None,
+            (_, true) => Some(self.ops.sample_masked(logits, &rows, &masks, &mut self.sampler)?),
+            (_, false) => Some(self.ops.sample(logits, &rows, &mut self.sampler)?),
+        };
+        forwarded.refused.append(&mut refused);
+        Ok(Ok(pending.map(|pending| Round { pending, places })))
+    }
+
+    /// The seat to sample a row from, once the sampler has counted the tokens before it. None if the sequence has been
+    /// refused.
+    fn take_seat(&mut self, sample: &Sample) -> kernels::Result<Result<Option<u32>, StepError>> {
+        let Sample { sequence: id, position, seat_again, .. } = *sample;
+        let Some(Place::Seated(sequence)) = self.sequences.get_mut(&id) else { return Ok(Ok(None)) };
+        if seat_again {
+            let Some((prompt, output)) = sequence.known(position + 1) else {
+                return Ok(Err(StepError::UnknownToken { sequence: id, position }));
+            };
+            self.ops.seat(&mut self.sampler, sequence.seat, &sequence.sampling, prompt, output)?;
+        }
+        sequence.sampled(position);
+        Ok(Ok(Some(sequence.seat)))
+    }
+
+    /// Whether the device has finished a step, the copies of its choices included.
+    pub(super) fn is_ready(&self, launched: &Launched<B>) -> bool {
+        self.ops.reached(&launched.marks.end)
+    }
+
+    /// Waits for a step and takes its results.
+    pub(super) fn collect(&mut self, launched: Launched<B>) -> kernels::Result<StepResult> {
+        let Launched { id, samples, rounds, scored, scores, hidden, rows, refused, marks, pause, .. } =
+            launched;
+        let mut outputs = self.collect_tokens(&samples, rounds)?;
+        let mut scores = self.choices(scores)?.into_iter();
+        outputs.extend(scored.into_iter().map(|(sequence, position, count)| Output::PromptScores {
+            sequence,
+            position,
+            tokens: scores.by_ref().take(count).collect(),
+        }));
+        if !hidden.is_empty() {
+            let values = self.ops.download(&self.scratch.hidden)?;
+            let width = values.len() / rows;
+            for wanted in hidden {
+                let Some(Place::Seated(sequence)) = self.sequences.get_mut(&wanted.sequence) else {
+                    continue;
+                };
+                let own = &values[wanted.start * width..(wanted.start + wanted.rows) * width];
+                outputs.extend(pooling::pool(sequence, &wanted, own, width));
+            }
+        }
+        let seconds = |from, to| self.ops.seconds_between(from, to);
+        let seconds = match &pause {
+            None => seconds(&marks.begin, &marks.end)?,
+            Some((end, begin)) => seconds(&marks.begin, end)? + seconds(begin, &marks.end)?,
+        };
+        match pause {
+            None => self.idle.note(&self.ops, marks),
+            Some(_) => self.idle.interrupt(),
+        }
+        Ok(StepResult { id, outputs, duration_us: (seconds * 1e6) as u64, refused })
+    }
+
+    /// The sampled tokens in the order of their rows.
+    fn collect_tokens(&mut self, samples: &[Sample], rounds: Vec<Round<B>>) -> kernels::Result<Vec<Output>> {
+        let mut tokens: Vec<Option<Sampled>> = samples.iter().map(|_| None).collect();
+        for Round { pending, places } in rounds {
+            for (sampled, place) in self.choices(Some(pending))?.into_iter().zip(places) {
+                tokens[place] = Some(sampled);
+            }
+        }
+        let mut outputs = Vec::with_capacity(samples.len());
+        for (&Sample { sequence: id, position, added_by, .. }, sampled) in samples.iter().zip(tokens) {
+            let Some(sampled) = sampled else { continue };
+            // Its id may belong to another sequence by now.
+            if let Some(Place::Seated(sequence)) = self.sequences.get_mut(&id)
+                && sequence.added_by == added_by
+            {
+                sequence.collect(position, sampled.token);
+            }
+            outputs.push(Output::Token { sequence: id, sampled });
+        }
+        Ok(outputs)
+    }
+
+    fn choices(&self, pending: Option<B::Pending>) -> kernels::Result<Vec<Sampled>> {
+        let mut out = Vec::new();
+        pending.map_or(Ok(()), |pending| self.ops.collect(pending, &mut out))?;
+        Ok(out)
+    }
+}
