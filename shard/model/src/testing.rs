@@ -1,5 +1,6 @@
 //! For tests: small models and adapters as files, with weights that look random and are the same every time.
 
+pub mod seeded;
 mod torch_file;
 
 use std::{collections::BTreeMap, fs, path::Path};
