@@ -19,8 +19,9 @@ use lorax_shard::{
     step::Info,
 };
 use proto::{
-    AttachRequest, ExecuteEvent, HealthRequest, InfoRequest, Mask, PrepareRequest, SlotLoad, Step,
-    execute_event::Event, shard_client::ShardClient,
+    AttachRequest, ExecuteEvent, ExecuteRequest, HealthRequest, InfoRequest, Mask, Masks, NewSequence,
+    Pooling, PrepareRequest, SequenceRows, SlotLoad, Step, StepResult, execute_event::Event,
+    execute_request::Request, pooling, shard_client::ShardClient,
 };
 use tokio::{net::UnixListener, sync::mpsc};
 use tokio_stream::{
@@ -72,6 +73,14 @@ impl Served {
 
     async fn attach(&mut self, session: u64) -> proto::AttachResponse {
         self.client.attach(AttachRequest { session }).await.unwrap().into_inner()
+    }
+}
+
+/// The result of the next step.
+async fn step_result(events: &mut Streaming<ExecuteEvent>) -> StepResult {
+    match next(events).await.unwrap().unwrap().event {
+        Some(Event::Step(result)) => result,
+        event => panic!("a result, not {event:?}"),
     }
 }
 
@@ -150,6 +159,74 @@ async fn a_session_is_answered_with_its_number_and_begun_with_what_is_held() {
     let (steps, mut events) = served.execute().await;
     steps.send(client::first_step(42)).await.unwrap();
     assert_eq!(next(&mut events).await.unwrap().unwrap().session, 42);
+}
+
+/// The ids of a result's tokens.
+fn tokens(result: &StepResult) -> Vec<u32> {
+    result.tokens.iter().map(|sampled| sampled.token.unwrap().id).collect()
+}
+
+#[tokio::test]
+async fn masks_and_given_tokens_cross_the_wire() {
+    let mut served = Served::start().await;
+    served.attach(3).await;
+    let (requests, outgoing) = mpsc::channel(4);
+    let mut events = served.client.execute(ReceiverStream::new(outgoing)).await.unwrap().into_inner();
+    let only = |row, token: usize| {
+        let mut allowed = vec![0; 12];
+        allowed[token / 8] = 1 << (token % 8);
+        Mask { sequence: 5, row, allowed }
+    };
+    // One mask comes with the step, the other behind it.
+    let mut first = Step { masks: vec![only(0, 77)], ..client::first_step(3) };
+    (first.rows[0].masked, first.rows[0].sample) = (true, 2);
+    requests.send(client::request(first)).await.unwrap();
+    let late = Masks { step: 1, masks: vec![only(1, 41)], session: 3 };
+    requests.send(ExecuteRequest { request: Some(Request::Masks(late)) }).await.unwrap();
+    assert_eq!(tokens(&step_result(&mut events).await), [77, 41]);
+    // Tokens are given in place of the one that was sampled.
+    let rows = SequenceRows { sequence: 5, position: 20, rows: 2, sample: 1, ..SequenceRows::default() };
+    let rows = vec![SequenceRows { tokens: vec![8, 9], ..rows }];
+    requests.send(client::request(Step { id: 2, session: 3, rows, ..Step::default() })).await.unwrap();
+    let given = tokens(&step_result(&mut events).await);
+    // It goes on as if the sequence had come with those tokens.
+    let known = [client::first_step(3).added[0].tokens.clone(), vec![8, 9]].concat();
+    let added = vec![NewSequence { sequence: 6, prompt_len: 20, tokens: known, ..NewSequence::default() }];
+    let rows = SequenceRows { sequence: 6, rows: 22, sample: 1, ..SequenceRows::default() };
+    let rows = vec![SequenceRows { new_blocks: vec![1, 2], ..rows }];
+    requests.send(client::request(Step { id: 3, session: 3, added, rows, ..Step::default() })).await.unwrap();
+    assert_eq!(tokens(&step_result(&mut events).await), given);
+    // A request that is neither a step nor masks ends the stream.
+    requests.send(ExecuteRequest { request: None }).await.unwrap();
+    assert_eq!(next(&mut events).await.unwrap_err().code(), Code::InvalidArgument);
+}
+
+#[tokio::test]
+async fn hidden_states_and_pooled_vectors_cross_the_wire() {
+    let mut served = Served::start().await;
+    served.attach(3).await;
+    let (steps, mut events) = served.execute().await;
+    let (mut added, mut rows) = (Vec::new(), Vec::new());
+    let kinds = [pooling::Kind::First, pooling::Kind::Last, pooling::Kind::Mean, pooling::Kind::None];
+    for (sequence, kind) in (0..).zip(kinds) {
+        let pooling = Some(Pooling { kind: kind as i32, normalize: kind != pooling::Kind::Mean });
+        let tokens = vec![4, 9, 5, 17, 30, 2];
+        added.push(NewSequence { sequence, pooling, tokens, prompt_len: 6, ..NewSequence::default() });
+        let new_blocks = vec![sequence as u32];
+        rows.push(SequenceRows { sequence, rows: 6, new_blocks, ..SequenceRows::default() });
+    }
+    steps.send(Step { id: 1, session: 3, added, rows, ..Step::default() }).await.unwrap();
+    let result = step_result(&mut events).await;
+    let ([first, last, mean], [states]) = (&result.pooled[..], &result.hidden[..]) else {
+        panic!("three vectors and all states, not {result:?}")
+    };
+    assert_eq!([first.sequence, last.sequence, mean.sequence, states.sequence], [0, 1, 2, 3]);
+    assert_eq!((states.position, states.values.len()), (0, 6 * 32));
+    assert_eq!(first.values, states.values[..32]);
+    assert_eq!(last.values, states.values[5 * 32..]);
+    let norm = |vector: &[f32]| vector.iter().map(|x| x * x).sum::<f32>();
+    assert!(states.values.chunks(32).all(|state| (norm(state) - 1.0).abs() < 1e-5), "they are normalized");
+    assert!(mean.values.len() == 32 && (norm(&mean.values) - 1.0).abs() > 1e-3, "the mean is not");
 }
 
 #[tokio::test]

@@ -59,7 +59,7 @@ impl Sequence {
     /// The first tokens, split into prompt and output, if the host knows all of them.
     pub(super) fn known(&self, len: usize) -> Option<(&[u32], &[u32])> {
         let tokens = self.tokens.get(..len).filter(|tokens| !tokens.contains(&IN_FLIGHT))?;
-        tokens.split_at_checked(self.prompt_len)
+        Some(tokens.split_at(self.prompt_len.min(len)))
     }
 
     /// The tokens that the rotary scaling of a row goes by: those that it was added with, or those up to the row.

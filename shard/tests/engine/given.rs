@@ -119,6 +119,33 @@ async fn forced_tokens_are_like_those_of_a_sequence_that_resumes() {
 }
 
 #[tokio::test]
+async fn rows_of_a_prompt_can_be_sampled_from() {
+    let shard = Shard::start();
+    for (params, sample) in cases().into_iter().zip([1, 2, 3, 4, 5, 7, 10, 15, 19, 20, 20]) {
+        // What each beginning of the prompt goes on with.
+        let mut expected = Vec::new();
+        for len in 21 - sample..21 {
+            let mut router = shard.attach().await;
+            let tokens = prompt(5).tokens[..len].to_vec();
+            expected
+                .extend(begin(&mut router, NewSequence { tokens, prompt_len: len, ..new(&params) }).await);
+        }
+        let mut router = shard.attach().await;
+        let first = Rows { sample, ..rows(5, 0, 20, &[3, 9, 12], false) };
+        router.send(Step { added: vec![new(&params)], rows: vec![first], ..Step::default() }).await;
+        assert_eq!(router.tokens().await, expected, "{params:?}");
+        let mut alone = shard.attach().await;
+        begin(&mut alone, new(&params)).await;
+        let plain = go_on(&mut alone, 20..25).await;
+        let mut router = shard.attach().await;
+        let first = Rows { sample, ..rows(5, 0, 20, &[3, 9, 12], false) };
+        router.send(Step { added: vec![new(&params)], rows: vec![first], ..Step::default() }).await;
+        router.tokens().await;
+        assert_eq!(go_on(&mut router, 20..25).await, plain, "the last one is what follows");
+    }
+}
+
+#[tokio::test]
 async fn rows_that_contradict_what_is_known_are_refused() {
     let shard = Shard::start();
     for (step, cause) in [
