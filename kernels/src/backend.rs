@@ -105,8 +105,9 @@ pub trait Ops: Adapters {
     }
 
     /// Semantics: `y[i] = by.scale · by.table[token(i)] + by.positions[position(i)]`, where a negative `batch.tokens[i]` is
-    /// looked up in the sampler. A row whose adapter replaces its token's row takes that one, and deltas are added to the
-    /// table's row before it is scaled. `y` is the residual stream, a [`Memory::wide_mat`].
+    /// looked up in the sampler. What a row's adapter changes of the table, see [`LoraPart`], is changed before the row is
+    /// scaled. `y` is the residual stream, a [`Memory::wide_mat`]. That each token has a row is the caller's promise, which a
+    /// device need not check.
     fn embed(
         &self,
         batch: &Self::Batch,
@@ -125,7 +126,7 @@ pub trait Ops: Adapters {
     fn matmul(&self, x: &Self::Mat, by: Projection<'_, Self>, y: &mut Self::Mat) -> Result<()>;
 
     /// As [`Self::matmul`], but the sums are added to what `y`, a [`Memory::wide_mat`] of as many rows as `x`, holds: without
-    /// rounding in between. No row's adapter scales its products, see [`Adapters::scales`].
+    /// rounding in between. Not called where [`Adapters::scales`] says so.
     fn matmul_add(&self, x: &Self::Mat, by: Projection<'_, Self>, y: &mut Self::Mat) -> Result<()>;
 
     /// Semantics: `stream[i] += scale · post(x[i])`; both are [`Memory::wide_mat`]s.
@@ -146,8 +147,16 @@ pub trait Ops: Adapters {
     /// Semantics: `y[i, j] = f(x[i, j]) · x[i, n + j]`, `x` `[rows, 2n]`, `y` `[rows, n]`.
     fn gate(&self, x: &Self::Mat, f: Activation, y: &mut Self::Mat) -> Result<()>;
 
-    /// Semantics: `y[i, j] = cap(scale · y[i, j])`, see [`LogitShape`].
-    fn shape_logits(&self, shape: LogitShape, y: &mut Self::Mat) -> Result<()>;
+    /// Semantics: as [`Self::matmul`], then `y[i, j] = cap(scale · y[i, j])`, see [`LogitShape`]. `y`, a
+    /// [`Memory::wide_mat`], may have more columns than the base weight has rows. A logit is -∞ where neither the base
+    /// model nor the row's adapter has a row for it, whatever the shape.
+    fn logits(
+        &self,
+        x: &Self::Mat,
+        by: Projection<'_, Self>,
+        shape: LogitShape,
+        y: &mut Self::Mat,
+    ) -> Result<()>;
 
     /// Clamps, norms and rotates the queries and keys of `qkv` `[rows, (query + 2 · kv) · dim]` in place, as [`Qkv`] says
     /// and in its order, and stores keys and values at `batch.store_at`.
@@ -229,8 +238,8 @@ pub trait Adapters: Sampling {
     fn loaded(&self, slots: &mut Self::LoraSlots) -> Result<Vec<u32>>;
     /// Empties a slot. Steps already launched still see its adapter.
     fn unload(&self, slots: &mut Self::LoraSlots, slot: u32) -> Result<()>;
-    /// Whether some row's adapter has a [`LoraPart::magnitude`]: it scales what the base weight gives, so that products
-    /// cannot be added to a sum before they are complete.
+    /// Whether products must be complete before they are added to a sum, since some row's adapter has a
+    /// [`LoraPart::magnitude`], which scales what the base weight gives, too.
     fn scales(&self, lora: &LinearLora<'_, Self>) -> bool;
 }
 

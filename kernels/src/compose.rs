@@ -15,10 +15,7 @@ pub fn linear<B: Ops>(be: &B, x: &B::Mat, by: Projection<'_, B>, out: Output<'_,
             be.gate(products, activation, y)
         }
         Output::Residual(residual) => add_and_norm(be, x, by, residual),
-        Output::Logits { y, shape } => {
-            be.matmul(x, by, y)?;
-            be.shape_logits(shape, y)
-        }
+        Output::Logits { y, shape } => be.logits(x, by, shape, y),
     }
 }
 

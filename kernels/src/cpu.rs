@@ -8,6 +8,7 @@ mod elementwise;
 mod gemm;
 mod kv;
 mod linear;
+mod lookup;
 mod lora;
 mod memory;
 mod pool;
@@ -33,7 +34,7 @@ pub use sampling::CpuSampler;
 pub use simd::Tier;
 
 use memory::Arena;
-use pool::{Pool, Shards};
+use pool::Pool;
 
 /// The CPU of this machine.
 pub struct CpuBackend {
@@ -181,54 +182,15 @@ impl Ops for CpuBackend {
         by: Embedding<'_, Self>,
         y: &mut CpuMat,
     ) -> Result<()> {
-        let op = "embed";
-        let (cols, rows, table) = (y.cols(), batch.rows(), by.table);
-        if table.inputs != cols {
-            return Err(Error::Shape { op, what: "columns of the table", got: table.inputs, expected: cols });
-        }
-        let mut ids = Vec::with_capacity(rows);
-        for &token in &batch.tokens {
-            let id = match usize::try_from(token) {
-                Ok(id) => id,
-                Err(_) => sampler.last(op, (-1 - i64::from(token)) as usize)? as usize,
-            };
-            if id >= table.outputs {
-                return Err(Error::Index { op, what: "token", index: id, limit: table.outputs });
-            }
-            ids.push(id);
-        }
-        if let Some((positions, first)) = by.positions {
-            if positions.inputs != cols {
-                let (got, expected) = (positions.inputs, cols);
-                return Err(Error::Shape { op, what: "columns of the positions", got, expected });
-            }
-            let index = batch.positions.iter().max().map_or(0, |&last| first + last as usize);
-            if index >= positions.outputs {
-                return Err(Error::Index { op, what: "position", index, limit: positions.outputs });
-            }
-        }
-        y.resize(op, rows)?;
-        let y = Shards(y.used_mut().as_mut_ptr());
-        elementwise::each_row(self, rows, cols, |i| {
-            // SAFETY: row i is this call's own.
-            let row = unsafe { y.slice(i * cols, cols) };
-            table.read_row(ids[i], row);
-            row.iter_mut().for_each(|x| *x *= by.scale);
-            if let Some((positions, first)) = by.positions {
-                let mut position = vec![0.0; cols];
-                positions.read_row(first + batch.positions[i] as usize, &mut position);
-                row.iter_mut().zip(position).for_each(|(x, position)| *x += position);
-            }
-        });
-        Ok(())
+        lookup::embed(self, batch, sampler, by, y)
     }
 
     fn matmul(&self, x: &CpuMat, by: Projection<'_, Self>, y: &mut CpuMat) -> Result<()> {
-        linear::linear(self, x, by, linear::Sum { y, add: false })
+        linear::linear(self, x, by, linear::Sum::Store(y))
     }
 
     fn matmul_add(&self, x: &CpuMat, by: Projection<'_, Self>, y: &mut CpuMat) -> Result<()> {
-        linear::linear(self, x, by, linear::Sum { y, add: true })
+        linear::linear(self, x, by, linear::Sum::Add(y))
     }
 
     fn add(&self, x: &CpuMat, post: Option<Norm<'_, Self>>, scale: f32, stream: &mut CpuMat) -> Result<()> {
@@ -247,7 +209,8 @@ impl Ops for CpuBackend {
         elementwise::gate(self, x, f, y)
     }
 
-    fn shape_logits(&self, shape: LogitShape, y: &mut CpuMat) -> Result<()> {
+    fn logits(&self, x: &CpuMat, by: Projection<'_, Self>, shape: LogitShape, y: &mut CpuMat) -> Result<()> {
+        linear::linear(self, x, by, linear::Sum::Logits(y))?;
         elementwise::shape_logits(self, shape, y);
         Ok(())
     }
@@ -303,8 +266,9 @@ impl Adapters for CpuBackend {
         slots: &mut CpuSlots,
         slot: u32,
         adapter: &Arc<CpuAdapter>,
-        _weights: &[&Panels],
+        weights: &[&Panels],
     ) -> Result<()> {
+        adapter.complete(self, &slots.sites, weights)?;
         let limit = slots.slots.len();
         let place = slots.slots.get_mut(slot as usize);
         *place.ok_or(Error::Index { op: "load", what: "slot", index: slot as usize, limit })? =
@@ -325,6 +289,7 @@ impl Adapters for CpuBackend {
         Ok(())
     }
 
+    /// Products of rows with a magnitude are completed apart from the others.
     fn scales(&self, _lora: &LinearLora<'_, Self>) -> bool {
         false
     }

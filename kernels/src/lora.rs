@@ -1,5 +1,7 @@
 //! What adapters change, as the backends see it: sites that they attach to, and the parts that they are made of.
 
+use std::ops::Range;
+
 use crate::{DType, Error, HostTensor, Result};
 
 /// One operation that adapters can attach to. A fused projection (q, k, v or gate, up) is one site with several slices:
@@ -8,9 +10,11 @@ use crate::{DType, Error, HostTensor, Result};
 pub struct LoraSite {
     /// What the operation is.
     pub kind: SiteKind,
-    /// Width of the input; rows of the table of a [`SiteKind::Lookup`].
+    /// Width of the input. Of a [`SiteKind::Lookup`]: the tokens that an adapter may have rows for, at least those of the
+    /// base table.
     pub inputs: usize,
-    /// Width of each slice of the output, in order.
+    /// Width of each slice of the output, in order. Of a [`SiteKind::Head`]: the columns of the logits, at least as many
+    /// as the base weight has rows. The columns beyond are room for tokens that only an adapter knows.
     pub outputs: Vec<usize>,
 }
 
@@ -30,13 +34,23 @@ impl LoraSite {
     pub fn linear(inputs: usize, outputs: &[usize]) -> LoraSite {
         LoraSite { kind: SiteKind::Linear, inputs, outputs: outputs.to_vec() }
     }
+
+    /// The columns of a slice in the site's output.
+    pub(crate) fn columns(&self, slice: usize) -> Range<usize> {
+        let start = self.outputs[..slice].iter().sum();
+        start..start + self.outputs[slice]
+    }
 }
 
 /// What an adapter changes at one slice of one site.
 ///
 /// Semantics, for W, the slice's rows of the base weight, or what [`Self::rows`] makes of it:
 /// `y = gain ∘ (x · Wᵀ + scale · x · Aᵀ · Bᵀ) + base bias + bias`, where `gain = magnitude / ‖W + scale · B · A‖`, with the
-/// norm of each row, or 1 without a magnitude (DoRA: Liu et al., 2024).
+/// norm of each row, or 1 without a magnitude (DoRA: Liu et al., 2024). For a [`SiteKind::Lookup`], x is the unit vector of
+/// the token and W the transposed table: `y = gain ∘ (table[token] + scale · Aᵀ[token] · Bᵀ) + bias`, where the norms are
+/// those of the table's columns.
+///
+/// Rows stand for themselves: a part that has some has neither a low-rank delta nor a magnitude.
 #[derive(Debug, Clone)]
 pub struct LoraPart {
     /// Index of the site.
@@ -45,9 +59,9 @@ pub struct LoraPart {
     pub slice: usize,
     /// A and B.
     pub low_rank: Option<LowRank>,
-    /// One element for each output.
+    /// One element for each output, or for each row of a head's base weight.
     pub magnitude: Option<Vec<f32>>,
-    /// One element for each output.
+    /// One element for each output, or for each row of a head's base weight.
     pub bias: Option<Vec<f32>>,
     /// Rows of the weight that are others than the base model's.
     pub rows: Option<ReplacedRows>,
@@ -60,16 +74,19 @@ pub struct LowRank {
     pub rank: usize,
     /// Factor of the delta.
     pub scale: f32,
-    /// A, `[rank, inputs]`.
+    /// A, `[rank, inputs]`; fewer columns where a [`SiteKind::Lookup`] has more room than the base table has rows.
     pub a: HostTensor<'static>,
-    /// B, `[outputs[slice], rank]`.
+    /// B, `[outputs[slice], rank]`; fewer rows where a [`SiteKind::Head`] has more room than the base weight has rows.
     pub b: HostTensor<'static>,
 }
 
-/// Rows of a table or of the output projection that an adapter brings along.
+/// Rows of a table or of the output projection that an adapter brings along. There may be more than the base model has,
+/// or fewer, if the adapter's vocabulary has another size: then logits of tokens without a row are -∞, and a token
+/// without a row cannot be looked up.
 #[derive(Debug, Clone)]
 pub struct ReplacedRows {
-    /// Which rows, ascending; None: the first `values.rows`, which are all that there are for this adapter.
+    /// Which rows, strictly ascending, beside those of the base model; None: the first `values.rows`, which are all that
+    /// there are for this adapter.
     pub ids: Option<Vec<u32>>,
     /// The rows, `[ids, columns]`.
     pub values: HostTensor<'static>,
@@ -99,25 +116,28 @@ impl LoraPart {
     /// Refuses a part without a place among the sites, or of another number of elements than its shape has.
     pub(crate) fn check(&self, sites: &[LoraSite]) -> Result<()> {
         let [inputs, outputs] = self.shape().of(sites)?;
+        let kind = sites[self.site].kind;
         let elements = |tensor: &HostTensor<'_>| tensor.data.len() / tensor.dtype.size();
         let mut expected = Vec::new();
         if let Some(LowRank { rank, a, b, .. }) = &self.low_rank {
+            // The base model may have fewer rows than there is room for.
+            let inputs = if kind == SiteKind::Lookup { a.cols.min(inputs) } else { inputs };
+            let outputs = if kind == SiteKind::Head { b.rows.min(outputs) } else { outputs };
             expected.push(("elements of A", elements(a), rank * inputs));
             expected.push(("elements of B", elements(b), rank * outputs));
         }
-        if let Some(magnitude) = &self.magnitude {
-            expected.push(("elements of the magnitude", magnitude.len(), outputs));
+        for (what, vector) in
+            [("elements of the magnitude", &self.magnitude), ("elements of the bias", &self.bias)]
+        {
+            let Some(vector) = vector else { continue };
+            let outputs = if kind == SiteKind::Head { vector.len().min(outputs) } else { outputs };
+            expected.push((what, vector.len(), outputs));
         }
-        if let Some(bias) = &self.bias {
-            expected.push(("elements of the bias", bias.len(), outputs));
-        }
-        if let Some(ReplacedRows { ids, values }) = &self.rows {
-            let columns = match sites[self.site].kind {
-                SiteKind::Lookup => outputs,
-                SiteKind::Head | SiteKind::Linear => inputs,
-            };
-            expected.push(("replaced rows", ids.as_ref().map_or(values.rows, Vec::len), values.rows));
-            expected.push(("elements of replaced rows", elements(values), values.rows * columns));
+        if let Some(rows) = &self.rows {
+            let [columns, limit] =
+                if kind == SiteKind::Lookup { [outputs, inputs] } else { [inputs, outputs] };
+            rows.check(limit)?;
+            expected.push(("elements of replaced rows", elements(&rows.values), rows.values.rows * columns));
         }
         for (what, got, expected) in expected {
             if got != expected {
@@ -125,6 +145,27 @@ impl LoraPart {
             }
         }
         Ok(())
+    }
+}
+
+impl ReplacedRows {
+    /// Refuses rows that there is no room for, and ids in disorder.
+    fn check(&self, limit: usize) -> Result<()> {
+        let (op, what) = ("stage", "replaced row");
+        let last = match &self.ids {
+            None => self.values.rows,
+            Some(ids) => {
+                if ids.len() != self.values.rows {
+                    let (got, expected) = (ids.len(), self.values.rows);
+                    return Err(Error::Shape { op, what: "numbers of replaced rows", got, expected });
+                }
+                if let Some(pair) = ids.windows(2).find(|pair| pair[0] >= pair[1]) {
+                    return Err(Error::Index { op, what, index: pair[1] as usize, limit: pair[0] as usize });
+                }
+                ids.last().map_or(0, |id| *id as usize + 1)
+            }
+        };
+        if last > limit { Err(Error::Index { op, what, index: last - 1, limit }) } else { Ok(()) }
     }
 }
 
@@ -163,6 +204,14 @@ impl LoraShape {
         }
         if self.rows > 0 && site.kind == SiteKind::Linear {
             return Err(Error::Shape { op, what: "replaced rows of a layer", got: self.rows, expected: 0 });
+        }
+        if self.rows > 0 && (self.lora_rank > 0 || self.has_magnitude) {
+            return Err(Error::Shape {
+                op,
+                what: "replaced rows beside a delta",
+                got: self.rows,
+                expected: 0,
+            });
         }
         Ok([site.inputs, *outputs])
     }

@@ -108,7 +108,8 @@ pub enum Output<'a, B: Adapters> {
     },
     /// Adds to the residual stream, and norms it.
     Residual(Residual<'a, B>),
-    /// The logits of the output projection, `[rows, vocabulary]` in f32: `y = cap(scale · (x · Wᵀ + …))`.
+    /// The logits of the output projection, `[rows, vocabulary]` in f32: `y = cap(scale · (x · Wᵀ + …))`, and -∞ where there
+    /// is no row for a token; see [`Ops::logits`](crate::Ops::logits).
     Logits {
         /// The result, a [`Memory::wide_mat`](crate::Memory::wide_mat).
         y: &'a mut B::Mat,

@@ -17,7 +17,7 @@ pub(crate) fn all<M: Machine>(bench: &Bench<M>) -> Outcome<()> {
 struct Stored<B: Backend> {
     heads: Heads,
     rope: B::Rope,
-    inv_freq: Vec<f32>,
+    spec: RopeSpec,
     kv: B::Kv,
     memory: KvMemory,
     numbers: Numbers,
@@ -26,12 +26,11 @@ struct Stored<B: Backend> {
 impl<B: Backend> Stored<B> {
     fn new(ops: &B, heads: Heads, blocks: usize) -> kernels::Result<Self> {
         let inv_freq: Vec<f32> = (0..heads.dim / 2).map(|j| 0.8_f32.powi(j as i32)).collect();
-        let spec =
-            RopeSpec { inv_freq: inv_freq.clone(), scale: 1.0, positions: 8192, stretch: Stretch::None };
+        let spec = RopeSpec { inv_freq, scale: 1.0, positions: 8192, stretch: Stretch::None };
         Ok(Stored {
             heads,
             rope: ops.rope(&spec)?,
-            inv_freq,
+            spec,
             kv: ops.kv(blocks, heads)?,
             memory: KvMemory::new(blocks, heads),
             numbers: Numbers(3),
@@ -44,7 +43,8 @@ impl<B: Backend> Stored<B> {
         let mut x = mat(ops, &table)?;
         let by = rotated(self.heads, &self.rope);
         ops.rope_and_store(&mut x, by, &uploaded(ops, host)?, &mut self.kv)?;
-        reference::rope_and_store(&mut table, self.heads, &self.inv_freq, host, &mut self.memory);
+        let by = reference::Qkv::rotated(self.heads, &self.spec);
+        reference::rope_and_store(&mut table, &by, host, &mut self.memory);
         assert_close("rope_and_store", &ops.download(&x)?, &table.data, ops.dtype());
         Ok(x)
     }

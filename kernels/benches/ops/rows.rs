@@ -46,7 +46,7 @@ fn gate<M: Machine>(bench: &Bench<M>, rows: usize) -> Outcome<()> {
     let table = Numbers(2).table(rows, 2 * cols);
     let (x, mut y) = (mat(ops, &table)?, ops.mat(rows, cols)?);
     ops.gate(&x, Activation::Silu, &mut y)?;
-    assert_close("gate", &ops.download(&y)?, &reference::silu_mul(&table).data, ops.dtype());
+    assert_close("gate", &ops.download(&y)?, &reference::gate(&table, Activation::Silu).data, ops.dtype());
     let cost = Cost { bytes: rows * cols * 3 * M::ELEMENT, flops: rows * cols * 16 };
     bench.time(&name, cost, |_| ops.gate(&x, Activation::Silu, &mut y))
 }

@@ -49,8 +49,12 @@ pub(super) fn paged_attention(
         }
     }
     let limit = kv.blocks();
-    if let Some(&block) = batch.blocks.iter().find(|&&block| block as usize >= limit) {
-        return Err(Error::Index { op, what: "block", index: block as usize, limit });
+    for sequence in &batch.sequences {
+        if let Some(&block) =
+            seen_blocks(batch, sequence, attention.shape.span).iter().find(|&&block| block as usize >= limit)
+        {
+            return Err(Error::Index { op, what: "block", index: block as usize, limit });
+        }
     }
     y.resize(op, rows)?;
     let y = Shards(y.used_mut().as_mut_ptr());
@@ -87,6 +91,18 @@ pub(super) fn paged_attention(
         }
     });
     Ok(())
+}
+
+/// The blocks of a sequence that some of its rows sees. Those before all windows may have been given to others, and their
+/// numbers mean nothing.
+fn seen_blocks<'a>(batch: &'a Batch, sequence: &SequenceRows, span: Span) -> &'a [u32] {
+    let before = (sequence.kv_len - sequence.rows) as usize;
+    let first = match span {
+        Span::Causal | Span::Bidirectional => 0,
+        Span::Window(window) => (before + 1).saturating_sub(window as usize) / BLOCK_SIZE,
+    };
+    let blocks = &batch.blocks[sequence.first_block as usize..];
+    &blocks[first..(sequence.kv_len as usize).div_ceil(BLOCK_SIZE)]
 }
 
 /// Up to [`TILE`] query vectors of one sequence and key head. Vector v is row `v / group`, query head

@@ -24,11 +24,14 @@ pub(super) fn each_row(be: &CpuBackend, rows: usize, cols: usize, f: impl Fn(usi
 /// One row's norm.
 struct Normed<'a> {
     kind: NormKind,
-    x: &'a [f32],
     weight: &'a [f32],
     bias: Option<&'a [f32]>,
     eps: f32,
+    /// The row; None: that of `y`, in place.
+    x: Option<&'a [f32]>,
     y: &'a mut [f32],
+    /// Adds the normed row, times this, to `y`, which is overwritten otherwise.
+    add: Option<f32>,
 }
 
 impl Kernel for Normed<'_> {
@@ -38,18 +41,19 @@ impl Kernel for Normed<'_> {
     unsafe fn run<S: Simd>(self) {
         // SAFETY: the caller's promise; all loads and stores stay in the chunks.
         unsafe {
-            let cols = self.x.len() as f32;
+            let x = self.x.unwrap_or(self.y);
+            let cols = x.len() as f32;
             let mut mean = 0.0;
             if self.kind == NormKind::Layer {
                 let mut sum = S::splat(0.0);
-                for x in self.x.chunks(16) {
+                for x in x.chunks(16) {
                     sum = S::add(sum, load_some::<S>(x));
                 }
                 mean = S::sum(sum) / cols;
             }
             let shift = S::splat(-mean);
             let mut squares = S::splat(0.0);
-            let whole = self.x.chunks_exact(16);
+            let whole = x.chunks_exact(16);
             // What fills up the last chunk has no distance from the mean.
             let mut rest = [mean; 16];
             rest[..whole.remainder().len()].copy_from_slice(whole.remainder());
@@ -58,13 +62,38 @@ impl Kernel for Normed<'_> {
                 squares = S::fma(x, x, squares);
             }
             let factor = S::splat(1.0 / (S::sum(squares) / cols + self.eps).sqrt());
-            for (i, (x, y)) in self.x.chunks(16).zip(self.y.chunks_mut(16)).enumerate() {
+            for (i, y) in self.y.chunks_mut(16).enumerate() {
+                let x = self.x.map_or(&*y, |x| &x[16 * i..][..y.len()]);
                 let weight = load_some::<S>(&self.weight[16 * i..][..x.len()]);
                 let mut normed = S::mul(S::mul(S::add(load_some::<S>(x), shift), factor), weight);
                 if let Some(bias) = self.bias {
                     normed = S::add(normed, load_some::<S>(&bias[16 * i..][..x.len()]));
                 }
+                if let Some(scale) = self.add {
+                    normed = S::fma(normed, S::splat(scale), load_some::<S>(y));
+                }
                 store_some::<S>(y, normed);
+            }
+        }
+    }
+}
+
+/// `y += scale · x`
+struct Add<'a> {
+    x: &'a [f32],
+    scale: f32,
+    y: &'a mut [f32],
+}
+
+impl Kernel for Add<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        // SAFETY: the caller's promise; all loads and stores stay in the chunks.
+        unsafe {
+            for (x, y) in self.x.chunks(16).zip(self.y.chunks_mut(16)) {
+                store_some::<S>(y, S::fma(load_some::<S>(x), S::splat(self.scale), load_some::<S>(y)));
             }
         }
     }
@@ -82,17 +111,16 @@ fn expect_norm(op: &'static str, norm: &Norm<'_, CpuBackend>, cols: usize) -> Re
 }
 
 /// Norms a part of a row in place, with the weights from `first` on.
-pub(super) fn norm_in_place(be: &CpuBackend, norm: &Norm<'_, CpuBackend>, first: usize, row: &mut [f32]) {
-    let x = row.to_vec();
-    let weight = &norm.weight[first..][..x.len()];
-    let bias = norm.bias.map(|bias| &bias[first..][..x.len()]);
-    run(be.tier, Normed { kind: norm.kind, x: &x, weight, bias, eps: norm.eps, y: row });
+pub(super) fn norm_in_place(be: &CpuBackend, norm: &Norm<'_, CpuBackend>, first: usize, y: &mut [f32]) {
+    let weight = &norm.weight[first..][..y.len()];
+    let bias = norm.bias.map(|bias| &bias[first..][..y.len()]);
+    run(be.tier, Normed { kind: norm.kind, weight, bias, eps: norm.eps, x: None, y, add: None });
 }
 
-/// Norms one row.
-fn norm_row(be: &CpuBackend, norm: &Norm<'_, CpuBackend>, x: &[f32], y: &mut [f32]) {
+/// Norms one row, and stores it or adds it.
+fn norm_row(be: &CpuBackend, norm: &Norm<'_, CpuBackend>, x: &[f32], y: &mut [f32], add: Option<f32>) {
     let (weight, bias) = (norm.weight.as_slice(), norm.bias.map(Vec::as_slice));
-    run(be.tier, Normed { kind: norm.kind, x, weight, bias, eps: norm.eps, y });
+    run(be.tier, Normed { kind: norm.kind, weight, bias, eps: norm.eps, x: Some(x), y, add });
 }
 
 pub(super) fn normalize(
@@ -111,7 +139,7 @@ pub(super) fn normalize(
     let y = Shards(y.used_mut().as_mut_ptr());
     each_row(be, rows, cols, |i| {
         // SAFETY: row i is this call's own.
-        norm_row(be, &norm, x.row(i), unsafe { y.slice(i * cols, cols) });
+        norm_row(be, &norm, x.row(i), unsafe { y.slice(i * cols, cols) }, None);
     });
     Ok(())
 }
@@ -139,17 +167,11 @@ pub(super) fn add(
     let stream = Shards(stream.used_mut().as_mut_ptr());
     each_row(be, rows, cols, |i| {
         // SAFETY: row i is this call's own.
-        let to = unsafe { stream.slice(i * cols, cols) };
-        let mut normed = Vec::new();
-        let x = match &post {
-            Some(post) => {
-                normed.resize(cols, 0.0);
-                norm_row(be, post, x.row(i), &mut normed);
-                &normed
-            }
-            None => x.row(i),
-        };
-        to.iter_mut().zip(x).for_each(|(to, x)| *to += scale * x);
+        let y = unsafe { stream.slice(i * cols, cols) };
+        match &post {
+            Some(post) => norm_row(be, post, x.row(i), y, Some(scale)),
+            None => run(be.tier, Add { x: x.row(i), scale, y }),
+        }
     });
     Ok(())
 }
@@ -257,7 +279,8 @@ pub(super) fn shape_logits(be: &CpuBackend, shape: LogitShape, y: &mut CpuMat) {
         // SAFETY: row i is this call's own.
         for logit in unsafe { y.slice(i * cols, cols) } {
             *logit *= shape.scale;
-            if let Some(cap) = shape.softcap {
+            // A token without a row stays impossible.
+            if let Some(cap) = shape.softcap.filter(|_| *logit != f32::NEG_INFINITY) {
                 *logit = cap * (*logit / cap).tanh();
             }
         }
@@ -324,7 +347,7 @@ impl CpuRope {
                 let stretched = factor * length as f32 / *original as f32 - (factor - 1.0);
                 for (j, inv_freq) in self.spec.inv_freq.iter().enumerate() {
                     let power = 2.0 * j as f32 / (2.0 * pairs as f32 - 2.0);
-                    let (sin, cos) = (position as f32 * inv_freq / stretched.powf(power)).sin_cos();
+                    let (sin, cos) = (position as f32 * (inv_freq / stretched.powf(power))).sin_cos();
                     turn(j, cos * self.spec.scale, sin * self.spec.scale);
                 }
                 return;

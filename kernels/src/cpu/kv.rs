@@ -152,14 +152,13 @@ fn clamp_and_norm(be: &CpuBackend, qkv: &mut CpuMat, by: &Qkv<'_, CpuBackend>) -
     }
     if let Some(QkNorms { query: of_query, key, over }) = &by.norms {
         for (norm, heads) in [(of_query, query), (key, kv)] {
-            let (got, all) = (norm.weight.len(), heads * dim);
-            if got != all && (*over == NormSpan::Row || got != dim) {
-                return Err(Error::Shape {
-                    op: "rope_and_store",
-                    what: "weights of a norm",
-                    got,
-                    expected: all,
-                });
+            let (op, what, expected) = ("rope_and_store", "weights of a norm", heads * dim);
+            let got = norm.weight.len();
+            if got != expected && (*over == NormSpan::Row || got != dim) {
+                return Err(Error::Shape { op, what, got, expected });
+            }
+            if let Some(bias) = norm.bias.filter(|bias| bias.len() != got) {
+                return Err(Error::Shape { op, what: "biases of a norm", got: bias.len(), expected: got });
             }
         }
     }

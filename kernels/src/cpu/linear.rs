@@ -5,12 +5,12 @@ use std::ops::Range;
 use super::{
     CpuBackend,
     gemm::{Output, Product, Shrink, prefetch, prefetch_first},
-    lora::SiteDelta,
+    lora::{OwnRows, SiteChange, SiteDelta},
     memory::{CpuMat, GROUP, Line, Panels, View},
     pool::Shards,
     simd::run,
 };
-use crate::{Error, LinearLora, Matrix, Projection, Result, RowSet, Segment};
+use crate::{Error, LinearLora, Matrix, Projection, Result, RowSet, Segment, SiteKind};
 
 /// Multiply-adds of a chunk of the base product at most, if that leaves it a group of panels.
 const CHUNK: usize = 1 << 20;
@@ -28,14 +28,20 @@ pub(super) struct Scratch {
     x: Vec<f32>,
     /// Shrunk rows of all deltas.
     t: Vec<Line>,
+    /// Products that a magnitude scales before they go anywhere, laid out as the output.
+    products: Vec<Line>,
+    /// Products with rows of adapters.
+    own: Vec<Line>,
 }
 
-/// A segment whose adapter has a delta here.
-struct Delta<'a> {
+/// A segment whose adapter changes something here.
+struct Change<'a> {
     segment: Segment,
-    site: &'a SiteDelta,
+    site: &'a SiteChange,
     /// Where its shrunk rows are, in f32 of `t`.
     t: usize,
+    /// Where its products with the adapter's own rows are, in f32 of `own`.
+    own: usize,
 }
 
 /// A piece of the first phase: rows of a delta's segment, times rows of its A. As in [`Expand`], all that a core must
@@ -60,6 +66,16 @@ struct Expand<'a> {
     rows: Range<usize>,
     /// Where the slice's part of the first shrunk row is, and f32 from one row to the next.
     t: (usize, usize),
+    /// Whether a magnitude scales the sums.
+    scaled: bool,
+}
+
+/// Products of a segment with an adapter's own rows of a weight.
+struct Own<'a> {
+    rows: Range<usize>,
+    weight: &'a OwnRows,
+    /// Where the products are, and f32 from one row to the next.
+    place: (usize, usize),
 }
 
 /// Everything that the chunks of one call read.
@@ -72,17 +88,28 @@ struct Call<'a> {
     x_stride: usize,
     rows: usize,
     y: Shards<f32>,
+    /// Columns of `y`.
+    stride: usize,
     /// Whether the sums are added to what `y` holds.
     add: bool,
     t: Shards<f32>,
+    /// As `y`, for the rows of segments that a magnitude scales.
+    products: Shards<f32>,
+    own: Shards<f32>,
     expands: Vec<Expand<'a>>,
+    /// Segments whose sums are not complete with their deltas.
+    finishes: Vec<(Range<usize>, &'a SiteChange)>,
+    replaced: Vec<Own<'a>>,
 }
 
 /// Where sums go.
-pub(super) struct Sum<'a> {
-    pub(super) y: &'a mut CpuMat,
-    /// Whether they are added to what `y` holds.
-    pub(super) add: bool,
+pub(super) enum Sum<'a> {
+    /// They are stored.
+    Store(&'a mut CpuMat),
+    /// They are added to what is there.
+    Add(&'a mut CpuMat),
+    /// They are logits: columns without a row of the weight are -∞.
+    Logits(&'a mut CpuMat),
 }
 
 pub(super) fn linear(be: &CpuBackend, x: &CpuMat, by: Projection<'_, CpuBackend>, to: Sum<'_>) -> Result<()> {
@@ -105,30 +132,47 @@ fn padded<'a>(x: &'a CpuMat, copy: &'a mut Vec<f32>) -> (&'a [f32], usize) {
     (copy, stride)
 }
 
-/// Lists the segments that have a delta, and makes room for their shrunk rows.
-fn find_deltas<'a>(
+impl Scratch {
+    /// Makes room for what changes need, and for as many products as the output has elements.
+    fn reserve(&mut self, changes: &[Change<'_>], elements: usize) {
+        let [t, own] = changes.last().map_or([0; 2], Change::ends);
+        reserve(&mut self.t, t);
+        reserve(&mut self.own, own);
+        if changes.iter().any(Change::is_scaled) {
+            reserve(&mut self.products, elements);
+        }
+    }
+}
+
+/// Makes room for so many f32.
+fn reserve(room: &mut Vec<Line>, count: usize) {
+    if room.len() < count.div_ceil(16) {
+        room.resize(count.div_ceil(16), Line([0; 16]));
+    }
+}
+
+/// Lists the segments whose adapters change something.
+fn find_changes<'a>(
     lora: &LinearLora<'a, CpuBackend>,
     w: &Panels,
-    rows: usize,
-    room: &mut Vec<Line>,
-) -> Result<Vec<Delta<'a>>> {
+    [rows, cols]: [usize; 2],
+) -> Result<Vec<Change<'a>>> {
     let op = "linear";
     let segments = match lora.rows {
         RowSet::All => &lora.batch.segments,
         RowSet::Logits => &lora.batch.logit_segments,
     };
-    let limit = lora.slots.sites.len();
-    let site =
-        lora.slots.sites.get(lora.site).ok_or(Error::Index { op, what: "site", index: lora.site, limit })?;
+    let site = lora.slots.site(op, lora.site)?;
     for (what, got, expected) in [
         ("inputs of the site", site.inputs, w.inputs),
-        ("outputs of the site", site.outputs.iter().sum(), w.outputs),
+        ("outputs of the site", site.outputs.iter().sum(), cols),
+        ("sites of a table", usize::from(site.kind == SiteKind::Lookup), 0),
     ] {
         if got != expected {
             return Err(Error::Shape { op, what, got, expected });
         }
     }
-    let (mut deltas, mut t) = (Vec::with_capacity(segments.len()), 0);
+    let (mut changes, mut t, mut own) = (Vec::with_capacity(segments.len()), 0, 0);
     for segment in segments {
         if segment.end as usize > rows {
             return Err(Error::Index {
@@ -139,25 +183,46 @@ fn find_deltas<'a>(
             });
         }
         if let Some(site) = lora.slots.resident(op, segment.slot)?.site(lora.site) {
-            deltas.push(Delta { segment: *segment, site, t });
-            t += (segment.end - segment.start) as usize * site.width();
+            changes.push(Change { segment: *segment, site, t, own });
+            let rows = (segment.end - segment.start) as usize;
+            t += rows * site.delta.width();
+            own += rows * site.rows.as_ref().map_or(0, |own| own.values.outputs.next_multiple_of(16));
         }
     }
-    if room.len() < t.div_ceil(16) {
-        room.resize(t.div_ceil(16), Line([0; 16]));
-    }
-    Ok(deltas)
+    Ok(changes)
 }
 
-impl<'a> Delta<'a> {
+impl<'a> Change<'a> {
     fn rows(&self) -> Range<usize> {
         self.segment.start as usize..self.segment.end as usize
     }
 
+    /// Whether a magnitude scales its products.
+    fn is_scaled(&self) -> bool {
+        self.site.gains().is_some()
+    }
+
+    /// Its rows and what is to do, if its sums are not complete with their deltas.
+    fn finish(&self) -> Option<(Range<usize>, &'a SiteChange)> {
+        (!self.site.vectors.is_empty()).then(|| (self.rows(), self.site))
+    }
+
+    /// What the rooms must hold: shrunk rows, and products with the adapter's own rows.
+    fn ends(&self) -> [usize; 2] {
+        let own = self.site.rows.as_ref().map_or(0, |own| own.values.outputs.next_multiple_of(16));
+        [self.t + self.rows().len() * self.site.delta.width(), self.own + self.rows().len() * own]
+    }
+
+    fn own(&self) -> Option<Own<'a>> {
+        let weight = self.site.rows.as_ref()?;
+        let stride = weight.values.outputs.next_multiple_of(16);
+        Some(Own { rows: self.rows(), weight, place: (self.own, stride) })
+    }
+
     /// The shrink in pieces, by rows and by rows of A.
     fn shrinks(&self) -> impl Iterator<Item = Unit<'a>> {
-        let (segment, t, site) = (self.rows(), self.t, self.site);
-        let (width, depth) = (self.site.width(), self.site.depth.max(1));
+        let (segment, t, site): (_, _, &SiteDelta) = (self.rows(), self.t, &self.site.delta);
+        let (width, depth) = (site.width(), site.depth.max(1));
         let a_step = (CHUNK_LINES / depth).max(1).next_multiple_of(4);
         let step = (SHRINK_CHUNK / (depth * a_step.min(width)).max(1)).max(1).next_multiple_of(4);
         segment.clone().step_by(step).flat_map(move |row| {
@@ -173,13 +238,31 @@ impl<'a> Delta<'a> {
     }
 
     fn expands(&self) -> impl Iterator<Item = Expand<'a>> {
-        let (rows, t, width) = (self.rows(), self.t, self.site.width());
-        self.site.slices.iter().map(move |slice| Expand {
+        let (rows, t, width) = (self.rows(), self.t, self.site.delta.width());
+        let scaled = self.is_scaled();
+        self.site.delta.slices.iter().map(move |slice| Expand {
             b: slice.b.view(),
-            panel: slice.panel,
+            panel: slice.panel(),
             rows: rows.clone(),
             t: (t + slice.first, width),
+            scaled,
         })
+    }
+}
+
+/// Calls `f` for each element of a row's columns for which a vector, whose first element belongs to column `first`, has
+/// one, too.
+fn each_shared(
+    row: &mut [f32],
+    columns: &Range<usize>,
+    (first, vector): (usize, &[f32]),
+    mut f: impl FnMut(&mut f32, f32),
+) {
+    let start = first.max(columns.start);
+    let end = (first + vector.len()).min(columns.end);
+    if start < end {
+        let row = &mut row[start - columns.start..end - columns.start];
+        row.iter_mut().zip(&vector[start - first..end - first]).for_each(|(x, by)| f(x, *by));
     }
 }
 
@@ -203,13 +286,16 @@ impl<'a> Call<'a> {
         (be, scratch): (&'a CpuBackend, &'a mut Scratch),
         x: &'a CpuMat,
         by: Projection<'a, CpuBackend>,
-        Sum { y, add }: Sum<'_>,
+        to: Sum<'_>,
     ) -> Result<Call<'a>> {
         let op = "linear";
         let (w, bias) = (by.weight, by.bias.map(Vec::as_slice));
+        let (is_logits, add) = (matches!(to, Sum::Logits(_)), matches!(to, Sum::Add(_)));
+        let (Sum::Store(y) | Sum::Add(y) | Sum::Logits(y)) = to;
+        let least = if is_logits { y.cols().max(w.outputs) } else { w.outputs };
         for (what, got, expected) in [
             ("columns of x", x.cols(), w.inputs),
-            ("columns of y", y.cols(), w.outputs),
+            ("columns of y", y.cols(), least),
             ("elements of the bias", bias.map_or(w.outputs, <[f32]>::len), w.outputs),
             ("rows of y", if add { y.rows() } else { x.rows() }, x.rows()),
         ] {
@@ -219,10 +305,12 @@ impl<'a> Call<'a> {
         }
         let rows = x.rows();
         y.resize(op, rows)?;
-        let deltas = match &by.lora {
-            Some(lora) => find_deltas(lora, w, rows, &mut scratch.t)?,
+        let stride = y.cols();
+        let changes = match &by.lora {
+            Some(lora) => find_changes(lora, w, [rows, stride])?,
             None => Vec::new(),
         };
+        scratch.reserve(&changes, rows * stride);
         let (x, x_stride) = padded(x, &mut scratch.x);
         let call = Call {
             be,
@@ -232,11 +320,16 @@ impl<'a> Call<'a> {
             x_stride: x_stride * size_of::<f32>(),
             rows,
             y: Shards(y.used_mut().as_mut_ptr()),
+            stride,
             add,
             t: Shards(scratch.t.as_mut_ptr().cast()),
-            expands: deltas.iter().flat_map(Delta::expands).collect(),
+            products: Shards(scratch.products.as_mut_ptr().cast()),
+            own: Shards(scratch.own.as_mut_ptr().cast()),
+            expands: changes.iter().flat_map(Change::expands).collect(),
+            finishes: changes.iter().filter_map(Change::finish).collect(),
+            replaced: changes.iter().filter_map(Change::own).collect(),
         };
-        let units: Vec<_> = deltas.iter().flat_map(Delta::shrinks).collect();
+        let units: Vec<_> = changes.iter().flat_map(Change::shrinks).collect();
         be.pool.run(units.len(), |i| {
             // Its own if it is the first of its core, and those of the next while it computes.
             units[i..].iter().take(2).for_each(Unit::prefetch);
@@ -253,14 +346,79 @@ impl<'a> Call<'a> {
         let chunks = by_work.max(pool.threads() * CHUNKS).next_multiple_of(pool.threads()).min(groups);
         let bound = |i: usize| (i * groups / chunks * GROUP).min(panels);
         pool.run(chunks, |i| self.sum_panels(&(bound(i)..bound(i + 1))));
+        if self.stride > self.w.outputs {
+            for row in 0..self.rows {
+                // SAFETY: nobody else writes now.
+                let row = unsafe { self.y.slice(row * self.stride, self.stride) };
+                row[self.w.outputs..].fill(f32::NEG_INFINITY);
+            }
+        }
+        self.replaced.iter().for_each(|own| self.replace(own));
+    }
+
+    /// Puts products with an adapter's own rows into the place of those with the base model's. There are no deltas on
+    /// them.
+    fn replace(&self, own: &Own<'_>) {
+        let (values, (place, stride)) = (own.weight.values.view(), own.place);
+        self.be.pool.run(values.panels(), |panel| {
+            let out = Output { y: &self.own, offset: place, stride, bias: None, add: false };
+            let x = self.x.as_ptr().cast::<u8>().wrapping_add(own.rows.start * self.x_stride);
+            let (x_stride, rows) = (self.x_stride, own.rows.len());
+            run(self.be.tier, Product { x, x_stride, rows, w: values, panels: panel..panel + 1, out });
+        });
+        for (i, row) in own.rows.clone().enumerate() {
+            // SAFETY: nobody else reads or writes now.
+            let (y, products) = unsafe {
+                let products = self.own.slice(place + i * stride, values.outputs);
+                (self.y.slice(row * self.stride, self.stride), products)
+            };
+            if own.weight.ids.is_none() {
+                y.fill(f32::NEG_INFINITY);
+            }
+            for (k, product) in products.iter().enumerate() {
+                let id = own.weight.ids.as_ref().map_or(k, |ids| ids[k] as usize);
+                y[id] = product + self.bias.and_then(|bias| bias.get(id)).unwrap_or(&0.0);
+            }
+        }
     }
 
     /// The base product of some panels, and the deltas while it is in cache.
     fn sum_panels(&self, panels: &Range<usize>) {
         prefetch_first(self.w, panels.start, self.rows);
         self.prefetch_expands(panels);
-        self.base(panels.clone());
+        self.base(panels);
         self.expand(panels);
+        let columns = panels.start * 16..(panels.end * 16).min(self.w.outputs);
+        self.finishes.iter().for_each(|(rows, change)| self.finish(rows.clone(), change, &columns));
+    }
+
+    /// Scales some columns of a segment's products by its gains, and adds its biases.
+    fn finish(&self, rows: Range<usize>, change: &SiteChange, columns: &Range<usize>) {
+        for row in rows {
+            let at = row * self.stride + columns.start;
+            // SAFETY: the columns are this chunk's alone.
+            let y = unsafe { self.y.slice(at, columns.len()) };
+            if let Some(gains) = change.gains() {
+                // SAFETY: as above; where there are gains, there is room for as much as `y` has.
+                let products = unsafe { self.products.slice(at, columns.len()) };
+                for (vectors, gain) in change.vectors.iter().zip(&gains.0) {
+                    let Some(gain) = gain else { continue };
+                    each_shared(products, columns, (vectors.columns.start, gain), |x, gain| *x *= gain);
+                }
+                if let Some(bias) = self.bias {
+                    products.iter_mut().zip(&bias[columns.clone()]).for_each(|(x, bias)| *x += bias);
+                }
+                if self.add {
+                    y.iter_mut().zip(&*products).for_each(|(y, x)| *y += x);
+                } else {
+                    y.copy_from_slice(products);
+                }
+            }
+            for vectors in &change.vectors {
+                let Some(bias) = &vectors.bias else { continue };
+                each_shared(y, columns, (vectors.columns.start, bias), |y, bias| *y += bias);
+            }
+        }
     }
 
     fn shrink(&self, unit: &Unit<'_>) {
@@ -287,19 +445,27 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// The base product of some panels.
-    fn base(&self, panels: Range<usize>) {
-        run(
-            self.be.tier,
-            Product {
-                x: self.x.as_ptr().cast(),
-                x_stride: self.x_stride,
-                rows: self.rows,
-                w: self.w,
-                panels,
-                out: Output { y: &self.y, offset: 0, stride: self.w.outputs, bias: self.bias, add: self.add },
-            },
-        );
+    /// The base product of some panels: of runs of rows that a magnitude scales, and of those in between.
+    fn base(&self, panels: &Range<usize>) {
+        let mut next = 0;
+        for (rows, _) in self.finishes.iter().filter(|(_, change)| change.gains().is_some()) {
+            self.base_of(next..rows.start, panels, false);
+            self.base_of(rows.clone(), panels, true);
+            next = rows.end;
+        }
+        self.base_of(next..self.rows, panels, false);
+    }
+
+    fn base_of(&self, rows: Range<usize>, panels: &Range<usize>, scaled: bool) {
+        if rows.is_empty() {
+            return;
+        }
+        let (y, bias, add) =
+            if scaled { (&self.products, None, false) } else { (&self.y, self.bias, self.add) };
+        let out = Output { y, offset: rows.start * self.stride, stride: self.stride, bias, add };
+        let x = self.x.as_ptr().cast::<u8>().wrapping_add(rows.start * self.x_stride);
+        let (x_stride, panels) = (self.x_stride, panels.clone());
+        run(self.be.tier, Product { x, x_stride, rows: rows.len(), w: self.w, panels, out });
     }
 
     /// Asks for what the expands of some panels will read, while the base product computes.
@@ -328,9 +494,9 @@ impl<'a> Call<'a> {
                     w: expand.b,
                     panels,
                     out: Output {
-                        y: &self.y,
-                        offset: expand.rows.start * self.w.outputs + expand.panel * 16,
-                        stride: self.w.outputs,
+                        y: if expand.scaled { &self.products } else { &self.y },
+                        offset: expand.rows.start * self.stride + expand.panel * 16,
+                        stride: self.stride,
                         bias: None,
                         add: true,
                     },

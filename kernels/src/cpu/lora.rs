@@ -1,9 +1,81 @@
-//! Low-rank deltas in host memory. Nothing is padded to a common rank: A keeps its own rows, B its own columns.
+//! What adapters change, in host memory. Nothing is padded to a common rank: A keeps its own rows, B its own columns.
 
-use std::sync::Arc;
+mod gains;
 
-use super::memory::{Arena, Line, Lines, Panels, pair};
-use crate::{DType, Error, LoraPart, LoraShape, LoraSite, LowRank, Result};
+use std::{
+    ops::Range,
+    sync::{Arc, OnceLock},
+};
+
+use super::memory::{Arena, Line, Lines, Panels, of_pair, pair};
+use crate::{DType, Error, LoraPart, LoraShape, LoraSite, LowRank, ReplacedRows, Result, SiteKind};
+
+pub(super) use gains::Gains;
+
+/// What one adapter changes at one site.
+#[derive(Debug)]
+pub(super) struct SiteChange {
+    /// Low-rank deltas of a product.
+    pub(super) delta: SiteDelta,
+    /// The low-rank delta of a lookup.
+    pub(super) lookup: Option<LookupDelta>,
+    /// Magnitudes and biases.
+    pub(super) vectors: Vec<SliceVectors>,
+    /// Rows of the weight that are the adapter's own.
+    pub(super) rows: Option<OwnRows>,
+    /// What magnitudes make of the products. They depend on the base weight, and are computed when the adapter is
+    /// loaded for the first time.
+    gains: OnceLock<Gains>,
+}
+
+/// What an adapter has for each output of a slice.
+#[derive(Debug)]
+pub(super) struct SliceVectors {
+    /// The slice's columns of the site's output.
+    pub(super) columns: Range<usize>,
+    pub(super) magnitude: Option<Vec<f32>>,
+    pub(super) bias: Option<Vec<f32>>,
+}
+
+/// Rows of a table or of the output projection.
+#[derive(Debug)]
+pub(super) struct OwnRows {
+    /// Which rows, ascending; None: the first ones, which are all that there are.
+    pub(super) ids: Option<Vec<u32>>,
+    pub(super) values: Panels,
+}
+
+impl OwnRows {
+    /// Which of the values row `id` is. Err: there is no such row. None: it is the base model's.
+    pub(super) fn find(&self, id: usize) -> std::result::Result<Option<usize>, usize> {
+        match &self.ids {
+            None if id < self.values.outputs => Ok(Some(id)),
+            None => Err(self.values.outputs),
+            Some(ids) => Ok(ids.binary_search(&(id as u32)).ok()),
+        }
+    }
+}
+
+/// A low-rank delta of a table: `scale · Aᵀ[token] · Bᵀ`.
+#[derive(Debug)]
+pub(super) struct LookupDelta {
+    pub(super) scale: f32,
+    /// Aᵀ, a row for each token.
+    pub(super) a: Panels,
+    /// Bᵀ, a row for each rank.
+    pub(super) b: Panels,
+}
+
+impl LookupDelta {
+    /// Adds the delta of a token to a row.
+    pub(super) fn add(&self, token: usize, row: &mut [f32]) {
+        if token < self.a.outputs {
+            self.a.each_of_row(token, self.b.outputs, |rank, a| {
+                self.b.each_of_row(rank, row.len(), |k, b| row[k] += self.scale * a * b);
+            });
+        }
+    }
+}
 
 /// The deltas of one adapter at one site.
 #[derive(Debug)]
@@ -23,11 +95,18 @@ pub(super) struct SiteDelta {
 pub(super) struct SliceDelta {
     /// The slice's first row of A.
     pub(super) first: usize,
-    /// The panel of the site's base weight that B's first panel lies on.
-    pub(super) panel: usize,
+    /// The first column of the site's output that B has a row for.
+    pub(super) column: usize,
     /// Panels over the outputs of the slice. They lie on the base weight's panels: if the slice begins
     /// inside of one, there are zeros for the outputs before it.
     pub(super) b: Panels,
+}
+
+impl SliceDelta {
+    /// The panel of the site's base weight that B's first panel lies on.
+    pub(super) fn panel(&self) -> usize {
+        self.column / 16
+    }
 }
 
 impl SiteDelta {
@@ -42,13 +121,14 @@ impl SiteDelta {
             for (i, row) in own_a.chunks_exact(site.inputs).enumerate() {
                 pack_row(dtype, row, &mut a[(first + i) * depth..][..depth]);
             }
-            let column: usize = site.outputs[..part.slice].iter().sum();
+            let column = site.columns(part.slice).start;
             let before = column % 16;
-            let shape = [before + site.outputs[part.slice], *rank];
+            // A head may have room for more rows than the base weight and its delta have.
+            let shape = [before + own_b.len() / rank, *rank];
             let b = Panels::from_fn(arena, dtype, shape, |o, r| {
                 o.checked_sub(before).map_or(0.0, |o| own_b[o * rank + r])
             })?;
-            slices.push(SliceDelta { first, panel: column / 16, b });
+            slices.push(SliceDelta { first, column, b });
             scales.resize(first + a_rows(dtype, &[part]), *scale);
             first += a_rows(dtype, &[part]);
         }
@@ -84,10 +164,53 @@ fn pack_row(dtype: DType, row: &[f32], lines: &mut [Line]) {
     }
 }
 
-/// One adapter: its deltas by site.
+/// The first `count` elements of a row of A.
+fn unpack_row(dtype: DType, lines: &[Line], count: usize) -> Vec<f32> {
+    let element = |k: usize| match dtype {
+        DType::F32 => f32::from_bits(lines[k / 16].0[k % 16]),
+        _ => of_pair(lines[k / 32].0[k % 16], k % 32 >= 16),
+    };
+    (0..count).map(element).collect()
+}
+
+impl SiteChange {
+    /// `parts` are those of the site, by slice.
+    fn new(arena: &mut Arena, dtype: DType, site: &LoraSite, parts: &[&LoraPart]) -> Result<SiteChange> {
+        let (mut lookup, mut rows, mut vectors) = (None, None, Vec::new());
+        for part in parts {
+            if part.magnitude.is_some() || part.bias.is_some() {
+                let (magnitude, bias) = (part.magnitude.clone(), part.bias.clone());
+                vectors.push(SliceVectors { columns: site.columns(part.slice), magnitude, bias });
+            }
+            if let Some(ReplacedRows { ids, values }) = &part.rows {
+                let values = Panels::pack(arena, dtype, std::slice::from_ref(values))?;
+                rows = Some(OwnRows { ids: ids.clone(), values });
+            }
+            if let (SiteKind::Lookup, Some(LowRank { rank, scale, a, b })) = (site.kind, &part.low_rank) {
+                let (a, b) = (a.to_f32(), b.to_f32());
+                let [tokens, outputs] = [a.len(), b.len()].map(|len| len / rank);
+                lookup = Some(LookupDelta {
+                    scale: *scale,
+                    a: Panels::from_fn(arena, dtype, [tokens, *rank], |token, r| a[r * tokens + token])?,
+                    b: Panels::from_fn(arena, dtype, [*rank, outputs], |r, o| b[o * rank + r])?,
+                });
+            }
+        }
+        let products = if site.kind == SiteKind::Lookup { &[] } else { parts };
+        let delta = SiteDelta::new(arena, dtype, site, products)?;
+        Ok(SiteChange { delta, lookup, vectors, rows, gains: OnceLock::new() })
+    }
+
+    /// What the magnitudes make of products; None if there are no magnitudes.
+    pub(super) fn gains(&self) -> Option<&Gains> {
+        self.gains.get()
+    }
+}
+
+/// One adapter: what it changes, by site.
 #[derive(Debug)]
 pub struct CpuAdapter {
-    sites: Vec<Option<SiteDelta>>,
+    sites: Vec<Option<SiteChange>>,
     pub(super) bytes: usize,
 }
 
@@ -96,39 +219,51 @@ impl CpuAdapter {
         let mut by_site = vec![Vec::new(); sites.len()];
         for part in parts {
             part.check(sites)?;
-            if part.magnitude.is_some() || part.bias.is_some() || part.rows.is_some() {
-                let what = "more than a low-rank delta".into();
-                return Err(Error::Unsupported { backend: "cpu", what });
-            }
             by_site[part.site].push(part);
         }
         let shapes: Vec<_> = parts.iter().map(LoraPart::shape).collect();
-        let bytes = bytes(dtype, sites, &shapes)?;
-        let mut arena = Arena::new(bytes);
-        let deltas = by_site.iter_mut().zip(sites).map(|(parts, site)| {
+        let mut arena = Arena::new(line_bytes(dtype, sites, &shapes)?);
+        let changes = by_site.iter_mut().zip(sites).map(|(parts, site)| {
             parts.sort_by_key(|part| part.slice);
-            (!parts.is_empty()).then(|| SiteDelta::new(&mut arena, dtype, site, parts)).transpose()
+            (!parts.is_empty()).then(|| SiteChange::new(&mut arena, dtype, site, parts)).transpose()
         });
-        let sites = deltas.collect::<Result<Vec<_>>>()?;
-        Ok(CpuAdapter { sites, bytes })
+        let changes = changes.collect::<Result<Vec<_>>>()?;
+        Ok(CpuAdapter { sites: changes, bytes: bytes(dtype, sites, &shapes)? })
     }
 
-    /// The deltas at a site, if the adapter has any there.
-    pub(super) fn site(&self, site: usize) -> Option<&SiteDelta> {
+    /// What changes at a site, if anything.
+    pub(super) fn site(&self, site: usize) -> Option<&SiteChange> {
         self.sites[site].as_ref()
     }
 }
 
 /// Bytes of an adapter of these shapes.
 pub(super) fn bytes(dtype: DType, sites: &[LoraSite], shapes: &[LoraShape]) -> Result<usize> {
+    let vectors = shapes.iter().map(|shape| {
+        let [_, outputs] = shape.of(sites)?;
+        // A magnitude and its gain, a bias; the numbers of the rows that are replaced.
+        let vectors = 2 * usize::from(shape.has_magnitude) + usize::from(shape.has_bias);
+        Ok((vectors * outputs + shape.rows) * size_of::<f32>())
+    });
+    Ok(vectors.sum::<Result<usize>>()? + line_bytes(dtype, sites, shapes)?)
+}
+
+/// Bytes of the matrices of an adapter of these shapes.
+fn line_bytes(dtype: DType, sites: &[LoraSite], shapes: &[LoraShape]) -> Result<usize> {
     let whole = Panels::inputs_per_line(dtype);
+    let panels = |outputs: usize, inputs: usize| outputs.div_ceil(16) * inputs.div_ceil(whole);
     let lines = shapes.iter().map(|shape| {
         let [inputs, outputs] = shape.of(sites)?;
+        let (site, rank) = (&sites[shape.site], shape.lora_rank);
         // A slice may begin inside of a panel.
-        let column: usize = sites[shape.site].outputs[..shape.slice].iter().sum();
-        let panels = (column % 16 + outputs).div_ceil(16);
-        let a = shape.lora_rank.next_multiple_of(whole) * inputs.div_ceil(a_elements_per_line(dtype));
-        Ok(a + panels * shape.lora_rank.div_ceil(whole))
+        let before = site.columns(shape.slice).start % 16;
+        Ok(match site.kind {
+            SiteKind::Lookup => panels(inputs, rank) + panels(rank, outputs) + panels(shape.rows, outputs),
+            SiteKind::Linear | SiteKind::Head => {
+                let a = rank.next_multiple_of(whole) * inputs.div_ceil(a_elements_per_line(dtype));
+                a + panels(before + outputs, rank) + panels(shape.rows, inputs)
+            }
+        })
     });
     Ok(lines.sum::<Result<usize>>()? * size_of::<Line>())
 }
@@ -148,5 +283,11 @@ impl CpuSlots {
         let slot = slot as usize;
         let adapter = self.slots.get(slot).ok_or(Error::Index { op, what: "slot", index: slot, limit })?;
         adapter.as_deref().ok_or(Error::EmptySlot { op, slot })
+    }
+
+    /// A site that an operation names.
+    pub(super) fn site(&self, op: &'static str, site: usize) -> Result<&LoraSite> {
+        let limit = self.sites.len();
+        self.sites.get(site).ok_or(Error::Index { op, what: "site", index: site, limit })
     }
 }

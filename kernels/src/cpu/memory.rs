@@ -348,14 +348,22 @@ impl Panels {
 
     /// One output's weights.
     pub(super) fn read_row(&self, output: usize, out: &mut [f32]) {
+        self.each_of_row(output, out.len(), |k, x| out[k] = x);
+    }
+
+    /// Calls `f` with the number and the value of the first `count` of one output's weights.
+    pub(super) fn each_of_row(&self, output: usize, count: usize, mut f: impl FnMut(usize, f32)) {
         let view = self.view();
         let (first, step) = view.place(output / 16);
         let lane = output % 16;
-        for (k, x) in out.iter_mut().enumerate() {
-            *x = match self.dtype {
-                DType::F32 => f32::from_bits(view.lines[first + k * step].0[lane]),
-                _ => of_pair(view.lines[first + k / 2 * step].0[lane], !k.is_multiple_of(2)),
-            };
+        for k in 0..count {
+            f(
+                k,
+                match self.dtype {
+                    DType::F32 => f32::from_bits(view.lines[first + k * step].0[lane]),
+                    _ => of_pair(view.lines[first + k / 2 * step].0[lane], !k.is_multiple_of(2)),
+                },
+            );
         }
     }
 }

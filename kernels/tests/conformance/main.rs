@@ -2,19 +2,22 @@
 //! on the rows beside it.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod adapters;
+mod attention;
 mod exact;
+mod linear;
+mod rows;
 mod sampling;
 
-use std::{slice, sync::Arc};
+use std::sync::Arc;
 
 use kernels::{
-    Activation, AttentionShape, Backend, Batch, DType, Embedding, Heads, HostTensor, LinearLora, LoraPart,
-    LoraSite, Matrix, Norm, NormKind, Output, Pairs, Projection, Qkv, Residual, Result, RopeSpec, Rotation,
-    RowSet, SampleRow, Sampled, SamplingParams, Span, Stretch,
+    AttentionShape, Backend, Batch, DType, Embedding, Heads, HostTensor, LinearLora, LoraPart, LoraSite,
+    Matrix, Norm, NormKind, Output, Projection, Qkv, Residual, Result, RowSet, Sampled, Span,
     cpu::{CpuBackend, Tier},
     prelude::*,
-    reference::{self, KvMemory, Table},
-    testing::{Numbers, assert_close, batch},
+    reference::Table,
+    testing::{Numbers, batch},
 };
 
 /// Runs a check on every tier and type that this machine's CPU has.
@@ -54,6 +57,20 @@ macro_rules! on_every_backend {
     };
 }
 
+use adapters::{adapters_are_counted, lookups_that_adapters_change, magnitudes_and_biases, rows_of_the_head};
+use attention::{
+    attention_over_blocks, attention_over_windows, attention_to_both_sides,
+    queries_and_keys_are_clamped_and_normed, rotations_of_every_kind, sinks_and_slopes,
+};
+use linear::{
+    gated_projections_with_deltas, linear_of_any_shape, low_rank_deltas_of_mixed_ranks,
+    normed_projections_with_deltas, the_stream_is_not_rounded,
+};
+use rows::{
+    activations_and_gates, embedding_takes_the_token_sampled_last, embeddings_are_scaled_and_know_positions,
+    logits_are_scaled_and_capped, norms_of_any_width, parallel_branches, products_onto_the_stream,
+    products_that_are_activated,
+};
 use sampling::{
     counts_of_seen_tokens_stop_at_the_last, draws_depend_on_their_seat_alone, every_parameter_has_an_effect,
     penalties_over_a_large_vocabulary, sampling_among_thousands_of_tokens, sampling_and_scoring_of_many_rows,
@@ -67,8 +84,23 @@ on_every_backend!(
     gated_projections_with_deltas,
     normed_projections_with_deltas,
     the_stream_is_not_rounded,
-    norms_and_activations,
+    magnitudes_and_biases,
+    rows_of_the_head,
+    lookups_that_adapters_change,
+    adapters_are_counted,
+    norms_of_any_width,
+    activations_and_gates,
+    products_that_are_activated,
+    products_onto_the_stream,
+    parallel_branches,
+    logits_are_scaled_and_capped,
+    embeddings_are_scaled_and_know_positions,
     attention_over_blocks,
+    attention_over_windows,
+    attention_to_both_sides,
+    sinks_and_slopes,
+    rotations_of_every_kind,
+    queries_and_keys_are_clamped_and_normed,
     embedding_takes_the_token_sampled_last,
     sampling_filters_and_reports,
     sampling_of_a_large_vocabulary,
@@ -83,7 +115,8 @@ on_every_backend!(
 
 #[test]
 fn no_row_depends_on_its_neighbours_on_the_cpu() {
-    on_cpu(a_row_does_not_depend_on_its_neighbours);
+    on_cpu(linear::a_row_does_not_depend_on_its_neighbours);
+    on_cpu(adapters::no_row_depends_on_the_adapters_beside_it);
 }
 
 #[test]
@@ -197,59 +230,6 @@ fn rms<B: Backend>(weight: &B::Vector) -> Norm<'_, B> {
     Norm { kind: NormKind::Rms, weight, bias: None, eps: 1e-5 }
 }
 
-/// Angles of some frequencies, which no length stretches.
-fn angles<B: Backend>(ops: &B, inv_freq: &[f32], positions: usize) -> B::Rope {
-    let spec = RopeSpec { inv_freq: inv_freq.to_vec(), scale: 1.0, positions, stretch: Stretch::None };
-    ops.rope(&spec).unwrap()
-}
-
-fn linear_of_any_shape<B: Backend>(ops: &B) {
-    let mut numbers = Numbers(1);
-    for (rows, inputs, outputs) in
-        [(1, 1, 1), (1, 64, 48), (3, 33, 17), (5, 100, 64), (13, 576, 31), (40, 70, 161)]
-    {
-        let (x, w) = (numbers.table(rows, inputs), numbers.table(outputs, inputs));
-        let bias = numbers.table(1, outputs).data;
-        let (top, bottom) = w.data.split_at(outputs / 2 * inputs);
-        let parts = [top, bottom].map(|part| tensor(&Table { cols: inputs, data: part.to_vec() }));
-        let weight = ops.weight(&parts).unwrap();
-        let mut y = ops.mat(rows, outputs).unwrap();
-        let vector = ops.vector(&bias).unwrap();
-        for (bias, vector) in [(None, None), (Some(bias.as_slice()), Some(&vector))] {
-            let expected = reference::linear(&x, &w, bias);
-            let by = Projection { weight: &weight, bias: vector, lora: None };
-            ops.linear(&mat(ops, &x), by, Output::Store(&mut y)).unwrap();
-            assert_close("linear", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
-            let mut sums = numbers.table(rows, outputs);
-            let mut wide = wide_mat(ops, &sums);
-            reference::add(&expected, &mut sums);
-            add_products(ops, &mat(ops, &x), by, &mut wide).unwrap();
-            assert_close("linear onto", &ops.download(&wide).unwrap(), &sums.data, ops.dtype());
-        }
-        let mut other = ops.wide_mat(rows + 1, outputs).unwrap();
-        let by = Projection::new(&weight, None);
-        let refused = add_products(ops, &mat(ops, &x), by, &mut other).unwrap_err().to_string();
-        assert!(refused.contains("rows of y"), "{refused}");
-    }
-}
-
-/// Two sites, the second with three slices, and adapters of odd and large ranks on some of them.
-fn sites_and_adapters(numbers: &mut Numbers) -> (Vec<LoraSite>, Vec<Vec<LoraPart>>) {
-    let sites = vec![LoraSite::linear(40, &[33]), LoraSite::linear(70, &[48, 20, 31])];
-    let ranks = [1, 2, 3, 7, 8, 16, 33, 64, 256];
-    let adapters = ranks.iter().enumerate().map(|(i, &lora_rank)| {
-        let slices = (0..3).filter(|slice| i % 4 != *slice);
-        let mut parts: Vec<_> =
-            slices.map(|slice| numbers.part((1, slice), &sites[1], lora_rank + slice)).collect();
-        if i % 2 == 0 {
-            parts.push(numbers.part((0, 0), &sites[0], lora_rank));
-        }
-        parts
-    });
-    let adapters = adapters.collect();
-    (sites, adapters)
-}
-
 fn fill_slots<B: Backend>(
     ops: &B,
     sites: &[LoraSite],
@@ -269,233 +249,6 @@ fn fill_slots<B: Backend>(
     slots
 }
 
-fn low_rank_deltas_of_mixed_ranks<B: Backend>(ops: &B) {
-    let mut numbers = Numbers(2);
-    let (sites, adapters) = sites_and_adapters(&mut numbers);
-    let weights = sites.iter().map(|site| numbers.table(site.outputs.iter().sum(), site.inputs));
-    let tables: Vec<Table> = weights.collect();
-    let weights: Vec<_> = tables.iter().map(|w| ops.weight(&[tensor(w)]).unwrap()).collect();
-    let slots = fill_slots(ops, &sites, &weights.iter().collect::<Vec<_>>(), &adapters);
-    let popularity: [Vec<Option<u32>>; 4] = [
-        vec![None; 9],
-        vec![Some(4); 9],
-        (0..9).map(Some).collect(),
-        [Some(8), None, Some(8), Some(0), None, Some(3), Some(3), Some(3), None].to_vec(),
-    ];
-    for slots_of in popularity {
-        let sequences = [(1, 0), (5, 0), (1, 17), (2, 3), (1, 1), (9, 0), (1, 40), (4, 16), (1, 0)];
-        let host = batch(&sequences, &slots_of);
-        let batch = device_batch(ops, &host);
-        for (rows, segments, count) in [
-            (RowSet::All, &host.segments, host.rows()),
-            (RowSet::Logits, &host.logit_segments, host.logit_rows.len()),
-        ] {
-            for (site, shape) in sites.iter().enumerate() {
-                let outputs = shape.outputs.iter().sum();
-                let (x, weight) = (numbers.table(count, shape.inputs), &weights[site]);
-                let mut expected = reference::linear(&x, &tables[site], None);
-                reference::add_lora(&x, (site, shape), segments, &adapters, &mut expected);
-                let mut y = ops.mat(count, outputs).unwrap();
-                let lora = LinearLora { slots: &slots, site, batch: &batch, rows };
-                let by = Projection::new(weight, Some(lora));
-                ops.linear(&mat(ops, &x), by, Output::Store(&mut y)).unwrap();
-                assert_close("linear with deltas", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
-                let mut sums = numbers.table(count, outputs);
-                let mut wide = wide_mat(ops, &sums);
-                reference::add(&expected, &mut sums);
-                add_products(ops, &mat(ops, &x), by, &mut wide).unwrap();
-                assert_close("deltas onto", &ops.download(&wide).unwrap(), &sums.data, ops.dtype());
-            }
-        }
-    }
-}
-
-fn gated_projections_with_deltas<B: Backend>(ops: &B) {
-    let mut numbers = Numbers(7);
-    for inner in [128, 20] {
-        let site = LoraSite::linear(72, &[inner; 2]);
-        // The last one has no delta on the gate.
-        let adapters: Vec<Vec<_>> = [(16, 0), (1, 0), (40, 1)]
-            .into_iter()
-            .map(|(rank, first)| (first..2).map(|slice| numbers.part((0, slice), &site, rank)).collect())
-            .collect();
-        let (w, bias) = (numbers.table(2 * inner, 72), numbers.table(1, 2 * inner).data);
-        let (weight, vector) = (ops.weight(&[tensor(&w)]).unwrap(), ops.vector(&bias).unwrap());
-        let slots = fill_slots(ops, slice::from_ref(&site), &[&weight], &adapters);
-        for sequences in [vec![(1, 3); 5], vec![(3, 0), (270, 0), (1, 9), (70, 0), (65, 1)]] {
-            let slots_of = [None, Some(0), None, Some(2), Some(1)];
-            let host = batch(&sequences, &slots_of);
-            let device = device_batch(ops, &host);
-            let x = numbers.table(host.rows(), 72);
-            let mut expected = reference::linear(&x, &w, Some(&bias));
-            reference::add_lora(&x, (0, &site), &host.segments, &adapters, &mut expected);
-            let expected = reference::silu_mul(&expected);
-            let mut gate_up = ops.mat(host.rows(), 2 * inner).unwrap();
-            let mut y = ops.mat(host.rows(), inner).unwrap();
-            let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All };
-            let by = Projection { weight: &weight, bias: Some(&vector), lora: Some(lora) };
-            let out = Output::Gate { activation: Activation::Silu, products: &mut gate_up, y: &mut y };
-            ops.linear(&mat(ops, &x), by, out).unwrap();
-            assert_close("gated", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
-        }
-    }
-}
-
-fn normed_projections_with_deltas<B: Backend>(ops: &B) {
-    let mut numbers = Numbers(8);
-    for outputs in [64, 1024, 576, 4096, 4160, 8192, 36] {
-        let site = LoraSite::linear(72, &[outputs]);
-        let adapters: Vec<Vec<_>> = [16, 1, 40].map(|rank| vec![numbers.part((0, 0), &site, rank)]).into();
-        let (w, bias) = (numbers.table(outputs, 72), numbers.table(1, outputs).data);
-        let norm = numbers.table(1, outputs).data;
-        let (weight, bias_of) = (ops.weight(&[tensor(&w)]).unwrap(), ops.vector(&bias).unwrap());
-        let slots = fill_slots(ops, slice::from_ref(&site), &[&weight], &adapters);
-        let vector = ops.vector(&norm).unwrap();
-        let slots_of = [None, Some(0), None, Some(2), Some(1)];
-        for (sequences, slots_of) in [
-            (vec![(1, 3); 5], &slots_of[..]),
-            (vec![(1, 3); 3], &[]),
-            (vec![(3, 0), (270, 0), (1, 9), (70, 0), (65, 1)], &slots_of),
-        ] {
-            let host = batch(&sequences, slots_of);
-            let device = device_batch(ops, &host);
-            let (x, mut sums) = (numbers.table(host.rows(), 72), numbers.table(host.rows(), outputs));
-            let mut residual = wide_mat(ops, &sums);
-            let mut products = reference::linear(&x, &w, Some(&bias));
-            reference::add_lora(&x, (0, &site), &host.segments, &adapters, &mut products);
-            reference::add(&products, &mut sums);
-            let mut y = ops.mat(host.rows(), outputs).unwrap();
-            let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All };
-            let by = Projection { weight: &weight, bias: Some(&bias_of), lora: Some(lora) };
-            add_and_norm(ops, &mat(ops, &x), by, &mut residual, Some((rms(&vector), &mut y))).unwrap();
-            assert_close("stream", &ops.download(&residual).unwrap(), &sums.data, ops.dtype());
-            let expected = reference::rms_norm(&sums, &norm, 1e-5);
-            assert_close("normed", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
-        }
-    }
-}
-
-/// Products and shrunk rows of small integers are exact in every type: what is lost would be lost of the stream.
-fn the_stream_is_not_rounded<B: Backend>(ops: &B) {
-    let mut numbers = Numbers(9);
-    let mut signs = |rows: usize, cols: usize, scale: f32| {
-        let data = (0..rows * cols).map(|_| (numbers.below(3) as f32 - 1.0) * scale).collect();
-        Table { cols, data }
-    };
-    for outputs in [128, 36] {
-        let site = LoraSite::linear(64, &[outputs]);
-        let (a, b) = (signs(20, 64, 1.0).data, signs(outputs, 20, 1.0 / 64.0).data);
-        let adapters = [vec![LoraPart::delta((0, 0), 20, 1.0, &a, &b)]];
-        let w = signs(outputs, 64, 1.0);
-        let (weight, norm) = (ops.weight(&[tensor(&w)]).unwrap(), ops.vector(&vec![1.0; outputs]).unwrap());
-        let slots = fill_slots(ops, slice::from_ref(&site), &[&weight], &adapters);
-        for rows in [1, 7, 20, 50, 100, 300] {
-            for slots_of in [vec![None, None], vec![Some(0), None]] {
-                let host = batch(&[(rows, 0), (1, 5)], &slots_of);
-                let device = device_batch(ops, &host);
-                let x = signs(host.rows(), 64, 1.0);
-                let mut sums = signs(host.rows(), outputs, 1.0);
-                sums.data.iter_mut().for_each(|x| *x += 1e-4);
-                let mut streams = [wide_mat(ops, &sums), wide_mat(ops, &sums)];
-                let mut products = reference::linear(&x, &w, None);
-                reference::add_lora(&x, (0, &site), &host.segments, &adapters, &mut products);
-                reference::add(&products, &mut sums);
-                let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All };
-                let by = Projection::new(&weight, Some(lora));
-                let (x, mut y) = (mat(ops, &x), ops.mat(host.rows(), outputs).unwrap());
-                add_products(ops, &x, by, &mut streams[0]).unwrap();
-                add_and_norm(ops, &x, by, &mut streams[1], Some((rms(&norm), &mut y))).unwrap();
-                for stream in &streams {
-                    assert_close("stream", &ops.download(stream).unwrap(), &sums.data, DType::F32);
-                }
-            }
-        }
-    }
-}
-
-fn a_row_does_not_depend_on_its_neighbours<B: Backend>(ops: &B) {
-    let mut numbers = Numbers(3);
-    let (sites, adapters) = sites_and_adapters(&mut numbers);
-    let (x, w) = (numbers.table(37, 70), numbers.table(99, 70));
-    let first = ops.weight(&[tensor(&numbers.table(33, 40))]).unwrap();
-    let weight = ops.weight(&[tensor(&w)]).unwrap();
-    let slots = fill_slots(ops, &sites, &[&first, &weight], &adapters);
-    let product = |first: usize, rows: usize| {
-        let host = batch(&[(rows, first)], &[Some(6)]);
-        let batch = device_batch(ops, &host);
-        let part = Table { cols: 70, data: x.data[first * 70..][..rows * 70].to_vec() };
-        let mut y = ops.mat(rows, 99).unwrap();
-        let lora = LinearLora { slots: &slots, site: 1, batch: &batch, rows: RowSet::All };
-        let by = Projection::new(&weight, Some(lora));
-        ops.linear(&mat(ops, &part), by, Output::Store(&mut y)).unwrap();
-        ops.download(&y).unwrap()
-    };
-    let whole = product(0, 37);
-    for (first, rows) in [(0, 1), (36, 1), (3, 2), (5, 4), (1, 7), (10, 12), (20, 17)] {
-        assert!(product(first, rows) == whole[first * 99..(first + rows) * 99], "rows {first}..+{rows}");
-    }
-}
-
-fn norms_and_activations<B: Backend>(ops: &B) {
-    let mut numbers = Numbers(4);
-    for (rows, cols) in [(1, 1), (1, 64), (7, 33), (20, 576)] {
-        let mut x = numbers.table(rows, cols);
-        let w = numbers.table(1, cols).data;
-        let mut y = ops.mat(rows, cols).unwrap();
-        ops.normalize(&wide_mat(ops, &x), rms(&ops.vector(&w).unwrap()), &mut y).unwrap();
-        let expected = reference::rms_norm(&x, &w, 1e-5);
-        assert_close("norm", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
-        x.data.extend(x.data.clone().iter().map(|x| x * 90.0));
-        let gates = Table { cols: 2 * cols, data: x.data };
-        ops.gate(&mat(ops, &gates), Activation::Silu, &mut y).unwrap();
-        assert_close("gate", &ops.download(&y).unwrap(), &reference::silu_mul(&gates).data, ops.dtype());
-    }
-}
-
-/// Runs a prefill of `lens` tokens each, then one decode step, and checks both.
-fn check_attention<B: Backend>(ops: &B, attention: &AttentionShape, lens: &[usize]) {
-    let mut numbers = Numbers(5);
-    let heads = attention.heads;
-    let inv_freq: Vec<f32> = (0..heads.dim / 2).map(|j| 0.1_f32.powf(j as f32 / 8.0)).collect();
-    let table = angles(ops, &inv_freq, 512);
-    let blocks = 2 * lens.iter().map(|len| len / 16 + 2).sum::<usize>();
-    let (mut kv, mut memory) = (ops.kv(blocks, heads).unwrap(), KvMemory::new(blocks, heads));
-    assert!(ops.kv_block_bytes(heads) > 0);
-    // One prefill whose sequences already have their last block, then decode rows behind it.
-    let prefill = batch(&lens.iter().map(|len| (*len, 0)).collect::<Vec<_>>(), &[]);
-    let mut decode = batch(&lens.iter().map(|len| (1, *len)).collect::<Vec<_>>(), &[]);
-    // A longer table may begin with other blocks: decode only where it does not.
-    if decode.blocks != prefill.blocks {
-        decode = batch(&[], &[]);
-    }
-    for host in [prefill, decode] {
-        let qkv = numbers.table(host.rows().max(1), heads.qkv_cols());
-        let qkv = Table { cols: qkv.cols, data: qkv.data[..host.rows() * qkv.cols].to_vec() };
-        let device = device_batch_for(ops, &host, attention.span);
-        let mut x = mat(ops, &qkv);
-        let rope = Some(Rotation { table: &table, pairs: Pairs::Halves });
-        let by = Qkv { heads, clamp: None, norms: None, rope };
-        ops.rope_and_store(&mut x, by, &device, &mut kv).unwrap();
-        let mut rotated = qkv.clone();
-        reference::rope_and_store(&mut rotated, heads, &inv_freq, &host, &mut memory);
-        assert_close("rope", &ops.download(&x).unwrap(), &rotated.data, ops.dtype());
-        let mut y = ops.mat(host.rows().max(1), heads.query * heads.dim).unwrap();
-        ops.paged_attention(&x, (*attention).into(), &device, &kv, &mut y).unwrap();
-        let expected = reference::paged_attention(&rotated, attention, &host, &memory);
-        assert_close("attention", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
-    }
-}
-
-fn attention_over_blocks<B: Backend>(ops: &B) {
-    for (query, kv, dim) in [(4, 2, 16), (9, 3, 64), (2, 2, 24), (12, 1, 32), (1, 1, 256)] {
-        let heads = Heads { query, kv, dim };
-        let plain = AttentionShape { scale: 0.2, ..AttentionShape::causal(heads) };
-        check_attention(ops, &plain, &[1, 5, 16, 17, 150, 261]);
-        check_attention(ops, &AttentionShape { span: Span::Window(20), ..plain }, &[7, 190]);
-        check_attention(ops, &AttentionShape { softcap: Some(3.0), ..plain }, &[40]);
-    }
-}
-
 fn collect<B: Backend>(ops: &B, pending: B::Pending) -> Vec<Sampled> {
     let mut out = Vec::new();
     ops.collect(pending, &mut out).unwrap();
@@ -505,28 +258,6 @@ fn collect<B: Backend>(ops: &B, pending: B::Pending) -> Vec<Sampled> {
 /// A table's rows as they are.
 fn rows_of<B: Backend>(table: &B::Weight) -> Embedding<'_, B> {
     Embedding { table, scale: 1.0, positions: None, lora: None }
-}
-
-fn embedding_takes_the_token_sampled_last<B: Backend>(ops: &B) {
-    let table = Numbers(6).table(60, 40);
-    let weight = ops.weight(&[tensor(&table)]).unwrap();
-    let mut sampler = ops.sampler(4, 60).unwrap();
-    ops.seat(&mut sampler, 2, &SamplingParams::default(), &[1], &[]).unwrap();
-    let mut logits = vec![0.0; 60];
-    logits[17] = 3.0;
-    let row = SampleRow { row: 0, seat: 2 };
-    let pending = ops.sample(&mat(ops, &Table { cols: 60, data: logits }), &[row], &mut sampler).unwrap();
-    assert_eq!(collect(ops, pending)[0].token, 17);
-    let mut host = batch(&[(2, 0)], &[]);
-    host.tokens = vec![5, -3];
-    let mut y = ops.wide_mat(2, 40).unwrap();
-    ops.embed(&device_batch(ops, &host), &sampler, rows_of(&weight), &mut y).unwrap();
-    let expected = Table { cols: 40, data: [table.row(5), table.row(17)].concat() };
-    assert_close("embed", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
-    let mut last = ops.mat(2, 40).unwrap();
-    ops.gather_logit_rows(&mat(ops, &expected), &device_batch(ops, &host), &mut last).unwrap();
-    assert_eq!(last.rows(), 1);
-    assert_close("gather", &ops.download(&last).unwrap(), table.row(17), ops.dtype());
 }
 
 #[test]

@@ -270,8 +270,8 @@ impl Ops for Fake {
         self.cpu.gate(x, f, y)
     }
 
-    fn shape_logits(&self, shape: LogitShape, y: &mut CpuMat) -> Result<()> {
-        self.cpu.shape_logits(shape, y)
+    fn logits(&self, x: &CpuMat, by: Projection<'_, Self>, shape: LogitShape, y: &mut CpuMat) -> Result<()> {
+        self.cpu.logits(x, on_cpu(by), shape, y)
     }
 
     fn rope_and_store(

@@ -1,0 +1,95 @@
+//! What magnitudes make of products (DoRA): the magnitude of each output over the norm of its weights, delta included.
+
+use super::{
+    super::{CpuBackend, memory::Panels, pool::Shards},
+    CpuAdapter, LookupDelta, OwnRows, SiteChange, SliceDelta, SliceVectors, unpack_row,
+};
+use crate::{Error, LoraSite, Result, SiteKind};
+
+/// A factor for each output of a slice, by slice as [`SiteChange::vectors`]; 1 where there is no magnitude.
+#[derive(Debug)]
+pub(crate) struct Gains(pub(crate) Vec<Option<Vec<f32>>>);
+
+/// Outputs that a thread takes at a time.
+const CHUNK: usize = 16;
+
+impl CpuAdapter {
+    /// Computes what depends on the base model's weights, once: an adapter that is loaded again has it already.
+    pub(crate) fn complete(&self, be: &CpuBackend, sites: &[LoraSite], weights: &[&Panels]) -> Result<()> {
+        for (i, (change, site)) in self.sites.iter().zip(sites).enumerate() {
+            let Some(change) = change else { continue };
+            if change.vectors.iter().all(|vectors| vectors.magnitude.is_none()) || change.gains().is_some() {
+                continue;
+            }
+            let (op, limit) = ("load", weights.len());
+            let weight = weights.get(i).ok_or(Error::Index { op, what: "weight", index: i, limit })?;
+            let expected = match site.kind {
+                SiteKind::Lookup => site.outputs.iter().sum(),
+                SiteKind::Linear | SiteKind::Head => site.inputs,
+            };
+            if weight.inputs != expected {
+                return Err(Error::Shape { op, what: "columns of a weight", got: weight.inputs, expected });
+            }
+            let gains = change.vectors.iter().map(|vectors| {
+                let magnitude = vectors.magnitude.as_ref()?;
+                let squares = match site.kind {
+                    SiteKind::Lookup => of_table(weight, change.lookup.as_ref(), change.rows.as_ref()),
+                    SiteKind::Linear | SiteKind::Head => of_slice(be, weight, change, vectors),
+                };
+                Some(magnitude.iter().zip(squares).map(|(m, square)| m / square.sqrt()).collect())
+            });
+            // Another thread may have been faster, with the same result.
+            let _ = change.gains.set(Gains(gains.collect()));
+        }
+        Ok(())
+    }
+}
+
+/// The squared norms of the rows of `W + scale · B · A` that belong to a slice.
+fn of_slice(be: &CpuBackend, weight: &Panels, change: &SiteChange, vectors: &SliceVectors) -> Vec<f32> {
+    let inputs = weight.inputs;
+    let delta = &change.delta;
+    let slice = delta.slices.iter().find(|slice| slice.column == vectors.columns.start);
+    let a: Vec<Vec<f32>> = slice.map_or_else(Vec::new, |SliceDelta { first, b, .. }| {
+        let rows = (*first..first + b.inputs).map(|row| &delta.a[row * delta.depth..][..delta.depth]);
+        rows.map(|row| unpack_row(be.dtype, row, inputs)).collect()
+    });
+    let count = vectors.columns.len().min(weight.outputs.saturating_sub(vectors.columns.start));
+    // What the base weight has no row for is never multiplied.
+    let mut squares = vec![1.0; vectors.columns.len()];
+    let shards = Shards(squares.as_mut_ptr());
+    be.pool.run(count.div_ceil(CHUNK), |chunk| {
+        let outputs = chunk * CHUNK..count.min((chunk + 1) * CHUNK);
+        let mut row = vec![0.0; inputs];
+        // SAFETY: chunks have their own outputs.
+        let squares = unsafe { shards.slice(outputs.start, outputs.len()) };
+        for (output, square) in outputs.zip(squares) {
+            weight.read_row(vectors.columns.start + output, &mut row);
+            if let Some(SliceDelta { first, column, b }) = slice {
+                b.each_of_row(column % 16 + output, a.len(), |rank, b| {
+                    let factor = delta.scales[first + rank] * b;
+                    row.iter_mut().zip(&a[rank]).for_each(|(x, a)| *x += factor * a);
+                });
+            }
+            *square = row.iter().map(|x| x * x).sum();
+        }
+    });
+    squares
+}
+
+/// The squared norms of the columns of a table, its delta included.
+fn of_table(table: &Panels, delta: Option<&LookupDelta>, rows: Option<&OwnRows>) -> Vec<f32> {
+    let mut squares = vec![0.0; table.inputs];
+    let mut row = vec![0.0; table.inputs];
+    for token in 0..table.outputs {
+        match rows.and_then(|rows| rows.find(token).ok().flatten().map(|own| (rows, own))) {
+            Some((rows, own)) => rows.values.read_row(own, &mut row),
+            None => table.read_row(token, &mut row),
+        }
+        if let Some(delta) = delta {
+            delta.add(token, &mut row);
+        }
+        squares.iter_mut().zip(&row).for_each(|(square, x)| *square += x * x);
+    }
+    squares
+}

@@ -1,0 +1,145 @@
+//! What adapters change of products and lookups.
+
+use super::{Table, dot};
+use crate::{Batch, LoraPart, LoraSite, LowRank, ReplacedRows, Segment, SiteKind};
+
+/// A weight of the base model at a site.
+#[derive(Debug, Clone, Copy)]
+pub struct Base<'a> {
+    /// The weight `[outputs, inputs]`, or the table of a lookup.
+    pub weight: &'a Table,
+    /// Added to products.
+    pub bias: Option<&'a [f32]>,
+    /// Index of the site, and the site.
+    pub site: (usize, &'a LoraSite),
+}
+
+/// Adds the low-rank deltas of `adapters[slot]` at a site to the rows of its segments.
+pub fn add_lora(
+    x: &Table,
+    site: (usize, &LoraSite),
+    segments: &[Segment],
+    adapters: &[Vec<LoraPart>],
+    y: &mut Table,
+) {
+    for segment in segments {
+        for part in adapters[segment.slot as usize].iter().filter(|part| part.site == site.0) {
+            let column = site.1.columns(part.slice).start;
+            for i in segment.start as usize..segment.end as usize {
+                let Some(LowRank { rank, scale, a, b }) = &part.low_rank else { continue };
+                let (a, b) = (a.to_f32(), b.to_f32());
+                let shrunk: Vec<f32> = a.chunks(site.1.inputs).map(|a| dot(x.row(i), a)).collect();
+                for (o, b) in b.chunks(*rank).enumerate() {
+                    y.data[i * y.cols + column + o] += scale * dot(&shrunk, b);
+                }
+            }
+        }
+    }
+}
+
+/// The rows of a weight for an adapter's slice: those of the base model, its own in their place, and its delta; None
+/// where there is no row. The rows of a slice are those of `columns`.
+fn weight_of(weight: &Table, part: &LoraPart, columns: std::ops::Range<usize>) -> Vec<Option<Vec<f32>>> {
+    let base = |row: usize| (row < weight.rows()).then(|| weight.row(row).to_vec());
+    let mut rows: Vec<Option<Vec<f32>>> = columns.map(base).collect();
+    if let Some(ReplacedRows { ids, values }) = &part.rows {
+        if ids.is_none() {
+            rows.fill(None);
+        }
+        for (k, value) in values.to_f32().chunks(values.cols).enumerate() {
+            rows[ids.as_ref().map_or(k, |ids| ids[k] as usize)] = Some(value.to_vec());
+        }
+    }
+    rows
+}
+
+/// The delta `scale · B · A`, row by row.
+fn delta_of(low_rank: &LowRank) -> Vec<Vec<f32>> {
+    let LowRank { rank, scale, a, b } = low_rank;
+    let (a, b) = (a.to_f32(), b.to_f32());
+    let inputs = a.len() / rank;
+    let row = |b: &[f32]| {
+        let element = |k| scale * b.iter().enumerate().map(|(r, b)| b * a[r * inputs + k]).sum::<f32>();
+        (0..inputs).map(element).collect()
+    };
+    b.chunks(*rank).map(row).collect()
+}
+
+fn norm(row: impl Iterator<Item = f32>) -> f32 {
+    row.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt() as f32
+}
+
+/// `y[i] = gain ∘ (x[i] · Wᵀ + delta) + bias`, with `columns` columns; see [`LoraPart`]. What has no row is -∞.
+pub fn adapted_linear(
+    x: &Table,
+    base: Base<'_>,
+    (segments, adapters): (&[Segment], &[Vec<LoraPart>]),
+    columns: usize,
+) -> Table {
+    let bias = |o: usize| base.bias.and_then(|bias| bias.get(o)).unwrap_or(&0.0);
+    let mut y = Table { cols: columns, data: vec![f32::NEG_INFINITY; x.rows() * columns] };
+    for i in 0..x.rows() {
+        for o in 0..base.weight.rows() {
+            y.row_mut(i)[o] = dot(x.row(i), base.weight.row(o)) + bias(o);
+        }
+    }
+    let (number, site) = base.site;
+    for segment in segments {
+        for part in adapters[segment.slot as usize].iter().filter(|part| part.site == number) {
+            let range = site.columns(part.slice);
+            let rows = weight_of(base.weight, part, range.clone());
+            let deltas = part.low_rank.as_ref().map(delta_of);
+            for (k, row) in rows.iter().enumerate() {
+                let delta = deltas.as_ref().and_then(|deltas| deltas.get(k));
+                let delta = |j: usize| delta.map_or(0.0, |delta| delta[j]);
+                for i in segment.start as usize..segment.end as usize {
+                    let y = &mut y.row_mut(i)[range.start + k];
+                    let Some(row) = row else {
+                        *y = f32::NEG_INFINITY;
+                        continue;
+                    };
+                    let sum: f64 = (0..row.len())
+                        .map(|j| f64::from(x.row(i)[j]) * (f64::from(row[j]) + f64::from(delta(j))))
+                        .sum();
+                    let gain = part.magnitude.as_ref().map_or(1.0, |magnitude| {
+                        magnitude[k] / norm(row.iter().enumerate().map(|(j, w)| w + delta(j)))
+                    });
+                    let own = part.bias.as_ref().and_then(|bias| bias.get(k)).unwrap_or(&0.0);
+                    *y = gain * sum as f32 + bias(range.start + k) + own;
+                }
+            }
+        }
+    }
+    y
+}
+
+/// The rows of a table that tokens stand for, times `scale`; see [`crate::Embedding`].
+///
+/// # Panics
+/// A token has no row.
+pub fn embed(base: Base<'_>, batch: &Batch, adapters: &[Vec<LoraPart>], scale: f32) -> Table {
+    let (number, site) = base.site;
+    let mut y = Table { cols: base.weight.cols, data: Vec::new() };
+    let slot = |row: usize| batch.segments.iter().find(|s| (s.start..s.end).contains(&(row as u32)));
+    for (i, &token) in batch.tokens.iter().enumerate() {
+        let parts = slot(i).map_or(&[][..], |segment| &adapters[segment.slot as usize]);
+        let part = parts.iter().find(|part| part.site == number && site.kind == SiteKind::Lookup);
+        let Some(part) = part else {
+            y.data.extend(base.weight.row(token as usize).iter().map(|x| scale * x));
+            continue;
+        };
+        let deltas = part.low_rank.as_ref().map(delta_of);
+        let delta = |k: usize, token: usize| {
+            deltas.as_ref().and_then(|deltas| deltas[k].get(token)).copied().unwrap_or(0.0)
+        };
+        let rows = weight_of(base.weight, part, 0..site.inputs);
+        let row = rows[token as usize].as_ref().expect("a row of the token");
+        for (k, x) in row.iter().enumerate() {
+            let column = rows.iter().enumerate().filter_map(|(t, row)| Some(row.as_ref()?[k] + delta(k, t)));
+            let gain = part.magnitude.as_ref().map_or(1.0, |magnitude| magnitude[k] / norm(column));
+            let own = part.bias.as_ref().map_or(0.0, |bias| bias[k]);
+            y.data.push(scale * (gain * (x + delta(k, token as usize)) + own));
+        }
+    }
+    y
+}
