@@ -8,7 +8,7 @@ mod goldens;
 
 use std::{collections::BTreeSet, path::PathBuf};
 
-use driver::{Driver, GENERATED, Sequence};
+use driver::{Driver, Sequence};
 use goldens::{Case, Goldens};
 use kernels::DType;
 use model::testing::seeded::Manifest;
@@ -45,6 +45,12 @@ impl Fixture {
             adapters: adapters.map(|name| write(&format!("adapters/{name}.json"), name)).collect(),
             _folder: folder,
         }
+    }
+
+    /// The context length of the training before rotary frequencies were scaled.
+    fn original_context(&self) -> usize {
+        let manifest = Manifest::read(&goldens::folder(self.name).join("model.json")).unwrap();
+        manifest.config["original_max_position_embeddings"].as_u64().unwrap() as usize
     }
 
     /// The cases of adapters that are tried, as sequences.
@@ -106,8 +112,29 @@ fn run(name: &'static str) {
     driver.mixed(&mut sequences, 61, 150);
     let mixed = fixture.compare("mixed", &cases, &sequences);
     eprintln!("{name}: alone {alone:.2e}, mixed {mixed:.2e}");
-    let gguf = goldens::folder(name).join("model.gguf");
-    let _ = (gguf, GENERATED);
+    for crossing in &fixture.goldens.crossing {
+        let original = fixture.original_context();
+        let sequence = driver.crossing(Sequence::new(&crossing.ids, None, BTreeSet::new()), original);
+        assert_eq!(sequence.tokens[sequence.prompt..], crossing.tokens, "{name} beyond {original} tokens");
+        for (i, expected) in crossing.token_logprobs.iter().enumerate() {
+            let got = sequence.scores[&(sequence.prompt - 1 + i)].top[0].1;
+            assert!(
+                (got - expected).abs() <= BAR,
+                "{name}, token {i} beyond {original} tokens: {got}, {expected}"
+            );
+        }
+    }
+}
+
+/// What every fixture must be sensitive to: a model too flat to tell a feature from its absence would prove nothing.
+#[test]
+fn every_odd_feature_shows() {
+    for name in NAMES {
+        for sensitivity in Goldens::read(name).sensitivity {
+            let goldens::Sensitivity { feature, change, most } = sensitivity;
+            assert!(most >= 0.05, "{name}: without {feature} ({change}), numbers move by {most} only");
+        }
+    }
 }
 
 macro_rules! families {
@@ -116,7 +143,10 @@ macro_rules! families {
         fn $test() {
             run($name);
         }
-    )*};
+    )*
+
+    const NAMES: &[&str] = &[$($name),*];
+    };
 }
 
 families! {

@@ -195,7 +195,8 @@ impl Driver {
             if position + 1 == sequence.tokens.len() {
                 sequence.tokens.push(score.top[0].0);
             }
-            sequence.scores.insert(position, score);
+            // Of a sequence that began anew, the first choice counts.
+            sequence.scores.entry(position).or_insert(score);
         }
     }
 
