@@ -10,11 +10,13 @@
 use std::{sync::Arc, time::Instant};
 
 use kernels::{
-    Attention, Backend, Batch, DType, Heads, HostTensor, LinearLora, LoraSite, Matrix, Projection, RowSet,
-    SampleRow, SamplingParams,
+    Activation, AttentionShape, Batch, DType, Embedding, Heads, HostTensor, LinearLora, LoraSite, Matrix,
+    Norm, NormKind, Output, Pairs, Projection, Qkv, Residual, RopeSpec, Rotation, RowSet, SampleRow,
+    SamplingParams, Span, Stretch,
     cuda::{
         CudaBackend, CudaBatch, CudaKv, CudaMat, CudaRope, CudaSampler, CudaSlots, CudaVector, CudaWeight,
     },
+    prelude::*,
     testing::{Numbers, batch},
 };
 
@@ -29,7 +31,8 @@ const ADAPTERS: usize = 32;
 const PROMPT: usize = 480;
 const RANK: usize = 16;
 const EPS: f32 = 1e-5;
-const ATTENTION: Attention = Attention { heads: HEADS, scale: 0.088_388, window: None, softcap: None };
+const ATTENTION: AttentionShape =
+    AttentionShape { heads: HEADS, scale: 0.088_388, span: Span::Causal, softcap: None };
 
 struct Layer {
     qkv: CudaWeight,
@@ -47,10 +50,11 @@ struct Model {
     embed: CudaWeight,
     head: CudaWeight,
     rope: CudaRope,
-    slots: CudaSlots,
+    slots: Arc<CudaSlots>,
     sampler: CudaSampler,
     x: CudaMat,
     residual: CudaMat,
+    products: CudaMat,
     qkv: CudaMat,
     attn: CudaMat,
     gate_up: CudaMat,
@@ -78,10 +82,10 @@ impl Random {
 
 fn sites() -> Vec<LoraSite> {
     let layer = [
-        LoraSite { inputs: HIDDEN, outputs: vec![4096, 1024, 1024] },
-        LoraSite { inputs: HIDDEN, outputs: vec![HIDDEN] },
-        LoraSite { inputs: HIDDEN, outputs: vec![FFN, FFN] },
-        LoraSite { inputs: FFN, outputs: vec![HIDDEN] },
+        LoraSite::linear(HIDDEN, &[4096, 1024, 1024]),
+        LoraSite::linear(HIDDEN, &[HIDDEN]),
+        LoraSite::linear(HIDDEN, &[FFN, FFN]),
+        LoraSite::linear(FFN, &[HIDDEN]),
     ];
     (0..LAYERS).flat_map(|_| layer.clone()).collect()
 }
@@ -103,7 +107,7 @@ fn adapters(ops: &CudaBackend) -> CudaSlots {
     let adapter = Arc::new(ops.stage(&sites, &all).unwrap());
     let mut slots = ops.lora_slots(&sites, ADAPTERS).unwrap();
     for slot in 0..ADAPTERS as u32 {
-        ops.load(&mut slots, slot, &adapter).unwrap();
+        ops.load(&mut slots, slot, &adapter, &[]).unwrap();
     }
     let mut loaded = 0;
     let start = Instant::now();
@@ -113,6 +117,19 @@ fn adapters(ops: &CudaBackend) -> CudaSlots {
     let gb = ADAPTERS as f64 * ops.adapter_bytes(&adapter) as f64 / 1e9;
     println!("{{\"what\":\"adapter loads\",\"gb_s\":{:.1}}}", gb / start.elapsed().as_secs_f64());
     slots
+}
+
+fn rms(weight: &CudaVector) -> Norm<'_, CudaBackend> {
+    Norm { kind: NormKind::Rms, weight, bias: None, eps: EPS }
+}
+
+/// A projection onto the stream, which is normed then.
+fn to_stream<'a>(
+    [stream, products, y]: [&'a mut CudaMat; 3],
+    norm: &'a CudaVector,
+) -> Output<'a, CudaBackend> {
+    let next = Some((rms(norm), y));
+    Output::Residual(Residual { stream, products, post: None, scale: 1.0, more: false, next })
 }
 
 impl Model {
@@ -140,11 +157,13 @@ impl Model {
         for seat in 0..256 {
             ops.seat(&mut sampler, seat, &SamplingParams::default(), &[], &[]).unwrap();
         }
+        let rope = RopeSpec { inv_freq: vec![0.01; 64], scale: 1.0, positions: 8192, stretch: Stretch::None };
         Model {
-            rope: ops.rope(&[0.01; 64], 8192, 1.0).unwrap(),
-            slots: adapters(&ops),
+            rope: ops.rope(&rope).unwrap(),
+            slots: Arc::new(adapters(&ops)),
             x: mat(HIDDEN),
             residual: ops.wide_mat(MAX_ROWS, HIDDEN).unwrap(),
+            products: ops.wide_mat(MAX_ROWS, HIDDEN).unwrap(),
             qkv: mat(HEADS.qkv_cols()),
             attn: mat(HEADS.query * HEADS.dim),
             gate_up: mat(2 * FFN),
@@ -161,44 +180,51 @@ impl Model {
 
     /// The operations of a step whose names `wanted` accepts.
     fn forward(&mut self, batch: &CudaBatch, wanted: &dyn Fn(&str) -> bool) -> kernels::Result<()> {
-        let Model { ops, slots, x, residual, qkv, attn, gate_up, act, last, logits, .. } = self;
-        let lora = |site| Some(LinearLora { slots, site, batch, rows: RowSet::All });
-        ops.embed(batch, &self.sampler, &self.embed, residual)?;
+        let Model { ops, slots, x, residual, products, qkv, attn, gate_up, act, last, logits, .. } = self;
+        let lora = |site| Some(LinearLora { slots: slots.as_ref(), site, batch, rows: RowSet::All });
+        let table = Embedding { table: &self.embed, scale: 1.0, positions: None, lora: None };
+        ops.embed(batch, &self.sampler, table, residual)?;
         let rows = residual.rows();
         for m in [&mut *x, residual, qkv, attn, gate_up, act] {
             m.set_rows(rows);
         }
         if wanted("norm") {
-            ops.rms_norm(residual, &self.layers[0].norm, EPS, x)?;
+            ops.normalize(residual, rms(&self.layers[0].norm), x)?;
         }
         for (i, layer) in self.layers.iter_mut().enumerate() {
             if wanted("qkv") {
-                ops.linear(x, Projection::new(&layer.qkv, lora(4 * i)), qkv)?;
+                ops.linear(x, Projection::new(&layer.qkv, lora(4 * i)), Output::Store(qkv))?;
             }
             if wanted("rope") {
-                ops.rope_and_store(qkv, HEADS, &self.rope, batch, &mut layer.kv)?;
+                let rope = Some(Rotation { table: &self.rope, pairs: Pairs::Halves });
+                let by = Qkv { heads: HEADS, clamp: None, norms: None, rope };
+                ops.rope_and_store(qkv, by, batch, &mut layer.kv)?;
             }
             if wanted("attention") {
-                ops.paged_attention(qkv, &ATTENTION, batch, &layer.kv, attn)?;
+                ops.paged_attention(qkv, ATTENTION.into(), batch, &layer.kv, attn)?;
             }
-            let norm = (&layer.norm, EPS);
             if wanted("o") {
-                ops.add_linear_norm(attn, Projection::new(&layer.o, lora(4 * i + 1)), residual, norm, x)?;
+                let by = Projection::new(&layer.o, lora(4 * i + 1));
+                ops.linear(attn, by, to_stream([&mut *residual, &mut *products, &mut *x], &layer.norm))?;
             }
             if wanted("gate_up") {
-                ops.gated_linear(x, Projection::new(&layer.gate_up, lora(4 * i + 2)), gate_up, act)?;
+                let by = Projection::new(&layer.gate_up, lora(4 * i + 2));
+                let out = Output::Gate { activation: Activation::Silu, products: gate_up, y: act };
+                ops.linear(x, by, out)?;
             }
             if wanted("down") {
-                ops.add_linear_norm(act, Projection::new(&layer.down, lora(4 * i + 3)), residual, norm, x)?;
+                let by = Projection::new(&layer.down, lora(4 * i + 3));
+                ops.linear(act, by, to_stream([&mut *residual, &mut *products, &mut *x], &layer.norm))?;
             }
         }
         ops.gather_logit_rows(x, batch, last)?;
-        if wanted("head") { ops.linear(last, Projection::new(&self.head, None), logits) } else { Ok(()) }
+        let head = Projection::new(&self.head, None);
+        if wanted("head") { ops.linear(last, head, Output::Store(logits)) } else { Ok(()) }
     }
 
     /// Median milliseconds of a step.
     fn time(&mut self, host: &Batch, wanted: &dyn Fn(&str) -> bool) -> f64 {
-        let mut device = self.ops.batch(MAX_ROWS, 16_384).unwrap();
+        let mut device = self.ops.batch(MAX_ROWS, 16_384, &[Span::Causal]).unwrap();
         let rows: Vec<_> =
             (0..host.logit_rows.len() as u32).map(|row| SampleRow { row, seat: row }).collect();
         let mut times = Vec::new();
@@ -207,8 +233,8 @@ impl Model {
             let mut pending = Vec::new();
             for _ in 0..8 {
                 self.ops.upload(host, &mut device).unwrap();
-                let ops = self.ops.clone();
-                ops.step(&device, || self.forward(&device, wanted)).unwrap();
+                let (ops, slots) = (self.ops.clone(), self.slots.clone());
+                ops.step(&device, &slots, || self.forward(&device, wanted)).unwrap();
                 if wanted("sample") {
                     pending.push(self.ops.sample(&self.logits, &rows, &mut self.sampler).unwrap());
                 }
@@ -260,14 +286,15 @@ fn once(args: &[String]) {
     let mut model = Model::new();
     let ops = model.ops.clone();
     ops.record_steps(false);
-    let mut device = ops.batch(MAX_ROWS, 16_384).unwrap();
+    let mut device = ops.batch(MAX_ROWS, 16_384, &[Span::Causal]).unwrap();
     for profiled in [false, true] {
         ops.synchronize().unwrap();
         if profiled {
             cudarc::driver::profiler_start().unwrap();
         }
         ops.upload(&host, &mut device).unwrap();
-        ops.step(&device, || model.forward(&device, &|_| true)).unwrap();
+        let slots = model.slots.clone();
+        ops.step(&device, &slots, || model.forward(&device, &|_| true)).unwrap();
         let rows: Vec<_> =
             (0..host.logit_rows.len() as u32).map(|row| SampleRow { row, seat: row }).collect();
         let pending = ops.sample(&model.logits, &rows, &mut model.sampler).unwrap();

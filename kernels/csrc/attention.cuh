@@ -1,13 +1,16 @@
-// Paged causal attention on tensor cores, one kernel for prefill and decode.
+// Paged attention on tensor cores, one kernel for prefill and decode.
 //
 // The query heads of a group share keys and values, so a tile's M dimension packs (row, head of the group) pairs:
-// p = row · group + head. Prefill: four warps take 16 pairs each and share all keys. Decode: four warps take the same
-// pairs (at most 16 heads at once) and a quarter of each key tile each, and merge at the end. A long sequence's decode
-// is split over several blocks; the last one to finish merges their parts, in order.
+// p = row · group + head. Prefill: four warps take 16 pairs each and share all keys. Decode, and rows so few that their
+// pairs fill at most 64: four warps take the same 16 pairs and a quarter of each key tile each, and merge at the end.
+//
+// Where items are few, their keys are split over several blocks (split-K, "FlashDecoding"). Of decode, the last block
+// to finish merges the parts, in order; of prefill, whose parts are large, a kernel of its own does.
 // Online softmax: Milakov and Gimelshein, 2018; splitting and merging: Dao et al., FlashDecoding, 2023.
 #pragma once
 
 #include <limits.h>
+#include <stddef.h>
 
 #include "common.cuh"
 
@@ -20,9 +23,10 @@ struct AttentionItem {
   uint32_t kv_begin;  // positions to attend to; a multiple of 16
   uint32_t kv_end;
   uint32_t splits;    // items that share these rows; 1: this one alone
-  uint32_t partial;   // where they leave their parts: partial of the first of them, one each
+  uint32_t partial;   // where they leave their parts, of `rows` rows each
   uint32_t split;     // which of them this one is
 };
+static_assert(sizeof(AttentionItem) == 36, "`AttentionItem::words` in `plan.rs`");
 
 struct AttentionArgs {
   const void* qkv;
@@ -32,16 +36,21 @@ struct AttentionArgs {
   const AttentionItem* items;
   const uint32_t* num_items;
   const uint32_t* blocks;
-  float* partial_out;     // [partials, query heads, dim]
-  float2* partial_scale;  // [partials, query heads]: maximum (log2) and sum
-  uint32_t* arrived;      // [partials, query heads], zero between launches
+  float* partial_out;     // [rows of parts, query heads, dim]
+  float2* partial_scale;  // [rows of parts, query heads]: maximum (log2) and sum
+  uint32_t* arrived;      // [rows of parts, query heads], zero between launches
+  const float* sinks;     // [query heads], or null
+  const float* slopes;    // [query heads], or null: ALiBi
   int query_heads;
   int kv_heads;
   int dim;
   float scale;
   float softcap;  // 0: none
   int window;     // 0: none
+  int causal;     // 0: rows see all keys of their item
+  int unused;
 };
+static_assert(sizeof(AttentionArgs) == 128 && offsetof(AttentionArgs, query_heads) == 96, "as in `ffi.rs`");
 
 namespace attention {
 
@@ -58,7 +67,7 @@ template <int DIM, int WARPS_M> constexpr int shared_elements() {
   return (16 * WARPS_M + kStages<DIM> * 2 * kTile) * kStride<DIM>;
 }
 
-constexpr int kMaxSplits = 64;  // of one row, see `plan.rs`
+constexpr int kMaxSplits = 128;  // of one item, `MAX_SPLITS` in `plan.rs`
 
 __device__ inline float exp2_fast(float x) {
   float y;
@@ -114,6 +123,8 @@ struct Pairs {
   __device__ bool valid(int m) const { return first + m < total; }
   __device__ uint32_t token(int m) const { return (first + m) / group; }
   __device__ int head(int m) const { return kv_head * group + (first + m) % group; }
+  // Index of a pair among those of all rows and query heads, from the item's first row on.
+  __device__ size_t index(int m, const AttentionArgs& a) const { return (size_t)token(m) * a.query_heads + head(m); }
 };
 
 template <typename T, int DIM, int ROWS>
@@ -134,14 +145,18 @@ struct Span {
   uint32_t first, last;  // positions of its first and last rows
   uint32_t begin, end;   // keys that one of them sees
 
-  __device__ Span(const AttentionItem& item, const Pairs& pairs, int most, int window) {
+  __device__ Span(const AttentionItem& item, const Pairs& pairs, int most, const AttentionArgs& a) {
     last_pair = min(most, pairs.total - pairs.first) - 1;
     first = item.position + pairs.token(0);
     last = item.position + pairs.token(last_pair);
+    // A row that sees all keys sees what the last row of the sequence would.
+    if (!a.causal) first = last = item.kv_end + pairs.token(last_pair);
     begin = item.kv_begin;
     end = min(item.kv_end, last + 1);
-    if (window > 0 && first + 1 > (uint32_t)window)
-      begin = max(begin, (first + 1 - window) / kBlockSize * kBlockSize);
+    if (a.window > 0 && first + 1 > (uint32_t)a.window)
+      begin = max(begin, (first + 1 - a.window) / kBlockSize * kBlockSize);
+    // The keys of a split may lie behind all that these rows see: then there is nothing to add.
+    begin = min(begin, end);
   }
 
   // Of a pair's row. Pairs past the last are computed as if they were it, and not written.
@@ -173,9 +188,9 @@ template <int DIM> struct Softmax {
     sum[0] = sum[1] = 0.f;
   }
 
-  // Scores to probabilities relative to the new maximum; `log2` takes a score to a power of two. Leaves in `shrink`
+  // Scores to probabilities relative to the new maximum; `log2` takes a score to a power of two. Leaves in `rescale_by`
   // what `out` is to be multiplied by.
-  template <int NT> __device__ __forceinline__ void update(float (&s)[NT][4], float log2, float (&shrink)[2]) {
+  template <int NT> __device__ __forceinline__ void update(float (&s)[NT][4], float log2, float (&rescale_by)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       float t = top[h];
@@ -184,9 +199,9 @@ template <int DIM> struct Softmax {
       t = fmaxf(t, __shfl_xor_sync(~0u, t, 1));
       t = fmaxf(t, __shfl_xor_sync(~0u, t, 2));
       float base = t == -INFINITY ? 0.f : t * log2;
-      shrink[h] = exp2_fast(top[h] * log2 - base);
+      rescale_by[h] = exp2_fast(top[h] * log2 - base);
       top[h] = t;
-      sum[h] *= shrink[h];
+      sum[h] *= rescale_by[h];
 #pragma unroll
       for (int n = 0; n < NT; n++) {
         s[n][2 * h] = exp2_fast(s[n][2 * h] * log2 - base);
@@ -196,9 +211,9 @@ template <int DIM> struct Softmax {
     }
   }
 
-  __device__ __forceinline__ void rescale(const float (&shrink)[2]) {
+  __device__ __forceinline__ void rescale(const float (&rescale_by)[2]) {
 #pragma unroll
-    for (auto& o : out) o[0] *= shrink[0], o[1] *= shrink[0], o[2] *= shrink[1], o[3] *= shrink[1];
+    for (auto& o : out) o[0] *= rescale_by[0], o[1] *= rescale_by[0], o[2] *= rescale_by[1], o[3] *= rescale_by[1];
   }
 
   // Leaves the maximum as a power of two.
@@ -257,6 +272,23 @@ template <int NT> __device__ __forceinline__ void cap(float (&s)[NT][4], const A
     for (float& x : n) x = a.softcap * (1.f - __fdividef(2.f, exp2_fast(x * power) + 1.f));
 }
 
+// ALiBi: scores fall with the distance. They are not multiplied by their scale yet where they have no cap.
+template <int NT>
+__device__ __forceinline__ void add_slopes(float (&s)[NT][4], const AttentionArgs& a, const Pairs& pairs,
+                                           uint32_t position, int first_pair, uint32_t first_key) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const int m = first_pair + lane / 4 + h * 8;
+    const float slope = a.slopes[pairs.head(m)] / (a.softcap > 0.f ? 1.f : a.scale);
+    const int distance = (int)first_key + lane % 4 * 2 - (int)(position + pairs.token(m));
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) s[n][2 * h + e] += slope * (float)(distance + n * 8 + e);
+  }
+}
+
 // Causal and window mask.
 template <int NT>
 __device__ __forceinline__ void mask(float (&s)[NT][4], int window, const uint32_t (&position)[2], uint32_t first_key,
@@ -306,82 +338,121 @@ __device__ void merge_warps(const Softmax<DIM>& part, float* parts, float2* scal
   __syncthreads();
 }
 
-// Turns the scales of all parts of a row into what each part weighs in the result; the same bits in every order of
-// arrival. `weights` [16 pairs, kMaxSplits].
-__device__ inline void weigh_splits(float2 (&weights)[16][kMaxSplits], const AttentionItem& item, const Pairs& pairs,
-                                    int pairs_here, const AttentionArgs& a) {
-  const float2* parts = a.partial_scale + (size_t)item.partial * a.query_heads + pairs.head(0);
-  for (int i = threadIdx.x; i < pairs_here * (int)item.splits; i += kThreads)
-    weights[i % pairs_here][i / pairs_here] = __ldcg(parts + i / pairs_here * a.query_heads + i % pairs_here);
+// The sum of a softmax relative to its maximum, with the attention sink of the head.
+__device__ inline float with_sink(float sum, float top, const AttentionArgs& a, int head) {
+  return a.sinks ? sum + exp2f(a.sinks[head] * kLog2E - top) : sum;
+}
+
+// What each part of a pair weighs in the result, [pairs of a tile, splits].
+using Weights = float2[16 * kMaxSplits];
+
+// From the scales of all parts of up to 16 pairs; the same bits in every order of arrival.
+__device__ inline void weigh_splits(Weights& weights, const AttentionItem& item, const Pairs& pairs, int count,
+                                    const AttentionArgs& a) {
+  const int splits = item.splits;
+  for (int i = threadIdx.x; i < count * splits; i += kThreads) {
+    const size_t part = ((size_t)item.partial + i / count * item.rows) * a.query_heads;
+    weights[i % count * splits + i / count] = __ldcg(a.partial_scale + part + pairs.index(i % count, a));
+  }
   __syncthreads();
-  if ((int)threadIdx.x < pairs_here) {
-    float2* own = weights[threadIdx.x];
+  if ((int)threadIdx.x < count) {
+    float2* own = weights + threadIdx.x * splits;
     float top = -INFINITY, sum = 0.f;
-    for (uint32_t s = 0; s < item.splits; s++) top = fmaxf(top, own[s].x);
-    for (uint32_t s = 0; s < item.splits; s++) {
+    for (int s = 0; s < splits; s++) top = fmaxf(top, own[s].x);
+    for (int s = 0; s < splits; s++) {
       own[s].x = exp2f(own[s].x - top);
       sum += own[s].x * own[s].y;
     }
-    for (uint32_t s = 0; s < item.splits; s++) own[s].x /= sum;
+    sum = with_sink(sum, top, a, pairs.head(threadIdx.x));
+    for (int s = 0; s < splits; s++) own[s].x /= sum;
   }
   __syncthreads();
 }
 
-// Adds this block's part to those of its siblings; the last one writes the rows. A row's heads are neighbours.
+// Writes the rows of up to 16 pairs from all their parts, in order.
+template <typename T>
+__device__ void merge_splits(const AttentionItem& item, const Pairs& pairs, int count, const AttentionArgs& a) {
+  __shared__ Weights weights;
+  weigh_splits(weights, item, pairs, count, a);
+  const int packs = a.dim / 4;
+  const size_t part = (size_t)item.rows * a.query_heads * packs;  // from one to the next, in float4
+  for (int i = threadIdx.x; i < count * packs; i += kThreads) {
+    const size_t pair = pairs.index(i / packs, a);
+    const float4* parts = reinterpret_cast<const float4*>(a.partial_out) +
+                          ((size_t)item.partial * a.query_heads + pair) * packs + i % packs;
+    const float2* own = weights + i / packs * (int)item.splits;
+    float out[4] = {};
+#pragma unroll 8
+    for (uint32_t s = 0; s < item.splits; s++) {
+      float4 v = __ldcg(parts + s * part);
+      out[0] += own[s].x * v.x, out[1] += own[s].x * v.y, out[2] += own[s].x * v.z, out[3] += own[s].x * v.w;
+    }
+    T* y = static_cast<T*>(a.y) + ((size_t)item.row * a.query_heads + pair) * a.dim;
+    store_floats<T, 4>(y + i % packs * 4, out);
+  }
+}
+
+// Adds this block's part to those of its siblings; the last one writes the rows.
 template <typename T, int DIM>
 __device__ void combine_splits(const AttentionItem& item, const Pairs& pairs, const AttentionArgs& a,
                                const float* merged, const float2* scale) {
   __shared__ bool last;
-  const int pairs_here = min(16, pairs.total - pairs.first), packs = a.dim / 4;
-  const size_t heads = (size_t)item.partial * a.query_heads + pairs.head(0);  // of the first part
-  const size_t part = (size_t)a.query_heads * a.dim;                          // from one part to the next
-  for (int i = threadIdx.x; i < pairs_here * packs; i += kThreads) {
+  const int count = min(16, pairs.total - pairs.first), packs = a.dim / 4;
+  const size_t part = ((size_t)item.partial + item.split * item.rows) * a.query_heads;
+  for (int i = threadIdx.x; i < count * packs; i += kThreads) {
     float v[4];
     load_floats<float, 4>(merged + i / packs * DIM + i % packs * 4, v);
-    store_floats<float, 4>(a.partial_out + heads * a.dim + item.split * part + i * 4, v);
+    store_floats<float, 4>(a.partial_out + (part + pairs.index(i / packs, a)) * a.dim + i % packs * 4, v);
   }
-  if ((int)threadIdx.x < pairs_here)
-    a.partial_scale[heads + item.split * a.query_heads + threadIdx.x] = scale[threadIdx.x];
+  if ((int)threadIdx.x < count) a.partial_scale[part + pairs.index(threadIdx.x, a)] = scale[threadIdx.x];
   __threadfence();
   __syncthreads();
-  uint32_t* arrived = a.arrived + heads;
+  uint32_t* arrived = a.arrived + (size_t)item.partial * a.query_heads + pairs.index(0, a);
   if (threadIdx.x == 0) last = atomicAdd(arrived, 1u) == item.splits - 1;
   __syncthreads();
   if (!last) return;
   __threadfence();
   if (threadIdx.x == 0) *arrived = 0;
-  __shared__ float2 weights[16][kMaxSplits];
-  weigh_splits(weights, item, pairs, pairs_here, a);
-  for (int i = threadIdx.x; i < pairs_here * packs; i += kThreads) {
-    const float4* parts = reinterpret_cast<const float4*>(a.partial_out + heads * a.dim) + i;
-    const float2* own = weights[i / packs];
-    float out[4] = {};
-#pragma unroll 8
-    for (uint32_t s = 0; s < item.splits; s++) {
-      float4 v = __ldcg(parts + s * (part / 4));
-      out[0] += own[s].x * v.x, out[1] += own[s].x * v.y, out[2] += own[s].x * v.z, out[3] += own[s].x * v.w;
-    }
-    T* y = static_cast<T*>(a.y) + ((size_t)item.row * a.query_heads + pairs.head(0)) * a.dim;
-    store_floats<T, 4>(y + i * 4, out);
-  }
+  merge_splits<T>(item, pairs, count, a);
 }
 
-// Prefill's epilogue: each warp writes its own 16 pairs.
+// Of an item that is not split.
+constexpr uint32_t kWhole = ~0u;
+
+// Where an item leaves its part, or kWhole.
+__device__ inline uint32_t part_of(const AttentionItem& item) {
+  return item.splits > 1 ? item.partial + item.split * item.rows : kWhole;
+}
+
+// Prefill's epilogue: each warp writes its own 16 pairs, or leaves them as row `part` and on of the parts.
 template <typename T, int DIM>
-__device__ __forceinline__ void write_rows(const Softmax<DIM>& part, const Pairs& pairs, const AttentionArgs& a) {
+__device__ __forceinline__ void write_rows(const Softmax<DIM>& out, const Pairs& pairs, const AttentionArgs& a,
+                                           uint32_t part) {
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     int m = warp * 16 + lane / 4 + h * 8;
     if (!pairs.valid(m)) continue;
-    T* y = static_cast<T*>(a.y) + ((size_t)(pairs.row + pairs.token(m)) * a.query_heads + pairs.head(m)) * a.dim;
-    float inverse = 1.f / part.sum[h];
+    if (part != kWhole) {
+      const size_t pair = (size_t)part * a.query_heads + pairs.index(m, a);
+      if (lane % 4 == 0) a.partial_scale[pair] = make_float2(out.top[h], out.sum[h]);
+#pragma unroll
+      for (int d = 0; d < DIM / 8; d++) {
+        int col = d * 8 + lane % 4 * 2;
+        if (col >= a.dim) break;
+        *reinterpret_cast<float2*>(a.partial_out + pair * a.dim + col) =
+            make_float2(out.out[d][2 * h], out.out[d][2 * h + 1]);
+      }
+      continue;
+    }
+    T* y = static_cast<T*>(a.y) + ((size_t)pairs.row * a.query_heads + pairs.index(m, a)) * a.dim;
+    float inverse = 1.f / with_sink(out.sum[h], out.top[h], a, pairs.head(m));
 #pragma unroll
     for (int d = 0; d < DIM / 8; d++) {
       int col = d * 8 + lane % 4 * 2;
       if (col >= a.dim) break;
       *reinterpret_cast<uint32_t*>(y + col) =
-          pack2<T>(part.out[d][2 * h] * inverse, part.out[d][2 * h + 1] * inverse);
+          pack2<T>(out.out[d][2 * h] * inverse, out.out[d][2 * h + 1] * inverse);
     }
   }
 }
@@ -392,12 +463,12 @@ __global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ Atten
   extern __shared__ uint4 shared[];
   constexpr int kPairs = 16 * WARPS_M, kStageElements = 2 * kTile * kStride<DIM>;
   constexpr int kKeys = WARPS_M == 1 ? kTile / 4 : kTile, NT = kKeys / 8;  // keys of one warp
-  release_next();
-  if (blockIdx.x >= *a.num_items) return await_previous();
+  pdl_launch_dependents();
+  if (blockIdx.x >= *a.num_items) return pdl_wait();
   const AttentionItem item = a.items[blockIdx.x];
   int group = a.query_heads / a.kv_heads;
   Pairs pairs{item.row, (int)blockIdx.z * kPairs, (int)item.rows * group, group, (int)blockIdx.y};
-  if (pairs.first >= pairs.total) return await_previous();
+  if (pairs.first >= pairs.total) return pdl_wait();
 
   T* q = reinterpret_cast<T*>(shared);
   T* stages = q + kPairs * kStride<DIM>;
@@ -406,7 +477,7 @@ __global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ Atten
   Paged<T> kv{static_cast<const T*>(a.k), static_cast<const T*>(a.v), a.kv_heads, (int)blockIdx.y, a.dim};
   const uint32_t* table = a.blocks + item.table;
 
-  const Span span(item, pairs, kPairs, a.window);
+  const Span span(item, pairs, kPairs, a);
   const uint32_t begin = span.begin, end = span.end;
   uint32_t position[2];
 #pragma unroll
@@ -415,7 +486,7 @@ __global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ Atten
 
   Pages pages;
   pages.load(table, begin, end);
-  await_previous();
+  pdl_wait();
   Softmax<DIM> part;
   part.clear();
   load_queries<T, DIM, kPairs>(q, static_cast<const T*>(a.qkv), pairs, a);
@@ -438,11 +509,12 @@ __global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ Atten
     float s[NT][4];
     scores<T, DIM, NT>(s, q + first_pair * kStride<DIM>, k + first_key * kStride<DIM>);
     if (a.softcap > 0.f) cap<NT>(s, a);
+    if (a.slopes) add_slopes<NT>(s, a, pairs, item.position, first_pair, tile + first_key);
     // Only the tiles at an edge have keys that some row does not see.
     if (span.edge(tile, kTile, a.window)) mask<NT>(s, a.window, position, tile + first_key, end);
-    float shrink[2];
-    part.update(s, log2, shrink);
-    part.rescale(shrink);
+    float rescale_by[2];
+    part.update(s, log2, rescale_by);
+    part.rescale(rescale_by);
     weigh<T, DIM, NT>(part.out, s, v + first_key * kStride<DIM>);
     __syncthreads();
     if (kStages<DIM> == 1) {
@@ -463,11 +535,11 @@ __global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ Atten
     }
     for (int i = threadIdx.x; i <= span.last_pair * DIM + DIM - 1; i += kThreads) {
       int m = i / DIM, d = i % DIM;
-      T* y = static_cast<T*>(a.y) + ((size_t)item.row * a.query_heads + pairs.head(m)) * a.dim;
-      if (d < a.dim) y[d] = from_float<T>(merged[i] / scale[m].y);
+      T* y = static_cast<T*>(a.y) + ((size_t)item.row * a.query_heads + pairs.index(m, a)) * a.dim;
+      if (d < a.dim) y[d] = from_float<T>(merged[i] / with_sink(scale[m].y, scale[m].x, a, pairs.head(m)));
     }
   } else {
-    write_rows<T, DIM>(part, pairs, a);
+    write_rows<T, DIM>(part, pairs, a, part_of(item));
   }
 }
 
@@ -478,15 +550,16 @@ int launch(const AttentionArgs& a, int max_items, int tiles, cudaStream_t stream
   static_assert(WARPS_M > 1 || kStages<DIM> * 2 * kTile * kStride<DIM> * sizeof(T) >= 4 * 16 * DIM * sizeof(float));
   static const cudaError_t e = cudaFuncSetAttribute(run, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (e != cudaSuccess) return static_cast<int>(e);
-  return launch_chained(run, dim3(max_items, a.kv_heads, tiles), kThreads, kShared, stream, a);
+  return launch_pdl(run, dim3(max_items, a.kv_heads, tiles), kThreads, kShared, stream, a);
 }
 
-// `prefill`: items of several rows; else of one row.
-template <int DIM> int by_type(const AttentionArgs& a, int elem, int prefill, int max_items, cudaStream_t stream) {
+// `prefill`: items of more than 64 pairs; else of at most `max_rows` rows.
+template <int DIM>
+int by_type(const AttentionArgs& a, int elem, int prefill, int max_rows, int max_items, cudaStream_t stream) {
   int group = a.query_heads / a.kv_heads;
   WITH_HALF(elem, T, {
     if (prefill) return (launch<T, DIM, 4>(a, max_items, kPrefillRows * group / 64, stream));
-    return (launch<T, DIM, 1>(a, max_items, ceil_div(group, 16), stream));
+    return (launch<T, DIM, 1>(a, max_items, ceil_div(max_rows * group, 16), stream));
   });
 }
 
@@ -494,7 +567,7 @@ template <int DIM> int by_type(const AttentionArgs& a, int elem, int prefill, in
 
 // One source file for each head size, as they compile side by side. Smaller heads are padded in shared memory.
 #define DEFINE_ATTENTION(DIM)                                                                                     \
-  extern "C" int lorax_attention_##DIM(const AttentionArgs* args, int elem, int prefill, int max_items,           \
-                                       cudaStream_t stream) {                                                     \
-    return attention::by_type<DIM>(*args, elem, prefill, max_items, stream);                                      \
+  extern "C" int lorax_attention_##DIM(const AttentionArgs* args, int elem, int prefill, int max_rows,            \
+                                       int max_items, cudaStream_t stream) {                                      \
+    return attention::by_type<DIM>(*args, elem, prefill, max_rows, max_items, stream);                            \
   }

@@ -43,6 +43,7 @@ struct Work {
   Span span;
   const uint32_t* table;
   int tiles, groups;  // that have pairs
+  uint32_t part;      // see `part_of`
 };
 
 // The part of one thread in bringing rows of 128 threads' width: the same chunk of every kStep-th row.
@@ -61,7 +62,7 @@ struct Landing {
   template <int COPIES> __device__ void finish() {
     if (stage.at == 0) return;
     copy_wait<COPIES>();
-    wgmma::publish();
+    wgmma::fence_proxy_async();
     stage.arrive();
     stage.at = 0;
   }
@@ -121,7 +122,7 @@ __device__ __forceinline__ void load_queries(char* to, const Work& work, const A
   }
   copy_commit();
   copy_wait<0>();
-  wgmma::publish();
+  wgmma::fence_proxy_async();
   wgmma::sync(kOwnBarrier + group, kWarpgroup);
 }
 
@@ -190,18 +191,18 @@ __device__ __forceinline__ void compute(const Work& work, const AttentionArgs& a
 
   Softmax<DIM> part;
   part.clear();
-  float s[kTile / 8][4], shrink[2];
+  float s[kTile / 8][4], rescale_by[2];
   uint32_t p[kTile / 16][4];
   auto weights = [&](int i) {
     const uint32_t tile = span.begin + i * kTile;
     if (a.softcap > 0.f) attention::cap(s, a);
     if (span.edge(tile, kTile, a.window)) attention::mask(s, a.window, position, tile, span.end);
-    part.update(s, log2, shrink);
+    part.update(s, log2, rescale_by);
   };
   const Turns turns{group, work.tiles - 1, work.groups == kGroups};
   turns.begin();
   keys.await(0);
-  wgmma::begin();
+  wgmma::fence();
   scores<T, DIM>(s, queries, keys.stage(0));
   wgmma::wait<0>(s);
   keys.release(0);
@@ -210,10 +211,10 @@ __device__ __forceinline__ void compute(const Work& work, const AttentionArgs& a
   if (work.tiles > 1) keys.await(1);
   for (int i = 1; i < work.tiles; i++) {
     turns.await();
-    wgmma::begin();
+    wgmma::fence();
     scores<T, DIM>(s, queries, keys.stage(i));
     values.await(i - 1);
-    wgmma::begin();
+    wgmma::fence();
     weigh<T, DIM>(part.out, p, values.stage(i - 1));
     turns.pass(i);
     wgmma::wait<1>(s);
@@ -223,15 +224,15 @@ __device__ __forceinline__ void compute(const Work& work, const AttentionArgs& a
     if (i + 1 < work.tiles) keys.await(i + 1);
     wgmma::wait<0>(part.out);
     values.release(i - 1);
-    part.rescale(shrink);
+    part.rescale(rescale_by);
     narrow<T>(p, s);
   }
   values.await(work.tiles - 1);
-  wgmma::begin();
+  wgmma::fence();
   weigh<T, DIM>(part.out, p, values.stage(work.tiles - 1));
   wgmma::wait<0>(part.out);
   part.finish(log2);
-  attention::write_rows<T, DIM>(part, work.pairs, a);
+  attention::write_rows<T, DIM>(part, work.pairs, a, work.part);
 }
 
 // Grid: for each item, for each kv head, tiles of 128 pairs.
@@ -240,17 +241,17 @@ __global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ Atten
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ char shared[];
   __shared__ uint64_t barriers[4 * kStages<DIM>];
-  release_next();
+  pdl_launch_dependents();
   const uint32_t item_index = blockIdx.x / a.query_heads;
-  if (item_index >= *a.num_items) return await_previous();
+  if (item_index >= *a.num_items) return pdl_wait();
   const AttentionItem item = a.items[item_index];
   const int group_heads = a.query_heads / a.kv_heads, rest = blockIdx.x % a.query_heads;
   const Pairs pairs{item.row, rest % group_heads * kPairs, (int)item.rows * group_heads, group_heads,
                     rest / group_heads};
-  if (pairs.first >= pairs.total) return await_previous();
-  const Span span(item, pairs, kPairs, a.window);
+  if (pairs.first >= pairs.total) return pdl_wait();
+  const Span span(item, pairs, kPairs, a);
   const Work work{pairs, span, a.blocks + item.table, ceil_div(span.end - span.begin, kTile),
-                  pairs.total - pairs.first > kGroupPairs ? 2 : 1};
+                  pairs.total - pairs.first > kGroupPairs ? 2 : 1, attention::part_of(item)};
 
   char* queries = shared + (-shared_address(shared) & (wgmma::kAtomBytes - 1));
   const uint32_t barrier = shared_address(barriers);
@@ -263,13 +264,13 @@ __global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ Atten
   const uint32_t page = span.begin / kBlockSize + threadIdx.x * 32;  // 32 fill a line
   if (page * kBlockSize < span.end) prefetch(work.table + page);
   __syncthreads();
-  await_previous();
+  pdl_wait();
   const int group = __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0);
   if (group == kGroups) {
-    wgmma::shrink_to<kLoadRegisters>();
+    wgmma::setmaxnreg_dec<kLoadRegisters>();
     load<T, DIM>(work, a, keys, values);
   } else if (group < work.groups) {
-    wgmma::grow_to<kComputeRegisters>();
+    wgmma::setmaxnreg_inc<kComputeRegisters>();
     compute<T, DIM>(work, a, queries, keys, values, group);
   }
 #endif
@@ -281,13 +282,13 @@ template <typename T, int DIM> int launch(const AttentionArgs& a, int max_items,
       cudaFuncSetAttribute(run, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared<DIM>);
   if (e != cudaSuccess) return static_cast<int>(e);
   const int tiles = attention::kPrefillRows * (a.query_heads / a.kv_heads) / kPairs;
-  return launch_chained(run, dim3(max_items * a.kv_heads * tiles), kThreads, kShared<DIM>, stream, a);
+  return launch_pdl(run, dim3(max_items * a.kv_heads * tiles), kThreads, kShared<DIM>, stream, a);
 }
 static_assert(attention::kPrefillRows == kPairs, "the kernel counts a group's size of tiles for each item");
 
 }  // namespace hopper
 
-// Items of several rows, heads of up to 128.
+// Items of more than 64 pairs, heads of up to 128. Every row sees at least one key of its item.
 extern "C" int lorax_attention_hopper(const AttentionArgs* args, int elem, int max_items, cudaStream_t stream) {
   WITH_HALF(elem, T, {
     if (args->dim <= 64) return (hopper::launch<T, 64>(*args, max_items, stream));

@@ -123,17 +123,17 @@ __device__ inline void copy_commit() { asm volatile("cp.async.commit_group;"); }
 template <int PENDING> __device__ inline void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING)); }
 
 // ---- dependent launches ----
-// A kernel launched by `launch_chained` may start while the one before it in its stream still runs. What it does before
-// `await_previous` must not touch anything that a kernel of the same step writes: weights and tables of adapters may be
-// read. Every block of a kernel calls `release_next` at its start, and every block that uses activations
-// `await_previous`; so when a kernel is done, all before it are.
+// A kernel launched by `launch_pdl` may start while the one before it in its stream still runs. What it does before
+// `pdl_wait` must not touch anything that a kernel of the same step writes: weights and tables of adapters may be
+// read. Every block of a kernel calls `pdl_launch_dependents` at its start, and every block that uses activations
+// `pdl_wait`; so when a kernel is done, all before it are.
 
-__device__ inline void await_previous() {
+__device__ inline void pdl_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-__device__ inline void release_next() {
+__device__ inline void pdl_launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
@@ -174,15 +174,15 @@ __host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; 
 inline int launched() { return static_cast<int>(cudaGetLastError()); }
 
 // Whether the current device can start a kernel before the one ahead of it has ended.
-bool can_chain();
+bool has_pdl();
 
-// Launches a kernel that calls `await_previous`, in clusters of so many blocks along x.
+// Launches a kernel that calls `pdl_wait`, in clusters of so many blocks along x.
 template <typename... P, typename... A>
 int launch_clusters(void (*kernel)(P...), dim3 grid, int cluster, int threads, size_t shared, cudaStream_t stream,
                     const A&... args) {
   cudaLaunchAttribute attributes[2];
   unsigned count = 0;
-  if (can_chain()) {
+  if (has_pdl()) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }
@@ -203,8 +203,8 @@ int launch_clusters(void (*kernel)(P...), dim3 grid, int cluster, int threads, s
   return launched();
 }
 
-// Launches a kernel that calls `await_previous`.
+// Launches a kernel that calls `pdl_wait`.
 template <typename... P, typename... A>
-int launch_chained(void (*kernel)(P...), dim3 grid, int threads, size_t shared, cudaStream_t stream, const A&... args) {
+int launch_pdl(void (*kernel)(P...), dim3 grid, int threads, size_t shared, cudaStream_t stream, const A&... args) {
   return launch_clusters(kernel, grid, 1, threads, shared, stream, args...);
 }

@@ -8,8 +8,8 @@ __global__ void probe() {}
 }  // namespace
 
 // A newer device than any that was compiled for runs code made from PTX of an older architecture, where
-// `await_previous` is nothing: what counts is not the device but that architecture.
-bool can_chain() {
+// `pdl_wait` is nothing: what counts is not the device but that architecture.
+bool has_pdl() {
   static const bool can = [] {
     cudaFuncAttributes attributes;
     if (cudaFuncGetAttributes(&attributes, probe) == cudaSuccess) return attributes.ptxVersion >= 90;

@@ -109,7 +109,7 @@ __device__ void load(const Sources<T, M, N>& from, const Piece<T>& piece, const 
     ring.await_empty(first + i);
     bring_weights(i);
   }
-  await_previous();
+  pdl_wait();
   for (int i = 0; i < ahead; i++) bring_rows(i);
 #pragma unroll 1
   for (int i = ahead; i < steps; i++) {
@@ -125,10 +125,10 @@ template <typename T, int M, int N> __device__ void multiply(const Ring<M, N>& r
 #pragma unroll 1
   for (int i = first; i < first + steps; i++) {
     ring.await(i);
-    wgmma::publish();  // what the copying threads wrote
+    wgmma::fence_proxy_async();  // what the copying threads wrote
     const uint32_t weights = shared_address(ring.weights(i)) + group * 64 * wgmma::kRowBytes;
     const uint64_t w = wgmma::descriptor(weights, 0), x = wgmma::descriptor(shared_address(ring.rows(i)), 0);
-    wgmma::begin();
+    wgmma::fence();
 #pragma unroll
     for (int k = 0; k < kStep / 16; k++)
       wgmma::multiply<T, N / 8>(d, wgmma::advance(w, k * 32), wgmma::advance(x, k * 32), true);
@@ -208,11 +208,11 @@ template <typename T, typename R, int M, int N>
 __device__ void base(const LinearArgs& a, int output0, const Piece<T>& piece, const Ring<M, N>& ring) {
   run<T, M, N>(sources<T, M, N>(a, output0), piece, ring, 0, [&](int row, int output, const float (&sums)[4]) {
     const int first = output0 + output;
-    R* y = static_cast<R*>(a.y) + (size_t)row * a.outputs + first;
+    R* y = static_cast<R*>(a.y) + (size_t)row * a.stride + first;
     float own[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) own[i] = sums[i] + (a.bias && first + i < a.outputs ? a.bias[first + i] : 0.f);
-    if (a.outputs % 4 == 0) {
+    if (a.outputs % 4 == 0 && a.stride % 4 == 0) {
       if (first < a.outputs) store_sums<R>(y, own, a.add);
     } else {
 #pragma unroll
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(Form<M, N>::kThreads, kBlocks)
 #if __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ char shared[];
   __shared__ uint64_t barriers[2 * Form<M, N>::kStages];
-  release_next();
+  pdl_launch_dependents();
   const int splits = wgmma::cluster_size(), index = blockIdx.x / splits;
   const int steps = ceil_div(a.inputs, kStep), per_split = ceil_div(steps, splits);
   const int begin = min(steps, (int)wgmma::cluster_rank() * per_split);

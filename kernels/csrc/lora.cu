@@ -1,3 +1,5 @@
+// Grouped low-rank GEMMs of many rows: the shrink with split-K, the expand with its epilogues, and what depends on the
+// base weight when an adapter is loaded.
 #include "lora.cuh"
 
 namespace {
@@ -65,7 +67,7 @@ __device__ void multiply_batch(Sums& sums, const Group<T> (&groups)[kBatch], con
   int step = p.begin + warp;
 #pragma unroll
   for (int s = 0; s < kStages<PACKED>; s++) stages[s].load_ranks(groups, p.inputs, limit, step + s * kShrinkWarps);
-  if (first) await_previous();
+  if (first) pdl_wait();
 #pragma unroll
   for (int s = 0; s < kStages<PACKED>; s++) stages[s].load_rows(p.x, p.rows, p.inputs, limit, step + s * kShrinkWarps);
 #pragma unroll 1
@@ -116,10 +118,10 @@ __device__ void add_parts(const LoraArgs& p, const LoraEntry* entries, uint32_t*
 template <typename T, bool PACKED>
 __global__ void __launch_bounds__(kShrinkThreads, PACKED ? 2 : 1) shrink(const __grid_constant__ LoraArgs p) {
   __shared__ Sums sums;
-  release_next();
+  pdl_launch_dependents();
   const LoraTile tile = blockIdx.z < *p.num_tiles ? p.tiles[blockIdx.z] : LoraTile{0, 0, 0};
   const int first_row = blockIdx.y * kRows, rows = min(kRows, (int)tile.rows - first_row);
-  if (rows <= 0) return await_previous();
+  if (rows <= 0) return pdl_wait();
   const int row0 = tile.row + first_row;
   const LoraEntry* entries = p.entries + (size_t)tile.slot * p.entry_stride;
   const int steps = ceil_div(p.inputs, kStep), per_split = ceil_div(steps, p.splits);
@@ -145,7 +147,7 @@ __global__ void __launch_bounds__(kShrinkThreads, PACKED ? 2 : 1) shrink(const _
         p.parts[(size_t)blockIdx.x * p.rows * p.slices * kMaxLoraRank + at] = sum;
     }
   }
-  await_previous();  // again, for a slot without a part here
+  pdl_wait();  // again, for a slot without a part here
   if (p.splits > 1) add_parts<T>(p, entries, p.arrived + blockIdx.z * gridDim.y + blockIdx.y, row0, rows);
 }
 
@@ -154,37 +156,42 @@ __global__ void __launch_bounds__(kShrinkThreads, PACKED ? 2 : 1) shrink(const _
 constexpr int kExpandWarps = 4;
 constexpr int kExpandThreads = kExpandWarps * 32;
 
-// Adds a thread's outputs to a row of y, of which `cols` are there from the first of them on.
-template <typename R, bool PACKED>
-__device__ inline void add_outputs(R* y, int cols, const float (&low)[8], const float (&high)[8]) {
+// Updates a thread's outputs of a row of y, of which `cols` are there from the first of them on: `update(i, sum)` is the
+// new value of output i of a block, counted from the thread's first.
+template <typename R, bool PACKED, typename F> __device__ inline void update_outputs(R* y, int cols, const F& update) {
   if (PACKED && cols >= kHalf + 8) {
     float v[2][8];
     load_floats<R, 8>(y, v[0]);
     load_floats<R, 8>(y + kHalf, v[1]);
 #pragma unroll
-    for (int i = 0; i < 8; i++) v[0][i] += low[i], v[1][i] += high[i];
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+      for (int i = 0; i < 8; i++) v[half][i] = update(half * kHalf + i, v[half][i]);
     store_floats<R, 8>(y, v[0]);
     store_floats<R, 8>(y + kHalf, v[1]);
   } else {
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      if (i < cols) y[i] = from_float<R>(to_float(y[i]) + low[i]);
-      if (i + kHalf < cols) y[i + kHalf] = from_float<R>(to_float(y[i + kHalf]) + high[i]);
-    }
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+      for (int i = 0; i < 8; i++)
+        if (half * kHalf + i < cols) {
+          R* at = y + half * kHalf + i;
+          *at = from_float<R>(update(half * kHalf + i, to_float(*at)));
+        }
   }
 }
 
 // A block of outputs of one slice.
 template <typename T> struct Chunk {
   const T* b;  // [rank, kOutBlock]
-  int rank;    // 0: nothing to add
+  int rank;    // 0: no low-rank delta
   int outs;    // of the slice
   int out0;    // the chunk's first, in its slice
   int column;  // of the slice in y
-  int slice;
+  int slice;   // -1: there is no such chunk
 };
 
-// The c-th chunk when those of all slices are counted; rank 0 behind the last.
+// The c-th chunk when those of all slices are counted.
 template <typename T> __device__ inline Chunk<T> find_chunk(const LoraArgs& p, const LoraEntry* entries, int c) {
   for (int s = 0; s < p.slices; s++) {
     int outs = p.first_out[s + 1] - p.first_out[s], chunks = ceil_div(outs, kOutBlock), out0 = c * kOutBlock;
@@ -192,22 +199,26 @@ template <typename T> __device__ inline Chunk<T> find_chunk(const LoraArgs& p, c
       return {find_b<T>(entries[s], out0), (int)entries[s].lora_rank, outs, out0, p.first_out[s], s};
     c -= chunks;
   }
-  return {nullptr, 0, 0, 0, 0, 0};
+  return {nullptr, 0, 0, 0, 0, -1};
 }
 
-// Grid: (blocks of kExpandWarps chunks, tiles).
-template <typename T, typename R, bool PACKED>
-__global__ void __launch_bounds__(kExpandThreads, 5) expand(const __grid_constant__ LoraArgs p) {
-  release_next();
-  if (blockIdx.y >= *p.num_tiles) return await_previous();
+// AFFINE: some adapter of the step has a gain or a bias. Grid: (blocks of kExpandWarps chunks, tiles).
+template <typename T, typename R, bool PACKED, bool AFFINE>
+__global__ void __launch_bounds__(kExpandThreads, AFFINE ? 4 : 5) expand(const __grid_constant__ LoraArgs p) {
+  pdl_launch_dependents();
+  if (blockIdx.y >= *p.num_tiles) return pdl_wait();
   const LoraTile tile = p.tiles[blockIdx.y];
   const LoraEntry* entries = p.entries + (size_t)tile.slot * p.entry_stride;
   const int lane = threadIdx.x % 32;
   const Chunk<T> chunk = find_chunk<T>(p, entries, blockIdx.x * kExpandWarps + threadIdx.x / 32);
-  if (chunk.rank == 0) return await_previous();
+  if (chunk.slice < 0) return pdl_wait();
+  const LoraEntry& entry = entries[chunk.slice];
+  const Affine affine(entry, p.bias, chunk.column, p.base_cols);
+  if (chunk.rank == 0 && !(AFFINE && affine.changes())) return pdl_wait();
+  const float scale = entry.scale;
   Columns<T> columns;
   columns.load(chunk.b, chunk.rank, 0);
-  await_previous();
+  pdl_wait();
   const size_t stride = (size_t)p.slices * kMaxLoraRank;
   for (int m0 = 0; m0 < (int)tile.rows; m0 += 16) {
     float d[8][4] = {};
@@ -224,38 +235,41 @@ __global__ void __launch_bounds__(kExpandThreads, 5) expand(const __grid_constan
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       if (!valid[h] || out >= chunk.outs) continue;
-      float low[8], high[8];
-#pragma unroll
-      for (int n = 0; n < 8; n++) low[n] = d[n][2 * h], high[n] = d[n][2 * h + 1];
       R* y = static_cast<R*>(p.y) + (size_t)(tile.row + row + 8 * h) * p.out_cols + chunk.column + out;
-      add_outputs<R, PACKED>(y, chunk.outs - out, low, high);
+      update_outputs<R, PACKED>(y, chunk.outs - out, [&](int i, float sum) {
+        sum += scale * d[i % kHalf][2 * h + i / kHalf];
+        return AFFINE ? affine(sum, out + i) : sum;
+      });
     }
   }
 }
 
-// Adds the deltas of a gate and an up projection side by side, and gates: act = silu(gate) · up. Their sums stay in
-// registers, where an expand and the gating of its own would write and read them once more. Grid: (blocks of
+// Expand of a gate and an up projection side by side, with SwiGLU as its epilogue: act = silu(gate) · up. Their sums
+// stay in registers, where an expand and a gate of their own would write and read them once more. Grid: (blocks of
 // kExpandWarps blocks of outputs, tiles of all rows: those without an adapter have the slot kNoSlot).
-template <typename T>
+template <typename T, bool AFFINE>
 __global__ void __launch_bounds__(kExpandThreads, 3) expand_silu_mul(const __grid_constant__ LoraArgs p, T* act) {
-  release_next();
+  pdl_launch_dependents();
   const LoraTile tile = p.tiles[blockIdx.y];
   const int lane = threadIdx.x % 32, inner = p.first_out[1];
   const int out0 = (blockIdx.x * kExpandWarps + threadIdx.x / 32) * kOutBlock;
-  if (out0 >= inner) return await_previous();
+  if (out0 >= inner) return pdl_wait();
   Columns<T> columns[2];
   const T* b[2];
   int ranks[2] = {0, 0};
+  float scales[2] = {0.f, 0.f};
+  const LoraEntry* entries = p.entries + (size_t)tile.slot * p.entry_stride;
   if (tile.slot != kNoSlot) {
 #pragma unroll
     for (int s = 0; s < 2; s++) {
-      const LoraEntry entry = p.entries[(size_t)tile.slot * p.entry_stride + s];
+      const LoraEntry& entry = entries[s];
       ranks[s] = entry.lora_rank;
+      scales[s] = entry.scale;
       b[s] = find_b<T>(entry, out0);
       columns[s].load(b[s], ranks[s], 0);
     }
   }
-  await_previous();
+  pdl_wait();
   const size_t stride = (size_t)p.slices * kMaxLoraRank;
   const T* mid = static_cast<const T*>(p.mid) + (tile.row + lane / 4) * stride + lane % 4 * 2;
   const int out = out0 + lane % 4 * 8;
@@ -290,7 +304,15 @@ __global__ void __launch_bounds__(kExpandThreads, 3) expand_silu_mul(const __gri
       for (int r0 = 0; r0 < ranks[s]; r0 += kGroup) {
         if (ranks[s] > kGroup && (m0 > 0 || r0 > 0)) columns[s].load(b[s], ranks[s], r0);
         if (r0 > 0) load_mid(a[s], mid + m0 * stride + s * kMaxLoraRank + r0, stride, valid);
-        columns[s].multiply(d[s], a[s]);
+        columns[s].multiply_each(a[s], [&](int n, int e, float delta) { d[s][n][e] += scales[s] * delta; });
+      }
+    }
+    if (AFFINE && tile.slot != kNoSlot) {
+#pragma unroll
+      for (int s = 0; s < 2; s++) {
+        const Affine affine(entries[s], p.bias, p.first_out[s], p.base_cols);
+#pragma unroll
+        for (int i = 0; i < 32; i++) d[s][i / 4][i % 4] = affine(d[s][i / 4][i % 4], out + i % 2 * kHalf + i / 4);
       }
     }
 #pragma unroll
@@ -309,6 +331,86 @@ __global__ void __launch_bounds__(kExpandThreads, 3) expand_silu_mul(const __gri
   }
 }
 
+// ---- rows of the weight that adapters replace ----
+
+constexpr int kReplaceWarps = 8;
+constexpr int kReplaceRows = 8;  // of x that a warp multiplies at once
+
+// Puts the products with replaced rows where those with the base model's are: a warp has one row of the weight and all
+// rows of a tile. Logits of rows that an adapter does not have become -inf. Grid: (blocks, tiles).
+template <typename T, typename R>
+__global__ void __launch_bounds__(kReplaceWarps * 32) replace_rows(const __grid_constant__ LoraArgs p) {
+  pdl_launch_dependents();
+  pdl_wait();
+  if (blockIdx.y >= *p.num_tiles) return;
+  const LoraTile tile = p.tiles[blockIdx.y];
+  const LoraEntry entry = p.entries[(size_t)tile.slot * p.entry_stride];
+  if (entry.num_rows == 0) return;
+  const int lane = threadIdx.x % 32, count = entry.ids ? (int)entry.num_rows : p.out_cols;
+  for (int j = blockIdx.x * kReplaceWarps + threadIdx.x / 32; j < count; j += gridDim.x * kReplaceWarps) {
+    const int out = entry.ids ? (int)entry.ids[j] : j;
+    const bool has = j < (int)entry.num_rows;
+    const T* w = static_cast<const T*>(entry.rows) + (size_t)j * p.inputs;
+    for (int row0 = 0; row0 < (int)tile.rows; row0 += kReplaceRows) {
+      const int rows = min(kReplaceRows, (int)tile.rows - row0);
+      const T* x = static_cast<const T*>(p.x) + (size_t)(tile.row + row0) * p.inputs;
+      float sums[kReplaceRows] = {};
+      for (int k = lane; has && k < p.inputs; k += 32) {
+        const float element = to_float(w[k]);
+#pragma unroll
+        for (int row = 0; row < kReplaceRows; row++)
+          if (row < rows) sums[row] += element * to_float(x[(size_t)row * p.inputs + k]);
+      }
+#pragma unroll
+      for (int row = 0; row < kReplaceRows; row++) {
+        const float sum = warp_sum(sums[row]) + (p.bias && out < p.base_cols ? p.bias[out] : 0.f);
+        if (lane == 0 && row < rows)
+          static_cast<R*>(p.y)[(size_t)(tile.row + row0 + row) * p.out_cols + out] =
+              from_float<R>(has ? sum : -INFINITY);
+      }
+    }
+  }
+}
+
+// ---- gains ----
+
+constexpr int kGainThreads = 256;
+constexpr int kGainOutputs = 4;  // of a block, which share what it reads of A
+
+// gain[o] = magnitude[o] / ‖W[o] + scale · B[o] · A‖ (DoRA: Liu et al., 2024), in place of the magnitudes. Element i of
+// row o of W is at w[o · row_stride + i · stride]. Grid: outputs by kGainOutputs.
+template <typename T>
+__global__ void __launch_bounds__(kGainThreads)
+    gains(const LoraEntry entry, float* gain, const T* w, int64_t row_stride, int64_t stride, int inputs, int outputs) {
+  __shared__ float b[kGainOutputs][kMaxLoraRank];
+  const int first = blockIdx.x * kGainOutputs, rank = entry.lora_rank;
+  for (int i = threadIdx.x; i < kGainOutputs * rank; i += kGainThreads) {
+    const int o = min(first + i / rank, outputs - 1), block = o / kOutBlock * kOutBlock;
+    b[i / rank][i % rank] = entry.scale * to_float(find_b<T>(entry, block)[i % rank * kOutBlock + o % kOutBlock]);
+  }
+  __syncthreads();
+  const T* a = static_cast<const T*>(entry.a);
+  float squares[kGainOutputs] = {};
+  for (int i = threadIdx.x; i < inputs; i += kGainThreads) {
+    float v[kGainOutputs];
+#pragma unroll
+    for (int o = 0; o < kGainOutputs; o++)
+      v[o] = to_float(w[min(first + o, outputs - 1) * row_stride + i * stride]);
+    for (int r = 0; r < rank; r++) {
+      const float element = to_float(a[(size_t)r * entry.a_cols + i]);
+#pragma unroll
+      for (int o = 0; o < kGainOutputs; o++) v[o] += b[o][r] * element;
+    }
+#pragma unroll
+    for (int o = 0; o < kGainOutputs; o++) squares[o] += v[o] * v[o];
+  }
+#pragma unroll
+  for (int o = 0; o < kGainOutputs; o++) {
+    const float sum = block_sum(squares[o]);
+    if (threadIdx.x == 0 && first + o < outputs) gain[first + o] /= sqrtf(sum);
+  }
+}
+
 }  // namespace
 
 // `tile_rows`: the most rows of any tile.
@@ -316,11 +418,12 @@ extern "C" int lorax_lora_shrink(const LoraArgs* args, int elem, int max_tiles, 
   dim3 grid(args->splits, ceil_div(tile_rows, kRows), max_tiles);
   WITH_HALF(elem, T, {
     auto kernel = args->inputs % 8 == 0 ? shrink<T, true> : shrink<T, false>;
-    return launch_chained(kernel, grid, kShrinkThreads, 0, stream, *args);
+    return launch_pdl(kernel, grid, kShrinkThreads, 0, stream, *args);
   });
 }
 
-extern "C" int lorax_lora_expand(const LoraArgs* args, int elem, int wide, int max_tiles, cudaStream_t stream) {
+extern "C" int lorax_lora_expand(const LoraArgs* args, int elem, int wide, int affine, int max_tiles,
+                                 cudaStream_t stream) {
   int chunks = 0;
   bool packed = args->out_cols % 8 == 0;
   for (int s = 0; s < args->slices; s++) {
@@ -330,14 +433,38 @@ extern "C" int lorax_lora_expand(const LoraArgs* args, int elem, int wide, int m
   }
   dim3 grid(ceil_div(chunks, kExpandWarps), max_tiles);
   WITH_HALF(elem, T, WITH_WIDE(wide, T, R, {
-              auto kernel = packed ? expand<T, R, true> : expand<T, R, false>;
-              return launch_chained(kernel, grid, kExpandThreads, 0, stream, *args);
+              auto kernel = packed ? expand<T, R, true, false> : expand<T, R, false, false>;
+              if (affine) kernel = packed ? expand<T, R, true, true> : expand<T, R, false, true>;
+              return launch_pdl(kernel, grid, kExpandThreads, 0, stream, *args);
             }));
 }
 
 // `act` [rows, inner]; `tiles` cover all rows; `args` has two slices of `inner` outputs, a multiple of 64.
-extern "C" int lorax_lora_expand_silu_mul(const LoraArgs* args, void* act, int elem, int tiles, cudaStream_t stream) {
+extern "C" int lorax_lora_expand_silu_mul(const LoraArgs* args, void* act, int elem, int affine, int tiles,
+                                          cudaStream_t stream) {
   dim3 grid(ceil_div(args->first_out[1], kExpandWarps * kOutBlock), tiles);
+  WITH_HALF(elem, T, {
+    auto kernel = affine ? expand_silu_mul<T, true> : expand_silu_mul<T, false>;
+    return launch_pdl(kernel, grid, kExpandThreads, 0, stream, *args, static_cast<T*>(act));
+  });
+}
+
+// `args` has one slice.
+extern "C" int lorax_lora_replace_rows(const LoraArgs* args, int elem, int wide, int max_tiles, cudaStream_t stream) {
+  constexpr int kBlocks = 264;  // fill a large GPU; each takes every so many-th row
+  dim3 grid(min(kBlocks, ceil_div(args->out_cols, kReplaceWarps)), max_tiles);
+  WITH_HALF(elem, T, WITH_WIDE(wide, T, R, {
+              return launch_pdl(replace_rows<T, R>, grid, kReplaceWarps * 32, 0, stream, *args);
+            }));
+}
+
+// `gain` [outputs] holds magnitudes. `w`: the first row of the slice, or the table of a lookup, whose columns are rows:
+// [inputs, outputs]. Inputs and outputs are those that the weight has.
+extern "C" int lorax_lora_gains(int elem, const LoraEntry* entry, float* gain, const void* w, int inputs, int outputs,
+                                int lookup, cudaStream_t stream) {
+  const int64_t row_stride = lookup ? 1 : inputs, stride = lookup ? outputs : 1;
   WITH_HALF(elem, T,
-            return launch_chained(expand_silu_mul<T>, grid, kExpandThreads, 0, stream, *args, static_cast<T*>(act)));
+            gains<T><<<ceil_div(outputs, kGainOutputs), kGainThreads, 0, stream>>>(
+                *entry, gain, static_cast<const T*>(w), row_stride, stride, inputs, outputs));
+  return launched();
 }

@@ -1,4 +1,5 @@
-// Low-rank deltas of many adapters in one launch: shrink (mid = x · Aᵀ) and expand (y += mid · Bᵀ).
+// Grouped low-rank GEMMs, the deltas of many adapters in one launch: shrink (mid = x · Aᵀ, split-K) and expand
+// (y += scale · mid · Bᵀ).
 //
 // Weights are found through a table by (slot, slice) and are stored at their own rank: A [lora_rank, inputs], B
 // transposed in blocks of 64 outputs, [blocks, lora_rank, 64] with zeros behind the last output. A launch covers tiles
@@ -13,6 +14,8 @@
 // its reduction (shrink) or its columns (expand) are permuted, so each thread takes neighbouring elements.
 #pragma once
 
+#include <stddef.h>
+
 #include "common.cuh"
 
 // Whether the kernels that keep most loads in flight have the registers for it: before Hopper they would spill some.
@@ -26,12 +29,21 @@ constexpr int kMaxLoraRank = 512;
 constexpr int kMaxSlices = 4;
 constexpr uint32_t kNoSlot = ~0u;
 
+// What one adapter has at one slice of one site. Mirrored by `Entry` in `cuda/lora.rs`.
 struct LoraEntry {
   const void* a;
   const void* b;
-  uint32_t lora_rank;  // 0: the adapter has no part here
-  uint32_t unused;
+  const float* gain;    // [outputs], or null: 1
+  const float* bias;    // [outputs], or null: 0
+  const uint32_t* ids;  // [num_rows] of the replaced rows, ascending; or null: the first rows, and there are no others
+  const void* rows;     // [num_rows, columns]: rows of the weight that replace the base model's
+  uint32_t lora_rank;   // 0: no low-rank delta
+  float scale;          // factor of the delta
+  uint32_t num_rows;
+  uint32_t a_cols;  // of A: a table may have fewer rows than there are tokens
 };
+static_assert(sizeof(LoraEntry) == 64, "`Entry` in `cuda/lora.rs` has as many bytes");
+static_assert(offsetof(LoraEntry, lora_rank) == 48 && offsetof(LoraEntry, num_rows) == 56, "as in `Entry`");
 
 struct LoraTile {
   uint32_t row;
@@ -48,14 +60,18 @@ struct LoraArgs {
   void* mid;          // [rows, slices, kMaxLoraRank], of the type of x
   float* parts;       // [splits, rows, slices, kMaxLoraRank]
   uint32_t* arrived;  // [tiles, pieces of a tile], zero between launches
+  const float* bias;  // [out_cols], the projection's own, which y has already; or null
   int entry_stride;
   int rows;
   int inputs;
   int out_cols;
   int slices;
   int splits;
+  int base_cols;  // outputs of the base weight: the columns of y behind them have no bias
   int first_out[kMaxSlices + 1];  // where each slice begins in y
 };
+static_assert(sizeof(LoraArgs) == 120 && offsetof(LoraArgs, entry_stride) == 72 && offsetof(LoraArgs, first_out) == 100,
+              "as in `ffi.rs`");
 
 namespace lora {
 
@@ -128,10 +144,47 @@ template <typename T> struct Columns {
   // Column j of product n is output n of the eight that the threads of lane / 4 = j have loaded.
   __device__ void multiply(float (&d)[8][4], const uint32_t (&a)[4]) const {
 #pragma unroll
+    for (int n = 0; n < 8; n++) multiply(d[n], a, n);
+  }
+
+  // As `multiply`, but `add(n, e, product)` is called for element e of product n. Few products are held at a time.
+  template <typename Add> __device__ void multiply_each(const uint32_t (&a)[4], const Add& add) const {
+#pragma unroll
     for (int n = 0; n < 8; n++) {
-      unsigned pick = n % 2 ? 0x7632 : 0x5410;
-      mma<T>(d[n], a, __byte_perm(w[0][n / 2], w[1][n / 2], pick), __byte_perm(w[2][n / 2], w[3][n / 2], pick));
+      float d[4] = {};
+      multiply(d, a, n);
+#pragma unroll
+      for (int e = 0; e < 4; e++) add(n, e, d[e]);
     }
+  }
+
+ private:
+  __device__ void multiply(float (&d)[4], const uint32_t (&a)[4], int n) const {
+    unsigned pick = n % 2 ? 0x7632 : 0x5410;
+    mma<T>(d, a, __byte_perm(w[0][n / 2], w[1][n / 2], pick), __byte_perm(w[2][n / 2], w[3][n / 2], pick));
+  }
+};
+
+// What an adapter does to the outputs of one slice besides adding its delta: y = gain · (x · Wᵀ + delta) + base bias +
+// bias. The sums that come in hold the base bias already.
+struct Affine {
+  const float *gain, *bias, *base_bias;  // of the slice's outputs; each may be null
+  int base_outputs;                      // that have a base bias
+
+  __device__ Affine(const LoraEntry& entry, const float* base_bias, int first_out, int base_cols)
+      : gain(entry.gain),
+        bias(entry.bias),
+        base_bias(base_bias ? base_bias + first_out : nullptr),
+        base_outputs(base_cols - first_out) {}
+
+  __device__ bool changes() const { return gain || bias; }
+
+  __device__ float operator()(float sum, int out) const {
+    if (gain) {
+      const float base = base_bias && out < base_outputs ? base_bias[out] : 0.f;
+      sum = gain[out] * (sum - base) + base;
+    }
+    return bias ? sum + bias[out] : sum;
   }
 };
 

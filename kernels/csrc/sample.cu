@@ -1,4 +1,6 @@
 // Sampling and scoring: one block a row of logits, state by seat, results beside each other for one copy to the host.
+#include <stddef.h>
+
 #include "select.cuh"
 
 // How a seat samples; `cuda/sampler.rs` lays it out.
@@ -49,6 +51,7 @@ struct SampleArgs {
   int max_biases;
   int max_top;
 };
+static_assert(sizeof(SampleArgs) == 96 && offsetof(SampleArgs, vocab) == 80, "as in `cuda/ffi.rs`");
 
 namespace {
 

@@ -110,7 +110,7 @@ template <typename T, typename F> struct Piece {
     int k = warp * kStep;
 #pragma unroll
     for (int s = 0; s < F::STAGES; s++) stages[s].load(at, k + s * kStride);
-    if (!waited) await_previous();
+    if (!waited) pdl_wait();
 #pragma unroll 1
     while (k < inputs) {
 #pragma unroll
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, F::BLOCKS) skinny(const __grid_const
     typename F::Sums base;
     typename ShrinkForm<F>::Sums shrink;
   } sums;
-  release_next();
+  pdl_launch_dependents();
   if ((int)blockIdx.x < lora_blocks) return shrink<T, ShrinkForm<F>>(p, sums.shrink);
   const int first = ((int)blockIdx.x - lora_blocks) * F::kOutputs;
   const Piece<T, F> piece{static_cast<const T*>(a.w) + (size_t)first * a.inputs, static_cast<const T*>(a.x),
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, F::BLOCKS) skinny(const __grid_const
   piece.finish(sums.base, [&](int output, int row, float sum) {
     if (output >= piece.outputs) return;
     if (a.bias) sum += a.bias[first + output];
-    store_sum(static_cast<R*>(a.y) + (size_t)row * a.outputs + first + output, sum, a.add);
+    store_sum(static_cast<R*>(a.y) + (size_t)row * a.stride + first + output, sum, a.add);
   });
 }
 
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, F::BLOCKS) skinny(const __grid_const
 template <typename T, typename R, typename F>
 int launch(const LinearArgs& a, const LoraArgs& lora, int lora_blocks, cudaStream_t stream) {
   dim3 grid(lora_blocks + ceil_div(a.outputs, F::kOutputs));
-  return launch_chained(skinny<T, R, F>, grid, kThreads, 0, stream, a, lora, lora_blocks);
+  return launch_pdl(skinny<T, R, F>, grid, kThreads, 0, stream, a, lora, lora_blocks);
 }
 
 template <typename T, typename R>

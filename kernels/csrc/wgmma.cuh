@@ -35,7 +35,7 @@ __device__ inline uint64_t advance(uint64_t descriptor, uint32_t bytes) { return
 // They run until `wait`; until then their registers must not be touched, nor their shared memory be written.
 // Accumulators are as those of mma.m16n8k16: warp w has rows 16 · w and on, d[j] columns 8 · j and on.
 
-__device__ inline void begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // Until all but the last PENDING commits are done, among which is the one that computes `d`.
@@ -106,13 +106,13 @@ DEFINE_MULTIPLY(f16, "f16")
 
 // What this thread wrote to shared memory, by copies that it waited for too, is there for products that are issued
 // after a barrier behind this.
-__device__ inline void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Gives registers back to the block, or takes them; every warp of a warpgroup does.
-template <int REGISTERS> __device__ inline void shrink_to() {
+template <int REGISTERS> __device__ inline void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
-template <int REGISTERS> __device__ inline void grow_to() {
+template <int REGISTERS> __device__ inline void setmaxnreg_inc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 

@@ -12,18 +12,23 @@ mod graph;
 mod linear;
 mod lora;
 mod memory;
+mod norm;
+mod ops;
 mod pinned;
 mod plan;
 mod sampler;
 mod staging;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicU64, Ordering},
+};
 
 use cudarc::driver::sys::{CUdevice_attribute, CUstream};
 
 use crate::{
-    Attention, Backend, Batch, DType, Error, Heads, HostTensor, LoraPart, LoraShape, LoraSite, Matrix,
-    Projection, Result, RowSet, SampleRow, Sampled, SamplingParams, TokenMask,
+    Adapters, Batch, DType, Error, Heads, HostTensor, LinearLora, LoraPart, LoraShape, LoraSite, Memory,
+    Result, RopeSpec, SampleRow, Sampled, Sampling, SamplingParams, Span, TokenMask,
 };
 pub use batch::CudaBatch;
 pub use device::DeviceMemory;
@@ -58,10 +63,14 @@ pub struct CudaMark(Event);
 pub struct CudaBackend {
     dtype: DType,
     gemm: gemm::Gemm,
-    recorder: graph::Recorder,
+    graphs: graph::Graphs,
     partials: attention::Partials,
-    /// Whether the card runs the kernels for Hopper.
+    /// Whether the GPU runs the kernels for Hopper.
     hopper: bool,
+    multiprocessors: u32,
+    /// The heads that there was KV memory for last: attention is divided for them.
+    heads: Mutex<Heads>,
+    launches: AtomicU64,
     reports: sampler::Reports,
     staging: Mutex<Staging>,
     weight_staging: Vec<Mutex<Staging>>,
@@ -91,10 +100,15 @@ impl CudaBackend {
         Ok(CudaBackend {
             dtype,
             gemm: gemm::Gemm::new(&device, dtype)?,
-            recorder: graph::Recorder::new(),
+            graphs: graph::Graphs::new(),
             partials: attention::Partials::new(&device)?,
             // SAFETY: asks the runtime about the current device.
             hopper: unsafe { ffi::lorax_is_hopper() != 0 },
+            multiprocessors: device
+                .attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?
+                .cast_unsigned(),
+            heads: Mutex::new(Heads { query: 64, kv: 8, dim: 256 }),
+            launches: AtomicU64::new(0),
             reports: sampler::Reports::new(&device)?,
             staging: Mutex::new(Staging::new(&device, STAGES, STAGE_BYTES)?),
             weight_staging: (0..WEIGHT_STAGINGS)
@@ -118,9 +132,14 @@ impl CudaBackend {
         self.device.memory()
     }
 
-    /// Whether decode steps are recorded as CUDA graphs, which they are unless this turns it off.
+    /// Kernels that were launched so far, those of replayed graphs left out.
+    pub fn launches(&self) -> u64 {
+        self.launches.load(Ordering::Relaxed)
+    }
+
+    /// Whether decode steps are captured as CUDA graphs, which they are unless this turns it off.
     pub fn record_steps(&self, on: bool) {
-        self.recorder.enable(on);
+        self.graphs.enable(on);
     }
 
     /// What the choices between algorithms of matrix products depend on: the card and the version of cuBLASLt.
@@ -154,9 +173,22 @@ impl CudaBackend {
         idle.unwrap_or_else(|| self.weight_staging[0].lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// False while a recorded step is replayed.
+    /// Notes the heads that attention is divided for.
+    fn remember(&self, heads: Heads) {
+        *self.heads.lock().unwrap_or_else(PoisonError::into_inner) = heads;
+    }
+
+    fn cut(&self) -> plan::Cut {
+        plan::Cut::new(*self.heads.lock().unwrap_or_else(PoisonError::into_inner), self.multiprocessors)
+    }
+
+    fn count_launch(&self) {
+        self.launches.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// False while a captured step is replayed.
     fn is_launching(&self) -> bool {
-        !self.recorder.is_replaying()
+        !self.graphs.is_replaying()
     }
 
     /// Runs a launcher with the element type and the stream of the steps, unless there is nothing to compute.
@@ -176,21 +208,18 @@ impl CudaBackend {
             return Ok(());
         }
         self.device.bind()?;
+        self.count_launch();
         launched(op, run(ffi::elem(self.dtype), stream.raw()))
     }
 }
 
-impl Backend for CudaBackend {
+impl Memory for CudaBackend {
     type Mat = CudaMat;
     type Weight = CudaWeight;
     type Vector = CudaVector;
     type Rope = CudaRope;
     type Kv = CudaKv;
     type Batch = CudaBatch;
-    type HostAdapter = CudaAdapter;
-    type LoraSlots = CudaSlots;
-    type Sampler = CudaSampler;
-    type Pending = CudaPending;
     type Mark = CudaMark;
 
     fn dtype(&self) -> DType {
@@ -213,8 +242,8 @@ impl Backend for CudaBackend {
         CudaVector::new(self, values)
     }
 
-    fn rope(&self, inv_freq: &[f32], positions: usize, scale: f32) -> Result<CudaRope> {
-        CudaRope::new(self, inv_freq, positions, scale)
+    fn rope(&self, spec: &RopeSpec) -> Result<CudaRope> {
+        CudaRope::new(self, spec)
     }
 
     fn kv(&self, blocks: usize, heads: Heads) -> Result<CudaKv> {
@@ -225,8 +254,8 @@ impl Backend for CudaBackend {
         2 * heads.kv * crate::BLOCK_SIZE * heads.dim * self.dtype.size()
     }
 
-    fn batch(&self, rows: usize, blocks: usize) -> Result<CudaBatch> {
-        CudaBatch::new(self, rows, blocks)
+    fn batch(&self, rows: usize, blocks: usize, spans: &[Span]) -> Result<CudaBatch> {
+        CudaBatch::new(self, rows, blocks, spans)
     }
 
     fn upload(&self, host: &Batch, batch: &mut CudaBatch) -> Result<()> {
@@ -242,6 +271,28 @@ impl Backend for CudaBackend {
         self.device.bind()?;
         x.fill(self, values)
     }
+
+    fn mark(&self) -> Result<CudaMark> {
+        self.device.bind()?;
+        let event = Event::timed()?;
+        event.record(&self.stream)?;
+        Ok(CudaMark(event))
+    }
+
+    fn reached(&self, mark: &CudaMark) -> bool {
+        mark.0.reached().unwrap_or(true)
+    }
+
+    fn seconds_between(&self, from: &CudaMark, to: &CudaMark) -> Result<f64> {
+        self.device.bind()?;
+        to.0.synchronize()?;
+        to.0.seconds_since(&from.0)
+    }
+}
+
+impl Adapters for CudaBackend {
+    type HostAdapter = CudaAdapter;
+    type LoraSlots = CudaSlots;
 
     fn expect_adapters(&self, most: usize, now: usize) {
         self.pinned.set_aside(most, now);
@@ -263,8 +314,14 @@ impl Backend for CudaBackend {
         CudaSlots::new(self, sites, slots)
     }
 
-    fn load(&self, slots: &mut CudaSlots, slot: u32, adapter: &Arc<CudaAdapter>) -> Result<()> {
-        slots.load(self, slot, adapter)
+    fn load(
+        &self,
+        slots: &mut CudaSlots,
+        slot: u32,
+        adapter: &Arc<CudaAdapter>,
+        weights: &[&CudaWeight],
+    ) -> Result<()> {
+        slots.load(self, slot, adapter, weights)
     }
 
     fn loaded(&self, slots: &mut CudaSlots) -> Result<Vec<u32>> {
@@ -275,153 +332,16 @@ impl Backend for CudaBackend {
         slots.unload(slot)
     }
 
-    fn step(&self, batch: &CudaBatch, ops: impl FnOnce() -> Result<()>) -> Result<()> {
-        self.device.bind()?;
-        self.recorder.step(&self.stream, batch, ops)
+    /// Answers for the whole step, whatever rows are asked for: its graph has kernels for all of them. A bias goes the
+    /// same way, so that there are not more graphs.
+    fn scales(&self, lora: &LinearLora<'_, Self>) -> bool {
+        lora.slots.features(lora.batch).affine
     }
+}
 
-    fn mark(&self) -> Result<CudaMark> {
-        self.device.bind()?;
-        let event = Event::timed()?;
-        event.record(&self.stream)?;
-        Ok(CudaMark(event))
-    }
-
-    fn reached(&self, mark: &CudaMark) -> bool {
-        mark.0.reached().unwrap_or(true)
-    }
-
-    fn seconds_between(&self, from: &CudaMark, to: &CudaMark) -> Result<f64> {
-        self.device.bind()?;
-        to.0.synchronize()?;
-        to.0.seconds_since(&from.0)
-    }
-
-    fn recorded_steps(&self) -> Vec<(usize, usize)> {
-        if self.recorder.is_enabled() { batch::recorded_steps() } else { Vec::new() }
-    }
-
-    fn warm_up_rows(&self, max_rows: usize) -> Vec<usize> {
-        if self.gemm.is_learning() { gemm::classes(max_rows) } else { Vec::new() }
-    }
-
-    fn embed(
-        &self,
-        batch: &CudaBatch,
-        sampler: &CudaSampler,
-        table: &CudaWeight,
-        y: &mut CudaMat,
-    ) -> Result<()> {
-        let op = "embed";
-        y.expect_wide(op)?;
-        y.expect_cols(op, "columns of y", table.inputs)?;
-        for (what, largest, limit) in
-            [("token", batch.largest.token, table.outputs), ("seat", batch.largest.seat, sampler.seats)]
-        {
-            if let Some(index) = largest.filter(|&index| index >= limit) {
-                return Err(Error::Index { op, what, index, limit });
-            }
-        }
-        y.resize(op, batch.rows_within(RowSet::All, y.capacity()))?;
-        let (rows, cols) = (y.rows() as i32, y.cols() as i32);
-        // SAFETY: shapes and the largest indices were checked.
-        self.launch(op, y.rows(), |elem, stream| unsafe {
-            let (tokens, last, table) = (batch.at.tokens, sampler.last.at(), table.buffer.at());
-            ffi::lorax_embed(elem, tokens, last, table, y.at(), rows, cols, stream)
-        })
-    }
-
-    fn linear(&self, x: &CudaMat, by: Projection<'_, Self>, y: &mut CudaMat) -> Result<()> {
-        linear::linear(self, x, by, (y, false))
-    }
-
-    fn add_linear(&self, x: &CudaMat, by: Projection<'_, Self>, y: &mut CudaMat) -> Result<()> {
-        linear::linear(self, x, by, (y, true))
-    }
-
-    fn add_linear_norm(
-        &self,
-        x: &CudaMat,
-        by: Projection<'_, Self>,
-        residual: &mut CudaMat,
-        norm: (&CudaVector, f32),
-        y: &mut CudaMat,
-    ) -> Result<()> {
-        linear::add_linear_norm(self, x, by, residual, (norm, y))
-    }
-
-    fn gated_linear(
-        &self,
-        x: &CudaMat,
-        by: Projection<'_, Self>,
-        gate_up: &mut CudaMat,
-        y: &mut CudaMat,
-    ) -> Result<()> {
-        linear::gated_linear(self, x, by, (gate_up, y))
-    }
-
-    fn rms_norm(&self, x: &CudaMat, w: &CudaVector, eps: f32, y: &mut CudaMat) -> Result<()> {
-        let op = "rms_norm";
-        linear::expect_norm(x, w, y)?;
-        y.resize(op, x.rows())?;
-        let (rows, cols) = (x.rows() as i32, x.cols() as i32);
-        // SAFETY: shapes were checked.
-        self.launch(op, x.rows(), |elem, stream| unsafe {
-            ffi::lorax_rms_norm(elem, x.at(), w.buffer.at(), y.at(), rows, cols, eps, stream)
-        })
-    }
-
-    fn rope_and_store(
-        &self,
-        qkv: &mut CudaMat,
-        heads: Heads,
-        rope: &CudaRope,
-        batch: &CudaBatch,
-        kv: &mut CudaKv,
-    ) -> Result<()> {
-        if heads != kv.heads {
-            return Err(unsupported(format!("storing {heads:?} in memory for {:?}", kv.heads)));
-        }
-        attention::rope_and_store(self, qkv, rope, batch, kv)
-    }
-
-    fn paged_attention(
-        &self,
-        qkv: &CudaMat,
-        attention: &Attention,
-        batch: &CudaBatch,
-        kv: &CudaKv,
-        y: &mut CudaMat,
-    ) -> Result<()> {
-        attention::paged_attention(self, qkv, attention, batch, (kv, y))
-    }
-
-    fn silu_mul(&self, gate_up: &CudaMat, y: &mut CudaMat) -> Result<()> {
-        let op = "silu_mul";
-        gate_up.expect_half(op)?;
-        y.expect_half(op)?;
-        gate_up.expect_cols(op, "columns of x", 2 * y.cols())?;
-        y.resize(op, gate_up.rows())?;
-        let (rows, cols) = (y.rows() as i32, y.cols() as i32);
-        // SAFETY: shapes were checked.
-        self.launch(op, y.rows(), |elem, stream| unsafe {
-            ffi::lorax_silu_mul(elem, gate_up.at(), y.at(), rows, cols, stream)
-        })
-    }
-
-    fn gather_logit_rows(&self, x: &CudaMat, batch: &CudaBatch, y: &mut CudaMat) -> Result<()> {
-        let op = "gather_logit_rows";
-        x.expect_half(op)?;
-        y.expect_half(op)?;
-        y.expect_cols(op, "columns of y", x.cols())?;
-        batch.expect_rows(op, RowSet::All, x.rows())?;
-        y.resize(op, batch.rows_within(RowSet::Logits, y.capacity()))?;
-        let (rows, cols) = (y.rows() as i32, y.cols() as i32);
-        // SAFETY: shapes were checked here, indices at the upload.
-        self.launch(op, y.rows(), |elem, stream| unsafe {
-            ffi::lorax_gather(elem, x.at(), batch.at.logit_rows, y.at(), rows, cols, stream)
-        })
-    }
+impl Sampling for CudaBackend {
+    type Sampler = CudaSampler;
+    type Pending = CudaPending;
 
     fn sampler(&self, seats: usize, vocab: usize) -> Result<CudaSampler> {
         CudaSampler::new(self, seats, vocab)

@@ -1,4 +1,4 @@
-//! What only the CUDA backend does: recorded steps, wide activations, kernels for aligned and long shapes. Needs a GPU.
+//! What only the CUDA backend does: captured steps, f32 activations, kernels for aligned and long shapes. Needs a GPU.
 #![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -10,10 +10,12 @@ mod long_contexts;
 use std::sync::Arc;
 
 use kernels::{
-    Attention, Backend, Batch, DType, Heads, HostTensor, LinearLora, LoraPart, LoraSite, Matrix, Projection,
-    RowSet, SampleRow, SamplingParams,
+    Activation, AttentionShape, Batch, DType, Embedding, Heads, HostTensor, LinearLora, LoraPart, LoraSite,
+    Matrix, Norm, NormKind, Output, Pairs, Projection, Qkv, Residual, Result, RopeSpec, Rotation, RowSet,
+    SampleRow, SamplingParams, Span, Stretch,
     cuda::{CudaBackend, CudaBatch, CudaKv, CudaMat, CudaRope, CudaSlots, CudaVector, CudaWeight},
-    reference::{self, Memory, Table},
+    prelude::*,
+    reference::{self, KvMemory, Table},
     testing::{Numbers, assert_close, batch},
 };
 
@@ -40,15 +42,51 @@ fn tensor(table: &Table) -> HostTensor<'static> {
 }
 
 fn device_batch(ops: &CudaBackend, host: &Batch) -> CudaBatch {
-    let mut batch = ops.batch(host.rows(), host.blocks.len()).unwrap();
+    device_batch_for(ops, host, &[Span::Causal])
+}
+
+fn device_batch_for(ops: &CudaBackend, host: &Batch, spans: &[Span]) -> CudaBatch {
+    let mut batch = ops.batch(host.rows(), host.blocks.len(), spans).unwrap();
     ops.upload(host, &mut batch).unwrap();
     batch
+}
+
+/// A table's rows as they are.
+fn rows_of(table: &CudaWeight) -> Embedding<'_, CudaBackend> {
+    Embedding { table, scale: 1.0, positions: None, lora: None }
+}
+
+/// An RMS norm without a bias.
+fn rms(weight: &CudaVector) -> Norm<'_, CudaBackend> {
+    Norm { kind: NormKind::Rms, weight, bias: None, eps: 1e-5 }
+}
+
+/// Some frequencies, which no length stretches.
+fn spec(inv_freq: &[f32], positions: usize) -> RopeSpec {
+    RopeSpec { inv_freq: inv_freq.to_vec(), scale: 1.0, positions, stretch: Stretch::None }
+}
+
+/// Whole heads are rotated by a table, and nothing else is done to them.
+fn whole(heads: Heads, table: &CudaRope) -> Qkv<'_, CudaBackend> {
+    Qkv { heads, clamp: None, norms: None, rope: Some(Rotation { table, pairs: Pairs::Halves }) }
+}
+
+/// Adds products to a stream.
+fn add_products(
+    ops: &CudaBackend,
+    x: &CudaMat,
+    by: Projection<'_, CudaBackend>,
+    stream: &mut CudaMat,
+) -> Result<()> {
+    let products = &mut ops.wide_mat(x.rows().max(1), stream.cols())?;
+    let to = Residual { stream, products, post: None, scale: 1.0, more: false, next: None };
+    ops.linear(x, by, Output::Residual(to))
 }
 
 fn resident(ops: &CudaBackend, sites: &[LoraSite], adapters: &[Vec<LoraPart>]) -> CudaSlots {
     let mut slots = ops.lora_slots(sites, adapters.len()).unwrap();
     for (slot, parts) in adapters.iter().enumerate() {
-        ops.load(&mut slots, slot as u32, &Arc::new(ops.stage(sites, parts).unwrap())).unwrap();
+        ops.load(&mut slots, slot as u32, &Arc::new(ops.stage(sites, parts).unwrap()), &[]).unwrap();
     }
     let mut count = 0;
     while count < adapters.len() {
@@ -62,7 +100,7 @@ fn resident(ops: &CudaBackend, sites: &[LoraSite], adapters: &[Vec<LoraPart>]) -
 fn deltas_of_aligned_shapes() {
     let ops = backend();
     let mut numbers = Numbers(21);
-    let sites = [LoraSite { inputs: 1536, outputs: vec![512, 128, 192] }];
+    let sites = [LoraSite::linear(1536, &[512, 128, 192])];
     let adapters: Vec<Vec<LoraPart>> = [1, 8, 16, 31, 64, 130]
         .iter()
         .map(|&r| (0..3).map(|slice| numbers.part((0, slice), &sites[0], r)).collect())
@@ -84,14 +122,14 @@ fn deltas_of_aligned_shapes() {
         let weight = ops.weight(&[tensor(&w)]).unwrap();
         for mut y in [ops.mat(host.rows(), 832).unwrap(), ops.wide_mat(host.rows(), 832).unwrap()] {
             let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All };
-            ops.linear(&mat(&ops, &x), Projection::new(&weight, Some(lora)), &mut y).unwrap();
+            ops.linear(&mat(&ops, &x), Projection::new(&weight, Some(lora)), Output::Store(&mut y)).unwrap();
             assert_close("deltas", &ops.download(&y).unwrap(), &expected.data, DType::Bf16);
         }
         let mut sums = numbers.table(host.rows(), 832);
         let mut y = wide_mat(&ops, &sums);
         reference::add(&expected, &mut sums);
         let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All };
-        ops.add_linear(&mat(&ops, &x), Projection::new(&weight, Some(lora)), &mut y).unwrap();
+        add_products(&ops, &mat(&ops, &x), Projection::new(&weight, Some(lora)), &mut y).unwrap();
         assert_close("deltas onto", &ops.download(&y).unwrap(), &sums.data, DType::Bf16);
     }
 }
@@ -102,7 +140,7 @@ fn products_and_deltas_of_few_rows() {
     let ops = backend();
     let mut numbers = Numbers(24);
     for inputs in [600, 4096, 14336] {
-        let sites = [LoraSite { inputs, outputs: vec![256, 64, 80] }];
+        let sites = [LoraSite::linear(inputs, &[256, 64, 80])];
         let adapters: Vec<Vec<LoraPart>> = [16, 1, 33, 128]
             .iter()
             .map(|&r| (0..3).map(|slice| numbers.part((0, slice), &sites[0], r)).collect())
@@ -121,13 +159,14 @@ fn products_and_deltas_of_few_rows() {
                 reference::add_lora(&x, (0, &sites[0]), &host.segments, &adapters, &mut expected);
                 let mut y = ops.mat(rows, 400).unwrap();
                 let lora = || LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All };
-                ops.linear(&mat(&ops, &x), Projection::new(&weight, Some(lora())), &mut y).unwrap();
+                ops.linear(&mat(&ops, &x), Projection::new(&weight, Some(lora())), Output::Store(&mut y))
+                    .unwrap();
                 let what = format!("{rows} rows of {inputs}, deltas: {with_deltas}");
                 assert_close(&what, &ops.download(&y).unwrap(), &expected.data, DType::Bf16);
                 let mut sums = numbers.table(rows, 400);
                 let mut y = wide_mat(&ops, &sums);
                 reference::add(&expected, &mut sums);
-                ops.add_linear(&mat(&ops, &x), Projection::new(&weight, Some(lora())), &mut y).unwrap();
+                add_products(&ops, &mat(&ops, &x), Projection::new(&weight, Some(lora())), &mut y).unwrap();
                 assert_close(&what, &ops.download(&y).unwrap(), &sums.data, DType::Bf16);
             }
         }
@@ -145,13 +184,13 @@ fn wide_residual_and_logits_keep_f32() {
         let x = numbers.table(rows, 256);
         let expected = reference::linear(&x, &table, None);
         let mut logits = ops.wide_mat(rows, 1000).unwrap();
-        ops.linear(&mat(&ops, &x), Projection::new(&weight, None), &mut logits).unwrap();
+        ops.linear(&mat(&ops, &x), Projection::new(&weight, None), Output::Store(&mut logits)).unwrap();
         assert_close("logits", &ops.download(&logits).unwrap(), &expected.data, DType::F32);
         let mut sums = numbers.table(rows, 1000);
         sums.data.iter_mut().for_each(|x| *x += 1e-4);
         let mut residual = wide_mat(&ops, &sums);
         reference::add(&expected, &mut sums);
-        ops.add_linear(&mat(&ops, &x), Projection::new(&weight, None), &mut residual).unwrap();
+        add_products(&ops, &mat(&ops, &x), Projection::new(&weight, None), &mut residual).unwrap();
         assert_close("residual", &ops.download(&residual).unwrap(), &sums.data, DType::F32);
     }
 }
@@ -161,8 +200,9 @@ fn wide_residual_and_logits_keep_f32() {
 fn attention_over_long_contexts() {
     let steps = [[(600, 0), (64, 0)], [(98, 600), (1, 64)], [(1, 698), (4, 65)], [(1, 699), (1, 69)]];
     for (query, kv, dim, window) in [(32, 8, 128, None), (6, 2, 96, Some(300)), (20, 1, 64, None)] {
-        let attention = Attention { heads: Heads { query, kv, dim }, scale: 0.3, window, softcap: None };
-        check_attention(&[backend()], &attention, &steps);
+        let plain = AttentionShape { scale: 0.3, ..AttentionShape::causal(Heads { query, kv, dim }) };
+        let span = window.map_or(Span::Causal, Span::Window);
+        check_attention(&[backend()], &AttentionShape { span, ..plain }, &steps);
     }
 }
 
@@ -173,13 +213,14 @@ fn attention_of_prefills() {
     let backends = [DType::Bf16, DType::F16].map(|dtype| CudaBackend::new(dtype, 0).unwrap());
     let steps = [[(301, 0), (1, 0), (65, 0), (2, 0)], [(160, 301), (255, 1), (1, 65), (1, 2)]];
     for (query, kv, dim) in [(2, 2, 128), (4, 1, 128), (8, 1, 64), (6, 2, 96), (9, 1, 40), (2, 2, 64)] {
-        let plain = Attention { heads: Heads { query, kv, dim }, scale: 0.3, window: None, softcap: None };
+        let plain = AttentionShape { scale: 0.3, ..AttentionShape::causal(Heads { query, kv, dim }) };
         check_attention(&backends, &plain, &steps);
-        check_attention(&backends, &Attention { window: Some(37), ..plain }, &steps);
-        check_attention(&backends, &Attention { window: Some(150), softcap: Some(2.0), ..plain }, &steps);
+        check_attention(&backends, &AttentionShape { span: Span::Window(37), ..plain }, &steps);
+        let capped = AttentionShape { span: Span::Window(150), softcap: Some(2.0), ..plain };
+        check_attention(&backends, &capped, &steps);
     }
-    let plain =
-        Attention { heads: Heads { query: 8, kv: 2, dim: 128 }, scale: 0.3, window: None, softcap: None };
+    let heads = Heads { query: 8, kv: 2, dim: 128 };
+    let plain = AttentionShape { scale: 0.3, ..AttentionShape::causal(heads) };
     let whole = [127, 128, 129, 33, 640].map(|rows| (rows, 0));
     check_attention(&backends, &plain, &[whole, whole.map(|(rows, _)| (1, rows))]);
 }
@@ -187,16 +228,17 @@ fn attention_of_prefills() {
 /// Runs steps of the same sequences, their rows and the tokens before them, and checks each.
 fn check_attention<const N: usize>(
     backends: &[CudaBackend],
-    attention: &Attention,
+    attention: &AttentionShape,
     steps: &[[(usize, usize); N]],
 ) {
     let (heads, mut numbers) = (attention.heads, Numbers(23));
-    let inv_freq = vec![0.01; heads.dim / 2];
+    let spec = spec(&vec![0.01; heads.dim / 2], 4096);
+    let by = reference::Qkv::rotated(heads, &spec);
     // All steps keep the same number of blocks for each sequence, so that its table does not move.
     let longest = steps[steps.len() - 1].map(|(rows, before)| (rows + before, 0));
     let table = batch(&longest, &[]);
     let blocks = table.blocks.iter().max().map_or(0, |&block| block as usize + 1);
-    let mut memory = Memory::new(blocks, heads);
+    let mut memory = KvMemory::new(blocks, heads);
     let mut caches: Vec<_> = backends.iter().map(|ops| ops.kv(blocks, heads).unwrap()).collect();
     for step in steps {
         let mut host = batch(step, &[]);
@@ -207,15 +249,15 @@ fn check_attention<const N: usize>(
         host.store_at = stores(&host);
         let qkv = numbers.table(host.rows(), heads.qkv_cols());
         let mut rotated = qkv.clone();
-        reference::rope_and_store(&mut rotated, heads, &inv_freq, &host, &mut memory);
+        reference::rope_and_store(&mut rotated, &by, &host, &mut memory);
         let expected = reference::paged_attention(&rotated, attention, &host, &memory);
         for (ops, cache) in backends.iter().zip(&mut caches) {
-            let rope = ops.rope(&inv_freq, 4096, 1.0).unwrap();
-            let device = device_batch(ops, &host);
+            let rope = ops.rope(&spec).unwrap();
+            let device = device_batch_for(ops, &host, &[Span::Causal, attention.span]);
             let mut x = mat(ops, &qkv);
-            ops.rope_and_store(&mut x, heads, &rope, &device, cache).unwrap();
+            ops.rope_and_store(&mut x, whole(heads, &rope), &device, cache).unwrap();
             let mut y = ops.mat(host.rows(), heads.query * heads.dim).unwrap();
-            ops.paged_attention(&x, attention, &device, cache, &mut y).unwrap();
+            ops.paged_attention(&x, (*attention).into(), &device, cache, &mut y).unwrap();
             let what = format!("{attention:?} of {step:?}");
             assert_close(&what, &ops.download(&y).unwrap(), &expected.data, ops.dtype());
         }
@@ -232,9 +274,9 @@ fn stores(host: &Batch) -> Vec<u32> {
     .collect()
 }
 
-/// Steps with deltas before and behind a norm, replayed from a recording, equal the same steps launched one by one.
+/// Steps with deltas before and behind a norm, replayed from a graph, equal the same steps launched one by one.
 #[test]
-fn recorded_steps_equal_launched_ones() {
+fn captured_steps_equal_launched_ones() {
     let recorded = decode_tokens(true);
     assert_eq!(recorded, decode_tokens(false));
     assert!(recorded.iter().any(|step| step != &recorded[0]), "the steps differ");
@@ -246,7 +288,7 @@ fn decode_tokens(record: bool) -> Vec<Vec<u32>> {
     let ops = backend();
     ops.record_steps(record);
     let mut numbers = Numbers(24);
-    let sites = [vocab, hidden].map(|outputs| LoraSite { inputs: hidden, outputs: vec![outputs] });
+    let sites = [vocab, hidden].map(|outputs| LoraSite::linear(hidden, &[outputs]));
     let adapters: Vec<Vec<_>> = [4, 40]
         .iter()
         .map(|&r| (0..2).map(|site| scaled(numbers.part((site, 0), &sites[site], r), 0.05)).collect())
@@ -259,7 +301,8 @@ fn decode_tokens(record: bool) -> Vec<Vec<u32>> {
     for seat in 0..most as u32 {
         ops.seat(&mut sampler, seat, &SamplingParams::default(), &[], &[]).unwrap();
     }
-    let mut device = ops.batch(most, 64).unwrap();
+    let mut device = ops.batch(most, 64, &[Span::Causal]).unwrap();
+    let mut products = ops.wide_mat(most, hidden).unwrap();
     let [mut x, mut y, mut last] = [0; 3].map(|_| ops.mat(most, hidden).unwrap());
     let (mut residual, mut logits) =
         (ops.wide_mat(most, hidden).unwrap(), ops.wide_mat(most, vocab).unwrap());
@@ -271,14 +314,18 @@ fn decode_tokens(record: bool) -> Vec<Vec<u32>> {
         let known = |seat: usize| if step == 0 { seat as i32 * 5 } else { -1 - seat as i32 };
         host.tokens = (0..rows).map(known).collect();
         ops.upload(&host, &mut device).unwrap();
-        ops.step(&device, || {
-            ops.embed(&device, &sampler, &table, &mut residual)?;
-            ops.rms_norm(&residual, &weights, 1e-5, &mut x)?;
+        ops.step(&device, &slots, || {
+            ops.embed(&device, &sampler, rows_of(&table), &mut residual)?;
+            ops.normalize(&residual, rms(&weights), &mut x)?;
             let lora = |site, rows| Some(LinearLora { slots: &slots, site, batch: &device, rows });
             let by = Projection::new(&inner, lora(1, RowSet::All));
-            ops.add_linear_norm(&x, by, &mut residual, (&weights, 1e-5), &mut y)?;
+            let (stream, products) = (&mut residual, &mut products);
+            let next = Some((rms(&weights), &mut y));
+            let to = Residual { stream, products, post: None, scale: 1.0, more: false, next };
+            ops.linear(&x, by, Output::Residual(to))?;
             ops.gather_logit_rows(&y, &device, &mut last)?;
-            ops.linear(&last, Projection::new(&head, lora(0, RowSet::Logits)), &mut logits)
+            let by = Projection::new(&head, lora(0, RowSet::Logits));
+            ops.linear(&last, by, Output::Store(&mut logits))
         })
         .unwrap();
         assert!(logits.rows() >= rows);
@@ -300,10 +347,11 @@ struct Layer {
     norm: CudaVector,
     rope: CudaRope,
     kv: CudaKv,
-    slots: CudaSlots,
+    slots: Arc<CudaSlots>,
     x: CudaMat,
     residual: CudaMat,
-    wide: [CudaMat; 4],
+    products: CudaMat,
+    inner: [CudaMat; 4],
 }
 
 impl Layer {
@@ -315,10 +363,10 @@ impl Layer {
         let (ops, mut numbers) = (backend(), Numbers(26));
         let (hidden, qkv) = (Self::HIDDEN, Self::HEADS.qkv_cols());
         let sites = [
-            LoraSite { inputs: hidden, outputs: vec![2048, 512, 512] },
-            LoraSite { inputs: 2048, outputs: vec![hidden] },
-            LoraSite { inputs: hidden, outputs: vec![Self::FFN, Self::FFN] },
-            LoraSite { inputs: Self::FFN, outputs: vec![hidden] },
+            LoraSite::linear(hidden, &[2048, 512, 512]),
+            LoraSite::linear(2048, &[hidden]),
+            LoraSite::linear(hidden, &[Self::FFN, Self::FFN]),
+            LoraSite::linear(Self::FFN, &[hidden]),
         ];
         let small = |mut table: Table| {
             let scale = (table.cols as f32).sqrt().recip();
@@ -344,23 +392,25 @@ impl Layer {
         Layer {
             weights,
             norm: ops.vector(&vec![1.0; hidden]).unwrap(),
-            rope: ops.rope(&[0.01; 64], 1024, 1.0).unwrap(),
+            rope: ops.rope(&spec(&[0.01; 64], 1024)).unwrap(),
             kv: ops.kv(blocks, Self::HEADS).unwrap(),
-            slots: resident(&ops, &sites, &adapters),
+            slots: Arc::new(resident(&ops, &sites, &adapters)),
             x: mat(hidden),
             residual: ops.wide_mat(rows, hidden).unwrap(),
-            wide: [mat(qkv), mat(2048), mat(2 * Self::FFN), mat(Self::FFN)],
+            products: ops.wide_mat(rows, hidden).unwrap(),
+            inner: [mat(qkv), mat(2048), mat(2 * Self::FFN), mat(Self::FFN)],
             ops: Arc::new(ops),
         }
     }
 
-    /// The layer a few times over, one operation after the other or, of a decode step, from its second run on as a
-    /// recording. Waits for the card after every operation if asked to.
-    fn run(&mut self, device: &CudaBatch, rows: usize, (record, wait): (bool, bool)) -> Vec<f32> {
+    /// The layer a few times over, one operation after the other or, of a decode step, from its second run on as a CUDA
+    /// graph. Waits for the GPU after every operation if asked to.
+    fn run(&mut self, device: &CudaBatch, rows: usize, (graph, wait): (bool, bool)) -> Vec<f32> {
         let ops = self.ops.clone();
         ops.fill(&mut self.residual, &Numbers(27).table(rows, Self::HIDDEN).data).unwrap();
-        if record {
-            ops.step(device, || {
+        if graph {
+            let slots = self.slots.clone();
+            ops.step(device, &slots, || {
                 self.launch(device, wait);
                 Ok(())
             })
@@ -372,32 +422,39 @@ impl Layer {
     }
 
     fn launch(&mut self, device: &CudaBatch, wait: bool) {
-        let Layer { ops, weights, norm, rope, kv, slots, x, residual, wide } = self;
-        let attention = Attention { heads: Self::HEADS, scale: 0.1, window: None, softcap: None };
+        let Layer { ops, weights, norm, rope, kv, slots, x, residual, products, inner } = self;
+        let attention = AttentionShape { scale: 0.1, ..AttentionShape::causal(Self::HEADS) };
         let settle = |()| {
             if wait {
                 ops.synchronize().unwrap()
             }
         };
-        ops.rms_norm(residual, norm, 1e-5, x).map(settle).unwrap();
-        let [qkv, attn, gate_up, act] = wide;
+        ops.normalize(residual, rms(norm), x).map(settle).unwrap();
+        let [qkv, attn, gate_up, act] = inner;
         for _ in 0..6 {
-            let lora = |site| Some(LinearLora { slots, site, batch: device, rows: RowSet::All });
-            ops.linear(x, Projection::new(&weights[0], lora(0)), qkv).map(settle).unwrap();
-            ops.rope_and_store(qkv, Self::HEADS, rope, device, kv).map(settle).unwrap();
-            ops.paged_attention(qkv, &attention, device, kv, attn).map(settle).unwrap();
-            let (o, to) = (Projection::new(&weights[1], lora(1)), (&*norm, 1e-5));
-            ops.add_linear_norm(attn, o, residual, to, x).map(settle).unwrap();
-            ops.linear(x, Projection::new(&weights[2], lora(2)), gate_up).map(settle).unwrap();
-            ops.silu_mul(gate_up, act).map(settle).unwrap();
-            let down = Projection::new(&weights[3], lora(3));
-            ops.add_linear_norm(act, down, residual, to, x).map(settle).unwrap();
+            let lora =
+                |site| Some(LinearLora { slots: slots.as_ref(), site, batch: device, rows: RowSet::All });
+            let by = |site: usize| Projection::new(&weights[site], lora(site));
+            ops.linear(x, by(0), Output::Store(qkv)).map(settle).unwrap();
+            ops.rope_and_store(qkv, whole(Self::HEADS, rope), device, kv).map(settle).unwrap();
+            ops.paged_attention(qkv, attention.into(), device, kv, attn).map(settle).unwrap();
+            for (site, input) in [(1, &mut *attn), (3, &mut *act)] {
+                if site == 3 {
+                    ops.linear(x, by(2), Output::Store(gate_up)).map(settle).unwrap();
+                    ops.gate(gate_up, Activation::Silu, input).map(settle).unwrap();
+                }
+                let next = Some((rms(norm), &mut *x));
+                let stream = &mut *residual;
+                let to =
+                    Residual { stream, products: &mut *products, post: None, scale: 1.0, more: false, next };
+                ops.linear(input, by(site), Output::Residual(to)).map(settle).unwrap();
+            }
         }
     }
 }
 
 fn scaled(mut part: LoraPart, by: f32) -> LoraPart {
-    part.a.iter_mut().for_each(|x| *x *= by);
+    part.low_rank.iter_mut().for_each(|low_rank| low_rank.scale *= by);
     part
 }
 
@@ -438,13 +495,13 @@ fn what_the_card_cannot_do_is_refused() {
     let ops = backend();
     assert!(ops.kv(4, Heads { query: 4, kv: 2, dim: 20 }).is_err());
     assert!(ops.kv(4, Heads { query: 4, kv: 2, dim: 264 }).is_err());
-    let sites = [LoraSite { inputs: 4, outputs: vec![4] }];
+    let sites = [LoraSite::linear(4, &[4])];
     let part = Numbers(1).part((0, 0), &sites[0], 513);
     assert!(ops.stage(&sites, &[part]).is_err());
     let table = ops.weight(&[tensor(&Numbers(1).table(4, 8))]).unwrap();
     let sampler = ops.sampler(1, 4).unwrap();
     let mut y = ops.wide_mat(8, 8).unwrap();
     let device = device_batch(&ops, &batch(&[(3, 4)], &[]));
-    let refused = ops.embed(&device, &sampler, &table, &mut y).unwrap_err().to_string();
+    let refused = ops.embed(&device, &sampler, rows_of(&table), &mut y).unwrap_err().to_string();
     assert_eq!(refused, "embed: token 6 is out of range, limit 4");
 }

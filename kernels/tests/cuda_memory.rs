@@ -1,12 +1,12 @@
-//! A card without memory. Needs a GPU, and has it alone: a program of one test.
+//! A GPU without memory. Needs one, and has it alone: a program of one test.
 #![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::sync::Arc;
 
 use kernels::{
-    Backend, DType, Error, LinearLora, LoraPart, LoraSite, Projection, RowSet, cuda::CudaBackend,
-    reference::Table, testing::batch,
+    DType, Error, LinearLora, LoraPart, LoraSite, Output, Projection, RowSet, Span, cuda::CudaBackend,
+    prelude::*, reference::Table, testing::batch,
 };
 
 const WIDE: usize = 8192;
@@ -20,17 +20,17 @@ fn adapter(value: f32) -> Vec<LoraPart> {
     a[0] = 1.0;
     let mut b = vec![0.0; WIDE * rank];
     b.iter_mut().step_by(rank).for_each(|x| *x = value);
-    vec![LoraPart { site: 0, slice: 0, lora_rank: rank, a, b }]
+    vec![LoraPart::delta((0, 0), rank, 1.0, &a, &b)]
 }
 
 #[test]
 fn a_load_without_memory_is_an_error_and_the_card_goes_on() {
     let ops = CudaBackend::new(DType::Bf16, 0).unwrap();
-    let sites = [LoraSite { inputs: WIDE, outputs: vec![WIDE] }];
+    let sites = [LoraSite::linear(WIDE, &[WIDE])];
     let mut slots = ops.lora_slots(&sites, SLOTS).unwrap();
     let staged = [2.0, 3.0].map(|value| Arc::new(ops.stage(&sites, &adapter(value)).unwrap()));
     let host = batch(&[(3, 0)], &[Some(0)]);
-    let mut device = ops.batch(3, host.blocks.len()).unwrap();
+    let mut device = ops.batch(3, host.blocks.len(), &[Span::Causal]).unwrap();
     ops.upload(&host, &mut device).unwrap();
     let zeros = Table { cols: WIDE, data: vec![0.0; WIDE * WIDE] };
     let data: Vec<u8> = zeros.data.iter().flat_map(|x| x.to_le_bytes()).collect();
@@ -43,11 +43,11 @@ fn a_load_without_memory_is_an_error_and_the_card_goes_on() {
     let mut y = ops.mat(3, WIDE).unwrap();
     let mut run = |slots: &kernels::cuda::CudaSlots, value: f32| {
         let lora = LinearLora { slots, site: 0, batch: &device, rows: RowSet::All };
-        ops.linear(&x, Projection::new(&weight, Some(lora)), &mut y).unwrap();
+        ops.linear(&x, Projection::new(&weight, Some(lora)), Output::Store(&mut y)).unwrap();
         assert!(ops.download(&y).unwrap().iter().all(|x| *x == value), "{value}");
     };
     let wait = |slots: &mut kernels::cuda::CudaSlots| while ops.loaded(slots).unwrap().is_empty() {};
-    ops.load(&mut slots, 0, &staged[0]).unwrap();
+    ops.load(&mut slots, 0, &staged[0], &[]).unwrap();
     wait(&mut slots);
     run(&slots, 2.0);
     // Down to the last pages.
@@ -60,18 +60,18 @@ fn a_load_without_memory_is_an_error_and_the_card_goes_on() {
             Err(error) => panic!("{error}"),
         }
     }
-    let full = (1..SLOTS as u32).find(|&slot| ops.load(&mut slots, slot, &staged[1]).is_err());
+    let full = (1..SLOTS as u32).find(|&slot| ops.load(&mut slots, slot, &staged[1], &[]).is_err());
     let full = full.expect("the card is full");
     for _ in 0..10 {
-        let error = ops.load(&mut slots, full, &staged[1]).unwrap_err();
+        let error = ops.load(&mut slots, full, &staged[1], &[]).unwrap_err();
         assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
         assert!(!ops.loaded(&mut slots).unwrap().contains(&full));
         run(&slots, 2.0);
     }
     drop(filler);
-    ops.load(&mut slots, full, &staged[1]).unwrap();
+    ops.load(&mut slots, full, &staged[1], &[]).unwrap();
     wait(&mut slots);
-    ops.load(&mut slots, 0, &staged[1]).unwrap();
+    ops.load(&mut slots, 0, &staged[1], &[]).unwrap();
     wait(&mut slots);
     run(&slots, 3.0);
 }

@@ -109,7 +109,7 @@ fn serve_cuda(
     let shard = &config.shard;
     ops.record_steps(!shard.eager);
     let name = ops.name()?;
-    tracing::info!(dtype = name_of(ops.dtype()), "computing on {name}");
+    tracing::info!(dtype = name_of(kernels::Memory::dtype(&ops)), "computing on {name}");
     let room = |ops: &kernels::cuda::CudaBackend| {
         let memory = ops.memory()?;
         let fractions = (shard.cuda_memory_fraction, shard.adapter_memory_fraction);

@@ -100,7 +100,7 @@ impl Machine for Card {
         for call in 0..UNTIMED + TIMED {
             let mut sink = self.sink.borrow_mut();
             let by = Projection::new(&self.flush, None);
-            self.ops.linear(&self.row, by, Output::Store(&mut sink))?;
+            self.ops.linear(&self.row, by, Output::Store(&mut *sink))?;
             let start = self.ops.mark()?;
             f(call)?;
             marks.push((start, self.ops.mark()?));

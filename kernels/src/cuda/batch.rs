@@ -1,7 +1,7 @@
-//! A step's index data on the card: one buffer, one copy.
+//! A step's index data on the GPU: one buffer, one copy.
 //!
 //! A decode step (one row for every sequence, logits of all) is laid out for a number of rows from a fixed list, so
-//! that all its addresses and grids depend on that number alone and one graph serves every step of that size. Its
+//! that all its addresses and grids depend on that number alone and one CUDA graph serves every step of that size. Its
 //! spare rows have token 0, store nothing and belong to no sequence.
 
 use std::{
@@ -13,21 +13,28 @@ use super::{
     CudaBackend,
     device::DeviceBuf,
     ffi::{MAX_LORA_RANK, MAX_SLICES},
-    plan::{self, AttentionItem},
+    lora::Features,
+    plan::{self, AttentionItem, Cut, Items},
+    unsupported,
 };
-use crate::{Batch, Error, Result, RowSet};
+use crate::{BLOCK_SIZE, Batch, Error, Result, RowSet, Segment, Span};
 
-/// Of a row that is not stored; `kNowhere` in `rope.cu`.
+/// Attention spans of one model, at most.
+pub(super) const MAX_SPANS: usize = 4;
+/// Words of the section of counts: three of tiles, two for each span.
+const COUNTS: usize = 3 + 2 * MAX_SPANS;
+
+/// Where a row that is not stored goes; `kNowhere` in `rope.cu`.
 const NOWHERE: u32 = u32::MAX;
 
-/// Numbers of rows that decode steps are recorded for.
+/// Numbers of rows that decode steps are captured for.
 const RECORDED_ROWS: [usize; 24] =
     [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256];
 
-/// Numbers of adapter tiles that decode steps are recorded for: a step without adapters launches nothing for them.
+/// Numbers of adapter tiles that decode steps are captured for: a step without adapters launches nothing for them.
 const RECORDED_TILES: [usize; 5] = [0, 4, 16, 64, 256];
 
-/// The rows and tiles of every recording.
+/// The rows and tiles of every graph.
 pub(super) fn recorded_steps() -> Vec<(usize, usize)> {
     let tiles_of = |&rows: &usize| {
         let mut tiles: Vec<usize> = RECORDED_TILES.iter().map(|&tiles| tiles.min(rows)).collect();
@@ -41,14 +48,27 @@ fn at_least(sizes: &[usize], size: usize) -> Option<usize> {
     sizes.iter().copied().find(|&s| s >= size)
 }
 
+/// What the launches of attention over one span are sized by.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct SpanSizes {
+    /// Items of few rows, and the most rows of one.
+    pub(super) few_items: usize,
+    pub(super) few_rows: usize,
+    pub(super) prefill_items: usize,
+    /// Prefill items before they were split, and their rows.
+    pub(super) whole_items: usize,
+    pub(super) prefill_rows: usize,
+    /// Rows of parts that few rows leave, and prefill.
+    pub(super) few_parts: usize,
+    pub(super) prefill_parts: usize,
+}
+
 /// Numbers that a launch is sized by.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Sizes {
     pub(super) rows: usize,
     pub(super) logit_rows: usize,
-    pub(super) decode_items: usize,
-    pub(super) prefill_items: usize,
-    pub(super) prefill_rows: usize,
+    pub(super) spans: [SpanSizes; MAX_SPANS],
     pub(super) tiles: [usize; 2],
     /// Pieces that a shrink cuts tiles into.
     pub(super) pieces: [usize; 2],
@@ -62,21 +82,24 @@ pub(super) struct Sections {
     counts: u64,
     pub(super) tokens: u64,
     pub(super) positions: u64,
+    pub(super) lengths: u64,
     pub(super) store_at: u64,
+    /// The slot of every row.
+    pub(super) slots: u64,
     pub(super) logit_rows: u64,
-    pub(super) decode_items: u64,
-    pub(super) prefill_items: u64,
+    pub(super) few_items: [u64; MAX_SPANS],
+    pub(super) prefill_items: [u64; MAX_SPANS],
     tiles: [u64; 2],
     pub(super) blocks: u64,
 }
 
 impl Sections {
-    pub(super) fn num_decode_items(&self) -> u64 {
-        self.counts
+    pub(super) fn num_few_items(&self, span: usize) -> u64 {
+        self.counts + 12 + 8 * span as u64
     }
 
-    pub(super) fn num_prefill_items(&self) -> u64 {
-        self.counts + 4
+    pub(super) fn num_prefill_items(&self, span: usize) -> u64 {
+        self.num_few_items(span) + 4
     }
 
     pub(super) fn tiles(&self, set: RowSet) -> u64 {
@@ -84,12 +107,12 @@ impl Sections {
     }
 
     pub(super) fn num_tiles(&self, set: RowSet) -> u64 {
-        self.counts + 8 + 4 * index(set) as u64
+        self.counts + 4 * index(set) as u64
     }
 
     /// Of all rows, with and without adapters.
     pub(super) fn num_all_tiles(&self) -> u64 {
-        self.counts + 16
+        self.counts + 8
     }
 }
 
@@ -114,18 +137,33 @@ pub(super) struct Largest {
     pub(super) seat: Option<usize>,
     pub(super) position: Option<usize>,
     pub(super) store_at: Option<usize>,
-    pub(super) block: Option<usize>,
+    /// Of the blocks that attention over each span reads.
+    pub(super) blocks: [Option<usize>; MAX_SPANS],
 }
 
-/// A step on the card.
+/// Names the CUDA graph that a step can use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct GraphKey {
+    /// The batch.
+    id: u64,
+    rows: usize,
+    tiles: usize,
+    cut: Option<Cut>,
+    /// What the adapters of the step need besides low-rank deltas.
+    features: Features,
+}
+
+/// A step on the GPU.
 pub struct CudaBatch {
     buffer: DeviceBuf,
     pub(super) sums: Sums,
     id: u64,
     row_capacity: usize,
+    spans: Vec<Span>,
+    cut: Option<Cut>,
     exact: Sizes,
-    recorded: Option<Sizes>,
-    recording: Cell<bool>,
+    captured: Option<Sizes>,
+    capturing: Cell<bool>,
     pub(super) at: Sections,
     pub(super) largest: Largest,
     /// Slots in use, ascending.
@@ -136,18 +174,28 @@ pub struct CudaBatch {
 }
 
 impl CudaBatch {
-    pub(super) fn new(backend: &CudaBackend, rows: usize, blocks: usize) -> Result<CudaBatch> {
+    pub(super) fn new(
+        backend: &CudaBackend,
+        rows: usize,
+        blocks: usize,
+        spans: &[Span],
+    ) -> Result<CudaBatch> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
-        let items = plan::max_decode_items(rows) + plan::max_prefill_items(rows);
-        let words = 8 + 4 * rows + items * AttentionItem::WORDS + 2 * 3 * rows + blocks;
+        if spans.len() > MAX_SPANS {
+            return Err(unsupported(format!("attention over {} spans, above {MAX_SPANS},", spans.len())));
+        }
+        let items = plan::max_items(rows, backend.multiprocessors) * AttentionItem::WORDS;
+        let words = COUNTS + 6 * rows + spans.len() * items + 2 * 3 * rows + blocks;
         Ok(CudaBatch {
             buffer: DeviceBuf::zeroed(&backend.device, words * 4, "a step's indices")?,
             sums: Sums::new(backend, rows)?,
             id: NEXT.fetch_add(1, Ordering::Relaxed),
             row_capacity: rows,
+            spans: spans.to_vec(),
+            cut: None,
             exact: Sizes::default(),
-            recorded: None,
-            recording: Cell::new(false),
+            captured: None,
+            capturing: Cell::new(false),
             at: Sections::default(),
             largest: Largest::default(),
             slots: Default::default(),
@@ -156,9 +204,15 @@ impl CudaBatch {
         })
     }
 
+    /// Index of a span among those that attention was planned for.
+    pub(super) fn span(&self, span: Span) -> Result<usize> {
+        let index = self.spans.iter().position(|&planned| planned == span);
+        index.ok_or_else(|| unsupported(format!("attention over {span:?} in a batch for {:?}", self.spans)))
+    }
+
     /// What launches are sized by now.
     pub(super) fn sizes(&self) -> Sizes {
-        self.recorded.filter(|_| self.recording.get()).unwrap_or(self.exact)
+        self.captured.filter(|_| self.capturing.get()).unwrap_or(self.exact)
     }
 
     /// Rows that operations compute in a matrix of this capacity: spare ones only if they fit.
@@ -191,19 +245,20 @@ impl CudaBatch {
         &self.slots[index(set)]
     }
 
-    /// Names the recording that this step can use, if any: this object, its rows, its tiles.
-    pub(super) fn recording_key(&self) -> Option<(u64, usize, usize)> {
-        self.recorded.map(|sizes| (self.id, sizes.rows, sizes.tiles[0]))
+    /// Names the graph that this step can use, if any.
+    pub(super) fn graph_key(&self, features: Features) -> Option<GraphKey> {
+        let Self { id, cut, .. } = *self;
+        self.captured.map(|sizes| GraphKey { id, rows: sizes.rows, tiles: sizes.tiles[0], cut, features })
     }
 
-    /// Whether launches are those of a recording.
-    pub(super) fn is_recording(&self) -> bool {
-        self.recording.get()
+    /// Whether launches are those of a graph.
+    pub(super) fn is_capturing(&self) -> bool {
+        self.capturing.get()
     }
 
-    /// Sizes launches for a recording from now on, or for exactly this step.
-    pub(super) fn set_recording(&self, on: bool) {
-        self.recording.set(on);
+    /// Sizes launches for a graph from now on, or for exactly this step.
+    pub(super) fn set_capturing(&self, on: bool) {
+        self.capturing.set(on);
     }
 
     pub(super) fn upload(&mut self, backend: &CudaBackend, host: &Batch) -> Result<()> {
@@ -212,7 +267,7 @@ impl CudaBatch {
         if host.rows() > limit {
             return Err(Error::Index { op: "upload", what: "row", index: host.rows() - 1, limit });
         }
-        self.plan(host);
+        self.plan(host, backend.cut());
         let (got, limit) = (self.words.len() * 4, self.buffer.bytes());
         if got > limit {
             let (index, limit) = (host.blocks.len(), (limit - (got - host.blocks.len() * 4).min(limit)) / 4);
@@ -224,7 +279,7 @@ impl CudaBatch {
     }
 
     /// Lays out the words of a step and notes where they are.
-    fn plan(&mut self, host: &Batch) {
+    fn plan(&mut self, host: &Batch, cut: Cut) {
         let rows = host.rows();
         let tile_rows = [rows, host.logit_rows.len()].map(plan::tile_rows);
         let tiles = [
@@ -232,67 +287,102 @@ impl CudaBatch {
             plan::lora_tiles(&host.logit_segments, tile_rows[1]),
         ];
         let bare = plan::bare_tiles(&host.segments, rows as u32, tile_rows[0]);
-        let decode = plan::decode_items(&host.sequences);
-        let prefill = plan::prefill_items(&host.sequences);
+        let attention: Vec<[Items; 2]> = self
+            .spans
+            .iter()
+            .map(|&span| {
+                let sequences = &host.sequences;
+                [plan::few_items(sequences, span, &cut), plan::prefill_items(sequences, span, &cut)]
+            })
+            .collect();
+        let mut spans = [SpanSizes::default(); MAX_SPANS];
+        spans.iter_mut().zip(&attention).for_each(|(sizes, items)| *sizes = span_sizes(items));
         self.exact = Sizes {
             rows,
             logit_rows: host.logit_rows.len(),
-            decode_items: decode.len(),
-            prefill_items: prefill.len(),
-            prefill_rows: prefill.iter().map(|item| item.rows as usize).sum(),
+            spans,
             tiles: [tiles[0].len(), tiles[1].len()],
             pieces: [plan::shrink_pieces(&tiles[0]), plan::shrink_pieces(&tiles[1])],
             all_tiles: tiles[0].len() + bare.len(),
         };
-        self.recorded = self.recorded_sizes(host);
-        let room = self.recorded.unwrap_or(self.exact);
+        self.cut = Some(cut);
+        self.captured = self.captured_sizes(host, &cut);
+        let room = self.captured.unwrap_or(self.exact);
+        let mut counts = vec![tiles[0].len(), tiles[1].len(), self.exact.all_tiles];
+        counts.extend(attention.iter().flatten().map(|items| items.items.len()));
         let mut pack = Pack { words: &mut self.words, base: self.buffer.at() };
         pack.words.clear();
-        let counts = [decode.len(), prefill.len(), tiles[0].len(), tiles[1].len(), self.exact.all_tiles];
         self.at = Sections {
-            counts: pack.section(counts.map(|c| c as u32), 8, 0),
+            counts: pack.section(counts.iter().map(|&c| c as u32), COUNTS, 0),
             tokens: pack.section(host.tokens.iter().map(|&t| t.cast_unsigned()), room.rows, 0),
             positions: pack.section(host.positions.iter().copied(), room.rows, 0),
+            lengths: pack.section((0..rows).map(|row| host.length(row)), room.rows, 1),
             store_at: pack.section(host.store_at.iter().copied(), room.rows, NOWHERE),
+            slots: pack.section(plan::row_slots(&host.segments, rows), room.rows, plan::NO_SLOT),
             logit_rows: pack.section(host.logit_rows.iter().copied(), room.logit_rows, 0),
-            decode_items: pack.items(&decode, room.decode_items),
-            prefill_items: pack.items(&prefill, room.prefill_items),
+            few_items: [0; MAX_SPANS],
+            prefill_items: [0; MAX_SPANS],
             tiles: [
                 pack.section(tiles[0].iter().chain(&bare).flatten().copied(), 3 * room.all_tiles, 0),
                 pack.section(tiles[1].iter().flatten().copied(), 3 * room.tiles[1], 0),
             ],
-            blocks: pack.section(host.blocks.iter().copied(), host.blocks.len(), 0),
+            blocks: 0,
         };
-        self.tile_rows = match self.recorded {
+        for (i, [few, prefill]) in attention.iter().enumerate() {
+            self.at.few_items[i] = pack.items(&few.items, room.spans[i].few_items);
+            self.at.prefill_items[i] = pack.items(&prefill.items, room.spans[i].prefill_items);
+        }
+        self.at.blocks = pack.section(host.blocks.iter().copied(), host.blocks.len(), 0);
+        self.tile_rows = match self.captured {
             Some(sizes) => [plan::tile_rows(sizes.rows); 2],
             None => tile_rows,
         };
-        self.slots = [&host.segments, &host.logit_segments].map(|segments| {
-            let mut slots: Vec<u32> = segments.iter().map(|s| s.slot).collect();
-            slots.sort_unstable();
-            slots.dedup();
-            slots
-        });
-        self.largest = largest(host);
+        self.slots = [&host.segments, &host.logit_segments].map(|segments| slots_of(segments));
+        self.largest = largest(host, &self.spans);
     }
 
-    /// The sizes of the recording that a decode step uses.
-    fn recorded_sizes(&self, host: &Batch) -> Option<Sizes> {
+    /// The sizes of the graph that a decode step uses.
+    fn captured_sizes(&self, host: &Batch, cut: &Cut) -> Option<Sizes> {
         let count = host.rows();
         let decode =
             host.sequences.iter().all(|s| s.rows == 1) && host.logit_rows.len() == count && count > 0;
         let rows = at_least(&RECORDED_ROWS, count).filter(|&r| decode && r <= self.row_capacity)?;
         let tiles = at_least(&RECORDED_TILES, self.exact.tiles[0].max(self.exact.tiles[1]))?.min(rows);
+        let span = |exact: SpanSizes| SpanSizes {
+            few_items: cut.max_few_items(rows),
+            few_rows: 1,
+            few_parts: exact.few_parts,
+            ..SpanSizes::default()
+        };
         Some(Sizes {
             rows,
             logit_rows: rows,
-            decode_items: plan::max_decode_items(rows),
-            prefill_items: 0,
-            prefill_rows: 0,
+            spans: self.exact.spans.map(span),
             tiles: [tiles; 2],
             pieces: [tiles; 2],
             all_tiles: rows,
         })
+    }
+}
+
+/// The slots that segments use, ascending.
+fn slots_of(segments: &[Segment]) -> Vec<u32> {
+    let mut slots: Vec<u32> = segments.iter().map(|s| s.slot).collect();
+    slots.sort_unstable();
+    slots.dedup();
+    slots
+}
+
+fn span_sizes([few, prefill]: &[Items; 2]) -> SpanSizes {
+    let whole = || prefill.items.iter().filter(|item| item.split == 0);
+    SpanSizes {
+        few_items: few.items.len(),
+        few_rows: few.items.iter().map(|item| item.rows as usize).max().unwrap_or(0),
+        prefill_items: prefill.items.len(),
+        whole_items: whole().count(),
+        prefill_rows: whole().map(|item| item.rows as usize).sum(),
+        few_parts: few.parts as usize,
+        prefill_parts: prefill.parts as usize,
     }
 }
 
@@ -325,20 +415,29 @@ impl Sums {
     }
 }
 
-fn largest(host: &Batch) -> Largest {
+fn largest(host: &Batch, spans: &[Span]) -> Largest {
     let max = |values: &[u32]| values.iter().max().map(|&v| v as usize);
     let known = host.tokens.iter().filter(|&&t| t >= 0).max();
     let seat = host.tokens.iter().filter(|&&t| t < 0).min();
+    let mut blocks = [None; MAX_SPANS];
+    for (largest, &span) in blocks.iter_mut().zip(spans) {
+        let read = host.sequences.iter().flat_map(|s| {
+            let first = plan::first_key(span, s.kv_len - s.rows) as usize / BLOCK_SIZE;
+            let end = (s.kv_len as usize).div_ceil(BLOCK_SIZE);
+            &host.blocks[s.first_block as usize..][first..end]
+        });
+        *largest = read.max().map(|&block| block as usize);
+    }
     Largest {
         token: known.map(|&t| t as usize),
         seat: seat.map(|&t| (-1 - t) as usize),
         position: max(&host.positions),
         store_at: max(&host.store_at),
-        block: max(&host.blocks),
+        blocks,
     }
 }
 
-/// Words on their way to the card.
+/// Words on their way to the GPU.
 struct Pack<'a> {
     words: &'a mut Vec<u32>,
     base: u64,

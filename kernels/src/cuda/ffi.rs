@@ -1,10 +1,14 @@
-//! The launchers of `csrc`, and the argument structs that they share with it. Each returns 0 or the runtime's error.
+//! FFI: the launchers of `csrc`, and the argument structs that they share with it, whose layout both sides assert. Each
+//! launcher returns 0 or the runtime's error.
 
-use std::ffi::c_void;
+use std::{
+    ffi::c_void,
+    mem::{offset_of, size_of},
+};
 
 use cudarc::driver::sys::CUstream;
 
-use crate::DType;
+use crate::{Activation, DType};
 
 /// Mirrors `Elem` in `common.cuh`.
 pub(super) fn elem(dtype: DType) -> i32 {
@@ -12,6 +16,107 @@ pub(super) fn elem(dtype: DType) -> i32 {
         DType::F32 => 0,
         DType::Bf16 => 1,
         DType::F16 => 2,
+    }
+}
+
+/// Mirrors `Activation` in `rows.cu`.
+pub(super) fn activation(f: Activation) -> i32 {
+    match f {
+        Activation::Silu => 0,
+        Activation::Gelu => 1,
+        Activation::GeluTanh => 2,
+        Activation::Relu => 3,
+    }
+}
+
+/// Mirrors `NormArgs` in `norm.cuh`. A weight of 0 stands for no norm.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(super) struct NormArgs {
+    pub(super) weight: u64,
+    pub(super) bias: u64,
+    pub(super) eps: f32,
+    /// 0: RMS norm, else layer norm.
+    pub(super) layer: i32,
+}
+
+/// Mirrors `QkvArgs` in `rope.cu`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct QkvArgs {
+    pub(super) qkv: u64,
+    pub(super) k: u64,
+    pub(super) v: u64,
+    pub(super) positions: u64,
+    pub(super) store_at: u64,
+    pub(super) lengths: u64,
+    pub(super) table: u64,
+    pub(super) inv_freq: u64,
+    pub(super) query_norm: NormArgs,
+    pub(super) key_norm: NormArgs,
+    pub(super) rows: i32,
+    pub(super) query_heads: i32,
+    pub(super) kv_heads: i32,
+    pub(super) dim: i32,
+    pub(super) norm_span: i32,
+    pub(super) pairs: i32,
+    pub(super) neighbours: i32,
+    pub(super) table_rows: i32,
+    pub(super) stretch: i32,
+    pub(super) original: u32,
+    pub(super) factor: f32,
+    pub(super) scale: f32,
+    pub(super) clamp: f32,
+    pub(super) unused: i32,
+}
+
+/// Mirrors `EmbedArgs` in `rows.cu`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct EmbedArgs {
+    pub(super) tokens: u64,
+    pub(super) last: u64,
+    pub(super) positions: u64,
+    pub(super) slots: u64,
+    pub(super) table: u64,
+    pub(super) learned: u64,
+    pub(super) entries: u64,
+    pub(super) y: u64,
+    pub(super) entry_stride: i32,
+    pub(super) rows: i32,
+    pub(super) cols: i32,
+    pub(super) vocab: i32,
+    pub(super) scale: f32,
+    pub(super) unused: i32,
+}
+
+/// Mirrors `LoraEntry` in `lora.cuh`: what one adapter has at one slice of one site.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(super) struct LoraEntry {
+    pub(super) a: u64,
+    pub(super) b: u64,
+    pub(super) gain: u64,
+    pub(super) bias: u64,
+    pub(super) ids: u64,
+    pub(super) rows: u64,
+    pub(super) lora_rank: u32,
+    pub(super) scale: f32,
+    pub(super) num_rows: u32,
+    pub(super) a_cols: u32,
+}
+
+impl LoraEntry {
+    /// Words of an entry on the device.
+    pub(super) const WORDS: usize = size_of::<LoraEntry>() / 4;
+
+    pub(super) fn words(self) -> [u32; Self::WORDS] {
+        let mut words = [0; Self::WORDS];
+        for (i, at) in [self.a, self.b, self.gain, self.bias, self.ids, self.rows].into_iter().enumerate() {
+            (words[2 * i], words[2 * i + 1]) = (at as u32, (at >> 32) as u32);
+        }
+        words[12..].copy_from_slice(&[self.lora_rank, self.scale.to_bits(), self.num_rows, self.a_cols]);
+        words
     }
 }
 
@@ -29,12 +134,16 @@ pub(super) struct AttentionArgs {
     pub(super) partial_out: u64,
     pub(super) partial_scale: u64,
     pub(super) arrived: u64,
+    pub(super) sinks: u64,
+    pub(super) slopes: u64,
     pub(super) query_heads: i32,
     pub(super) kv_heads: i32,
     pub(super) dim: i32,
     pub(super) scale: f32,
     pub(super) softcap: f32,
     pub(super) window: i32,
+    pub(super) causal: i32,
+    pub(super) unused: i32,
 }
 
 /// `kMaxLoraRank` in `lora.cuh`.
@@ -58,12 +167,14 @@ pub(super) struct LoraArgs {
     pub(super) mid: u64,
     pub(super) parts: u64,
     pub(super) arrived: u64,
+    pub(super) bias: u64,
     pub(super) entry_stride: i32,
     pub(super) rows: i32,
     pub(super) inputs: i32,
     pub(super) out_cols: i32,
     pub(super) slices: i32,
     pub(super) splits: i32,
+    pub(super) base_cols: i32,
     pub(super) first_out: [i32; MAX_SLICES + 1],
 }
 
@@ -80,6 +191,9 @@ pub(super) struct LinearArgs {
     pub(super) outputs: i32,
     /// Not 0: added to what y, of f32, holds.
     pub(super) add: i32,
+    /// Of the rows of y.
+    pub(super) stride: i32,
+    pub(super) unused: i32,
 }
 
 /// Mirrors `SampleArgs` in `sample.cu`.
@@ -102,17 +216,23 @@ pub(super) struct SampleArgs {
     pub(super) max_top: i32,
 }
 
+// The same numbers are asserted in `csrc`.
+const _: () = {
+    assert!(size_of::<NormArgs>() == 24 && offset_of!(NormArgs, eps) == 16);
+    assert!(size_of::<QkvArgs>() == 168 && offset_of!(QkvArgs, query_norm) == 64);
+    assert!(offset_of!(QkvArgs, rows) == 112);
+    assert!(size_of::<EmbedArgs>() == 88 && offset_of!(EmbedArgs, entry_stride) == 64);
+    assert!(size_of::<LoraEntry>() == 64 && offset_of!(LoraEntry, lora_rank) == 48);
+    assert!(offset_of!(LoraEntry, num_rows) == 56);
+    assert!(size_of::<AttentionArgs>() == 128 && offset_of!(AttentionArgs, query_heads) == 96);
+    assert!(size_of::<LoraArgs>() == 120 && offset_of!(LoraArgs, entry_stride) == 72);
+    assert!(offset_of!(LoraArgs, first_out) == 100);
+    assert!(size_of::<LinearArgs>() == 56 && offset_of!(LinearArgs, rows) == 32);
+    assert!(size_of::<SampleArgs>() == 96 && offset_of!(SampleArgs, vocab) == 80);
+};
+
 unsafe extern "C" {
-    pub(super) fn lorax_embed(
-        elem: i32,
-        tokens: u64,
-        last: u64,
-        table: u64,
-        y: u64,
-        rows: i32,
-        cols: i32,
-        stream: CUstream,
-    ) -> i32;
+    pub(super) fn lorax_embed(args: *const EmbedArgs, elem: i32, stream: CUstream) -> i32;
     pub(super) fn lorax_gather(
         elem: i32,
         x: u64,
@@ -122,7 +242,25 @@ unsafe extern "C" {
         cols: i32,
         stream: CUstream,
     ) -> i32;
-    pub(super) fn lorax_silu_mul(elem: i32, x: u64, y: u64, rows: i32, cols: i32, stream: CUstream) -> i32;
+    pub(super) fn lorax_activate(
+        elem: i32,
+        f: i32,
+        gated: i32,
+        x: u64,
+        y: u64,
+        rows: i32,
+        cols: i32,
+        stream: CUstream,
+    ) -> i32;
+    pub(super) fn lorax_fill_logits(y: u64, rows: i32, first: i32, cols: i32, stream: CUstream) -> i32;
+    pub(super) fn lorax_shape_logits(
+        y: u64,
+        scale: f32,
+        cap: f32,
+        rows: i32,
+        cols: i32,
+        stream: CUstream,
+    ) -> i32;
     pub(super) fn lorax_add_bias(
         elem: i32,
         wide: i32,
@@ -130,16 +268,30 @@ unsafe extern "C" {
         bias: u64,
         rows: i32,
         cols: i32,
+        stride: i32,
         stream: CUstream,
     ) -> i32;
-    pub(super) fn lorax_rms_norm(
+    pub(super) fn lorax_normalize(
         elem: i32,
+        wide: i32,
         x: u64,
-        w: u64,
+        norm: *const NormArgs,
         y: u64,
         rows: i32,
         cols: i32,
-        eps: f32,
+        stream: CUstream,
+    ) -> i32;
+    pub(super) fn lorax_add_norm(
+        elem: i32,
+        wide: i32,
+        x: u64,
+        post: *const NormArgs,
+        scale: f32,
+        to: u64,
+        next: *const NormArgs,
+        y: u64,
+        rows: i32,
+        cols: i32,
         stream: CUstream,
     ) -> i32;
     pub(super) fn lorax_rope_table(
@@ -150,20 +302,7 @@ unsafe extern "C" {
         scale: f32,
         stream: CUstream,
     ) -> i32;
-    pub(super) fn lorax_rope_and_store(
-        elem: i32,
-        qkv: u64,
-        table: u64,
-        positions: u64,
-        store_at: u64,
-        k: u64,
-        v: u64,
-        rows: i32,
-        query_heads: i32,
-        kv_heads: i32,
-        dim: i32,
-        stream: CUstream,
-    ) -> i32;
+    pub(super) fn lorax_rope_and_store(args: *const QkvArgs, elem: i32, stream: CUstream) -> i32;
     pub(super) fn lorax_lora_shrink(
         args: *const LoraArgs,
         elem: i32,
@@ -175,6 +314,7 @@ unsafe extern "C" {
         args: *const LoraArgs,
         elem: i32,
         wide: i32,
+        affine: i32,
         max_tiles: i32,
         stream: CUstream,
     ) -> i32;
@@ -182,7 +322,25 @@ unsafe extern "C" {
         args: *const LoraArgs,
         act: u64,
         elem: i32,
+        affine: i32,
         tiles: i32,
+        stream: CUstream,
+    ) -> i32;
+    pub(super) fn lorax_lora_replace_rows(
+        args: *const LoraArgs,
+        elem: i32,
+        wide: i32,
+        max_tiles: i32,
+        stream: CUstream,
+    ) -> i32;
+    pub(super) fn lorax_lora_gains(
+        elem: i32,
+        entry: *const LoraEntry,
+        gain: u64,
+        w: u64,
+        inputs: i32,
+        outputs: i32,
+        lookup: i32,
         stream: CUstream,
     ) -> i32;
     pub(super) fn lorax_sample(
@@ -234,15 +392,17 @@ unsafe extern "C" {
     ) -> i32;
 }
 
-/// A launcher of attention for one head size.
+/// A launcher of attention for one head size. Arguments: the struct, the element type, whether items are those of
+/// prefill, the most rows of one where they are not, items, the stream.
 pub(super) type AttentionLauncher =
-    unsafe extern "C" fn(*const AttentionArgs, i32, i32, i32, CUstream) -> i32;
+    unsafe extern "C" fn(*const AttentionArgs, i32, i32, i32, i32, CUstream) -> i32;
 
 unsafe extern "C" {
     pub(super) fn lorax_attention_64(
         a: *const AttentionArgs,
         elem: i32,
         prefill: i32,
+        max_rows: i32,
         items: i32,
         s: CUstream,
     ) -> i32;
@@ -250,6 +410,7 @@ unsafe extern "C" {
         a: *const AttentionArgs,
         elem: i32,
         prefill: i32,
+        max_rows: i32,
         items: i32,
         s: CUstream,
     ) -> i32;
@@ -257,6 +418,7 @@ unsafe extern "C" {
         a: *const AttentionArgs,
         elem: i32,
         prefill: i32,
+        max_rows: i32,
         items: i32,
         s: CUstream,
     ) -> i32;
@@ -264,15 +426,19 @@ unsafe extern "C" {
         a: *const AttentionArgs,
         elem: i32,
         prefill: i32,
+        max_rows: i32,
         items: i32,
         s: CUstream,
     ) -> i32;
+    /// Merges the parts of split prefill items.
+    pub(super) fn lorax_attention_merge(a: *const AttentionArgs, elem: i32, items: i32, s: CUstream) -> i32;
 }
 
 unsafe extern "C" {
-    /// Adds the deltas of one slice to y, of f32, and norms it.
+    /// Adds the deltas of one slice to y, of f32, and norms it. `products`: 0, or what is added to y with them.
     pub(super) fn lorax_expand_norm_hopper(
         args: *const LoraArgs,
+        products: u64,
         w: u64,
         eps: f32,
         y: u64,

@@ -1,4 +1,4 @@
-//! `y (+)= x · Wᵀ` through cuBLASLt. Plans are made once a shape and kept; during the warm-up, every algorithm that
+//! GEMM, `y (+)= x · Wᵀ`, through cuBLASLt. Plans are made once a shape and kept; during the warm-up, every algorithm that
 //! the library offers for a shape is timed.
 
 mod choices;
@@ -41,6 +41,8 @@ pub(super) struct Shape {
     pub(super) rows: usize,
     pub(super) inputs: usize,
     pub(super) outputs: usize,
+    /// From one row of y to the next.
+    pub(super) stride: usize,
     /// Whether y is f32.
     pub(super) wide: bool,
     /// Whether the product is added to what y holds.
@@ -217,13 +219,15 @@ impl Gemm {
         let layout = |data_type, rows: usize, cols: usize| {
             result::create_matrix_layout(data_type, rows as u64, cols as u64, rows as i64).map_err(failed)
         };
+        let y_type = if shape.wide { float } else { half };
         let (inputs, outputs, rows) = (shape.inputs, shape.outputs, shape.rows);
         let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
         let layouts = Layouts {
             description: result::create_matmul_desc(compute, float).map_err(failed)?,
             w: layout(half, inputs, outputs)?,
             x: layout(half, inputs, rows)?,
-            y: layout(if shape.wide { float } else { half }, outputs, rows)?,
+            y: result::create_matrix_layout(y_type, outputs as u64, rows as u64, shape.stride as i64)
+                .map_err(failed)?,
         };
         let transposed = CUBLAS_OP_T;
         let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;

@@ -1,6 +1,6 @@
-//! Decode steps recorded as CUDA graphs.
+//! Decode steps captured as CUDA graphs.
 //!
-//! All that changes between two steps of one size lies in device memory, so a recording serves every such step. On a
+//! All that changes between two steps of one size lies in device memory, so a graph serves every such step. On a
 //! replay the operations still run on the host, as checks and for the numbers of rows that they set, but launch
 //! nothing; then the whole step is one launch.
 
@@ -17,18 +17,22 @@ use cudarc::driver::{
     sys,
 };
 
-use super::{CudaBatch, device::Stream, device::failed};
+use super::{
+    CudaBatch,
+    batch::GraphKey,
+    device::{Stream, failed},
+};
 use crate::Result;
 
 /// An instantiated graph.
-struct Recording(sys::CUgraphExec);
+struct Graph(sys::CUgraphExec);
 
-// SAFETY: used under the lock of `Recorder`; the driver's calls are thread safe.
-unsafe impl Send for Recording {}
+// SAFETY: used under the lock of `Graphs`; the driver's calls are thread safe.
+unsafe impl Send for Graph {}
 
-impl Drop for Recording {
+impl Drop for Graph {
     fn drop(&mut self) {
-        // SAFETY: instantiated by `record`. A failure leaks it at the end of the process.
+        // SAFETY: instantiated by `capture`. A failure leaks it at the end of the process.
         let _ = unsafe { graph::exec_destroy(self.0) };
     }
 }
@@ -43,21 +47,17 @@ impl Drop for Captured {
     }
 }
 
-/// The recordings of a backend.
-pub(super) struct Recorder {
+/// The graphs of a backend.
+pub(super) struct Graphs {
     enabled: AtomicBool,
     replaying: AtomicBool,
-    /// None: a step of this key was launched once, which loaded its kernels.
-    recordings: Mutex<HashMap<(u64, usize, usize), Option<Recording>>>,
+    /// None: a step of this key was launched once, operation by operation, which loaded its kernels.
+    by_key: Mutex<HashMap<GraphKey, Option<Graph>>>,
 }
 
-impl Recorder {
-    pub(super) fn new() -> Recorder {
-        Recorder {
-            enabled: AtomicBool::new(true),
-            replaying: AtomicBool::new(false),
-            recordings: Mutex::default(),
-        }
+impl Graphs {
+    pub(super) fn new() -> Graphs {
+        Graphs { enabled: AtomicBool::new(true), replaying: AtomicBool::new(false), by_key: Mutex::default() }
     }
 
     pub(super) fn enable(&self, on: bool) {
@@ -73,47 +73,48 @@ impl Recorder {
         self.replaying.load(Ordering::Relaxed)
     }
 
-    /// Runs the operations of a step: one by one the first time, recorded the second time, replayed from then on.
+    /// Runs the operations of a step: one by one the first time, captured the second time, replayed from then on.
     pub(super) fn step(
         &self,
         stream: &Stream,
         batch: &CudaBatch,
+        key: Option<GraphKey>,
         ops: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
-        let Some(key) = batch.recording_key().filter(|_| self.is_enabled()) else {
+        let Some(key) = key.filter(|_| self.is_enabled()) else {
             return ops();
         };
-        let mut recordings = self.recordings.lock().unwrap_or_else(PoisonError::into_inner);
-        batch.set_recording(true);
-        let done = match recordings.get(&key) {
+        let mut by_key = self.by_key.lock().unwrap_or_else(PoisonError::into_inner);
+        batch.set_capturing(true);
+        let done = match by_key.get(&key) {
             None => ops().map(|()| {
-                recordings.insert(key, None);
+                by_key.insert(key, None);
             }),
-            Some(None) => record(stream, ops).and_then(|recording| {
-                launch(stream, &recording)?;
-                recordings.insert(key, Some(recording));
+            Some(None) => capture(stream, ops).and_then(|graph| {
+                launch(stream, &graph)?;
+                by_key.insert(key, Some(graph));
                 Ok(())
             }),
-            Some(Some(recording)) => {
+            Some(Some(graph)) => {
                 self.replaying.store(true, Ordering::Relaxed);
                 let checked = ops();
                 self.replaying.store(false, Ordering::Relaxed);
-                checked.and_then(|()| launch(stream, recording))
+                checked.and_then(|()| launch(stream, graph))
             }
         };
-        batch.set_recording(false);
+        batch.set_capturing(false);
         done
     }
 }
 
-fn launch(stream: &Stream, recording: &Recording) -> Result<()> {
+fn launch(stream: &Stream, graph: &Graph) -> Result<()> {
     // SAFETY: both live; what the graph reads and writes lives as long as the model's scratch.
-    unsafe { graph::launch(recording.0, stream.raw()) }.map_err(failed("replay a step"))
+    unsafe { graph::launch(graph.0, stream.raw()) }.map_err(failed("replay a step"))
 }
 
-/// Records what `ops` launches, without running it.
-fn record(stream: &Stream, ops: impl FnOnce() -> Result<()>) -> Result<Recording> {
-    let op = "record a step";
+/// Captures what `ops` launches, without running it.
+fn capture(stream: &Stream, ops: impl FnOnce() -> Result<()>) -> Result<Graph> {
+    let op = "capture a step";
     // Other threads allocate for adapters meanwhile, which only the relaxed mode permits.
     let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
     // SAFETY: the stream lives.
@@ -125,5 +126,5 @@ fn record(stream: &Stream, ops: impl FnOnce() -> Result<()>) -> Result<Recording
     let captured = captured.map_err(failed(op))?;
     // SAFETY: the graph lives.
     let instance = unsafe { graph::instantiate(captured.0, sys::CUgraphInstantiate_flags(0)) };
-    Ok(Recording(instance.map_err(failed(op))?))
+    Ok(Graph(instance.map_err(failed(op))?))
 }

@@ -1,17 +1,22 @@
-//! Base product and low-rank deltas of one linear operation.
+//! GEMM with a base weight, low-rank deltas, and their epilogues.
 
 use std::ops::RangeInclusive;
 
 use super::{
-    CudaBackend, CudaBatch, CudaMat, CudaSlots, CudaVector, CudaWeight,
+    CudaBackend, CudaBatch, CudaMat, CudaSlots,
     device::Stream,
     ffi,
     gemm::{Operands, Shape},
+    lora::Features,
     memory::expect,
+    norm,
 };
-use crate::{Backend, Error, LinearLora, Matrix, Projection, Result, RowSet};
+use crate::{
+    Activation, Error, LinearLora, LogitShape, Matrix, Norm, NormKind, Ops, Output, Projection, Residual,
+    Result, RowSet, SiteKind, compose,
+};
 
-/// Blocks that a shrink should have, about: two for each multiprocessor of a large card.
+/// Blocks that a shrink should have, about: two for each multiprocessor of a large GPU.
 const SHRINK_BLOCKS: usize = 264;
 /// Inputs that one block of a shrink reduces, at least: one step of each of its warps.
 const MIN_SPLIT_INPUTS: usize = 256;
@@ -20,63 +25,150 @@ const SMALL_TILE: u32 = 16;
 /// Most rows that `skinny.cu` multiplies faster than cuBLASLt, and than cuBLASLt and a shrink one after the other.
 const SKINNY_ROWS: usize = 8;
 const SKINNY_ROWS_WITH_DELTAS: usize = 32;
-/// Rows that `linear_hopper.cu` multiplies faster than either, on the card that it is for.
+/// Rows that `linear_hopper.cu` multiplies faster than either, on the GPU that it is for.
 const HOPPER_ROWS: RangeInclusive<usize> = 5..=8;
 const HOPPER_ROWS_WITH_DELTAS: RangeInclusive<usize> = 5..=56;
 
+/// Where sums go.
+struct Sum<'a> {
+    y: &'a mut CudaMat,
+    /// Whether they are added to what y holds.
+    add: bool,
+    /// Whether y may have more columns than the weight has rows: of logits, which become -∞ there.
+    spare: bool,
+}
+
+impl<'a> Sum<'a> {
+    fn store(y: &'a mut CudaMat) -> Sum<'a> {
+        Sum { y, add: false, spare: false }
+    }
+
+    fn add(y: &'a mut CudaMat) -> Sum<'a> {
+        Sum { y, add: true, spare: false }
+    }
+}
+
+/// [`Ops::linear`]: SwiGLU and the additions to the residual stream are fused, everything else is composed.
 pub(super) fn linear(
     be: &CudaBackend,
     x: &CudaMat,
     by: Projection<'_, CudaBackend>,
-    (y, add): (&mut CudaMat, bool),
+    out: Output<'_, CudaBackend>,
 ) -> Result<()> {
-    match base(be, x, by, (y, add))? {
+    match out {
+        Output::Gate { activation, products, y } => gate(be, x, by, Gated { activation, products, y }),
+        Output::Residual(to) => residual(be, x, by, to),
+        out => compose::linear(be, x, by, out),
+    }
+}
+
+/// The products, with deltas, in place of what y holds.
+pub(super) fn matmul(
+    be: &CudaBackend,
+    x: &CudaMat,
+    by: Projection<'_, CudaBackend>,
+    y: &mut CudaMat,
+) -> Result<()> {
+    match base(be, x, by, Sum::store(y))? {
         Some(deltas) => deltas.expand(be, y),
         None => Ok(()),
     }
 }
 
-/// A gate and an up projection side by side, with their deltas, and the gating.
-pub(super) fn gated_linear(
+/// The products, with deltas, added to what y holds.
+pub(super) fn matmul_add(
     be: &CudaBackend,
     x: &CudaMat,
     by: Projection<'_, CudaBackend>,
-    (gate_up, y): (&mut CudaMat, &mut CudaMat),
+    y: &mut CudaMat,
 ) -> Result<()> {
-    match base(be, x, by, (gate_up, false))? {
-        Some(deltas) if deltas.can_gate(gate_up, y) => return deltas.expand_silu_mul(be, gate_up, y),
-        Some(deltas) => deltas.expand(be, gate_up)?,
+    match base(be, x, by, Sum::add(y))? {
+        Some(deltas) => deltas.expand(be, y),
+        None => Ok(()),
+    }
+}
+
+/// The products of the output projection, with deltas, scaled and capped.
+pub(super) fn logits(
+    be: &CudaBackend,
+    x: &CudaMat,
+    by: Projection<'_, CudaBackend>,
+    shape: LogitShape,
+    y: &mut CudaMat,
+) -> Result<()> {
+    y.expect_wide("logits")?;
+    if let Some(deltas) = base(be, x, by, Sum { y, add: false, spare: true })? {
+        deltas.expand(be, y)?;
+    }
+    if shape == LogitShape::PLAIN {
+        return Ok(());
+    }
+    let (rows, cols) = (y.rows() as i32, y.cols() as i32);
+    let (scale, cap) = (shape.scale, shape.softcap.unwrap_or(0.0));
+    // SAFETY: y has that many rows and columns of f32.
+    be.launch("logits", y.rows(), |_, stream| unsafe {
+        ffi::lorax_shape_logits(y.at(), scale, cap, rows, cols, stream)
+    })
+}
+
+/// The matrices of [`Output::Gate`].
+struct Gated<'a> {
+    activation: Activation,
+    products: &'a mut CudaMat,
+    y: &'a mut CudaMat,
+}
+
+/// A gate and an up projection side by side, with their deltas, and the gating.
+fn gate(be: &CudaBackend, x: &CudaMat, by: Projection<'_, CudaBackend>, to: Gated<'_>) -> Result<()> {
+    let Gated { activation, products, y } = to;
+    match base(be, x, by, Sum::store(products))? {
+        Some(deltas) if activation == Activation::Silu && deltas.can_gate(products, y) => {
+            return deltas.expand_silu_mul(be, products, y);
+        }
+        Some(deltas) => deltas.expand(be, products)?,
         None => {}
     }
-    be.silu_mul(gate_up, y)
+    be.gate(products, activation, y)
 }
 
 /// A projection onto the residual stream, with its deltas, and the norm of the stream.
-pub(super) fn add_linear_norm(
+fn residual(
     be: &CudaBackend,
     x: &CudaMat,
     by: Projection<'_, CudaBackend>,
-    residual: &mut CudaMat,
-    ((norm, eps), y): ((&CudaVector, f32), &mut CudaMat),
+    to: Residual<'_, CudaBackend>,
 ) -> Result<()> {
-    expect_norm(residual, norm, y)?;
-    match base(be, x, by, (residual, true))? {
-        Some(deltas) if be.hopper && deltas.can_norm() => {
-            return deltas.expand_norm(be, residual, (norm, eps), y);
-        }
-        Some(deltas) => deltas.expand(be, residual)?,
-        None => {}
+    let direct = compose::adds_directly(be, &by, &to);
+    let Residual { stream, products, post, scale, next, .. } = to;
+    if let Some((norm, y)) = &next {
+        norm::expect(stream, norm, y)?;
     }
-    be.rms_norm(residual, norm, eps, y)
-}
-
-/// Refuses weights and a result that are not of the stream's width: before anything is added to it.
-pub(super) fn expect_norm(x: &CudaMat, w: &CudaVector, y: &CudaMat) -> Result<()> {
-    let op = "rms_norm";
-    x.expect_wide(op)?;
-    y.expect_half(op)?;
-    y.expect_cols(op, "columns of y", x.cols())?;
-    expect(op, "weights", w.len, x.cols())
+    if direct {
+        let deltas = base(be, x, by, Sum::add(stream))?;
+        return match (deltas, next) {
+            (Some(deltas), Some((norm, y))) if deltas.can_norm(be, &norm, y) => {
+                deltas.expand_norm(be, Normed { stream, products: None, norm, y })
+            }
+            (deltas, next) => {
+                deltas.map_or(Ok(()), |deltas| deltas.expand(be, stream))?;
+                next.map_or(Ok(()), |(norm, y)| be.normalize(stream, norm, y))
+            }
+        };
+    }
+    expect("linear", "rows of y", stream.rows(), x.rows())?;
+    products.expect_wide("linear")?;
+    let deltas = base(be, x, by, Sum::store(products))?;
+    let fusable = post.is_none() && scale == 1.0 && be.ranks() == 1;
+    match (deltas, next) {
+        (Some(deltas), Some((norm, y))) if fusable && deltas.can_norm(be, &norm, y) => {
+            deltas.expand_norm(be, Normed { stream, products: Some(products), norm, y })
+        }
+        (deltas, next) => {
+            deltas.map_or(Ok(()), |deltas| deltas.expand(be, products))?;
+            be.all_reduce(products)?;
+            norm::add(be, products, norm::Added { post, scale, stream, next })
+        }
+    }
 }
 
 /// The base product, added to what `y` holds or in place of it, and the shrink. Returns the deltas that are to be added.
@@ -84,13 +176,13 @@ fn base<'a>(
     be: &CudaBackend,
     x: &CudaMat,
     by: Projection<'a, CudaBackend>,
-    (y, add): (&mut CudaMat, bool),
+    to: Sum<'_>,
 ) -> Result<Option<Deltas<'a>>> {
     let op = "linear";
-    let Projection { weight, bias, lora } = by;
+    let (Projection { weight, bias, lora }, Sum { y, add, spare }) = (by, to);
     x.expect_half(op)?;
     x.expect_cols(op, "columns of x", weight.inputs)?;
-    y.expect_cols(op, "columns of y", weight.outputs)?;
+    y.expect_cols(op, "columns of y", if spare { y.cols().max(weight.outputs) } else { weight.outputs })?;
     if let Some(bias) = bias {
         expect(op, "elements of the bias", bias.len, weight.outputs)?;
     }
@@ -100,10 +192,26 @@ fn base<'a>(
     }
     y.resize(op, x.rows())?;
     let deltas = lora.map(|lora| Deltas::new(x, &lora, y)).transpose()?.flatten();
+    let deltas = deltas.map(|mut deltas| {
+        deltas.args.bias = bias.map_or(0, |bias| bias.buffer.at());
+        deltas.args.base_cols = weight.outputs as i32;
+        deltas
+    });
+    let to = Sum { y, add, spare };
     if let Some(kernel) = kernel_of_few_rows(be, x.rows(), weight.inputs, deltas.is_some()) {
-        few_rows(be, kernel, x, (weight, bias), deltas.as_ref(), (y, add))?;
+        few_rows(be, kernel, x, by, deltas.as_ref(), &to)?;
     } else {
-        many_rows(be, x, (weight, bias), deltas.as_ref(), (y, add))?;
+        many_rows(be, x, by, deltas.as_ref(), &to)?;
+    }
+    if to.y.cols() > weight.outputs {
+        let (rows, first, cols) = (to.y.rows() as i32, weight.outputs as i32, to.y.cols() as i32);
+        // SAFETY: y has that many rows and columns, of f32 as only logits have spare ones.
+        be.launch(op, to.y.rows(), |_, stream| unsafe {
+            ffi::lorax_fill_logits(to.y.at(), rows, first, cols, stream)
+        })?;
+    }
+    if let Some(deltas) = &deltas {
+        deltas.replace_rows(be, to.y)?;
     }
     Ok(deltas)
 }
@@ -133,19 +241,21 @@ fn few_rows(
     be: &CudaBackend,
     kernel: ffi::LinearLauncher,
     x: &CudaMat,
-    (weight, bias): (&CudaWeight, Option<&CudaVector>),
+    by: Projection<'_, CudaBackend>,
     deltas: Option<&Deltas<'_>>,
-    (y, add): (&CudaMat, bool),
+    to: &Sum<'_>,
 ) -> Result<()> {
     let args = ffi::LinearArgs {
         x: x.at(),
-        w: weight.buffer.at(),
-        bias: bias.map_or(0, |bias| bias.buffer.at()),
-        y: y.at(),
+        w: by.weight.buffer.at(),
+        bias: by.bias.map_or(0, |bias| bias.buffer.at()),
+        y: to.y.at(),
         rows: x.rows() as i32,
-        inputs: weight.inputs as i32,
-        outputs: weight.outputs as i32,
-        add: i32::from(add),
+        inputs: by.weight.inputs as i32,
+        outputs: by.weight.outputs as i32,
+        add: i32::from(to.add),
+        stride: to.y.cols() as i32,
+        unused: 0,
     };
     // The kernel does not split the inputs.
     let lora = deltas.map(|deltas| ffi::LoraArgs { splits: 1, ..deltas.args });
@@ -153,7 +263,7 @@ fn few_rows(
     let max_tiles = deltas.map_or(0, |deltas| deltas.max_tiles as i32);
     // SAFETY: shapes were checked; the tables hold only resident slots of these sites.
     be.launch("linear", x.rows(), |elem, stream| unsafe {
-        kernel(&raw const args, lora_at, elem, y.wide(), max_tiles, stream)
+        kernel(&raw const args, lora_at, elem, to.y.wide(), max_tiles, stream)
     })
 }
 
@@ -161,40 +271,38 @@ fn few_rows(
 fn many_rows(
     be: &CudaBackend,
     x: &CudaMat,
-    weight: (&CudaWeight, Option<&CudaVector>),
+    by: Projection<'_, CudaBackend>,
     deltas: Option<&Deltas<'_>>,
-    y: (&CudaMat, bool),
+    to: &Sum<'_>,
 ) -> Result<()> {
-    let Some(deltas) = deltas else { return product(be, x, weight, y) };
-    // Beside the large products of other steps there is no room for a shrink; and a replay launches nothing.
-    if !deltas.batch.is_recording() || !be.is_launching() {
+    let Some(deltas) = deltas else { return gemm(be, x, by, to) };
+    // Outside of graphs a second stream costs more launches than it saves time; and a replay launches nothing.
+    if !deltas.batch.is_capturing() || !be.is_launching() {
         deltas.shrink(be, &be.stream)?;
-        return product(be, x, weight, y);
+        return gemm(be, x, by, to);
     }
-    // The product first: it takes its multiprocessors, and the shrink those that it leaves.
+    // The GEMM first: it takes its multiprocessors, and the shrink those that it leaves.
     be.branch.fork(&be.stream)?;
-    product(be, x, weight, y)?;
+    gemm(be, x, by, to)?;
     deltas.shrink(be, be.branch.stream())?;
     be.branch.join(&be.stream)
 }
 
 /// The base product of many rows.
-fn product(
-    be: &CudaBackend,
-    x: &CudaMat,
-    (weight, bias): (&CudaWeight, Option<&CudaVector>),
-    (y, add): (&CudaMat, bool),
-) -> Result<()> {
+fn gemm(be: &CudaBackend, x: &CudaMat, by: Projection<'_, CudaBackend>, to: &Sum<'_>) -> Result<()> {
+    let (weight, y) = (by.weight, &to.y);
     if x.rows() > 0 && be.is_launching() {
         let (inputs, outputs) = (weight.inputs, weight.outputs);
-        let shape = Shape { rows: x.rows(), inputs, outputs, wide: y.wide() != 0, add };
+        let (stride, wide) = (y.cols(), y.wide() != 0);
+        let shape = Shape { rows: x.rows(), inputs, outputs, stride, wide, add: to.add };
+        be.count_launch();
         be.gemm.run(&be.stream, shape, Operands { x: x.at(), w: weight.buffer.at(), y: y.at() })?;
     }
-    let Some(bias) = bias else { return Ok(()) };
+    let Some(bias) = by.bias else { return Ok(()) };
     // SAFETY: y has that many rows and columns, the bias that many elements.
     be.launch("linear", y.rows(), |elem, stream| unsafe {
-        let (rows, cols) = (y.rows() as i32, y.cols() as i32);
-        ffi::lorax_add_bias(elem, y.wide(), y.at(), bias.buffer.at(), rows, cols, stream)
+        let (rows, cols, stride) = (y.rows() as i32, weight.outputs as i32, y.cols() as i32);
+        ffi::lorax_add_bias(elem, y.wide(), y.at(), bias.buffer.at(), rows, cols, stride, stream)
     })
 }
 
@@ -205,6 +313,16 @@ struct Deltas<'a> {
     tile_rows: u32,
     batch: &'a CudaBatch,
     rows: RowSet,
+    kind: SiteKind,
+    features: Features,
+}
+
+/// A residual stream, what is added to it besides deltas, and its norm.
+struct Normed<'a> {
+    stream: &'a CudaMat,
+    products: Option<&'a CudaMat>,
+    norm: Norm<'a, CudaBackend>,
+    y: &'a mut CudaMat,
 }
 
 impl<'a> Deltas<'a> {
@@ -240,15 +358,22 @@ impl<'a> Deltas<'a> {
             mid: batch.sums.mid.at(),
             parts: batch.sums.parts.at(),
             arrived: batch.sums.arrived.at(),
+            bias: 0,
             entry_stride: slots.entry_stride() as i32,
             rows: x.rows() as i32,
             inputs: site.inputs as i32,
             out_cols: y.cols() as i32,
             slices: site.outputs.len() as i32,
             splits: wanted.min(most).max(1) as i32,
+            base_cols: y.cols() as i32,
             first_out,
         };
-        Ok(Some(Deltas { args, max_tiles, tile_rows, batch, rows: lora.rows }))
+        let (kind, features) = (site.kind, slots.features(batch));
+        Ok(Some(Deltas { args, max_tiles, tile_rows, batch, rows: lora.rows, kind, features }))
+    }
+
+    fn affine(&self) -> i32 {
+        i32::from(self.features.affine)
     }
 
     fn shrink(&self, be: &CudaBackend, stream: &Stream) -> Result<()> {
@@ -259,11 +384,24 @@ impl<'a> Deltas<'a> {
         })
     }
 
+    /// Puts products with replaced rows of the output projection where those with the base model's are.
+    fn replace_rows(&self, be: &CudaBackend, y: &CudaMat) -> Result<()> {
+        if self.kind != SiteKind::Head || !self.features.head_rows {
+            return Ok(());
+        }
+        // SAFETY: as in `shrink`; ids of replaced rows were checked when the adapter was staged.
+        be.launch("linear", self.max_tiles, |elem, stream| unsafe {
+            let max_tiles = self.max_tiles as i32;
+            ffi::lorax_lora_replace_rows(&raw const self.args, elem, y.wide(), max_tiles, stream)
+        })
+    }
+
     /// Adds the deltas to y.
     fn expand(&self, be: &CudaBackend, y: &CudaMat) -> Result<()> {
         // SAFETY: as in `shrink`.
         be.launch("linear", self.max_tiles, |elem, stream| unsafe {
-            ffi::lorax_lora_expand(&raw const self.args, elem, y.wide(), self.max_tiles as i32, stream)
+            let (wide, affine, max_tiles) = (y.wide(), self.affine(), self.max_tiles as i32);
+            ffi::lorax_lora_expand(&raw const self.args, elem, wide, affine, max_tiles, stream)
         })
     }
 
@@ -274,46 +412,43 @@ impl<'a> Deltas<'a> {
         let halves = self.args.slices == 2 && self.args.first_out[1] as usize == inner;
         let whole = inner.is_multiple_of(ffi::OUT_BLOCK) && gate_up.cols() == 2 * inner;
         let half_size = gate_up.wide() == 0 && y.wide() == 0;
-        // Recorded steps, which have room for more tiles than there are, have small ones.
+        // Captured steps, which have room for more tiles than there are, have small ones.
         halves && whole && half_size && self.rows == RowSet::All && self.tile_rows > SMALL_TILE
     }
 
     /// Adds the deltas to gate and up on their way into `y`; `gate_up` stays as it is.
     fn expand_silu_mul(&self, be: &CudaBackend, gate_up: &CudaMat, y: &mut CudaMat) -> Result<()> {
-        y.resize("silu_mul", gate_up.rows())?;
+        y.resize("gate", gate_up.rows())?;
         let tiles = self.batch.all_tiles();
         // SAFETY: as in `shrink`; the tiles cover the rows of `gate_up`, of which `y` has as many.
-        be.launch("silu_mul", tiles, |elem, stream| unsafe {
-            ffi::lorax_lora_expand_silu_mul(&raw const self.args, y.at(), elem, tiles as i32, stream)
+        be.launch("gate", tiles, |elem, stream| unsafe {
+            let (affine, tiles) = (self.affine(), tiles as i32);
+            ffi::lorax_lora_expand_silu_mul(&raw const self.args, y.at(), elem, affine, tiles, stream)
         })
     }
 
-    /// Whether `expand_norm` takes these outputs.
-    fn can_norm(&self) -> bool {
+    /// Whether `expand_norm` runs here, and takes these outputs and this norm.
+    fn can_norm(&self, be: &CudaBackend, norm: &Norm<'_, CudaBackend>, y: &CudaMat) -> bool {
         let outputs = self.args.out_cols as usize;
-        self.args.slices == 1
-            && outputs.is_multiple_of(ffi::OUT_BLOCK)
-            && outputs <= ffi::MAX_NORMED
-            && self.rows == RowSet::All
+        let width = outputs.is_multiple_of(ffi::OUT_BLOCK) && outputs <= ffi::MAX_NORMED;
+        let plain = norm.kind == NormKind::Rms && norm.bias.is_none() && y.wide() == 0;
+        be.hopper && self.args.slices == 1 && width && plain && self.rows == RowSet::All
     }
 
-    /// Adds the deltas to `residual`, and norms it.
-    fn expand_norm(
-        &self,
-        be: &CudaBackend,
-        residual: &CudaMat,
-        (norm, eps): (&CudaVector, f32),
-        y: &mut CudaMat,
-    ) -> Result<()> {
-        let op = "rms_norm";
-        y.resize(op, residual.rows())?;
-        let args = ffi::LoraArgs { num_tiles: self.batch.at.num_all_tiles(), ..self.args };
+    /// Adds products and deltas to a stream, and norms it.
+    fn expand_norm(&self, be: &CudaBackend, to: Normed<'_>) -> Result<()> {
+        let (op, Normed { stream: sums, products, norm, y }) = ("normalize", to);
+        y.resize(op, sums.rows())?;
+        let num_tiles = self.batch.at.num_all_tiles();
+        let args = ffi::LoraArgs { num_tiles, y: sums.at(), ..self.args };
         let (tiles, tile_rows) = (self.batch.all_tiles(), self.tile_rows as i32);
-        // SAFETY: as in `shrink`; the tiles lie within the rows of `residual`, of which `y` has as many. Spare rows of a
-        // recorded step are in none: what `y` has there is never read but for themselves.
+        let products = products.map_or(0, CudaMat::at);
+        // SAFETY: as in `shrink`; the tiles lie within the rows of the stream, of which `y` and the products have as many.
+        // Spare rows of a captured step are in none: what `y` has there is never read but for themselves.
         be.launch(op, tiles, |elem, stream| unsafe {
-            let (w, tiles) = (norm.buffer.at(), tiles as i32);
-            ffi::lorax_expand_norm_hopper(&raw const args, w, eps, y.at(), elem, tiles, tile_rows, stream)
+            let (w, y, tiles) = (norm.weight.buffer.at(), y.at(), tiles as i32);
+            let args = &raw const args;
+            ffi::lorax_expand_norm_hopper(args, products, w, norm.eps, y, elem, tiles, tile_rows, stream)
         })
     }
 }

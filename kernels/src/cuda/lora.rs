@@ -1,49 +1,105 @@
-//! Adapters: staged in pinned memory as the card holds them, copied beside the steps, found through a table.
+//! Adapters: staged in pinned memory as the GPU holds them, copied beside the steps, found through a table.
 
-use std::sync::Arc;
+use std::{ops::BitOr, sync::Arc};
 
 use super::{
-    CudaBackend, convert,
-    device::{DeviceBuf, Event, PoolBuf},
-    ffi::{MAX_LORA_RANK, MAX_SLICES, OUT_BLOCK},
+    CudaBackend, CudaBatch, CudaWeight, convert,
+    device::{DeviceBuf, Event, PoolBuf, launched},
+    ffi::{self, LoraEntry, MAX_LORA_RANK, MAX_SLICES, OUT_BLOCK},
+    memory::expect,
     pinned::{PIECE, Pieces},
     unsupported,
 };
-use crate::{DType, Error, LoraPart, LoraShape, LoraSite, Result};
+use crate::{
+    DType, Error, HostTensor, LoraPart, LoraShape, LoraSite, LowRank, ReplacedRows, Result, RowSet, SiteKind,
+};
 
-/// Every matrix begins at a multiple of so many bytes.
+/// Everything of an adapter begins at a multiple of so many bytes.
 const ALIGN: usize = 256;
-/// Bytes of a `LoraEntry` in `lora.cuh`.
-const ENTRY: usize = 24;
+/// Bytes of an entry of the table.
+const ENTRY: usize = 4 * LoraEntry::WORDS;
 
-/// Where the delta of one slice lies in an adapter.
-#[derive(Debug, Clone, Copy)]
-struct Placed {
-    /// Index of the slice when those of all sites are counted.
-    slice: usize,
-    lora_rank: u32,
-    a: usize,
-    b: usize,
+/// What a step's adapters need besides low-rank deltas, on which the choice of kernels depends.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub(super) struct Features {
+    /// A gain or a bias.
+    pub(super) affine: bool,
+    /// Replaced rows of the output projection.
+    pub(super) head_rows: bool,
 }
 
-/// An adapter in pinned memory: for each part A `[lora_rank, inputs]`, then B transposed in blocks of outputs,
-/// `[blocks, lora_rank, OUT_BLOCK]`, with zeros behind the last output.
+impl BitOr for Features {
+    type Output = Features;
+
+    fn bitor(self, other: Features) -> Features {
+        Features { affine: self.affine || other.affine, head_rows: self.head_rows || other.head_rows }
+    }
+}
+
+/// Where what an adapter has at one slice lies in its memory.
+#[derive(Debug, Clone, Copy)]
+struct Placed {
+    shape: LoraShape,
+    /// Index of the slice when those of all sites are counted.
+    slice: usize,
+    scale: f32,
+    /// Columns of A.
+    a_cols: usize,
+    a: usize,
+    b: usize,
+    gain: usize,
+    bias: usize,
+    /// None: the replaced rows are the first ones.
+    ids: Option<usize>,
+    rows: usize,
+}
+
+impl Placed {
+    /// The entry of an adapter whose memory begins at `base`.
+    fn entry(&self, base: u64) -> LoraEntry {
+        let at = |offset: usize, wanted: bool| if wanted { base + offset as u64 } else { 0 };
+        let LoraShape { lora_rank, has_magnitude, has_bias, rows, .. } = self.shape;
+        LoraEntry {
+            a: at(self.a, lora_rank > 0),
+            b: at(self.b, lora_rank > 0),
+            gain: at(self.gain, has_magnitude),
+            bias: at(self.bias, has_bias),
+            ids: at(self.ids.unwrap_or(0), self.ids.is_some()),
+            rows: at(self.rows, rows > 0),
+            lora_rank: lora_rank as u32,
+            scale: self.scale,
+            num_rows: rows as u32,
+            a_cols: self.a_cols as u32,
+        }
+    }
+}
+
+/// An adapter in pinned memory. For each part: A `[lora_rank, inputs]`; B transposed in blocks of outputs, `[blocks,
+/// lora_rank, OUT_BLOCK]`, with zeros behind the last output; magnitude and bias in f32; ids and replaced rows.
 pub struct CudaAdapter {
     memory: Pieces,
     parts: Vec<Placed>,
+    features: Features,
 }
 
 impl CudaAdapter {
     pub(super) fn new(be: &CudaBackend, sites: &[LoraSite], parts: &[LoraPart]) -> Result<CudaAdapter> {
         parts.iter().try_for_each(|part| part.check(sites))?;
         let shapes: Vec<_> = parts.iter().map(LoraPart::shape).collect();
-        let (placed, bytes) = layout(be.dtype, sites, &shapes)?;
+        let (mut placed, bytes) = layout(be.dtype, sites, &shapes)?;
         let mut memory = be.pinned.take(bytes)?;
-        for (part, placed) in parts.iter().zip(&placed) {
-            memory.write(placed.a, &convert::from_f32(be.dtype, part.a.iter().copied()));
-            memory.write(placed.b, &convert::from_f32(be.dtype, blocked(part)));
+        let mut features = Features::default();
+        for (part, placed) in parts.iter().zip(&mut placed) {
+            let site = &sites[part.site];
+            write_part(be.dtype, part, site.outputs[part.slice], placed, &mut memory);
+            let head = site.kind == SiteKind::Head;
+            features = features
+                | Features {
+                    affine: part.magnitude.is_some() || part.bias.is_some(),
+                    head_rows: head && part.rows.is_some(),
+                };
         }
-        Ok(CudaAdapter { memory, parts: placed })
+        Ok(CudaAdapter { memory, parts: placed, features })
     }
 
     pub(super) fn bytes(&self) -> usize {
@@ -51,23 +107,67 @@ impl CudaAdapter {
     }
 }
 
-/// Where the parts of an adapter lie, and its bytes.
+fn write_part(dtype: DType, part: &LoraPart, outputs: usize, placed: &mut Placed, memory: &mut Pieces) {
+    if let Some(LowRank { rank, scale, a, b }) = &part.low_rank {
+        (placed.scale, placed.a_cols) = (*scale, a.data.len() / a.dtype.size() / rank);
+        memory.write(placed.a, &converted(dtype, a));
+        // Logits may have more columns than the base weight has rows, which take part as zeros.
+        let mut b = b.to_f32();
+        b.resize(outputs * rank, 0.0);
+        memory.write(placed.b, &convert::from_f32(dtype, blocked(*rank, &b)));
+    }
+    for (at, vector, neutral) in [(placed.gain, &part.magnitude, 1.0), (placed.bias, &part.bias, 0.0)] {
+        if let Some(vector) = vector {
+            let mut vector = vector.clone();
+            vector.resize(outputs, neutral);
+            memory.write(at, &convert::bytes_of(&vector));
+        }
+    }
+    if let Some(ReplacedRows { ids, values }) = &part.rows {
+        match ids {
+            Some(ids) => memory.write(placed.ids.unwrap_or_default(), &convert::bytes_of(ids)),
+            None => placed.ids = None,
+        }
+        memory.write(placed.rows, &converted(dtype, values));
+    }
+}
+
+/// A host tensor's elements as the GPU holds them.
+fn converted(dtype: DType, tensor: &HostTensor<'_>) -> Vec<u8> {
+    let mut bytes = vec![0; tensor.data.len() / tensor.dtype.size() * dtype.size()];
+    convert::convert(tensor.dtype, &tensor.data, dtype, &mut bytes);
+    bytes
+}
+
+/// Where the parts of an adapter lie, and its bytes. Room for ids is kept wherever rows are replaced.
 fn layout(dtype: DType, sites: &[LoraSite], shapes: &[LoraShape]) -> Result<(Vec<Placed>, usize)> {
     let (first, mut bytes) = (first_slices(sites), 0);
-    let mut reserve = |elements: usize| {
+    let mut reserve = |size: usize| {
         let at = bytes;
-        bytes += (elements * dtype.size()).next_multiple_of(ALIGN);
+        bytes += size.next_multiple_of(ALIGN);
         at
     };
     let mut placed = Vec::with_capacity(shapes.len());
     for &shape in shapes {
-        let LoraShape { site, slice, lora_rank } = shape;
+        let LoraShape { site, slice, lora_rank, has_magnitude, has_bias, rows } = shape;
         let [inputs, outputs] = shape.of(sites)?;
         if lora_rank > MAX_LORA_RANK {
             return Err(unsupported(format!("an adapter of rank {lora_rank}, above {MAX_LORA_RANK},")));
         }
-        let (a, b) = (reserve(inputs * lora_rank), reserve(outputs.next_multiple_of(OUT_BLOCK) * lora_rank));
-        placed.push(Placed { slice: first[site] + slice, lora_rank: lora_rank as u32, a, b });
+        let columns = if sites[site].kind == SiteKind::Lookup { outputs } else { inputs };
+        let vector = |wanted: bool| if wanted { outputs * size_of::<f32>() } else { 0 };
+        placed.push(Placed {
+            shape,
+            slice: first[site] + slice,
+            scale: 1.0,
+            a_cols: inputs,
+            a: reserve(inputs * lora_rank * dtype.size()),
+            b: reserve(outputs.next_multiple_of(OUT_BLOCK) * lora_rank * dtype.size()),
+            gain: reserve(vector(has_magnitude)),
+            bias: reserve(vector(has_bias)),
+            ids: (rows > 0).then(|| reserve(rows * size_of::<u32>())),
+            rows: reserve(rows * columns * dtype.size()),
+        });
     }
     Ok((placed, bytes))
 }
@@ -77,10 +177,9 @@ pub(super) fn host_bytes(dtype: DType, sites: &[LoraSite], shapes: &[LoraShape])
     Ok(layout(dtype, sites, shapes)?.1.next_multiple_of(PIECE))
 }
 
-/// B in the order of [`CudaAdapter`].
-fn blocked(part: &LoraPart) -> impl Iterator<Item = f32> {
-    let rank = part.lora_rank;
-    part.b.chunks(OUT_BLOCK * rank).flat_map(move |block| {
+/// B, row-major `[outputs, rank]`, in the order of [`CudaAdapter`].
+fn blocked(rank: usize, b: &[f32]) -> impl Iterator<Item = f32> {
+    b.chunks(OUT_BLOCK * rank).flat_map(move |block| {
         let element = move |r, output| block.get(output * rank + r).copied().unwrap_or_default();
         (0..rank).flat_map(move |r| (0..OUT_BLOCK).map(move |output| element(r, output)))
     })
@@ -92,7 +191,7 @@ fn first_slices(sites: &[LoraSite]) -> Vec<usize> {
     slices.scan(0, |next, slices| Some(std::mem::replace(next, *next + slices))).collect()
 }
 
-/// An adapter on its way to the card.
+/// An adapter on its way to the GPU.
 struct Loading {
     slot: u32,
     memory: PoolBuf,
@@ -108,14 +207,33 @@ pub struct CudaSlots {
     pub(super) sites: Vec<LoraSite>,
     first: Vec<usize>,
     entries: DeviceBuf,
-    slots: Vec<Option<PoolBuf>>,
+    slots: Vec<Option<Resident>>,
     loading: Vec<Loading>,
+}
+
+/// The base weight of one slice, whose rows have norms.
+struct Base {
+    at: u64,
+    inputs: usize,
+    outputs: usize,
+    /// Whether it is stored as `[inputs, outputs]`.
+    lookup: bool,
+}
+
+/// The adapter in a slot.
+struct Resident {
+    /// Holds what the slot's entries point to.
+    _memory: PoolBuf,
+    features: Features,
 }
 
 impl CudaSlots {
     pub(super) fn new(be: &CudaBackend, sites: &[LoraSite], slots: usize) -> Result<CudaSlots> {
         if let Some(site) = sites.iter().find(|site| site.outputs.len() > MAX_SLICES) {
             return Err(unsupported(format!("a site of {} slices, above {MAX_SLICES},", site.outputs.len())));
+        }
+        if sites.iter().any(|site| site.kind != SiteKind::Linear && site.outputs.len() > 1) {
+            return Err(unsupported("an embedding or output projection of several slices".into()));
         }
         let stride: usize = sites.iter().map(|site| site.outputs.len()).sum();
         Ok(CudaSlots {
@@ -137,6 +255,13 @@ impl CudaSlots {
         self.entries.at() + (self.first[site] * ENTRY) as u64
     }
 
+    /// What the adapters of a step need besides low-rank deltas.
+    pub(super) fn features(&self, batch: &CudaBatch) -> Features {
+        let resident =
+            batch.slots(RowSet::All).iter().filter_map(|&slot| self.slots.get(slot as usize)?.as_ref());
+        resident.fold(Features::default(), |all, resident| all | resident.features)
+    }
+
     pub(super) fn expect_resident(&self, op: &'static str, slot: u32) -> Result<()> {
         match self.slots.get(slot as usize) {
             Some(Some(_)) => Ok(()),
@@ -145,18 +270,78 @@ impl CudaSlots {
         }
     }
 
-    /// Errors: without memory on the card, the slot is empty and nothing was begun.
-    pub(super) fn load(&mut self, be: &CudaBackend, slot: u32, adapter: &Arc<CudaAdapter>) -> Result<()> {
+    /// Errors: without memory on the GPU, the slot is empty and nothing was begun.
+    pub(super) fn load(
+        &mut self,
+        be: &CudaBackend,
+        slot: u32,
+        adapter: &Arc<CudaAdapter>,
+        weights: &[&CudaWeight],
+    ) -> Result<()> {
         self.unload(slot)?;
+        let scaled = adapter.parts.iter().filter(|part| part.shape.has_magnitude);
+        let scaled: Vec<_> =
+            scaled.map(|part| Ok((part, self.weight_of(be, part, weights)?))).collect::<Result<_>>()?;
         let memory = PoolBuf::new(&be.copies, &be.stream, adapter.bytes(), "an adapter")?;
         let copied = Event::new()?;
         for (at, piece) in adapter.memory.iter() {
             // SAFETY: the memory was just allocated on this stream; `Loading` keeps the source until the copy ended.
             unsafe { be.copies.copy_in(memory.at() + at as u64, piece)? };
         }
+        if !scaled.is_empty() {
+            // Weights are sent on the stream of the steps.
+            let sent = Event::new()?;
+            sent.record(&be.stream)?;
+            be.copies.wait_for(&sent)?;
+        }
+        for (part, weight) in scaled {
+            Self::launch_gains(be, part, memory.at(), &weight)?;
+        }
         copied.record(&be.copies)?;
         self.loading.push(Loading { slot, memory, adapter: adapter.clone(), copied, abandoned: false });
         Ok(())
+    }
+
+    /// The base weight of a part's slice.
+    fn weight_of(&self, be: &CudaBackend, part: &Placed, weights: &[&CudaWeight]) -> Result<Base> {
+        let (op, LoraShape { site: index, slice, .. }) = ("load", part.shape);
+        let (site, limit) = (&self.sites[index], weights.len());
+        let weight = weights.get(index).ok_or(Error::Index { op, what: "weight of a site", index, limit })?;
+        let columns = site.columns(slice);
+        let at = weight.buffer.at() + (columns.start * site.inputs * be.dtype.size()) as u64;
+        let base = match site.kind {
+            SiteKind::Linear => Base { at, inputs: weight.inputs, outputs: columns.len(), lookup: false },
+            SiteKind::Head => Base { at, inputs: weight.inputs, outputs: weight.outputs, lookup: false },
+            SiteKind::Lookup => Base { at, inputs: weight.outputs, outputs: weight.inputs, lookup: true },
+        };
+        let (a_cols, last) = (part.a_cols.min(base.inputs), columns.start + base.outputs);
+        if part.shape.lora_rank > 0 {
+            expect(op, "columns of A", part.a_cols, a_cols)?;
+        }
+        if !base.lookup && last > weight.outputs {
+            return Err(Error::Index {
+                op,
+                what: "row of a site's weight",
+                index: last - 1,
+                limit: weight.outputs,
+            });
+        }
+        expect(op, "inputs of a site's weight", base.inputs.min(site.inputs), base.inputs)?;
+        expect(op, "outputs of a site's weight", base.outputs.min(columns.len()), base.outputs)?;
+        Ok(base)
+    }
+
+    /// Turns a part's magnitudes into gains, behind their copy.
+    fn launch_gains(be: &CudaBackend, part: &Placed, adapter: u64, base: &Base) -> Result<()> {
+        let entry = part.entry(adapter);
+        let (inputs, outputs, lookup) = (base.inputs as i32, base.outputs as i32, i32::from(base.lookup));
+        let (elem, stream) = (ffi::elem(be.dtype), be.copies.raw());
+        be.device.bind()?;
+        // SAFETY: the weight's shape was checked; the adapter's memory was laid out for the same site.
+        launched("load", unsafe {
+            let (entry_at, gain) = (&raw const entry, entry.gain);
+            ffi::lorax_lora_gains(elem, entry_at, gain, base.at, inputs, outputs, lookup, stream)
+        })
     }
 
     /// Slots that became usable since the last call.
@@ -174,19 +359,19 @@ impl CudaSlots {
         self.loading = still;
         let mut slots = Vec::with_capacity(ready.len());
         for Loading { slot, memory, adapter, .. } in ready {
-            self.publish(be, slot, &adapter.parts, memory.at())?;
-            self.slots[slot as usize] = Some(memory);
+            self.write_entries(be, slot, &adapter.parts, memory.at())?;
+            self.slots[slot as usize] = Some(Resident { _memory: memory, features: adapter.features });
             slots.push(slot);
         }
         Ok(slots)
     }
 
     /// Writes a slot's entries for an adapter at an address, behind the steps already launched.
-    fn publish(&self, be: &CudaBackend, slot: u32, parts: &[Placed], at: u64) -> Result<()> {
+    fn write_entries(&self, be: &CudaBackend, slot: u32, parts: &[Placed], at: u64) -> Result<()> {
         let stride = self.entry_stride();
-        let mut entries = vec![[0_u64; ENTRY / 8]; stride];
-        for piece in parts {
-            entries[piece.slice] = [at + piece.a as u64, at + piece.b as u64, u64::from(piece.lora_rank)];
+        let mut entries = vec![[0; LoraEntry::WORDS]; stride];
+        for part in parts {
+            entries[part.slice] = part.entry(at).words();
         }
         let to = self.entries.at() + (slot as usize * stride * ENTRY) as u64;
         // SAFETY: `slot` was checked when the load began.

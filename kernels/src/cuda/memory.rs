@@ -1,7 +1,7 @@
-//! What lives on the card: activations, weights, vectors, rotary tables, KV memory.
+//! What lives on the GPU: activations, weights, vectors, rotary tables, the KV cache.
 
 use super::{CudaBackend, convert, device::DeviceBuf, device::launched, ffi};
-use crate::{BLOCK_SIZE, DType, Error, Heads, HostTensor, Matrix, Result};
+use crate::{BLOCK_SIZE, DType, Error, Heads, HostTensor, Matrix, Result, RopeSpec, Stretch};
 
 /// Activations.
 pub struct CudaMat {
@@ -155,38 +155,54 @@ impl CudaVector {
     }
 }
 
-/// Cosines and sines, `[positions, dim / 2]` pairs of f32.
+/// The angles of a rotary embedding.
 pub struct CudaRope {
-    pub(super) buffer: DeviceBuf,
+    /// Cosines and sines, `[positions, pairs]` twice f32; for LongRoPE those of longer sequences behind them. Empty where
+    /// the kernel computes angles row by row.
+    pub(super) table: DeviceBuf,
+    pub(super) inv_freq: CudaVector,
     pub(super) positions: usize,
-    pub(super) half: usize,
+    pub(super) pairs: usize,
+    pub(super) scale: f32,
+    /// The longest sequence that is not stretched, and the factor of [`Stretch::Dynamic`].
+    pub(super) original: u32,
+    pub(super) factor: f32,
+    /// `Stretch` in `rope.cu`.
+    pub(super) stretch: i32,
 }
 
 impl CudaRope {
-    pub(super) fn new(
-        backend: &CudaBackend,
-        inv_freq: &[f32],
-        positions: usize,
-        scale: f32,
-    ) -> Result<CudaRope> {
-        let half = inv_freq.len();
-        let buffer = DeviceBuf::new(&backend.device, positions * half * 8, "the rotary table")?;
-        let frequencies = CudaVector::new(backend, inv_freq)?;
-        if positions * half > 0 {
+    pub(super) fn new(backend: &CudaBackend, spec: &RopeSpec) -> Result<CudaRope> {
+        let RopeSpec { inv_freq, scale, positions, stretch } = spec;
+        let (pairs, positions, scale) = (inv_freq.len(), *positions, *scale);
+        let mut tables = vec![inv_freq];
+        let (stretch, original, factor) = match stretch {
+            Stretch::None => (0, u32::MAX, 1.0),
+            Stretch::Long { original, inv_freq } => {
+                expect("rope", "frequencies of long sequences", inv_freq.len(), pairs)?;
+                tables.push(inv_freq);
+                (1, *original, 1.0)
+            }
+            Stretch::Dynamic { original, factor } => {
+                tables.clear();
+                (2, *original, *factor)
+            }
+        };
+        let table_bytes = positions * pairs * 8;
+        let table = DeviceBuf::new(&backend.device, tables.len() * table_bytes, "the rotary table")?;
+        for (i, inv_freq) in tables.into_iter().enumerate().filter(|_| table_bytes > 0) {
+            let frequencies = CudaVector::new(backend, inv_freq)?;
+            let to = table.at() + (i * table_bytes) as u64;
+            let (from, stream) = (frequencies.buffer.at(), backend.stream.raw());
             // SAFETY: both buffers have the sizes that the launcher is told.
             launched("rope", unsafe {
-                ffi::lorax_rope_table(
-                    frequencies.buffer.at(),
-                    buffer.at(),
-                    positions as i32,
-                    half as i32,
-                    scale,
-                    backend.stream.raw(),
-                )
+                ffi::lorax_rope_table(from, to, positions as i32, pairs as i32, scale, stream)
             })?;
+            // The frequencies are freed.
+            backend.stream.synchronize()?;
         }
-        backend.stream.synchronize()?;
-        Ok(CudaRope { buffer, positions, half })
+        let inv_freq = CudaVector::new(backend, inv_freq)?;
+        Ok(CudaRope { table, inv_freq, positions, pairs, scale, original, factor, stretch })
     }
 }
 
@@ -201,6 +217,7 @@ pub struct CudaKv {
 impl CudaKv {
     pub(super) fn new(backend: &CudaBackend, blocks: usize, heads: Heads) -> Result<CudaKv> {
         super::attention::check_heads(heads)?;
+        backend.remember(heads);
         let plane = blocks * heads.kv * BLOCK_SIZE * heads.dim * backend.dtype.size();
         let buffer = DeviceBuf::zeroed(&backend.device, 2 * plane, "KV memory")?;
         Ok(CudaKv { buffer, blocks, heads, plane })

@@ -1,16 +1,26 @@
-//! How a step is divided into work for the kernels: pieces of attention, tiles of rows with one adapter. Pure.
+//! How a step is divided into work for the kernels: items of attention, split-K, tiles of rows with one adapter. Pure.
 
-use crate::{Segment, SequenceRows};
+use crate::{BLOCK_SIZE, Heads, Segment, SequenceRows, Span};
 
-/// Rows of one piece of prefill attention, `kPrefillRows` in `attention.cuh`.
+/// Rows of one item of prefill attention, `kPrefillRows` in `attention.cuh`.
 const PREFILL_ROWS: u32 = 128;
-/// A long sequence's decode is split into pieces of at least so many positions.
+/// Pairs of a row and a query head that one block of prefill attention computes on Hopper, `kPairs` there.
+const PREFILL_PAIRS: u32 = 128;
+/// Pairs of one tile of decode attention.
+const DECODE_PAIRS: u32 = 16;
+/// Rows of a sequence that are always computed as decode rows are, and how many pairs they may be beyond that.
+const FEW_ROWS: u32 = 8;
+const FEW_PAIRS: u32 = 64;
+/// Keys of one split, at least: of few rows, and of prefill.
 const MIN_SPLIT: u32 = 64;
-/// About how many pieces the decode rows of a step are split into, together, at least.
-const DECODE_PIECES: u32 = 32;
-/// Parts that split pieces leave behind, at most: below [`DECODE_PIECES`] sequences are longer than a piece, and
-/// together they fill so many whole ones. Also how often one row is split at most (`kMaxSplits` in `attention.cuh`).
-pub(super) const MAX_PARTIALS: usize = 2 * DECODE_PIECES as usize;
+const MIN_PREFILL_SPLIT: u32 = 512;
+/// How often one item is split at most; `kMaxSplits` in `attention.cuh`.
+const MAX_SPLITS: u32 = 128;
+/// Blocks of decode attention for each multiprocessor, about.
+const BLOCKS_EACH: u32 = 3;
+/// Elements of f32, and pairs, that the parts of split items have room for.
+pub(super) const PART_ELEMENTS: usize = 8 << 20;
+pub(super) const PART_PAIRS: usize = 1 << 17;
 
 /// Mirrors `AttentionItem` in `attention.cuh`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,66 +46,143 @@ impl AttentionItem {
     }
 }
 
-/// The most pieces that [`decode_items`] makes of so many rows.
-pub(super) fn max_decode_items(rows: usize) -> usize {
-    rows + DECODE_PIECES as usize
+/// What the division of attention depends on besides the step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Cut {
+    /// About how many pieces the keys of few rows are split into, all sequences together.
+    pub(super) pieces: u32,
+    multiprocessors: u32,
+    kv_heads: u32,
+    /// Query heads of a key head.
+    group: u32,
+    /// Rows that the parts of split items have room for.
+    part_rows: u32,
 }
 
-/// The most pieces that [`prefill_items`] makes of so many rows, in sequences of at least 2.
-pub(super) fn max_prefill_items(rows: usize) -> usize {
-    rows / 2 + 1
+impl Cut {
+    pub(super) fn new(heads: Heads, multiprocessors: u32) -> Cut {
+        let (query, kv) = (heads.query.max(1), heads.kv.max(1));
+        let part_rows = (PART_ELEMENTS / (query * heads.dim.max(1))).min(PART_PAIRS / query);
+        Cut {
+            pieces: (BLOCKS_EACH * multiprocessors).div_ceil(kv as u32).clamp(1, MAX_SPLITS),
+            multiprocessors,
+            kv_heads: kv as u32,
+            group: (query / kv) as u32,
+            part_rows: part_rows as u32,
+        }
+    }
+
+    fn is_few(&self, s: &SequenceRows) -> bool {
+        s.rows <= FEW_ROWS || s.rows * self.group <= FEW_PAIRS
+    }
+
+    /// Tiles of the pairs of so many rows.
+    fn tiles(&self, rows: u32, pairs: u32) -> u32 {
+        (rows * self.group).div_ceil(pairs)
+    }
+
+    /// The most items that [`Self::few_items`] makes of so many rows.
+    pub(super) fn max_few_items(&self, rows: usize) -> usize {
+        rows + self.pieces as usize
+    }
 }
 
-/// Pieces of the sequences with one row each. Long ones are split so that few sequences fill the card.
-pub(super) fn decode_items(sequences: &[SequenceRows]) -> Vec<AttentionItem> {
-    let decode = || sequences.iter().filter(|s| s.rows == 1);
-    let total: u32 = decode().map(|s| s.kv_len).sum();
-    let piece = total.div_ceil(DECODE_PIECES).next_multiple_of(64).max(MIN_SPLIT);
-    let mut items = Vec::new();
-    let mut partial = 0;
-    for s in decode() {
-        let splits = s.kv_len.div_ceil(piece);
+/// The most items of any cut of so many rows: of few rows, and of prefill.
+pub(super) fn max_items(rows: usize, multiprocessors: u32) -> usize {
+    rows + MAX_SPLITS as usize + rows / 2 + 1 + multiprocessors as usize
+}
+
+/// The items of one launch, and the rows of parts that its split ones leave.
+#[derive(Debug, Default)]
+pub(super) struct Items {
+    pub(super) items: Vec<AttentionItem>,
+    pub(super) parts: u32,
+}
+
+impl Items {
+    /// Adds an item with its keys split into pieces: the last one has the keys behind `visible`, which the first row of
+    /// the item does not see, as well.
+    fn add(&mut self, item: AttentionItem, visible: u32, piece: u32, cut: &Cut) {
+        let keys = visible - item.kv_begin;
+        let mut splits = keys.div_ceil(piece).max(1);
+        if self.parts + splits * item.rows > cut.part_rows {
+            splits = 1;
+        }
         for split in 0..splits {
-            items.push(AttentionItem {
-                row: s.start,
-                rows: 1,
-                position: s.kv_len - 1,
-                table: s.first_block,
-                kv_begin: split * piece,
-                kv_end: s.kv_len.min((split + 1) * piece),
-                splits,
-                partial,
-                split,
-            });
+            let kv_begin = item.kv_begin + split * piece;
+            let kv_end = if split + 1 == splits { item.kv_end } else { kv_begin + piece };
+            self.items.push(AttentionItem { kv_begin, kv_end, splits, partial: self.parts, split, ..item });
         }
         if splits > 1 {
-            partial += splits;
+            self.parts += splits * item.rows;
         }
+    }
+}
+
+/// The first key of a whole block that a row at a position sees.
+pub(super) fn first_key(span: Span, position: u32) -> u32 {
+    match span {
+        Span::Window(window) => (position + 1).saturating_sub(window) / BLOCK_SIZE as u32 * BLOCK_SIZE as u32,
+        Span::Causal | Span::Bidirectional => 0,
+    }
+}
+
+/// Rows `first` to `first + rows` of a sequence as one item, and the end of the keys that all of them see.
+fn item(s: &SequenceRows, span: Span, first: u32, rows: u32) -> (AttentionItem, u32) {
+    let position = s.kv_len - s.rows + first;
+    let (visible, kv_end) = match span {
+        Span::Bidirectional => (s.kv_len, s.kv_len),
+        Span::Causal | Span::Window(_) => (position + 1, position + rows),
+    };
+    let item = AttentionItem {
+        row: s.start + first,
+        rows,
+        position,
+        table: s.first_block,
+        kv_begin: first_key(span, position),
+        kv_end,
+        splits: 1,
+        partial: 0,
+        split: 0,
+    };
+    (item, visible)
+}
+
+/// Items of the sequences with few rows each. Their keys are split so that few sequences fill the GPU.
+pub(super) fn few_items(sequences: &[SequenceRows], span: Span, cut: &Cut) -> Items {
+    let whole: Vec<_> =
+        sequences.iter().filter(|s| cut.is_few(s)).map(|s| item(s, span, 0, s.rows)).collect();
+    let work = |(item, _): &(AttentionItem, u32)| {
+        u64::from(item.kv_end - item.kv_begin) * u64::from(cut.tiles(item.rows, DECODE_PAIRS))
+    };
+    let total: u64 = whole.iter().map(work).sum();
+    let piece = total.div_ceil(u64::from(cut.pieces)).next_multiple_of(u64::from(MIN_SPLIT)) as u32;
+    let mut items = Items::default();
+    for (item, visible) in whole {
+        items.add(item, visible, piece.max(MIN_SPLIT), cut);
     }
     items
 }
 
-/// Pieces of the sequences with several rows, the longest first.
-pub(super) fn prefill_items(sequences: &[SequenceRows]) -> Vec<AttentionItem> {
-    let mut items = Vec::new();
-    for s in sequences.iter().filter(|s| s.rows > 1) {
-        for first in (0..s.rows).step_by(PREFILL_ROWS as usize) {
-            let rows = PREFILL_ROWS.min(s.rows - first);
-            let position = s.kv_len - s.rows + first;
-            items.push(AttentionItem {
-                row: s.start + first,
-                rows,
-                position,
-                table: s.first_block,
-                kv_begin: 0,
-                kv_end: position + rows,
-                splits: 1,
-                partial: 0,
-                split: 0,
-            });
-        }
+/// Items of the sequences with more rows, the longest first. Where they would leave multiprocessors idle, their keys are
+/// split into one wave of blocks.
+pub(super) fn prefill_items(sequences: &[SequenceRows], span: Span, cut: &Cut) -> Items {
+    let mut whole: Vec<(AttentionItem, u32)> = Vec::new();
+    for s in sequences.iter().filter(|s| !cut.is_few(s)) {
+        let firsts = (0..s.rows).step_by(PREFILL_ROWS as usize);
+        whole.extend(firsts.map(|first| item(s, span, first, PREFILL_ROWS.min(s.rows - first))));
     }
-    items.sort_by_key(|item| std::cmp::Reverse(item.kv_end));
+    whole.sort_by_key(|(item, _)| std::cmp::Reverse(item.kv_end - item.kv_begin));
+    let keys = |(item, visible): &(AttentionItem, u32)| u64::from(visible - item.kv_begin);
+    let blocks = |item: &AttentionItem| u64::from(cut.tiles(item.rows, PREFILL_PAIRS) * cut.kv_heads);
+    let total: u64 = whole.iter().map(|both| keys(both) * blocks(&both.0)).sum();
+    let mut items = Items::default();
+    for both in whole {
+        let wanted = u64::from(cut.multiprocessors) * keys(&both) / total.max(1);
+        let most = (keys(&both) / u64::from(MIN_PREFILL_SPLIT)).min(u64::from(MAX_SPLITS));
+        let piece = keys(&both).div_ceil(wanted.min(most).max(1)).next_multiple_of(u64::from(MIN_SPLIT));
+        items.add(both.0, both.1, piece as u32, cut);
+    }
     items
 }
 
@@ -137,69 +224,14 @@ pub(super) fn bare_tiles(segments: &[Segment], all: u32, rows: u32) -> Vec<[u32;
     lora_tiles(&gaps, rows)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn sequences(lens: &[(u32, u32)]) -> Vec<SequenceRows> {
-        let (mut start, mut first_block) = (0, 0);
-        let mut next = |&(rows, kv_len): &(u32, u32)| {
-            let s = SequenceRows { start, rows, kv_len, first_block };
-            start += rows;
-            first_block += kv_len.div_ceil(16);
-            s
-        };
-        lens.iter().map(&mut next).collect()
+/// The slot of each of `all` rows.
+pub(super) fn row_slots(segments: &[Segment], all: usize) -> Vec<u32> {
+    let mut slots = vec![NO_SLOT; all];
+    for s in segments {
+        slots[s.start as usize..s.end as usize].fill(s.slot);
     }
-
-    #[test]
-    fn decode_pieces_cover_every_position_once() {
-        let many = vec![(1, 700); 200];
-        let cases: [&[(u32, u32)]; 6] =
-            [&[(1, 1)], &[(1, 128)], &[(1, 129)], &[(1, 100_000), (3, 9), (1, 17)], &[(1, 1000); 9], &many];
-        for lens in cases {
-            let sequences = sequences(lens);
-            let items = decode_items(&sequences);
-            let rows = sequences.iter().filter(|s| s.rows == 1).count();
-            assert!(items.len() <= max_decode_items(rows), "{} items for {rows} rows", items.len());
-            let mut partials = 0;
-            for s in sequences.iter().filter(|s| s.rows == 1) {
-                let own: Vec<_> = items.iter().filter(|i| i.row == s.start).collect();
-                let mut end = 0;
-                for (split, item) in own.iter().enumerate() {
-                    assert_eq!((item.kv_begin, item.split), (end, split as u32));
-                    assert_eq!((item.splits as usize, item.kv_begin % 16), (own.len(), 0));
-                    end = item.kv_end;
-                }
-                assert_eq!(end, s.kv_len);
-                if own.len() > 1 {
-                    assert_eq!(own[0].partial as usize, partials);
-                    partials += own.len();
-                }
-            }
-            assert!(partials <= MAX_PARTIALS, "{partials} partials");
-        }
-    }
-
-    #[test]
-    fn prefill_pieces_cover_every_row_once() {
-        let sequences = sequences(&[(200, 200), (1, 50), (64, 100), (65, 65), (2, 4000)]);
-        let items = prefill_items(&sequences);
-        assert!(items.len() <= max_prefill_items(332));
-        let mut rows: Vec<u32> = items.iter().flat_map(|i| i.row..i.row + i.rows).collect();
-        rows.sort_unstable();
-        assert_eq!(rows, (0..200).chain(201..332).collect::<Vec<_>>());
-        assert!(items.iter().all(|i| i.kv_end == i.position + i.rows));
-    }
-
-    #[test]
-    fn tiles_stay_inside_their_segments() {
-        let segments = [Segment { start: 2, end: 3, slot: 7 }, Segment { start: 10, end: 50, slot: 1 }];
-        assert_eq!(lora_tiles(&segments, 32), [[2, 1, 7], [10, 32, 1], [42, 8, 1]]);
-        assert!(lora_tiles(&[], 8).is_empty());
-        assert_eq!(shrink_pieces(&lora_tiles(&segments, 32)), 1 + 2 + 1);
-        let bare =
-            [[0, 2], [3, 7], [50, 64], [114, 64], [178, 22]].map(|[start, rows]| [start, rows, NO_SLOT]);
-        assert_eq!(bare_tiles(&segments, 200, 64), bare);
-    }
+    slots
 }
+
+#[cfg(test)]
+mod tests;

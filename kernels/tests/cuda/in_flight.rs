@@ -20,7 +20,7 @@ struct Work {
 
 /// An adapter of one rank: every element of A is 1, every element of B is `value`.
 fn constant(value: f32) -> Vec<LoraPart> {
-    vec![LoraPart { site: 0, slice: 0, lora_rank: 1, a: vec![1.0; WIDE], b: vec![value; WIDE] }]
+    vec![LoraPart::delta((0, 0), 1, 1.0, &[1.0; WIDE], &[value; WIDE])]
 }
 
 impl Work {
@@ -29,7 +29,7 @@ impl Work {
         let ops = backend();
         // To unlock host memory waits for the card: what these adapters lock stays locked.
         ops.expect_adapters(64 << 20, 0);
-        let sites = vec![LoraSite { inputs: WIDE, outputs: vec![WIDE] }];
+        let sites = vec![LoraSite::linear(WIDE, &[WIDE])];
         let slots = resident(&ops, &sites, &[constant(3.0), constant(5.0)]);
         let device = device_batch(&ops, &batch(&[(ROWS, 0)], &[Some(0)]));
         let weight = ops.weight(&[tensor(&Table { cols: WIDE, data: vec![0.0; WIDE * WIDE] })]).unwrap();
@@ -42,7 +42,8 @@ impl Work {
     fn launch(&self, y: &mut CudaMat, count: usize) {
         for _ in 0..count {
             let lora = LinearLora { slots: &self.slots, site: 0, batch: &self.device, rows: RowSet::All };
-            self.ops.linear(&self.x, Projection::new(&self.weight, Some(lora)), y).unwrap();
+            let by = Projection::new(&self.weight, Some(lora));
+            self.ops.linear(&self.x, by, Output::Store(y)).unwrap();
         }
     }
 
@@ -60,7 +61,7 @@ impl Work {
 
     /// Loads an adapter that only the copy to the card keeps.
     fn load(&mut self, slot: u32, adapter: Arc<CudaAdapter>) {
-        self.ops.load(&mut self.slots, slot, &adapter).unwrap();
+        self.ops.load(&mut self.slots, slot, &adapter, &[]).unwrap();
         drop(adapter);
         while self.ops.loaded(&mut self.slots).unwrap().is_empty() {}
     }
@@ -104,13 +105,13 @@ fn loads_that_are_given_up_in_flight_leave_nothing_behind() {
     let mut work = Work::new();
     let adapter = work.stage(9.0);
     for _ in 0..100 {
-        work.ops.load(&mut work.slots, 1, &adapter).unwrap();
+        work.ops.load(&mut work.slots, 1, &adapter, &[]).unwrap();
         work.ops.unload(&mut work.slots, 1).unwrap();
-        work.ops.load(&mut work.slots, 1, &adapter).unwrap();
-        work.ops.load(&mut work.slots, 1, &adapter).unwrap();
+        work.ops.load(&mut work.slots, 1, &adapter, &[]).unwrap();
+        work.ops.load(&mut work.slots, 1, &adapter, &[]).unwrap();
         work.ops.unload(&mut work.slots, 1).unwrap();
     }
-    work.ops.load(&mut work.slots, 1, &adapter).unwrap();
+    work.ops.load(&mut work.slots, 1, &adapter, &[]).unwrap();
     let mut loaded = Vec::new();
     while loaded.is_empty() {
         loaded = work.ops.loaded(&mut work.slots).unwrap();
@@ -173,15 +174,10 @@ fn a_mark_is_reached_when_the_work_before_it_is_done() {
 #[test]
 fn host_memory_is_told_in_pieces() {
     let (ops, piece) = (backend(), 2 << 20);
-    let sites = [LoraSite { inputs: WIDE, outputs: vec![WIDE, 64] }];
+    let sites = [LoraSite::linear(WIDE, &[WIDE, 64])];
     for (lora_rank, pieces) in [(1, 1), (16, 1), (128, 1), (129, 2), (512, 4)] {
-        let part = LoraPart {
-            site: 0,
-            slice: 0,
-            lora_rank,
-            a: vec![0.0; WIDE * lora_rank],
-            b: vec![0.0; WIDE * lora_rank],
-        };
+        let zeros = vec![0.0; WIDE * lora_rank];
+        let part = LoraPart::delta((0, 0), lora_rank, 1.0, &zeros, &zeros);
         assert_eq!(ops.host_bytes(&sites, &[part.shape()]).unwrap(), pieces * piece, "rank {lora_rank}");
         let staged = ops.stage(&sites, &[part]).unwrap();
         assert!(ops.adapter_bytes(&staged) <= pieces * piece);

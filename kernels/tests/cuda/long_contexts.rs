@@ -8,14 +8,15 @@ const FIRST_BLOCK: u32 = 70_000;
 /// Stores so many tokens for each sequence, in chunks; then checks a step of the given rows behind them.
 fn check(heads: Heads, window: Option<u32>, sequences: &[(usize, usize)]) {
     let (ops, mut numbers) = (backend(), Numbers(31));
-    let attention = Attention { heads, scale: 0.1, window, softcap: None };
-    let inv_freq = vec![1e-4; heads.dim / 2];
+    let span = window.map_or(Span::Causal, Span::Window);
+    let attention = AttentionShape { scale: 0.1, span, ..AttentionShape::causal(heads) };
     let longest = sequences.iter().map(|(rows, before)| rows + before).max().unwrap();
-    let rope = ops.rope(&inv_freq, longest, 1.0).unwrap();
+    let spec = spec(&vec![1e-4; heads.dim / 2], longest);
+    let (rope, by) = (ops.rope(&spec).unwrap(), reference::Qkv::rotated(heads, &spec));
     // The tables of the last step are those of all.
     let table = batch(&sequences.iter().map(|(rows, before)| (rows + before, 0)).collect::<Vec<_>>(), &[]);
     let blocks = *table.blocks.iter().max().unwrap() + 1;
-    let mut memory = Memory::new(blocks as usize, heads);
+    let mut memory = KvMemory::new(blocks as usize, heads);
     let mut cache = ops.kv((FIRST_BLOCK + blocks) as usize, heads).unwrap();
     let mut run = |step: &[(usize, usize)], attend: bool| {
         let mut host = batch(step, &[]);
@@ -26,16 +27,16 @@ fn check(heads: Heads, window: Option<u32>, sequences: &[(usize, usize)]) {
         host.store_at = stores(&host);
         let qkv = numbers.table(host.rows(), heads.qkv_cols());
         let mut rotated = qkv.clone();
-        reference::rope_and_store(&mut rotated, heads, &inv_freq, &host, &mut memory);
+        reference::rope_and_store(&mut rotated, &by, &host, &mut memory);
         let expected = attend.then(|| reference::paged_attention(&rotated, &attention, &host, &memory));
         host.blocks.iter_mut().for_each(|block| *block += FIRST_BLOCK);
         host.store_at.iter_mut().for_each(|at| *at += FIRST_BLOCK * 16);
-        let device = device_batch(&ops, &host);
+        let device = device_batch_for(&ops, &host, &[span]);
         let mut x = mat(&ops, &qkv);
-        ops.rope_and_store(&mut x, heads, &rope, &device, &mut cache).unwrap();
+        ops.rope_and_store(&mut x, whole(heads, &rope), &device, &mut cache).unwrap();
         if let Some(expected) = expected {
             let mut y = ops.mat(host.rows(), heads.query * heads.dim).unwrap();
-            ops.paged_attention(&x, &attention, &device, &cache, &mut y).unwrap();
+            ops.paged_attention(&x, attention.into(), &device, &cache, &mut y).unwrap();
             let what = format!("{attention:?} of {step:?}");
             assert_close(&what, &ops.download(&y).unwrap(), &expected.data, ops.dtype());
         }

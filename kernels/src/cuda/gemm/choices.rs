@@ -58,13 +58,13 @@ impl Choices {
         self.0.insert(shape.class(), algorithm.data);
     }
 
-    /// A line for each: rows, inputs, outputs, whether the result is f32, whether it is added to what is there, and the
+    /// A line for each: rows, inputs, outputs, stride of the result, whether the result is f32, whether it is added to what is there, and the
     /// algorithm in hexadecimal digits.
     pub(super) fn to_text(&self) -> String {
         let line = |(shape, data): (&Shape, &[u64; 8])| {
-            let Shape { rows, inputs, outputs, wide, add } = shape;
+            let Shape { rows, inputs, outputs, stride, wide, add } = shape;
             let words: String = data.iter().map(|word| format!(" {word:016x}")).collect();
-            format!("{rows} {inputs} {outputs} {} {}{words}\n", u8::from(*wide), u8::from(*add))
+            format!("{rows} {inputs} {outputs} {stride} {} {}{words}\n", u8::from(*wide), u8::from(*add))
         };
         self.0.iter().map(line).collect()
     }
@@ -78,13 +78,15 @@ impl Choices {
 fn line(text: &str) -> Option<(Shape, [u64; 8])> {
     let mut words = text.split(' ');
     let mut number = || words.next()?.parse().ok();
-    let (rows, inputs, outputs, wide, add) = (number()?, number()?, number()?, number()?, number()?);
+    let (rows, inputs, outputs, stride) = (number()?, number()?, number()?, number()?);
+    let (wide, add) = (number()?, number()?);
     let mut data = [0; 8];
     for word in &mut data {
         let digits = words.next().filter(|digits| digits.len() == 16)?;
         *word = u64::from_str_radix(digits, 16).ok()?;
     }
-    words.next().is_none().then_some((Shape { rows, inputs, outputs, wide: wide != 0, add: add != 0 }, data))
+    let shape = Shape { rows, inputs, outputs, stride, wide: wide != 0, add: add != 0 };
+    words.next().is_none().then_some((shape, data))
 }
 
 /// Times launches on the card.
@@ -142,11 +144,11 @@ mod tests {
 
     #[test]
     fn choices_survive_as_text() {
-        let shape = Shape { rows: 500, inputs: 64, outputs: 96, wide: true, add: false };
+        let shape = Shape { rows: 500, inputs: 64, outputs: 96, stride: 96, wide: true, add: false };
         let mut choices = Choices::default();
         choices.insert(shape, sys::cublasLtMatmulAlgo_t { data: [1, 2, 3, u64::MAX, 5, 6, 7, 8] });
         let mut again = Choices::default();
-        again.add_text("garbage\n1 2 3\n512 64 96 1 0 zz\n");
+        again.add_text("garbage\n1 2 3\n512 64 96 96 1 0 zz\n");
         again.add_text(choices.to_text().trim_end().trim_end_matches('8'));
         assert!(again.0.is_empty());
         again.add_text(&choices.to_text());

@@ -1,0 +1,73 @@
+//! RMS norm and layer norm of the residual stream, alone or fused with the addition to it.
+
+use super::{CudaBackend, CudaMat, CudaVector, ffi, memory};
+use crate::{Matrix, Norm, NormKind, Result};
+
+/// What is done to products on their way into the stream, and to the stream then.
+pub(super) struct Added<'a> {
+    pub(super) post: Option<Norm<'a, CudaBackend>>,
+    pub(super) scale: f32,
+    pub(super) stream: &'a mut CudaMat,
+    pub(super) next: Option<(Norm<'a, CudaBackend>, &'a mut CudaMat)>,
+}
+
+/// The arguments of a norm of rows of so many columns, whose weight and bias have `len` elements.
+pub(super) fn args(op: &'static str, norm: &Norm<'_, CudaBackend>, len: usize) -> Result<ffi::NormArgs> {
+    memory::expect(op, "weights", norm.weight.len, len)?;
+    if let Some(bias) = norm.bias {
+        memory::expect(op, "elements of the bias", bias.len, len)?;
+    }
+    Ok(ffi::NormArgs {
+        weight: norm.weight.buffer.at(),
+        bias: norm.bias.map_or(0, |bias: &CudaVector| bias.buffer.at()),
+        eps: norm.eps,
+        layer: i32::from(norm.kind == NormKind::Layer),
+    })
+}
+
+/// Refuses weights and a result that are not of the stream's width: before anything is added to it.
+pub(super) fn expect(x: &CudaMat, norm: &Norm<'_, CudaBackend>, y: &CudaMat) -> Result<()> {
+    let op = "normalize";
+    x.expect_wide(op)?;
+    y.expect_cols(op, "columns of y", x.cols())?;
+    args(op, norm, x.cols()).map(|_| ())
+}
+
+/// `y = norm(x)`
+pub(super) fn normalize(
+    be: &CudaBackend,
+    x: &CudaMat,
+    norm: &Norm<'_, CudaBackend>,
+    y: &mut CudaMat,
+) -> Result<()> {
+    let op = "normalize";
+    expect(x, norm, y)?;
+    y.resize(op, x.rows())?;
+    let (norm, rows, cols) = (args(op, norm, x.cols())?, x.rows() as i32, x.cols() as i32);
+    // SAFETY: shapes were checked.
+    be.launch(op, x.rows(), |elem, stream| unsafe {
+        ffi::lorax_normalize(elem, y.wide(), x.at(), &raw const norm, y.at(), rows, cols, stream)
+    })
+}
+
+/// `stream += scale · post(x)`, then `y = next(stream)`, in one launch.
+pub(super) fn add(be: &CudaBackend, x: &CudaMat, to: Added<'_>) -> Result<()> {
+    let (op, Added { post, scale, stream: sums, next }) = ("add", to);
+    x.expect_wide(op)?;
+    sums.expect_wide(op)?;
+    sums.expect_cols(op, "columns of the stream", x.cols())?;
+    memory::expect(op, "rows of the stream", sums.rows(), x.rows())?;
+    let post = post.map_or(Ok(ffi::NormArgs::default()), |post| args(op, &post, x.cols()))?;
+    let (mut after, mut y_at, mut wide) = (ffi::NormArgs::default(), 0, 0);
+    if let Some((norm, y)) = next {
+        expect(sums, &norm, y)?;
+        y.resize(op, x.rows())?;
+        (after, y_at, wide) = (args(op, &norm, x.cols())?, y.at(), y.wide());
+    }
+    let (rows, cols) = (x.rows() as i32, x.cols() as i32);
+    // SAFETY: shapes were checked.
+    be.launch(op, x.rows(), |elem, stream| unsafe {
+        let (post, after, to) = (&raw const post, &raw const after, sums.at());
+        ffi::lorax_add_norm(elem, wide, x.at(), post, scale, to, after, y_at, rows, cols, stream)
+    })
+}
