@@ -202,14 +202,11 @@ unsafe fn apply<S: Simd>(f: Activation, x: S::V) -> S::V {
     }
 }
 
-/// e to the power of numbers that are cut off at ±80: beyond, one and their power differ by more than f32 has digits.
+/// e to the power of numbers, those above 80 cut off: one more than such a power is the power itself.
 #[inline(always)]
 unsafe fn bounded_exp<S: Simd>(x: S::V) -> S::V {
     // SAFETY: no memory is touched.
-    unsafe {
-        let x = S::max(x, S::splat(-80.0));
-        S::exp(S::mul(S::max(S::mul(x, S::splat(-1.0)), S::splat(-80.0)), S::splat(-1.0)))
-    }
+    unsafe { S::exp(S::min(S::splat(80.0), x)) }
 }
 
 struct Activate<'a> {

@@ -6,6 +6,7 @@ mod bodies;
 mod cache_salts;
 mod clients;
 mod connections;
+mod contexts;
 mod detokenize;
 mod failures;
 mod fairness;

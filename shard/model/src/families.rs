@@ -4,38 +4,62 @@
 
 mod fields;
 mod frequencies;
+mod gemma;
+mod gemma2;
+mod gemma3;
 mod gguf;
+mod gpt2;
+mod gpt_neox;
 mod llama;
 mod mistral;
+mod outline;
+mod phi;
+mod phi3;
+mod qwen2;
+mod qwen3;
 mod rope;
+mod spans;
 
 use std::{fs, path::Path};
 
 use serde_json::Value;
 
 use crate::{Decoder, LoadError, Result};
-use fields::Fields;
+use fields::{Aliases, Fields};
 pub(crate) use gguf::ROPE_FACTORS;
 
-/// A family: its `model_type`, the names of its architectures, and its page.
+/// A family: its `model_type`, the names of its architectures, its own names of common fields, and its page.
 struct Family {
     model_type: &'static str,
     architectures: &'static [&'static str],
+    aliases: Aliases,
     page: fn(&Fields) -> Result<Decoder>,
 }
 
 /// All families.
-const FAMILIES: [Family; 2] = [llama::FAMILY, mistral::FAMILY];
+const FAMILIES: [Family; 11] = [
+    llama::FAMILY,
+    mistral::FAMILY,
+    qwen2::FAMILY,
+    qwen3::FAMILY,
+    gemma::FAMILY,
+    gemma2::FAMILY,
+    gemma3::FAMILY,
+    phi::FAMILY,
+    phi3::FAMILY,
+    gpt2::FAMILY,
+    gpt_neox::FAMILY,
+];
 
 impl Family {
     /// As transformers' `AutoModelForCausalLM`: by `model_type`. Only a folder without one is asked for its architecture.
-    fn of(fields: &Fields) -> Result<&'static Family> {
-        if let Some(kind) = fields.get("model_type") {
+    fn of(json: &Value) -> Result<&'static Family> {
+        if let Some(kind) = json.get("model_type").filter(|kind| !kind.is_null()) {
             let found = FAMILIES.iter().find(|family| *kind == family.model_type);
             let known = FAMILIES.map(|family| family.model_type).join(", ");
             return found.ok_or_else(|| fields::unsupported("model_type", kind, known));
         }
-        let architecture = &fields.json()["architectures"][0];
+        let architecture = &json["architectures"][0];
         let is = |family: &&Family| family.architectures.iter().any(|name| *architecture == *name);
         let known = FAMILIES.map(|family| family.architectures[0]).join(", ");
         FAMILIES.iter().find(is).ok_or_else(|| fields::unsupported("architectures", architecture, known))
@@ -49,8 +73,8 @@ impl Decoder {
         let path = folder.join("config.json");
         let text = fs::read(&path).map_err(|source| LoadError::Io { path: path.clone(), source })?;
         let json = serde_json::from_slice(&text).map_err(|source| LoadError::Json { path, source })?;
-        let fields = Fields::new(json);
-        let family = Family::of(&fields)?;
+        let family = Family::of(&json)?;
+        let fields = Fields::new(json, family.aliases);
         let mut decoder = (family.page)(&fields)?;
         decoder.eos = ends(&fields, generation(folder).as_ref())?;
         fields.check_others(&decoder)?;

@@ -79,7 +79,13 @@ fn part(
         return Err(AdapterError::ScaleTooLarge { module: module.path.clone() });
     }
     let a = read('A', [lora_rank, module.inputs])?;
-    let b = read('B', [module.outputs, lora_rank])?;
+    let stored = read('B', [module.outputs, lora_rank])?;
+    let b = match module.order.sources(module.outputs) {
+        None => stored,
+        Some(rows) => {
+            rows.into_iter().flat_map(|row| &stored[row * lora_rank..][..lora_rank]).copied().collect()
+        }
+    };
     Ok(LoraPart::delta(target.place(), lora_rank, scale, &a, &b))
 }
 

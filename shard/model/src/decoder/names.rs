@@ -66,6 +66,8 @@ pub(crate) struct Names {
     pub(crate) others: (&'static [&'static str], &'static [&'static str]),
     /// What PEFT targets if a configuration does not tell.
     pub(crate) targets: &'static [&'static str],
+    /// Modules that files may call by another name: theirs, and the one they are meant by.
+    pub(crate) renamed: &'static [(&'static str, &'static str)],
     /// Weights of projections are stored `[in, out]`.
     pub(crate) transposed: bool,
     /// How the rows of a fused q, k, v matrix follow each other.

@@ -78,15 +78,24 @@ pub(super) fn unsupported(field: &str, value: &Value, known: impl Into<String>) 
     LoadError::Unsupported { field: field.into(), value: value.to_string(), known: known.into() }
 }
 
+/// Names that a family has for fields which most others share: the common name, and its own.
+pub(super) type Aliases = &'static [(&'static str, &'static str)];
+
 /// The fields, and which of them were asked for.
 pub(super) struct Fields {
     json: Value,
+    aliases: Aliases,
     asked: RefCell<HashSet<String>>,
 }
 
 impl Fields {
-    pub(super) fn new(json: Value) -> Fields {
-        Fields { json, asked: RefCell::default() }
+    pub(super) fn new(json: Value, aliases: Aliases) -> Fields {
+        Fields { json, aliases, asked: RefCell::default() }
+    }
+
+    /// The family's own name of a field.
+    pub(super) fn name(&self, field: &'static str) -> &'static str {
+        self.aliases.iter().find(|(common, _)| *common == field).map_or(field, |(_, own)| *own)
     }
 
     /// All fields, of which none counts as asked for.
@@ -94,36 +103,58 @@ impl Fields {
         &self.json
     }
 
-    /// A field, null included.
-    pub(super) fn raw(&self, field: &str) -> Option<&Value> {
-        self.asked.borrow_mut().insert(field.into());
-        self.json.get(field)
+    /// A field, null included. Where a family has an own name for it, transformers takes either.
+    pub(super) fn raw(&self, field: &'static str) -> Option<&Value> {
+        let own = self.name(field);
+        self.asked.borrow_mut().extend([field.to_owned(), own.to_owned()]);
+        self.json.get(own).or_else(|| self.json.get(field))
     }
 
     /// A field that is neither absent nor null.
-    pub(super) fn get(&self, field: &str) -> Option<&Value> {
+    pub(super) fn get(&self, field: &'static str) -> Option<&Value> {
         self.raw(field).filter(|value| !value.is_null())
     }
 
     /// A size, or the default if the field is absent.
     pub(super) fn size(&self, field: &'static str, default: usize) -> Result<usize> {
-        self.raw(field).map_or(Ok(default), |value| size(field, value))
+        self.raw(field).map_or(Ok(default), |value| size(self.name(field), value))
     }
 
-    /// A size, or the default if the field is absent or null.
-    pub(super) fn size_or_null(&self, field: &'static str, default: usize) -> Result<usize> {
-        self.get(field).map_or(Ok(default), |value| size(field, value))
+    /// A number of things of which there may be none, or the default if the field is absent.
+    pub(super) fn count(&self, field: &'static str, default: usize) -> Result<usize> {
+        let wrong = LoadError::Field { field: self.name(field), expected: "0 or a positive integer" };
+        self.raw(field).map_or(Ok(default), |value| value.as_u64().map(|x| x as usize).ok_or(wrong))
+    }
+
+    /// A cap of logits or scores: the default if the field is absent, none if it is null.
+    pub(super) fn cap(&self, field: &'static str, default: Option<f32>) -> Result<Option<f32>> {
+        if self.raw(field).is_none() {
+            return Ok(default);
+        }
+        let cap = self.optional_number(field)?.map(|cap| cap as f32);
+        let wrong = LoadError::Field { field, expected: "null or a positive number" };
+        if cap.is_none_or(|cap| cap > 0.0) { Ok(cap) } else { Err(wrong) }
+    }
+
+    /// A size, or none if the field is absent or null.
+    pub(super) fn optional_size(&self, field: &'static str) -> Result<Option<usize>> {
+        self.get(field).map(|value| size(self.name(field), value)).transpose()
     }
 
     /// A number, or the default if the field is absent or null.
     pub(super) fn number(&self, field: &'static str, default: f32) -> Result<f32> {
-        let wrong = LoadError::Field { field, expected: "a number" };
-        self.get(field).map_or(Ok(default), |value| value.as_f64().map(|x| x as f32).ok_or(wrong))
+        Ok(self.optional_number(field)?.map_or(default, |x| x as f32))
+    }
+
+    /// A number, or none if the field is absent or null.
+    pub(super) fn optional_number(&self, field: &'static str) -> Result<Option<f64>> {
+        let wrong = LoadError::Field { field: self.name(field), expected: "a number" };
+        self.get(field).map(|value| value.as_f64().ok_or(wrong)).transpose()
     }
 
     /// A flag; the default if the field is absent or null.
     pub(super) fn flag(&self, field: &'static str, default: bool) -> Result<bool> {
-        let wrong = LoadError::Field { field, expected: "true or false" };
+        let wrong = LoadError::Field { field: self.name(field), expected: "true or false" };
         self.get(field).map_or(Ok(default), |value| value.as_bool().ok_or(wrong))
     }
 
@@ -131,7 +162,11 @@ impl Fields {
     pub(super) fn activation(&self, field: &'static str, default: Activation) -> Result<Activation> {
         let Some(value) = self.get(field) else { return Ok(default) };
         activation(value).ok_or_else(|| {
-            unsupported(field, value, "silu, swish, gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, relu")
+            unsupported(
+                self.name(field),
+                value,
+                "silu, swish, gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, relu",
+            )
         })
     }
 
@@ -144,7 +179,15 @@ impl Fields {
             |value: &Value| activation(value) == decoder.layers.first().map(|layer| layer.mlp.activation);
         for field in ACTIVATIONS {
             if let Some(value) = other(field).filter(|value| !is_computed(value)) {
-                return Err(unsupported(field, value, "silu"));
+                return Err(unsupported(field, value, "the activation that this family has"));
+            }
+        }
+        for (common, own) in self.aliases {
+            let given = [common, own].map(|name| self.json.get(*name).filter(|value| !value.is_null()));
+            if let [Some(value), Some(expected)] = given
+                && value != expected
+            {
+                return Err(unsupported(common, value, format!("{expected}, as {own}")));
             }
         }
         for field in OFF {
@@ -152,8 +195,16 @@ impl Fields {
                 return Err(unsupported(field, value, ""));
             }
         }
-        let dim = decoder.layers.first().map_or(1.0, |layer| layer.attention.shape.heads.dim as f64);
-        let scales = [("attention_multiplier", dim.sqrt().recip()), ("query_pre_attn_scalar", dim)];
+        let shape = decoder.layers.first().map(|layer| layer.attention.shape);
+        let scales = shape.into_iter().flat_map(|shape| {
+            let (scale, heads) = (f64::from(shape.scale), shape.heads);
+            [
+                ("attention_multiplier", scale),
+                ("query_pre_attn_scalar", scale.powi(-2)),
+                ("head_dim", heads.dim as f64),
+                ("num_key_value_heads", heads.kv as f64),
+            ]
+        });
         for (field, neutral) in FACTORS.map(|field| (field, 1.0)).into_iter().chain(scales) {
             let is_neutral =
                 |value: &Value| value.as_f64().is_some_and(|x| (x - neutral).abs() < 1e-6 * neutral);

@@ -5,6 +5,7 @@ use std::f32::consts::TAU;
 use kernels::{RopeSpec, Stretch};
 
 /// A rotary embedding: what a position is multiplied with to get the angle of each pair of elements of a head.
+#[derive(Clone)]
 pub(super) struct Rope {
     /// Radians per position of each pair.
     inv_freq: Vec<f32>,
@@ -95,4 +96,10 @@ impl Rope {
 /// YaRN's factor of cosines and sines for positions that are scaled by `factor`.
 pub(super) fn yarn_attention_factor(factor: f64, mscale: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
+}
+
+/// LongRoPE's factor of cosines and sines (Ding et al., 2024) for positions that are scaled by `factor`, beyond a context
+/// of `original` tokens.
+pub(super) fn long_rope_attention_factor(factor: f64, original: f64) -> f64 {
+    if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / original.ln()).sqrt() }
 }

@@ -8,22 +8,66 @@ use serde_json::{Map, Value};
 
 use super::{
     fields::{Fields, unsupported},
-    frequencies::{Llama3, Rope, Yarn, yarn_attention_factor},
+    frequencies::{Llama3, Rope, Yarn, long_rope_attention_factor, yarn_attention_factor},
 };
 use crate::{LoadError, Result};
 
-/// Scalings that are computed.
-const KNOWN: &str = "default, linear, dynamic, yarn, llama3";
+/// A way to scale rotary frequencies.
+#[derive(Clone, Copy)]
+pub(super) enum Scaling {
+    Default,
+    Linear,
+    Dynamic,
+    Yarn,
+    Llama3,
+    LongRope,
+}
+
+/// The name of each scaling.
+const SCALINGS: [(&str, Scaling); 6] = [
+    ("default", Scaling::Default),
+    ("linear", Scaling::Linear),
+    ("dynamic", Scaling::Dynamic),
+    ("yarn", Scaling::Yarn),
+    ("llama3", Scaling::Llama3),
+    ("longrope", Scaling::LongRope),
+];
+
+/// A family's fields of rotary parameters.
+pub(super) struct RopeFields {
+    /// The field beside the parameters that has the base of frequencies.
+    pub(super) theta: &'static str,
+    /// Its default.
+    pub(super) default_theta: f64,
+    /// The field that has the share of a head that is rotated, and its default; none where all is.
+    pub(super) partial: Option<(&'static str, f64)>,
+    /// The context length of the training before, if the family has a field of it beside the parameters.
+    pub(super) original: Option<f64>,
+    /// Names of the scalings that the family takes.
+    pub(super) scalings: &'static [(&'static str, Scaling)],
+}
+
+impl RopeFields {
+    /// Those of most families.
+    pub(super) const COMMON: RopeFields = RopeFields {
+        theta: "rope_theta",
+        default_theta: 10_000.0,
+        partial: None,
+        original: None,
+        scalings: &SCALINGS,
+    };
+}
 
 /// A `rope_scaling` or `rope_parameters`, with what the fields around it contribute.
 struct Parameters<'a> {
     fields: &'a Fields,
+    of: &'a RopeFields,
     nested: &'a Map<String, Value>,
     max_positions: usize,
 }
 
 /// The rotary embedding of heads of `dim` elements.
-pub(super) fn rope(fields: &Fields, dim: usize, max_positions: usize) -> Result<RopeSpec> {
+pub(super) fn rope(fields: &Fields, of: &RopeFields, dim: usize, max_positions: usize) -> Result<RopeSpec> {
     let none = Map::new();
     // The older name wins over the newer one, unless it is empty.
     let nested = match object(fields, "rope_scaling")?.filter(|nested| !nested.is_empty()) {
@@ -33,26 +77,62 @@ pub(super) fn rope(fields: &Fields, dim: usize, max_positions: usize) -> Result<
     if let Some((layers, value)) = nested.iter().find(|(_, value)| value.is_object()) {
         return Err(unsupported(layers, value, "the same rotary parameters for all layers"));
     }
-    let parameters = Parameters { fields, nested, max_positions };
-    let theta = match parameters.number("rope_theta")? {
-        Some(theta) => theta,
-        None => fields.number("rope_theta", 10_000.0)?.into(),
-    };
-    if !theta.is_finite() || theta <= 0.0 {
-        return Err(LoadError::Field { field: "rope_theta", expected: "a positive number" });
-    }
-    if parameters.number("partial_rotary_factor")?.is_some_and(|factor| factor != 1.0) {
-        return Err(unsupported("partial_rotary_factor", &nested["partial_rotary_factor"], "1"));
-    }
-    parameters.scaled(Rope::plain(theta as f32, dim), theta, dim)
+    Parameters { fields, of, nested, max_positions }.spec(dim)
 }
 
-fn object<'a>(fields: &'a Fields, field: &'static str) -> Result<Option<&'a Map<String, Value>>> {
+/// The rotary embedding of layers of one type, whose parameters are an object of their own.
+pub(super) fn rope_of(
+    fields: &Fields,
+    of: &RopeFields,
+    nested: &Map<String, Value>,
+    (dim, max_positions): (usize, usize),
+) -> Result<RopeSpec> {
+    Parameters { fields, of, nested, max_positions }.spec(dim)
+}
+
+/// A field that is an object, unless it is absent or null.
+pub(super) fn object<'a>(fields: &'a Fields, field: &'static str) -> Result<Option<&'a Map<String, Value>>> {
     let wrong = LoadError::Field { field, expected: "an object" };
     fields.get(field).map(|value| value.as_object().ok_or(wrong)).transpose()
 }
 
 impl Parameters<'_> {
+    fn spec(&self, dim: usize) -> Result<RopeSpec> {
+        let theta = match self.number("rope_theta")? {
+            Some(theta) => theta,
+            None => self.fields.optional_number(self.of.theta)?.unwrap_or(self.of.default_theta),
+        };
+        if !theta.is_finite() || theta <= 0.0 {
+            return Err(LoadError::Field { field: self.of.theta, expected: "a positive number" });
+        }
+        self.scaled(theta, self.rotated(dim)?)
+    }
+
+    /// Elements of a head that are rotated.
+    fn rotated(&self, dim: usize) -> Result<usize> {
+        let field = "partial_rotary_factor";
+        let nested = self.number(field)?;
+        let Some((own, default)) = self.of.partial else {
+            return match nested {
+                None | Some(1.0) => Ok(dim),
+                Some(_) => Err(unsupported(field, &self.nested[field], "1")),
+            };
+        };
+        let share = match nested {
+            Some(share) => share,
+            None => self.fields.optional_number(own)?.unwrap_or(default),
+        };
+        let rotated = (dim as f64 * share) as usize;
+        if share > 0.0 && rotated > 0 && rotated <= dim && rotated.is_multiple_of(2) {
+            Ok(rotated)
+        } else {
+            Err(LoadError::Field {
+                field: own,
+                expected: "a share of each head that is an even number of elements",
+            })
+        }
+    }
+
     fn get(&self, key: &str) -> Option<&Value> {
         self.nested.get(key).filter(|value| !value.is_null())
     }
@@ -76,43 +156,83 @@ impl Parameters<'_> {
     /// Context length of the training before: a field beside the parameters, one of them, or the longest sequence.
     fn original(&self) -> Result<f64> {
         let field = "original_max_position_embeddings";
-        let beside = self.fields.get(field).and_then(Value::as_f64);
+        let beside = self.fields.optional_number(field)?.or(self.of.original);
         let original = match beside {
             Some(original) => original,
             None => self.number(field)?.unwrap_or(self.max_positions as f64),
         };
         let wrong = LoadError::Field { field, expected: "a positive number" };
-        if original > 0.0 { Ok(original) } else { Err(wrong) }
+        if original > 0.0 && original <= f64::from(u32::MAX) { Ok(original) } else { Err(wrong) }
     }
 
-    fn scaled(&self, rope: Rope, theta: f64, dim: usize) -> Result<RopeSpec> {
-        let plain = |rope: Rope| rope.spec(self.max_positions, Stretch::None);
+    /// The scaling, and its name.
+    fn scaling(&self) -> Result<Scaling> {
         let (name, kind) = match (self.get("rope_type"), self.get("type")) {
-            (Some(kind), _) => ("rope_type", kind.clone()),
-            (None, Some(kind)) => ("type", kind.clone()),
-            (None, None) => ("rope_type", "default".into()),
+            (Some(kind), _) => ("rope_type", kind),
+            (None, Some(kind)) => ("type", kind),
+            (None, None) => return Ok(Scaling::Default),
         };
-        match kind.as_str() {
-            Some("default") => match self.number("factor")? {
-                None | Some(1.0) => Ok(plain(rope)),
+        let known = self.of.scalings.iter().find(|(known, _)| kind == known);
+        let names = || self.of.scalings.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
+        known.map(|(_, scaling)| *scaling).ok_or_else(|| unsupported(name, kind, names()))
+    }
+
+    fn scaled(&self, theta: f64, dim: usize) -> Result<RopeSpec> {
+        let (rope, positions) = (Rope::plain(theta as f32, dim), self.max_positions);
+        let rope = match self.scaling()? {
+            Scaling::Default => match self.number("factor")? {
+                None | Some(1.0) => rope,
                 // A factor of nothing: transformers passes over it, or fails, depending on its version.
-                Some(_) => Err(unsupported("factor", &self.nested["factor"], "factors of a rope_type")),
+                Some(_) => {
+                    return Err(unsupported("factor", &self.nested["factor"], "factors of a rope_type"));
+                }
             },
-            Some("linear") => Ok(plain(rope.linear(self.factor()? as f32))),
-            Some("dynamic") => {
+            Scaling::Linear => rope.linear(self.factor()? as f32),
+            Scaling::Dynamic => {
                 let factor = self.factor()? as f32;
-                let positions = (self.max_positions as f32 * factor.max(1.0)) as usize;
-                Ok(rope.spec(positions, Stretch::Dynamic { original: self.max_positions as u32, factor }))
+                let longest = (positions as f32 * factor.max(1.0)) as usize;
+                return Ok(rope.spec(longest, Stretch::Dynamic { original: positions as u32, factor }));
             }
-            Some("yarn") => self.yarn(rope, theta, dim as f64).map(plain),
-            Some("llama3") => Ok(plain(rope.llama3(&Llama3 {
+            Scaling::Yarn => self.yarn(rope, theta, dim as f64)?,
+            Scaling::Llama3 => rope.llama3(&Llama3 {
                 factor: self.factor()? as f32,
                 low: self.required("low_freq_factor")? as f32,
                 high: self.required("high_freq_factor")? as f32,
                 original: self.original()? as f32,
-            }))),
-            _ => Err(unsupported(name, &kind, KNOWN)),
-        }
+            }),
+            Scaling::LongRope => return self.long_rope(rope, dim),
+        };
+        Ok(rope.spec(positions, Stretch::None))
+    }
+
+    /// LongRoPE: a list of divisors for sequences up to the original context, and one for longer ones.
+    fn long_rope(&self, rope: Rope, dim: usize) -> Result<RopeSpec> {
+        let [short, long] = [self.divisors("short_factor", dim / 2)?, self.divisors("long_factor", dim / 2)?];
+        let original = self.original()?;
+        let factor = match self.get("factor") {
+            Some(_) => self.factor()?,
+            None => self.max_positions as f64 / original,
+        };
+        let attention_factor = match self.number("attention_factor")? {
+            Some(attention_factor) => attention_factor,
+            None => long_rope_attention_factor(factor, original),
+        };
+        let inv_freq = rope.clone().divided_by(&long).spec(0, Stretch::None).inv_freq;
+        let stretch = Stretch::Long { original: original as u32, inv_freq };
+        let rope = rope.divided_by(&short).with_attention_factor(attention_factor as f32);
+        Ok(rope.spec(self.max_positions, stretch))
+    }
+
+    /// Positive numbers, one for each pair of elements.
+    fn divisors(&self, field: &'static str, pairs: usize) -> Result<Vec<f32>> {
+        let list = self.get(field).and_then(Value::as_array).filter(|list| list.len() == pairs);
+        let numbers =
+            list.and_then(|list| list.iter().map(|x| Some(x.as_f64()? as f32)).collect::<Option<Vec<_>>>());
+        let positive = numbers.filter(|list| list.iter().all(|x| *x > 0.0));
+        positive.ok_or(LoadError::Field {
+            field,
+            expected: "a list of positive numbers, one for each rotated pair",
+        })
     }
 
     /// YaRN, with its constants where the parameters have none: full rotations from 32 on are kept, up to 1 are

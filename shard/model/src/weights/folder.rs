@@ -98,6 +98,8 @@ struct Taken {
     names: HashSet<String>,
     /// What may be missing in front of a name, or be there although it should not.
     base: String,
+    /// Modules that files may call by another name.
+    renamed: &'static [(&'static str, &'static str)],
 }
 
 impl Taken {
@@ -105,12 +107,23 @@ impl Taken {
         let modules = Modules::of(decoder);
         let names =
             modules.iter().flat_map(|module| module.tensors().map(|(name, _)| name).collect::<Vec<_>>());
-        Taken { names: names.collect(), base: format!("{}.", decoder.names.base) }
+        Taken {
+            names: names.collect(),
+            base: format!("{}.", decoder.names.base),
+            renamed: decoder.names.renamed,
+        }
     }
 
     /// The name under which the model takes a tensor: its own, or the same with or without the module in front that holds a
     /// decoder in a model with a head.
     fn name(&self, name: &str) -> Option<String> {
+        let renamed = self.renamed.iter().find_map(|(theirs, ours)| {
+            let kind = name.strip_prefix(theirs).filter(|kind| kind.starts_with('.'))?;
+            Some(format!("{ours}{kind}")).filter(|name| self.names.contains(name))
+        });
+        if renamed.is_some() {
+            return renamed;
+        }
         let without = name.strip_prefix(&self.base).filter(|without| self.names.contains(*without));
         if let Some(without) = without {
             return Some(without.into());

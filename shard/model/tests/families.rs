@@ -1,0 +1,176 @@
+//! Every family against transformers and PEFT: seeded models with the family's odd features switched on.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+#[path = "families/driver.rs"]
+mod driver;
+#[path = "families/goldens.rs"]
+mod goldens;
+
+use std::{collections::BTreeSet, path::PathBuf};
+
+use driver::{Driver, Sequence};
+use goldens::{Case, Goldens};
+use kernels::DType;
+use model::testing::seeded::Manifest;
+
+/// Most that a log-probability may differ from that of transformers in f32.
+const BAR: f32 = 2e-3;
+/// Adapters of a fixture.
+const ADAPTERS: [&str; 1] = ["linear"];
+
+/// A fixture's files.
+struct Fixture {
+    name: &'static str,
+    goldens: Goldens,
+    model: PathBuf,
+    adapters: Vec<PathBuf>,
+    _folder: tempfile::TempDir,
+}
+
+impl Fixture {
+    fn new(name: &'static str) -> Fixture {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |manifest: &str, to: &str| {
+            let to = folder.path().join(to);
+            Manifest::read(&goldens::folder(name).join(manifest)).unwrap().write(&to, DType::F32).unwrap();
+            to
+        };
+        let goldens = Goldens::read(name);
+        let has_adapters = goldens::folder(name).join("adapters").is_dir();
+        let adapters = ADAPTERS.iter().filter(|_| has_adapters);
+        Fixture {
+            name,
+            goldens,
+            model: write("model.json", "model"),
+            adapters: adapters.map(|name| write(&format!("adapters/{name}.json"), name)).collect(),
+            _folder: folder,
+        }
+    }
+
+    /// The context length of the training before rotary frequencies were scaled.
+    fn original_context(&self) -> usize {
+        let manifest = Manifest::read(&goldens::folder(self.name).join("model.json")).unwrap();
+        manifest.config["original_max_position_embeddings"].as_u64().unwrap() as usize
+    }
+
+    /// The cases of adapters that are tried, as sequences.
+    fn sequences(&self) -> (Vec<&Case>, Vec<Sequence>) {
+        let slot = |case: &Case| {
+            let slot = |name| ADAPTERS.iter().position(|other| *other == name).map(|slot| slot as u32);
+            case.adapter.as_deref().map(slot)
+        };
+        let tried = self.goldens.cases.iter().filter(|case| slot(case) != Some(None));
+        let sequence = |case: &Case| {
+            let top = case.top.iter().map(|top| top.position);
+            let scored: BTreeSet<_> = case.positions.iter().copied().chain(top).collect();
+            Sequence::new(&self.goldens.prompts[case.prompt], slot(case).flatten(), scored)
+        };
+        tried.map(|case| (case, sequence(case))).unzip()
+    }
+
+    /// Compares what was computed, and returns the largest difference of a log-probability.
+    fn compare(&self, how: &str, cases: &[&Case], sequences: &[Sequence]) -> f32 {
+        let mut worst = 0.0_f32;
+        for (case, sequence) in cases.iter().zip(sequences) {
+            let place = || format!("{} {how}, {:?}, {} tokens", self.name, case.adapter, sequence.prompt);
+            let mut see = |position: usize, got: f32, expected: f32| {
+                let difference = (got - expected).abs();
+                let place = place();
+                assert!(difference <= BAR, "{place}: {got} at {position}, transformers has {expected}");
+                worst = worst.max(difference);
+            };
+            for (position, expected) in case.positions.iter().zip(&case.logprobs) {
+                see(*position, sequence.scores[position].logprob, *expected);
+            }
+            for top in &case.top {
+                let got = &sequence.scores[&top.position].top;
+                for (rank, (id, expected)) in top.ids.iter().zip(&top.logprobs).enumerate() {
+                    // Tokens that are as likely as each other may change places.
+                    let same = got.iter().find(|(got, _)| got == id);
+                    let got = same.map_or(got[rank].1, |(_, logprob)| *logprob);
+                    see(top.position, got, *expected);
+                }
+            }
+            for (i, expected) in case.token_logprobs.iter().enumerate() {
+                let position = sequence.prompt - 1 + i;
+                see(position, sequence.scores[&position].top[0].1, *expected);
+            }
+            assert_eq!(sequence.tokens[sequence.prompt..], case.tokens, "{}", place());
+        }
+        worst
+    }
+}
+
+/// Runs all cases of a fixture in every manner.
+fn run(name: &'static str) {
+    let fixture = Fixture::new(name);
+    let mut driver = Driver::new(&fixture.model, &fixture.adapters);
+    let (cases, mut sequences) = fixture.sequences();
+    driver.alone(&mut sequences);
+    let alone = fixture.compare("alone", &cases, &sequences);
+    let (cases, mut sequences) = fixture.sequences();
+    driver.mixed(&mut sequences, 61, 150);
+    let mixed = fixture.compare("mixed", &cases, &sequences);
+    eprintln!("{name}: alone {alone:.2e}, mixed {mixed:.2e}");
+    for crossing in &fixture.goldens.crossing {
+        let original = fixture.original_context();
+        let sequence = driver.crossing(Sequence::new(&crossing.ids, None, BTreeSet::new()), original);
+        assert_eq!(sequence.tokens[sequence.prompt..], crossing.tokens, "{name} beyond {original} tokens");
+        for (i, expected) in crossing.token_logprobs.iter().enumerate() {
+            let got = sequence.scores[&(sequence.prompt - 1 + i)].top[0].1;
+            assert!(
+                (got - expected).abs() <= BAR,
+                "{name}, token {i} beyond {original} tokens: {got}, {expected}"
+            );
+        }
+    }
+}
+
+/// What every fixture must be sensitive to: a model too flat to tell a feature from its absence would prove nothing.
+#[test]
+fn every_odd_feature_shows() {
+    for name in NAMES {
+        for sensitivity in Goldens::read(name).sensitivity {
+            let goldens::Sensitivity { feature, change, most } = sensitivity;
+            assert!(most >= 0.05, "{name}: without {feature} ({change}), numbers move by {most} only");
+        }
+    }
+}
+
+macro_rules! families {
+    ($($test:ident: $name:literal;)*) => {$(
+        #[test]
+        fn $test() {
+            run($name);
+        }
+    )*
+
+    const NAMES: &[&str] = &[$($name),*];
+    };
+}
+
+families! {
+    llama: "llama";
+    llama_tied: "llama-tied";
+    mistral: "mistral";
+    qwen2: "qwen2";
+    qwen2_full: "qwen2-full";
+    qwen3: "qwen3";
+    gemma: "gemma";
+    gemma2: "gemma2";
+    gemma2_usual: "gemma2-usual";
+    gemma3: "gemma3";
+    gemma3_usual: "gemma3-usual";
+    phi: "phi";
+    phi3: "phi3";
+    phi4: "phi4";
+    phi4_mini: "phi4-mini";
+    gpt2: "gpt2";
+    gpt_neox: "gpt-neox";
+    gpt_neox_sequential: "gpt-neox-sequential";
+    rope_linear: "rope-linear";
+    rope_dynamic: "rope-dynamic";
+    rope_yarn: "rope-yarn";
+    rope_yarn_mscale: "rope-yarn-mscale";
+    rope_longrope: "rope-longrope";
+}
