@@ -97,9 +97,9 @@ bench-scheduler: ## Time to plan one step of a loaded server
 .PHONY: gpu-dry-run
 gpu-dry-run: ## The measurements and checks for a GPU, on the CPU with a tiny model (needs the environment of make goldens)
 	cargo build --release $(BINS) -p integration-tests --bins
-	.venv-goldens/bin/python integration-tests/gpu/run.py model base-8 lora many slots cold check reference crash soak \
+	.venv-goldens/bin/python integration-tests/gpu/run.py model base-8 lora many slots cold families check reference crash soak \
 	  --bin target/release --out out/gpu-dry-run --work out/gpu-dry-run/work --device cpu --shape tiny --check-shape tiny \
-	  --vocab 2000 --adapters 48 --rounds 1 --scale 0.125 --steady 3000 --seconds 20 --check-host 2MiB --soak-host 9MiB \
+	  --families tiny-qwen3 tiny-gemma2 tiny-mistral --vocab 2000 --adapters 48 --rounds 1 --scale 0.125 --steady 3000 --seconds 20 --check-host 2MiB --soak-host 9MiB \
 	  --flags "--max-batch-size 64 --prefix-caching false --adapter-host-memory 256MiB --kv-memory 512MiB"
 
 .PHONY: goldens

@@ -24,7 +24,7 @@ WRITERS = 12
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Llama."""
+    """Sizes of a decoder, and what its family has beside a Llama's parts."""
 
     hidden: int
     ffn: int
@@ -34,6 +34,8 @@ class Shape:
     head_dim: int
     vocab: int
     max_positions: int = 131072
+    family: str = "llama"
+    tied: bool = False
 
     def sites(self) -> dict[str, tuple[int, int]]:
         """Inputs and outputs of a layer's seven projections."""
@@ -48,22 +50,53 @@ class Shape:
             "mlp.down_proj": (self.ffn, self.hidden),
         }
 
+    def norms(self) -> dict[str, int]:
+        """Widths of a layer's norms."""
+        norms = dict.fromkeys(["input_layernorm", "post_attention_layernorm"], self.hidden)
+        if self.family == "gemma2":
+            norms |= dict.fromkeys(["pre_feedforward_layernorm", "post_feedforward_layernorm"], self.hidden)
+        if self.family == "qwen3":
+            norms |= dict.fromkeys(["self_attn.q_norm", "self_attn.k_norm"], self.head_dim)
+        return norms
+
 
 SHAPES = {
     "8b": Shape(4096, 14336, 32, 32, 8, 128, 128256),
     "8b-2-layers": Shape(4096, 14336, 2, 32, 8, 128, 128256),
+    "qwen3-8b": Shape(4096, 12288, 36, 32, 8, 128, 151936, 40960, "qwen3"),
+    "gemma2-9b": Shape(3584, 14336, 42, 16, 8, 256, 256000, 8192, "gemma2", tied=True),
+    "mistral-7b": Shape(4096, 14336, 32, 32, 8, 128, 32000, 32768, "mistral"),
     "tiny": Shape(128, 352, 2, 4, 2, 32, 2048, 4096),
+    "tiny-qwen3": Shape(128, 352, 2, 4, 2, 32, 2048, 4096, "qwen3"),
+    "tiny-gemma2": Shape(128, 352, 2, 4, 2, 32, 2048, 4096, "gemma2", tied=True),
+    "tiny-mistral": Shape(128, 352, 2, 4, 2, 32, 2048, 4096, "mistral"),
 }
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>"]
 
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+# What the published models of these families have in config.json beside their sizes.
+FAMILIES = {
+    "llama": dict(rope_theta=500000.0, rope_scaling=dict(LLAMA3, original_max_position_embeddings=8192), hidden_act="silu"),
+    "qwen3": dict(rope_theta=1000000.0, hidden_act="silu"),
+    "mistral": dict(rope_theta=10000.0, hidden_act="silu", sliding_window=4096),
+    "gemma2": dict(
+        rope_theta=10000.0,
+        hidden_activation="gelu_pytorch_tanh",
+        sliding_window=4096,
+        query_pre_attn_scalar=256,
+        attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0,
+    ),
+}
+
 
 def config(shape: Shape) -> dict:
-    """config.json, with Llama 3.1's positions."""
-    rope = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+    """config.json."""
+    name = dict(llama="Llama", qwen3="Qwen3", mistral="Mistral", gemma2="Gemma2")[shape.family]
     return dict(
-        architectures=["LlamaForCausalLM"],
-        model_type="llama",
-        hidden_act="silu",
+        FAMILIES[shape.family],
+        architectures=[f"{name}ForCausalLM"],
+        model_type=shape.family,
         bos_token_id=shape.vocab - 2,
         eos_token_id=shape.vocab - 1,
         hidden_size=shape.hidden,
@@ -74,9 +107,7 @@ def config(shape: Shape) -> dict:
         num_hidden_layers=shape.layers,
         num_key_value_heads=shape.kv_heads,
         rms_norm_eps=1e-5,
-        rope_theta=500000.0,
-        rope_scaling=dict(rope, original_max_position_embeddings=8192),
-        tie_word_embeddings=False,
+        tie_word_embeddings=shape.tied,
         torch_dtype="bfloat16",
         vocab_size=shape.vocab,
     )
@@ -154,17 +185,26 @@ def write_file(path: Path, tensors: list[Tensor], seed: int) -> None:
 def model_tensors(shape: Shape) -> list[Tensor]:
     """Returns all tensors of a model."""
     deep = (2 * shape.layers) ** -0.5  # what the layers add must not outgrow the embedding
-    tensors = [Tensor("model.embed_tokens.weight", (shape.vocab, shape.hidden), 1.0)]
+    head = 0.02  # the `initializer_range` of these families
+    # A table that is the output projection, too, has its size; Gemma multiplies its rows by the root of their width.
+    tensors = [Tensor("model.embed_tokens.weight", (shape.vocab, shape.hidden), head if shape.tied else 1.0)]
     for layer in range(shape.layers):
         prefix = f"model.layers.{layer}"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors.append(Tensor(f"{prefix}.{norm}.weight", (shape.hidden,), None))
+        for norm, width in shape.norms().items():
+            tensors.append(Tensor(f"{prefix}.{norm}.weight", (width,), None))
         for site, (inputs, outputs) in shape.sites().items():
             gain = deep if site.endswith(("o_proj", "down_proj")) else 1.0
             tensors.append(Tensor(f"{prefix}.{site}.weight", (outputs, inputs), gain * inputs**-0.5))
     tensors.append(Tensor("model.norm.weight", (shape.hidden,), None))
-    tensors.append(Tensor("lm_head.weight", (shape.vocab, shape.hidden), 0.02))  # Llama's `initializer_range`
+    if not shape.tied:
+        tensors.append(Tensor("lm_head.weight", (shape.vocab, shape.hidden), head))
     return tensors
+
+
+def step_bytes(shape: Shape) -> int:
+    """Bytes of weights that a decode step reads: all but a table of which it takes single rows."""
+    read = [t for t in model_tensors(shape) if shape.tied or t.name != "model.embed_tokens.weight"]
+    return sum(t.size for t in read)
 
 
 def write_model(folder: Path, shape: Shape, seed: int = 1) -> int:
@@ -245,7 +285,8 @@ def main() -> None:
     if not holds(args.folder / "model" / "config.json", config(shape)):
         written += write_model(args.folder / "model", shape)
     written += write_adapters(args.folder / "adapters", shape, args.ranks)
-    print(json.dumps(dict(bytes=written, seconds=round(time.monotonic() - begun, 2))))
+    sizes = dict(vocab=shape.vocab, step_bytes=step_bytes(shape))
+    print(json.dumps(dict(sizes, bytes=written, seconds=round(time.monotonic() - begun, 2))))
 
 
 if __name__ == "__main__":

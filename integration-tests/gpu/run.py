@@ -74,12 +74,12 @@ class Session:
             raise
         return server
 
-    def make(self, folder: Path, shape: str, ranks: list[int]) -> None:
-        """Writes a model and adapters, in a process of its own so that nothing of it stays on the GPU."""
+    def make(self, folder: Path, shape: str, ranks: list[int]) -> dict:
+        """Writes a model and adapters and returns what was written, in a process of its own so that nothing of it stays on the GPU."""
         command = [sys.executable, HERE / "model.py", folder, "--shape", shape]
         command += ["--ranks", ",".join(map(str, ranks))] if ranks else []
         made = json.loads(subprocess.check_output(list(map(str, command)), text=True))
-        self.say(dict(made=str(folder), shape=shape, adapters=len(ranks), **made))
+        return self.say(dict(made=str(folder), shape=shape, adapters=len(ranks), **made))
 
     def guard(self, name: str, phase) -> None:
         """Runs a phase. If it fails, that is recorded as a result, and the other phases still run."""
@@ -119,6 +119,22 @@ def measure(s: Session, names: list[str], slots: int | None) -> None:
                 label = f"{slots}-slots" if many and slots else "default"
                 s.guard(name, lambda: s.say(generator.measure(LOADS[name], s.args.rounds, label)))
         s.say(dict(after="loads", memory=server.memory()))
+
+
+def families(s: Session) -> None:
+    """Measures models of other families' shapes: 1 and 32 streams, without and with adapters."""
+    for name in s.args.families:
+        folder = s.args.work / name
+        made = s.make(folder, name, [16] * 32)
+        with s.server([], folder / "model", folder / "adapters") as server:
+            vocab = min(s.args.vocab, made["vocab"] - 2)
+            generator = Generator(s.args.bin, server, vocab, s.args.out, (s.args.scale, s.args.steady))
+            generator.touch(32)
+            for load in ["base-1", "lora-1x1", "base-32", "lora-32x32"]:
+                got = generator.measure(LOADS[load], s.args.rounds, "default")
+                under = dict(family=name, under=got.pop("load"), step_bytes=made["step_bytes"])
+                s.say(dict(under, check=f"{load} {name}", passed=got["errors"] == 0, **got))
+        shutil.rmtree(folder)  # tens of gigabytes
 
 
 def check_batches(s: Session) -> None:
@@ -181,7 +197,7 @@ def crash(s: Session) -> None:
         s.say(Crash(server).run())
 
 
-PHASES = ["model", *GROUPS, "slots", "cold", "check", "reference", "demo", "crash", "soak"]
+PHASES = ["model", *GROUPS, "slots", "cold", "families", "check", "reference", "demo", "crash", "soak"]
 
 
 def arguments() -> argparse.Namespace:
@@ -193,6 +209,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--commit", help="of the binaries; it is noted in every line of results.jsonl")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shape", default="8b", help="of the measured model")
+    parser.add_argument("--families", nargs="+", default=["qwen3-8b", "gemma2-9b", "mistral-7b"])
     parser.add_argument("--check-shape", default="8b-2-layers", help="of the checked model")
     parser.add_argument("--vocab", type=int, default=128000, help="prompts are of ids below this")
     parser.add_argument("--adapters", type=int, default=256, help="of the measured model")
@@ -226,6 +243,8 @@ def main() -> int:
         s.guard("loads", lambda: measure(s, names, None))
     if "slots" in args.phases:
         s.guard("slots", lambda: measure(s, GROUPS["many"], 32))
+    if "families" in args.phases:
+        s.guard("families", lambda: families(s))
     for name, phase in dict(check=check_batches, reference=check_reference, demo=check_demo, crash=crash, soak=soak).items():
         if name in args.phases:
             s.guard(name, lambda: phase(s))
