@@ -152,7 +152,7 @@ fn serve<B: Backend>(
     parent: &Parent,
 ) -> anyhow::Result<()> {
     let shard = &config.shard;
-    let host_bytes = shard.adapter_host_memory as usize;
+    let (host_bytes, world) = (shard.adapter_host_memory as usize, config.shards.uds.len() as u32);
     // Locked memory is lost to everybody else.
     ops.expect_adapters(host_bytes, memory::quarter(config.shards.uds.len()) as usize);
     let model = Arc::new(load(&*ops, config)?);
@@ -184,21 +184,11 @@ fn serve<B: Backend>(
         dtype: name_of(ops.dtype()).into(),
         device: target.name.into(),
         rank: rank as u32,
-        world: config.shards.uds.len() as u32,
-        vocab_size: description.vocab as u32,
-        max_positions: description.max_positions as u32,
-        eos_token_ids: description.eos.clone(),
+        world,
         num_blocks: num_blocks as u32,
-        block_size: kernels::BLOCK_SIZE as u32,
-        num_slots: limits.num_slots as u32,
         adapter_bytes: room.adapter_bytes,
-        max_rows: limits.max_rows as u32,
-        max_sequences: limits.max_sequences as u32,
-        max_logit_rows: limits.max_logit_rows as u32,
         longest_step_us: engine.longest_step().as_micros() as u64,
-        kv_window: memory::kv_window(description.lookback()),
-        rope_switch: rope_switch(&description),
-        rope_dynamic: rope_dynamic(&description),
+        ..info(&description, &limits)
     };
     let step_timeout = server::step_timeout(config.router.step_timeout, engine.longest_step());
     let supervisor = Supervisor::ending_the_process()?;
@@ -211,6 +201,30 @@ fn serve<B: Backend>(
     // Whoever waits for an adapter that is being read is gone.
     runtime.shutdown_timeout(Duration::from_secs(1));
     served
+}
+
+/// What a shard tells of its model and of its bounds. What only a running shard knows is left empty.
+fn info(decoder: &Decoder, limits: &Limits) -> Info {
+    Info {
+        dtype: String::new(),
+        device: String::new(),
+        rank: 0,
+        world: 1,
+        vocab_size: decoder.vocab as u32,
+        max_positions: decoder.max_positions as u32,
+        eos_token_ids: decoder.eos.clone(),
+        num_blocks: 0,
+        block_size: kernels::BLOCK_SIZE as u32,
+        num_slots: limits.num_slots as u32,
+        adapter_bytes: 0,
+        max_rows: limits.max_rows as u32,
+        max_sequences: limits.max_sequences as u32,
+        max_logit_rows: limits.max_logit_rows as u32,
+        longest_step_us: 0,
+        kv_window: memory::kv_window(decoder.lookback()),
+        rope_switch: rope_switch(decoder),
+        rope_dynamic: rope_dynamic(decoder),
+    }
 }
 
 /// Answers the router and reads adapters, beside the engine.
