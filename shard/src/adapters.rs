@@ -1,4 +1,5 @@
-//! Adapters in host memory: resolved with the caller's rights, read and checked once, kept by content.
+//! The LRU cache of adapters in host memory. An adapter is read and checked once, and is known by the hash of its
+//! content.
 
 mod cache;
 mod resolve;
@@ -23,25 +24,24 @@ use cache::Cache;
 pub use resolve::{ResolveError, Roots};
 use version::Version;
 
-/// Most adapters that are read and checked at the same time; half of the cores are for others, too.
+/// The largest number of adapters that are read and checked at the same time. It is also bounded by half of the cores.
 const PARALLEL: usize = 8;
-/// Parts that the memory for reading is counted in.
+/// The number of permits that the memory for reading is divided into.
 const PARTS: usize = 1024;
 
-/// How much adapters may take.
+/// Bounds on host memory and time.
 #[derive(Debug, Clone, Copy)]
 pub struct HostLimits {
-    /// Bytes of host memory that they are kept in. What is read at the same time takes no more than that beside them,
-    /// unless a single one takes more.
+    /// Bytes of the cache. Reading takes as many bytes at most beside it, unless a single adapter needs more.
     pub bytes: usize,
-    /// How long one may take to be read and checked.
+    /// How long reading and checking one adapter may take.
     pub read_timeout: Duration,
 }
 
-/// Why an adapter cannot be had.
+/// Why an adapter could not be prepared.
 #[derive(Debug, thiserror::Error)]
 pub enum PrepareError {
-    /// The reference leads nowhere, or where the caller may not read.
+    /// The reference does not lead to a folder that may be read.
     #[error(transparent)]
     Resolve(#[from] ResolveError),
     /// The files are not an adapter that this model can serve exactly.
@@ -52,7 +52,7 @@ pub enum PrepareError {
         /// The cause.
         source: AdapterError,
     },
-    /// It cannot be laid out.
+    /// The backend cannot stage it.
     #[error("adapter {id}: {source}")]
     Stage {
         /// The adapter, as it was named.
@@ -60,7 +60,7 @@ pub enum PrepareError {
         /// The cause.
         source: kernels::Error,
     },
-    /// It alone is larger than all of the memory for adapters.
+    /// It is larger than the whole cache.
     #[error("adapter {id} takes {bytes} bytes, adapters have {limit}")]
     TooLarge {
         /// The adapter, as it was named.
@@ -70,12 +70,12 @@ pub enum PrepareError {
         /// The bound.
         limit: usize,
     },
-    /// It takes too long to be read. Others are read meanwhile.
+    /// Reading it took too long. Other adapters are read meanwhile.
     #[error("adapter {id} could not be read within {} s", limit.as_secs_f32())]
     Slow {
         /// The adapter, as it was named.
         id: String,
-        /// The time that it had.
+        /// The time limit.
         limit: Duration,
     },
     /// The thread that read it died.
@@ -86,40 +86,40 @@ pub enum PrepareError {
     },
 }
 
-/// Why an adapter that was prepared cannot be had again.
+/// Why an adapter that was evicted could not be read again.
 #[derive(Debug, thiserror::Error)]
 pub enum FetchError {
-    /// This process has never read it, or has read tens of thousands of others since.
+    /// This process has never prepared it, or has prepared tens of thousands of others since.
     #[error("it was never prepared")]
     Unknown,
-    /// Its files are another adapter by now.
+    /// Its files have been replaced by another adapter's.
     #[error("its files have changed")]
     Changed,
-    /// Its files cannot be read any more.
+    /// Its files can no longer be read.
     #[error(transparent)]
     Read(#[from] PrepareError),
 }
 
-/// A host copy on its way.
+/// Receives a host copy that is being read again.
 pub type Fetch<B> = oneshot::Receiver<Result<Arc<<B as kernels::Adapters>::HostAdapter>, FetchError>>;
 
-/// What a caller learns of an adapter.
+/// The properties of an adapter that has been prepared.
 #[derive(Debug, Clone)]
 pub struct Prepared {
-    /// Its identity.
+    /// The hash of its content, which identifies it.
     pub content: ContentHash,
-    /// Bytes in a slot.
+    /// Bytes that it takes in a slot.
     pub bytes: usize,
     /// Its largest LoRA rank.
     pub max_lora_rank: usize,
-    /// Modules that it changes.
+    /// The modules that it changes.
     pub sites: Vec<String>,
 }
 
-/// What is known of an adapter, and its host copy.
+/// An adapter's properties and its host copy.
 type Read<B> = (Prepared, Arc<<B as kernels::Adapters>::HostAdapter>);
 
-/// See the module.
+/// The cache, and what is needed to fill it.
 pub struct Adapters<B: Backend> {
     ops: Arc<B>,
     model: BaseModel,
@@ -128,13 +128,13 @@ pub struct Adapters<B: Backend> {
     limits: HostLimits,
     runtime: Handle,
     permits: Arc<Semaphore>,
-    /// Memory for reading, in parts of [`Adapters::part`] bytes.
+    /// Memory for reading: each permit stands for [`Adapters::part`] bytes.
     memory: Arc<Semaphore>,
     cache: Mutex<Cache<B::HostAdapter>>,
 }
 
 impl<B: Backend> Adapters<B> {
-    /// An empty cache over the folders of `roots`; what it reads by itself, it reads on `runtime`.
+    /// Makes an empty cache of adapters in the folders of `roots`, which are read on `runtime`.
     pub fn new(
         ops: Arc<B>,
         model: BaseModel,
@@ -161,17 +161,17 @@ impl<B: Backend> Adapters<B> {
         self.cache.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Bytes of a part of the memory for reading.
+    /// Bytes of one permit of the memory for reading.
     fn part(&self) -> usize {
         (self.limits.bytes / PARTS).max(1)
     }
 
-    /// Resolves a reference and makes sure that its adapter is in host memory. The reference is resolved every time,
-    /// whatever is cached: that is where access is checked.
+    /// Resolves a reference, and makes sure that its adapter is in host memory. The reference is resolved every time,
+    /// even if the adapter is cached, because resolving checks access.
     pub async fn prepare(self: &Arc<Self>, source: &str, id: &str) -> Result<Prepared, PrepareError> {
         let interrupted = |_| PrepareError::Interrupted { id: id.into() };
         let (this, source, name) = (self.clone(), source.to_owned(), id.to_owned());
-        // Folders may be far away.
+        // Resolving reads the file system, which may be slow.
         let version = tokio::task::spawn_blocking(move || -> Result<_, PrepareError> {
             let now = SystemTime::now();
             Ok((Version::of(&this.roots.resolve(&source, &name)?), now))
@@ -181,14 +181,16 @@ impl<B: Backend> Adapters<B> {
         if let Some(prepared) = known.get().filter(|prepared| self.get(prepared.content).is_some()) {
             return Ok(prepared.clone());
         }
-        // A task of its own: it goes on when its caller leaves, whom others may have joined.
+        // Reading has a task of its own, so that it goes on if this caller leaves while others wait for the same
+        // adapter.
         let (this, name) = (self.clone(), id.to_owned());
         let reading =
             self.runtime.spawn(async move { this.read_version((version, now), known, &name).await });
         reading.await.map_err(interrupted)?
     }
 
-    /// Reads a version, as of a time, that is not in memory, once for all who ask at the same time.
+    /// Reads a version that is not in memory, as it was at a time. Callers that ask for it at the same time share one
+    /// read.
     async fn read_version(
         self: &Arc<Self>,
         (version, as_of): (Version, SystemTime),
@@ -196,7 +198,7 @@ impl<B: Backend> Adapters<B> {
         id: &str,
     ) -> Result<Prepared, PrepareError> {
         if known.initialized() {
-            // Evicted since: read it again.
+            // It has been evicted: read it again.
             let mut cache = self.cache();
             cache.forget(&version, &known);
             known = cache.known(&version);
@@ -205,7 +207,7 @@ impl<B: Backend> Adapters<B> {
         let result = known.get_or_try_init(read).await.cloned();
         let folder = version.folder().to_owned();
         let after = tokio::task::spawn_blocking(move || Version::of(&folder)).await;
-        // A broken adapter is read anew when it is asked for again, and so is one whose files may have changed since.
+        // A failure is not remembered, nor is an adapter whose files may have changed while they were read.
         if result.is_err() || !version.is_settled(as_of) || after.ok().as_ref() != Some(&version) {
             self.cache().forget(&version, &known);
         }
@@ -224,7 +226,7 @@ impl<B: Backend> Adapters<B> {
                 interrupted()
             })?,
             Err(_) => {
-                // It keeps its memory, but not its place among those that are read.
+                // The thread goes on and keeps its memory, but its permit is free for another adapter.
                 tracing::error!("staging of adapter {id} has not ended within {} s", limit.as_secs_f32());
                 Err(PrepareError::Slow { id: id.into(), limit })
             }
@@ -243,13 +245,14 @@ impl<B: Backend> Adapters<B> {
         // Beside its host copy, what is read of it.
         let parts = (host_bytes + model::adapter::read_bytes(&shapes, &self.sites)).div_ceil(self.part());
         let parts = parts.min(PARTS.min(self.limits.bytes.max(1))) as u32;
-        // Whoever asked waits no longer than this, and a thread must not wait longer: there is a limited number.
+        // The caller waits no longer than this. The thread must not wait longer either: the number of threads is
+        // limited.
         let limit = self.limits.read_timeout;
         let memory = self.runtime.block_on(async { timeout(limit, self.memory.acquire_many(parts)).await });
         let Ok(memory) = memory else { return Err(PrepareError::Slow { id, limit }) };
         let Ok(_memory) = memory else { return Err(PrepareError::Interrupted { id }) };
         let adapter = opened.read().map_err(adapter_error)?;
-        // Others are evicted before memory is taken in their place.
+        // Evict other adapters before memory is allocated for this one.
         self.cache().reserve(host_bytes);
         let staged = self.ops.stage(&self.sites, &adapter.parts);
         let mut cache = self.cache();
@@ -265,7 +268,7 @@ impl<B: Backend> Adapters<B> {
         Ok((prepared, staged))
     }
 
-    /// The host copy of an adapter, if it is still there.
+    /// The host copy of an adapter, if it is in memory.
     pub fn get(&self, content: ContentHash) -> Option<Arc<B::HostAdapter>> {
         self.cache().get(content)
     }
@@ -275,13 +278,13 @@ impl<B: Backend> Adapters<B> {
         self.cache().held()
     }
 
-    /// Reads an adapter again that memory pressure has taken since it was prepared. Whoever holds the result has the
-    /// copy: it cannot be taken once more before it is used.
+    /// Reads an adapter again that was evicted after it had been prepared. The result holds the host copy itself, so
+    /// that it cannot be evicted again before it is used.
     pub fn fetch(self: &Arc<Self>, content: ContentHash) -> Fetch<B> {
         let (found, waiting) = oneshot::channel();
         let this = self.clone();
         self.runtime.spawn(async move {
-            // The slot may not be wanted any more.
+            // Sending fails if the slot has been emptied meanwhile.
             let _ = found.send(this.read_again(content).await);
         });
         waiting

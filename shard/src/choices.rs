@@ -1,4 +1,4 @@
-//! What a device found out about itself, kept for the next start.
+//! The GEMM algorithms that the warm-up has chosen, kept in a file for the next start.
 
 use std::{
     env,
@@ -8,15 +8,16 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// A text file in the user's cache, one for each card and library version.
+/// A text file in the user's cache; there is one for each kind of GPU and version of the library.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ChoiceFile(PathBuf);
 
 impl ChoiceFile {
-    /// The file for what `of` names, below `XDG_CACHE_HOME` or `~/.cache`; none if there is no such folder.
+    /// The file of the GPU and library that `of` names, below `XDG_CACHE_HOME` or `~/.cache`; `None` if neither is
+    /// known.
     pub fn of(of: &str) -> Option<ChoiceFile> {
         let home = || Some(PathBuf::from(env::var_os("HOME")?).join(".cache"));
-        // An empty variable counts as none, by the XDG specification.
+        // The XDG specification says that an empty variable counts as unset.
         let cache = env::var_os("XDG_CACHE_HOME").filter(|folder| !folder.is_empty());
         let cache = cache.map(PathBuf::from).or_else(home)?;
         Some(ChoiceFile::within(&cache.join("lorax").join("products"), of))
@@ -27,17 +28,17 @@ impl ChoiceFile {
         ChoiceFile(folder.join(name + ".txt"))
     }
 
-    /// What was kept; nothing where nothing can be read.
+    /// The text that was kept; empty if there is none or it cannot be read.
     pub fn read(&self) -> String {
         fs::read_to_string(&self.0).unwrap_or_default()
     }
 
-    /// Keeps a text in place of the one before. Others, and whoever looks after a crash, see either of them whole; a
-    /// failure leaves nothing behind.
+    /// Replaces the text. Other processes see the old text or the new one, whole, even after a crash. A failure leaves
+    /// no temporary file behind.
     pub fn write(&self, text: &str) -> io::Result<()> {
         let folder = self.0.parent().unwrap_or(Path::new("."));
         fs::create_dir_all(folder)?;
-        // Others may share the folder: as readable as any file.
+        // Other users may share the folder, so that the file is as readable as any other.
         let permissions = Permissions::from_mode(0o666);
         let mut new = tempfile::Builder::new().permissions(permissions).tempfile_in(folder)?;
         new.write_all(text.as_bytes())?;
@@ -66,7 +67,7 @@ mod tests {
     #[test]
     fn what_cannot_be_kept_leaves_nothing() {
         let folder = tempfile::tempdir().unwrap();
-        let file = ChoiceFile::within(folder.path(), "card");
+        let file = ChoiceFile::within(folder.path(), "gpu");
         fs::create_dir(&file.0).unwrap();
         assert!(file.write("text").is_err());
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);

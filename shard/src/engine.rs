@@ -1,4 +1,4 @@
-//! The step loop: one thread that owns the model's state and runs what it is sent, in order.
+//! The step loop: one thread that owns all state of the model and runs the commands that it receives, in order.
 
 mod heartbeat;
 mod idle;
@@ -36,30 +36,30 @@ use session::Session;
 use state::State;
 pub use state::{Limits, StepError};
 
-/// How often an idle loop checks whether an adapter has arrived: far less than the milliseconds that a copy takes.
+/// How long an idle loop sleeps before it checks again whether an adapter's copy has ended. Copies take milliseconds.
 const LOAD_POLL: Duration = Duration::from_micros(50);
 
-/// What the loop is sent.
+/// A command to the loop.
 pub enum Command {
-    /// Begin a session: end the stream of the one before, and forget its sequences.
+    /// Begin a session: end the previous session's stream, and drop its sequences.
     Attach {
         /// The session's number.
         session: u64,
-        /// Where to answer.
+        /// Receives the answer.
         held: oneshot::Sender<Held>,
     },
-    /// Send the session's events here.
+    /// Send the session's events over this stream.
     Execute(EventStream),
-    /// Run a step, or refuse what came in its place.
+    /// Run a step, or end the stream if its message was not a valid step.
     Step {
-        /// The id of the [`EventStream`] that it came with.
+        /// The id of the [`EventStream`] of the call that it came over.
         stream: u64,
         /// The step.
         step: Result<Box<Step>, StepError>,
     },
-    /// Give a step its masks.
+    /// Pass masks to a step that was sent before.
     Masks {
-        /// The id of the [`EventStream`] that they came with.
+        /// The id of the [`EventStream`] of the call that they came over.
         stream: u64,
         /// The masks.
         masks: Masks,
@@ -69,25 +69,25 @@ pub enum Command {
 /// Adapters that outlive a session.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Held {
-    /// Slots whose adapters are ready: the slot, its adapter, the bytes that it takes there.
+    /// The slots that are ready, each with its adapter and the bytes that it takes on the device.
     pub slots: Vec<(u32, ContentHash, usize)>,
-    /// Adapters in host memory, and the bytes that each takes there.
+    /// The adapters in host memory, each with the bytes that it takes there.
     pub host: Vec<(ContentHash, usize)>,
 }
 
-/// A model, the memory that it computes in, and whoever listens.
+/// The state of the step loop: a model, its memory, and the router's session.
 pub struct Engine<B: Backend> {
     state: State<B>,
     session: Session,
     pipeline: Pipeline<B>,
     heartbeat: Arc<Heartbeat>,
     longest_step: Duration,
-    /// When the oldest work that is not finished began, as of the last turn.
+    /// When the oldest unfinished work began, as of the last turn.
     oldest: Option<Instant>,
 }
 
 impl<B: Backend> Engine<B> {
-    /// Sets memory aside, but for keys and values.
+    /// Allocates all memory except that of the KV cache.
     pub fn new(
         ops: Arc<B>,
         model: Arc<Model<B>>,
@@ -104,22 +104,22 @@ impl<B: Backend> Engine<B> {
         })
     }
 
-    /// Runs the largest step and others like it, and notes how long the largest takes: what the device has left
-    /// afterwards is free for keys, values and adapters.
+    /// Runs the largest step and other prefill steps, and measures how long the largest takes. The memory that the
+    /// device has left afterwards is free for the KV cache and adapters.
     pub fn warm_up(&mut self) -> kernels::Result<()> {
         self.state.set_blocks(self.state.largest_blocks())?;
         self.longest_step = self.state.warm_up_prefill()?;
         Ok(())
     }
 
-    /// Sets aside blocks for keys and values, and prepares the steps that use them.
+    /// Allocates the KV cache, and captures the CUDA graphs of decode steps on a device that has them.
     pub fn set_blocks(&mut self, num_blocks: usize) -> kernels::Result<()> {
         self.state.set_blocks(num_blocks)?;
-        self.state.record()
+        self.state.capture_graphs()
     }
 
-    /// Runs a step of modest size and infers how long the largest one would take: for a device that
-    /// [`Self::warm_up`] would keep from serving for too long.
+    /// Runs a small step, and estimates from it how long the largest one would take: for a device on which
+    /// [`Self::warm_up`] would take too long.
     pub fn estimate_longest_step(&mut self) -> kernels::Result<()> {
         self.longest_step = self.state.estimate_longest_step()?;
         Ok(())
@@ -130,13 +130,13 @@ impl<B: Backend> Engine<B> {
         self.longest_step
     }
 
-    /// What tells others whether the loop is alive.
+    /// The heartbeat, by which other threads see whether the loop is alive.
     pub fn heartbeat(&self) -> Arc<Heartbeat> {
         self.heartbeat.clone()
     }
 
-    /// Runs until all senders are gone; `pulse` is busy while there is work, and beats when some of it is finished.
-    /// Errors: the device failed; nothing that it holds can be trusted.
+    /// Runs until all senders are dropped. `pulse` is busy while there is work, and is told whenever the oldest of it
+    /// has been finished. Errors: the device failed, and its memory can no longer be trusted.
     pub fn run(mut self, mut commands: Receiver<Command>, pulse: &Pulse) -> kernels::Result<()> {
         loop {
             let command = if self.pipeline.is_running() || self.state.is_loading() {
@@ -146,7 +146,7 @@ impl<B: Backend> Engine<B> {
             };
             self.heartbeat.turn();
             match command {
-                // Neither the next step nor this one's result may wait for the other.
+                // Poll for both the next command and the running step's result: neither may delay the other.
                 Err(TryRecvError::Empty) if self.pipeline.is_running() => thread::yield_now(),
                 Err(TryRecvError::Empty) => thread::park_timeout(LOAD_POLL),
                 Err(TryRecvError::Disconnected) => return Ok(()),
@@ -165,7 +165,7 @@ impl<B: Backend> Engine<B> {
         }
     }
 
-    /// Shows others the oldest work that is not finished.
+    /// Publishes when the oldest unfinished work began.
     fn set_oldest(&mut self, oldest: Option<Instant>, pulse: &Pulse) {
         if oldest == self.oldest {
             return;
@@ -181,11 +181,11 @@ impl<B: Backend> Engine<B> {
     fn handle(&mut self, command: Command) -> kernels::Result<()> {
         match command {
             Command::Attach { session, held } => {
-                // Nothing that the new session does may overtake the steps in flight, whose results nobody wants.
+                // The steps in flight must end before the new session changes anything; their results are dropped.
                 self.pipeline.abandon(&mut self.state)?;
                 self.session.begin(session);
                 let kept = self.state.begin_session()?;
-                // Whoever asked may be gone.
+                // Sending fails if the caller has gone away.
                 let _ = held.send(kept);
             }
             Command::Execute(stream) => self.session.join(stream),
@@ -199,13 +199,13 @@ impl<B: Backend> Engine<B> {
                     Err(error) => self.pipeline.push(Err(error)),
                 }
             }
-            // It comes from a stream that has ended: there is nobody to answer to.
+            // These came over a stream that has ended.
             Command::Step { .. } | Command::Masks { .. } => {}
         }
         Ok(())
     }
 
-    /// Launches what can be launched, and answers the steps that have ended.
+    /// Launches all steps that can be launched, and sends the results of those that have ended.
     fn advance(&mut self) -> kernels::Result<()> {
         loop {
             if let Err(refused) = self.pipeline.launch(&mut self.state)? {

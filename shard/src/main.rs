@@ -80,7 +80,7 @@ fn run(config: &Config, rank: usize, parent: &Parent) -> anyhow::Result<()> {
     serve(Arc::new(ops), &target, config, rank, parent)
 }
 
-/// The kernels' name of a type.
+/// Converts the configuration's type.
 fn kernels_dtype(dtype: Dtype) -> DType {
     match dtype {
         Dtype::Float32 => DType::F32,
@@ -89,7 +89,7 @@ fn kernels_dtype(dtype: Dtype) -> DType {
     }
 }
 
-/// The name of a type as the flags spell it.
+/// The name of a type, as flags spell it.
 fn name_of(dtype: DType) -> &'static str {
     match dtype {
         DType::F32 => "float32",
@@ -98,7 +98,7 @@ fn name_of(dtype: DType) -> &'static str {
     }
 }
 
-/// Serves from a GPU whose memory is shared out once the weights and a step's needs are on it.
+/// Serves from a GPU. Its memory is divided when the weights are loaded and the largest step has run.
 #[cfg(feature = "cuda")]
 fn serve_cuda(
     ops: kernels::cuda::CudaBackend,
@@ -114,7 +114,7 @@ fn serve_cuda(
         let memory = ops.memory()?;
         let fractions = (shard.cuda_memory_fraction, shard.adapter_memory_fraction);
         let room = Room::on_device((memory.free as u64, memory.total as u64), fractions, shard.kv_memory)?;
-        tracing::info!(kv_bytes = room.kv_bytes, adapter_bytes = room.adapter_bytes, "memory is shared out");
+        tracing::info!(kv_bytes = room.kv_bytes, adapter_bytes = room.adapter_bytes, "memory is divided");
         Ok(room)
     };
     let choices = ChoiceFile::of(&ops.product_choices_of()?);
@@ -130,14 +130,14 @@ fn serve_cuda(
     serve(Arc::new(ops), &target, config, rank, parent)
 }
 
-/// What is known of a device before anything is loaded.
+/// Properties of a device, and what is done at points of the start that differ between devices.
 struct Target<'a, B> {
     name: &'a str,
-    /// Rows of the largest step unless the configuration says otherwise.
+    /// The rows of the largest step, unless the configuration says otherwise.
     max_rows: usize,
-    /// Whether the largest step runs before memory is shared out, as the device's own needs show only then.
+    /// Whether the largest step runs before memory is divided, because only then it shows what the device needs itself.
     warms_up: bool,
-    /// The memory that is left then.
+    /// Divides the memory that is left then.
     room: &'a dyn Fn(&B) -> anyhow::Result<Room>,
     /// Called once the warm-up has ended.
     ready: &'a dyn Fn(&B),
@@ -153,7 +153,7 @@ fn serve<B: Backend>(
 ) -> anyhow::Result<()> {
     let shard = &config.shard;
     let (host_bytes, world) = (shard.adapter_host_memory as usize, config.shards.uds.len() as u32);
-    // Locked memory is lost to everybody else.
+    // Page-locked memory is not available to other processes: no more than a quarter is locked in advance.
     ops.expect_adapters(host_bytes, memory::quarter(config.shards.uds.len()) as usize);
     let model = Arc::new(load(&*ops, config)?);
     let description = model.decoder().clone();
@@ -173,13 +173,13 @@ fn serve<B: Backend>(
     let room = (target.room)(&ops)?;
     let most = limits.max_sequences * description.max_positions.div_ceil(kernels::BLOCK_SIZE);
     let num_blocks = memory::blocks(room.kv_bytes, model.kv_block_bytes(&ops), most)?;
-    let recording = Instant::now();
+    let capture = Instant::now();
     engine.set_blocks(num_blocks)?;
     if !target.warms_up {
         engine.estimate_longest_step()?;
     }
     (target.ready)(&ops);
-    tracing::info!(num_blocks, seconds = recording.elapsed().as_secs_f32(), "ready to compute");
+    tracing::info!(num_blocks, seconds = capture.elapsed().as_secs_f32(), "ready to compute");
     let info = Info {
         dtype: name_of(ops.dtype()).into(),
         device: target.name.into(),
@@ -198,12 +198,12 @@ fn serve<B: Backend>(
         let rank = Rank { engine, adapters, info };
         server::serve(rank, connections, step_timeout, told, &supervisor).await.context("the server")
     });
-    // Whoever waits for an adapter that is being read is gone.
+    // Adapters may still be read, but no request waits for them any more.
     runtime.shutdown_timeout(Duration::from_secs(1));
     served
 }
 
-/// What a shard tells of its model and of its bounds. What only a running shard knows is left empty.
+/// Properties of the model and the limits of a step. Fields that only a running shard knows are left empty.
 fn info(decoder: &Decoder, limits: &Limits) -> Info {
     Info {
         dtype: String::new(),
@@ -227,12 +227,12 @@ fn info(decoder: &Decoder, limits: &Limits) -> Info {
     }
 }
 
-/// Answers the router and reads adapters, beside the engine.
+/// The runtime that serves gRPC and reads adapters, beside the engine's thread.
 fn runtime() -> io::Result<Runtime> {
     Builder::new_multi_thread().thread_name("requests").worker_threads(2).enable_all().build()
 }
 
-/// The original context of LongRoPE; 0 without it.
+/// The length beyond which LongRoPE uses other frequencies; 0 without LongRoPE.
 fn rope_switch(decoder: &Decoder) -> u32 {
     let original = |rope: &RopeSpec| match rope.stretch {
         Stretch::Long { original, .. } => Some(original),
@@ -241,7 +241,7 @@ fn rope_switch(decoder: &Decoder) -> u32 {
     decoder.ropes.iter().find_map(original).unwrap_or(0)
 }
 
-/// The original context of dynamic NTK scaling; 0 without it.
+/// The length beyond which dynamic NTK scaling begins; 0 without it.
 fn rope_dynamic(decoder: &Decoder) -> u32 {
     let original = |rope: &RopeSpec| match rope.stretch {
         Stretch::Dynamic { original, .. } => Some(original),
@@ -250,7 +250,7 @@ fn rope_dynamic(decoder: &Decoder) -> u32 {
     decoder.ropes.iter().find_map(original).unwrap_or(0)
 }
 
-/// How much a step may hold.
+/// The limits of a step.
 fn limits(config: &Config, default_rows: usize) -> Limits {
     let max_sequences = config.shard.max_batch_size;
     let max_rows = config.max_rows().unwrap_or(default_rows).max(max_sequences);
@@ -258,9 +258,9 @@ fn limits(config: &Config, default_rows: usize) -> Limits {
     Limits { num_slots: config.shard.max_active_adapters, max_rows, max_sequences, max_logit_rows }
 }
 
-/// The connections to a socket, which the parent is told of.
+/// Listens on a socket, and tells the parent that this process serves.
 fn listen(socket: &Path, parent: &Parent) -> anyhow::Result<UnixListenerStream> {
-    // A socket of an earlier life would refuse the name.
+    // The socket of an earlier process would make `bind` fail.
     let _ = std::fs::remove_file(socket);
     let listener = UnixListener::bind(socket).with_context(|| format!("{}", socket.display()))?;
     parent.serving();
@@ -268,7 +268,7 @@ fn listen(socket: &Path, parent: &Parent) -> anyhow::Result<UnixListenerStream> 
     Ok(UnixListenerStream::new(listener))
 }
 
-/// Loads the weights, showing how far it is: a bar on a terminal, a line every tenth elsewhere.
+/// Loads the model, and shows its progress: a bar on a terminal, elsewhere a line of the log for every tenth.
 fn load<B: Backend>(ops: &B, config: &Config) -> anyhow::Result<Model<B>> {
     let path = &config.model.path;
     let bar = if std::io::stderr().is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };

@@ -1,83 +1,84 @@
-//! How a device's memory is shared out.
+//! Divides a device's memory between the KV cache and adapters.
 
 use std::{fs, path::Path};
 
-/// Why memory could not be shared out.
+/// Why memory could not be divided.
 #[derive(Debug, thiserror::Error)]
 pub enum TooSmall {
-    /// Not one block fits.
+    /// Not even one block fits.
     #[error("{given} bytes of KV memory hold no block of {block} bytes")]
     Block {
-        /// What there is for keys and values.
+        /// Bytes for the KV cache.
         given: u64,
-        /// A block of all layers.
+        /// Bytes of one block, all layers together.
         block: u64,
     },
-    /// More was asked for than there is.
+    /// More KV memory was asked for than is left.
     #[error(
         "{asked} bytes of KV memory do not fit (--kv-memory): {left} are left beside weights, a step, and adapters"
     )]
     Kv {
-        /// What was asked for.
+        /// Bytes that were asked for.
         asked: u64,
-        /// What there is.
+        /// Bytes that are left.
         left: u64,
     },
-    /// The weights have left too little.
+    /// The weights leave too little memory.
     #[error(
         "out of memory: {free} of {total} bytes are free beside the weights and a step; {reserved} of them are \
-         reserved (--cuda-memory-fraction) and recordings take {RECORDINGS}"
+         reserved (--cuda-memory-fraction), and CUDA graphs take {GRAPHS}"
     )]
     Device {
-        /// What is free.
+        /// Free bytes.
         free: u64,
-        /// What the device has.
+        /// Bytes of the device.
         total: u64,
-        /// What stays free.
+        /// Bytes that must stay free.
         reserved: u64,
     },
 }
 
-/// Set aside for recorded steps and what the driver takes while adapters come and go.
-const RECORDINGS: u64 = 1 << 30;
+/// Bytes reserved for CUDA graphs, and for what the driver allocates while adapters are loaded and unloaded.
+const GRAPHS: u64 = 1 << 30;
 
 /// Positions of the largest tile in which attention kernels read keys and values. A tile begins at a multiple of its
 /// size, so a kernel may read almost a whole tile of positions before the window, whose scores it masks.
 const ATTENTION_TILE: u32 = 128;
 
-/// Positions whose blocks a row needs if no layer attends to more than `window` of them; 0, for all, if one does.
+/// The number of last positions whose blocks a row needs, if every layer has an attention window of at most `window`. 0
+/// stands for all positions: some layer has no window.
 pub fn kv_window(window: Option<u32>) -> u32 {
     window.map_or(0, |window| window.saturating_add(ATTENTION_TILE))
 }
 
-/// Memory for what grows and shrinks.
+/// The memory of the KV cache and of adapters in slots.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Room {
-    /// Bytes of keys and values.
+    /// Bytes of the KV cache.
     pub kv_bytes: u64,
-    /// Bytes of adapters in slots; 0 for no bound but the slots.
+    /// Bytes of adapters in slots; 0 if only the number of slots is bounded.
     pub adapter_bytes: u64,
 }
 
 impl Room {
-    /// What was asked for, or by default this rank's part of a [`quarter`] of the memory that is available.
+    /// On the CPU: the sizes that were asked for; the KV cache takes by default what [`quarter`] gives this rank.
     pub fn on_host(kv: Option<u64>, adapters: Option<u64>, ranks: usize) -> Room {
         Room { kv_bytes: kv.unwrap_or_else(|| quarter(ranks)), adapter_bytes: adapters.unwrap_or(0) }
     }
 
-    /// Shares out what is `free` of `total` bytes: `used` of the total may be in use, and of what that leaves the
-    /// fraction `adapters` is theirs.
+    /// On a GPU: divides the `free` of `total` bytes. The fraction `used` of the total may be in use, and of what this
+    /// leaves, adapters get the fraction `adapters`.
     pub fn on_device(
         (free, total): (u64, u64),
         (used, adapters): (f32, f32),
         kv: Option<u64>,
     ) -> Result<Room, TooSmall> {
         let reserved = (total as f64 * (1.0 - f64::from(used))) as u64;
-        let left = free.saturating_sub(reserved).saturating_sub(RECORDINGS);
+        let left = free.saturating_sub(reserved).saturating_sub(GRAPHS);
         if left == 0 {
             return Err(TooSmall::Device { free, total, reserved });
         }
-        // None at all would be no bound; in one byte no adapter fits either.
+        // 0 would mean that there is no bound. No adapter fits into one byte either.
         let adapter_bytes = ((left as f64 * f64::from(adapters)) as u64).max(1);
         let left = left - adapter_bytes;
         match kv {
@@ -87,7 +88,7 @@ impl Room {
     }
 }
 
-/// Blocks that fit into `budget` bytes, but no more than `most` (all sequences at their full length).
+/// The number of blocks that fit into `budget` bytes, but at most `most`, which hold all sequences at full length.
 pub fn blocks(budget: u64, block_bytes: usize, most: usize) -> Result<usize, TooSmall> {
     let block = block_bytes as u64;
     match (budget / block) as usize {
@@ -96,7 +97,7 @@ pub fn blocks(budget: u64, block_bytes: usize, most: usize) -> Result<usize, Too
     }
 }
 
-/// A quarter of the memory that is available, shared out among so many ranks on this machine. Bytes.
+/// A quarter of the bytes of available memory, divided among the ranks on this machine.
 pub fn quarter(ranks: usize) -> u64 {
     share(available(Path::new("/")), ranks)
 }
@@ -105,16 +106,16 @@ fn share(available: u64, ranks: usize) -> u64 {
     available / 4 / ranks.max(1) as u64
 }
 
-/// Bytes that the system below `root` could give without swapping: to this machine, 4 GiB where it does not say, and to
-/// the control groups that this process is in.
+/// Bytes that this process can use without swapping: those available on the machine (4 GiB if it does not say), bounded
+/// by the limits of the process's control groups. `root` is `/` outside of tests.
 fn available(root: &Path) -> u64 {
     let machine = field(&root.join("proc/meminfo"), "MemAvailable:").map_or(4 << 30, |kib| kib * 1024);
     let groups = fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
     groups.lines().filter_map(|group| group_room(root, group)).fold(machine, u64::min)
 }
 
-/// The least room of a control group and those above it; none if they have no limit. `group` is what a process is told
-/// of it, "id:controllers:path".
+/// The bytes that are left in a control group or in one of its parents, whichever has least; `None` without a limit.
+/// `group` is a line of `/proc/self/cgroup`, "id:controllers:path".
 fn group_room(root: &Path, group: &str) -> Option<u64> {
     let mut fields = group.splitn(3, ':').skip(1);
     let (controllers, path) = (fields.next()?, fields.next()?);
@@ -127,11 +128,11 @@ fn group_room(root: &Path, group: &str) -> Option<u64> {
         _ => return None,
     };
     let [limit, used, inactive, active] = names;
-    // A container may see its own group at the mount's root, and the path that the machine has for it.
+    // A container may be told the machine's path of its group, but see that group at the mount's root.
     let rooms = Path::new(path.trim_start_matches('/')).ancestors().filter_map(|path| {
         let folder = root.join(mount).join(path);
         let number = |name| number(&fs::read_to_string(folder.join(name)).ok()?);
-        // Pages of files, such as the model's, count as used, but give way.
+        // Cached pages of files, such as the model's, count as used, but the kernel reclaims them.
         let pages = |name| field(&folder.join("memory.stat"), name).unwrap_or(0);
         let used = number(used)?.saturating_sub(pages(inactive) + pages(active));
         Some(number(limit)?.saturating_sub(used))
@@ -139,7 +140,7 @@ fn group_room(root: &Path, group: &str) -> Option<u64> {
     rooms.min()
 }
 
-/// The number after a name at the beginning of a line.
+/// The number that follows `name` at the beginning of a line of `file`.
 fn field(file: &Path, name: &str) -> Option<u64> {
     let text = fs::read_to_string(file).ok()?;
     let mut lines = text.lines().map(str::split_ascii_whitespace);
@@ -164,10 +165,10 @@ mod tests {
     }
 
     #[test]
-    fn a_device_is_shared_out() {
+    fn a_device_is_divided() {
         let gib = |n: u64| n << 30;
         let share = |kv| Room::on_device((gib(60), gib(80)), (0.75, 0.25), kv);
-        // 20 GiB stay free, 1 is for recordings, and a quarter of 39 is for adapters.
+        // 20 GiB stay free, 1 GiB is for CUDA graphs, and a quarter of the other 39 is for adapters.
         let adapter_bytes = gib(39) / 4;
         assert_eq!(share(None).unwrap(), Room { kv_bytes: gib(39) - adapter_bytes, adapter_bytes });
         assert_eq!(share(Some(gib(2))).unwrap().kv_bytes, gib(2));
@@ -182,7 +183,7 @@ mod tests {
         assert!(full.contains("out of memory: 9663676416 of 85899345920 bytes are free"), "{full}");
     }
 
-    /// Memory below a root of these files, in bytes.
+    /// The available bytes of a machine with these files.
     fn available(files: &[(&str, &str)]) -> u64 {
         let root = tempfile::tempdir().unwrap();
         for (path, text) in files {
@@ -228,7 +229,7 @@ mod tests {
         let files = [
             MACHINE,
             ("proc/self/cgroup", "5:cpu,cpuacct:/c\n4:hugetlb,memory:/docker/c\n0::/\n"),
-            // The container's own group is the root of what it sees.
+            // The container sees its own group at the mount's root.
             ("sys/fs/cgroup/memory/memory.limit_in_bytes", "4000000\n"),
             ("sys/fs/cgroup/memory/memory.usage_in_bytes", "3000000\n"),
             ("sys/fs/cgroup/memory/memory.stat", "active_file 9\ntotal_active_file 500000\n"),

@@ -1,4 +1,4 @@
-//! Passes the steps of the router's streams on to the engine.
+//! Forwards the steps of the router's streams to the engine.
 
 use std::pin::Pin;
 
@@ -11,36 +11,38 @@ use crate::{
     step::Request,
 };
 
-/// Steps and their masks as they arrive, each of them or what is wrong with it.
+/// Steps and masks as they arrive; an error stands for a message that is not valid.
 pub type Steps = Pin<Box<dyn Stream<Item = Result<Request, StepError>> + Send>>;
 
 /// A stream that the router has opened.
 pub struct Incoming {
     /// The number of the stream.
     pub stream: u64,
-    /// What it carries.
+    /// Its messages.
     pub steps: Steps,
-    /// The engine takes no more of its steps.
+    /// Cancelled when the engine takes no more of its steps.
     pub ended: CancellationToken,
 }
 
-/// Passes on the steps of all streams, each in its order. Must not end, and does so only when nobody can open a stream
-/// any more. The streams have no tasks of their own, so that whoever watches this one watches them all.
+/// Forwards the steps of all streams, those of each stream in order. Returns only when no more streams can be opened,
+/// which does not happen while the process serves. All streams are part of this one task, so that supervising it covers
+/// them all.
 pub async fn run(mut opened: Receiver<Incoming>, engine: Sender<Command>) {
     let mut streams = FuturesUnordered::new();
     loop {
         tokio::select! {
             incoming = opened.recv() => match incoming {
-                Some(incoming) => streams.push(pass_on(incoming, engine.clone())),
+                Some(incoming) => streams.push(forward(incoming, engine.clone())),
                 None => return,
             },
-            // The router has closed the stream, or the engine has.
+            // The router or the engine has ended a stream.
             Some(()) = streams.next() => {}
         }
     }
 }
 
-async fn pass_on(incoming: Incoming, engine: Sender<Command>) {
+/// Forwards one stream until it ends.
+async fn forward(incoming: Incoming, engine: Sender<Command>) {
     let Incoming { stream, mut steps, ended } = incoming;
     let all = async {
         while let Some(step) = steps.next().await {
@@ -54,6 +56,6 @@ async fn pass_on(incoming: Incoming, engine: Sender<Command>) {
             }
         }
     };
-    // Which of the two ends it makes no difference.
+    // It makes no difference which of the two ends first.
     let _ = ended.run_until_cancelled(all).await;
 }

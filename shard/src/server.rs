@@ -1,4 +1,4 @@
-//! A rank at work: its threads and tasks, each of which the process cannot do without.
+//! Runs a rank: its engine thread, its gRPC server, and the task between them, all under supervision.
 
 use std::{io, sync::Arc, time::Duration};
 
@@ -15,14 +15,14 @@ use crate::{
     step::Info,
 };
 
-/// Commands on their way to the engine.
+/// Capacity of the channel of commands to the engine.
 const COMMANDS: usize = 16;
-/// Streams of steps that wait to be passed on. A router has one at a time.
+/// Capacity of the channel of newly opened streams. A router has one stream at a time.
 const STREAMS: usize = 4;
 
-/// The least that a step may take before the engine counts as hanging.
+/// The shortest step timeout that is chosen by default.
 const LEAST_STEP_TIMEOUT: Duration = Duration::from_secs(10);
-/// How many times the longest step of the warm-up a step may take: its contexts may be longer.
+/// The default step timeout as a multiple of the longest step of the warm-up. Later steps may have longer contexts.
 const LONGEST_STEPS: u32 = 20;
 
 /// A rank that is ready to serve.
@@ -31,17 +31,18 @@ pub struct Rank<B: Backend> {
     pub engine: Engine<B>,
     /// Its adapters.
     pub adapters: Arc<Adapters<B>>,
-    /// What it tells of itself.
+    /// Its answer to the Info call.
     pub info: Info,
 }
 
-/// How long the engine may be busy without finishing a step: as configured, or by the longest step of the warm-up.
+/// The step timeout: how long the engine may be busy without finishing a step. It is configured, or follows from the
+/// longest step of the warm-up.
 pub fn step_timeout(configured: Option<Duration>, longest_step: Duration) -> Duration {
     configured.unwrap_or_else(|| LEAST_STEP_TIMEOUT.max(longest_step * LONGEST_STEPS))
 }
 
-/// Answers a router until told to stop. What cannot be done without is started under `supervisor`: the engine, the task
-/// that passes steps on to it, and the gRPC server.
+/// Serves a router until `stopped` ends. The engine, the task that forwards steps to it, and the gRPC server run under
+/// `supervisor`, because the process cannot serve without any of them.
 pub async fn serve<B: Backend>(
     rank: Rank<B>,
     connections: impl Stream<Item = io::Result<UnixStream>> + Send + 'static,

@@ -26,36 +26,37 @@ use crate::{
     wire,
 };
 
-/// Events on their way to the router, besides one for each slot: more than the two steps in flight can cause. A slot is
-/// loaded again only after the router has read how the load before ended.
+/// Capacity of the channel of events to the router, beside one event for each slot: more than the two steps in flight
+/// can cause. A slot has at most one event under way, because the router loads it again only after it has read the last
+/// one.
 const EVENTS: usize = 256;
 
-/// Answers the router on behalf of the engine.
+/// The gRPC service of one rank.
 pub(crate) struct Service<B: Backend> {
     info: InfoResponse,
     adapters: Arc<Adapters<B>>,
     engine: EngineHandle,
-    /// Streams of steps so far.
+    /// The number of Execute calls so far, from which each gets its id.
     streams: AtomicU64,
 }
 
-/// The way to the engine, and what it lets others see of itself.
+/// Channels to the engine, and its heartbeat.
 #[derive(Clone)]
 pub(crate) struct EngineHandle {
-    /// What it is sent.
+    /// Commands to the engine.
     pub(crate) commands: mpsc::Sender<Command>,
-    /// To the task that passes the steps of a stream on.
+    /// Newly opened streams, for the task that forwards their steps.
     pub(crate) streams: mpsc::Sender<Incoming>,
-    /// Whether it is alive.
+    /// The engine's heartbeat.
     pub(crate) heartbeat: Arc<Heartbeat>,
 }
 
-/// What answers the router.
+/// The service as tonic serves it.
 pub(crate) type Server<B> = ShardServer<Service<B>>;
 
-/// The service of one rank.
+/// Makes the service of one rank.
 pub(crate) fn new<B: Backend>(info: Info, adapters: Arc<Adapters<B>>, engine: EngineHandle) -> Server<B> {
-    // A step that adds sequences carries their prompts: a step's worth of sequences at full length.
+    // A step carries the prompts of the sequences that it adds, which may all have their full length.
     let limit = 64 << 20;
     ShardServer::new(Service { info: wire::info(info), adapters, engine, streams: AtomicU64::new(0) })
         .max_decoding_message_size(limit)
@@ -100,10 +101,10 @@ impl<B: Backend> Shard for Service<B> {
         let id = self.streams.fetch_add(1, Ordering::Relaxed);
         let (stream, ended) = EventStream::new(id, events);
         self.send(Command::Execute(stream)).await?;
-        // Of a broken connection nobody reads the error, and the router begins a new session.
         let vocab = self.info.vocab_size;
         let steps = steps.map(move |step| match step {
             Ok(request) => wire::request(request, vocab),
+            // If the connection is broken, nobody reads this error, and the router begins a new session.
             Err(status) => Err(StepError::Unreadable(status.message().into())),
         });
         let incoming = Incoming { stream: id, steps: Box::pin(steps), ended };
@@ -123,11 +124,12 @@ impl<B: Backend> Shard for Service<B> {
     }
 }
 
-/// Whether an event is the result of a step, which rank 0 alone tells: all compute the same.
+/// Whether an event is the result of a step. Only rank 0 sends these, since all ranks compute the same.
 fn is_result(event: &Result<SessionEvent, StepError>) -> bool {
     event.as_ref().is_ok_and(|event| matches!(event.event, Event::Step(_)))
 }
 
+/// The answer to every call after the engine's thread has ended.
 fn stopped() -> Status {
     Status::unavailable("the engine has stopped")
 }

@@ -1,5 +1,5 @@
-//! What the router asks of a shard, and what it is told. Field by field these are the messages of
-//! `proto/shard/v1/shard.proto`, where their meaning is written down.
+//! The steps that the router sends, and the events that it receives. Each type has the fields of a message of
+//! `proto/shard/v1/shard.proto`, which documents their meaning.
 
 use kernels::{Sampled, SamplingParams, TokenMask};
 use model::adapter::ContentHash;
@@ -9,13 +9,13 @@ use model::adapter::ContentHash;
 pub struct Step {
     /// The session that it belongs to.
     pub session: u64,
-    /// Consecutive from 1 in a session.
+    /// Ids are consecutive within a session, from 1.
     pub id: u64,
     /// Sequences that have ended.
     pub dropped: Vec<u64>,
     /// Slots to empty.
     pub unload: Vec<u32>,
-    /// Slots to fill.
+    /// Slots to fill, each with an adapter.
     pub load: Vec<(u32, ContentHash)>,
     /// Sequences that run from now on.
     pub added: Vec<NewSequence>,
@@ -25,12 +25,12 @@ pub struct Step {
     pub masks: Vec<Mask>,
 }
 
-/// What the router sends while a session runs.
+/// A message of the router's stream.
 #[derive(Debug)]
 pub enum Request {
     /// A step.
     Step(Box<Step>),
-    /// Masks of a step that was sent before.
+    /// Masks for a step that was sent before.
     Masks(Masks),
 }
 
@@ -41,7 +41,7 @@ pub struct Mask {
     pub sequence: u64,
     /// Which of its sampled rows in the step.
     pub row: usize,
-    /// The tokens; none if the grammar allows no token at all.
+    /// The tokens; `None` if the grammar allows no token at all.
     pub allowed: Option<TokenMask>,
 }
 
@@ -61,39 +61,39 @@ pub struct Masks {
 pub struct NewSequence {
     /// Its id.
     pub sequence: u64,
-    /// Prompt, then what was generated before it was preempted.
+    /// The prompt, then the tokens that were generated before a preemption.
     pub tokens: Vec<u32>,
-    /// How many of `tokens` are the prompt.
+    /// The number of tokens of the prompt, with which `tokens` begins.
     pub prompt_len: usize,
     /// The slot of its adapter.
     pub slot: Option<u32>,
-    /// How it samples.
+    /// Its sampling parameters.
     pub sampling: SamplingParams,
-    /// Report the prompt's log-probabilities.
+    /// Whether to report the log-probabilities of the prompt's tokens.
     pub prompt_logprobs: bool,
-    /// Report hidden states in place of tokens.
+    /// If set, hidden states are reported in place of tokens.
     pub pooling: Option<Pooling>,
 }
 
-/// What becomes of the hidden states of a sequence.
+/// What is reported of a sequence's hidden states.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pooling {
-    /// The vectors that are reported.
+    /// Which vectors are reported.
     pub kind: PoolingKind,
-    /// Divide each reported vector by its Euclidean length.
+    /// Whether each reported vector is divided by its Euclidean length.
     pub normalize: bool,
 }
 
-/// See [`Pooling`].
+/// Which vectors a [`Pooling`] reports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PoolingKind {
-    /// The hidden states of all rows, as they are computed.
+    /// The hidden state of every row, without pooling.
     None,
-    /// That of the first token.
+    /// The hidden state of the first token.
     First,
-    /// That of the last token.
+    /// The hidden state of the last token.
     Last,
-    /// The mean over all tokens.
+    /// The mean of the hidden states of all tokens.
     Mean,
 }
 
@@ -106,19 +106,19 @@ pub struct Rows {
     pub position: usize,
     /// Number of rows.
     pub rows: usize,
-    /// Blocks appended to its table first.
+    /// Blocks that are appended to its table before the rows are stored.
     pub new_blocks: Vec<u32>,
-    /// Sample from the last so many rows.
+    /// The number of rows, counted from the last, from which a token is sampled.
     pub sample: usize,
-    /// Entries at the beginning of its table whose blocks are not needed any more.
+    /// The number of entries at the beginning of its table whose blocks it has released.
     pub released_blocks: usize,
-    /// Ids of the tokens of the last rows.
+    /// Token ids of the last rows, where the router gives them.
     pub tokens: Vec<u32>,
     /// Whether the sampled rows have masks.
     pub masked: bool,
 }
 
-/// What a shard serves, and how much room it has.
+/// Properties of a rank: its model, its device, and its limits.
 #[derive(Debug, Clone)]
 #[expect(missing_docs, reason = "the fields are those of InfoResponse, which documents them")]
 pub struct Info {
@@ -151,18 +151,18 @@ pub struct SessionEvent {
     pub event: Event,
 }
 
-/// What a shard tells.
+/// What a shard reports.
 #[derive(Debug, Clone)]
 pub enum Event {
     /// A step has run.
     Step(StepResult),
-    /// A slot is ready, or could not be filled.
+    /// A slot has been filled, or could not be.
     Slot {
         /// The slot.
         slot: u32,
-        /// What was to be loaded.
+        /// The adapter that was to be loaded.
         content: ContentHash,
-        /// Why it was not.
+        /// The reason, if it could not be loaded.
         error: Option<String>,
     },
 }
@@ -172,7 +172,7 @@ pub enum Event {
 pub struct StepResult {
     /// The step.
     pub id: u64,
-    /// What its rows have given. Tokens are in the order of the step's sampled rows.
+    /// The outputs of its rows. Tokens are in the order of the step's sampled rows.
     pub outputs: Vec<Output>,
     /// How long the pass took on the device.
     pub duration_us: u64,
@@ -180,7 +180,7 @@ pub struct StepResult {
     pub refused: Vec<Refusal>,
 }
 
-/// What rows of one sequence have given.
+/// An output of rows of one sequence.
 #[derive(Debug, Clone)]
 pub enum Output {
     /// A token was sampled.
@@ -190,7 +190,7 @@ pub enum Output {
         /// The token.
         sampled: Sampled,
     },
-    /// Log-probabilities of tokens of the prompt.
+    /// The log-probabilities of consecutive tokens of the prompt.
     PromptScores {
         /// The sequence.
         sequence: u64,
@@ -217,11 +217,11 @@ pub enum Output {
     },
 }
 
-/// A sequence that the shard cannot compute, in this step and all that follow.
+/// A sequence that the shard cannot compute, neither in this step nor in later ones.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
     /// The sequence.
     pub sequence: u64,
-    /// Why, in words for the client.
+    /// The reason, in words for the client.
     pub reason: String,
 }

@@ -1,4 +1,4 @@
-//! Between messages and our own types, and from our errors to gRPC's.
+//! Converts messages of the wire to and from the shard's own types, and its errors to gRPC statuses.
 
 use kernels::{Sampled, SamplingParams, TokenMask};
 use model::adapter::ContentHash;
@@ -38,7 +38,7 @@ pub(crate) fn info(info: Info) -> wire::InfoResponse {
     }
 }
 
-/// A request of the router, of a model with so many tokens.
+/// Converts a message of the Execute stream. `vocab` is the number of tokens that a mask covers.
 pub(crate) fn request(request: wire::ExecuteRequest, vocab: u32) -> Result<Request, StepError> {
     use wire::execute_request::Request::{Masks, Step};
     match request.request {
@@ -255,7 +255,7 @@ pub(crate) fn prepare_status(error: &PrepareError) -> Status {
 mod tests {
     use super::*;
 
-    /// A message with one parameter set to its example, and what it is read as.
+    /// Sets one parameter of a message at a time to its example, and checks that it is read as that.
     macro_rules! check_each {
         ({} $(
             $(#[$doc:meta])*

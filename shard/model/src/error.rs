@@ -1,4 +1,4 @@
-//! What a model can be refused for.
+//! The reasons for which a model is refused.
 
 use std::{io, ops::Range, path::PathBuf};
 
@@ -11,7 +11,7 @@ pub type Result<T> = std::result::Result<T, LoadError>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LoadError {
-    /// A file cannot be read.
+    /// A file could not be read.
     #[error("{}: {source}", path.display())]
     Io {
         /// The file.
@@ -19,7 +19,7 @@ pub enum LoadError {
         /// The cause.
         source: io::Error,
     },
-    /// A file is not the JSON that it should be.
+    /// A file is not valid JSON, or not of the expected form.
     #[error("{}: {source}", path.display())]
     Json {
         /// The file.
@@ -27,18 +27,18 @@ pub enum LoadError {
         /// The cause.
         source: serde_json::Error,
     },
-    /// A GGUF file's own fault.
+    /// A GGUF file is broken.
     #[error(transparent)]
     Gguf(#[from] gguf::Error),
-    /// A safetensors file that is cut short or wrong.
+    /// A safetensors file is truncated or broken.
     #[error("{}: {fault}", path.display())]
     Safetensors {
         /// The file.
         path: PathBuf,
-        /// What is wrong.
+        /// The fault.
         fault: String,
     },
-    /// A file of torch that cannot be read.
+    /// A file that torch has written could not be read.
     #[error("{}: {source}", path.display())]
     Torch {
         /// The file.
@@ -46,41 +46,41 @@ pub enum LoadError {
         /// The cause.
         source: TorchError,
     },
-    /// A value that we cannot serve exactly.
+    /// A value that is not computed exactly as the reference does.
     #[error("{field} {value} is not supported{}", if known.is_empty() { String::new() } else { format!("; known are {known}") })]
     Unsupported {
         /// The field of the configuration, or the key of the metadata.
         field: String,
         /// Its value.
         value: String,
-        /// What would be.
+        /// The values that are supported.
         known: String,
     },
-    /// A field of the configuration that is missing, or of another type.
+    /// A field of the configuration is missing, or has a value of another type or range.
     #[error("{field} is missing or not {expected}")]
     Field {
         /// The field.
         field: &'static str,
-        /// What it should be.
+        /// The expected kind of value.
         expected: &'static str,
     },
-    /// Sizes that contradict each other.
+    /// Sizes contradict each other.
     #[error("{what}: {got}, expected {expected}")]
     Inconsistent {
-        /// What has the size.
+        /// What the size is of.
         what: &'static str,
         /// The size.
         got: usize,
-        /// The size that others imply.
+        /// The size that the others imply.
         expected: usize,
     },
-    /// No such tensor.
+    /// A tensor is missing.
     #[error("tensor {0} is missing")]
     MissingTensor(String),
-    /// A tensor that no module of the model takes.
+    /// A tensor belongs to no module of the model.
     #[error("tensor {0} belongs to no module of the model")]
     UnknownTensor(String),
-    /// A tensor of another shape than the configuration implies.
+    /// A tensor does not have the shape that the configuration implies.
     #[error("tensor {name} has the shape {got:?}, expected {expected:?}")]
     Shape {
         /// The tensor.
@@ -90,7 +90,7 @@ pub enum LoadError {
         /// The shape that the configuration implies.
         expected: Vec<usize>,
     },
-    /// A tensor that is neither a matrix nor a vector.
+    /// A tensor is neither a matrix nor a vector.
     #[error("tensor {name} has the shape {got:?}, expected a matrix or a vector")]
     NotAMatrix {
         /// The tensor.
@@ -98,7 +98,7 @@ pub enum LoadError {
         /// Its shape.
         got: Vec<usize>,
     },
-    /// Rows or columns that a tensor does not have.
+    /// A tensor does not have the rows or columns that were asked for.
     #[error("tensor {name} has no rows {rows:?} and columns {cols:?}, its shape is {shape:?}")]
     NoSuchPart {
         /// The tensor.
@@ -107,10 +107,10 @@ pub enum LoadError {
         rows: Range<usize>,
         /// The columns that were asked for.
         cols: Range<usize>,
-        /// Number of rows and of columns of the whole.
+        /// The numbers of rows and columns of the whole tensor.
         shape: [usize; 2],
     },
-    /// A tensor of a type that we do not read.
+    /// The type of a tensor's elements is not supported.
     #[error("tensor {name} has the type {dtype}, known are F64, F32, F16 and BF16")]
     TensorType {
         /// The tensor.
@@ -118,13 +118,13 @@ pub enum LoadError {
         /// Its type.
         dtype: String,
     },
-    /// The backend cannot hold it.
+    /// The backend refused it, or has no memory for it.
     #[error(transparent)]
     Kernels(#[from] kernels::Error),
 }
 
 impl LoadError {
-    /// With the names of files alone.
+    /// Leaves only the last part of paths, for messages to clients.
     pub(crate) fn without_folder(mut self) -> LoadError {
         let path = match &mut self {
             LoadError::Io { path, .. }

@@ -1,4 +1,5 @@
-//! Files that others name. Opening a pipe would wait for its writer, and a device may never end.
+//! Opens files of models and adapters, but only regular ones: opening a pipe would wait for its writer, and reading a
+//! device might never end.
 
 use std::{
     fs::{self, File},
@@ -8,7 +9,7 @@ use std::{
 
 use crate::{LoadError, Result};
 
-/// Opens a file if it is a regular one, or a link to one.
+/// Opens a regular file, or a link to one.
 pub(crate) fn open(path: &Path) -> Result<File> {
     let regular = |path: &Path| match fs::metadata(path)?.is_file() {
         true => File::open(path),
@@ -17,7 +18,7 @@ pub(crate) fn open(path: &Path) -> Result<File> {
     regular(path).map_err(|source| LoadError::Io { path: path.into(), source })
 }
 
-/// Reads a regular file of at most `limit` bytes.
+/// Reads a regular file. Errors: it is longer than `limit` bytes.
 pub(crate) fn read(path: &Path, limit: u64) -> Result<Vec<u8>> {
     let mut content = Vec::new();
     let io = |source| LoadError::Io { path: path.into(), source };

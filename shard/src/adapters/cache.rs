@@ -1,4 +1,4 @@
-//! Adapters in host memory, by content, and what is known of folders.
+//! The LRU cache of host copies by content hash, and of the properties of versions.
 
 use std::{
     collections::HashMap,
@@ -13,7 +13,7 @@ use tokio::sync::OnceCell;
 
 use super::{Prepared, version::Version};
 
-/// Versions and contents that are remembered: each takes a few hundred bytes.
+/// The number of versions and of content hashes that are remembered. Each takes a few hundred bytes.
 const REMEMBERED: NonZeroUsize = NonZeroUsize::new(1 << 16).expect("not zero");
 
 struct Resident<A> {
@@ -21,24 +21,25 @@ struct Resident<A> {
     bytes: usize,
 }
 
-/// See the module.
+/// Both caches, and the memory that host copies take.
 pub(super) struct Cache<A> {
-    /// Bytes of the resident adapters, and of those that are being laid out, at most.
+    /// The bound on `bytes + reserved`.
     limit: usize,
     resident: LruCache<ContentHash, Resident<A>>,
+    /// Bytes of the resident adapters.
     bytes: usize,
-    /// Bytes of adapters that are being laid out.
+    /// Bytes of adapters that are being staged.
     reserved: usize,
-    /// Adapters that were evicted while a slot held them, whose memory they are since.
+    /// Adapters that were evicted while a load or a slot still held them. They no longer count towards `bytes`.
     lent: HashMap<ContentHash, Weak<A>>,
-    /// What is known of versions; shared by callers who ask at the same time.
+    /// The properties of versions. Callers that ask for a version at the same time share its cell.
     known: LruCache<Version, Arc<OnceCell<Prepared>>>,
-    /// Where each adapter was read last.
+    /// The folder from which each adapter was last read.
     folders: LruCache<ContentHash, PathBuf>,
 }
 
 impl<A> Cache<A> {
-    /// An empty cache of at most `limit` bytes.
+    /// Makes an empty cache of at most `limit` bytes.
     pub(super) fn new(limit: usize) -> Cache<A> {
         Cache {
             limit,
@@ -51,7 +52,7 @@ impl<A> Cache<A> {
         }
     }
 
-    /// The host copy of an adapter, if it is still there.
+    /// The host copy of an adapter, if it is in memory.
     pub(super) fn get(&mut self, content: ContentHash) -> Option<Arc<A>> {
         match self.resident.get(&content) {
             Some(resident) => Some(resident.adapter.clone()),
@@ -59,8 +60,8 @@ impl<A> Cache<A> {
         }
     }
 
-    /// Evicts the adapters that were used least recently until `bytes` more fit. Callers keep what is reserved at the
-    /// same time below the limit.
+    /// Evicts the least recently used adapters until `bytes` more fit, and reserves these. Callers make sure that all
+    /// reservations together stay below the limit.
     pub(super) fn reserve(&mut self, bytes: usize) {
         self.reserved += bytes;
         self.lent.retain(|_, adapter| adapter.strong_count() > 0);
@@ -71,13 +72,13 @@ impl<A> Cache<A> {
         }
     }
 
-    /// Gives back what [`Self::reserve`] has set aside.
+    /// Ends a reservation of [`Self::reserve`].
     pub(super) fn release(&mut self, bytes: usize) {
         self.reserved -= bytes;
     }
 
-    /// Keeps an adapter that was read from a folder, in memory that was reserved until now. Returns the copy to use: the one that
-    /// was there before, if there was one.
+    /// Adds an adapter that was read from a folder. Returns the copy to use, which is an older one if there is one in
+    /// memory.
     pub(super) fn insert(
         &mut self,
         content: ContentHash,
@@ -94,22 +95,22 @@ impl<A> Cache<A> {
         adapter
     }
 
-    /// The adapters that are kept, and the bytes that each takes.
+    /// The resident adapters, and the bytes that each takes.
     pub(super) fn held(&self) -> Vec<(ContentHash, usize)> {
         self.resident.iter().map(|(content, resident)| (*content, resident.bytes)).collect()
     }
 
-    /// Where an adapter was read last.
+    /// The folder from which an adapter was last read.
     pub(super) fn folder(&mut self, content: ContentHash) -> Option<PathBuf> {
         self.folders.get(&content).cloned()
     }
 
-    /// What is known of a version, which may be nothing yet.
+    /// The cell of a version's properties, which is empty until they are known.
     pub(super) fn known(&mut self, version: &Version) -> Arc<OnceCell<Prepared>> {
         self.known.get_or_insert_ref(version, Arc::default).clone()
     }
 
-    /// Forgets what was known of a version, unless somebody has learnt it anew since.
+    /// Forgets the cell of a version, unless another one has taken its place.
     pub(super) fn forget(&mut self, version: &Version, known: &Arc<OnceCell<Prepared>>) {
         if self.known.peek(version).is_some_and(|present| Arc::ptr_eq(present, known)) {
             self.known.pop(version);

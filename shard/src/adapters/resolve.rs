@@ -1,4 +1,4 @@
-//! From a reference in a request to a folder that may be read.
+//! Resolves a reference to an adapter to its folder, and checks that it may be read.
 
 use std::{
     io,
@@ -8,24 +8,24 @@ use std::{
 /// Why a reference was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ResolveError {
-    /// A source that this server does not read from.
+    /// The server does not read from this source.
     #[error("adapter source {0:?} is not supported, only \"local\" is")]
     Source(String),
-    /// A name that cannot be a folder.
+    /// The name cannot be that of a folder.
     #[error("adapter id {id:?} {fault}")]
     Name {
         /// The name.
         id: String,
-        /// What is wrong with it.
+        /// The fault.
         fault: &'static str,
     },
-    /// Nothing there.
+    /// There is no such folder.
     #[error("adapter {0:?} does not exist")]
     NotFound(String),
-    /// Outside of the folders that may be read.
+    /// The folder is outside of those that may be read.
     #[error("adapter {0:?} is outside of the folders that adapters may be read from")]
     Forbidden(String),
-    /// There, but unreadable.
+    /// The folder exists, but cannot be read.
     #[error("adapter {id:?}: {source}")]
     Io {
         /// The name.
@@ -35,19 +35,20 @@ pub enum ResolveError {
     },
 }
 
-/// Longest name that is looked at, in bytes: Linux's limit for a path.
+/// Longest name that is accepted, in bytes: Linux's limit for a path.
 const MAX_NAME: usize = 4096;
 
 /// The folders that adapters may be read from.
 #[derive(Debug, Clone, Default)]
 pub struct Roots {
-    /// Where relative names are looked up.
+    /// The folder below which relative names are looked up.
     dir: Option<PathBuf>,
     roots: Vec<PathBuf>,
 }
 
 impl Roots {
-    /// `dir` for relative names; it and `roots` may be read by absolute names. Folders must exist.
+    /// Relative names are looked up below `dir`. Absolute names may lie below `dir` or any of `roots`. Errors: one of
+    /// these folders does not exist.
     pub fn new(dir: Option<&Path>, roots: &[PathBuf]) -> io::Result<Roots> {
         let dir = dir.map(Path::canonicalize).transpose()?;
         let roots = roots.iter().map(|root| root.canonicalize()).chain(dir.clone().map(Ok));

@@ -1,4 +1,4 @@
-//! Which files an adapter is read from.
+//! Tells whether the files of an adapter have changed since it was read.
 
 use std::{
     fs::{self, Metadata},
@@ -9,17 +9,16 @@ use std::{
 
 use model::adapter;
 
-/// A folder and its files as they were at one time. Whatever replaces or rewrites one of them makes it another version:
-/// the time of modification can be set at will, as archives and layers of images do, but not the inode together with
-/// the time of its last change.
+/// A folder and its files as they were at one time. A file that is replaced or rewritten makes another version. This is
+/// seen by its inode and its ctime, which programs cannot set, while archives and image layers set the mtime at will.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Version {
     folder: PathBuf,
-    /// Of the folder and its files; none of a file that is not there.
+    /// The stamps of the folder and its files; `None` for a file that does not exist.
     stamps: [Option<Stamp>; 4],
 }
 
-/// What tells a file from every other, and from itself after a change.
+/// Distinguishes a file from every other file, and from itself after a change.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Stamp {
     device: u64,
@@ -29,9 +28,10 @@ struct Stamp {
     changed: (i64, i64),
 }
 
-/// The coarsest clock that a file system with fractions of seconds takes its times from ticks every 10 ms.
+/// The time after which a change shows on a file system whose times have fractions of seconds. The coarsest of their
+/// clocks ticks every 10 ms.
 const FINE: Duration = Duration::from_millis(50);
-/// Others count seconds, or pairs of them.
+/// The same for file systems that store whole seconds, or every other second.
 const COARSE: Duration = Duration::from_secs(3);
 
 impl Stamp {
@@ -45,7 +45,7 @@ impl Stamp {
         }
     }
 
-    /// Whether a change after `now` would show: the clock has ticked since the last one.
+    /// Whether a change after `now` would show, because the file system's clock has ticked since the last change.
     fn is_settled(&self, now: SystemTime) -> bool {
         let (seconds, nanos) = self.changed;
         let tick = if nanos == 0 { COARSE } else { FINE };
@@ -55,7 +55,7 @@ impl Stamp {
 }
 
 impl Version {
-    /// A folder, with all links in its path followed, as it is now.
+    /// The present version of a folder. All links in its path must have been followed.
     pub(super) fn of(folder: &Path) -> Version {
         let [safetensors, torch] = adapter::WEIGHTS_FILES;
         let [config, safetensors, torch] =
@@ -69,8 +69,8 @@ impl Version {
         &self.folder
     }
 
-    /// Whether every change after `now` makes it another version. One that follows another within a tick of the file
-    /// system's clock does not show.
+    /// Whether every change after `now` makes another version. A change does not show if it follows another one within
+    /// the same tick of the file system's clock.
     pub(super) fn is_settled(&self, now: SystemTime) -> bool {
         self.stamps.iter().flatten().all(|stamp| stamp.is_settled(now))
     }

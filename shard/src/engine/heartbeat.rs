@@ -1,20 +1,20 @@
-//! The heartbeat of the step loop: what others may ask of it without waiting for it.
+//! The heartbeat of the step loop, which other threads read without waiting for the loop.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
-/// The turns of the loop, and since when it has had work that is not finished.
+/// Counts the turns of the loop, and knows the age of its oldest unfinished work.
 #[derive(Debug)]
 pub struct Heartbeat {
     epoch: Instant,
     turns: AtomicU64,
-    /// When the oldest unfinished command or step began, in microseconds after `epoch`; [`IDLE`] without one.
+    /// When the oldest unfinished command or step began, in microseconds after `epoch`, or [`IDLE`].
     oldest: AtomicU64,
 }
 
-/// No command and no step.
+/// The value of `oldest` while there is no unfinished command or step.
 const IDLE: u64 = u64::MAX;
 
 impl Default for Heartbeat {
@@ -24,23 +24,24 @@ impl Default for Heartbeat {
 }
 
 impl Heartbeat {
-    /// Turns that the loop has made. A loop that waits for work makes none.
+    /// The number of turns that the loop has made. It makes none while it waits for work.
     pub fn turns(&self) -> u64 {
         self.turns.load(Relaxed)
     }
 
-    /// Age of the oldest command or step that the loop has not finished; none when it waits for work.
+    /// The age of the oldest command or step that the loop has not finished; `None` while it waits for work.
     pub fn oldest(&self) -> Option<Duration> {
         let began = Some(self.oldest.load(Relaxed)).filter(|&began| began != IDLE)?;
         Some(self.epoch.elapsed().saturating_sub(Duration::from_micros(began)))
     }
 
-    /// Notes the oldest work that is not finished.
+    /// Sets when the oldest unfinished work began.
     pub(super) fn set_oldest(&self, began: Option<Instant>) {
         let micros = |began: Instant| began.saturating_duration_since(self.epoch).as_micros() as u64;
         self.oldest.store(began.map_or(IDLE, micros), Relaxed);
     }
 
+    /// Counts a turn.
     pub(super) fn turn(&self) {
         self.turns.fetch_add(1, Relaxed);
     }

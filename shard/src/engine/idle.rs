@@ -1,39 +1,40 @@
-//! How long the device waits between decode steps, by its own clock. Reported in the debug log.
+//! Measures how long the device is idle between decode steps, by its own clock, and reports it in the debug log.
 
 use std::collections::HashMap;
 
 use kernels::Backend;
 
-/// Steps that one report covers.
+/// The number of steps that one report covers.
 const REPORTED: usize = 256;
 
 /// The times at which a step began and ended on the device.
 pub(super) struct Marks<B: Backend> {
     pub(super) begin: B::Mark,
     pub(super) end: B::Mark,
-    /// Rows of a decode step; none for a step with prompts.
+    /// The rows of a decode step; `None` for a step with prompts.
     pub(super) rows: Option<usize>,
 }
 
-/// Waits between neighbouring decode steps of the same number of rows.
+/// The idle times between consecutive decode steps of the same number of rows.
 pub(super) struct Idle<B: Backend> {
-    /// Whether anybody reads it, and the device can tell.
+    /// Whether the debug log is on and the device can measure.
     on: bool,
     last: Option<Marks<B>>,
-    /// By the number of rows.
+    /// The measurements that have not been reported yet, by the number of rows.
     waits: HashMap<usize, Waits>,
 }
 
-/// What is not reported yet of one number of rows, in seconds.
+/// Measurements of steps of one number of rows, in seconds.
 #[derive(Default)]
 struct Waits {
+    /// The idle time before each step.
     gaps: Vec<f64>,
-    /// Spent in the steps after them.
+    /// The sum of the times that the steps took.
     busy: f64,
 }
 
 impl<B: Backend> Idle<B> {
-    /// Measures if the debug log is on.
+    /// Begins to measure if the debug log is on.
     pub(super) fn new() -> Idle<B> {
         Idle { on: tracing::enabled!(tracing::Level::DEBUG), last: None, waits: HashMap::new() }
     }
@@ -54,12 +55,12 @@ impl<B: Backend> Idle<B> {
         self.last = Some(marks);
     }
 
-    /// The next step follows no other: the wait before it is nobody's fault.
+    /// The next step does not directly follow another one, so the idle time before it does not count.
     pub(super) fn interrupt(&mut self) {
         self.last = None;
     }
 
-    /// What cannot be measured is not tried again: the log is no reason to stop serving.
+    /// Stops measuring after the first failure, which is logged: a figure for the log is no reason to stop serving.
     fn measured<T>(&mut self, result: kernels::Result<T>) -> Option<T> {
         result
             .inspect_err(|error| {
@@ -71,7 +72,7 @@ impl<B: Backend> Idle<B> {
 }
 
 impl Waits {
-    /// Reports when there are enough.
+    /// Adds one step, and writes a report when there are [`REPORTED`].
     fn add(&mut self, rows: usize, gap: f64, busy: f64) {
         self.gaps.push(gap);
         self.busy += busy;
@@ -123,7 +124,8 @@ mod tests {
         }
     }
 
-    /// What is logged of steps (milliseconds of the gap before, of the step, rows), with interruptions (none).
+    /// Returns what is logged of these steps: milliseconds of the gap before, milliseconds of the step, and its rows.
+    /// `None` is an interruption.
     fn logged(steps: impl IntoIterator<Item = Option<(u64, u64, usize)>>) -> String {
         let log = Log::default();
         let writer = log.clone();

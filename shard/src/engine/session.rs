@@ -1,4 +1,4 @@
-//! The session that the router has begun, and the stream that its events go to.
+//! The router's session, and the stream that carries its events.
 
 use tokio::sync::mpsc::{Sender, error::TrySendError};
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -6,42 +6,43 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::StepError;
 use crate::step::{Event, SessionEvent, Step};
 
-/// Where the events of one Execute call go.
+/// The stream of events of one Execute call.
 pub struct EventStream {
-    /// Tells this call's steps from those of others that are still on their way.
+    /// Tells this call's steps from those of earlier calls that still arrive.
     id: u64,
     events: Sender<Result<SessionEvent, StepError>>,
-    /// Dropped with the stream: whoever passes its steps on learns that nobody takes them any more.
-    _taken: DropGuard,
+    /// Cancels the token that [`Self::new`] returned when the stream is dropped, so that no further steps are passed
+    /// on.
+    _ended: DropGuard,
 }
 
 impl EventStream {
-    /// The stream of one call, by a number that no other call has, and what tells that it has ended.
+    /// Makes the stream of one call; no other call may have the same `id`. The token is cancelled when the stream ends.
     pub fn new(id: u64, events: Sender<Result<SessionEvent, StepError>>) -> (EventStream, CancellationToken) {
         let ended = CancellationToken::new();
-        (EventStream { id, events, _taken: ended.clone().drop_guard() }, ended)
+        (EventStream { id, events, _ended: ended.clone().drop_guard() }, ended)
     }
 }
 
-/// See the module.
+/// The session that the router has begun, if there is one.
 #[derive(Default)]
 pub(super) struct Session {
-    /// Chosen by the router; none before it has begun one.
+    /// The session's number, which the router chose; `None` before the first session.
     number: Option<u64>,
-    /// Id of the step that was taken last.
+    /// The id of the last step that was accepted.
     last_step: u64,
-    /// Whether a stream has joined the session, which no other may do then.
+    /// Whether a stream has joined the session. A second one is refused.
     joined: bool,
     stream: Option<EventStream>,
 }
 
 impl Session {
-    /// Begins a session. The stream of the one before ends.
+    /// Begins a session, and ends the stream of the one before.
     pub(super) fn begin(&mut self, number: u64) {
         *self = Session { number: Some(number), ..Session::default() };
     }
 
-    /// Has a stream receive the session's events, or ends it with an error.
+    /// Sends the session's events over a stream from now on, or ends the stream with an error.
     pub(super) fn join(&mut self, stream: EventStream) {
         let refused = match self.number {
             None => StepError::NoSession,
@@ -52,16 +53,16 @@ impl Session {
                 return;
             }
         };
-        // Whoever opened the stream may be gone.
+        // Sending fails if the router has closed the stream already.
         let _ = stream.events.try_send(Err(refused));
     }
 
-    /// Whether a step came over the stream that is listened to. What comes over others has no effect.
+    /// Whether this is the session's stream. Steps of other streams are ignored.
     pub(super) fn hears(&self, stream: u64) -> bool {
         self.stream.as_ref().is_some_and(|open| open.id == stream)
     }
 
-    /// Refuses a step of another session, or one that does not follow the one before.
+    /// Accepts a step. Errors: it belongs to another session, or its id does not follow the last one.
     pub(super) fn take(&mut self, step: &Step) -> Result<(), StepError> {
         self.expect(step.session)?;
         let expected = self.last_step + 1;
@@ -72,7 +73,7 @@ impl Session {
         Ok(())
     }
 
-    /// Refuses what belongs to another session.
+    /// Refuses a message of another session.
     pub(super) fn expect(&self, session: u64) -> Result<(), StepError> {
         if self.number == Some(session) {
             return Ok(());
@@ -80,8 +81,8 @@ impl Session {
         Err(StepError::OtherSession { got: session, current: self.number.unwrap_or(0) })
     }
 
-    /// Tells the router of an event. The channel holds more than the slots and the two steps that may be in flight can
-    /// cause: a router for which it has no room has stopped reading, and its stream ends.
+    /// Sends an event to the router. The channel has room for more events than all slots and the two steps in flight
+    /// can cause. If it is full, the router has stopped reading, and its stream is ended.
     pub(super) fn emit(&mut self, event: Event) {
         let Some(session) = self.number else { return };
         let Some(stream) = &self.stream else { return };
@@ -99,7 +100,7 @@ impl Session {
     /// Ends the stream with an error.
     pub(super) fn fail(&mut self, error: StepError) {
         if let Some(stream) = self.stream.take() {
-            // A router that does not read sees the end of the stream alone.
+            // If the channel is full, the router only sees that the stream ends.
             let _ = stream.events.try_send(Err(error));
         }
     }

@@ -1,4 +1,4 @@
-//! What a shard remembers between steps: who runs, where they sit, which slot holds what.
+//! The state that a shard keeps between steps: its sequences, their seats, and its adapter slots.
 
 use std::{collections::HashMap, mem, sync::Arc};
 
@@ -12,29 +12,29 @@ use crate::{
     step::{Event, NewSequence, Refusal, Step},
 };
 
-/// How much room there is.
+/// The bounds of a shard's memory and steps.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Adapters on the device.
+    /// Adapter slots.
     pub num_slots: usize,
-    /// Rows of a step.
+    /// Rows of one step.
     pub max_rows: usize,
-    /// Running sequences.
+    /// Sequences that run at the same time.
     pub max_sequences: usize,
-    /// Rows of a step with logits.
+    /// Rows of one step whose logits are computed.
     pub max_logit_rows: usize,
 }
 
-/// Why a stream of steps was ended. The router has broken the protocol; the shard is unharmed.
+/// Why a stream of steps was ended. The router has violated the protocol; the shard itself can go on.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StepError {
-    /// A stream before any session.
+    /// A stream was opened before any session.
     #[error("no session has begun")]
     NoSession,
-    /// A session has one stream.
+    /// A second stream was opened in the same session.
     #[error("session {0} has had its stream")]
     SecondStream(u64),
-    /// A step of a session that is not the present one.
+    /// A step or its masks belong to a session that is not the present one.
     #[error("a step of session {got} in session {current}")]
     OtherSession {
         /// The step's session.
@@ -42,7 +42,7 @@ pub enum StepError {
         /// The session that has begun.
         current: u64,
     },
-    /// A step is missing, or came twice.
+    /// A step is missing, or was sent twice.
     #[error("step {got} where step {expected} follows")]
     NotConsecutive {
         /// The step's id.
@@ -50,23 +50,23 @@ pub enum StepError {
         /// The id after the last one.
         expected: u64,
     },
-    /// A sequence that does not run.
+    /// A step names a sequence that does not run.
     #[error("sequence {0} does not run")]
     UnknownSequence(u64),
-    /// A sequence that runs already.
+    /// A step adds a sequence that runs already.
     #[error("sequence {0} runs already")]
     DuplicateSequence(u64),
-    /// An index or a size above its limit.
+    /// An index or a size is above its limit.
     #[error("{what} {value} is out of range, limit {limit}")]
     OutOfRange {
-        /// What it is.
+        /// The kind of the value.
         what: &'static str,
         /// Its value.
         value: usize,
         /// The first value that is too large.
         limit: usize,
     },
-    /// Rows without a block to store them in.
+    /// A sequence has no block for some of its rows.
     #[error("sequence {sequence} has {blocks} blocks, position {position} needs more")]
     NoBlock {
         /// The sequence.
@@ -76,17 +76,17 @@ pub enum StepError {
         /// Its blocks.
         blocks: usize,
     },
-    /// Rows that are stored in a block that has been released.
+    /// Rows are to be stored in a block that their sequence has released.
     #[error("sequence {sequence} has released {released} blocks, position {position} is in one of them")]
     ReleasedBlock {
         /// The sequence.
         sequence: u64,
         /// Its first position in the step.
         position: usize,
-        /// Blocks at its beginning that it has released.
+        /// The number of blocks at its beginning that it has released.
         released: usize,
     },
-    /// A token of a prompt that is given another time.
+    /// A token is given for a position within the prompt, whose tokens are known.
     #[error("sequence {sequence} is given a token at position {position} of its prompt")]
     GivenPrompt {
         /// The sequence.
@@ -94,7 +94,7 @@ pub enum StepError {
         /// The position.
         position: usize,
     },
-    /// A token is to be sampled behind one that was never sampled nor given.
+    /// A token is to be sampled after a position whose token was neither sampled nor given.
     #[error("sequence {sequence} has no token at or before position {position}")]
     UnknownToken {
         /// The sequence.
@@ -102,45 +102,46 @@ pub enum StepError {
         /// The row to sample from.
         position: usize,
     },
-    /// A mask of another vocabulary.
+    /// The size of a mask does not fit the vocabulary.
     #[error("a mask of {got} bytes, the vocabulary needs {expected}")]
     Mask {
-        /// Its bytes.
+        /// Bytes of the mask.
         got: usize,
-        /// Bytes that have a bit for every token.
+        /// Bytes of a mask with a bit for every token.
         expected: usize,
     },
-    /// A row uses a slot before it was reported ready.
+    /// A row uses a slot that has not been reported ready.
     #[error("slot {0} is not ready")]
     SlotNotReady(u32),
-    /// An adapter that is named by something else than its SHA-256.
+    /// An adapter's content hash does not have the length of a SHA-256.
     #[error("a content hash of {0} bytes")]
     ContentHash(usize),
-    /// A message that is too large, or no step. Nothing follows it.
+    /// A message is too large, or no step. The stream ends with it.
     #[error("a step that cannot be read: {0}")]
     Unreadable(String),
-    /// Rows that contradict each other.
+    /// The rows of a step contradict each other.
     #[error("the rows of a step: {0}")]
     Rows(String),
 }
 
-/// Where a sequence of the router is.
+/// The state of a sequence that the router has added and not dropped.
 pub(super) enum Place {
     Seated(Sequence),
-    /// The router was told why. Its rows are passed over until it is dropped.
+    /// It was refused, and the router was told why. Its rows are skipped until the router drops it.
     Refused,
 }
 
-/// What a slot holds, with the bytes that it takes there.
+/// The state of an adapter slot. Sizes are bytes on the device.
 enum Slot<B: Backend> {
     Empty,
-    /// Its adapter is on its way into host memory.
+    /// Its adapter is being read into host memory again.
     Fetching(ContentHash, Fetch<B>),
+    /// Its adapter is being copied to the device.
     Loading(ContentHash, usize),
     Ready(ContentHash, usize),
 }
 
-/// See the module.
+/// All that the step loop keeps between steps.
 pub(super) struct State<B: Backend> {
     pub(super) ops: Arc<B>,
     pub(super) model: Arc<Model<B>>,
@@ -149,7 +150,7 @@ pub(super) struct State<B: Backend> {
     pub(super) sequences: HashMap<u64, Place>,
     free_seats: Vec<u32>,
     slot_states: Vec<Slot<B>>,
-    /// Ends of loads that the router has not been told of.
+    /// Events of loads that have ended, which have not been sent yet.
     ended_loads: Vec<Event>,
     pub(super) slots: B::LoraSlots,
     pub(super) sampler: B::Sampler,
@@ -191,7 +192,7 @@ impl<B: Backend> State<B> {
         })
     }
 
-    /// Replaces the memory for keys and values.
+    /// Replaces the KV cache by one of `num_blocks` blocks.
     pub(super) fn set_blocks(&mut self, num_blocks: usize) -> kernels::Result<()> {
         self.kv = self.model.kv_cache(&self.ops, 0)?;
         self.kv = self.model.kv_cache(&self.ops, num_blocks)?;
@@ -199,7 +200,7 @@ impl<B: Backend> State<B> {
         Ok(())
     }
 
-    /// Forgets all sequences and gives up the loads that are under way; returns the adapters that stay.
+    /// Drops all sequences, abandons the loads that are under way, and returns the adapters that stay.
     pub(super) fn begin_session(&mut self) -> kernels::Result<Held> {
         self.idle.interrupt();
         self.sequences.clear();
@@ -219,7 +220,7 @@ impl<B: Backend> State<B> {
         Ok(held)
     }
 
-    /// Loads that have ended since the last call.
+    /// The events of loads that have ended since the last call.
     pub(super) fn slot_events(&mut self) -> kernels::Result<Vec<Event>> {
         self.load_fetched()?;
         for slot in self.ops.loaded(&mut self.slots)? {
@@ -232,7 +233,7 @@ impl<B: Backend> State<B> {
         Ok(mem::take(&mut self.ended_loads))
     }
 
-    /// Begins to copy what has arrived in host memory, and reports what could not be had.
+    /// Begins to copy the adapters that have arrived in host memory, and reports those that could not be read.
     fn load_fetched(&mut self) -> kernels::Result<()> {
         for slot in 0..self.limits.num_slots as u32 {
             let Slot::Fetching(content, fetch) = &mut self.slot_states[slot as usize] else { continue };
@@ -252,8 +253,8 @@ impl<B: Backend> State<B> {
         Ok(())
     }
 
-    /// Begins to copy an adapter into a slot. One for which the device has no memory leaves the slot empty; the router
-    /// knows what else could go.
+    /// Begins to copy an adapter into a slot. If the device has no memory for it, the slot stays empty and the router
+    /// is told, which can then evict another adapter.
     fn load(
         &mut self,
         slot: u32,
@@ -273,8 +274,7 @@ impl<B: Backend> State<B> {
         Ok(())
     }
 
-    /// What must happen before the rows of a step, in the order of its fields. Returns the sequences that cannot be
-    /// taken.
+    /// Does what a step asks for before its rows, in the order of its fields. Returns the sequences that were refused.
     pub(super) fn prepare(&mut self, step: &Step) -> kernels::Result<Result<Vec<Refusal>, StepError>> {
         for sequence in &step.dropped {
             match self.sequences.remove(sequence) {
@@ -296,7 +296,7 @@ impl<B: Backend> State<B> {
             }
             match self.adapters.get(content) {
                 Some(adapter) => self.load(slot, content, &adapter)?,
-                // Memory pressure has taken it since it was prepared.
+                // It was evicted from host memory after it had been prepared.
                 None => {
                     self.ops.unload(&mut self.slots, slot)?;
                     self.slot_states[slot as usize] = Slot::Fetching(content, self.adapters.fetch(content));
@@ -313,11 +313,12 @@ impl<B: Backend> State<B> {
         Ok(Ok(refused))
     }
 
+    /// Refuses a value that is not below its limit.
     pub(super) fn in_range(&self, what: &'static str, value: usize, limit: usize) -> Result<(), StepError> {
         if value < limit { Ok(()) } else { Err(StepError::OutOfRange { what, value, limit }) }
     }
 
-    /// Seats a sequence, unless there is something about it that the model or the device cannot take.
+    /// Gives a sequence a seat, or refuses it if the model or the device cannot compute it.
     fn add(&mut self, new: &NewSequence, step: u64) -> kernels::Result<Result<Option<Refusal>, StepError>> {
         if let Err(error) = self.expect_new(new) {
             return Ok(Err(error));
@@ -344,7 +345,7 @@ impl<B: Backend> State<B> {
         Ok(Ok(None))
     }
 
-    /// What a router that keeps to the protocol never sends.
+    /// Checks what a router that keeps to the protocol never violates.
     fn expect_new(&self, new: &NewSequence) -> Result<(), StepError> {
         if self.sequences.contains_key(&new.sequence) {
             return Err(StepError::DuplicateSequence(new.sequence));
@@ -355,7 +356,7 @@ impl<B: Backend> State<B> {
         }
     }
 
-    /// Whether the model has room for a sequence's tokens. Which tokens there are is checked with its sampling.
+    /// Checks the numbers of a sequence's tokens. The sampler checks the ids.
     fn expect_tokens(&self, new: &NewSequence) -> Result<(), String> {
         let (tokens, limit) = (new.tokens.len(), self.model.decoder().max_positions);
         if new.prompt_len == 0 || new.prompt_len > tokens {
@@ -367,7 +368,7 @@ impl<B: Backend> State<B> {
         Ok(())
     }
 
-    /// Computes no row of a sequence any more; its seat is free.
+    /// Refuses a sequence: its seat is freed, and none of its rows is computed any more.
     pub(super) fn refuse(&mut self, sequence: u64, reason: String) -> Refusal {
         if let Some(Place::Seated(seated)) = self.sequences.insert(sequence, Place::Refused) {
             self.free_seats.push(seated.seat);
@@ -375,17 +376,18 @@ impl<B: Backend> State<B> {
         Refusal { sequence, reason }
     }
 
-    /// Whether an adapter is on its way into a slot.
+    /// Whether any slot is being filled.
     pub(super) fn is_loading(&self) -> bool {
         self.slot_states.iter().any(|state| matches!(state, Slot::Fetching(..) | Slot::Loading(..)))
     }
 
+    /// Whether rows may use a slot.
     pub(super) fn is_slot_ready(&self, slot: u32) -> bool {
         matches!(self.slot_states.get(slot as usize), Some(Slot::Ready(..)))
     }
 }
 
-/// Whether a choice can be made with these parameters. Which tokens they name is checked by the sampler.
+/// Checks the values of sampling parameters. The sampler checks the token ids in them.
 fn expect_sampling(sampling: &SamplingParams) -> Result<(), String> {
     sampling.check().map_err(|error| format!("{} {}", error.name, error.problem()))?;
     match sampling.logit_bias.iter().find(|(_, bias)| !bias.is_finite()) {

@@ -1,5 +1,5 @@
-//! Steps that run before the first request, on nobody's behalf: the largest one, after which the device has taken all
-//! the memory that steps need, those whose matrix products are timed, and those that are recorded.
+//! The warm-up: steps that run before the first request. The largest step makes the device allocate all the memory that
+//! steps need; others let it time GEMM algorithms and capture the CUDA graphs of decode steps.
 
 use std::{iter, slice, sync::Arc, thread, time::Duration};
 
@@ -7,24 +7,24 @@ use kernels::{BLOCK_SIZE, Backend, Batch, LoraPart, SampleRow, Segment, Sequence
 
 use super::{LOAD_POLL, Limits, state::State};
 
-/// Rows of the step that the time of a larger one is inferred from.
+/// The rows of the step from whose time that of the largest step is estimated.
 const MODEST_ROWS: usize = 32;
 
 impl<B: Backend> State<B> {
-    /// Runs a prefill of as many rows as a step may have, and those that the device wants to; returns how long the
-    /// largest takes. Needs [`State::largest_blocks`] blocks.
+    /// Runs a prefill of as many rows as a step may have, then one of each size that the device asks for, and returns
+    /// how long the largest takes. Needs [`State::largest_blocks`] blocks.
     pub(super) fn warm_up_prefill(&mut self) -> kernels::Result<Duration> {
         let max_rows = self.limits.max_rows;
         for rows in iter::once(max_rows).chain(self.ops.warm_up_rows(max_rows)) {
             self.run(&batch(&self.prefill(rows), 0))?;
         }
-        // Algorithms have been chosen, and kernels loaded: this is how long it takes from now on.
+        // By now algorithms have been chosen and kernels loaded, so that this is the time of later steps, too.
         self.run(&batch(&self.prefill(max_rows), 0))
     }
 
-    /// Runs a prefill of a few rows, and infers how long one of as many as a step may have would take. Weights are read
-    /// once for all rows, so that it takes less than in proportion: the result is an upper estimate but for attention
-    /// over long contexts.
+    /// Runs a prefill of a few rows, and estimates from it how long the largest step would take. The time is scaled
+    /// with the number of rows, though weights are read once for all of them: the result is too large rather than too
+    /// small, except for attention over long contexts.
     pub(super) fn estimate_longest_step(&mut self) -> kernels::Result<Duration> {
         let room = self.num_blocks.saturating_mul(BLOCK_SIZE).min(self.model.decoder().max_positions);
         let rows = MODEST_ROWS.min(self.limits.max_rows).min(room);
@@ -32,20 +32,21 @@ impl<B: Backend> State<B> {
         Ok(took.mul_f64(self.limits.max_rows as f64 / rows as f64))
     }
 
-    /// Lengths of sequences that have so many rows together, or as many as all sequences can have.
+    /// The lengths of sequences that together have `rows` rows, or as many as `max_sequences` of them can have.
     fn prefill(&self, rows: usize) -> Vec<usize> {
         let longest = self.model.decoder().max_positions;
         let starts = (0..rows).step_by(longest).take(self.limits.max_sequences);
         starts.map(|start| longest.min(rows - start)).collect()
     }
 
-    /// Blocks that the largest prefill fills.
+    /// The number of blocks that the largest prefill fills.
     pub(super) fn largest_blocks(&self) -> usize {
         self.prefill(self.limits.max_rows).iter().map(|len| len.div_ceil(BLOCK_SIZE)).sum()
     }
 
-    /// Has the device record the steps that it wants to.
-    pub(super) fn record(&mut self) -> kernels::Result<()> {
+    /// Runs every decode step that the device captures as a CUDA graph: the first run loads its kernels, the second one
+    /// captures it.
+    pub(super) fn capture_graphs(&mut self) -> kernels::Result<()> {
         let Limits { max_sequences, max_logit_rows, num_slots, .. } = self.limits;
         let mut steps = in_use(self.ops.recorded_steps(), max_sequences, max_logit_rows);
         if num_slots == 0 {
@@ -53,7 +54,7 @@ impl<B: Backend> State<B> {
         }
         let with_adapters = steps.iter().any(|&(_, runs)| runs > 0);
         if with_adapters {
-            self.load_nothing()?;
+            self.load_zero_adapter()?;
         }
         for (rows, runs) in steps {
             // Every sequence of a step has a block of its own.
@@ -68,11 +69,11 @@ impl<B: Backend> State<B> {
         Ok(())
     }
 
-    /// Fills slot 0 with an adapter that adds nothing.
-    fn load_nothing(&mut self) -> kernels::Result<()> {
+    /// Loads an adapter whose weights are all zero into slot 0.
+    fn load_zero_adapter(&mut self) -> kernels::Result<()> {
         let sites = self.model.sites();
-        let nothing = sites.first().and_then(|site| Some((site.inputs, *site.outputs.first()?)));
-        let (inputs, outputs) = nothing.unwrap_or_default();
+        let size = sites.first().and_then(|site| Some((site.inputs, *site.outputs.first()?)));
+        let (inputs, outputs) = size.unwrap_or_default();
         let part = LoraPart::delta((0, 0), 1, 1.0, &vec![0.0; inputs], &vec![0.0; outputs]);
         let adapter = Arc::new(self.ops.stage(sites, slice::from_ref(&part))?);
         self.ops.load(&mut self.slots, 0, &adapter, &self.model.site_weights())?;
@@ -82,7 +83,7 @@ impl<B: Backend> State<B> {
         Ok(())
     }
 
-    /// Runs a step; returns how long the device took.
+    /// Runs a step, and returns how long the device took.
     fn run(&mut self, step: &Batch) -> kernels::Result<Duration> {
         self.host.clone_from(step);
         let begin = self.ops.mark()?;
@@ -96,8 +97,8 @@ impl<B: Backend> State<B> {
     }
 }
 
-/// The recorded steps (rows, runs) that decoding may use: up to the first size that holds all sequences, if logits have
-/// room for it.
+/// Of the steps (rows, runs) that the device can capture, those that decoding may use: up to the smallest size that
+/// holds all sequences, as far as there is room for their logits.
 fn in_use(
     mut steps: Vec<(usize, usize)>,
     max_sequences: usize,
@@ -109,8 +110,8 @@ fn in_use(
     steps
 }
 
-/// Sequences of so many rows from their beginning, each in blocks of its own; the first `runs` rows are runs of their
-/// own with the adapter in slot 0.
+/// A batch of new sequences of these lengths, each in blocks of its own. Each of the first `runs` rows is a segment of
+/// its own that uses the adapter in slot 0.
 fn batch(lens: &[usize], runs: usize) -> Batch {
     let mut batch = Batch::default();
     for &len in lens {
@@ -133,7 +134,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_size_that_decoding_may_use_is_recorded() {
+    fn every_size_that_decoding_may_use_is_captured() {
         let steps = vec![(1, 0), (1, 1), (96, 0), (112, 0), (112, 16), (128, 0)];
         assert_eq!(in_use(steps.clone(), 100, 256), steps[..5]);
         assert_eq!(in_use(steps.clone(), 96, 256), steps[..3]);
