@@ -26,7 +26,6 @@ use serde_json::Value;
 
 use crate::{Decoder, LoadError, Result};
 use fields::{Aliases, Fields};
-pub(crate) use gguf::ROPE_FACTORS;
 
 /// A family: its `model_type`, the names of its architectures, its own names of common fields, and its page.
 struct Family {

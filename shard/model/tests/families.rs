@@ -68,6 +68,18 @@ impl Fixture {
         tried.map(|case| (case, sequence(case))).unzip()
     }
 
+    /// Runs the model's GGUF file, if it has one: the largest difference.
+    fn gguf(&self) -> Option<f32> {
+        let file = goldens::folder(self.name).join("model.gguf");
+        if !file.exists() {
+            return None;
+        }
+        let mut driver = Driver::new(&file, &self.adapters);
+        let (cases, mut sequences) = self.sequences();
+        driver.alone(&mut sequences);
+        Some(self.compare("as GGUF", &cases, &sequences))
+    }
+
     /// Compares what was computed, and returns the largest difference of a log-probability.
     fn compare(&self, how: &str, cases: &[&Case], sequences: &[Sequence]) -> f32 {
         let mut worst = 0.0_f32;
@@ -111,7 +123,8 @@ fn run(name: &'static str) {
     let (cases, mut sequences) = fixture.sequences();
     driver.mixed(&mut sequences, 61, 150);
     let mixed = fixture.compare("mixed", &cases, &sequences);
-    eprintln!("{name}: alone {alone:.2e}, mixed {mixed:.2e}");
+    let gguf = fixture.gguf();
+    eprintln!("{name}: alone {alone:.2e}, mixed {mixed:.2e}, GGUF {gguf:?}");
     for crossing in &fixture.goldens.crossing {
         let original = fixture.original_context();
         let sequence = driver.crossing(Sequence::new(&crossing.ids, None, BTreeSet::new()), original);

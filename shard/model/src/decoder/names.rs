@@ -85,6 +85,8 @@ pub(crate) enum Stored {
     Gguf {
         /// Whether the converter interleaved the halves of q and k heads.
         permuted: bool,
+        /// Tensors of factors of rotary frequencies, which belong to no module.
+        factors: &'static [&'static str],
     },
 }
 

@@ -16,7 +16,6 @@ use super::{Source, tensor_file::check_part};
 use crate::{
     Decoder, LoadError, Result,
     decoder::{Modules, Stored},
-    families::ROPE_FACTORS,
 };
 
 /// An open file.
@@ -24,6 +23,8 @@ pub(super) struct GgufSource {
     file: Gguf,
     /// The file's names of tensors by Hugging Face's.
     names: HashMap<String, String>,
+    /// Tensors that are read with the configuration.
+    factors: &'static [&'static str],
     /// Heads of queries and of keys whose halves the converter has interleaved.
     interleaved: Option<[usize; 2]>,
 }
@@ -34,14 +35,17 @@ pub(super) fn open(path: &Path) -> Result<(Decoder, GgufSource)> {
     let decoder = Decoder::from_gguf(&file)?;
     let names: HashMap<String, String> =
         Modules::of(&decoder).iter().flat_map(|module| module.tensors().collect::<Vec<_>>()).collect();
-    let used: HashSet<&str> = names.values().map(String::as_str).chain([ROPE_FACTORS]).collect();
+    let (permuted, factors) = match decoder.names.stored {
+        Stored::Gguf { permuted, factors } => (permuted, factors),
+        Stored::Folder => (false, [].as_slice()),
+    };
+    let used: HashSet<&str> = names.values().map(String::as_str).chain(factors.iter().copied()).collect();
     if let Some(other) = file.tensors().iter().find(|info| !used.contains(info.name.as_str())) {
         return Err(LoadError::UnknownTensor(other.name.clone()));
     }
     let heads = decoder.heads();
-    let is_permuted = decoder.names.stored == Stored::Gguf { permuted: true };
-    let interleaved = is_permuted.then_some([heads.query, heads.kv]);
-    Ok((decoder, GgufSource { file, names, interleaved }))
+    let interleaved = permuted.then_some([heads.query, heads.kv]);
+    Ok((decoder, GgufSource { file, names, factors, interleaved }))
 }
 
 /// Where the converter put output `output` of a q or k projection with heads of `dim` outputs. It interleaves the
@@ -132,7 +136,7 @@ impl Source for GgufSource {
     }
 
     fn total_bytes(&self) -> u64 {
-        let loaded = self.file.tensors().iter().filter(|info| info.name != ROPE_FACTORS);
+        let loaded = self.file.tensors().iter().filter(|info| !self.factors.contains(&info.name.as_str()));
         loaded.map(|info| info.bytes() as u64).sum()
     }
 }

@@ -119,7 +119,11 @@ fn what_would_change_the_output_is_refused_by_its_name() {
         ("llama.something.new", Meta::F32(2.0), "2 is not supported"),
         ("general.type", Meta::Str("adapter"), "adapter is not supported"),
         ("general.type", Meta::Str("mmproj"), "mmproj is not supported"),
-        ("general.architecture", Meta::Str("qwen2"), "qwen2 is not supported; known are llama"),
+        (
+            "general.architecture",
+            Meta::Str("mamba"),
+            "mamba is not supported; known are llama, qwen2, qwen3, gemma,",
+        ),
         ("general.quantization_version", Meta::U32(1), "1 is not supported"),
         ("adapter.type", Meta::Str("lora"), "lora is not supported"),
         ("adapter.lora.alpha", Meta::F32(16.0), "16 is not supported"),

@@ -1,8 +1,10 @@
-//! Every metadata key of a Llama's GGUF file, and what is made of it. The keys are those of llama.cpp (`LLM_KV_NAMES` in
+//! Every metadata key of a GGUF file, and what is made of it. The keys are those of llama.cpp (`LLM_KV_NAMES` in
 //! `src/llama-arch.cpp`). One that would change the output is read, or refused unless its value is the neutral one.
 
 use gguf::{Gguf, Value};
+use kernels::Activation;
 
+use super::Metadata;
 use crate::{Decoder, LoadError, Result};
 
 /// Refuses a file that is no whole model, or asks for something that is not computed whatever the architecture is.
@@ -20,11 +22,13 @@ pub(super) fn check_file(file: &Gguf) -> Result<()> {
 }
 
 /// Refuses what the file asks of its architecture and is not computed.
-pub(super) fn check_architecture(file: &Gguf, decoder: &Decoder) -> Result<()> {
-    let theta = file.metadata().find(|(key, _)| *key == "llama.rope.freq_base").map(|(_, value)| value);
-    check(file, |key, value| match key.strip_prefix("llama.") {
+pub(super) fn check_architecture(of: &Metadata<'_>, decoder: &Decoder) -> Result<()> {
+    let prefix = of.key("");
+    let theta = of.optional::<f32>("rope.freq_base")?.unwrap_or(10_000.0);
+    check(of.file, |key, value| match key.strip_prefix(&prefix) {
+        Some(key) if of.architecture.keys.contains(&key) => true,
         // The base of layers that have a window. A file that gives one means it, unless it is that of all layers.
-        Some("rope.freq_base_swa") => Some(value) == theta,
+        Some("rope.freq_base_swa") => number(value) == Some(theta.into()),
         Some(key) => of_architecture(key, value, decoder),
         None => true,
     })
@@ -81,7 +85,15 @@ fn of_file(key: &str, value: &Value) -> bool {
 fn of_architecture(key: &str, value: &Value, decoder: &Decoder) -> bool {
     let is = |expected: f64| number(value).is_some_and(|x| (x - expected).abs() <= 1e-6 * expected.abs());
     let dim = decoder.heads().dim as f64;
+    let scale = decoder.layers[0].attention.shape.scale;
+    let activation = match decoder.layers[0].mlp.activation {
+        Activation::Silu => "silu",
+        _ => "gelu_pytorch_tanh",
+    };
     match key {
+        // Rotary embeddings of a decoder that has none.
+        rope if rope.starts_with("rope.") && decoder.ropes.is_empty() => is_off(value),
+
         // Read where the configuration is.
         "context_length"
         | "embedding_length"
@@ -90,7 +102,6 @@ fn of_architecture(key: &str, value: &Value, decoder: &Decoder) -> bool {
         | "attention.head_count"
         | "attention.head_count_kv"
         | "attention.key_length"
-        | "attention.layer_norm_rms_epsilon"
         | "rope.freq_base"
         | "rope.scale_linear"
         | "rope.scaling.type"
@@ -101,15 +112,15 @@ fn of_architecture(key: &str, value: &Value, decoder: &Decoder) -> bool {
         "rope.scaling.finetuned" => true,
         // The embedding table has as many rows as it has.
         "vocab_size" => true,
-        // Of the other kind of norm, which this architecture does not have.
-        "attention.layer_norm_epsilon" => true,
+        // Read, or of the other kind of norm, which this architecture does not have.
+        "attention.layer_norm_rms_epsilon" | "attention.layer_norm_epsilon" => true,
         // Sizes that must be the ones computed with.
         "attention.value_length" | "rope.dimension_count" => is(dim),
         "embedding_length_out" => is_off(value) || is(decoder.hidden as f64),
         // Llama's own order of the rows of q and k; the converter's, too.
         "tensor_data_layout" => matches!(value, Value::Str(layout) if layout == "Meta AI original pth"),
         "attention.causal" => matches!(value, Value::Bool(true)),
-        "attention.scale" => is_off(value) || is(dim.sqrt().recip()),
+        "attention.scale" => is_off(value) || is(scale.into()),
         // Factors: 0 is "not set".
         "logit_scale"
         | "residual_scale"
@@ -117,7 +128,7 @@ fn of_architecture(key: &str, value: &Value, decoder: &Decoder) -> bool {
         | "attention.output_scale"
         | "attention.value_scale"
         | "expert_weights_scale" => is_off(value) || is(1.0),
-        "hidden_activation" => matches!(value, Value::Str(name) if name == "silu"),
+        "hidden_activation" => matches!(value, Value::Str(name) if name == activation),
         // A window that covers every sequence is none.
         "attention.sliding_window" => {
             is_off(value) || number(value).is_some_and(|window| window >= decoder.max_positions as f64)

@@ -72,7 +72,12 @@ fn source((ty, code): (TensorType, u32)) -> GgufSource {
         (NORM, "output_norm.weight"),
     ];
     let names = names.map(|(name, ggml)| (name.to_owned(), ggml.to_owned())).into();
-    GgufSource { file: Gguf::open(file.path()).unwrap(), names, interleaved: Some([QUERY_HEADS, KV_HEADS]) }
+    GgufSource {
+        file: Gguf::open(file.path()).unwrap(),
+        names,
+        factors: &[],
+        interleaved: Some([QUERY_HEADS, KV_HEADS]),
+    }
 }
 
 /// Rows and columns of a part, both cut from the whole.
