@@ -1,5 +1,5 @@
-//! What a decoder looks like, as data: the features in which families differ. A family's page fills it, and everything
-//! else reads it.
+//! The description of a decoder as data, with a field for every feature in which families differ. The page of a family
+//! fills it in, and everything else reads it.
 
 mod modules;
 mod names;
@@ -13,16 +13,16 @@ pub use modules::{Kind, Module, RowOrder};
 pub(crate) use modules::{LAYER_SITES, Modules};
 pub(crate) use names::{Names, Part, QkvOrder, Stored};
 
-/// Most layers of a model.
+/// The largest number of layers that is accepted.
 pub(crate) const MAX_LAYERS: usize = 1 << 10;
-/// Most positions of a model; the longest context that a Llama was trained for.
+/// The largest number of positions that is accepted: the longest context that a Llama was trained for.
 pub(crate) const MAX_POSITIONS: usize = 1 << 22;
 
 /// Most elements of a head.
 const MAX_HEAD_DIM: usize = 1 << 12;
 
-/// Refuses a size of heads that no model has. A table of rotary frequencies is made of it before weights are there to
-/// contradict.
+/// Refuses a head size that no model has. It is the size of the table of rotary frequencies, which is computed before
+/// any weight can contradict it.
 pub(crate) fn check_head_dim(dim: usize) -> Result<usize> {
     let expected = "a positive integer up to 4096";
     if dim <= MAX_HEAD_DIM { Ok(dim) } else { Err(LoadError::Field { field: "head_dim", expected }) }
@@ -40,30 +40,30 @@ pub struct Decoder {
     pub max_positions: usize,
     /// Tokens that end a sequence, sorted, all below `vocab`.
     pub eos: Vec<u32>,
-    /// What a token becomes.
+    /// How tokens are embedded.
     pub embedding: Embedding,
     /// The layers, of equal sizes.
     pub layers: Vec<Layer>,
-    /// The norm of the residual stream behind the last layer.
+    /// The norm of the residual stream after the last layer.
     pub norm: NormSpec,
     /// The output projection.
     pub head: Head,
-    /// Rotary embeddings, which layers refer to.
+    /// The rotary embeddings, which layers refer to by index.
     pub ropes: Vec<RopeSpec>,
     /// Factor of everything that is added to the residual stream.
     pub residual_scale: f32,
-    /// What the parts are called, and how files store them.
+    /// The names of the parts, and how files store them.
     pub(crate) names: Names,
 }
 
-/// What a token becomes.
+/// How tokens are embedded.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Embedding {
     /// Factor of the table's rows.
     pub scale: f32,
-    /// Learned positions that are added to them.
+    /// Learned positions, which are added to the scaled rows.
     pub positions: Option<Positions>,
-    /// The norm of their sum.
+    /// The norm that is applied to the sum.
     pub norm: Option<NormSpec>,
 }
 
@@ -76,16 +76,16 @@ pub struct Positions {
     pub first: usize,
 }
 
-/// A norm, but for its weights.
+/// A norm without its weights.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct NormSpec {
     /// The formula.
     pub kind: NormKind,
-    /// Added below the root.
+    /// Epsilon, which is added under the root.
     pub eps: f32,
     /// Whether there is a bias.
     pub bias: bool,
-    /// Whether files store the weight without 1.
+    /// Whether files store w - 1, so that the loader adds 1.
     pub plus_one: bool,
 }
 
@@ -104,9 +104,9 @@ impl NormSpec {
 /// One layer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Layer {
-    /// Its norms; which there are, `wiring` says.
+    /// The kind of its norms. `wiring` says which there are.
     pub norm: NormSpec,
-    /// How its two branches meet the residual stream.
+    /// How its branches are connected to the residual stream.
     pub wiring: Wiring,
     /// Attention.
     pub attention: Attention,
@@ -114,17 +114,17 @@ pub struct Layer {
     pub mlp: Mlp,
 }
 
-/// How attention and the feed-forward network of a layer meet the residual stream.
+/// How the two branches of a layer, attention and the feed-forward network, are connected to the residual stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wiring {
-    /// One after the other, each behind a norm of the stream.
+    /// The branches follow each other. Each reads the normed stream, and adds to it.
     Sequential {
-        /// Whether what each adds to the stream is normed, too.
+        /// Whether the result of a branch is normed before it is added.
         post_norms: bool,
     },
-    /// Both read the stream as it was before the layer.
+    /// A parallel residual: both branches read the stream as it is before the layer.
     Parallel {
-        /// Whether both read it through the same norm.
+        /// Whether both branches have the same norm.
         shared_norm: bool,
     },
 }
@@ -132,26 +132,26 @@ pub enum Wiring {
 /// Attention of a layer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Attention {
-    /// Heads, scale, and which keys are seen.
+    /// Heads, scale, span and softcap.
     pub shape: AttentionShape,
-    /// The rotation of queries and keys: which of [`Decoder::ropes`], and of which pairs.
+    /// The rotary embedding of queries and keys: an index into [`Decoder::ropes`], and how elements are paired.
     pub rope: Option<(usize, Pairs)>,
-    /// Norms of queries and keys.
+    /// The norm of queries and keys.
     pub norms: Option<(NormSpec, NormSpan)>,
     /// Whether the projections of queries, keys and values may have biases.
     pub qkv_bias: bool,
-    /// Whether the output's projection may have one.
+    /// Whether the projection of attention's output may have a bias.
     pub out_bias: bool,
-    /// Queries, keys and values are cut off at ±this.
+    /// Queries, keys and values are clamped to ± this value.
     pub clamp: Option<f32>,
     /// Whether there are learned attention sinks.
     pub sinks: bool,
-    /// ALiBi's slope of every query head.
+    /// The slope of every query head, with ALiBi.
     pub slopes: Option<Vec<f32>>,
 }
 
 impl Attention {
-    /// Causal attention with rotary embeddings of whole heads, and nothing else.
+    /// Causal attention with the first rotary embedding, and with no other feature.
     pub fn causal(heads: Heads) -> Attention {
         Attention {
             shape: AttentionShape::causal(heads),
@@ -173,7 +173,7 @@ pub struct Mlp {
     pub width: usize,
     /// Its activation.
     pub activation: Activation,
-    /// Whether the activation of one projection gates another.
+    /// Whether it is gated: the activation of one projection is multiplied with another projection.
     pub gated: bool,
     /// Whether its projections may have biases.
     pub bias: bool,
@@ -182,16 +182,16 @@ pub struct Mlp {
 /// The output projection.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Head {
-    /// It is the embedding table.
+    /// Whether it is the embedding table.
     pub tied: bool,
-    /// It has a bias.
+    /// Whether it has a bias.
     pub bias: bool,
-    /// What happens to its products.
+    /// How its products are scaled and capped.
     pub shape: LogitShape,
 }
 
 impl Head {
-    /// One without a bias, whose products are the logits.
+    /// An output projection without a bias, whose products are the logits.
     pub fn plain(tied: bool) -> Head {
         Head { tied, bias: false, shape: LogitShape::PLAIN }
     }
@@ -203,7 +203,7 @@ impl Decoder {
         self.layers[0].attention.shape.heads
     }
 
-    /// Which keys rows see, in any layer; distinct.
+    /// The distinct attention spans of all layers.
     pub fn spans(&self) -> Vec<Span> {
         let mut spans: Vec<Span> = Vec::new();
         for layer in &self.layers {
@@ -214,8 +214,8 @@ impl Decoder {
         spans
     }
 
-    /// Positions that some row of any layer looks back over, its own included, or `None` for all: keys and values further
-    /// behind are never read again.
+    /// The largest window of all layers: keys and values before the last so many positions are never read again. `None`
+    /// if some layer has no window.
     pub fn lookback(&self) -> Option<u32> {
         let windows = self.layers.iter().map(|layer| match layer.attention.shape.span {
             Span::Window(window) => Some(window),
@@ -224,17 +224,17 @@ impl Decoder {
         windows.collect::<Option<Vec<_>>>()?.into_iter().max()
     }
 
-    /// The operations that adapters can attach to, by their index: per layer q k v, o, the first and the second half of the
-    /// feed-forward network; then the output projection; then the embedding table.
+    /// The sites at which adapters can attach. Each layer has four, for q k v, o, and both halves of the feed-forward
+    /// network. The output projection and the embedding table follow.
     pub fn sites(&self) -> Vec<LoraSite> {
         Modules::of(self).sites()
     }
 
-    /// Refuses sizes that contradict each other, and leaves out ends of sequences that the model cannot generate.
+    /// Refuses sizes that contradict each other, and removes end tokens that the model has no row for.
     pub(crate) fn check(mut self) -> Result<Decoder> {
         let inconsistent = |what, got, expected| Err(LoadError::Inconsistent { what, got, expected });
         let field = |field, expected| Err(LoadError::Field { field, expected });
-        // Memory is taken for each of them before weights are there to contradict.
+        // Memory is allocated by these numbers before any weight can contradict them.
         if self.layers.len() > MAX_LAYERS {
             return field("num_hidden_layers", "a positive integer up to 1024");
         }

@@ -1,4 +1,4 @@
-//! The forward pass of a decoder, whatever its family: what [`Decoder`] says, as operations of a backend.
+//! The forward pass of every family: runs the operations that a [`Decoder`] describes on a backend.
 
 use std::path::Path;
 
@@ -13,15 +13,15 @@ use crate::{
     load::{self, Progress},
 };
 
-/// What one step brings to the forward pass.
+/// The arguments of a forward pass that change from step to step.
 pub struct Pass<'a, B: Backend> {
     /// The device.
     pub ops: &'a B,
-    /// The rows.
+    /// The step's rows.
     pub batch: &'a B::Batch,
-    /// Resident adapters.
+    /// The resident adapters.
     pub slots: &'a B::LoraSlots,
-    /// Tokens sampled last.
+    /// The sampler, which has the tokens that were sampled last.
     pub sampler: &'a B::Sampler,
 }
 
@@ -31,16 +31,16 @@ impl<'a, B: Backend> Pass<'a, B> {
     }
 }
 
-/// Activations, allocated once for the largest step.
+/// Memory for activations, which is allocated once for the largest step.
 pub struct Scratch<B: Backend> {
     /// Logits of the rows that wanted them, `[logit rows, vocab]`.
     pub logits: B::Mat,
-    /// The residual stream behind a norm: what the next projection reads. After a pass, the last hidden states.
+    /// The normed residual stream, which the next projection reads. After a pass, these are the last hidden states.
     pub hidden: B::Mat,
     stream: B::Mat,
-    /// Products that cannot be added to the stream as they come.
+    /// Products that something is done to before they are added to the residual stream.
     products: B::Mat,
-    /// The stream behind another norm, where two branches read it at the same time.
+    /// The stream after a second norm, for parallel residuals whose branches have different norms.
     other: Option<B::Mat>,
     qkv: B::Mat,
     attended: B::Mat,
@@ -49,12 +49,12 @@ pub struct Scratch<B: Backend> {
     last: B::Mat,
 }
 
-/// Keys and values of all layers.
+/// The KV cache of all layers.
 pub struct KvCache<B: Backend> {
     layers: Vec<B::Kv>,
 }
 
-/// A projection with its site.
+/// The weight of a projection, and the site at which adapters attach to it.
 pub(crate) struct Linear<B: Backend> {
     pub(crate) weight: B::Weight,
     pub(crate) bias: Option<B::Vector>,
@@ -68,7 +68,7 @@ impl<B: Backend> Linear<B> {
     }
 }
 
-/// A norm with its weights.
+/// The weights of a norm.
 pub(crate) struct NormOf<B: Backend> {
     pub(crate) spec: NormSpec,
     pub(crate) weight: B::Vector,
@@ -82,7 +82,7 @@ impl<B: Backend> NormOf<B> {
     }
 }
 
-/// Weights of a layer.
+/// The weights of a layer.
 pub(crate) struct Layer<B: Backend> {
     pub(crate) attention_norm: NormOf<B>,
     pub(crate) qkv: Linear<B>,
@@ -93,7 +93,7 @@ pub(crate) struct Layer<B: Backend> {
     pub(crate) out: Linear<B>,
     pub(crate) attention_post: Option<NormOf<B>>,
     pub(crate) mlp_norm: Option<NormOf<B>>,
-    /// Gate and up, or up alone.
+    /// Gate and up in one matrix, or up alone.
     pub(crate) up: Linear<B>,
     pub(crate) down: Linear<B>,
     pub(crate) mlp_post: Option<NormOf<B>>,
@@ -108,52 +108,52 @@ pub struct Model<B: Backend> {
     pub(crate) embed_norm: Option<NormOf<B>>,
     pub(crate) layers: Vec<Layer<B>>,
     pub(crate) norm: NormOf<B>,
-    /// `None` when the embedding table serves.
+    /// `None` if the output projection is the embedding table.
     pub(crate) head_weight: Option<B::Weight>,
     pub(crate) head_bias: Option<B::Vector>,
     pub(crate) ropes: Vec<B::Rope>,
 }
 
 impl<B: Backend> Model<B> {
-    /// Loads a GGUF file or a folder in Hugging Face layout, and tells how far it is.
+    /// Loads a GGUF file or a folder in Hugging Face layout, and reports its progress.
     pub fn load(ops: &B, path: &Path, progress: &mut Progress<'_>) -> Result<Model<B>> {
         load::load(ops, path, progress)
     }
 
-    /// What the model looks like.
+    /// The description of the model.
     pub fn decoder(&self) -> &Decoder {
         &self.decoder
     }
 
-    /// Where adapters can attach.
+    /// The sites at which adapters can attach.
     pub fn sites(&self) -> &[LoraSite] {
         &self.sites
     }
 
-    /// The weights of the sites, in their order.
+    /// The weights of all sites, in the order of [`Self::sites`].
     pub fn site_weights(&self) -> Vec<&B::Weight> {
         let linears = self.layers.iter().flat_map(|at| [&at.qkv, &at.out, &at.up, &at.down]);
         linears.map(|linear| &linear.weight).chain([self.head(), &self.embed]).collect()
     }
 
-    /// Which keys rows see, in any layer.
+    /// The distinct attention spans of all layers.
     pub fn spans(&self) -> Vec<Span> {
         self.decoder.spans()
     }
 
-    /// Keys and values of all layers, for `blocks` blocks.
+    /// Allocates a KV cache of `blocks` blocks.
     pub fn kv_cache(&self, ops: &B, blocks: usize) -> kernels::Result<KvCache<B>> {
         let heads = self.decoder.heads();
         let layers = self.layers.iter().map(|_| ops.kv(blocks, heads)).collect::<kernels::Result<_>>()?;
         Ok(KvCache { layers })
     }
 
-    /// Bytes of one block, all layers together.
+    /// Bytes of one block of the KV cache, all layers together.
     pub fn kv_block_bytes(&self, ops: &B) -> usize {
         ops.kv_block_bytes(self.decoder.heads()) * self.layers.len()
     }
 
-    /// Activations for steps of up to `max_rows` rows, `max_logit_rows` of them with logits.
+    /// Allocates the activations of steps of up to `max_rows` rows, of which `max_logit_rows` have logits.
     pub fn scratch(&self, ops: &B, max_rows: usize, max_logit_rows: usize) -> kernels::Result<Scratch<B>> {
         let (hidden, heads) = (self.decoder.hidden, self.decoder.heads());
         let Heads { query, dim, .. } = heads;
@@ -174,7 +174,7 @@ impl<B: Backend> Model<B> {
         })
     }
 
-    /// Runs one step: stores its keys and values and computes the logits that it wants.
+    /// Runs one step: stores its keys and values in the KV cache, and computes the logits of its logit rows.
     pub fn forward(
         &self,
         pass: &Pass<'_, B>,
@@ -200,7 +200,7 @@ impl<B: Backend> Model<B> {
         self.head_weight.as_ref().unwrap_or(&self.embed)
     }
 
-    /// From tokens to the residual stream.
+    /// Embeds the tokens: writes the first value of the residual stream.
     fn embed(&self, pass: &Pass<'_, B>, s: &mut Scratch<B>) -> kernels::Result<()> {
         let decoder::Embedding { scale, positions, .. } = self.decoder.embedding;
         let positions = self.positions.as_ref().zip(positions.map(|positions| positions.first));
@@ -215,7 +215,8 @@ impl<B: Backend> Model<B> {
         }
     }
 
-    /// Layer `i`, from the stream behind its first norm to the stream behind the next layer's, both in `s.hidden`.
+    /// Computes layer `i`. `s.hidden` is the stream after this layer's first norm, and becomes the stream after the
+    /// first norm of the next layer.
     fn layer(&self, i: usize, pass: &Pass<'_, B>, s: &mut Scratch<B>, kv: &mut B::Kv) -> kernels::Result<()> {
         let layer = &self.layers[i];
         let next = self.layers.get(i + 1).map_or(&self.norm, |next| &next.attention_norm).get();
@@ -238,7 +239,7 @@ impl<B: Backend> Model<B> {
         self.onto_stream(pass, &layer.down, &layer.mlp_post, s, Branch::FeedForward(next))
     }
 
-    /// From `s.hidden` to `s.attended`.
+    /// Computes attention from `s.hidden` into `s.attended`.
     fn attend(
         &self,
         i: usize,
@@ -258,7 +259,8 @@ impl<B: Backend> Model<B> {
         ops.paged_attention(&s.qkv, by, pass.batch, kv, &mut s.attended)
     }
 
-    /// From `s.hidden`, or the stream behind the network's own norm, to `s.activated`.
+    /// Computes the first half of the feed-forward network from `s.hidden` or, if it has its own normed stream, from
+    /// `s.other`, into `s.activated`.
     fn feed_forward(&self, i: usize, pass: &Pass<'_, B>, s: &mut Scratch<B>) -> kernels::Result<()> {
         let decoder::Mlp { activation, gated, .. } = self.decoder.layers[i].mlp;
         let Scratch { hidden, other, wide: products, activated: y, .. } = s;
@@ -269,7 +271,7 @@ impl<B: Backend> Model<B> {
         pass.ops.linear(other.as_ref().unwrap_or(hidden), self.layers[i].up.projection(pass), out)
     }
 
-    /// Adds the end of a branch to the stream.
+    /// Applies the last projection of a branch, and adds the result to the stream.
     fn onto_stream(
         &self,
         pass: &Pass<'_, B>,
@@ -290,7 +292,7 @@ impl<B: Backend> Model<B> {
     }
 }
 
-/// Which branch of a layer meets the stream, and the norm behind which the stream is read next, if it is complete.
+/// A branch whose result is added to the stream. If the stream is complete then, the norm is applied to it next.
 enum Branch<'a, B: Backend> {
     Attention(Option<Norm<'a, B>>),
     FeedForward(Norm<'a, B>),

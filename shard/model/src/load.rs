@@ -1,5 +1,5 @@
-//! From files to a device: reads the tensors of a decoder's modules, checks their shapes, and brings them into the order
-//! and form that is computed with.
+//! The loader: reads the tensors of a decoder's modules, checks their shapes, brings them into the order and form that
+//! operations expect, and puts them on the device.
 
 use std::{
     panic::resume_unwind,
@@ -20,13 +20,14 @@ use crate::{
     weights::{self, Source},
 };
 
-/// Whoever is told how far loading is.
+/// Called with the progress of loading.
 pub(crate) type Progress<'a> = dyn FnMut(LoadProgress) + Send + 'a;
 
-/// Threads that load layers: enough to read from the page cache as fast as a GPU takes weights.
+/// The largest number of threads that load layers, which is enough to read from the page cache as fast as a GPU accepts
+/// weights.
 const LOADERS: usize = 8;
 
-/// Reads tensors and puts them on the device.
+/// What all threads of the loader share.
 struct Loader<'a, B: Backend> {
     ops: &'a B,
     source: &'a (dyn Source + Sync),
@@ -34,7 +35,7 @@ struct Loader<'a, B: Backend> {
     progress: Mutex<(&'a mut Progress<'a>, LoadProgress)>,
 }
 
-/// Loads a GGUF file or a folder in Hugging Face layout, and tells how far it is.
+/// Loads a GGUF file or a folder in Hugging Face layout, and reports its progress.
 pub(crate) fn load<B: Backend>(ops: &B, path: &Path, progress: &mut Progress<'_>) -> Result<Model<B>> {
     let (mut decoder, source) = weights::open(path)?;
     decoder.head.tied = decoder.head.tied && !has_own_head(&*source, &decoder)?;
@@ -55,8 +56,8 @@ pub(crate) fn load<B: Backend>(ops: &B, path: &Path, progress: &mut Progress<'_>
     Ok(Model { embed, positions, embed_norm, layers, norm, head_weight, head_bias, ropes, sites, decoder })
 }
 
-/// Whether a model has an output projection other than its embedding table. transformers then uses it, though the
-/// configuration says that there is one for both.
+/// Whether a model that is configured as tied has an output projection that differs from its embedding table.
+/// transformers uses it then, and so do we.
 fn has_own_head(source: &dyn Source, decoder: &Decoder) -> Result<bool> {
     let [head, table] = [Part::Head, Part::Embed].map(|part| decoder.names.path(None, part) + ".weight");
     if source.bytes(&head) == 0 {
@@ -66,13 +67,13 @@ fn has_own_head(source: &dyn Source, decoder: &Decoder) -> Result<bool> {
 }
 
 impl<B: Backend> Loader<'_, B> {
-    /// A module that every decoder of this kind has.
+    /// A module that the table has for every decoder of this kind.
     fn module(&self, layer: Option<usize>, part: Part) -> &Module {
         let found = self.modules.find(layer, part);
         found.unwrap_or_else(|| unreachable!("the table of modules has {part:?} wherever it is asked for"))
     }
 
-    /// All layers, several at a time. Of several faults, that of the first layer is reported.
+    /// Loads all layers, several at a time. If several fail, the error of the first one is returned.
     fn layers(&self, decoder: &Decoder) -> Result<Vec<Layer<B>>> {
         let threads = thread::available_parallelism().map_or(1, usize::from).min(LOADERS);
         let next = AtomicUsize::new(0);
@@ -115,7 +116,7 @@ impl<B: Backend> Loader<'_, B> {
         })
     }
 
-    /// The projection of a layer's site.
+    /// Loads the fused projection of a layer's site.
     fn linear(&self, layer: usize, site: usize) -> Result<Linear<B>> {
         let site = layer * crate::decoder::LAYER_SITES + site;
         let modules = self.modules.at_site(site);
@@ -130,7 +131,7 @@ impl<B: Backend> Loader<'_, B> {
         Ok(tensor)
     }
 
-    /// The rows of several modules' weights, one after the other.
+    /// Loads the weights of several modules as one matrix, with their rows one after the other.
     fn weight(&self, modules: &[&Module]) -> Result<B::Weight> {
         let parts = modules.iter().map(|module| {
             let (name, shape) = (format!("{}.weight", module.path), [module.outputs, module.inputs]);
@@ -144,8 +145,8 @@ impl<B: Backend> Loader<'_, B> {
         Ok(self.ops.weight(&parts)?)
     }
 
-    /// The biases of several modules, or none if no module may have one. One that is missing is zero: some projections of a
-    /// model may have one without the others.
+    /// Loads the biases of several modules, or none if none of them may have one. A bias that is missing is zero,
+    /// because some modules of a projection may have one while others do not.
     fn bias(&self, modules: &[&Module]) -> Result<Option<B::Vector>> {
         if !modules.iter().any(|module| module.bias) {
             return Ok(None);

@@ -1,6 +1,6 @@
-//! The one table of a decoder's modules, derived from its description: what each is called, how large it is, where
-//! adapters attach to it, and how its rows are stored. Whoever loads weights, reads GGUF files, or matches adapters reads
-//! this table and nothing else.
+//! The table of a decoder's modules, which is derived from its description. For each module it has the names, the size,
+//! the site at which adapters attach, and the order in which rows are stored. The loader, the reader of GGUF files and
+//! the code that matches adapters all use this one table.
 
 use kernels::{Heads, LoraSite, NormSpan, SiteKind};
 
@@ -9,13 +9,13 @@ use super::{
     names::{Names, Part, QkvOrder, Stored},
 };
 
-/// Sites of one layer: q k v, o, gate and up, down.
+/// The number of sites of one layer: q k v, o, gate and up, down.
 pub(crate) const LAYER_SITES: usize = 4;
 
 /// One module with weights.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Module {
-    /// Its layer, or none if it is outside of the layers.
+    /// Its layer; `None` if it is outside of the layers.
     pub layer: Option<usize>,
     /// Which part of the decoder it is.
     pub(crate) part: Part,
@@ -23,9 +23,9 @@ pub struct Module {
     pub path: String,
     /// Its path in a GGUF file, such as `blk.0.attn_q`.
     pub ggml: String,
-    /// What it computes.
+    /// The kind of its weight.
     pub kind: Kind,
-    /// Where adapters attach: a site and a slice of it.
+    /// The site at which adapters attach, and which of the site's slices it is.
     pub place: Option<(usize, usize)>,
     /// Columns of its weight; 1 for a vector.
     pub inputs: usize,
@@ -57,16 +57,16 @@ impl Module {
     }
 }
 
-/// What a module computes with its weight.
+/// The kind of a module's weight.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Kind {
     /// A table of rows by token.
     Lookup,
     /// A table of rows by position.
     Positions,
-    /// A product.
+    /// A linear layer.
     Linear,
-    /// The product that gives the logits.
+    /// The linear layer that gives the logits.
     Head,
     /// A norm.
     Norm(NormSpec),
@@ -74,21 +74,22 @@ pub enum Kind {
     Vector,
 }
 
-/// How rows of a matrix are ordered, in comparison with the order that is computed with.
+/// The order in which files store the rows of a matrix, compared with the order that operations expect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RowOrder {
-    /// In the same way.
+    /// The same order.
     Same,
-    /// Query, key and value of the first head, then of the next: `[heads, 3, dim]` where `[3, heads, dim]` is computed with.
+    /// Query, key and value of the first head, then of the next: `[heads, 3, dim]`, where operations expect
+    /// `[3, heads, dim]`.
     ByHead {
-        /// Heads, of queries as of keys.
+        /// The number of heads, which queries, keys and values all have.
         heads: usize,
     },
 }
 
 impl RowOrder {
-    /// Of every row that is computed with, which stored one it is. `None`: the same, or the rows are no whole heads,
-    /// which whoever checks the shape finds out.
+    /// For every row in the expected order, the index of the stored row. `None` if the orders are the same, or if the
+    /// rows are not whole heads, in which case the check of the shape fails.
     pub(crate) fn sources(self, rows: usize) -> Option<Vec<usize>> {
         match self {
             RowOrder::Same => None,
@@ -125,12 +126,12 @@ impl Modules {
         self.all.iter()
     }
 
-    /// A part outside of the layers, or of one of them.
+    /// The module of a part, in a layer or outside of the layers.
     pub(crate) fn find(&self, layer: Option<usize>, part: Part) -> Option<&Module> {
         self.all.iter().find(|module| module.layer == layer && module.part == part)
     }
 
-    /// Modules that a site is made of, by slice.
+    /// The modules of a site, in the order of its slices.
     pub(crate) fn at_site(&self, site: usize) -> Vec<&Module> {
         let mut found: Vec<_> =
             self.all.iter().filter(|module| module.place.is_some_and(|at| at.0 == site)).collect();
@@ -138,7 +139,7 @@ impl Modules {
         found
     }
 
-    /// What adapters can attach to.
+    /// The sites at which adapters can attach.
     pub(crate) fn sites(&self) -> Vec<LoraSite> {
         let mut placed: Vec<_> = self.all.iter().filter(|module| module.place.is_some()).collect();
         placed.sort_by_key(|module| module.place);

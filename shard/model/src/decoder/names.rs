@@ -1,5 +1,5 @@
-//! What the parts of a decoder are called: by a family's Hugging Face names, and by those of GGUF files, which are the
-//! same for all families.
+//! The names of a decoder's parts: those of Hugging Face, which differ between families, and those of GGUF files, which
+//! do not.
 
 /// A part of a decoder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -10,11 +10,11 @@ pub(crate) enum Part {
     Positions,
     /// The norm of embeddings.
     EmbedNorm,
-    /// The norm behind the last layer.
+    /// The norm after the last layer.
     Norm,
     /// The output projection.
     Head,
-    /// The norm in front of attention, or of both branches.
+    /// The norm before attention, or before both branches.
     AttentionNorm,
     /// Queries.
     Q,
@@ -32,19 +32,19 @@ pub(crate) enum Part {
     Sinks,
     /// The output of attention.
     Out,
-    /// The norm of what attention adds to the stream.
+    /// The norm of attention's result before it is added to the stream.
     AttentionPost,
-    /// The norm in front of the feed-forward network.
+    /// The norm before the feed-forward network.
     MlpNorm,
-    /// What is activated, of a gated network.
+    /// The projection of a gated network that the activation is applied to.
     Gate,
-    /// What is gated, or what is activated of a network without a gate.
+    /// The projection that is gated or, without a gate, the one that the activation is applied to.
     Up,
-    /// Both in one matrix.
+    /// Gate and up in one matrix.
     GateUp,
-    /// Back to the stream.
+    /// The projection back to the residual stream.
     Down,
-    /// The norm of what the feed-forward network adds to the stream.
+    /// The norm of the feed-forward network's result before it is added to the stream.
     MlpPost,
 }
 
@@ -61,8 +61,8 @@ pub(crate) struct Names {
     pub(crate) outer: &'static [(Part, &'static str)],
     /// Modules of a layer.
     pub(crate) inner: &'static [(Part, &'static str)],
-    /// Modules without weights of their own, outside of layers and in a layer (the layer itself is the empty path): PEFT
-    /// looks at them, too.
+    /// Modules without weights of their own, outside of layers and in a layer (the layer itself is the empty path):
+    /// PEFT looks at them, too.
     pub(crate) others: (&'static [&'static str], &'static [&'static str]),
     /// What PEFT targets if a configuration does not tell.
     pub(crate) targets: &'static [&'static str],
