@@ -44,7 +44,8 @@ pub struct Scratch<B: Backend> {
     other: Option<B::Mat>,
     qkv: B::Mat,
     attended: B::Mat,
-    wide: B::Mat,
+    /// The products of gate and up, or of up alone.
+    gate_up: B::Mat,
     activated: B::Mat,
     last: B::Mat,
 }
@@ -168,7 +169,7 @@ impl<B: Backend> Model<B> {
             other: reads_twice.then(|| ops.mat(max_rows, hidden)).transpose()?,
             qkv: ops.mat(max_rows, heads.qkv_cols())?,
             attended: ops.mat(max_rows, query * dim)?,
-            wide: ops.mat(max_rows, halves * mlp.width)?,
+            gate_up: ops.mat(max_rows, halves * mlp.width)?,
             activated: ops.mat(max_rows, mlp.width)?,
             last: ops.mat(max_logit_rows, hidden)?,
         })
@@ -263,7 +264,7 @@ impl<B: Backend> Model<B> {
     /// `s.other`, into `s.activated`.
     fn feed_forward(&self, i: usize, pass: &Pass<'_, B>, s: &mut Scratch<B>) -> kernels::Result<()> {
         let decoder::Mlp { activation, gated, .. } = self.decoder.layers[i].mlp;
-        let Scratch { hidden, other, wide: products, activated: y, .. } = s;
+        let Scratch { hidden, other, gate_up: products, activated: y, .. } = s;
         let out = match gated {
             true => Output::Gate { activation, products, y },
             false => Output::Activate { activation, products, y },
