@@ -5,18 +5,32 @@
 mod driver;
 #[path = "families/goldens.rs"]
 mod goldens;
+#[path = "families/page.rs"]
+mod page;
 
-use std::{collections::BTreeSet, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+    sync::OnceLock,
+};
 
 use driver::{Driver, Sequence};
 use goldens::{Case, Goldens};
 use kernels::DType;
 use model::testing::seeded::Manifest;
+use page::Row;
 
 /// Most that a log-probability may differ from that of transformers in f32.
 const BAR: f32 = 2e-3;
 /// Adapters of a fixture.
 const ADAPTERS: [&str; 1] = ["linear"];
+
+/// Largest differences by adapter.
+type Worst = BTreeMap<Option<String>, f32>;
+
+fn largest(worst: &Worst) -> Option<f32> {
+    worst.values().copied().reduce(f32::max)
+}
 
 /// A fixture's files.
 struct Fixture {
@@ -68,6 +82,24 @@ impl Fixture {
         tried.map(|case| (case, sequence(case))).unzip()
     }
 
+    /// Runs the sequences that outgrow the original context.
+    fn cross(&self, driver: &mut Driver) {
+        for crossing in &self.goldens.crossing {
+            let (name, original) = (self.name, self.original_context());
+            let sequence = driver.crossing(Sequence::new(&crossing.ids, None, BTreeSet::new()), original);
+            assert_eq!(
+                sequence.tokens[sequence.prompt..],
+                crossing.tokens,
+                "{name} beyond {original} tokens"
+            );
+            for (i, expected) in crossing.token_logprobs.iter().enumerate() {
+                let got = sequence.scores[&(sequence.prompt - 1 + i)].top[0].1;
+                let place = || format!("{name}, token {i} beyond {original} tokens");
+                assert!((got - expected).abs() <= BAR, "{}: {got}, {expected}", place());
+            }
+        }
+    }
+
     /// Runs the model's GGUF file, if it has one: the largest difference.
     fn gguf(&self) -> Option<f32> {
         let file = goldens::folder(self.name).join("model.gguf");
@@ -77,19 +109,20 @@ impl Fixture {
         let mut driver = Driver::new(&file, &self.adapters);
         let (cases, mut sequences) = self.sequences();
         driver.alone(&mut sequences);
-        Some(self.compare("as GGUF", &cases, &sequences))
+        largest(&self.compare("as GGUF", &cases, &sequences))
     }
 
-    /// Compares what was computed, and returns the largest difference of a log-probability.
-    fn compare(&self, how: &str, cases: &[&Case], sequences: &[Sequence]) -> f32 {
-        let mut worst = 0.0_f32;
+    /// Compares what was computed, and returns the largest differences of log-probabilities.
+    fn compare(&self, how: &str, cases: &[&Case], sequences: &[Sequence]) -> Worst {
+        let mut all = Worst::new();
         for (case, sequence) in cases.iter().zip(sequences) {
             let place = || format!("{} {how}, {:?}, {} tokens", self.name, case.adapter, sequence.prompt);
+            let worst = all.entry(case.adapter.clone()).or_insert(0.0);
             let mut see = |position: usize, got: f32, expected: f32| {
                 let difference = (got - expected).abs();
                 let place = place();
                 assert!(difference <= BAR, "{place}: {got} at {position}, transformers has {expected}");
-                worst = worst.max(difference);
+                *worst = worst.max(difference);
             };
             for (position, expected) in case.positions.iter().zip(&case.logprobs) {
                 see(*position, sequence.scores[position].logprob, *expected);
@@ -109,12 +142,12 @@ impl Fixture {
             }
             assert_eq!(sequence.tokens[sequence.prompt..], case.tokens, "{}", place());
         }
-        worst
+        all
     }
 }
 
 /// Runs all cases of a fixture in every manner.
-fn run(name: &'static str) {
+fn measure(name: &'static str) -> Row {
     let fixture = Fixture::new(name);
     let mut driver = Driver::new(&fixture.model, &fixture.adapters);
     let (cases, mut sequences) = fixture.sequences();
@@ -123,20 +156,26 @@ fn run(name: &'static str) {
     let (cases, mut sequences) = fixture.sequences();
     driver.mixed(&mut sequences, 61, 150);
     let mixed = fixture.compare("mixed", &cases, &sequences);
-    let gguf = fixture.gguf();
-    eprintln!("{name}: alone {alone:.2e}, mixed {mixed:.2e}, GGUF {gguf:?}");
-    for crossing in &fixture.goldens.crossing {
-        let original = fixture.original_context();
-        let sequence = driver.crossing(Sequence::new(&crossing.ids, None, BTreeSet::new()), original);
-        assert_eq!(sequence.tokens[sequence.prompt..], crossing.tokens, "{name} beyond {original} tokens");
-        for (i, expected) in crossing.token_logprobs.iter().enumerate() {
-            let got = sequence.scores[&(sequence.prompt - 1 + i)].top[0].1;
-            assert!(
-                (got - expected).abs() <= BAR,
-                "{name}, token {i} beyond {original} tokens: {got}, {expected}"
-            );
-        }
+    fixture.cross(&mut driver);
+    let of = |adapter: Option<&str>| alone.get(&adapter.map(str::to_owned)).copied();
+    Row {
+        name,
+        features: fixture.goldens.sensitivity.iter().map(|one| one.feature.clone()).collect(),
+        measured: vec![of(None), of(Some("linear")), of(Some("head")), largest(&mixed), fixture.gguf()],
     }
+}
+
+/// What was measured of the fixture of that index in [`NAMES`]; measured once.
+fn measured(index: usize) -> &'static Row {
+    static ROWS: [OnceLock<Row>; NAMES.len()] = [const { OnceLock::new() }; NAMES.len()];
+    ROWS[index].get_or_init(|| measure(NAMES[index]))
+}
+
+/// What `docs/models.md` says was tried is what was tried.
+#[test]
+fn the_table_of_what_is_served_is_what_was_measured() {
+    let rows: Vec<&Row> = (0..NAMES.len()).map(measured).collect();
+    page::check(&rows);
 }
 
 /// What every fixture must be sensitive to: a model too flat to tell a feature from its absence would prove nothing.
@@ -154,7 +193,8 @@ macro_rules! families {
     ($($test:ident: $name:literal;)*) => {$(
         #[test]
         fn $test() {
-            run($name);
+            let index = NAMES.iter().position(|name| *name == $name).unwrap();
+            measured(index);
         }
     )*
 

@@ -117,6 +117,15 @@ fn what_would_change_the_output_is_refused_by_its_name() {
         ("llama.hidden_activation", Meta::Str("gelu"), "gelu is not supported"),
         ("llama.tensor_data_layout", Meta::Str("interleaved"), "interleaved is not supported"),
         ("llama.something.new", Meta::F32(2.0), "2 is not supported"),
+    ];
+    expect_refusals(&refused);
+    let wrong = logits(&[("llama.rope.scale_linear", Meta::U32(4))]).unwrap_err();
+    assert_eq!(wrong, "metadata \"llama.rope.scale_linear\" is the integer 4, expected a float");
+}
+
+#[test]
+fn what_is_no_whole_model_is_refused_by_its_name() {
+    expect_refusals(&[
         ("general.type", Meta::Str("adapter"), "adapter is not supported"),
         ("general.type", Meta::Str("mmproj"), "mmproj is not supported"),
         (
@@ -130,13 +139,15 @@ fn what_would_change_the_output_is_refused_by_its_name() {
         ("controlvector.layer_count", Meta::U32(2), "2 is not supported"),
         ("split.count", Meta::U32(3), "3 is not supported"),
         ("tokenizer.ggml.suppress_tokens", Meta::Ints(vec![5]), "an array of 1 integers is not supported"),
-    ];
+    ]);
+}
+
+/// Each key with its value is refused by its name, and with that cause.
+fn expect_refusals(refused: &[(&str, Meta, &str)]) {
     for (key, value, cause) in refused {
-        let refusal = logits(&[(key, value.clone())]).expect_err(&format!("{key} = {value:?}"));
+        let refusal = logits(&[(*key, value.clone())]).expect_err(&format!("{key} = {value:?}"));
         assert!(refusal.starts_with(key) && refusal.contains(cause), "{refusal}");
     }
-    let wrong = logits(&[("llama.rope.scale_linear", Meta::U32(4))]).unwrap_err();
-    assert_eq!(wrong, "metadata \"llama.rope.scale_linear\" is the integer 4, expected a float");
 }
 
 #[test]
