@@ -1,7 +1,7 @@
-//! Products of activations with panels of weights.
+//! The GEMM of activations with panels of weights.
 //!
-//! Every output element is one chain of multiply-adds over the inputs, in ascending order, in one accumulator,
-//! whatever the tile it is computed in: a row's result does not depend on how many rows there are.
+//! Every output element is one chain of multiply-adds over the inputs in ascending order, in one accumulator, whatever
+//! the size of the tile. So a row's result does not depend on the number of rows.
 
 use super::{
     memory::{GROUP, Line, View},
@@ -10,13 +10,13 @@ use super::{
 };
 use crate::DType;
 
-/// How a line of weights meets the activations.
+/// How a line of weights is multiplied with activations.
 pub(super) trait Arithmetic<S: Simd>: Copy {
-    /// A line, ready to multiply.
+    /// A line of weights in registers.
     type Weights: Copy;
-    /// The inputs of a line in all lanes.
+    /// The inputs that a line is multiplied with, each in all lanes.
     type Inputs: Copy;
-    /// Bytes of one row's inputs of a line.
+    /// Bytes of a line's inputs in one row.
     const INPUT_BYTES: usize;
 
     unsafe fn weights(line: *const Line) -> Self::Weights;
@@ -28,11 +28,11 @@ pub(super) trait Arithmetic<S: Simd>: Copy {
 #[derive(Clone, Copy)]
 pub(super) struct Single;
 
-/// f16 in the order of the outputs widened to f32: keys and values.
+/// f16 keys and values, in the order of the outputs, widened to f32.
 #[derive(Clone, Copy)]
 pub(super) struct Half;
 
-/// bf16 weights widened to f32, f32 activations.
+/// bf16 weights, widened to f32.
 #[derive(Clone, Copy)]
 pub(super) struct Widened;
 
@@ -105,29 +105,28 @@ impl<S: Simd> Arithmetic<S> for Half {
     }
 }
 
-/// Lines of a panel that are asked for before `rows` rows are multiplied with them. A few rows wait for memory whatever
-/// they ask for, and the processor asks by itself; many take longer than memory does, unless a line comes late.
+/// The prefetch distance in lines of a panel. Few rows are bound by memory bandwidth, and the hardware prefetches by
+/// itself. Many rows take longer than memory does, and a longer distance keeps a line that is late from delaying them.
 const fn ahead(rows: usize) -> usize {
     if rows < 8 { 40 } else { 80 }
 }
 
-/// Asks for a line.
+/// Prefetches a line.
 #[inline(always)]
 pub(super) fn prefetch(line: *const Line) {
     #[cfg(not(target_arch = "x86_64"))]
     let _ = line;
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: a hint; any address will do.
+    // SAFETY: a hint, for which any address is valid.
     unsafe {
         std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line.cast())
     }
 }
 
-/// Adds the products of R rows with P panels to the accumulators.
+/// The micro-kernel: adds the products of R rows and P panels to the accumulators.
 ///
-/// # Safety
-/// `x` holds R rows of `depth` lines' inputs, `x_stride` bytes apart; each of `w` points to a panel of `depth` lines,
-/// `step` lines apart.
+/// # Safety `x` has R rows with the inputs of `depth` lines, `x_stride` bytes apart. Each of `w` points to a panel of
+/// `depth` lines, which are `step` lines apart.
 #[inline(always)]
 #[allow(clippy::needless_range_loop, reason = "iterators take closures")]
 pub(super) unsafe fn tile<S: Simd, A: Arithmetic<S>, const R: usize, const P: usize>(
@@ -139,13 +138,14 @@ pub(super) unsafe fn tile<S: Simd, A: Arithmetic<S>, const R: usize, const P: us
     for k in 0..depth {
         // SAFETY: k < depth, and the caller's promise.
         unsafe {
-            // No closures here: they would be compiled without the instructions of `S`, and called.
+            // No closures here: they would be compiled as functions without the instructions of `S`.
             let mut weights = [A::weights(w[0].add(k * step)); P];
             for p in 1..P {
                 weights[p] = A::weights(w[p].add(k * step));
             }
             for p in 0..P {
-                // Behind the last line, the next tile's are: groups of panels lie behind each other.
+                // Past the last line this prefetches the next tile's first lines, since groups are stored one after the
+                // other.
                 prefetch(w[p].wrapping_add((k + ahead(R)) * step));
             }
             for r in 0..R {
@@ -158,30 +158,31 @@ pub(super) unsafe fn tile<S: Simd, A: Arithmetic<S>, const R: usize, const P: us
     }
 }
 
-/// Asks for the first lines of a product that nobody asked for yet: all at once they come soonest.
+/// Prefetches the first lines of a GEMM all at once, as no earlier tile has prefetched them.
 pub(super) fn prefetch_first(w: View<'_>, panel: usize, rows: usize) {
     let (first, step) = w.place(panel);
     w.lines[first..].iter().take(ahead(rows) * step).for_each(|line| prefetch(line));
 }
 
-/// Where the products go.
+/// Where a GEMM stores its sums.
 #[derive(Clone, Copy)]
 pub(super) struct Output<'a> {
-    /// First row, first column.
+    /// The output matrix.
     pub(super) y: &'a Shards<f32>,
-    /// Element of `y` to begin at.
+    /// The element of `y` that is row 0, column 0.
     pub(super) offset: usize,
     /// Elements from one row to the next.
     pub(super) stride: usize,
-    /// What the sums begin with, a value for each output; zeros if none.
+    /// The initial value of each output's sums; zero if there is none.
     pub(super) bias: Option<&'a [f32]>,
-    /// Whether the sums are added to what is there: at their end, since it may be far larger than they are.
+    /// Whether the sums are added to `y`. They are added once they are complete, because elements of `y` may be much
+    /// larger.
     pub(super) add: bool,
 }
 
 /// `y[r, o] (+)= x[r] · w[o]` for `rows` rows and the outputs of some panels.
-pub(super) struct Product<'a> {
-    /// Rows of f32, padded with zeros to whole lines.
+pub(super) struct Gemm<'a> {
+    /// Rows of f32, which are padded with zeros to whole lines.
     pub(super) x: *const u8,
     /// Bytes from one row to the next.
     pub(super) x_stride: usize,
@@ -191,13 +192,14 @@ pub(super) struct Product<'a> {
     pub(super) out: Output<'a>,
 }
 
-impl Product<'_> {
-    /// # Safety
-    /// `S`'s instructions; `x` and `out` as their fields say, R rows from `row` on, P panels of one group from `panel` on.
+impl Gemm<'_> {
+    /// # Safety The machine has `S`'s instructions. `x` and `out` are as their fields say. There are R rows from `row`,
+    /// and P panels of one group from `panel`.
     #[inline(always)]
     unsafe fn at<S: Simd, A: Arithmetic<S>, const R: usize, const P: usize>(&self, row: usize, panel: usize) {
         let depth = self.w.depth();
-        // SAFETY: the caller's promise; partial panels go through a buffer, so nothing beyond `outputs` is touched.
+        // SAFETY: the caller's promise. Partial panels are stored through a buffer, so that nothing beyond `outputs` is
+        // touched.
         unsafe {
             let mut acc = [[S::splat(0.0); P]; R];
             let out = |r: usize, p: usize| {
@@ -231,10 +233,10 @@ impl Product<'_> {
         }
     }
 
-    /// Returns the number of rows done: R.
+    /// Computes R rows of all panels, and returns R.
     ///
     /// # Safety
-    /// As for `at`, R rows from `row` on and all panels.
+    /// As for `at`, with R rows from `row` and all panels.
     #[inline(always)]
     unsafe fn across<S: Simd, A: Arithmetic<S>, const R: usize, const P: usize>(&self, row: usize) -> usize {
         let mut panel = self.panels.start;
@@ -253,8 +255,10 @@ impl Product<'_> {
         R
     }
 
+    /// Computes all rows of all panels.
+    ///
     /// # Safety
-    /// As for `at`, all rows and panels.
+    /// As for `at`, with all rows and panels.
     #[inline(always)]
     unsafe fn all<S: Simd, A: Arithmetic<S>>(&self) {
         let mut row = 0;
@@ -274,12 +278,12 @@ impl Product<'_> {
     }
 }
 
-impl Kernel for Product<'_> {
+impl Kernel for Gemm<'_> {
     type Output = ();
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        // SAFETY: the caller's promise, and whoever made the product keeps its fields' promises.
+        // SAFETY: the caller's promise. The fields are as the struct says.
         unsafe {
             match self.w.dtype {
                 DType::F32 => self.all::<S, Single>(),
@@ -289,13 +293,13 @@ impl Kernel for Product<'_> {
     }
 }
 
-/// Up to 16 values, zeros behind them.
+/// Loads up to 16 values, and zeros in the other lanes.
 ///
 /// # Safety
-/// `S`'s instructions.
+/// The machine has `S`'s instructions.
 #[inline(always)]
 pub(super) unsafe fn load_some<S: Simd>(values: &[f32]) -> S::V {
-    // SAFETY: 16 lanes are there or are made.
+    // SAFETY: 16 values are there, or are in a buffer.
     unsafe {
         if values.len() >= 16 {
             return S::load(values.as_ptr());
@@ -306,10 +310,10 @@ pub(super) unsafe fn load_some<S: Simd>(values: &[f32]) -> S::V {
     }
 }
 
-/// The first lanes, as many as there is room for.
+/// Stores as many of the first lanes as there is room for.
 ///
 /// # Safety
-/// `S`'s instructions.
+/// The machine has `S`'s instructions.
 #[inline(always)]
 pub(super) unsafe fn store_some<S: Simd>(place: &mut [f32], v: S::V) {
     // SAFETY: 16 lanes fit, in place or in the buffer.
@@ -324,14 +328,14 @@ pub(super) unsafe fn store_some<S: Simd>(place: &mut [f32], v: S::V) {
     }
 }
 
-/// Sums `x[r] · a[i]` over rows stored along the inputs: the shrink of a low-rank delta, whose A has too few rows to
-/// make panels of. Written to `t[r, i]`.
+/// The shrink of a low-rank delta, `t[r, i] = x[r] · a[i]`. A has too few rows for panels, so its rows are stored along
+/// the inputs.
 pub(super) struct Shrink<'a> {
-    /// Prepared rows of f32.
+    /// Rows of f32, padded with zeros to whole lines.
     pub(super) x: *const u8,
     pub(super) x_stride: usize,
     pub(super) rows: usize,
-    /// A's rows, `depth` lines each: 16 f32 or 32 bf16 a line.
+    /// The rows of A, of `depth` lines each. A line has 16 f32 or 32 bf16.
     pub(super) a: &'a [Line],
     pub(super) depth: usize,
     pub(super) dtype: DType,
@@ -342,10 +346,10 @@ pub(super) struct Shrink<'a> {
 
 impl Shrink<'_> {
     /// # Safety
-    /// `S`'s instructions; R rows from `row` on, Q rows of A from `i` on.
+    /// The machine has `S`'s instructions. There are R rows from `row`, and Q rows of A from `i`.
     #[inline(always)]
     unsafe fn at<S: Simd, const R: usize, const Q: usize>(&self, row: usize, i: usize) {
-        // SAFETY: the caller's promise; prepared rows are padded to whole lines.
+        // SAFETY: the caller's promise. Rows are padded to whole lines.
         unsafe {
             let mut acc = [[S::splat(0.0); Q]; R];
             for k in 0..self.depth {
@@ -359,7 +363,7 @@ impl Shrink<'_> {
                                 S::fma(S::load(x.cast::<f32>().add(k * 16)), S::load(a.cast()), *acc)
                             }
                             _ => {
-                                // Such an A is packed half by half, see `super::lora`.
+                                // A line of bf16 has the first 16 elements in its lower halves: see `super::lora`.
                                 let x = x.cast::<f32>().add(k * 32);
                                 let acc = S::fma(S::load(x), S::widen_low(a.cast()), *acc);
                                 S::fma(S::load(x.add(16)), S::widen_high(a.cast()), acc)
@@ -384,7 +388,7 @@ impl Kernel for Shrink<'_> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let lora_rank = self.a.len().checked_div(self.depth).unwrap_or(0);
-        // SAFETY: the caller's promise, and whoever made the shrink keeps its fields' promises.
+        // SAFETY: the caller's promise, as above.
         unsafe {
             let mut row = 0;
             while row < self.rows {

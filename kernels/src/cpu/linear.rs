@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::{
     CpuBackend,
-    gemm::{Output, Product, Shrink, prefetch, prefetch_first},
+    gemm::{Gemm, Output, Shrink, prefetch, prefetch_first},
     lora::{OwnRows, SiteChange, SiteDelta},
     memory::{CpuMat, GROUP, Line, Panels, View},
     pool::Shards,
@@ -364,7 +364,7 @@ impl<'a> Call<'a> {
             let out = Output { y: &self.own, offset: place, stride, bias: None, add: false };
             let x = self.x.as_ptr().cast::<u8>().wrapping_add(own.rows.start * self.x_stride);
             let (x_stride, rows) = (self.x_stride, own.rows.len());
-            run(self.be.tier, Product { x, x_stride, rows, w: values, panels: panel..panel + 1, out });
+            run(self.be.tier, Gemm { x, x_stride, rows, w: values, panels: panel..panel + 1, out });
         });
         for (i, row) in own.rows.clone().enumerate() {
             // SAFETY: nobody else reads or writes now.
@@ -465,7 +465,7 @@ impl<'a> Call<'a> {
         let out = Output { y, offset: rows.start * self.stride, stride: self.stride, bias, add };
         let x = self.x.as_ptr().cast::<u8>().wrapping_add(rows.start * self.x_stride);
         let (x_stride, panels) = (self.x_stride, panels.clone());
-        run(self.be.tier, Product { x, x_stride, rows: rows.len(), w: self.w, panels, out });
+        run(self.be.tier, Gemm { x, x_stride, rows: rows.len(), w: self.w, panels, out });
     }
 
     /// Asks for what the expands of some panels will read, while the base product computes.
@@ -487,7 +487,7 @@ impl<'a> Call<'a> {
             }
             run(
                 self.be.tier,
-                Product {
+                Gemm {
                     x: self.t.0.cast_const().wrapping_add(t).cast(),
                     x_stride: t_stride * size_of::<f32>(),
                     rows: expand.rows.len(),

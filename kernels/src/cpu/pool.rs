@@ -1,13 +1,13 @@
-//! Threads that share the chunks of one job at a time.
+//! A thread pool with work stealing, which runs one job at a time.
 //!
-//! A job is a number of chunks and a function of the chunk's index. Every thread has a share of neighbouring chunks, which
-//! it claims from the front: it streams what they read in order, and jobs of as many chunks give it the same ones. Whoever
-//! has none left claims from the backs of others' shares, so a core that is busy elsewhere costs no more than the chunk
-//! it holds. What a thread writes often lies on a line of its own: cores may be far apart, and a line takes longer
-//! from one to the other than memory takes to answer.
+//! A job is a number of chunks and a function of the chunk's index. Every thread has a share of consecutive chunks,
+//! which it claims from the front. So it reads memory in order, and gets the same chunks in every job of the same size.
+//! A thread whose share is empty steals from the backs of the others' shares, so that a core that is busy elsewhere
+//! delays a job by one chunk at most. Data that a thread writes often has a cache line of its own, because a line may
+//! take longer from one core to another than memory takes to answer.
 //!
-//! Workers spin for a moment between jobs, since the operations of a step follow each other within microseconds, and
-//! park after that.
+//! The operations of a step follow each other within microseconds. Workers therefore spin for a while between jobs
+//! before they park.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
@@ -18,49 +18,50 @@ use std::{
     thread::{self, JoinHandle, Thread},
 };
 
-/// Polls before a worker parks: some tens of microseconds.
+/// The number of polls before a worker parks, which take some tens of microseconds.
 const SPINS: u32 = 20_000;
-/// Polls before a caller who waits for a last chunk offers its core to others.
+/// The number of polls after which a caller that waits for the last chunk yields its core.
 const SPINS_BEFORE_YIELD: u32 = 2_000;
 
 type Call = unsafe fn(*const (), usize);
 
-/// A thread's share of the job at hand.
+/// A thread's share of the present job.
 #[derive(Default)]
 #[repr(align(128))]
 struct Share {
-    /// The chunks that nobody claimed: `first << 32 | end`. A claim is a compare-exchange, and the job is read after it:
-    /// whatever the claimer saw before, the chunk belongs to the job that is there now, which cannot end before it.
+    /// The chunks that are not claimed yet, as `first << 32 | end`. A chunk is claimed by a compare-exchange, after
+    /// which `call` and `data` are read: they are those of the chunk's job, which cannot end before the chunk is done.
     left: AtomicU64,
     call: AtomicPtr<()>,
     data: AtomicPtr<()>,
     done: Done,
 }
 
-/// Chunks that a thread has finished since it began, of whatever share. Only the thread itself stores.
+/// The number of chunks that a thread has finished, of all shares and all jobs. Only the thread itself writes it.
 #[derive(Default)]
 #[repr(align(128))]
 struct Done(AtomicUsize);
 
 struct Shared {
-    /// The caller's is the first.
+    /// The shares of the caller and of the workers.
     shares: Vec<Share>,
     sleepers: AtomicUsize,
     panicked: AtomicBool,
     stop: AtomicBool,
 }
 
-/// A pool of threads; see the module's documentation.
+/// A thread pool.
 pub(super) struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
     wakers: Vec<Thread>,
-    /// Chunks of all jobs so far. Held until a job has ended: callers on several threads take turns.
+    /// The number of chunks of all jobs so far. It is locked until a job has ended, so that callers on several threads
+    /// take turns.
     chunks: Mutex<usize>,
 }
 
 impl Pool {
-    /// A pool that computes on `threads` threads, the calling one included.
+    /// Makes a pool that computes on `threads` threads, including the caller.
     pub(super) fn new(threads: usize) -> std::io::Result<Pool> {
         let shared = Arc::new(Shared {
             shares: (0..threads).map(|_| Share::default()).collect(),
@@ -78,13 +79,13 @@ impl Pool {
         Ok(Pool { shared, workers, wakers, chunks: Mutex::new(0) })
     }
 
-    /// Threads that compute, the calling one included.
+    /// The number of threads that compute, including the caller.
     pub(super) fn threads(&self) -> usize {
         self.workers.len() + 1
     }
 
-    /// Calls `f(0) … f(chunks - 1)`, each once, on all threads, and returns when all calls have. There are less than
-    /// 2³² chunks.
+    /// Calls `f(0) … f(chunks - 1)`, each once, on all threads, and returns when all calls have returned. `chunks` is
+    /// below 2³².
     pub(super) fn run<F: Fn(usize) + Sync>(&self, chunks: usize, f: F) {
         if chunks <= 1 || self.workers.is_empty() {
             (0..chunks).for_each(f);
@@ -93,14 +94,14 @@ impl Pool {
         let mut all = self.chunks.lock().unwrap_or_else(PoisonError::into_inner);
         *all = all.wrapping_add(chunks);
         let shared = &*self.shared;
-        // Workers first: the caller is here already.
+        // The workers' shares are published first, since the caller takes its own without a delay.
         for (i, share) in shared.shares.iter().enumerate().rev() {
             let bound = |i: usize| (i * chunks / self.threads()) as u64;
             share.call.store(call::<F> as Call as *mut (), Relaxed);
             share.data.store((&raw const f).cast_mut().cast(), Relaxed);
             share.left.store(bound(i) << 32 | bound(i + 1), Release);
         }
-        // A worker that falls asleep right now is not seen: then its share is claimed by others.
+        // A worker that is about to park may be missed. The others steal its share then.
         if shared.sleepers.load(Relaxed) > 0 {
             self.wakers.iter().for_each(Thread::unpark);
         }
@@ -121,7 +122,7 @@ impl Drop for Pool {
         self.shared.stop.store(true, SeqCst);
         self.wakers.iter().for_each(Thread::unpark);
         for worker in self.workers.drain(..) {
-            // A worker catches the panics of its chunks and has none of its own.
+            // A worker catches panics of its chunks, and does not panic otherwise.
             let _ = worker.join();
         }
     }
@@ -140,7 +141,7 @@ impl Share {
         left >> 32 >= left & u64::from(u32::MAX)
     }
 
-    /// A chunk of the front or the back.
+    /// Claims a chunk from the front or the back.
     fn claim(&self, front: bool) -> Option<usize> {
         let mut left = self.left.load(Relaxed);
         loop {
@@ -158,12 +159,12 @@ impl Share {
 }
 
 impl Shared {
-    /// Chunks finished by all threads.
+    /// The number of chunks that all threads have finished.
     fn done(&self) -> usize {
         self.shares.iter().fold(0, |sum, share| sum.wrapping_add(share.done.0.load(Acquire)))
     }
 
-    /// The life of thread `me`.
+    /// Runs worker `me` until the pool is dropped.
     fn work(&self, me: usize) {
         let mut spins = 0;
         while !self.stop.load(Relaxed) {
@@ -184,15 +185,16 @@ impl Shared {
         }
     }
 
-    /// Claims and finishes chunks until there are none: of the thread's own share, then of the shares behind it.
+    /// Runs chunks until none is left: those of the thread's own share, then those of the others.
     fn work_off(&self, me: usize) {
         let done = &self.shares[me].done.0;
         for i in 0..self.shares.len() {
             let share = &self.shares[(me + i) % self.shares.len()];
             while let Some(chunk) = share.claim(i == 0) {
                 let (call, data) = (share.call.load(Relaxed), share.data.load(Relaxed));
-                // SAFETY: the claim succeeded, so the job of this chunk has not ended: `call` and `data` are its own function,
-                // stored before the share that the claim acquired, alive until all chunks are done.
+                // SAFETY: the claim succeeded, so the job of this chunk has not ended. `call` and `data` are its
+                // function: they were stored before the `left` that the claim acquired, and live until all chunks are
+                // done.
                 let result = catch_unwind(AssertUnwindSafe(|| unsafe {
                     let call = std::mem::transmute::<*mut (), Call>(call);
                     call(data, chunk);
@@ -206,20 +208,20 @@ impl Shared {
     }
 }
 
-/// A pointer that chunks may write through at places that do not overlap.
+/// A pointer through which chunks write to elements that do not overlap.
 #[derive(Clone, Copy)]
 pub(super) struct Shards<T>(pub(super) *mut T);
 
-// SAFETY: whoever dereferences the pointer states why its places are its own.
+// SAFETY: the callers of `slice` say why the elements are theirs alone.
 unsafe impl<T> Send for Shards<T> {}
 // SAFETY: as above.
 unsafe impl<T> Sync for Shards<T> {}
 
 impl<T> Shards<T> {
-    /// `len` elements from `start` on.
+    /// `len` elements from `start`.
     ///
     /// # Safety
-    /// They lie inside the memory that the pointer was made from, and nobody else uses them meanwhile.
+    /// The elements are inside of the memory that the pointer was made from, and nothing else uses them meanwhile.
     #[expect(clippy::mut_from_ref, reason = "the places of different chunks do not overlap")]
     pub(super) unsafe fn slice(&self, start: usize, len: usize) -> &mut [T] {
         // SAFETY: the caller's promise.

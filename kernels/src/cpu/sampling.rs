@@ -1,4 +1,4 @@
-//! Choosing tokens.
+//! Sampling and scoring.
 
 mod draw;
 mod ranking;
@@ -24,14 +24,14 @@ use ranking::{Buffers, Ranking, lane_maxima};
 pub struct CpuSampler {
     vocab: usize,
     seats: Vec<Seat>,
-    /// As much as there were rows at once.
+    /// Scratch memory that is not in use; there is as much as rows were sampled at the same time.
     spare: Mutex<Vec<Scratch>>,
 }
 
-/// Memory of a choice, kept from one to the next.
+/// Scratch memory for sampling one row.
 #[derive(Debug, Default)]
 struct Scratch {
-    /// Logits with penalties.
+    /// The logits after penalties.
     logits: Vec<f32>,
     top: Buffers,
     draw: draw::Scratch,
@@ -40,9 +40,9 @@ struct Scratch {
 #[derive(Debug, Clone, Default)]
 struct Seat {
     params: SamplingParams,
-    /// Tokens of prompt and output, with how often each was generated.
+    /// The tokens of prompt and output, each with the number of times that it was generated.
     seen: HashMap<u32, u32>,
-    /// Draws so far.
+    /// The number of draws so far.
     drawn: u64,
     last: u32,
 }
@@ -52,7 +52,7 @@ impl CpuSampler {
         CpuSampler { vocab, seats: vec![Seat::default(); seats], spare: Mutex::default() }
     }
 
-    /// The token sampled last at a seat.
+    /// The token that was sampled last at a seat.
     pub(super) fn last(&self, op: &'static str, seat: usize) -> Result<u32> {
         let limit = self.seats.len();
         self.seats.get(seat).map(|seat| seat.last).ok_or(Error::Index {
@@ -75,7 +75,7 @@ impl CpuSampler {
         let outside = Error::Index { op: "seat", what: "seat", index, limit };
         let place = self.seats.get_mut(index).ok_or(outside)?;
         let mut seen: HashMap<u32, u32> = HashMap::new();
-        // Only penalties look at what was seen.
+        // Only penalties need the tokens that were seen.
         if params.has_penalty() {
             seen.extend(prompt.iter().map(|&token| (token, 0)));
             output.iter().for_each(|&token| *seen.entry(token).or_default() += 1);
@@ -161,7 +161,7 @@ fn check_rows(
     Ok(())
 }
 
-/// `f(0) … f(count - 1)`, computed on all threads.
+/// Computes `f(0) … f(count - 1)` on all threads.
 fn each(be: &CpuBackend, count: usize, f: impl Fn(usize) -> Sampled + Sync) -> Vec<Sampled> {
     let results: Vec<OnceLock<Sampled>> = (0..count).map(|_| OnceLock::new()).collect();
     be.pool.run(count, |i| {
@@ -170,7 +170,7 @@ fn each(be: &CpuBackend, count: usize, f: impl Fn(usize) -> Sampled + Sync) -> V
     results.into_iter().filter_map(OnceLock::into_inner).collect()
 }
 
-/// `ln Σ eˣ`; a NaN adds nothing.
+/// `ln Σ eˣ`, without the NaNs.
 fn log_sum_exp(tier: Tier, logits: &[f32]) -> f32 {
     run(tier, LogSumExp(logits))
 }
@@ -201,7 +201,7 @@ impl Kernel for LogSumExp<'_> {
     }
 }
 
-/// Gives tokens that may not be chosen no probability.
+/// Sets the logits of tokens that the mask does not allow to negative infinity.
 fn rule_out(mask: &TokenMask, logits: &mut [f32]) {
     for (logits, word) in logits.chunks_mut(32).zip(mask.words()) {
         for (bit, logit) in logits.iter_mut().enumerate() {
@@ -212,14 +212,14 @@ fn rule_out(mask: &TokenMask, logits: &mut [f32]) {
     }
 }
 
-/// The first token of the greatest logit; none where all are NaN or negative infinity.
+/// The first token with the greatest logit; `None` if all logits are NaN or negative infinity.
 fn argmax(logits: &[f32]) -> Option<u32> {
     let most = lane_maxima(logits).into_iter().fold(f32::NEG_INFINITY, f32::max);
     let best = logits.iter().position(|x| *x == most && most > f32::NEG_INFINITY);
     best.map(|token| token as u32)
 }
 
-/// The `count` most probable tokens that have a probability, best first, with its logarithm.
+/// The `count` most probable tokens with their log-probabilities, in descending order.
 fn top(logits: &[f32], count: u32, normalizer: f32, buffers: &mut Buffers) -> Vec<(u32, f32)> {
     if count == 0 {
         return Vec::new();
@@ -228,7 +228,7 @@ fn top(logits: &[f32], count: u32, normalizer: f32, buffers: &mut Buffers) -> Ve
     ranking.first(count as usize).map(|id| (id, logits[id as usize] - normalizer)).collect()
 }
 
-/// The logits of a row, and the tokens that may be chosen.
+/// The logits of a row, and its mask.
 struct Logits<'a> {
     raw: &'a [f32],
     mask: Option<&'a TokenMask>,
@@ -249,7 +249,7 @@ impl Seat {
             raw
         };
         let mut token = argmax(logits).unwrap_or_else(|| mask.map_or(0, TokenMask::first));
-        // An infinite logit has all the probability.
+        // An infinite logit has a probability of 1.
         if params.temperature != 0.0 && logits[token as usize].is_finite() {
             token = draw::draw(params, self.drawn, tier, logits, &mut scratch.draw);
         }

@@ -1,7 +1,7 @@
-//! Sixteen lanes of f32 on whatever vector unit the machine has.
+//! Sixteen lanes of f32 on any vector unit.
 //!
-//! Kernels are written once over [`Simd`] and compiled for every tier; [`run`] picks at run time. All methods are
-//! `unsafe` because they need their tier's instructions, and pointers that are good for 16 lanes.
+//! Kernels are written once over [`Simd`] and compiled for every tier; [`run`] chooses one at run time. All methods are
+//! `unsafe`: the machine must have the tier's instructions, and pointers must be valid for 16 lanes.
 
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -21,27 +21,27 @@ pub(super) trait Simd: Copy {
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
-    /// The smaller; `b` where one is NaN.
+    /// The minimum of each lane, and `b` where one is NaN.
     unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
-    /// The larger; `b` where one is NaN.
+    /// The maximum of each lane, and `b` where one is NaN.
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
     /// `a · b + c`
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
-    /// To the nearest integer.
+    /// Rounds to the nearest integer.
     unsafe fn round(a: Self::V) -> Self::V;
     /// `a · 2^n` for integral n in [-126, 127].
     unsafe fn scale(a: Self::V, n: Self::V) -> Self::V;
-    /// `v`, and 0 in lanes where `x < limit`.
+    /// `v`, but 0 in lanes where `x < limit`.
     unsafe fn zero_below(x: Self::V, limit: f32, v: Self::V) -> Self::V;
-    /// The lower bf16 of each of 16 u32, widened.
+    /// Widens the lower bf16 of each of 16 u32.
     unsafe fn widen_low(p: *const u32) -> Self::V;
-    /// The upper bf16 of each of 16 u32, widened.
+    /// Widens the upper bf16 of each of 16 u32.
     unsafe fn widen_high(p: *const u32) -> Self::V;
-    /// Sixteen f16, widened.
+    /// Widens sixteen f16.
     unsafe fn load_half(p: *const u16) -> Self::V;
-    /// Rounded to sixteen f16, to nearest even.
+    /// Rounds to sixteen f16, to nearest even.
     unsafe fn store_half(p: *mut u16, v: Self::V);
-    /// The sum of all lanes in the order of a tree: lanes i and i + 8, then i and i + 4, and so on.
+    /// The sum of all lanes, as a tree: lanes i and i + 8 are added first, then i and i + 4, and so on.
     unsafe fn sum(v: Self::V) -> f32;
     /// The largest lane.
     unsafe fn largest(v: Self::V) -> f32;
@@ -65,11 +65,11 @@ pub(super) trait Simd: Copy {
     }
 }
 
-/// No vector unit that we know: plain arrays, which the compiler vectorizes as it can.
+/// Plain arrays, for machines without a vector unit that we support. The compiler vectorizes them as it can.
 #[derive(Clone, Copy)]
 pub(super) struct Scalar;
 
-// SAFETY of all bodies below: the trait's callers promise good pointers.
+// SAFETY of all bodies below: the trait's callers promise valid pointers.
 impl Simd for Scalar {
     type V = [f32; 16];
     const WIDE: bool = false;
@@ -110,7 +110,7 @@ impl Simd for Scalar {
     }
     #[inline(always)]
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
-        // Rounded twice: without the instruction, a fused multiply-add is a slow library call.
+        // This rounds twice, because without the instruction a fused multiply-add is a slow library call.
         std::array::from_fn(|i| a[i] * b[i] + c[i])
     }
     #[inline(always)]
@@ -160,14 +160,14 @@ impl Simd for Scalar {
     }
 }
 
-/// A vector unit, from the plainest to the widest. All of them widen bf16 to f32 and multiply that.
+/// A vector unit, in ascending order of width. All of them widen bf16 to f32 before they multiply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Tier {
     /// No vector instructions.
     Scalar,
-    /// AVX2, FMA and F16C; bf16 widened to f32.
+    /// AVX2, FMA and F16C.
     Avx2,
-    /// AVX-512; bf16 widened to f32.
+    /// AVX-512.
     Avx512,
 }
 
@@ -182,10 +182,10 @@ impl Tier {
     }
 }
 
-/// Work that is written once for all vector units. `run` must be `#[inline(always)]`, so that it is compiled with the
+/// A kernel that is written once for all tiers. `run` must be `#[inline(always)]`, so that it is compiled with the
 /// instructions of the tier that it is called for.
 pub(super) trait Kernel {
-    /// What the work gives.
+    /// The kernel's result.
     type Output;
     /// # Safety
     /// The machine has the instructions of `S`.

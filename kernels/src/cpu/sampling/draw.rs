@@ -1,4 +1,4 @@
-//! Draws from filtered distributions.
+//! Random draws from the filtered distribution.
 
 use super::ranking::{Buffers, Ranking};
 use crate::{
@@ -6,7 +6,7 @@ use crate::{
     cpu::simd::{Kernel, Simd, Tier, run},
 };
 
-/// Memory of a draw, kept from one to the next.
+/// Scratch memory for a draw.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
     by_logit: Buffers,
@@ -14,7 +14,7 @@ pub(super) struct Scratch {
     closeness: Vec<f32>,
 }
 
-/// Draw `index` of a sequence. There is a greatest logit, and it is finite.
+/// Draw `index` of a sequence. The greatest logit must be finite.
 pub(super) fn draw(
     params: &SamplingParams,
     index: u64,
@@ -57,7 +57,7 @@ pub(super) fn draw(
     kept.at(uniform(params.seed, index))
 }
 
-/// What tokens weigh: their probabilities, up to a common factor, and that of the best is 1.
+/// The weights of tokens: their probabilities divided by that of the most probable token.
 #[derive(Clone, Copy)]
 struct Weights<'a> {
     logits: &'a [f32],
@@ -66,7 +66,7 @@ struct Weights<'a> {
 }
 
 impl Weights<'_> {
-    /// How far a token is below the best. NaN is as far as can be.
+    /// The difference of the greatest logit and a token's, after temperature; infinity for NaN.
     fn depth(&self, token: u32) -> f32 {
         let logit = self.logits[token as usize];
         if logit.is_nan() { f32::INFINITY } else { (self.best - logit) / self.temperature }
@@ -87,25 +87,26 @@ impl Weights<'_> {
     }
 }
 
-/// Tokens further below the best weigh nothing, or too little for a normal f32.
+/// Tokens of a greater depth have the weight 0, or one too small for a normal f32.
 const DEEPEST: f32 = 88.0;
 
 /// Sums over tokens.
 #[derive(Debug, Clone, Copy, Default)]
 struct Spread {
-    /// Of weights.
+    /// The sum of weights.
     mass: f64,
-    /// Of weights times depths.
+    /// The sum of weights times depths.
     depth: f64,
 }
 
 impl Spread {
-    /// How near a token's surprise is to the entropy, at most 0. Tokens that weigh nothing are not near at all.
+    /// Minus the distance between a token's surprise and the entropy, by which typical sampling ranks tokens. Negative
+    /// infinity for tokens deeper than [`DEEPEST`].
     fn closeness(&self, depth: f32) -> f32 {
         if depth > DEEPEST {
             return f32::NEG_INFINITY;
         }
-        // The surprise is depth + ln mass, and the entropy its mean.
+        // The surprise is depth + ln mass, and the entropy is its mean.
         -(depth - (self.depth / self.mass) as f32).abs()
     }
 }
@@ -121,7 +122,7 @@ impl Kernel for Whole<'_> {
         let Weights { logits, best, temperature } = self.0;
         let (chunks, rest) = logits.as_chunks::<16>();
         let mut spread = self.0.spread((logits.len() - rest.len()) as u32..logits.len() as u32);
-        // Lanes are summed before they are much greater than what is added.
+        // Lanes are summed every 64 chunks, before they become much greater than what is added to them.
         for chunks in chunks.chunks(64) {
             // SAFETY: the caller's promise; every chunk has 16 lanes.
             unsafe {
@@ -141,7 +142,7 @@ impl Kernel for Whole<'_> {
     }
 }
 
-/// The tokens that filters have left: the first `len` of a ranking, which weigh `mass` together.
+/// The tokens that filters keep: the first `len` of a ranking, with the total weight `mass`.
 struct Kept<'a> {
     ranking: Ranking<'a>,
     weights: Weights<'a>,
@@ -150,7 +151,7 @@ struct Kept<'a> {
 }
 
 impl Kept<'_> {
-    /// A token and its weight.
+    /// The token at a place of the ranking, and its weight.
     fn get(&mut self, place: usize) -> Option<(u32, f32)> {
         let token = self.ranking.get(place).filter(|_| place < self.len)?;
         Some((token, self.weights.of(token)))
@@ -160,7 +161,8 @@ impl Kept<'_> {
         self.ranking.first(self.len)
     }
 
-    /// Keeps the first token, and others while `more` says so of what those before it weigh, and of its own weight.
+    /// Keeps the first token, and further ones while `more` is true for the total weight of those before it and its own
+    /// weight.
     fn keep_while(&mut self, more: impl Fn(f64, f32) -> bool) {
         let (mut len, mut mass) = (0, 0.0);
         while let Some((_, weight)) = self.get(len)
@@ -172,13 +174,13 @@ impl Kept<'_> {
         (self.len, self.mass) = (len, mass);
     }
 
-    /// Keeps the fewest of the first tokens that have this share of the mass.
+    /// Keeps the smallest number of first tokens that together have this share of the mass.
     fn keep_mass(&mut self, share: f32) {
         let target = f64::from(share) * self.mass;
         self.keep_while(|mass, _| mass < target);
     }
 
-    /// The token at a share of the mass, in [0, 1).
+    /// The token at which the cumulative weight exceeds a share of the mass in [0, 1).
     fn at(&mut self, share: f64) -> u32 {
         let target = share * self.mass;
         let (mut place, mut mass, mut last) = (0, 0.0, 0);

@@ -1,13 +1,14 @@
-//! Tokens in the order of a score, sorted only as far as somebody looks.
+//! Tokens in descending order of a score, which are sorted lazily.
 
-/// Scores of a stripe: they are 16 apart, so that the maxima of 16 neighbouring stripes are found in vector lanes.
+/// The number of scores of a stripe. They are 16 apart, so that vector lanes find the maxima of 16 neighbouring
+/// stripes.
 const STRIPE: usize = 16;
 const LANES: usize = 16;
-/// Tokens that are sorted at first, and how many times more when they do not suffice.
+/// The number of tokens that are sorted at first, and the factor by which it grows if they do not suffice.
 const FIRST: usize = 256;
 const GROWTH: usize = 16;
 
-/// Memory of a ranking, kept from one to the next.
+/// Scratch memory for a ranking.
 #[derive(Debug, Default)]
 pub(super) struct Buffers {
     maxima: Vec<f32>,
@@ -15,7 +16,7 @@ pub(super) struct Buffers {
     keys: Vec<u64>,
 }
 
-/// The tokens with a score above negative infinity: the greatest first, equal ones by id. NaN is no score.
+/// The tokens with a score above negative infinity, in descending order; equal ones are ordered by id. NaN is no score.
 pub(super) struct Ranking<'a> {
     scores: &'a [f32],
     /// The greatest score of every stripe.
@@ -23,12 +24,12 @@ pub(super) struct Ranking<'a> {
     cut: &'a mut Vec<f32>,
     /// The best tokens as [`key`]s, ascending.
     keys: &'a mut Vec<u64>,
-    /// Whether `keys` has all.
+    /// Whether `keys` has all tokens of the ranking.
     whole: bool,
 }
 
 impl<'a> Ranking<'a> {
-    /// All tokens, with a score each.
+    /// A ranking of all tokens by their scores.
     pub(super) fn new(scores: &'a [f32], buffers: &'a mut Buffers) -> Ranking<'a> {
         let Buffers { maxima, cut, keys } = buffers;
         keys.clear();
@@ -39,7 +40,7 @@ impl<'a> Ranking<'a> {
         Ranking { scores, maxima, cut, keys, whole: false }
     }
 
-    /// Given tokens, of all that have a score.
+    /// A ranking of some of the tokens.
     pub(super) fn among(
         tokens: impl Iterator<Item = u32>,
         scores: &'a [f32],
@@ -52,7 +53,7 @@ impl<'a> Ranking<'a> {
         Ranking { scores, maxima, cut, keys, whole: true }
     }
 
-    /// The token at a place, if there are so many.
+    /// The token at a place, if there is one.
     pub(super) fn get(&mut self, place: usize) -> Option<u32> {
         if place >= self.keys.len() && !self.whole {
             self.sort((place + 1).max(FIRST).max(GROWTH * self.keys.len()));
@@ -60,7 +61,7 @@ impl<'a> Ranking<'a> {
         self.keys.get(place).map(|key| *key as u32)
     }
 
-    /// The first tokens, `count` of them or all.
+    /// The first `count` tokens, or all.
     pub(super) fn first(&mut self, count: usize) -> impl Iterator<Item = u32> {
         if let Some(last) = count.checked_sub(1) {
             self.get(last);
@@ -68,7 +69,7 @@ impl<'a> Ranking<'a> {
         self.keys.iter().take(count).map(|key| *key as u32)
     }
 
-    /// Finds `count` of the best tokens or some more, or all.
+    /// Sorts at least the `count` best tokens, or all.
     fn sort(&mut self, count: usize) {
         self.keys.clear();
         let least = self.reached(count);
@@ -87,8 +88,8 @@ impl<'a> Ranking<'a> {
         self.keys.sort_unstable();
     }
 
-    /// A score that at least `count` tokens reach, and not many more: so many stripes have one that does. Negative
-    /// infinity where stripes are too few to tell.
+    /// A score that at least `count` tokens reach, and not many more: the maxima of `count` other stripes are as great.
+    /// Negative infinity if there are too few stripes for that.
     fn reached(&mut self, count: usize) -> f32 {
         if count >= self.maxima.len() / 2 {
             return f32::NEG_INFINITY;
@@ -97,7 +98,7 @@ impl<'a> Ranking<'a> {
         *self.cut.select_nth_unstable_by(count, |a, b| b.total_cmp(a)).1
     }
 
-    /// All tokens that reach a score.
+    /// Collects all tokens that reach a score.
     fn collect(&mut self, least: f32) {
         for (stripe, _) in self.maxima.iter().enumerate().filter(|(_, max)| **max >= least) {
             let start = stripe / LANES * LANES * STRIPE + stripe % LANES;
@@ -111,7 +112,7 @@ impl<'a> Ranking<'a> {
     }
 }
 
-/// The greatest score of each lane; NaN is none.
+/// The greatest score of each lane, without the NaNs.
 pub(super) fn lane_maxima(scores: &[f32]) -> [f32; LANES] {
     let mut lanes = [f32::NEG_INFINITY; LANES];
     let (chunks, rest) = scores.as_chunks::<LANES>();
@@ -121,7 +122,7 @@ pub(super) fn lane_maxima(scores: &[f32]) -> [f32; LANES] {
     lanes
 }
 
-/// Ascending where scores descend, then as ids ascend; the lower half is the id.
+/// A key that sorts by descending score, then by ascending id, which is its lower half.
 fn key(token: u32, score: f32) -> u64 {
     let bits = score.to_bits();
     let descending = if score.is_sign_negative() { bits } else { !bits & 0x7fff_ffff };

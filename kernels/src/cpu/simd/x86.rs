@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use super::{Kernel, Simd, Tier};
 
-/// To nearest even.
+/// The rounding mode: to nearest even.
 const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT;
 
 /// The tiers that this machine can run.
