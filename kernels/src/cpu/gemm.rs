@@ -125,7 +125,8 @@ pub(super) fn prefetch(line: *const Line) {
 
 /// The micro-kernel: adds the products of R rows and P panels to the accumulators.
 ///
-/// # Safety `x` has R rows with the inputs of `depth` lines, `x_stride` bytes apart. Each of `w` points to a panel of
+/// # Safety
+/// `x` has R rows with the inputs of `depth` lines, `x_stride` bytes apart. Each of `w` points to a panel of
 /// `depth` lines, which are `step` lines apart.
 #[inline(always)]
 #[allow(clippy::needless_range_loop, reason = "iterators take closures")]
@@ -193,7 +194,8 @@ pub(super) struct Gemm<'a> {
 }
 
 impl Gemm<'_> {
-    /// # Safety The machine has `S`'s instructions. `x` and `out` are as their fields say. There are R rows from `row`,
+    /// # Safety
+    /// The machine has `S`'s instructions. `x` and `out` are as their fields say. There are R rows from `row`,
     /// and P panels of one group from `panel`.
     #[inline(always)]
     unsafe fn at<S: Simd, A: Arithmetic<S>, const R: usize, const P: usize>(&self, row: usize, panel: usize) {

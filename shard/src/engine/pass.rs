@@ -1,4 +1,4 @@
-//! The forward pass of a step: its rows, and what is wanted of them.
+//! The first state of a step: builds its batch and launches its forward pass.
 
 use std::{collections::HashMap, time::Instant};
 
@@ -11,8 +11,8 @@ use super::{
 };
 use crate::step::{Mask, PoolingKind, Refusal, Rows, Step};
 
-/// A step whose forward pass has been launched. What is left may have to wait: for masks, or for tokens that an earlier
-/// step has sampled.
+/// A step whose forward pass has been launched. Its sampling may have to wait for masks, or for tokens that an earlier
+/// step samples.
 pub(super) struct Forwarded<B: Backend> {
     pub(super) id: u64,
     pub(super) started: Instant,
@@ -20,7 +20,7 @@ pub(super) struct Forwarded<B: Backend> {
     /// The end of the pass, if sampling did not follow at once.
     pub(super) end: Option<B::Mark>,
     pub(super) rows: usize,
-    /// Whether every row is a sequence of its own.
+    /// Whether every sequence has one row only.
     pub(super) decodes: bool,
     pub(super) wanted: Wanted,
     masks: HashMap<(u64, usize), Option<TokenMask>>,
@@ -28,17 +28,17 @@ pub(super) struct Forwarded<B: Backend> {
 }
 
 impl<B: Backend> Forwarded<B> {
-    /// Takes masks of its rows.
+    /// Adds masks of its rows.
     pub(super) fn add_masks(&mut self, masks: Vec<Mask>) {
         self.masks.extend(masks.into_iter().map(|mask| ((mask.sequence, mask.row), mask.allowed)));
     }
 
-    /// The mask of a sampled row; the inner one is missing if the grammar allows no token.
+    /// The mask of a sampled row, if it has arrived. The inner `None` is a mask that allows no token.
     pub(super) fn mask(&self, sample: &Sample) -> Option<&Option<TokenMask>> {
         self.masks.get(&(sample.sequence, sample.nth))
     }
 
-    /// Whether tokens can be sampled, given whether results of earlier steps are outstanding.
+    /// Whether sampling can be launched. `outstanding` says whether earlier steps are running.
     pub(super) fn can_sample(&self, outstanding: bool) -> bool {
         let masked = |sample: &Sample| !sample.masked || self.mask(sample).is_some();
         let known = |sample: &Sample| !sample.seat_again || !outstanding;
@@ -46,15 +46,15 @@ impl<B: Backend> Forwarded<B> {
     }
 }
 
-/// What is wanted of a step's rows besides their keys and values.
+/// The outputs of a step that are asked for.
 #[derive(Default)]
 pub(super) struct Wanted {
     pub(super) samples: Vec<Sample>,
-    /// Rows of logits, and the tokens whose log-probabilities are wanted of them.
+    /// Prompt tokens whose log-probabilities are asked for, each with the row of its logits.
     pub(super) targets: Vec<(u32, u32)>,
-    /// Sequences with such tokens: id, position of the first token, number of tokens.
+    /// The sequences of these tokens: id, position of the first token, number of tokens.
     pub(super) scored: Vec<(u64, usize, usize)>,
-    /// Most probable tokens to report beside those.
+    /// The number of most probable tokens to report beside each of them.
     pub(super) num_top: u32,
     pub(super) hidden: Vec<HiddenRows>,
 }
@@ -70,11 +70,11 @@ pub(super) struct Sample {
     /// The row of the logits.
     pub(super) logit: u32,
     pub(super) masked: bool,
-    /// Whether the sampler has to be told what the sequence consists of, for which the host must know its tokens.
+    /// Whether the sampler has to be given all tokens of the sequence first, for which the host must know them.
     pub(super) seat_again: bool,
 }
 
-/// Rows of a sequence whose hidden states are wanted.
+/// Rows of a sequence whose hidden states are asked for.
 pub(super) struct HiddenRows {
     pub(super) sequence: u64,
     pub(super) position: usize,
@@ -110,14 +110,14 @@ impl<B: Backend> State<B> {
         Ok(Ok(forwarded))
     }
 
-    /// Launches the pass of the rows in `self.host`.
+    /// Launches the forward pass of the batch in `self.host`.
     pub(super) fn forward(&mut self) -> kernels::Result<()> {
         self.ops.upload(&self.host, &mut self.batch)?;
         let pass = Pass { ops: &*self.ops, batch: &self.batch, slots: &self.slots, sampler: &self.sampler };
         self.model.forward(&pass, &mut self.scratch, &mut self.kv)
     }
 
-    /// Builds the index data of a step in `self.host`.
+    /// Builds the batch of a step in `self.host`.
     fn build(&mut self, step: &Step, refused: &mut Vec<Refusal>) -> Result<Wanted, StepError> {
         let host = &mut self.host;
         host.tokens.clear();
@@ -142,7 +142,8 @@ impl<B: Backend> State<B> {
         Ok(wanted)
     }
 
-    /// Appends one sequence's rows, unless the sequence was refused or has to be now.
+    /// Appends the rows of one sequence. Returns a refusal if the sequence cannot be computed; skips one that was
+    /// refused before.
     fn append(&mut self, rows: &Rows, wanted: &mut Wanted) -> Result<Option<Refusal>, StepError> {
         let id = rows.sequence;
         for &block in &rows.new_blocks {
@@ -203,8 +204,8 @@ impl<B: Backend> State<B> {
 }
 
 impl Wanted {
-    /// Adds what is wanted of a sequence's rows, which begin at row `start` of the step. Rows whose logits are needed are
-    /// appended to `logit_rows`.
+    /// Adds the outputs that are asked for of a sequence's rows, which begin at row `start` of the step. Rows whose
+    /// logits are needed for them are appended to `logit_rows`.
     fn add(&mut self, rows: &Rows, sequence: &Sequence, start: u32, logit_rows: &mut Vec<u32>) {
         let end = rows.position + rows.rows;
         for (row, position) in (start..).zip(rows.position..end) {
@@ -247,7 +248,7 @@ impl Wanted {
     }
 }
 
-/// Adds rows to the last segment when they follow it with the same slot.
+/// Extends the last segment if the rows follow it and use the same slot; otherwise adds a segment.
 fn extend_segment(segments: &mut Vec<Segment>, start: u32, end: u32, slot: u32) {
     match segments.last_mut() {
         _ if start == end => {}

@@ -1,6 +1,7 @@
-//! The steps that have come and have not been answered. A step goes through three states: its forward pass is launched,
-//! then its sampling, and then its results are collected. Sampling may have to wait, for a mask or for results of the
-//! step before. The pass of the next step begins when it has been launched, because that needs the sampled tokens.
+//! The pipeline of steps that have been received and not been answered. A step goes through three states: its forward
+//! pass is launched, then its sampling is launched, and then its results are collected. Sampling may have to wait for
+//! masks or for results of the step before. The pass of the next step needs the sampled tokens, so that it is launched
+//! after the sampling.
 
 use std::{collections::VecDeque, time::Instant};
 
@@ -13,15 +14,16 @@ use super::{
 };
 use crate::step::{Masks, Step, StepResult};
 
-/// Steps that the device may have before the first of them has ended.
+/// The largest number of steps on the device at the same time.
 const MAX_LAUNCHED: usize = 2;
 
-/// See the module.
+/// All steps in flight.
 pub(super) struct Pipeline<B: Backend> {
-    /// Steps that have not begun, or what came in their place.
+    /// Steps that have not been launched, with the times at which they arrived. An error stands for an invalid one.
     waiting: VecDeque<(Instant, Result<Box<Step>, StepError>)>,
+    /// The step whose pass has been launched, but not its sampling.
     forwarded: Option<Forwarded<B>>,
-    /// Steps on the device, oldest first.
+    /// Steps that have been launched completely, oldest first.
     launched: VecDeque<Launched<B>>,
 }
 
@@ -32,12 +34,12 @@ impl<B: Backend> Default for Pipeline<B> {
 }
 
 impl<B: Backend> Pipeline<B> {
-    /// Adds a step, or what is wrong with it.
+    /// Adds a step, or the error of an invalid one.
     pub(super) fn push(&mut self, step: Result<Box<Step>, StepError>) {
         self.waiting.push_back((Instant::now(), step));
     }
 
-    /// Adds masks to their step.
+    /// Adds masks to their step. They are ignored if it is not in flight.
     pub(super) fn add_masks(&mut self, Masks { step: id, masks, .. }: Masks) {
         if let Some(forwarded) = self.forwarded.as_mut().filter(|forwarded| forwarded.id == id) {
             return forwarded.add_masks(masks);
@@ -48,18 +50,18 @@ impl<B: Backend> Pipeline<B> {
         }
     }
 
-    /// Whether the device has something to do that has to be polled for.
+    /// Whether a step is running on the device, so that its end has to be polled for.
     pub(super) fn is_running(&self) -> bool {
         !self.launched.is_empty()
     }
 
-    /// When the oldest step began whose end depends on the device alone.
+    /// When the oldest step arrived of those whose end depends only on the device.
     pub(super) fn oldest(&self) -> Option<Instant> {
         self.launched.front().map(Launched::started)
     }
 
-    /// Launches all that can be launched. An error that comes back is the router's, and the steps behind it are
-    /// forgotten; everything before it has been answered.
+    /// Launches all steps that can be launched. The inner error is the router's fault. It is returned when all steps
+    /// before it have been answered; those after it are dropped.
     pub(super) fn launch(&mut self, state: &mut State<B>) -> kernels::Result<Result<(), StepError>> {
         loop {
             if let Some(forwarded) = self.forwarded.take() {
@@ -96,7 +98,7 @@ impl<B: Backend> Pipeline<B> {
         }
     }
 
-    /// Marks the end of a pass that sampling does not follow at once.
+    /// Marks the end of a pass whose sampling has to wait.
     fn pause(&self, state: &State<B>, mut forwarded: Forwarded<B>) -> kernels::Result<Forwarded<B>> {
         if forwarded.end.is_none() {
             forwarded.end = Some(state.ops.mark()?);
@@ -104,13 +106,13 @@ impl<B: Backend> Pipeline<B> {
         Ok(forwarded)
     }
 
-    /// The result of the oldest step on the device, if it has ended.
+    /// Returns the result of the oldest step on the device, if it has ended.
     pub(super) fn poll(&mut self, state: &mut State<B>) -> kernels::Result<Option<StepResult>> {
         let ready = self.launched.pop_front_if(|launched| state.is_ready(launched));
         ready.map(|launched| state.collect(launched)).transpose()
     }
 
-    /// Forgets all steps once the device has ended them.
+    /// Waits for the steps on the device, and drops all steps.
     pub(super) fn abandon(&mut self, state: &mut State<B>) -> kernels::Result<()> {
         self.waiting.clear();
         while let Some(launched) = self.launched.pop_front() {

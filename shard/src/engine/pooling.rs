@@ -1,9 +1,10 @@
-//! Hidden states of sequences that ask for them in place of tokens.
+//! Reports or pools the hidden states of sequences that ask for them in place of tokens.
 
 use super::{pass::HiddenRows, sequence::Sequence};
 use crate::step::{Output, Pooling, PoolingKind};
 
-/// Takes the hidden states of rows of a sequence, each of `width` elements, and returns what is to be reported of them.
+/// Adds the hidden states of rows of a sequence, each of `width` elements. Returns the output if there is one now: the
+/// states themselves, or the pooled vector if the sequence's last row is among the rows.
 pub(super) fn pool(
     sequence: &mut Sequence,
     rows: &HiddenRows,

@@ -1,4 +1,4 @@
-//! What follows the forward pass of a step: sampling, and the collection of the results.
+//! The second and third state of a step: launches its sampling, and collects its results.
 
 use std::time::Instant;
 
@@ -12,7 +12,7 @@ use super::{
 };
 use crate::step::{Output, Refusal, StepResult};
 
-/// A step of which everything has been launched, and which the device has not been seen to finish.
+/// A step that has been launched completely, and whose results have not been collected.
 pub(super) struct Launched<B: Backend> {
     id: u64,
     started: Instant,
@@ -23,33 +23,33 @@ pub(super) struct Launched<B: Backend> {
     hidden: Vec<HiddenRows>,
     rows: usize,
     refused: Vec<Refusal>,
-    /// A step that nothing is sampled from has run when the device has reached its end, too.
+    /// The beginning and the end of the step on the device. The end is the fence for all results of the step.
     marks: Marks<B>,
-    /// The end of the pass and the beginning of sampling, if the device had nothing to do between them.
+    /// The end of the pass and the beginning of sampling, if sampling had to wait. The device is idle in between.
     pause: Option<(B::Mark, B::Mark)>,
 }
 
-/// Choices on their way.
+/// Tokens that are being sampled: one for a sequence at most.
 struct Round<B: Backend> {
     pending: B::Pending,
-    /// The places of their rows among the step's samples.
+    /// The index of each of them among the step's samples.
     places: Vec<usize>,
 }
 
 impl<B: Backend> Launched<B> {
-    /// When its launch began.
+    /// When it arrived.
     pub(super) fn started(&self) -> Instant {
         self.started
     }
 
-    /// Whether its results are read from activations, which the next pass overwrites.
+    /// Whether its results are read from activations, so that the next pass must not overwrite these yet.
     pub(super) fn holds_activations(&self) -> bool {
         !self.hidden.is_empty()
     }
 }
 
 impl<B: Backend> State<B> {
-    /// Launches what follows a forward pass. Sequences that nothing can be sampled for are refused.
+    /// Launches scoring and sampling. Sequences whose masks allow no token are refused.
     pub(super) fn launch_sampling(
         &mut self,
         mut forwarded: Forwarded<B>,
@@ -64,7 +64,8 @@ impl<B: Backend> State<B> {
             false => Some(self.ops.score(&self.scratch.logits, &wanted.targets, wanted.num_top)?),
         };
         let mut rounds = Vec::new();
-        // A row is sampled as if the tokens given behind the rows before it had been: one row of a sequence at a time.
+        // Penalties and draws of a row count the tokens before it, given ones included. So each round samples one row
+        // of a sequence.
         let most = wanted.samples.iter().map(|sample| sample.nth + 1).max().unwrap_or(0);
         for nth in 0..most {
             match self.sample_round(&mut forwarded, nth)? {
@@ -90,7 +91,7 @@ impl<B: Backend> State<B> {
         }))
     }
 
-    /// Samples from the `nth` row of every sequence that has as many.
+    /// Launches sampling from the `nth` sampled row of each sequence that has one.
     fn sample_round(
         &mut self,
         forwarded: &mut Forwarded<B>,
@@ -128,8 +129,8 @@ impl<B: Backend> State<B> {
         Ok(Ok(pending.map(|pending| Round { pending, places })))
     }
 
-    /// The seat to sample a row from, once the sampler has counted the tokens before it. None if the sequence has been
-    /// refused.
+    /// Makes sure that the sampler has counted the tokens before a row, and returns the seat. `None` if the sequence
+    /// has been refused.
     fn take_seat(&mut self, sample: &Sample) -> kernels::Result<Result<Option<u32>, StepError>> {
         let Sample { sequence: id, position, seat_again, .. } = *sample;
         let Some(Place::Seated(sequence)) = self.sequences.get_mut(&id) else { return Ok(Ok(None)) };
@@ -143,12 +144,12 @@ impl<B: Backend> State<B> {
         Ok(Ok(Some(sequence.seat)))
     }
 
-    /// Whether the device has finished a step, the copies of its choices included.
+    /// Whether the device has finished a step, including the copies of its results.
     pub(super) fn is_ready(&self, launched: &Launched<B>) -> bool {
         self.ops.reached(&launched.marks.end)
     }
 
-    /// Waits for a step and takes its results.
+    /// Waits for a step, and returns its results.
     pub(super) fn collect(&mut self, launched: Launched<B>) -> kernels::Result<StepResult> {
         let Launched { id, samples, rounds, scored, scores, hidden, rows, refused, marks, pause, .. } =
             launched;
@@ -193,7 +194,7 @@ impl<B: Backend> State<B> {
         let mut outputs = Vec::with_capacity(samples.len());
         for (&Sample { sequence: id, position, added_by, .. }, sampled) in samples.iter().zip(tokens) {
             let Some(sampled) = sampled else { continue };
-            // Its id may belong to another sequence by now.
+            // The id may have been given to another sequence since.
             if let Some(Place::Seated(sequence)) = self.sequences.get_mut(&id)
                 && sequence.added_by == added_by
             {
@@ -204,6 +205,7 @@ impl<B: Backend> State<B> {
         Ok(outputs)
     }
 
+    /// Waits for sampled tokens or scores.
     fn choices(&self, pending: Option<B::Pending>) -> kernels::Result<Vec<Sampled>> {
         let mut out = Vec::new();
         pending.map_or(Ok(()), |pending| self.ops.collect(pending, &mut out))?;

@@ -1,20 +1,21 @@
-//! A running sequence: its tokens, its blocks, and how far its seat in the sampler has come.
+//! A running sequence: its tokens, its block table, and the tokens that its seat in the sampler has counted.
 
 use kernels::{BLOCK_SIZE, SamplingParams};
 
 use super::StepError;
 use crate::step::{NewSequence, Pooling, Rows};
 
-/// Stands for a token that has been sampled and not collected. No vocabulary is so large.
+/// Stands for a token that has been sampled and not collected. No vocabulary has this id.
 const IN_FLIGHT: u32 = u32::MAX;
 
-/// See the module.
+/// A running sequence.
 pub(super) struct Sequence {
-    /// By position.
+    /// The tokens by position.
     tokens: Vec<u32>,
     pub(super) prompt_len: usize,
-    /// Tokens that it was added with, and the step that did so.
+    /// The number of tokens that it was added with.
     added_len: usize,
+    /// The step that added it.
     pub(super) added_by: u64,
     pub(super) seat: u32,
     pub(super) slot: Option<u32>,
@@ -22,9 +23,9 @@ pub(super) struct Sequence {
     pub(super) prompt_logprobs: bool,
     pub(super) sampling: SamplingParams,
     pub(super) pooling: Option<Pooling>,
-    /// What has been pooled of the rows so far.
+    /// The pooled vector of the rows so far; their sum for the mean.
     pub(super) pooled: Vec<f64>,
-    /// Tokens that the sampler has counted; `None` if it has counted others than those above.
+    /// The number of tokens that the sampler has counted; `None` if some of them are not those of `tokens`.
     counted: Option<usize>,
 }
 
@@ -46,7 +47,7 @@ impl Sequence {
         }
     }
 
-    /// Tokens that are known or have been sampled.
+    /// The number of tokens, including those in flight.
     pub(super) fn len(&self) -> usize {
         self.tokens.len()
     }
@@ -56,18 +57,19 @@ impl Sequence {
         self.tokens.get(position).copied().filter(|token| *token != IN_FLIGHT)
     }
 
-    /// The first tokens, split into prompt and output, if the host knows all of them.
+    /// The first `len` tokens, split into prompt and output, if the host knows all of them.
     pub(super) fn known(&self, len: usize) -> Option<(&[u32], &[u32])> {
         let tokens = self.tokens.get(..len).filter(|tokens| !tokens.contains(&IN_FLIGHT))?;
         Some(tokens.split_at(self.prompt_len.min(len)))
     }
 
-    /// The tokens that the rotary scaling of a row goes by: those that it was added with, or those up to the row.
+    /// The length by which rotary frequencies of a row are scaled: the number of tokens that the sequence was added
+    /// with, or of those up to the row if they are more.
     pub(super) fn rope_length(&self, position: usize) -> u32 {
         self.added_len.max(position + 1) as u32
     }
 
-    /// Replaces the tokens from the first of the given ones on.
+    /// Replaces the last tokens by those that the router gives, if it gives any.
     pub(super) fn give(&mut self, rows: &Rows) -> Result<(), StepError> {
         let Rows { sequence, position, rows: count, ref tokens, .. } = *rows;
         if tokens.is_empty() {
@@ -82,22 +84,22 @@ impl Sequence {
         if first < self.prompt_len {
             return Err(StepError::GivenPrompt { sequence, position: first });
         }
-        // Those before it may be on their way.
+        // Tokens before the given ones may still be in flight.
         self.tokens.resize(first, IN_FLIGHT);
         self.tokens.extend(tokens);
         self.counted = self.counted.filter(|counted| *counted <= first);
         Ok(())
     }
 
-    /// Whether the sampler has counted all tokens up to a row and no others, so that the token behind it can be sampled.
+    /// Whether the sampler has counted exactly the tokens up to a row, so that the next one can be sampled.
     pub(super) fn is_counted(&self, position: usize) -> bool {
         self.counted == Some(position + 1)
     }
 
-    /// Notes that the token behind a row is being sampled.
+    /// Notes that the token after a row is being sampled.
     pub(super) fn sampled(&mut self, position: usize) {
         let next = position + 1;
-        // A token that was given in its place is what follows.
+        // If the router gave a token for this position, that one stays.
         let follows = self.tokens.len() == next;
         if follows {
             self.tokens.push(IN_FLIGHT);
@@ -105,15 +107,15 @@ impl Sequence {
         self.counted = follows.then_some(next + 1);
     }
 
-    /// Takes the token that was sampled behind a row, unless another was given in its place.
+    /// Stores the token that was sampled after a row, unless the router gave another one.
     pub(super) fn collect(&mut self, position: usize, token: u32) {
         if let Some(place) = self.tokens.get_mut(position + 1).filter(|place| **place == IN_FLIGHT) {
             *place = token;
         }
     }
 
-    /// Appends blocks to the table, and gives up those before a place. Kernels read nothing there, and what stands there
-    /// afterwards is a block of the sequence itself.
+    /// Appends blocks to the table, and releases those before an index. Kernels read no keys of released blocks. Their
+    /// entries become a block of the sequence itself, so that the table never names a block of another sequence.
     pub(super) fn extend_blocks(&mut self, rows: &Rows) -> Result<(), StepError> {
         let Rows { sequence, position, released_blocks: released, .. } = *rows;
         if position / BLOCK_SIZE < released {
@@ -130,7 +132,7 @@ impl Sequence {
         Ok(())
     }
 
-    /// The table of the first positions.
+    /// The block table of the first `positions` positions.
     pub(super) fn table(&self, positions: usize) -> &[u32] {
         &self.blocks[..positions.div_ceil(BLOCK_SIZE)]
     }
