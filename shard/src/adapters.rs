@@ -20,7 +20,7 @@ use tokio::{
     time::timeout,
 };
 
-use cache::Cache;
+use cache::{Cache, Origin};
 pub use resolve::{ResolveError, Roots};
 use version::Version;
 
@@ -174,7 +174,7 @@ impl<B: Backend> Adapters<B> {
         // Resolving reads the file system, which may be slow.
         let version = tokio::task::spawn_blocking(move || -> Result<_, PrepareError> {
             let now = SystemTime::now();
-            Ok((Version::of(&this.roots.resolve(&source, &name)?), now))
+            Ok((Version::of(&this.roots.resolve_adapter(&source, &name)?), now))
         });
         let (version, now) = version.await.map_err(interrupted)??;
         let known = self.cache().known(&version);
@@ -243,7 +243,7 @@ impl<B: Backend> Adapters<B> {
             return Err(PrepareError::TooLarge { id, bytes: host_bytes, limit: self.limits.bytes });
         }
         // Beside its host copy, what is read of it.
-        let parts = (host_bytes + model::adapter::read_bytes(&shapes, &self.sites)).div_ceil(self.part());
+        let parts = (host_bytes + opened.read_bytes()).div_ceil(self.part());
         let parts = parts.min(PARTS.min(self.limits.bytes.max(1))) as u32;
         // The caller waits no longer than this. The thread must not wait longer either: the number of threads is
         // limited.
@@ -259,7 +259,8 @@ impl<B: Backend> Adapters<B> {
         cache.release(host_bytes);
         let staged = Arc::new(staged.map_err(stage_error)?);
         let bytes = self.ops.adapter_bytes(&staged);
-        let staged = cache.insert(adapter.hash, staged, host_bytes, folder.to_owned());
+        let origin = Origin { folder: folder.to_owned(), vocab: adapter.vocab };
+        let staged = cache.insert(adapter.hash, staged, host_bytes, origin);
         drop(cache);
         let lora_rank = adapter.max_lora_rank;
         tracing::info!(adapter = id, bytes, lora_rank, "adapter ready in host memory");
@@ -271,6 +272,11 @@ impl<B: Backend> Adapters<B> {
     /// The host copy of an adapter, if it is in memory.
     pub fn get(&self, content: ContentHash) -> Option<Arc<B::HostAdapter>> {
         self.cache().get(content)
+    }
+
+    /// How many tokens an adapter has rows for, those of the model included.
+    pub fn vocab(&self, content: ContentHash) -> usize {
+        self.cache().origin(content).map_or(self.model.decoder.vocab, |origin| origin.vocab)
     }
 
     /// The adapters in host memory, and the bytes that each takes.
@@ -291,7 +297,7 @@ impl<B: Backend> Adapters<B> {
     }
 
     async fn read_again(self: &Arc<Self>, content: ContentHash) -> Result<Arc<B::HostAdapter>, FetchError> {
-        let folder = self.cache().folder(content).ok_or(FetchError::Unknown)?;
+        let Origin { folder, .. } = self.cache().origin(content).ok_or(FetchError::Unknown)?;
         let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let (prepared, adapter) = self.read(folder, &name).await?;
         if prepared.content == content { Ok(adapter) } else { Err(FetchError::Changed) }

@@ -71,10 +71,14 @@ fn step(step: wire::Step, vocab: u32) -> Result<Step, StepError> {
 
 fn masks(masks: Vec<wire::Mask>, vocab: u32) -> Result<Vec<Mask>, StepError> {
     let (vocab, expected) = (vocab as usize, vocab.div_ceil(8) as usize);
-    let mask = |mask: wire::Mask| match mask.allowed.len() {
+    let mask = |mut mask: wire::Mask| match mask.allowed.len() {
         got if got != expected => Err(StepError::Mask { got, expected }),
         _ => {
-            let allowed = TokenMask::new(&mask.allowed, vocab);
+            // Tokens that only an adapter has are not allowed either.
+            if let Some(last) = mask.allowed.last_mut().filter(|_| !vocab.is_multiple_of(8)) {
+                *last &= (1 << (vocab % 8)) - 1;
+            }
+            let allowed = TokenMask::new(&mask.allowed, vocab + model::ADDED_TOKENS);
             Ok(Mask { sequence: mask.sequence, row: mask.row as usize, allowed })
         }
     };

@@ -2,28 +2,40 @@
 //! the name of its field or tensor. Nothing is ignored.
 
 mod base;
+mod change;
 mod config;
+mod error;
+mod initial;
+mod names;
+mod norms;
 mod pattern;
+mod plan;
 mod python_regex;
-mod tensors;
+mod rows;
+mod values;
 
-use std::{fmt, path::Path};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
 
-use kernels::{DType, LoraPart, LoraShape, LoraSite, LowRank};
+use kernels::{HostTensor, LoraPart, LoraShape, LowRank, ReplacedRows};
 use sha2::{Digest, Sha256};
 
-use crate::{
-    Decoder, LoadError,
-    decoder::{Kind, Module, Modules},
-};
+use crate::weights::tensor_file::TensorFile;
 pub use base::BaseModel;
-use config::Target;
+use base::BaseWeights;
+use change::Change;
+pub use error::AdapterError;
 pub use python_regex::PatternError;
+use values::Values;
 
 /// Name of an adapter's configuration in its folder.
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// Names of the file of an adapter's tensors in its folder. The first that is there is read.
 pub const WEIGHTS_FILES: [&str; 2] = ["adapter_model.safetensors", "adapter_model.bin"];
+/// The folder below its own metadata in which Ludwig puts an adapter.
+const LUDWIGS: &str = "model_weights";
 
 /// SHA-256 of all that determines an adapter's output.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -35,128 +47,26 @@ impl fmt::Debug for ContentHash {
     }
 }
 
-/// Why an adapter was refused.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum AdapterError {
-    /// A file that cannot be read, is cut short or corrupt.
-    #[error(transparent)]
-    File(LoadError),
-    /// A file that must be there.
-    #[error("{0} is missing")]
-    NoFile(&'static str),
-    /// A field whose value we cannot serve exactly.
-    #[error("{CONFIG_FILE}: {field} = {value} is not supported")]
-    Unsupported {
-        /// The field.
-        field: String,
-        /// Its value.
-        value: String,
-    },
-    /// A field that is missing or of another type.
-    #[error("{CONFIG_FILE}: {field} is missing or not {expected}")]
-    Field {
-        /// The field.
-        field: &'static str,
-        /// What it should be.
-        expected: &'static str,
-    },
-    /// A pattern that is no regular expression, is not known here, or takes too long to match.
-    #[error("{CONFIG_FILE}: {field}: {source}")]
-    Pattern {
-        /// The field.
-        field: &'static str,
-        /// The cause.
-        source: PatternError,
-    },
-    /// A target that this model does not have, or that deltas cannot attach to.
-    #[error("{CONFIG_FILE}: target_modules: {0:?} is no projection of this model that an adapter can change")]
-    Target(String),
-    /// No module of this model is targeted.
-    #[error("{CONFIG_FILE}: no module of this model is targeted")]
-    NoTarget,
-    /// A tensor that belongs to no targeted module.
-    #[error("tensor {0} belongs to no targeted module of this model")]
-    UnknownTensor(String),
-    /// A tensor of the base model that came with the adapter and is another one.
-    #[error("tensor {name} is not {module} of this model")]
-    NotTheModels {
-        /// The tensor.
-        name: String,
-        /// What it would have to be.
-        module: String,
-    },
-    /// A tensor that a targeted module needs.
-    #[error("the adapter's tensor {0} is missing")]
-    MissingTensor(String),
-    /// A tensor of another shape than model and configuration imply.
-    #[error("tensor {name} has the shape {got:?}, expected {expected:?}")]
-    Shape {
-        /// The tensor.
-        name: String,
-        /// Its shape.
-        got: Vec<usize>,
-        /// The expected shape.
-        expected: [usize; 2],
-    },
-    /// A value that is no number.
-    #[error("tensor {0} has NaN or infinite values")]
-    NotFinite(String),
-    /// An alpha that f32, which deltas are scaled in, cannot hold.
-    #[error("{CONFIG_FILE}: the scale of {module} is too large for f32")]
-    ScaleTooLarge {
-        /// The module.
-        module: String,
-    },
-    /// A value that the type computed with cannot hold.
-    #[error("tensor {name} has values that are too large for {dtype:?}")]
-    TooLarge {
-        /// The tensor.
-        name: String,
-        /// The type computed with.
-        dtype: DType,
-    },
-}
-
-impl From<LoadError> for AdapterError {
-    fn from(error: LoadError) -> AdapterError {
-        // Whoever asked for the adapter is told, and is not to learn where this machine keeps its files.
-        AdapterError::File(error.without_folder())
-    }
-}
-
 /// An adapter, ready to be staged.
 #[derive(Debug, Clone)]
 pub struct Adapter {
     /// Its identity.
     pub hash: ContentHash,
-    /// Its deltas, by site and slice.
+    /// What it changes, by site and slice.
     pub parts: Vec<LoraPart>,
     /// Its largest LoRA rank.
     pub max_lora_rank: usize,
     /// Names of the modules that it changes, distinct and sorted.
     pub sites: Vec<String>,
+    /// Tokens that can be looked up: the model's, and those that only the adapter has.
+    pub vocab: usize,
 }
 
-/// Paths of what PEFT looks at and is no projection: it refuses a target among them, or changes it in a way that is not
-/// served.
-fn other_paths(decoder: &Decoder, modules: &Modules) -> Vec<String> {
-    let names = &decoder.names;
-    let (outer, inner) = names.others;
-    let in_layers = (0..decoder.layers.len()).flat_map(|i| {
-        inner.iter().map(move |path| match *path {
-            "" => format!("{}.{i}", names.layers),
-            path => format!("{}.{i}.{path}", names.layers),
-        })
-    });
-    let without_place =
-        modules.iter().filter(|module| !is_projection(module)).map(|module| module.path.clone());
-    outer.iter().map(|path| (*path).to_owned()).chain(in_layers).chain(without_place).collect()
-}
-
-/// Whether deltas can attach to a module.
-fn is_projection(module: &Module) -> bool {
-    matches!(module.kind, Kind::Linear | Kind::Head)
+/// The folder that has an adapter's files: one itself, or its subfolder if it is Ludwig's.
+pub fn files_folder(folder: &Path) -> PathBuf {
+    let inner = folder.join(LUDWIGS);
+    let is_ludwigs = !folder.join(CONFIG_FILE).exists() && inner.join(CONFIG_FILE).exists();
+    if is_ludwigs { inner } else { folder.to_owned() }
 }
 
 /// Reads the adapter in a folder and checks it against a model.
@@ -164,35 +74,50 @@ pub fn read(folder: &Path, model: &BaseModel) -> Result<Adapter, AdapterError> {
     AdapterFolder::open(folder, model)?.read()
 }
 
-/// The folder of an adapter whose configuration was read, and nothing else.
+/// The folder of an adapter of which it is known what it changes. Nothing of that is in memory yet.
 pub struct AdapterFolder<'a> {
-    folder: &'a Path,
-    model: &'a BaseModel,
-    targets: Vec<Target>,
+    base: BaseWeights<'a>,
+    values: Values,
+    changes: Vec<Change>,
 }
 
 impl<'a> AdapterFolder<'a> {
-    /// Reads the configuration.
-    pub fn open(folder: &'a Path, model: &'a BaseModel) -> Result<AdapterFolder<'a>, AdapterError> {
-        let config = config::AdapterConfig::read(folder, &model.decoder)?;
-        let modules = Modules::of(&model.decoder);
-        let projections: Vec<Module> =
-            modules.iter().filter(|module| is_projection(module)).cloned().collect();
-        let targets = config.targets(&projections, &other_paths(&model.decoder, &modules))?;
-        Ok(AdapterFolder { folder, model, targets })
+    /// Reads the configuration and the names of all tensors. Copies of the model's tables are compared with them.
+    pub fn open(folder: &Path, model: &'a BaseModel) -> Result<AdapterFolder<'a>, AdapterError> {
+        let folder = files_folder(folder);
+        let config = config::AdapterConfig::read(&folder, &model.decoder)?;
+        let plan = plan::Plan::of(&config, model)?;
+        let path = WEIGHTS_FILES.map(|name| folder.join(name)).into_iter().find(|path| path.exists());
+        let file = TensorFile::open(&path.ok_or(AdapterError::NoFile(WEIGHTS_FILES[0]))?)?;
+        let (values, base) = (Values { file, dtype: model.dtype }, BaseWeights::of(model));
+        let changes = plan.changes(&values, &base)?;
+        Ok(AdapterFolder { base, values, changes })
     }
 
-    /// Places and sizes of its deltas.
+    /// Places and sizes of what it changes.
     pub fn shapes(&self) -> Vec<LoraShape> {
-        let shape = |target: &Target| LoraShape::delta(target.place().0, target.place().1, target.lora_rank);
-        self.targets.iter().map(shape).collect()
+        self.changes.iter().filter_map(Change::shape).collect()
     }
 
-    /// Reads the deltas, and checks that there is nothing else.
+    /// Bytes of host memory that it takes between [`Self::read`] and its staging, and while it is read.
+    pub fn read_bytes(&self) -> usize {
+        let size = self.values.dtype.size();
+        let parts: usize = self.changes.iter().map(|change| change.bytes(size)).sum();
+        parts + self.changes.iter().map(|change| change.passing_bytes(&self.values)).max().unwrap_or(0)
+    }
+
+    /// Reads it. Errors: also that it changes nothing.
     pub fn read(&self) -> Result<Adapter, AdapterError> {
-        let parts = tensors::read(self.folder, &self.targets, self.model)?;
-        let mut sites: Vec<String> =
-            self.targets.iter().map(|target| target.module.name().to_owned()).collect();
+        let (mut parts, mut sites) = (Vec::new(), Vec::new());
+        for change in &self.changes {
+            if let Some(part) = change.read(&self.values, &self.base)? {
+                parts.push(part);
+                sites.push(change.module.name().to_owned());
+            }
+        }
+        if parts.iter().all(change::changes_nothing) {
+            return Err(AdapterError::ChangesNothing);
+        }
         sites.sort_unstable();
         sites.dedup();
         Ok(Adapter {
@@ -200,17 +125,9 @@ impl<'a> AdapterFolder<'a> {
             max_lora_rank: parts.iter().map(|part| part.shape().lora_rank).max().unwrap_or(0),
             parts,
             sites,
+            vocab: self.changes.iter().map(Change::tokens).fold(self.base.model.decoder.vocab, usize::max),
         })
     }
-}
-
-/// Bytes of host memory that the deltas of these shapes take between [`AdapterFolder::read`] and their staging.
-pub fn read_bytes(shapes: &[LoraShape], sites: &[LoraSite]) -> usize {
-    let elements = |shape: &LoraShape| {
-        let site = &sites[shape.site];
-        shape.lora_rank * (site.inputs + site.outputs[shape.slice])
-    };
-    shapes.iter().map(elements).sum::<usize>() * size_of::<f32>()
 }
 
 /// Hashes what the kernels will compute with: two folders that give the same output have the same identity, however
@@ -218,17 +135,30 @@ pub fn read_bytes(shapes: &[LoraShape], sites: &[LoraSite]) -> usize {
 fn hash(parts: &[LoraPart]) -> ContentHash {
     let mut sha = Sha256::new();
     for part in parts {
-        let LoraShape { site, slice, lora_rank, .. } = part.shape();
-        for number in [site, slice, lora_rank] {
+        let LoraShape { site, slice, lora_rank, has_magnitude, has_bias, rows } = part.shape();
+        // Of each part it is told what follows, so that no two lists of parts are the same bytes.
+        for number in [site, slice, lora_rank, has_magnitude.into(), has_bias.into(), rows] {
             sha.update((number as u64).to_le_bytes());
         }
         if let Some(LowRank { scale, a, b, .. }) = &part.low_rank {
             sha.update(scale.to_le_bytes());
-            for tensor in [a, b] {
-                sha.update((tensor.data.len() as u64).to_le_bytes());
-                sha.update(&tensor.data);
-            }
+            hash_tensor(&mut sha, a);
+            hash_tensor(&mut sha, b);
+        }
+        for vector in [&part.magnitude, &part.bias].into_iter().flatten() {
+            sha.update((vector.len() as u64).to_le_bytes());
+            vector.iter().for_each(|x| sha.update(x.to_le_bytes()));
+        }
+        if let Some(ReplacedRows { ids, values }) = &part.rows {
+            sha.update([u8::from(ids.is_some())]);
+            ids.iter().flatten().for_each(|id| sha.update(id.to_le_bytes()));
+            hash_tensor(&mut sha, values);
         }
     }
     ContentHash(sha.finalize().into())
+}
+
+fn hash_tensor(sha: &mut Sha256, tensor: &HostTensor<'_>) {
+    sha.update((tensor.data.len() as u64).to_le_bytes());
+    sha.update(&tensor.data);
 }

@@ -18,6 +18,9 @@ pub(crate) const MAX_LAYERS: usize = 1 << 10;
 /// The largest number of positions that is accepted: the longest context that a Llama was trained for.
 pub(crate) const MAX_POSITIONS: usize = 1 << 22;
 
+/// Tokens beyond the model's own that an adapter may have rows for.
+pub const ADDED_TOKENS: usize = 256;
+
 /// Most elements of a head.
 const MAX_HEAD_DIM: usize = 1 << 12;
 
@@ -33,7 +36,7 @@ pub(crate) fn check_head_dim(dim: usize) -> Result<usize> {
 pub struct Decoder {
     /// Width of the residual stream.
     pub hidden: usize,
-    /// Rows of the embedding table, which are the columns of the logits. A tokenizer may know fewer tokens, where the
+    /// Rows of the embedding table. A tokenizer may know fewer tokens, where the
     /// table was padded, or more. [`Model::load`](crate::Model::load) refuses a table of another size.
     pub vocab: usize,
     /// Longest sequence.
@@ -198,6 +201,11 @@ impl Head {
 }
 
 impl Decoder {
+    /// Columns of the logits: a token each, those that only adapters have included.
+    pub fn logit_columns(&self) -> usize {
+        self.vocab + ADDED_TOKENS
+    }
+
     /// Heads of all layers.
     pub fn heads(&self) -> Heads {
         self.layers[0].attention.shape.heads

@@ -33,7 +33,7 @@ impl<'a, B: Backend> Pass<'a, B> {
 
 /// Memory for activations, which is allocated once for the largest step.
 pub struct Scratch<B: Backend> {
-    /// Logits of the rows that wanted them, `[logit rows, vocab]`.
+    /// Logits of the rows that wanted them, `[logit rows, Decoder::logit_columns]`.
     pub logits: B::Mat,
     /// The normed residual stream, which the next projection reads. After a pass, these are the last hidden states.
     pub hidden: B::Mat,
@@ -162,7 +162,7 @@ impl<B: Backend> Model<B> {
         let halves = if mlp.gated { 2 } else { 1 };
         let reads_twice = *wiring == Wiring::Parallel { shared_norm: false };
         Ok(Scratch {
-            logits: ops.wide_mat(max_logit_rows, self.decoder.vocab)?,
+            logits: ops.wide_mat(max_logit_rows, self.decoder.logit_columns())?,
             hidden: ops.mat(max_rows, hidden)?,
             stream: ops.wide_mat(max_rows, hidden)?,
             products: ops.wide_mat(max_rows, hidden)?,

@@ -186,7 +186,7 @@ impl<B: Backend> Loader<'_, B> {
 }
 
 /// Rows become columns.
-fn transposed(tensor: &HostTensor<'_>) -> HostTensor<'static> {
+pub(crate) fn transposed(tensor: &HostTensor<'_>) -> HostTensor<'static> {
     let (rows, cols, size) = (tensor.cols, tensor.rows, tensor.dtype.size());
     let mut data = Vec::with_capacity(tensor.data.len());
     for row in 0..rows {
@@ -198,7 +198,7 @@ fn transposed(tensor: &HostTensor<'_>) -> HostTensor<'static> {
 }
 
 /// The rows as they are computed with.
-fn in_order(tensor: HostTensor<'static>, order: RowOrder) -> HostTensor<'static> {
+pub(crate) fn in_order(tensor: HostTensor<'static>, order: RowOrder) -> HostTensor<'static> {
     let Some(sources) = order.sources(tensor.rows) else { return tensor };
     let width = tensor.cols * tensor.dtype.size();
     let data: Vec<u8> =

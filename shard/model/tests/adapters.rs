@@ -94,13 +94,11 @@ fn what_cannot_be_served_exactly_is_refused_by_name() {
     let first = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight";
     let cases: Vec<(Spoil, &str)> = vec![
         (set("bias", json!("every")), "bias = every is not supported"),
-        (set("modules_to_save", json!(["lm_head"])), "modules_to_save = [\"lm_head\"] is not supported"),
         (
             set("layers_pattern", json!("layers")),
             "layers_to_transform is missing or not given, as layers_pattern is",
         ),
         (set("init_lora_weights", json!("pissa_niter_4")), "init_lora_weights = pissa_niter_4"),
-        (set("init_lora_weights", json!("OLoRA")), "init_lora_weights = OLoRA is not supported"),
         (set("init_lora_weights", json!("new_way")), "init_lora_weights = new_way is not supported"),
         (set("init_lora_weights", json!(["eva"])), "init_lora_weights = [\"eva\"] is not supported"),
         (set("r", json!(0)), "r is missing or not a positive integer"),
@@ -108,7 +106,6 @@ fn what_cannot_be_served_exactly_is_refused_by_name() {
         (set("r", json!(8)), "has the shape [4, 32], expected [8, 32]"),
         (set("target_modules", Value::Null), "down_proj.lora_A.weight belongs to no targeted module"),
         (set("target_modules", json!(["q_proj", "norm"])), "\"model.norm\" is no projection of this model"),
-        (set("target_modules", json!(["embed_tokens"])), "\"model.embed_tokens\" is no projection"),
         (set("target_modules", json!("(")), "target_modules: Parsing error"),
         (set("target_modules", json!(".*nothing")), "no module of this model is targeted"),
         (set("target_modules", json!(["q_proj"])), "belongs to no targeted module"),
@@ -143,20 +140,6 @@ fn what_cannot_be_served_exactly_is_refused_by_name() {
         let refusal = read(&files).err().unwrap_or_else(|| panic!("served in spite of: {cause}"));
         assert!(refusal.contains(cause), "{refusal}");
         assert!(!refusal.contains('/'), "clients are not told where files are: {refusal}");
-    }
-}
-
-#[test]
-fn trained_biases_are_refused_where_the_model_has_biases() {
-    for bias in ["attention_bias", "mlp_bias"] {
-        let mut base = testing::model();
-        for kind in ["all", "lora_only"] {
-            base.config[bias] = json!(false);
-            assert!(read_for(&with("bias", json!(kind)), &base, DType::F32).is_ok());
-            base.config[bias] = json!(true);
-            let refusal = read_for(&with("bias", json!(kind)), &base, DType::F32).err().unwrap();
-            assert_eq!(refusal, format!("adapter_config.json: bias = {kind} is not supported"));
-        }
     }
 }
 
@@ -313,6 +296,34 @@ fn copies_of_the_models_own_tensors_change_nothing() {
     assert_eq!(read_for(&copies, &tied, DType::F32).unwrap().hash, plain.hash);
 }
 
+/// What belongs to the kinds of adapters that bring more than A and B.
+#[test]
+fn tensors_that_a_field_promises_must_be_there() {
+    for (field, value, cause) in [
+        ("modules_to_save", json!(["lm_head"]), "base_model.model.lm_head.weight is missing"),
+        ("modules_to_save", json!(["embed_tokens"]), "model.embed_tokens.weight is missing"),
+        ("modules_to_save", json!(["norm"]), "modules_to_save = [\"norm\"] is not supported"),
+        ("modules_to_save", json!(["q_proj"]), "modules_to_save = [\"q_proj\"] is not supported"),
+        ("target_modules", json!(["embed_tokens"]), "embed_tokens.lora_embedding_A is missing"),
+        ("use_dora", json!(true), "layers.0.self_attn.q_proj.lora_magnitude_vector is missing"),
+        ("lora_bias", json!(true), "layers.0.self_attn.q_proj.lora_B.bias is missing"),
+        ("trainable_token_indices", json!([1]), "trainable_tokens_delta is missing"),
+        ("trainable_token_indices", json!([]), "trainable_token_indices is missing or not distinct tokens"),
+        ("trainable_token_indices", json!([96]), "trainable_token_indices is missing or not distinct tokens"),
+        ("trainable_token_indices", json!([-1]), "trainable_token_indices is missing or not distinct tokens"),
+        (
+            "trainable_token_indices",
+            json!([3, 3]),
+            "trainable_token_indices is missing or not distinct tokens",
+        ),
+        ("trainable_token_indices", json!({"norm": [3]}), "trainable_token_indices = {\"norm\":[3]}"),
+        ("trainable_token_indices", json!("all"), "trainable_token_indices is missing or not distinct"),
+    ] {
+        let refusal = read(&with(field, value.clone())).err().unwrap_or_else(|| panic!("{field} = {value}"));
+        assert!(refusal.contains(cause), "{refusal}");
+    }
+}
+
 /// The paths of the modules that an adapter changes.
 fn paths(files: &Files) -> std::collections::BTreeSet<String> {
     let path =
@@ -367,9 +378,37 @@ fn copies_are_compared_as_they_are_computed_with() {
         // Beyond what bf16 can tell apart, for numbers that it has.
         *x *= 1.0 + 1.0 / 1024.0;
     }
-    assert!(read_for(&close, &base, DType::Bf16).is_ok());
-    let refusal = "tensor base_model.model.lm_head.base_layer.weight is not lm_head of this model";
-    assert_eq!(read_for(&close, &base, DType::F32).err().unwrap(), refusal);
+    let has_rows = |dtype| {
+        let adapter = read_for(&close, &base, dtype).unwrap();
+        adapter.parts.iter().any(|part| part.rows.is_some())
+    };
+    assert!(!has_rows(DType::Bf16));
+    assert!(has_rows(DType::F32));
+}
+
+#[test]
+fn other_tables_than_the_models_are_replaced_rows() {
+    let base = testing::model();
+    let plain = read(&with_copies(&base, &[])).unwrap();
+    let copies = with_copies(&base, &[("model.embed_tokens", "model.embed_tokens")]);
+    let name = "base_model.model.model.embed_tokens.weight";
+    let changed = |changes: &[usize]| {
+        let mut files = copies.clone();
+        changes.iter().for_each(|i| files.tensors.get_mut(name).unwrap().data[*i] += 0.5);
+        files
+    };
+    for (changes, ids) in
+        [(&[7][..], vec![0]), (&[95 * 32 + 31], vec![95]), (&[40 * 32, 41 * 32, 3 * 32], vec![3, 40, 41])]
+    {
+        let adapter = read(&changed(changes)).unwrap();
+        assert_ne!(adapter.hash, plain.hash);
+        let rows = adapter.parts.iter().find_map(|part| part.rows.as_ref()).unwrap();
+        assert_eq!(rows.ids.as_ref(), Some(&ids));
+        let table = &changed(changes).tensors[name].data;
+        let expected: Vec<f32> =
+            ids.iter().flat_map(|id| table[*id as usize * 32..][..32].to_vec()).collect();
+        assert_eq!(rows.values.to_f32(), expected);
+    }
 }
 
 #[test]
@@ -378,9 +417,9 @@ fn other_tensors_of_a_model_are_refused_by_name() {
     let name = "base_model.model.lm_head.base_layer.weight";
     let copies = with_copies(&base, &[("lm_head.base_layer", "lm_head")]);
     for (change, cause) in [
-        (|tensor: &mut Tensor| tensor.data[95 * 32 + 31] += 0.5, "is not lm_head of this model"),
-        (|tensor: &mut Tensor| tensor.data[7] = f32::NAN, "is not lm_head of this model"),
+        (|tensor: &mut Tensor| tensor.data[7] = f32::NAN, "has NaN or infinite values"),
         (|tensor: &mut Tensor| tensor.shape = vec![32, 96], "has the shape [32, 96], expected [96, 32]"),
+        (|tensor: &mut Tensor| tensor.shape = vec![96 * 32], "has the shape [3072], expected [96, 32]"),
     ] as [(fn(&mut Tensor), &str); 3]
     {
         let mut files = copies.clone();

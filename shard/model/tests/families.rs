@@ -5,6 +5,8 @@
 mod driver;
 #[path = "families/goldens.rs"]
 mod goldens;
+#[path = "families/kinds.rs"]
+mod kinds;
 #[path = "families/page.rs"]
 mod page;
 
@@ -23,7 +25,7 @@ use page::Row;
 /// Most that a log-probability may differ from that of transformers in f32.
 const BAR: f32 = 2e-3;
 /// Adapters of a fixture.
-const ADAPTERS: [&str; 1] = ["linear"];
+const ADAPTERS: [&str; 2] = ["linear", "head"];
 
 /// Largest differences by adapter.
 type Worst = BTreeMap<Option<String>, f32>;

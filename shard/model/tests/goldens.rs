@@ -78,7 +78,7 @@ impl Runner {
         }
         assert_eq!(ops.loaded(&mut slots).unwrap().len(), adapters.len());
         Runner {
-            sampler: ops.sampler(1, model.decoder().vocab).unwrap(),
+            sampler: ops.sampler(1, model.decoder().logit_columns()).unwrap(),
             kv: model.kv_cache(&ops, blocks as usize).unwrap(),
             scratch: model.scratch(&ops, 256, 256).unwrap(),
             batch: ops.batch(256, blocks as usize, &model.spans()).unwrap(),

@@ -93,8 +93,15 @@ fn adapters_are_served_exactly_where_peft_serves_them() {
         });
         let agrees = match (&got, &expected) {
             (Ok(got), Some(expected)) => got == expected,
+            // PEFT serves one that does nothing.
+            (Err(refusal), Some(expected)) => {
+                refusal.contains("changes nothing") && expected.values().all(|(_, scale)| *scale == 0.0)
+            }
             // It is the configuration that is refused.
-            (Err(refusal), None) => refusal.starts_with("adapter_config.json: "),
+            // A few need tensors besides, which PEFT does not find either, or which make another layer of it.
+            (Err(refusal), None) => {
+                refusal.starts_with("adapter_config.json: ") || refusal.ends_with(" is missing")
+            }
             _ => false,
         };
         if !agrees {
@@ -151,13 +158,9 @@ fn many_patterns_are_not_slower_than_one() {
 #[test]
 fn names_of_other_fields_and_ways_are_refused_by_name() {
     for (field, value) in [
-        ("use_dora", json!(true)),
         ("use_qalora", json!(true)),
-        ("lora_bias", json!(true)),
         ("use_bdlora", json!({"nblocks": 2})),
         ("layer_replication", json!([[0, 2], [1, 2]])),
-        ("trainable_token_indices", json!([1, 2])),
-        ("trainable_token_indices", json!([])),
         ("target_parameters", json!(["mlp.experts.gate_up_proj"])),
         ("alora_invocation_tokens", json!([1, 2])),
         ("arrow_config", json!({"top_k": 3})),

@@ -21,6 +21,15 @@ struct Resident<A> {
     bytes: usize,
 }
 
+/// What stays known of an adapter that was read.
+#[derive(Debug, Clone)]
+pub(super) struct Origin {
+    /// Its folder.
+    pub(super) folder: PathBuf,
+    /// Tokens that it has rows for, the model's included.
+    pub(super) vocab: usize,
+}
+
 /// Both caches, and the memory that host copies take.
 pub(super) struct Cache<A> {
     /// The bound on `bytes + reserved`.
@@ -34,8 +43,8 @@ pub(super) struct Cache<A> {
     lent: HashMap<ContentHash, Weak<A>>,
     /// The properties of versions. Callers that ask for a version at the same time share its cell.
     known: LruCache<Version, Arc<OnceCell<Prepared>>>,
-    /// The folder from which each adapter was last read.
-    folders: LruCache<ContentHash, PathBuf>,
+    /// Where each adapter was read last, and how many tokens it knows.
+    origins: LruCache<ContentHash, Origin>,
 }
 
 impl<A> Cache<A> {
@@ -48,7 +57,7 @@ impl<A> Cache<A> {
             reserved: 0,
             lent: HashMap::new(),
             known: LruCache::new(REMEMBERED),
-            folders: LruCache::new(REMEMBERED),
+            origins: LruCache::new(REMEMBERED),
         }
     }
 
@@ -84,9 +93,9 @@ impl<A> Cache<A> {
         content: ContentHash,
         adapter: Arc<A>,
         bytes: usize,
-        folder: PathBuf,
+        origin: Origin,
     ) -> Arc<A> {
-        self.folders.put(content, folder);
+        self.origins.put(content, origin);
         if let Some(resident) = self.get(content) {
             return resident;
         }
@@ -100,9 +109,9 @@ impl<A> Cache<A> {
         self.resident.iter().map(|(content, resident)| (*content, resident.bytes)).collect()
     }
 
-    /// The folder from which an adapter was last read.
-    pub(super) fn folder(&mut self, content: ContentHash) -> Option<PathBuf> {
-        self.folders.get(&content).cloned()
+    /// What is known of an adapter that was read.
+    pub(super) fn origin(&mut self, content: ContentHash) -> Option<Origin> {
+        self.origins.get(&content).cloned()
     }
 
     /// The cell of a version's properties, which is empty until they are known.
@@ -134,13 +143,14 @@ mod tests {
             cache.known(&version(i));
             let mut content = [0; 32];
             content[..8].copy_from_slice(&i.to_le_bytes());
-            cache.insert(ContentHash(content), Arc::new(()), 0, "folder".into());
+            let origin = Origin { folder: "folder".into(), vocab: 96 };
+            cache.insert(ContentHash(content), Arc::new(()), 0, origin);
         }
-        assert_eq!((cache.known.len(), cache.folders.len()), (REMEMBERED.get(), REMEMBERED.get()));
+        assert_eq!((cache.known.len(), cache.origins.len()), (REMEMBERED.get(), REMEMBERED.get()));
         assert!(
             !Arc::ptr_eq(&first, &cache.known(&version(0))),
             "the one that was used least recently is gone"
         );
-        assert_eq!(cache.folder(ContentHash([0; 32])), None);
+        assert!(cache.origin(ContentHash([0; 32])).is_none());
     }
 }

@@ -5,6 +5,8 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
+use model::adapter;
+
 /// Why a reference was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ResolveError {
@@ -79,12 +81,22 @@ impl Roots {
             Some(dir) => dir.join(name),
             None => return Err(ResolveError::NotFound(id.into())),
         };
+        self.canonical(&path, id)
+    }
+
+    /// The folder that has an adapter's files: its own, or Ludwig's below it, with all links followed.
+    pub fn resolve_adapter(&self, source: &str, id: &str) -> Result<PathBuf, ResolveError> {
+        self.canonical(&adapter::files_folder(&self.resolve(source, id)?), id)
+    }
+
+    /// A path with all links followed, if what it leads to may be read.
+    fn canonical(&self, path: &Path, id: &str) -> Result<PathBuf, ResolveError> {
         let allowed = |path: &Path| self.roots.iter().any(|root| path.starts_with(root));
         match path.canonicalize() {
             Ok(folder) if allowed(&folder) => Ok(folder),
             // Whether something exists outside is nobody's business.
             Ok(_) => Err(ResolveError::Forbidden(id.into())),
-            Err(_) if !allowed(&path) => Err(ResolveError::Forbidden(id.into())),
+            Err(_) if !allowed(path) => Err(ResolveError::Forbidden(id.into())),
             Err(source) if source.kind() == io::ErrorKind::NotFound => Err(ResolveError::NotFound(id.into())),
             Err(source) => Err(ResolveError::Io { id: id.into(), source }),
         }

@@ -158,7 +158,7 @@ impl<B: Backend> State<B> {
         if pooling.is_some() {
             self.in_range("rows to sample from of a sequence that is pooled", rows.sample, 1)?;
         }
-        if let Err(reason) = self.expect_rows(rows) {
+        if let Err(reason) = self.expect_rows(rows, *slot) {
             return Ok(Some(self.refuse(id, reason)));
         }
         let Some(Place::Seated(sequence)) = self.sequences.get_mut(&id) else { return Ok(None) };
@@ -190,16 +190,12 @@ impl<B: Backend> State<B> {
     }
 
     /// Whether the model can compute a sequence's rows.
-    fn expect_rows(&self, rows: &Rows) -> Result<(), String> {
+    fn expect_rows(&self, rows: &Rows, slot: Option<u32>) -> Result<(), String> {
         let (end, limit) = (rows.position.saturating_add(rows.rows), self.model.decoder().max_positions);
         if end > limit {
             return Err(format!("position {} is beyond the model's {limit}", end - 1));
         }
-        let vocab = self.model.decoder().vocab;
-        match rows.tokens.iter().find(|token| **token as usize >= vocab) {
-            Some(token) => Err(format!("token {token} is out of range, limit {vocab}")),
-            None => Ok(()),
-        }
+        self.expect_tokens_of(rows.tokens.iter().copied(), slot)
     }
 }
 

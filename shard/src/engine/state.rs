@@ -169,12 +169,12 @@ impl<B: Backend> State<B> {
         adapters: Arc<Adapters<B>>,
         limits: Limits,
     ) -> kernels::Result<State<B>> {
-        let Decoder { vocab, max_positions, .. } = *model.decoder();
+        let Decoder { max_positions, .. } = *model.decoder();
         // Sequences may share blocks, but each has a table of its own.
         let tables = limits.max_sequences * max_positions.div_ceil(kernels::BLOCK_SIZE);
         Ok(State {
             slots: ops.lora_slots(model.sites(), limits.num_slots)?,
-            sampler: ops.sampler(limits.max_sequences, vocab)?,
+            sampler: ops.sampler(limits.max_sequences, model.decoder().logit_columns())?,
             num_blocks: 0,
             kv: model.kv_cache(&ops, 0)?,
             scratch: model.scratch(&ops, limits.max_rows, limits.max_logit_rows)?,
@@ -356,7 +356,7 @@ impl<B: Backend> State<B> {
         }
     }
 
-    /// Checks the numbers of a sequence's tokens. The sampler checks the ids.
+    /// Checks the number of a sequence's tokens, and that each token has a row.
     fn expect_tokens(&self, new: &NewSequence) -> Result<(), String> {
         let (tokens, limit) = (new.tokens.len(), self.model.decoder().max_positions);
         if new.prompt_len == 0 || new.prompt_len > tokens {
@@ -364,6 +364,29 @@ impl<B: Backend> State<B> {
         }
         if tokens > limit {
             return Err(format!("{tokens} tokens, the model has {limit} positions"));
+        }
+        let biased = new.sampling.logit_bias.iter().map(|(token, _)| *token);
+        self.expect_tokens_of(new.tokens.iter().copied().chain(biased), new.slot)
+    }
+
+    /// Whether the model, or the adapter in a slot, has a row for each of some tokens.
+    pub(super) fn expect_tokens_of(
+        &self,
+        tokens: impl Iterator<Item = u32>,
+        slot: Option<u32>,
+    ) -> Result<(), String> {
+        let vocab = self.model.decoder().vocab;
+        let Some(largest) = tokens.max().filter(|token| *token as usize >= vocab) else {
+            return Ok(());
+        };
+        let limit = match slot.and_then(|slot| self.slot_states.get(slot as usize)) {
+            Some(Slot::Fetching(content, _) | Slot::Loading(content, _) | Slot::Ready(content, _)) => {
+                self.adapters.vocab(*content)
+            }
+            Some(Slot::Empty) | None => vocab,
+        };
+        if largest as usize >= limit {
+            return Err(format!("token {largest} is out of range, limit {limit}"));
         }
         Ok(())
     }

@@ -10,7 +10,7 @@ const VOCAB: usize = 96;
 fn mask(sequence: u64, allowed: &[u32]) -> Mask {
     let mut bytes = [0; VOCAB / 8];
     allowed.iter().for_each(|token| bytes[*token as usize / 8] |= 1 << (token % 8));
-    Mask { sequence, row: 0, allowed: TokenMask::new(&bytes, VOCAB) }
+    Mask { sequence, row: 0, allowed: TokenMask::new(&bytes, VOCAB + model::ADDED_TOKENS) }
 }
 
 fn masked(rows: Rows) -> Rows {

@@ -13,15 +13,12 @@ type Spoil = fn(&mut NewSequence);
 /// What is wrong with a sequence, and the reason that its client is told.
 fn spoils() -> Vec<(Spoil, &'static str)> {
     vec![
-        (|new| new.tokens[3] = 96, "seat: token 96 is out of range, limit 96"),
-        (|new| new.tokens[0] = u32::MAX, "seat: token 4294967295 is out of range, limit 96"),
-        (|new| new.tokens[19] = 1 << 31, "seat: token 2147483648 is out of range, limit 96"),
+        (|new| new.tokens[3] = 96, "token 96 is out of range, limit 96"),
+        (|new| new.tokens[0] = u32::MAX, "token 4294967295 is out of range, limit 96"),
+        (|new| new.tokens[19] = 1 << 31, "token 2147483648 is out of range, limit 96"),
         // Of what was generated before it was preempted.
-        (|new| (new.prompt_len, new.tokens[15]) = (10, 97), "seat: token 97 is out of range, limit 96"),
-        (
-            |new| new.sampling.logit_bias = vec![(5, 1.0), (96, 1.0)],
-            "seat: token 96 is out of range, limit 96",
-        ),
+        (|new| (new.prompt_len, new.tokens[15]) = (10, 97), "token 97 is out of range, limit 96"),
+        (|new| new.sampling.logit_bias = vec![(5, 1.0), (96, 1.0)], "token 96 is out of range, limit 96"),
         (|new| new.sampling.logit_bias = vec![(5, f32::NAN)], "the logit bias of token 5 is NaN"),
         (
             |new| new.sampling.logit_bias = vec![(1, 0.5); 1025],

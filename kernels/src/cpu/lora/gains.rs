@@ -1,5 +1,4 @@
-//! The gains of DoRA, by which products are multiplied: the magnitude of each output, divided by the norm of its
-//! weights including the delta.
+//! What magnitudes make of products (DoRA): the magnitude of each output over the norm of its weights, delta included.
 
 use super::{
     super::{CpuBackend, memory::Panels, pool::Shards},
@@ -7,16 +6,15 @@ use super::{
 };
 use crate::{Error, LoraSite, Result, SiteKind};
 
-/// The gains of each slice in [`SiteChange::vectors`], with a factor for each output; `None` for a slice without a
-/// magnitude.
+/// A factor for each output of a slice, by slice as [`SiteChange::vectors`]; 1 where there is no magnitude.
 #[derive(Debug)]
 pub(crate) struct Gains(pub(crate) Vec<Option<Vec<f32>>>);
 
-/// The number of outputs of a chunk.
+/// Outputs that a thread takes at a time.
 const CHUNK: usize = 16;
 
 impl CpuAdapter {
-    /// Computes the gains, which depend on the base model's weights. An adapter that is loaded again has them already.
+    /// Computes what depends on the base model's weights, once: an adapter that is loaded again has it already.
     pub(crate) fn complete(&self, be: &CpuBackend, sites: &[LoraSite], weights: &[&Panels]) -> Result<()> {
         for (i, (change, site)) in self.sites.iter().zip(sites).enumerate() {
             let Some(change) = change else { continue };
@@ -40,7 +38,7 @@ impl CpuAdapter {
                 };
                 Some(magnitude.iter().zip(squares).map(|(m, square)| m / square.sqrt()).collect())
             });
-            // Another thread may have set the same result before.
+            // Another thread may have been faster, with the same result.
             let _ = change.gains.set(Gains(gains.collect()));
         }
         Ok(())
@@ -57,7 +55,7 @@ fn of_slice(be: &CpuBackend, weight: &Panels, change: &SiteChange, vectors: &Sli
         rows.map(|row| unpack_row(be.dtype, row, inputs)).collect()
     });
     let count = vectors.columns.len().min(weight.outputs.saturating_sub(vectors.columns.start));
-    // Outputs without a row of the base weight are never multiplied with a gain.
+    // What the base weight has no row for is never multiplied.
     let mut squares = vec![1.0; vectors.columns.len()];
     let shards = Shards(squares.as_mut_ptr());
     be.pool.run(count.div_ceil(CHUNK), |chunk| {

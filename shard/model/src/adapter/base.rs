@@ -1,17 +1,14 @@
-//! The model that an adapter belongs to, and the copies of its tensors that PEFT writes beside A and B.
+//! The model that an adapter belongs to, and what has to be read of its weights.
 
-use std::path::PathBuf;
+use std::{cell::OnceCell, path::PathBuf};
 
 use kernels::{DType, WeightPart};
 
-use super::{
-    AdapterError,
-    tensors::{self, PREFIX},
-};
+use super::{AdapterError, values::Values};
 use crate::{
     Decoder,
-    decoder::Part,
-    weights::{self, tensor_file::TensorFile},
+    decoder::{Module, Part},
+    weights::{self, Source},
 };
 
 /// A model that is served, as adapters are checked against it.
@@ -25,42 +22,10 @@ pub struct BaseModel {
     pub dtype: DType,
 }
 
-/// Rows of a table that are compared at a time.
-const ROWS: usize = 64;
-
-/// Modules whose weights PEFT writes into an adapter that targets one of them, unless `save_embedding_layers` is off.
-const COPIED: [&str; 2] = ["lm_head", "model.embed_tokens"];
-
-/// The module that a tensor claims to be a copy of.
-pub(super) fn copied_module(name: &str) -> Option<&'static str> {
-    let module = name.strip_prefix(PREFIX)?.strip_suffix(".weight")?;
-    let module = module.strip_suffix(".base_layer").unwrap_or(module);
-    COPIED.into_iter().find(|copied| *copied == module)
-}
+/// Rows of a matrix that are read at a time: tables of some models take gigabytes.
+pub(super) const ROWS: usize = 64;
 
 impl BaseModel {
-    /// Refuses a tensor of an adapter that is not what the model has for `module`, once both are converted. A few rows at
-    /// a time: tables of some models take gigabytes.
-    pub(super) fn check_copy(&self, file: &TensorFile, name: &str, module: &str) -> Result<(), AdapterError> {
-        let table = self.decoder.names.path(None, Part::Embed);
-        let module = if self.decoder.head.tied { &table } else { module };
-        let Decoder { vocab, hidden, .. } = self.decoder;
-        tensors::expect_shape(file, name, [vocab, hidden])?;
-        let (_, source) = weights::open(&self.path)?;
-        let base = format!("{module}.weight");
-        for first in (0..vocab).step_by(ROWS) {
-            let rows = first..vocab.min(first + ROWS);
-            let (copy, base) =
-                (file.part(name, rows.clone(), 0..hidden)?, source.part(&base, rows, 0..hidden)?);
-            let converted =
-                |part: WeightPart<'_>| part.into_dense().to_f32().into_iter().map(|x| self.rounded(x));
-            if !converted(copy).eq(converted(base)) {
-                return Err(AdapterError::NotTheModels { name: name.into(), module: module.into() });
-            }
-        }
-        Ok(())
-    }
-
     /// A number as it is computed with; infinite if the type cannot hold it.
     pub(super) fn rounded(&self, x: f32) -> f32 {
         match self.dtype {
@@ -68,5 +33,96 @@ impl BaseModel {
             DType::Bf16 => half::bf16::from_f32(x).to_f32(),
             DType::F16 => half::f16::from_f32(x).to_f32(),
         }
+    }
+}
+
+/// The weights of a model. Its files are opened when something is asked for: most adapters need nothing of them.
+pub(super) struct BaseWeights<'a> {
+    pub(super) model: &'a BaseModel,
+    source: OnceCell<Box<dyn Source + Sync>>,
+}
+
+impl<'a> BaseWeights<'a> {
+    pub(super) fn of(model: &'a BaseModel) -> BaseWeights<'a> {
+        BaseWeights { model, source: OnceCell::new() }
+    }
+
+    fn source(&self) -> Result<&dyn Source, AdapterError> {
+        if self.source.get().is_none() {
+            // Another value is not possible: this is one thread.
+            let _ = self.source.set(weights::open(&self.model.path)?.1);
+        }
+        self.source.get().map(|source| &**source as &dyn Source).ok_or(AdapterError::NoTensor)
+    }
+
+    /// The name of a module's weight.
+    fn name(&self, module: &Module) -> String {
+        let Decoder { head, names, .. } = &self.model.decoder;
+        match module.part {
+            Part::Head if head.tied => names.path(None, Part::Embed) + ".weight",
+            _ => format!("{}.weight", module.path),
+        }
+    }
+
+    /// The bias of a module: zero where the model has none, although it may have one.
+    pub(super) fn bias(&self, module: &Module) -> Result<Vec<f32>, AdapterError> {
+        let (source, name) = (self.source()?, format!("{}.bias", module.path));
+        if source.bytes(&name) == 0 {
+            return Ok(vec![0.0; module.outputs]);
+        }
+        Ok(source.dense(&name, [1, module.outputs])?.to_f32())
+    }
+
+    /// Calls with every row of a module's weight as it is computed with, but in the order of the file.
+    pub(super) fn each_row(
+        &self,
+        module: &Module,
+        mut call: impl FnMut(usize, &[f32]),
+    ) -> Result<(), AdapterError> {
+        let (source, name) = (self.source()?, self.name(module));
+        let numbers = |part: WeightPart<'_>| -> Vec<f32> {
+            part.into_dense().to_f32().into_iter().map(|x| self.model.rounded(x)).collect()
+        };
+        if module.transposed {
+            let stored = numbers(source.part(&name, 0..module.inputs, 0..module.outputs)?);
+            for row in 0..module.outputs {
+                let column: Vec<f32> = stored[row..].iter().step_by(module.outputs).copied().collect();
+                call(row, &column);
+            }
+            return Ok(());
+        }
+        for first in (0..module.outputs).step_by(ROWS) {
+            let rows = first..module.outputs.min(first + ROWS);
+            let stored = numbers(source.part(&name, rows, 0..module.inputs)?);
+            stored.chunks_exact(module.inputs).enumerate().for_each(|(i, row)| call(first + i, row));
+        }
+        Ok(())
+    }
+
+    /// Rows of a table of an adapter that are not what the model has there, once both are converted: other ones, and all
+    /// beyond the model's own.
+    pub(super) fn differing(
+        &self,
+        file: &Values,
+        name: &str,
+        module: &Module,
+    ) -> Result<Vec<u32>, AdapterError> {
+        let (source, base) = (self.source()?, self.name(module));
+        let [rows, cols] = file.file.matrix_shape(name)?;
+        let shared = rows.min(module.outputs);
+        let numbers = |part: WeightPart<'_>| part.into_dense().to_f32();
+        let mut differing = Vec::new();
+        for first in (0..shared).step_by(ROWS) {
+            let rows = first..shared.min(first + ROWS);
+            let own = numbers(file.file.part(name, rows.clone(), 0..cols)?);
+            let bases = numbers(source.part(&base, rows.clone(), 0..cols)?);
+            let pairs = own.chunks_exact(cols).zip(bases.chunks_exact(cols));
+            let is_other = |(own, base): (&[f32], &[f32])| {
+                own.iter().zip(base).any(|(own, base)| self.model.rounded(*own) != self.model.rounded(*base))
+            };
+            differing.extend(rows.zip(pairs).filter(|(_, pair)| is_other(*pair)).map(|(row, _)| row as u32));
+        }
+        differing.extend(shared as u32..rows as u32);
+        Ok(differing)
     }
 }

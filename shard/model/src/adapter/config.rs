@@ -1,16 +1,23 @@
 //! `adapter_config.json`: which modules are changed, at which rank, by which scale.
 
 mod file;
+mod tables;
 
 use std::path::Path;
 
 use super::{
-    AdapterError, CONFIG_FILE, Module,
-    pattern::{LayerFilter, Patterns, Targets, pattern_values, saved_module},
+    AdapterError, CONFIG_FILE,
+    initial::Initial,
+    pattern::{LayerFilter, Patterns, Targets, pattern_values},
 };
-use crate::{Decoder, LoadError, files};
-use file::File;
+use crate::{
+    Decoder, LoadError,
+    decoder::{Kind, Module, Modules},
+    files,
+};
 pub(super) use file::OneOrMany;
+use file::{File, PeftType};
+pub(super) use tables::TokenRows;
 
 /// Longest configuration that is read.
 const MAX_CONFIG: u64 = 1 << 20;
@@ -30,13 +37,12 @@ pub(super) struct Target {
     pub(super) lora_rank: usize,
     /// What its delta is multiplied with.
     pub(super) scale: f32,
-}
-
-impl Target {
-    /// The site and slice of its module.
-    pub(super) fn place(&self) -> (usize, usize) {
-        self.module.place.unwrap_or_default()
-    }
+    /// It has a magnitude (DoRA).
+    pub(super) has_magnitude: bool,
+    /// B has a bias.
+    pub(super) has_bias: bool,
+    /// What was taken from its weight.
+    pub(super) initial: Option<Initial>,
 }
 
 impl AdapterConfig {
@@ -47,8 +53,9 @@ impl AdapterConfig {
         }
         let text = files::read(&path, MAX_CONFIG)?;
         let json = |source| LoadError::Json { path: path.clone(), source };
+        serde_json::from_slice::<PeftType>(&text).map_err(json)?.check()?;
         let file: File = serde_json::from_slice(&text).map_err(json)?;
-        file.check(model)?;
+        file.check()?;
         let patterns = Patterns::of(file.patterns());
         let targets = match &file.target_modules {
             Some(targets) => Targets::new(targets, patterns)?,
@@ -62,40 +69,73 @@ impl AdapterConfig {
         Ok(AdapterConfig { file, patterns, targets, excluded, layers })
     }
 
-    /// The modules that are changed, and how. `others` are the paths of the model's other modules, none of which can be.
-    pub(super) fn targets(&self, modules: &[Module], others: &[String]) -> Result<Vec<Target>, AdapterError> {
-        let paths = modules.iter().map(|module| &module.path).chain(others);
-        let paths: Vec<&str> = paths.map(String::as_str).collect();
-        let saved = self.file.modules_to_save.as_deref().unwrap_or_default();
-        if saved_module(saved, &paths, self.patterns)?.is_some() {
-            return file::refuse("modules_to_save", serde_json::json!(saved));
-        }
+    /// The modules that are changed, and how. `others` are the paths of what the model has besides: PEFT looks at them, too,
+    /// and none of them can be changed.
+    pub(super) fn targets(
+        &self,
+        modules: &Modules,
+        others: &[String],
+        is_tied: bool,
+    ) -> Result<Vec<Target>, AdapterError> {
         for other in others {
             if self.is_target(other, false)? {
                 return Err(AdapterError::Target(other.clone()));
             }
         }
+        let ties = self.ties_targets(is_tied)?;
         let mut targeted = Vec::new();
-        for module in modules {
-            if self.is_target(&module.path, true)? {
-                targeted.push(module);
+        for module in modules.iter() {
+            let is_table = matches!(module.kind, Kind::Lookup | Kind::Head);
+            let mut path = None;
+            for candidate in module.paths() {
+                if path.is_none() && self.is_target(candidate, module.kind == Kind::Linear)? {
+                    path = Some(candidate);
+                }
+            }
+            match path.or((is_table && ties).then_some(module.path.as_str())) {
+                Some(_) if module.place.is_none() => return Err(AdapterError::Target(module.path.clone())),
+                Some(path) => targeted.push((module, path)),
+                None => {}
             }
         }
         if targeted.is_empty() {
             return Err(AdapterError::NoTarget);
         }
-        let paths: Vec<&str> = targeted.iter().map(|module| module.path.as_str()).collect();
+        let paths: Vec<&str> = targeted.iter().map(|(_, path)| *path).collect();
         let lora_ranks = pattern_values("rank_pattern", &self.file.rank_pattern.0, &paths, self.patterns)?;
         let alphas = pattern_values("alpha_pattern", &self.file.alpha_pattern.0, &paths, self.patterns)?;
-        let target = |((module, lora_rank), alpha): ((&Module, Option<usize>), Option<f64>)| {
-            let lora_rank = lora_rank.unwrap_or(self.file.r);
-            Target {
-                module: module.clone(),
-                lora_rank,
-                scale: self.scale(alpha.unwrap_or(self.file.lora_alpha), lora_rank),
-            }
-        };
-        Ok(targeted.into_iter().zip(lora_ranks).zip(alphas).map(target).collect())
+        let values = lora_ranks.into_iter().zip(alphas);
+        targeted.into_iter().zip(values).map(|((module, _), values)| self.target(module, values)).collect()
+    }
+
+    /// How a module is changed, whose rank and alpha patterns may tell.
+    fn target(
+        &self,
+        module: &Module,
+        (lora_rank, alpha): (Option<usize>, Option<f64>),
+    ) -> Result<Target, AdapterError> {
+        let lora_rank = lora_rank.unwrap_or(self.file.r);
+        let initial = self.file.initial()?;
+        if let (Some(Initial::Olora), true) = (initial, module.transposed) {
+            return Err(AdapterError::Initialization("olora, of transposed weights,".into()));
+        }
+        let has_bias = self.file.lora_bias == Some(true);
+        if has_bias && module.kind == Kind::Lookup {
+            return file::refuse("lora_bias", "true, of an embedding table,");
+        }
+        Ok(Target {
+            module: module.clone(),
+            lora_rank,
+            scale: self.scale(alpha.unwrap_or(self.file.lora_alpha), lora_rank),
+            has_magnitude: self.file.use_dora == Some(true),
+            has_bias,
+            initial,
+        })
+    }
+
+    /// Whether biases of the model were trained.
+    pub(super) fn has_biases(&self) -> bool {
+        self.file.has_biases()
     }
 
     fn is_target(&self, path: &str, is_linear: bool) -> Result<bool, AdapterError> {

@@ -88,12 +88,12 @@ impl Targets {
         }
     }
 
-    /// Whether a module is one of these. `is_linear`: it is a projection, not one of the modules around them.
+    /// Whether a module is one of these. `is_linear`: it is a projection of a layer, not one of the modules around them.
     pub(super) fn matches(&self, path: &str, is_linear: bool) -> Result<bool, AdapterError> {
         match self {
             Targets::Names(names) => Ok(endings(path).any(|ending| names.contains(ending))),
             Targets::Pattern(pattern) => pattern.is_match(path),
-            Targets::AllLinear => Ok(is_linear && path != "lm_head"),
+            Targets::AllLinear => Ok(is_linear),
         }
     }
 }
@@ -168,20 +168,22 @@ pub(super) fn pattern_values<T: Copy>(
     Ok(values)
 }
 
-/// The first of some modules to save that the model has. PEFT would look for their weights in the adapter.
-pub(super) fn saved_module<'a>(
-    names: &'a [String],
-    paths: &[&str],
-    patterns: Patterns,
-) -> Result<Option<&'a String>, AdapterError> {
-    for name in names {
-        let pattern =
-            patterns.compile("modules_to_save", Around::Between(r"^(?:(?:^|.*\.)", r"(?:$|\..*))"), name)?;
-        for path in paths {
-            if path.ends_with(name.as_str()) || pattern.is_match(path)? {
-                return Ok(Some(name));
-            }
-        }
+/// Modules to save by one of their names.
+pub(super) struct Saved<'a> {
+    name: &'a str,
+    pattern: FieldPattern,
+}
+
+impl Patterns {
+    /// Which modules PEFT takes for a name among the modules to save.
+    pub(super) fn saved(self, name: &str) -> Result<Saved<'_>, AdapterError> {
+        let around = Around::Between(r"^(?:(?:^|.*\.)", r"(?:$|\..*))");
+        Ok(Saved { name, pattern: self.compile("modules_to_save", around, name)? })
     }
-    Ok(None)
+}
+
+impl Saved<'_> {
+    pub(super) fn matches(&self, path: &str) -> Result<bool, AdapterError> {
+        Ok(path.ends_with(self.name) || self.pattern.is_match(path)?)
+    }
 }

@@ -5,7 +5,7 @@
 use kernels::{Heads, LoraSite, NormSpan, SiteKind};
 
 use super::{
-    Attention, Decoder, Layer, NormSpec, Wiring,
+    ADDED_TOKENS, Attention, Decoder, Layer, NormSpec, Wiring,
     names::{Names, Part, QkvOrder, Stored},
 };
 
@@ -21,6 +21,8 @@ pub struct Module {
     pub(crate) part: Part,
     /// Its path in transformers' model, such as `model.layers.0.self_attn.q_proj`.
     pub path: String,
+    /// What older files and adapters call it, if they do.
+    pub(crate) older: Option<&'static str>,
     /// Its path in a GGUF file, such as `blk.0.attn_q`.
     pub ggml: String,
     /// The kind of its weight.
@@ -43,6 +45,16 @@ impl Module {
     /// Last part of its path.
     pub fn name(&self) -> &str {
         self.path.rsplit('.').next().unwrap_or_default()
+    }
+
+    /// What versions of transformers call it: its path, and an older one.
+    pub(crate) fn paths(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(self.path.as_str()).chain(self.older)
+    }
+
+    /// Whether its weight is a table of rows by token.
+    pub(crate) fn is_lookup(&self) -> bool {
+        self.kind == Kind::Lookup
     }
 
     /// Names of its tensors: Hugging Face's, and a GGUF file's.
@@ -148,11 +160,15 @@ impl Modules {
             let slice = module.place.map_or(0, |(_, slice)| slice);
             let (kind, inputs) = match module.kind {
                 // The table is `[tokens, hidden]`: its input is a token.
-                Kind::Lookup => (SiteKind::Lookup, module.outputs),
+                Kind::Lookup => (SiteKind::Lookup, module.outputs + ADDED_TOKENS),
                 Kind::Head => (SiteKind::Head, module.inputs),
                 _ => (SiteKind::Linear, module.inputs),
             };
-            let outputs = if module.kind == Kind::Lookup { module.inputs } else { module.outputs };
+            let outputs = match module.kind {
+                Kind::Lookup => module.inputs,
+                Kind::Head => module.outputs + ADDED_TOKENS,
+                _ => module.outputs,
+            };
             match sites.last_mut().filter(|_| slice > 0) {
                 Some(site) => site.outputs.push(outputs),
                 None => sites.push(LoraSite { kind, inputs, outputs: vec![outputs] }),
@@ -184,6 +200,7 @@ impl Table<'_> {
         let module = Module {
             layer,
             part,
+            older: self.names().renamed.iter().find(|(_, name)| *name == path).map(|(older, _)| *older),
             path,
             ggml: Names::ggml(layer, part),
             kind,

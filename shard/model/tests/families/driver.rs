@@ -93,7 +93,7 @@ impl Driver {
             ops.load(&mut slots, slot as u32, &staged, &model.site_weights()).unwrap();
         }
         assert_eq!(ops.loaded(&mut slots).unwrap().len(), adapters.len());
-        let sampler = ops.sampler(1, model.decoder().vocab).unwrap();
+        let sampler = ops.sampler(1, model.decoder().logit_columns()).unwrap();
         Driver { ops, model, slots, sampler, memory: None }
     }
 

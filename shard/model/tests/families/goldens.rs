@@ -8,17 +8,21 @@ use std::{
 use serde::Deserialize;
 use serde_json::Value;
 
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 pub(crate) struct Goldens {
     pub(crate) prompts: Vec<Vec<u32>>,
     pub(crate) cases: Vec<Case>,
     #[serde(default)]
     pub(crate) crossing: Vec<Crossing>,
+    #[serde(default)]
     pub(crate) sensitivity: Vec<Sensitivity>,
+    /// Adapters that are refused.
+    #[serde(default)]
+    pub(crate) refused: Vec<Refused>,
 }
 
 /// One prompt under one adapter.
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 pub(crate) struct Case {
     pub(crate) adapter: Option<String>,
     pub(crate) prompt: usize,
@@ -30,9 +34,13 @@ pub(crate) struct Case {
     /// What follows the prompt, chosen greedily.
     pub(crate) tokens: Vec<u32>,
     pub(crate) token_logprobs: Vec<f32>,
+    /// The most by which the adapter moves a log-probability of the prompt, of a kind of adapters.
+    pub(crate) moves: Option<f32>,
+    /// How far a reader is off that passes over what the kind is about.
+    pub(crate) ignored: Option<f32>,
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 pub(crate) struct Top {
     pub(crate) position: usize,
     pub(crate) ids: Vec<u32>,
@@ -40,7 +48,7 @@ pub(crate) struct Top {
 }
 
 /// A prompt within the original context, and greedy tokens that lead beyond it.
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 pub(crate) struct Crossing {
     pub(crate) ids: Vec<u32>,
     pub(crate) tokens: Vec<u32>,
@@ -48,11 +56,18 @@ pub(crate) struct Crossing {
 }
 
 /// By how much the reference differs with a feature switched off.
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 pub(crate) struct Sensitivity {
     pub(crate) feature: String,
     pub(crate) change: Value,
     pub(crate) most: f32,
+}
+
+/// An adapter that is refused, and the word that the refusal names.
+#[derive(Clone, Deserialize)]
+pub(crate) struct Refused {
+    pub(crate) adapter: String,
+    pub(crate) reason: String,
 }
 
 /// The folder of the fixture of that name.
@@ -62,6 +77,11 @@ pub(crate) fn folder(name: &str) -> PathBuf {
 
 impl Goldens {
     pub(crate) fn read(name: &str) -> Goldens {
-        serde_json::from_slice(&fs::read(folder(name).join("goldens.json")).unwrap()).unwrap()
+        Goldens::of(name, "goldens.json")
+    }
+
+    /// One of the files of a fixture.
+    pub(crate) fn of(name: &str, file: &str) -> Goldens {
+        serde_json::from_slice(&fs::read(folder(name).join(file)).unwrap()).unwrap()
     }
 }

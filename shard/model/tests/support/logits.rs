@@ -9,10 +9,13 @@ pub(crate) fn logits_of(ops: &CpuBackend, model: &Model<CpuBackend>, prompt: usi
     let mut device = ops.batch(host.rows(), host.blocks.len(), &model.spans()).unwrap();
     ops.upload(&host, &mut device).unwrap();
     let slots = ops.lora_slots(model.sites(), 1).unwrap();
-    let sampler = ops.sampler(1, model.decoder().vocab).unwrap();
+    let sampler = ops.sampler(1, model.decoder().logit_columns()).unwrap();
     let mut scratch = model.scratch(ops, host.rows(), 1).unwrap();
     let mut kv = model.kv_cache(ops, 1 + *host.blocks.iter().max().unwrap() as usize).unwrap();
     let pass = Pass { ops, batch: &device, slots: &slots, sampler: &sampler };
     model.forward(&pass, &mut scratch, &mut kv).unwrap();
-    ops.download(&scratch.logits).unwrap()
+    let mut logits = ops.download(&scratch.logits).unwrap();
+    let beyond = logits.split_off(model.decoder().vocab);
+    assert!(beyond.iter().all(|logit| *logit == f32::NEG_INFINITY), "tokens that only adapters have");
+    logits
 }

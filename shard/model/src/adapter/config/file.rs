@@ -6,7 +6,7 @@ use serde::{
 };
 use serde_json::{Map, Value};
 
-use crate::{Decoder, adapter::AdapterError, decoder::Modules};
+use crate::adapter::{AdapterError, initial::Initial};
 
 /// Fields of `LoraConfig` (PEFT 0.5 to 0.21) that have no say in the output, whatever their value is.
 const HARMLESS: [&str; 16] = [
@@ -14,16 +14,16 @@ const HARMLESS: [&str; 16] = [
     "base_model_name_or_path",
     // Of ways to initialize, which are over, or are refused by `init_lora_weights`.
     "corda_config",
-    // Has a say where embeddings are targeted, which is refused.
-    "ensure_weight_tying",
     "eva_config",
-    // PEFT turns it off for modules of the kind that a Llama has.
+    // PEFT sets it by the kind of a module: A and B have the same shapes either way.
     "fan_in_fan_out",
     "inference_mode",
     "loftq_config",
     "lora_dropout",
     "lora_ga_config",
     "megatron_core",
+    // Asked before.
+    "peft_type",
     "peft_version",
     "qalora_group_size",
     "revision",
@@ -35,6 +35,9 @@ const HARMLESS: [&str; 16] = [
 /// Others change the weights of the base model, too, when an adapter is loaded.
 const KEEPS_BASE: [(&str, bool); 5] =
     [("eva", false), ("gaussian", true), ("lora_ga", false), ("mica", true), ("orthogonal", false)];
+
+/// Ways to initialize that change the weights of the base model, and cannot be repeated here.
+const CHANGES_BASE: [&str; 3] = ["pissa", "corda", "loftq"];
 
 /// A map in the order of the file: PEFT takes the first pattern that matches.
 pub(super) struct Ordered<T>(pub(super) Vec<(String, T)>);
@@ -84,10 +87,25 @@ fn default_number<T: From<u8>>() -> T {
     T::from(8)
 }
 
+/// The kind of an adapter, which is asked first: the fields of others may have other types.
+#[derive(Deserialize)]
+pub(super) struct PeftType {
+    peft_type: Option<String>,
+}
+
+impl PeftType {
+    /// Refuses everything but LoRA.
+    pub(super) fn check(&self) -> Result<(), AdapterError> {
+        match self.peft_type.as_deref() {
+            Some("LORA") => Ok(()),
+            other => refuse("peft_type", other.unwrap_or("null")),
+        }
+    }
+}
+
 /// The fields that have a say. All others are in `rest`.
 #[derive(Deserialize)]
 pub(super) struct File {
-    peft_type: Option<String>,
     #[serde(default = "default_number")]
     pub(super) r: usize,
     #[serde(default = "default_number")]
@@ -102,6 +120,10 @@ pub(super) struct File {
     #[serde(default)]
     pub(super) alpha_pattern: Ordered<f64>,
     pub(super) use_rslora: Option<bool>,
+    pub(super) use_dora: Option<bool>,
+    pub(super) lora_bias: Option<bool>,
+    pub(super) ensure_weight_tying: Option<bool>,
+    pub(super) trainable_token_indices: Option<Value>,
     bias: Option<String>,
     init_lora_weights: Option<Value>,
     #[serde(flatten)]
@@ -123,10 +145,7 @@ impl File {
     }
 
     /// Refuses what would change the output in a way that is not served.
-    pub(super) fn check(&self, model: &Decoder) -> Result<(), AdapterError> {
-        if self.peft_type.as_deref() != Some("LORA") {
-            return refuse("peft_type", self.peft_type.as_deref().unwrap_or("null"));
-        }
+    pub(super) fn check(&self) -> Result<(), AdapterError> {
         if self.r == 0 || self.rank_pattern.0.iter().any(|(_, rank)| *rank == 0) {
             return Err(AdapterError::Field { field: "r", expected: "a positive integer" });
         }
@@ -134,25 +153,30 @@ impl File {
         if alphas.into_iter().any(|alpha| !alpha.is_finite()) {
             return Err(AdapterError::Field { field: "lora_alpha", expected: "a finite number" });
         }
-        // Biases of the base model that were trained. One without biases has none to train.
-        match self.bias.as_deref() {
-            None | Some("none") => {}
-            Some("all" | "lora_only") if !Modules::of(model).iter().any(|module| module.bias) => {}
-            Some(bias) => return refuse("bias", bias),
+        if !matches!(self.bias.as_deref(), None | Some("none" | "all" | "lora_only")) {
+            return refuse("bias", self.bias.as_deref().unwrap_or_default());
+        }
+        let plain = matches!(self.init_lora_weights, None | Some(Value::Bool(_)));
+        if self.lora_bias == Some(true) && (self.use_dora == Some(true) || !plain) {
+            return refuse("lora_bias", "true, with use_dora or a way to initialize,");
         }
         self.check_layers()?;
-        self.check_initialization()?;
+        self.initial()?;
         let refused = self.rest.iter().find(|(field, value)| {
             let is_empty = match value {
                 Value::Null | Value::Bool(false) => true,
-                // An empty list of tokens comes with tensors nevertheless.
-                Value::Array(items) => items.is_empty() && *field != "trainable_token_indices",
+                Value::Array(items) => items.is_empty(),
                 Value::Object(fields) => fields.is_empty(),
                 _ => false,
             };
             !is_empty && !HARMLESS.contains(&field.as_str())
         });
         refused.map_or(Ok(()), |(field, value)| refuse(field, value))
+    }
+
+    /// Whether biases of the model were trained.
+    pub(super) fn has_biases(&self) -> bool {
+        matches!(self.bias.as_deref(), Some("all" | "lora_only"))
     }
 
     /// PEFT takes the fields of layers only where it asks them.
@@ -179,20 +203,25 @@ impl File {
         Ok(())
     }
 
-    fn check_initialization(&self) -> Result<(), AdapterError> {
-        let Some(init) = &self.init_lora_weights else { return Ok(()) };
-        let keeps_base =
-            match init {
-                Value::Bool(_) => true,
-                Value::String(init) => KEEPS_BASE.iter().any(|(way, in_any_case)| {
-                    if *in_any_case { init.eq_ignore_ascii_case(way) } else { init == way }
-                }),
-                _ => false,
-            };
-        if keeps_base {
-            return Ok(());
+    /// What the way to initialize has taken from the weights of the model, if anything.
+    pub(super) fn initial(&self) -> Result<Option<Initial>, AdapterError> {
+        let Some(init) = &self.init_lora_weights else { return Ok(None) };
+        let Value::String(way) = init else {
+            return if init.is_boolean() { Ok(None) } else { refuse("init_lora_weights", init) };
+        };
+        let is_known = |(known, in_any_case): &(&str, bool)| {
+            if *in_any_case { way.eq_ignore_ascii_case(known) } else { way == known }
+        };
+        if KEEPS_BASE.iter().any(is_known) {
+            return Ok(None);
         }
-        refuse("init_lora_weights", init.as_str().map_or_else(|| init.to_string(), str::to_owned))
+        if way.eq_ignore_ascii_case("olora") {
+            return Ok(Some(Initial::Olora));
+        }
+        if CHANGES_BASE.iter().any(|changing| way.starts_with(changing)) {
+            return Err(AdapterError::Initialization(way.clone()));
+        }
+        refuse("init_lora_weights", way)
     }
 }
 

@@ -1,0 +1,308 @@
+//! What an adapter changes at one module of the model: found out from its configuration and the headers of its file,
+//! before memory is taken for it, and read when there is memory.
+
+use kernels::{HostTensor, LoraPart, LoraShape, LowRank};
+
+use super::{
+    AdapterError,
+    base::BaseWeights,
+    config::Target,
+    initial::{self, Initial},
+    names::{Role, Tensors},
+    rows::{Folded, Rows},
+    values::{Values, encoded, is_zero},
+};
+use crate::{
+    decoder::{Kind, Module},
+    load::{in_order, transposed},
+};
+
+/// A low-rank delta.
+pub(super) struct Delta {
+    pub(super) lora_rank: usize,
+    /// What it is multiplied with.
+    pub(super) scale: f32,
+    /// The tensor of A.
+    pub(super) a: String,
+    /// The tensor of B.
+    pub(super) b: String,
+    /// Rows of the weight or of the table.
+    outputs: usize,
+    /// The tensors are those of the output projection that is tied to this table: its B is A of the table, transposed.
+    is_crossed: bool,
+    /// What was taken from the base model's weight when the adapter was made.
+    initial: Option<Initial>,
+}
+
+impl Delta {
+    /// Shapes of A and B in the file.
+    fn shapes(&self, module: &Module) -> [[usize; 2]; 2] {
+        match module.kind {
+            Kind::Lookup => [[self.lora_rank, self.outputs], [module.inputs, self.lora_rank]],
+            _ => [[self.lora_rank, module.inputs], [self.outputs, self.lora_rank]],
+        }
+    }
+
+    /// Reads A and B.
+    pub(super) fn read(
+        &self,
+        module: &Module,
+        file: &Values,
+    ) -> Result<[HostTensor<'static>; 2], AdapterError> {
+        let shapes = self.shapes(module);
+        let read = |name: &str, [rows, cols]: [usize; 2]| match self.is_crossed {
+            false => file.matrix(name, [rows, cols]),
+            true => Ok(transposed(&file.matrix(name, [cols, rows])?)),
+        };
+        Ok([read(&self.a, shapes[0])?, read(&self.b, shapes[1])?])
+    }
+
+    /// The rank that is computed with.
+    fn rank(&self) -> usize {
+        if self.initial.is_some() { 2 * self.lora_rank } else { self.lora_rank }
+    }
+}
+
+/// What is changed at a module.
+pub(super) struct Change {
+    pub(super) module: Module,
+    pub(super) delta: Option<Delta>,
+    magnitude: Option<String>,
+    /// The bias of B.
+    delta_bias: Option<String>,
+    /// The bias that replaces the model's.
+    bias: Option<String>,
+    /// What trained biases of norms add to the module's input.
+    pub(super) shift: Option<Vec<f32>>,
+    rows: Option<Rows>,
+}
+
+impl Change {
+    /// No change.
+    pub(super) fn none(module: &Module) -> Change {
+        let module = module.clone();
+        Change { module, delta: None, magnitude: None, delta_bias: None, bias: None, shift: None, rows: None }
+    }
+
+    /// Takes the tensors of a delta. `outputs` are the rows that the adapter's weight has; `tied` is the output projection
+    /// whose delta is that of this table, too.
+    pub(super) fn add_delta(
+        &mut self,
+        target: &Target,
+        outputs: usize,
+        tied: Option<&Module>,
+        tensors: &mut Tensors,
+    ) -> Result<(), AdapterError> {
+        let module = &self.module;
+        if !target.scale.is_finite() {
+            return Err(AdapterError::ScaleTooLarge { module: module.path.clone() });
+        }
+        let (a, b) = match tied {
+            None => (tensors.expect(module, Role::A)?, tensors.expect(module, Role::B)?),
+            Some(head) => {
+                // They are the same tensors in PEFT, and those of the output are read last.
+                let _ = [Role::A, Role::B].map(|role| tensors.take(module, role));
+                (tensors.expect_shared(head, Role::B)?, tensors.expect_shared(head, Role::A)?)
+            }
+        };
+        let initial = target.initial.filter(|_| module.kind != Kind::Lookup);
+        let Target { lora_rank, scale, .. } = *target;
+        self.magnitude = target.has_magnitude.then(|| tensors.expect(module, Role::Magnitude)).transpose()?;
+        self.delta_bias = target.has_bias.then(|| tensors.expect(module, Role::DeltaBias)).transpose()?;
+        self.delta = Some(Delta { lora_rank, scale, a, b, outputs, is_crossed: tied.is_some(), initial });
+        Ok(())
+    }
+
+    /// Takes the tensor of a trained bias, if there is one.
+    pub(super) fn add_bias(&mut self, tensors: &mut Tensors) {
+        self.bias = if self.module.bias { tensors.take(&self.module, Role::Bias) } else { None };
+    }
+
+    /// Takes the rows that are others than the model's.
+    pub(super) fn add_rows(&mut self, rows: Option<Rows>) -> Result<(), AdapterError> {
+        self.rows = rows;
+        // The norms are those of the columns, over all rows.
+        if self.is_folded() && self.has_magnitude() && self.module.is_lookup() {
+            let value = format!("true, of {} with other rows than the model's,", self.module.path);
+            return Err(AdapterError::Unsupported { field: "use_dora".into(), value });
+        }
+        Ok(())
+    }
+
+    /// The tensor of the trained bias, if there is one, of which somebody else takes care.
+    pub(super) fn take_bias(&mut self) -> Option<String> {
+        self.bias.take()
+    }
+
+    /// Whether rows are replaced.
+    pub(super) fn has_rows(&self) -> bool {
+        self.rows.is_some()
+    }
+
+    /// Whether the delta becomes part of replaced rows.
+    fn is_folded(&self) -> bool {
+        self.rows.as_ref().is_some_and(|rows| rows.has_delta)
+    }
+
+    /// One more than the last token that can be looked up because of the rows.
+    pub(super) fn tokens(&self) -> usize {
+        self.rows.as_ref().filter(|_| self.module.is_lookup()).map_or(0, Rows::end)
+    }
+
+    /// Whether there is a magnitude.
+    pub(super) fn has_magnitude(&self) -> bool {
+        self.magnitude.is_some()
+    }
+
+    /// Its place and size; None if it is no change.
+    pub(super) fn shape(&self) -> Option<LoraShape> {
+        let (site, slice) = self.module.place?;
+        let delta = self.delta.as_ref().filter(|_| !self.is_folded());
+        let has_bias = self.delta_bias.is_some() || self.bias.is_some() || self.shift.is_some();
+        let rows = self.rows.as_ref().map_or(0, |rows| rows.count);
+        let has_magnitude = self.has_magnitude() && !self.is_folded();
+        let is_change = delta.is_some() || has_magnitude || has_bias || rows > 0;
+        let lora_rank = delta.map_or(0, Delta::rank);
+        is_change.then_some(LoraShape { site, slice, lora_rank, has_magnitude, has_bias, rows })
+    }
+
+    /// Bytes that its part takes, in a type.
+    pub(super) fn bytes(&self, size: usize) -> usize {
+        let Some(shape) = self.shape() else { return 0 };
+        let Module { inputs, outputs, .. } = self.module;
+        let vectors = usize::from(shape.has_bias) + usize::from(shape.has_magnitude);
+        (shape.lora_rank * (inputs + outputs) + shape.rows * inputs) * size
+            + vectors * outputs.max(inputs) * 4
+    }
+
+    /// Bytes that reading it takes beside those, which are free again afterwards.
+    pub(super) fn passing_bytes(&self, file: &Values) -> usize {
+        let of_delta = self.delta.as_ref().map_or(0, |delta| {
+            let read = file.passing_bytes(&delta.a).max(file.passing_bytes(&delta.b));
+            let Module { inputs, outputs, .. } = self.module;
+            // Both as f32, twice over, where they become part of rows; in f64 where they are computed.
+            let whole = self.is_folded() || delta.initial.is_some();
+            read + if whole { 16 * delta.lora_rank * (inputs + outputs.max(delta.outputs)) } else { 0 }
+        });
+        let ids = self.rows.as_ref().map_or(0, |rows| 64 * rows.count);
+        of_delta + ids
+    }
+
+    /// Reads what there is.
+    pub(super) fn read(
+        &self,
+        file: &Values,
+        base: &BaseWeights<'_>,
+    ) -> Result<Option<LoraPart>, AdapterError> {
+        let Some(LoraShape { site, slice, .. }) = self.shape() else { return Ok(None) };
+        let mut part = LoraPart { site, slice, low_rank: None, magnitude: None, bias: None, rows: None };
+        let outputs = self.delta.as_ref().map_or(self.module.outputs, |delta| delta.outputs);
+        let len = if self.module.kind == Kind::Lookup { self.module.inputs } else { outputs };
+        let magnitude = self.magnitude.as_ref().map(|name| file.vector(name, len)).transpose()?;
+        if let Some(rows) = &self.rows {
+            let folded = self.delta.as_ref().filter(|_| rows.has_delta);
+            let folded =
+                folded.map(|delta| Folded::read(&self.module, delta, magnitude.clone(), file)).transpose()?;
+            part.rows = Some(rows.read(file, folded.as_ref())?);
+        }
+        if !self.is_folded() {
+            part.magnitude = magnitude.map(|magnitude| self.ordered(magnitude));
+            part.low_rank = self.delta.as_ref().map(|delta| self.low_rank(delta, file, base)).transpose()?;
+        }
+        part.bias = self.read_bias(file, base)?.map(|bias| self.ordered(bias));
+        Ok(Some(part))
+    }
+
+    fn low_rank(
+        &self,
+        delta: &Delta,
+        file: &Values,
+        base: &BaseWeights<'_>,
+    ) -> Result<LowRank, AdapterError> {
+        let [mut a, mut b] = delta.read(&self.module, file)?;
+        if let Some(initial) = delta.initial {
+            (a, b) = initial::extended(initial, &self.module, [a, b], base)?;
+        }
+        if self.module.kind != Kind::Lookup {
+            b = in_order(b, self.module.order);
+        }
+        Ok(LowRank { rank: delta.rank(), scale: delta.scale, a, b })
+    }
+
+    /// What is added to the model's bias, in the order of the file.
+    fn read_bias(&self, file: &Values, base: &BaseWeights<'_>) -> Result<Option<Vec<f32>>, AdapterError> {
+        let module = &self.module;
+        let outputs = self.delta.as_ref().map_or(module.outputs, |delta| delta.outputs);
+        let mut sum: Option<Vec<f32>> = None;
+        let mut add = |values: Vec<f32>| match &mut sum {
+            None => sum = Some(values),
+            Some(sum) => sum.iter_mut().zip(values).for_each(|(sum, x)| *sum += x),
+        };
+        if let Some(shift) = &self.shift {
+            add(self.of_shift(shift, file, base)?);
+        }
+        if let (Some(name), Some(delta)) = (&self.delta_bias, &self.delta) {
+            add(file.vector(name, outputs)?.into_iter().map(|x| delta.scale * x).collect());
+        }
+        if let Some(name) = &self.bias {
+            let (own, bases) = (file.vector(name, module.outputs)?, base.bias(module)?);
+            add(own.iter().zip(bases).map(|(own, base)| own - base).collect());
+        }
+        Ok(sum)
+    }
+
+    /// What a change of the module's input by the same vector everywhere is behind the module.
+    fn of_shift(
+        &self,
+        shift: &[f32],
+        file: &Values,
+        base: &BaseWeights<'_>,
+    ) -> Result<Vec<f32>, AdapterError> {
+        let dot = |row: &[f32]| row.iter().zip(shift).map(|(x, y)| f64::from(x * y)).sum::<f64>() as f32;
+        let mut moved = vec![0.0; self.module.outputs];
+        base.each_row(&self.module, |i, row| moved[i] = dot(row))?;
+        if let Some(delta) = &self.delta {
+            let [a, b] = delta.read(&self.module, file)?.map(|tensor| tensor.to_f32());
+            let inner: Vec<f32> = a.chunks_exact(self.module.inputs).map(dot).collect();
+            for (moved, row) in moved.iter_mut().zip(b.chunks_exact(delta.lora_rank)) {
+                *moved += delta.scale * row.iter().zip(&inner).map(|(x, y)| x * y).sum::<f32>();
+            }
+        }
+        Ok(moved)
+    }
+
+    /// A vector over the outputs, as they are computed with.
+    fn ordered(&self, values: Vec<f32>) -> Vec<f32> {
+        match self.module.order.sources(values.len()) {
+            Some(sources) if self.module.kind != Kind::Lookup => {
+                sources.into_iter().map(|source| values[source]).collect()
+            }
+            _ => values,
+        }
+    }
+}
+
+/// Whether a part leaves the model as it is.
+pub(super) fn changes_nothing(part: &LoraPart) -> bool {
+    let is_null = |low_rank: &LowRank| low_rank.scale == 0.0 || is_zero(&low_rank.a) || is_zero(&low_rank.b);
+    part.rows.is_none()
+        && part.magnitude.is_none()
+        && part.low_rank.as_ref().is_none_or(is_null)
+        && part.bias.as_ref().is_none_or(|bias| bias.iter().all(|x| *x == 0.0))
+}
+
+/// The rows of two matrices, those of `more` last.
+pub(super) fn stacked(first: &HostTensor<'_>, more: &[f32]) -> HostTensor<'static> {
+    let more = encoded([more.len() / first.cols, first.cols], more, first.dtype);
+    let data = [&first.data[..], &more.data[..]].concat();
+    HostTensor { dtype: first.dtype, rows: first.rows + more.rows, cols: first.cols, data: data.into() }
+}
+
+/// The columns of two matrices of as many rows, those of `more` last.
+pub(super) fn beside(first: &HostTensor<'_>, more: &[f32]) -> HostTensor<'static> {
+    let more = encoded([first.rows, more.len() / first.rows], more, first.dtype);
+    let width = |tensor: &HostTensor<'_>| tensor.cols * tensor.dtype.size();
+    let rows = first.data.chunks_exact(width(first)).zip(more.data.chunks_exact(width(&more)));
+    let data: Vec<u8> = rows.flat_map(|(first, more)| first.iter().chain(more)).copied().collect();
+    HostTensor { dtype: first.dtype, rows: first.rows, cols: first.cols + more.cols, data: data.into() }
+}

@@ -1,0 +1,129 @@
+//! What PEFT calls the tensors of an adapter (`peft/utils/save_and_load.py`).
+
+use std::collections::HashMap;
+
+use super::AdapterError;
+use crate::{
+    decoder::{Module, Modules},
+    weights::tensor_file::TensorFile,
+};
+
+/// What PEFT puts in front of a module's path.
+pub(super) const PREFIX: &str = "base_model.model.";
+
+/// What a tensor is to its module.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum Role {
+    /// A of the low-rank delta.
+    A,
+    /// B of the low-rank delta.
+    B,
+    /// The bias of B.
+    DeltaBias,
+    /// The norms of the rows of the weight (DoRA).
+    Magnitude,
+    /// All of the weight: it was trained, or is a copy of the base model's.
+    Table,
+    /// The bias, which was trained.
+    Bias,
+    /// Rows of some tokens, which were trained.
+    Tokens,
+}
+
+impl Role {
+    /// The end of a tensor's name.
+    fn ending(self, is_lookup: bool) -> &'static str {
+        match self {
+            Role::A if is_lookup => "lora_embedding_A",
+            Role::A => "lora_A.weight",
+            Role::B if is_lookup => "lora_embedding_B",
+            Role::B => "lora_B.weight",
+            Role::DeltaBias => "lora_B.bias",
+            Role::Magnitude => "lora_magnitude_vector",
+            Role::Table => "weight",
+            Role::Bias => "bias",
+            Role::Tokens => "token_adapter.trainable_tokens_delta",
+        }
+    }
+}
+
+/// The path of a tensor's module, and what it is to it.
+fn place(name: &str) -> Option<(&str, Role)> {
+    let name = name.strip_prefix(PREFIX)?;
+    let (rest, kind) = match name.rsplit_once('.') {
+        Some((rest, kind @ ("weight" | "bias"))) => (rest, kind),
+        _ => (name, ""),
+    };
+    // Checkpoints of a training run keep the adapter's name.
+    let rest = rest.strip_suffix(".default").unwrap_or(rest);
+    let (module, part) = rest.rsplit_once('.').unwrap_or(("", rest));
+    Some(match (part, kind) {
+        ("lora_A", "weight") | ("lora_embedding_A", "") => (module, Role::A),
+        ("lora_B", "weight") | ("lora_embedding_B", "") => (module, Role::B),
+        ("lora_B", "bias") => (module, Role::DeltaBias),
+        ("lora_magnitude_vector", "weight" | "") => (module, Role::Magnitude),
+        ("trainable_tokens_delta", "") => (module.strip_suffix(".token_adapter")?, Role::Tokens),
+        ("base_layer", "weight") => (module.strip_suffix(".token_adapter").unwrap_or(module), Role::Table),
+        ("base_layer", "bias") => (module, Role::Bias),
+        (_, "weight") => (rest, Role::Table),
+        (_, "bias") => (rest, Role::Bias),
+        _ => return None,
+    })
+}
+
+/// The tensors of a file that nobody has asked for yet, by their places.
+pub(super) struct Tensors {
+    by_place: HashMap<(String, Role), String>,
+    /// Those that were asked for, and may be again.
+    shared: HashMap<(String, Role), String>,
+    /// The first tensor that has no place.
+    unknown: Option<String>,
+}
+
+impl Tensors {
+    /// Sorts a file's tensors by the modules of a model. Errors: there are none that have to do with it.
+    pub(super) fn of(file: &TensorFile, modules: &Modules) -> Result<Tensors, AdapterError> {
+        let paths: HashMap<&str, &Module> =
+            modules.iter().flat_map(|module| module.paths().map(move |path| (path, module))).collect();
+        let mut tensors = Tensors { by_place: HashMap::new(), shared: HashMap::new(), unknown: None };
+        // They are sorted: of several faults, the same one is reported every time.
+        for name in file.names() {
+            let found = place(name).and_then(|(path, role)| Some((paths.get(path)?.path.clone(), role)));
+            let twice = found.is_some_and(|at| tensors.by_place.insert(at, name.into()).is_some());
+            if twice || place(name).is_none_or(|(path, _)| !paths.contains_key(path)) {
+                tensors.unknown.get_or_insert_with(|| name.into());
+            }
+        }
+        if tensors.by_place.is_empty() { Err(AdapterError::NoTensor) } else { Ok(tensors) }
+    }
+
+    /// The tensor of a place, which is then known.
+    pub(super) fn take(&mut self, module: &Module, role: Role) -> Option<String> {
+        self.by_place.remove(&(module.path.clone(), role))
+    }
+
+    /// The tensor of a place that there must be, and that others may ask for, too.
+    pub(super) fn expect_shared(&mut self, module: &Module, role: Role) -> Result<String, AdapterError> {
+        let name = self.expect(module, role)?;
+        self.shared.insert((module.path.clone(), role), name.clone());
+        Ok(name)
+    }
+
+    /// The tensor of a place that there must be.
+    pub(super) fn expect(&mut self, module: &Module, role: Role) -> Result<String, AdapterError> {
+        let missing = || {
+            let ending = role.ending(module.is_lookup());
+            AdapterError::MissingTensor(format!("{PREFIX}{}.{ending}", module.path))
+        };
+        let shared = self.shared.get(&(module.path.clone(), role)).cloned();
+        self.take(module, role).or(shared).ok_or_else(missing)
+    }
+
+    /// Refuses a tensor that nobody has asked for.
+    pub(super) fn expect_no_others(self) -> Result<(), AdapterError> {
+        match self.by_place.into_values().chain(self.unknown).min() {
+            Some(name) => Err(AdapterError::UnknownTensor(name)),
+            None => Ok(()),
+        }
+    }
+}

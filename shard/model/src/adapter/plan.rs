@@ -1,0 +1,152 @@
+//! Which modules an adapter's configuration speaks of, and what its file has for each of them.
+
+use super::{
+    AdapterError, BaseModel,
+    base::BaseWeights,
+    change::Change,
+    config::{AdapterConfig, Target, TokenRows},
+    names::{Role, Tensors},
+    norms,
+    rows::{Rows, Sources},
+    values::Values,
+};
+use crate::{
+    Decoder,
+    decoder::{Module, Modules, Part},
+};
+
+/// What a configuration asks for.
+pub(super) struct Plan {
+    modules: Modules,
+    is_tied: bool,
+    targets: Vec<Target>,
+    /// The deltas of both tables are one.
+    ties_deltas: bool,
+    /// Tables whose whole weights were trained.
+    saved: Vec<Part>,
+    tokens: Vec<TokenRows>,
+    has_biases: bool,
+}
+
+/// Paths of what PEFT looks at and has no weights of its own.
+fn other_paths(decoder: &Decoder) -> Vec<String> {
+    let names = &decoder.names;
+    let (outer, inner) = names.others;
+    let in_layers = (0..decoder.layers.len()).flat_map(|i| {
+        inner.iter().map(move |path| match *path {
+            "" => format!("{}.{i}", names.layers),
+            path => format!("{}.{i}.{path}", names.layers),
+        })
+    });
+    outer.iter().map(|path| (*path).to_owned()).chain(in_layers).collect()
+}
+
+impl Plan {
+    pub(super) fn of(config: &AdapterConfig, model: &BaseModel) -> Result<Plan, AdapterError> {
+        let (modules, others) = (Modules::of(&model.decoder), other_paths(&model.decoder));
+        let is_tied = model.decoder.head.tied;
+        let saved = config.saved(&modules, &others, is_tied)?;
+        let targets = config.targets(&modules, &others, is_tied)?;
+        let tokens = config.token_rows(&modules, is_tied)?;
+        let clash = |part: &Part| {
+            let is_target = targets.iter().any(|target| target.module.part == *part);
+            let has_tokens = tokens.iter().any(|rows| rows.part == *part);
+            usize::from(is_target) + usize::from(has_tokens) + usize::from(saved.contains(part)) > 1
+        };
+        if let Some(part) = [Part::Embed, Part::Head].into_iter().find(clash) {
+            let fields = "target_modules, modules_to_save, trainable_token_indices".into();
+            let value = format!("{}, in more than one of them,", model.decoder.names.path(None, part));
+            return Err(AdapterError::Unsupported { field: fields, value });
+        }
+        let (ties_deltas, has_biases) = (config.ties_targets(is_tied)?, config.has_biases());
+        Ok(Plan { modules, is_tied, targets, ties_deltas, saved, tokens, has_biases })
+    }
+
+    /// What the adapter changes, by module in the order of the table of modules.
+    pub(super) fn changes(
+        &self,
+        values: &Values,
+        base: &BaseWeights<'_>,
+    ) -> Result<Vec<Change>, AdapterError> {
+        let mut tensors = Tensors::of(&values.file, &self.modules)?;
+        let tables = self.tables(&mut tensors)?;
+        let mut targets = self.targets.iter().peekable();
+        let mut changes = Vec::new();
+        for module in self.modules.iter() {
+            let mut change = Change::none(module);
+            let target = targets.next_if(|target| target.module == *module);
+            let table = tables.iter().find(|(part, _)| *part == module.part).map(|(_, name)| name.clone());
+            let outputs = match &table {
+                Some(name) => values.file.matrix_shape(name)?[0],
+                None => module.outputs,
+            };
+            if let Some(target) = target {
+                let tied =
+                    self.modules.find(None, Part::Head).filter(|_| self.ties_deltas && module.is_lookup());
+                change.add_delta(target, outputs, tied, &mut tensors)?;
+            }
+            if matches!(module.part, Part::Embed | Part::Head) {
+                let tokens = self.token_rows(module, &mut tensors)?;
+                let limit = self.limit(module);
+                let from = Sources { table, tokens, has_delta: target.is_some(), limit };
+                change.add_rows(Rows::find(module, from, values, base)?)?;
+            }
+            if self.has_biases || self.saved.contains(&module.part) {
+                change.add_bias(&mut tensors);
+            }
+            changes.push(change);
+        }
+        if self.has_biases {
+            norms::spread(&mut changes, &base.model.decoder, values, base)?;
+        }
+        tensors.expect_no_others()?;
+        Ok(changes)
+    }
+
+    /// The tensors that are whole tables, by the table that they replace.
+    fn tables(&self, tensors: &mut Tensors) -> Result<Vec<(Part, String)>, AdapterError> {
+        let found = [Part::Embed, Part::Head].map(|part| {
+            let module = self.modules.find(None, part)?;
+            Some((module, tensors.take(module, Role::Table)))
+        });
+        let [embed, head] = &found;
+        let own = |side: &Option<(&Module, Option<String>)>| side.as_ref().and_then(|(_, name)| name.clone());
+        let mut tables = Vec::new();
+        for (side, other) in [(embed, head), (head, embed)] {
+            let (Some((module, name)), Some((sibling, _))) = (side, other) else { continue };
+            let is_saved = self.saved.contains(&module.part);
+            // Where the tables are one, a copy of either is one of both. One that was trained alone is not: PEFT makes it another.
+            let is_shared = self.is_tied
+                && match (is_saved, self.saved.contains(&sibling.part)) {
+                    (true, true) => module.part == Part::Head,
+                    (false, false) => true,
+                    _ => false,
+                };
+            let name = name.clone().or_else(|| own(other).filter(|_| is_shared));
+            match name {
+                Some(name) => tables.push((module.part, name)),
+                None if is_saved => drop(tensors.expect(module, Role::Table)?),
+                None => {}
+            }
+        }
+        Ok(tables)
+    }
+
+    /// The tensor of some tokens' rows of a table, and the tokens.
+    fn token_rows(
+        &self,
+        module: &Module,
+        tensors: &mut Tensors,
+    ) -> Result<Option<(String, Vec<u32>)>, AdapterError> {
+        let Some(rows) = self.tokens.iter().find(|rows| rows.part == module.part) else { return Ok(None) };
+        let of = self.modules.find(None, rows.of).unwrap_or(module);
+        Ok(Some((tensors.expect_shared(of, Role::Tokens)?, rows.tokens.clone())))
+    }
+
+    /// Rows that there is room for in a table.
+    fn limit(&self, module: &Module) -> usize {
+        let sites = self.modules.sites();
+        let Some(site) = module.place.and_then(|(site, _)| sites.get(site)) else { return 0 };
+        if module.is_lookup() { site.inputs } else { site.outputs[0] }
+    }
+}

@@ -1,0 +1,164 @@
+//! Rows of the embedding table or of the output projection that an adapter brings along: whole tables that were trained
+//! (`modules_to_save`), tables that PEFT has copied because the vocabulary was resized, and rows of some tokens
+//! (`trainable_token_indices`).
+
+use std::collections::HashMap;
+
+use kernels::{HostTensor, ReplacedRows};
+
+use super::{
+    AdapterError,
+    base::{BaseWeights, ROWS},
+    change::Delta,
+    values::{Values, encode},
+};
+use crate::{decoder::Module, load::transposed};
+
+/// Which rows there are.
+pub(super) struct Rows {
+    /// Which rows are others than the model's, ascending; None: all of the table, and there are no others.
+    ids: Option<Vec<u32>>,
+    /// Number of rows.
+    pub(super) count: usize,
+    /// The tensor that is the whole weight.
+    table: Option<String>,
+    /// The tensor of some tokens' rows, and the tokens in its order.
+    tokens: Option<(String, Vec<u32>)>,
+    /// The module has a delta, too: it is added to the rows, since a row of a slot is not changed any further.
+    pub(super) has_delta: bool,
+}
+
+/// Where the rows of a module come from.
+pub(super) struct Sources {
+    /// The tensor that is the whole weight.
+    pub(super) table: Option<String>,
+    /// The tensor of some tokens' rows, and the tokens in its order.
+    pub(super) tokens: Option<(String, Vec<u32>)>,
+    /// Whether there is a delta, too.
+    pub(super) has_delta: bool,
+    /// Most rows that there is room for.
+    pub(super) limit: usize,
+}
+
+impl Rows {
+    /// Compares what an adapter brings with the model; None if it is the same.
+    pub(super) fn find(
+        module: &Module,
+        from: Sources,
+        file: &Values,
+        base: &BaseWeights<'_>,
+    ) -> Result<Option<Rows>, AdapterError> {
+        let Sources { table, tokens, has_delta, limit } = from;
+        let mut ids = Vec::new();
+        let mut all = module.outputs;
+        if let Some(name) = &table {
+            let [rows, cols] = file.file.matrix_shape(name)?;
+            if cols != module.inputs || rows == 0 {
+                file.expect_shape(name, &[module.outputs, module.inputs])?;
+            }
+            if rows > limit {
+                return Err(AdapterError::TooManyTokens { name: name.clone(), rows, limit });
+            }
+            ids = base.differing(file, name, module)?;
+            all = rows;
+        }
+        if let Some((name, tokens)) = &tokens {
+            file.expect_shape(name, &[tokens.len(), module.inputs])?;
+            ids.extend(tokens);
+        }
+        ids.sort_unstable();
+        ids.dedup();
+        // Tokens that the adapter's vocabulary lacks must have no logits. Nobody looks them up.
+        let is_short = all < module.outputs && !module.is_lookup();
+        if ids.is_empty() && !is_short {
+            return Ok(None);
+        }
+        if let Some(name) = table.as_ref().filter(|_| is_short || has_delta) {
+            ids = (0..file.file.matrix_shape(name)?[0] as u32).collect();
+        }
+        let count = ids.len();
+        let ids = (!is_short && count < all.max(module.outputs)).then_some(ids);
+        Ok(Some(Rows { ids, count, table, tokens, has_delta }))
+    }
+
+    /// One more than the number of the last row.
+    pub(super) fn end(&self) -> usize {
+        match &self.ids {
+            Some(ids) => ids.last().map_or(0, |id| *id as usize + 1),
+            None => self.count,
+        }
+    }
+
+    /// Reads the rows.
+    pub(super) fn read(&self, file: &Values, delta: Option<&Folded>) -> Result<ReplacedRows, AdapterError> {
+        let ids: Vec<u32> = self.ids.clone().unwrap_or_else(|| (0..self.count as u32).collect());
+        let own: HashMap<u32, usize> =
+            self.tokens.iter().flat_map(|(_, tokens)| tokens.iter().copied().zip(0..)).collect();
+        let (mut data, mut cols, mut rest) = (Vec::new(), 0, &ids[..]);
+        while let Some(&first) = rest.first() {
+            // Rows of the table that follow each other are read at once.
+            let run = rest.iter().zip(first..).take(ROWS);
+            let run = run.take_while(|(id, next)| **id == *next && !own.contains_key(id)).count();
+            let mut rows = match (own.get(&first), &self.tokens, &self.table) {
+                (Some(&at), Some((name, _)), _) => file.rows(name, at..at + 1)?,
+                (_, _, Some(name)) => file.rows(name, first as usize..first as usize + run)?,
+                (_, _, None) => return Err(AdapterError::NoTensor),
+            };
+            if let Some(delta) = delta {
+                rows = delta.add(first as usize, &rows);
+            }
+            cols = rows.cols;
+            data.extend_from_slice(&rows.data);
+            rest = &rest[rows.rows..];
+        }
+        let values = HostTensor { dtype: file.dtype, rows: ids.len(), cols, data: data.into() };
+        Ok(ReplacedRows { ids: self.ids.clone(), values })
+    }
+}
+
+/// A delta, and a magnitude, that become part of rows.
+pub(super) struct Folded {
+    scale: f32,
+    lora_rank: usize,
+    /// One vector of `lora_rank` for each row.
+    by_row: Vec<f32>,
+    /// `[lora_rank, columns]`.
+    across: Vec<f32>,
+    magnitude: Option<Vec<f32>>,
+}
+
+impl Folded {
+    /// Reads the delta of a table of so many rows.
+    pub(super) fn read(
+        module: &Module,
+        delta: &Delta,
+        magnitude: Option<Vec<f32>>,
+        file: &Values,
+    ) -> Result<Folded, AdapterError> {
+        let [a, b] = delta.read(module, file)?;
+        let (by_row, across) = match module.is_lookup() {
+            true => (transposed(&a), transposed(&b)),
+            false => (b, a),
+        };
+        let (by_row, across) = (by_row.to_f32(), across.to_f32());
+        Ok(Folded { scale: delta.scale, lora_rank: delta.lora_rank, by_row, across, magnitude })
+    }
+
+    /// The rows from `first` on with the delta, rounded as they are stored.
+    fn add(&self, first: usize, rows: &HostTensor<'_>) -> HostTensor<'static> {
+        let mut values = rows.to_f32();
+        for (i, row) in values.chunks_exact_mut(rows.cols).enumerate() {
+            let factors = &self.by_row[(first + i) * self.lora_rank..][..self.lora_rank];
+            for (factor, across) in factors.iter().zip(self.across.chunks_exact(rows.cols)) {
+                row.iter_mut().zip(across).for_each(|(x, y)| *x += self.scale * factor * y);
+            }
+            if let Some(magnitude) = &self.magnitude {
+                let norm = row.iter().map(|x| x * x).sum::<f32>().sqrt();
+                row.iter_mut().for_each(|x| *x *= magnitude[first + i] / norm);
+            }
+        }
+        let mut data = Vec::with_capacity(rows.data.len());
+        encode(&values, rows.dtype, &mut data);
+        HostTensor { dtype: rows.dtype, rows: rows.rows, cols: rows.cols, data: data.into() }
+    }
+}
