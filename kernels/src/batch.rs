@@ -1,18 +1,18 @@
-//! The index data of one step: which rows there are, where their keys and values go, which rows share an adapter.
+//! The index data of one step: its rows, where their keys and values are stored, and which rows share an adapter.
 
 use crate::{Error, Result};
 
-/// Token positions in one block of KV memory.
+/// The number of token positions of one KV block.
 pub const BLOCK_SIZE: usize = 16;
 
-/// A run of consecutive rows that use the adapter in one slot.
+/// Consecutive rows that use the same adapter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Segment {
     /// First row.
     pub start: u32,
     /// One past the last row.
     pub end: u32,
-    /// The slot whose adapter these rows use.
+    /// The slot of the adapter.
     pub slot: u32,
 }
 
@@ -21,52 +21,55 @@ pub struct Segment {
 pub struct SequenceRows {
     /// First row of the sequence in this step.
     pub start: u32,
-    /// Number of its rows: 1 for decode, the chunk for prefill.
+    /// The number of its rows: 1 for decode, the size of the chunk for prefill.
     pub rows: u32,
-    /// Tokens of the sequence in KV memory once this step's rows are stored; its last row attends to all of them.
+    /// The number of the sequence's tokens in the KV cache once this step's rows are stored. Its last row attends to
+    /// all of them.
     pub kv_len: u32,
-    /// Where its block table begins in [`Batch::blocks`].
+    /// The index in [`Batch::blocks`] at which its block table begins.
     pub first_block: u32,
 }
 
-/// One step's rows. Sequences follow each other without gaps: sequence i's rows end where those of i + 1 begin.
+/// The rows of one step. Sequences follow each other without gaps: the rows of sequence i end where those of i + 1
+/// begin.
 #[derive(Debug, Clone, Default)]
 pub struct Batch {
-    /// Token id of every row. A negative value `-1 - seat` stands for the id sampled last at that seat, which the
-    /// host does not know yet.
+    /// The token id of every row. A negative value `-1 - seat` stands for the token that was sampled last at that seat,
+    /// which the host does not know yet.
     pub tokens: Vec<i32>,
-    /// Position of every row in its sequence, from 0.
+    /// The position of every row in its sequence, from 0.
     pub positions: Vec<u32>,
-    /// For every row, the number of tokens that the rotary scaling goes by ([`crate::Stretch`]): those of its sequence
-    /// when it began to run, or up to this row if that is more. Empty where no scaling depends on it.
+    /// For every row, the length by which rotary frequencies are scaled ([`crate::Stretch`]): the number of tokens of
+    /// its sequence when it began to run, or the number up to this row if that is more. Empty if no scaling depends on
+    /// it.
     pub lengths: Vec<u32>,
-    /// Where every row's key and value are stored: `block * BLOCK_SIZE + offset`.
+    /// The place where every row's key and value are stored: `block * BLOCK_SIZE + offset`.
     pub store_at: Vec<u32>,
     /// The sequences, in row order.
     pub sequences: Vec<SequenceRows>,
-    /// Block tables of all sequences, one after the other.
+    /// The block tables of all sequences, one after the other.
     pub blocks: Vec<u32>,
-    /// Runs of rows with an adapter, ascending and disjoint. Rows of the base model are in none.
+    /// The segments of rows with an adapter, ascending and disjoint. Rows of the base model are in none.
     pub segments: Vec<Segment>,
-    /// Rows whose logits are wanted, ascending.
+    /// The rows whose logits are computed, ascending.
     pub logit_rows: Vec<u32>,
-    /// As `segments`, in terms of indices into `logit_rows`.
+    /// As `segments`, but with indices into `logit_rows`.
     pub logit_segments: Vec<Segment>,
 }
 
 impl Batch {
-    /// Number of rows.
+    /// The number of rows.
     pub fn rows(&self) -> usize {
         self.tokens.len()
     }
 
-    /// The number of tokens that the rotary scaling of row i goes by.
+    /// The length by which the rotary frequencies of row i are scaled.
     pub fn length(&self, i: usize) -> u32 {
         self.lengths.get(i).copied().unwrap_or(self.positions[i] + 1)
     }
 
-    /// Refuses indices that contradict each other, and two sequences that store into the same block: kernels may store
-    /// the rows of different blocks at the same time. Whether indices fit a device's memory is checked where they are used.
+    /// Refuses indices that contradict each other, and sequences that store into the same block, because kernels store
+    /// the rows of different blocks at the same time. Operations check whether indices fit the device's memory.
     pub fn check(&self) -> Result<()> {
         let op = "upload";
         let rows = self.rows();
@@ -110,7 +113,7 @@ impl Batch {
         }
     }
 
-    /// Every run of rows that a sequence stores into one block has that block for itself.
+    /// Checks that no block is stored into by more than one run of rows.
     fn check_stores(&self) -> Result<()> {
         let block = |row: u32| self.store_at[row as usize] / BLOCK_SIZE as u32;
         let mut blocks: Vec<u32> = Vec::with_capacity(self.sequences.len() + self.rows() / BLOCK_SIZE);
@@ -143,11 +146,11 @@ fn check_segments(segments: &[Segment], rows: usize) -> Result<()> {
     Ok(())
 }
 
-/// Which rows of a step a matrix holds.
+/// The rows of a step that a matrix has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RowSet {
     /// All rows.
     All,
-    /// [`Batch::logit_rows`] only.
+    /// Only [`Batch::logit_rows`].
     Logits,
 }

@@ -1,8 +1,9 @@
-//! What becomes of products, for devices that do not fuse it: every [`Output`] as a sequence of simpler operations.
+//! The default of [`Ops::linear`](crate::Ops::linear): every [`Output`] as a sequence of simpler operations, for
+//! devices that do not fuse it.
 
 use crate::{Ops, Output, Projection, Residual, Result};
 
-/// [`Ops::linear`](crate::Ops::linear), one operation after the other.
+/// Computes [`Ops::linear`](crate::Ops::linear) one operation after the other.
 pub fn linear<B: Ops>(be: &B, x: &B::Mat, by: Projection<'_, B>, out: Output<'_, B>) -> Result<()> {
     match out {
         Output::Store(y) => be.matmul(x, by, y),
@@ -19,7 +20,7 @@ pub fn linear<B: Ops>(be: &B, x: &B::Mat, by: Projection<'_, B>, out: Output<'_,
     }
 }
 
-/// Whether products can be added to the residual stream as they come: nothing is done to their sum first.
+/// Whether products can be added to the residual stream directly, because nothing else is done with them first.
 pub fn adds_directly<B: Ops>(be: &B, by: &Projection<'_, B>, to: &Residual<'_, B>) -> bool {
     let scales = by.lora.as_ref().is_some_and(|lora| be.scales(lora));
     to.post.is_none() && to.scale == 1.0 && be.ranks() == 1 && !scales

@@ -1,8 +1,7 @@
-//! Fused operations on row-major matrices, for every device that a model can run on.
+//! The operations of a forward pass on row-major matrices, for every device that a model can run on.
 //!
-//! A [`Backend`] offers exactly the operations that one would write a kernel for; a model is a sequence of them.
-//! This crate knows matrices, index arrays and block tables. It has never heard of a layer, a model, the name of an
-//! adapter, or a request.
+//! A [`Backend`] has the operations for which kernels are written, and a model is a sequence of them. This crate knows
+//! matrices, index arrays and block tables. It knows nothing of layers, models, names of adapters, or requests.
 
 mod backend;
 mod batch;
@@ -18,7 +17,7 @@ mod sampling;
 mod tensor;
 pub mod testing;
 
-/// The traits of a backend, for whoever calls one by its name.
+/// The traits of a backend, whose methods code needs that uses a backend by its name.
 pub mod prelude {
     pub use crate::{Adapters, Backend, Memory, Ops, Sampling};
 }

@@ -1,36 +1,36 @@
-//! What adapters change, as the backends see it: sites that they attach to, and the parts that they are made of.
+//! Adapters as backends see them: the sites that they attach to, and the parts that they consist of.
 
 use std::ops::Range;
 
 use crate::{DType, Error, HostTensor, Result};
 
-/// One operation that adapters can attach to. A fused projection (q, k, v or gate, up) is one site with several slices:
-/// all slices read the same input, each writes its own range of the output.
+/// One operation that adapters can attach to. A fused projection (q k v, or gate and up) is one site with several
+/// slices. All slices read the same input, and each writes its own columns of the output.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LoraSite {
-    /// What the operation is.
+    /// The kind of the operation.
     pub kind: SiteKind,
-    /// Width of the input. Of a [`SiteKind::Lookup`]: the tokens that an adapter may have rows for, at least those of the
-    /// base table.
+    /// The width of the input. For a [`SiteKind::Lookup`], it is the number of tokens that an adapter may have rows
+    /// for, at least as many as the base table has.
     pub inputs: usize,
-    /// Width of each slice of the output, in order. Of a [`SiteKind::Head`]: the columns of the logits, at least as many
-    /// as the base weight has rows. The columns beyond are room for tokens that only an adapter knows.
+    /// The width of each slice of the output, in order. For a [`SiteKind::Head`], it is the number of columns of the
+    /// logits, at least as many as the base weight has rows. Further columns are for tokens that only an adapter has.
     pub outputs: Vec<usize>,
 }
 
-/// What a site's operation does with its weight.
+/// The kind of a site's operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SiteKind {
-    /// A product with a projection inside of a layer.
+    /// A projection of a layer.
     Linear,
-    /// A product with the output projection, whose rows an adapter may replace.
+    /// The output projection, whose rows an adapter may replace.
     Head,
-    /// The embedding table: the input is a token. An adapter may replace its rows.
+    /// The embedding table, which is indexed by token and whose rows an adapter may replace.
     Lookup,
 }
 
 impl LoraSite {
-    /// A projection inside of a layer.
+    /// The site of a projection of a layer.
     pub fn linear(inputs: usize, outputs: &[usize]) -> LoraSite {
         LoraSite { kind: SiteKind::Linear, inputs, outputs: outputs.to_vec() }
     }
@@ -42,15 +42,15 @@ impl LoraSite {
     }
 }
 
-/// What an adapter changes at one slice of one site.
+/// The change that an adapter makes at one slice of one site.
 ///
 /// Semantics, for W, the slice's rows of the base weight, or what [`Self::rows`] makes of it:
-/// `y = gain ∘ (x · Wᵀ + scale · x · Aᵀ · Bᵀ) + base bias + bias`, where `gain = magnitude / ‖W + scale · B · A‖`, with the
-/// norm of each row, or 1 without a magnitude (DoRA: Liu et al., 2024). For a [`SiteKind::Lookup`], x is the unit vector of
-/// the token and W the transposed table: `y = gain ∘ (table[token] + scale · Aᵀ[token] · Bᵀ) + bias`, where the norms are
-/// those of the table's columns.
+/// `y = gain ∘ (x · Wᵀ + scale · x · Aᵀ · Bᵀ) + base bias + bias`. With a magnitude (DoRA: Liu et al., 2024)
+/// `gain = magnitude / ‖W + scale · B · A‖`, with the norm of each row; otherwise it is 1. For a [`SiteKind::Lookup`], x
+/// is the unit vector of the token and W the transposed table:
+/// `y = gain ∘ (table[token] + scale · Aᵀ[token] · Bᵀ) + bias`, where the norms are those of the table's columns.
 ///
-/// Rows stand for themselves: a part that has some has neither a low-rank delta nor a magnitude.
+/// A part that has rows has neither a low-rank delta nor a magnitude.
 #[derive(Debug, Clone)]
 pub struct LoraPart {
     /// Index of the site.
@@ -63,16 +63,16 @@ pub struct LoraPart {
     pub magnitude: Option<Vec<f32>>,
     /// One element for each output, or for each row of a head's base weight.
     pub bias: Option<Vec<f32>>,
-    /// Rows of the weight that are others than the base model's.
+    /// Rows that replace those of the base weight.
     pub rows: Option<ReplacedRows>,
 }
 
 /// A low-rank delta: `scale · B · A`. The scale is applied in f32 to the sum.
 #[derive(Debug, Clone)]
 pub struct LowRank {
-    /// Rows of A, columns of B. Any from 1.
+    /// The number of rows of A and of columns of B, at least 1.
     pub rank: usize,
-    /// Factor of the delta.
+    /// The factor of the delta.
     pub scale: f32,
     /// A, `[rank, inputs]`; fewer columns where a [`SiteKind::Lookup`] has more room than the base table has rows.
     pub a: HostTensor<'static>,
@@ -80,20 +80,20 @@ pub struct LowRank {
     pub b: HostTensor<'static>,
 }
 
-/// Rows of a table or of the output projection that an adapter brings along. There may be more than the base model has,
-/// or fewer, if the adapter's vocabulary has another size: then logits of tokens without a row are -∞, and a token
-/// without a row cannot be looked up.
+/// Rows that an adapter has in place of those of the embedding table or the output projection. If the adapter's
+/// vocabulary has another size, there may be more or fewer rows than the base model has. The logits of tokens without a
+/// row are -∞, and such a token cannot be looked up.
 #[derive(Debug, Clone)]
 pub struct ReplacedRows {
-    /// Which rows, strictly ascending, beside those of the base model; None: the first `values.rows`, which are all that
-    /// there are for this adapter.
+    /// The rows that are replaced, strictly ascending; all others are the base model's. `None`: the rows replace the
+    /// whole weight, so that this adapter has no others.
     pub ids: Option<Vec<u32>>,
     /// The rows, `[ids, columns]`.
     pub values: HostTensor<'static>,
 }
 
 impl LoraPart {
-    /// A low-rank delta from row-major A `[rank, inputs]` and B `[outputs, rank]`, and nothing else.
+    /// A part with only a low-rank delta, from row-major A `[rank, inputs]` and B `[outputs, rank]`.
     pub fn delta((site, slice): (usize, usize), rank: usize, scale: f32, a: &[f32], b: &[f32]) -> LoraPart {
         let a = HostTensor::from_f32(rank, a.len() / rank.max(1), a);
         let b = HostTensor::from_f32(b.len() / rank.max(1), rank, b);
@@ -113,7 +113,7 @@ impl LoraPart {
         }
     }
 
-    /// Refuses a part without a place among the sites, or of another number of elements than its shape has.
+    /// Refuses a part that belongs to none of the sites, or whose numbers of elements do not fit its shape.
     pub(crate) fn check(&self, sites: &[LoraSite]) -> Result<()> {
         let [inputs, outputs] = self.shape().of(sites)?;
         let kind = sites[self.site].kind;
@@ -149,7 +149,7 @@ impl LoraPart {
 }
 
 impl ReplacedRows {
-    /// Refuses rows that there is no room for, and ids in disorder.
+    /// Refuses rows beyond `limit`, and ids that are not ascending.
     fn check(&self, limit: usize) -> Result<()> {
         let (op, what) = ("stage", "replaced row");
         let last = match &self.ids {
@@ -169,30 +169,31 @@ impl ReplacedRows {
     }
 }
 
-/// Place and size of a [`LoraPart`], which is all that the memory it takes depends on.
+/// The place and sizes of a [`LoraPart`], on which the memory that it takes depends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LoraShape {
     /// Index of the site.
     pub site: usize,
     /// Slice of the site's output.
     pub slice: usize,
-    /// Rows of A, columns of B; 0 if there are none.
+    /// The rank of the low-rank delta; 0 if there is none.
     pub lora_rank: usize,
     /// Whether there is a magnitude.
     pub has_magnitude: bool,
     /// Whether there is a bias.
     pub has_bias: bool,
-    /// Rows that are replaced.
+    /// The number of replaced rows.
     pub rows: usize,
 }
 
 impl LoraShape {
-    /// That of a low-rank delta and nothing else.
+    /// The shape of a part with only a low-rank delta.
     pub fn delta(site: usize, slice: usize, lora_rank: usize) -> LoraShape {
         LoraShape { site, slice, lora_rank, has_magnitude: false, has_bias: false, rows: 0 }
     }
 
-    /// Inputs and outputs of the slice. Errors: there is no such slice, or nothing that a site of its kind can have.
+    /// The numbers of inputs and outputs of the slice. Errors: there is no such slice, or the part has something that a
+    /// site of its kind cannot have.
     pub(crate) fn of(self, sites: &[LoraSite]) -> Result<[usize; 2]> {
         let op = "stage";
         let outside = |what, index, limit| Error::Index { op, what, index, limit };

@@ -1,4 +1,4 @@
-//! What the operations of a [`Backend`](crate::Backend) are told besides their matrices: the features in which
+//! The arguments of a [`Backend`](crate::Backend)'s operations besides their matrices: the features in which
 //! architectures differ, as data.
 
 use crate::{Adapters, Memory, RowSet};
@@ -21,7 +21,7 @@ impl Heads {
     }
 }
 
-/// Which mean a norm takes out of a row, and which one it divides by.
+/// The formula of a norm.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NormKind {
     /// `w · x / √(mean(x²) + eps) + b` (Zhang and Sennrich, 2019).
@@ -30,7 +30,7 @@ pub enum NormKind {
     Layer,
 }
 
-/// A norm of rows. Models that store `w - 1` have 1 added when they are loaded.
+/// A norm of rows. If a model stores `w - 1`, the loader has added 1.
 pub struct Norm<'a, B: Memory> {
     /// The formula.
     pub kind: NormKind,
@@ -38,7 +38,7 @@ pub struct Norm<'a, B: Memory> {
     pub weight: &'a B::Vector,
     /// b, one element for each column.
     pub bias: Option<&'a B::Vector>,
-    /// Added below the root.
+    /// Epsilon, which is added under the root.
     pub eps: f32,
 }
 
@@ -55,36 +55,36 @@ pub enum Activation {
     Relu,
 }
 
-/// What rows are multiplied with: W, and what is added to the products.
+/// A projection: the weight W that rows are multiplied with, and what is added to the products.
 pub struct Projection<'a, B: Adapters> {
     /// W.
     pub weight: &'a B::Weight,
-    /// Added to every row, one element for each output.
+    /// The bias, with one element for each output.
     pub bias: Option<&'a B::Vector>,
-    /// Of the rows that have an adapter.
+    /// The adapters of the rows that have one.
     pub lora: Option<LinearLora<'a, B>>,
 }
 
 impl<'a, B: Adapters> Projection<'a, B> {
-    /// One without a bias.
+    /// A projection without a bias.
     pub fn new(weight: &'a B::Weight, lora: Option<LinearLora<'a, B>>) -> Projection<'a, B> {
         Projection { weight, bias: None, lora }
     }
 }
 
-/// The deltas of one [`Projection`]: the resident adapters, the site, and the rows that `x` holds.
+/// The adapters of one [`Projection`]: the slots, the site, and the rows of the step that `x` has.
 pub struct LinearLora<'a, B: Adapters> {
-    /// All resident adapters.
+    /// The slots with the resident adapters.
     pub slots: &'a B::LoraSlots,
     /// Index of the site among those that the slots were made for.
     pub site: usize,
     /// The step.
     pub batch: &'a B::Batch,
-    /// Which of the step's rows `x` holds; picks the segments.
+    /// Which of the step's rows `x` has, which decides on the segments.
     pub rows: RowSet,
 }
 
-/// Where the products of [`Ops::linear`](crate::Ops::linear) go, and what is done to them on the way.
+/// The epilogue of [`Ops::linear`](crate::Ops::linear): what is done with the products, and where the result is stored.
 pub enum Output<'a, B: Adapters> {
     /// `y = x · Wᵀ + …`
     Store(&'a mut B::Mat),
@@ -92,24 +92,24 @@ pub enum Output<'a, B: Adapters> {
     Activate {
         /// f.
         activation: Activation,
-        /// Room for the products, `[rows, n]`. What it holds afterwards is unspecified.
+        /// Memory for the products, `[rows, n]`. Its content is unspecified afterwards.
         products: &'a mut B::Mat,
         /// The result, `[rows, n]`.
         y: &'a mut B::Mat,
     },
-    /// `y = f(gate) · up`, where the projection gives a gate and an up half side by side.
+    /// `y = f(gate) · up`, where the first half of the products is the gate and the second half is up.
     Gate {
         /// f.
         activation: Activation,
-        /// Room for both halves, `[rows, 2n]`. What it holds afterwards is unspecified.
+        /// Memory for both halves, `[rows, 2n]`. Its content is unspecified afterwards.
         products: &'a mut B::Mat,
         /// The result, `[rows, n]`.
         y: &'a mut B::Mat,
     },
-    /// Adds to the residual stream, and norms it.
+    /// The products are added to the residual stream, which is then normed.
     Residual(Residual<'a, B>),
-    /// The logits of the output projection, `[rows, vocabulary]` in f32: `y = cap(scale · (x · Wᵀ + …))`, and -∞ where there
-    /// is no row for a token; see [`Ops::logits`](crate::Ops::logits).
+    /// The products are logits, `[rows, vocabulary]` in f32: `y = cap(scale · (x · Wᵀ + …))`, and -∞ for a token
+    /// without a row; see [`Ops::logits`](crate::Ops::logits).
     Logits {
         /// The result, a [`Memory::wide_mat`](crate::Memory::wide_mat).
         y: &'a mut B::Mat,
@@ -118,59 +118,60 @@ pub enum Output<'a, B: Adapters> {
     },
 }
 
-/// What happens to logits before anybody reads them.
+/// How logits are scaled and capped.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LogitShape {
     /// Factor of all logits.
     pub scale: f32,
-    /// Logits become `c · tanh(logit / c)`, after they were scaled.
+    /// After scaling, logits become `c · tanh(logit / c)`.
     pub softcap: Option<f32>,
 }
 
 impl LogitShape {
-    /// Logits as they are.
+    /// Logits that are neither scaled nor capped.
     pub const PLAIN: LogitShape = LogitShape { scale: 1.0, softcap: None };
 }
 
-/// A projection onto the residual stream: `stream += scale · post(x · Wᵀ + …)`, summed over all ranks, and then
-/// `y = norm(stream)` for whoever reads the stream next.
+/// The end of a branch: `stream += scale · post(x · Wᵀ + …)`, where the products are summed over all ranks, and then
+/// `y = norm(stream)` for the projection that reads the stream next.
 pub struct Residual<'a, B: Adapters> {
     /// The residual stream, a [`Memory::wide_mat`](crate::Memory::wide_mat) of as many rows as x.
     pub stream: &'a mut B::Mat,
-    /// Room for products that cannot be added to the stream as they come: a [`Memory::wide_mat`](crate::Memory::wide_mat) of its width.
+    /// Memory for products that cannot be added to the stream directly: a [`Memory::wide_mat`](crate::Memory::wide_mat)
+    /// of the stream's width.
     pub products: &'a mut B::Mat,
-    /// Norms the products before they are added.
+    /// The norm of the products before they are added.
     pub post: Option<Norm<'a, B>>,
-    /// Factor of what is added.
+    /// The factor of what is added.
     pub scale: f32,
-    /// Whether another projection of the same input follows, whose sum is taken over all ranks together with this one's:
-    /// the first branch of a parallel residual.
+    /// Whether this is the first branch of a parallel residual. The second one follows, and both can be summed over all
+    /// ranks together.
     pub more: bool,
-    /// The next norm of the stream, and its result. None where `more` follows.
+    /// The next norm of the stream, and its result. `None` if `more` is true.
     pub next: Option<(Norm<'a, B>, &'a mut B::Mat)>,
 }
 
-/// The residual stream's first value.
+/// The first value of the residual stream.
 pub struct Embedding<'a, B: Adapters> {
     /// Rows by token, `[vocabulary, columns]`.
     pub table: &'a B::Weight,
     /// Factor of the table's rows.
     pub scale: f32,
-    /// Learned positions that are added: the table, and which of its rows position 0 has.
+    /// Learned positions, which are added: the table, and its row of position 0.
     pub positions: Option<(&'a B::Weight, usize)>,
-    /// Deltas and replacements of the table's rows. `rows` is [`RowSet::All`].
+    /// The adapters, which may change rows of the table. `rows` is [`RowSet::All`].
     pub lora: Option<LinearLora<'a, B>>,
 }
 
-/// What happens to queries, keys and values between their projection and attention.
+/// What is done with queries, keys and values between their projection and attention.
 pub struct Qkv<'a, B: Memory> {
     /// The heads of this rank.
     pub heads: Heads,
-    /// All elements are cut off at ±this first.
+    /// All elements are clamped to ± this value first.
     pub clamp: Option<f32>,
-    /// Norm of queries and of keys, before they are rotated.
+    /// The norms of queries and keys, which come before the rotation.
     pub norms: Option<QkNorms<'a, B>>,
-    /// Rotation of queries and keys.
+    /// The rotary embedding of queries and keys.
     pub rope: Option<Rotation<'a, B>>,
 }
 
@@ -180,90 +181,91 @@ pub struct QkNorms<'a, B: Memory> {
     pub query: Norm<'a, B>,
     /// Of keys.
     pub key: Norm<'a, B>,
-    /// What is normed at a time.
+    /// What is normed together.
     pub over: NormSpan,
 }
 
-/// What a norm of queries or keys takes together.
+/// The elements of queries or keys that are normed together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NormSpan {
-    /// Each head. The weight has `dim` elements, which all heads share, or those of all heads.
+    /// Each head by itself. The weight has `dim` elements, which all heads share, or an element for each element of all
+    /// heads.
     Head,
-    /// All heads of the row. The weight has the elements of all heads.
+    /// All heads of a row. The weight has an element for each element of all heads.
     Row,
 }
 
-/// The rotation of queries and keys by their positions.
+/// The rotary embedding of queries and keys.
 pub struct Rotation<'a, B: Memory> {
     /// The angles. Only the first `2 · pairs` elements of a head are rotated.
     pub table: &'a B::Rope,
-    /// Which elements make a pair.
+    /// Which elements form a pair.
     pub pairs: Pairs,
 }
 
 /// Which elements of a head are rotated together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pairs {
-    /// Element j with j + n of 2n that are rotated.
+    /// Elements j and j + n, of 2n that are rotated.
     Halves,
-    /// Element 2j with 2j + 1.
+    /// Elements 2j and 2j + 1.
     Neighbours,
 }
 
-/// The angles of a rotary embedding: pair j at position p turns by `p · inv_freq[j]`.
+/// The frequencies of a rotary embedding: pair j at position p is rotated by the angle `p · inv_freq[j]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RopeSpec {
     /// Radians per position of each pair.
     pub inv_freq: Vec<f32>,
     /// Factor of all cosines and sines.
     pub scale: f32,
-    /// Positions that there are.
+    /// The number of positions.
     pub positions: usize,
-    /// How angles depend on the length of the sequence.
+    /// How frequencies depend on the length of the sequence.
     pub stretch: Stretch,
 }
 
-/// How the angles of a row depend on its [`Batch::lengths`](crate::Batch::lengths).
+/// How the frequencies of a row depend on its [`Batch::lengths`](crate::Batch::lengths).
 #[derive(Debug, Clone, PartialEq)]
 pub enum Stretch {
-    /// Not at all.
+    /// They do not.
     None,
     /// LongRoPE (Ding et al., 2024): other frequencies for sequences longer than the original context.
     Long {
-        /// The longest sequence of the first frequencies.
+        /// The longest sequence that has the first frequencies.
         original: u32,
         /// The frequencies of longer ones.
         inv_freq: Vec<f32>,
     },
-    /// NTK-aware scaling that grows with the sequence: for a length l above `original`, `inv_freq[j]` is divided by
+    /// Dynamic NTK scaling: for a length l above `original`, `inv_freq[j]` is divided by
     /// `(factor · l / original - (factor - 1))^(2j / (2n - 2))`, where n is the number of pairs.
     Dynamic {
         /// The longest sequence that is not scaled.
         original: u32,
-        /// Factor of the length.
+        /// The scaling factor.
         factor: f32,
     },
 }
 
-/// Which keys of its sequence a row sees.
+/// The keys of its sequence that a row attends to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Span {
-    /// Its own and all before it.
+    /// Its own key and all before it.
     Causal,
-    /// The last so many, its own included.
+    /// The last keys, as many as this says, including its own.
     Window(u32),
-    /// All, those behind it included. All rows of the sequence are in one step.
+    /// All keys, including those after it. All rows of the sequence must be in one step.
     Bidirectional,
 }
 
-/// What attention computes, but for what is learned.
+/// The parameters of attention that are not learned.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AttentionShape {
     /// The heads of this rank.
     pub heads: Heads,
-    /// Factor on q·k, usually `1 / √dim`.
+    /// The factor of q·k, usually `1 / √dim`.
     pub scale: f32,
-    /// Which keys a row sees. One of those that the device batch was made for.
+    /// The keys that a row attends to. It must be one of the spans that the device batch was made for.
     pub span: Span,
     /// Scores become `c · tanh(score / c)`.
     pub softcap: Option<f32>,
@@ -276,13 +278,14 @@ impl AttentionShape {
     }
 }
 
-/// What an attention operation computes.
+/// The parameters of attention.
 pub struct Attention<'a, B: Memory> {
-    /// Heads, scale, and which keys are seen.
+    /// Heads, scale, span and softcap.
     pub shape: AttentionShape,
-    /// For every query head a score that takes part in the softmax and has no value (attention sinks, Xiao et al., 2024).
+    /// Attention sinks (Xiao et al., 2024): a score for each query head, which takes part in the softmax and has no
+    /// value.
     pub sinks: Option<&'a B::Vector>,
-    /// For every query head the slope of a score that falls with the distance: ALiBi (Press et al., 2022).
+    /// ALiBi (Press et al., 2022): a slope for each query head, by which scores fall with the distance.
     pub slopes: Option<&'a B::Vector>,
 }
 
@@ -292,7 +295,7 @@ impl<B: Memory> From<AttentionShape> for Attention<'_, B> {
     }
 }
 
-/// References to a device's memory are copied whatever the device is, which `derive` would not see.
+/// Implements `Copy` for structs of references. `derive` would ask for a device that is `Copy` itself.
 macro_rules! copied {
     ($($bound:ident: $($name:ident),*;)*) => {$($(
         impl<B: $bound> Clone for $name<'_, B> {
