@@ -1,7 +1,7 @@
-//! The backend for machines without an accelerator, and the one that others are measured against.
+//! The CPU backend.
 //!
-//! Weights are stored in their type, streamed once per operation by all threads, and multiplied with whole tiles of
-//! rows; see `kernels/README.md`.
+//! Weights are stored as f32 or bf16. All threads stream them once for each operation, and multiply them with whole
+//! tiles of rows. `kernels/README.md` describes the layout.
 
 mod attention;
 mod elementwise;
@@ -45,7 +45,7 @@ pub struct CpuBackend {
     arena: Mutex<Arena>,
 }
 
-/// A step's index data after [`Batch::check`]: what operations write without a lock rests on it.
+/// A step's index data that has passed [`Batch::check`], on which the soundness of writes without a lock depends.
 #[derive(Debug, Default)]
 pub struct CpuBatch(Batch);
 
@@ -57,18 +57,18 @@ impl Deref for CpuBatch {
     }
 }
 
-/// Bytes that weights are allocated by.
+/// Bytes of the regions in which weights are allocated.
 const REGION: usize = 32 << 20;
 
 impl CpuBackend {
-    /// A backend that stores weights as `dtype` (f32 or bf16), keys and values as f32 or f16, and computes on `threads` threads, with
-    /// the widest vector unit that this machine has.
+    /// Makes a backend that stores weights as `dtype` (f32 or bf16), and keys and values as f32 or f16. It computes on
+    /// `threads` threads with the widest vector unit of this machine.
     pub fn new(dtype: DType, threads: usize) -> Result<CpuBackend> {
         let tier = Tier::available().last().copied().unwrap_or(Tier::Scalar);
         Self::with_tier(dtype, threads, tier)
     }
 
-    /// A backend on the vector unit of a given tier.
+    /// Makes a backend that uses the vector unit of a given tier.
     pub fn with_tier(dtype: DType, threads: usize, tier: Tier) -> Result<CpuBackend> {
         let unsupported = |what: String| Err(Error::Unsupported { backend: "cpu", what });
         if dtype == DType::F16 {
@@ -86,7 +86,7 @@ impl CpuBackend {
         self.tier
     }
 
-    /// Threads that compute.
+    /// The number of threads that compute.
     pub fn threads(&self) -> usize {
         self.pool.threads()
     }

@@ -1,7 +1,7 @@
-//! Attention over keys and values in blocks.
+//! Paged attention.
 //!
-//! Softmax is online over strides of blocks (Milakov and Gimelshein, 2018; Dao et al., 2022); strides begin at position
-//! 0 for every row, so a row's result does not depend on the rows beside it.
+//! The softmax is computed online over strides of blocks (Milakov and Gimelshein, 2018; Dao et al., 2022). Strides
+//! begin at position 0 for every row, so that a row's result does not depend on the other rows.
 
 use std::{cell::RefCell, ptr, slice};
 
@@ -16,9 +16,9 @@ use super::{
 };
 use crate::{Attention, BLOCK_SIZE, Batch, DType, Error, Matrix, Result, SequenceRows, Span};
 
-/// Positions between two rescalings of the online softmax.
+/// The number of positions of a stride, after which the online softmax is rescaled.
 const POSITIONS: usize = 8 * BLOCK_SIZE;
-/// Query vectors that are computed together at most; fewer are padded with zeros to a multiple of 4.
+/// The largest number of query vectors that are computed together. Fewer are padded with zeros to a multiple of 4.
 const TILE: usize = 24;
 
 pub(super) fn paged_attention(
@@ -58,7 +58,7 @@ pub(super) fn paged_attention(
     }
     y.resize(op, rows)?;
     let y = Shards(y.used_mut().as_mut_ptr());
-    // A unit is a tile of query vectors of one sequence and one key head: all query heads of a few rows.
+    // A unit is a tile of query vectors of one sequence and one key head. It has all query heads of a few rows.
     let group = heads.query / heads.kv;
     let rows_per_unit = (TILE / group).max(1);
     let mut units = Vec::new();
@@ -68,7 +68,7 @@ pub(super) fn paged_attention(
                 .extend((0..sequence.rows as usize).step_by(rows_per_unit).map(|row| (*sequence, head, row)));
         }
     }
-    // Units of the longest context first would need a sort; small units even the load out as well.
+    // Units are small, which balances the load without sorting them by the length of their contexts.
     be.pool.run(units.len(), |i| {
         let (sequence, head, row) = units[i];
         let vectors = rows_per_unit.min(sequence.rows as usize - row) * group;
@@ -93,8 +93,8 @@ pub(super) fn paged_attention(
     Ok(())
 }
 
-/// The blocks of a sequence that some of its rows sees. Those before all windows may have been given to others, and their
-/// numbers mean nothing.
+/// The blocks of a sequence that any of its rows attends to. Entries before all windows are not valid, because the
+/// blocks have been released.
 fn seen_blocks<'a>(batch: &'a Batch, sequence: &SequenceRows, span: Span) -> &'a [u32] {
     let before = (sequence.kv_len - sequence.rows) as usize;
     let first = match span {
@@ -105,7 +105,7 @@ fn seen_blocks<'a>(batch: &'a Batch, sequence: &SequenceRows, span: Span) -> &'a
     &blocks[first..(sequence.kv_len as usize).div_ceil(BLOCK_SIZE)]
 }
 
-/// Up to [`TILE`] query vectors of one sequence and key head. Vector v is row `v / group`, query head
+/// Up to [`TILE`] query vectors of one sequence and key head. Vector v belongs to row `v / group` and query head
 /// `head · group + v % group`.
 struct Unit<'a> {
     qkv: &'a CpuMat,
@@ -119,23 +119,23 @@ struct Unit<'a> {
     vectors: usize,
 }
 
-/// State of the online softmax of one vector.
+/// The state of one vector's online softmax.
 #[derive(Clone, Copy)]
 struct Running {
     max: f32,
     sum: f32,
 }
 
-/// Queries, sums of values, and scores of up to [`TILE`] vectors.
+/// The queries, sums of values, and scores of up to [`TILE`] vectors.
 struct Buffers<'a> {
     q: &'a mut [f32],
     out: &'a mut [f32],
     scores: &'a mut [f32],
-    /// Elements of a query and of a sum: the head's size in whole panels.
+    /// Elements of a query and of a sum: the head size, padded to whole panels.
     width: usize,
 }
 
-/// Memory of a thread's buffers.
+/// A thread's memory for buffers.
 #[derive(Default)]
 struct Room(Vec<Line>);
 
@@ -149,7 +149,7 @@ impl Room {
         if self.0.len() < lines {
             self.0.resize(lines, Line([0; 16]));
         }
-        // SAFETY: the words of that many lines, which are f32 whatever they hold.
+        // SAFETY: these are the words of that many lines, all of which are valid f32.
         let all = unsafe { slice::from_raw_parts_mut(self.0.as_mut_ptr().cast::<f32>(), lines * 16) };
         let (q, rest) = all.split_at_mut(TILE * width);
         let (out, scores) = rest.split_at_mut(TILE * width);
@@ -157,7 +157,7 @@ impl Room {
     }
 }
 
-/// A unit, and the memory to do it in.
+/// The kernel that computes a unit, with its memory.
 struct Attend<'a> {
     unit: Unit<'a>,
     buffers: Buffers<'a>,
@@ -185,7 +185,7 @@ impl Unit<'_> {
         (v / group, self.head * group + v % group)
     }
 
-    /// Positions that a vector sees.
+    /// The positions that a vector attends to.
     fn sees(&self, v: usize) -> std::ops::Range<usize> {
         let before = (self.sequence.kv_len - self.sequence.rows) as usize;
         let end = before + self.place(v).0 + 1;
@@ -196,7 +196,7 @@ impl Unit<'_> {
         }
     }
 
-    /// Scaled queries, zeros behind them up to whole tiles, and sums of nothing.
+    /// Stores the scaled queries, padded with zeros to whole tiles, and zeroes the sums.
     fn begin(&self, buffers: &mut Buffers<'_>) {
         let (dim, width) = (self.attention.shape.heads.dim, buffers.width);
         let used = self.vectors.next_multiple_of(4) * width;
@@ -221,13 +221,13 @@ impl Unit<'_> {
             }
         }
         let end = self.sees(self.vectors - 1).end;
-        // Blocks that lie behind every window may hold anything.
+        // Blocks before all windows are skipped: they may hold anything.
         let mut next = self.sees(0).start / BLOCK_SIZE * BLOCK_SIZE;
         while next < end {
             let start = next;
             next = (start + 1).next_multiple_of(POSITIONS);
             let blocks = &self.table[start / BLOCK_SIZE..end.min(next).div_ceil(BLOCK_SIZE)];
-            // SAFETY: the caller's promise; blocks were checked.
+            // SAFETY: the caller's promise, and blocks have been checked.
             unsafe {
                 self.scores::<S, A>(buffers, blocks);
                 for (v, running) in running.iter_mut().enumerate().take(self.vectors) {
@@ -253,7 +253,7 @@ impl Unit<'_> {
     unsafe fn scores<S: Simd, A: Arithmetic<S>>(&self, buffers: &mut Buffers<'_>, blocks: &[u32]) {
         let mut v = 0;
         while v < self.vectors {
-            // SAFETY: the caller's promise; the buffers have room for whole tiles.
+            // SAFETY: the caller's promise. The buffers have room for whole tiles.
             v += unsafe {
                 match (S::WIDE, self.vectors - v) {
                     (true, 9..) => self.scores_across::<S, A, 12, 2>(buffers, v, blocks),
@@ -303,7 +303,7 @@ impl Unit<'_> {
         for (keys, block) in keys.iter_mut().zip(&blocks[block..]) {
             *keys = self.kv.block(*block, self.head);
         }
-        // SAFETY: the caller's promise; a block has 16 lanes of scores.
+        // SAFETY: the caller's promise. A block has 16 lanes of scores.
         unsafe {
             let mut acc = [[S::splat(0.0); P]; R];
             tile::<S, A, R, P>((q, stride), (keys, 1), self.kv.layout.key, &mut acc);
@@ -315,7 +315,7 @@ impl Unit<'_> {
         }
     }
 
-    /// Turns a vector's scores into weights, and rescales what it has gathered.
+    /// Turns a vector's scores into softmax weights, and rescales its sum so far.
     #[inline(always)]
     unsafe fn softmax<S: Simd>(
         &self,
@@ -422,7 +422,7 @@ impl Unit<'_> {
         let (layout, width) = (self.kv.layout, buffers.width);
         let out = buffers.out[v * width..][..R * width].as_mut_ptr();
         let weights = buffers.scores[v * POSITIONS..][..R * POSITIONS].as_ptr();
-        // SAFETY: the caller's promise; 16 elements of each vector's output are there.
+        // SAFETY: the caller's promise. Each vector's sum has room for 16 elements.
         unsafe {
             let mut acc = [[S::splat(0.0); P]; R];
             for (r, acc) in acc.iter_mut().enumerate() {
@@ -448,7 +448,7 @@ impl Unit<'_> {
     }
 }
 
-/// Copies rows `from(i)` of a matrix.
+/// Copies the logit rows of a matrix.
 pub(super) fn gather(be: &CpuBackend, x: &CpuMat, batch: &Batch, y: &mut CpuMat) -> Result<()> {
     let op = "gather_logit_rows";
     let (cols, limit) = (x.cols(), x.rows());

@@ -1,4 +1,4 @@
-//! Norms, rotations and activations: everything that touches each element of some rows once.
+//! Norms, rotary embeddings and activations: operations that touch each element of a row once.
 
 use super::{
     CpuBackend,
@@ -9,10 +9,10 @@ use super::{
 };
 use crate::{Activation, Error, Heads, LogitShape, Matrix, Norm, NormKind, Pairs, Result, RopeSpec, Stretch};
 
-/// Elements that make a chunk worth handing out.
+/// The number of elements of a chunk, which are enough to be worth its overhead.
 const CHUNK: usize = 1 << 13;
 
-/// Calls `f` for every row in some chunk.
+/// Calls `f` for every row, on all threads.
 pub(super) fn each_row(be: &CpuBackend, rows: usize, cols: usize, f: impl Fn(usize) + Sync) {
     let mut chunks = (rows * cols).div_ceil(CHUNK).min(rows);
     if chunks > 1 {
@@ -21,16 +21,16 @@ pub(super) fn each_row(be: &CpuBackend, rows: usize, cols: usize, f: impl Fn(usi
     be.pool.run(chunks, |i| (i * rows / chunks..(i + 1) * rows / chunks).for_each(&f));
 }
 
-/// One row's norm.
+/// The kernel that norms one row.
 struct Normed<'a> {
     kind: NormKind,
     weight: &'a [f32],
     bias: Option<&'a [f32]>,
     eps: f32,
-    /// The row; None: that of `y`, in place.
+    /// The row; `None` norms `y` in place.
     x: Option<&'a [f32]>,
     y: &'a mut [f32],
-    /// Adds the normed row, times this, to `y`, which is overwritten otherwise.
+    /// If set, the normed row times this factor is added to `y`. Otherwise `y` is overwritten.
     add: Option<f32>,
 }
 
@@ -54,7 +54,7 @@ impl Kernel for Normed<'_> {
             let shift = S::splat(-mean);
             let mut squares = S::splat(0.0);
             let whole = x.chunks_exact(16);
-            // What fills up the last chunk has no distance from the mean.
+            // The last chunk is padded with the mean, which adds nothing to the variance.
             let mut rest = [mean; 16];
             rest[..whole.remainder().len()].copy_from_slice(whole.remainder());
             for x in whole.chain([rest.as_slice()]) {
@@ -78,7 +78,7 @@ impl Kernel for Normed<'_> {
     }
 }
 
-/// `y += scale · x`
+/// The kernel of `y += scale · x`.
 struct Add<'a> {
     x: &'a [f32],
     scale: f32,
@@ -110,14 +110,14 @@ fn expect_norm(op: &'static str, norm: &Norm<'_, CpuBackend>, cols: usize) -> Re
     Ok(())
 }
 
-/// Norms a part of a row in place, with the weights from `first` on.
+/// Norms a part of a row in place, with the weights from `first`.
 pub(super) fn norm_in_place(be: &CpuBackend, norm: &Norm<'_, CpuBackend>, first: usize, y: &mut [f32]) {
     let weight = &norm.weight[first..][..y.len()];
     let bias = norm.bias.map(|bias| &bias[first..][..y.len()]);
     run(be.tier, Normed { kind: norm.kind, weight, bias, eps: norm.eps, x: None, y, add: None });
 }
 
-/// Norms one row, and stores it or adds it.
+/// Norms one row, and stores it in `y` or adds it to `y`.
 fn norm_row(be: &CpuBackend, norm: &Norm<'_, CpuBackend>, x: &[f32], y: &mut [f32], add: Option<f32>) {
     let (weight, bias) = (norm.weight.as_slice(), norm.bias.map(Vec::as_slice));
     run(be.tier, Normed { kind: norm.kind, weight, bias, eps: norm.eps, x: Some(x), y, add });
@@ -144,7 +144,7 @@ pub(super) fn normalize(
     Ok(())
 }
 
-/// Adds rows, normed and scaled, to a stream.
+/// Adds rows to the residual stream, after norm and scale.
 pub(super) fn add(
     be: &CpuBackend,
     x: &CpuMat,
@@ -176,7 +176,7 @@ pub(super) fn add(
     Ok(())
 }
 
-/// A vector of activations.
+/// Applies an activation to 16 lanes.
 #[inline(always)]
 unsafe fn apply<S: Simd>(f: Activation, x: S::V) -> S::V {
     // SAFETY: no memory is touched but an array of this function's own.
@@ -202,7 +202,7 @@ unsafe fn apply<S: Simd>(f: Activation, x: S::V) -> S::V {
     }
 }
 
-/// e to the power of numbers, those above 80 cut off: one more than such a power is the power itself.
+/// eˣ, for x of at most 80: larger x are clamped, because 1 + eˣ equals eˣ in f32 then.
 #[inline(always)]
 unsafe fn bounded_exp<S: Simd>(x: S::V) -> S::V {
     // SAFETY: no memory is touched.
@@ -212,7 +212,7 @@ unsafe fn bounded_exp<S: Simd>(x: S::V) -> S::V {
 struct Activate<'a> {
     f: Activation,
     x: &'a [f32],
-    /// Factors of the activations.
+    /// The row that the activations are multiplied with, if they gate.
     up: Option<&'a [f32]>,
     y: &'a mut [f32],
 }
@@ -276,7 +276,7 @@ pub(super) fn shape_logits(be: &CpuBackend, shape: LogitShape, y: &mut CpuMat) {
         // SAFETY: row i is this call's own.
         for logit in unsafe { y.slice(i * cols, cols) } {
             *logit *= shape.scale;
-            // A token without a row stays impossible.
+            // The logit of a token without a row stays -∞.
             if let Some(cap) = shape.softcap.filter(|_| *logit != f32::NEG_INFINITY) {
                 *logit = cap * (*logit / cap).tanh();
             }
@@ -284,7 +284,7 @@ pub(super) fn shape_logits(be: &CpuBackend, shape: LogitShape, y: &mut CpuMat) {
     });
 }
 
-/// Cosines and sines of a rotary embedding, `[positions, pairs]` each.
+/// The cosines and sines of a rotary embedding, `[positions, pairs]` each.
 #[derive(Debug)]
 struct Angles {
     cos: Vec<f32>,
@@ -319,7 +319,7 @@ impl CpuRope {
         CpuRope { short: Angles::new(&spec.inv_freq, spec), long, spec: spec.clone() }
     }
 
-    /// Pairs of elements of a head that are rotated.
+    /// The number of pairs of a head that are rotated.
     pub(super) fn pairs(&self) -> usize {
         self.spec.inv_freq.len()
     }
@@ -336,7 +336,7 @@ impl CpuRope {
         }
     }
 
-    /// Calls `turn` for every pair with its cosine and sine, for a row at a position of a sequence of so many tokens.
+    /// Calls `turn` with the index, cosine and sine of every pair, for a row at `position` whose length is `length`.
     pub(super) fn each_pair(&self, position: u32, length: u32, mut turn: impl FnMut(usize, f32, f32)) {
         let pairs = self.pairs();
         let angles = match &self.spec.stretch {

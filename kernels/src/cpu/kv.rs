@@ -1,8 +1,9 @@
-//! Memory of keys and values in blocks, and what goes into it.
+//! The KV cache, and the operation that stores keys and values in it.
 //!
-//! A block of one head is laid out as panels, so that both products of attention are those of [`super::gemm`]: the keys
-//! as one panel whose outputs are the block's 16 positions, the values as panels whose outputs are 16 elements of the
-//! head. Beside bf16 weights elements are f16: the same bytes with eight times the precision, and the range is enough.
+//! A block of one head is stored as panels, so that both GEMMs of attention are those of [`super::gemm`]. The keys are
+//! one panel, whose outputs are the 16 positions of the block. The values are panels whose outputs are 16 elements of
+//! the head. Beside bf16 weights, elements are f16: they take the same bytes with eight times the precision, and have
+//! enough range.
 
 use super::{
     CpuBackend,
@@ -14,7 +15,7 @@ use super::{
 };
 use crate::{BLOCK_SIZE, Batch, DType, Error, Heads, Matrix, NormSpan, QkNorms, Qkv, Result, Rotation};
 
-/// Keys and values of one layer: by block and head, first the keys, then the values.
+/// The KV cache of one layer. Each head of each block has its keys, followed by its values.
 #[derive(Debug)]
 pub struct CpuKv {
     lines: Lines,
@@ -22,26 +23,26 @@ pub struct CpuKv {
     pub(super) layout: Layout,
 }
 
-/// Where things are in a block of one head. Element k of lane i of a panel is its element `16 k + i`.
+/// The layout of one head of a block. Element k of lane i of a panel is its element `16 k + i`.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Layout {
-    /// f32 or f16.
+    /// The type of elements: f32 or f16.
     pub(super) dtype: DType,
     dim: usize,
-    /// Lines of the keys: one panel over the head's elements.
+    /// Lines of the panel of keys, whose inputs are the elements of the head.
     pub(super) key: usize,
-    /// Lines of one panel of values: over the block's positions.
+    /// Lines of one panel of values, whose inputs are the positions of the block.
     pub(super) value: usize,
 }
 
 impl Layout {
-    /// `dtype` is that of the weights.
+    /// The layout beside weights of a type.
     fn new(dtype: DType, dim: usize) -> Layout {
         let (dtype, per_line) = if dtype == DType::F32 { (DType::F32, 1) } else { (DType::F16, 2) };
         Layout { dtype, dim, key: dim.div_ceil(per_line), value: BLOCK_SIZE / per_line }
     }
 
-    /// Panels of the values.
+    /// The number of panels of values.
     pub(super) fn panels(self) -> usize {
         self.dim.div_ceil(16)
     }
@@ -69,7 +70,7 @@ impl CpuKv {
         self.lines.len() / (self.heads.kv * self.layout.lines()).max(1)
     }
 
-    /// The keys of a block, and its values behind them.
+    /// The keys of a head of a block, which its values follow.
     pub(super) fn block(&self, block: u32, head: usize) -> *const Line {
         self.lines[(block as usize * self.heads.kv + head) * self.layout.lines()..].as_ptr()
     }
@@ -112,12 +113,12 @@ pub(super) fn rope_and_store(
     let memory = Shards(kv.lines.as_mut_ptr());
     let data = Shards(qkv.used_mut().as_mut_ptr());
     let group = heads.query / heads.kv;
-    // Rows of one block are one chunk: its first position clears it.
+    // The rows of one block are one chunk, because the block's first position clears it.
     let block = |i: usize| batch.store_at[i] as usize / BLOCK_SIZE;
     let runs: Vec<usize> = (0..rows).filter(|&i| i == 0 || block(i) != block(i - 1)).collect();
     let chunks = runs.len() * heads.kv;
     be.pool.run(chunks, |chunk| {
-        // One chunk ahead: rotating takes less time than memory.
+        // Prefetches one chunk ahead, because rotating takes less time than memory.
         for next in chunk..(chunk + 2).min(chunks) {
             let lines = (block(runs[next / heads.kv]) * heads.kv + next % heads.kv) * layout.lines();
             (lines..lines + layout.lines()).for_each(|line| prefetch(memory.0.wrapping_add(line)));
@@ -125,8 +126,8 @@ pub(super) fn rope_and_store(
         let (first, head) = (runs[chunk / heads.kv], chunk % heads.kv);
         let end = runs.get(chunk / heads.kv + 1).copied().unwrap_or(rows);
         for i in first..end {
-            // SAFETY: chunks have their own heads of their own rows, and their own blocks: `Batch::check` refuses a step
-            // that stores into a block in more than one run of rows.
+            // SAFETY: chunks write to different heads of different rows, and to different blocks: `Batch::check`
+            // refuses a step that stores into a block in more than one run of rows.
             unsafe {
                 let head_of = |h: usize| data.slice(i * cols + h * dim, dim);
                 for q in 0..group {
@@ -144,7 +145,7 @@ pub(super) fn rope_and_store(
     Ok(())
 }
 
-/// What happens to queries, keys and values before they are rotated.
+/// Clamps queries, keys and values, and norms queries and keys.
 fn clamp_and_norm(be: &CpuBackend, qkv: &mut CpuMat, by: &Qkv<'_, CpuBackend>) -> Result<()> {
     let (rows, cols, Heads { query, kv, dim }) = (qkv.rows(), qkv.cols(), by.heads);
     if by.clamp.is_none() && by.norms.is_none() {
@@ -174,7 +175,7 @@ fn clamp_and_norm(be: &CpuBackend, qkv: &mut CpuMat, by: &Qkv<'_, CpuBackend>) -
         for (norm, part) in [(of_query, queries), (key, &mut rest[..kv * dim])] {
             let width = if *over == NormSpan::Row { part.len() } else { dim };
             for (i, part) in part.chunks_mut(width).enumerate() {
-                // Of a weight that all heads share, every head has the same elements.
+                // If all heads share a weight, it has the elements of one head.
                 norm_in_place(be, norm, i * width % norm.weight.len(), part);
             }
         }
@@ -182,8 +183,8 @@ fn clamp_and_norm(be: &CpuBackend, qkv: &mut CpuMat, by: &Qkv<'_, CpuBackend>) -
     Ok(())
 }
 
-/// Writes the key and value at `offset` of a block. A block's first position clears it: what was there belonged
-/// to another sequence, and even multiplied by zero it must not be seen.
+/// The kernel that writes the key and value at `offset` of a block. The first position clears the block: values of
+/// another sequence must not have an effect, and even a weight of zero would pass on their infinities and NaNs.
 struct Store<'a> {
     layout: Layout,
     block: &'a mut [Line],
@@ -201,8 +202,8 @@ impl Kernel for Store<'_> {
             self.block.fill(Line([0; 16]));
         }
         let (keys, values) = self.block.split_at_mut(self.layout.key);
-        // SAFETY: the caller's promise; a panel of the keys has 16 lanes of `dim` elements, each panel of the values 16
-        // lanes of 16.
+        // SAFETY: the caller's promise. The panel of keys has 16 lanes of `dim` elements, and each panel of values has
+        // 16 lanes of 16.
         unsafe {
             match self.layout.dtype {
                 DType::F32 => {
@@ -234,7 +235,7 @@ impl Kernel for Store<'_> {
     }
 }
 
-/// Values beyond f16's range at its ends; NaN stays NaN.
+/// Clamps values to the range of f16. NaN stays NaN.
 #[inline(always)]
 unsafe fn saturated<S: Simd>(x: S::V) -> S::V {
     const LARGEST: f32 = 65504.0;

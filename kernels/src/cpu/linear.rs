@@ -1,4 +1,4 @@
-//! The one operation that most of a step's time goes to: `y = x · Wᵀ + bias`, with the rows' own low-rank deltas.
+//! `matmul`: the GEMM `y = x · Wᵀ + bias` with the rows' own low-rank deltas, which takes most of a step's time.
 
 use std::ops::Range;
 
@@ -12,103 +12,103 @@ use super::{
 };
 use crate::{Error, LinearLora, Matrix, Projection, Result, RowSet, Segment, SiteKind};
 
-/// Multiply-adds of a chunk of the base product at most, if that leaves it a group of panels.
+/// The largest number of multiply-adds of a chunk of the base GEMM, unless one group of panels has more.
 const CHUNK: usize = 1 << 20;
-/// Chunks of a product that every thread gets at least, so that a late thread leaves some to the others.
+/// The smallest number of chunks of each thread, so that others can steal some from a thread that is late.
 const CHUNKS: usize = 4;
-/// Rows times lines of A that make a chunk of the shrink.
+/// The size of a chunk of the shrink: rows times lines of A.
 const SHRINK_CHUNK: usize = 1 << 12;
-/// Lines of an adapter's A that make a chunk of a few rows.
+/// The size of a chunk of the shrink of few rows: lines of A.
 const CHUNK_LINES: usize = 512;
 
-/// Memory between the phases of an operation; grows to the largest step and stays.
+/// Scratch memory of an operation, which grows to the size of the largest step and is kept.
 #[derive(Default)]
 pub(super) struct Scratch {
     /// Padded activations.
     x: Vec<f32>,
-    /// Shrunk rows of all deltas.
+    /// The shrunk rows (x · Aᵀ) of all deltas.
     t: Vec<Line>,
-    /// Products that a magnitude scales before they go anywhere, laid out as the output.
+    /// Products that a magnitude scales before they are stored or added, laid out as the output.
     products: Vec<Line>,
-    /// Products with rows of adapters.
+    /// Products with rows of the weight that are the adapter's own.
     own: Vec<Line>,
 }
 
-/// A segment whose adapter changes something here.
+/// A segment whose adapter changes something at the operation's site.
 struct Change<'a> {
     segment: Segment,
     site: &'a SiteChange,
-    /// Where its shrunk rows are, in f32 of `t`.
+    /// Offset of its shrunk rows in `t`, in f32.
     t: usize,
-    /// Where its products with the adapter's own rows are, in f32 of `own`.
+    /// Offset of its products with the adapter's own rows in `own`, in f32.
     own: usize,
 }
 
-/// A piece of the first phase: rows of a delta's segment, times rows of its A. As in [`Expand`], all that a core must
-/// know to begin: what leads to a delta is in nobody's cache, since a whole step has passed since it was used.
+/// A chunk of the shrink: some rows of a segment, times some rows of its A. Like [`Expand`], it has everything that a
+/// core needs without following pointers to the adapter, which is in no cache any more since the step before.
 struct Unit<'a> {
-    /// First row, and how many.
+    /// The first row, and the number of rows.
     rows: (usize, usize),
     a: &'a [Line],
     /// Factor of each row of A.
     scales: &'a [f32],
     /// Lines of a row of A.
     depth: usize,
-    /// Where the result goes, and f32 from one row to the next.
+    /// Offset and stride of the result in `t`, in f32.
     t: (usize, usize),
 }
 
-/// One slice's part of a delta: what is added to some columns of a segment's rows.
+/// The expand of one slice of a delta, which is added to some columns of a segment's rows.
 struct Expand<'a> {
     b: View<'a>,
     /// The panel of the base weight that B's first panel lies on.
     panel: usize,
     rows: Range<usize>,
-    /// Where the slice's part of the first shrunk row is, and f32 from one row to the next.
+    /// Offset and stride of the slice's shrunk rows in `t`, in f32.
     t: (usize, usize),
     /// Whether a magnitude scales the sums.
     scaled: bool,
 }
 
-/// Products of a segment with an adapter's own rows of a weight.
+/// The products of a segment with rows of the weight that are the adapter's own.
 struct Own<'a> {
     rows: Range<usize>,
     weight: &'a OwnRows,
-    /// Where the products are, and f32 from one row to the next.
+    /// Offset and stride of the products in `own`, in f32.
     place: (usize, usize),
 }
 
-/// Everything that the chunks of one call read.
+/// The arguments that all chunks of one call share.
 struct Call<'a> {
     be: &'a CpuBackend,
     w: View<'a>,
     bias: Option<&'a [f32]>,
     x: &'a [f32],
-    /// Bytes of a row.
+    /// Bytes from one row to the next.
     x_stride: usize,
     rows: usize,
     y: Shards<f32>,
-    /// Columns of `y`.
+    /// The number of columns of `y`.
     stride: usize,
     /// Whether the sums are added to what `y` holds.
     add: bool,
     t: Shards<f32>,
-    /// As `y`, for the rows of segments that a magnitude scales.
+    /// Laid out as `y`, with the rows of segments that a magnitude scales.
     products: Shards<f32>,
     own: Shards<f32>,
     expands: Vec<Expand<'a>>,
-    /// Segments whose sums are not complete with their deltas.
+    /// Segments whose sums have to be scaled by gains or get a bias after their deltas.
     finishes: Vec<(Range<usize>, &'a SiteChange)>,
     replaced: Vec<Own<'a>>,
 }
 
-/// Where sums go.
+/// What is done with the sums.
 pub(super) enum Sum<'a> {
     /// They are stored.
     Store(&'a mut CpuMat),
-    /// They are added to what is there.
+    /// They are added to the matrix.
     Add(&'a mut CpuMat),
-    /// They are logits: columns without a row of the weight are -∞.
+    /// They are stored as logits: columns without a row of the weight become -∞.
     Logits(&'a mut CpuMat),
 }
 
@@ -118,7 +118,7 @@ pub(super) fn linear(be: &CpuBackend, x: &CpuMat, by: Projection<'_, CpuBackend>
     Ok(())
 }
 
-/// Rows whose number of columns is whole lines of every type, and that number: `x` itself, or a zero-padded copy.
+/// Pads rows with zeros to whole lines of every type, in a copy if necessary. Returns the rows and their stride.
 fn padded<'a>(x: &'a CpuMat, copy: &'a mut Vec<f32>) -> (&'a [f32], usize) {
     let (cols, stride) = (x.cols(), x.cols().next_multiple_of(32));
     if stride == cols {
@@ -133,7 +133,7 @@ fn padded<'a>(x: &'a CpuMat, copy: &'a mut Vec<f32>) -> (&'a [f32], usize) {
 }
 
 impl Scratch {
-    /// Makes room for what changes need, and for as many products as the output has elements.
+    /// Reserves memory for changes, and for as many products as the output has elements.
     fn reserve(&mut self, changes: &[Change<'_>], elements: usize) {
         let [t, own] = changes.last().map_or([0; 2], Change::ends);
         reserve(&mut self.t, t);
@@ -144,14 +144,14 @@ impl Scratch {
     }
 }
 
-/// Makes room for so many f32.
+/// Reserves memory for `count` f32.
 fn reserve(room: &mut Vec<Line>, count: usize) {
     if room.len() < count.div_ceil(16) {
         room.resize(count.div_ceil(16), Line([0; 16]));
     }
 }
 
-/// Lists the segments whose adapters change something.
+/// Finds the segments whose adapters change something at the site.
 fn find_changes<'a>(
     lora: &LinearLora<'a, CpuBackend>,
     w: &Panels,
@@ -197,17 +197,17 @@ impl<'a> Change<'a> {
         self.segment.start as usize..self.segment.end as usize
     }
 
-    /// Whether a magnitude scales its products.
+    /// Whether a magnitude scales the products.
     fn is_scaled(&self) -> bool {
         self.site.gains().is_some()
     }
 
-    /// Its rows and what is to do, if its sums are not complete with their deltas.
+    /// Its rows and its change, if its sums have to be scaled or get a bias after their deltas.
     fn finish(&self) -> Option<(Range<usize>, &'a SiteChange)> {
         (!self.site.vectors.is_empty()).then(|| (self.rows(), self.site))
     }
 
-    /// What the rooms must hold: shrunk rows, and products with the adapter's own rows.
+    /// The ends of its part of `t` and of `own`, in f32.
     fn ends(&self) -> [usize; 2] {
         let own = self.site.rows.as_ref().map_or(0, |own| own.values.outputs.next_multiple_of(16));
         [self.t + self.rows().len() * self.site.delta.width(), self.own + self.rows().len() * own]
@@ -219,7 +219,7 @@ impl<'a> Change<'a> {
         Some(Own { rows: self.rows(), weight, place: (self.own, stride) })
     }
 
-    /// The shrink in pieces, by rows and by rows of A.
+    /// Divides the shrink into chunks, by rows and by rows of A.
     fn shrinks(&self) -> impl Iterator<Item = Unit<'a>> {
         let (segment, t, site): (_, _, &SiteDelta) = (self.rows(), self.t, &self.site.delta);
         let (width, depth) = (site.width(), site.depth.max(1));
@@ -250,8 +250,8 @@ impl<'a> Change<'a> {
     }
 }
 
-/// Calls `f` for each element of a row's columns for which a vector, whose first element belongs to column `first`, has
-/// one, too.
+/// Calls `f` for those elements of a row for which a vector has an element, too. The vector's first element belongs to
+/// column `first`.
 fn each_shared(
     row: &mut [f32],
     columns: &Range<usize>,
@@ -267,21 +267,21 @@ fn each_shared(
 }
 
 impl Unit<'_> {
-    /// Asks for the first rows of A.
+    /// Prefetches the first rows of A.
     fn prefetch(&self) {
         self.a.iter().take(8 * self.depth).for_each(|line| prefetch(line));
     }
 }
 
 impl Expand<'_> {
-    /// The panels of B that lie on some panels of the base weight.
+    /// The panels of B that correspond to some panels of the base weight.
     fn panels(&self, base: &Range<usize>) -> Range<usize> {
         base.start.saturating_sub(self.panel)..base.end.saturating_sub(self.panel).min(self.b.panels())
     }
 }
 
 impl<'a> Call<'a> {
-    /// Checks shapes, makes room in `y`, and shrinks the rows that have deltas.
+    /// Checks shapes, resizes the output, and computes the shrink of all deltas.
     fn begin(
         (be, scratch): (&'a CpuBackend, &'a mut Scratch),
         x: &'a CpuMat,
@@ -331,14 +331,14 @@ impl<'a> Call<'a> {
         };
         let units: Vec<_> = changes.iter().flat_map(Change::shrinks).collect();
         be.pool.run(units.len(), |i| {
-            // Its own if it is the first of its core, and those of the next while it computes.
+            // Prefetches this unit, in case it is the core's first one, and the next unit.
             units[i..].iter().take(2).for_each(Unit::prefetch);
             call.shrink(&units[i]);
         });
         Ok(call)
     }
 
-    /// All sums, in chunks of panels.
+    /// Computes all sums, in chunks of panels.
     fn sum(&self) {
         let (pool, panels) = (&self.be.pool, self.w.panels());
         let by_work = (self.rows * self.w.inputs * panels * 16).div_ceil(CHUNK);
@@ -348,7 +348,7 @@ impl<'a> Call<'a> {
         pool.run(chunks, |i| self.sum_panels(&(bound(i)..bound(i + 1))));
         if self.stride > self.w.outputs {
             for row in 0..self.rows {
-                // SAFETY: nobody else writes now.
+                // SAFETY: no other thread writes now.
                 let row = unsafe { self.y.slice(row * self.stride, self.stride) };
                 row[self.w.outputs..].fill(f32::NEG_INFINITY);
             }
@@ -356,8 +356,7 @@ impl<'a> Call<'a> {
         self.replaced.iter().for_each(|own| self.replace(own));
     }
 
-    /// Puts products with an adapter's own rows into the place of those with the base model's. There are no deltas on
-    /// them.
+    /// Replaces the products with rows of the base weight by those with the adapter's own rows, which have no deltas.
     fn replace(&self, own: &Own<'_>) {
         let (values, (place, stride)) = (own.weight.values.view(), own.place);
         self.be.pool.run(values.panels(), |panel| {
@@ -367,7 +366,7 @@ impl<'a> Call<'a> {
             run(self.be.tier, Gemm { x, x_stride, rows, w: values, panels: panel..panel + 1, out });
         });
         for (i, row) in own.rows.clone().enumerate() {
-            // SAFETY: nobody else reads or writes now.
+            // SAFETY: no other thread reads or writes now.
             let (y, products) = unsafe {
                 let products = self.own.slice(place + i * stride, values.outputs);
                 (self.y.slice(row * self.stride, self.stride), products)
@@ -382,7 +381,7 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// The base product of some panels, and the deltas while it is in cache.
+    /// Computes the base GEMM of some panels, and adds the deltas while the result is in cache.
     fn sum_panels(&self, panels: &Range<usize>) {
         prefetch_first(self.w, panels.start, self.rows);
         self.prefetch_expands(panels);
@@ -392,14 +391,14 @@ impl<'a> Call<'a> {
         self.finishes.iter().for_each(|(rows, change)| self.finish(rows.clone(), change, &columns));
     }
 
-    /// Scales some columns of a segment's products by its gains, and adds its biases.
+    /// Scales some columns of a segment's products by the gains, and adds the biases.
     fn finish(&self, rows: Range<usize>, change: &SiteChange, columns: &Range<usize>) {
         for row in rows {
             let at = row * self.stride + columns.start;
             // SAFETY: the columns are this chunk's alone.
             let y = unsafe { self.y.slice(at, columns.len()) };
             if let Some(gains) = change.gains() {
-                // SAFETY: as above; where there are gains, there is room for as much as `y` has.
+                // SAFETY: as above. If there are gains, `products` is as large as `y`.
                 let products = unsafe { self.products.slice(at, columns.len()) };
                 for (vectors, gain) in change.vectors.iter().zip(&gains.0) {
                     let Some(gain) = gain else { continue };
@@ -439,13 +438,13 @@ impl<'a> Call<'a> {
         );
         let width = unit.a.len() / unit.depth;
         for row in 0..rows {
-            // SAFETY: the unit's own part of its rows' sums.
+            // SAFETY: this part of the sums belongs to the unit.
             let sums = unsafe { self.t.slice(t_offset + row * t_stride, width) };
             sums.iter_mut().zip(unit.scales).for_each(|(sum, scale)| *sum *= scale);
         }
     }
 
-    /// The base product of some panels: of runs of rows that a magnitude scales, and of those in between.
+    /// Computes the base GEMM of some panels. Runs of rows that a magnitude scales go to `products`, all others to `y`.
     fn base(&self, panels: &Range<usize>) {
         let mut next = 0;
         for (rows, _) in self.finishes.iter().filter(|(_, change)| change.gains().is_some()) {
@@ -468,7 +467,7 @@ impl<'a> Call<'a> {
         run(self.be.tier, Gemm { x, x_stride, rows: rows.len(), w: self.w, panels, out });
     }
 
-    /// Asks for what the expands of some panels will read, while the base product computes.
+    /// Prefetches what the expands of some panels read, so that it arrives while the base GEMM is computed.
     fn prefetch_expands(&self, panels: &Range<usize>) {
         for expand in &self.expands {
             let panels = expand.panels(panels);
@@ -478,7 +477,7 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// Adds the deltas to some panels of the base product, while it is in cache.
+    /// Adds the deltas to some panels of the output, while these are in cache.
     fn expand(&self, panels: &Range<usize>) {
         for expand in &self.expands {
             let (panels, (t, t_stride)) = (expand.panels(panels), expand.t);

@@ -1,13 +1,13 @@
-//! The residual stream's first value: rows of tables, and what adapters change of them.
+//! `embed`: the first value of the residual stream, from rows of tables and what adapters change of them.
 
 use super::{CpuBackend, CpuSampler, elementwise::each_row, lora::SiteChange, memory::CpuMat, pool::Shards};
 use crate::{Batch, Embedding, Error, LinearLora, Matrix, Result, SiteKind};
 
-/// Where a row of the step comes from.
+/// The origin of a row of the step.
 #[derive(Clone, Copy)]
 struct Source<'a> {
     token: usize,
-    /// What the row's adapter changes, and which of its own rows it takes.
+    /// The change of the row's adapter, and the index of the adapter's own row for the token, if it has one.
     change: Option<(&'a SiteChange, Option<usize>)>,
 }
 
@@ -54,7 +54,7 @@ pub(super) fn embed(
     Ok(())
 }
 
-/// One row of a table that an adapter changes.
+/// Looks up a row of a table that an adapter changes.
 fn look_up(
     change: &SiteChange,
     own: Option<usize>,
@@ -79,7 +79,7 @@ fn look_up(
     }
 }
 
-/// Where each row of a step comes from. Errors: a token without a row.
+/// Finds the origin of each row of a step. Errors: a token has no row.
 fn sources<'a>(
     batch: &Batch,
     sampler: &CpuSampler,
@@ -109,7 +109,7 @@ fn sources<'a>(
     }
 }
 
-/// Finds what the adapters of rows change.
+/// Finds the changes of the rows' adapters.
 fn find_changes<'a>(
     lora: &LinearLora<'a, CpuBackend>,
     [tokens, cols]: [usize; 2],

@@ -1,4 +1,5 @@
-//! What adapters change, in host memory. Nothing is padded to a common rank: A keeps its own rows, B its own columns.
+//! Adapters in host memory, where steps read them. They are not padded to a common rank: each A keeps its number of
+//! rows, and each B its number of columns.
 
 mod gains;
 
@@ -12,23 +13,23 @@ use crate::{DType, Error, LoraPart, LoraShape, LoraSite, LowRank, ReplacedRows, 
 
 pub(super) use gains::Gains;
 
-/// What one adapter changes at one site.
+/// The change that one adapter makes at one site.
 #[derive(Debug)]
 pub(super) struct SiteChange {
     /// Low-rank deltas of a product.
     pub(super) delta: SiteDelta,
     /// The low-rank delta of a lookup.
     pub(super) lookup: Option<LookupDelta>,
-    /// Magnitudes and biases.
+    /// The magnitudes and biases of slices.
     pub(super) vectors: Vec<SliceVectors>,
     /// Rows of the weight that are the adapter's own.
     pub(super) rows: Option<OwnRows>,
-    /// What magnitudes make of the products. They depend on the base weight, and are computed when the adapter is
-    /// loaded for the first time.
+    /// The factors that magnitudes give. They depend on the base weight, and are computed when the adapter is loaded
+    /// for the first time.
     gains: OnceLock<Gains>,
 }
 
-/// What an adapter has for each output of a slice.
+/// The vectors of a slice, with an element for each output.
 #[derive(Debug)]
 pub(super) struct SliceVectors {
     /// The slice's columns of the site's output.
@@ -37,16 +38,16 @@ pub(super) struct SliceVectors {
     pub(super) bias: Option<Vec<f32>>,
 }
 
-/// Rows of a table or of the output projection.
+/// An adapter's own rows of the embedding table or of the output projection.
 #[derive(Debug)]
 pub(super) struct OwnRows {
-    /// Which rows, ascending; None: the first ones, which are all that there are.
+    /// Their indices in ascending order. `None`: they replace the whole weight, from row 0.
     pub(super) ids: Option<Vec<u32>>,
     pub(super) values: Panels,
 }
 
 impl OwnRows {
-    /// Which of the values row `id` is. Err: there is no such row. None: it is the base model's.
+    /// The index in `values` of row `id`; `None` if this row is the base model's. `Err` if there is no such row.
     pub(super) fn find(&self, id: usize) -> std::result::Result<Option<usize>, usize> {
         match &self.ids {
             None if id < self.values.outputs => Ok(Some(id)),
@@ -77,15 +78,16 @@ impl LookupDelta {
     }
 }
 
-/// The deltas of one adapter at one site.
+/// The low-rank deltas of one adapter at one site.
 #[derive(Debug)]
 pub(super) struct SiteDelta {
-    /// The A of all slices, one after the other, each with zero rows up to whole lines of its B. Row-major along the
-    /// inputs, each row padded to whole lines: 16 f32 a line, or 32 bf16, whose lane i holds the elements i and i + 16.
+    /// The A of all slices, one after the other. Each has zero rows up to whole lines of its B. Rows are stored along
+    /// the inputs and padded to whole lines: a line has 16 f32, or 32 bf16, of which lane i holds the elements i and i
+    /// + 16.
     pub(super) a: Lines,
     /// Lines of one row of A.
     pub(super) depth: usize,
-    /// The adapter's factor for each row of A.
+    /// The scale of the delta, for each row of A.
     pub(super) scales: Vec<f32>,
     pub(super) slices: Vec<SliceDelta>,
 }
@@ -97,13 +99,13 @@ pub(super) struct SliceDelta {
     pub(super) first: usize,
     /// The first column of the site's output that B has a row for.
     pub(super) column: usize,
-    /// Panels over the outputs of the slice. They lie on the base weight's panels: if the slice begins
-    /// inside of one, there are zeros for the outputs before it.
+    /// Panels over the outputs of the slice. They are aligned with the base weight's panels: if the slice begins inside
+    /// of one, the outputs before it are zero.
     pub(super) b: Panels,
 }
 
 impl SliceDelta {
-    /// The panel of the site's base weight that B's first panel lies on.
+    /// The panel of the site's base weight that corresponds to B's first panel.
     pub(super) fn panel(&self) -> usize {
         self.column / 16
     }
@@ -123,7 +125,7 @@ impl SiteDelta {
             }
             let column = site.columns(part.slice).start;
             let before = column % 16;
-            // A head may have room for more rows than the base weight and its delta have.
+            // An output projection may have more columns of logits than the base weight and its delta have rows.
             let shape = [before + own_b.len() / rank, *rank];
             let b = Panels::from_fn(arena, dtype, shape, |o, r| {
                 o.checked_sub(before).map_or(0.0, |o| own_b[o * rank + r])
@@ -135,7 +137,7 @@ impl SiteDelta {
         Ok(SiteDelta { a, depth, scales, slices })
     }
 
-    /// Rows of A: elements of a shrunk row.
+    /// The number of rows of A, which is the number of elements of a shrunk row.
     pub(super) fn width(&self) -> usize {
         self.a.len() / self.depth.max(1)
     }
@@ -145,7 +147,7 @@ fn a_elements_per_line(dtype: DType) -> usize {
     if dtype == DType::F32 { 16 } else { 32 }
 }
 
-/// Rows that the A of some slices takes.
+/// The number of rows that the A of some slices takes, padding included.
 fn a_rows(dtype: DType, parts: &[&LoraPart]) -> usize {
     let whole = Panels::inputs_per_line(dtype);
     parts.iter().map(|part| part.shape().lora_rank.next_multiple_of(whole)).sum()
@@ -201,13 +203,13 @@ impl SiteChange {
         Ok(SiteChange { delta, lookup, vectors, rows, gains: OnceLock::new() })
     }
 
-    /// What the magnitudes make of products; None if there are no magnitudes.
+    /// The factors that magnitudes give; `None` if there are no magnitudes.
     pub(super) fn gains(&self) -> Option<&Gains> {
         self.gains.get()
     }
 }
 
-/// One adapter: what it changes, by site.
+/// One adapter: its changes by site.
 #[derive(Debug)]
 pub struct CpuAdapter {
     sites: Vec<Option<SiteChange>>,
@@ -231,7 +233,7 @@ impl CpuAdapter {
         Ok(CpuAdapter { sites: changes, bytes: bytes(dtype, sites, &shapes)? })
     }
 
-    /// What changes at a site, if anything.
+    /// The change at a site, if there is one.
     pub(super) fn site(&self, site: usize) -> Option<&SiteChange> {
         self.sites[site].as_ref()
     }
@@ -241,7 +243,7 @@ impl CpuAdapter {
 pub(super) fn bytes(dtype: DType, sites: &[LoraSite], shapes: &[LoraShape]) -> Result<usize> {
     let vectors = shapes.iter().map(|shape| {
         let [_, outputs] = shape.of(sites)?;
-        // A magnitude and its gain, a bias; the numbers of the rows that are replaced.
+        // A magnitude and its gain, a bias, and the indices of replaced rows.
         let vectors = 2 * usize::from(shape.has_magnitude) + usize::from(shape.has_bias);
         Ok((vectors * outputs + shape.rows) * size_of::<f32>())
     });
@@ -277,7 +279,7 @@ pub struct CpuSlots {
 }
 
 impl CpuSlots {
-    /// The adapter in a slot that a row wants to use.
+    /// The adapter in a slot that rows use. Errors: the slot is empty.
     pub(super) fn resident(&self, op: &'static str, slot: u32) -> Result<&CpuAdapter> {
         let limit = self.slots.len();
         let slot = slot as usize;
@@ -285,7 +287,7 @@ impl CpuSlots {
         adapter.as_deref().ok_or(Error::EmptySlot { op, slot })
     }
 
-    /// A site that an operation names.
+    /// A site by its index. Errors: there is none.
     pub(super) fn site(&self, op: &'static str, site: usize) -> Result<&LoraSite> {
         let limit = self.sites.len();
         self.sites.get(site).ok_or(Error::Index { op, what: "site", index: site, limit })

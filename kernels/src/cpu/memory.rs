@@ -1,4 +1,4 @@
-//! Host memory of the backend: activations, lines of packed weights, and rounding to bf16.
+//! The memory of the CPU backend: activations, weights as panels, and conversion to bf16.
 
 use std::{
     alloc::{Layout, alloc, alloc_zeroed, dealloc},
@@ -16,24 +16,24 @@ use crate::{DType, Error, HostTensor, Matrix, Result};
 #[repr(C, align(64))]
 pub(super) struct Line(pub(super) [u32; 16]);
 
-/// What huge pages are made of.
+/// Bytes of a huge page.
 const HUGE_PAGE: usize = 2 << 20;
 
-/// Memory from the system.
+/// Memory that was allocated from the system.
 #[derive(Debug)]
 struct Region {
     memory: *mut Line,
     layout: Layout,
 }
 
-// SAFETY: a region only owns memory; the lines that refer to it do not overlap.
+// SAFETY: a region only owns memory. The lines that refer to it do not overlap.
 unsafe impl Send for Region {}
 // SAFETY: as above.
 unsafe impl Sync for Region {}
 
 impl Region {
-    /// Memory that is read from front to back, again and again: on huge pages where the system has them, since walking
-    /// page tables would cost a fifth of the bandwidth. The lines are not initialized.
+    /// Allocates memory that is streamed again and again. It is on huge pages where the system has them, because page
+    /// table walks would cost a fifth of the bandwidth. The memory is not initialized.
     fn streamed(bytes: usize, what: &'static str) -> Result<Region> {
         let out_of_memory = Error::OutOfMemory { bytes, what };
         let align = if bytes < HUGE_PAGE { align_of::<Line>() } else { HUGE_PAGE };
@@ -44,16 +44,16 @@ impl Region {
             return Err(out_of_memory);
         }
         #[cfg(target_os = "linux")]
-        // SAFETY: a hint about memory that is ours; that it may be refused does not matter.
+        // SAFETY: this is a hint about memory that we own. It does not matter if it is refused.
         unsafe {
             libc::madvise(memory.cast(), bytes, libc::MADV_HUGEPAGE);
         }
         Ok(Region { memory: memory.cast(), layout })
     }
 
-    /// Zeroed memory. The system hands out zeroed pages when they are first touched, so memory for keys and values
-    /// costs nothing until it is used. The standard library clears memory of a line's alignment itself, so the
-    /// alignment is the caller's: there is a line more than asked for.
+    /// Allocates zeroed memory. The system hands out zeroed pages when they are first touched, so that a KV cache costs
+    /// nothing until it is used. For memory with the alignment of a line, the standard library would write the zeros
+    /// itself. Therefore the memory is not aligned but one line larger, and the caller aligns it.
     fn zeroed(bytes: usize, what: &'static str) -> Result<Region> {
         let out_of_memory = Error::OutOfMemory { bytes, what };
         let Ok(layout) = Layout::from_size_align(bytes.saturating_add(size_of::<Line>()), 16) else {
@@ -72,22 +72,22 @@ impl Drop for Region {
     }
 }
 
-/// Lines of a region, which lives as long as any of its lines.
+/// Lines of a region. The region lives as long as any of its lines.
 #[derive(Debug)]
 pub(super) struct Lines {
     _region: Arc<Region>,
-    /// In the region: whoever reads the lines need not look it up there first.
+    /// Points into the region, so that reading the lines needs no further pointer.
     first: *mut Line,
     count: usize,
 }
 
-// SAFETY: lines own their part of the region.
+// SAFETY: the lines own their part of the region.
 unsafe impl Send for Lines {}
 // SAFETY: as above.
 unsafe impl Sync for Lines {}
 
 impl Lines {
-    /// Zeroed lines that cost nothing until they are touched.
+    /// Allocates zeroed lines that cost nothing until they are touched.
     pub(super) fn zeroed(count: usize, what: &'static str) -> Result<Lines> {
         let region = Region::zeroed(count.saturating_mul(size_of::<Line>()), what)?;
         let skip = region.memory.cast::<u8>().align_offset(align_of::<Line>());
@@ -99,7 +99,7 @@ impl Deref for Lines {
     type Target = [Line];
 
     fn deref(&self) -> &[Line] {
-        // SAFETY: `count` initialized lines lie there, aligned, and nobody else has them.
+        // SAFETY: there are `count` initialized lines, which are aligned and belong to nothing else.
         unsafe { slice::from_raw_parts(self.first, self.count) }
     }
 }
@@ -111,22 +111,22 @@ impl DerefMut for Lines {
     }
 }
 
-/// Hands out lines that lie behind each other in large regions, so that small weights share huge pages.
+/// Allocates lines one after the other in large regions, so that small weights share huge pages.
 #[derive(Debug)]
 pub(super) struct Arena {
-    /// Bytes of a region, unless more are asked for at once.
+    /// Bytes of a region, unless a larger one is needed.
     region_bytes: usize,
-    /// The region at hand, and its bytes in use.
+    /// The present region, and its bytes in use.
     current: Option<(Arc<Region>, usize)>,
 }
 
 impl Arena {
-    /// An arena that asks the system for `region_bytes` at a time.
+    /// Makes an arena that allocates `region_bytes` at a time.
     pub(super) fn new(region_bytes: usize) -> Arena {
         Arena { region_bytes, current: None }
     }
 
-    /// Zeroed lines.
+    /// Allocates zeroed lines.
     pub(super) fn lines(&mut self, count: usize, what: &'static str) -> Result<Lines> {
         let bytes = count.saturating_mul(size_of::<Line>());
         let (region, used) = match self.current.take() {
@@ -135,13 +135,14 @@ impl Arena {
         };
         self.current = Some((region.clone(), used + bytes));
         let first = region.memory.wrapping_byte_add(used);
-        // SAFETY: there is room, and nobody else was given these bytes.
+        // SAFETY: there is room, and these bytes belong to nothing else.
         unsafe { first.write_bytes(0, count) };
         Ok(Lines { _region: region, first, count })
     }
 }
 
-/// Bits of a value rounded to bf16, to nearest even; NaN stays NaN. Without a branch, so that loops vectorize.
+/// Rounds a value to bf16, to nearest even, and returns its bits. NaN stays NaN. There is no branch, so that loops
+/// vectorize.
 #[inline]
 pub(super) fn round(x: f32) -> u32 {
     let bits = x.to_bits();
@@ -149,7 +150,7 @@ pub(super) fn round(x: f32) -> u32 {
     if x.is_nan() { bits >> 16 | 0x40 } else { rounded }
 }
 
-/// Two f32 rounded to bf16, the first in the lower half.
+/// Rounds two f32 to bf16, and puts the first into the lower half.
 #[inline]
 pub(super) fn pair(low: f32, high: f32) -> u32 {
     round(low) | round(high) << 16
@@ -161,12 +162,12 @@ pub(super) fn of_pair(pair: u32, upper: bool) -> f32 {
     f32::from_bits(if upper { pair & 0xffff_0000 } else { pair << 16 })
 }
 
-/// Activations, f32 row-major. They begin on a line, and so does each row of a multiple of 16 columns: what a panel of
-/// outputs writes is one core's alone.
+/// Activations: f32, row-major. The first row begins on a cache line, and if the number of columns is a multiple of 16,
+/// so do all others. So no two cores write to the same line when they compute different panels of outputs.
 #[derive(Debug)]
 pub struct CpuMat {
     data: Lines,
-    /// Rows that there is room for.
+    /// The number of rows that there is room for.
     capacity: usize,
     rows: usize,
     cols: usize,
@@ -180,7 +181,7 @@ impl CpuMat {
 
     /// The rows in use.
     pub(super) fn used(&self) -> &[f32] {
-        // SAFETY: the words of the lines, which are f32 whatever they hold; `new` made room for `capacity` rows.
+        // SAFETY: these are words of the lines, all of which are valid f32. `new` made room for `capacity` rows.
         unsafe { slice::from_raw_parts(self.data.as_ptr().cast(), self.rows * self.cols) }
     }
 
@@ -194,7 +195,7 @@ impl CpuMat {
         &self.used()[i * self.cols..][..self.cols]
     }
 
-    /// Puts `rows` rows to use; refuses more than there are.
+    /// Sets the number of rows in use. Errors: there is no room for as many.
     pub(super) fn resize(&mut self, op: &'static str, rows: usize) -> Result<()> {
         let limit = self.capacity();
         if rows > limit {
@@ -224,7 +225,7 @@ impl Matrix for CpuMat {
     }
 }
 
-/// Element `i` of a host tensor's data.
+/// Reads element `i` of a host tensor's data.
 fn element(dtype: DType, data: &[u8], i: usize) -> f32 {
     match dtype {
         DType::F32 => f32::from_le_bytes([data[4 * i], data[4 * i + 1], data[4 * i + 2], data[4 * i + 3]]),
@@ -233,16 +234,16 @@ fn element(dtype: DType, data: &[u8], i: usize) -> f32 {
     }
 }
 
-/// Panels whose lines lie beside each other: as many as a tile multiplies, so that it reads one stream.
+/// The number of panels whose lines alternate in memory. A tile multiplies as many, so that it reads one stream.
 pub(super) const GROUP: usize = 2;
 
-/// A weight `[outputs, inputs]` in panels of 16 outputs. A line of a panel holds one input (f32) or two (bf16: lane i
-/// is `w[i][2k] | w[i][2k + 1] << 16`) of all 16 outputs. Two panels make a group: the first line of each, then the
-/// second of each, and so on, so a step reads a group from front to back, once; the last panel may be alone. Missing
-/// outputs and inputs are zero.
+/// A weight `[outputs, inputs]` as panels of 16 outputs. A line of a panel has one input (f32) or two (bf16: lane i is
+/// `w[i][2k] | w[i][2k + 1] << 16`) of all 16 outputs. Two panels make a group, which is stored as the first line of
+/// each, then the second line of each, and so on, so that a step reads a group once, from front to back. The last panel
+/// may be alone. Missing outputs and inputs are zero.
 #[derive(Debug, Clone)]
 pub struct Panels {
-    /// Keeps the lines.
+    /// Keeps the lines alive.
     _owner: Arc<Lines>,
     first: *const Line,
     pub(super) dtype: DType,
@@ -250,12 +251,12 @@ pub struct Panels {
     pub(super) inputs: usize,
 }
 
-// SAFETY: nobody writes to the lines once they are panels.
+// SAFETY: the lines are not written to once they are panels.
 unsafe impl Send for Panels {}
 // SAFETY: as above.
 unsafe impl Sync for Panels {}
 
-/// Panels as a product reads them: all that there is to know, without a pointer to follow.
+/// Panels as a GEMM reads them: everything that it needs, without a further pointer.
 #[derive(Clone, Copy)]
 pub(super) struct View<'a> {
     pub(super) lines: &'a [Line],
@@ -265,7 +266,7 @@ pub(super) struct View<'a> {
 }
 
 impl<'a> View<'a> {
-    /// Lines of one panel.
+    /// The number of lines of one panel.
     pub(super) fn depth(&self) -> usize {
         self.inputs.div_ceil(Panels::inputs_per_line(self.dtype))
     }
@@ -274,7 +275,7 @@ impl<'a> View<'a> {
         self.outputs.div_ceil(16)
     }
 
-    /// Where the first line of a panel is, and how many lines behind it the next is.
+    /// The index of a panel's first line, and the number of lines to its next one.
     pub(super) fn place(&self, panel: usize) -> (usize, usize) {
         place(panel, self.panels(), self.depth())
     }
@@ -287,7 +288,7 @@ impl<'a> View<'a> {
 }
 
 impl Panels {
-    /// Inputs that share a line.
+    /// The number of inputs of a line.
     pub(super) fn inputs_per_line(dtype: DType) -> usize {
         if dtype == DType::F32 { 1 } else { 2 }
     }
@@ -295,11 +296,11 @@ impl Panels {
     pub(super) fn view(&self) -> View<'_> {
         let (dtype, outputs, inputs) = (self.dtype, self.outputs, self.inputs);
         let count = outputs.div_ceil(16) * inputs.div_ceil(Self::inputs_per_line(dtype));
-        // SAFETY: `from_fn` made that many lines, which live as long as their owner.
+        // SAFETY: `from_fn` made as many lines, which live as long as their owner.
         View { lines: unsafe { slice::from_raw_parts(self.first, count) }, dtype, outputs, inputs }
     }
 
-    /// The weight whose element is `get(output, input)`.
+    /// Makes the weight whose elements are `get(output, input)`.
     pub(super) fn from_fn(
         arena: &mut Arena,
         dtype: DType,
@@ -325,10 +326,10 @@ impl Panels {
         Ok(Panels { first: lines.as_ptr(), _owner: Arc::new(lines), dtype, outputs, inputs })
     }
 
-    /// The rows of host tensors, one tensor after the other.
+    /// Packs the rows of host tensors, one tensor after the other.
     pub(super) fn pack(arena: &mut Arena, dtype: DType, parts: &[HostTensor<'_>]) -> Result<Panels> {
         let inputs = parts.first().map_or(0, |part| part.cols);
-        // Where each output's row is.
+        // The tensor and row of each output.
         let mut rows = Vec::new();
         for part in parts {
             let (got, expected) = (part.data.len(), part.rows * part.cols * part.dtype.size());
@@ -346,12 +347,12 @@ impl Panels {
         })
     }
 
-    /// One output's weights.
+    /// Reads one output's weights.
     pub(super) fn read_row(&self, output: usize, out: &mut [f32]) {
         self.each_of_row(output, out.len(), |k, x| out[k] = x);
     }
 
-    /// Calls `f` with the number and the value of the first `count` of one output's weights.
+    /// Calls `f` with the index and the value of each of the first `count` weights of an output.
     pub(super) fn each_of_row(&self, output: usize, count: usize, mut f: impl FnMut(usize, f32)) {
         let view = self.view();
         let (first, step) = view.place(output / 16);
@@ -368,7 +369,7 @@ impl Panels {
     }
 }
 
-/// Where the first line of one of `panels` panels of `depth` lines is, and how many lines behind it the next is.
+/// For one of `panels` panels of `depth` lines: the index of its first line, and the number of lines to its next one.
 fn place(panel: usize, panels: usize, depth: usize) -> (usize, usize) {
     let group = panel / GROUP * GROUP;
     (group * depth + panel % GROUP, GROUP.min(panels - group))

@@ -1,6 +1,9 @@
 //! What is read in a `config.json`: the numbers that transformers reads, or a refusal that names the field.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "config/odd.rs"]
+mod odd;
+
 use std::{fs, path::Path};
 
 use model::Decoder;

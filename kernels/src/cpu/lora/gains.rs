@@ -1,4 +1,5 @@
-//! What magnitudes make of products (DoRA): the magnitude of each output over the norm of its weights, delta included.
+//! The gains of DoRA, by which products are multiplied: the magnitude of each output, divided by the norm of its
+//! weights including the delta.
 
 use super::{
     super::{CpuBackend, memory::Panels, pool::Shards},
@@ -6,15 +7,16 @@ use super::{
 };
 use crate::{Error, LoraSite, Result, SiteKind};
 
-/// A factor for each output of a slice, by slice as [`SiteChange::vectors`]; 1 where there is no magnitude.
+/// The gains of each slice in [`SiteChange::vectors`], with a factor for each output; `None` for a slice without a
+/// magnitude.
 #[derive(Debug)]
 pub(crate) struct Gains(pub(crate) Vec<Option<Vec<f32>>>);
 
-/// Outputs that a thread takes at a time.
+/// The number of outputs of a chunk.
 const CHUNK: usize = 16;
 
 impl CpuAdapter {
-    /// Computes what depends on the base model's weights, once: an adapter that is loaded again has it already.
+    /// Computes the gains, which depend on the base model's weights. An adapter that is loaded again has them already.
     pub(crate) fn complete(&self, be: &CpuBackend, sites: &[LoraSite], weights: &[&Panels]) -> Result<()> {
         for (i, (change, site)) in self.sites.iter().zip(sites).enumerate() {
             let Some(change) = change else { continue };
@@ -38,7 +40,7 @@ impl CpuAdapter {
                 };
                 Some(magnitude.iter().zip(squares).map(|(m, square)| m / square.sqrt()).collect())
             });
-            // Another thread may have been faster, with the same result.
+            // Another thread may have set the same result before.
             let _ = change.gains.set(Gains(gains.collect()));
         }
         Ok(())
@@ -55,7 +57,7 @@ fn of_slice(be: &CpuBackend, weight: &Panels, change: &SiteChange, vectors: &Sli
         rows.map(|row| unpack_row(be.dtype, row, inputs)).collect()
     });
     let count = vectors.columns.len().min(weight.outputs.saturating_sub(vectors.columns.start));
-    // What the base weight has no row for is never multiplied.
+    // Outputs without a row of the base weight are never multiplied with a gain.
     let mut squares = vec![1.0; vectors.columns.len()];
     let shards = Shards(squares.as_mut_ptr());
     be.pool.run(count.div_ceil(CHUNK), |chunk| {

@@ -86,8 +86,8 @@ impl Outline {
             _ => fields.optional_size("num_key_value_heads")?.unwrap_or(query),
         };
         if self.whole_heads && !hidden.is_multiple_of(query) {
-            let what = "hidden_size, a multiple of num_attention_heads";
-            return Err(LoadError::Inconsistent { what, got: hidden, expected: query });
+            let expected = "a multiple of the number of attention heads";
+            return Err(LoadError::Field { field: fields.name("hidden_size"), expected });
         }
         let dim = self.head_dim.unwrap_or(hidden / query);
         let dim = check_head_dim(fields.optional_size("head_dim")?.unwrap_or(dim))?;

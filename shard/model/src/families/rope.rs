@@ -98,10 +98,8 @@ pub(super) fn object<'a>(fields: &'a Fields, field: &'static str) -> Result<Opti
 
 impl Parameters<'_> {
     fn spec(&self, dim: usize) -> Result<RopeSpec> {
-        let theta = match self.number("rope_theta")? {
-            Some(theta) => theta,
-            None => self.fields.optional_number(self.of.theta)?.unwrap_or(self.of.default_theta),
-        };
+        let beside = self.fields.optional_number(self.of.theta)?;
+        let theta = self.number("rope_theta")?.or(beside).unwrap_or(self.of.default_theta);
         if !theta.is_finite() || theta <= 0.0 {
             return Err(LoadError::Field { field: self.of.theta, expected: "a positive number" });
         }
@@ -118,10 +116,7 @@ impl Parameters<'_> {
                 Some(_) => Err(unsupported(field, &self.nested[field], "1")),
             };
         };
-        let share = match nested {
-            Some(share) => share,
-            None => self.fields.optional_number(own)?.unwrap_or(default),
-        };
+        let share = nested.or(self.fields.optional_number(own)?).unwrap_or(default);
         let rotated = (dim as f64 * share) as usize;
         if share > 0.0 && rotated > 0 && rotated <= dim && rotated.is_multiple_of(2) {
             Ok(rotated)
