@@ -1,9 +1,9 @@
-//! The default of [`Ops::linear`](crate::Ops::linear): every [`Output`] as a sequence of simpler operations, for
+//! The default of [`Ops::linear`]: every [`Output`] as a sequence of simpler operations, for
 //! devices that do not fuse it.
 
 use crate::{Ops, Output, Projection, Residual, Result};
 
-/// Computes [`Ops::linear`](crate::Ops::linear) one operation after the other.
+/// Computes [`Ops::linear`] one operation after the other.
 pub fn linear<B: Ops>(be: &B, x: &B::Mat, by: Projection<'_, B>, out: Output<'_, B>) -> Result<()> {
     match out {
         Output::Store(y) => be.matmul(x, by, y),
