@@ -1,7 +1,8 @@
 //! A decode step and a prefill of Llama-3.1-8B's shape on the card, whole and by operation, with and without adapters.
 //! One JSON line for each figure. `cargo bench -p kernels --features cuda --bench cuda`
 //!
-//! `cuda time decode 32 16 prefill 512 1` times only such steps (rows, adapters), whole.
+//! `cuda time decode 32 16 prefill 512 1 prefix 64 0` times only such steps (rows, adapters), whole; `prefix` is a prompt
+//! behind 32k tokens in KV memory, whose attention is timed as well.
 //!
 //! `cuda once decode 32 16` runs one such step (rows, adapters) a second time, kernel by kernel between the marks that a
 //! profiler waits for: `ncu --profile-from-start off --csv --metrics gpu__time_duration.sum cuda once prefill 512 1`.
@@ -29,6 +30,8 @@ const MAX_ROWS: usize = 2048;
 const ADAPTERS: usize = 32;
 /// Rows of the prompt in a mixed step: with 32 decode rows, what the scheduler plans.
 const PROMPT: usize = 480;
+/// Tokens before the rows of a prompt whose beginning is in KV memory already.
+const PREFIX: usize = 32_768;
 const RANK: usize = 16;
 const EPS: f32 = 1e-5;
 const ATTENTION: AttentionShape =
@@ -157,7 +160,8 @@ impl Model {
         for seat in 0..256 {
             ops.seat(&mut sampler, seat, &SamplingParams::default(), &[], &[]).unwrap();
         }
-        let rope = RopeSpec { inv_freq: vec![0.01; 64], scale: 1.0, positions: 8192, stretch: Stretch::None };
+        let rope =
+            RopeSpec { inv_freq: vec![0.01; 64], scale: 1.0, positions: 40_000, stretch: Stretch::None };
         Model {
             rope: ops.rope(&rope).unwrap(),
             slots: Arc::new(adapters(&ops)),
@@ -259,6 +263,9 @@ fn report(what: &str, rows: usize, adapters: usize, op: &str, ms: f64) {
 
 /// One step's indices: decode rows at position 575, the rows of one prompt, or both.
 fn step(phase: &str, rows: usize, adapters: usize) -> Batch {
+    if phase == "prefix" {
+        return batch(&[(rows, PREFIX)], &[(adapters > 0).then_some(1)]);
+    }
     if phase == "prefill" {
         return batch(&[(rows, 0)], &[(adapters > 0).then_some(1)]);
     }
@@ -312,7 +319,11 @@ fn main() {
     if let Some(("time", steps)) = args.split_first().map(|(first, rest)| (first.as_str(), rest)) {
         for [phase, rows, adapters] in steps.as_chunks().0 {
             let (rows, adapters) = (rows.parse().unwrap(), adapters.parse().unwrap());
-            report(phase, rows, adapters, "all", model.time(&step(phase, rows, adapters), &|_| true));
+            let host = step(phase, rows, adapters);
+            report(phase, rows, adapters, "all", model.time(&host, &|_| true));
+            if phase == "prefix" {
+                report(phase, rows, adapters, "attention", model.time(&host, &|name| name == "attention"));
+            }
         }
         return;
     }

@@ -457,24 +457,25 @@ __device__ __forceinline__ void write_rows(const Softmax<DIM>& out, const Pairs&
   }
 }
 
-// Grid: (items, kv heads, tiles of 16 · WARPS_M pairs).
+// Grid: (kv heads, items, tiles of 16 · WARPS_M pairs). Blocks without work leave at once, and make room for those with;
+// the first block always has some, and waits for the kernel before.
 template <typename T, int DIM, int WARPS_M>
 __global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ AttentionArgs a) {
   extern __shared__ uint4 shared[];
   constexpr int kPairs = 16 * WARPS_M, kStageElements = 2 * kTile * kStride<DIM>;
   constexpr int kKeys = WARPS_M == 1 ? kTile / 4 : kTile, NT = kKeys / 8;  // keys of one warp
   pdl_launch_dependents();
-  if (blockIdx.x >= *a.num_items) return pdl_wait();
-  const AttentionItem item = a.items[blockIdx.x];
+  if (blockIdx.y >= *a.num_items) return;
+  const AttentionItem item = a.items[blockIdx.y];
   int group = a.query_heads / a.kv_heads;
-  Pairs pairs{item.row, (int)blockIdx.z * kPairs, (int)item.rows * group, group, (int)blockIdx.y};
-  if (pairs.first >= pairs.total) return pdl_wait();
+  Pairs pairs{item.row, (int)blockIdx.z * kPairs, (int)item.rows * group, group, (int)blockIdx.x};
+  if (pairs.first >= pairs.total) return;
 
   T* q = reinterpret_cast<T*>(shared);
   T* stages = q + kPairs * kStride<DIM>;
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int first_pair = WARPS_M == 1 ? 0 : warp * 16, first_key = WARPS_M == 1 ? warp * kKeys : 0;
-  Paged<T> kv{static_cast<const T*>(a.k), static_cast<const T*>(a.v), a.kv_heads, (int)blockIdx.y, a.dim};
+  Paged<T> kv{static_cast<const T*>(a.k), static_cast<const T*>(a.v), a.kv_heads, (int)blockIdx.x, a.dim};
   const uint32_t* table = a.blocks + item.table;
 
   const Span span(item, pairs, kPairs, a);
@@ -550,7 +551,7 @@ int launch(const AttentionArgs& a, int max_items, int tiles, cudaStream_t stream
   static_assert(WARPS_M > 1 || kStages<DIM> * 2 * kTile * kStride<DIM> * sizeof(T) >= 4 * 16 * DIM * sizeof(float));
   static const cudaError_t e = cudaFuncSetAttribute(run, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (e != cudaSuccess) return static_cast<int>(e);
-  return launch_pdl(run, dim3(max_items, a.kv_heads, tiles), kThreads, kShared, stream, a);
+  return launch_pdl(run, dim3(a.kv_heads, max_items, tiles), kThreads, kShared, stream, a);
 }
 
 // `prefill`: items of more than 64 pairs; else of at most `max_rows` rows.

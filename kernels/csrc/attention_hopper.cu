@@ -235,7 +235,8 @@ __device__ __forceinline__ void compute(const Work& work, const AttentionArgs& a
   attention::write_rows<T, DIM>(part, work.pairs, a, work.part);
 }
 
-// Grid: for each item, for each kv head, tiles of 128 pairs.
+// Grid: for each item, for each kv head, tiles of 128 pairs. Blocks without work leave at once; the first has some, and
+// waits for the kernel before.
 template <typename T, int DIM>
 __global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ AttentionArgs a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -243,12 +244,12 @@ __global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ Atten
   __shared__ uint64_t barriers[4 * kStages<DIM>];
   pdl_launch_dependents();
   const uint32_t item_index = blockIdx.x / a.query_heads;
-  if (item_index >= *a.num_items) return pdl_wait();
+  if (item_index >= *a.num_items) return;
   const AttentionItem item = a.items[item_index];
   const int group_heads = a.query_heads / a.kv_heads, rest = blockIdx.x % a.query_heads;
   const Pairs pairs{item.row, rest % group_heads * kPairs, (int)item.rows * group_heads, group_heads,
                     rest / group_heads};
-  if (pairs.first >= pairs.total) return pdl_wait();
+  if (pairs.first >= pairs.total) return;
   const Span span(item, pairs, kPairs, a);
   const Work work{pairs, span, a.blocks + item.table, ceil_div(span.end - span.begin, kTile),
                   pairs.total - pairs.first > kGroupPairs ? 2 : 1, attention::part_of(item)};

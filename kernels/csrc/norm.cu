@@ -9,10 +9,11 @@ struct Moments {
   float mean, inverse;
 };
 
-// Of the elements that `row` holds; a thread reads the ones that it wrote. `squares`: the sum of this thread's.
-template <int N>
+// Of the elements that `row` holds; a thread reads the ones that it wrote. `squares`: the sum of this thread's. PLAIN: an
+// RMS norm without a bias, which most models have.
+template <int N, bool PLAIN>
 __device__ inline Moments moments(const float* row, float squares, const NormArgs& norm, int cols) {
-  if (!norm.layer) return {0.f, rsqrtf(block_sum(squares) / cols + norm.eps)};
+  if (PLAIN || !norm.layer) return {0.f, rsqrtf(block_sum(squares) / cols + norm.eps)};
   float sum = 0.f;
   for (int i = threadIdx.x * N; i < cols; i += blockDim.x * N)
 #pragma unroll
@@ -27,34 +28,33 @@ __device__ inline Moments moments(const float* row, float squares, const NormArg
 
 template <int N> __device__ inline void prefetch_norm(const NormArgs& norm, int cols) {
   if (!norm.weight) return;
-  for (int i = threadIdx.x * N; i < cols; i += blockDim.x * N) {
-    prefetch(norm.weight + i);
-    if (norm.bias) prefetch(norm.bias + i);
-  }
+  for (int i = threadIdx.x * N; i < cols; i += blockDim.x * N) prefetch(norm.weight + i);
 }
 
-template <int N> __device__ inline void apply(float (&v)[N], const Moments& m, const NormArgs& norm, int i) {
+template <int N, bool PLAIN>
+__device__ inline void apply(float (&v)[N], const Moments& m, const NormArgs& norm, int i) {
 #pragma unroll
-  for (int j = 0; j < N; j++) {
-    v[j] = (v[j] - m.mean) * m.inverse * norm.weight[i + j];
-    if (norm.bias) v[j] += norm.bias[i + j];
-  }
+  for (int j = 0; j < N; j++) v[j] = (PLAIN ? v[j] : v[j] - m.mean) * m.inverse * norm.weight[i + j];
+  if (PLAIN || !norm.bias) return;
+#pragma unroll
+  for (int j = 0; j < N; j++) v[j] += norm.bias[i + j];
 }
 
 // y = norm(row), of the row that shared memory holds.
-template <typename R, int N>
+template <typename R, int N, bool PLAIN>
 __device__ inline void write_normed(const float* row, float squares, const NormArgs& norm, R* y, int cols) {
-  const Moments m = moments<N>(row, squares, norm, cols);
+  const Moments m = moments<N, PLAIN>(row, squares, norm, cols);
   for (int i = threadIdx.x * N; i < cols; i += blockDim.x * N) {
     float v[N];
 #pragma unroll
     for (int j = 0; j < N; j++) v[j] = row[i + j];
-    apply(v, m, norm, i);
+    apply<N, PLAIN>(v, m, norm, i);
     store_floats<R, N>(y + i, v);
   }
 }
 
-template <typename R, int N> __global__ void normalize(const float* x, const NormArgs norm, R* y, int cols) {
+template <typename R, int N, bool PLAIN>
+__global__ void normalize(const float* x, const NormArgs norm, R* y, int cols) {
   extern __shared__ float row[];
   x += (size_t)blockIdx.x * cols;
   y += (size_t)blockIdx.x * cols;
@@ -71,7 +71,7 @@ template <typename R, int N> __global__ void normalize(const float* x, const Nor
       squares += v[j] * v[j];
     }
   }
-  write_normed<R, N>(row, squares, norm, y, cols);
+  write_normed<R, N, PLAIN>(row, squares, norm, y, cols);
 }
 
 // stream += scale · post(x), then y = next(stream); both norms may be missing.
@@ -96,14 +96,14 @@ __global__ void add_norm(const float* x, const NormArgs post, float scale, float
     }
   }
   Moments m = {};
-  if (post.weight) m = moments<N>(row, squares, post, cols);
+  if (post.weight) m = moments<N, false>(row, squares, post, cols);
   squares = 0.f;
   for (int i = threadIdx.x * N; i < cols; i += blockDim.x * N) {
     float v[N], sums[N];
     load_floats<float, N>(stream + i, sums);
 #pragma unroll
     for (int j = 0; j < N; j++) v[j] = row[i + j];
-    if (post.weight) apply(v, m, post, i);
+    if (post.weight) apply<N, false>(v, m, post, i);
 #pragma unroll
     for (int j = 0; j < N; j++) {
       sums[j] += scale * v[j];
@@ -112,7 +112,7 @@ __global__ void add_norm(const float* x, const NormArgs post, float scale, float
     }
     store_floats<float, N>(stream + i, sums);
   }
-  if (next.weight) write_normed<R, N>(row, squares, next, y + (size_t)blockIdx.x * cols, cols);
+  if (next.weight) write_normed<R, N, false>(row, squares, next, y + (size_t)blockIdx.x * cols, cols);
 }
 
 template <typename... P, typename... A>
@@ -131,8 +131,10 @@ int launch(void (*kernel)(P...), int rows, int cols, int pack, cudaStream_t stre
 extern "C" int lorax_normalize(int elem, int wide, const float* x, const NormArgs* norm, void* y, int rows, int cols,
                                cudaStream_t stream) {
   WITH_HALF(elem, T, WITH_WIDE(wide, T, R, {
-              auto kernel = cols % kPack == 0 ? normalize<R, kPack> : normalize<R, 1>;
               const int pack = cols % kPack == 0 ? kPack : 1;
+              auto kernel = pack == kPack ? normalize<R, kPack, false> : normalize<R, 1, false>;
+              if (!norm->layer && !norm->bias)
+                kernel = pack == kPack ? normalize<R, kPack, true> : normalize<R, 1, true>;
               return launch(kernel, rows, cols, pack, stream, x, *norm, static_cast<R*>(y), cols);
             }));
 }

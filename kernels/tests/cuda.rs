@@ -4,6 +4,8 @@
 
 #[path = "cuda/in_flight.rs"]
 mod in_flight;
+#[path = "cuda/launches.rs"]
+mod launches;
 #[path = "cuda/long_contexts.rs"]
 mod long_contexts;
 
