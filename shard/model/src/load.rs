@@ -11,11 +11,11 @@ use std::{
     thread,
 };
 
-use kernels::{Backend, HostTensor};
+use kernels::{Backend, DType, HostTensor};
 
 use crate::{
     Decoder, LoadProgress, Result,
-    decoder::{Kind, Module, Modules, NormSpec, Part, RowOrder},
+    decoder::{Kind, Module, Modules, NormSpec, Part, RowOrder, Stored},
     forward::{Layer, Linear, Model, NormOf},
     weights::{self, Source},
 };
@@ -39,6 +39,10 @@ struct Loader<'a, B: Backend> {
 pub(crate) fn load<B: Backend>(ops: &B, path: &Path, progress: &mut Progress<'_>) -> Result<Model<B>> {
     let (mut decoder, source) = weights::open(path)?;
     decoder.head.tied = decoder.head.tied && !has_own_head(&*source, &decoder)?;
+    if decoder.names.stored == Stored::Folder {
+        // transformers keeps the factor of embeddings in the type of the weights, llama.cpp in f32.
+        decoder.embedding.scale = rounded(decoder.embedding.scale, ops.dtype());
+    }
     let done = LoadProgress { done_bytes: 0, total_bytes: source.total_bytes() };
     let modules = Modules::of(&decoder);
     let loader = Loader { ops, source: &*source, modules, progress: Mutex::new((progress, done)) };
@@ -182,6 +186,15 @@ impl<B: Backend> Loader<'_, B> {
             weight.iter_mut().for_each(|x| *x += 1.0);
         }
         Ok(NormOf { weight: self.ops.vector(&weight)?, bias: self.bias(&[module])?, spec })
+    }
+}
+
+/// A number as weights of this type have it.
+fn rounded(x: f32, dtype: DType) -> f32 {
+    match dtype {
+        DType::F32 => x,
+        DType::Bf16 => half::bf16::from_f32(x).to_f32(),
+        DType::F16 => half::f16::from_f32(x).to_f32(),
     }
 }
 

@@ -3,6 +3,8 @@
 
 #[path = "config/odd.rs"]
 mod odd;
+#[path = "config/published.rs"]
+mod published;
 
 use std::{fs, path::Path};
 

@@ -1,6 +1,8 @@
 //! Models as GGUF files: what they compute is what the same model computes from a folder.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "gguf/architectures.rs"]
+mod architectures;
 #[path = "gguf/ends.rs"]
 mod ends;
 #[path = "gguf/keys.rs"]

@@ -33,6 +33,21 @@ fn a_folder_loads_and_shows_its_progress() {
     assert_eq!(seen.last().unwrap().done_bytes, seen[0].total_bytes, "it ends at the whole");
 }
 
+/// As in transformers, whose factor has the type of the weights: 55.43 becomes 55.5 for a Gemma of hidden size 3072.
+#[test]
+fn the_factor_of_embeddings_has_the_type_of_the_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut files = testing::model();
+    files.config["model_type"] = json!("gemma");
+    files.config["hidden_act"] = json!("gelu_pytorch_tanh");
+    files.write_model(folder.path()).unwrap();
+    for (dtype, scale) in [(DType::F32, 32_f32.sqrt()), (DType::Bf16, 5.65625)] {
+        let ops = CpuBackend::new(dtype, 1).unwrap();
+        let model = Model::load(&ops, folder.path(), &mut |_| {}).unwrap();
+        assert_eq!(model.decoder().embedding.scale, scale, "{dtype:?}");
+    }
+}
+
 #[test]
 fn sharded_weights_load_as_one() {
     let folder = tempfile::tempdir().unwrap();

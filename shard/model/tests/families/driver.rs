@@ -1,4 +1,4 @@
-//! Runs sequences through a model on the CPU in f32, in whatever steps a test asks for.
+//! Runs sequences through a model on the CPU, in whatever steps a test asks for.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -81,8 +81,7 @@ struct Steps {
 
 impl Driver {
     /// Loads a model, and adapters into slots by their order.
-    pub(crate) fn new(path: &Path, adapters: &[PathBuf]) -> Driver {
-        let dtype = DType::F32;
+    pub(crate) fn new(dtype: DType, path: &Path, adapters: &[PathBuf]) -> Driver {
         let ops = CpuBackend::new(dtype, 1).unwrap();
         let model = Model::load(&ops, path, &mut |_| {}).unwrap();
         let base = BaseModel { decoder: model.decoder().clone(), path: path.into(), dtype };

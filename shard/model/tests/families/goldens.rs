@@ -19,6 +19,8 @@ pub(crate) struct Goldens {
     /// Adapters that are refused.
     #[serde(default)]
     pub(crate) refused: Vec<Refused>,
+    #[serde(default)]
+    pub(crate) noise: Vec<Noise>,
 }
 
 /// One prompt under one adapter.
@@ -68,6 +70,14 @@ pub(crate) struct Sensitivity {
 pub(crate) struct Refused {
     pub(crate) adapter: String,
     pub(crate) reason: String,
+}
+
+/// How far transformers in another type is from f32 on the prompt of 300 tokens.
+#[derive(Clone, Deserialize)]
+pub(crate) struct Noise {
+    pub(crate) dtype: String,
+    pub(crate) most: f32,
+    pub(crate) median: f32,
 }
 
 /// The folder of the fixture of that name.

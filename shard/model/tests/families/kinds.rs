@@ -80,7 +80,7 @@ fn run(name: &'static str) {
     let mut adapters: Vec<PathBuf> =
         kinds.iter().map(|case| base.write(&format!("kinds/{}.json", kind(case)), &kind(case))).collect();
     adapters.push(base.write("adapters/linear.json", "linear"));
-    let mut driver = Driver::new(&base.model(), &adapters);
+    let mut driver = Driver::new(DType::F32, &base.model(), &adapters);
     let kind_sequences =
         || kinds.iter().zip(0..).map(|(case, slot)| base.sequence(case, Some(slot))).collect::<Vec<_>>();
     let mut alone = kind_sequences();

@@ -21,6 +21,12 @@ pub(crate) enum Meta {
 }
 
 impl Meta {
+    /// A key with this value.
+    pub(crate) fn pair(&self, to: &mut Vec<u8>, key: &str) {
+        text(to, key);
+        self.write(to);
+    }
+
     /// Code of the type and the value, as they are in a file.
     fn write(&self, to: &mut Vec<u8>) {
         match self {
