@@ -242,7 +242,7 @@ impl<B: Backend> Adapters<B> {
         if host_bytes > self.limits.bytes {
             return Err(PrepareError::TooLarge { id, bytes: host_bytes, limit: self.limits.bytes });
         }
-        // Beside its host copy, what is read of it.
+        // Reading takes memory for the host copy and for the tensors that are read.
         let parts = (host_bytes + opened.read_bytes()).div_ceil(self.part());
         let parts = parts.min(PARTS.min(self.limits.bytes.max(1))) as u32;
         // The caller waits no longer than this. The thread must not wait longer either: the number of threads is
@@ -274,7 +274,7 @@ impl<B: Backend> Adapters<B> {
         self.cache().get(content)
     }
 
-    /// How many tokens an adapter has rows for, those of the model included.
+    /// The number of tokens that an adapter has rows for, including those of the model.
     pub fn vocab(&self, content: ContentHash) -> usize {
         self.cache().origin(content).map_or(self.model.decoder.vocab, |origin| origin.vocab)
     }

@@ -1,5 +1,5 @@
-//! Every operation of every backend against the scalar reference, and the promise that a row's result does not depend
-//! on the rows beside it.
+//! Compares every operation of every backend with the scalar reference, and checks that a row's result does not depend
+//! on the other rows.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod adapters;
@@ -20,7 +20,7 @@ use kernels::{
     testing::{Numbers, batch},
 };
 
-/// Runs a check on every tier and type that this machine's CPU has.
+/// Runs a check with every type on every tier that this machine's CPU has.
 fn on_cpu(check: impl Fn(&CpuBackend)) {
     for tier in Tier::available() {
         for dtype in [DType::F32, DType::Bf16] {
@@ -29,7 +29,7 @@ fn on_cpu(check: impl Fn(&CpuBackend)) {
     }
 }
 
-/// Runs a check on every type of the first card. Fails where there is none.
+/// Runs a check with every type on the first GPU. Fails if there is none.
 #[cfg(feature = "cuda")]
 fn on_cuda(check: impl Fn(&kernels::cuda::CudaBackend)) {
     for dtype in [DType::Bf16, DType::F16] {

@@ -18,10 +18,10 @@ pub(crate) const MAX_LAYERS: usize = 1 << 10;
 /// The largest number of positions that is accepted: the longest context that a Llama was trained for.
 pub(crate) const MAX_POSITIONS: usize = 1 << 22;
 
-/// Tokens beyond the model's own that an adapter may have rows for.
+/// The number of tokens beyond those of the model that an adapter may have rows for.
 pub const ADDED_TOKENS: usize = 256;
 
-/// Most elements of a head.
+/// The largest head size that is accepted.
 const MAX_HEAD_DIM: usize = 1 << 12;
 
 /// Refuses a head size that no model has. It is the size of the table of rotary frequencies, which is computed before
@@ -36,8 +36,8 @@ pub(crate) fn check_head_dim(dim: usize) -> Result<usize> {
 pub struct Decoder {
     /// Width of the residual stream.
     pub hidden: usize,
-    /// Rows of the embedding table. A tokenizer may know fewer tokens, where the
-    /// table was padded, or more. [`Model::load`](crate::Model::load) refuses a table of another size.
+    /// The number of rows of the embedding table. A tokenizer may have fewer tokens, where the table was padded, or
+    /// more. [`Model::load`](crate::Model::load) refuses a table of another size.
     pub vocab: usize,
     /// Longest sequence.
     pub max_positions: usize,
@@ -201,12 +201,12 @@ impl Head {
 }
 
 impl Decoder {
-    /// Columns of the logits: a token each, those that only adapters have included.
+    /// The number of columns of the logits, including those of tokens that only adapters have.
     pub fn logit_columns(&self) -> usize {
         self.vocab + ADDED_TOKENS
     }
 
-    /// Heads of all layers.
+    /// The heads, which are the same in all layers.
     pub fn heads(&self) -> Heads {
         self.layers[0].attention.shape.heads
     }

@@ -198,7 +198,7 @@ fn rounded(x: f32, dtype: DType) -> f32 {
     }
 }
 
-/// Rows become columns.
+/// The transposed matrix.
 pub(crate) fn transposed(tensor: &HostTensor<'_>) -> HostTensor<'static> {
     let (rows, cols, size) = (tensor.cols, tensor.rows, tensor.dtype.size());
     let mut data = Vec::with_capacity(tensor.data.len());
@@ -210,7 +210,7 @@ pub(crate) fn transposed(tensor: &HostTensor<'_>) -> HostTensor<'static> {
     HostTensor { dtype: tensor.dtype, rows, cols, data: data.into() }
 }
 
-/// The rows as they are computed with.
+/// The matrix with its rows in the order that operations expect.
 pub(crate) fn in_order(tensor: HostTensor<'static>, order: RowOrder) -> HostTensor<'static> {
     let Some(sources) = order.sources(tensor.rows) else { return tensor };
     let width = tensor.cols * tensor.dtype.size();

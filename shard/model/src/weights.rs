@@ -1,4 +1,4 @@
-//! Where tensors come from: a folder of safetensors or of files of torch, or a GGUF file. All speak the Hugging Face names.
+//! Sources of tensors: a folder with safetensors or torch files, or a GGUF file. All of them use Hugging Face's names.
 
 mod folder;
 mod from_gguf;
@@ -14,29 +14,29 @@ use crate::{Decoder, LoadError, Result};
 use folder::Folder;
 pub use torch::TorchError;
 
-/// How far loading is.
+/// The progress of loading.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LoadProgress {
     /// Bytes that have been read.
     pub done_bytes: u64,
-    /// Bytes that there are.
+    /// Bytes of all files' tensors.
     pub total_bytes: u64,
 }
 
 /// Tensors of a model by their Hugging Face names.
 pub(crate) trait Source {
-    /// Number of rows and of columns of a tensor, from the header of its file. A vector is one row.
+    /// The numbers of rows and columns of a tensor, from the header of its file. A vector is one row.
     fn shape(&self, name: &str) -> Result<[usize; 2]>;
-    /// Some rows and columns of a tensor in the format in which it is stored. Nothing else is read where the file keeps a
-    /// row's elements side by side. Columns are whole blocks of the format.
+    /// Reads some rows and columns of a tensor in the format in which it is stored. Nothing else is read if the
+    /// elements of a row are contiguous in the file. Columns must be whole blocks of the format.
     fn part(&self, name: &str, rows: Range<usize>, cols: Range<usize>) -> Result<WeightPart<'static>>;
     /// Bytes of a tensor in its file; 0 if it is missing.
     fn bytes(&self, name: &str) -> u64;
     /// Bytes of all tensors.
     fn total_bytes(&self) -> u64;
 
-    /// A whole tensor, dequantized if it is stored in blocks, with which no backend computes yet. A tensor of another shape
-    /// is not read: it may be of any length.
+    /// Reads a whole tensor. Quantized blocks are dequantized, because no backend computes with them yet. A tensor of
+    /// another shape is not read, since it may have any size.
     fn dense(&self, name: &str, shape: [usize; 2]) -> Result<HostTensor<'static>> {
         let got = self.shape(name)?;
         if got != shape {
@@ -47,8 +47,8 @@ pub(crate) trait Source {
     }
 }
 
-/// Whether two tensors are the same, stored in the same way. They are compared a few rows at a time, since tables of some
-/// models take gigabytes.
+/// Whether two tensors have the same format and the same bytes. They are compared a few rows at a time, because the
+/// tables of some models take gigabytes.
 pub(crate) fn are_equal(source: &dyn Source, one: &str, other: &str) -> Result<bool> {
     const ROWS: usize = 64;
     let shape = source.shape(one)?;

@@ -21,12 +21,12 @@ struct Resident<A> {
     bytes: usize,
 }
 
-/// What stays known of an adapter that was read.
+/// Properties of an adapter that are remembered after it has been evicted.
 #[derive(Debug, Clone)]
 pub(super) struct Origin {
     /// Its folder.
     pub(super) folder: PathBuf,
-    /// Tokens that it has rows for, the model's included.
+    /// The number of tokens that it has rows for, including those of the model.
     pub(super) vocab: usize,
 }
 
@@ -43,7 +43,7 @@ pub(super) struct Cache<A> {
     lent: HashMap<ContentHash, Weak<A>>,
     /// The properties of versions. Callers that ask for a version at the same time share its cell.
     known: LruCache<Version, Arc<OnceCell<Prepared>>>,
-    /// Where each adapter was read last, and how many tokens it knows.
+    /// The folder from which each adapter was last read, and its number of tokens.
     origins: LruCache<ContentHash, Origin>,
 }
 
@@ -109,7 +109,7 @@ impl<A> Cache<A> {
         self.resident.iter().map(|(content, resident)| (*content, resident.bytes)).collect()
     }
 
-    /// What is known of an adapter that was read.
+    /// The remembered properties of an adapter.
     pub(super) fn origin(&mut self, content: ContentHash) -> Option<Origin> {
         self.origins.get(&content).cloned()
     }

@@ -84,17 +84,17 @@ impl Roots {
         self.canonical(&path, id)
     }
 
-    /// The folder that has an adapter's files: its own, or Ludwig's below it, with all links followed.
+    /// The folder with an adapter's files, which is a subfolder for Ludwig's adapters, with all links followed.
     pub fn resolve_adapter(&self, source: &str, id: &str) -> Result<PathBuf, ResolveError> {
         self.canonical(&adapter::files_folder(&self.resolve(source, id)?), id)
     }
 
-    /// A path with all links followed, if what it leads to may be read.
+    /// Follows all links of a path. Errors: the result does not exist, or may not be read.
     fn canonical(&self, path: &Path, id: &str) -> Result<PathBuf, ResolveError> {
         let allowed = |path: &Path| self.roots.iter().any(|root| path.starts_with(root));
         match path.canonicalize() {
             Ok(folder) if allowed(&folder) => Ok(folder),
-            // Whether something exists outside is nobody's business.
+            // The answer must not tell whether something exists outside of the roots.
             Ok(_) => Err(ResolveError::Forbidden(id.into())),
             Err(_) if !allowed(path) => Err(ResolveError::Forbidden(id.into())),
             Err(source) if source.kind() == io::ErrorKind::NotFound => Err(ResolveError::NotFound(id.into())),

@@ -369,7 +369,7 @@ impl<B: Backend> State<B> {
         self.expect_tokens_of(new.tokens.iter().copied().chain(biased), new.slot)
     }
 
-    /// Whether the model, or the adapter in a slot, has a row for each of some tokens.
+    /// Checks that the model, or the adapter in a slot, has a row for each of these tokens.
     pub(super) fn expect_tokens_of(
         &self,
         tokens: impl Iterator<Item = u32>,

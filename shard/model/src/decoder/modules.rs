@@ -21,7 +21,7 @@ pub struct Module {
     pub(crate) part: Part,
     /// Its path in transformers' model, such as `model.layers.0.self_attn.q_proj`.
     pub path: String,
-    /// What older files and adapters call it, if they do.
+    /// Its path in older files and adapters, if that is another one.
     pub(crate) older: Option<&'static str>,
     /// Its path in a GGUF file, such as `blk.0.attn_q`.
     pub ggml: String,
@@ -47,7 +47,7 @@ impl Module {
         self.path.rsplit('.').next().unwrap_or_default()
     }
 
-    /// What versions of transformers call it: its path, and an older one.
+    /// Its paths in all versions of transformers.
     pub(crate) fn paths(&self) -> impl Iterator<Item = &str> {
         std::iter::once(self.path.as_str()).chain(self.older)
     }

@@ -18,7 +18,7 @@ use crate::{
 };
 
 const WHOLE: &str = "model.safetensors";
-/// A whole file and an index of several, in the order in which transformers looks for them.
+/// The names of a whole file and of an index of several files, in the order in which transformers looks for them.
 const FILES: [(&str, &str); 2] =
     [(WHOLE, "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json")];
 
@@ -30,7 +30,7 @@ struct Place {
     name: String,
 }
 
-/// The tensors that a model takes, and where they are. Others are passed over, as transformers does: copies of rotary
+/// The tensors that a model needs, with their files. Others are ignored, as transformers does: copies of rotary
 /// frequencies, heads for training.
 pub(super) struct Folder {
     files: Vec<TensorFile>,
@@ -53,7 +53,7 @@ impl Folder {
                 }
             }
         }
-        // Of a model that has one matrix for both, either may be missing.
+        // If the output projection is the embedding table, either tensor may be missing.
         let [table, head] = [Part::Embed, Part::Head].map(|part| decoder.names.path(None, part) + ".weight");
         if decoder.head.tied
             && !places.contains_key(&table)
@@ -70,7 +70,7 @@ impl Folder {
     }
 }
 
-/// The files that have the tensors: a whole one if there is one, whatever an index beside it says.
+/// The files with the tensors: a whole file if there is one, whatever an index beside it says.
 fn file_names(folder: &Path) -> Result<Vec<String>> {
     #[derive(Deserialize)]
     struct Index {
@@ -93,10 +93,10 @@ fn file_names(folder: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Names of the tensors that a model takes.
+/// The names of the tensors that a model needs.
 struct Taken {
     names: HashSet<String>,
-    /// What may be missing in front of a name, or be there although it should not.
+    /// A prefix that files may leave out, or add.
     base: String,
     /// Modules that files may call by another name.
     renamed: &'static [(&'static str, &'static str)],
@@ -114,8 +114,8 @@ impl Taken {
         }
     }
 
-    /// The name under which the model takes a tensor: its own, or the same with or without the module in front that holds a
-    /// decoder in a model with a head.
+    /// The name under which the model takes a tensor: its own, or the same with or without the module in front that
+    /// holds a decoder in a model with a head.
     fn name(&self, name: &str) -> Option<String> {
         let renamed = self.renamed.iter().find_map(|(theirs, ours)| {
             let kind = name.strip_prefix(theirs).filter(|kind| kind.starts_with('.'))?;

@@ -18,18 +18,18 @@ use crate::{
     decoder::{Modules, Stored},
 };
 
-/// An open file.
+/// An open GGUF file.
 pub(super) struct GgufSource {
     file: Gguf,
-    /// The file's names of tensors by Hugging Face's.
+    /// The names of tensors in the file, by their Hugging Face names.
     names: HashMap<String, String>,
     /// Tensors that are read with the configuration.
     factors: &'static [&'static str],
-    /// Heads of queries and of keys whose halves the converter has interleaved.
+    /// The numbers of query and key heads, if the converter has interleaved their halves.
     interleaved: Option<[usize; 2]>,
 }
 
-/// Opens a file. A tensor that no module takes is refused: without it, this would be another model.
+/// Opens a file. Errors: a tensor belongs to no module, so that the model would be another one without it.
 pub(super) fn open(path: &Path) -> Result<(Decoder, GgufSource)> {
     let file = Gguf::open(path)?;
     let decoder = Decoder::from_gguf(&file)?;
@@ -48,9 +48,9 @@ pub(super) fn open(path: &Path) -> Result<(Decoder, GgufSource)> {
     Ok((decoder, GgufSource { file, names, factors, interleaved }))
 }
 
-/// Where the converter put output `output` of a q or k projection with heads of `dim` outputs. It interleaves the
-/// halves of every head for its own form of rotation: its output `2j + h` of a head is output `h · dim / 2 + j` of the
-/// original.
+/// The row at which the converter has stored row `output` of a q or k projection with heads of `dim` rows. It
+/// interleaves the halves of every head for its own form of rotation: its row `2j + h` of a head is row `h · dim / 2 +
+/// j` of the original.
 fn stored_output(output: usize, dim: usize) -> usize {
     let (head, within) = (output / dim, output % dim);
     let (half, j) = (within / (dim / 2), within % (dim / 2));
@@ -63,8 +63,8 @@ impl GgufSource {
         found.ok_or_else(|| LoadError::MissingTensor(name.into()))
     }
 
-    /// Outputs of one head, if the converter has interleaved this tensor's heads. Heads that are not whole or have an odd
-    /// size mean a wrong shape, which the caller finds.
+    /// The number of rows of one head, if the converter has interleaved this tensor's heads. Heads that are not whole
+    /// or have an odd size make a wrong shape, which the caller refuses.
     fn interleaved_head(&self, info: &TensorInfo) -> Option<usize> {
         let [query, kv] = self.interleaved?;
         let heads = match info.name.rsplit('.').nth(1) {
@@ -76,8 +76,8 @@ impl GgufSource {
         (heads > 0 && outputs.is_multiple_of(2 * heads)).then(|| outputs / heads)
     }
 
-    /// The blocks of some rows of a matrix whose heads are interleaved. Blocks lie within rows, so that the order of rows
-    /// is restored without a look into them.
+    /// Reads the blocks of some rows of a matrix whose heads are interleaved. Blocks do not cross rows, so that the
+    /// order of rows is restored without decoding them.
     fn deinterleaved_rows(
         &self,
         info: &TensorInfo,
@@ -92,7 +92,7 @@ impl GgufSource {
         Ok(stored.flat_map(|row| &blocks[row * width..][..width]).copied().collect())
     }
 
-    /// Some elements of a bias whose heads are interleaved.
+    /// Reads some elements of a bias whose heads are interleaved.
     fn deinterleaved_bias(&self, info: &TensorInfo, elements: Range<usize>, dim: usize) -> Result<Vec<u8>> {
         let values = self.file.dequantize(&info.name)?;
         Ok(elements.flat_map(|element| values[stored_output(element, dim)].to_le_bytes()).collect())

@@ -11,10 +11,10 @@ use safetensors::{
 use super::tensor_file::{ElementType, Place};
 use crate::{LoadError, Result};
 
-/// Longest header that is read; the format's own bound.
+/// The longest header that is read, which is the format's own limit.
 const MAX_HEADER: u64 = 100_000_000;
 
-/// Where the tensors of a file lie.
+/// Reads the header: the places of all tensors of a file.
 pub(super) fn places(path: &Path, file: &File) -> Result<BTreeMap<String, Place>> {
     let io = |source| LoadError::Io { path: path.into(), source };
     let bad = |fault: String| LoadError::Safetensors { path: path.into(), fault };

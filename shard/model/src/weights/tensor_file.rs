@@ -1,5 +1,5 @@
-//! A file of named tensors, whatever its format: the header says where they lie, and parts of them are read when they
-//! are asked for.
+//! A file of named tensors in safetensors' or torch's format. Opening it reads the header, and parts of tensors are
+//! read when they are asked for.
 
 #[cfg(test)]
 mod tests;
@@ -17,13 +17,13 @@ use kernels::{DType, Format, WeightPart};
 use super::{safetensors, torch};
 use crate::{LoadError, Result, files};
 
-/// Type of a tensor's elements in a file.
+/// The type of a tensor's elements in a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum ElementType {
     Known(DType),
-    /// 64 bits, in which no backend computes: they are rounded to 32.
+    /// 64 bits, which are rounded to 32 bits.
     F64,
-    /// Anything else, by its name; refused when it is read.
+    /// Any other type, by its name. Reading the tensor is refused.
     Other(String),
 }
 
@@ -37,14 +37,14 @@ impl ElementType {
     }
 }
 
-/// Where a tensor lies. Whoever makes one has checked that it lies within the file.
+/// The place of a tensor. It has been checked that it is within the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Place {
     pub(super) ty: ElementType,
     pub(super) shape: Vec<usize>,
-    /// For each axis, how many elements further the next one is.
+    /// The stride of each axis, in elements.
     pub(super) strides: Vec<usize>,
-    /// Where the first element is in the file.
+    /// The offset of the first element in the file.
     pub(super) offset: u64,
     /// Bytes of all elements.
     pub(super) bytes: u64,
@@ -58,7 +58,7 @@ pub(crate) struct TensorFile {
 }
 
 impl TensorFile {
-    /// Opens a file and reads its header. Names tell formats apart, as for transformers.
+    /// Opens a file and reads its header. The name of the file decides on the format, as in transformers.
     pub(crate) fn open(path: &Path) -> Result<TensorFile> {
         let file = files::open(path)?;
         let is_safetensors = path.extension().is_some_and(|extension| extension == "safetensors");
@@ -94,7 +94,7 @@ impl TensorFile {
         }
     }
 
-    /// Some rows and columns of a tensor. Where a row's elements lie side by side, nothing else is read.
+    /// Reads some rows and columns of a tensor. If the elements of a row are contiguous, nothing else is read.
     pub(crate) fn part(
         &self,
         name: &str,
@@ -140,7 +140,7 @@ impl TensorFile {
                 self.read(place, index(row, cols.start), to)?;
             }
         } else {
-            // A transposed matrix, say: all that lies between the first and the last element is read once.
+            // For example a transposed matrix: everything between the first and the last element is read once.
             let first = index(rows.start, cols.start);
             let mut span = vec![0; (index(rows.end - 1, cols.end - 1) + 1 - first) * size];
             self.read(place, first, &mut span)?;
@@ -152,7 +152,7 @@ impl TensorFile {
         Ok(data)
     }
 
-    /// Reads the elements from one on.
+    /// Reads elements from an offset.
     fn read(&self, place: &Place, element: usize, to: &mut [u8]) -> Result<()> {
         let read = self.file.read_exact_at(to, place.offset + (element * place.ty.size()) as u64);
         read.map_err(|source| LoadError::Io { path: self.path.clone(), source })

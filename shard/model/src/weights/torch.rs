@@ -25,20 +25,20 @@ use pickle::{Storage, Tensor};
 use super::tensor_file::Place;
 use crate::{LoadError, Result};
 
-/// Longest pickle that is read. A tensor takes some 150 bytes of one.
+/// The longest pickle that is read. A tensor takes some 150 bytes of it.
 const MAX_PICKLE: u64 = 16 << 20;
 
-/// A storage's bytes in the file.
+/// The bytes of a storage in the file.
 #[derive(Debug, Clone, Copy)]
 struct Extent {
     start: u64,
     len: u64,
 }
 
-/// Where the storages are, by their keys.
+/// The places of storages by their keys.
 type Storages = HashMap<String, Extent>;
 
-/// Where the tensors of a file lie.
+/// Reads the places of all tensors of a file.
 pub(super) fn places(path: &Path, file: &File) -> Result<BTreeMap<String, Place>> {
     read(file).map_err(|source| LoadError::Torch { path: path.into(), source })
 }
@@ -57,11 +57,11 @@ fn read(file: &File) -> std::result::Result<BTreeMap<String, Place>, TorchError>
     })
 }
 
-/// Makes places of tensors by their names and of the storages that they lie in.
+/// A function that computes the places of tensors from those of their storages.
 type Resolve<'f> = dyn FnMut(&BTreeMap<&str, &Tensor<'_>>, &Storages) -> std::result::Result<BTreeMap<String, Place>, TorchError>
     + 'f;
 
-/// The place of a tensor, if it lies within its storage and the storage within the file.
+/// The place of a tensor. Errors: it is not within its storage, or the storage not within the file.
 fn place(
     tensor: &Tensor<'_>,
     storages: &Storages,
@@ -76,7 +76,7 @@ fn place(
     }
     let count = shape.iter().try_fold(1u64, |count, axis| count.checked_mul(*axis as u64));
     let bytes = count.and_then(|count| count.checked_mul(kind.size));
-    // The elements of an expanded tensor lie in each other's place, so that it may have any number of them.
+    // An expanded tensor has several elements in the same place, so that it may have any number of elements.
     let bytes = bytes.filter(|bytes| *bytes <= file_len).ok_or("it is larger than the file")?;
     if bytes > 0 {
         let last = shape.iter().zip(strides).try_fold(offset, |at, (axis, stride)| {
@@ -86,7 +86,7 @@ fn place(
             return Err("it reaches beyond its storage");
         }
     }
-    // An empty tensor may begin anywhere, and is not read.
+    // An empty tensor may have any offset, and is not read.
     let begin = if bytes > 0 { (first + offset) * kind.size } else { 0 };
     Ok(Place {
         ty: kind.element_type(),
