@@ -1,4 +1,4 @@
-//! What every operation means, as plain loops over f32: the oracle of the conformance tests.
+//! The reference of every operation, as plain loops over f32, with which the conformance tests compare backends.
 
 mod adapters;
 mod attention;
@@ -13,7 +13,7 @@ use crate::{Activation, LogitShape, NormKind};
 pub struct Table {
     /// Number of columns.
     pub cols: usize,
-    /// Row after row.
+    /// The elements, row-major.
     pub data: Vec<f32>,
 }
 
@@ -57,14 +57,14 @@ pub struct Norm {
     pub kind: NormKind,
     /// w, one element for each column, or for the columns of one head that all heads share.
     pub weight: Vec<f32>,
-    /// b, as many.
+    /// b, with as many elements.
     pub bias: Option<Vec<f32>>,
-    /// Added below the root.
+    /// Epsilon, which is added under the root.
     pub eps: f32,
 }
 
 impl Norm {
-    /// Norms a part of a row, with the weights from `first` on; those of a shared head repeat.
+    /// Norms a part of a row, with the weights from `first`. Weights that heads share are repeated.
     fn apply(&self, row: &mut [f32], first: usize) {
         let count = row.len() as f64;
         let mean = match self.kind {
@@ -119,7 +119,7 @@ pub fn gate(x: &Table, f: Activation) -> Table {
     Table { cols: n, data: (0..x.rows()).flat_map(row).collect() }
 }
 
-/// `y = cap(scale · y)`; a logit of -∞ stays.
+/// `y = cap(scale · y)`, where a logit of -∞ stays -∞.
 pub fn shape_logits(y: &mut Table, shape: LogitShape) {
     for logit in y.data.iter_mut().filter(|logit| **logit != f32::NEG_INFINITY) {
         *logit *= shape.scale;

@@ -1,13 +1,13 @@
-//! How the next token is chosen, and what is reported of the choice.
+//! The arguments and results of sampling.
 
 use crate::{Error, Result, SamplingParams};
 
-/// Most tokens that can be reported beside the chosen one; `kMaxTop` in `sample.cu`.
+/// The largest number of tokens that are reported beside the sampled one; `kMaxTop` in `sample.cu`.
 pub const MAX_TOP: usize = 128;
-/// Most tokens of one sequence that can have a bias.
+/// The largest number of tokens with a logit bias in one sequence.
 pub const MAX_BIASES: usize = 1024;
 
-/// Refuses a sequence with tokens beyond the vocabulary, or with more biases or reports than a backend has room for.
+/// Refuses a sequence with tokens beyond the vocabulary, with too many biases, or with too many tokens to report.
 pub(crate) fn check_seat(
     params: &SamplingParams,
     vocab: usize,
@@ -29,7 +29,7 @@ pub(crate) fn check_seat(
     Ok(())
 }
 
-/// The tokens of a vocabulary that may be sampled; at least one.
+/// The tokens of a vocabulary that may be sampled, of which there is at least one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokenMask {
     /// Bit t % 32 of word t / 32 is set if token t is allowed.
@@ -38,8 +38,8 @@ pub struct TokenMask {
 }
 
 impl TokenMask {
-    /// A mask from bytes: bit t % 8 of byte t / 8 is set if token t is allowed. Bytes that are missing allow nothing, and
-    /// bits beyond the vocabulary are ignored. `None` if no token is allowed.
+    /// Makes a mask from bytes: token t is allowed if bit t % 8 of byte t / 8 is set. Missing bytes allow no token, and
+    /// bits beyond the vocabulary are ignored. Returns `None` if no token is allowed.
     pub fn new(bytes: &[u8], vocab: usize) -> Option<TokenMask> {
         let mut words = vec![0; vocab.div_ceil(32)];
         for (at, &byte) in bytes.iter().enumerate().take(vocab.div_ceil(8)) {
@@ -51,7 +51,7 @@ impl TokenMask {
         words.iter().any(|word| *word != 0).then_some(TokenMask { words, vocab })
     }
 
-    /// Tokens of the vocabulary.
+    /// The number of tokens of the vocabulary.
     pub fn vocab(&self) -> usize {
         self.vocab
     }
@@ -73,7 +73,7 @@ impl TokenMask {
     }
 }
 
-/// Refuses masks that are not one for each row, or of another vocabulary.
+/// Refuses masks whose number is not that of the rows, or that are of another vocabulary.
 pub(crate) fn check_masks(masks: &[Option<&TokenMask>], rows: usize, vocab: usize) -> Result<()> {
     let op = "sample";
     if masks.len() != rows {
@@ -88,7 +88,7 @@ pub(crate) fn check_masks(masks: &[Option<&TokenMask>], rows: usize, vocab: usiz
 /// A row of logits to sample from, for the sequence at a seat.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SampleRow {
-    /// Row of the logits matrix.
+    /// The row of the logits matrix.
     pub row: u32,
     /// The sequence's seat in the sampler.
     pub seat: u32,
@@ -99,10 +99,10 @@ pub struct SampleRow {
 pub struct Sampled {
     /// The seat that it was sampled for.
     pub seat: u32,
-    /// Token id.
+    /// The id of the token.
     pub token: u32,
     /// Its log-probability.
     pub logprob: f32,
-    /// The most probable tokens with their log-probabilities, most probable first; `num_top` of them.
+    /// The `num_top` most probable tokens with their log-probabilities, most probable first.
     pub top: Vec<(u32, f32)>,
 }

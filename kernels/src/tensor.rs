@@ -1,4 +1,4 @@
-//! Element types, host tensors on their way to a device, and what every device matrix can tell of itself.
+//! Element types, tensors in host memory, and the sizes of a device's matrices.
 
 use std::borrow::Cow;
 
@@ -39,7 +39,7 @@ pub struct HostTensor<'a> {
 }
 
 impl HostTensor<'_> {
-    /// All elements, row-major. Bytes behind the last whole element are left out.
+    /// All elements, row-major. Bytes after the last whole element are ignored.
     pub fn to_f32(&self) -> Vec<f32> {
         match self.dtype {
             DType::F32 => {
@@ -58,9 +58,9 @@ impl HostTensor<'_> {
 /// How the elements of a weight are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Format {
-    /// Each element by itself.
+    /// Every element is stored by itself.
     Dense(DType),
-    /// Quantized blocks along a row, in one of ggml's types.
+    /// Elements are stored as quantized blocks along a row, in one of ggml's types.
     Ggml(TensorType),
 }
 
@@ -82,16 +82,16 @@ pub struct WeightPart<'a> {
     pub format: Format,
     /// Number of rows; 1 for a vector.
     pub rows: usize,
-    /// Number of columns: whole blocks of the format.
+    /// Number of columns, which are whole blocks of the format.
     pub cols: usize,
     /// The elements or blocks, row after row, little-endian.
     pub data: Cow<'a, [u8]>,
 }
 
 impl<'a> WeightPart<'a> {
-    /// The same numbers with each element by itself: quantized blocks become f32.
+    /// Dequantizes blocks to f32. Dense elements stay as they are.
     pub fn into_dense(self) -> HostTensor<'a> {
-        /// Blocks that are dequantized at a time, so that the numbers are not in memory twice.
+        /// The number of blocks that are dequantized at a time, so that not all values are in memory twice.
         const BLOCKS: usize = 256;
         let WeightPart { format, rows, cols, data } = self;
         match format {
@@ -107,15 +107,15 @@ impl<'a> WeightPart<'a> {
     }
 }
 
-/// A matrix of activations `[rows, cols]` on a device: capacity is fixed when it is made, the number of rows in use
-/// changes from step to step.
+/// A matrix of activations `[rows, cols]` on a device. Its capacity is fixed when it is made, while the number of rows
+/// in use changes from step to step.
 pub trait Matrix {
-    /// Rows in use.
+    /// The number of rows in use.
     fn rows(&self) -> usize;
-    /// Columns.
+    /// The number of columns.
     fn cols(&self) -> usize;
-    /// Rows that fit.
+    /// The number of rows that there is room for.
     fn capacity(&self) -> usize;
-    /// Sets the number of rows in use; panics above the capacity.
+    /// Sets the number of rows in use. Panics above the capacity.
     fn set_rows(&mut self, rows: usize);
 }

@@ -1,9 +1,9 @@
-//! For the tests of backends: reproducible inputs, batches of every shape, and the one table of tolerances.
+//! Helpers for tests of backends: reproducible inputs, batches of every shape, and tolerances.
 
 use crate::{BLOCK_SIZE, Batch, DType, LoraPart, LoraSite, Segment, SequenceRows, reference::Table};
 
-/// Largest allowed |got - expected|, relative to the largest |expected| of the tensor. Activations may be rounded to
-/// `dtype` on their way into a product.
+/// The largest allowed |got - expected|, relative to the largest |expected| of the tensor. Activations may be rounded
+/// to `dtype` before a GEMM.
 pub fn tolerance(dtype: DType) -> f32 {
     match dtype {
         DType::F32 => 2e-6,
@@ -22,29 +22,29 @@ pub fn assert_close(what: &str, got: &[f32], expected: &[f32], dtype: DType) {
     }
 }
 
-/// Numbers that look random and are the same every time (a linear congruential generator, Knuth's MMIX constants).
+/// A pseudo-random generator (linear congruential, with the constants of Knuth's MMIX).
 #[derive(Debug, Clone)]
 pub struct Numbers(pub u64);
 
 impl Numbers {
-    /// Uniform in [-1, 1), representable in bf16 so that storing it loses nothing.
+    /// A number in [-1, 1), uniformly distributed, which bf16 represents exactly.
     pub fn number(&mut self) -> f32 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         ((self.0 >> 56) as f32 - 128.0) / 128.0
     }
 
-    /// Uniform below `limit`.
+    /// An integer below `limit`, uniformly distributed.
     pub fn below(&mut self, limit: usize) -> usize {
         self.number();
         (self.0 >> 33) as usize % limit
     }
 
-    /// A matrix.
+    /// A random matrix.
     pub fn table(&mut self, rows: usize, cols: usize) -> Table {
         Table { cols, data: (0..rows * cols).map(|_| self.number()).collect() }
     }
 
-    /// A delta of one slice.
+    /// A random low-rank delta of one slice.
     pub fn part(&mut self, (site, slice): (usize, usize), shape: &LoraSite, lora_rank: usize) -> LoraPart {
         let a = self.table(lora_rank, shape.inputs).data;
         let b = self.table(shape.outputs[slice], lora_rank).data;
@@ -52,14 +52,14 @@ impl Numbers {
     }
 }
 
-/// A batch of sequences `(rows, tokens before them)`, their blocks interleaved so that no sequence has neighbours; all
-/// rows of sequence i use slot `slots[i]`, and the last row of each wants logits.
+/// Makes a batch of sequences `(rows, tokens before them)`. Blocks of different sequences are interleaved, so that no
+/// two blocks of a sequence are adjacent. All rows of sequence i use slot `slots[i]`, and its last row has logits.
 pub fn batch(sequences: &[(usize, usize)], slots: &[Option<u32>]) -> Batch {
     let mut batch = Batch::default();
     let mut next_block = 0;
     for (i, &(rows, before)) in sequences.iter().enumerate() {
         let (start, first_block) = (batch.rows(), batch.blocks.len());
-        // Two apart, and in descending order.
+        // Blocks are two apart, in descending order.
         let count = (rows + before).div_ceil(BLOCK_SIZE);
         batch.blocks.extend((0..count).rev().map(|b| (next_block + 2 * b) as u32));
         next_block += 2 * count;

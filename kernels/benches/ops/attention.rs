@@ -1,4 +1,4 @@
-//! Attention, and the rotation and storing of its rows.
+//! Attention, and the operation that rotates queries and keys and fills the KV cache.
 
 use kernels::{
     AttentionShape, Batch, Heads, Matrix, Pairs, Qkv, RopeSpec, Rotation, SequenceRows, Stretch,
@@ -13,7 +13,7 @@ pub(crate) fn all<M: Machine>(bench: &Bench<M>) -> Outcome<()> {
     bench.shapes.attention.iter().try_for_each(|shape| attention(bench, *shape))
 }
 
-/// Keys and values of one layer, and what they should be.
+/// The KV cache of one layer, and its reference.
 struct Stored<B: Backend> {
     heads: Heads,
     rope: B::Rope,
@@ -77,7 +77,7 @@ fn rotated<B: Backend>(heads: Heads, table: &B::Rope) -> Qkv<'_, B> {
     Qkv { heads, clamp: None, norms: None, rope: Some(Rotation { table, pairs: Pairs::Halves }) }
 }
 
-/// One sequence of a step as a step of its own.
+/// One sequence of a batch as a batch of its own.
 fn alone(host: &Batch, sequence: &SequenceRows) -> Batch {
     let rows = sequence.start as usize..(sequence.start + sequence.rows) as usize;
     Batch {

@@ -1,4 +1,4 @@
-//! Products with weights, with and without low-rank deltas.
+//! Projections with and without low-rank deltas.
 
 use std::sync::Arc;
 

@@ -1,8 +1,8 @@
-//! Every operation of a backend beside the ceilings of its machine: of the CPU at the shapes of SmolLM2-135M, of the
-//! card (with the feature `cuda`) at those of Llama-3.1-8B.
+//! Times every operation of a backend, and compares it with the machine's bandwidth and arithmetic throughput: on the
+//! CPU at the shapes of SmolLM2-135M, on a GPU (with the feature `cuda`) at those of Llama-3.1-8B.
 //!
-//! `cargo bench -p kernels [--features cuda] --bench ops [-- FILTER]`. A result is checked against the reference before
-//! it is timed, and weights come from memory, not from a cache. What a time is, each machine says.
+//! `cargo bench -p kernels [--features cuda] --bench ops [-- FILTER]`. A result is compared with the reference before
+//! it is timed. Weights are read from memory, not from a cache. Each machine's module says how it measures times.
 #![allow(clippy::print_stdout, reason = "printing is its purpose")]
 
 mod attention;
@@ -28,45 +28,45 @@ type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 /// A backend with a clock.
 trait Machine {
     type Ops: Backend;
-    /// Bytes of weights that the calls of a timing rotate through, where the clock does not empty the caches.
+    /// Bytes of weights through which the calls of a timing rotate, if the clock does not empty the caches.
     const ROTATED: usize;
-    /// Bytes of one element of an activation.
+    /// Bytes of an element of activations.
     const ELEMENT: usize;
 
     fn ops(&self) -> &Self::Ops;
 
-    /// Seconds that one call of `f` takes, which is given the number of its call.
+    /// Measures the seconds that one call of `f` takes. `f` is given the number of the call.
     fn seconds(&self, f: &mut dyn FnMut(usize) -> kernels::Result<()>) -> kernels::Result<f64>;
 }
 
-/// What the machine does at most.
+/// The machine's bandwidth and arithmetic throughput.
 #[derive(Clone, Copy)]
 struct Peak {
     gb_s: f64,
     gflops: f64,
 }
 
-/// The model whose shapes are timed, and in what numbers of rows.
+/// The model whose shapes are timed, and the numbers of rows.
 struct Shapes {
     hidden: usize,
     inner: usize,
     heads: Heads,
     vocab: usize,
-    /// Products, by name. That of the head is `lm_head`: few rows, no adapters.
+    /// The projections, by name. `lm_head` is the output projection, with few rows and no adapters.
     sites: Vec<(&'static str, LoraSite)>,
-    /// Ranks of the resident adapters.
+    /// The LoRA ranks of the resident adapters.
     ranks: Vec<usize>,
-    /// Rows of a product, and adapters that share them evenly.
+    /// The rows of a projection, and the number of adapters that share them evenly.
     mixes: Vec<(usize, usize)>,
-    /// Rows of what works row by row.
+    /// The rows of element-wise operations.
     rows: Vec<usize>,
-    /// Sequences that attend, rows of each, tokens before those.
+    /// For attention: the number of sequences, the rows of each, and the tokens before those.
     attention: Vec<(usize, usize, usize)>,
-    /// Rows that are sampled, ascending; the head has no more.
+    /// The rows that are sampled, ascending. The output projection has no more.
     sampled: Vec<usize>,
 }
 
-/// Prints timings, those whose names contain the filter.
+/// Prints the timings whose names contain the filter.
 struct Bench<M> {
     machine: M,
     shapes: Shapes,
@@ -74,12 +74,12 @@ struct Bench<M> {
     filter: Option<String>,
 }
 
-/// What one call moves and computes.
+/// The work of one call.
 #[derive(Clone, Copy)]
 struct Cost {
-    /// Bytes read and written at least.
+    /// The smallest number of bytes that have to be read and written.
     bytes: usize,
-    /// Multiplications and additions.
+    /// The number of multiplications and additions.
     flops: usize,
 }
 
@@ -92,7 +92,7 @@ impl<M: Machine> Bench<M> {
         self.filter.as_ref().is_none_or(|filter| name.contains(filter.as_str()))
     }
 
-    /// Times `f`, which is given the number of its call.
+    /// Times `f`, which is given the number of the call.
     fn time(&self, name: &str, cost: Cost, mut f: impl FnMut(usize) -> kernels::Result<()>) -> Outcome<()> {
         let seconds = self.machine.seconds(&mut f)?;
         let (gb_s, gflops) = (cost.bytes as f64 * 1e-9 / seconds, cost.flops as f64 * 1e-9 / seconds);

@@ -1,4 +1,4 @@
-//! Operations that work row by row.
+//! Operations on one row at a time.
 
 use kernels::{
     Activation, Embedding, Norm, NormKind,

@@ -1,4 +1,4 @@
-//! Choices of tokens, and the scoring of given ones.
+//! Sampling and scoring.
 
 use kernels::{
     SampleRow, Sampled, SamplingParams,
@@ -45,7 +45,8 @@ fn cost(rows: usize, vocab: usize) -> Cost {
     Cost { bytes: rows * vocab * 4, flops: rows * vocab * 10 }
 }
 
-/// Times what ends in choices. Those of a call are fetched during the next one, so that its launch does not wait.
+/// Times sampling or scoring. The results of a call are collected during the next one, so that its launch does not
+/// wait.
 fn time<M: Machine>(
     bench: &Bench<M>,
     name: &str,

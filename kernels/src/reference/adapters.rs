@@ -1,4 +1,4 @@
-//! What adapters change of products and lookups.
+//! The changes that adapters make to products and lookups.
 
 use super::{Table, dot};
 use crate::{Batch, LoraPart, LoraSite, LowRank, ReplacedRows, Segment, SiteKind};
@@ -8,9 +8,9 @@ use crate::{Batch, LoraPart, LoraSite, LowRank, ReplacedRows, Segment, SiteKind}
 pub struct Base<'a> {
     /// The weight `[outputs, inputs]`, or the table of a lookup.
     pub weight: &'a Table,
-    /// Added to products.
+    /// The bias.
     pub bias: Option<&'a [f32]>,
-    /// Index of the site, and the site.
+    /// The index of the site, and the site.
     pub site: (usize, &'a LoraSite),
 }
 
@@ -37,8 +37,8 @@ pub fn add_lora(
     }
 }
 
-/// The rows of a weight for an adapter's slice: those of the base model, its own in their place, and its delta; None
-/// where there is no row. The rows of a slice are those of `columns`.
+/// The rows of a weight for a slice of an adapter, which has the rows `columns`: those of the base model or the
+/// adapter's own ones, plus its delta. `None` where there is no row.
 fn weight_of(weight: &Table, part: &LoraPart, columns: std::ops::Range<usize>) -> Vec<Option<Vec<f32>>> {
     let base = |row: usize| (row < weight.rows()).then(|| weight.row(row).to_vec());
     let mut rows: Vec<Option<Vec<f32>>> = columns.map(base).collect();
@@ -69,7 +69,7 @@ fn norm(row: impl Iterator<Item = f32>) -> f32 {
     row.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt() as f32
 }
 
-/// `y[i] = gain ∘ (x[i] · Wᵀ + delta) + bias`, with `columns` columns; see [`LoraPart`]. What has no row is -∞.
+/// `y[i] = gain ∘ (x[i] · Wᵀ + delta) + bias`, with `columns` columns; see [`LoraPart`]. Columns without a row are -∞.
 pub fn adapted_linear(
     x: &Table,
     base: Base<'_>,
@@ -113,7 +113,7 @@ pub fn adapted_linear(
     y
 }
 
-/// The rows of a table that tokens stand for, times `scale`; see [`crate::Embedding`].
+/// The rows of a table by token, times `scale`; see [`crate::Embedding`].
 ///
 /// # Panics
 /// A token has no row.

@@ -1,19 +1,19 @@
-//! Queries, keys and values: from their projection to attention.
+//! The operations on queries, keys and values, from their projection to attention.
 
 use super::{Norm, Table, dot};
 use crate::{AttentionShape, BLOCK_SIZE, Batch, Heads, NormSpan, Pairs, RopeSpec, Span, Stretch};
 
-/// Keys and values of all places in KV memory, `[blocks · BLOCK_SIZE, kv · dim]` each.
+/// The KV cache: keys and values, `[blocks · BLOCK_SIZE, kv · dim]` each.
 #[derive(Debug, Clone)]
 pub struct KvMemory {
-    /// Keys, rotated.
+    /// The rotated keys.
     pub keys: Table,
-    /// Values.
+    /// The values.
     pub values: Table,
 }
 
 impl KvMemory {
-    /// Zeros.
+    /// Makes a cache of zeros.
     pub fn new(blocks: usize, heads: Heads) -> KvMemory {
         let cols = heads.kv * heads.dim;
         let table = Table { cols, data: vec![0.0; blocks * BLOCK_SIZE * cols] };
@@ -21,27 +21,27 @@ impl KvMemory {
     }
 }
 
-/// What happens to queries, keys and values before attention; see [`crate::Qkv`].
+/// What is done with queries, keys and values before attention; see [`crate::Qkv`].
 #[derive(Debug, Clone)]
 pub struct Qkv<'a> {
     /// The heads.
     pub heads: Heads,
-    /// All elements are cut off at ±this first.
+    /// All elements are clamped to ± this value first.
     pub clamp: Option<f32>,
-    /// Norms of queries and of keys, and what is normed at a time.
+    /// The norms of queries and keys, and what is normed together.
     pub norms: Option<(&'a Norm, &'a Norm, NormSpan)>,
-    /// Rotation of queries and keys.
+    /// The rotary embedding of queries and keys.
     pub rope: Option<(&'a RopeSpec, Pairs)>,
 }
 
 impl<'a> Qkv<'a> {
-    /// Rotates halves and does nothing else.
+    /// Only a rotary embedding of halves.
     pub fn rotated(heads: Heads, spec: &'a RopeSpec) -> Qkv<'a> {
         Qkv { heads, clamp: None, norms: None, rope: Some((spec, Pairs::Halves)) }
     }
 }
 
-/// The frequency of a pair, for a sequence of so many tokens.
+/// The frequency of a pair, for a row of a given length.
 fn frequency(spec: &RopeSpec, pair: usize, length: u32) -> f32 {
     match &spec.stretch {
         Stretch::Long { original, inv_freq } if length > *original => inv_freq[pair],
@@ -96,14 +96,14 @@ pub fn rope_and_store(qkv: &mut Table, by: &Qkv<'_>, batch: &Batch, memory: &mut
     }
 }
 
-/// What attention computes; see [`crate::Attention`].
+/// The parameters of attention; see [`crate::Attention`].
 #[derive(Debug, Clone)]
 pub struct Attention<'a> {
-    /// Heads, scale, and which keys are seen.
+    /// Heads, scale, span and softcap.
     pub shape: AttentionShape,
-    /// A score without a value for every query head.
+    /// Attention sinks: a score without a value for every query head.
     pub sinks: Option<&'a [f32]>,
-    /// The slope of every query head.
+    /// ALiBi: a slope for every query head.
     pub slopes: Option<&'a [f32]>,
 }
 
@@ -113,7 +113,7 @@ impl From<&AttentionShape> for Attention<'_> {
     }
 }
 
-/// Attention of every row over its sequence.
+/// Attention of every row over its sequence's keys and values.
 pub fn paged_attention<'a>(
     qkv: &Table,
     attention: impl Into<Attention<'a>>,
