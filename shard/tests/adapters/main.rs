@@ -3,6 +3,7 @@
 
 #[path = "../support/fake.rs"]
 mod fake;
+mod ludwig;
 mod memory;
 mod replacing;
 #[path = "../support/tiny.rs"]

@@ -13,4 +13,5 @@ mod sessions;
 mod steps;
 #[path = "../support/tiny.rs"]
 mod tiny;
+mod vocabularies;
 mod windows;

@@ -1,11 +1,14 @@
 //! Every kind of adapter that PEFT writes: what it computes of each, or that it is refused by name.
 
-use std::{collections::BTreeSet, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+};
 
-use kernels::DType;
+use kernels::{DType, LoraPart};
 use model::{
     Decoder,
-    adapter::{self, BaseModel},
+    adapter::{self, AdapterFolder, BaseModel},
     testing::seeded::Manifest,
 };
 
@@ -18,6 +21,13 @@ use crate::{
 const BAR: f32 = 2e-3;
 /// What every kind moves a log-probability by, and what a reader is off by that passes over it.
 const SENSITIVE: f32 = 0.05;
+/// Kinds that say the same in other words.
+const SAME: [&[&str]; 3] = [
+    &["tokens", "tokens-by-module", "tokens-tied"],
+    &["resized-saved", "resized-copies"],
+    // Of a base without biases.
+    &["bias-all", "bias-lora-only"],
+];
 /// The kind whose initialization is not repeated: it takes the singular vectors of every weight.
 const UNREPEATED: &str = "pissa";
 /// Rows of a step of the mixed batch, and of a chunk of a prompt in it.
@@ -123,6 +133,44 @@ kinds! {
     phi3: "phi3";
     gpt2: "gpt2";
     gpt_neox: "gpt-neox";
+}
+
+fn bytes(part: &LoraPart) -> usize {
+    let LoraPart { low_rank, magnitude, bias, rows, .. } = part;
+    let matrices = low_rank.iter().flat_map(|low_rank| [&low_rank.a, &low_rank.b]);
+    let matrices = matrices.chain(rows.iter().map(|rows| &rows.values));
+    let vectors = magnitude.iter().chain(bias).map(|vector| 4 * vector.len());
+    matrices.map(|matrix| matrix.data.len()).sum::<usize>() + vectors.sum::<usize>()
+}
+
+/// What a kind takes is known before it is read, in every type, and its identity depends on the numbers alone.
+#[test]
+fn memory_and_identity_are_known() {
+    for name in ["llama", "gemma2", "gpt-neox"] {
+        let base = Base::new(name);
+        let decoder = Decoder::from_folder(&base.model()).unwrap();
+        let mut seen = BTreeMap::new();
+        for kind in base.goldens.cases.iter().map(|case| case.adapter.as_deref().unwrap()) {
+            if kind == UNREPEATED {
+                continue;
+            }
+            let folder = base.write(&format!("kinds/{kind}.json"), kind);
+            for dtype in [DType::F32, DType::Bf16, DType::F16] {
+                let model = BaseModel { decoder: decoder.clone(), path: base.model(), dtype };
+                let opened = AdapterFolder::open(&folder, &model).unwrap();
+                let adapter = opened.read().unwrap();
+                let shapes: Vec<_> = adapter.parts.iter().map(LoraPart::shape).collect();
+                assert_eq!(opened.shapes(), shapes, "{name}, {kind}");
+                let (taken, said) = (adapter.parts.iter().map(bytes).sum::<usize>(), opened.read_bytes());
+                assert!(taken <= said && said <= 4 * taken + (1 << 16), "{name}, {kind}: {taken}, {said}");
+                let other = seen.insert(adapter.hash, (kind, dtype));
+                let is_same = other.is_none_or(|(other, at)| {
+                    at == dtype && SAME.iter().any(|same| same.contains(&kind) && same.contains(&other))
+                });
+                assert!(is_same, "{kind} and {other:?} are not the same");
+            }
+        }
+    }
 }
 
 #[test]
