@@ -2,6 +2,9 @@
 //! the site at which adapters attach, and the order in which rows are stored. The loader, the reader of GGUF files and
 //! the code that matches adapters all use this one table.
 
+#[cfg(test)]
+mod tests;
+
 use kernels::{Heads, LoraSite, NormSpan, SiteKind};
 
 use super::{

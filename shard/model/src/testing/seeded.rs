@@ -69,6 +69,14 @@ impl Manifest {
         Ok(Manifest { beside: path.parent().unwrap_or(Path::new("")).into(), ..manifest })
     }
 
+    /// Gives the tensors other names, and leaves their values as they are.
+    pub fn rename(&mut self, renamed: impl Fn(&str) -> String) {
+        for tensor in &mut self.tensors {
+            tensor.key = Some(tensor.key(self.seed));
+            tensor.name = renamed(&tensor.name);
+        }
+    }
+
     /// Writes the folder that it describes, with elements of this type; every value is exact in each type.
     pub fn write(&self, out: &Path, dtype: DType) -> io::Result<()> {
         let (config, weights) = match self.kind {
@@ -94,9 +102,13 @@ impl Manifest {
 }
 
 impl Seeded {
+    fn key(&self, seed: u64) -> String {
+        self.key.clone().unwrap_or_else(|| format!("{seed}/{}", self.name))
+    }
+
     /// The values, row-major.
     fn values(&self, seed: u64) -> impl Iterator<Item = f32> {
-        let key = self.key.clone().unwrap_or_else(|| format!("{seed}/{}", self.name));
+        let key = self.key(seed);
         // FNV-1a.
         let state = key.bytes().fold(0xcbf2_9ce4_8422_2325, |state: u64, byte| {
             (state ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)

@@ -15,7 +15,7 @@ pub(super) const FACTORS: &str = "rope_freqs.weight";
 /// The same for LongRoPE: for sequences up to the original context, and for longer ones.
 pub(super) const LONG_FACTORS: [&str; 2] = ["rope_factors_short.weight", "rope_factors_long.weight"];
 
-/// The rotary embedding of layers whose frequencies have the base `theta`, for `context` positions.
+/// The rotary embedding of `rotated` elements of each head, for `context` positions.
 pub(super) fn rope(of: &Metadata<'_>, rotated: usize, context: usize) -> Result<RopeSpec> {
     let theta = of.positive("rope.freq_base", 10_000.0)?;
     let [short, long] = LONG_FACTORS.map(|name| of.factors(name, rotated));
