@@ -137,10 +137,7 @@ async fn a_session_is_answered_with_its_number_and_begun_with_what_is_held() {
                 assert_eq!((result.id, result.tokens.len()), (1, 1));
                 assert!(result.duration_us > 0);
                 let [refused] = &result.refused[..] else { panic!("one is refused") };
-                assert_eq!(
-                    (refused.sequence, &*refused.reason),
-                    (6, "seat: token 96 is out of range, limit 96")
-                );
+                assert_eq!((refused.sequence, &*refused.reason), (6, "token 96 is out of range, limit 96"));
                 ran = true;
             }
             Event::Slot(slot) => {
