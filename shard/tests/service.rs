@@ -305,8 +305,8 @@ async fn health_is_answered_while_the_loop_hangs() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stream_of_steps_that_panics_or_hangs_is_reported_with_the_tasks_name() {
-    let limit = Duration::from_millis(200);
-    for hangs in [false, true] {
+    // A panic may take long to print its backtrace.
+    for (hangs, limit) in [(false, PATIENCE), (true, Duration::from_millis(200))] {
         let (report, mut reported) = mpsc::channel(4);
         let supervisor = Supervisor::reporting_to(move |failure| report.try_send(failure).unwrap()).unwrap();
         let ((open, opened), (commands, _received)) = (mpsc::channel(1), mpsc::channel(1));
