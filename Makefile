@@ -115,6 +115,7 @@ goldens: model tokenizers ## Make the reference outputs anew (torch, transformer
 	.venv-goldens/bin/python $(FIXTURES)/make_config_cases.py
 	.venv-goldens/bin/python $(FIXTURES)/make_odd_configs.py
 	.venv-goldens/bin/python $(FIXTURES)/make_modules.py
+	.venv-goldens/bin/python $(FIXTURES)/make_saved_configs.py
 	.venv-goldens/bin/python $(FIXTURES)/make_folder_cases.py
 	.venv-goldens/bin/python $(FIXTURES)/make_peft_cases.py
 	.venv-goldens/bin/python $(FIXTURES)/make_pickles.py

@@ -75,7 +75,7 @@ impl Decoder {
         let family = Family::of(&json)?;
         let fields = Fields::new(json, family.aliases);
         let mut decoder = (family.page)(&fields)?;
-        decoder.eos = ends(&fields, generation(folder).as_ref())?;
+        decoder.eos = ends(&fields, generation(folder).as_ref(), decoder.eos)?;
         fields.check_others(&decoder)?;
         decoder.check()
     }
@@ -88,14 +88,16 @@ fn generation(folder: &Path) -> Option<Value> {
     serde_json::from_slice::<Value>(&text).ok().filter(Value::is_object)
 }
 
-/// The tokens that end a sequence: those of either file, each an id or a list of ids. There may be none.
-fn ends(fields: &Fields, generation: Option<&Value>) -> Result<Vec<u32>> {
+/// The tokens that end a sequence: those of either file, each an id or a list of ids, or the family's if no file has a say.
+/// There may be none.
+fn ends(fields: &Fields, generation: Option<&Value>, family: Vec<u32>) -> Result<Vec<u32>> {
     let field = "eos_token_id";
     let mut ends = match fields.json().get(field) {
         Some(value) => {
             let expected = "a token id or a list of token ids";
             ids(value).ok_or(LoadError::Field { field, expected })?
         }
+        None if generation.is_none() => family,
         None => Vec::new(),
     };
     ends.extend(generation.and_then(|generation| ids(generation.get(field)?)).unwrap_or_default());

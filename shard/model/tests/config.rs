@@ -5,6 +5,8 @@
 mod odd;
 #[path = "config/published.rs"]
 mod published;
+#[path = "config/saved.rs"]
+mod saved;
 
 use std::{fs, path::Path};
 
@@ -87,7 +89,7 @@ fn absent_fields_have_the_values_of_their_family() {
         (config.hidden, config.layers[0].mlp.width, config.layers.len(), config.vocab),
         (4096, 11_008, 32, 32_000)
     );
-    assert_eq!((config.heads().kv, config.max_positions, config.eos.as_slice()), (32, 2048, &[][..]));
+    assert_eq!((config.heads().kv, config.max_positions, config.eos.as_slice()), (32, 2048, &[2][..]));
     let config = read(&json!({"architectures": ["MistralForCausalLM"]})).unwrap();
     assert_eq!((config.heads().kv, config.layers[0].mlp.width, config.max_positions), (8, 14_336, 131_072));
     assert_eq!(config.lookback(), Some(4096));
@@ -240,6 +242,25 @@ fn a_mistral_has_no_biases() {
     assert_eq!(read(&json).unwrap().lookback(), None);
 }
 
+#[test]
+fn a_family_has_its_own_end_of_sequences() {
+    for (family, ends) in [
+        ("llama", &[2][..]),
+        ("mistral", &[2]),
+        ("qwen2", &[]),
+        ("qwen3", &[]),
+        ("gemma", &[1]),
+        ("gemma2", &[1]),
+        ("gemma3_text", &[1]),
+        ("phi", &[2]),
+        ("phi3", &[32_000]),
+        ("gpt2", &[50_256]),
+        ("gpt_neox", &[2]),
+    ] {
+        assert_eq!(read(&json!({"model_type": family})).unwrap().eos, ends, "{family}");
+    }
+}
+
 /// `config.json`'s field (or none), `generation_config.json` (or none), and the ends of a sequence.
 #[test]
 fn ends_of_sequences_are_those_of_either_file() {
@@ -247,7 +268,7 @@ fn ends_of_sequences_are_those_of_either_file() {
         (Some(json!(2)), None, &[2][..]),
         (Some(json!([2, 5])), None, &[2, 5]),
         (Some(Value::Null), None, &[]),
-        (None, None, &[]),
+        (None, None, &[2]),
         (None, Some("{}"), &[]),
         (None, Some(r#"{"eos_token_id": 7}"#), &[7]),
         (Some(json!(2)), Some(r#"{"eos_token_id": [7, 2, 9]}"#), &[2, 7, 9]),
@@ -255,7 +276,7 @@ fn ends_of_sequences_are_those_of_either_file() {
         (Some(Value::Null), Some(r#"{"eos_token_id": [3]}"#), &[3]),
         (Some(json!([])), Some(r#"{"eos_token_id": 3}"#), &[3]),
         (Some(json!(2)), Some("{\"eos_token_id\": [7"), &[2]),
-        (None, Some("not json"), &[]),
+        (None, Some("not json"), &[2]),
         (Some(json!(4)), Some("[1]"), &[4]),
         (Some(json!(4)), Some(r#"{"eos_token_id": "</s>"}"#), &[4]),
         (Some(json!([-1, 4])), Some(r#"{"eos_token_id": [320, 319]}"#), &[4, 319]),

@@ -22,6 +22,7 @@ pub(super) const OUTLINE: Outline = Outline {
     activation: ("hidden_act", Activation::GeluTanh),
     max_positions: 8_192,
     tied: true,
+    eos: Some(1),
     ..llama::OUTLINE
 };
 

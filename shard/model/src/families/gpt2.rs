@@ -62,6 +62,7 @@ const OUTLINE: Outline = Outline {
     max_positions: 1_024,
     rope: None,
     tied: true,
+    eos: Some(50_256),
     ..llama::OUTLINE
 };
 

@@ -53,6 +53,7 @@ pub(super) const OUTLINE: Outline = Outline {
     max_positions: 2_048,
     rope: Some(RopeFields::COMMON),
     tied: false,
+    eos: Some(2),
 };
 
 fn page(fields: &Fields) -> Result<Decoder> {

@@ -35,6 +35,8 @@ pub(super) struct Outline {
     pub(super) max_positions: usize,
     pub(super) rope: Option<RopeFields>,
     pub(super) tied: bool,
+    /// The token that ends a sequence.
+    pub(super) eos: Option<u32>,
 }
 
 impl Outline {
@@ -67,7 +69,7 @@ impl Outline {
             hidden,
             vocab: fields.size("vocab_size", self.vocab)?,
             max_positions: rope.as_ref().map_or(max_positions, |rope| rope.positions),
-            eos: Vec::new(),
+            eos: self.eos.into_iter().collect(),
             embedding: Embedding { scale: 1.0, positions: None, norm: None },
             layers: vec![layer; self.layers(fields)?],
             norm,

@@ -44,6 +44,7 @@ const OUTLINE: Outline = Outline {
     ffn: Some(8192),
     eps: 1e-5,
     max_positions: 4_096,
+    eos: Some(32_000),
     rope: Some(RopeFields {
         partial: Some(("partial_rotary_factor", 1.0)),
         original: Some(4_096.0),

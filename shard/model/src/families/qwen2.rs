@@ -12,6 +12,7 @@ pub(super) const OUTLINE: Outline = Outline {
     ffn: Some(22_016),
     max_positions: 32_768,
     whole_heads: false,
+    eos: None,
     ..llama::OUTLINE
 };
 
