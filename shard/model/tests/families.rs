@@ -11,6 +11,8 @@ mod kinds;
 mod names;
 #[path = "families/page.rs"]
 mod page;
+#[path = "families/written.rs"]
+mod written;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

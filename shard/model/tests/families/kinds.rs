@@ -34,16 +34,19 @@ const UNREPEATED: &str = "pissa";
 const STEP: (usize, usize) = (200, 23);
 
 /// A base with adapters of all kinds, as files.
-struct Base {
-    name: &'static str,
+pub(crate) struct Base {
+    name: String,
     goldens: Goldens,
     folder: tempfile::TempDir,
 }
 
 impl Base {
-    fn new(name: &'static str) -> Base {
-        let base =
-            Base { name, goldens: Goldens::of(name, "kinds.json"), folder: tempfile::tempdir().unwrap() };
+    pub(crate) fn new(name: &str) -> Base {
+        let base = Base {
+            name: name.into(),
+            goldens: Goldens::of(name, "kinds.json"),
+            folder: tempfile::tempdir().unwrap(),
+        };
         base.write("model.json", "model");
         base
     }
@@ -51,12 +54,12 @@ impl Base {
     /// Writes the folder of a manifest.
     fn write(&self, manifest: &str, to: &str) -> PathBuf {
         let to = self.folder.path().join(to);
-        let manifest = Manifest::read(&goldens::folder(self.name).join(manifest)).unwrap();
+        let manifest = Manifest::read(&goldens::folder(&self.name).join(manifest)).unwrap();
         manifest.write(&to, DType::F32).unwrap();
         to
     }
 
-    fn model(&self) -> PathBuf {
+    pub(crate) fn model(&self) -> PathBuf {
         self.folder.path().join("model")
     }
 
@@ -109,7 +112,7 @@ fn run(name: &'static str) {
         Some(_) => None,
     });
     let others: Vec<_> = others.collect();
-    let more = Base { goldens: plain.clone(), folder: tempfile::tempdir().unwrap(), name };
+    let more = Base { goldens: plain.clone(), folder: tempfile::tempdir().unwrap(), name: name.into() };
     let mut mixed = kind_sequences();
     mixed.extend(others.iter().map(|(case, slot)| more.sequence(case, *slot)));
     driver.mixed(&mut mixed, STEP.1, STEP.0);
