@@ -1,5 +1,5 @@
-//! LoRA adapters in PEFT's format. What is read is exactly what PEFT would compute; what is not served is refused by
-//! the name of its field or tensor. Nothing is ignored.
+//! LoRA adapters in PEFT's format. An adapter is read so that its output is exactly PEFT's, or it is refused with the
+//! name of the field or tensor that is not served. Nothing that changes the output is ignored.
 
 mod base;
 mod change;
@@ -30,14 +30,14 @@ pub use error::AdapterError;
 pub use python_regex::PatternError;
 use values::Values;
 
-/// Name of an adapter's configuration in its folder.
+/// The name of an adapter's configuration in its folder.
 pub const CONFIG_FILE: &str = "adapter_config.json";
-/// Names of the file of an adapter's tensors in its folder. The first that is there is read.
+/// The names of the file with an adapter's tensors, of which the first that exists is read.
 pub const WEIGHTS_FILES: [&str; 2] = ["adapter_model.safetensors", "adapter_model.bin"];
-/// The folder below its own metadata in which Ludwig puts an adapter.
+/// The subfolder in which Ludwig stores an adapter, below its own metadata.
 const LUDWIGS: &str = "model_weights";
 
-/// SHA-256 of all that determines an adapter's output.
+/// The SHA-256 of everything that determines an adapter's output.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ContentHash(pub [u8; 32]);
 
@@ -50,31 +50,31 @@ impl fmt::Debug for ContentHash {
 /// An adapter, ready to be staged.
 #[derive(Debug, Clone)]
 pub struct Adapter {
-    /// Its identity.
+    /// The hash of its content, which identifies it.
     pub hash: ContentHash,
-    /// What it changes, by site and slice.
+    /// Its changes, by site and slice.
     pub parts: Vec<LoraPart>,
     /// Its largest LoRA rank.
     pub max_lora_rank: usize,
-    /// Names of the modules that it changes, distinct and sorted.
+    /// The names of the modules that it changes, distinct and sorted.
     pub sites: Vec<String>,
-    /// Tokens that can be looked up: the model's, and those that only the adapter has.
+    /// The number of tokens that can be looked up: those of the model, and those that only the adapter has.
     pub vocab: usize,
 }
 
-/// The folder that has an adapter's files: one itself, or its subfolder if it is Ludwig's.
+/// The folder with an adapter's files: the folder itself, or its subfolder for an adapter of Ludwig.
 pub fn files_folder(folder: &Path) -> PathBuf {
     let inner = folder.join(LUDWIGS);
     let is_ludwigs = !folder.join(CONFIG_FILE).exists() && inner.join(CONFIG_FILE).exists();
     if is_ludwigs { inner } else { folder.to_owned() }
 }
 
-/// Reads the adapter in a folder and checks it against a model.
+/// Reads the adapter in a folder, and checks it against a model.
 pub fn read(folder: &Path, model: &BaseModel) -> Result<Adapter, AdapterError> {
     AdapterFolder::open(folder, model)?.read()
 }
 
-/// The folder of an adapter of which it is known what it changes. Nothing of that is in memory yet.
+/// An adapter whose configuration and headers have been read, but not its tensors.
 pub struct AdapterFolder<'a> {
     base: BaseWeights<'a>,
     values: Values,
@@ -82,7 +82,7 @@ pub struct AdapterFolder<'a> {
 }
 
 impl<'a> AdapterFolder<'a> {
-    /// Reads the configuration and the names of all tensors. Copies of the model's tables are compared with them.
+    /// Reads the configuration and the headers of all tensors. Copies of the model's tables are compared with these.
     pub fn open(folder: &Path, model: &'a BaseModel) -> Result<AdapterFolder<'a>, AdapterError> {
         let folder = files_folder(folder);
         let config = config::AdapterConfig::read(&folder, &model.decoder)?;
@@ -94,19 +94,19 @@ impl<'a> AdapterFolder<'a> {
         Ok(AdapterFolder { base, values, changes })
     }
 
-    /// Places and sizes of what it changes.
+    /// The places and sizes of its parts.
     pub fn shapes(&self) -> Vec<LoraShape> {
         self.changes.iter().filter_map(Change::shape).collect()
     }
 
-    /// Bytes of host memory that it takes between [`Self::read`] and its staging, and while it is read.
+    /// Bytes of host memory that [`Self::read`] takes, and its result until it has been staged.
     pub fn read_bytes(&self) -> usize {
         let size = self.values.dtype.size();
         let parts: usize = self.changes.iter().map(|change| change.bytes(size)).sum();
         parts + self.changes.iter().map(|change| change.passing_bytes(&self.values)).max().unwrap_or(0)
     }
 
-    /// Reads it. Errors: also that it changes nothing.
+    /// Reads the tensors. Errors: among others, the adapter changes nothing.
     pub fn read(&self) -> Result<Adapter, AdapterError> {
         let (mut parts, mut sites) = (Vec::new(), Vec::new());
         for change in &self.changes {
@@ -130,13 +130,13 @@ impl<'a> AdapterFolder<'a> {
     }
 }
 
-/// Hashes what the kernels will compute with: two folders that give the same output have the same identity, however
-/// they are written.
+/// Hashes what kernels compute with, so that two folders with the same output have the same identity, however they are
+/// written.
 fn hash(parts: &[LoraPart]) -> ContentHash {
     let mut sha = Sha256::new();
     for part in parts {
         let LoraShape { site, slice, lora_rank, has_magnitude, has_bias, rows } = part.shape();
-        // Of each part it is told what follows, so that no two lists of parts are the same bytes.
+        // The shape of each part comes before its data, so that different lists of parts never give the same bytes.
         for number in [site, slice, lora_rank, has_magnitude.into(), has_bias.into(), rows] {
             sha.update((number as u64).to_le_bytes());
         }

@@ -1,4 +1,4 @@
-//! The model that an adapter belongs to, and what has to be read of its weights.
+//! The base model of an adapter, and the weights that have to be read from it.
 
 use std::{cell::OnceCell, path::PathBuf};
 
@@ -11,22 +11,22 @@ use crate::{
     weights::{self, Source},
 };
 
-/// A model that is served, as adapters are checked against it.
+/// The served model, against which adapters are checked.
 #[derive(Debug, Clone)]
 pub struct BaseModel {
-    /// What it looks like.
+    /// Its description.
     pub decoder: Decoder,
     /// Its files: a folder, or a GGUF file.
     pub path: PathBuf,
-    /// What its weights are converted to.
+    /// The type to which its weights are converted.
     pub dtype: DType,
 }
 
-/// Rows of a matrix that are read at a time: tables of some models take gigabytes.
+/// The number of rows that are read at a time, because the tables of some models take gigabytes.
 pub(super) const ROWS: usize = 64;
 
 impl BaseModel {
-    /// A number as it is computed with; infinite if the type cannot hold it.
+    /// Rounds a number to the type of the weights; infinite if the type cannot hold it.
     pub(super) fn rounded(&self, x: f32) -> f32 {
         match self.dtype {
             DType::F32 => x,
@@ -36,7 +36,7 @@ impl BaseModel {
     }
 }
 
-/// The weights of a model. Its files are opened when something is asked for: most adapters need nothing of them.
+/// The weights of a model. Its files are opened when they are first needed, since most adapters need none of them.
 pub(super) struct BaseWeights<'a> {
     pub(super) model: &'a BaseModel,
     source: OnceCell<Box<dyn Source + Sync>>,
@@ -49,7 +49,7 @@ impl<'a> BaseWeights<'a> {
 
     fn source(&self) -> Result<&dyn Source, AdapterError> {
         if self.source.get().is_none() {
-            // Another value is not possible: this is one thread.
+            // This cannot fail, because only this thread sets it.
             let _ = self.source.set(weights::open(&self.model.path)?.1);
         }
         self.source.get().map(|source| &**source as &dyn Source).ok_or(AdapterError::NoTensor)
@@ -64,7 +64,7 @@ impl<'a> BaseWeights<'a> {
         }
     }
 
-    /// The bias of a module: zero where the model has none, although it may have one.
+    /// Reads the bias of a module, which is zero if the module may have one and has none.
     pub(super) fn bias(&self, module: &Module) -> Result<Vec<f32>, AdapterError> {
         let (source, name) = (self.source()?, format!("{}.bias", module.path));
         if source.bytes(&name) == 0 {
@@ -73,7 +73,7 @@ impl<'a> BaseWeights<'a> {
         Ok(source.dense(&name, [1, module.outputs])?.to_f32())
     }
 
-    /// Calls with every row of a module's weight as it is computed with, but in the order of the file.
+    /// Calls `f` with every row of a module's weight, rounded as for computing, in the order of the file.
     pub(super) fn each_row(
         &self,
         module: &Module,
@@ -99,8 +99,8 @@ impl<'a> BaseWeights<'a> {
         Ok(())
     }
 
-    /// Rows of a table of an adapter that are not what the model has there, once both are converted: other ones, and all
-    /// beyond the model's own.
+    /// The rows of an adapter's table that differ from those of the model once both are converted, and all beyond the
+    /// model's rows.
     pub(super) fn differing(
         &self,
         file: &Values,

@@ -1,5 +1,5 @@
-//! What an adapter changes at one module of the model: found out from its configuration and the headers of its file,
-//! before memory is taken for it, and read when there is memory.
+//! The change that an adapter makes at one module. It is known from the configuration and the headers of the file
+//! before any memory is allocated, and read when there is memory.
 
 use kernels::{HostTensor, LoraPart, LoraShape, LowRank};
 
@@ -20,22 +20,23 @@ use crate::{
 /// A low-rank delta.
 pub(super) struct Delta {
     pub(super) lora_rank: usize,
-    /// What it is multiplied with.
+    /// The factor of the delta.
     pub(super) scale: f32,
     /// The tensor of A.
     pub(super) a: String,
     /// The tensor of B.
     pub(super) b: String,
-    /// Rows of the weight or of the table.
+    /// The number of rows of the weight or of the table.
     outputs: usize,
-    /// The tensors are those of the output projection that is tied to this table: its B is A of the table, transposed.
+    /// Whether the tensors are those of the output projection to which this table is tied. Then its B is the transposed
+    /// A of the table.
     is_crossed: bool,
-    /// What was taken from the base model's weight when the adapter was made.
+    /// The part that its initialization has taken out of the base model's weight.
     initial: Option<Initial>,
 }
 
 impl Delta {
-    /// Shapes of A and B in the file.
+    /// The shapes of A and B in the file.
     fn shapes(&self, module: &Module) -> [[usize; 2]; 2] {
         match module.kind {
             Kind::Lookup => [[self.lora_rank, self.outputs], [module.inputs, self.lora_rank]],
@@ -57,13 +58,13 @@ impl Delta {
         Ok([read(&self.a, shapes[0])?, read(&self.b, shapes[1])?])
     }
 
-    /// The rank that is computed with.
+    /// The rank with which kernels compute.
     fn rank(&self) -> usize {
         if self.initial.is_some() { 2 * self.lora_rank } else { self.lora_rank }
     }
 }
 
-/// What is changed at a module.
+/// The change at a module.
 pub(super) struct Change {
     pub(super) module: Module,
     pub(super) delta: Option<Delta>,
@@ -72,7 +73,7 @@ pub(super) struct Change {
     delta_bias: Option<String>,
     /// The bias that replaces the model's.
     bias: Option<String>,
-    /// What trained biases of norms add to the module's input.
+    /// The vector that the trained bias of a norm adds to the module's input.
     pub(super) shift: Option<Vec<f32>>,
     rows: Option<Rows>,
 }
@@ -84,8 +85,8 @@ impl Change {
         Change { module, delta: None, magnitude: None, delta_bias: None, bias: None, shift: None, rows: None }
     }
 
-    /// Takes the tensors of a delta. `outputs` are the rows that the adapter's weight has; `tied` is the output projection
-    /// whose delta is that of this table, too.
+    /// Takes the tensors of a delta. `outputs` is the number of rows of the adapter's weight. `tied` is the output
+    /// projection that has the same delta as this table.
     pub(super) fn add_delta(
         &mut self,
         target: &Target,
@@ -100,7 +101,7 @@ impl Change {
         let (a, b) = match tied {
             None => (tensors.expect(module, Role::A)?, tensors.expect(module, Role::B)?),
             Some(head) => {
-                // They are the same tensors in PEFT, and those of the output are read last.
+                // PEFT has the same tensors for both, and reads those of the output projection last.
                 let _ = [Role::A, Role::B].map(|role| tensors.take(module, role));
                 (tensors.expect_shared(head, Role::B)?, tensors.expect_shared(head, Role::A)?)
             }
@@ -118,10 +119,10 @@ impl Change {
         self.bias = if self.module.bias { tensors.take(&self.module, Role::Bias) } else { None };
     }
 
-    /// Takes the rows that are others than the model's.
+    /// Adds the rows that replace the model's.
     pub(super) fn add_rows(&mut self, rows: Option<Rows>) -> Result<(), AdapterError> {
         self.rows = rows;
-        // The norms are those of the columns, over all rows.
+        // The norms are those of columns, over all rows.
         if self.is_folded() && self.has_magnitude() && self.module.is_lookup() {
             let value = format!("true, of {} with other rows than the model's,", self.module.path);
             return Err(AdapterError::Unsupported { field: "use_dora".into(), value });
@@ -129,7 +130,7 @@ impl Change {
         Ok(())
     }
 
-    /// The tensor of the trained bias, if there is one, of which somebody else takes care.
+    /// Removes and returns the tensor of the trained bias, which the caller handles.
     pub(super) fn take_bias(&mut self) -> Option<String> {
         self.bias.take()
     }
@@ -139,12 +140,12 @@ impl Change {
         self.rows.is_some()
     }
 
-    /// Whether the delta becomes part of replaced rows.
+    /// Whether the delta is added to replaced rows.
     fn is_folded(&self) -> bool {
         self.rows.as_ref().is_some_and(|rows| rows.has_delta)
     }
 
-    /// One more than the last token that can be looked up because of the rows.
+    /// The end of the range of tokens that its rows allow to look up.
     pub(super) fn tokens(&self) -> usize {
         self.rows.as_ref().filter(|_| self.module.is_lookup()).map_or(0, Rows::end)
     }
@@ -154,7 +155,7 @@ impl Change {
         self.magnitude.is_some()
     }
 
-    /// Its place and size; None if it is no change.
+    /// Its place and size; `None` if it changes nothing.
     pub(super) fn shape(&self) -> Option<LoraShape> {
         let (site, slice) = self.module.place?;
         let delta = self.delta.as_ref().filter(|_| !self.is_folded());
@@ -166,7 +167,7 @@ impl Change {
         is_change.then_some(LoraShape { site, slice, lora_rank, has_magnitude, has_bias, rows })
     }
 
-    /// Bytes that its part takes, in a type.
+    /// Bytes of its part, whose elements have `size` bytes.
     pub(super) fn bytes(&self, size: usize) -> usize {
         let Some(shape) = self.shape() else { return 0 };
         let Module { inputs, outputs, .. } = self.module;
@@ -175,12 +176,12 @@ impl Change {
             + vectors * outputs.max(inputs) * 4
     }
 
-    /// Bytes that reading it takes beside those, which are free again afterwards.
+    /// Further bytes that reading it takes temporarily.
     pub(super) fn passing_bytes(&self, file: &Values) -> usize {
         let of_delta = self.delta.as_ref().map_or(0, |delta| {
             let read = file.passing_bytes(&delta.a).max(file.passing_bytes(&delta.b));
             let Module { inputs, outputs, .. } = self.module;
-            // Both as f32, twice over, where they become part of rows; in f64 where they are computed.
+            // A and B are in memory twice as f32 if they are added to rows, and as f64 if they are computed.
             let whole = self.is_folded() || delta.initial.is_some();
             read + if whole { 16 * delta.lora_rank * (inputs + outputs.max(delta.outputs)) } else { 0 }
         });
@@ -188,7 +189,7 @@ impl Change {
         of_delta + ids
     }
 
-    /// Reads what there is.
+    /// Reads the part, if there is one.
     pub(super) fn read(
         &self,
         file: &Values,
@@ -229,7 +230,7 @@ impl Change {
         Ok(LowRank { rank: delta.rank(), scale: delta.scale, a, b })
     }
 
-    /// What is added to the model's bias, in the order of the file.
+    /// The vector that is added to the model's bias, in the order of the file.
     fn read_bias(&self, file: &Values, base: &BaseWeights<'_>) -> Result<Option<Vec<f32>>, AdapterError> {
         let module = &self.module;
         let outputs = self.delta.as_ref().map_or(module.outputs, |delta| delta.outputs);
@@ -251,7 +252,7 @@ impl Change {
         Ok(sum)
     }
 
-    /// What a change of the module's input by the same vector everywhere is behind the module.
+    /// The change of the module's output when a vector is added to every row of its input.
     fn of_shift(
         &self,
         shift: &[f32],
@@ -271,7 +272,7 @@ impl Change {
         Ok(moved)
     }
 
-    /// A vector over the outputs, as they are computed with.
+    /// Brings a vector over the outputs into the order that operations expect.
     fn ordered(&self, values: Vec<f32>) -> Vec<f32> {
         match self.module.order.sources(values.len()) {
             Some(sources) if self.module.kind != Kind::Lookup => {
@@ -291,14 +292,14 @@ pub(super) fn changes_nothing(part: &LoraPart) -> bool {
         && part.bias.as_ref().is_none_or(|bias| bias.iter().all(|x| *x == 0.0))
 }
 
-/// The rows of two matrices, those of `more` last.
+/// A matrix with the rows of both, those of `more` last.
 pub(super) fn stacked(first: &HostTensor<'_>, more: &[f32]) -> HostTensor<'static> {
     let more = encoded([more.len() / first.cols, first.cols], more, first.dtype);
     let data = [&first.data[..], &more.data[..]].concat();
     HostTensor { dtype: first.dtype, rows: first.rows + more.rows, cols: first.cols, data: data.into() }
 }
 
-/// The columns of two matrices of as many rows, those of `more` last.
+/// A matrix with the columns of both, those of `more` last.
 pub(super) fn beside(first: &HostTensor<'_>, more: &[f32]) -> HostTensor<'static> {
     let more = encoded([first.rows, more.len() / first.rows], more, first.dtype);
     let width = |tensor: &HostTensor<'_>| tensor.cols * tensor.dtype.size();

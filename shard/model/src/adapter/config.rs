@@ -1,4 +1,4 @@
-//! `adapter_config.json`: which modules are changed, at which rank, by which scale.
+//! `adapter_config.json`: the modules that are changed, with their ranks and scales.
 
 mod file;
 mod tables;
@@ -19,7 +19,7 @@ pub(super) use file::OneOrMany;
 use file::{File, PeftType};
 pub(super) use tables::TokenRows;
 
-/// Longest configuration that is read.
+/// The longest configuration that is read.
 const MAX_CONFIG: u64 = 1 << 20;
 
 /// A checked configuration, with its patterns compiled.
@@ -35,13 +35,13 @@ pub(super) struct AdapterConfig {
 pub(super) struct Target {
     pub(super) module: Module,
     pub(super) lora_rank: usize,
-    /// What its delta is multiplied with.
+    /// The factor of its delta.
     pub(super) scale: f32,
-    /// It has a magnitude (DoRA).
+    /// Whether it has a magnitude (DoRA).
     pub(super) has_magnitude: bool,
-    /// B has a bias.
+    /// Whether B has a bias.
     pub(super) has_bias: bool,
-    /// What was taken from its weight.
+    /// The part that its initialization has taken out of the base model's weight.
     pub(super) initial: Option<Initial>,
 }
 
@@ -69,8 +69,8 @@ impl AdapterConfig {
         Ok(AdapterConfig { file, patterns, targets, excluded, layers })
     }
 
-    /// The modules that are changed, and how. `others` are the paths of what the model has besides: PEFT looks at them, too,
-    /// and none of them can be changed.
+    /// The modules that are changed. `others` are the paths of modules without weights, which PEFT matches, too. None
+    /// of them can be changed.
     pub(super) fn targets(
         &self,
         modules: &Modules,
@@ -108,7 +108,7 @@ impl AdapterConfig {
         targeted.into_iter().zip(values).map(|((module, _), values)| self.target(module, values)).collect()
     }
 
-    /// How a module is changed, whose rank and alpha patterns may tell.
+    /// The target of a module, with the rank and the alpha that patterns give it.
     fn target(
         &self,
         module: &Module,

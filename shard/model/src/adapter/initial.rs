@@ -1,6 +1,6 @@
-//! Ways to initialize that take a part out of the base model's weight and train it: PEFT repeats them when it loads an
-//! adapter, then the adapter's A and B take that part's place (`peft/tuners/lora/layer.py`). The same comes of twice the
-//! rank beside the whole weight: `W - s · B₀ · A₀ + s · B · A = W + s · [B, -B₀] · [A; A₀]`.
+//! Initializations that take a part out of the base model's weight and train it. PEFT repeats them when it loads an
+//! adapter, whose A and B then replace that part (`peft/tuners/lora/layer.py`). A delta of twice the rank beside the
+//! whole weight gives the same: `W - s · B₀ · A₀ + s · B · A = W + s · [B, -B₀] · [A; A₀]`.
 
 use kernels::HostTensor;
 
@@ -11,17 +11,18 @@ use super::{
 };
 use crate::decoder::Module;
 
-/// How A₀ and B₀ come from a weight.
+/// How A₀ and B₀ are computed from a weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Initial {
     /// The first columns of Q and rows of R, `W = Q · R` (Büyükakyüz, 2024).
     Olora,
 }
 
-/// What is left of a column behind those before it, at least, for its direction to mean something.
+/// The smallest share of a column that must remain after those before it are projected out, so that it counts as
+/// independent.
 const INDEPENDENT: f64 = 1e-5;
 
-/// A and B, with what was taken from the weight beside them.
+/// A and B, extended by A₀ and -B₀.
 pub(super) fn extended(
     initial: Initial,
     module: &Module,
@@ -34,8 +35,8 @@ pub(super) fn extended(
     Ok((stacked(&a, &r), beside(&b, &negative)))
 }
 
-/// The first `count` columns of Q `[outputs, count]` and rows of R `[count, inputs]`. Their product is the projection of
-/// the weight onto the span of its first columns, whatever the signs are.
+/// The first `count` columns of Q `[outputs, count]` and rows of R `[count, inputs]`. Their product is the projection
+/// of the weight onto the span of its first columns, whatever the signs are.
 fn first_of_qr(
     module: &Module,
     count: usize,
@@ -55,7 +56,7 @@ fn first_of_qr(
         let (before, rest) = columns.split_at_mut(i);
         let column = &mut rest[0];
         let whole = dot(column, column).sqrt();
-        // Twice, so that what rounding leaves is gone (Gram and Schmidt; Giraud and others, 2005).
+        // Gram-Schmidt is applied twice, to remove rounding errors (Giraud et al., 2005).
         for _ in 0..2 {
             for other in &*before {
                 let along = dot(other, column);

@@ -1,4 +1,4 @@
-//! What PEFT calls the tensors of an adapter (`peft/utils/save_and_load.py`).
+//! The names of an adapter's tensors (`peft/utils/save_and_load.py`).
 
 use std::collections::HashMap;
 
@@ -8,10 +8,10 @@ use crate::{
     weights::tensor_file::TensorFile,
 };
 
-/// What PEFT puts in front of a module's path.
+/// PEFT's prefix of a module's path.
 pub(super) const PREFIX: &str = "base_model.model.";
 
-/// What a tensor is to its module.
+/// The role of a tensor in its module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) enum Role {
     /// A of the low-rank delta.
@@ -20,18 +20,18 @@ pub(super) enum Role {
     B,
     /// The bias of B.
     DeltaBias,
-    /// The norms of the rows of the weight (DoRA).
+    /// The magnitude (DoRA).
     Magnitude,
-    /// All of the weight: it was trained, or is a copy of the base model's.
+    /// The whole weight, which was trained, or is a copy of the base model's.
     Table,
-    /// The bias, which was trained.
+    /// The trained bias.
     Bias,
-    /// Rows of some tokens, which were trained.
+    /// The trained rows of some tokens.
     Tokens,
 }
 
 impl Role {
-    /// The end of a tensor's name.
+    /// The suffix of a tensor's name.
     fn ending(self, is_lookup: bool) -> &'static str {
         match self {
             Role::A if is_lookup => "lora_embedding_A",
@@ -47,14 +47,14 @@ impl Role {
     }
 }
 
-/// The path of a tensor's module, and what it is to it.
+/// The path of a tensor's module, and the tensor's role.
 fn place(name: &str) -> Option<(&str, Role)> {
     let name = name.strip_prefix(PREFIX)?;
     let (rest, kind) = match name.rsplit_once('.') {
         Some((rest, kind @ ("weight" | "bias"))) => (rest, kind),
         _ => (name, ""),
     };
-    // Checkpoints of a training run keep the adapter's name.
+    // Checkpoints of a training run have the adapter's name in their tensors' names.
     let rest = rest.strip_suffix(".default").unwrap_or(rest);
     let (module, part) = rest.rsplit_once('.').unwrap_or(("", rest));
     Some(match (part, kind) {
@@ -71,22 +71,22 @@ fn place(name: &str) -> Option<(&str, Role)> {
     })
 }
 
-/// The tensors of a file that nobody has asked for yet, by their places.
+/// The tensors of a file by module and role. Those that have been taken are removed.
 pub(super) struct Tensors {
     by_place: HashMap<(String, Role), String>,
-    /// Those that were asked for, and may be again.
+    /// Tensors that have been taken, and may be taken again.
     shared: HashMap<(String, Role), String>,
-    /// The first tensor that has no place.
+    /// The first tensor that belongs to no module.
     unknown: Option<String>,
 }
 
 impl Tensors {
-    /// Sorts a file's tensors by the modules of a model. Errors: there are none that have to do with it.
+    /// Assigns a file's tensors to the modules of a model. Errors: none of them belongs to one.
     pub(super) fn of(file: &TensorFile, modules: &Modules) -> Result<Tensors, AdapterError> {
         let paths: HashMap<&str, &Module> =
             modules.iter().flat_map(|module| module.paths().map(move |path| (path, module))).collect();
         let mut tensors = Tensors { by_place: HashMap::new(), shared: HashMap::new(), unknown: None };
-        // They are sorted: of several faults, the same one is reported every time.
+        // Names are sorted, so that of several faults the same one is always reported.
         for name in file.names() {
             let found = place(name).and_then(|(path, role)| Some((paths.get(path)?.path.clone(), role)));
             let twice = found.is_some_and(|at| tensors.by_place.insert(at, name.into()).is_some());
@@ -97,19 +97,19 @@ impl Tensors {
         if tensors.by_place.is_empty() { Err(AdapterError::NoTensor) } else { Ok(tensors) }
     }
 
-    /// The tensor of a place, which is then known.
+    /// Takes the tensor of a module and role, if there is one.
     pub(super) fn take(&mut self, module: &Module, role: Role) -> Option<String> {
         self.by_place.remove(&(module.path.clone(), role))
     }
 
-    /// The tensor of a place that there must be, and that others may ask for, too.
+    /// Takes a tensor that must exist, and that may be taken again.
     pub(super) fn expect_shared(&mut self, module: &Module, role: Role) -> Result<String, AdapterError> {
         let name = self.expect(module, role)?;
         self.shared.insert((module.path.clone(), role), name.clone());
         Ok(name)
     }
 
-    /// The tensor of a place that there must be.
+    /// Takes a tensor that must exist.
     pub(super) fn expect(&mut self, module: &Module, role: Role) -> Result<String, AdapterError> {
         let missing = || {
             let ending = role.ending(module.is_lookup());
@@ -119,7 +119,7 @@ impl Tensors {
         self.take(module, role).or(shared).ok_or_else(missing)
     }
 
-    /// Refuses a tensor that nobody has asked for.
+    /// Refuses tensors that have not been taken.
     pub(super) fn expect_no_others(self) -> Result<(), AdapterError> {
         match self.by_place.into_values().chain(self.unknown).min() {
             Some(name) => Err(AdapterError::UnknownTensor(name)),

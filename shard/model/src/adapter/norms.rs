@@ -1,5 +1,6 @@
-//! Trained biases of norms (`bias: all`). No backend changes a norm for an adapter, but what is added behind a norm reaches
-//! nothing except the projections that read it: `W · (x + d) = W · x + W · d`, so that `W · d` is a bias of theirs.
+//! Trained biases of norms (`bias: all`). No backend changes a norm for an adapter. But a vector d that is added after
+//! a norm reaches only the projections that read it, and `W · (x + d) = W · x + W · d`: `W · d` becomes a bias of each
+//! of them.
 
 use super::{AdapterError, base::BaseWeights, change::Change, values::Values};
 use crate::{
@@ -24,7 +25,7 @@ fn reads(module: &Module, norm: &Module, decoder: &Decoder) -> bool {
         }
 }
 
-/// Moves the changes of norms to the projections behind them.
+/// Moves the changes of norms to the projections that read them.
 pub(super) fn spread(
     changes: &mut [Change],
     decoder: &Decoder,
@@ -54,7 +55,8 @@ pub(super) fn spread(
             if !reads(&change.module, &norm, decoder) {
                 continue;
             }
-            // What comes of it would have to be scaled by what the device alone knows, or to be taken from other rows.
+            // The resulting bias would have to be scaled by gains that only the device has, or computed from replaced
+            // rows.
             if change.has_magnitude() || change.has_rows() {
                 let value =
                     format!("all, with a trained {name} in front of a changed {},", change.module.path);

@@ -1,4 +1,5 @@
-//! Which modules an adapter's configuration speaks of, and what its file has for each of them.
+//! The plan for reading an adapter: the modules that its configuration names, and the tensors that its file has for
+//! each.
 
 use super::{
     AdapterError, BaseModel,
@@ -15,20 +16,20 @@ use crate::{
     decoder::{Module, Modules, Part},
 };
 
-/// What a configuration asks for.
+/// The changes that a configuration asks for.
 pub(super) struct Plan {
     modules: Modules,
     is_tied: bool,
     targets: Vec<Target>,
-    /// The deltas of both tables are one.
+    /// Whether both tables have the same delta.
     ties_deltas: bool,
-    /// Tables whose whole weights were trained.
+    /// The tables whose whole weights were trained.
     saved: Vec<Part>,
     tokens: Vec<TokenRows>,
     has_biases: bool,
 }
 
-/// Paths of what PEFT looks at and has no weights of its own.
+/// The paths of modules without weights, which PEFT matches, too.
 fn other_paths(decoder: &Decoder) -> Vec<String> {
     let names = &decoder.names;
     let (outer, inner) = names.others;
@@ -62,7 +63,7 @@ impl Plan {
         Ok(Plan { modules, is_tied, targets, ties_deltas, saved, tokens, has_biases })
     }
 
-    /// What the adapter changes, by module in the order of the table of modules.
+    /// The adapter's changes, in the order of the table of modules.
     pub(super) fn changes(
         &self,
         values: &Values,
@@ -103,7 +104,7 @@ impl Plan {
         Ok(changes)
     }
 
-    /// The tensors that are whole tables, by the table that they replace.
+    /// The tensors that are whole tables, each with the table that it replaces.
     fn tables(&self, tensors: &mut Tensors) -> Result<Vec<(Part, String)>, AdapterError> {
         let found = [Part::Embed, Part::Head].map(|part| {
             let module = self.modules.find(None, part)?;
@@ -115,7 +116,8 @@ impl Plan {
         for (side, other) in [(embed, head), (head, embed)] {
             let (Some((module, name)), Some((sibling, _))) = (side, other) else { continue };
             let is_saved = self.saved.contains(&module.part);
-            // Where the tables are one, a copy of either is one of both. One that was trained alone is not: PEFT makes it another.
+            // If the tables are tied, a copy of either stands for both. If only one of them was trained, PEFT unties
+            // them.
             let is_shared = self.is_tied
                 && match (is_saved, self.saved.contains(&sibling.part)) {
                     (true, true) => module.part == Part::Head,
@@ -132,7 +134,7 @@ impl Plan {
         Ok(tables)
     }
 
-    /// The tensor of some tokens' rows of a table, and the tokens.
+    /// The tensor with the rows of some tokens of a table, and these tokens.
     fn token_rows(
         &self,
         module: &Module,
@@ -143,7 +145,7 @@ impl Plan {
         Ok(Some((tensors.expect_shared(of, Role::Tokens)?, rows.tokens.clone())))
     }
 
-    /// Rows that there is room for in a table.
+    /// The number of rows that there is room for in a table.
     fn limit(&self, module: &Module) -> usize {
         let sites = self.modules.sites();
         let Some(site) = module.place.and_then(|(site, _)| sites.get(site)) else { return 0 };

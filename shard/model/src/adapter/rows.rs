@@ -1,4 +1,4 @@
-//! Rows of the embedding table or of the output projection that an adapter brings along: whole tables that were trained
+//! An adapter's own rows of the embedding table or of the output projection: whole tables that were trained
 //! (`modules_to_save`), tables that PEFT has copied because the vocabulary was resized, and rows of some tokens
 //! (`trainable_token_indices`).
 
@@ -14,21 +14,22 @@ use super::{
 };
 use crate::{decoder::Module, load::transposed};
 
-/// Which rows there are.
+/// An adapter's own rows of one module.
 pub(super) struct Rows {
-    /// Which rows are others than the model's, ascending; None: all of the table, and there are no others.
+    /// The rows that replace the model's, ascending. `None`: they replace the whole table.
     ids: Option<Vec<u32>>,
-    /// Number of rows.
+    /// The number of rows.
     pub(super) count: usize,
     /// The tensor that is the whole weight.
     table: Option<String>,
     /// The tensor of some tokens' rows, and the tokens in its order.
     tokens: Option<(String, Vec<u32>)>,
-    /// The module has a delta, too: it is added to the rows, since a row of a slot is not changed any further.
+    /// Whether the module has a delta, too. It is added to the rows, because backends do not add deltas to replaced
+    /// rows.
     pub(super) has_delta: bool,
 }
 
-/// Where the rows of a module come from.
+/// The tensors from which the rows of a module are read.
 pub(super) struct Sources {
     /// The tensor that is the whole weight.
     pub(super) table: Option<String>,
@@ -36,12 +37,12 @@ pub(super) struct Sources {
     pub(super) tokens: Option<(String, Vec<u32>)>,
     /// Whether there is a delta, too.
     pub(super) has_delta: bool,
-    /// Most rows that there is room for.
+    /// The largest number of rows that there is room for.
     pub(super) limit: usize,
 }
 
 impl Rows {
-    /// Compares what an adapter brings with the model; None if it is the same.
+    /// Compares an adapter's rows with the model's. `None` if they are the same.
     pub(super) fn find(
         module: &Module,
         from: Sources,
@@ -68,7 +69,7 @@ impl Rows {
         }
         ids.sort_unstable();
         ids.dedup();
-        // Tokens that the adapter's vocabulary lacks must have no logits. Nobody looks them up.
+        // The logits of tokens that the adapter's vocabulary lacks must be -∞. Such tokens are never looked up.
         let is_short = all < module.outputs && !module.is_lookup();
         if ids.is_empty() && !is_short {
             return Ok(None);
@@ -81,7 +82,7 @@ impl Rows {
         Ok(Some(Rows { ids, count, table, tokens, has_delta }))
     }
 
-    /// One more than the number of the last row.
+    /// The end of the range of rows.
     pub(super) fn end(&self) -> usize {
         match &self.ids {
             Some(ids) => ids.last().map_or(0, |id| *id as usize + 1),
@@ -96,7 +97,7 @@ impl Rows {
             self.tokens.iter().flat_map(|(_, tokens)| tokens.iter().copied().zip(0..)).collect();
         let (mut data, mut cols, mut rest) = (Vec::new(), 0, &ids[..]);
         while let Some(&first) = rest.first() {
-            // Rows of the table that follow each other are read at once.
+            // Consecutive rows of the table are read at once.
             let run = rest.iter().zip(first..).take(ROWS);
             let run = run.take_while(|(id, next)| **id == *next && !own.contains_key(id)).count();
             let mut rows = match (own.get(&first), &self.tokens, &self.table) {
@@ -116,7 +117,7 @@ impl Rows {
     }
 }
 
-/// A delta, and a magnitude, that become part of rows.
+/// A delta and a magnitude that are applied to rows.
 pub(super) struct Folded {
     scale: f32,
     lora_rank: usize,
@@ -128,7 +129,7 @@ pub(super) struct Folded {
 }
 
 impl Folded {
-    /// Reads the delta of a table of so many rows.
+    /// Reads the delta of a table.
     pub(super) fn read(
         module: &Module,
         delta: &Delta,
@@ -144,7 +145,7 @@ impl Folded {
         Ok(Folded { scale: delta.scale, lora_rank: delta.lora_rank, by_row, across, magnitude })
     }
 
-    /// The rows from `first` on with the delta, rounded as they are stored.
+    /// Adds the delta to the rows from `first`, and rounds them to the type in which they are stored.
     fn add(&self, first: usize, rows: &HostTensor<'_>) -> HostTensor<'static> {
         let mut values = rows.to_f32();
         for (i, row) in values.chunks_exact_mut(rows.cols).enumerate() {

@@ -1,4 +1,4 @@
-//! The numbers of an adapter's file, in the type that is computed with.
+//! Reads the tensors of an adapter's file in the type that kernels compute with.
 
 use std::ops::Range;
 
@@ -8,24 +8,24 @@ use kernels::{DType, HostTensor};
 use super::AdapterError;
 use crate::weights::tensor_file::TensorFile;
 
-/// Elements that are converted at a time, so that numbers are not in memory as f32, too.
+/// The number of elements that are converted at a time, so that a tensor is not in memory as f32, too.
 const CHUNK: usize = 1 << 14;
 
 /// The tensors of a file.
 pub(super) struct Values {
     pub(super) file: TensorFile,
-    /// The type that is computed with.
+    /// The type that kernels compute with.
     pub(super) dtype: DType,
 }
 
 impl Values {
-    /// A matrix of this shape. A tensor of another shape is refused unread: it may be of any length.
+    /// Reads a matrix. A tensor of another shape is refused before it is read, since it may have any size.
     pub(super) fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<HostTensor<'static>, AdapterError> {
         self.expect_shape(name, &shape)?;
         self.rows(name, 0..shape[0])
     }
 
-    /// Some rows of a matrix, whose shape is known.
+    /// Reads some rows of a matrix whose shape has been checked.
     pub(super) fn rows(&self, name: &str, rows: Range<usize>) -> Result<HostTensor<'static>, AdapterError> {
         let [_, cols] = self.file.matrix_shape(name)?;
         let stored = self.file.part(name, rows, 0..cols)?.into_dense();
@@ -42,7 +42,7 @@ impl Values {
         Ok(converted)
     }
 
-    /// A vector of so many elements.
+    /// Reads a vector.
     pub(super) fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, AdapterError> {
         self.expect_shape(name, &[len])?;
         let values = self.file.part(name, 0..1, 0..len)?.into_dense().to_f32();
@@ -61,14 +61,14 @@ impl Values {
         Ok(())
     }
 
-    /// Bytes that reading a tensor takes beside those of its result.
+    /// Bytes that reading a tensor takes beside its result.
     pub(super) fn passing_bytes(&self, name: &str) -> usize {
-        // Its bytes as they are stored, and again when its rows are ordered.
+        // The stored bytes, and a copy of them while rows are brought into order.
         2 * self.file.bytes(name) as usize
     }
 }
 
-/// Whether the bits of an element are a number's.
+/// Whether an element is finite.
 fn is_finite(dtype: DType, bytes: &[u8]) -> bool {
     match (dtype, bytes) {
         (DType::F16, [.., high]) => high & 0x7c != 0x7c,
@@ -77,7 +77,7 @@ fn is_finite(dtype: DType, bytes: &[u8]) -> bool {
     }
 }
 
-/// Whether all elements are zero, of either sign.
+/// Whether all elements are 0 or -0.
 pub(super) fn is_zero(tensor: &HostTensor<'_>) -> bool {
     let is_zero = |bytes: &[u8]| match bytes {
         [low @ .., high] => high & 0x7f == 0 && low.iter().all(|byte| *byte == 0),
@@ -86,7 +86,7 @@ pub(super) fn is_zero(tensor: &HostTensor<'_>) -> bool {
     tensor.data.chunks_exact(tensor.dtype.size()).all(is_zero)
 }
 
-/// The same numbers, rounded to another type to nearest even.
+/// Converts a matrix to another type, rounding to nearest even.
 fn converted(tensor: &HostTensor<'_>, dtype: DType) -> HostTensor<'static> {
     let size = tensor.dtype.size();
     let mut data = Vec::with_capacity(tensor.data.len() / size * dtype.size());
@@ -97,7 +97,7 @@ fn converted(tensor: &HostTensor<'_>, dtype: DType) -> HostTensor<'static> {
     HostTensor { dtype, rows: tensor.rows, cols: tensor.cols, data: data.into() }
 }
 
-/// Appends numbers, rounded to a type.
+/// Appends numbers that are rounded to a type.
 pub(super) fn encode(values: &[f32], dtype: DType, data: &mut Vec<u8>) {
     match dtype {
         DType::F32 => data.extend(values.iter().flat_map(|x| x.to_le_bytes())),
@@ -106,7 +106,7 @@ pub(super) fn encode(values: &[f32], dtype: DType, data: &mut Vec<u8>) {
     }
 }
 
-/// A matrix of numbers, rounded to a type.
+/// Makes a matrix of numbers that are rounded to a type.
 pub(super) fn encoded([rows, cols]: [usize; 2], values: &[f32], dtype: DType) -> HostTensor<'static> {
     let mut data = Vec::with_capacity(values.len() * dtype.size());
     encode(values, dtype, &mut data);

@@ -1,4 +1,4 @@
-//! The fields of an `adapter_config.json`, and which of them must be neutral.
+//! The fields of an `adapter_config.json`, and the check that all others are neutral.
 
 use serde::{
     Deserialize, Deserializer,
@@ -8,11 +8,11 @@ use serde_json::{Map, Value};
 
 use crate::adapter::{AdapterError, initial::Initial};
 
-/// Fields of `LoraConfig` (PEFT 0.5 to 0.21) that have no say in the output, whatever their value is.
+/// Fields of `LoraConfig` (PEFT 0.5 to 0.21) that do not change the output, whatever their value is.
 const HARMLESS: [&str; 16] = [
     "auto_mapping",
     "base_model_name_or_path",
-    // Of ways to initialize, which are over, or are refused by `init_lora_weights`.
+    // These belong to initializations, which are done, or are refused by `init_lora_weights`.
     "corda_config",
     "eva_config",
     // PEFT sets it by the kind of a module: A and B have the same shapes either way.
@@ -22,7 +22,7 @@ const HARMLESS: [&str; 16] = [
     "lora_dropout",
     "lora_ga_config",
     "megatron_core",
-    // Asked before.
+    // This one has been checked before.
     "peft_type",
     "peft_version",
     "qalora_group_size",
@@ -31,15 +31,15 @@ const HARMLESS: [&str; 16] = [
     "task_type",
 ];
 
-/// Ways to initialize after which the tensors alone give the adapter's output, and whether PEFT takes them in any case.
-/// Others change the weights of the base model, too, when an adapter is loaded.
+/// Initializations after which the tensors alone determine the output, each with whether PEFT ignores the case of its
+/// name. Others also change the weights of the base model when an adapter is loaded.
 const KEEPS_BASE: [(&str, bool); 5] =
     [("eva", false), ("gaussian", true), ("lora_ga", false), ("mica", true), ("orthogonal", false)];
 
-/// Ways to initialize that change the weights of the base model, and cannot be repeated here.
+/// Initializations that change the weights of the base model, and cannot be repeated here.
 const CHANGES_BASE: [&str; 3] = ["pissa", "corda", "loftq"];
 
-/// A map in the order of the file: PEFT takes the first pattern that matches.
+/// A map in the order of the file, because PEFT uses the first pattern that matches.
 pub(super) struct Ordered<T>(pub(super) Vec<(String, T)>);
 
 impl<T> Default for Ordered<T> {
@@ -87,7 +87,7 @@ fn default_number<T: From<u8>>() -> T {
     T::from(8)
 }
 
-/// The kind of an adapter, which is asked first: the fields of others may have other types.
+/// The kind of an adapter. It is read first, because fields of other kinds may have other types.
 #[derive(Deserialize)]
 pub(super) struct PeftType {
     peft_type: Option<String>,
@@ -103,7 +103,7 @@ impl PeftType {
     }
 }
 
-/// The fields that have a say. All others are in `rest`.
+/// The fields that may change the output. All others are in `rest`.
 #[derive(Deserialize)]
 pub(super) struct File {
     #[serde(default = "default_number")]
@@ -144,7 +144,7 @@ impl File {
         lists.chain(saved).chain(ranks).chain(alphas).map(String::as_str)
     }
 
-    /// Refuses what would change the output in a way that is not served.
+    /// Refuses values that would change the output in a way that is not served.
     pub(super) fn check(&self) -> Result<(), AdapterError> {
         if self.r == 0 || self.rank_pattern.0.iter().any(|(_, rank)| *rank == 0) {
             return Err(AdapterError::Field { field: "r", expected: "a positive integer" });
@@ -179,7 +179,7 @@ impl File {
         matches!(self.bias.as_deref(), Some("all" | "lora_only"))
     }
 
-    /// PEFT takes the fields of layers only where it asks them.
+    /// Checks the fields of layers, which PEFT allows only where it uses them.
     fn check_layers(&self) -> Result<(), AdapterError> {
         let is_pattern = matches!(self.target_modules, Some(OneOrMany::One(_)));
         if let Some(layers) = self.layers_to_transform.as_ref().filter(|_| is_pattern) {
@@ -203,7 +203,7 @@ impl File {
         Ok(())
     }
 
-    /// What the way to initialize has taken from the weights of the model, if anything.
+    /// The initialization, if it takes a part out of the weights of the model.
     pub(super) fn initial(&self) -> Result<Option<Initial>, AdapterError> {
         let Some(init) = &self.init_lora_weights else { return Ok(None) };
         let Value::String(way) = init else {
@@ -225,7 +225,7 @@ impl File {
     }
 }
 
-/// The refusal of a field's value.
+/// Refuses a field's value.
 pub(super) fn refuse<T>(field: &str, value: impl ToString) -> Result<T, AdapterError> {
     Err(AdapterError::Unsupported { field: field.into(), value: value.to_string() })
 }

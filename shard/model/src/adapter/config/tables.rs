@@ -1,4 +1,4 @@
-//! Fields that say whose whole weights, or whose rows of some tokens, come with an adapter (`peft/utils/other.py`:
+//! The fields that name tables of which an adapter has whole weights, or rows of some tokens (`peft/utils/other.py`:
 //! `set_additional_trainable_modules`).
 
 use serde_json::Value;
@@ -9,10 +9,10 @@ use crate::{
     decoder::{Module, Modules, Part},
 };
 
-/// Names by which PEFT knows tables that may be tied.
+/// The names of tables that may be tied, in PEFT.
 const TABLES: [&str; 2] = ["embed_tokens", "lm_head"];
 
-/// A table of which rows of some tokens were trained.
+/// The tokens of a table whose rows were trained.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::adapter) struct TokenRows {
     /// The table that is changed.
@@ -23,19 +23,19 @@ pub(in crate::adapter) struct TokenRows {
     pub(in crate::adapter) tokens: Vec<u32>,
 }
 
-/// The tables that an adapter may bring rows of.
+/// The tables of which an adapter may have its own rows.
 fn tables(modules: &Modules) -> impl Iterator<Item = &Module> {
     [Part::Embed, Part::Head].into_iter().filter_map(|part| modules.find(None, part))
 }
 
 impl AdapterConfig {
-    /// Whether a table that may be tied is among these modules, and the adapter asks to keep the tables one.
+    /// Whether a tied table is among these modules, and the adapter asks to keep the tables tied.
     fn ties(&self, names: &[String], is_tied: bool) -> bool {
         let is_table = |name: &String| TABLES.contains(&name.rsplit('.').next().unwrap_or_default());
         is_tied && self.file.ensure_weight_tying == Some(true) && names.iter().any(is_table)
     }
 
-    /// Whether A and B of the tables are one, so that both are targets.
+    /// Whether the tables share A and B, so that both are targets.
     pub(in crate::adapter) fn ties_targets(&self, is_tied: bool) -> Result<bool, AdapterError> {
         let saved = self.file.modules_to_save.as_deref().unwrap_or_default();
         if !is_tied || self.file.ensure_weight_tying != Some(true) || self.ties(saved, is_tied) {
@@ -77,7 +77,7 @@ impl AdapterConfig {
         Ok(saved)
     }
 
-    /// The tables of which rows of some tokens were trained.
+    /// The tables in which rows of some tokens were trained.
     pub(in crate::adapter) fn token_rows(
         &self,
         modules: &Modules,
@@ -119,7 +119,8 @@ impl AdapterConfig {
         Ok(found)
     }
 
-    /// Where the tables are one, rows of the embedding table are the output's, too, unless that has other ones.
+    /// If the tables are tied, rows of the embedding table are also those of the output projection, unless it has
+    /// others.
     fn tie_rows(&self, found: &mut Vec<TokenRows>, is_tied: bool) -> Result<(), AdapterError> {
         let position = |part: Part| found.iter().position(|rows| rows.part == part);
         let (Some(embed), true) = (position(Part::Embed), is_tied) else { return Ok(()) };
