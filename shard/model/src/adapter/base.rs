@@ -73,7 +73,7 @@ impl<'a> BaseWeights<'a> {
         Ok(source.dense(&name, [1, module.outputs])?.to_f32())
     }
 
-    /// Calls `f` with every row of a module's weight, rounded as for computing, in the order of the file.
+    /// Calls `call` with every row of a module's weight, rounded as for computing, in the order of the file.
     pub(super) fn each_row(
         &self,
         module: &Module,
