@@ -27,8 +27,12 @@ const MAX_HEAD_DIM: usize = 1 << 12;
 /// Refuses a head size that no model has. It is the size of the table of rotary frequencies, which is computed before
 /// any weight can contradict it.
 pub(crate) fn check_head_dim(dim: usize) -> Result<usize> {
-    let expected = "a positive integer up to 4096";
-    if dim <= MAX_HEAD_DIM { Ok(dim) } else { Err(LoadError::Field { field: "head_dim", expected }) }
+    let expected = "a positive even integer up to 4096";
+    if dim > 0 && dim <= MAX_HEAD_DIM && dim.is_multiple_of(2) {
+        Ok(dim)
+    } else {
+        Err(LoadError::Field { field: "head_dim", expected })
+    }
 }
 
 /// A decoder-only language model.
@@ -250,12 +254,9 @@ impl Decoder {
             return field("max_position_embeddings", "a positive integer up to 4194304");
         }
         let Some(first) = self.layers.first() else { return inconsistent("num_hidden_layers", 0, 1) };
-        let Heads { query, kv, dim } = first.attention.shape.heads;
+        let Heads { query, kv, .. } = first.attention.shape.heads;
         if kv == 0 || !query.is_multiple_of(kv) {
             return inconsistent("num_attention_heads, a multiple of num_key_value_heads", query, kv);
-        }
-        if dim == 0 || !dim.is_multiple_of(2) {
-            return inconsistent("head_dim, an even number", dim, dim + 1);
         }
         if self.vocab == 0 || first.mlp.width == 0 || self.max_positions == 0 || self.hidden == 0 {
             return inconsistent("a size of the model", 0, 1);

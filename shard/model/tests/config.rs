@@ -1,6 +1,8 @@
 //! What is read in a `config.json`: the numbers that transformers reads, or a refusal that names the field.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "config/mutations.rs"]
+mod mutations;
 #[path = "config/odd.rs"]
 mod odd;
 #[path = "config/published.rs"]
@@ -103,9 +105,9 @@ const REFUSED: &[(&str, &str, &str)] = &[
         "model_type \"qwen\" is not supported; known are llama, mistral, qwen2, qwen3, gemma,",
     ),
     ("model_type", r#""gemma3""#, "model_type \"gemma3\" is not supported; known are llama"),
-    ("head_dim", "4098", "head_dim is missing or not a positive integer up to 4096"),
-    ("head_dim", "2147483646", "head_dim is missing or not a positive integer up to 4096"),
-    ("hidden_size", "2147483640", "head_dim is missing or not a positive integer up to 4096"),
+    ("head_dim", "4098", "head_dim is missing or not a positive even integer up to 4096"),
+    ("head_dim", "2147483646", "head_dim is missing or not a positive even integer up to 4096"),
+    ("hidden_size", "2147483640", "head_dim is missing or not a positive even integer up to 4096"),
     ("model_type", "7", "model_type 7 is not supported"),
     ("hidden_act", r#""relu2""#, "hidden_act \"relu2\" is not supported; known are silu, swish, gelu"),
     ("hidden_activation", r#""relu2""#, "hidden_activation \"relu2\" is not supported"),
@@ -157,7 +159,7 @@ const REFUSED: &[(&str, &str, &str)] = &[
         "2147483647",
         "max_position_embeddings is missing or not a positive integer up to 4194304",
     ),
-    ("head_dim", "15", "head_dim, an even number: 15"),
+    ("head_dim", "15", "head_dim is missing or not a positive even integer up to 4096"),
     ("eos_token_id", r#""</s>""#, "eos_token_id is missing or not a token id or a list of token ids"),
     ("eos_token_id", "[2, 2.5]", "eos_token_id is missing or not"),
     ("tie_word_embeddings", "1", "tie_word_embeddings is missing or not true or false"),

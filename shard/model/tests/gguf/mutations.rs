@@ -80,7 +80,7 @@ fn sizes_that_no_model_has_are_refused() {
     let refusal = |metadata: &[(&str, Meta)]| gguf_logits_with(&testing::model(), &[], metadata).unwrap_err();
     for dim in [4098, 1 << 20, 1 << 31, u32::MAX - 1] {
         let refused = refusal(&[("llama.attention.key_length", Meta::U32(dim))]);
-        assert_eq!(refused, "head_dim is missing or not a positive integer up to 4096", "{dim}");
+        assert_eq!(refused, "head_dim is missing or not a positive even integer up to 4096", "{dim}");
         let metadata =
             [("llama.attention.key_length", Meta::Absent), ("llama.embedding_length", Meta::U32(dim))];
         // A fourth of it for each head.
