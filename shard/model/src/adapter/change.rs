@@ -185,7 +185,8 @@ impl Change {
             let whole = self.is_folded() || delta.initial.is_some();
             read + if whole { 16 * delta.lora_rank * (inputs + outputs.max(delta.outputs)) } else { 0 }
         });
-        let ids = self.rows.as_ref().map_or(0, |rows| 64 * rows.count);
+        // Their numbers, and those of tokens by number.
+        let ids = self.rows.as_ref().map_or(0, |rows| 8 * rows.count + 32 * rows.tokens());
         of_delta + ids
     }
 

@@ -20,6 +20,8 @@ pub(super) struct Rows {
     ids: Option<Vec<u32>>,
     /// The number of rows.
     pub(super) count: usize,
+    /// Columns of the weight.
+    cols: usize,
     /// The tensor that is the whole weight.
     table: Option<String>,
     /// The tensor of some tokens' rows, and the tokens in its order.
@@ -79,7 +81,7 @@ impl Rows {
         }
         let count = ids.len();
         let ids = (!is_short && count < all.max(module.outputs)).then_some(ids);
-        Ok(Some(Rows { ids, count, table, tokens, has_delta }))
+        Ok(Some(Rows { ids, count, cols: module.inputs, table, tokens, has_delta }))
     }
 
     /// The end of the range of rows.
@@ -90,12 +92,19 @@ impl Rows {
         }
     }
 
+    /// Number of rows that are tokens' own.
+    pub(super) fn tokens(&self) -> usize {
+        self.tokens.as_ref().map_or(0, |(_, tokens)| tokens.len())
+    }
+
     /// Reads the rows.
     pub(super) fn read(&self, file: &Values, delta: Option<&Folded>) -> Result<ReplacedRows, AdapterError> {
         let ids: Vec<u32> = self.ids.clone().unwrap_or_else(|| (0..self.count as u32).collect());
         let own: HashMap<u32, usize> =
             self.tokens.iter().flat_map(|(_, tokens)| tokens.iter().copied().zip(0..)).collect();
-        let (mut data, mut cols, mut rest) = (Vec::new(), 0, &ids[..]);
+        // A table may take a gigabyte: it is not to be moved as it grows.
+        let mut data = Vec::with_capacity(self.count * self.cols * file.dtype.size());
+        let mut rest = &ids[..];
         while let Some(&first) = rest.first() {
             // Consecutive rows of the table are read at once.
             let run = rest.iter().zip(first..).take(ROWS);
@@ -108,11 +117,10 @@ impl Rows {
             if let Some(delta) = delta {
                 rows = delta.add(first as usize, &rows);
             }
-            cols = rows.cols;
             data.extend_from_slice(&rows.data);
             rest = &rest[rows.rows..];
         }
-        let values = HostTensor { dtype: file.dtype, rows: ids.len(), cols, data: data.into() };
+        let values = HostTensor { dtype: file.dtype, rows: ids.len(), cols: self.cols, data: data.into() };
         Ok(ReplacedRows { ids: self.ids.clone(), values })
     }
 }

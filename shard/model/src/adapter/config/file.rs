@@ -36,8 +36,9 @@ const HARMLESS: [&str; 16] = [
 const KEEPS_BASE: [(&str, bool); 5] =
     [("eva", false), ("gaussian", true), ("lora_ga", false), ("mica", true), ("orthogonal", false)];
 
-/// Initializations that change the weights of the base model, and cannot be repeated here.
-const CHANGES_BASE: [&str; 3] = ["pissa", "corda", "loftq"];
+/// Initializations that change the weights of the base model and are not repeated here. PEFT can convert the adapters that
+/// come of them.
+const CHANGES_BASE: [&str; 2] = ["pissa", "corda"];
 
 /// A map in the order of the file, because PEFT uses the first pattern that matches.
 pub(super) struct Ordered<T>(pub(super) Vec<(String, T)>);
