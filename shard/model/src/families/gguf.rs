@@ -4,6 +4,8 @@
 mod architectures;
 mod keys;
 mod rope;
+#[cfg(test)]
+mod tests;
 
 use gguf::{FromValue, Gguf};
 use kernels::{Activation, Heads, NormKind, Pairs};
