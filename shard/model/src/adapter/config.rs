@@ -116,9 +116,6 @@ impl AdapterConfig {
     ) -> Result<Target, AdapterError> {
         let lora_rank = lora_rank.unwrap_or(self.file.r);
         let initial = self.file.initial()?;
-        if let (Some(Initial::Olora), true) = (initial, module.transposed) {
-            return Err(AdapterError::Initialization("olora, of transposed weights,".into()));
-        }
         let has_bias = self.file.lora_bias == Some(true);
         if has_bias && module.kind == Kind::Lookup {
             return file::refuse("lora_bias", "true, of an embedding table,");

@@ -8,8 +8,9 @@ use super::{
     AdapterError,
     base::BaseWeights,
     change::{beside, stacked},
+    config::Target,
 };
-use crate::decoder::Module;
+use crate::decoder::{Kind, Module};
 
 /// How A₀ and B₀ are computed from a weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,6 +22,27 @@ pub(super) enum Initial {
 /// The smallest share of a column that must remain after those before it are projected out, so that it counts as
 /// independent.
 const INDEPENDENT: f64 = 1e-5;
+
+/// The most multiplications that all weights of an adapter may take: about a minute of one core.
+const MAX_WORK: usize = 1 << 38;
+
+/// Refuses initializations that cannot be repeated exactly, or that would take too long.
+pub(super) fn check(targets: &[Target], is_tied: bool) -> Result<(), AdapterError> {
+    let refuse = |why: &str| Err(AdapterError::Initialization(format!("olora, of {why},")));
+    let mut work = 0_usize;
+    for Target { module, lora_rank, .. } in targets.iter().filter(|target| target.initial.is_some()) {
+        match module.kind {
+            // PEFT initializes deltas of tables as usual.
+            Kind::Lookup => continue,
+            // PEFT decomposes the weight as it is stored, and trains nothing that could be loaded again.
+            _ if module.transposed => return refuse("transposed weights"),
+            // PEFT takes the part out of the embedding table, too.
+            Kind::Head if is_tied => return refuse("an output projection that is the embedding table"),
+            _ => work = work.saturating_add(lora_rank.saturating_mul(module.inputs * module.outputs)),
+        }
+    }
+    if work > MAX_WORK { refuse("weights of this size at this rank") } else { Ok(()) }
+}
 
 /// A and B, extended by A₀ and -B₀.
 pub(super) fn extended(

@@ -6,6 +6,7 @@ use super::{
     base::BaseWeights,
     change::Change,
     config::{AdapterConfig, Target, TokenRows},
+    initial,
     names::{Role, Tensors},
     norms,
     rows::{Rows, Sources},
@@ -48,6 +49,7 @@ impl Plan {
         let is_tied = model.decoder.head.tied;
         let saved = config.saved(&modules, &others, is_tied)?;
         let targets = config.targets(&modules, &others, is_tied)?;
+        initial::check(&targets, is_tied)?;
         let tokens = config.token_rows(&modules, is_tied)?;
         let clash = |part: &Part| {
             let is_target = targets.iter().any(|target| target.module.part == *part);

@@ -172,6 +172,31 @@ fn unserved() -> Vec<Refused> {
     let of = |kind: &str| manifest("llama", &format!("kinds/{kind}"));
     let neox = |kind: &str| manifest("gpt-neox", &format!("kinds/{kind}"));
     vec![
+        (
+            "llama",
+            with(&of("olora"), "r", json!(1 << 24)),
+            "olora, of weights of this size at this rank, is not",
+        ),
+        (
+            "gemma2",
+            with(&manifest("gemma2", "kinds/lm-head"), "init_lora_weights", json!("olora")),
+            "olora, of an output projection that is the embedding table, is not supported",
+        ),
+        (
+            "llama",
+            with(&of("odd-alpha"), "r", json!((1 << 24) + 1)),
+            "r is missing or not a positive integer up to",
+        ),
+        (
+            "llama",
+            with(&of("odd-alpha"), "r", json!(u64::MAX)),
+            "r is missing or not a positive integer up to",
+        ),
+        (
+            "llama",
+            with(&of("patterns"), "rank_pattern", json!({"q_proj": i64::MAX})),
+            "r is missing or not a positive",
+        ),
         ("llama", targets(&of("lora-bias"), "embed_tokens"), "lora_bias = true, of an embedding table"),
         (
             "llama",

@@ -36,6 +36,9 @@ const HARMLESS: [&str; 16] = [
 const KEEPS_BASE: [(&str, bool); 5] =
     [("eva", false), ("gaussian", true), ("lora_ga", false), ("mica", true), ("orthogonal", false)];
 
+/// The largest rank that is read. Products with the sizes of a model do not overflow.
+const MAX_RANK: usize = 1 << 24;
+
 /// Initializations that change the weights of the base model and are not repeated here. PEFT can convert the adapters that
 /// come of them.
 const CHANGES_BASE: [&str; 2] = ["pissa", "corda"];
@@ -147,8 +150,9 @@ impl File {
 
     /// Refuses values that would change the output in a way that is not served.
     pub(super) fn check(&self) -> Result<(), AdapterError> {
-        if self.r == 0 || self.rank_pattern.0.iter().any(|(_, rank)| *rank == 0) {
-            return Err(AdapterError::Field { field: "r", expected: "a positive integer" });
+        let is_rank = |rank: &usize| (1..=MAX_RANK).contains(rank);
+        if !is_rank(&self.r) || !self.rank_pattern.0.iter().all(|(_, rank)| is_rank(rank)) {
+            return Err(AdapterError::Field { field: "r", expected: "a positive integer up to 16777216" });
         }
         let alphas = self.alpha_pattern.0.iter().map(|(_, alpha)| alpha).chain([&self.lora_alpha]);
         if alphas.into_iter().any(|alpha| !alpha.is_finite()) {
