@@ -165,7 +165,7 @@ fn measure(name: &'static str) -> Row {
     fixture.cross(&mut driver);
     let of = |adapter: Option<&str>| alone.get(&adapter.map(str::to_owned)).copied();
     Row {
-        name,
+        name: name.into(),
         features: fixture.goldens.sensitivity.iter().map(|one| one.feature.clone()).collect(),
         measured: vec![of(None), of(Some("linear")), of(Some("head")), largest(&mixed), fixture.gguf()],
     }
@@ -181,7 +181,7 @@ fn measured(index: usize) -> &'static Row {
 #[test]
 fn the_table_of_what_is_served_is_what_was_measured() {
     let rows: Vec<&Row> = (0..NAMES.len()).map(measured).collect();
-    page::check(&rows);
+    page::check(&page::FIXTURES, &rows);
 }
 
 /// In bf16, log-probabilities of the prompt of 300 tokens are at most a tenth as far from f32 as those of transformers: the

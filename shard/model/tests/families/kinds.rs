@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::PathBuf,
+    sync::OnceLock,
 };
 
 use kernels::{DType, LoraPart};
@@ -15,6 +16,7 @@ use model::{
 use crate::{
     driver::{Driver, Sequence},
     goldens::{self, Case, Goldens},
+    page::{self, Row},
 };
 
 /// Most that a log-probability may differ from PEFT's in f32.
@@ -84,8 +86,11 @@ impl Base {
     }
 }
 
+/// The largest differences of each kind of a base: alone, and in a mixed batch.
+type Measured = Vec<(String, [f32; 2])>;
+
 /// All kinds of a base: each alone, then all in one batch with plain adapters and rows of the base.
-fn run(name: &'static str) {
+fn measure(name: &'static str) -> Measured {
     let base = Base::new(name);
     let kind = |case: &Case| case.adapter.clone().unwrap();
     let kinds: Vec<&Case> = base.goldens.cases.iter().filter(|case| kind(case) != UNREPEATED).collect();
@@ -98,10 +103,10 @@ fn run(name: &'static str) {
         || kinds.iter().zip(0..).map(|(case, slot)| base.sequence(case, Some(slot))).collect::<Vec<_>>();
     let mut alone = kind_sequences();
     driver.alone(&mut alone);
+    let mut worst = Vec::new();
     for (case, sequence) in kinds.iter().copied().zip(&alone) {
         assert!(case.moves.unwrap() >= SENSITIVE && case.ignored.is_none_or(|ignored| ignored >= SENSITIVE));
-        let worst = base.compare("alone", case, sequence);
-        eprintln!("{name}, {}: {worst:.1e}", kind(case));
+        worst.push((kind(case), [base.compare("alone", case, sequence), 0.0]));
     }
     // Short prompts of the base, and of a plain adapter.
     let last = adapters.len() as u32 - 1;
@@ -116,18 +121,48 @@ fn run(name: &'static str) {
     let mut mixed = kind_sequences();
     mixed.extend(others.iter().map(|(case, slot)| more.sequence(case, *slot)));
     driver.mixed(&mut mixed, STEP.1, STEP.0);
-    for (case, sequence) in kinds.iter().copied().chain(others.iter().map(|(case, _)| *case)).zip(&mixed) {
+    let (mixed, others_mixed) = mixed.split_at(kinds.len());
+    for ((case, sequence), (_, worst)) in kinds.iter().zip(mixed).zip(&mut worst) {
+        worst[1] = base.compare("mixed", case, sequence);
+    }
+    for ((case, _), sequence) in others.iter().zip(others_mixed) {
         base.compare("mixed", case, sequence);
     }
+    worst
+}
+
+/// What was measured of the base of that index in [`NAMES`]; measured once.
+fn measured(index: usize) -> &'static Measured {
+    static BASES: [OnceLock<Measured>; NAMES.len()] = [const { OnceLock::new() }; NAMES.len()];
+    BASES[index].get_or_init(|| measure(NAMES[index]))
+}
+
+#[test]
+fn the_page_says_what_was_measured() {
+    let mut rows: BTreeMap<&str, Row> = BTreeMap::new();
+    for (index, name) in NAMES.iter().enumerate() {
+        for (kind, worst) in measured(index) {
+            let new = || Row { name: kind.clone(), features: Vec::new(), measured: vec![None; 2] };
+            let row = rows.entry(kind).or_insert_with(new);
+            row.features.push((*name).into());
+            for (known, worst) in row.measured.iter_mut().zip(worst) {
+                *known = Some(known.unwrap_or(0.0).max(*worst));
+            }
+        }
+    }
+    page::check(&page::KINDS, &rows.values().collect::<Vec<_>>());
 }
 
 macro_rules! kinds {
     ($($test:ident: $name:literal;)*) => {$(
         #[test]
         fn $test() {
-            run($name);
+            measured(NAMES.iter().position(|name| *name == $name).unwrap());
         }
-    )*};
+    )*
+
+    const NAMES: &[&str] = &[$($name),*];
+    };
 }
 
 kinds! {
