@@ -178,16 +178,18 @@ impl Change {
 
     /// Further bytes that reading it takes temporarily.
     pub(super) fn passing_bytes(&self, file: &Values) -> usize {
+        let Module { inputs, outputs, transposed, .. } = self.module;
         let of_delta = self.delta.as_ref().map_or(0, |delta| {
             let read = file.passing_bytes(&delta.a).max(file.passing_bytes(&delta.b));
-            let Module { inputs, outputs, .. } = self.module;
-            // A and B are in memory twice as f32 if they are added to rows, and as f64 if they are computed.
-            let whole = self.is_folded() || delta.initial.is_some();
+            // A and B are in memory twice as f32 if something is computed with them, and as f64 if they are computed.
+            let whole = self.is_folded() || delta.initial.is_some() || self.shift.is_some();
             read + if whole { 16 * delta.lora_rank * (inputs + outputs.max(delta.outputs)) } else { 0 }
         });
         // Their numbers, and those of tokens by number.
         let ids = self.rows.as_ref().map_or(0, |rows| 8 * rows.count + 32 * rows.tokens());
-        of_delta + ids
+        // The weight that a shift is multiplied by is read whole if its rows are not stored side by side.
+        let weight = if self.shift.is_some() && transposed { 12 * inputs * outputs } else { 0 };
+        of_delta + ids + weight
     }
 
     /// Reads the part, if there is one.
