@@ -76,25 +76,28 @@ pub(super) struct Tensors {
     by_place: HashMap<(String, Role), String>,
     /// Tensors that have been taken, and may be taken again.
     shared: HashMap<(String, Role), String>,
-    /// The first tensor that belongs to no module.
-    unknown: Option<String>,
 }
 
 impl Tensors {
-    /// Assigns a file's tensors to the modules of a model. Errors: none of them belongs to one.
+    /// Assigns a file's tensors to the modules of a model. Errors: one of them, or all, belong to none.
     pub(super) fn of(file: &TensorFile, modules: &Modules) -> Result<Tensors, AdapterError> {
         let paths: HashMap<&str, &Module> =
             modules.iter().flat_map(|module| module.paths().map(move |path| (path, module))).collect();
-        let mut tensors = Tensors { by_place: HashMap::new(), shared: HashMap::new(), unknown: None };
+        let mut tensors = Tensors { by_place: HashMap::new(), shared: HashMap::new() };
+        let mut unknown = None;
         // Names are sorted, so that of several faults the same one is always reported.
         for name in file.names() {
             let found = place(name).and_then(|(path, role)| Some((paths.get(path)?.path.clone(), role)));
-            let twice = found.is_some_and(|at| tensors.by_place.insert(at, name.into()).is_some());
-            if twice || place(name).is_none_or(|(path, _)| !paths.contains_key(path)) {
-                tensors.unknown.get_or_insert_with(|| name.into());
+            let has_place = found.is_some_and(|at| tensors.by_place.insert(at, name.into()).is_none());
+            if !has_place {
+                unknown.get_or_insert(name);
             }
         }
-        if tensors.by_place.is_empty() { Err(AdapterError::NoTensor) } else { Ok(tensors) }
+        match unknown {
+            _ if tensors.by_place.is_empty() => Err(AdapterError::NoTensor),
+            Some(name) => Err(AdapterError::UnknownTensor(name.into())),
+            None => Ok(tensors),
+        }
     }
 
     /// Takes the tensor of a module and role, if there is one.
@@ -121,7 +124,7 @@ impl Tensors {
 
     /// Refuses tensors that have not been taken.
     pub(super) fn expect_no_others(self) -> Result<(), AdapterError> {
-        match self.by_place.into_values().chain(self.unknown).min() {
+        match self.by_place.into_values().min() {
             Some(name) => Err(AdapterError::UnknownTensor(name)),
             None => Ok(()),
         }
