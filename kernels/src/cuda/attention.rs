@@ -232,6 +232,6 @@ pub(super) fn paged_attention(
     })?;
     // SAFETY: as above.
     be.launch(op, sizes.prefill_parts, |elem, stream| unsafe {
-        ffi::lorax_attention_merge(&raw const args, elem, items, stream)
+        ffi::lorax_attention_merge(&raw const args, elem, sizes.most_prefill_rows as i32, items, stream)
     })
 }

@@ -55,9 +55,10 @@ pub(super) struct SpanSizes {
     pub(super) few_items: usize,
     pub(super) few_rows: usize,
     pub(super) prefill_items: usize,
-    /// Prefill items before they were split, and their rows.
+    /// Prefill items before they were split, their rows, and the most rows of one.
     pub(super) whole_items: usize,
     pub(super) prefill_rows: usize,
+    pub(super) most_prefill_rows: usize,
     /// Rows of parts that few rows leave, and prefill.
     pub(super) few_parts: usize,
     pub(super) prefill_parts: usize,
@@ -381,6 +382,7 @@ fn span_sizes([few, prefill]: &[Items; 2]) -> SpanSizes {
         prefill_items: prefill.items.len(),
         whole_items: whole().count(),
         prefill_rows: whole().map(|item| item.rows as usize).sum(),
+        most_prefill_rows: whole().map(|item| item.rows as usize).max().unwrap_or(0),
         few_parts: few.parts as usize,
         prefill_parts: prefill.parts as usize,
     }

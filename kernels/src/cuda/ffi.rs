@@ -431,7 +431,13 @@ unsafe extern "C" {
         s: CUstream,
     ) -> i32;
     /// Merges the parts of split prefill items.
-    pub(super) fn lorax_attention_merge(a: *const AttentionArgs, elem: i32, items: i32, s: CUstream) -> i32;
+    pub(super) fn lorax_attention_merge(
+        a: *const AttentionArgs,
+        elem: i32,
+        max_rows: i32,
+        items: i32,
+        s: CUstream,
+    ) -> i32;
 }
 
 unsafe extern "C" {

@@ -15,7 +15,7 @@ const FEW_PAIRS: u32 = 64;
 const MIN_SPLIT: u32 = 64;
 const MIN_PREFILL_SPLIT: u32 = 512;
 /// How often one item is split at most; `kMaxSplits` in `attention.cuh`.
-const MAX_SPLITS: u32 = 128;
+const MAX_SPLITS: u32 = 64;
 /// Blocks of decode attention for each multiprocessor: as many as it holds of those for heads of 128. Three made decode
 /// steps of an 8B model on an H200 3 % slower: 32 rows were cut in two and their blocks took two waves.
 const BLOCKS_EACH: u32 = 2;
@@ -65,7 +65,7 @@ impl Cut {
         let (query, kv) = (heads.query.max(1), heads.kv.max(1));
         let part_rows = (PART_ELEMENTS / (query * heads.dim.max(1))).min(PART_PAIRS / query);
         Cut {
-            pieces: (BLOCKS_EACH * multiprocessors).div_ceil(kv as u32).clamp(1, MAX_SPLITS),
+            pieces: (BLOCKS_EACH * multiprocessors / kv as u32).clamp(1, MAX_SPLITS),
             multiprocessors,
             kv_heads: kv as u32,
             group: (query / kv) as u32,
@@ -82,9 +82,10 @@ impl Cut {
         (rows * self.group).div_ceil(pairs)
     }
 
-    /// The most items that [`Self::few_items`] makes of so many rows.
+    /// The most items that [`Self::few_items`] makes of so many rows: a piece more for every row but the first, as keys
+    /// do not divide evenly. One item too many for a wave of blocks costs a second wave in every captured step.
     pub(super) fn max_few_items(&self, rows: usize) -> usize {
-        rows + self.pieces as usize
+        rows.saturating_sub(1) + self.pieces as usize
     }
 }
 
