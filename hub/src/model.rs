@@ -11,21 +11,29 @@ use serde::Deserialize;
 use crate::{Cache, Commit, Hub, HubError, Settings, settings::NoHome};
 
 /// Files beside the weights that somebody reads. The first must be there.
-const SMALL_FILES: [&str; 7] = [
+const SMALL_FILES: [&str; 13] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "tiktoken.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
     "chat_template.jinja",
     "chat_template.json",
 ];
 /// Further chat templates are in this folder.
 const TEMPLATES: &str = "additional_chat_templates/";
-/// The weights in one file. Where there is one, an index beside it is left over, as it is for transformers.
-const WEIGHTS: &str = "model.safetensors";
-/// The index of weights in several files.
-const INDEX: &str = "model.safetensors.index.json";
+/// The weights in one file, and the index of weights in several, in the order in which transformers takes them. Where
+/// there is one file, an index beside it is left over.
+const WEIGHTS: [(&str, &str); 2] = [
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+];
 
 /// A model that is on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -79,7 +87,7 @@ pub enum ModelError {
         revision: String,
     },
     /// The repository has no weights that we can load.
-    #[error("{id} has neither safetensors nor a single GGUF file; it has: {files}")]
+    #[error("{id} has neither safetensors, pytorch_model.bin nor a single GGUF file; it has: {files}")]
     NoWeights {
         /// The model.
         id: String,
@@ -166,18 +174,26 @@ async fn online(settings: Settings, id: &str, revision: &str) -> Result<(PathBuf
 
 /// How a repository keeps its weights.
 enum Weights<'a> {
-    Whole,
-    Sharded,
+    /// In one file.
+    Whole(&'static str),
+    /// In the files that an index names.
+    Sharded(&'static str),
     Gguf(&'a str),
 }
 
 fn weights<'a>(id: &str, files: &'a [String]) -> Result<Weights<'a>, ModelError> {
     let has = |name: &str| files.iter().any(|file| file == name);
+    for (whole, index) in WEIGHTS {
+        if has(whole) {
+            return Ok(Weights::Whole(whole));
+        }
+        if has(index) {
+            return Ok(Weights::Sharded(index));
+        }
+    }
     let mut ggufs = files.iter().filter(|file| file.ends_with(".gguf"));
-    match (has(WEIGHTS), has(INDEX), ggufs.next(), ggufs.next()) {
-        (true, ..) => Ok(Weights::Whole),
-        (_, true, ..) => Ok(Weights::Sharded),
-        (_, _, Some(gguf), None) => Ok(Weights::Gguf(gguf)),
+    match (ggufs.next(), ggufs.next()) {
+        (Some(gguf), None) => Ok(Weights::Gguf(gguf)),
         _ => Err(ModelError::NoWeights { id: id.into(), files: files.join(", ") }),
     }
 }
@@ -193,9 +209,9 @@ fn from_cache(settings: &Settings, id: &str, revision: &str) -> Option<(PathBuf,
     let config = || folder.join(SMALL_FILES[0]).exists();
     match weights(id, &files).ok()? {
         Weights::Gguf(file) => Some((folder.join(file), sha)),
-        Weights::Whole => config().then_some((folder, sha)),
-        Weights::Sharded => {
-            let named = sharded(&folder.join(INDEX)).ok()?;
+        Weights::Whole(_) => config().then_some((folder, sha)),
+        Weights::Sharded(index) => {
+            let named = sharded(&folder.join(index)).ok()?;
             let whole = config() && named.iter().all(|file| folder.join(file).exists());
             whole.then_some((folder, sha))
         }
@@ -219,8 +235,10 @@ async fn from_hub(settings: Settings, id: &str, revision: &str) -> Result<(PathB
             commit.fetch(file).await.map_err(failed)?;
         }
         match weights {
-            Weights::Sharded => sharded_weights(id, &commit).await?,
-            _ => commit.fetch(WEIGHTS).await.map_err(failed).map(drop)?,
+            Weights::Sharded(index) => sharded_weights(id, &commit, index).await?,
+            Weights::Whole(file) | Weights::Gguf(file) => {
+                commit.fetch(file).await.map_err(failed).map(drop)?;
+            }
         }
         config.parent().map(Path::to_owned).unwrap_or_default()
     };
@@ -236,9 +254,9 @@ fn is_small(file: &str) -> bool {
 }
 
 /// Fetches every file that the index names.
-async fn sharded_weights(id: &str, commit: &Commit) -> Result<(), ModelError> {
+async fn sharded_weights(id: &str, commit: &Commit, index: &str) -> Result<(), ModelError> {
     let failed = |source| ModelError::Hub { id: id.into(), source };
-    let path = commit.fetch(INDEX).await.map_err(failed)?;
+    let path = commit.fetch(index).await.map_err(failed)?;
     let broken = |message| ModelError::Index { path: path.clone(), message };
     for file in sharded(&path).map_err(broken)? {
         // A name that leaves the folder is not one of the repository's.

@@ -256,14 +256,45 @@ fn a_single_gguf_file_is_a_model() {
     assert_eq!(offline.configuration()["model"], config["model"]);
 }
 
+/// transformers takes safetensors where there are both, and one file before an index.
+#[test]
+fn files_of_torch_are_fetched_where_there_are_no_others() {
+    let index = r#"{"weight_map": {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}}"#;
+    let both = [("pytorch_model-1.bin", "1"), ("pytorch_model-2.bin", "2")];
+    let (whole, named) = (("pytorch_model.bin", "w"), ("pytorch_model.bin.index.json", index));
+    let small = [("config.json", "{}"), ("tokenizer.model", "t"), ("vocab.json", "v"), ("merges.txt", "m")];
+    type Named = (&'static str, &'static str);
+    let cases: [(Vec<Named>, &[&str], &[&str]); 3] = [
+        (vec![whole], &["pytorch_model.bin"], &[]),
+        ([vec![named], both.to_vec()].concat(), &["pytorch_model-1.bin", "pytorch_model-2.bin"], &[]),
+        (vec![whole, ("model.safetensors", "s")], &["model.safetensors"], &["pytorch_model.bin"]),
+    ];
+    for (weights, fetched, left) in cases {
+        let hub = Hub::start(ID, Repository::new(&[small.to_vec(), weights].concat()));
+        let mut launcher = launcher(&hub, ID);
+        let config = launcher.configuration();
+        let folder = Path::new(config["model"]["path"].as_str().unwrap());
+        for name in fetched.iter().chain(&["tokenizer.model", "vocab.json", "merges.txt"]) {
+            assert!(folder.join(name).exists(), "{name}");
+        }
+        assert!(left.iter().all(|name| !folder.join(name).exists()), "{left:?}");
+        let mut offline = launcher.env("HF_HUB_OFFLINE", "1");
+        assert_eq!(offline.configuration()["model"], config["model"]);
+    }
+}
+
 #[test]
 fn weights_in_no_known_format_are_refused() {
-    for names in [&["config.json", "pytorch_model.bin"][..], &["a.gguf", "b.gguf"]] {
+    for names in [&["config.json", "flax_model.msgpack"][..], &["a.gguf", "b.gguf"]] {
         let all: Vec<_> = names.iter().map(|name| (*name, "x")).collect();
         let hub = Hub::start(ID, Repository::new(&all));
         let (status, log) = launcher(&hub, ID).fails();
         assert_eq!(status, 64);
-        assert!(log.contains("neither safetensors nor a single GGUF") && log.contains(names[1]), "{log}");
+        assert!(
+            log.contains("neither safetensors, pytorch_model.bin nor a single GGUF")
+                && log.contains(names[1]),
+            "{log}"
+        );
     }
 }
 
