@@ -150,6 +150,11 @@ impl Change {
         self.rows.as_ref().filter(|_| self.module.is_lookup()).map_or(0, Rows::end)
     }
 
+    /// Whether its delta is one that took a part out of the base model's weight.
+    pub(super) fn has_initial(&self) -> bool {
+        self.delta.as_ref().is_some_and(|delta| delta.initial.is_some())
+    }
+
     /// Whether there is a magnitude.
     pub(super) fn has_magnitude(&self) -> bool {
         self.magnitude.is_some()

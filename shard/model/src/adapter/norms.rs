@@ -56,8 +56,8 @@ pub(super) fn spread(
                 continue;
             }
             // The resulting bias would have to be scaled by gains that only the device has, or computed from replaced
-            // rows.
-            if change.has_magnitude() || change.has_rows() {
+            // rows, or from a weight without what OLoRA has taken out of it.
+            if change.has_magnitude() || change.has_rows() || change.has_initial() {
                 let value =
                     format!("all, with a trained {name} in front of a changed {},", change.module.path);
                 return Err(AdapterError::Unsupported { field: "bias".into(), value });

@@ -64,6 +64,8 @@ const OUTLINE: Outline = Outline {
 };
 
 fn page(fields: &Fields) -> Result<Decoder> {
+    // Files that transformers 4.4x has saved repeat `rotary_pct` under this name, which the family does not read.
+    let _ = fields.raw("partial_rotary_factor");
     let mut decoder = OUTLINE.decoder(fields)?;
     let bias = fields.flag("attention_bias", true)?;
     let parallel = fields.flag("use_parallel_residual", true)?;
