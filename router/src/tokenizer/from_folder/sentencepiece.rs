@@ -1,6 +1,6 @@
 //! Tokenizers from a sentencepiece model.
 //!
-//! The messages are those of sentencepiece_model.proto in https://github.com/google/sentencepiece, without the fields
+//! The messages are those of sentencepiece_model.proto in <https://github.com/google/sentencepiece>, without the fields
 //! that have no say in the tokens of a text.
 
 use std::{cmp::Ordering, collections::HashMap, path::Path};
