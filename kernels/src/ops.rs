@@ -111,7 +111,7 @@ pub enum Output<'a, B: Adapters> {
     /// The products are logits, `[rows, vocabulary]` in f32: `y = cap(scale · (x · Wᵀ + …))`, and -∞ for a token
     /// without a row; see [`Ops::logits`](crate::Ops::logits).
     Logits {
-        /// The result, a [`Memory::wide_mat`](crate::Memory::wide_mat).
+        /// The result, a [`Memory::wide_mat`].
         y: &'a mut B::Mat,
         /// How they are scaled and capped.
         shape: LogitShape,
@@ -135,9 +135,9 @@ impl LogitShape {
 /// The end of a branch: `stream += scale · post(x · Wᵀ + …)`, where the products are summed over all ranks, and then
 /// `y = norm(stream)` for the projection that reads the stream next.
 pub struct Residual<'a, B: Adapters> {
-    /// The residual stream, a [`Memory::wide_mat`](crate::Memory::wide_mat) of as many rows as x.
+    /// The residual stream, a [`Memory::wide_mat`] of as many rows as x.
     pub stream: &'a mut B::Mat,
-    /// Memory for products that cannot be added to the stream directly: a [`Memory::wide_mat`](crate::Memory::wide_mat)
+    /// Memory for products that cannot be added to the stream directly: a [`Memory::wide_mat`]
     /// of the stream's width.
     pub products: &'a mut B::Mat,
     /// The norm of the products before they are added.
