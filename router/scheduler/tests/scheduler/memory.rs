@@ -3,17 +3,9 @@
 use scheduler::{Limits, Request, RequestId, RopeScaling};
 
 use crate::{
-    shard::{Payload, plain},
+    shard::plain,
     world::{World, limits, prompt, request, salted},
 };
-
-/// Runs a request alone and returns how many of its prompt tokens came from the cache.
-fn cached(world: &mut World, request: Request<Payload>) -> u64 {
-    let before = world.scheduler.stats().cached_tokens;
-    world.submit(request).unwrap();
-    world.run_to_end();
-    world.scheduler.stats().cached_tokens - before
-}
 
 #[test]
 fn blocks_are_taken_as_a_sequence_grows() {
@@ -96,38 +88,38 @@ fn a_shared_prefix_is_computed_once() {
         (with(9, 2, 13), 0),
     ] {
         let id = request.id;
-        assert_eq!(cached(&mut world, request), hit, "{id:?}");
+        assert_eq!(world.cached(request), hit, "{id:?}");
     }
 }
 
 #[test]
 fn generated_tokens_are_a_prefix_too() {
     let mut world = World::new(limits());
-    assert_eq!(cached(&mut world, request(1, 0, prompt(1, 5), 12)), 0);
+    assert_eq!(world.cached(request(1, 0, prompt(1, 5), 12)), 0);
     let mut longer = prompt(1, 5);
     longer.extend(plain(&request(0, 0, longer.clone(), 12), RopeScaling::Fixed));
     // 5 + 12 positions, the last of which was never computed: 4 blocks of 4.
     longer.push(3);
-    assert_eq!(cached(&mut world, request(2, 0, longer, 1)), 16);
+    assert_eq!(world.cached(request(2, 0, longer, 1)), 16);
 }
 
 #[test]
 fn log_probabilities_of_a_prompt_need_all_of_it() {
     let mut world = World::new(limits());
     let scored = |id: u64| Request { prompt_logprobs: true, ..request(id, 0, prompt(1, 13), 1) };
-    assert_eq!(cached(&mut world, request(1, 0, prompt(1, 13), 1)), 0);
-    assert_eq!(cached(&mut world, scored(2)), 0);
+    assert_eq!(world.cached(request(1, 0, prompt(1, 13), 1)), 0);
+    assert_eq!(world.cached(scored(2)), 0);
     // What it computes serves others all the same.
     let mut world = World::new(limits());
-    assert_eq!(cached(&mut world, scored(1)), 0);
-    assert_eq!(cached(&mut world, request(2, 0, prompt(1, 13), 1)), 12);
+    assert_eq!(world.cached(scored(1)), 0);
+    assert_eq!(world.cached(request(2, 0, prompt(1, 13), 1)), 12);
 }
 
 #[test]
 fn without_a_prefix_cache_nothing_is_shared() {
     let mut world = World::new(Limits { prefix_caching: false, ..limits() });
     for id in 0..3 {
-        assert_eq!(cached(&mut world, request(id, 0, prompt(1, 13), 1)), 0);
+        assert_eq!(world.cached(request(id, 0, prompt(1, 13), 1)), 0);
     }
     assert_eq!(world.scheduler.stats().free_blocks, 64);
 }
@@ -161,14 +153,14 @@ fn running_sequences_share_blocks() {
 fn the_least_recently_used_prefix_leaves_and_a_tail_before_its_head() {
     let mut world = World::new(Limits { num_blocks: 8, ..limits() });
     // 3 full blocks each; the fourth of each is free again.
-    cached(&mut world, request(1, 0, prompt(1, 13), 1));
-    cached(&mut world, request(2, 0, prompt(2, 13), 1));
+    world.cached(request(1, 0, prompt(1, 13), 1));
+    world.cached(request(2, 0, prompt(2, 13), 1));
     assert_eq!(world.scheduler.stats().cached_blocks, 6);
-    assert_eq!(cached(&mut world, request(3, 0, prompt(1, 13), 1)), 12, "used again");
+    assert_eq!(world.cached(request(3, 0, prompt(1, 13), 1)), 12, "used again");
     // 4 blocks, of which 2 are free: the last two of the second prefix leave.
-    cached(&mut world, request(4, 0, prompt(4, 13), 1));
-    assert_eq!(cached(&mut world, request(5, 0, prompt(1, 13), 1)), 12);
-    assert_eq!(cached(&mut world, request(6, 0, prompt(2, 5), 1)), 4);
+    world.cached(request(4, 0, prompt(4, 13), 1));
+    assert_eq!(world.cached(request(5, 0, prompt(1, 13), 1)), 12);
+    assert_eq!(world.cached(request(6, 0, prompt(2, 5), 1)), 4);
 }
 
 #[test]
@@ -208,12 +200,12 @@ fn blocks_are_shared_under_equal_adapters_and_salts_alone() {
         (2, 1, 0),
         (0, 0, 12),
     ]) {
-        let hits = cached(&mut world, one(id, adapter, salt));
+        let hits = world.cached(one(id, adapter, salt));
         assert_eq!(hits, hit, "adapter {adapter}, salt {salt}");
     }
     // Tenants are not told apart by the cache: whoever gives them equal salts lets them share.
     let tenant = scheduler::Tenant { id: 7, weight: 1 };
-    assert_eq!(cached(&mut world, Request { tenant, ..one(100, 0, 1) }), 12);
+    assert_eq!(world.cached(Request { tenant, ..one(100, 0, 1) }), 12);
 }
 
 #[test]

@@ -12,13 +12,6 @@ fn scaled(rope: RopeScaling) -> Limits {
     Limits { rope, ..limits() }
 }
 
-fn cached(world: &mut World, request: Request<Payload>) -> u64 {
-    let before = world.scheduler.stats().cached_tokens;
-    world.submit(request).unwrap();
-    world.run_to_end();
-    world.scheduler.stats().cached_tokens - before
-}
-
 /// Runs a request alone: the plans of its steps.
 fn plans(rope: RopeScaling, request: Request<Payload>) -> Vec<StepPlan<Payload>> {
     let mut world = World::new(scaled(rope));
@@ -102,8 +95,8 @@ fn prefixes_are_shared_under_equal_frequencies_alone() {
         (dynamic, 41, 41, 40),
     ] {
         let mut world = World::new(scaled(rope));
-        cached(&mut world, request(1, 0, prompt(1, first), 1));
-        let found = cached(&mut world, request(2, 0, prompt(1, second), 1));
+        world.cached(request(1, 0, prompt(1, first), 1));
+        let found = world.cached(request(2, 0, prompt(1, second), 1));
         assert_eq!(found, hit, "{rope:?}: {first}, then {second}");
     }
 }

@@ -1,23 +1,15 @@
 //! KV blocks that lie before the attention window. What a row reads, and that no block of its window is overwritten, is
 //! checked by the simulated shard.
 
-use scheduler::{Limits, Request, RequestId, RopeScaling, SubmitError, kv_positions};
+use scheduler::{Limits, RequestId, RopeScaling, SubmitError, kv_positions};
 
 use crate::{
-    shard::{Payload, plain},
+    shard::plain,
     world::{World, limits, prompt, request},
 };
 
 fn windowed(kv_window: u32) -> Limits {
     Limits { kv_window, ..limits() }
-}
-
-/// Runs a request alone and returns how many of its prompt tokens came from the cache.
-fn cached(world: &mut World, request: Request<Payload>) -> u64 {
-    let before = world.scheduler.stats().cached_tokens;
-    world.submit(request).unwrap();
-    world.run_to_end();
-    world.scheduler.stats().cached_tokens - before
 }
 
 #[test]
@@ -119,13 +111,13 @@ fn a_cached_prefix_needs_the_blocks_of_its_window_alone() {
         [(3, 0), (5, 4), (9, 8), (13, 12), (20, 16), (21, 20), (33, 32), (41, 40), (80, 76), (100, 96)]
     {
         let mut world = World::new(Limits { num_blocks: 12, ..windowed(8) });
-        assert_eq!(cached(&mut world, request(1, 0, prompt(1, len), 1)), 0, "{len}");
-        assert_eq!(cached(&mut world, request(2, 0, prompt(1, len), 1)), hit, "{len}");
+        assert_eq!(world.cached(request(1, 0, prompt(1, len), 1)), 0, "{len}");
+        assert_eq!(world.cached(request(2, 0, prompt(1, len), 1)), hit, "{len}");
         // Another prompt takes all blocks but those that were used last; or these, too.
-        assert_eq!(cached(&mut world, request(3, 0, prompt(2, 17), 1)), 0);
-        assert_eq!(cached(&mut world, request(4, 0, prompt(1, len), 1)), hit, "{len}");
-        assert_eq!(cached(&mut world, request(5, 0, prompt(3, 200), 1)), 0);
-        assert_eq!(cached(&mut world, request(6, 0, prompt(1, len), 1)), 0, "{len}");
+        assert_eq!(world.cached(request(3, 0, prompt(2, 17), 1)), 0);
+        assert_eq!(world.cached(request(4, 0, prompt(1, len), 1)), hit, "{len}");
+        assert_eq!(world.cached(request(5, 0, prompt(3, 200), 1)), 0);
+        assert_eq!(world.cached(request(6, 0, prompt(1, len), 1)), 0, "{len}");
     }
 }
 
@@ -133,7 +125,7 @@ fn a_cached_prefix_needs_the_blocks_of_its_window_alone() {
 fn a_prefix_is_found_behind_blocks_that_are_gone() {
     let mut world = World::new(Limits { num_blocks: 8, ..windowed(8) });
     // 100 positions go through 8 blocks: the first ones are gone long before the end.
-    cached(&mut world, request(1, 0, prompt(1, 100), 1));
+    world.cached(request(1, 0, prompt(1, 100), 1));
     world.submit(request(2, 0, prompt(1, 100), 20)).unwrap();
     let plan = world.plan().unwrap();
     let rows = &plan.rows[0];
@@ -141,9 +133,9 @@ fn a_prefix_is_found_behind_blocks_that_are_gone() {
     world.run_to_end();
     // A longer prompt that begins with it, and with its answer.
     let longer = [prompt(1, 100), plain(&request(0, 0, prompt(1, 100), 20), RopeScaling::Fixed)].concat();
-    assert_eq!(cached(&mut world, request(3, 0, [longer, prompt(5, 30)].concat(), 1)), 116);
+    assert_eq!(world.cached(request(3, 0, [longer, prompt(5, 30)].concat(), 1)), 116);
     // One that ends where blocks of its window are gone.
-    assert_eq!(cached(&mut world, request(4, 0, prompt(1, 50), 1)), 0);
+    assert_eq!(world.cached(request(4, 0, prompt(1, 50), 1)), 0);
 }
 
 #[test]

@@ -248,6 +248,14 @@ impl World {
         busy
     }
 
+    /// Runs a request alone and returns how many of its prompt tokens came from the cache.
+    pub(crate) fn cached(&mut self, request: Request<Payload>) -> u64 {
+        let before = self.scheduler.stats().cached_tokens;
+        self.submit(request).unwrap();
+        self.run_to_end();
+        self.scheduler.stats().cached_tokens - before
+    }
+
     /// Takes turns until nothing is to do: everything has ended then, and nothing is left behind.
     pub(crate) fn run_to_end(&mut self) {
         let mut turns = 0;
