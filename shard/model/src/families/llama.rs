@@ -11,7 +11,7 @@ use crate::{
 pub(super) const FAMILY: Family =
     Family { model_type: "llama", architectures: &["LlamaForCausalLM", "LlamaModel"], aliases: &[], page };
 
-/// Names that most families since have taken over.
+/// Names that most families since have taken over. A Llama has no norms of queries and keys.
 pub(super) const NAMES: Names = Names {
     stored: Stored::Folder,
     base: "model",
@@ -22,6 +22,8 @@ pub(super) const NAMES: Names = Names {
         (Part::Q, "self_attn.q_proj"),
         (Part::K, "self_attn.k_proj"),
         (Part::V, "self_attn.v_proj"),
+        (Part::QNorm, "self_attn.q_norm"),
+        (Part::KNorm, "self_attn.k_norm"),
         (Part::Out, "self_attn.o_proj"),
         (Part::MlpNorm, "post_attention_layernorm"),
         (Part::Gate, "mlp.gate_proj"),

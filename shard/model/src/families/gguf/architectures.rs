@@ -6,7 +6,7 @@ use super::{Architecture, Metadata, refused, rope};
 use crate::{
     Decoder, Result,
     decoder::{Positions, Wiring},
-    families::{gemma2, gpt2, llama, phi3, qwen3},
+    families::{gemma2, gpt2, llama, phi3},
 };
 
 const LLAMA: Architecture = Architecture {
@@ -31,7 +31,7 @@ const GEMMA: Architecture =
 pub(super) const ARCHITECTURES: [Architecture; 8] = [
     LLAMA,
     QWEN2,
-    Architecture { name: "qwen3", names: qwen3::NAMES, page: norm_heads, ..QWEN2 },
+    Architecture { name: "qwen3", page: norm_heads, ..QWEN2 },
     GEMMA,
     Architecture {
         name: "gemma2",
