@@ -1,6 +1,6 @@
 //! The second and third state of a step: launches its sampling, and collects its results.
 
-use std::time::Instant;
+use std::{mem, slice, time::Instant};
 
 use kernels::{Backend, SampleRow, Sampled};
 
@@ -36,6 +36,13 @@ struct Round<B: Backend> {
     places: Vec<usize>,
 }
 
+/// The seat of a sequence that is sampled.
+enum Taken {
+    Seat(u32),
+    /// The sequence is refused, and if it was not before, the router has to be told.
+    Refused(Option<Refusal>),
+}
+
 impl<B: Backend> Launched<B> {
     /// When it arrived.
     pub(super) fn started(&self) -> Instant {
@@ -49,7 +56,8 @@ impl<B: Backend> Launched<B> {
 }
 
 impl<B: Backend> State<B> {
-    /// Launches scoring and sampling. Sequences whose masks allow no token are refused.
+    /// Launches scoring and sampling. Sequences whose masks allow no token, or whose arguments the device refuses, are
+    /// refused.
     pub(super) fn launch_sampling(
         &mut self,
         mut forwarded: Forwarded<B>,
@@ -58,18 +66,14 @@ impl<B: Backend> State<B> {
             Some(end) => Some((end, self.ops.mark()?)),
             None => None,
         };
-        let wanted = &forwarded.wanted;
-        let scores = match wanted.targets.is_empty() {
-            true => None,
-            false => Some(self.ops.score(&self.scratch.logits, &wanted.targets, wanted.num_top)?),
-        };
+        let scores = self.launch_scoring(&mut forwarded)?;
         let mut rounds = Vec::new();
         // Penalties and draws of a row count the tokens before it, given ones included. So each round samples one row
         // of a sequence.
-        let most = wanted.samples.iter().map(|sample| sample.nth + 1).max().unwrap_or(0);
+        let most = forwarded.wanted.samples.iter().map(|sample| sample.nth + 1).max().unwrap_or(0);
         for nth in 0..most {
             match self.sample_round(&mut forwarded, nth)? {
-                Ok(round) => rounds.extend(round),
+                Ok(launched) => rounds.extend(launched),
                 Err(error) => return Ok(Err(error)),
             }
         }
@@ -91,12 +95,31 @@ impl<B: Backend> State<B> {
         }))
     }
 
+    /// Launches scoring of prompt tokens. If the device refuses its arguments, the sequences that asked for it are
+    /// refused.
+    fn launch_scoring(&mut self, forwarded: &mut Forwarded<B>) -> kernels::Result<Option<B::Pending>> {
+        let wanted = &mut forwarded.wanted;
+        if wanted.targets.is_empty() {
+            return Ok(None);
+        }
+        match self.ops.score(&self.scratch.logits, &wanted.targets, wanted.num_top) {
+            Ok(pending) => Ok(Some(pending)),
+            Err(error) if error.is_argument() => {
+                let scored = mem::take(&mut wanted.scored);
+                let refused = scored.iter().map(|(sequence, ..)| self.refuse(*sequence, error.to_string()));
+                forwarded.refused.extend(refused);
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
     /// Launches sampling from the `nth` sampled row of each sequence that has one.
     fn sample_round(
         &mut self,
         forwarded: &mut Forwarded<B>,
         nth: usize,
-    ) -> kernels::Result<Result<Option<Round<B>>, StepError>> {
+    ) -> kernels::Result<Result<Vec<Round<B>>, StepError>> {
         let (mut rows, mut places, mut refused) = (Vec::new(), Vec::new(), Vec::new());
         for (place, sample) in forwarded.wanted.samples.iter().enumerate() {
             if sample.nth != nth {
@@ -107,41 +130,77 @@ impl<B: Backend> State<B> {
                 continue;
             }
             match self.take_seat(sample)? {
-                Ok(Some(seat)) => {
+                Ok(Taken::Seat(seat)) => {
                     rows.push(SampleRow { row: sample.logit, seat });
                     places.push(place);
                 }
-                Ok(None) => {}
+                Ok(Taken::Refused(refusal)) => refused.extend(refusal),
                 Err(error) => return Ok(Err(error)),
             }
         }
-        let masks: Vec<_> = places
-            .iter()
-            .map(|&place| forwarded.mask(&forwarded.wanted.samples[place]).and_then(Option::as_ref))
-            .collect();
-        let logits = &self.scratch.logits;
-        let pending = match (rows.is_empty(), masks.iter().any(Option::is_some)) {
-            (true, _) => None,
-            (_, true) => Some(self.ops.sample_masked(logits, &rows, &masks, &mut self.sampler)?),
-            (_, false) => Some(self.ops.sample(logits, &rows, &mut self.sampler)?),
-        };
         forwarded.refused.append(&mut refused);
-        Ok(Ok(pending.map(|pending| Round { pending, places })))
+        self.sample_rows(forwarded, &rows, &places).map(Ok)
     }
 
-    /// Makes sure that the sampler has counted the tokens before a row, and returns the seat. `None` if the sequence
-    /// has been refused.
-    fn take_seat(&mut self, sample: &Sample) -> kernels::Result<Result<Option<u32>, StepError>> {
+    /// Launches sampling from `rows`, which are those of the samples at `places`. If the device refuses the arguments of
+    /// this launch, each row is launched alone, so that only the sequences at fault are refused.
+    fn sample_rows(
+        &mut self,
+        forwarded: &mut Forwarded<B>,
+        rows: &[SampleRow],
+        places: &[usize],
+    ) -> kernels::Result<Vec<Round<B>>> {
+        let samples = &forwarded.wanted.samples;
+        let masks: Vec<_> =
+            places.iter().map(|&place| forwarded.mask(&samples[place]).and_then(Option::as_ref)).collect();
+        let logits = &self.scratch.logits;
+        let launched = match masks.iter().any(Option::is_some) {
+            _ if rows.is_empty() => return Ok(Vec::new()),
+            true => self.ops.sample_masked(logits, rows, &masks, &mut self.sampler),
+            false => self.ops.sample(logits, rows, &mut self.sampler),
+        };
+        match (launched, places) {
+            (Ok(pending), _) => Ok(vec![Round { pending, places: places.into() }]),
+            (Err(error), &[place]) if error.is_argument() => {
+                let refusal = self.refuse(samples[place].sequence, error.to_string());
+                forwarded.refused.push(refusal);
+                Ok(Vec::new())
+            }
+            (Err(error), _) if error.is_argument() => {
+                let mut rounds = Vec::new();
+                for (row, place) in rows.iter().zip(places) {
+                    rounds.append(&mut self.sample_rows(
+                        forwarded,
+                        slice::from_ref(row),
+                        slice::from_ref(place),
+                    )?);
+                }
+                Ok(rounds)
+            }
+            (Err(error), _) => Err(error),
+        }
+    }
+
+    /// Makes sure that the sampler has counted the tokens before a row, and returns the seat.
+    fn take_seat(&mut self, sample: &Sample) -> kernels::Result<Result<Taken, StepError>> {
         let Sample { sequence: id, position, seat_again, .. } = *sample;
-        let Some(Place::Seated(sequence)) = self.sequences.get_mut(&id) else { return Ok(Ok(None)) };
+        let Some(Place::Seated(sequence)) = self.sequences.get_mut(&id) else {
+            return Ok(Ok(Taken::Refused(None)));
+        };
         if seat_again {
             let Some((prompt, output)) = sequence.known(position + 1) else {
                 return Ok(Err(StepError::UnknownToken { sequence: id, position }));
             };
-            self.ops.seat(&mut self.sampler, sequence.seat, &sequence.sampling, prompt, output)?;
+            match self.ops.seat(&mut self.sampler, sequence.seat, &sequence.sampling, prompt, output) {
+                Ok(()) => {}
+                Err(error) if error.is_argument() => {
+                    return Ok(Ok(Taken::Refused(Some(self.refuse(id, error.to_string())))));
+                }
+                Err(error) => return Err(error),
+            }
         }
         sequence.sampled(position);
-        Ok(Ok(Some(sequence.seat)))
+        Ok(Ok(Taken::Seat(sequence.seat)))
     }
 
     /// Whether the device has finished a step, including the copies of its results.

@@ -1,7 +1,7 @@
 //! Sequences that the shard cannot take fail alone.
 
-use kernels::SamplingParams;
-use lorax_shard::step::{NewSequence, Refusal, Step};
+use kernels::{SamplingParams, TokenMask};
+use lorax_shard::step::{Mask, NewSequence, Refusal, Rows, Step};
 
 use crate::{
     fake::Fault,
@@ -129,5 +129,106 @@ async fn a_device_that_fails_when_a_sequence_is_seated_is_nobodys_request() {
         assert!(router.events.next().await.is_none(), "no refusal, no error of the router's");
         let ended = tokio::time::timeout(crate::harness::PATIENCE, shard.ended).await.unwrap().unwrap();
         assert!(!ended.unwrap_err().is_argument());
+    }
+}
+
+/// A step in which three sequences are sampled, 5 and 7 under a mask.
+fn two_of_three_masked() -> Step {
+    let short = |id, token| NewSequence { tokens: vec![token; 6], prompt_len: 6, ..prompt(id) };
+    let masked = |rows| Rows { masked: true, ..rows };
+    let mask =
+        |sequence| Mask { sequence, row: 0, allowed: TokenMask::new(&[0xff; 12], 96 + model::ADDED_TOKENS) };
+    Step {
+        added: vec![short(5, 7), prompt(6), short(7, 8)],
+        rows: vec![
+            masked(rows(5, 0, 6, &[1], true)),
+            rows(6, 0, 20, &[3, 9], true),
+            masked(rows(7, 0, 6, &[2], true)),
+        ],
+        masks: vec![mask(5), mask(7)],
+        ..Step::default()
+    }
+}
+
+#[tokio::test]
+async fn a_device_that_cannot_sample_with_masks_refuses_those_sequences_alone() {
+    let (shard, script) = Shard::scripted();
+    let expected = shard.generate(None, 20, false).await;
+    for (fault, reason) in [
+        (Fault::Unsupported, "test: this argument of sample_masked is not supported"),
+        (Fault::Shape, "sample_masked: a test is 1, expected 2"),
+        (Fault::Index, "sample_masked: test 9 is out of range, limit 8"),
+    ] {
+        script.fail("sample_masked", fault);
+        let mut router = shard.attach().await;
+        router.send(two_of_three_masked()).await;
+        let refused = [5, 7].map(|sequence| Refusal { sequence, reason: reason.into() });
+        assert_eq!(outcome(&mut router).await, (vec![(6, expected[0])], refused.to_vec()));
+        // Others go on, also beside rows of those that were refused, and their seats are free.
+        let all = vec![rows(5, 6, 1, &[], true), rows(6, 20, 1, &[], true), rows(7, 6, 1, &[], true)];
+        let added = vec![prompt(8), prompt(9), prompt(10)];
+        router.send(Step { added, rows: all, ..Step::default() }).await;
+        assert_eq!(outcome(&mut router).await, (vec![(6, expected[1])], vec![]));
+        script.mend("sample_masked");
+        let mut router = shard.attach().await;
+        router.send(two_of_three_masked()).await;
+        assert_eq!(outcome(&mut router).await.0.len(), 3);
+    }
+}
+
+#[tokio::test]
+async fn arguments_that_the_device_refuses_are_a_refusal_of_the_sequence() {
+    let (shard, script) = Shard::scripted();
+    let scored = || NewSequence { prompt_logprobs: true, ..prompt(6) };
+    for fault in [Fault::Unsupported, Fault::Shape, Fault::Index] {
+        for op in ["seat", "sample", "score"] {
+            let mut router = shard.attach().await;
+            // Its first token is given, so that the sampler is told of it when the next is sampled.
+            router
+                .send(Step {
+                    added: vec![prompt(5), scored()],
+                    rows: vec![rows(5, 0, 20, &[3, 9], false)],
+                    ..Step::default()
+                })
+                .await;
+            assert_eq!(outcome(&mut router).await, (vec![], vec![]));
+            script.fail(op, fault);
+            let given = Rows { tokens: vec![4], ..rows(5, 20, 1, &[], true) };
+            router.send(Step { rows: vec![given, rows(6, 0, 20, &[1, 2], true)], ..Step::default() }).await;
+            let (tokens, refused) = outcome(&mut router).await;
+            let refused: Vec<u64> = refused.iter().map(|refusal| refusal.sequence).collect();
+            let expected: (&[u64], &[u64]) = match op {
+                "seat" => (&[6], &[5]),
+                "score" => (&[5], &[6]),
+                _ => (&[], &[5, 6]),
+            };
+            let sampled: Vec<u64> = tokens.iter().map(|token| token.0).collect();
+            assert_eq!((&sampled[..], &refused[..]), expected, "{op} {fault:?}");
+            script.mend(op);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_device_that_fails_while_it_samples_ends_the_loop() {
+    for fault in [Fault::Device, Fault::OutOfMemory] {
+        for op in ["sample_masked", "sample", "score"] {
+            let (shard, script) = Shard::scripted();
+            script.fail(op, fault);
+            let mut router = shard.attach().await;
+            let step = two_of_three_masked();
+            let step = match op {
+                "sample_masked" => step,
+                _ => Step {
+                    added: vec![NewSequence { prompt_logprobs: true, ..prompt(6) }],
+                    rows: vec![rows(6, 0, 20, &[3, 9], true)],
+                    ..Step::default()
+                },
+            };
+            router.send(step).await;
+            assert!(router.events.next().await.is_none(), "no refusal, no error of the router's");
+            let ended = tokio::time::timeout(crate::harness::PATIENCE, shard.ended).await.unwrap().unwrap();
+            assert!(!ended.unwrap_err().is_argument());
+        }
     }
 }

@@ -20,6 +20,12 @@ pub(crate) enum Fault {
     OutOfMemory,
     /// The device fails.
     Device,
+    /// The device cannot compute with these arguments.
+    Unsupported,
+    /// An argument does not have the shape that the device needs.
+    Shape,
+    /// An argument has an index that the device does not have.
+    Index,
     /// The thread panics.
     Panic,
     /// The operation does not return before it is mended.
@@ -111,6 +117,11 @@ impl Script {
         match fault {
             None => Ok(()),
             Some(Fault::OutOfMemory) => Err(Error::OutOfMemory { bytes: 77, what: "a test" }),
+            Some(Fault::Unsupported) => {
+                Err(Error::Unsupported { backend: "test", what: format!("this argument of {op}") })
+            }
+            Some(Fault::Shape) => Err(Error::Shape { op, what: "a test", got: 1, expected: 2 }),
+            Some(Fault::Index) => Err(Error::Index { op, what: "test", index: 9, limit: 8 }),
             Some(Fault::Device) => Err(Error::Device { op, library: "test", code: 7 }),
             Some(Fault::Panic) => panic!("the test's panic in {op}"),
             Some(Fault::Hang) => {
@@ -381,6 +392,7 @@ impl Sampling for Fake {
     }
 
     fn sample(&self, logits: &CpuMat, rows: &[SampleRow], sampler: &mut CpuSampler) -> Result<Vec<Sampled>> {
+        self.script.at("sample")?;
         self.cpu.sample(logits, rows, sampler)
     }
 
@@ -391,10 +403,12 @@ impl Sampling for Fake {
         masks: &[Option<&TokenMask>],
         sampler: &mut CpuSampler,
     ) -> Result<Vec<Sampled>> {
+        self.script.at("sample_masked")?;
         self.cpu.sample_masked(logits, rows, masks, sampler)
     }
 
     fn score(&self, logits: &CpuMat, targets: &[(u32, u32)], num_top: u32) -> Result<Vec<Sampled>> {
+        self.script.at("score")?;
         self.cpu.score(logits, targets, num_top)
     }
 
