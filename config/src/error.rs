@@ -21,13 +21,13 @@ pub enum ConfigError {
         /// The cause.
         source: serde_json::Error,
     },
-    /// There is no socket for this rank.
-    #[error("rank {rank} of {world} shards")]
+    /// There is no such rank.
+    #[error("--rank {rank}: the configuration has {ranks} ranks, counted from 0")]
     Rank {
         /// The rank that was asked for.
         rank: usize,
-        /// How many ranks there are.
-        world: usize,
+        /// The number of ranks.
+        ranks: usize,
     },
     /// A value is below its bound.
     #[error("{flag} must be at least {least}")]

@@ -5,6 +5,7 @@
 //! the flag (`max_batch_size` is `--max-batch-size`), the environment variable (`MAX_BATCH_SIZE`) and the key in the
 //! file; its doc comment is the text of `--help`; its bounds are in the `check` beside it.
 
+mod devices;
 mod error;
 mod log;
 mod router;
@@ -21,6 +22,7 @@ use std::{
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
+pub use devices::{Devices, Gpu};
 pub use error::ConfigError;
 pub use log::LogConfig;
 pub use router::{PrefixCacheScope, RouterConfig};
@@ -56,12 +58,14 @@ pub struct ModelConfig {
     pub sha: Option<String>,
 }
 
-/// Where the shards listen.
+/// The shards of the model: one for each rank of its group.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ShardsConfig {
-    /// The Unix socket of every rank.
+    /// The Unix socket at which each rank serves the router.
     pub uds: Vec<PathBuf>,
+    /// The folder in which the ranks find each other. It is this user's alone, and empty when the ranks start.
+    pub rendezvous: PathBuf,
 }
 
 impl Config {
@@ -91,8 +95,13 @@ impl Config {
 
     /// The socket of a rank.
     pub fn socket(&self, rank: usize) -> Result<&Path, ConfigError> {
-        let world = self.shards.uds.len();
-        self.shards.uds.get(rank).map(PathBuf::as_path).ok_or(ConfigError::Rank { rank, world })
+        let ranks = self.ranks();
+        self.shards.uds.get(rank).map(PathBuf::as_path).ok_or(ConfigError::Rank { rank, ranks })
+    }
+
+    /// The number of ranks of the group.
+    pub fn ranks(&self) -> usize {
+        self.shards.uds.len()
     }
 
     /// The rows of the largest step, where `--max-batch-prefill-tokens` bounds it: all prompt tokens and one decode row

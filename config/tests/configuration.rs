@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 fn defaults() -> Config {
     Config {
         model: ModelConfig { id: "m".into(), path: "/m".into(), revision: None, sha: None },
-        shards: ShardsConfig { uds: vec!["/run/shard-0.sock".into()] },
+        shards: ShardsConfig { uds: vec!["/run/shard-0.sock".into()], rendezvous: "/run/ranks".into() },
         router: RouterConfig::default(),
         shard: ShardConfig::default(),
         log: LogConfig::default(),
@@ -112,7 +112,10 @@ fn every_setting_has_a_bound() {
 fn a_rank_has_its_socket() {
     let config = defaults();
     assert_eq!(config.socket(0).unwrap().to_str(), Some("/run/shard-0.sock"));
-    assert_eq!(config.socket(1).unwrap_err().to_string(), "rank 1 of 1 shards");
+    assert_eq!(
+        config.socket(1).unwrap_err().to_string(),
+        "--rank 1: the configuration has 1 ranks, counted from 0"
+    );
 }
 
 #[test]

@@ -6,8 +6,11 @@ mod group;
 mod supervisor;
 
 use std::{
-    fs::Permissions,
-    os::unix::{fs::PermissionsExt, net::SocketAddr},
+    fs::{DirBuilder, Permissions},
+    os::unix::{
+        fs::{DirBuilderExt, PermissionsExt},
+        net::SocketAddr,
+    },
     path::PathBuf,
 };
 
@@ -89,10 +92,12 @@ fn run(args: &Args, log: &Log) -> anyhow::Result<()> {
         // The system's bound, found out before a model is loaded.
         SocketAddr::from_pathname(socket).with_context(|| format!("{} as a socket", socket.display()))?;
     }
+    let rendezvous = folder.path().join("ranks");
+    DirBuilder::new().mode(0o700).create(&rendezvous).context("making the folder of the ranks")?;
     let config_file = folder.path().join("config.json");
     let config = Config {
         model: ModelConfig { id, path, revision, sha },
-        shards: ShardsConfig { uds: sockets },
+        shards: ShardsConfig { uds: sockets, rendezvous },
         router: args.router.clone(),
         shard: args.shard.clone(),
         log: args.log.clone(),

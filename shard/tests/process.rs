@@ -19,7 +19,7 @@ fn start(folder: &Path) -> Child {
             revision: None,
             sha: None,
         },
-        shards: ShardsConfig { uds: vec![folder.join("shard.sock")] },
+        shards: ShardsConfig { uds: vec![folder.join("shard.sock")], rendezvous: folder.join("ranks") },
         router: RouterConfig::default(),
         shard: ShardConfig {
             device: Device::Cpu,

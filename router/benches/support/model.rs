@@ -43,7 +43,7 @@ pub(crate) fn write_tokenizer(folder: &Path) -> io::Result<u32> {
 pub(crate) fn configuration(model: &Path, socket: &Path) -> Config {
     Config {
         model: ModelConfig { id: "bench".into(), path: model.into(), revision: None, sha: None },
-        shards: ShardsConfig { uds: vec![socket.into()] },
+        shards: ShardsConfig { uds: vec![socket.into()], rendezvous: "/none".into() },
         router: RouterConfig {
             hostname: "127.0.0.1".into(),
             port: 0,

@@ -77,7 +77,7 @@ pub(crate) fn with_bos() -> tempfile::TempDir {
 pub(crate) fn configuration(socket: &Path) -> Config {
     Config {
         model: ModelConfig { id: MODEL.into(), path: model(), revision: None, sha: Some("abc".into()) },
-        shards: ShardsConfig { uds: vec![socket.into()] },
+        shards: ShardsConfig { uds: vec![socket.into()], rendezvous: "/none".into() },
         router: RouterConfig {
             hostname: "127.0.0.1".into(),
             port: 0,
