@@ -1,6 +1,8 @@
 //! What is read in a `config.json`: the numbers that transformers reads, or a refusal that names the field.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "config/limits.rs"]
+mod limits;
 #[path = "config/mutations.rs"]
 mod mutations;
 #[path = "config/odd.rs"]

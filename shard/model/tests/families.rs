@@ -7,6 +7,8 @@ mod driver;
 mod goldens;
 #[path = "families/kinds.rs"]
 mod kinds;
+#[path = "families/limits.rs"]
+mod limits;
 #[path = "families/names.rs"]
 mod names;
 #[path = "families/page.rs"]

@@ -4,6 +4,8 @@ use std::f32::consts::TAU;
 
 use kernels::{RopeSpec, Stretch};
 
+use crate::decoder::MAX_POSITIONS;
+
 /// A rotary embedding: what a position is multiplied with to get the angle of each pair of elements of a head.
 #[derive(Clone)]
 pub(super) struct Rope {
@@ -102,4 +104,12 @@ pub(super) fn yarn_attention_factor(factor: f64, mscale: f64) -> f64 {
 /// of `original` tokens.
 pub(super) fn long_rope_attention_factor(factor: f64, original: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / original.ln()).sqrt() }
+}
+
+/// The longest sequence, if frequencies are scaled by `factor` from a context of `original` tokens. Some models'
+/// `max_position_embeddings` is the length of the training before, and others' is larger than what the factor gives. vLLM
+/// goes by the factor, too (`_get_and_verify_max_len`), except for `llama3`, `longrope` and Gemma 3.
+pub(super) fn reach(max_positions: usize, original: f64, factor: f64) -> usize {
+    let scaled = (original * factor).min(MAX_POSITIONS as f64);
+    max_positions.max(scaled as usize)
 }

@@ -63,7 +63,9 @@ fn ropes(fields: &Fields, dim: usize, positions: usize) -> Result<Vec<RopeSpec>>
             Some(other) => return Err(unsupported(kind, other, "an object")),
         };
         let nested: Map<_, _> = given.into_iter().chain(more.clone()).collect();
-        rope::rope_of(fields, &of, &nested, (dim, positions))
+        let rope = rope::rope_of(fields, &of, &nested, (dim, positions))?;
+        // `max_position_embeddings` of a Gemma 3 counts positions after scaling.
+        Ok(RopeSpec { positions, ..rope })
     };
     Ok(vec![of(FULL, older)?, of(WINDOWED, &none)?])
 }

@@ -140,15 +140,15 @@ impl<'a> Metadata<'a> {
             .file
             .tensor("token_embd.weight")
             .ok_or_else(|| LoadError::MissingTensor("token_embd.weight".into()))?;
-        let (hidden, max_positions) = (self.size("embedding_length")?, self.size("context_length")?);
+        let (hidden, context) = (self.size("embedding_length")?, self.size("context_length")?);
         let heads = self.heads(hidden)?;
         let layer = self.layer(heads)?;
-        let rope = rotates.then(|| rope::rope(self, self.rotated(heads)?, max_positions)).transpose()?;
+        let rope = rotates.then(|| rope::rope(self, self.rotated(heads)?, context)).transpose()?;
         let norm = layer.norm;
         let mut decoder = Decoder {
             hidden,
             vocab: table.dims.get(1).copied().unwrap_or(0),
-            max_positions,
+            max_positions: rope.as_ref().map_or(context, |rope| rope.positions),
             eos: self.file.end_tokens()?,
             embedding: Embedding { scale: 1.0, positions: None, norm: None },
             layers: vec![layer; self.size("block_count")?.min(MAX_LAYERS + 1)],

@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 use super::{
     fields::{Fields, unsupported},
-    frequencies::{Llama3, Rope, Yarn, long_rope_attention_factor, yarn_attention_factor},
+    frequencies::{Llama3, Rope, Yarn, long_rope_attention_factor, reach, yarn_attention_factor},
 };
 use crate::{LoadError, Result};
 
@@ -160,6 +160,11 @@ impl Parameters<'_> {
         if original > 0.0 && original <= f64::from(u32::MAX) { Ok(original) } else { Err(wrong) }
     }
 
+    /// The factor, or else how much longer the longest sequence is than the original context.
+    fn factor_from(&self, original: f64) -> Result<f64> {
+        if self.get("factor").is_some() { self.factor() } else { Ok(self.max_positions as f64 / original) }
+    }
+
     /// The scaling, and its name.
     fn scaling(&self) -> Result<Scaling> {
         let (name, kind) = match (self.get("rope_type"), self.get("type")) {
@@ -182,13 +187,23 @@ impl Parameters<'_> {
                     return Err(unsupported("factor", &self.nested["factor"], "factors of a rope_type"));
                 }
             },
-            Scaling::Linear => rope.linear(self.factor()? as f32),
-            Scaling::Dynamic => {
-                let factor = self.factor()? as f32;
-                let longest = (positions as f32 * factor.max(1.0)) as usize;
-                return Ok(rope.spec(longest, Stretch::Dynamic { original: positions as u32, factor }));
+            Scaling::Linear => {
+                let factor = self.factor()?;
+                return Ok(rope
+                    .linear(factor as f32)
+                    .spec(reach(self.max_positions, self.original()?, factor), Stretch::None));
             }
-            Scaling::Yarn => self.yarn(rope, theta, dim as f64)?,
+            Scaling::Dynamic => {
+                let (original, factor) = (positions as u32, self.factor()?);
+                let longest = reach(self.max_positions, f64::from(original), factor);
+                return Ok(rope.spec(longest, Stretch::Dynamic { original, factor: factor as f32 }));
+            }
+            Scaling::Yarn => {
+                let original = self.original()?;
+                let factor = self.factor_from(original)?;
+                let rope = self.yarn(rope, (theta, dim as f64), (original, factor))?;
+                return Ok(rope.spec(reach(self.max_positions, original, factor), Stretch::None));
+            }
             Scaling::Llama3 => rope.llama3(&Llama3 {
                 factor: self.factor()? as f32,
                 low: self.required("low_freq_factor")? as f32,
@@ -204,10 +219,7 @@ impl Parameters<'_> {
     fn long_rope(&self, rope: Rope, dim: usize) -> Result<RopeSpec> {
         let [short, long] = [self.divisors("short_factor", dim / 2)?, self.divisors("long_factor", dim / 2)?];
         let original = self.original()?;
-        let factor = match self.get("factor") {
-            Some(_) => self.factor()?,
-            None => self.max_positions as f64 / original,
-        };
+        let factor = self.factor_from(original)?;
         let attention_factor = match self.number("attention_factor")? {
             Some(attention_factor) => attention_factor,
             None => long_rope_attention_factor(factor, original),
@@ -232,12 +244,7 @@ impl Parameters<'_> {
 
     /// YaRN, with its constants where the parameters have none: full rotations from 32 on are kept, up to 1 are
     /// interpolated.
-    fn yarn(&self, rope: Rope, theta: f64, dim: f64) -> Result<Rope> {
-        let original = self.original()?;
-        let factor = match self.get("factor") {
-            Some(_) => self.factor()?,
-            None => self.max_positions as f64 / original,
-        };
+    fn yarn(&self, rope: Rope, (theta, dim): (f64, f64), (original, factor): (f64, f64)) -> Result<Rope> {
         // As in Python, 0 counts as "not given".
         let given = |field| Ok::<_, LoadError>(self.number(field)?.filter(|x| *x != 0.0));
         let attention_factor =

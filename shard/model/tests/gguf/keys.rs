@@ -1,9 +1,18 @@
 //! Metadata keys: computed as llama.cpp does, or refused by their names.
 
-use model::testing::{self, Tensor};
+use std::path::Path;
+
+use kernels::{DType, cpu::CpuBackend};
+use model::{
+    Model,
+    testing::{self, Tensor},
+};
 use serde_json::{Value, json};
 
-use crate::{Meta, are_close, folder_logits, folder_logits_with, gguf_logits_with, writer::DIM};
+use crate::{
+    Meta, are_close, folder_logits, folder_logits_with, gguf_logits_with,
+    writer::{self, DIM},
+};
 
 fn logits(metadata: &[(&str, Meta)]) -> Result<Vec<f32>, String> {
     gguf_logits_with(&testing::model(), &[], metadata)
@@ -50,6 +59,31 @@ fn scalings() -> Vec<(Vec<(&'static str, Meta)>, Value)> {
         ),
         (vec![("llama.rope.scaling.finetuned", Meta::Bool(true)), (factor, Meta::F32(2.0))], by(2.0)),
     ]
+}
+
+/// The longest sequence of a model in a folder or a file.
+fn longest(path: &Path) -> usize {
+    let ops = CpuBackend::new(DType::F32, 1).unwrap();
+    Model::load(&ops, path, &mut |_| {}).unwrap().decoder().max_positions
+}
+
+#[test]
+fn a_file_reaches_as_far_as_its_folder() {
+    let mut scaled = 0;
+    for (metadata, scaling) in scalings() {
+        let mut files = testing::model();
+        let tensors: Vec<_> =
+            files.tensors.iter().map(|(name, tensor)| writer::converted(name, tensor)).collect();
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("model.gguf");
+        writer::write(&file, &tensors, &metadata);
+        files.config["rope_scaling"] = scaling;
+        files.write_model(folder.path()).unwrap();
+        let expected = longest(folder.path());
+        assert_eq!(longest(&file), expected, "{metadata:?}");
+        scaled += usize::from(expected > 256);
+    }
+    assert_eq!(scaled, 7, "of a context of 256 tokens");
 }
 
 #[test]

@@ -129,7 +129,11 @@ fn gemma3(of: &Metadata<'_>, decoder: &mut Decoder) -> Result<()> {
     if !["none", "linear"].contains(&kind) {
         return Err(refused(of, "rope.scaling.type", kind, "none, linear"));
     }
-    decoder.ropes.push(rope::unscaled(of, decoder.heads().dim, decoder.max_positions)?);
+    // `context_length` of a Gemma 3 counts positions after scaling.
+    let context = of.size("context_length")?;
+    decoder.max_positions = context;
+    decoder.ropes.iter_mut().for_each(|rope| rope.positions = context);
+    decoder.ropes.push(rope::unscaled(of, decoder.heads().dim, context)?);
     for layer in &mut decoder.layers {
         let rope = usize::from(layer.attention.shape.span != Span::Causal);
         layer.attention.rope = Some((rope, Pairs::Halves));

@@ -7,7 +7,7 @@ use kernels::{RopeSpec, Stretch};
 use super::{Metadata, refused};
 use crate::{
     LoadError, Result,
-    families::frequencies::{Rope, Yarn, yarn_attention_factor},
+    families::frequencies::{Rope, Yarn, reach, yarn_attention_factor},
 };
 
 /// Tensor that divides rotary frequencies, one element for each pair. Llama 3.1's scaling is written this way.
@@ -20,9 +20,10 @@ pub(super) fn rope(of: &Metadata<'_>, rotated: usize, context: usize) -> Result<
     let theta = of.positive("rope.freq_base", 10_000.0)?;
     let [short, long] = LONG_FACTORS.map(|name| of.factors(name, rotated));
     let (Some(short), Some(long)) = (short?, long?) else {
-        return Ok(scaled(of, theta, rotated, context, FACTORS)?.spec(context, Stretch::None));
+        let (rope, longest) = scaled(of, theta, rotated, context, FACTORS)?;
+        return Ok(rope.spec(longest, Stretch::None));
     };
-    let rope = scaled(of, theta, rotated, context, "")?;
+    let (rope, _) = scaled(of, theta, rotated, context, "")?;
     let inv_freq = rope.clone().divided_by(&long).spec(0, Stretch::None).inv_freq;
     let original = original_context(of, context)? as u32;
     Ok(rope.divided_by(&short).spec(context, Stretch::Long { original, inv_freq }))
@@ -42,6 +43,7 @@ fn original_context(of: &Metadata<'_>, context: usize) -> Result<usize> {
     })
 }
 
+/// The embedding, and the longest sequence, which is that of a folder with the same parameters: llama.cpp has no limit.
 /// Without a type the scaling is linear; a factor of 0 is none; the file's factors of frequencies apply before any other
 /// scaling; and `attn_factor` applies whatever the type is.
 fn scaled(
@@ -50,7 +52,7 @@ fn scaled(
     rotated: usize,
     context: usize,
     factors: &'static str,
-) -> Result<Rope> {
+) -> Result<(Rope, usize)> {
     let attention_factor = of.positive("rope.scaling.attn_factor", 1.0)?;
     let rope = Rope::plain(theta, rotated).with_attention_factor(attention_factor);
     let rope = match of.factors(factors, rotated)? {
@@ -66,13 +68,12 @@ fn scaled(
         Some(0.0) | None => 1.0,
         Some(_) => of.positive(key, 1.0)?,
     };
+    let original = original_context(of, context)?;
+    let longest = reach(context, original as f64, factor.into());
     match of.optional::<&str>("rope.scaling.type")?.unwrap_or("linear") {
-        "none" => Ok(rope),
-        "linear" => Ok(rope.linear(factor)),
-        "yarn" => {
-            let original = original_context(of, context)?;
-            Ok(yarn(rope, factor, original as f32, (theta, rotated as f32)))
-        }
+        "none" => Ok((rope, context)),
+        "linear" => Ok((rope.linear(factor), longest)),
+        "yarn" => Ok((yarn(rope, factor, original as f32, (theta, rotated as f32)), longest)),
         other => Err(refused(of, "rope.scaling.type", other, "none, linear, yarn")),
     }
 }
