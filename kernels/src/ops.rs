@@ -225,6 +225,10 @@ pub struct RopeSpec {
     pub stretch: Stretch,
 }
 
+/// The most positions for which a backend keeps a table of angles: more are computed row by row, because a table of
+/// millions of positions takes gigabytes.
+pub(crate) const TABLE_POSITIONS: usize = 1 << 18;
+
 /// How the frequencies of a row depend on its [`Batch::lengths`](crate::Batch::lengths).
 #[derive(Debug, Clone, PartialEq)]
 pub enum Stretch {

@@ -278,7 +278,8 @@ fn load<B: Backend>(ops: &B, config: &Config) -> anyhow::Result<Model<B>> {
         bar.set_style(style);
     }
     let mut tenth = 0;
-    let model = Model::load(ops, path, &mut |progress: LoadProgress| {
+    let longest = config.router.max_total_tokens.unwrap_or(usize::MAX);
+    let model = Model::load_for(ops, path, longest, &mut |progress: LoadProgress| {
         bar.set_length(progress.total_bytes);
         bar.set_position(progress.done_bytes);
         let now = progress.done_bytes * 10 / progress.total_bytes.max(1);

@@ -7,7 +7,10 @@ use super::{
     pool::Shards,
     simd::{Kernel, Simd, run},
 };
-use crate::{Activation, Error, Heads, LogitShape, Matrix, Norm, NormKind, Pairs, Result, RopeSpec, Stretch};
+use crate::{
+    Activation, Error, Heads, LogitShape, Matrix, Norm, NormKind, Pairs, Result, RopeSpec, Stretch,
+    ops::TABLE_POSITIONS,
+};
 
 /// The number of elements of a chunk, which are enough to be worth its overhead.
 const CHUNK: usize = 1 << 13;
@@ -306,17 +309,21 @@ impl Angles {
 #[derive(Debug)]
 pub struct CpuRope {
     spec: RopeSpec,
-    short: Angles,
+    /// The angles of [`RopeSpec::inv_freq`], unless they are computed row by row.
+    short: Option<Angles>,
+    /// Those of longer sequences, with LongRoPE.
     long: Option<Angles>,
 }
 
 impl CpuRope {
     pub(super) fn new(spec: &RopeSpec) -> CpuRope {
+        let table =
+            |inv_freq: &[f32]| (spec.positions <= TABLE_POSITIONS).then(|| Angles::new(inv_freq, spec));
         let long = match &spec.stretch {
-            Stretch::Long { inv_freq, .. } => Some(Angles::new(inv_freq, spec)),
+            Stretch::Long { inv_freq, .. } => table(inv_freq),
             Stretch::None | Stretch::Dynamic { .. } => None,
         };
-        CpuRope { short: Angles::new(&spec.inv_freq, spec), long, spec: spec.clone() }
+        CpuRope { short: table(&spec.inv_freq), long, spec: spec.clone() }
     }
 
     /// The number of pairs of a head that are rotated.
@@ -338,20 +345,24 @@ impl CpuRope {
 
     /// Calls `turn` with the index, cosine and sine of every pair, for a row at `position` whose length is `length`.
     pub(super) fn each_pair(&self, position: u32, length: u32, mut turn: impl FnMut(usize, f32, f32)) {
+        let RopeSpec { inv_freq, scale, stretch, .. } = &self.spec;
         let pairs = self.pairs();
-        let angles = match &self.spec.stretch {
+        let mut compute = |frequency: &dyn Fn(usize) -> f32| {
+            for j in 0..pairs {
+                let (sin, cos) = (position as f32 * frequency(j)).sin_cos();
+                turn(j, cos * scale, sin * scale);
+            }
+        };
+        let (table, inv_freq) = match stretch {
             Stretch::Dynamic { original, factor } if length > *original => {
                 let stretched = factor * length as f32 / *original as f32 - (factor - 1.0);
-                for (j, inv_freq) in self.spec.inv_freq.iter().enumerate() {
-                    let power = 2.0 * j as f32 / (2.0 * pairs as f32 - 2.0);
-                    let (sin, cos) = (position as f32 * (inv_freq / stretched.powf(power))).sin_cos();
-                    turn(j, cos * self.spec.scale, sin * self.spec.scale);
-                }
-                return;
+                let power = |j: usize| 2.0 * j as f32 / (2.0 * pairs as f32 - 2.0);
+                return compute(&|j| inv_freq[j] / stretched.powf(power(j)));
             }
-            Stretch::Long { original, .. } if length > *original => self.long.as_ref().unwrap_or(&self.short),
-            _ => &self.short,
+            Stretch::Long { original, inv_freq } if length > *original => (&self.long, inv_freq),
+            _ => (&self.short, inv_freq),
         };
+        let Some(angles) = table else { return compute(&|j| inv_freq[j]) };
         let at = position as usize * pairs;
         let turns = angles.cos[at..][..pairs].iter().zip(&angles.sin[at..][..pairs]);
         turns.enumerate().for_each(|(j, (cos, sin))| turn(j, *cos, *sin));

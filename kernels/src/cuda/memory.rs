@@ -1,7 +1,9 @@
 //! What lives on the GPU: activations, weights, vectors, rotary tables, the KV cache.
 
 use super::{CudaBackend, convert, device::DeviceBuf, device::launched, ffi};
-use crate::{BLOCK_SIZE, DType, Error, Heads, HostTensor, Matrix, Result, RopeSpec, Stretch};
+use crate::{
+    BLOCK_SIZE, DType, Error, Heads, HostTensor, Matrix, Result, RopeSpec, Stretch, ops::TABLE_POSITIONS,
+};
 
 /// Activations.
 pub struct CudaMat {
@@ -177,6 +179,11 @@ impl CudaRope {
         let (pairs, positions, scale) = (inv_freq.len(), *positions, *scale);
         let mut tables = vec![inv_freq];
         let (stretch, original, factor) = match stretch {
+            // Computed row by row, as the next kind is, but never stretched.
+            Stretch::None if positions > TABLE_POSITIONS => {
+                tables.clear();
+                (2, u32::MAX, 1.0)
+            }
             Stretch::None => (0, u32::MAX, 1.0),
             Stretch::Long { original, inv_freq } => {
                 expect("rope", "frequencies of long sequences", inv_freq.len(), pairs)?;

@@ -194,24 +194,28 @@ fn frequencies(pairs: usize) -> Vec<f32> {
 pub(super) fn rotations_of_every_kind<B: Backend>(ops: &B) {
     for (query, kv, dim) in [(4, 2, 16), (9, 3, 64), (2, 1, 80), (1, 1, 256), (6, 6, 128)] {
         let heads = Heads { query, kv, dim };
+        // A table of so many positions would take terabytes.
+        let many = i32::MAX as usize;
         let stretches = [
-            Stretch::None,
-            Stretch::Long { original: 64, inv_freq: vec![] },
-            Stretch::Dynamic { original: 64, factor: 3.0 },
+            (Stretch::None, 120),
+            (Stretch::None, many),
+            (Stretch::Long { original: 64, inv_freq: vec![] }, 120),
+            (Stretch::Dynamic { original: 64, factor: 3.0 }, 120),
+            (Stretch::Dynamic { original: 64, factor: 3.0 }, many),
         ];
         for rotated in [dim, dim / 2, 2 * (dim / 5).max(2)] {
-            for (stretch, pairs) in
-                stretches.iter().flat_map(|stretch| [(stretch, Pairs::Halves), (stretch, Pairs::Neighbours)])
-            {
+            for (stretch, positions) in &stretches {
                 let inv_freq = frequencies(rotated / 2);
                 let mut stretch = stretch.clone();
                 if let Stretch::Long { inv_freq: long, .. } = &mut stretch {
                     *long = inv_freq.iter().map(|f| f / 3.0).collect();
                 }
-                let spec = RopeSpec { inv_freq, scale: 1.25, positions: 120, stretch };
-                let by = reference::Qkv { heads, clamp: None, norms: None, rope: Some((&spec, pairs)) };
-                // Rows below and above the original context beside each other.
-                check_qkv(ops, &by, &[1, 100, 64, 65]);
+                let spec = RopeSpec { inv_freq, scale: 1.25, positions: *positions, stretch };
+                for pairs in [Pairs::Halves, Pairs::Neighbours] {
+                    let by = reference::Qkv { heads, clamp: None, norms: None, rope: Some((&spec, pairs)) };
+                    // Rows below and above the original context beside each other.
+                    check_qkv(ops, &by, &[1, 100, 64, 65]);
+                }
             }
         }
     }

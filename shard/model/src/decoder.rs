@@ -242,6 +242,12 @@ impl Decoder {
         Modules::of(self).sites()
     }
 
+    /// Lowers the longest sequence to `longest`, unless it is shorter anyway.
+    pub(crate) fn serve_up_to(&mut self, longest: usize) {
+        self.max_positions = self.max_positions.min(longest);
+        self.ropes.iter_mut().for_each(|rope| rope.positions = rope.positions.min(longest));
+    }
+
     /// Refuses sizes that contradict each other, and removes end tokens that the model has no row for.
     pub(crate) fn check(mut self) -> Result<Decoder> {
         let inconsistent = |what, got, expected| Err(LoadError::Inconsistent { what, got, expected });

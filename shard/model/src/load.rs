@@ -36,8 +36,14 @@ struct Loader<'a, B: Backend> {
 }
 
 /// Loads a GGUF file or a folder in Hugging Face layout, and reports its progress.
-pub(crate) fn load<B: Backend>(ops: &B, path: &Path, progress: &mut Progress<'_>) -> Result<Model<B>> {
+pub(crate) fn load<B: Backend>(
+    ops: &B,
+    path: &Path,
+    longest: usize,
+    progress: &mut Progress<'_>,
+) -> Result<Model<B>> {
     let (mut decoder, source) = weights::open(path)?;
+    decoder.serve_up_to(longest);
     decoder.head.tied = decoder.head.tied && !has_own_head(&*source, &decoder)?;
     if decoder.names.stored == Stored::Folder {
         // transformers keeps the factor of embeddings in the type of the weights, llama.cpp in f32.

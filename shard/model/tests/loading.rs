@@ -33,6 +33,37 @@ fn a_folder_loads_and_shows_its_progress() {
     assert_eq!(seen.last().unwrap().done_bytes, seen[0].total_bytes, "it ends at the whole");
 }
 
+/// Memory by positions is for what is served, and not for what a model could do.
+#[test]
+fn positions_that_are_not_served_take_no_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    let ops = CpuBackend::new(DType::F32, 1).unwrap();
+    for (trained, asked, served) in [
+        (256, usize::MAX, 256),
+        (256, 257, 256),
+        (256, 255, 255),
+        (256, 2, 2),
+        (1 << 22, 4096, 4096),
+        (1 << 22, usize::MAX, 1 << 22),
+    ] {
+        for scaling in
+            [json!(null), json!({"type": "dynamic", "factor": 1.0}), json!({"type": "yarn", "factor": 1.0})]
+        {
+            let mut files = testing::model();
+            files.config["max_position_embeddings"] = json!(trained);
+            files.config["rope_scaling"] = scaling;
+            files.write_model(folder.path()).unwrap();
+            let model = Model::load_for(&ops, folder.path(), asked, &mut |_| {}).unwrap();
+            let decoder = model.decoder();
+            assert_eq!(
+                (decoder.max_positions, decoder.ropes[0].positions),
+                (served, served),
+                "{trained}, {asked}"
+            );
+        }
+    }
+}
+
 /// As in transformers, whose factor has the type of the weights: 55.43 becomes 55.5 for a Gemma of hidden size 3072.
 #[test]
 fn the_factor_of_embeddings_has_the_type_of_the_weights() {
