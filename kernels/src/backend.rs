@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use crate::{
-    Activation, Attention, Batch, DType, Embedding, Heads, HostTensor, LinearLora, LogitShape, LoraPart,
-    LoraShape, LoraSite, Matrix, Norm, Output, Projection, Qkv, Result, RopeSpec, SampleRow, Sampled,
-    SamplingParams, Span, TokenMask, compose,
+    Activation, Attention, Batch, DType, Embedding, Group, Heads, HostTensor, LinearLora, LogitShape,
+    LoraPart, LoraShape, LoraSite, Matrix, Norm, Output, Projection, Qkv, Result, RopeSpec, SampleRow,
+    Sampled, SamplingParams, Span, TokenMask, compose,
 };
 
 /// A device and its kernels.
@@ -192,20 +192,25 @@ pub trait Ops: Adapters {
 
     // ---- tensor parallelism ----
 
-    /// The number of ranks that share the model.
+    /// The ranks that share the model. Collectives are launched like any other operation, and every rank must launch the
+    /// same operations on matrices of the same sizes in the same order. Errors of all of them: [`crate::Error::Peer`] if
+    /// another rank has ended or does not come.
+    fn group(&self) -> &Arc<Group>;
+    /// The number of ranks.
     fn ranks(&self) -> usize {
-        1
+        self.group().ranks()
     }
     /// The number of this rank, from 0.
     fn rank(&self) -> usize {
-        0
+        self.group().rank()
     }
-    /// Semantics: `x = Σ over all ranks of x`, with the same bits on every rank. `x` is a [`Memory::wide_mat`]. It is
-    /// launched like any other operation, and every rank must launch the same operations in the same order.
-    fn all_reduce(&self, x: &mut Self::Mat) -> Result<()> {
-        let _ = x;
-        Ok(())
-    }
+    /// Semantics: `x = Σ over all ranks of x`, with the same bits on every rank. `x` is a [`Memory::wide_mat`]. A device
+    /// may round the ranks' elements to [`Memory::dtype`] before they are added.
+    fn all_reduce(&self, x: &mut Self::Mat) -> Result<()>;
+    /// Semantics: `y[i] = x₀[i] ‖ x₁[i] ‖ …`, the columns of all ranks in their order, with the same bits on every rank.
+    /// All ranks but the last have the same number of columns, so that each knows those of the others. `x` and `y` are
+    /// [`Memory::wide_mat`]s.
+    fn gather_columns(&self, x: &Self::Mat, y: &mut Self::Mat) -> Result<()>;
 }
 
 /// Adapters: staged in host memory, and loaded into slots on the device, where operations find them.

@@ -12,6 +12,7 @@ mod lookup;
 mod lora;
 mod memory;
 mod pool;
+mod ranks;
 mod sampling;
 mod simd;
 
@@ -22,7 +23,7 @@ use std::{
 };
 
 use crate::{
-    Activation, Adapters, Attention, Batch, DType, Embedding, Error, Heads, HostTensor, LinearLora,
+    Activation, Adapters, Attention, Batch, DType, Embedding, Error, Group, Heads, HostTensor, LinearLora,
     LogitShape, LoraPart, LoraShape, LoraSite, Matrix, Memory, Norm, Ops, Projection, Qkv, Result, RopeSpec,
     SampleRow, Sampled, Sampling, SamplingParams, Span, TokenMask,
 };
@@ -35,6 +36,7 @@ pub use simd::Tier;
 
 use memory::Arena;
 use pool::Pool;
+use ranks::Ranks;
 
 /// The CPU of this machine.
 pub struct CpuBackend {
@@ -43,6 +45,9 @@ pub struct CpuBackend {
     pool: Pool,
     scratch: Mutex<linear::Scratch>,
     arena: Mutex<Arena>,
+    group: Arc<Group>,
+    /// What the ranks share; `None` if there is only one.
+    ranks: Option<Mutex<Ranks>>,
 }
 
 /// A step's index data that has passed [`Batch::check`], on which the soundness of writes without a lock depends.
@@ -78,7 +83,14 @@ impl CpuBackend {
             return unsupported(format!("{tier:?} on this machine"));
         }
         let arena = Mutex::new(Arena::new(REGION));
-        Ok(CpuBackend { dtype, tier, pool: Pool::new(threads.max(1))?, scratch: Mutex::default(), arena })
+        let (pool, scratch) = (Pool::new(threads.max(1))?, Mutex::default());
+        Ok(CpuBackend { dtype, tier, pool, scratch, arena, group: Arc::new(Group::alone()), ranks: None })
+    }
+
+    /// Makes the backend of one rank. Every rank of the group calls this at the same time.
+    pub fn with_group(self, group: Arc<Group>) -> Result<CpuBackend> {
+        let ranks = if group.ranks() > 1 { Some(Mutex::new(Ranks::new(group.clone())?)) } else { None };
+        Ok(CpuBackend { group, ranks, ..self })
     }
 
     /// The vector unit in use.
@@ -238,6 +250,34 @@ impl Ops for CpuBackend {
 
     fn gather_logit_rows(&self, x: &CpuMat, batch: &CpuBatch, y: &mut CpuMat) -> Result<()> {
         attention::gather(self, x, batch, y)
+    }
+
+    fn group(&self) -> &Arc<Group> {
+        &self.group
+    }
+
+    fn all_reduce(&self, x: &mut CpuMat) -> Result<()> {
+        match &self.ranks {
+            None => Ok(()),
+            Some(ranks) => ranks.lock().unwrap_or_else(PoisonError::into_inner).all_reduce(x.used_mut()),
+        }
+    }
+
+    fn gather_columns(&self, x: &CpuMat, y: &mut CpuMat) -> Result<()> {
+        y.resize("gather_columns", x.rows())?;
+        let (own, cols) = (x.cols(), y.cols());
+        match &self.ranks {
+            None if own == cols => y.used_mut().copy_from_slice(x.used()),
+            None => {
+                let (op, what) = ("gather_columns", "columns of a rank");
+                return Err(Error::Shape { op, what, got: own, expected: cols });
+            }
+            Some(ranks) => {
+                let mut ranks = ranks.lock().unwrap_or_else(PoisonError::into_inner);
+                ranks.gather_columns((x.used(), own), (y.used_mut(), cols))?;
+            }
+        }
+        Ok(())
     }
 }
 

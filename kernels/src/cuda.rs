@@ -27,8 +27,8 @@ use std::sync::{
 use cudarc::driver::sys::{CUdevice_attribute, CUstream};
 
 use crate::{
-    Adapters, Batch, DType, Error, Heads, HostTensor, LinearLora, LoraPart, LoraShape, LoraSite, Memory,
-    Result, RopeSpec, SampleRow, Sampled, Sampling, SamplingParams, Span, TokenMask,
+    Adapters, Batch, DType, Error, Group, Heads, HostTensor, LinearLora, LoraPart, LoraShape, LoraSite,
+    Memory, Result, RopeSpec, SampleRow, Sampled, Sampling, SamplingParams, Span, TokenMask,
 };
 pub use batch::CudaBatch;
 pub use device::DeviceMemory;
@@ -82,6 +82,7 @@ pub struct CudaBackend {
     /// Adapters on their way to the card.
     copies: Stream,
     device: Arc<Device>,
+    group: Arc<Group>,
 }
 
 impl CudaBackend {
@@ -119,6 +120,7 @@ impl CudaBackend {
             branch: Branch::new(&device)?,
             copies: Stream::new(&device)?,
             device,
+            group: Arc::new(Group::alone()),
         })
     }
 

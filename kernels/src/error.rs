@@ -76,9 +76,43 @@ pub enum Error {
         /// What they were for.
         what: &'static str,
     },
+    /// The ranks of a model could not form a group.
+    #[error("rank {rank}: {what}: {source}")]
+    Group {
+        /// The rank that reports it.
+        rank: usize,
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+    /// Another rank of the model is not there, so that nothing can be computed any more.
+    #[error("{op}: rank {rank} {fault}")]
+    Peer {
+        /// The operation that needed it.
+        op: &'static str,
+        /// The other rank.
+        rank: usize,
+        /// What is wrong with it.
+        fault: PeerFault,
+    },
     /// Two sequences of a step store into the same block of KV memory, or one of them returns to it.
     #[error("block {0} is stored into twice in one step")]
     SharedBlock(u32),
+}
+
+/// What is wrong with another rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum PeerFault {
+    /// Its process has ended, or has left the group.
+    #[error("has ended")]
+    Ended,
+    /// It has not come within the time that ranks wait for each other.
+    #[error("has not come within {0:?}")]
+    Late(std::time::Duration),
+    /// It runs another operation, or the same one with other sizes.
+    #[error("runs another operation")]
+    Differs,
 }
 
 impl Error {
@@ -93,6 +127,8 @@ impl Error {
             Error::Threads(_)
             | Error::Device { .. }
             | Error::Unavailable { .. }
+            | Error::Group { .. }
+            | Error::Peer { .. }
             | Error::OutOfMemory { .. } => false,
         }
     }

@@ -10,6 +10,7 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod error;
+pub mod group;
 mod lora;
 mod ops;
 pub mod reference;
@@ -26,7 +27,8 @@ pub use self::sampling::{MAX_BIASES, MAX_TOP, SampleRow, Sampled, TokenMask};
 pub use ::sampling::SamplingParams;
 pub use backend::{Adapters, Backend, Memory, Ops, Sampling};
 pub use batch::{BLOCK_SIZE, Batch, RowSet, Segment, SequenceRows};
-pub use error::{Error, Result};
+pub use error::{Error, PeerFault, Result};
+pub use group::Group;
 pub use lora::{LoraPart, LoraShape, LoraSite, LowRank, ReplacedRows, SiteKind};
 pub use ops::{
     Activation, Attention, AttentionShape, Embedding, Heads, LinearLora, LogitShape, Norm, NormKind,

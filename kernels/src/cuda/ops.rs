@@ -1,12 +1,14 @@
 //! The operations of a step: checks of their arguments, and launches.
 
+use std::sync::Arc;
+
 use super::{
     CudaBackend, CudaBatch, CudaKv, CudaMat, CudaSampler, CudaSlots, CudaWeight, attention, batch, ffi, gemm,
     linear, norm,
 };
 use crate::{
-    Activation, Attention, Embedding, Error, LinearLora, LogitShape, Matrix, Norm, Ops, Output, Projection,
-    Qkv, Result, RowSet, SiteKind,
+    Activation, Attention, Embedding, Error, Group, LinearLora, LogitShape, Matrix, Norm, Ops, Output,
+    Projection, Qkv, Result, RowSet, SiteKind,
 };
 
 /// What adapters change of a table.
@@ -189,5 +191,19 @@ impl Ops for CudaBackend {
         self.launch(op, y.rows(), |elem, stream| unsafe {
             ffi::lorax_gather(elem, x.at(), batch.at.logit_rows, y.at(), rows, cols, stream)
         })
+    }
+
+    fn group(&self) -> &Arc<Group> {
+        &self.group
+    }
+
+    fn all_reduce(&self, _x: &mut CudaMat) -> Result<()> {
+        // This backend is always alone.
+        Ok(())
+    }
+
+    fn gather_columns(&self, _x: &CudaMat, _y: &mut CudaMat) -> Result<()> {
+        let (op, what) = ("gather_columns", "ranks");
+        Err(Error::Shape { op, what, got: 1, expected: 2 })
     }
 }

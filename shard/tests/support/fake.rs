@@ -7,7 +7,7 @@ use std::{
 };
 
 use kernels::{
-    Activation, Adapters, Attention, Batch, DType, Embedding, Error, Heads, HostTensor, LinearLora,
+    Activation, Adapters, Attention, Batch, DType, Embedding, Error, Group, Heads, HostTensor, LinearLora,
     LogitShape, LoraPart, LoraShape, LoraSite, Memory, Norm, Ops, Projection, QkNorms, Qkv, Result, RopeSpec,
     Rotation, SampleRow, Sampled, Sampling, SamplingParams, Span, TokenMask,
     cpu::{CpuAdapter, CpuBackend, CpuBatch, CpuKv, CpuMat, CpuRope, CpuSampler, CpuSlots, Panels},
@@ -316,6 +316,18 @@ impl Ops for Fake {
 
     fn gather_logit_rows(&self, x: &CpuMat, batch: &CpuBatch, y: &mut CpuMat) -> Result<()> {
         self.cpu.gather_logit_rows(x, batch, y)
+    }
+
+    fn group(&self) -> &Arc<Group> {
+        self.cpu.group()
+    }
+
+    fn all_reduce(&self, x: &mut CpuMat) -> Result<()> {
+        self.cpu.all_reduce(x)
+    }
+
+    fn gather_columns(&self, x: &CpuMat, y: &mut CpuMat) -> Result<()> {
+        self.cpu.gather_columns(x, y)
     }
 }
 
