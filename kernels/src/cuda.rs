@@ -4,6 +4,7 @@
 
 mod attention;
 mod batch;
+mod cards;
 mod convert;
 mod device;
 mod ffi;
@@ -31,6 +32,7 @@ use crate::{
     Memory, Result, RopeSpec, SampleRow, Sampled, Sampling, SamplingParams, Span, TokenMask,
 };
 pub use batch::CudaBatch;
+pub use cards::{Card, cards};
 pub use device::DeviceMemory;
 pub use lora::{CudaAdapter, CudaSlots};
 pub use memory::{CudaKv, CudaMat, CudaRope, CudaVector, CudaWeight};
@@ -89,14 +91,8 @@ impl CudaBackend {
     /// A backend on card `ordinal` that stores weights, activations and KV memory as `dtype` (bf16 or f16); one card a
     /// process, as kernels are set up once. Errors: what the machine lacks.
     pub fn new(dtype: DType, ordinal: usize) -> Result<CudaBackend> {
-        if dtype == DType::F32 {
-            return Err(unsupported("float32 (use bfloat16 or float16)".into()));
-        }
+        cards::card(dtype, ordinal)?;
         let device = Device::open(ordinal)?;
-        let major = device.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-        if major < 8 {
-            return Err(unsupported(format!("{} (compute capability {major}, below 8)", device.name()?)));
-        }
         device.keep_freed_memory()?;
         Ok(CudaBackend {
             dtype,

@@ -1,6 +1,6 @@
 //! The launcher's flags: which model, how many shards, and all settings of the run configuration.
 
-use clap::Parser;
+use clap::{ArgAction, Parser};
 use config::{LogConfig, RouterConfig, ShardConfig};
 
 /// Serve one base model and any number of LoRA adapters of it.
@@ -13,9 +13,13 @@ pub(crate) struct Args {
     /// Revision of a hub id
     #[arg(long, env)]
     pub(crate) revision: Option<String>,
-    /// Shards, one per GPU
-    #[arg(long, env, default_value_t = 1)]
-    pub(crate) num_shard: usize,
+    /// Whether to split the model: `true` refuses a single shard, `false` makes it the default
+    #[arg(long, env, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
+    pub(crate) sharded: Option<bool>,
+    /// Shards that the model is split over, at most 8, each a process with a GPU of its own [default: one for each
+    /// visible GPU; 1 on a CPU]
+    #[arg(long, env)]
+    pub(crate) num_shard: Option<usize>,
 
     #[command(flatten, next_help_heading = "Computing")]
     pub(crate) shard: ShardConfig,

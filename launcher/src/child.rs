@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use lifecycle::{HEARTBEAT, SERVING};
+use lifecycle::{EX_UNAVAILABLE, HEARTBEAT, SERVING};
 use rustix::process::{Pid, Signal, kill_process_group};
 use telemetry::Lines;
 use tokio::{
@@ -31,6 +31,25 @@ pub(crate) enum End {
     Exited(ExitStatus),
     /// There was no heartbeat for so long. The process is there still.
     Silent(Duration),
+    /// It was told to stop, did not, and was killed.
+    Killed,
+}
+
+impl End {
+    /// Returns whether it ended as it was told to.
+    pub(crate) fn is_in_order(&self) -> bool {
+        matches!(self, End::Exited(status) if status.success())
+    }
+
+    /// Returns whether it ended for a reason of its own: not because it was told to, or because it had lost another
+    /// process of its group.
+    pub(crate) fn is_of_its_own(&self) -> bool {
+        match self {
+            End::Exited(status) => !matches!(status.code(), Some(0 | EX_UNAVAILABLE)),
+            End::Silent(_) => true,
+            End::Killed => false,
+        }
+    }
 }
 
 impl fmt::Display for End {
@@ -38,6 +57,7 @@ impl fmt::Display for End {
         match self {
             End::Exited(status) => write!(f, "{status}"),
             End::Silent(time) => write!(f, "no sign of life for {:.1} s", time.as_secs_f32()),
+            End::Killed => write!(f, "killed"),
         }
     }
 }
@@ -55,6 +75,10 @@ pub(crate) struct Output {
 pub(crate) struct Child {
     name: String,
     process: Process,
+    /// Its process group, in which is whatever it starts.
+    group: Option<Pid>,
+    /// Whether it was silent for too long.
+    hangs: bool,
     /// Closing it tells the child to stop. Held apart, because waiting for a process closes its own.
     stdin: Option<ChildStdin>,
     heartbeat: Heartbeat,
@@ -64,7 +88,7 @@ pub(crate) struct Child {
 
 /// Variables that children do not get. They have the keys of callers from the run configuration, which nobody else can
 /// read, and what the hub's token opens has been fetched by the launcher.
-const SECRETS: [&str; 3] = ["LORAX_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"];
+pub(crate) const SECRETS: [&str; 3] = ["LORAX_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"];
 
 impl Child {
     /// Starts `program` with `args`. It may be silent for as long as `patience`.
@@ -91,7 +115,8 @@ impl Child {
         let log = process.stderr.take().map(|log| tokio::spawn(pass_on(log, prefix, output.lines.clone())));
         let heartbeat =
             Heartbeat { bytes: process.stdout.take(), last: Instant::now(), patience, serving: false };
-        Ok(Child { name, stdin: process.stdin.take(), process, heartbeat, log })
+        let group = process.id().and_then(|id| Pid::from_raw(id.try_into().ok()?));
+        Ok(Child { name, stdin: process.stdin.take(), process, group, hangs: false, heartbeat, log })
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -107,47 +132,43 @@ impl Child {
     pub(crate) async fn ended(&mut self) -> io::Result<End> {
         let status = tokio::select! {
             biased;
-            silent = self.heartbeat.stopped() => return Ok(End::Silent(silent)),
+            silent = self.heartbeat.stopped() => {
+                self.hangs = true;
+                return Ok(End::Silent(silent));
+            }
             status = self.process.wait() => status?,
         };
         // Bytes that were sent before the end count. A pipe that stays open does not matter.
         let _ = timeout(LAST_WORDS, self.heartbeat.read_to_end()).await;
-        if let Some(log) = self.log.take() {
-            let _ = timeout(LAST_WORDS, log).await;
-        }
+        self.last_lines().await;
         Ok(End::Exited(status))
     }
 
-    /// Kills it together with what it has started, and waits until it is gone.
-    pub(crate) async fn kill(&mut self) {
-        if let Some(group) = self.process.id().and_then(|id| Pid::from_raw(id.try_into().ok()?)) {
-            // It may have ended meanwhile, here as below.
+    /// Asks it to end, and kills it when `patience` has passed `since` then, or at once if it hangs. Afterwards it is
+    /// gone, with all that it has started. The future may be dropped and this called again.
+    pub(crate) async fn stop(&mut self, since: Instant, patience: Duration) -> io::Result<End> {
+        drop(self.stdin.take());
+        let status = match self.hangs {
+            true => None,
+            false => timeout_at(since + patience, self.process.wait()).await.ok().transpose()?,
+        };
+        if status.is_none() && !self.hangs {
+            tracing::warn!("{} did not stop within {} s, killing it", self.name, patience.as_secs_f32());
+        }
+        if let Some(group) = self.group {
+            // Usually there is nothing left.
             let _ = kill_process_group(group, Signal::KILL);
         }
-        let _ = self.process.kill().await;
-        if let Some(log) = self.log.take() {
-            let _ = timeout(LAST_WORDS, log).await;
-        }
+        self.process.wait().await?;
+        self.last_lines().await;
+        Ok(status.map_or(End::Killed, End::Exited))
     }
 
-    /// Asks it to end, and kills it after `patience`. True if it ended by itself, in order, or had ended before.
-    pub(crate) async fn stop(mut self, patience: Duration) -> bool {
-        if self.log.is_none() {
-            return true;
-        }
-        drop(self.stdin.take());
-        match timeout(patience, self.process.wait()).await {
-            Ok(Ok(status)) => {
-                if let Some(log) = self.log.take() {
-                    let _ = timeout(LAST_WORDS, log).await;
-                }
-                status.success()
-            }
-            _ => {
-                tracing::warn!("{} did not stop within {} s, killing it", self.name, patience.as_secs_f32());
-                self.kill().await;
-                false
-            }
+    /// Waits until the last line of a process that has ended is passed on.
+    async fn last_lines(&mut self) {
+        if let Some(log) = &mut self.log {
+            let _ = timeout(LAST_WORDS, log).await;
+            self.log = None;
         }
     }
 }

@@ -1,6 +1,9 @@
 //! Processes that live and die together: the ranks of a model, or the router alone.
 
-use std::time::{Duration, Instant};
+use std::{
+    io,
+    time::{Duration, Instant},
+};
 
 use futures::future::{join_all, select_all};
 use tokio::time::sleep_until;
@@ -16,6 +19,8 @@ const FIRST_BACKOFF: Duration = Duration::from_millis(500);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(10);
 /// After running this long, a group is taken to be well, and its next restart is as quick as the first.
 const STABLE: Duration = Duration::from_secs(60);
+/// Time for the other members to end once one has ended. They may wait for it in a collective that never returns.
+const LAST_WORK: Duration = Duration::from_secs(3);
 
 /// A group that is started again whenever one of its members ends.
 pub(crate) struct Group<Start> {
@@ -30,11 +35,18 @@ pub(crate) struct Group<Start> {
     served: bool,
 }
 
+#[derive(Clone, Copy)]
 enum Phase {
     Running,
-    /// One member has ended, and the others are being killed.
-    Ending,
-    /// All members are gone, and new ones start then.
+    /// The member `first` has ended like that, and the others were told to end as well.
+    Ending {
+        first: usize,
+        end: End,
+        since: Instant,
+    },
+    /// All members are gone.
+    Ended,
+    /// New members start then.
     Waiting(Instant),
 }
 
@@ -65,25 +77,26 @@ impl<Start: Fn() -> Result<Vec<Child>, Failure>> Group<Start> {
         self.served
     }
 
-    /// Keeps the group running until a member ends: its name, and how. Every wait in here can be given up and
-    /// taken up again.
+    /// Keeps the group running until it has ended: returns the member that was the cause, and how it ended, once all
+    /// members are gone. The future may be dropped and this called again, without anything being lost.
     pub(crate) async fn next_end(&mut self) -> Result<(String, End), Failure> {
         loop {
             match self.phase {
                 Phase::Running => {
-                    let ends = self.members.iter_mut().map(|child| Box::pin(child.ended()));
-                    let (end, index, _) = select_all(ends).await;
-                    self.phase = Phase::Ending;
-                    return Ok((self.members[index].name().to_owned(), end?));
+                    let (first, end) = self.first_end().await?;
+                    self.phase = Phase::Ending { first, end, since: Instant::now() };
                 }
-                Phase::Ending => {
-                    // The other ranks wait for this one in a collective. New ones must not start before all are gone:
-                    // they take the memory that they find free.
-                    join_all(self.members.iter_mut().map(Child::kill)).await;
+                Phase::Ending { first, end, since } => {
+                    // New members must not start before all are gone: they take the memory that they find free.
+                    let mut ends = self.stop_all(since, LAST_WORK).await?;
+                    ends[first] = end;
+                    let cause = self.cause(&ends, first);
                     self.has_served();
                     self.members.clear();
-                    self.phase = Phase::Waiting(Instant::now() + self.next_backoff());
+                    self.phase = Phase::Ended;
+                    return Ok(cause);
                 }
+                Phase::Ended => self.phase = Phase::Waiting(Instant::now() + self.next_backoff()),
                 Phase::Waiting(until) => {
                     sleep_until(until.into()).await;
                     self.members = (self.start)()?;
@@ -92,6 +105,38 @@ impl<Start: Fn() -> Result<Vec<Child>, Failure>> Group<Start> {
                 }
             }
         }
+    }
+
+    /// Waits for the first member to end.
+    async fn first_end(&mut self) -> io::Result<(usize, End)> {
+        let ends = self.members.iter_mut().map(|child| Box::pin(child.ended()));
+        let (end, index, _) = select_all(ends).await;
+        let (end, name) = (end?, self.members[index].name());
+        match end {
+            End::Silent(_) => tracing::error!("{name} hangs ({end}): killing it"),
+            _ => tracing::error!("{name} ended ({end})"),
+        }
+        Ok((index, end))
+    }
+
+    async fn stop_all(&mut self, since: Instant, patience: Duration) -> io::Result<Vec<End>> {
+        let stopped = join_all(self.members.iter_mut().map(|child| child.stop(since.into(), patience))).await;
+        stopped.into_iter().collect()
+    }
+
+    /// The member because of which the group has ended: the first one, unless it ended because it had lost another one.
+    fn cause(&self, ends: &[End], first: usize) -> (String, End) {
+        for (index, (member, end)) in self.members.iter().zip(ends).enumerate() {
+            if index != first && end.is_of_its_own() {
+                tracing::error!("{} ended ({end})", member.name());
+            } else if index != first {
+                tracing::info!("{} was stopped with it ({end})", member.name());
+            }
+        }
+        let others = (0..ends.len()).filter(|&index| index != first);
+        let index = std::iter::once(first).chain(others).find(|&index| ends[index].is_of_its_own());
+        let index = index.unwrap_or(first);
+        (self.members[index].name().to_owned(), ends[index])
     }
 
     fn next_backoff(&mut self) -> Duration {
@@ -105,14 +150,13 @@ impl<Start: Fn() -> Result<Vec<Child>, Failure>> Group<Start> {
     }
 
     /// Asks all members to end, and kills them after `patience`. True if all that were running ended in order.
-    pub(crate) async fn stop(self, patience: Duration) -> bool {
-        match self.phase {
-            Phase::Running => {
-                let stopped = join_all(self.members.into_iter().map(|child| child.stop(patience))).await;
-                stopped.into_iter().all(|in_order| in_order)
-            }
-            // The members that are left are being killed.
-            _ => true,
-        }
+    pub(crate) async fn stop(mut self, patience: Duration) -> bool {
+        let ending = match self.phase {
+            Phase::Ending { since, .. } => Some(since),
+            _ => None,
+        };
+        let patience = if ending.is_some() { LAST_WORK } else { patience };
+        let ends = self.stop_all(ending.unwrap_or_else(Instant::now), patience).await;
+        ending.is_some() || ends.is_ok_and(|ends| ends.iter().all(End::is_in_order))
     }
 }

@@ -3,14 +3,12 @@
 mod args;
 mod child;
 mod group;
+mod ranks;
 mod supervisor;
 
 use std::{
-    fs::{DirBuilder, Permissions},
-    os::unix::{
-        fs::{DirBuilderExt, PermissionsExt},
-        net::SocketAddr,
-    },
+    fs::Permissions,
+    os::unix::{fs::PermissionsExt, net::SocketAddr},
     path::PathBuf,
 };
 
@@ -18,9 +16,10 @@ use anyhow::{Context, ensure};
 use args::Args;
 use child::Output;
 use clap::{Parser, error::ErrorKind};
-use config::{Config, Device, ModelConfig, ShardsConfig};
+use config::{Config, ModelConfig, ShardConfig, ShardsConfig};
 use hub::{ModelError, ModelFiles};
 use lifecycle::{EX_USAGE, fail};
+use ranks::RanksError;
 use supervisor::{Plan, Signals};
 use telemetry::Log;
 
@@ -39,6 +38,7 @@ fn main() {
     }
     if let Err(error) = run(&args, &log) {
         let usage = error.downcast_ref::<ModelError>().is_some_and(ModelError::is_usage)
+            || error.downcast_ref::<RanksError>().is_some_and(RanksError::is_usage)
             || error.downcast_ref::<supervisor::Failure>().is_some_and(supervisor::Failure::is_usage);
         fail(if usage { EX_USAGE } else { 1 }, &*error);
     }
@@ -47,12 +47,7 @@ fn main() {
 
 /// Refuses what cannot work before anything is fetched or started.
 fn check(args: &Args) -> anyhow::Result<()> {
-    ensure!(args.num_shard > 0, "--num-shard must be at least 1");
-    ensure!(
-        args.num_shard == 1 || args.shard.device != Device::Cpu,
-        "--num-shard: one machine's CPU is one shard"
-    );
-    ensure!(args.num_shard == 1, "--num-shard {}: this version runs one shard", args.num_shard);
+    ranks::check(args)?;
     args.router.check()?;
     args.shard.check()?;
     for folder in args.shard.adapter_dir.iter().chain(&args.shard.adapter_roots) {
@@ -68,7 +63,13 @@ fn run(args: &Args, log: &Log) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     // From here on, as the first process of a container does not end by a signal that it does not handle.
     let mut signals = runtime.block_on(async { Signals::listen() })?;
-    let found = hub::find(&args.model_id, args.revision.as_deref());
+    let program = std::env::current_exe().context("finding the folder of this program")?;
+    let programs = program.parent().context("finding the folder of this program")?;
+    let found = async {
+        let ranks = ranks::find(args, programs).await?;
+        let model = hub::find(&args.model_id, args.revision.as_deref()).await?;
+        anyhow::Ok((ranks, model))
+    };
     let found = runtime.block_on(async {
         tokio::select! {
             () = signals.next() => None,
@@ -81,31 +82,31 @@ fn run(args: &Args, log: &Log) -> anyhow::Result<()> {
         runtime.shutdown_background();
         return Ok(());
     };
-    let ModelFiles { id, path, revision, sha } = found?;
+    let (ranks, ModelFiles { id, path, revision, sha }) = found?;
     // Sockets and configuration are this user's alone.
     let folder =
         tempfile::Builder::new().prefix("lorax-").permissions(Permissions::from_mode(0o700)).tempdir();
     let folder = folder.context("making the folder of sockets and configuration")?;
     let sockets: Vec<PathBuf> =
-        (0..args.num_shard).map(|rank| folder.path().join(format!("shard-{rank}.sock"))).collect();
-    for socket in &sockets {
+        (0..ranks.number).map(|rank| folder.path().join(format!("shard-{rank}.sock"))).collect();
+    let rendezvous = folder.path().join("ranks");
+    // The ranks have sockets there, with names no longer than those of two ranks.
+    let longest = rendezvous.join("shard-0-shard-1");
+    for socket in sockets.iter().chain([&longest]) {
         // The system's bound, found out before a model is loaded.
         SocketAddr::from_pathname(socket).with_context(|| format!("{} as a socket", socket.display()))?;
     }
-    let rendezvous = folder.path().join("ranks");
-    DirBuilder::new().mode(0o700).create(&rendezvous).context("making the folder of the ranks")?;
     let config_file = folder.path().join("config.json");
     let config = Config {
         model: ModelConfig { id, path, revision, sha },
         shards: ShardsConfig { uds: sockets, rendezvous },
         router: args.router.clone(),
-        shard: args.shard.clone(),
+        shard: ShardConfig { device: ranks.device, ..args.shard.clone() },
         log: args.log.clone(),
     };
     config.write(&config_file)?;
-    let program = std::env::current_exe().context("finding the folder of this program")?;
     let plan = Plan {
-        programs: program.parent().map(PathBuf::from).context("finding the folder of this program")?,
+        programs: programs.into(),
         output: Output { lines: log.lines(), plain: config.log.json_output },
         config,
         config_file,

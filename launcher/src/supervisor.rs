@@ -1,6 +1,12 @@
 //! Keeps shards and router running, and stops them in order.
 
-use std::{io, path::PathBuf, time::Duration};
+use std::{
+    fs::{self, DirBuilder},
+    io,
+    os::unix::fs::DirBuilderExt,
+    path::PathBuf,
+    time::Duration,
+};
 
 use config::Config;
 use lifecycle::EX_USAGE;
@@ -100,13 +106,28 @@ impl Plan {
             .map_err(|source| Failure::Start { program, source })
     }
 
+    /// Starts all ranks, which find nothing of those before them.
     fn start_shards(&self) -> Result<Vec<Child>, Failure> {
-        let ranks = 0..self.config.shards.uds.len();
-        ranks
+        self.clear()?;
+        (0..self.config.ranks())
             .map(|rank| {
                 self.start(format!("shard-{rank}"), "lorax-shard", &["--rank".into(), rank.to_string()])
             })
             .collect()
+    }
+
+    /// Removes the sockets of earlier ranks, and gives the next ones an empty folder to meet in.
+    fn clear(&self) -> io::Result<()> {
+        let shards = &self.config.shards;
+        let unless_missing = |removed: io::Result<()>| match removed {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        };
+        for socket in &shards.uds {
+            unless_missing(fs::remove_file(socket))?;
+        }
+        unless_missing(fs::remove_dir_all(&shards.rendezvous))?;
+        DirBuilder::new().mode(0o700).create(&shards.rendezvous)
     }
 
     fn start_router(&self) -> Result<Vec<Child>, Failure> {
@@ -117,25 +138,14 @@ impl Plan {
     pub(crate) async fn run(&self, signals: &mut Signals) -> Result<(), Failure> {
         let mut shards = Group::start(|| self.start_shards())?;
         let mut router = Group::start(|| self.start_router())?;
-        loop {
-            tokio::select! {
-                () = signals.next() => break,
-                ended = shards.next_end() => {
-                    let (name, end) = ended?;
-                    report(&name, end);
-                    if !shards.has_served() {
-                        return Err(Failure::NeverReady { name, end });
-                    }
-                }
-                ended = router.next_end() => {
-                    let (name, end) = ended?;
-                    report(&name, end);
-                    let (age, lives) = router.life();
-                    if lives == 1 && (age < FIRST_LIFE || !shards.has_served()) {
-                        return Err(Failure::NeverReady { name, end });
-                    }
-                }
-            }
+        let failure = tokio::select! {
+            () = signals.next() => None,
+            failure = watch(&mut shards, &mut router) => Some(failure),
+        };
+        if let Some(failure) = failure {
+            // Nobody is served any more.
+            tokio::join!(router.stop(PATIENCE), shards.stop(PATIENCE));
+            return Err(failure);
         }
         let router_config = &self.config.router;
         tracing::info!(
@@ -158,9 +168,28 @@ impl Plan {
     }
 }
 
-fn report(name: &str, end: End) {
-    match end {
-        End::Exited(status) => tracing::error!("{name} ended ({status})"),
-        End::Silent(_) => tracing::error!("{name} hangs ({end}): killing it"),
+/// Keeps both groups running. Returns when that is of no use.
+async fn watch(
+    shards: &mut Group<impl Fn() -> Result<Vec<Child>, Failure>>,
+    router: &mut Group<impl Fn() -> Result<Vec<Child>, Failure>>,
+) -> Failure {
+    loop {
+        tokio::select! {
+            ended = shards.next_end() => match ended {
+                Ok((name, end)) if !shards.has_served() => return Failure::NeverReady { name, end },
+                Ok(_) => {}
+                Err(failure) => return failure,
+            },
+            ended = router.next_end() => {
+                let (name, end) = match ended {
+                    Ok(ended) => ended,
+                    Err(failure) => return failure,
+                };
+                let (age, lives) = router.life();
+                if lives == 1 && (age < FIRST_LIFE || !shards.has_served()) {
+                    return Failure::NeverReady { name, end };
+                }
+            }
+        }
     }
 }

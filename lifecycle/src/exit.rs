@@ -10,6 +10,8 @@ use std::{
 
 /// Exit code of a configuration that cannot work (sysexits.h).
 pub const EX_USAGE: i32 = 64;
+/// Exit code of a process that has lost another one without which it cannot work (sysexits.h).
+pub const EX_UNAVAILABLE: i32 = 69;
 /// Exit code of a fault of the program itself (sysexits.h).
 pub const EX_SOFTWARE: i32 = 70;
 

@@ -12,7 +12,7 @@ mod stop;
 mod supervisor;
 mod watchdog;
 
-pub use exit::{EX_SOFTWARE, EX_USAGE, before_exit, exit, fail};
+pub use exit::{EX_SOFTWARE, EX_UNAVAILABLE, EX_USAGE, before_exit, exit, fail};
 pub use heartbeat::{HEARTBEAT, SERVING, STARTING};
 pub use parent::Parent;
 pub use supervisor::{Failure, Supervisor};

@@ -2,6 +2,8 @@
 
 use std::io;
 
+use rustix::process::{Signal, set_parent_process_death_signal};
+
 use crate::{heartbeat::Heartbeat, stop::Stop};
 
 /// The link to the process that started this one. Through our stdin it tells us to stop: by closing it, or by dying.
@@ -15,6 +17,12 @@ impl Parent {
     /// From now on this process beats, and it ends when its stdin does, in the middle of loading, too.
     pub fn link() -> io::Result<Parent> {
         Ok(Parent { heartbeat: Heartbeat::start()?, stop: Stop::watch()? })
+    }
+
+    /// From now on the kernel kills this process when its parent's thread ends that started it. Whatever this process
+    /// is doing or waiting for then, even if it is suspended or in a driver that hangs, it gives back its device.
+    pub fn never_outlive(&self) -> io::Result<()> {
+        Ok(set_parent_process_death_signal(Some(Signal::KILL))?)
     }
 
     /// Leaves the end to the caller: the future resolves when the process is told to stop, by its parent, by SIGTERM or

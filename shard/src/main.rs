@@ -1,7 +1,7 @@
 //! `lorax-shard`: one rank of a model.
 
 use std::{
-    io::{self, IsTerminal},
+    io::{self, IsTerminal, Write},
     path::{Path, PathBuf},
     sync::Arc,
     thread,
@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::Context;
 use clap::Parser;
-use config::{Config, Device, Dtype};
+use config::{Config, Device, Devices, Dtype};
 use indicatif::{ProgressBar, ProgressStyle};
 use kernels::{Backend, DType, RopeSpec, Stretch, cpu::CpuBackend};
 use lifecycle::{EX_USAGE, Parent, Supervisor, fail};
@@ -36,24 +36,53 @@ use tokio_stream::wrappers::UnixListenerStream;
 struct Args {
     /// The run configuration.
     #[arg(long)]
-    config: PathBuf,
+    config: Option<PathBuf>,
     /// Tensor-parallel rank.
     #[arg(long, default_value_t = 0)]
     rank: usize,
+    /// Print the GPUs that this build can use, as JSON, and exit.
+    #[arg(long, required_unless_present = "config", conflicts_with = "config")]
+    devices: bool,
+    /// With --devices: the type of weights that they must be able to compute with.
+    #[arg(long, requires = "devices", default_value = "bfloat16")]
+    dtype: Dtype,
 }
 
 fn main() {
     let args = Args::parse();
-    let config = Config::read(&args.config).unwrap_or_else(|error| fail(EX_USAGE, &error));
+    let Some(config) = &args.config else {
+        print_devices(args.dtype).unwrap_or_else(|error| fail(1, &*error));
+        return;
+    };
+    let config = Config::read(config).unwrap_or_else(|error| fail(EX_USAGE, &error));
     let log = telemetry::start(config.log.json_output)
         .unwrap_or_else(|error| fail(if error.is_usage() { EX_USAGE } else { 1 }, &error));
     lifecycle::before_exit(telemetry::flush);
-    let ended =
-        Parent::link().map_err(anyhow::Error::from).and_then(|parent| run(&config, args.rank, &parent));
+    let ended = Parent::link().and_then(|parent| parent.never_outlive().map(|()| parent));
+    let ended = ended.map_err(anyhow::Error::from).and_then(|parent| run(&config, args.rank, &parent));
     if let Err(error) = ended {
         fail(1, &*error);
     }
     drop(log);
+}
+
+/// The reason that a build without the CUDA backend has no GPUs.
+const NO_CUDA: &str = "this build has no CUDA backend: build it with make cuda, or use --device cpu";
+
+/// Prints the GPUs that this build can use.
+fn print_devices(dtype: Dtype) -> anyhow::Result<()> {
+    #[cfg(feature = "cuda")]
+    let devices = {
+        let (cards, missing) = kernels::cuda::cards(kernels_dtype(dtype));
+        let gpus = cards.into_iter().map(|card| config::Gpu { name: card.name, pci: card.pci }).collect();
+        Devices { gpus, missing: missing.map(|error| error.to_string()) }
+    };
+    #[cfg(not(feature = "cuda"))]
+    let devices = {
+        let _ = dtype;
+        Devices { gpus: Vec::new(), missing: Some(NO_CUDA.into()) }
+    };
+    Ok(writeln!(io::stdout(), "{}", serde_json::to_string(&devices)?)?)
 }
 
 fn run(config: &Config, rank: usize, parent: &Parent) -> anyhow::Result<()> {
@@ -67,10 +96,7 @@ fn run(config: &Config, rank: usize, parent: &Parent) -> anyhow::Result<()> {
             Err(error) => tracing::warn!("no GPU is used: {error}"),
         }
     }
-    anyhow::ensure!(
-        shard.device != Device::Cuda,
-        "this build has no CUDA backend: build it with make cuda, or use --device cpu"
-    );
+    anyhow::ensure!(shard.device != Device::Cuda, NO_CUDA);
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let ops = CpuBackend::new(dtype, shard.threads.unwrap_or(cores))?;
     tracing::info!(dtype = name_of(dtype), tier = ?ops.tier(), threads = ops.threads(), "computing on the CPU");

@@ -7,7 +7,7 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-use config::{Config, Device, LogConfig, ModelConfig, RouterConfig, ShardConfig, ShardsConfig};
+use config::{Config, Device, Devices, LogConfig, ModelConfig, RouterConfig, ShardConfig, ShardsConfig};
 
 /// A shard of a small model, with its stdin open.
 fn start(folder: &Path) -> Child {
@@ -69,4 +69,26 @@ fn a_shard_that_fails_ends_though_its_stdin_is_open() {
     let held = shard.stdin.take();
     assert_eq!(shard.wait().unwrap().code(), Some(1));
     drop(held);
+}
+
+/// The launcher reads this, and nothing else may be on stdout.
+#[test]
+fn a_shard_lists_the_gpus_that_its_build_can_use() {
+    for args in
+        [&["--devices"][..], &["--devices", "--dtype", "float16"], &["--devices", "--dtype", "float32"]]
+    {
+        let listed = Command::new(env!("CARGO_BIN_EXE_lorax-shard")).args(args).output().unwrap();
+        assert!(listed.status.success(), "{listed:?}");
+        let devices: Devices = serde_json::from_slice(&listed.stdout).unwrap();
+        assert!(devices.gpus.is_empty() && devices.missing.unwrap().contains("no CUDA backend"));
+    }
+    for args in [
+        &[][..],
+        &["--dtype", "float16"],
+        &["--devices", "--config", "/none"],
+        &["--devices", "--dtype", "int4"],
+    ] {
+        let refused = Command::new(env!("CARGO_BIN_EXE_lorax-shard")).args(args).output().unwrap();
+        assert!(!refused.status.success() && refused.stdout.is_empty(), "{args:?}: {refused:?}");
+    }
 }

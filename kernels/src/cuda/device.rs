@@ -20,6 +20,28 @@ pub(super) fn launched(op: &'static str, code: i32) -> Result<()> {
     if code == 0 { Ok(()) } else { Err(Error::Device { op, library: "CUDA runtime", code }) }
 }
 
+fn lacks(missing: String) -> Error {
+    Error::Unavailable { backend: BACKEND, missing }
+}
+
+/// Starts the driver, and returns the number of visible cards. Errors: what the machine lacks.
+pub(super) fn count() -> Result<usize> {
+    // SAFETY: opening the driver's library runs its initializers only.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(lacks("no NVIDIA driver (libcuda) on this machine".into()));
+    }
+    result::init().map_err(|e| lacks(format!("the NVIDIA driver does not start: {e:?}")))?;
+    Ok(result::device::get_count().map_err(failed("count devices"))? as usize)
+}
+
+/// Card `ordinal` of `count`.
+pub(super) fn handle(ordinal: usize, count: usize) -> Result<sys::CUdevice> {
+    if ordinal >= count {
+        return Err(lacks(format!("device {ordinal} of {count}")));
+    }
+    result::device::get(ordinal as i32).map_err(failed("open device"))
+}
+
 /// Bytes of device memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DeviceMemory {
@@ -43,17 +65,7 @@ unsafe impl Sync for Device {}
 impl Device {
     /// Opens card `ordinal`. Errors: what the machine lacks.
     pub(super) fn open(ordinal: usize) -> Result<Arc<Device>> {
-        let lacks = |missing: String| Error::Unavailable { backend: BACKEND, missing };
-        // SAFETY: opening the driver's library runs its initializers only.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(lacks("no NVIDIA driver (libcuda) on this machine".into()));
-        }
-        result::init().map_err(|e| lacks(format!("the NVIDIA driver does not start: {e:?}")))?;
-        let count = result::device::get_count().map_err(failed("count devices"))?;
-        if ordinal >= count as usize {
-            return Err(lacks(format!("device {ordinal} of {count}")));
-        }
-        let handle = result::device::get(ordinal as i32).map_err(failed("open device"))?;
+        let handle = handle(ordinal, count()?)?;
         // SAFETY: `handle` came from the driver.
         let context = unsafe { result::primary_ctx::retain(handle) }.map_err(failed("open device"))?;
         let device = Arc::new(Device { context, handle });

@@ -47,7 +47,7 @@ impl Launcher {
             .stdin(Stdio::null())
             .stderr(Stdio::piped());
         let launcher = Launcher { folder, command };
-        launcher.shard(SHARD).router(ROUTER)
+        launcher.shard(SHARD).router(ROUTER).devices(r#"echo '{"gpus": [], "missing": "no driver"}'"#)
     }
 
     /// With the path of an empty model, which children that are scripts do not read.
@@ -62,6 +62,19 @@ impl Launcher {
     pub(crate) fn shard(self, script: &str) -> Launcher {
         fs::write(self.folder.path().join("lorax-shard.sh"), script).unwrap();
         self
+    }
+
+    /// Replaces what a shard does that is asked for its GPUs.
+    pub(crate) fn devices(self, script: &str) -> Launcher {
+        fs::write(self.folder.path().join("devices.sh"), script).unwrap();
+        self
+    }
+
+    /// A shard that has as many GPUs.
+    pub(crate) fn gpus(self, count: usize) -> Launcher {
+        let gpu = |index| format!(r#"{{"name": "a GPU", "pci": "0000:{index:02}:00.0"}}"#);
+        let gpus: Vec<_> = (0..count).map(gpu).collect();
+        self.devices(&format!("echo '{{\"gpus\": [{}], \"missing\": null}}'", gpus.join(", ")))
     }
 
     /// Replaces the script of the router.

@@ -6,3 +6,4 @@ mod configuration;
 mod download;
 mod hub;
 mod launcher;
+mod ranks;
