@@ -25,9 +25,12 @@ struct Bias {
   float value;
 };
 
+constexpr uint32_t kNoMask = ~0u;
+
 struct SampleRow {
   uint32_t row;
   uint32_t seat;
+  uint32_t mask;  // its place in `masks`, or kNoMask
 };
 
 struct Choice {
@@ -44,14 +47,17 @@ struct SampleArgs {
   uint32_t* draws;           // [seats]
   int32_t* last;             // [seats]
   float* scratch;            // [rows, vocab]
+  const uint32_t* masks;     // [masks, mask_words]: bit t % 32 of word t / 32 is set if token t is allowed
   Choice* choices;           // [rows]
   Choice* tops;              // [rows, max_top]
   int vocab;
   int seen_stride;
   int max_biases;
   int max_top;
+  int mask_words;
+  int unused;
 };
-static_assert(sizeof(SampleArgs) == 96 && offsetof(SampleArgs, vocab) == 80, "as in `cuda/ffi.rs`");
+static_assert(sizeof(SampleArgs) == 112 && offsetof(SampleArgs, vocab) == 88, "as in `cuda/ffi.rs`");
 
 namespace {
 
@@ -67,8 +73,10 @@ template <typename L> __device__ void report_top(const L* logits, int vocab, con
   __shared__ uint64_t ranks[kMaxTop];
   __shared__ int found;
   count = min(count, vocab);
+  // Two infinities have no difference.
+  auto key = [&](float x) { return depth_key(x == peak.top ? 0.f : peak.top - x); };
   uint64_t cut = select(vocab, count, [&](int t, uint64_t& rank, uint64_t& weight) {
-    rank = ranked(depth_key(peak.top - to_float(logits[t])), t);
+    rank = ranked(key(to_float(logits[t])), t);
     weight = 1;
     return true;
   });
@@ -76,7 +84,7 @@ template <typename L> __device__ void report_top(const L* logits, int vocab, con
   __syncthreads();
   for (int t = threadIdx.x; t < vocab; t += kThreads) {
     float x = to_float(logits[t]);
-    if (ranked(depth_key(peak.top - x), t) < cut) continue;
+    if (ranked(key(x), t) < cut) continue;
     int at = atomicAdd(&found, 1);
     if (at < kMaxTop) ranks[at] = ranked(ordered(x), t);
   }
@@ -91,8 +99,24 @@ template <typename L> __device__ void report_top(const L* logits, int vocab, con
   __syncthreads();
 }
 
-// Logits after penalties, bias and temperature.
-template <typename L> __device__ void process(const L* logits, float* z, const SeatParams& p, const SampleArgs& a, uint32_t seat) {
+// The tokens that a row may choose from: all of them, or those of its mask.
+struct Allowed {
+  const uint32_t* words;  // or null
+
+  __device__ bool operator()(int t) const { return words == nullptr || words[t / 32] >> t % 32 & 1; }
+
+  __device__ uint32_t first() const {
+    if (words == nullptr) return 0;
+    int word = 0;
+    while (words[word] == 0) word++;  // a mask allows at least one
+    return word * 32 + __ffs(words[word]) - 1;
+  }
+};
+
+// Logits after penalties, bias and temperature; negative infinity for tokens that are not allowed.
+template <typename L>
+__device__ void process(const L* logits, float* z, const SeatParams& p, const SampleArgs& a, uint32_t seat,
+                        const Allowed& allowed) {
   const uint16_t* seen = a.seen + (size_t)seat * a.seen_stride;
   for (int t = threadIdx.x; t < a.vocab; t += kThreads) {
     float x = to_float(logits[t]);
@@ -110,8 +134,10 @@ template <typename L> __device__ void process(const L* logits, float* z, const S
     if (b.token < (uint32_t)a.vocab) atomicAdd(z + b.token, b.value);
   }
   __syncthreads();
-  if (p.temperature > 0.f)
-    for (int t = threadIdx.x; t < a.vocab; t += kThreads) z[t] /= p.temperature;
+  for (int t = threadIdx.x; t < a.vocab; t += kThreads) {
+    if (!allowed(t)) z[t] = -INFINITY;
+    else if (p.temperature > 0.f) z[t] /= p.temperature;
+  }
   __syncthreads();
 }
 
@@ -200,15 +226,16 @@ template <typename L> __global__ void __launch_bounds__(kThreads) sample(const _
   const L* logits = static_cast<const L*>(a.logits) + (size_t)at.row * a.vocab;
   const Peak peak = find_peak(logits, a.vocab);
   uint32_t token = id_of(peak.rank);
-  if (p.temperature > 0.f || p.penalized || p.biases) {
+  const Allowed allowed{at.mask == kNoMask ? nullptr : a.masks + (size_t)at.mask * a.mask_words};
+  if (p.temperature > 0.f || p.penalized || p.biases || allowed.words) {
     float* z = a.scratch + (size_t)blockIdx.x * a.vocab;
-    process(logits, z, p, a, at.seat);
+    process(logits, z, p, a, at.seat, allowed);
     token = choose(z, p, a.vocab, a.draws[at.seat]);
   }
   if (p.num_top > 0) report_top(logits, a.vocab, peak, p.num_top, a.tops + (size_t)blockIdx.x * a.max_top);
   __syncthreads();
   if (threadIdx.x > 0) return;
-  if (token >= (uint32_t)a.vocab) token = 0;  // a row of NaN
+  if (token >= (uint32_t)a.vocab) token = allowed.first();  // no token that is allowed has a probability
   a.choices[blockIdx.x] = {token, to_float(logits[token]) - peak.top - logf(peak.sum)};
   a.last[at.seat] = (int32_t)token;
   a.draws[at.seat]++;

@@ -23,9 +23,11 @@ __device__ inline uint32_t ordered(float x) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// A key that orders as `below` descends from 0, linear so that a histogram of its digits is spread out.
+// A key that orders as `below` descends from 0, linear so that a histogram of its digits is spread out. A NaN is as far
+// below as possible.
 __device__ inline uint32_t depth_key(float below) {
-  float x = fminf(fmaxf(below / kDepth, 0.f), 1.f);
+  float x = below / kDepth;
+  x = x < 1.f ? fmaxf(x, 0.f) : 1.f;
   return 0xffffffffu - (uint32_t)fminf(x * 4294967296.f, 4294967040.f);
 }
 
@@ -139,7 +141,7 @@ template <typename Mass> __device__ uint32_t draw(int vocab, double uniform, Mas
 #pragma unroll
   for (int d = 16; d > 0; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
   if (lane == 0) sums[warp] = sum;
-  if (threadIdx.x == 0) chosen = 0;  // of a row of NaN
+  if (threadIdx.x == 0) chosen = 0;  // where no token has any mass
   __syncthreads();
   uint64_t before = 0, total = 0;
   for (int w = 0; w < kWarps; w++) {

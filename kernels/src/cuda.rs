@@ -357,7 +357,7 @@ impl Sampling for CudaBackend {
     }
 
     fn sample(&self, logits: &CudaMat, rows: &[SampleRow], sampler: &mut CudaSampler) -> Result<CudaPending> {
-        sampler.sample(self, logits, rows)
+        sampler.sample(self, logits, rows, &vec![None; rows.len()])
     }
 
     fn sample_masked(
@@ -367,10 +367,7 @@ impl Sampling for CudaBackend {
         masks: &[Option<&TokenMask>],
         sampler: &mut CudaSampler,
     ) -> Result<CudaPending> {
-        if masks.iter().any(Option::is_some) {
-            return Err(unsupported("sampling with a mask".into()));
-        }
-        sampler.sample(self, logits, rows)
+        sampler.sample(self, logits, rows, masks)
     }
 
     fn score(&self, logits: &CudaMat, targets: &[(u32, u32)], num_top: u32) -> Result<CudaPending> {

@@ -208,12 +208,15 @@ pub(super) struct SampleArgs {
     pub(super) draws: u64,
     pub(super) last: u64,
     pub(super) scratch: u64,
+    pub(super) masks: u64,
     pub(super) choices: u64,
     pub(super) tops: u64,
     pub(super) vocab: i32,
     pub(super) seen_stride: i32,
     pub(super) max_biases: i32,
     pub(super) max_top: i32,
+    pub(super) mask_words: i32,
+    pub(super) unused: i32,
 }
 
 // The same numbers are asserted in `csrc`.
@@ -228,7 +231,7 @@ const _: () = {
     assert!(size_of::<LoraArgs>() == 120 && offset_of!(LoraArgs, entry_stride) == 72);
     assert!(offset_of!(LoraArgs, first_out) == 100);
     assert!(size_of::<LinearArgs>() == 56 && offset_of!(LinearArgs, rows) == 32);
-    assert!(size_of::<SampleArgs>() == 96 && offset_of!(SampleArgs, vocab) == 80);
+    assert!(size_of::<SampleArgs>() == 112 && offset_of!(SampleArgs, vocab) == 88);
 };
 
 unsafe extern "C" {

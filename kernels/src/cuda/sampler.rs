@@ -9,15 +9,20 @@ use super::{
     ffi, unsupported,
 };
 use crate::{
-    Error, MAX_BIASES, MAX_TOP, Matrix, Result, SampleRow, Sampled, SamplingParams, sampling::check_seat,
+    Error, MAX_BIASES, MAX_TOP, Matrix, Result, SampleRow, Sampled, SamplingParams, TokenMask,
+    sampling::{check_masks, check_seat},
 };
 
 /// Rows of one launch, at most.
 const MAX_ROWS: usize = 512;
 /// Bytes of a `SeatParams` in `sample.cu`.
 const PARAMS: usize = 56;
-/// Bytes of a `SampleRow`, a `Bias` or a `Choice` in `sample.cu`.
+/// Bytes of a `Bias` or a `Choice` in `sample.cu`.
 const PAIR: usize = 8;
+/// Bytes of a `SampleRow` in `sample.cu`.
+const ROW: usize = 12;
+/// The place of a row's mask if it has none; `kNoMask` in `sample.cu`.
+const NO_MASK: u32 = u32::MAX;
 
 /// Sampling state by seat.
 pub struct CudaSampler {
@@ -29,6 +34,8 @@ pub struct CudaSampler {
     draws: DeviceBuf,
     pub(super) last: DeviceBuf,
     scratch: DeviceBuf,
+    /// The masks of one launch.
+    masks: DeviceBuf,
     /// Most probable tokens that each seat reports.
     num_top: Vec<u32>,
 }
@@ -45,6 +52,7 @@ impl CudaSampler {
             draws: zeroed(seats * 4)?,
             last: zeroed(seats * 4)?,
             scratch: zeroed(seats.min(MAX_ROWS) * vocab * 4)?,
+            masks: zeroed(seats.min(MAX_ROWS) * vocab.div_ceil(32) * 4)?,
             num_top: vec![0; seats],
         })
     }
@@ -90,7 +98,7 @@ impl CudaSampler {
 
     /// Marks tokens of a prompt, or generated ones.
     fn mark(&self, be: &CudaBackend, seen: u64, tokens: &[u32], generated: bool) -> Result<()> {
-        for tokens in tokens.chunks(MAX_ROWS * PAIR / 4) {
+        for tokens in tokens.chunks(MAX_ROWS * ROW / 4) {
             // SAFETY: `rows` has room for a chunk, and tokens were checked against the vocabulary.
             unsafe { be.staging().copy(&be.stream, be.reports.rows.at(), &convert::bytes_of(tokens))? };
             let (count, vocab) = (tokens.len() as i32, self.vocab as i32);
@@ -103,43 +111,85 @@ impl CudaSampler {
         Ok(())
     }
 
+    /// Samples from `rows`, each with its mask if it has one.
     pub(super) fn sample(
         &self,
         be: &CudaBackend,
         logits: &CudaMat,
         rows: &[SampleRow],
+        masks: &[Option<&TokenMask>],
     ) -> Result<CudaPending> {
         let op = "sample";
         logits.expect_cols(op, "columns of the logits", self.vocab)?;
+        check_masks(masks, rows.len(), self.vocab)?;
         for row in rows {
             expect_below(op, "row", row.row, logits.rows())?;
             expect_below(op, "seat", row.seat, self.seats)?;
         }
+        let at_once = self.seats.clamp(1, MAX_ROWS);
         let mut pending = CudaPending::default();
-        for rows in rows.chunks(self.seats.clamp(1, MAX_ROWS)) {
-            let num_top: Vec<u32> = rows.iter().map(|r| self.num_top[r.seat as usize]).collect();
-            let seats: Vec<u32> = rows.iter().map(|r| r.seat).collect();
-            let max_top = num_top.iter().copied().max().unwrap_or(0);
-            let args = ffi::SampleArgs {
-                params: self.params.at(),
-                biases: self.biases.at(),
-                seen: self.seen.at(),
-                draws: self.draws.at(),
-                last: self.last.at(),
-                scratch: self.scratch.at(),
-                vocab: self.vocab as i32,
-                seen_stride: seen_stride(self.vocab) as i32,
-                max_biases: MAX_BIASES as i32,
-                ..be.reports.args(logits, rows.len(), max_top)
-            };
-            let pairs: Vec<u32> = rows.iter().flat_map(|r| [r.row, r.seat]).collect();
-            // SAFETY: rows and seats were checked; results have room for `MAX_ROWS`.
-            let launch = |elem, stream| unsafe {
-                ffi::lorax_sample(&raw const args, elem, logits.wide(), rows.len() as i32, stream)
-            };
-            pending.parts.push(be.reports.fetch(be, &pairs, (seats, num_top), launch)?);
+        for (rows, masks) in rows.chunks(at_once).zip(masks.chunks(at_once)) {
+            pending.parts.push(self.sample_at_once(be, logits, rows, masks)?);
         }
         Ok(pending)
+    }
+
+    /// Launches sampling from rows that fit into one launch.
+    fn sample_at_once(
+        &self,
+        be: &CudaBackend,
+        logits: &CudaMat,
+        rows: &[SampleRow],
+        masks: &[Option<&TokenMask>],
+    ) -> Result<Part> {
+        let num_top: Vec<u32> = rows.iter().map(|r| self.num_top[r.seat as usize]).collect();
+        let seats: Vec<u32> = rows.iter().map(|r| r.seat).collect();
+        let max_top = num_top.iter().copied().max().unwrap_or(0);
+        let args = ffi::SampleArgs {
+            params: self.params.at(),
+            biases: self.biases.at(),
+            seen: self.seen.at(),
+            draws: self.draws.at(),
+            last: self.last.at(),
+            scratch: self.scratch.at(),
+            masks: self.masks.at(),
+            seen_stride: seen_stride(self.vocab) as i32,
+            max_biases: MAX_BIASES as i32,
+            mask_words: self.vocab.div_ceil(32) as i32,
+            ..be.reports.args(logits, rows.len(), max_top)
+        };
+        let mut num_masks = 0;
+        let words = rows.iter().zip(masks).flat_map(|(row, mask)| {
+            num_masks += u32::from(mask.is_some());
+            [row.row, row.seat, if mask.is_some() { num_masks - 1 } else { NO_MASK }]
+        });
+        let words: Vec<u32> = words.collect();
+        let masks: Vec<&TokenMask> = masks.iter().copied().flatten().collect();
+        self.upload_masks(be, &masks)?;
+        // SAFETY: rows, seats and masks were checked; results have room for `MAX_ROWS`.
+        let launch = |elem, stream| unsafe {
+            ffi::lorax_sample(&raw const args, elem, logits.wide(), rows.len() as i32, stream)
+        };
+        be.reports.fetch(be, &words, (seats, num_top), launch)
+    }
+
+    /// Copies the masks of one launch to the device, one after the other.
+    fn upload_masks(&self, be: &CudaBackend, masks: &[&TokenMask]) -> Result<()> {
+        let size = self.vocab.div_ceil(32) * 4;
+        be.device.bind()?;
+        let fill = |mut at: usize, mut out: &mut [u8]| {
+            while !out.is_empty() {
+                let words = &masks[at / size].words()[at % size / 4..];
+                let (piece, rest) = out.split_at_mut(out.len().min(words.len() * 4));
+                for (bytes, word) in piece.chunks_exact_mut(4).zip(words) {
+                    bytes.copy_from_slice(&word.to_le_bytes());
+                }
+                at += piece.len();
+                out = rest;
+            }
+        };
+        // SAFETY: there is room for a mask of every row of a launch.
+        unsafe { be.staging().write(&be.stream, self.masks.at(), masks.len() * size, 4, fill) }
     }
 }
 
@@ -195,13 +245,13 @@ pub(super) fn score(
     let mut pending = CudaPending::default();
     for targets in targets.chunks(MAX_ROWS) {
         let args = be.reports.args(logits, targets.len(), num_top);
-        let pairs: Vec<u32> = targets.iter().flat_map(|&(row, token)| [row, token]).collect();
+        let words: Vec<u32> = targets.iter().flat_map(|&(row, token)| [row, token, NO_MASK]).collect();
         let (seats, num_top) = (vec![0; targets.len()], vec![num_top; targets.len()]);
         // SAFETY: rows and tokens were checked; results have room for `MAX_ROWS`.
         let launch = |elem, stream| unsafe {
             ffi::lorax_score(&raw const args, elem, logits.wide(), targets.len() as i32, stream)
         };
-        pending.parts.push(be.reports.fetch(be, &pairs, (seats, num_top), launch)?);
+        pending.parts.push(be.reports.fetch(be, &words, (seats, num_top), launch)?);
     }
     Ok(pending)
 }
@@ -231,7 +281,7 @@ impl Reports {
     pub(super) fn new(device: &Arc<Device>) -> Result<Reports> {
         let what = "choices";
         Ok(Reports {
-            rows: DeviceBuf::new(device, MAX_ROWS * PAIR, what)?,
+            rows: DeviceBuf::new(device, MAX_ROWS * ROW, what)?,
             results: DeviceBuf::new(device, result_bytes(MAX_ROWS, MAX_TOP as u32), what)?,
             idle: Mutex::default(),
         })
@@ -249,26 +299,29 @@ impl Reports {
             draws: 0,
             last: 0,
             scratch: 0,
+            masks: 0,
             choices,
             tops: choices + (rows * PAIR) as u64,
             vocab: logits.cols() as i32,
             seen_stride: 0,
             max_biases: 0,
             max_top: max_top as i32,
+            mask_words: 0,
+            unused: 0,
         }
     }
 
-    /// Launches, and begins to copy the results to the host.
+    /// Launches, with `words` as the rows, and begins to copy the results to the host.
     fn fetch(
         &self,
         be: &CudaBackend,
-        pairs: &[u32],
+        words: &[u32],
         (seats, num_top): (Vec<u32>, Vec<u32>),
         launch: impl FnOnce(i32, cudarc::driver::sys::CUstream) -> i32,
     ) -> Result<Part> {
         be.device.bind()?;
         // SAFETY: callers launch at most `MAX_ROWS` rows.
-        unsafe { be.staging().copy(&be.stream, self.rows.at(), &convert::bytes_of(pairs))? };
+        unsafe { be.staging().copy(&be.stream, self.rows.at(), &convert::bytes_of(words))? };
         be.launch("sample", seats.len(), launch)?;
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let mut report = match idle {

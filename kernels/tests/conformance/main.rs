@@ -6,6 +6,7 @@ mod adapters;
 mod attention;
 mod exact;
 mod linear;
+mod masks;
 mod rows;
 mod sampling;
 
@@ -66,15 +67,19 @@ use linear::{
     gated_projections_with_deltas, linear_of_any_shape, low_rank_deltas_of_mixed_ranks,
     normed_projections_with_deltas, the_stream_is_not_rounded,
 };
+use masks::{
+    masks_change_nothing_else, masks_come_before_filters, masks_hold_for_any_logits, masks_of_many_rows,
+    tokens_under_a_mask_are_counted,
+};
 use rows::{
     activations_and_gates, embedding_takes_the_token_sampled_last, embeddings_are_scaled_and_know_positions,
     logits_are_scaled_and_capped, norms_of_any_width, parallel_branches, products_onto_the_stream,
     products_that_are_activated,
 };
 use sampling::{
-    counts_of_seen_tokens_stop_at_the_last, draws_depend_on_their_seat_alone, every_parameter_has_an_effect,
-    penalties_over_a_large_vocabulary, sampling_among_thousands_of_tokens, sampling_and_scoring_of_many_rows,
-    sampling_filters_and_reports, sampling_of_a_large_vocabulary,
+    any_logits_give_a_token, counts_of_seen_tokens_stop_at_the_last, draws_depend_on_their_seat_alone,
+    every_parameter_has_an_effect, penalties_over_a_large_vocabulary, sampling_among_thousands_of_tokens,
+    sampling_and_scoring_of_many_rows, sampling_filters_and_reports, sampling_of_a_large_vocabulary,
     tokens_without_a_probability_are_never_chosen,
 };
 
@@ -111,23 +116,18 @@ on_every_backend!(
     draws_depend_on_their_seat_alone,
     every_parameter_has_an_effect,
     tokens_without_a_probability_are_never_chosen,
+    any_logits_give_a_token,
+    masks_hold_for_any_logits,
+    masks_change_nothing_else,
+    masks_come_before_filters,
+    tokens_under_a_mask_are_counted,
+    masks_of_many_rows,
 );
 
 #[test]
 fn no_row_depends_on_its_neighbours_on_the_cpu() {
     on_cpu(linear::a_row_does_not_depend_on_its_neighbours);
     on_cpu(adapters::no_row_depends_on_the_adapters_beside_it);
-}
-
-#[test]
-fn any_logits_give_a_token_on_the_cpu() {
-    on_cpu(sampling::any_logits_give_a_token);
-}
-
-#[test]
-fn masks_hold_on_the_cpu() {
-    on_cpu(sampling::masks_hold_for_any_logits);
-    on_cpu(sampling::masks_change_nothing_else);
 }
 
 /// A few outputs and numbers of rows: the plainest tier takes its time.
