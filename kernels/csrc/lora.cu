@@ -378,7 +378,7 @@ constexpr int kGainThreads = 256;
 constexpr int kGainOutputs = 4;  // of a block, which share what it reads of A
 
 // gain[o] = magnitude[o] / ‖W[o] + scale · B[o] · A‖ (DoRA: Liu et al., 2024), in place of the magnitudes. Element i of
-// row o of W is at w[o · row_stride + i · stride]. Grid: outputs by kGainOutputs.
+// row o of W is at w[o · row_stride + i · stride]. A has at least `inputs` columns. Grid: outputs by kGainOutputs.
 template <typename T>
 __global__ void __launch_bounds__(kGainThreads)
     gains(const LoraEntry entry, float* gain, const T* w, int64_t row_stride, int64_t stride, int inputs, int outputs) {
@@ -459,7 +459,7 @@ extern "C" int lorax_lora_replace_rows(const LoraArgs* args, int elem, int wide,
 }
 
 // `gain` [outputs] holds magnitudes. `w`: the first row of the slice, or the table of a lookup, whose columns are rows:
-// [inputs, outputs]. Inputs and outputs are those that the weight has.
+// [tokens, outputs], of which `inputs` tokens take part. Otherwise inputs and outputs are those that the weight has.
 extern "C" int lorax_lora_gains(int elem, const LoraEntry* entry, float* gain, const void* w, int inputs, int outputs,
                                 int lookup, cudaStream_t stream) {
   const int64_t row_stride = lookup ? 1 : inputs, stride = lookup ? outputs : 1;

@@ -29,7 +29,7 @@ constexpr int kMaxLoraRank = 512;
 constexpr int kMaxSlices = 4;
 constexpr uint32_t kNoSlot = ~0u;
 
-// What one adapter has at one slice of one site. Mirrored by `Entry` in `cuda/lora.rs`.
+// What one adapter has at one slice of one site. Mirrored by `LoraEntry` in `cuda/ffi.rs`.
 struct LoraEntry {
   const void* a;
   const void* b;
@@ -40,10 +40,10 @@ struct LoraEntry {
   uint32_t lora_rank;   // 0: no low-rank delta
   float scale;          // factor of the delta
   uint32_t num_rows;
-  uint32_t a_cols;  // of A: a table may have fewer rows than there are tokens
+  uint32_t a_cols;  // columns of A: of a table, the tokens of the adapter's vocabulary
 };
-static_assert(sizeof(LoraEntry) == 64, "`Entry` in `cuda/lora.rs` has as many bytes");
-static_assert(offsetof(LoraEntry, lora_rank) == 48 && offsetof(LoraEntry, num_rows) == 56, "as in `Entry`");
+static_assert(sizeof(LoraEntry) == 64, "as in `cuda/ffi.rs`");
+static_assert(offsetof(LoraEntry, lora_rank) == 48 && offsetof(LoraEntry, num_rows) == 56, "as in `cuda/ffi.rs`");
 
 struct LoraTile {
   uint32_t row;
@@ -71,7 +71,7 @@ struct LoraArgs {
   int first_out[kMaxSlices + 1];  // where each slice begins in y
 };
 static_assert(sizeof(LoraArgs) == 120 && offsetof(LoraArgs, entry_stride) == 72 && offsetof(LoraArgs, first_out) == 100,
-              "as in `ffi.rs`");
+              "as in `cuda/ffi.rs`");
 
 namespace lora {
 

@@ -48,7 +48,9 @@ impl LoraSite {
 /// `y = gain ∘ (x · Wᵀ + scale · x · Aᵀ · Bᵀ) + base bias + bias`. With a magnitude (DoRA: Liu et al., 2024)
 /// `gain = magnitude / ‖W + scale · B · A‖`, with the norm of each row; otherwise it is 1. For a [`SiteKind::Lookup`], x
 /// is the unit vector of the token and W the transposed table:
-/// `y = gain ∘ (table[token] + scale · Aᵀ[token] · Bᵀ) + bias`, where the norms are those of the table's columns.
+/// `y = gain ∘ (table[token] + scale · Aᵀ[token] · Bᵀ) + bias`, where the norms are those of the table's columns. If A
+/// has columns for fewer tokens than the table has rows, the adapter's vocabulary is the smaller one: its norms are those
+/// over its own tokens, and other tokens have no delta.
 ///
 /// A part that has rows has neither a low-rank delta nor a magnitude.
 #[derive(Debug, Clone)]
@@ -74,7 +76,7 @@ pub struct LowRank {
     pub rank: usize,
     /// The factor of the delta.
     pub scale: f32,
-    /// A, `[rank, inputs]`; fewer columns where a [`SiteKind::Lookup`] has more room than the base table has rows.
+    /// A, `[rank, inputs]`; for a [`SiteKind::Lookup`], it has as many columns as the adapter's vocabulary has tokens.
     pub a: HostTensor<'static>,
     /// B, `[outputs[slice], rank]`; fewer rows where a [`SiteKind::Head`] has more room than the base weight has rows.
     pub b: HostTensor<'static>,

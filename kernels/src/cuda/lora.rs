@@ -312,12 +312,16 @@ impl CudaSlots {
         let base = match site.kind {
             SiteKind::Linear => Base { at, inputs: weight.inputs, outputs: columns.len(), lookup: false },
             SiteKind::Head => Base { at, inputs: weight.inputs, outputs: weight.outputs, lookup: false },
-            SiteKind::Lookup => Base { at, inputs: weight.outputs, outputs: weight.inputs, lookup: true },
+            SiteKind::Lookup => {
+                // Norms are those over the adapter's vocabulary.
+                let tokens = if part.shape.lora_rank > 0 { part.a_cols } else { weight.outputs };
+                Base { at, inputs: tokens.min(weight.outputs), outputs: weight.inputs, lookup: true }
+            }
         };
-        let (a_cols, last) = (part.a_cols.min(base.inputs), columns.start + base.outputs);
         if part.shape.lora_rank > 0 {
-            expect(op, "columns of A", part.a_cols, a_cols)?;
+            expect(op, "columns of A", part.a_cols, base.inputs)?;
         }
+        let last = columns.start + base.outputs;
         if !base.lookup && last > weight.outputs {
             return Err(Error::Index {
                 op,

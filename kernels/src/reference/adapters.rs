@@ -135,7 +135,10 @@ pub fn embed(base: Base<'_>, batch: &Batch, adapters: &[Vec<LoraPart>], scale: f
         let rows = weight_of(base.weight, part, 0..site.inputs);
         let row = rows[token as usize].as_ref().expect("a row of the token");
         for (k, x) in row.iter().enumerate() {
-            let column = rows.iter().enumerate().filter_map(|(t, row)| Some(row.as_ref()?[k] + delta(k, t)));
+            // Only the tokens of the adapter's vocabulary count.
+            let tokens = deltas.as_ref().map_or(rows.len(), |deltas| deltas[k].len());
+            let own = rows.iter().take(tokens).enumerate();
+            let column = own.filter_map(|(t, row)| Some(row.as_ref()?[k] + delta(k, t)));
             let gain = part.magnitude.as_ref().map_or(1.0, |magnitude| magnitude[k] / norm(column));
             let own = part.bias.as_ref().map_or(0.0, |bias| bias[k]);
             y.data.push(scale * (gain * (x + delta(k, token as usize)) + own));

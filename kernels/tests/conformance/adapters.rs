@@ -233,6 +233,48 @@ pub(super) fn lookups_that_adapters_change<B: Backend>(ops: &B) {
     }
 }
 
+/// The gains of adapters whose vocabulary is smaller than the table: their norms are those over their own tokens.
+pub(super) fn gains_over_smaller_vocabularies<B: Backend>(ops: &B) {
+    let mut numbers = Numbers(27);
+    for (cols, known, tokens) in [(40, 50, 50), (33, 60, 77), (576, 50, 51), (128, 300, 300)] {
+        let site = LoraSite { kind: SiteKind::Lookup, inputs: tokens, outputs: vec![cols] };
+        let sizes = [1, 2, 7, 16, 31, 32, 33, known - 17, known - 2, known - 1, known];
+        let adapters: Vec<_> = sizes
+            .iter()
+            .enumerate()
+            .map(|(i, &size)| {
+                let lora_rank = 1 + 3 * i;
+                // Beyond the end of a row there would be a much larger value, the first of the next one.
+                let (mut a, b) = (numbers.table(lora_rank, size), numbers.table(cols, lora_rank));
+                a.data.chunks_mut(size).enumerate().for_each(|(r, row)| row[0] *= 1.0 + r as f32);
+                let low_rank = Some(LowRank { rank: lora_rank, scale: 0.3, a: tensor(&a), b: tensor(&b) });
+                let magnitude = magnitudes(&mut numbers, cols, size);
+                vec![LoraPart { low_rank, magnitude, ..nothing(0, 0) }]
+            })
+            .collect();
+        let table = numbers.table(known, cols);
+        let weight = ops.weight(&[tensor(&table)]).unwrap();
+        let slots = fill_slots(ops, slice::from_ref(&site), &[&weight], &adapters);
+        // Every adapter looks up tokens that it has, and the ones behind them.
+        let slots_of: Vec<_> = (0..sizes.len() as u32).map(Some).collect();
+        let mut host = batch(&vec![(4, 0); sizes.len()], &slots_of);
+        for (tokens, size) in host.tokens.chunks_mut(4).zip(sizes) {
+            let end = known - 1;
+            let near = [0, size - 1, size.min(end), end];
+            tokens.iter_mut().zip(near).for_each(|(token, near)| *token = near as i32);
+        }
+        let device = device_batch(ops, &host);
+        let sampler = ops.sampler(1, tokens).unwrap();
+        let lora = Some(LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All });
+        let by = Embedding { table: &weight, scale: 1.0, positions: None, lora };
+        let mut y = ops.wide_mat(host.rows(), cols).unwrap();
+        ops.embed(&device, &sampler, by, &mut y).unwrap();
+        let base = Base { weight: &table, bias: None, site: (0, &site) };
+        let expected = reference::embed(base, &host, &adapters, 1.0);
+        assert_close("lookup", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
+    }
+}
+
 /// Everything that an adapter has takes memory, and what is promised is what is taken.
 pub(super) fn adapters_are_counted<B: Backend>(ops: &B) {
     let mut numbers = Numbers(25);

@@ -58,7 +58,10 @@ macro_rules! on_every_backend {
     };
 }
 
-use adapters::{adapters_are_counted, lookups_that_adapters_change, magnitudes_and_biases, rows_of_the_head};
+use adapters::{
+    adapters_are_counted, gains_over_smaller_vocabularies, lookups_that_adapters_change,
+    magnitudes_and_biases, rows_of_the_head,
+};
 use attention::{
     attention_over_blocks, attention_over_windows, attention_to_both_sides,
     queries_and_keys_are_clamped_and_normed, rotations_of_every_kind, sinks_and_slopes,
@@ -92,6 +95,7 @@ on_every_backend!(
     magnitudes_and_biases,
     rows_of_the_head,
     lookups_that_adapters_change,
+    gains_over_smaller_vocabularies,
     adapters_are_counted,
     norms_of_any_width,
     activations_and_gates,

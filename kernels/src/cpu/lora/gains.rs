@@ -3,7 +3,7 @@
 
 use super::{
     super::{CpuBackend, memory::Panels, pool::Shards},
-    CpuAdapter, LookupDelta, OwnRows, SiteChange, SliceDelta, SliceVectors, unpack_row,
+    CpuAdapter, LookupDelta, SiteChange, SliceDelta, SliceVectors, unpack_row,
 };
 use crate::{Error, LoraSite, Result, SiteKind};
 
@@ -35,7 +35,7 @@ impl CpuAdapter {
             let gains = change.vectors.iter().map(|vectors| {
                 let magnitude = vectors.magnitude.as_ref()?;
                 let squares = match site.kind {
-                    SiteKind::Lookup => of_table(weight, change.lookup.as_ref(), change.rows.as_ref()),
+                    SiteKind::Lookup => of_table(weight, change.lookup.as_ref()),
                     SiteKind::Linear | SiteKind::Head => of_slice(be, weight, change, vectors),
                 };
                 Some(magnitude.iter().zip(squares).map(|(m, square)| m / square.sqrt()).collect())
@@ -79,15 +79,12 @@ fn of_slice(be: &CpuBackend, weight: &Panels, change: &SiteChange, vectors: &Sli
     squares
 }
 
-/// The squared norms of the columns of a table, its delta included.
-fn of_table(table: &Panels, delta: Option<&LookupDelta>, rows: Option<&OwnRows>) -> Vec<f32> {
+/// The squared norms of the columns of a table, its delta included, over the tokens of the adapter's vocabulary.
+fn of_table(table: &Panels, delta: Option<&LookupDelta>) -> Vec<f32> {
     let mut squares = vec![0.0; table.inputs];
     let mut row = vec![0.0; table.inputs];
-    for token in 0..table.outputs {
-        match rows.and_then(|rows| rows.find(token).ok().flatten().map(|own| (rows, own))) {
-            Some((rows, own)) => rows.values.read_row(own, &mut row),
-            None => table.read_row(token, &mut row),
-        }
+    for token in 0..delta.map_or(table.outputs, |delta| table.outputs.min(delta.a.outputs)) {
+        table.read_row(token, &mut row);
         if let Some(delta) = delta {
             delta.add(token, &mut row);
         }
