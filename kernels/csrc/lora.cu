@@ -202,9 +202,9 @@ template <typename T> __device__ inline Chunk<T> find_chunk(const LoraArgs& p, c
   return {nullptr, 0, 0, 0, 0, -1};
 }
 
-// AFFINE: some adapter of the step has a gain or a bias. Grid: (blocks of kExpandWarps chunks, tiles).
-template <typename T, typename R, bool PACKED, bool AFFINE>
-__global__ void __launch_bounds__(kExpandThreads, AFFINE ? 4 : 5) expand(const __grid_constant__ LoraArgs p) {
+// Grid: (blocks of kExpandWarps chunks, tiles).
+template <typename T, typename R, bool PACKED>
+__global__ void __launch_bounds__(kExpandThreads, 5) expand(const __grid_constant__ LoraArgs p) {
   pdl_launch_dependents();
   if (blockIdx.y >= *p.num_tiles) return pdl_wait();
   const LoraTile tile = p.tiles[blockIdx.y];
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kExpandThreads, AFFINE ? 4 : 5) expand(const _
   if (chunk.slice < 0) return pdl_wait();
   const LoraEntry& entry = entries[chunk.slice];
   const Affine affine(entry, p.bias, chunk.column, p.base_cols);
-  if (chunk.rank == 0 && !(AFFINE && affine.changes())) return pdl_wait();
+  if (chunk.rank == 0 && !affine.changes()) return pdl_wait();
   const float scale = entry.scale;
   Columns<T> columns;
   columns.load(chunk.b, chunk.rank, 0);
@@ -237,8 +237,7 @@ __global__ void __launch_bounds__(kExpandThreads, AFFINE ? 4 : 5) expand(const _
       if (!valid[h] || out >= chunk.outs) continue;
       R* y = static_cast<R*>(p.y) + (size_t)(tile.row + row + 8 * h) * p.out_cols + chunk.column + out;
       update_outputs<R, PACKED>(y, chunk.outs - out, [&](int i, float sum) {
-        sum += scale * d[i % kHalf][2 * h + i / kHalf];
-        return AFFINE ? affine(sum, out + i) : sum;
+        return affine(sum + scale * d[i % kHalf][2 * h + i / kHalf], out + i);
       });
     }
   }
@@ -247,7 +246,7 @@ __global__ void __launch_bounds__(kExpandThreads, AFFINE ? 4 : 5) expand(const _
 // Expand of a gate and an up projection side by side, with SwiGLU as its epilogue: act = silu(gate) · up. Their sums
 // stay in registers, where an expand and a gate of their own would write and read them once more. Grid: (blocks of
 // kExpandWarps blocks of outputs, tiles of all rows: those without an adapter have the slot kNoSlot).
-template <typename T, bool AFFINE>
+template <typename T>
 __global__ void __launch_bounds__(kExpandThreads, 3) expand_silu_mul(const __grid_constant__ LoraArgs p, T* act) {
   pdl_launch_dependents();
   const LoraTile tile = p.tiles[blockIdx.y];
@@ -307,10 +306,11 @@ __global__ void __launch_bounds__(kExpandThreads, 3) expand_silu_mul(const __gri
         columns[s].multiply_each(a[s], [&](int n, int e, float delta) { d[s][n][e] += scales[s] * delta; });
       }
     }
-    if (AFFINE && tile.slot != kNoSlot) {
+    if (tile.slot != kNoSlot) {
 #pragma unroll
       for (int s = 0; s < 2; s++) {
         const Affine affine(entries[s], p.bias, p.first_out[s], p.base_cols);
+        if (!affine.changes()) continue;
 #pragma unroll
         for (int i = 0; i < 32; i++) d[s][i / 4][i % 4] = affine(d[s][i / 4][i % 4], out + i % 2 * kHalf + i / 4);
       }
@@ -334,18 +334,13 @@ __global__ void __launch_bounds__(kExpandThreads, 3) expand_silu_mul(const __gri
 // ---- rows of the weight that adapters replace ----
 
 constexpr int kReplaceWarps = 8;
+constexpr int kReplaceThreads = kReplaceWarps * 32;
 constexpr int kReplaceRows = 8;  // of x that a warp multiplies at once
 
-// Puts the products with replaced rows where those with the base model's are: a warp has one row of the weight and all
-// rows of a tile. Logits of rows that an adapter does not have become -inf. Grid: (blocks, tiles).
+// Puts the products of a tile with replaced rows where those with the base model's are: a warp has one row of the weight
+// and all rows of the tile. Logits of rows that an adapter does not have become -inf.
 template <typename T, typename R>
-__global__ void __launch_bounds__(kReplaceWarps * 32) replace_rows(const __grid_constant__ LoraArgs p) {
-  pdl_launch_dependents();
-  pdl_wait();
-  if (blockIdx.y >= *p.num_tiles) return;
-  const LoraTile tile = p.tiles[blockIdx.y];
-  const LoraEntry entry = p.entries[(size_t)tile.slot * p.entry_stride];
-  if (entry.num_rows == 0) return;
+__device__ inline void replace_rows_of(const LoraArgs& p, const LoraTile& tile, const LoraEntry& entry) {
   const int lane = threadIdx.x % 32, count = entry.ids ? (int)entry.num_rows : p.out_cols;
   for (int j = blockIdx.x * kReplaceWarps + threadIdx.x / 32; j < count; j += gridDim.x * kReplaceWarps) {
     const int out = entry.ids ? (int)entry.ids[j] : j;
@@ -369,6 +364,28 @@ __global__ void __launch_bounds__(kReplaceWarps * 32) replace_rows(const __grid_
               from_float<R>(has ? sum : -INFINITY);
       }
     }
+  }
+}
+
+// The tiles are looked through by every block, as most steps have no adapter with replaced rows. Grid: blocks that share
+// the rows of the weight.
+template <typename T, typename R>
+__global__ void __launch_bounds__(kReplaceThreads) replace_rows(const __grid_constant__ LoraArgs p) {
+  __shared__ bool replaced[kReplaceThreads];
+  pdl_launch_dependents();
+  pdl_wait();
+  const int tiles = *p.num_tiles;
+  for (int first = 0; first < tiles; first += kReplaceThreads) {
+    const int own = first + threadIdx.x, end = min(kReplaceThreads, tiles - first);
+    const bool replaces = own < tiles && p.entries[(size_t)p.tiles[own].slot * p.entry_stride].num_rows > 0;
+    replaced[threadIdx.x] = replaces;
+    if (!__syncthreads_or(replaces)) continue;
+    for (int i = 0; i < end; i++) {
+      if (!replaced[i]) continue;
+      const LoraTile tile = p.tiles[first + i];
+      replace_rows_of<T, R>(p, tile, p.entries[(size_t)tile.slot * p.entry_stride]);
+    }
+    __syncthreads();  // `replaced` is read
   }
 }
 
@@ -422,8 +439,7 @@ extern "C" int lorax_lora_shrink(const LoraArgs* args, int elem, int max_tiles, 
   });
 }
 
-extern "C" int lorax_lora_expand(const LoraArgs* args, int elem, int wide, int affine, int max_tiles,
-                                 cudaStream_t stream) {
+extern "C" int lorax_lora_expand(const LoraArgs* args, int elem, int wide, int max_tiles, cudaStream_t stream) {
   int chunks = 0;
   bool packed = args->out_cols % 8 == 0;
   for (int s = 0; s < args->slices; s++) {
@@ -433,28 +449,24 @@ extern "C" int lorax_lora_expand(const LoraArgs* args, int elem, int wide, int a
   }
   dim3 grid(ceil_div(chunks, kExpandWarps), max_tiles);
   WITH_HALF(elem, T, WITH_WIDE(wide, T, R, {
-              auto kernel = packed ? expand<T, R, true, false> : expand<T, R, false, false>;
-              if (affine) kernel = packed ? expand<T, R, true, true> : expand<T, R, false, true>;
+              auto kernel = packed ? expand<T, R, true> : expand<T, R, false>;
               return launch_pdl(kernel, grid, kExpandThreads, 0, stream, *args);
             }));
 }
 
 // `act` [rows, inner]; `tiles` cover all rows; `args` has two slices of `inner` outputs, a multiple of 64.
-extern "C" int lorax_lora_expand_silu_mul(const LoraArgs* args, void* act, int elem, int affine, int tiles,
-                                          cudaStream_t stream) {
+extern "C" int lorax_lora_expand_silu_mul(const LoraArgs* args, void* act, int elem, int tiles, cudaStream_t stream) {
   dim3 grid(ceil_div(args->first_out[1], kExpandWarps * kOutBlock), tiles);
-  WITH_HALF(elem, T, {
-    auto kernel = affine ? expand_silu_mul<T, true> : expand_silu_mul<T, false>;
-    return launch_pdl(kernel, grid, kExpandThreads, 0, stream, *args, static_cast<T*>(act));
-  });
+  WITH_HALF(elem, T,
+            return launch_pdl(expand_silu_mul<T>, grid, kExpandThreads, 0, stream, *args, static_cast<T*>(act)));
 }
 
 // `args` has one slice.
-extern "C" int lorax_lora_replace_rows(const LoraArgs* args, int elem, int wide, int max_tiles, cudaStream_t stream) {
-  constexpr int kBlocks = 264;  // fill a large GPU; each takes every so many-th row
-  dim3 grid(min(kBlocks, ceil_div(args->out_cols, kReplaceWarps)), max_tiles);
+extern "C" int lorax_lora_replace_rows(const LoraArgs* args, int elem, int wide, cudaStream_t stream) {
+  constexpr int kBlocks = 1056;  // fill a large GPU
+  dim3 grid(min(kBlocks, ceil_div(args->out_cols, kReplaceWarps)));
   WITH_HALF(elem, T, WITH_WIDE(wide, T, R, {
-              return launch_pdl(replace_rows<T, R>, grid, kReplaceWarps * 32, 0, stream, *args);
+              return launch_pdl(replace_rows<T, R>, grid, kReplaceThreads, 0, stream, *args);
             }));
 }
 

@@ -85,19 +85,14 @@ pub trait Ops: Adapters {
     /// Runs `ops`, which are all operations of one step except sampling. For the same device batch and the same numbers
     /// of rows, `ops` must always be the same operations on the same matrices, because a device may capture them as a
     /// CUDA graph and replay this later.
-    fn step(
-        &self,
-        batch: &Self::Batch,
-        slots: &Self::LoraSlots,
-        ops: impl FnOnce() -> Result<()>,
-    ) -> Result<()> {
-        let _ = (batch, slots);
+    fn step(&self, batch: &Self::Batch, ops: impl FnOnce() -> Result<()>) -> Result<()> {
+        let _ = batch;
         ops()
     }
 
     /// The decode steps that this device captures, as (rows, runs of rows with an adapter). The warm-up runs each of
     /// them twice, so that no request waits for a capture.
-    fn recorded_steps(&self) -> Vec<(usize, usize)> {
+    fn captured_steps(&self) -> Vec<(usize, usize)> {
         Vec::new()
     }
 

@@ -136,7 +136,7 @@ impl CudaBackend {
     }
 
     /// Whether decode steps are captured as CUDA graphs, which they are unless this turns it off.
-    pub fn record_steps(&self, on: bool) {
+    pub fn capture_steps(&self, on: bool) {
         self.graphs.enable(on);
     }
 
@@ -330,10 +330,9 @@ impl Adapters for CudaBackend {
         slots.unload(slot)
     }
 
-    /// Answers for the whole step, whatever rows are asked for: its graph has kernels for all of them. A bias goes the
-    /// same way, so that there are not more graphs.
+    /// Answers for the whole step, whatever rows are asked for. A bias goes the same way as a magnitude.
     fn scales(&self, lora: &LinearLora<'_, Self>) -> bool {
-        lora.slots.features(lora.batch).affine
+        lora.slots.needs(lora.batch).products
     }
 }
 

@@ -86,9 +86,20 @@ fn add_products(
 }
 
 fn resident(ops: &CudaBackend, sites: &[LoraSite], adapters: &[Vec<LoraPart>]) -> CudaSlots {
+    resident_on(ops, sites, adapters, &[])
+}
+
+/// As [`resident`], for adapters that depend on the base weights of the sites.
+fn resident_on(
+    ops: &CudaBackend,
+    sites: &[LoraSite],
+    adapters: &[Vec<LoraPart>],
+    weights: &[&CudaWeight],
+) -> CudaSlots {
     let mut slots = ops.lora_slots(sites, adapters.len()).unwrap();
     for (slot, parts) in adapters.iter().enumerate() {
-        ops.load(&mut slots, slot as u32, &Arc::new(ops.stage(sites, parts).unwrap()), &[]).unwrap();
+        let adapter = Arc::new(ops.stage(sites, parts).unwrap());
+        ops.load(&mut slots, slot as u32, &adapter, weights).unwrap();
     }
     let mut count = 0;
     while count < adapters.len() {
@@ -279,16 +290,16 @@ fn stores(host: &Batch) -> Vec<u32> {
 /// Steps with deltas before and behind a norm, replayed from a graph, equal the same steps launched one by one.
 #[test]
 fn captured_steps_equal_launched_ones() {
-    let recorded = decode_tokens(true);
-    assert_eq!(recorded, decode_tokens(false));
-    assert!(recorded.iter().any(|step| step != &recorded[0]), "the steps differ");
+    let captured = decode_tokens(true);
+    assert_eq!(captured, decode_tokens(false));
+    assert!(captured.iter().any(|step| step != &captured[0]), "the steps differ");
 }
 
 /// Greedy tokens of a few decode steps of changing size through a toy model of one layer without attention.
-fn decode_tokens(record: bool) -> Vec<Vec<u32>> {
+fn decode_tokens(capture: bool) -> Vec<Vec<u32>> {
     let (hidden, vocab, most) = (640, 200, 70);
     let ops = backend();
-    ops.record_steps(record);
+    ops.capture_steps(capture);
     let mut numbers = Numbers(24);
     let sites = [vocab, hidden].map(|outputs| LoraSite::linear(hidden, &[outputs]));
     let adapters: Vec<Vec<_>> = [4, 40]
@@ -316,7 +327,7 @@ fn decode_tokens(record: bool) -> Vec<Vec<u32>> {
         let known = |seat: usize| if step == 0 { seat as i32 * 5 } else { -1 - seat as i32 };
         host.tokens = (0..rows).map(known).collect();
         ops.upload(&host, &mut device).unwrap();
-        ops.step(&device, &slots, || {
+        ops.step(&device, || {
             ops.embed(&device, &sampler, rows_of(&table), &mut residual)?;
             ops.normalize(&residual, rms(&weights), &mut x)?;
             let lora = |site, rows| Some(LinearLora { slots: &slots, site, batch: &device, rows });
@@ -411,8 +422,7 @@ impl Layer {
         let ops = self.ops.clone();
         ops.fill(&mut self.residual, &Numbers(27).table(rows, Self::HIDDEN).data).unwrap();
         if graph {
-            let slots = self.slots.clone();
-            ops.step(device, &slots, || {
+            ops.step(device, || {
                 self.launch(device, wait);
                 Ok(())
             })
@@ -478,10 +488,10 @@ fn chained_kernels_wait_for_what_they_read() {
         let device = device_batch(&layer.ops, &host);
         let expected = layer.run(&device, host.rows(), (false, true));
         assert!(expected.iter().all(|x| x.is_finite()));
-        for record in [false, true] {
+        for capture in [false, true] {
             for _ in 0..5 {
-                let got = layer.run(&device, host.rows(), (record, false));
-                assert!(got == expected, "{} rows, recorded: {record}", host.rows());
+                let got = layer.run(&device, host.rows(), (capture, false));
+                assert!(got == expected, "{} rows, captured: {capture}", host.rows());
             }
         }
     }

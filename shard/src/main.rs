@@ -133,7 +133,7 @@ fn serve_cuda(
     parent: &Parent,
 ) -> anyhow::Result<()> {
     let shard = &config.shard;
-    ops.record_steps(!shard.eager);
+    ops.capture_steps(!shard.eager);
     let name = ops.name()?;
     tracing::info!(dtype = name_of(kernels::Memory::dtype(&ops)), "computing on {name}");
     let room = |ops: &kernels::cuda::CudaBackend| {

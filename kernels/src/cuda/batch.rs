@@ -13,7 +13,6 @@ use super::{
     CudaBackend,
     device::DeviceBuf,
     ffi::{MAX_LORA_RANK, MAX_SLICES},
-    lora::Features,
     plan::{self, AttentionItem, Cut, Items},
     unsupported,
 };
@@ -28,20 +27,20 @@ const COUNTS: usize = 3 + 2 * MAX_SPANS;
 const NOWHERE: u32 = u32::MAX;
 
 /// Numbers of rows that decode steps are captured for.
-const RECORDED_ROWS: [usize; 24] =
+const CAPTURED_ROWS: [usize; 24] =
     [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256];
 
 /// Numbers of adapter tiles that decode steps are captured for: a step without adapters launches nothing for them.
-const RECORDED_TILES: [usize; 5] = [0, 4, 16, 64, 256];
+const CAPTURED_TILES: [usize; 5] = [0, 4, 16, 64, 256];
 
 /// The rows and tiles of every graph.
-pub(super) fn recorded_steps() -> Vec<(usize, usize)> {
+pub(super) fn captured_steps() -> Vec<(usize, usize)> {
     let tiles_of = |&rows: &usize| {
-        let mut tiles: Vec<usize> = RECORDED_TILES.iter().map(|&tiles| tiles.min(rows)).collect();
+        let mut tiles: Vec<usize> = CAPTURED_TILES.iter().map(|&tiles| tiles.min(rows)).collect();
         tiles.dedup();
         tiles.into_iter().map(move |tiles| (rows, tiles))
     };
-    RECORDED_ROWS.iter().flat_map(tiles_of).collect()
+    CAPTURED_ROWS.iter().flat_map(tiles_of).collect()
 }
 
 fn at_least(sizes: &[usize], size: usize) -> Option<usize> {
@@ -150,8 +149,6 @@ pub(super) struct GraphKey {
     rows: usize,
     tiles: usize,
     cut: Option<Cut>,
-    /// What the adapters of the step need besides low-rank deltas.
-    features: Features,
 }
 
 /// A step on the GPU.
@@ -247,9 +244,14 @@ impl CudaBatch {
     }
 
     /// Names the graph that this step can use, if any.
-    pub(super) fn graph_key(&self, features: Features) -> Option<GraphKey> {
+    pub(super) fn graph_key(&self) -> Option<GraphKey> {
         let Self { id, cut, .. } = *self;
-        self.captured.map(|sizes| GraphKey { id, rows: sizes.rows, tiles: sizes.tiles[0], cut, features })
+        self.captured.map(|sizes| GraphKey { id, rows: sizes.rows, tiles: sizes.tiles[0], cut })
+    }
+
+    /// Whether this is a decode step of a size that there are graphs for.
+    pub(super) fn is_decode(&self) -> bool {
+        self.captured.is_some()
     }
 
     /// Whether launches are those of a graph.
@@ -347,8 +349,8 @@ impl CudaBatch {
         let count = host.rows();
         let decode =
             host.sequences.iter().all(|s| s.rows == 1) && host.logit_rows.len() == count && count > 0;
-        let rows = at_least(&RECORDED_ROWS, count).filter(|&r| decode && r <= self.row_capacity)?;
-        let tiles = at_least(&RECORDED_TILES, self.exact.tiles[0].max(self.exact.tiles[1]))?.min(rows);
+        let rows = at_least(&CAPTURED_ROWS, count).filter(|&r| decode && r <= self.row_capacity)?;
+        let tiles = at_least(&CAPTURED_TILES, self.exact.tiles[0].max(self.exact.tiles[1]))?.min(rows);
         let span = |exact: SpanSizes| SpanSizes {
             few_items: cut.max_few_items(rows),
             few_rows: 1,

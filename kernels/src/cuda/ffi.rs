@@ -317,7 +317,6 @@ unsafe extern "C" {
         args: *const LoraArgs,
         elem: i32,
         wide: i32,
-        affine: i32,
         max_tiles: i32,
         stream: CUstream,
     ) -> i32;
@@ -325,7 +324,6 @@ unsafe extern "C" {
         args: *const LoraArgs,
         act: u64,
         elem: i32,
-        affine: i32,
         tiles: i32,
         stream: CUstream,
     ) -> i32;
@@ -333,7 +331,6 @@ unsafe extern "C" {
         args: *const LoraArgs,
         elem: i32,
         wide: i32,
-        max_tiles: i32,
         stream: CUstream,
     ) -> i32;
     pub(super) fn lorax_lora_gains(

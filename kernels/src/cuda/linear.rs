@@ -7,7 +7,7 @@ use super::{
     device::Stream,
     ffi,
     gemm::{Operands, Shape},
-    lora::Features,
+    lora::Needs,
     memory::expect,
     norm,
 };
@@ -314,7 +314,7 @@ struct Deltas<'a> {
     batch: &'a CudaBatch,
     rows: RowSet,
     kind: SiteKind,
-    features: Features,
+    needs: Needs,
 }
 
 /// A residual stream, what is added to it besides deltas, and its norm.
@@ -368,12 +368,8 @@ impl<'a> Deltas<'a> {
             base_cols: y.cols() as i32,
             first_out,
         };
-        let (kind, features) = (site.kind, slots.features(batch));
-        Ok(Some(Deltas { args, max_tiles, tile_rows, batch, rows: lora.rows, kind, features }))
-    }
-
-    fn affine(&self) -> i32 {
-        i32::from(self.features.affine)
+        let (kind, needs) = (site.kind, slots.needs(batch));
+        Ok(Some(Deltas { args, max_tiles, tile_rows, batch, rows: lora.rows, kind, needs }))
     }
 
     fn shrink(&self, be: &CudaBackend, stream: &Stream) -> Result<()> {
@@ -386,13 +382,12 @@ impl<'a> Deltas<'a> {
 
     /// Puts products with replaced rows of the output projection where those with the base model's are.
     fn replace_rows(&self, be: &CudaBackend, y: &CudaMat) -> Result<()> {
-        if self.kind != SiteKind::Head || !self.features.head_rows {
+        if self.kind != SiteKind::Head || !self.needs.head_rows {
             return Ok(());
         }
         // SAFETY: as in `shrink`; ids of replaced rows were checked when the adapter was staged.
         be.launch("linear", self.max_tiles, |elem, stream| unsafe {
-            let max_tiles = self.max_tiles as i32;
-            ffi::lorax_lora_replace_rows(&raw const self.args, elem, y.wide(), max_tiles, stream)
+            ffi::lorax_lora_replace_rows(&raw const self.args, elem, y.wide(), stream)
         })
     }
 
@@ -400,8 +395,7 @@ impl<'a> Deltas<'a> {
     fn expand(&self, be: &CudaBackend, y: &CudaMat) -> Result<()> {
         // SAFETY: as in `shrink`.
         be.launch("linear", self.max_tiles, |elem, stream| unsafe {
-            let (wide, affine, max_tiles) = (y.wide(), self.affine(), self.max_tiles as i32);
-            ffi::lorax_lora_expand(&raw const self.args, elem, wide, affine, max_tiles, stream)
+            ffi::lorax_lora_expand(&raw const self.args, elem, y.wide(), self.max_tiles as i32, stream)
         })
     }
 
@@ -422,8 +416,7 @@ impl<'a> Deltas<'a> {
         let tiles = self.batch.all_tiles();
         // SAFETY: as in `shrink`; the tiles cover the rows of `gate_up`, of which `y` has as many.
         be.launch("gate", tiles, |elem, stream| unsafe {
-            let (affine, tiles) = (self.affine(), tiles as i32);
-            ffi::lorax_lora_expand_silu_mul(&raw const self.args, y.at(), elem, affine, tiles, stream)
+            ffi::lorax_lora_expand_silu_mul(&raw const self.args, y.at(), elem, tiles as i32, stream)
         })
     }
 

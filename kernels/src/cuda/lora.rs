@@ -19,20 +19,20 @@ const ALIGN: usize = 256;
 /// Bytes of an entry of the table.
 const ENTRY: usize = 4 * LoraEntry::WORDS;
 
-/// What a step's adapters need besides low-rank deltas, on which the choice of kernels depends.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
-pub(super) struct Features {
-    /// A gain or a bias.
-    pub(super) affine: bool,
+/// What adapters need besides low-rank deltas.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Needs {
+    /// Whole products, because a gain or a bias changes them before they are added to the residual stream.
+    pub(super) products: bool,
     /// Replaced rows of the output projection.
     pub(super) head_rows: bool,
 }
 
-impl BitOr for Features {
-    type Output = Features;
+impl BitOr for Needs {
+    type Output = Needs;
 
-    fn bitor(self, other: Features) -> Features {
-        Features { affine: self.affine || other.affine, head_rows: self.head_rows || other.head_rows }
+    fn bitor(self, other: Needs) -> Needs {
+        Needs { products: self.products || other.products, head_rows: self.head_rows || other.head_rows }
     }
 }
 
@@ -79,7 +79,7 @@ impl Placed {
 pub struct CudaAdapter {
     memory: Pieces,
     parts: Vec<Placed>,
-    features: Features,
+    needs: Needs,
 }
 
 impl CudaAdapter {
@@ -88,18 +88,18 @@ impl CudaAdapter {
         let shapes: Vec<_> = parts.iter().map(LoraPart::shape).collect();
         let (mut placed, bytes) = layout(be.dtype, sites, &shapes)?;
         let mut memory = be.pinned.take(bytes)?;
-        let mut features = Features::default();
+        let mut needs = Needs::default();
         for (part, placed) in parts.iter().zip(&mut placed) {
             let site = &sites[part.site];
             write_part(be.dtype, part, site.outputs[part.slice], placed, &mut memory);
             let head = site.kind == SiteKind::Head;
-            features = features
-                | Features {
-                    affine: part.magnitude.is_some() || part.bias.is_some(),
+            needs = needs
+                | Needs {
+                    products: part.magnitude.is_some() || part.bias.is_some(),
                     head_rows: head && part.rows.is_some(),
                 };
         }
-        Ok(CudaAdapter { memory, parts: placed, features })
+        Ok(CudaAdapter { memory, parts: placed, needs })
     }
 
     pub(super) fn bytes(&self) -> usize {
@@ -224,7 +224,7 @@ struct Base {
 struct Resident {
     /// Holds what the slot's entries point to.
     _memory: PoolBuf,
-    features: Features,
+    needs: Needs,
 }
 
 impl CudaSlots {
@@ -255,11 +255,15 @@ impl CudaSlots {
         self.entries.at() + (self.first[site] * ENTRY) as u64
     }
 
-    /// What the adapters of a step need besides low-rank deltas.
-    pub(super) fn features(&self, batch: &CudaBatch) -> Features {
-        let resident =
-            batch.slots(RowSet::All).iter().filter_map(|&slot| self.slots.get(slot as usize)?.as_ref());
-        resident.fold(Features::default(), |all, resident| all | resident.features)
+    /// What the launches of a step provide for. In a decode step with adapters that is everything, because one CUDA graph
+    /// serves all of them; there it costs next to nothing. Products of many rows would take time to write and read.
+    pub(super) fn needs(&self, batch: &CudaBatch) -> Needs {
+        let slots = batch.slots(RowSet::All);
+        if batch.is_decode() && !slots.is_empty() {
+            return Needs { products: true, head_rows: true };
+        }
+        let resident = slots.iter().filter_map(|&slot| self.slots.get(slot as usize)?.as_ref());
+        resident.fold(Needs::default(), |all, resident| all | resident.needs)
     }
 
     pub(super) fn expect_resident(&self, op: &'static str, slot: u32) -> Result<()> {
@@ -364,7 +368,7 @@ impl CudaSlots {
         let mut slots = Vec::with_capacity(ready.len());
         for Loading { slot, memory, adapter, .. } in ready {
             self.write_entries(be, slot, &adapter.parts, memory.at())?;
-            self.slots[slot as usize] = Some(Resident { _memory: memory, features: adapter.features });
+            self.slots[slot as usize] = Some(Resident { _memory: memory, needs: adapter.needs });
             slots.push(slot);
         }
         Ok(slots)

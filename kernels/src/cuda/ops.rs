@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use super::{
-    CudaBackend, CudaBatch, CudaKv, CudaMat, CudaSampler, CudaSlots, CudaWeight, attention, batch, ffi, gemm,
-    linear, norm,
+    CudaBackend, CudaBatch, CudaKv, CudaMat, CudaSampler, CudaWeight, attention, batch, ffi, gemm, linear,
+    norm,
 };
 use crate::{
     Activation, Attention, Embedding, Error, Group, LinearLora, LogitShape, Matrix, Norm, Ops, Output,
@@ -59,14 +59,13 @@ fn activate(be: &CudaBackend, x: &CudaMat, f: Activation, gated: bool, y: &mut C
 }
 
 impl Ops for CudaBackend {
-    fn step(&self, batch: &CudaBatch, slots: &CudaSlots, ops: impl FnOnce() -> Result<()>) -> Result<()> {
+    fn step(&self, batch: &CudaBatch, ops: impl FnOnce() -> Result<()>) -> Result<()> {
         self.device.bind()?;
-        let key = batch.graph_key(slots.features(batch));
-        self.graphs.step(&self.stream, batch, key, ops)
+        self.graphs.step(&self.stream, batch, batch.graph_key(), ops)
     }
 
-    fn recorded_steps(&self) -> Vec<(usize, usize)> {
-        if self.graphs.is_enabled() { batch::recorded_steps() } else { Vec::new() }
+    fn captured_steps(&self) -> Vec<(usize, usize)> {
+        if self.graphs.is_enabled() { batch::captured_steps() } else { Vec::new() }
     }
 
     fn warm_up_rows(&self, max_rows: usize) -> Vec<usize> {

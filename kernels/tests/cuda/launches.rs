@@ -1,6 +1,6 @@
 //! How often a step goes to the GPU.
 
-use kernels::LowRank;
+use kernels::{LogitShape, LowRank, ReplacedRows, SiteKind};
 
 use super::*;
 
@@ -34,21 +34,13 @@ fn adapter(sites: &[LoraSite], numbers: &mut Numbers, is_dora: bool) -> Vec<Lora
 /// through one layer's projections, and whether the stream is finite behind them.
 fn launches(rows: usize, dora: usize) -> (u64, bool) {
     let (ops, sites, mut numbers) = (backend(), sites(), Numbers(61));
-    ops.record_steps(false);
+    ops.capture_steps(false);
     let weights: Vec<_> = sites
         .iter()
         .map(|s| ops.weight(&[tensor(&numbers.table(s.outputs.iter().sum(), s.inputs))]).unwrap())
         .collect();
-    let mut slots = ops.lora_slots(&sites, ADAPTERS).unwrap();
-    for slot in 0..ADAPTERS {
-        let adapter = ops.stage(&sites, &adapter(&sites, &mut numbers, slot < dora)).unwrap();
-        let weights: Vec<_> = weights.iter().collect();
-        ops.load(&mut slots, slot as u32, &Arc::new(adapter), &weights).unwrap();
-    }
-    let mut loaded = 0;
-    while loaded < ADAPTERS {
-        loaded += ops.loaded(&mut slots).unwrap().len();
-    }
+    let adapters: Vec<_> = (0..ADAPTERS).map(|slot| adapter(&sites, &mut numbers, slot < dora)).collect();
+    let slots = resident_on(&ops, &sites, &adapters, &weights.iter().collect::<Vec<_>>());
     let of: Vec<_> = (0..ADAPTERS as u32).map(Some).collect();
     let host = batch(&vec![(rows / ADAPTERS, 3); ADAPTERS], &of);
     let device = device_batch(&ops, &host);
@@ -87,5 +79,120 @@ fn adapters_with_magnitudes_take_no_more_launches() {
         for dora in [1, 7, ADAPTERS] {
             assert_eq!(launches(rows, dora), plain, "{rows} rows, {dora} adapters with magnitudes");
         }
+    }
+}
+
+/// Adapters of every kind for a projection and an output projection, the first with low-rank deltas only.
+fn of_every_kind(sites: &[LoraSite], numbers: &mut Numbers) -> Vec<Vec<LoraPart>> {
+    let mut plain = || scaled(numbers.part((0, 0), &sites[0], 16), 0.01);
+    let [a, b, c, d] = [plain(), plain(), plain(), plain()];
+    let head = scaled(numbers.part((1, 0), &sites[1], 8), 0.1);
+    let mut bias = || Some(numbers.table(1, HIDDEN).data);
+    let [first, second] = [bias(), bias()];
+    let mut rows = |ids: Option<Vec<u32>>, count| {
+        let rows = Some(ReplacedRows { ids, values: tensor(&numbers.table(count, HIDDEN)) });
+        LoraPart { low_rank: None, magnitude: None, bias: None, rows, site: 1, slice: 0 }
+    };
+    vec![
+        vec![a.clone()],
+        vec![LoraPart { magnitude: Some(vec![9.0; HIDDEN]), ..a.clone() }],
+        vec![LoraPart { bias: first, ..b }],
+        vec![LoraPart { low_rank: None, bias: second, ..a }],
+        vec![rows(None, VOCAB)],
+        vec![rows(None, VOCAB - 100)],
+        vec![c, rows(Some(vec![0, 7, VOCAB as u32 - 1]), 3)],
+        vec![d, head],
+    ]
+}
+
+const VOCAB: usize = 1000;
+const ROWS: usize = 8;
+
+/// A decode step through a projection onto the stream and an output projection.
+struct Decode {
+    ops: CudaBackend,
+    weights: [CudaWeight; 2],
+    norm: CudaVector,
+    slots: CudaSlots,
+    device: CudaBatch,
+    input: Table,
+    x: CudaMat,
+    stream: CudaMat,
+    products: CudaMat,
+    y: CudaMat,
+    last: CudaMat,
+    logits: CudaMat,
+}
+
+impl Decode {
+    fn new() -> Decode {
+        let (ops, mut numbers) = (backend(), Numbers(62));
+        let head = LoraSite { kind: SiteKind::Head, inputs: HIDDEN, outputs: vec![VOCAB] };
+        let sites = [LoraSite::linear(HIDDEN, &[HIDDEN]), head];
+        let mut weight = |rows| ops.weight(&[tensor(&numbers.table(rows, HIDDEN))]).unwrap();
+        let weights = [weight(HIDDEN), weight(VOCAB)];
+        let adapters = of_every_kind(&sites, &mut numbers);
+        let [half, wide] = [HIDDEN, VOCAB].map(|cols| ops.wide_mat(ROWS, cols).unwrap());
+        let mat = || ops.mat(ROWS, HIDDEN).unwrap();
+        Decode {
+            slots: resident_on(&ops, &sites, &adapters, &weights.iter().collect::<Vec<_>>()),
+            norm: ops.vector(&[1.0; HIDDEN]).unwrap(),
+            device: ops.batch(ROWS, 64, &[Span::Causal]).unwrap(),
+            input: numbers.table(ROWS, HIDDEN),
+            x: mat(),
+            y: mat(),
+            last: mat(),
+            products: ops.wide_mat(ROWS, HIDDEN).unwrap(),
+            stream: half,
+            logits: wide,
+            weights,
+            ops,
+        }
+    }
+
+    /// The logits of rows with adapters in these slots, of a captured step or of one that is launched kernel by kernel.
+    fn run(&mut self, of: &[Option<u32>; ROWS], capture: bool) -> Vec<f32> {
+        let Decode { ops, weights, norm, slots, device, input, x, stream, products, y, last, logits } = self;
+        ops.capture_steps(capture);
+        ops.upload(&batch(&[(1, 3); ROWS], of), device).unwrap();
+        ops.fill(x, &input.data).unwrap();
+        ops.fill(stream, &input.data).unwrap();
+        let by = |site: usize, rows| {
+            let lora = LinearLora { slots: &*slots, site, batch: &*device, rows };
+            Projection::new(&weights[site], Some(lora))
+        };
+        ops.step(device, || {
+            let next = Some((rms(norm), &mut *y));
+            let to = Residual { stream, products, post: None, scale: 1.0, more: false, next };
+            ops.linear(x, by(0, RowSet::All), Output::Residual(to))?;
+            ops.gather_logit_rows(y, device, last)?;
+            let out = Output::Logits { y: &mut *logits, shape: LogitShape::PLAIN };
+            ops.linear(last, by(1, RowSet::Logits), out)
+        })
+        .unwrap();
+        ops.download(logits).unwrap()
+    }
+}
+
+/// A graph that was captured with plain adapters serves steps with gains, biases and replaced rows, too.
+#[test]
+fn one_graph_serves_adapters_of_every_kind() {
+    let mut decode = Decode::new();
+    let all = |slot: u32| [Some(slot); ROWS];
+    let mut mixes: Vec<_> = (0..8).map(all).collect();
+    let rotated = |by: usize| std::array::from_fn(|i| Some(((i + by) % 8) as u32));
+    mixes.extend((0..8).map(rotated));
+    mixes.extend([1, 4, 6].map(|slot| std::array::from_fn(|i| Some(if i == 3 { slot } else { 0 }))));
+    for _ in 0..2 {
+        decode.run(&all(0), true);
+    }
+    let launches = decode.ops.launches();
+    let replayed: Vec<_> = mixes.iter().map(|of| decode.run(of, true)).collect();
+    assert_eq!(decode.ops.launches(), launches, "every step is a replay");
+    for (of, replayed) in mixes.iter().zip(&replayed) {
+        assert!(*replayed == decode.run(of, false), "{of:?}");
+    }
+    for (slot, other) in (0..8).flat_map(|slot| (0..slot).map(move |other| (slot, other))) {
+        assert!(replayed[slot] != replayed[other], "adapters {slot} and {other} differ");
     }
 }

@@ -45,10 +45,11 @@ impl<B: Backend> State<B> {
     }
 
     /// Runs every decode step that the device captures as a CUDA graph: the first run loads its kernels, the second one
-    /// captures it.
+    /// captures it. The graphs of steps with adapters serve adapters of every kind, so that one with plain deltas stands
+    /// for all of them.
     pub(super) fn capture_graphs(&mut self) -> kernels::Result<()> {
         let Limits { max_sequences, max_logit_rows, num_slots, .. } = self.limits;
-        let mut steps = in_use(self.ops.recorded_steps(), max_sequences, max_logit_rows);
+        let mut steps = in_use(self.ops.captured_steps(), max_sequences, max_logit_rows);
         if num_slots == 0 {
             steps.retain(|&(_, runs)| runs == 0);
         }

@@ -123,10 +123,10 @@ async fn what_cannot_be_read_again_is_reported() {
 }
 
 #[tokio::test]
-async fn decode_steps_are_recorded_for_any_number_of_slots() {
+async fn decode_steps_are_captured_for_any_number_of_slots() {
     for slots in [0, 1, 2] {
         let script = Script::default();
-        script.set_recorded(&[(1, 0), (1, 1), (4, 0), (4, 2), (4, 4)]);
+        script.set_captured(&[(1, 0), (1, 1), (4, 0), (4, 2), (4, 4)]);
         let folder = tempfile::tempdir().unwrap();
         tiny::engine_with_slots(Fake::new(script.clone()), folder.path(), 1 << 20, slots);
         assert_eq!(script.count("load"), usize::from(slots > 0), "{slots} slots");

@@ -41,7 +41,7 @@ struct State {
     marks: u64,
     counts: HashMap<&'static str, usize>,
     piece: usize,
-    recorded: Vec<(usize, usize)>,
+    captured: Vec<(usize, usize)>,
     lengths: Vec<u32>,
 }
 
@@ -75,9 +75,9 @@ impl Script {
         self.state().piece = bytes;
     }
 
-    /// Has the device record these decode steps (rows, runs of rows with an adapter).
-    pub(crate) fn set_recorded(&self, steps: &[(usize, usize)]) {
-        self.state().recorded = steps.into();
+    /// Has the device capture these decode steps (rows, runs of rows with an adapter).
+    pub(crate) fn set_captured(&self, steps: &[(usize, usize)]) {
+        self.state().captured = steps.into();
     }
 
     /// The lengths that the rotary scaling of the last step's rows goes by.
@@ -241,8 +241,8 @@ impl Memory for Fake {
 }
 
 impl Ops for Fake {
-    fn recorded_steps(&self) -> Vec<(usize, usize)> {
-        self.script.state().recorded.clone()
+    fn captured_steps(&self) -> Vec<(usize, usize)> {
+        self.script.state().captured.clone()
     }
 
     fn embed(
