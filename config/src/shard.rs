@@ -44,9 +44,12 @@ pub struct ShardConfig {
     /// Where to compute
     #[arg(long, env, default_value = "auto")]
     pub device: Device,
-    /// Threads that compute on a CPU [default: all cores]
+    /// Threads of a shard that compute on a CPU [default: all cores, divided among the shards]
     #[arg(long, env)]
     pub threads: Option<usize>,
+    /// Run each shard on the CPUs near its GPU, or without GPUs each of several shards on cores of its own
+    #[arg(long, env, default_value_t = true, action = ArgAction::Set)]
+    pub pin_cpus: bool,
     /// Sequences that run at the same time
     #[arg(long, env, default_value_t = 128)]
     pub max_batch_size: usize,

@@ -2,6 +2,7 @@
 
 pub mod adapters;
 pub mod choices;
+pub mod cpus;
 pub mod engine;
 pub mod memory;
 pub mod pump;

@@ -18,6 +18,7 @@ use lifecycle::{EX_USAGE, Parent, Supervisor, fail};
 use lorax_shard::choices::ChoiceFile;
 use lorax_shard::{
     adapters::{Adapters, HostLimits, Roots},
+    cpus::{self, Machine},
     engine::{Engine, Limits},
     memory::{self, Room},
     server::{self, Rank},
@@ -91,19 +92,44 @@ fn run(config: &Config, rank: usize, parent: &Parent) -> anyhow::Result<()> {
     #[cfg(feature = "cuda")]
     if shard.device != Device::Cpu {
         match kernels::cuda::CudaBackend::new(dtype, rank) {
-            Ok(ops) => return serve_cuda(ops, config, rank, parent),
+            Ok(ops) => {
+                let (cards, _) = kernels::cuda::cards(dtype);
+                let card = cards.get(rank).map_or("", |card| &card.pci);
+                pin(config, |machine, allowed| machine.near(card, allowed));
+                return serve_cuda(ops, config, rank, parent);
+            }
             Err(error) if shard.device == Device::Cuda => return Err(error.into()),
             Err(error) => tracing::warn!("no GPU is used: {error}"),
         }
     }
     anyhow::ensure!(shard.device != Device::Cuda, NO_CUDA);
+    let ranks = config.ranks().max(1);
     let cores = thread::available_parallelism().map_or(1, usize::from);
-    let ops = CpuBackend::new(dtype, shard.threads.unwrap_or(cores))?;
+    pin(config, |machine, allowed| machine.part((rank, ranks), allowed));
+    let ops = CpuBackend::new(dtype, shard.threads.unwrap_or((cores / ranks).max(1)))?;
     tracing::info!(dtype = name_of(dtype), tier = ?ops.tier(), threads = ops.threads(), "computing on the CPU");
-    let ranks = config.shards.uds.len();
     let room = |_: &CpuBackend| Ok(Room::on_host(shard.kv_memory, None, ranks));
     let target = Target { name: "cpu", max_rows: 512, warms_up: false, room: &room, ready: &|_| () };
     serve(Arc::new(ops), &target, config, rank, parent)
+}
+
+/// Has this thread and all that it starts run on some of the CPUs on which it may: the result of `choose`, unless that is
+/// empty or the configuration says otherwise. Without this the process is only slower.
+fn pin(config: &Config, choose: impl FnOnce(&Machine, &[usize]) -> Vec<usize>) {
+    if !config.shard.pin_cpus {
+        return;
+    }
+    let pinned = cpus::allowed().and_then(|allowed| {
+        let chosen = choose(&Machine::new(Path::new("/sys")), &allowed);
+        if !chosen.is_empty() && chosen.len() < allowed.len() {
+            cpus::pin(&chosen)?;
+            tracing::info!(cpus = cpus::spell(&chosen), of = allowed.len(), "running on some of the CPUs");
+        }
+        Ok(())
+    });
+    if let Err(error) = pinned {
+        tracing::warn!("running on all CPUs: {error}");
+    }
 }
 
 /// Converts the configuration's type.
