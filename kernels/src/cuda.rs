@@ -5,6 +5,7 @@
 mod attention;
 mod batch;
 mod cards;
+mod comm;
 mod convert;
 mod device;
 mod ffi;
@@ -29,15 +30,17 @@ use cudarc::driver::sys::{CUdevice_attribute, CUstream};
 
 use crate::{
     Adapters, Batch, DType, Error, Group, Heads, HostTensor, LinearLora, LoraPart, LoraShape, LoraSite,
-    Memory, Result, RopeSpec, SampleRow, Sampled, Sampling, SamplingParams, Span, TokenMask,
+    Memory, Ops, Result, RopeSpec, SampleRow, Sampled, Sampling, SamplingParams, Span, TokenMask,
 };
 pub use batch::CudaBatch;
 pub use cards::{Card, cards};
+pub use comm::Transport;
 pub use device::DeviceMemory;
 pub use lora::{CudaAdapter, CudaSlots};
 pub use memory::{CudaKv, CudaMat, CudaRope, CudaVector, CudaWeight};
 pub use sampler::{CudaPending, CudaSampler};
 
+use comm::Comm;
 use device::{Branch, Device, Event, Stream, launched};
 use staging::Staging;
 
@@ -74,6 +77,7 @@ pub struct CudaBackend {
     heads: Mutex<Heads>,
     launches: AtomicU64,
     reports: sampler::Reports,
+    comm: Comm,
     staging: Mutex<Staging>,
     weight_staging: Vec<Mutex<Staging>>,
     pinned: Arc<pinned::PinnedPool>,
@@ -84,7 +88,6 @@ pub struct CudaBackend {
     /// Adapters on their way to the card.
     copies: Stream,
     device: Arc<Device>,
-    group: Arc<Group>,
 }
 
 impl CudaBackend {
@@ -107,6 +110,7 @@ impl CudaBackend {
             heads: Mutex::new(Heads { query: 64, kv: 8, dim: 256 }),
             launches: AtomicU64::new(0),
             reports: sampler::Reports::new(&device)?,
+            comm: Comm::alone(dtype),
             staging: Mutex::new(Staging::new(&device, STAGES, STAGE_BYTES)?),
             weight_staging: (0..WEIGHT_STAGINGS)
                 .map(|_| Ok(Mutex::new(Staging::new(&device, 2, 8 << 20)?)))
@@ -116,8 +120,24 @@ impl CudaBackend {
             branch: Branch::new(&device)?,
             copies: Stream::new(&device)?,
             device,
-            group: Arc::new(Group::alone()),
         })
+    }
+
+    /// The backend as a rank of a group. Every rank calls this at the same time, with a GPU of its own.
+    pub fn with_group(self, group: Arc<Group>) -> Result<CudaBackend> {
+        self.with_transport(group, Transport::Fastest)
+    }
+
+    /// As [`Self::with_group`], with a choice of the ways between the ranks.
+    pub fn with_transport(mut self, group: Arc<Group>, transport: Transport) -> Result<CudaBackend> {
+        self.device.bind()?;
+        self.comm = Comm::join(group, transport, (&self.device, &self.stream), self.dtype)?;
+        Ok(self)
+    }
+
+    /// How matrices travel between the ranks, for a log.
+    pub fn describe_transport(&self) -> String {
+        self.comm.describe()
     }
 
     /// The card's name.
@@ -158,7 +178,18 @@ impl CudaBackend {
 
     /// Waits until the card has done all that was launched.
     pub fn synchronize(&self) -> Result<()> {
-        self.stream.synchronize()
+        self.finish("synchronize")
+    }
+
+    /// Waits until the card has done all that was launched.
+    fn finish(&self, op: &'static str) -> Result<()> {
+        if self.ranks() == 1 {
+            return self.stream.synchronize();
+        }
+        self.device.bind()?;
+        let event = Event::new()?;
+        event.record(&self.stream)?;
+        self.comm.wait_for(op, &event)
     }
 
     fn staging(&self) -> MutexGuard<'_, Staging> {
@@ -283,7 +314,7 @@ impl Memory for CudaBackend {
 
     fn seconds_between(&self, from: &CudaMark, to: &CudaMark) -> Result<f64> {
         self.device.bind()?;
-        to.0.synchronize()?;
+        self.comm.wait_for("seconds_between", &to.0)?;
         to.0.seconds_since(&from.0)
     }
 }
@@ -374,6 +405,6 @@ impl Sampling for CudaBackend {
     }
 
     fn collect(&self, pending: CudaPending, out: &mut Vec<Sampled>) -> Result<()> {
-        self.reports.collect(pending, out)
+        self.reports.collect(self, pending, out)
     }
 }

@@ -1,6 +1,10 @@
 //! The card and what it hands out: streams, events, device memory, pinned host memory. Each is released on drop.
 
-use std::{ffi::c_void, ptr::NonNull, sync::Arc};
+use std::{
+    ffi::c_void,
+    ptr::NonNull,
+    sync::{Arc, atomic::AtomicU32},
+};
 
 use cudarc::driver::{
     result::{self, DriverError},
@@ -169,7 +173,16 @@ impl Stream {
     /// The memory is allocated.
     pub(super) unsafe fn clear(&self, at: u64, bytes: usize) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { result::memset_d8_async(at, 0, bytes, self.raw) }.map_err(failed("clear memory"))
+        unsafe { self.set(at, 0, bytes) }
+    }
+
+    /// Sets every byte of memory, in stream order.
+    ///
+    /// # Safety
+    /// The memory is allocated.
+    unsafe fn set(&self, at: u64, byte: u8, bytes: usize) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { result::memset_d8_async(at, byte, bytes, self.raw) }.map_err(failed("set memory"))
     }
 }
 
@@ -295,11 +308,21 @@ impl DeviceBuf {
 
     /// Memory set to zero before this returns.
     pub(super) fn zeroed(device: &Arc<Device>, bytes: usize, what: &'static str) -> Result<DeviceBuf> {
+        DeviceBuf::filled(device, bytes, 0, what)
+    }
+
+    /// Memory whose every byte is set before this returns.
+    pub(super) fn filled(
+        device: &Arc<Device>,
+        bytes: usize,
+        byte: u8,
+        what: &'static str,
+    ) -> Result<DeviceBuf> {
         let buffer = DeviceBuf::new(device, bytes, what)?;
         // On a stream of its own: waiting for the whole device would spoil a recording that another thread makes.
         let stream = Stream::new(device)?;
         // SAFETY: just allocated.
-        unsafe { stream.clear(buffer.at, bytes)? };
+        unsafe { stream.set(buffer.at, byte, bytes)? };
         stream.synchronize()?;
         Ok(buffer)
     }
@@ -381,6 +404,17 @@ impl PinnedBuf {
         // SAFETY: just allocated, of that size.
         unsafe { at.write_bytes(0, bytes) };
         Ok(PinnedBuf { at, bytes, device: device.clone() })
+    }
+
+    /// Its address, which is the same on the device.
+    pub(super) fn address(&self) -> u64 {
+        self.at.as_ptr() as u64
+    }
+
+    /// The first word, which the device may write at any time.
+    pub(super) fn word(&self) -> &AtomicU32 {
+        // SAFETY: initialized by `new`, aligned to pages and longer; all accesses are by this function or the device.
+        unsafe { AtomicU32::from_ptr(self.at.as_ptr().cast()) }
     }
 
     pub(super) fn as_slice(&self) -> &[u8] {

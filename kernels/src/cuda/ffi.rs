@@ -40,6 +40,47 @@ pub(super) struct NormArgs {
     pub(super) layer: i32,
 }
 
+/// Mirrors `SinkArgs` in `norm.cuh`: what becomes of products, or of their sums over the ranks.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(super) struct SinkArgs {
+    pub(super) post: NormArgs,
+    pub(super) next: NormArgs,
+    pub(super) stream: u64,
+    pub(super) y: u64,
+    pub(super) scale: f32,
+    pub(super) wide: i32,
+}
+
+impl SinkArgs {
+    /// The part from a row of `cols` columns on. `dtype`: of y unless it is wide.
+    pub(super) fn behind(self, row: usize, cols: usize, dtype: DType) -> SinkArgs {
+        let size = if self.wide == 0 { dtype.size() } else { DType::F32.size() };
+        let at =
+            |address: u64, size: usize| if address == 0 { 0 } else { address + (row * cols * size) as u64 };
+        SinkArgs { stream: at(self.stream, DType::F32.size()), y: at(self.y, size), ..self }
+    }
+}
+
+/// `kMaxRanks` in `peers.cuh`.
+pub(super) const MAX_RANKS: usize = 8;
+
+/// Mirrors `PeerArgs` in `peers.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct PeerArgs {
+    /// Addresses of the arenas, by rank.
+    pub(super) arenas: [u64; MAX_RANKS],
+    pub(super) control: u64,
+    /// A word of host memory.
+    pub(super) lost: u64,
+    /// Nanoseconds.
+    pub(super) patience: u64,
+    pub(super) box_bytes: u64,
+    pub(super) rank: i32,
+    pub(super) ranks: i32,
+}
+
 /// Mirrors `QkvArgs` in `rope.cu`.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -222,6 +263,8 @@ pub(super) struct SampleArgs {
 // The same numbers are asserted in `csrc`.
 const _: () = {
     assert!(size_of::<NormArgs>() == 24 && offset_of!(NormArgs, eps) == 16);
+    assert!(size_of::<SinkArgs>() == 72 && offset_of!(SinkArgs, stream) == 48);
+    assert!(size_of::<PeerArgs>() == 104 && offset_of!(PeerArgs, control) == 64);
     assert!(size_of::<QkvArgs>() == 168 && offset_of!(QkvArgs, query_norm) == 64);
     assert!(offset_of!(QkvArgs, rows) == 112);
     assert!(size_of::<EmbedArgs>() == 88 && offset_of!(EmbedArgs, entry_stride) == 64);
@@ -286,13 +329,8 @@ unsafe extern "C" {
     ) -> i32;
     pub(super) fn lorax_add_norm(
         elem: i32,
-        wide: i32,
         x: u64,
-        post: *const NormArgs,
-        scale: f32,
-        to: u64,
-        next: *const NormArgs,
-        y: u64,
+        to: *const SinkArgs,
         rows: i32,
         cols: i32,
         stream: CUstream,
@@ -437,6 +475,63 @@ unsafe extern "C" {
         max_rows: i32,
         items: i32,
         s: CUstream,
+    ) -> i32;
+}
+
+// Of several ranks.
+unsafe extern "C" {
+    /// Sums x over the ranks, in one shot or two.
+    pub(super) fn lorax_reduce(
+        peers: *const PeerArgs,
+        to: *const SinkArgs,
+        elem: i32,
+        x: u64,
+        rows: i32,
+        cols: i32,
+        shots: i32,
+        stream: CUstream,
+    ) -> i32;
+    pub(super) fn lorax_gather_columns(
+        peers: *const PeerArgs,
+        x: u64,
+        y: u64,
+        rows: i32,
+        share: i32,
+        last: i32,
+        stream: CUstream,
+    ) -> i32;
+    /// f32 to `elem`, or the other way if `widen` is not 0.
+    pub(super) fn lorax_convert(elem: i32, widen: i32, x: u64, y: u64, count: usize, stream: CUstream)
+    -> i32;
+    pub(super) fn lorax_join_columns(
+        x: u64,
+        y: u64,
+        rows: i32,
+        share: i32,
+        last: i32,
+        parts: i32,
+        stream: CUstream,
+    ) -> i32;
+    pub(super) fn lorax_pad_columns(
+        x: u64,
+        y: u64,
+        rows: i32,
+        cols: i32,
+        width: i32,
+        stream: CUstream,
+    ) -> i32;
+    /// As [`lorax_expand_norm_hopper`], with the sums over the ranks.
+    pub(super) fn lorax_expand_norm_ranks_hopper(
+        args: *const LoraArgs,
+        peers: *const PeerArgs,
+        products: u64,
+        w: u64,
+        eps: f32,
+        y: u64,
+        elem: i32,
+        max_tiles: i32,
+        tile_rows: i32,
+        stream: CUstream,
     ) -> i32;
 }
 

@@ -25,7 +25,7 @@ use super::{
 use crate::Result;
 
 /// An instantiated graph.
-struct Graph(sys::CUgraphExec);
+pub(super) struct Graph(sys::CUgraphExec);
 
 // SAFETY: used under the lock of `Graphs`; the driver's calls are thread safe.
 unsafe impl Send for Graph {}
@@ -107,13 +107,14 @@ impl Graphs {
     }
 }
 
-fn launch(stream: &Stream, graph: &Graph) -> Result<()> {
+/// Replays a graph.
+pub(super) fn launch(stream: &Stream, graph: &Graph) -> Result<()> {
     // SAFETY: both live; what the graph reads and writes lives as long as the model's scratch.
     unsafe { graph::launch(graph.0, stream.raw()) }.map_err(failed("replay a step"))
 }
 
 /// Captures what `ops` launches, without running it.
-fn capture(stream: &Stream, ops: impl FnOnce() -> Result<()>) -> Result<Graph> {
+pub(super) fn capture(stream: &Stream, ops: impl FnOnce() -> Result<()>) -> Result<Graph> {
     let op = "capture a step";
     // Other threads allocate for adapters meanwhile, which only the relaxed mode permits.
     let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;

@@ -158,15 +158,14 @@ fn residual(
     expect("linear", "rows of y", stream.rows(), x.rows())?;
     products.expect_wide("linear")?;
     let deltas = base(be, x, by, Sum::store(products))?;
-    let fusable = post.is_none() && scale == 1.0 && be.ranks() == 1;
+    let fusable = post.is_none() && scale == 1.0 && be.comm.can_fuse(x.rows(), products.cols());
     match (deltas, next) {
         (Some(deltas), Some((norm, y))) if fusable && deltas.can_norm(be, &norm, y) => {
             deltas.expand_norm(be, Normed { stream, products: Some(products), norm, y })
         }
         (deltas, next) => {
             deltas.map_or(Ok(()), |deltas| deltas.expand(be, products))?;
-            be.all_reduce(products)?;
-            norm::add(be, products, norm::Added { post, scale, stream, next })
+            be.comm.add(be, products, norm::Added { post, scale, stream, next })
         }
     }
 }
@@ -440,8 +439,24 @@ impl<'a> Deltas<'a> {
         // Spare rows of a captured step are in none: what `y` has there is never read but for themselves.
         be.launch(op, tiles, |elem, stream| unsafe {
             let (w, y, tiles) = (norm.weight.buffer.at(), y.at(), tiles as i32);
-            let args = &raw const args;
-            ffi::lorax_expand_norm_hopper(args, products, w, norm.eps, y, elem, tiles, tile_rows, stream)
+            let (args, eps) = (&raw const args, norm.eps);
+            match be.comm.fused(sums.rows(), sums.cols()) {
+                Some(peers) => ffi::lorax_expand_norm_ranks_hopper(
+                    args,
+                    &raw const peers,
+                    products,
+                    w,
+                    eps,
+                    y,
+                    elem,
+                    tiles,
+                    tile_rows,
+                    stream,
+                ),
+                None => {
+                    ffi::lorax_expand_norm_hopper(args, products, w, eps, y, elem, tiles, tile_rows, stream)
+                }
+            }
         })
     }
 }

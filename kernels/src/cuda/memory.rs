@@ -61,7 +61,7 @@ impl CudaMat {
 
     pub(super) fn download(&self, backend: &CudaBackend) -> Result<Vec<f32>> {
         let mut bytes = vec![0; self.rows * self.cols * self.dtype.size()];
-        backend.stream.synchronize()?;
+        backend.finish("download")?;
         // SAFETY: pageable memory: the driver has copied all of it when the call returns.
         unsafe { backend.stream.copy_out(&mut bytes, self.at())? };
         backend.stream.synchronize()?;

@@ -50,24 +50,31 @@ pub(super) fn normalize(
     })
 }
 
-/// `stream += scale · post(x)`, then `y = next(stream)`, in one launch.
-pub(super) fn add(be: &CudaBackend, x: &CudaMat, to: Added<'_>) -> Result<()> {
+/// Checks an addition to the stream, and says where it goes.
+pub(super) fn sink(x: &CudaMat, to: Added<'_>) -> Result<ffi::SinkArgs> {
     let (op, Added { post, scale, stream: sums, next }) = ("add", to);
     x.expect_wide(op)?;
     sums.expect_wide(op)?;
     sums.expect_cols(op, "columns of the stream", x.cols())?;
     memory::expect(op, "rows of the stream", sums.rows(), x.rows())?;
-    let post = post.map_or(Ok(ffi::NormArgs::default()), |post| args(op, &post, x.cols()))?;
-    let (mut after, mut y_at, mut wide) = (ffi::NormArgs::default(), 0, 0);
+    let mut sink = ffi::SinkArgs { stream: sums.at(), scale, ..ffi::SinkArgs::default() };
+    if let Some(post) = post {
+        sink.post = args(op, &post, x.cols())?;
+    }
     if let Some((norm, y)) = next {
         expect(sums, &norm, y)?;
         y.resize(op, x.rows())?;
-        (after, y_at, wide) = (args(op, &norm, x.cols())?, y.at(), y.wide());
+        (sink.next, sink.y, sink.wide) = (args(op, &norm, x.cols())?, y.at(), y.wide());
     }
+    Ok(sink)
+}
+
+/// `stream += scale · post(x)`, then `y = next(stream)`, in one launch.
+pub(super) fn add(be: &CudaBackend, x: &CudaMat, to: Added<'_>) -> Result<()> {
+    let sink = sink(x, to)?;
     let (rows, cols) = (x.rows() as i32, x.cols() as i32);
     // SAFETY: shapes were checked.
-    be.launch(op, x.rows(), |elem, stream| unsafe {
-        let (post, after, to) = (&raw const post, &raw const after, sums.at());
-        ffi::lorax_add_norm(elem, wide, x.at(), post, scale, to, after, y_at, rows, cols, stream)
+    be.launch("add", x.rows(), |elem, stream| unsafe {
+        ffi::lorax_add_norm(elem, x.at(), &raw const sink, rows, cols, stream)
     })
 }

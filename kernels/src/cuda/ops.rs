@@ -193,16 +193,14 @@ impl Ops for CudaBackend {
     }
 
     fn group(&self) -> &Arc<Group> {
-        &self.group
+        self.comm.group()
     }
 
-    fn all_reduce(&self, _x: &mut CudaMat) -> Result<()> {
-        // This backend is always alone.
-        Ok(())
+    fn all_reduce(&self, x: &mut CudaMat) -> Result<()> {
+        self.comm.all_reduce(self, x)
     }
 
-    fn gather_columns(&self, _x: &CudaMat, _y: &mut CudaMat) -> Result<()> {
-        let (op, what) = ("gather_columns", "ranks");
-        Err(Error::Shape { op, what, got: 1, expected: 2 })
+    fn gather_columns(&self, x: &CudaMat, y: &mut CudaMat) -> Result<()> {
+        self.comm.gather_columns(self, x, y)
     }
 }

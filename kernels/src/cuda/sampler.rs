@@ -344,9 +344,14 @@ impl Reports {
     }
 
     /// Waits for choices and appends them to `out`.
-    pub(super) fn collect(&self, pending: CudaPending, out: &mut Vec<Sampled>) -> Result<()> {
+    pub(super) fn collect(
+        &self,
+        be: &CudaBackend,
+        pending: CudaPending,
+        out: &mut Vec<Sampled>,
+    ) -> Result<()> {
         for part in pending.parts {
-            part.report.copied.synchronize()?;
+            be.comm.wait_for("collect", &part.report.copied)?;
             part.read(out);
             self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(part.report);
         }
