@@ -3,6 +3,7 @@
 mod group;
 mod loads;
 mod merge;
+mod steps;
 
 use std::{
     future::Future,
@@ -10,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use futures::{StreamExt, future::try_join_all};
+use futures::future::try_join_all;
 use hyper_util::rt::TokioIo;
 use proto::{AttachRequest, HealthRequest, InfoRequest, PrepareRequest, shard_client::ShardClient};
 use scheduler::{Adapter, AdapterKey};
@@ -170,29 +171,34 @@ impl From<Status> for PrepareError {
     }
 }
 
-/// Clients of all ranks. Connections are made, and made again, when they are needed, and one that does not answer a ping
-/// is given up; they belong to the runtime on which the clients were made.
+/// Connections to all ranks. They are made, and made again, when they are needed, and one that does not answer a ping
+/// is given up. They belong to the runtime on which this was made.
 #[derive(Clone)]
 pub(crate) struct Ranks {
-    clients: Vec<ShardClient<Channel>>,
+    channels: Vec<Channel>,
 }
 
 impl Ranks {
     /// The shards at these sockets, in the order of their ranks, which must answer pings within `limit`. Must be called
     /// on a runtime.
     pub(crate) fn new(sockets: &[PathBuf], limit: Duration) -> Ranks {
-        Ranks { clients: sockets.iter().map(|socket| client(socket, limit)).collect() }
+        Ranks { channels: sockets.iter().map(|socket| channel(socket, limit)).collect() }
     }
 
     /// The number of ranks.
     pub(crate) fn world(&self) -> usize {
-        self.clients.len()
+        self.channels.len()
+    }
+
+    /// A client for each rank.
+    fn clients(&self) -> impl Iterator<Item = ShardClient<Channel>> {
+        self.channels.iter().cloned().map(client)
     }
 
     /// The model that the ranks serve together. Has no deadline: a shard answers when its model is loaded and warmed
     /// up.
     pub(crate) async fn info(&self) -> Result<Info, RankError> {
-        let infos = self.clients.iter().cloned().enumerate().map(async |(rank, mut client)| {
+        let infos = self.clients().enumerate().map(async |(rank, mut client)| {
             let info = client.info(InfoRequest {}).await.map_err(|status| failed(rank, &status))?;
             Ok::<_, RankError>(Info::from(info.into_inner()))
         });
@@ -201,16 +207,16 @@ impl Ranks {
 
     /// Begins a session, whose number must be greater than any before it, with ranks that serve `info`.
     pub(crate) async fn attach(&self, session: u64, info: Info, limit: Duration) -> Result<Group, RankError> {
-        let attached = self.clients.iter().cloned().enumerate().map(async |(rank, mut client)| {
+        let attached = self.clients().enumerate().map(async |(rank, mut client)| {
             let request = client.attach(AttachRequest { session });
             let held = wire::held(in_time(rank, "Attach", limit, request).await?);
             held.map_err(|source| RankError::Wire { rank, source })
         });
         // All ranks have forgotten the session before, and only then the first step of this one is sent.
         let resident = merge::resident(&try_join_all(attached).await?, info.num_slots);
-        let streams = self.clients.iter().cloned().enumerate().map(async |(rank, mut client)| {
+        let streams = self.channels.iter().cloned().enumerate().map(async |(rank, channel)| {
             let (steps, outgoing) = group::channel();
-            let request = client.execute(ReceiverStream::new(outgoing).map(wire::request));
+            let request = steps::execute(channel, ReceiverStream::new(outgoing));
             let events = in_time(rank, "Execute", limit, request).await?;
             Ok::<_, RankError>(RankStream { steps, events })
         });
@@ -229,8 +235,8 @@ impl Ranks {
             revision: String::new(),
             api_token: token.map_or_else(String::new, |token| token.expose_secret().into()),
         };
-        let prepared = self.clients.iter().map(async |client| {
-            let prepared = client.clone().prepare(request.clone()).await?.into_inner();
+        let prepared = self.clients().map(async |mut client| {
+            let prepared = client.prepare(request.clone()).await?.into_inner();
             wire::adapter(prepared).map_err(|error| PrepareError::Unavailable(error.to_string()))
         });
         same_content(&adapter.id, try_join_all(prepared).await?)
@@ -242,7 +248,7 @@ impl Ranks {
         rank: usize,
         limit: Duration,
     ) -> Result<Option<Duration>, RankError> {
-        let mut client = self.clients[rank].clone();
+        let mut client = client(self.channels[rank].clone());
         let health = in_time(rank, "Health", limit, client.health(HealthRequest {})).await?;
         Ok(wire::oldest_work(&health))
     }
@@ -264,7 +270,7 @@ fn same_content(id: &str, prepared: Vec<Adapter>) -> Result<Adapter, PrepareErro
     Ok(adapter)
 }
 
-fn client(socket: &Path, limit: Duration) -> ShardClient<Channel> {
+fn channel(socket: &Path, limit: Duration) -> Channel {
     let socket: PathBuf = socket.into();
     let connect = service_fn(move |_: Uri| {
         let socket = socket.clone();
@@ -273,7 +279,10 @@ fn client(socket: &Path, limit: Duration) -> ShardClient<Channel> {
     // The connector knows the socket, so the address is not looked at.
     let endpoint = Endpoint::from_static("http://shard").http2_keep_alive_interval(PING);
     let endpoint = endpoint.keep_alive_timeout(limit).keep_alive_while_idle(true);
-    let channel = endpoint.connect_with_connector_lazy(connect);
+    endpoint.connect_with_connector_lazy(connect)
+}
+
+fn client(channel: Channel) -> ShardClient<Channel> {
     ShardClient::new(channel).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE)
 }
 

@@ -1,7 +1,7 @@
 //! A session with all ranks.
 
 use std::{
-    iter, mem,
+    mem,
     time::{Duration, Instant},
 };
 
@@ -9,6 +9,7 @@ use futures::{
     Stream, StreamExt,
     stream::{self, BoxStream, SelectAll},
 };
+use prost::bytes::Bytes;
 use tokio::sync::mpsc;
 use tonic::{Status, Streaming};
 
@@ -16,6 +17,7 @@ use super::{
     RankError,
     loads::{Loaded, Loads},
     merge::Resident,
+    steps,
 };
 use crate::wire::{self, Event, Info};
 
@@ -33,19 +35,20 @@ pub(crate) struct Group {
     /// The adapters that were in slots when the session began.
     pub(crate) resident: Resident,
     session: u64,
-    steps: Vec<mpsc::Sender<proto::Step>>,
+    /// For each rank, where encoded steps go.
+    steps: Vec<mpsc::Sender<Bytes>>,
     messages: SelectAll<BoxStream<'static, Message>>,
     loads: Loads,
 }
 
 /// The two ends of a rank's stream of steps.
-pub(super) fn channel() -> (mpsc::Sender<proto::Step>, mpsc::Receiver<proto::Step>) {
+pub(super) fn channel() -> (mpsc::Sender<Bytes>, mpsc::Receiver<Bytes>) {
     mpsc::channel(STEPS)
 }
 
 /// One rank's part of a session.
 pub(super) struct RankStream {
-    pub(super) steps: mpsc::Sender<proto::Step>,
+    pub(super) steps: mpsc::Sender<Bytes>,
     pub(super) events: Streaming<proto::ExecuteEvent>,
 }
 
@@ -70,10 +73,16 @@ impl Group {
         }
         // With the first step, each rank empties the slots that not all ranks have.
         let beyond = mem::take(&mut self.resident.beyond);
-        let copies = iter::repeat_n(step, self.steps.len());
-        for ((rank, steps), mut step) in self.steps.iter().enumerate().zip(copies) {
-            step.unload.extend(beyond.get(rank).into_iter().flatten());
-            steps.try_send(step).map_err(|error| not_sent(rank, &error))?;
+        let of_its_own = |rank: usize| {
+            let slots = beyond.get(rank).filter(|slots| !slots.is_empty())?;
+            let unload = step.unload.iter().chain(slots).copied().collect();
+            Some(steps::encode(proto::Step { unload, ..step.clone() }))
+        };
+        let own: Vec<_> = (0..self.steps.len()).map(of_its_own).collect();
+        let same = steps::encode(step);
+        for ((rank, steps), own) in self.steps.iter().enumerate().zip(own) {
+            let message = own.unwrap_or_else(|| same.clone());
+            steps.try_send(message).map_err(|error| not_sent(rank, &error))?;
         }
         Ok(())
     }
@@ -106,7 +115,7 @@ impl Group {
     }
 }
 
-fn not_sent(rank: usize, error: &mpsc::error::TrySendError<proto::Step>) -> RankError {
+fn not_sent(rank: usize, error: &mpsc::error::TrySendError<Bytes>) -> RankError {
     match error {
         mpsc::error::TrySendError::Full(_) => RankError::Behind { rank, steps: STEPS },
         mpsc::error::TrySendError::Closed(_) => RankError::Ended { rank },
