@@ -73,7 +73,7 @@ fn sources() -> Result<Vec<PathBuf>> {
 }
 
 /// nvcc's options for machine code of every architecture and PTX of the last one without a letter. The host's code
-/// learns whether the card's own code of Hopper, which no other card runs, is among them.
+/// learns whether the GPU's own code of Hopper, which no other GPU runs, is among them.
 fn code_options(archs: &str) -> Vec<String> {
     let archs: Vec<&str> = archs.split(';').filter(|a| !a.is_empty()).collect();
     let mut options: Vec<String> =

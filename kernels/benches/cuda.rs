@@ -1,4 +1,4 @@
-//! A decode step and a prefill of Llama-3.1-8B's shape on the card, whole and by operation, with and without adapters.
+//! A decode step and a prefill of Llama-3.1-8B's shape on the GPU, whole and by operation, with and without adapters.
 //! One JSON line for each figure. `cargo bench -p kernels --features cuda --bench cuda`
 //!
 //! `cuda time decode 32 16 prefill 512 1 prefix 64 0` times only such steps (rows, adapters), whole; `prefix` is a prompt

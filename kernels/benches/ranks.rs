@@ -1,7 +1,7 @@
 //! Sums over ranks, and columns of all ranks, in captured steps: microseconds of each by size. One JSON line for each
 //! figure. `cargo bench -p kernels --features cuda --bench ranks -- 2` times two ranks, in processes of their own.
 //!
-//! With fewer GPUs than ranks, the processes take turns on one, and the figures say nothing of several.
+//! With fewer gpus than ranks, the processes take turns on one, and the figures say nothing of several.
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a bench prints and fails by panicking")]
 
 use std::{
@@ -13,7 +13,7 @@ use std::{
 
 use kernels::{
     DType, Group, LinearLora, LoraSite, Norm, NormKind, Output, Projection, Residual, RowSet, Span,
-    cuda::{CudaBackend, Transport, cards},
+    cuda::{CudaBackend, Transport, gpus},
     prelude::*,
     testing::{Numbers, batch},
 };
@@ -37,7 +37,7 @@ fn main() {
         return;
     }
     let ranks = std::env::args().find_map(|word| word.parse().ok()).unwrap_or(2_usize);
-    let gpus = cards(DType::Bf16).0.len();
+    let gpus = gpus(DType::Bf16).0.len();
     if gpus < ranks {
         println!("{{\"what\":\"{ranks} ranks take turns on {gpus} GPU: no figures of several\"}}");
     }
@@ -65,7 +65,7 @@ fn start(ranks: usize, transport: &str) {
 
 fn rank(rank: usize, ranks: usize, transport: Transport, folder: &Path) {
     let group = Group::join(folder, rank, ranks, PATIENCE).unwrap().with_patience(PATIENCE);
-    let ordinal = if cards(DType::Bf16).0.len() >= ranks { rank } else { 0 };
+    let ordinal = if gpus(DType::Bf16).0.len() >= ranks { rank } else { 0 };
     let be = CudaBackend::new(DType::Bf16, ordinal).unwrap();
     let be = be.with_transport(Arc::new(group), transport).unwrap();
     let report = |what: &str, bytes: usize, micros: f64| {

@@ -1,9 +1,10 @@
-// Prefill attention on Hopper's asynchronous matrix units. Items, packing, masks and softmax are those of
+// Prefill attention on Hopper's asynchronous matrix units. It shares items, packing, masks and softmax with
 // `attention.cuh`.
 //
-// A block has 128 pairs. Two warpgroups compute 64 each, a third brings keys and values through two rings of tiles in
-// shared memory. While a warpgroup turns the scores of one tile into probabilities, the matrix units weigh the values
-// of the tile before, and do the other warpgroup's products: the two take turns. Shah et al., FlashAttention-3, 2024.
+// A block computes 128 pairs of a row and a query head. Two warpgroups compute 64 of them each, and a third one copies
+// keys and values to shared memory, through two rings of tiles. While a warpgroup turns the scores of one tile into
+// probabilities, the matrix units multiply the probabilities and values of the tile before, or compute products for the
+// other warpgroup. The two warpgroups take turns (Shah et al., FlashAttention-3, 2024).
 #include "attention.cuh"
 #include "wgmma.cuh"
 
@@ -17,36 +18,37 @@ using wgmma::Barrier;
 
 constexpr int kTile = 128;  // keys
 constexpr int kWarpgroup = 128;
-constexpr int kGroupPairs = 64;  // of a warpgroup
-constexpr int kGroups = 2;       // that compute
+constexpr int kGroupPairs = 64;  // pairs of a warpgroup
+constexpr int kGroups = 2;       // warpgroups that compute
 constexpr int kPairs = kGroups * kGroupPairs;
 constexpr int kThreads = (kGroups + 1) * kWarpgroup;
 constexpr int kLoadRegisters = 40, kComputeRegisters = 232;
 static_assert(kLoadRegisters + kGroups * kComputeRegisters <= (kGroups + 1) * (65536 / kThreads / 8 * 8),
               "registers that a block is launched with");
 
-// Named barriers: one of each warpgroup for its own use, one for its turn.
+// Named barriers. Each computing warpgroup has one for its own use, and one for its turn.
 constexpr int kOwnBarrier = 1, kTurnBarrier = kOwnBarrier + kGroups;
 
 template <int DIM> constexpr int kStages = DIM <= 64 ? 4 : 2;
 template <int DIM> constexpr int kTileBytes = kTile * DIM * 2;
-template <int DIM> constexpr int kQueryBytes = kGroupPairs * DIM * 2;  // of a warpgroup
+template <int DIM> constexpr int kQueryBytes = kGroupPairs * DIM * 2;  // of one warpgroup
 template <int DIM>
 constexpr int kShared = kGroups * kQueryBytes<DIM> + 2 * kStages<DIM> * kTileBytes<DIM> + wgmma::kAtomBytes;
 
 // Tiles of keys, or of values.
 template <int DIM> using Ring = wgmma::Ring<kStages<DIM>, kTileBytes<DIM>>;
 
-// A block's work as all its warpgroups see it.
+// The work of a block, which all of its warpgroups know.
 struct Work {
   Pairs pairs;
   Span span;
   const uint32_t* table;
-  int tiles, groups;  // that have pairs
-  uint32_t part;      // see `part_of`
+  int tiles;      // tiles of keys
+  int groups;     // computing warpgroups that have pairs
+  uint32_t part;  // see `part_of`
 };
 
-// The part of one thread in bringing rows of 128 threads' width: the same chunk of every kStep-th row.
+// The share of one thread when a warpgroup copies rows: it copies the same chunk of every kStep-th row.
 template <int DIM> struct Share {
   static constexpr int kChunks = DIM / 8, kStep = kWarpgroup / kChunks;
   static_assert(kStep % 8 == 0, "a thread's rows have their chunks in the same place");
@@ -54,11 +56,11 @@ template <int DIM> struct Share {
   __device__ Share() : row(threadIdx.x % kWarpgroup / kChunks), chunk(threadIdx.x % kChunks) {}
 };
 
-// The tile that this thread began to copy last.
+// The tile that this thread has begun to copy last.
 struct Landing {
-  Barrier stage;  // at 0: none
+  Barrier stage;  // its address is 0 if there is no such tile
 
-  // Waits for it, but not for COPIES that were begun after it, and says that it has come.
+  // Waits until the tile has arrived, but not for the COPIES that were begun after it, and announces it.
   template <int COPIES> __device__ void finish() {
     if (stage.at == 0) return;
     copy_wait<COPIES>();
@@ -68,7 +70,8 @@ struct Landing {
   }
 };
 
-// Brings one tile after the other: keys before the values of the tile before, as they are needed.
+// Copies one tile after the other in the order in which they are needed: the keys of a tile before the values of the
+// previous one.
 template <typename T, int DIM>
 __device__ __forceinline__ void load(const Work& work, const AttentionArgs& a, const Ring<DIM>& keys,
                                      const Ring<DIM>& values) {
@@ -86,7 +89,8 @@ __device__ __forceinline__ void load(const Work& work, const AttentionArgs& a, c
     for (int p = 0; p < kPages; p++) page[p] = work.table[min(begin + p * kBlockSize, work.span.end - 1) / kBlockSize];
     if (i >= ring.kStages) {
       const int before = i / ring.kStages - 1;
-      if (!ring.empty(i).is_over(before)) landing.finish<0>();  // before this one's place is free
+      // The others may wait for the tile under way before they free this stage.
+      if (!ring.empty(i).is_over(before)) landing.finish<0>();
       ring.empty(i).wait(before);
     }
     const T* from = static_cast<const T*>(memory) + own;
@@ -107,7 +111,7 @@ __device__ __forceinline__ void load(const Work& work, const AttentionArgs& a, c
   landing.finish<0>();
 }
 
-// Brings a warpgroup's own 64 pairs.
+// Copies the queries of a warpgroup's own 64 pairs.
 template <typename T, int DIM>
 __device__ __forceinline__ void load_queries(char* to, const Work& work, const AttentionArgs& a, int group) {
   const Share<DIM> share;
@@ -126,7 +130,7 @@ __device__ __forceinline__ void load_queries(char* to, const Work& work, const A
   wgmma::sync(kOwnBarrier + group, kWarpgroup);
 }
 
-// Begins the scores of 64 pairs and a tile of keys.
+// Begins to compute the scores of 64 pairs and a tile of keys.
 template <typename T, int DIM>
 __device__ __forceinline__ void scores(float (&s)[kTile / 8][4], const char* queries, const char* keys) {
   const uint64_t q = wgmma::descriptor(shared_address(queries), kGroupPairs * wgmma::kRowBytes);
@@ -140,7 +144,7 @@ __device__ __forceinline__ void scores(float (&s)[kTile / 8][4], const char* que
   wgmma::commit();
 }
 
-// Begins to add a tile of values, weighed by probabilities.
+// Begins to add the products of probabilities and a tile of values.
 template <typename T, int DIM>
 __device__ __forceinline__ void weigh(float (&out)[DIM / 8][4], const uint32_t (&p)[kTile / 16][4],
                                       const char* values) {
@@ -151,7 +155,7 @@ __device__ __forceinline__ void weigh(float (&out)[DIM / 8][4], const uint32_t (
   wgmma::commit();
 }
 
-// Accumulators of scores are laid out as an operand of the next product, but for their type.
+// Converts accumulators of scores into an operand of the next product, which has the same layout.
 template <typename T>
 __device__ __forceinline__ void narrow(uint32_t (&p)[kTile / 16][4], const float (&s)[kTile / 8][4]) {
 #pragma unroll
@@ -160,10 +164,11 @@ __device__ __forceinline__ void narrow(uint32_t (&p)[kTile / 16][4], const float
     for (int j = 0; j < 4; j++) p[i][j] = pack2<T>(s[2 * i + j / 2][j % 2 * 2], s[2 * i + j / 2][j % 2 * 2 + 1]);
 }
 
-// The turns of the two warpgroups: one issues its products when the other has issued its own.
+// The turns of the two warpgroups: one issues its products after the other has issued its own.
 struct Turns {
-  int group, last;  // last tile
-  bool both;
+  int group;
+  int last;   // the last tile
+  bool both;  // whether both warpgroups have pairs
 
   __device__ void begin() const {
     if (both && group == 1 && last > 0) wgmma::arrive(kTurnBarrier, kGroups * kWarpgroup);
@@ -171,7 +176,7 @@ struct Turns {
   __device__ void await() const {
     if (both) wgmma::sync(kTurnBarrier + group, kGroups * kWarpgroup);
   }
-  // Nobody waits for the end of the last turn.
+  // No warpgroup waits for the end of the last turn.
   __device__ void pass(int i) const {
     if (both && (group == 0 || i < last)) wgmma::arrive(kTurnBarrier + 1 - group, kGroups * kWarpgroup);
   }
@@ -220,7 +225,7 @@ __device__ __forceinline__ void compute(const Work& work, const AttentionArgs& a
     wgmma::wait<1>(s);
     keys.release(i);
     weights(i);
-    // A branch, over which the compiler moves no wait for values up before the weights.
+    // This must be a branch: the compiler does not move the wait for the values across it, in front of the softmax.
     if (i + 1 < work.tiles) keys.await(i + 1);
     wgmma::wait<0>(part.out);
     values.release(i - 1);
@@ -235,8 +240,8 @@ __device__ __forceinline__ void compute(const Work& work, const AttentionArgs& a
   attention::write_rows<T, DIM>(part, work.pairs, a, work.part);
 }
 
-// Grid: for each item, for each kv head, tiles of 128 pairs. Blocks without work leave at once; the first has some, and
-// waits for the kernel before.
+// Grid: for each item, for each KV head, tiles of 128 pairs. Blocks without work leave at once. The first block always
+// has work, and waits for the kernel ahead of this one.
 template <typename T, int DIM>
 __global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ AttentionArgs a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -262,7 +267,7 @@ __global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ Atten
     keys.init(kWarpgroup, work.groups * 4);
     values.init(kWarpgroup, work.groups * 4);
   }
-  const uint32_t page = span.begin / kBlockSize + threadIdx.x * 32;  // 32 fill a line
+  const uint32_t page = span.begin / kBlockSize + threadIdx.x * 32;  // 32 entries fill a cache line
   if (page * kBlockSize < span.end) prefetch(work.table + page);
   __syncthreads();
   pdl_wait();

@@ -1,4 +1,4 @@
-// What every kernel here needs: element types, 16-byte packs, reductions over a warp or a block, tensor core fragments.
+// Shared by all kernels: element types, 16-byte packs, reductions over a warp or a block, tensor core fragments, launches.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -122,11 +122,12 @@ __device__ inline void copy_async(void* to, const void* from, bool valid) {
 __device__ inline void copy_commit() { asm volatile("cp.async.commit_group;"); }
 template <int PENDING> __device__ inline void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING)); }
 
-// ---- dependent launches ----
+// ---- programmatic dependent launch (PDL) ----
 // A kernel launched by `launch_pdl` may start while the one before it in its stream still runs. What it does before
 // `pdl_wait` must not touch anything that a kernel of the same step writes: weights and tables of adapters may be
-// read. Every block of a kernel calls `pdl_launch_dependents` at its start, and every block that uses activations
-// `pdl_wait`; so when a kernel is done, all before it are.
+// read. Every block calls `pdl_launch_dependents` at its start, and `pdl_wait` before it uses activations. A block that
+// uses none may leave without waiting, if another block of its kernel waits: a kernel ends with its last block, so that
+// one waiting block is enough to keep it from ending before the kernels ahead of it.
 
 __device__ inline void pdl_wait() {
 #if __CUDA_ARCH__ >= 900
@@ -139,7 +140,7 @@ __device__ inline void pdl_launch_dependents() {
 #endif
 }
 
-// Begins to bring the line of `at` closer.
+// Begins to load the cache line of `at`.
 __device__ inline void prefetch(const void* at) { asm volatile("prefetch.global.L1 [%0];" ::"l"(at)); }
 
 // ---- launchers ----

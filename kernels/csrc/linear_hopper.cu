@@ -125,7 +125,11 @@ template <typename T, int M, int N> __device__ void multiply(const Ring<M, N>& r
 #pragma unroll 1
   for (int i = first; i < first + steps; i++) {
     ring.await(i);
-    wgmma::fence_proxy_async();  // what the copying threads wrote
+    // The copies are writes of the generic proxy, and the products read through the asynchronous one. The fence between
+    // them may be in any thread of the block, if it is behind the writes in causality order. So the reader's will do,
+    // and the copying threads need not wait for each copy: Lustig, Cooksey and Giroux, "Mixed-proxy extensions for the
+    // NVIDIA PTX memory consistency model", 2022, section 5.4.
+    wgmma::fence_proxy_async();
     const uint32_t weights = shared_address(ring.weights(i)) + group * 64 * wgmma::kRowBytes;
     const uint64_t w = wgmma::descriptor(weights, 0), x = wgmma::descriptor(shared_address(ring.rows(i)), 0);
     wgmma::fence();

@@ -337,8 +337,8 @@ constexpr int kReplaceWarps = 8;
 constexpr int kReplaceThreads = kReplaceWarps * 32;
 constexpr int kReplaceRows = 8;  // of x that a warp multiplies at once
 
-// Puts the products of a tile with replaced rows where those with the base model's are: a warp has one row of the weight
-// and all rows of the tile. Logits of rows that an adapter does not have become -inf.
+// Puts the products of a tile with replaced rows where those with the base model's are. A warp has one row of the
+// weight and all rows of the tile. Logits of rows that an adapter does not have become -inf.
 template <typename T, typename R>
 __device__ inline void replace_rows_of(const LoraArgs& p, const LoraTile& tile, const LoraEntry& entry) {
   const int lane = threadIdx.x % 32, count = entry.ids ? (int)entry.num_rows : p.out_cols;
@@ -367,8 +367,8 @@ __device__ inline void replace_rows_of(const LoraArgs& p, const LoraTile& tile, 
   }
 }
 
-// The tiles are looked through by every block, as most steps have no adapter with replaced rows. Grid: blocks that share
-// the rows of the weight.
+// Every block looks through the tiles for adapters with replaced rows, which most steps do not have. Grid: blocks that
+// share the rows of the weight.
 template <typename T, typename R>
 __global__ void __launch_bounds__(kReplaceThreads) replace_rows(const __grid_constant__ LoraArgs p) {
   __shared__ bool replaced[kReplaceThreads];

@@ -1,9 +1,10 @@
-// Sampling and scoring: one block a row of logits, state by seat, results beside each other for one copy to the host.
+// Sampling and scoring. One block handles one row of logits. The state of sequences is found by seat, and results lie
+// next to each other, so that one copy brings them to the host.
 #include <stddef.h>
 
 #include "select.cuh"
 
-// How a seat samples; `cuda/sampler.rs` lays it out.
+// The sampling parameters of a seat, which `cuda/sampler.rs` writes.
 struct SeatParams {
   float temperature;
   float top_p;
@@ -15,7 +16,7 @@ struct SeatParams {
   uint32_t top_k;
   uint32_t num_top;
   uint32_t biases;
-  uint32_t penalized;  // any penalty is on: `seen` is kept
+  uint32_t penalized;  // whether any penalty is on, so that `seen` is kept
   uint32_t unused;
   uint64_t seed;
 };
@@ -43,7 +44,7 @@ struct SampleArgs {
   const SampleRow* rows;
   const SeatParams* params;  // [seats]
   const Bias* biases;        // [seats, max_biases]
-  uint16_t* seen;            // [seats, seen_stride]: bit 15, in the prompt; the others, times generated
+  uint16_t* seen;            // [seats, seen_stride]: bit 15: in the prompt; other bits: how often it was generated
   uint32_t* draws;           // [seats]
   int32_t* last;             // [seats]
   float* scratch;            // [rows, vocab]
@@ -65,7 +66,7 @@ using namespace sampling;
 
 constexpr int kMaxTop = 128;
 constexpr uint16_t kInPrompt = 0x8000;
-// Where the count of a generated token stops.
+// The largest number of times that a generated token is counted.
 constexpr uint16_t kMostTimes = kInPrompt - 1;
 
 // The `count` most probable tokens, best first.
@@ -141,11 +142,12 @@ __device__ void process(const L* logits, float* z, const SeatParams& p, const Sa
   __syncthreads();
 }
 
-// The tokens that are left: a cut by value (top-k, top-p), one by how typical they are, one by depth (min-p).
+// The tokens that the filters keep. Top-k and top-p set a lowest rank by value, typical-p a lowest rank by how typical a
+// token is, and min-p a depth below the most probable one.
 struct Kept {
   const float* z;
   float top;
-  float log_sum, entropy;  // of the tokens that typical-p chose from
+  float log_sum, entropy;  // of the tokens that typical-p chooses from
   uint64_t cut, typical_cut;
   float depth;
 
@@ -243,7 +245,7 @@ template <typename L> __global__ void __launch_bounds__(kThreads) sample(const _
   if (p.penalized && (*seen & kMostTimes) < kMostTimes) *seen += 1;
 }
 
-// `rows[i].seat` is the token to score.
+// Here `rows[i].seat` is the token to score.
 template <typename L> __global__ void __launch_bounds__(kThreads) score(const __grid_constant__ SampleArgs a) {
   const SampleRow at = a.rows[blockIdx.x];
   const L* logits = static_cast<const L*>(a.logits) + (size_t)at.row * a.vocab;
@@ -253,7 +255,7 @@ template <typename L> __global__ void __launch_bounds__(kThreads) score(const __
     a.choices[blockIdx.x] = {at.seat, to_float(logits[at.seat]) - peak.top - logf(peak.sum)};
 }
 
-// Marks the tokens of a seat: of its prompt, or generated ones, each once more until the count stops.
+// Marks tokens of a seat: as those of its prompt, or as generated ones, whose counts increase up to kMostTimes.
 __global__ void mark_seen(uint16_t* seen, const uint32_t* tokens, int count, int generated, int vocab) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
     if (tokens[i] >= (uint32_t)vocab) continue;

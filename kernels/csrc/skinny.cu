@@ -25,7 +25,7 @@ template <int M_, int N_, int UNROLL_, int STAGES_, int BLOCKS_, int FEWER = STA
 // Up to 8 rows: deep for grids that leave room for few blocks, wide for others.
 using Wide = Form<1, 1, 4, 1, 3>;
 using Deep = Form<1, 1, 2, 3, 2>;
-constexpr int kDeepBlocks = 300;  // about as many deep blocks as a large card holds
+constexpr int kDeepBlocks = 300;  // about as many deep blocks as a large GPU holds
 using Rows16 = Form<2, 2, 1, 3, 2>;
 using Rows32 = Form<2, 4, 1, 2, 2, 1>;
 // The shrink beside them: a group of ranks, a tile of rows.

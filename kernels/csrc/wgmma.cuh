@@ -104,8 +104,9 @@ DEFINE_MULTIPLY(f16, "f16")
 
 // ---- handing over ----
 
-// What this thread wrote to shared memory, by copies that it waited for too, is there for products that are issued
-// after a barrier behind this.
+// Makes writes to shared memory visible to products: this thread's own, copies that it has waited for included, and those
+// of other threads that it has waited for at a barrier. The products are issued by this thread, or by others after a
+// barrier.
 __device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Gives registers back to the block, or takes them; every warp of a warpgroup does.

@@ -4,12 +4,12 @@
 
 mod attention;
 mod batch;
-mod cards;
 mod comm;
 mod convert;
 mod device;
 mod ffi;
 mod gemm;
+mod gpus;
 mod graph;
 mod linear;
 mod lora;
@@ -33,9 +33,9 @@ use crate::{
     Memory, Ops, Result, RopeSpec, SampleRow, Sampled, Sampling, SamplingParams, Span, TokenMask,
 };
 pub use batch::CudaBatch;
-pub use cards::{Card, cards};
 pub use comm::Transport;
 pub use device::DeviceMemory;
+pub use gpus::{Gpu, gpus};
 pub use lora::{CudaAdapter, CudaSlots};
 pub use memory::{CudaKv, CudaMat, CudaRope, CudaVector, CudaWeight};
 pub use sampler::{CudaPending, CudaSampler};
@@ -46,7 +46,7 @@ use staging::Staging;
 
 const BACKEND: &str = "cuda";
 
-/// Pinned buffers for small data on its way to the card: two steps, each with as many new sequences as there are seats,
+/// Pinned buffers for small data on its way to the GPU: two steps, each with as many new sequences as there are seats,
 /// fill the ring without waiting for the steps before.
 const STAGES: usize = 512;
 /// A seat's data takes far less, a large step's indices a few of them.
@@ -58,7 +58,7 @@ fn unsupported(what: String) -> Error {
     Error::Unsupported { backend: BACKEND, what }
 }
 
-/// A point in the work that was launched on a card.
+/// A point in the work that was launched on a GPU.
 pub struct CudaMark(Event);
 
 /// One NVIDIA GPU of compute capability 8.0 or newer.
@@ -85,16 +85,16 @@ pub struct CudaBackend {
     stream: Arc<Stream>,
     /// Shrinks beside base products.
     branch: Branch,
-    /// Adapters on their way to the card.
+    /// Adapters on their way to the GPU.
     copies: Stream,
     device: Arc<Device>,
 }
 
 impl CudaBackend {
-    /// A backend on card `ordinal` that stores weights, activations and KV memory as `dtype` (bf16 or f16); one card a
+    /// A backend on GPU `ordinal` that stores weights, activations and KV memory as `dtype` (bf16 or f16); one GPU a
     /// process, as kernels are set up once. Errors: what the machine lacks.
     pub fn new(dtype: DType, ordinal: usize) -> Result<CudaBackend> {
-        cards::card(dtype, ordinal)?;
+        gpus::gpu(dtype, ordinal)?;
         let device = Device::open(ordinal)?;
         device.keep_freed_memory()?;
         Ok(CudaBackend {
@@ -140,12 +140,12 @@ impl CudaBackend {
         self.comm.describe()
     }
 
-    /// The card's name.
+    /// The GPU's name.
     pub fn name(&self) -> Result<String> {
         self.device.name()
     }
 
-    /// The card's memory, free and in all.
+    /// The GPU's memory, free and in all.
     pub fn memory(&self) -> Result<DeviceMemory> {
         self.device.memory()
     }
@@ -160,13 +160,13 @@ impl CudaBackend {
         self.graphs.enable(on);
     }
 
-    /// What the choices between algorithms of matrix products depend on: the card and the version of cuBLASLt.
+    /// What the choices between algorithms of matrix products depend on: the GPU and the version of cuBLASLt.
     pub fn product_choices_of(&self) -> Result<String> {
         Ok(format!("{} {:?} cublasLt {}", self.name()?, self.dtype, gemm::Gemm::version()))
     }
 
     /// Has algorithms of matrix products timed, at the first launch of every size that `known`, an earlier result of
-    /// [`Self::product_choices`] for the same card and version, does not have.
+    /// [`Self::product_choices`] for the same GPU and version, does not have.
     pub fn time_products(&self, known: &str) -> Result<()> {
         self.gemm.learn(known)
     }
@@ -176,12 +176,12 @@ impl CudaBackend {
         self.gemm.learnt()
     }
 
-    /// Waits until the card has done all that was launched.
+    /// Waits until the GPU has done all that was launched.
     pub fn synchronize(&self) -> Result<()> {
         self.finish("synchronize")
     }
 
-    /// Waits until the card has done all that was launched.
+    /// Waits until the GPU has done all that was launched.
     fn finish(&self, op: &'static str) -> Result<()> {
         if self.ranks() == 1 {
             return self.stream.synchronize();

@@ -61,7 +61,7 @@ fn a_load_without_memory_is_an_error_and_the_card_goes_on() {
         }
     }
     let full = (1..SLOTS as u32).find(|&slot| ops.load(&mut slots, slot, &staged[1], &[]).is_err());
-    let full = full.expect("the card is full");
+    let full = full.expect("the GPU is full");
     for _ in 0..10 {
         let error = ops.load(&mut slots, full, &staged[1], &[]).unwrap_err();
         assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");

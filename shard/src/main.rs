@@ -74,8 +74,8 @@ const NO_CUDA: &str = "this build has no CUDA backend: build it with make cuda, 
 fn print_devices(dtype: Dtype) -> anyhow::Result<()> {
     #[cfg(feature = "cuda")]
     let devices = {
-        let (cards, missing) = kernels::cuda::cards(kernels_dtype(dtype));
-        let gpus = cards.into_iter().map(|card| config::Gpu { name: card.name, pci: card.pci }).collect();
+        let (gpus, missing) = kernels::cuda::gpus(kernels_dtype(dtype));
+        let gpus = gpus.into_iter().map(|gpu| config::Gpu { name: gpu.name, pci: gpu.pci }).collect();
         Devices { gpus, missing: missing.map(|error| error.to_string()) }
     };
     #[cfg(not(feature = "cuda"))]
@@ -93,9 +93,9 @@ fn run(config: &Config, rank: usize, parent: &Parent) -> anyhow::Result<()> {
     if shard.device != Device::Cpu {
         match kernels::cuda::CudaBackend::new(dtype, rank) {
             Ok(ops) => {
-                let (cards, _) = kernels::cuda::cards(dtype);
-                let card = cards.get(rank).map_or("", |card| &card.pci);
-                pin(config, |machine, allowed| machine.near(card, allowed));
+                let (gpus, _) = kernels::cuda::gpus(dtype);
+                let gpu = gpus.get(rank).map_or("", |gpu| &gpu.pci);
+                pin(config, |machine, allowed| machine.near(gpu, allowed));
                 return serve_cuda(ops, config, rank, parent);
             }
             Err(error) if shard.device == Device::Cuda => return Err(error.into()),

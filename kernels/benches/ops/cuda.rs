@@ -1,6 +1,6 @@
-//! The first card, at the shapes of Llama-3.1-8B. A time is the median of some calls on the card's own clock, from the
+//! The first GPU, at the shapes of Llama-3.1-8B. A time is the median of some calls on the GPU's own clock, from the
 //! end of a long read that leaves nothing of the operands in L2 to the end of the call: activations are cold as well,
-//! which they would not be in a step. The host launches ahead of the card during that read.
+//! which they would not be in a step. The host launches ahead of the GPU during that read.
 
 use std::{cell::RefCell, ptr::null_mut, time::Instant};
 
@@ -26,7 +26,7 @@ const RANK: usize = 16;
 const UNTIMED: usize = 3;
 const TIMED: usize = 30;
 
-struct Card {
+struct Gpu {
     ops: CudaBackend,
     /// Several times L2. Reading it leaves no lines that would have to be written back during a timed call.
     flush: CudaWeight,
@@ -34,12 +34,12 @@ struct Card {
     sink: RefCell<CudaMat>,
 }
 
-impl Card {
-    fn new() -> Outcome<Card> {
+impl Gpu {
+    fn new() -> Outcome<Gpu> {
         let ops = CudaBackend::new(DType::Bf16, 0)?;
         let (inputs, outputs) = (8192, 16384);
         let mut numbers = Numbers(8);
-        Ok(Card {
+        Ok(Gpu {
             flush: ops.weight(&[tensor(&numbers.table(outputs, inputs))])?,
             row: mat(&ops, &numbers.table(1, inputs))?,
             sink: RefCell::new(ops.mat(1, outputs)?),
@@ -63,7 +63,7 @@ impl Card {
     }
 }
 
-/// GB/s of copies on the card, read and written together; best of a few.
+/// GB/s of copies on the GPU, read and written together; best of a few.
 fn copy_gb_s() -> Result<f64, DriverError> {
     const BYTES: usize = 2 << 30;
     const COPIES: usize = 4;
@@ -86,7 +86,7 @@ fn copy_gb_s() -> Result<f64, DriverError> {
     Ok(best)
 }
 
-impl Machine for Card {
+impl Machine for Gpu {
     type Ops = CudaBackend;
     const ROTATED: usize = 0;
     const ELEMENT: usize = 2;
@@ -135,7 +135,7 @@ fn shapes() -> Shapes {
 }
 
 pub(crate) fn run(filter: Option<String>) -> Outcome<()> {
-    let machine = Card::new()?;
+    let machine = Gpu::new()?;
     let peak = machine.peak()?;
     let nothing = machine.seconds(&mut |_| Ok(()))? * 1e6;
     println!(

@@ -1,4 +1,4 @@
-//! Host tensors to the type that the card holds.
+//! Host tensors to the type that the GPU holds.
 
 use half::{bf16, f16};
 
@@ -47,7 +47,7 @@ pub(super) fn from_f32(dtype: DType, values: impl Iterator<Item = f32>) -> Vec<u
     }
 }
 
-/// The bytes of values that are sent to the card as they are.
+/// The bytes of values that are sent to the GPU as they are.
 pub(super) trait Plain: Copy {
     /// Appends the little-endian bytes.
     fn put(self, to: &mut Vec<u8>);

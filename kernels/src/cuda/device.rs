@@ -1,4 +1,5 @@
-//! The card and what it hands out: streams, events, device memory, pinned host memory. Each is released on drop.
+//! A GPU, and its resources as the driver hands them out: streams, events, device memory and pinned host memory. Each is
+//! released on drop.
 
 use std::{
     ffi::c_void,
@@ -14,12 +15,12 @@ use cudarc::driver::{
 use super::BACKEND;
 use crate::{Error, Result};
 
-/// The driver's failure during `op`.
+/// Makes an error of a failure that the driver reports during `op`.
 pub(super) fn failed(op: &'static str) -> impl Fn(DriverError) -> Error {
     move |e| Error::Device { op, library: "CUDA driver", code: e.0 as i32 }
 }
 
-/// What a launcher of `csrc` returned during `op`.
+/// Makes a result of the code that a launcher of `csrc` has returned during `op`.
 pub(super) fn launched(op: &'static str, code: i32) -> Result<()> {
     if code == 0 { Ok(()) } else { Err(Error::Device { op, library: "CUDA runtime", code }) }
 }
@@ -28,7 +29,7 @@ fn lacks(missing: String) -> Error {
     Error::Unavailable { backend: BACKEND, missing }
 }
 
-/// Starts the driver, and returns the number of visible cards. Errors: what the machine lacks.
+/// Starts the driver, and returns the number of visible GPUs. Errors: what the machine lacks.
 pub(super) fn count() -> Result<usize> {
     // SAFETY: opening the driver's library runs its initializers only.
     if !unsafe { sys::is_culib_present() } {
@@ -38,7 +39,7 @@ pub(super) fn count() -> Result<usize> {
     Ok(result::device::get_count().map_err(failed("count devices"))? as usize)
 }
 
-/// Card `ordinal` of `count`.
+/// GPU `ordinal` of `count`.
 pub(super) fn handle(ordinal: usize, count: usize) -> Result<sys::CUdevice> {
     if ordinal >= count {
         return Err(lacks(format!("device {ordinal} of {count}")));
@@ -49,13 +50,13 @@ pub(super) fn handle(ordinal: usize, count: usize) -> Result<sys::CUdevice> {
 /// Bytes of device memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DeviceMemory {
-    /// Not in use by anybody.
+    /// Bytes that no process uses.
     pub free: usize,
-    /// Of the card.
+    /// All bytes of the GPU.
     pub total: usize,
 }
 
-/// One card, through its primary context, which is kept until the process ends: kernels are loaded into it once.
+/// One GPU, through its primary context, which is kept until the process ends: kernels are loaded into it once.
 pub(super) struct Device {
     context: sys::CUcontext,
     handle: sys::CUdevice,
@@ -67,7 +68,7 @@ unsafe impl Send for Device {}
 unsafe impl Sync for Device {}
 
 impl Device {
-    /// Opens card `ordinal`. Errors: what the machine lacks.
+    /// Opens GPU `ordinal`. Errors: what the machine lacks.
     pub(super) fn open(ordinal: usize) -> Result<Arc<Device>> {
         let handle = handle(ordinal, count()?)?;
         // SAFETY: `handle` came from the driver.
@@ -77,7 +78,7 @@ impl Device {
         Ok(device)
     }
 
-    /// Makes this card the calling thread's.
+    /// Makes this GPU the calling thread's.
     pub(super) fn bind(&self) -> Result<()> {
         // SAFETY: the context lives as long as `self`.
         unsafe { result::ctx::set_current(self.context) }.map_err(failed("bind"))
@@ -112,7 +113,7 @@ impl Device {
     }
 }
 
-/// A queue of work on the card.
+/// A queue of work on the GPU.
 pub(super) struct Stream {
     raw: sys::CUstream,
     device: Arc<Device>,
@@ -142,14 +143,14 @@ impl Stream {
         unsafe { result::stream::synchronize(self.raw) }.map_err(failed("synchronize"))
     }
 
-    /// Has all later work wait for what was ahead of an event when it was recorded.
+    /// Makes all later work of this stream wait for the work that was ahead of an event when it was recorded.
     pub(super) fn wait_for(&self, event: &Event) -> Result<()> {
         let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
         // SAFETY: both live.
         unsafe { result::stream::wait_event(self.raw, event.raw, flags) }.map_err(failed("wait for an event"))
     }
 
-    /// Copies pinned memory to the card, in stream order.
+    /// Copies pinned memory to the GPU, in stream order.
     ///
     /// # Safety
     /// `from` is not written or freed before the copy ended, and `to` has room.
@@ -158,7 +159,7 @@ impl Stream {
         unsafe { result::memcpy_htod_async(to, from, self.raw) }.map_err(failed("copy to the device"))
     }
 
-    /// Copies from the card to pinned memory, in stream order.
+    /// Copies from the GPU to pinned memory, in stream order.
     ///
     /// # Safety
     /// `to` is not used or freed before the copy ended, and `from` holds as many bytes.
@@ -193,7 +194,7 @@ impl Drop for Stream {
     }
 }
 
-/// A point in a stream.
+/// A point in the order of a stream's work.
 pub(super) struct Event {
     raw: sys::CUevent,
 }
@@ -217,7 +218,7 @@ impl Event {
         Ok(Event { raw: result::event::create(flags).map_err(out_of_memory(0, "an event"))? })
     }
 
-    /// Seconds on the card's clock since it reached an earlier event. Both are timed and reached.
+    /// Seconds on the GPU's clock since it reached an earlier event. Both are timed and reached.
     pub(super) fn seconds_since(&self, earlier: &Event) -> Result<f64> {
         // SAFETY: both live.
         let millis = unsafe { result::event::elapsed(earlier.raw, self.raw) };
@@ -240,7 +241,7 @@ impl Event {
         }
     }
 
-    /// Blocks until the work before it is done.
+    /// Waits until the work before it is done.
     pub(super) fn synchronize(&self) -> Result<()> {
         // SAFETY: the event lives.
         unsafe { result::event::synchronize(self.raw) }.map_err(failed("wait for the device"))
@@ -254,7 +255,7 @@ impl Drop for Event {
     }
 }
 
-/// A second queue, for work that may run beside a part of a first one's.
+/// A second stream, for work that may run beside some of the work of a first one.
 pub(super) struct Branch {
     stream: Stream,
     forked: Event,
@@ -270,13 +271,13 @@ impl Branch {
         &self.stream
     }
 
-    /// What is launched here from now on runs behind what `trunk` has so far.
+    /// Makes what is launched on this branch from now on run after all that has been launched on `trunk`.
     pub(super) fn fork(&self, trunk: &Stream) -> Result<()> {
         self.forked.record(trunk)?;
         self.stream.wait_for(&self.forked)
     }
 
-    /// What is launched on `trunk` from now on runs behind what was launched here.
+    /// Makes what is launched on `trunk` from now on run after all that has been launched on this branch.
     pub(super) fn join(&self, trunk: &Stream) -> Result<()> {
         self.joined.record(&self.stream)?;
         trunk.wait_for(&self.joined)
@@ -319,9 +320,9 @@ impl DeviceBuf {
         what: &'static str,
     ) -> Result<DeviceBuf> {
         let buffer = DeviceBuf::new(device, bytes, what)?;
-        // On a stream of its own: waiting for the whole device would spoil a recording that another thread makes.
+        // This has a stream of its own, because waiting for the whole device would spoil a capture by another thread.
         let stream = Stream::new(device)?;
-        // SAFETY: just allocated.
+        // SAFETY: the memory has just been allocated.
         unsafe { stream.set(buffer.at, byte, bytes)? };
         stream.synchronize()?;
         Ok(buffer)
@@ -380,7 +381,7 @@ impl Drop for PoolBuf {
     }
 }
 
-/// Page-locked host memory, which the card copies from and to on its own.
+/// Page-locked host memory, which the GPU can copy from and to while the CPU goes on.
 pub(super) struct PinnedBuf {
     at: NonNull<u8>,
     bytes: usize,
@@ -430,8 +431,8 @@ impl PinnedBuf {
 
 impl Drop for PinnedBuf {
     fn drop(&mut self) {
-        // SAFETY: allocated by `new`. Owners wait for the copies from and to it before they drop it: `Report`, `Stage`
-        // and `Loading` hold it beside the event behind the copy.
+        // SAFETY: allocated by `new`. Its owners wait for copies from and to it before they drop it: `Report`, `Stage` and
+        // `Loading` hold it together with an event that follows the copy.
         let _ = self.device.bind().map(|()| unsafe { result::free_host(self.at.as_ptr().cast()) });
     }
 }

@@ -1,4 +1,4 @@
-//! Sampling state by seat, and choices on their way to the host.
+//! Sampling and scoring: the state that is kept for each seat, the launches, and the copies of their results to the host.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -13,7 +13,7 @@ use crate::{
     sampling::{check_masks, check_seat},
 };
 
-/// Rows of one launch, at most.
+/// The largest number of rows of one launch.
 const MAX_ROWS: usize = 512;
 /// Bytes of a `SeatParams` in `sample.cu`.
 const PARAMS: usize = 56;
@@ -36,7 +36,7 @@ pub struct CudaSampler {
     scratch: DeviceBuf,
     /// The masks of one launch.
     masks: DeviceBuf,
-    /// Most probable tokens that each seat reports.
+    /// How many of the most probable tokens each seat reports.
     num_top: Vec<u32>,
 }
 
@@ -96,7 +96,7 @@ impl CudaSampler {
         Ok(())
     }
 
-    /// Marks tokens of a prompt, or generated ones.
+    /// Counts tokens as those of the prompt, or as generated ones.
     fn mark(&self, be: &CudaBackend, seen: u64, tokens: &[u32], generated: bool) -> Result<()> {
         for tokens in tokens.chunks(MAX_ROWS * ROW / 4) {
             // SAFETY: `rows` has room for a chunk, and tokens were checked against the vocabulary.
@@ -193,7 +193,7 @@ impl CudaSampler {
     }
 }
 
-/// Tokens between two seats' counts: an even number, so that two are one word.
+/// The number of counts that a seat has room for. It is even, because kernels update two counts as one word.
 fn seen_stride(vocab: usize) -> usize {
     vocab.next_multiple_of(2)
 }
@@ -203,7 +203,8 @@ fn expect_below(op: &'static str, what: &'static str, index: u32, limit: usize) 
     if index < limit { Ok(()) } else { Err(Error::Index { op, what, index, limit }) }
 }
 
-/// Logits divided by less might overflow, and the most probable token has all the probability long before.
+/// Temperatures below this count as 0. Logits might overflow if they were divided by less, and the most probable token
+/// has all of the probability anyway.
 const LEAST_TEMPERATURE: f32 = 1e-6;
 
 /// A `SeatParams` of `sample.cu`.
@@ -256,7 +257,7 @@ pub(super) fn score(
     Ok(pending)
 }
 
-/// Results of one launch in pinned memory.
+/// Pinned memory to which the results of one launch are copied.
 struct Report {
     memory: PinnedBuf,
     copied: Event,
@@ -264,16 +265,17 @@ struct Report {
 
 impl Drop for Report {
     fn drop(&mut self) {
-        // Choices that nobody collects are dropped while they are copied. A failure is the device's end, which the next
-        // operation reports.
+        // Results that nobody collects may be dropped while they are copied. If waiting fails, the device has failed, and
+        // the next operation reports that.
         let _ = self.copied.synchronize();
     }
 }
 
-/// Rows and results of a launch on the card, and the pinned memory that results are copied to.
+/// The rows and the results of a launch on the GPU, and pinned memory for copies of results.
 pub(super) struct Reports {
     rows: DeviceBuf,
     results: DeviceBuf,
+    /// Pinned memory that is not in use.
     idle: Mutex<Vec<Report>>,
 }
 
@@ -287,7 +289,8 @@ impl Reports {
         })
     }
 
-    /// What sampling and scoring have in common. The lists of most probable tokens follow the choices.
+    /// The arguments that sampling and scoring have in common. In the results, the lists of most probable tokens follow
+    /// the choices.
     fn args(&self, logits: &CudaMat, rows: usize, max_top: u32) -> ffi::SampleArgs {
         let choices = self.results.at();
         ffi::SampleArgs {
@@ -311,7 +314,7 @@ impl Reports {
         }
     }
 
-    /// Launches, with `words` as the rows, and begins to copy the results to the host.
+    /// Uploads `words` as the rows, launches a kernel, and begins to copy its results to the host.
     fn fetch(
         &self,
         be: &CudaBackend,
@@ -336,14 +339,14 @@ impl Reports {
         // SAFETY: the report is read or freed after `copied` only.
         unsafe { be.stream.copy_out(&mut report.memory.as_mut_slice()[..bytes], self.results.at())? };
         if let Err(error) = report.copied.record(&be.stream) {
-            // Nothing else says when the copy has ended.
+            // Without the event, nothing else tells when the copy has ended.
             let _ = be.stream.synchronize();
             return Err(error);
         }
         Ok(Part { report, seats, num_top, max_top })
     }
 
-    /// Waits for choices and appends them to `out`.
+    /// Waits for results, and appends them to `out`.
     pub(super) fn collect(
         &self,
         be: &CudaBackend,
@@ -363,7 +366,7 @@ fn result_bytes(rows: usize, max_top: u32) -> usize {
     rows * PAIR * (1 + max_top as usize)
 }
 
-/// The choices of one launch, on their way.
+/// The results of one launch, which may still be on their way to the host.
 struct Part {
     report: Report,
     seats: Vec<u32>,
@@ -391,7 +394,7 @@ impl Part {
     }
 }
 
-/// Choices on their way to the host.
+/// Results on their way to the host.
 #[derive(Default)]
 pub struct CudaPending {
     parts: Vec<Part>,

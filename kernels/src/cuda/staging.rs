@@ -1,4 +1,4 @@
-//! Data on its way from the host to the card, through a ring of pinned buffers.
+//! Data on its way from the host to the GPU, through a ring of pinned buffers.
 
 use std::sync::Arc;
 

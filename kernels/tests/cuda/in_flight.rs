@@ -1,14 +1,14 @@
-//! What happens beside steps that the card has not finished.
+//! What happens beside steps that the GPU has not finished.
 
 use kernels::cuda::CudaAdapter;
 
 use super::*;
 
-/// Columns and outputs of the products that keep the card busy.
+/// Columns and outputs of the products that keep the GPU busy.
 const WIDE: usize = 4096;
 const ROWS: usize = 2048;
 
-/// Work that keeps the card busy: products whose rows use the adapter in slot 0, each into a matrix of its own.
+/// Work that keeps the GPU busy: products whose rows use the adapter in slot 0, each into a matrix of its own.
 struct Work {
     ops: CudaBackend,
     sites: Vec<LoraSite>,
@@ -27,7 +27,7 @@ impl Work {
     /// Rows whose first element alone is 1, with a weight of zeros: a product is the value of the adapter.
     fn new() -> Work {
         let ops = backend();
-        // To unlock host memory waits for the card: what these adapters lock stays locked.
+        // To unlock host memory waits for the GPU: what these adapters lock stays locked.
         ops.expect_adapters(64 << 20, 0);
         let sites = vec![LoraSite::linear(WIDE, &[WIDE])];
         let slots = resident(&ops, &sites, &[constant(3.0), constant(5.0)]);
@@ -59,7 +59,7 @@ impl Work {
         Arc::new(self.ops.stage(&self.sites, &constant(value)).unwrap())
     }
 
-    /// Loads an adapter that only the copy to the card keeps.
+    /// Loads an adapter that only the copy to the GPU keeps.
     fn load(&mut self, slot: u32, adapter: Arc<CudaAdapter>) {
         self.ops.load(&mut self.slots, slot, &adapter, &[]).unwrap();
         drop(adapter);
@@ -67,7 +67,7 @@ impl Work {
     }
 }
 
-/// Launches that keep the card busy for much longer than a load takes.
+/// Launches that keep the GPU busy for much longer than a load takes.
 const MANY: usize = 400;
 
 #[test]
@@ -96,7 +96,7 @@ fn an_adapter_is_loaded_and_replaced_while_steps_run() {
         work.assert_all(&first, before);
         work.assert_all(&last, value);
     }
-    // Tests that run beside this one hold up the whole card now and then.
+    // Tests that run beside this one hold up the whole GPU now and then.
     assert!(overlapped > 0, "no load ended while the steps ran");
 }
 
@@ -119,7 +119,7 @@ fn loads_that_are_given_up_in_flight_leave_nothing_behind() {
     assert_eq!(loaded, [1], "told once, of the last");
 }
 
-/// A session that ends has its choices dropped while the card computes them, and begins anew with the same seats.
+/// A session that ends has its choices dropped while the GPU computes them, and begins anew with the same seats.
 #[test]
 fn choices_are_dropped_in_flight() {
     let work = Work::new();
@@ -162,7 +162,7 @@ fn a_mark_is_reached_when_the_work_before_it_is_done() {
         ahead += usize::from(!work.ops.reached(&end));
         let seconds = work.ops.seconds_between(&begin, &end).unwrap();
         assert!(work.ops.reached(&begin) && work.ops.reached(&end));
-        // At twice what a card can do: 2 · rows · inputs · outputs at two petaflops a second.
+        // At twice what a GPU can do: 2 · rows · inputs · outputs at two petaflops a second.
         let least = MANY as f64 * 2.0 * (ROWS * WIDE * WIDE) as f64 / 2e15;
         assert!(seconds > least, "{seconds} s for what takes {least} s at least");
     }

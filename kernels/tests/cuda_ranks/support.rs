@@ -12,7 +12,7 @@ use std::{
 
 use kernels::{
     DType, Group, HostTensor, Norm, NormKind, Result,
-    cuda::{CudaBackend, CudaMat, CudaVector, cards},
+    cuda::{CudaBackend, CudaMat, CudaVector, gpus},
     prelude::*,
     reference::Table,
 };
@@ -31,7 +31,7 @@ fn alone() -> MutexGuard<'static, ()> {
 /// The backend of a rank, on the GPU of its number if there are so many.
 pub(crate) fn join(folder: &Path, rank: usize, ranks: usize, patience: Duration) -> Result<CudaBackend> {
     let group = Group::join(folder, rank, ranks, PATIENCE)?.with_patience(patience);
-    let gpus = cards(DType::Bf16).0.len();
+    let gpus = gpus(DType::Bf16).0.len();
     CudaBackend::new(DType::Bf16, if ranks <= gpus { rank } else { 0 })?.with_group(Arc::new(group))
 }
 

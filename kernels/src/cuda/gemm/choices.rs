@@ -1,4 +1,4 @@
-//! Which of cuBLASLt's algorithms a product takes: the one that was fastest on this card.
+//! Which of cuBLASLt's algorithms a product takes: the one that was fastest on this GPU.
 //!
 //! An algorithm is 64 opaque bytes, which the library lets its callers keep and use again with the same version of it
 //! (cuBLAS documentation, `cublasLtMatmulAlgo_t`).
@@ -21,7 +21,7 @@ const LARGE_ROWS: usize = 256;
 const RUNS: usize = 3;
 /// What another algorithm must save before it is taken in place of the one that cuBLASLt puts first.
 const WORTH: f64 = 0.98;
-/// More than the second-level cache of any card holds: weights come from memory in a step.
+/// More than the second-level cache of any GPU holds: weights come from memory in a step.
 const FLUSHED: usize = 128 << 20;
 
 /// The number of rows that stands for all that share algorithms with this one.
@@ -89,7 +89,7 @@ fn line(text: &str) -> Option<(Shape, [u64; 8])> {
     words.next().is_none().then_some((shape, data))
 }
 
-/// Times launches on the card.
+/// Times launches on the GPU.
 pub(super) struct Clock {
     start: Event,
     end: Event,

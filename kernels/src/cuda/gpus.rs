@@ -1,4 +1,4 @@
-//! The cards that this process sees, without opening them.
+//! The GPUs that this process sees, without opening them.
 
 use std::ffi::CStr;
 
@@ -13,49 +13,50 @@ use super::{
 };
 use crate::{DType, Error, Result};
 
-/// Bytes of a card's address with its NUL, at most.
+/// Bytes of a GPU's address with its NUL, at most.
 const ADDRESS: usize = 32;
 
-/// A card.
+/// A GPU.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Card {
+pub struct Gpu {
     /// The name of its model.
     pub name: String,
     /// Its address on the PCI bus, such as `0000:3B:00.0`.
     pub pci: String,
 }
 
-/// Lists the visible cards with which [`CudaBackend::new`](super::CudaBackend::new) can compute in `dtype`, by ordinal,
+/// Lists the visible GPUs with which [`CudaBackend::new`](super::CudaBackend::new) can compute in `dtype`, by ordinal,
 /// up to the first with which it cannot; then the reason comes with them.
-pub fn cards(dtype: DType) -> (Vec<Card>, Option<Error>) {
-    let mut cards = Vec::new();
+pub fn gpus(dtype: DType) -> (Vec<Gpu>, Option<Error>) {
+    let mut gpus = Vec::new();
     let missing = count().and_then(|count| {
         (0..count).try_for_each(|ordinal| {
-            cards.push(card(dtype, ordinal)?);
+            gpus.push(gpu(dtype, ordinal)?);
             Ok(())
         })
     });
-    (cards, missing.err())
+    (gpus, missing.err())
 }
 
-/// The card `ordinal`. Errors: what the machine lacks to compute with it in `dtype`.
-pub(super) fn card(dtype: DType, ordinal: usize) -> Result<Card> {
+/// The GPU `ordinal`. Errors: what the machine lacks to compute with it in `dtype`.
+pub(super) fn gpu(dtype: DType, ordinal: usize) -> Result<Gpu> {
     if dtype == DType::F32 {
         return Err(unsupported("float32 (use bfloat16 or float16)".into()));
     }
-    let card = handle(ordinal, count()?)?;
-    let name = result::device::get_name(card).map_err(failed("device name"))?;
+    let device = handle(ordinal, count()?)?;
+    let name = result::device::get_name(device).map_err(failed("device name"))?;
     // SAFETY: the driver has given the handle.
-    let major = unsafe { result::device::get_attribute(card, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR) };
+    let major =
+        unsafe { result::device::get_attribute(device, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR) };
     let major = major.map_err(failed("device attribute"))?;
     if major < 8 {
         return Err(unsupported(format!("{name} (compute capability {major}, below 8)")));
     }
     let mut address = [0_u8; ADDRESS];
     // SAFETY: the driver writes at most as many bytes, the last of them a NUL.
-    unsafe { sys::cuDeviceGetPCIBusId(address.as_mut_ptr().cast(), ADDRESS as i32, card) }
+    unsafe { sys::cuDeviceGetPCIBusId(address.as_mut_ptr().cast(), ADDRESS as i32, device) }
         .result()
         .map_err(failed("device address"))?;
     let pci = CStr::from_bytes_until_nul(&address).unwrap_or_default().to_string_lossy().into_owned();
-    Ok(Card { name, pci })
+    Ok(Gpu { name, pci })
 }
