@@ -11,8 +11,8 @@
 use std::{sync::Arc, time::Instant};
 
 use kernels::{
-    Activation, AttentionShape, Batch, DType, Embedding, Heads, HostTensor, LinearLora, LoraSite, Matrix,
-    Norm, NormKind, Output, Pairs, Projection, Qkv, Residual, RopeSpec, Rotation, RowSet, SampleRow,
+    Activation, AttentionShape, Batch, Branch, DType, Embedding, Heads, HostTensor, LinearLora, LoraSite,
+    Matrix, Norm, NormKind, Output, Pairs, Projection, Qkv, Residual, RopeSpec, Rotation, RowSet, SampleRow,
     SamplingParams, Span, Stretch,
     cuda::{
         CudaBackend, CudaBatch, CudaKv, CudaMat, CudaRope, CudaSampler, CudaSlots, CudaVector, CudaWeight,
@@ -132,7 +132,7 @@ fn to_stream<'a>(
     norm: &'a CudaVector,
 ) -> Output<'a, CudaBackend> {
     let next = Some((rms(norm), y));
-    Output::Residual(Residual { stream, products, post: None, scale: 1.0, more: false, next })
+    Output::Residual(Residual { stream, products, post: None, scale: 1.0, branch: Branch::Only, next })
 }
 
 impl Model {

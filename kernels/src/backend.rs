@@ -48,6 +48,8 @@ pub trait Memory: Send + Sync + Sized + 'static {
     /// Copies a weight to the device, converted to [`Self::dtype`]. Its rows are those of `parts`, one part after the
     /// other.
     fn weight(&self, parts: &[HostTensor<'_>]) -> Result<Self::Weight>;
+    /// Bytes that a weight takes on the device.
+    fn weight_bytes(&self, weight: &Self::Weight) -> usize;
     /// Copies a vector to the device.
     fn vector(&self, values: &[f32]) -> Result<Self::Vector>;
     /// Computes the angles of a rotary embedding.

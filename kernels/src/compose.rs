@@ -1,7 +1,7 @@
 //! The default of [`Ops::linear`]: every [`Output`] as a sequence of simpler operations, for
 //! devices that do not fuse it.
 
-use crate::{Ops, Output, Projection, Residual, Result};
+use crate::{Branch, Ops, Output, Projection, Residual, Result};
 
 /// Computes [`Ops::linear`] one operation after the other.
 pub fn linear<B: Ops>(be: &B, x: &B::Mat, by: Projection<'_, B>, out: Output<'_, B>) -> Result<()> {
@@ -27,12 +27,27 @@ pub fn adds_directly<B: Ops>(be: &B, by: &Projection<'_, B>, to: &Residual<'_, B
 }
 
 fn add_and_norm<B: Ops>(be: &B, x: &B::Mat, by: Projection<'_, B>, to: Residual<'_, B>) -> Result<()> {
-    if adds_directly(be, &by, &to) {
-        be.matmul_add(x, by, to.stream)?;
-    } else {
-        be.matmul(x, by, to.products)?;
-        be.all_reduce(to.products)?;
-        be.add(to.products, to.post, to.scale, to.stream)?;
+    let sums_both = be.ranks() > 1 && to.post.is_none();
+    match to.branch {
+        Branch::First if sums_both => return be.matmul(x, by, to.products),
+        Branch::Second if sums_both => {
+            if by.lora.as_ref().is_some_and(|lora| be.scales(lora)) {
+                // These products must be complete before anything is added to them.
+                be.all_reduce(to.products)?;
+                be.add(to.products, None, to.scale, to.stream)?;
+                be.matmul(x, by, to.products)?;
+            } else {
+                be.matmul_add(x, by, to.products)?;
+            }
+            be.all_reduce(to.products)?;
+            be.add(to.products, None, to.scale, to.stream)?;
+        }
+        _ if adds_directly(be, &by, &to) => be.matmul_add(x, by, to.stream)?,
+        _ => {
+            be.matmul(x, by, to.products)?;
+            be.all_reduce(to.products)?;
+            be.add(to.products, to.post, to.scale, to.stream)?;
+        }
     }
     match to.next {
         Some((norm, y)) => be.normalize(to.stream, norm, y),

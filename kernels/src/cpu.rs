@@ -130,6 +130,10 @@ impl Memory for CpuBackend {
         Panels::pack(&mut arena, self.dtype, parts)
     }
 
+    fn weight_bytes(&self, weight: &Panels) -> usize {
+        weight.bytes()
+    }
+
     fn vector(&self, values: &[f32]) -> Result<Vec<f32>> {
         Ok(values.to_vec())
     }

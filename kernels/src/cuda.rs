@@ -267,6 +267,10 @@ impl Memory for CudaBackend {
         CudaWeight::new(self, parts)
     }
 
+    fn weight_bytes(&self, weight: &CudaWeight) -> usize {
+        weight.outputs * weight.inputs * self.dtype.size()
+    }
+
     fn vector(&self, values: &[f32]) -> Result<CudaVector> {
         CudaVector::new(self, values)
     }

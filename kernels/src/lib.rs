@@ -31,7 +31,7 @@ pub use error::{Error, PeerFault, Result};
 pub use group::Group;
 pub use lora::{LoraPart, LoraShape, LoraSite, LowRank, ReplacedRows, SiteKind};
 pub use ops::{
-    Activation, Attention, AttentionShape, Embedding, Heads, LinearLora, LogitShape, Norm, NormKind,
+    Activation, Attention, AttentionShape, Branch, Embedding, Heads, LinearLora, LogitShape, Norm, NormKind,
     NormSpan, Output, Pairs, Projection, QkNorms, Qkv, Residual, RopeSpec, Rotation, Span, Stretch,
 };
 pub use tensor::{DType, Format, HostTensor, Matrix, WeightPart};

@@ -16,6 +16,9 @@ pub struct LoraSite {
     /// The width of each slice of the output, in order. For a [`SiteKind::Head`], it is the number of columns of the
     /// logits, at least as many as the base weight has rows. Further columns are for tokens that only an adapter has.
     pub outputs: Vec<usize>,
+    /// Whether this rank has only some of the inputs, so that its products are partial sums. The norms of
+    /// [`LoraPart::magnitude`] are then those of all ranks' columns together.
+    pub is_partial: bool,
 }
 
 /// The kind of a site's operation.
@@ -32,7 +35,17 @@ pub enum SiteKind {
 impl LoraSite {
     /// The site of a projection of a layer.
     pub fn linear(inputs: usize, outputs: &[usize]) -> LoraSite {
-        LoraSite { kind: SiteKind::Linear, inputs, outputs: outputs.to_vec() }
+        LoraSite { kind: SiteKind::Linear, inputs, outputs: outputs.to_vec(), is_partial: false }
+    }
+
+    /// The site of an output projection.
+    pub fn head(inputs: usize, columns: usize) -> LoraSite {
+        LoraSite { kind: SiteKind::Head, ..LoraSite::linear(inputs, &[columns]) }
+    }
+
+    /// The site of an embedding table.
+    pub fn lookup(tokens: usize, columns: usize) -> LoraSite {
+        LoraSite { kind: SiteKind::Lookup, ..LoraSite::linear(tokens, &[columns]) }
     }
 
     /// The columns of a slice in the site's output.

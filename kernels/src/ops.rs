@@ -144,11 +144,22 @@ pub struct Residual<'a, B: Adapters> {
     pub post: Option<Norm<'a, B>>,
     /// The factor of what is added.
     pub scale: f32,
-    /// Whether this is the first branch of a parallel residual. The second one follows, and both can be summed over all
-    /// ranks together.
-    pub more: bool,
-    /// The next norm of the stream, and its result. `None` if `more` is true.
+    /// The branch of the layer.
+    pub branch: Branch,
+    /// The next norm of the stream, and its result. `None` for the first of two branches.
     pub next: Option<(Norm<'a, B>, &'a mut B::Mat)>,
+}
+
+/// The place of a branch among those that add to the stream without reading it in between. The products of both branches
+/// of a parallel residual can be summed over all ranks together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Branch {
+    /// The only one.
+    Only,
+    /// The first of two. Its products may stay in [`Residual::products`], which nothing else uses until the second ends.
+    First,
+    /// The second of two, with the same factor, and without a norm of the products, like the first.
+    Second,
 }
 
 /// The first value of the residual stream.

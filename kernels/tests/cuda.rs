@@ -12,9 +12,9 @@ mod long_contexts;
 use std::sync::Arc;
 
 use kernels::{
-    Activation, AttentionShape, Batch, DType, Embedding, Heads, HostTensor, LinearLora, LoraPart, LoraSite,
-    Matrix, Norm, NormKind, Output, Pairs, Projection, Qkv, Residual, Result, RopeSpec, Rotation, RowSet,
-    SampleRow, SamplingParams, Span, Stretch,
+    Activation, AttentionShape, Batch, Branch, DType, Embedding, Heads, HostTensor, LinearLora, LoraPart,
+    LoraSite, Matrix, Norm, NormKind, Output, Pairs, Projection, Qkv, Residual, Result, RopeSpec, Rotation,
+    RowSet, SampleRow, SamplingParams, Span, Stretch,
     cuda::{CudaBackend, CudaBatch, CudaKv, CudaMat, CudaRope, CudaSlots, CudaVector, CudaWeight},
     prelude::*,
     reference::{self, KvMemory, Table},
@@ -81,7 +81,7 @@ fn add_products(
     stream: &mut CudaMat,
 ) -> Result<()> {
     let products = &mut ops.wide_mat(x.rows().max(1), stream.cols())?;
-    let to = Residual { stream, products, post: None, scale: 1.0, more: false, next: None };
+    let to = Residual { stream, products, post: None, scale: 1.0, branch: Branch::Only, next: None };
     ops.linear(x, by, Output::Residual(to))
 }
 
@@ -334,7 +334,7 @@ fn decode_tokens(capture: bool) -> Vec<Vec<u32>> {
             let by = Projection::new(&inner, lora(1, RowSet::All));
             let (stream, products) = (&mut residual, &mut products);
             let next = Some((rms(&weights), &mut y));
-            let to = Residual { stream, products, post: None, scale: 1.0, more: false, next };
+            let to = Residual { stream, products, post: None, scale: 1.0, branch: Branch::Only, next };
             ops.linear(&x, by, Output::Residual(to))?;
             ops.gather_logit_rows(&y, &device, &mut last)?;
             let by = Projection::new(&head, lora(0, RowSet::Logits));
@@ -457,8 +457,14 @@ impl Layer {
                 }
                 let next = Some((rms(norm), &mut *x));
                 let stream = &mut *residual;
-                let to =
-                    Residual { stream, products: &mut *products, post: None, scale: 1.0, more: false, next };
+                let to = Residual {
+                    stream,
+                    products: &mut *products,
+                    post: None,
+                    scale: 1.0,
+                    branch: Branch::Only,
+                    next,
+                };
                 ops.linear(input, by(site), Output::Residual(to)).map(settle).unwrap();
             }
         }

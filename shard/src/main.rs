@@ -212,8 +212,12 @@ fn serve<B: Backend>(
     let limits = limits(config, target.max_rows);
     let roots =
         Roots::new(shard.adapter_dir.as_deref(), &shard.adapter_roots).context("the adapter folders")?;
-    let base =
-        BaseModel { decoder: description.clone(), path: config.model.path.clone(), dtype: ops.dtype() };
+    let base = BaseModel {
+        decoder: description.clone(),
+        path: config.model.path.clone(),
+        dtype: ops.dtype(),
+        share: model.share(),
+    };
     let runtime = runtime()?;
     let reads = runtime.handle().clone();
     let host = HostLimits { bytes: host_bytes, read_timeout: config.router.prepare_timeout };

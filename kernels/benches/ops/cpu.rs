@@ -7,7 +7,7 @@ mod ceiling;
 use std::time::Instant;
 
 use ceiling::Ceiling;
-use kernels::{DType, Heads, LoraSite, SiteKind, cpu::CpuBackend};
+use kernels::{DType, Heads, LoraSite, cpu::CpuBackend};
 
 use crate::{Bench, Machine, Outcome, Peak, Shapes, layer_sites, step};
 
@@ -46,7 +46,7 @@ impl Machine for Cpu {
 
 fn shapes() -> Shapes {
     let mut sites = layer_sites(HIDDEN, INNER, HEADS).to_vec();
-    sites.push(("lm_head", LoraSite { kind: SiteKind::Head, inputs: HIDDEN, outputs: vec![VOCAB] }));
+    sites.push(("lm_head", LoraSite::head(HIDDEN, VOCAB)));
     sites.push(("large", LoraSite::linear(4096, &[4096])));
     Shapes {
         hidden: HIDDEN,

@@ -6,7 +6,7 @@ use std::{cell::RefCell, ptr::null_mut, time::Instant};
 
 use cudarc::driver::{DriverError, result};
 use kernels::{
-    DType, Heads, LoraSite, Output, Projection, SiteKind,
+    DType, Heads, LoraSite, Output, Projection,
     cuda::{CudaBackend, CudaMat, CudaWeight},
     prelude::*,
     testing::Numbers,
@@ -114,7 +114,7 @@ impl Machine for Gpu {
 
 fn shapes() -> Shapes {
     let mut sites = layer_sites(HIDDEN, INNER, HEADS).to_vec();
-    sites.push(("lm_head", LoraSite { kind: SiteKind::Head, inputs: HIDDEN, outputs: vec![VOCAB] }));
+    sites.push(("lm_head", LoraSite::head(HIDDEN, VOCAB)));
     let mixes = |rows: usize| {
         let mut adapters = vec![0, 1, rows.min(ADAPTERS)];
         adapters.dedup();

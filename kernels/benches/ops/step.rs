@@ -1,8 +1,8 @@
 //! Whole steps of a decoder of SmolLM2-135M's shape with random weights: what the operations add up to.
 
 use kernels::{
-    Activation, AttentionShape, Embedding, LinearLora, LoraSite, Norm, NormKind, Output, Pairs, Projection,
-    Qkv, Residual, RopeSpec, Rotation, RowSet, SampleRow, SamplingParams, Stretch,
+    Activation, AttentionShape, Branch, Embedding, LinearLora, LoraSite, Norm, NormKind, Output, Pairs,
+    Projection, Qkv, Residual, RopeSpec, Rotation, RowSet, SampleRow, SamplingParams, Stretch,
     cpu::{CpuBackend, CpuBatch, CpuKv, CpuMat, CpuRope, CpuSampler, CpuSlots, Panels},
     prelude::*,
     testing::{Numbers, batch},
@@ -102,7 +102,7 @@ impl Model {
                 let by = Projection::new(&layer.weights[which], lora(which));
                 let (stream, next) = (&mut *residual, Some((norm, x)));
                 let products = &mut *products;
-                let to = Residual { stream, products, post: None, scale: 1.0, more: false, next };
+                let to = Residual { stream, products, post: None, scale: 1.0, branch: Branch::Only, next };
                 ops.linear(from, by, Output::Residual(to))
             };
             ops.linear(x, Projection::new(&layer.weights[0], lora(0)), Output::Store(qkv))?;

@@ -300,6 +300,11 @@ impl Panels {
         View { lines: unsafe { slice::from_raw_parts(self.first, count) }, dtype, outputs, inputs }
     }
 
+    /// Bytes of its lines.
+    pub(super) fn bytes(&self) -> usize {
+        size_of_val(self.view().lines)
+    }
+
     /// Makes the weight whose elements are `get(output, input)`.
     pub(super) fn from_fn(
         arena: &mut Arena,

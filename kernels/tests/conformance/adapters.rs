@@ -4,7 +4,7 @@ use std::{slice, sync::Arc};
 
 use kernels::{
     Activation, Backend, DType, Embedding, HostTensor, LinearLora, LogitShape, LoraPart, LoraSite, LowRank,
-    Output, Projection, ReplacedRows, RowSet, SiteKind,
+    Output, Projection, ReplacedRows, RowSet,
     cpu::CpuBackend,
     prelude::*,
     reference::{self, Base, Table},
@@ -142,7 +142,7 @@ fn rows_of(numbers: &mut Numbers, ids: Option<&[u32]>, count: usize, cols: usize
 pub(super) fn rows_of_the_head<B: Backend>(ops: &B) {
     let mut numbers = Numbers(23);
     for (inputs, known, columns) in [(40, 50, 50), (33, 129, 160), (64, 64, 67), (70, 100, 1000)] {
-        let site = LoraSite { kind: SiteKind::Head, inputs, outputs: vec![columns] };
+        let site = LoraSite::head(inputs, columns);
         let ids = [0, 7, 31, known as u32 - 1, columns as u32 - 1];
         let ids: Vec<u32> = ids.into_iter().collect::<std::collections::BTreeSet<_>>().into_iter().collect();
         let mut all = |ids: Option<&[u32]>, count| {
@@ -195,7 +195,7 @@ pub(super) fn rows_of_the_head<B: Backend>(ops: &B) {
 pub(super) fn lookups_that_adapters_change<B: Backend>(ops: &B) {
     let mut numbers = Numbers(24);
     for (cols, known, tokens) in [(40, 50, 50), (33, 60, 77), (576, 50, 51), (128, 64, 200)] {
-        let site = LoraSite { kind: SiteKind::Lookup, inputs: tokens, outputs: vec![cols] };
+        let site = LoraSite::lookup(tokens, cols);
         let mut own = |ids: Option<&[u32]>, count| {
             vec![LoraPart { rows: rows_of(&mut numbers, ids, count, cols), ..nothing(0, 0) }]
         };
@@ -278,11 +278,7 @@ pub(super) fn gains_over_smaller_vocabularies<B: Backend>(ops: &B) {
 /// Everything that an adapter has takes memory, and what is promised is what is taken.
 pub(super) fn adapters_are_counted<B: Backend>(ops: &B) {
     let mut numbers = Numbers(25);
-    let sites = [
-        LoraSite::linear(64, &[48, 80]),
-        LoraSite { kind: SiteKind::Head, inputs: 64, outputs: vec![100] },
-        LoraSite { kind: SiteKind::Lookup, inputs: 100, outputs: vec![64] },
-    ];
+    let sites = [LoraSite::linear(64, &[48, 80]), LoraSite::head(64, 100), LoraSite::lookup(100, 64)];
     let element = ops.dtype().size();
     let mut delta = numbers.part((0, 1), &sites[0], 8);
     let plain = delta.clone();
@@ -313,11 +309,7 @@ pub(super) fn adapters_are_counted<B: Backend>(ops: &B) {
 #[test]
 fn parts_that_fit_nowhere_are_refused() {
     let ops = CpuBackend::new(DType::F32, 1).unwrap();
-    let sites = [
-        LoraSite::linear(8, &[4, 6]),
-        LoraSite { kind: SiteKind::Head, inputs: 8, outputs: vec![20] },
-        LoraSite { kind: SiteKind::Lookup, inputs: 20, outputs: vec![8] },
-    ];
+    let sites = [LoraSite::linear(8, &[4, 6]), LoraSite::head(8, 20), LoraSite::lookup(20, 8)];
     let mut numbers = Numbers(26);
     let mut rows = |ids: Option<&[u32]>, count, cols| rows_of(&mut numbers, ids, count, cols);
     let zeros = |rows: usize, cols: usize| HostTensor::from_f32(rows, cols, &vec![0.0; rows * cols]);

@@ -13,8 +13,8 @@ mod sampling;
 use std::sync::Arc;
 
 use kernels::{
-    AttentionShape, Backend, Batch, DType, Embedding, Heads, HostTensor, LinearLora, LoraPart, LoraSite,
-    Matrix, Norm, NormKind, Output, Projection, Qkv, Residual, Result, RowSet, Sampled, Span,
+    AttentionShape, Backend, Batch, Branch, DType, Embedding, Heads, HostTensor, LinearLora, LoraPart,
+    LoraSite, Matrix, Norm, NormKind, Output, Projection, Qkv, Residual, Result, RowSet, Sampled, Span,
     cpu::{CpuBackend, Tier},
     prelude::*,
     reference::Table,
@@ -225,7 +225,7 @@ fn add_and_norm<B: Backend>(
     next: Option<(Norm<'_, B>, &mut B::Mat)>,
 ) -> Result<()> {
     let products = &mut ops.wide_mat(x.rows().max(1), stream.cols())?;
-    let to = Residual { stream, products, post: None, scale: 1.0, more: false, next };
+    let to = Residual { stream, products, post: None, scale: 1.0, branch: Branch::Only, next };
     ops.linear(x, by, Output::Residual(to))
 }
 

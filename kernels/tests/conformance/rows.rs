@@ -1,7 +1,7 @@
 //! Operations that work row by row: norms, activations, the residual stream, lookups, logits.
 
 use kernels::{
-    Activation, Backend, Embedding, LogitShape, Matrix, Norm, NormKind, Output, Projection, Residual,
+    Activation, Backend, Branch, Embedding, LogitShape, Matrix, Norm, NormKind, Output, Projection, Residual,
     SampleRow, SamplingParams,
     reference::{self, Table},
     testing::{Numbers, assert_close, batch},
@@ -134,7 +134,7 @@ pub(super) fn products_onto_the_stream<B: Backend>(ops: &B) {
                     products: &mut products,
                     post: post_vectors.as_ref().zip(post.as_ref()).map(|(v, post)| v.as_norm(post)),
                     scale,
-                    more: false,
+                    branch: Branch::Only,
                     next: next_vectors.as_ref().zip(next.as_ref()).map(|(v, next)| (v.as_norm(next), &mut y)),
                 };
                 ops.linear(&mat(ops, &x), by, Output::Residual(to)).unwrap();
@@ -161,11 +161,11 @@ pub(super) fn parallel_branches<B: Backend>(ops: &B) {
         let norm = norms(&mut numbers, cols).remove(3);
         let vectors = Vectors::new(ops, &norm);
         let (mut products, mut y) = (ops.wide_mat(rows, cols).unwrap(), ops.mat(rows, cols).unwrap());
-        for (w, more) in [(&first, true), (&second, false)] {
+        for (w, branch) in [(&first, Branch::First), (&second, Branch::Second)] {
             let weight = ops.weight(&[tensor(w)]).unwrap();
-            let next = (!more).then(|| (vectors.as_norm(&norm), &mut y));
-            let to =
-                Residual { stream: &mut stream, products: &mut products, post: None, scale: 1.0, more, next };
+            let next = (branch == Branch::Second).then(|| (vectors.as_norm(&norm), &mut y));
+            let (stream, products) = (&mut stream, &mut products);
+            let to = Residual { stream, products, post: None, scale: 1.0, branch, next };
             ops.linear(&mat(ops, &x), Projection::new(&weight, None), Output::Residual(to)).unwrap();
             reference::add(&reference::linear(&x, w, None), &mut sums);
         }

@@ -57,7 +57,8 @@ fn launches(rows: usize, dora: usize) -> (u64, bool) {
     };
     let mut onto = |input: &CudaMat, site: usize, stream: &mut CudaMat, y: &mut CudaMat| {
         let next = Some((rms(&norm), y));
-        let to = Residual { stream, products: &mut products, post: None, scale: 1.0, more: false, next };
+        let to =
+            Residual { stream, products: &mut products, post: None, scale: 1.0, branch: Branch::Only, next };
         ops.linear(input, by(site), Output::Residual(to)).unwrap();
     };
     ops.linear(&x, by(0), Output::Store(&mut qkv)).unwrap();

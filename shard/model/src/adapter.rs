@@ -4,6 +4,7 @@
 mod base;
 mod change;
 mod config;
+mod cut;
 mod error;
 mod initial;
 mod names;
@@ -26,6 +27,7 @@ use crate::weights::tensor_file::TensorFile;
 pub use base::BaseModel;
 use base::BaseWeights;
 use change::Change;
+use cut::Cutter;
 pub use error::AdapterError;
 pub use python_regex::PatternError;
 use values::Values;
@@ -50,9 +52,9 @@ impl fmt::Debug for ContentHash {
 /// An adapter, ready to be staged.
 #[derive(Debug, Clone)]
 pub struct Adapter {
-    /// The hash of its content, which identifies it.
+    /// The hash of its whole content, which identifies it on every rank.
     pub hash: ContentHash,
-    /// Its changes, by site and slice.
+    /// Its changes to the share of the model, by site and slice.
     pub parts: Vec<LoraPart>,
     /// Its largest LoRA rank.
     pub max_lora_rank: usize,
@@ -96,7 +98,11 @@ impl<'a> AdapterFolder<'a> {
 
     /// The places and sizes of its parts.
     pub fn shapes(&self) -> Vec<LoraShape> {
-        self.changes.iter().filter_map(Change::shape).collect()
+        self.changes.iter().filter_map(|change| change.shape_of(self.cutter())).collect()
+    }
+
+    fn cutter(&self) -> Cutter<'_> {
+        Cutter { decoder: &self.base.model.decoder, share: self.base.model.share }
     }
 
     /// Bytes of host memory that [`Self::read`] takes, and its result until it has been staged.
@@ -108,21 +114,25 @@ impl<'a> AdapterFolder<'a> {
 
     /// Reads the tensors. Errors: among others, the adapter changes nothing.
     pub fn read(&self) -> Result<Adapter, AdapterError> {
-        let (mut parts, mut sites) = (Vec::new(), Vec::new());
+        let (mut parts, mut sites, mut sha) = (Vec::new(), Vec::new(), Sha256::new());
+        let (mut changes_nothing, mut max_lora_rank) = (true, 0);
         for change in &self.changes {
             if let Some(part) = change.read(&self.values, &self.base)? {
-                parts.push(part);
+                hash(&mut sha, &part);
+                changes_nothing &= change::changes_nothing(&part);
+                max_lora_rank = max_lora_rank.max(part.shape().lora_rank);
+                parts.extend(self.cutter().cut(part, &change.module));
                 sites.push(change.module.name().to_owned());
             }
         }
-        if parts.iter().all(change::changes_nothing) {
+        if changes_nothing {
             return Err(AdapterError::ChangesNothing);
         }
         sites.sort_unstable();
         sites.dedup();
         Ok(Adapter {
-            hash: hash(&parts),
-            max_lora_rank: parts.iter().map(|part| part.shape().lora_rank).max().unwrap_or(0),
+            hash: ContentHash(sha.finalize().into()),
+            max_lora_rank,
             parts,
             sites,
             vocab: self.changes.iter().map(Change::tokens).fold(self.base.model.decoder.vocab, usize::max),
@@ -132,30 +142,26 @@ impl<'a> AdapterFolder<'a> {
 
 /// Hashes what kernels compute with, so that two folders with the same output have the same identity, however they are
 /// written.
-fn hash(parts: &[LoraPart]) -> ContentHash {
-    let mut sha = Sha256::new();
-    for part in parts {
-        let LoraShape { site, slice, lora_rank, has_magnitude, has_bias, rows } = part.shape();
-        // The shape of each part comes before its data, so that different lists of parts never give the same bytes.
-        for number in [site, slice, lora_rank, has_magnitude.into(), has_bias.into(), rows] {
-            sha.update((number as u64).to_le_bytes());
-        }
-        if let Some(LowRank { scale, a, b, .. }) = &part.low_rank {
-            sha.update(scale.to_le_bytes());
-            hash_tensor(&mut sha, a);
-            hash_tensor(&mut sha, b);
-        }
-        for vector in [&part.magnitude, &part.bias].into_iter().flatten() {
-            sha.update((vector.len() as u64).to_le_bytes());
-            vector.iter().for_each(|x| sha.update(x.to_le_bytes()));
-        }
-        if let Some(ReplacedRows { ids, values }) = &part.rows {
-            sha.update([u8::from(ids.is_some())]);
-            ids.iter().flatten().for_each(|id| sha.update(id.to_le_bytes()));
-            hash_tensor(&mut sha, values);
-        }
+fn hash(sha: &mut Sha256, part: &LoraPart) {
+    let LoraShape { site, slice, lora_rank, has_magnitude, has_bias, rows } = part.shape();
+    // The shape of each part comes before its data, so that different lists of parts never give the same bytes.
+    for number in [site, slice, lora_rank, has_magnitude.into(), has_bias.into(), rows] {
+        sha.update((number as u64).to_le_bytes());
     }
-    ContentHash(sha.finalize().into())
+    if let Some(LowRank { scale, a, b, .. }) = &part.low_rank {
+        sha.update(scale.to_le_bytes());
+        hash_tensor(sha, a);
+        hash_tensor(sha, b);
+    }
+    for vector in [&part.magnitude, &part.bias].into_iter().flatten() {
+        sha.update((vector.len() as u64).to_le_bytes());
+        vector.iter().for_each(|x| sha.update(x.to_le_bytes()));
+    }
+    if let Some(ReplacedRows { ids, values }) = &part.rows {
+        sha.update([u8::from(ids.is_some())]);
+        ids.iter().flatten().for_each(|id| sha.update(id.to_le_bytes()));
+        hash_tensor(sha, values);
+    }
 }
 
 fn hash_tensor(sha: &mut Sha256, tensor: &HostTensor<'_>) {

@@ -3,6 +3,7 @@
 
 mod modules;
 mod names;
+mod share;
 
 use kernels::{
     Activation, AttentionShape, Heads, LogitShape, LoraSite, NormKind, NormSpan, Pairs, RopeSpec, Span,
@@ -12,6 +13,8 @@ use crate::{LoadError, Result};
 pub use modules::{Kind, Module, RowOrder};
 pub(crate) use modules::{LAYER_SITES, Modules};
 pub(crate) use names::{Names, Part, QkvOrder, Stored};
+pub(crate) use share::Run;
+pub use share::Share;
 
 /// The largest number of layers that is accepted.
 pub(crate) const MAX_LAYERS: usize = 1 << 10;
@@ -239,7 +242,7 @@ impl Decoder {
     /// The sites at which adapters can attach. Each layer has four, for q k v, o, and both halves of the feed-forward
     /// network. The output projection and the embedding table follow.
     pub fn sites(&self) -> Vec<LoraSite> {
-        Modules::of(self).sites()
+        Modules::of(self).sites(self, Share::WHOLE)
     }
 
     /// Lowers the longest sequence to `longest`, unless it is shorter anyway.

@@ -74,6 +74,16 @@ pub enum LoadError {
         /// The size that the others imply.
         expected: usize,
     },
+    /// The model cannot be divided among as many ranks.
+    #[error("{size} {what} cannot be divided among {ranks} ranks")]
+    Share {
+        /// What there is too little of, or what does not divide.
+        what: &'static str,
+        /// How many there are.
+        size: usize,
+        /// The number of ranks.
+        ranks: usize,
+    },
     /// A tensor is missing.
     #[error("tensor {0} is missing")]
     MissingTensor(String),

@@ -3,12 +3,12 @@
 use std::path::Path;
 
 use kernels::{
-    Attention, Backend, Embedding, Heads, LinearLora, LoraSite, Norm, Output, Projection, QkNorms, Qkv,
-    Residual, Rotation, RowSet, Span,
+    Attention, AttentionShape, Backend, Branch, Embedding, Heads, LinearLora, LoraSite, Norm, Output,
+    Projection, QkNorms, Qkv, Residual, Rotation, RowSet, Span,
 };
 
 use crate::{
-    Decoder, Result,
+    Decoder, Result, Share,
     decoder::{self, LAYER_SITES, NormSpec, Wiring},
     load::{self, Progress},
 };
@@ -35,6 +35,8 @@ impl<'a, B: Backend> Pass<'a, B> {
 pub struct Scratch<B: Backend> {
     /// Logits of the rows that wanted them, `[logit rows, Decoder::logit_columns]`.
     pub logits: B::Mat,
+    /// The columns of this rank, which are gathered into `logits`; `None` for one rank.
+    own_logits: Option<B::Mat>,
     /// The normed residual stream, which the next projection reads. After a pass, these are the last hidden states.
     pub hidden: B::Mat,
     stream: B::Mat,
@@ -100,9 +102,32 @@ pub(crate) struct Layer<B: Backend> {
     pub(crate) mlp_post: Option<NormOf<B>>,
 }
 
-/// A model's weights on a device.
+/// The sizes of a rank's share.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Sizes {
+    pub(crate) share: Share,
+    pub(crate) heads: Heads,
+    /// The width of the feed-forward networks.
+    pub(crate) width: usize,
+    /// The columns of logits.
+    pub(crate) logits: usize,
+}
+
+/// Bytes of a model's matrices on a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WeightBytes {
+    /// Of those that are divided among ranks: the share of this one.
+    pub share: usize,
+    /// Of those that every rank has.
+    pub whole: usize,
+}
+
+/// A model's weights on a device: this rank's share of them.
 pub struct Model<B: Backend> {
+    /// The description of the whole model.
     pub(crate) decoder: Decoder,
+    pub(crate) sizes: Sizes,
+    /// The sites of this share.
     pub(crate) sites: Vec<LoraSite>,
     pub(crate) embed: B::Weight,
     pub(crate) positions: Option<B::Weight>,
@@ -127,12 +152,28 @@ impl<B: Backend> Model<B> {
         load::load(ops, path, longest, progress)
     }
 
-    /// The description of the model.
+    /// The description of the whole model.
     pub fn decoder(&self) -> &Decoder {
         &self.decoder
     }
 
-    /// The sites at which adapters can attach.
+    /// The share of this rank.
+    pub fn share(&self) -> Share {
+        self.sizes.share
+    }
+
+    /// Bytes of the weights on the device, vectors apart.
+    pub fn weight_bytes(&self, ops: &B) -> WeightBytes {
+        let linears = self.layers.iter().flat_map(|at| [&at.qkv, &at.out, &at.up, &at.down]);
+        let share = linears.map(|linear| &linear.weight).chain(&self.head_weight);
+        let whole = [&self.embed].into_iter().chain(&self.positions);
+        WeightBytes {
+            share: share.map(|weight| ops.weight_bytes(weight)).sum(),
+            whole: whole.map(|weight| ops.weight_bytes(weight)).sum(),
+        }
+    }
+
+    /// The sites of this share at which adapters can attach.
     pub fn sites(&self) -> &[LoraSite] {
         &self.sites
     }
@@ -150,33 +191,34 @@ impl<B: Backend> Model<B> {
 
     /// Allocates a KV cache of `blocks` blocks.
     pub fn kv_cache(&self, ops: &B, blocks: usize) -> kernels::Result<KvCache<B>> {
-        let heads = self.decoder.heads();
+        let heads = self.sizes.heads;
         let layers = self.layers.iter().map(|_| ops.kv(blocks, heads)).collect::<kernels::Result<_>>()?;
         Ok(KvCache { layers })
     }
 
     /// Bytes of one block of the KV cache, all layers together.
     pub fn kv_block_bytes(&self, ops: &B) -> usize {
-        ops.kv_block_bytes(self.decoder.heads()) * self.layers.len()
+        ops.kv_block_bytes(self.sizes.heads) * self.layers.len()
     }
 
     /// Allocates the activations of steps of up to `max_rows` rows, of which `max_logit_rows` have logits.
     pub fn scratch(&self, ops: &B, max_rows: usize, max_logit_rows: usize) -> kernels::Result<Scratch<B>> {
-        let (hidden, heads) = (self.decoder.hidden, self.decoder.heads());
-        let Heads { query, dim, .. } = heads;
+        let Sizes { share, heads, width, logits } = self.sizes;
+        let (hidden, Heads { query, dim, .. }) = (self.decoder.hidden, heads);
         let decoder::Layer { mlp, wiring, .. } = &self.decoder.layers[0];
         let halves = if mlp.gated { 2 } else { 1 };
         let reads_twice = *wiring == Wiring::Parallel { shared_norm: false };
         Ok(Scratch {
             logits: ops.wide_mat(max_logit_rows, self.decoder.logit_columns())?,
+            own_logits: (share.ranks() > 1).then(|| ops.wide_mat(max_logit_rows, logits)).transpose()?,
             hidden: ops.mat(max_rows, hidden)?,
             stream: ops.wide_mat(max_rows, hidden)?,
             products: ops.wide_mat(max_rows, hidden)?,
             other: reads_twice.then(|| ops.mat(max_rows, hidden)).transpose()?,
             qkv: ops.mat(max_rows, heads.qkv_cols())?,
             attended: ops.mat(max_rows, query * dim)?,
-            gate_up: ops.mat(max_rows, halves * mlp.width)?,
-            activated: ops.mat(max_rows, mlp.width)?,
+            gate_up: ops.mat(max_rows, halves * width)?,
+            activated: ops.mat(max_rows, width)?,
             last: ops.mat(max_logit_rows, hidden)?,
         })
     }
@@ -199,7 +241,11 @@ impl<B: Backend> Model<B> {
             let lora = pass.lora(self.layers.len() * LAYER_SITES, RowSet::Logits);
             let by = Projection { weight: self.head(), bias: self.head_bias.as_ref(), lora };
             let shape = self.decoder.head.shape;
-            ops.linear(&s.last, by, Output::Logits { y: &mut s.logits, shape })
+            let Some(own) = &mut s.own_logits else {
+                return ops.linear(&s.last, by, Output::Logits { y: &mut s.logits, shape });
+            };
+            ops.linear(&s.last, by, Output::Logits { y: own, shape })?;
+            ops.gather_columns(own, &mut s.logits)
         })
     }
 
@@ -232,18 +278,20 @@ impl<B: Backend> Model<B> {
             pass.ops.normalize(&s.stream, norm.get(), other)?;
         }
         self.attend(i, pass, s, kv)?;
-        match wiring {
+        let second = match wiring {
             Wiring::Sequential { .. } => {
                 let then = layer.mlp_norm.as_ref().map(NormOf::get);
-                self.onto_stream(pass, &layer.out, &layer.attention_post, s, Branch::Attention(then))?;
+                self.onto_stream(pass, (layer, Half::Attention), s, (Branch::Only, then))?;
                 self.feed_forward(i, pass, s)?;
+                Branch::Only
             }
             Wiring::Parallel { .. } => {
                 self.feed_forward(i, pass, s)?;
-                self.onto_stream(pass, &layer.out, &layer.attention_post, s, Branch::Attention(None))?;
+                self.onto_stream(pass, (layer, Half::Attention), s, (Branch::First, None))?;
+                Branch::Second
             }
-        }
-        self.onto_stream(pass, &layer.down, &layer.mlp_post, s, Branch::FeedForward(next))
+        };
+        self.onto_stream(pass, (layer, Half::FeedForward), s, (second, Some(next)))
     }
 
     /// Computes attention from `s.hidden` into `s.attended`.
@@ -260,9 +308,11 @@ impl<B: Backend> Model<B> {
         let of_norms = layer.q_norm.as_ref().zip(layer.k_norm.as_ref()).zip(*norms);
         let norms = of_norms.map(|((q, k), (_, over))| QkNorms { query: q.get(), key: k.get(), over });
         let rope = rope.map(|(rope, pairs)| Rotation { table: &self.ropes[rope], pairs });
-        let by = Qkv { heads: shape.heads, clamp: *clamp, norms, rope };
+        let heads = self.sizes.heads;
+        let by = Qkv { heads, clamp: *clamp, norms, rope };
         ops.rope_and_store(&mut s.qkv, by, pass.batch, kv)?;
-        let by = Attention { shape: *shape, sinks: layer.sinks.as_ref(), slopes: layer.slopes.as_ref() };
+        let shape = AttentionShape { heads, ..*shape };
+        let by = Attention { shape, sinks: layer.sinks.as_ref(), slopes: layer.slopes.as_ref() };
         ops.paged_attention(&s.qkv, by, pass.batch, kv, &mut s.attended)
     }
 
@@ -278,29 +328,30 @@ impl<B: Backend> Model<B> {
         pass.ops.linear(other.as_ref().unwrap_or(hidden), self.layers[i].up.projection(pass), out)
     }
 
-    /// Applies the last projection of a branch, and adds the result to the stream.
+    /// Applies the last projection of a half of a layer, and adds the result to the stream. If the stream is complete
+    /// then, the norm is applied to it next.
     fn onto_stream(
         &self,
         pass: &Pass<'_, B>,
-        by: &Linear<B>,
-        post: &Option<NormOf<B>>,
+        (layer, half): (&Layer<B>, Half),
         s: &mut Scratch<B>,
-        branch: Branch<'_, B>,
+        (branch, norm): (Branch, Option<Norm<'_, B>>),
     ) -> kernels::Result<()> {
         let Scratch { stream, products, hidden, attended, activated, .. } = s;
-        let (x, norm) = match branch {
-            Branch::Attention(norm) => (&*attended, norm),
-            Branch::FeedForward(norm) => (&*activated, Some(norm)),
+        let (x, by, post) = match half {
+            Half::Attention => (attended, &layer.out, &layer.attention_post),
+            Half::FeedForward => (activated, &layer.down, &layer.mlp_post),
         };
-        let (more, next) = (norm.is_none(), norm.map(|norm| (norm, hidden)));
+        let next = norm.map(|norm| (norm, hidden));
         let (post, scale) = (post.as_ref().map(NormOf::get), self.decoder.residual_scale);
-        let to = Residual { stream, products, post, scale, more, next };
+        let to = Residual { stream, products, post, scale, branch, next };
         pass.ops.linear(x, by.projection(pass), Output::Residual(to))
     }
 }
 
-/// A branch whose result is added to the stream. If the stream is complete then, the norm is applied to it next.
-enum Branch<'a, B: Backend> {
-    Attention(Option<Norm<'a, B>>),
-    FeedForward(Norm<'a, B>),
+/// A half of a layer.
+#[derive(Debug, Clone, Copy)]
+enum Half {
+    Attention,
+    FeedForward,
 }

@@ -10,7 +10,7 @@ mod load;
 pub mod testing;
 mod weights;
 
-pub use decoder::{ADDED_TOKENS, Decoder};
+pub use decoder::{ADDED_TOKENS, Decoder, Share};
 pub use error::{LoadError, Result};
-pub use forward::{KvCache, Model, Pass, Scratch};
+pub use forward::{KvCache, Model, Pass, Scratch, WeightBytes};
 pub use weights::{LoadProgress, TorchError};

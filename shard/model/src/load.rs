@@ -2,6 +2,7 @@
 //! operations expect, and puts them on the device.
 
 use std::{
+    ops::Range,
     panic::resume_unwind,
     path::Path,
     sync::{
@@ -14,9 +15,9 @@ use std::{
 use kernels::{Backend, DType, HostTensor};
 
 use crate::{
-    Decoder, LoadProgress, Result,
-    decoder::{Kind, Module, Modules, NormSpec, Part, RowOrder, Stored},
-    forward::{Layer, Linear, Model, NormOf},
+    Decoder, LoadProgress, Result, Share,
+    decoder::{Module, Modules, NormSpec, Part, RowOrder, Run, Stored},
+    forward::{Layer, Linear, Model, NormOf, Sizes},
     weights::{self, Source},
 };
 
@@ -32,10 +33,11 @@ struct Loader<'a, B: Backend> {
     ops: &'a B,
     source: &'a (dyn Source + Sync),
     modules: Modules,
+    share: Share,
     progress: Mutex<(&'a mut Progress<'a>, LoadProgress)>,
 }
 
-/// Loads a GGUF file or a folder in Hugging Face layout, and reports its progress.
+/// Loads this rank's share of a GGUF file or of a folder in Hugging Face layout, and reports its progress.
 pub(crate) fn load<B: Backend>(
     ops: &B,
     path: &Path,
@@ -50,8 +52,9 @@ pub(crate) fn load<B: Backend>(
         decoder.embedding.scale = rounded(decoder.embedding.scale, ops.dtype());
     }
     let done = LoadProgress { done_bytes: 0, total_bytes: source.total_bytes() };
+    let share = Share::of(&decoder, ops.rank(), ops.ranks())?;
     let modules = Modules::of(&decoder);
-    let loader = Loader { ops, source: &*source, modules, progress: Mutex::new((progress, done)) };
+    let loader = Loader { ops, source: &*source, modules, share, progress: Mutex::new((progress, done)) };
     let embed = loader.weight(&[loader.module(None, Part::Embed)])?;
     let positions = loader.modules.find(None, Part::Positions).map(|at| loader.weight(&[at])).transpose()?;
     let embed_norm =
@@ -59,11 +62,32 @@ pub(crate) fn load<B: Backend>(
     let layers = loader.layers(&decoder)?;
     let norm = loader.norm(None, Part::Norm, decoder.norm)?;
     let head = loader.module(None, Part::Head);
-    let head_weight = if decoder.head.tied { None } else { Some(loader.weight(&[head])?) };
+    let head_weight = match (decoder.head.tied, share == Share::WHOLE) {
+        (true, true) => None,
+        // The embedding table is not divided, but the rows of the output projection are.
+        (true, false) => Some(loader.weight_from(loader.module(None, Part::Embed), head)?),
+        (false, _) => Some(loader.weight(&[head])?),
+    };
     let head_bias = loader.bias(&[head])?;
     let ropes = decoder.ropes.iter().map(|spec| ops.rope(spec)).collect::<kernels::Result<_>>()?;
-    let sites = loader.modules.sites();
-    Ok(Model { embed, positions, embed_norm, layers, norm, head_weight, head_bias, ropes, sites, decoder })
+    let sites = loader.modules.sites(&decoder, share);
+    let heads = share.heads(decoder.heads());
+    let width = share.run(Run { count: decoder.layers[0].mlp.width, size: 1 }).len();
+    let logits = share.logits(&decoder).len();
+    let sizes = Sizes { share, heads, width, logits };
+    Ok(Model {
+        embed,
+        positions,
+        embed_norm,
+        layers,
+        norm,
+        head_weight,
+        head_bias,
+        ropes,
+        sites,
+        sizes,
+        decoder,
+    })
 }
 
 /// Whether a model that is configured as tied has an output projection that differs from its embedding table.
@@ -109,14 +133,17 @@ impl<B: Backend> Loader<'_, B> {
             |part, spec: NormSpec| self.modules.find(at, part).map(|_| self.norm(at, part, spec)).transpose();
         let qk = spec.attention.norms.map(|(norm, _)| norm).unwrap_or(spec.norm);
         let vector = |part| self.modules.find(at, part).map(|module| self.vector(module)).transpose();
-        let slopes = spec.attention.slopes.as_ref().map(|slopes| self.ops.vector(slopes)).transpose()?;
+        let slopes = spec.attention.slopes.as_ref().map(|slopes| {
+            let own = self.share.run(Run { count: slopes.len(), size: 1 });
+            self.ops.vector(&slopes[own])
+        });
         Ok(Layer {
             attention_norm: self.norm(at, Part::AttentionNorm, spec.norm)?,
             qkv: self.linear(i, 0)?,
             q_norm: norm(Part::QNorm, qk)?,
             k_norm: norm(Part::KNorm, qk)?,
             sinks: vector(Part::Sinks)?,
-            slopes,
+            slopes: slopes.transpose()?,
             out: self.linear(i, 1)?,
             attention_post: norm(Part::AttentionPost, spec.norm)?,
             mlp_norm: norm(Part::MlpNorm, spec.norm)?,
@@ -133,66 +160,96 @@ impl<B: Backend> Loader<'_, B> {
         Ok(Linear { weight: self.weight(&modules)?, bias: self.bias(&modules)?, site })
     }
 
-    fn tensor(&self, name: &str, shape: [usize; 2]) -> Result<HostTensor<'static>> {
-        let tensor = self.source.dense(name, shape)?;
+    /// Reports that a tensor has been read, as far as this rank needs it.
+    fn has_read(&self, name: &str) {
         let (tell, done) = &mut *self.progress.lock().unwrap_or_else(PoisonError::into_inner);
         done.done_bytes += self.source.bytes(name);
         tell(*done);
-        Ok(tensor)
+    }
+
+    /// Reads a vector.
+    fn values(&self, name: &str, len: usize) -> Result<Vec<f32>> {
+        let values = self.source.dense(name, [1, len])?.to_f32();
+        self.has_read(name);
+        Ok(values)
     }
 
     /// Loads the weights of several modules as one matrix, with their rows one after the other.
     fn weight(&self, modules: &[&Module]) -> Result<B::Weight> {
-        let parts = modules.iter().map(|module| {
-            let (name, shape) = (format!("{}.weight", module.path), [module.outputs, module.inputs]);
-            let weight = match module.transposed {
-                false => self.tensor(&name, shape)?,
-                true => transposed(&self.tensor(&name, [module.inputs, module.outputs])?),
-            };
-            Ok(in_order(weight, module.order))
+        let parts = modules.iter().map(|module| self.parts(module, module)).collect::<Result<Vec<_>>>()?;
+        Ok(self.ops.weight(&parts.concat())?)
+    }
+
+    /// Loads a weight that is divided as `module` is, from the tensor of another module of the same size.
+    fn weight_from(&self, stored: &Module, module: &Module) -> Result<B::Weight> {
+        Ok(self.ops.weight(&self.parts(stored, module)?)?)
+    }
+
+    /// Reads this rank's share of a module's weight, of which nothing else is read.
+    fn parts(&self, stored: &Module, module: &Module) -> Result<Vec<HostTensor<'static>>> {
+        let name = format!("{}.weight", stored.path);
+        let (source, cols) = (self.source, self.share.inputs(module));
+        let runs = stored_runs(self.share.outputs(module), module);
+        let parts = runs.into_iter().map(|rows| match module.transposed {
+            false => source.dense_part(&name, [module.outputs, module.inputs], rows, cols.clone()),
+            true => {
+                let stored = source.dense_part(&name, [module.inputs, module.outputs], cols.clone(), rows);
+                stored.map(|stored| transposed(&stored))
+            }
         });
-        let parts = parts.collect::<Result<Vec<_>>>()?;
-        Ok(self.ops.weight(&parts)?)
+        let parts = parts.collect::<Result<_>>();
+        self.has_read(&name);
+        parts
     }
 
     /// Loads the biases of several modules, or none if none of them may have one. A bias that is missing is zero,
     /// because some modules of a projection may have one while others do not.
     fn bias(&self, modules: &[&Module]) -> Result<Option<B::Vector>> {
-        if !modules.iter().any(|module| module.bias) {
+        if !modules.iter().any(|module| module.bias && self.share.adds_bias(module)) {
             return Ok(None);
         }
         let values = modules.iter().map(|module| {
             let name = format!("{}.bias", module.path);
+            let own = stored_runs(self.share.outputs(module), module);
             if !module.bias || self.source.bytes(&name) == 0 {
-                return Ok(vec![0.0; module.outputs]);
+                return Ok(vec![0.0; own.iter().map(ExactSizeIterator::len).sum()]);
             }
-            let values = self.tensor(&name, [1, module.outputs])?.to_f32();
-            Ok(match module.order.sources(module.outputs) {
-                Some(sources) => sources.into_iter().map(|source| values[source]).collect(),
-                None => values,
-            })
+            let values = self.values(&name, module.outputs)?;
+            Ok(own.into_iter().flat_map(|run| values[run].to_vec()).collect())
         });
         let values = values.collect::<Result<Vec<_>>>()?.concat();
         Ok(Some(self.ops.vector(&values)?))
     }
 
+    /// Loads a vector that belongs to no weight.
     fn vector(&self, module: &Module) -> Result<B::Vector> {
-        let name = match module.kind {
-            Kind::Vector => module.path.clone(),
-            _ => format!("{}.weight", module.path),
-        };
-        let values = self.tensor(&name, [1, module.outputs])?.to_f32();
-        Ok(self.ops.vector(&values)?)
+        let values = self.values(&module.path, module.outputs)?;
+        let own: Vec<f32> =
+            self.share.outputs(module).into_iter().flat_map(|range| values[range].to_vec()).collect();
+        Ok(self.ops.vector(&own)?)
     }
 
     fn norm(&self, layer: Option<usize>, part: Part, spec: NormSpec) -> Result<NormOf<B>> {
         let module = self.module(layer, part);
-        let mut weight = self.tensor(&format!("{}.weight", module.path), [1, module.outputs])?.to_f32();
+        let mut weight = self.values(&format!("{}.weight", module.path), module.outputs)?;
         if spec.plus_one {
             weight.iter_mut().for_each(|x| *x += 1.0);
         }
         Ok(NormOf { weight: self.ops.vector(&weight)?, bias: self.bias(&[module])?, spec })
     }
+}
+
+/// The runs of stored rows that are some outputs of a module, in the order that operations expect.
+fn stored_runs(outputs: Vec<Range<usize>>, module: &Module) -> Vec<Range<usize>> {
+    let Some(sources) = module.order.sources(module.outputs) else { return outputs };
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for row in outputs.into_iter().flatten().map(|output| sources[output]) {
+        match runs.last_mut().filter(|run| run.end == row) {
+            Some(run) => run.end += 1,
+            None => runs.push(row..row + 1),
+        }
+    }
+    runs
 }
 
 /// A number as weights of this type have it.

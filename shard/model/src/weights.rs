@@ -30,21 +30,58 @@ pub(crate) trait Source {
     /// Reads some rows and columns of a tensor in the format in which it is stored. Nothing else is read if the
     /// elements of a row are contiguous in the file. Columns must be whole blocks of the format.
     fn part(&self, name: &str, rows: Range<usize>, cols: Range<usize>) -> Result<WeightPart<'static>>;
+    /// The number of columns of a block of a tensor's format; 1 if every element is stored by itself.
+    fn block(&self, name: &str) -> Result<usize>;
     /// Bytes of a tensor in its file; 0 if it is missing.
     fn bytes(&self, name: &str) -> u64;
     /// Bytes of all tensors.
     fn total_bytes(&self) -> u64;
 
-    /// Reads a whole tensor. Quantized blocks are dequantized, because no backend computes with them yet. A tensor of
-    /// another shape is not read, since it may have any size.
+    /// Reads a whole tensor of a shape. Quantized blocks are dequantized, because no backend computes with them yet.
     fn dense(&self, name: &str, shape: [usize; 2]) -> Result<HostTensor<'static>> {
+        self.dense_part(name, shape, 0..shape[0], 0..shape[1])
+    }
+
+    /// Reads some rows and columns of a tensor of a shape, which need not be whole blocks. A tensor of another shape is not
+    /// read, since it may have any size.
+    fn dense_part(
+        &self,
+        name: &str,
+        shape: [usize; 2],
+        rows: Range<usize>,
+        cols: Range<usize>,
+    ) -> Result<HostTensor<'static>> {
         let got = self.shape(name)?;
         if got != shape {
             let (got, expected) = (got.into(), shape.into());
             return Err(LoadError::Shape { name: name.into(), got, expected });
         }
-        Ok(self.part(name, 0..shape[0], 0..shape[1])?.into_dense())
+        let block = self.block(name)?;
+        let blocks = cols.start / block * block..cols.end.next_multiple_of(block).min(shape[1]);
+        let first = cols.start - blocks.start;
+        let read = self.part(name, rows, blocks)?.into_dense();
+        Ok(columns(read, first..first + cols.len()))
     }
+}
+
+/// Some columns of a matrix.
+pub(crate) fn columns(tensor: HostTensor<'static>, cols: Range<usize>) -> HostTensor<'static> {
+    if cols == (0..tensor.cols) {
+        return tensor;
+    }
+    let size = tensor.dtype.size();
+    let rows = tensor.data.chunks_exact(tensor.cols * size);
+    let data: Vec<u8> = rows.flat_map(|row| &row[cols.start * size..cols.end * size]).copied().collect();
+    HostTensor { cols: cols.len(), data: data.into(), ..tensor }
+}
+
+/// Some rows of a matrix.
+pub(crate) fn rows(tensor: &HostTensor<'_>, rows: &[Range<usize>]) -> HostTensor<'static> {
+    let width = tensor.cols * tensor.dtype.size();
+    let data: Vec<u8> =
+        rows.iter().flat_map(|rows| &tensor.data[rows.start * width..rows.end * width]).copied().collect();
+    let count = rows.iter().map(ExactSizeIterator::len).sum();
+    HostTensor { dtype: tensor.dtype, rows: count, cols: tensor.cols, data: data.into() }
 }
 
 /// Whether two tensors have the same format and the same bytes. They are compared a few rows at a time, because the

@@ -16,7 +16,12 @@ const SEVEN: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "
 /// Writes a model into a folder.
 fn model(folder: &Path, files: &Files, dtype: DType) -> BaseModel {
     files.write_model(folder).unwrap();
-    BaseModel { decoder: Decoder::from_folder(folder).unwrap(), path: folder.into(), dtype }
+    BaseModel {
+        decoder: Decoder::from_folder(folder).unwrap(),
+        path: folder.into(),
+        dtype,
+        share: model::Share::WHOLE,
+    }
 }
 
 fn read(files: &Files) -> Result<Adapter, String> {

@@ -49,8 +49,12 @@ fn a_large_table_is_not_held_in_memory() {
     testing::adapter(&["q_proj"], 4, 1).write_adapter(&copy).unwrap();
     let weights = copy.join(adapter::WEIGHTS_FILES[0]);
     add_table(&weights, "base_model.model.model.embed_tokens.weight");
-    let model =
-        BaseModel { decoder: Decoder::from_folder(&base).unwrap(), path: base.clone(), dtype: DType::Bf16 };
+    let model = BaseModel {
+        decoder: Decoder::from_folder(&base).unwrap(),
+        path: base.clone(),
+        dtype: DType::Bf16,
+        share: model::Share::WHOLE,
+    };
     let before = peak();
     adapter::read(&copy, &model).unwrap();
     assert!(peak() - before < 16 << 20, "{} MiB for two tables of 64", (peak() - before) >> 20);

@@ -13,6 +13,8 @@ mod limits;
 mod names;
 #[path = "families/page.rs"]
 mod page;
+#[path = "families/ranks.rs"]
+mod ranks;
 #[path = "families/written.rs"]
 mod written;
 

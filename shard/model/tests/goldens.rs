@@ -69,7 +69,7 @@ impl Runner {
         let ops = CpuBackend::new(dtype, 2).unwrap();
         let path = model.to_owned();
         let model = Model::load(&ops, model, &mut |_| {}).unwrap();
-        let base = BaseModel { decoder: model.decoder().clone(), path, dtype };
+        let base = BaseModel { decoder: model.decoder().clone(), path, dtype, share: model.share() };
         let mut slots = ops.lora_slots(model.sites(), adapters.len()).unwrap();
         for (slot, folder) in adapters.iter().enumerate() {
             let parts = adapter::read(folder, &base).unwrap().parts;

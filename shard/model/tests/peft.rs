@@ -25,7 +25,12 @@ fn read(files: &Files) -> Result<Adapter, String> {
     let folder = tempfile::tempdir().unwrap();
     let base = folder.path().join("model");
     testing::model().write_model(&base).unwrap();
-    let base = BaseModel { decoder: Decoder::from_folder(&base).unwrap(), path: base, dtype: DType::F32 };
+    let base = BaseModel {
+        decoder: Decoder::from_folder(&base).unwrap(),
+        path: base,
+        dtype: DType::F32,
+        share: model::Share::WHOLE,
+    };
     files.write_adapter(folder.path()).unwrap();
     adapter::read(folder.path(), &base).map_err(|error| error.to_string())
 }

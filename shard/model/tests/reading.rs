@@ -41,7 +41,8 @@ fn reading_takes_what_was_said() {
     testing::adapter(&names, 20_000, 1).write_adapter(&at).unwrap();
     let types = [(DType::Bf16, 25), (DType::F32, 50), (DType::F16, 25)];
     for (dtype, megabytes) in types {
-        let model = BaseModel { decoder: decoder.clone(), path: path.clone(), dtype };
+        let model =
+            BaseModel { decoder: decoder.clone(), path: path.clone(), dtype, share: model::Share::WHOLE };
         expect_peak(&at, &model, megabytes);
     }
     // A table of 50 MB, of which the model has 50 MB, too.
@@ -60,7 +61,8 @@ fn reading_takes_what_was_said() {
     drop((files, saved));
     let decoder = Decoder::from_folder(&path).unwrap();
     for (dtype, megabytes) in types {
-        let model = BaseModel { decoder: decoder.clone(), path: path.clone(), dtype };
+        let model =
+            BaseModel { decoder: decoder.clone(), path: path.clone(), dtype, share: model::Share::WHOLE };
         expect_peak(&at, &model, megabytes);
     }
 }

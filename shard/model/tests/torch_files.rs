@@ -134,7 +134,12 @@ impl Adapters {
 
     fn read(&self) -> Result<ContentHash, AdapterError> {
         let path = self.0.path().join("model");
-        let model = BaseModel { decoder: Decoder::from_folder(&path).unwrap(), path, dtype: DType::F32 };
+        let model = BaseModel {
+            decoder: Decoder::from_folder(&path).unwrap(),
+            path,
+            dtype: DType::F32,
+            share: model::Share::WHOLE,
+        };
         adapter::read(&self.0.path().join("adapter"), &model).map(|adapter| adapter.hash)
     }
 }

@@ -186,6 +186,10 @@ impl Memory for Fake {
         self.cpu.weight(parts)
     }
 
+    fn weight_bytes(&self, weight: &Panels) -> usize {
+        self.cpu.weight_bytes(weight)
+    }
+
     fn vector(&self, values: &[f32]) -> Result<Vec<f32>> {
         self.cpu.vector(values)
     }

@@ -48,7 +48,12 @@ pub(crate) fn engine_of<B: Backend>(
     let ops = Arc::new(ops);
     let model = Arc::new(Model::load(&*ops, &at("model"), &mut |_| {}).unwrap());
     let roots = Roots::new(Some(&at("adapters")), &[]).unwrap();
-    let base = BaseModel { decoder: model.decoder().clone(), path: at("model"), dtype: DType::F32 };
+    let base = BaseModel {
+        decoder: model.decoder().clone(),
+        path: at("model"),
+        dtype: DType::F32,
+        share: model.share(),
+    };
     let host = HostLimits { bytes: host_bytes, read_timeout: READ_TIMEOUT };
     let adapters =
         Arc::new(Adapters::new(ops.clone(), base, model.sites().to_vec(), roots, host, Handle::current()));

@@ -6,7 +6,7 @@ use kernels::{DType, WeightPart};
 
 use super::{AdapterError, values::Values};
 use crate::{
-    Decoder,
+    Decoder, Share,
     decoder::{Module, Part},
     weights::{self, Source},
 };
@@ -20,6 +20,8 @@ pub struct BaseModel {
     pub path: PathBuf,
     /// The type to which its weights are converted.
     pub dtype: DType,
+    /// The share of it that is served here, for which adapters are cut.
+    pub share: Share,
 }
 
 /// The number of rows that are read at a time, because the tables of some models take gigabytes.

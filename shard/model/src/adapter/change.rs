@@ -7,6 +7,7 @@ use super::{
     AdapterError,
     base::BaseWeights,
     config::Target,
+    cut::Cutter,
     initial::{self, Initial},
     names::{Role, Tensors},
     rows::{Folded, Rows},
@@ -170,6 +171,11 @@ impl Change {
         let is_change = delta.is_some() || has_magnitude || has_bias || rows > 0;
         let lora_rank = delta.map_or(0, Delta::rank);
         is_change.then_some(LoraShape { site, slice, lora_rank, has_magnitude, has_bias, rows })
+    }
+
+    /// As [`Self::shape`], of the share of a model.
+    pub(super) fn shape_of(&self, cutter: Cutter<'_>) -> Option<LoraShape> {
+        cutter.shape(self.shape()?, self.rows.as_ref().and_then(Rows::ids), &self.module)
     }
 
     /// Bytes of its part, whose elements have `size` bytes.

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     Decoder,
-    decoder::{Module, Modules, Part},
+    decoder::{ADDED_TOKENS, Module, Modules, Part},
 };
 
 /// The changes that a configuration asks for.
@@ -90,7 +90,7 @@ impl Plan {
             }
             if matches!(module.part, Part::Embed | Part::Head) {
                 let tokens = self.token_rows(module, &mut tensors)?;
-                let limit = self.limit(module);
+                let limit = module.outputs + ADDED_TOKENS;
                 let from = Sources { table, tokens, has_delta: target.is_some(), limit };
                 change.add_rows(Rows::find(module, from, values, base)?)?;
             }
@@ -145,12 +145,5 @@ impl Plan {
         let Some(rows) = self.tokens.iter().find(|rows| rows.part == module.part) else { return Ok(None) };
         let of = self.modules.find(None, rows.of).unwrap_or(module);
         Ok(Some((tensors.expect_shared(of, Role::Tokens)?, rows.tokens.clone())))
-    }
-
-    /// The number of rows that there is room for in a table.
-    fn limit(&self, module: &Module) -> usize {
-        let sites = self.modules.sites();
-        let Some(site) = module.place.and_then(|(site, _)| sites.get(site)) else { return 0 };
-        if module.is_lookup() { site.inputs } else { site.outputs[0] }
     }
 }

@@ -84,6 +84,11 @@ impl Rows {
         Ok(Some(Rows { ids, count, cols: module.inputs, table, tokens, has_delta }))
     }
 
+    /// The rows that replace the model's; `None` if they replace the whole table.
+    pub(super) fn ids(&self) -> Option<&[u32]> {
+        self.ids.as_deref()
+    }
+
     /// The end of the range of rows.
     pub(super) fn end(&self) -> usize {
         match &self.ids {

@@ -10,6 +10,7 @@ use kernels::{Heads, LoraSite, NormSpan, SiteKind};
 use super::{
     ADDED_TOKENS, Attention, Decoder, Layer, NormSpec, Wiring,
     names::{Names, Part, QkvOrder, Stored},
+    share::{Run, Share, Split},
 };
 
 /// The number of sites of one layer: q k v, o, gate and up, down.
@@ -42,6 +43,8 @@ pub struct Module {
     pub transposed: bool,
     /// How files and adapters order its outputs.
     pub order: RowOrder,
+    /// How it is divided among ranks.
+    pub(crate) split: Split,
 }
 
 impl Module {
@@ -154,8 +157,8 @@ impl Modules {
         found
     }
 
-    /// The sites at which adapters can attach.
-    pub(crate) fn sites(&self) -> Vec<LoraSite> {
+    /// The sites of a share at which adapters can attach.
+    pub(crate) fn sites(&self, decoder: &Decoder, share: Share) -> Vec<LoraSite> {
         let mut placed: Vec<_> = self.all.iter().filter(|module| module.place.is_some()).collect();
         placed.sort_by_key(|module| module.place);
         let mut sites: Vec<LoraSite> = Vec::new();
@@ -165,16 +168,17 @@ impl Modules {
                 // The table is `[tokens, hidden]`: its input is a token.
                 Kind::Lookup => (SiteKind::Lookup, module.outputs + ADDED_TOKENS),
                 Kind::Head => (SiteKind::Head, module.inputs),
-                _ => (SiteKind::Linear, module.inputs),
+                _ => (SiteKind::Linear, share.inputs(module).len()),
             };
             let outputs = match module.kind {
                 Kind::Lookup => module.inputs,
-                Kind::Head => module.outputs + ADDED_TOKENS,
-                _ => module.outputs,
+                Kind::Head => share.logits(decoder).len(),
+                _ => share.outputs(module).into_iter().map(|range| range.len()).sum(),
             };
+            let is_partial = inputs < module.inputs && kind == SiteKind::Linear;
             match sites.last_mut().filter(|_| slice > 0) {
                 Some(site) => site.outputs.push(outputs),
-                None => sites.push(LoraSite { kind, inputs, outputs: vec![outputs] }),
+                None => sites.push(LoraSite { kind, inputs, outputs: vec![outputs], is_partial }),
             }
         }
         sites
@@ -213,11 +217,41 @@ impl Table<'_> {
             bias: false,
             transposed: false,
             order: RowOrder::Same,
+            split: self.split(part),
         };
         self.all.push(module);
         // The list was just added to.
         let last = self.all.len() - 1;
         &mut self.all[last]
+    }
+
+    /// How a part is divided: heads and the width of the feed-forward network, and the tokens of the output projection.
+    fn split(&self, part: Part) -> Split {
+        let Layer { attention, mlp, .. } = &self.decoder.layers[0];
+        let Heads { query, kv, dim } = attention.shape.heads;
+        let [query_heads, kv_heads] = [query, kv].map(|count| Run { count, size: dim });
+        let width = Run { count: mlp.width, size: 1 };
+        match part {
+            Part::Q => Split::Outputs(vec![query_heads]),
+            Part::K | Part::V => Split::Outputs(vec![kv_heads]),
+            Part::Qkv => Split::Outputs(vec![query_heads, kv_heads, kv_heads]),
+            Part::Sinks => Split::Outputs(vec![Run { count: query, size: 1 }]),
+            Part::Gate | Part::Up => Split::Outputs(vec![width]),
+            Part::GateUp => Split::Outputs(vec![width, width]),
+            Part::Out => Split::Inputs(query_heads),
+            Part::Down => Split::Inputs(width),
+            Part::Head => Split::Tokens,
+            Part::Embed
+            | Part::Positions
+            | Part::EmbedNorm
+            | Part::Norm
+            | Part::AttentionNorm
+            | Part::QNorm
+            | Part::KNorm
+            | Part::AttentionPost
+            | Part::MlpNorm
+            | Part::MlpPost => Split::Whole,
+        }
     }
 
     fn norm(&mut self, layer: Option<usize>, part: Part, spec: NormSpec, width: usize) {

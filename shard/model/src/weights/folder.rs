@@ -143,6 +143,10 @@ impl Source for Folder {
         file.part(stored, rows, cols)
     }
 
+    fn block(&self, _name: &str) -> Result<usize> {
+        Ok(1)
+    }
+
     fn bytes(&self, name: &str) -> u64 {
         self.place(name).map_or(0, |(file, stored)| file.bytes(stored))
     }

@@ -131,6 +131,10 @@ impl Source for GgufSource {
         Ok(part)
     }
 
+    fn block(&self, name: &str) -> Result<usize> {
+        Ok(self.tensor(name)?.ty.block_elements())
+    }
+
     fn bytes(&self, name: &str) -> u64 {
         self.tensor(name).map_or(0, |info| info.bytes() as u64)
     }

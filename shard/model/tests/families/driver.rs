@@ -9,7 +9,7 @@ use std::{
 
 use kernels::{BLOCK_SIZE, Batch, DType, Sampled, Segment, SequenceRows, cpu::CpuBackend, prelude::*};
 use model::{
-    KvCache, Model, Pass, Scratch,
+    KvCache, Model, Pass, Scratch, Share,
     adapter::{self, BaseModel},
 };
 
@@ -84,14 +84,35 @@ impl Driver {
     pub(crate) fn new(dtype: DType, path: &Path, adapters: &[PathBuf]) -> Driver {
         let ops = CpuBackend::new(dtype, 1).unwrap();
         let model = Model::load(&ops, path, &mut |_| {}).unwrap();
-        let base = BaseModel { decoder: model.decoder().clone(), path: path.into(), dtype };
+        Driver::of(ops, model, path, adapters)
+    }
+
+    /// Drives a model that was loaded from `path`, with adapters in slots by their order.
+    pub(crate) fn of(ops: CpuBackend, model: Model<CpuBackend>, path: &Path, adapters: &[PathBuf]) -> Driver {
+        let share = model.share();
+        Driver::with_share(ops, (model, share), path, adapters)
+    }
+
+    /// As [`Self::of`], where adapters are cut for another share than that of the model.
+    pub(crate) fn with_share(
+        ops: CpuBackend,
+        (model, share): (Model<CpuBackend>, Share),
+        path: &Path,
+        adapters: &[PathBuf],
+    ) -> Driver {
+        let (decoder, dtype) = (model.decoder().clone(), ops.dtype());
+        let base = BaseModel { decoder, path: path.into(), dtype, share };
         let mut slots = ops.lora_slots(model.sites(), adapters.len()).unwrap();
         for (slot, folder) in adapters.iter().enumerate() {
             let parts = adapter::read(folder, &base).unwrap().parts;
             let staged = Arc::new(ops.stage(model.sites(), &parts).unwrap());
             ops.load(&mut slots, slot as u32, &staged, &model.site_weights()).unwrap();
         }
-        assert_eq!(ops.loaded(&mut slots).unwrap().len(), adapters.len());
+        let mut loaded = 0;
+        while loaded < adapters.len() {
+            loaded += ops.loaded(&mut slots).unwrap().len();
+            std::thread::yield_now();
+        }
         let sampler = ops.sampler(1, model.decoder().logit_columns()).unwrap();
         Driver { ops, model, slots, sampler, memory: None }
     }

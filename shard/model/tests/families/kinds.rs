@@ -194,7 +194,12 @@ fn memory_and_identity_are_known() {
             }
             let folder = base.write(&format!("kinds/{kind}.json"), kind);
             for dtype in [DType::F32, DType::Bf16, DType::F16] {
-                let model = BaseModel { decoder: decoder.clone(), path: base.model(), dtype };
+                let model = BaseModel {
+                    decoder: decoder.clone(),
+                    path: base.model(),
+                    dtype,
+                    share: model::Share::WHOLE,
+                };
                 let opened = AdapterFolder::open(&folder, &model).unwrap();
                 let adapter = opened.read().unwrap();
                 let shapes: Vec<_> = adapter.parts.iter().map(LoraPart::shape).collect();
@@ -215,7 +220,7 @@ fn memory_and_identity_are_known() {
 fn what_is_not_served_is_refused_by_name() {
     let base = Base::new("llama");
     let (decoder, path) = (Decoder::from_folder(&base.model()).unwrap(), base.model());
-    let model = BaseModel { decoder, path, dtype: DType::F32 };
+    let model = BaseModel { decoder, path, dtype: DType::F32, share: model::Share::WHOLE };
     assert!(base.goldens.refused.len() >= 25);
     let unrepeated =
         goldens::Refused { adapter: UNREPEATED.into(), reason: "init_lora_weights = pissa".into() };

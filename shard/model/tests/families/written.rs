@@ -22,7 +22,7 @@ fn read(base: &str, adapter: &Manifest) -> Result<Adapter, String> {
     let folder = files.model().with_file_name("adapter");
     adapter.write(&folder, DType::F32).unwrap();
     let decoder = Decoder::from_folder(&files.model()).unwrap();
-    let model = BaseModel { decoder, path: files.model(), dtype: DType::F32 };
+    let model = BaseModel { decoder, path: files.model(), dtype: DType::F32, share: model::Share::WHOLE };
     adapter::read(&folder, &model).map_err(|error| error.to_string())
 }
 
