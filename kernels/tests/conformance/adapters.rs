@@ -237,7 +237,7 @@ pub(super) fn lookups_that_adapters_change<B: Backend>(ops: &B) {
 pub(super) fn gains_over_smaller_vocabularies<B: Backend>(ops: &B) {
     let mut numbers = Numbers(27);
     for (cols, known, tokens) in [(40, 50, 50), (33, 60, 77), (576, 50, 51), (128, 300, 300)] {
-        let site = LoraSite { kind: SiteKind::Lookup, inputs: tokens, outputs: vec![cols] };
+        let site = LoraSite::lookup(tokens, cols);
         let sizes = [1, 2, 7, 16, 31, 32, 33, known - 17, known - 2, known - 1, known];
         let adapters: Vec<_> = sizes
             .iter()
