@@ -1,0 +1,246 @@
+//! Budgets of sources and of tenants, and that a sick source delays nobody else.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use exchange::{Ask, Budget, Fault, Input, Limits, Output, Tenant};
+
+use crate::world::{Original, Pending, World, limits, ms, secs};
+
+fn roomy() -> Limits {
+    Limits { disk_bytes: 100_000, host_bytes: 100_000, tenant_calls: 1000, ..limits() }
+}
+
+/// Calls that run, by kind.
+fn running(world: &World) -> [usize; 3] {
+    world.exchange.stats().running
+}
+
+#[test]
+fn calls_stay_within_the_budgets_of_source_and_tenant() {
+    let limits = roomy();
+    // Asks as (source, tenant, how many), and the lookups that begin, of 4 for each source and 2 for each tenant.
+    for (asks, expected) in [
+        (&[(0, 1, 1)][..], 1),
+        (&[(0, 1, 2)], 2),
+        (&[(0, 1, 9)], 2),
+        (&[(0, 1, 9), (0, 2, 1)], 3),
+        (&[(0, 1, 9), (0, 2, 9)], 4),
+        (&[(0, 1, 9), (0, 2, 9), (0, 3, 9)], 4),
+        (&[(0, 1, 9), (1, 1, 9)], 4),
+        (&[(0, 1, 9), (1, 1, 9), (2, 1, 9)], 6),
+        (&[(0, 1, 9), (0, 2, 9), (1, 1, 1), (1, 2, 1)], 6),
+        (&[(0, 1, 1), (1, 2, 1), (2, 3, 1), (3, 4, 1)], 4),
+    ] {
+        let mut world = World::with(limits, &[20; 200]);
+        let mut references = 0..;
+        for &(source, tenant, count) in asks {
+            for reference in references.by_ref().take(count) {
+                world.ask_at(source, tenant, reference);
+            }
+        }
+        assert_eq!(running(&world), [expected, 0, 0], "{asks:?}");
+        // All of them are served in the end.
+        world.settle();
+        assert_eq!(world.ready.len(), world.open.len(), "{asks:?}");
+        world.run_to_end();
+    }
+}
+
+#[test]
+fn a_tenant_is_bounded_over_all_sources() {
+    for most in [1, 3, 5] {
+        let mut world = World::with(Limits { tenant_calls: most, ..roomy() }, &[20; 20]);
+        for reference in 0..20 {
+            world.ask_at(reference as u64, 1, reference);
+        }
+        assert_eq!(running(&world), [most as usize, 0, 0]);
+        world.ask_at(0, 2, 0);
+        assert_eq!(running(&world), [most as usize, 0, 0], "the same call");
+        world.ask_at(19, 2, 19);
+        assert_eq!(running(&world), [most as usize + 1, 0, 0], "one that the first tenant waits for in vain");
+        world.run_to_end();
+    }
+}
+
+#[test]
+fn a_slow_call_gives_its_permit_to_the_next() {
+    let mut world = World::with(roomy(), &[20; 10]);
+    for reference in 0..8 {
+        world.ask(reference);
+    }
+    // Two run, two more when those are slow, and no more than two are slow.
+    let mut seen = Vec::new();
+    for _ in 0..4 {
+        seen.push(running(&world)[0]);
+        world.wait(secs(5));
+    }
+    assert_eq!(seen, [2, 4, 4, 4]);
+    world.run_to_end();
+}
+
+/// The fault of a source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sickness {
+    /// It never answers.
+    Hangs,
+    /// It sends a byte a second.
+    Drips,
+    Refuses,
+    /// What it has is no adapter.
+    Corrupt,
+    Huge,
+}
+
+const SICKNESSES: [Sickness; 5] =
+    [Sickness::Hangs, Sickness::Drips, Sickness::Refuses, Sickness::Corrupt, Sickness::Huge];
+
+/// Time that a call takes where nothing is wrong.
+const CALL: Duration = ms(40);
+
+/// References from here on are sick.
+const SICK: u128 = 100;
+
+/// Lets 10 ms pass, and answers the calls that are due.
+fn tick(world: &mut World, sickness: Option<Sickness>) {
+    world.wait(ms(10));
+    let calls: Vec<_> = world.calls.iter().map(|(&call, pending)| (call, pending.clone())).collect();
+    for (call, pending) in calls {
+        let due = world.now >= pending.begun + CALL;
+        let (fetch, stage) = match pending.output {
+            Output::Fetch { .. } => (true, false),
+            Output::Stage { .. } => (false, true),
+            _ => (false, false),
+        };
+        match sickness.filter(|_| pending.asked.reference >= SICK) {
+            _ if pending.aborted => drop(world.fail(call, Fault::Slow)),
+            Some(Sickness::Hangs) => {}
+            Some(Sickness::Drips) if fetch => {
+                let bytes = (world.now - pending.begun).as_secs();
+                world.give(Input::Progress { call, bytes });
+            }
+            Some(Sickness::Refuses) if due => drop(world.fail(call, Fault::Denied("no".into()))),
+            Some(Sickness::Corrupt) if stage && due => {
+                world.fail(call, Fault::Invalid("not an adapter".into()));
+            }
+            _ if due => drop(world.answer(call)),
+            _ => {}
+        }
+    }
+    world.remove_copies();
+}
+
+/// Thirty asks of three tenants for well adapters, one every 30 ms, some of which are cached by then. Returns the time
+/// that each has waited. Another tenant asks for sick ones at the same time, at the same source or at its own.
+fn waits(sickness: Option<Sickness>, source: u64) -> Vec<Duration> {
+    let mut world = World::with(roomy(), &[20; 20]);
+    for reference in SICK..SICK + 6 {
+        let bytes = if sickness == Some(Sickness::Huge) { 8000 } else { 60 };
+        world.originals.insert(reference, Original::new(reference, bytes));
+        if sickness.is_some() {
+            world.ask_at(source, 7, reference);
+        }
+    }
+    let (mut asked, mut waits) = (Vec::new(), BTreeMap::new());
+    for step in 0..1000u64 {
+        if step.is_multiple_of(3) && asked.len() < 30 {
+            let id = world.ask_at(0, step / 3 % 3, u128::from(step / 3 % 20));
+            asked.push((id, world.now));
+        }
+        if sickness.is_some() && step.is_multiple_of(50) {
+            world.ask_at(source, 7, SICK + u128::from(step / 50 % 6));
+        }
+        tick(&mut world, sickness);
+        for &(id, at) in &asked {
+            if world.ready.contains_key(&id) {
+                waits.entry(id).or_insert(world.now - at);
+            }
+        }
+    }
+    assert_eq!(waits.len(), 30, "{sickness:?}");
+    waits.into_values().collect()
+}
+
+#[test]
+fn a_sick_source_delays_only_those_who_name_it() {
+    let alone = waits(None, 0);
+    assert!(alone.contains(&ms(120)) && alone.contains(&ms(10)), "{alone:?}");
+    for sickness in SICKNESSES {
+        for source in [0, 9] {
+            assert_eq!(waits(Some(sickness), source), alone, "{sickness:?} at source {source}");
+        }
+    }
+}
+
+#[test]
+fn a_tenants_own_hanging_references_delay_its_others_until_they_count_as_slow() {
+    for hanging in 1..=2u128 {
+        let mut world = World::with(roomy(), &[20]);
+        for reference in SICK..SICK + hanging {
+            world.originals.insert(reference, Original::new(reference, 20));
+            world.ask(reference);
+        }
+        let id = world.ask(0);
+        while !world.ready.contains_key(&id) {
+            tick(&mut world, Some(Sickness::Hangs));
+        }
+        let waited = if hanging == 1 { ms(120) } else { secs(5) + ms(120) };
+        assert_eq!(world.now, waited, "{hanging}");
+    }
+}
+
+/// The tenants whose lookups begin one after the other, where one at a time is allowed.
+fn order(asks: &[(u64, u32, usize)]) -> Vec<u64> {
+    let one = Budget { source: 1, tenant: 1, deadline: secs(30) };
+    let mut world = World::with(Limits { lookups: one, ..roomy() }, &[20; 60]);
+    let mut references = 0..;
+    for &(tenant, weight, count) in asks {
+        for reference in references.by_ref().take(count) {
+            let ask = world.new_ask(reference);
+            world.submit(Ask { tenant: Tenant { id: tenant, weight }, ..ask });
+        }
+    }
+    let mut order = Vec::new();
+    loop {
+        let lookup = world.calls.iter().find(|(_, pending)| matches!(pending.output, Output::Lookup { .. }));
+        let Some((&call, pending)) = lookup else { return order };
+        order.push(pending.asked.tenant);
+        world.answer(call);
+    }
+}
+
+#[test]
+fn tenants_take_turns_by_weight() {
+    assert_eq!(order(&[(1, 1, 4)]), [1, 1, 1, 1]);
+    assert_eq!(order(&[(1, 1, 6), (2, 1, 2)]), [1, 2, 1, 2, 1, 1, 1, 1], "whoever comes later is not behind");
+    assert_eq!(order(&[(1, 1, 3), (2, 1, 3), (3, 1, 3)]), [1, 2, 3, 1, 2, 3, 1, 2, 3]);
+    for weight in [1, 2, 3, 10] {
+        let order = order(&[(1, 1, 20), (2, weight, 40)]);
+        let both = &order[..20];
+        let of_second = both.iter().filter(|&&tenant| tenant == 2).count() as u32;
+        let expected = 20 * weight / (1 + weight);
+        assert!(of_second.abs_diff(expected) <= 1, "weight {weight}: {both:?}");
+    }
+}
+
+#[test]
+fn who_asks_once_at_a_time_gets_no_more_than_a_turn() {
+    let one = Budget { source: 1, tenant: 1, deadline: secs(30) };
+    let mut world = World::with(Limits { lookups: one, ..roomy() }, &[20; 60]);
+    for reference in 0..10 {
+        world.ask_at(0, 1, reference);
+    }
+    let mut begun = Vec::new();
+    for reference in 20..30 {
+        world.ask_at(0, 2, reference);
+        let is_lookup = |pending: &&Pending| matches!(pending.output, Output::Lookup { .. });
+        for _ in 0..2 {
+            let pending = world.calls.values().find(is_lookup).unwrap().clone();
+            let Output::Lookup { call, payload } = pending.output else { panic!() };
+            begun.push(payload.tenant);
+            world.answer(call);
+        }
+    }
+    let of_first = begun.iter().filter(|&&tenant| tenant == 1).count();
+    assert_eq!((of_first, begun.len()), (10, 20), "{begun:?}");
+    world.run_to_end();
+}

@@ -1,0 +1,10 @@
+//! Tests of the exchange through its public interface, against simulated sources and ranks.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod budgets;
+mod credentials;
+mod histories;
+mod resolution;
+mod sessions;
+mod tiers;
+mod world;
