@@ -7,6 +7,7 @@ VENV     := .venv
 FIXTURES := integration-tests/fixtures
 TOKENIZERS := integration-tests/tokenizers
 BINS     := -p lorax-launcher -p lorax-router -p lorax-shard
+CUDA_TESTS := conformance cuda cuda_memory cuda_ranks
 
 .PHONY: help
 help: ## List the commands
@@ -52,6 +53,14 @@ cuda-toolchain: ## nvcc and the CUDA headers, pinned, in .cuda (no root, no GPU)
 .PHONY: cuda
 cuda: cuda-toolchain ## Build the server with the CUDA backend
 	cargo build --release $(BINS) --features lorax-shard/cuda
+
+.PHONY: build-test-cuda
+build-test-cuda: cuda-toolchain ## Build the tests that need a GPU and list them; LORAX_CUDA_ARCHS names the architectures
+	cargo test -p kernels --features cuda --no-run $(CUDA_TESTS:%=--test %)
+
+.PHONY: test-cuda
+test-cuda: cuda-toolchain ## Run the tests that need a GPU; LORAX_CUDA_ARCHS=80 has a newer GPU compile the PTX of sm_80
+	cargo test -p kernels --features cuda $(CUDA_TESTS:%=--test %)
 
 .PHONY: lint-cuda
 lint-cuda: cuda-toolchain ## Compile the CUDA kernels for CI's architectures, fail on what makes them slow, run clippy and tests without a GPU

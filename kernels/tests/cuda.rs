@@ -254,12 +254,7 @@ fn check_attention<const N: usize>(
     let mut memory = KvMemory::new(blocks, heads);
     let mut caches: Vec<_> = backends.iter().map(|ops| ops.kv(blocks, heads).unwrap()).collect();
     for step in steps {
-        let mut host = batch(step, &[]);
-        host.blocks.clone_from(&table.blocks);
-        for (sequence, placed) in host.sequences.iter_mut().zip(&table.sequences) {
-            sequence.first_block = placed.first_block;
-        }
-        host.store_at = stores(&host);
+        let host = step_of(&table, step);
         let qkv = numbers.table(host.rows(), heads.qkv_cols());
         let mut rotated = qkv.clone();
         reference::rope_and_store(&mut rotated, &by, &host, &mut memory);
@@ -275,6 +270,18 @@ fn check_attention<const N: usize>(
             assert_close(&what, &ops.download(&y).unwrap(), &expected.data, ops.dtype());
         }
     }
+}
+
+/// A step of the same sequences as those of `table`, with their block tables: the rows of each, and the tokens before
+/// them.
+fn step_of(table: &Batch, step: &[(usize, usize)]) -> Batch {
+    let mut host = batch(step, &[]);
+    host.blocks.clone_from(&table.blocks);
+    for (sequence, placed) in host.sequences.iter_mut().zip(&table.sequences) {
+        sequence.first_block = placed.first_block;
+    }
+    host.store_at = stores(&host);
+    host
 }
 
 /// Where the rows of a batch belong by its block tables.

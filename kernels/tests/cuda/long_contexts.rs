@@ -19,12 +19,7 @@ fn check(heads: Heads, window: Option<u32>, sequences: &[(usize, usize)]) {
     let mut memory = KvMemory::new(blocks as usize, heads);
     let mut cache = ops.kv((FIRST_BLOCK + blocks) as usize, heads).unwrap();
     let mut run = |step: &[(usize, usize)], attend: bool| {
-        let mut host = batch(step, &[]);
-        host.blocks.clone_from(&table.blocks);
-        for (sequence, placed) in host.sequences.iter_mut().zip(&table.sequences) {
-            sequence.first_block = placed.first_block;
-        }
-        host.store_at = stores(&host);
+        let mut host = step_of(&table, step);
         let qkv = numbers.table(host.rows(), heads.qkv_cols());
         let mut rotated = qkv.clone();
         reference::rope_and_store(&mut rotated, &by, &host, &mut memory);
