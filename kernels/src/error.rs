@@ -132,4 +132,9 @@ impl Error {
             | Error::OutOfMemory { .. } => false,
         }
     }
+
+    /// Returns whether the fault is another rank's: its process has ended, or it has not come in time.
+    pub fn is_loss_of_a_peer(&self) -> bool {
+        matches!(self, Error::Peer { fault: PeerFault::Ended | PeerFault::Late(_), .. })
+    }
 }

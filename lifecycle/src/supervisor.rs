@@ -16,7 +16,7 @@ use futures::{FutureExt, future::BoxFuture};
 use tokio::{runtime::Builder, task::JoinHandle};
 
 use crate::{
-    exit::{self, EX_SOFTWARE},
+    exit::{self, EX_SOFTWARE, EX_UNAVAILABLE},
     watchdog::{Pulse, Watchdog},
 };
 
@@ -36,6 +36,14 @@ pub enum Failure {
     Returned {
         /// The task.
         name: Arc<str>,
+    },
+    /// It has lost another process without which it cannot work.
+    #[error("{name} cannot go on: {cause}")]
+    Lost {
+        /// The task.
+        name: Arc<str>,
+        /// What was lost.
+        cause: String,
     },
     /// It has been busy with one thing for too long.
     #[error("{name} has made no progress for {:.1} s, and may take {:.1} s", age.as_secs_f32(), limit.as_secs_f32())]
@@ -63,6 +71,7 @@ impl Failure {
         match self {
             Failure::Panicked { name, .. }
             | Failure::Returned { name }
+            | Failure::Lost { name, .. }
             | Failure::Overdue { name, .. }
             | Failure::HeldUp { name, .. } => name,
         }
@@ -88,11 +97,13 @@ struct Reports {
 }
 
 impl Supervisor {
-    /// One that logs a failure and ends the process with [`EX_SOFTWARE`], within a second.
+    /// One that logs a failure and ends the process within a second: with [`EX_UNAVAILABLE`] for what another process
+    /// has caused, else with [`EX_SOFTWARE`].
     pub fn ending_the_process() -> io::Result<Supervisor> {
         Supervisor::reporting_to(|failure| {
             tracing::error!("{failure}: ending the process");
-            exit::end_now(EX_SOFTWARE)
+            let lost = matches!(failure, Failure::Lost { .. });
+            exit::end_now(if lost { EX_UNAVAILABLE } else { EX_SOFTWARE })
         })
     }
 

@@ -12,8 +12,8 @@ use anyhow::Context;
 use clap::Parser;
 use config::{Config, Device, Devices, Dtype};
 use indicatif::{ProgressBar, ProgressStyle};
-use kernels::{Backend, DType, RopeSpec, Stretch, cpu::CpuBackend};
-use lifecycle::{EX_USAGE, Parent, Supervisor, fail};
+use kernels::{Backend, DType, Group, RopeSpec, Stretch, cpu::CpuBackend};
+use lifecycle::{EX_UNAVAILABLE, EX_USAGE, Parent, Supervisor, fail};
 #[cfg(feature = "cuda")]
 use lorax_shard::choices::ChoiceFile;
 use lorax_shard::{
@@ -62,7 +62,9 @@ fn main() {
     let ended = Parent::link().and_then(|parent| parent.never_outlive().map(|()| parent));
     let ended = ended.map_err(anyhow::Error::from).and_then(|parent| run(&config, args.rank, &parent));
     if let Err(error) = ended {
-        fail(1, &*error);
+        let mut causes = error.chain().filter_map(|cause| cause.downcast_ref());
+        let lost = causes.any(kernels::Error::is_loss_of_a_peer);
+        fail(if lost { EX_UNAVAILABLE } else { 1 }, &*error);
     }
     drop(log);
 }
@@ -89,28 +91,48 @@ fn print_devices(dtype: Dtype) -> anyhow::Result<()> {
 fn run(config: &Config, rank: usize, parent: &Parent) -> anyhow::Result<()> {
     let shard = &config.shard;
     let dtype = shard.dtype.map_or(DType::Bf16, kernels_dtype);
+    let group = meet(config, rank)?;
     #[cfg(feature = "cuda")]
     if shard.device != Device::Cpu {
         match kernels::cuda::CudaBackend::new(dtype, rank) {
             Ok(ops) => {
+                let ops = ops.with_group(group)?;
                 let (gpus, _) = kernels::cuda::gpus(dtype);
                 let gpu = gpus.get(rank).map_or("", |gpu| &gpu.pci);
                 pin(config, |machine, allowed| machine.near(gpu, allowed));
                 return serve_cuda(ops, config, rank, parent);
             }
-            Err(error) if shard.device == Device::Cuda => return Err(error.into()),
+            Err(error) if shard.device == Device::Cuda || group.ranks() > 1 => return Err(error.into()),
             Err(error) => tracing::warn!("no GPU is used: {error}"),
         }
     }
     anyhow::ensure!(shard.device != Device::Cuda, NO_CUDA);
-    let ranks = config.ranks().max(1);
+    let ranks = group.ranks();
     let cores = thread::available_parallelism().map_or(1, usize::from);
     pin(config, |machine, allowed| machine.part((rank, ranks), allowed));
-    let ops = CpuBackend::new(dtype, shard.threads.unwrap_or((cores / ranks).max(1)))?;
+    let ops = CpuBackend::new(dtype, shard.threads.unwrap_or((cores / ranks).max(1)))?.with_group(group)?;
     tracing::info!(dtype = name_of(dtype), tier = ?ops.tier(), threads = ops.threads(), "computing on the CPU");
     let room = |_: &CpuBackend| Ok(Room::on_host(shard.kv_memory, None, ranks));
     let target = Target { name: "cpu", max_rows: 512, warms_up: false, room: &room, ready: &|_| () };
     serve(Arc::new(ops), &target, config, rank, parent)
+}
+
+/// Time for all ranks to start, which they do at the same time.
+const MEETING: Duration = Duration::from_secs(60);
+/// The least time that ranks wait for each other in a step, and the time for which those that have read the model wait
+/// for the others. A rank whose process ends is not waited for.
+const PATIENCE: Duration = Duration::from_secs(30);
+const LOADING: Duration = Duration::from_secs(3600);
+
+/// Meets the other ranks of the model.
+fn meet(config: &Config, rank: usize) -> anyhow::Result<Arc<Group>> {
+    if config.ranks() == 1 {
+        return Ok(Arc::new(Group::alone()));
+    }
+    tracing::info!(rank, ranks = config.ranks(), "meeting the other ranks");
+    let group = Group::join(&config.shards.rendezvous, rank, config.ranks(), MEETING)?;
+    let patience = config.router.step_timeout.unwrap_or_default().max(PATIENCE);
+    Ok(Arc::new(group.with_patience(patience)))
 }
 
 /// Has this thread and all that it starts run on some of the CPUs on which it may: the result of `choose`, unless that is
@@ -208,6 +230,8 @@ fn serve<B: Backend>(
     // Page-locked memory is not available to other processes: no more than a quarter is locked in advance.
     ops.expect_adapters(host_bytes, memory::quarter(config.shards.uds.len()) as usize);
     let model = Arc::new(load(&*ops, config)?);
+    // Steps of the warm-up wait for the other ranks no longer than later ones do.
+    ops.group().barrier(LOADING)?;
     let description = model.decoder().clone();
     let limits = limits(config, target.max_rows);
     let roots =

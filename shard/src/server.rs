@@ -3,7 +3,7 @@
 use std::{io, sync::Arc, time::Duration};
 
 use kernels::Backend;
-use lifecycle::Supervisor;
+use lifecycle::{Failure, Supervisor};
 use tokio::{net::UnixStream, sync::mpsc};
 use tokio_stream::Stream;
 
@@ -55,10 +55,13 @@ pub async fn serve<B: Backend>(
     let (open, opened) = mpsc::channel(STREAMS);
     let heartbeat = engine.heartbeat();
     let pulse = supervisor.watch("engine", step_timeout);
-    supervisor.thread("engine", move || {
-        if let Err(error) = engine.run(received, &pulse) {
-            tracing::error!("the device failed: {error}");
+    let reports = supervisor.clone();
+    supervisor.thread("engine", move || match engine.run(received, &pulse) {
+        Ok(()) => {}
+        Err(error) if error.is_loss_of_a_peer() => {
+            reports.report(Failure::Lost { name: "engine".into(), cause: error.to_string() });
         }
+        Err(error) => tracing::error!("the device failed: {error}"),
     })?;
     supervisor.task("step streams", step_timeout, pump::run(opened, commands.clone()));
     let service = service::new(info, adapters, EngineHandle { commands, streams: open, heartbeat });
