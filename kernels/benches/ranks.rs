@@ -12,7 +12,7 @@ use std::{
 };
 
 use kernels::{
-    DType, Group, LinearLora, LoraSite, Norm, NormKind, Output, Projection, Residual, RowSet, Span,
+    Branch, DType, Group, LinearLora, LoraSite, Norm, NormKind, Output, Projection, Residual, RowSet, Span,
     cuda::{CudaBackend, Transport, gpus},
     prelude::*,
     testing::{Numbers, batch},
@@ -132,7 +132,7 @@ fn branch(be: &CudaBackend, rows: usize, adapters: usize) -> f64 {
             products: &mut products,
             post: None,
             scale: 1.0,
-            more: false,
+            branch: Branch::Only,
             next,
         };
         be.linear(&x, Projection::new(&weight, Some(lora)), Output::Residual(to))

@@ -12,8 +12,8 @@ use super::{
     norm,
 };
 use crate::{
-    Activation, Error, LinearLora, LogitShape, Matrix, Norm, NormKind, Ops, Output, Projection, Residual,
-    Result, RowSet, SiteKind, compose,
+    Activation, Branch, Error, LinearLora, LogitShape, Matrix, Norm, NormKind, Ops, Output, Projection,
+    Residual, Result, RowSet, SiteKind, compose,
 };
 
 /// Blocks that a shrink should have, about: two for each multiprocessor of a large GPU.
@@ -139,7 +139,7 @@ fn residual(
     to: Residual<'_, CudaBackend>,
 ) -> Result<()> {
     let direct = compose::adds_directly(be, &by, &to);
-    let Residual { stream, products, post, scale, next, .. } = to;
+    let Residual { stream, products, post, scale, branch, next } = to;
     if let Some((norm, y)) = &next {
         norm::expect(stream, norm, y)?;
     }
@@ -157,7 +157,21 @@ fn residual(
     }
     expect("linear", "rows of y", stream.rows(), x.rows())?;
     products.expect_wide("linear")?;
-    let deltas = base(be, x, by, Sum::store(products))?;
+    let sums_both = be.ranks() > 1 && post.is_none();
+    if sums_both && branch == Branch::First {
+        return matmul(be, x, by, products);
+    }
+    let mut sum = Sum::store(products);
+    if sums_both && branch == Branch::Second {
+        // What adapters do to products must not be done to those of the first branch. Whether they need whole products may
+        // differ between ranks, whether there are adapters does not.
+        if has_adapters(&by) {
+            be.comm.add(be, sum.y, norm::Added { post: None, scale, stream: &mut *stream, next: None })?;
+        } else {
+            sum.add = true;
+        }
+    }
+    let deltas = base(be, x, by, sum)?;
     let fusable = post.is_none() && scale == 1.0 && be.comm.can_fuse(x.rows(), products.cols());
     match (deltas, next) {
         (Some(deltas), Some((norm, y))) if fusable && deltas.can_norm(be, &norm, y) => {
@@ -168,6 +182,11 @@ fn residual(
             be.comm.add(be, products, norm::Added { post, scale, stream, next })
         }
     }
+}
+
+/// Whether some row of the step has an adapter.
+fn has_adapters(by: &Projection<'_, CudaBackend>) -> bool {
+    by.lora.as_ref().is_some_and(|lora| lora.batch.tiles(lora.rows).0 > 0)
 }
 
 /// The base product, added to what `y` holds or in place of it, and the shrink. Returns the deltas that are to be added.

@@ -1,6 +1,6 @@
 //! How often a step goes to the GPU.
 
-use kernels::{LogitShape, LowRank, ReplacedRows, SiteKind};
+use kernels::{LogitShape, LowRank, ReplacedRows};
 
 use super::*;
 
@@ -128,7 +128,7 @@ struct Decode {
 impl Decode {
     fn new() -> Decode {
         let (ops, mut numbers) = (backend(), Numbers(62));
-        let head = LoraSite { kind: SiteKind::Head, inputs: HIDDEN, outputs: vec![VOCAB] };
+        let head = LoraSite::head(HIDDEN, VOCAB);
         let sites = [LoraSite::linear(HIDDEN, &[HIDDEN]), head];
         let mut weight = |rows| ops.weight(&[tensor(&numbers.table(rows, HIDDEN))]).unwrap();
         let weights = [weight(HIDDEN), weight(VOCAB)];
@@ -164,7 +164,7 @@ impl Decode {
         };
         ops.step(device, || {
             let next = Some((rms(norm), &mut *y));
-            let to = Residual { stream, products, post: None, scale: 1.0, more: false, next };
+            let to = Residual { stream, products, post: None, scale: 1.0, branch: Branch::Only, next };
             ops.linear(x, by(0, RowSet::All), Output::Residual(to))?;
             ops.gather_logit_rows(y, device, last)?;
             let out = Output::Logits { y: &mut *logits, shape: LogitShape::PLAIN };

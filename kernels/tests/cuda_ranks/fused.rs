@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use kernels::{
-    Batch, DType, HostTensor, LinearLora, LoraPart, LoraSite, LowRank, Output, Projection, Residual, RowSet,
-    Span,
+    Batch, Branch, DType, HostTensor, LinearLora, LoraPart, LoraSite, LowRank, Output, Projection, Residual,
+    RowSet, Span,
     cuda::{CudaBackend, CudaBatch, CudaMat, CudaSlots, CudaVector, CudaWeight},
     prelude::*,
     reference::{self, Base, Table},
@@ -127,7 +127,7 @@ impl Share {
         let before = be.launches();
         let Share { x, w, bias, slots, device, stream, products, norm, y, .. } = self;
         let next = Some((rms(norm), y));
-        let to = Residual { stream, products, post: None, scale: 1.0, more: false, next };
+        let to = Residual { stream, products, post: None, scale: 1.0, branch: Branch::Only, next };
         let by = projection(w, bias.as_ref(), (slots, device));
         be.linear(x, by, Output::Residual(to)).unwrap();
         be.launches() - before
@@ -220,6 +220,37 @@ fn odd_widths_of_two_threads() {
             let (sums, normed) = (be.download(&share.stream).unwrap(), be.download(&share.y).unwrap());
             assert_close("stream", &sums, &case.sums.data, DType::Bf16);
             assert_close("norm", &normed, &case.normed.data, DType::Bf16);
+            expect_same_bits(be, "stream", &sums);
+            be.group().barrier(PATIENCE).unwrap();
+        }
+    });
+}
+
+/// The products of both branches are summed together where no row has an adapter.
+#[test]
+fn parallel_branches_of_two_threads() {
+    let cases = [vec![], mixed(6)].map(|slots| Case::new(512, &[(1, 3); 6], &slots));
+    threads(|be| {
+        for case in &cases {
+            let mut share = Share::new(be, case);
+            let mut expected = case.sums.clone();
+            for (sum, before) in expected.data.iter_mut().zip(&case.stream.data) {
+                *sum += *sum - before;
+            }
+            let normed = reference::rms_norm(&expected, &case.norm, 1e-5);
+            be.download(&share.y).unwrap();
+            be.group().barrier(PATIENCE).unwrap();
+            let Share { x, w, bias, slots, device, stream, products, norm, y, .. } = &mut share;
+            for branch in [Branch::First, Branch::Second] {
+                let next = (branch == Branch::Second).then(|| (rms(norm), &mut *y));
+                let (stream, products) = (&mut *stream, &mut *products);
+                let to = Residual { stream, products, post: None, scale: 1.0, branch, next };
+                let by = projection(w, bias.as_ref(), (slots, device));
+                be.linear(x, by, Output::Residual(to)).unwrap();
+            }
+            let (sums, got) = (be.download(stream).unwrap(), be.download(y).unwrap());
+            assert_close("stream", &sums, &expected.data, DType::Bf16);
+            assert_close("norm", &got, &normed.data, DType::Bf16);
             expect_same_bits(be, "stream", &sums);
             be.group().barrier(PATIENCE).unwrap();
         }

@@ -31,8 +31,8 @@ fn alone() -> MutexGuard<'static, ()> {
 /// The backend of a rank, on the GPU of its number if there are so many.
 pub(crate) fn join(folder: &Path, rank: usize, ranks: usize, patience: Duration) -> Result<CudaBackend> {
     let group = Group::join(folder, rank, ranks, PATIENCE)?.with_patience(patience);
-    let gpus = gpus(DType::Bf16).0.len();
-    CudaBackend::new(DType::Bf16, if ranks <= gpus { rank } else { 0 })?.with_group(Arc::new(group))
+    let count = gpus(DType::Bf16).0.len();
+    CudaBackend::new(DType::Bf16, if ranks <= count { rank } else { 0 })?.with_group(Arc::new(group))
 }
 
 /// Runs two ranks as threads, on one GPU.

@@ -108,9 +108,10 @@ impl Drop for Mapped {
 /// This rank's arena, and those of the others.
 pub(super) struct Arena {
     group: Arc<Group>,
+    /// Without the patience, which may change.
+    args: PeerArgs,
     /// Whose kernels use the arenas.
     stream: Arc<Stream>,
-    args: PeerArgs,
     lost: PinnedBuf,
     _control: DeviceBuf,
     _others: Vec<Mapped>,
@@ -150,7 +151,7 @@ impl Arena {
             arenas,
             control: control.at(),
             lost: lost.address(),
-            patience: nanoseconds(group.patience()),
+            patience: 0,
             box_bytes: (ARENA / (2 * (ranks - 1).max(1)) / ALIGN * ALIGN) as u64,
             rank: rank as i32,
             ranks: ranks as i32,
@@ -161,7 +162,7 @@ impl Arena {
 
     /// Arguments of kernels that wait for the other ranks as long as the group does.
     pub(super) fn args(&self) -> PeerArgs {
-        self.args
+        self.args_within(self.group.patience())
     }
 
     /// Arguments of kernels that wait no longer than `patience`.
