@@ -232,7 +232,14 @@ pub trait Adapters: Sampling {
     /// Makes `slots` empty slots for adapters of these sites.
     fn lora_slots(&self, sites: &[LoraSite], slots: usize) -> Result<Self::LoraSlots>;
     /// Begins to copy an adapter into a slot, without waiting for it. `weights` are the base weights of the sites, in
-    /// the same order: the norms of [`LoraPart::magnitude`] depend on them. Errors: after [`crate::Error::OutOfMemory`]
+    /// the same order: the norms of [`LoraPart::magnitude`] depend on them.
+    ///
+    /// If a site with a magnitude is partial, each rank posts its squares to the others ([`Group::post`], at the slot,
+    /// about [`LoraPart::content`]), and the load ends when those of all ranks have come. A rank that cannot load the
+    /// adapter posts nothing but that: no bytes. Then the load ends on the other ranks, too, and the slot must not be
+    /// used.
+    ///
+    /// Errors: after [`crate::Error::OutOfMemory`]
     /// the slot is empty and the device usable.
     fn load(
         &self,

@@ -302,7 +302,8 @@ impl Adapters for CpuBackend {
     }
 
     fn lora_slots(&self, sites: &[LoraSite], slots: usize) -> Result<CpuSlots> {
-        Ok(CpuSlots { sites: sites.to_vec(), slots: vec![None; slots], loaded: Vec::new() })
+        let (loaded, waiting) = Default::default();
+        Ok(CpuSlots { sites: sites.to_vec(), slots: vec![None; slots], loaded, waiting })
     }
 
     fn load(
@@ -313,24 +314,33 @@ impl Adapters for CpuBackend {
         weights: &[&Panels],
     ) -> Result<()> {
         adapter.complete(self, &slots.sites, weights)?;
-        let limit = slots.slots.len();
-        let place = slots.slots.get_mut(slot as usize);
-        *place.ok_or(Error::Index { op: "load", what: "slot", index: slot as usize, limit })? =
-            Some(adapter.clone());
-        slots.loaded.push(slot);
+        slots.put("load", slot, Some(adapter.clone()))?;
+        match adapter.partial_squares() {
+            Some(squares) => {
+                self.group.post(slot.into(), adapter.content, &squares)?;
+                slots.waiting.push(slot);
+            }
+            None => slots.loaded.push(slot),
+        }
         Ok(())
     }
 
     fn loaded(&self, slots: &mut CpuSlots) -> Result<Vec<u32>> {
+        for slot in std::mem::take(&mut slots.waiting) {
+            let adapter = slots.resident("loaded", slot)?;
+            match self.group.posted(slot.into(), adapter.content) {
+                Some(squares) => {
+                    adapter.finish(&squares)?;
+                    slots.loaded.push(slot);
+                }
+                None => slots.waiting.push(slot),
+            }
+        }
         Ok(std::mem::take(&mut slots.loaded))
     }
 
     fn unload(&self, slots: &mut CpuSlots, slot: u32) -> Result<()> {
-        let limit = slots.slots.len();
-        let place = slots.slots.get_mut(slot as usize);
-        *place.ok_or(Error::Index { op: "unload", what: "slot", index: slot as usize, limit })? = None;
-        slots.loaded.retain(|loaded| *loaded != slot);
-        Ok(())
+        slots.put("unload", slot, None)
     }
 
     /// Products of rows with a magnitude are completed apart from the others.

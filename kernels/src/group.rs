@@ -13,7 +13,7 @@ use std::{
     path::Path,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -22,8 +22,8 @@ use crate::{Error, PeerFault, Result};
 use peer::{Kind, Message, Peer};
 use posts::Posts;
 
-/// How long ranks wait for each other in an operation, unless [`Group::with_patience`] says otherwise.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long ranks wait for each other in an operation, unless [`Group::set_patience`] says otherwise.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// This process among the ranks of a model.
 pub struct Group {
@@ -31,7 +31,8 @@ pub struct Group {
     /// By rank; `None` for this one.
     peers: Vec<Option<Peer>>,
     shared: Arc<Shared>,
-    patience: Duration,
+    /// In microseconds.
+    patience: AtomicU64,
 }
 
 /// What the threads that read from the peers share with the group.
@@ -63,10 +64,15 @@ impl Lost {
     }
 }
 
+fn in_micros(patience: Duration) -> AtomicU64 {
+    AtomicU64::new(patience.as_micros() as u64)
+}
+
 impl Group {
     /// A group of one rank.
     pub fn alone() -> Group {
-        Group { rank: 0, peers: vec![None], shared: Arc::default(), patience: PATIENCE }
+        let shared = Arc::new(Shared { posts: Posts::of(1), ..Shared::default() });
+        Group { rank: 0, peers: vec![None], shared, patience: in_micros(PATIENCE) }
     }
 
     /// Meets the other ranks in a folder that only their user may enter. Every rank calls this with the same folder and
@@ -82,12 +88,18 @@ impl Group {
             let peer = stream.map(|stream| Peer::new(peer, stream, shared.clone())).transpose();
             peer.map_err(|source| Error::Group { rank, what: "cannot talk to another rank", source })
         });
-        Ok(Group { rank, peers: peers.collect::<Result<_>>()?, shared, patience: PATIENCE })
+        Ok(Group { rank, peers: peers.collect::<Result<_>>()?, shared, patience: in_micros(PATIENCE) })
     }
 
     /// The group, whose ranks wait for each other for `patience` in every operation.
     pub fn with_patience(self, patience: Duration) -> Group {
-        Group { patience, ..self }
+        self.set_patience(patience);
+        self
+    }
+
+    /// Sets how long this rank waits for the others in every operation.
+    pub fn set_patience(&self, patience: Duration) {
+        self.patience.store(patience.as_micros() as u64, Ordering::Relaxed);
     }
 
     /// The number of this rank, from 0.
@@ -102,7 +114,7 @@ impl Group {
 
     /// How long ranks wait for each other in an operation.
     pub fn patience(&self) -> Duration {
-        self.patience
+        Duration::from_micros(self.patience.load(Ordering::Relaxed))
     }
 
     /// The rank whose process was seen to end first, if any has. From then on no operation succeeds.
@@ -113,7 +125,7 @@ impl Group {
     /// Fails if a rank was lost, or if `rank`, which is waited for since `since`, has not come in time. Whatever waits
     /// for a peer calls this between short waits.
     pub fn check(&self, op: &'static str, rank: usize, since: Instant) -> Result<()> {
-        self.check_within(op, rank, since, self.patience)
+        self.check_within(op, rank, since, self.patience())
     }
 
     fn check_within(&self, op: &'static str, rank: usize, since: Instant, patience: Duration) -> Result<()> {
@@ -129,14 +141,14 @@ impl Group {
     /// Sends a small message to every other rank, and returns the messages of all ranks in their order. Every rank calls
     /// this as often as the others.
     pub fn exchange(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
-        let got = self.exchange_messages("exchange", Message::new(bytes), self.patience)?;
+        let got = self.exchange_messages("exchange", Message::new(bytes), self.patience())?;
         Ok(got.into_iter().map(|message| message.map_or_else(|| bytes.to_vec(), |it| it.bytes)).collect())
     }
 
     /// As [`Self::exchange`], with a file descriptor of every rank: memory that is shared. `None` in this rank's place.
     pub fn exchange_fd(&self, fd: BorrowedFd<'_>) -> Result<Vec<Option<OwnedFd>>> {
         let op = "exchange of file descriptors";
-        let got = self.exchange_messages(op, Message { fd: Some(fd), bytes: &[] }, self.patience)?;
+        let got = self.exchange_messages(op, Message { fd: Some(fd), bytes: &[] }, self.patience())?;
         let fds = got.into_iter().enumerate().map(|(rank, message)| {
             let Some(message) = message else { return Ok(None) };
             message.fd.map(Some).ok_or(Error::Peer { op, rank, fault: PeerFault::Differs })
@@ -171,9 +183,11 @@ impl Group {
         received.collect()
     }
 
-    /// Tells every rank something under a key that all ranks use once. It does not wait for the others.
-    pub fn post(&self, key: u64, bytes: &[u8]) -> Result<()> {
-        self.shared.posts.put(key, self.rank, bytes.to_vec());
+    /// Tells every rank something about `about` at a place, in place of what this rank has told there before. It does not
+    /// wait for the others.
+    pub fn post(&self, place: u64, about: u64, bytes: &[u8]) -> Result<()> {
+        let key = [place, about];
+        self.shared.posts.put(key, self.rank, bytes);
         for (rank, peer) in self.others() {
             peer.send(Kind::Post(key), Message::new(bytes))
                 .map_err(|error| self.fault_of("post", rank, &error))?;
@@ -181,14 +195,15 @@ impl Group {
         Ok(())
     }
 
-    /// What all ranks have told under a key, by rank, once all have. It is returned once.
-    pub fn posted(&self, key: u64) -> Option<Vec<Vec<u8>>> {
-        self.shared.posts.take(key)
+    /// What all ranks have told at a place, by rank, once the latest of each is about the same. It stays until something
+    /// else is told there, because a rank may need it again. But no bytes stand for a failure, which is returned once.
+    pub fn posted(&self, place: u64, about: u64) -> Option<Vec<Arc<[u8]>>> {
+        self.shared.posts.get(place, about)
     }
 
-    /// Drops what is or will be told under a key.
-    pub fn forget(&self, key: u64) {
-        self.shared.posts.forget(key);
+    /// Drops the failures that nobody has asked for.
+    pub fn forget_failures(&self) {
+        self.shared.posts.forget_empty();
     }
 
     fn others(&self) -> impl Iterator<Item = (usize, &Peer)> {

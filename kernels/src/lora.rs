@@ -80,6 +80,9 @@ pub struct LoraPart {
     pub bias: Option<Vec<f32>>,
     /// Rows that replace those of the base weight.
     pub rows: Option<ReplacedRows>,
+    /// A number of the adapter's content, which is the same on all ranks. With a magnitude at a site that is partial, the
+    /// ranks tell each other their parts of the norms under this number.
+    pub content: u64,
 }
 
 /// A low-rank delta: `scale · B · A`. The scale is applied in f32 to the sum.
@@ -113,7 +116,7 @@ impl LoraPart {
         let a = HostTensor::from_f32(rank, a.len() / rank.max(1), a);
         let b = HostTensor::from_f32(b.len() / rank.max(1), rank, b);
         let low_rank = Some(LowRank { rank, scale, a, b });
-        LoraPart { site, slice, low_rank, magnitude: None, bias: None, rows: None }
+        LoraPart { site, slice, low_rank, magnitude: None, bias: None, rows: None, content: 0 }
     }
 
     /// Its place and size.

@@ -82,30 +82,57 @@ fn messages_of_all_sizes_are_exchanged() {
     assert_eq!(got, [true; 4]);
 }
 
+/// What all ranks have posted, as soon as they have.
+fn posted(group: &Group, place: u64, about: u64) -> Vec<Vec<u8>> {
+    let since = Instant::now();
+    loop {
+        if let Some(posts) = group.posted(place, about) {
+            return posts.iter().map(|bytes| bytes.to_vec()).collect();
+        }
+        group.check("test", 0, since).unwrap();
+        thread::yield_now();
+    }
+}
+
 #[test]
 fn what_is_posted_comes_when_all_ranks_have_posted_it() {
+    let expected = |about: u64| (0..3).map(|rank| vec![rank + about as u8; 1000]).collect::<Vec<_>>();
     groups(3, rounds::PATIENCE, |group| {
-        for key in 0..50_u64 {
+        let own = |about: u64| vec![group.rank() as u8 + about as u8; 1000];
+        for place in 0..50 {
             // A rank may post long before or after the others.
-            group.post(key, &[group.rank() as u8; 1000]).unwrap();
-            if key % 5 == 0 {
-                group.forget(key);
-            }
+            group.post(place, 1, &own(1)).unwrap();
         }
-        let since = Instant::now();
-        for key in (0..50).filter(|key| key % 5 != 0) {
-            let got = loop {
-                if let Some(got) = group.posted(key) {
-                    break got;
-                }
-                group.check("test", 0, since).unwrap();
-                thread::yield_now();
-            };
-            assert_eq!(got, (0..3).map(|rank| vec![rank; 1000]).collect::<Vec<_>>());
-            assert_eq!(group.posted(key), None);
+        for place in 0..50 {
+            assert_eq!(posted(&group, place, 1), expected(1));
+            assert_eq!(group.posted(place, 2), None);
         }
         group.barrier(rounds::PATIENCE).unwrap();
-        assert_eq!(group.posted(0), None);
+        // A rank that tells the same again need not wait for the others; something else has to come from all.
+        assert_eq!(posted(&group, 7, 1), expected(1));
+        group.barrier(rounds::PATIENCE).unwrap();
+        group.post(7, 2, &own(2)).unwrap();
+        assert_eq!(group.posted(7, 1), None);
+        assert_eq!(posted(&group, 7, 2), expected(2));
+    });
+}
+
+#[test]
+fn a_failure_is_returned_once() {
+    groups(2, rounds::PATIENCE, |group| {
+        let own: &[u8] = if group.rank() == 1 { b"" } else { b"squares" };
+        group.post(3, 1, own).unwrap();
+        assert_eq!(posted(&group, 3, 1), [b"squares".to_vec(), Vec::new()]);
+        assert_eq!(group.posted(3, 1), None);
+        group.barrier(rounds::PATIENCE).unwrap();
+        // One that nobody has asked for.
+        group.post(4, 1, b"").unwrap();
+        group.barrier(rounds::PATIENCE).unwrap();
+        group.forget_failures();
+        assert_eq!(group.posted(4, 1), None);
+        // Later both succeed.
+        group.post(3, 1, b"squares").unwrap();
+        assert_eq!(posted(&group, 3, 1), [b"squares", b"squares"]);
     });
 }
 

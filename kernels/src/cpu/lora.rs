@@ -12,6 +12,7 @@ use super::memory::{Arena, Line, Lines, Panels, of_pair, pair};
 use crate::{DType, Error, LoraPart, LoraShape, LoraSite, LowRank, ReplacedRows, Result, SiteKind};
 
 pub(super) use gains::Gains;
+use gains::Squares;
 
 /// The change that one adapter makes at one site.
 #[derive(Debug)]
@@ -24,8 +25,10 @@ pub(super) struct SiteChange {
     pub(super) vectors: Vec<SliceVectors>,
     /// Rows of the weight that are the adapter's own.
     pub(super) rows: Option<OwnRows>,
-    /// The factors that magnitudes give. They depend on the base weight, and are computed when the adapter is loaded
-    /// for the first time.
+    /// The squared norms of the weights that have a magnitude, in this rank's columns. They depend on the base weight,
+    /// and are computed when the adapter is loaded for the first time.
+    squares: OnceLock<Squares>,
+    /// The factors that magnitudes give, once the squares of all columns are known.
     gains: OnceLock<Gains>,
 }
 
@@ -200,7 +203,12 @@ impl SiteChange {
         }
         let products = if site.kind == SiteKind::Lookup { &[] } else { parts };
         let delta = SiteDelta::new(arena, dtype, site, products)?;
-        Ok(SiteChange { delta, lookup, vectors, rows, gains: OnceLock::new() })
+        let (squares, gains) = Default::default();
+        Ok(SiteChange { delta, lookup, vectors, rows, squares, gains })
+    }
+
+    fn has_magnitude(&self) -> bool {
+        self.vectors.iter().any(|vectors| vectors.magnitude.is_some())
     }
 
     /// The factors that magnitudes give; `None` if there are no magnitudes.
@@ -214,6 +222,10 @@ impl SiteChange {
 pub struct CpuAdapter {
     sites: Vec<Option<SiteChange>>,
     pub(super) bytes: usize,
+    /// The number of its content.
+    pub(super) content: u64,
+    /// The sites with a magnitude of which this rank has only some columns.
+    partial: Vec<usize>,
 }
 
 impl CpuAdapter {
@@ -230,7 +242,15 @@ impl CpuAdapter {
             (!parts.is_empty()).then(|| SiteChange::new(&mut arena, dtype, site, parts)).transpose()
         });
         let changes = changes.collect::<Result<Vec<_>>>()?;
-        Ok(CpuAdapter { sites: changes, bytes: bytes(dtype, sites, &shapes)? })
+        let is_partial = |site: &usize| {
+            sites[*site].is_partial && changes[*site].as_ref().is_some_and(SiteChange::has_magnitude)
+        };
+        Ok(CpuAdapter {
+            bytes: bytes(dtype, sites, &shapes)?,
+            content: parts.first().map_or(0, |part| part.content),
+            partial: (0..sites.len()).filter(is_partial).collect(),
+            sites: changes,
+        })
     }
 
     /// The change at a site, if there is one.
@@ -276,9 +296,25 @@ pub struct CpuSlots {
     pub(super) sites: Vec<LoraSite>,
     pub(super) slots: Vec<Option<Arc<CpuAdapter>>>,
     pub(super) loaded: Vec<u32>,
+    /// Slots that wait for what other ranks have to tell.
+    pub(super) waiting: Vec<u32>,
 }
 
 impl CpuSlots {
+    /// Puts an adapter into a slot, or empties it: whatever was loaded there is not any more. Errors: there is no slot.
+    pub(super) fn put(
+        &mut self,
+        op: &'static str,
+        slot: u32,
+        adapter: Option<Arc<CpuAdapter>>,
+    ) -> Result<()> {
+        let (index, limit) = (slot as usize, self.slots.len());
+        *self.slots.get_mut(index).ok_or(Error::Index { op, what: "slot", index, limit })? = adapter;
+        self.loaded.retain(|other| *other != slot);
+        self.waiting.retain(|other| *other != slot);
+        Ok(())
+    }
+
     /// The adapter in a slot that rows use. Errors: the slot is empty.
     pub(super) fn resident(&self, op: &'static str, slot: u32) -> Result<&CpuAdapter> {
         let limit = self.slots.len();

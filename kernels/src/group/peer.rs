@@ -57,32 +57,32 @@ pub(super) struct Received {
 pub(super) enum Kind {
     /// An exchange, in the order of all exchanges.
     Exchange,
-    /// Something that is told under a key.
-    Post(u64),
+    /// Something that is told: its place, and what it is about.
+    Post([u64; 2]),
 }
 
-/// Kind, key and number of bytes, in front of each message.
-const HEADER: usize = 24;
+/// Kind, place, subject and number of bytes, in front of each message.
+const HEADER: usize = 32;
 
 impl Kind {
     fn header(self, bytes: usize) -> [u8; HEADER] {
-        let (kind, key) = match self {
-            Kind::Exchange => (0_u64, 0),
+        let (kind, [place, about]) = match self {
+            Kind::Exchange => (0_u64, [0; 2]),
             Kind::Post(key) => (1, key),
         };
         let mut header = [0; HEADER];
-        for (place, number) in header.chunks_exact_mut(8).zip([kind, key, bytes as u64]) {
-            place.copy_from_slice(&number.to_le_bytes());
+        for (to, number) in header.chunks_exact_mut(8).zip([kind, place, about, bytes as u64]) {
+            to.copy_from_slice(&number.to_le_bytes());
         }
         header
     }
 
     fn of(header: &[u8; HEADER]) -> io::Result<(Kind, usize)> {
         let number = |at: usize| header[at..at + 8].iter().rev().fold(0, |n, byte| n << 8 | u64::from(*byte));
-        let bytes = number(16) as usize;
+        let bytes = number(24) as usize;
         match number(0) {
             0 if bytes <= MAX_BYTES => Ok((Kind::Exchange, bytes)),
-            1 if bytes <= MAX_BYTES => Ok((Kind::Post(number(8)), bytes)),
+            1 if bytes <= MAX_BYTES => Ok((Kind::Post([number(8), number(16)]), bytes)),
             _ => Err(io::ErrorKind::InvalidData.into()),
         }
     }
@@ -159,7 +159,7 @@ fn read_all(
         let mut bytes = vec![0; len];
         stream.read_exact(&mut bytes)?;
         match kind {
-            Kind::Post(key) => shared.posts.put(key, rank, bytes),
+            Kind::Post(key) => shared.posts.put(key, rank, &bytes),
             Kind::Exchange => {
                 exchanges.send(Received { bytes, fd }).map_err(|_| io::ErrorKind::BrokenPipe)?;
             }

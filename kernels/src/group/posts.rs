@@ -1,58 +1,57 @@
-//! What ranks have told each other under keys, until all have.
+//! What ranks have told each other at places, the latest of each rank.
 
 use std::{
     collections::HashMap,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
 };
 
-/// What the ranks have told, by key.
+/// Something that a rank has told, and what it is about.
+#[derive(Clone)]
+struct Post {
+    about: u64,
+    bytes: Arc<[u8]>,
+}
+
+/// The latest posts by place and rank.
 #[derive(Default)]
 pub(super) struct Posts {
     ranks: usize,
-    by_key: Mutex<HashMap<u64, Post>>,
-}
-
-/// What the ranks have told under one key.
-struct Post {
-    by_rank: Vec<Option<Vec<u8>>>,
-    /// Whether nobody will ask for it.
-    is_forgotten: bool,
-}
-
-impl Post {
-    fn is_complete(&self) -> bool {
-        self.by_rank.iter().all(Option::is_some)
-    }
+    places: Mutex<HashMap<u64, Vec<Option<Post>>>>,
 }
 
 impl Posts {
     pub(super) fn of(ranks: usize) -> Posts {
-        Posts { ranks, by_key: Mutex::default() }
+        Posts { ranks, places: Mutex::default() }
     }
 
-    /// Calls `change` with the entry of a key, and drops an entry that nobody will ask for any more.
-    fn change(&self, key: u64, change: impl FnOnce(&mut Post)) {
-        let mut by_key = self.by_key.lock().unwrap_or_else(PoisonError::into_inner);
-        let empty = || Post { by_rank: vec![None; self.ranks.max(1)], is_forgotten: false };
-        let post = by_key.entry(key).or_insert_with(empty);
-        change(post);
-        if post.is_forgotten && post.is_complete() {
-            by_key.remove(&key);
-        }
+    /// Puts a post in place of the rank's earlier one.
+    pub(super) fn put(&self, [place, about]: [u64; 2], rank: usize, bytes: &[u8]) {
+        let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        let posts = places.entry(place).or_insert_with(|| vec![None; self.ranks.max(1)]);
+        posts[rank] = Some(Post { about, bytes: bytes.into() });
     }
 
-    pub(super) fn put(&self, key: u64, rank: usize, bytes: Vec<u8>) {
-        self.change(key, |post| post.by_rank[rank] = Some(bytes));
+    /// The posts of all ranks at a place, if all of them are about the same.
+    pub(super) fn get(&self, place: u64, about: u64) -> Option<Vec<Arc<[u8]>>> {
+        let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        let posts = places.get_mut(&place)?;
+        let fits = |post: &Option<Post>| {
+            post.as_ref().filter(|post| post.about == about).map(|post| post.bytes.clone())
+        };
+        let all = posts.iter().map(fits).collect::<Option<Vec<_>>>()?;
+        forget_empty(posts);
+        Some(all)
     }
 
-    /// Marks a key, whose entry stays until all ranks have told something, so that no late one makes a new entry.
-    pub(super) fn forget(&self, key: u64) {
-        self.change(key, |post| post.is_forgotten = true);
+    /// Drops all posts without bytes.
+    pub(super) fn forget_empty(&self) {
+        let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        places.values_mut().for_each(|posts| forget_empty(posts));
     }
+}
 
-    pub(super) fn take(&self, key: u64) -> Option<Vec<Vec<u8>>> {
-        let mut by_key = self.by_key.lock().unwrap_or_else(PoisonError::into_inner);
-        by_key.get(&key)?.is_complete().then_some(())?;
-        Some(by_key.remove(&key)?.by_rank.into_iter().flatten().collect())
+fn forget_empty(posts: &mut [Option<Post>]) {
+    for post in posts {
+        *post = post.take().filter(|post| !post.bytes.is_empty());
     }
 }

@@ -19,7 +19,7 @@ const SEQUENCES: [(usize, usize); 9] =
     [(1, 0), (5, 0), (1, 17), (3, 3), (1, 1), (9, 0), (1, 40), (17, 16), (1, 0)];
 
 fn nothing(site: usize, slice: usize) -> LoraPart {
-    LoraPart { site, slice, low_rank: None, magnitude: None, bias: None, rows: None }
+    LoraPart { site, slice, low_rank: None, magnitude: None, bias: None, rows: None, content: 0 }
 }
 
 /// Magnitudes, as those of a trained adapter, are near the norms of the weights: gains are near 1.

@@ -43,6 +43,13 @@ const LUDWIGS: &str = "model_weights";
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ContentHash(pub [u8; 32]);
 
+impl ContentHash {
+    /// The number by which ranks speak of the adapter.
+    pub fn number(self) -> u64 {
+        self.0[..8].iter().fold(0, |number, byte| number << 8 | u64::from(*byte))
+    }
+}
+
 impl fmt::Debug for ContentHash {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0[..6].iter().try_for_each(|byte| write!(f, "{byte:02x}"))
@@ -128,10 +135,12 @@ impl<'a> AdapterFolder<'a> {
         if changes_nothing {
             return Err(AdapterError::ChangesNothing);
         }
+        let hash = ContentHash(sha.finalize().into());
+        parts.iter_mut().for_each(|part| part.content = hash.number());
         sites.sort_unstable();
         sites.dedup();
         Ok(Adapter {
-            hash: ContentHash(sha.finalize().into()),
+            hash,
             max_lora_rank,
             parts,
             sites,

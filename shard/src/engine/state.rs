@@ -203,6 +203,7 @@ impl<B: Backend> State<B> {
     /// Drops all sequences, abandons the loads that are under way, and returns the adapters that stay.
     pub(super) fn begin_session(&mut self) -> kernels::Result<Held> {
         self.idle.interrupt();
+        self.ops.group().forget_failures();
         self.sequences.clear();
         self.free_seats = (0..self.limits.max_sequences as u32).rev().collect();
         let mut held = Held { slots: Vec::new(), host: self.adapters.held() };
@@ -248,6 +249,8 @@ impl<B: Backend> State<B> {
                 Err(TryRecvError::Closed) => "reading it was interrupted".into(),
             };
             self.slot_states[slot as usize] = Slot::Empty;
+            // Other ranks may wait for this one's part of a norm.
+            self.ops.group().post(slot.into(), content.number(), &[])?;
             self.ended_loads.push(Event::Slot { slot, content, error: Some(error) });
         }
         Ok(())
@@ -267,6 +270,7 @@ impl<B: Backend> State<B> {
             Err(error @ kernels::Error::OutOfMemory { .. }) => {
                 tracing::warn!(slot, "an adapter does not fit on the device: {error}");
                 *state = Slot::Empty;
+                self.ops.group().post(slot.into(), content.number(), &[])?;
                 self.ended_loads.push(Event::Slot { slot, content, error: Some(error.to_string()) });
             }
             Err(error) => return Err(error),

@@ -1,28 +1,31 @@
 //! The gains of DoRA, by which products are multiplied: the magnitude of each output, divided by the norm of its
 //! weights including the delta.
 
+use std::sync::Arc;
+
 use super::{
     super::{CpuBackend, memory::Panels, pool::Shards},
     CpuAdapter, LookupDelta, SiteChange, SliceDelta, SliceVectors, unpack_row,
 };
-use crate::{Error, LoraSite, Result, SiteKind};
+use crate::{Error, LoraSite, PeerFault, Result, SiteKind};
 
 /// The gains of each slice in [`SiteChange::vectors`], with a factor for each output; `None` for a slice without a
 /// magnitude.
 #[derive(Debug)]
 pub(crate) struct Gains(pub(crate) Vec<Option<Vec<f32>>>);
 
+/// The squared norms that belong to the gains.
+pub(super) type Squares = Vec<Option<Vec<f32>>>;
+
 /// The number of outputs of a chunk.
 const CHUNK: usize = 16;
 
 impl CpuAdapter {
-    /// Computes the gains, which depend on the base model's weights. An adapter that is loaded again has them already.
+    /// Computes the gains, which depend on the base model's weights, except those that depend on other ranks' columns. An
+    /// adapter that is loaded again has them already.
     pub(crate) fn complete(&self, be: &CpuBackend, sites: &[LoraSite], weights: &[&Panels]) -> Result<()> {
         for (i, (change, site)) in self.sites.iter().zip(sites).enumerate() {
-            let Some(change) = change else { continue };
-            if change.vectors.iter().all(|vectors| vectors.magnitude.is_none()) || change.gains().is_some() {
-                continue;
-            }
+            let Some(change) = change.as_ref().filter(|change| change.has_magnitude()) else { continue };
             let (op, limit) = ("load", weights.len());
             let weight = weights.get(i).ok_or(Error::Index { op, what: "weight", index: i, limit })?;
             let expected = match site.kind {
@@ -32,18 +35,62 @@ impl CpuAdapter {
             if weight.inputs != expected {
                 return Err(Error::Shape { op, what: "columns of a weight", got: weight.inputs, expected });
             }
-            let gains = change.vectors.iter().map(|vectors| {
-                let magnitude = vectors.magnitude.as_ref()?;
-                let squares = match site.kind {
-                    SiteKind::Lookup => of_table(weight, change.lookup.as_ref()),
-                    SiteKind::Linear | SiteKind::Head => of_slice(be, weight, change, vectors),
-                };
-                Some(magnitude.iter().zip(squares).map(|(m, square)| m / square.sqrt()).collect())
+            let squares = change.squares.get_or_init(|| {
+                let squares = change.vectors.iter().map(|vectors| {
+                    vectors.magnitude.as_ref().map(|_| match site.kind {
+                        SiteKind::Lookup => of_table(weight, change.lookup.as_ref()),
+                        SiteKind::Linear | SiteKind::Head => of_slice(be, weight, change, vectors),
+                    })
+                });
+                squares.collect()
             });
-            // Another thread may have set the same result before.
-            let _ = change.gains.set(Gains(gains.collect()));
+            if !site.is_partial {
+                change.gains.get_or_init(|| change.gains_of(squares));
+            }
         }
         Ok(())
+    }
+
+    /// The squares in this rank's columns, for the other ranks; `None` if they have all columns themselves.
+    pub(crate) fn partial_squares(&self) -> Option<Vec<u8>> {
+        let squares = self.partial.iter().filter_map(|site| self.sites[*site].as_ref()?.squares.get());
+        let bytes = squares.flatten().flatten().flatten().flat_map(|square| square.to_le_bytes());
+        (!self.partial.is_empty()).then(|| bytes.collect())
+    }
+
+    /// Computes the remaining gains from the squares of all ranks, in their order. If one of them has none, the slot will
+    /// not be used, and there are no gains. Errors: a rank has another number of squares.
+    pub(crate) fn finish(&self, of_ranks: &[Arc<[u8]>]) -> Result<()> {
+        if of_ranks.iter().any(|bytes| bytes.is_empty()) {
+            return Ok(());
+        }
+        let mut place = 0;
+        for change in self.partial.iter().filter_map(|site| self.sites[*site].as_ref()) {
+            let Some(own) = change.squares.get() else { continue };
+            let mut sums = own.clone();
+            for sum in sums.iter_mut().flatten().flatten() {
+                *sum = 0.0;
+                for (rank, bytes) in of_ranks.iter().enumerate() {
+                    let fault = PeerFault::Differs;
+                    let square = bytes.get(place..place + 4).and_then(|bytes| bytes.first_chunk());
+                    let square = square.ok_or(Error::Peer { op: "load", rank, fault })?;
+                    *sum += f32::from_le_bytes(*square);
+                }
+                place += 4;
+            }
+            change.gains.get_or_init(|| change.gains_of(&sums));
+        }
+        Ok(())
+    }
+}
+
+impl SiteChange {
+    fn gains_of(&self, squares: &Squares) -> Gains {
+        let gains = self.vectors.iter().zip(squares).map(|(vectors, squares)| {
+            let pairs = vectors.magnitude.as_ref()?.iter().zip(squares.as_ref()?);
+            Some(pairs.map(|(magnitude, square)| magnitude / square.sqrt()).collect())
+        });
+        Gains(gains.collect())
     }
 }
 

@@ -210,7 +210,8 @@ impl Change {
         base: &BaseWeights<'_>,
     ) -> Result<Option<LoraPart>, AdapterError> {
         let Some(LoraShape { site, slice, .. }) = self.shape() else { return Ok(None) };
-        let mut part = LoraPart { site, slice, low_rank: None, magnitude: None, bias: None, rows: None };
+        let mut part =
+            LoraPart { site, slice, low_rank: None, magnitude: None, bias: None, rows: None, content: 0 };
         let outputs = self.delta.as_ref().map_or(self.module.outputs, |delta| delta.outputs);
         let len = if self.module.kind == Kind::Lookup { self.module.inputs } else { outputs };
         let magnitude = self.magnitude.as_ref().map(|name| file.vector(name, len)).transpose()?;

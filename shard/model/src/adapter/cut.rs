@@ -59,7 +59,7 @@ impl Cutter<'_> {
         let ids = part.rows.as_ref().and_then(|rows| rows.ids.as_deref());
         self.shape(part.shape(), ids, module)?;
         let outputs = self.outputs(module);
-        let LoraPart { site, slice, low_rank, magnitude, bias, rows: replaced } = part;
+        let LoraPart { site, slice, low_rank, magnitude, bias, rows: replaced, content } = part;
         let vector = |values: Vec<f32>| -> Vec<f32> {
             within(&outputs, values.len()).into_iter().flat_map(|range| values[range].to_vec()).collect()
         };
@@ -81,7 +81,7 @@ impl Cutter<'_> {
             LowRank { rank, scale, a, b }
         });
         let magnitude = if module.is_lookup() { magnitude } else { magnitude.map(vector) };
-        Some(LoraPart { site, slice, low_rank, magnitude, bias, rows: own })
+        Some(LoraPart { site, slice, low_rank, magnitude, bias, rows: own, content })
     }
 
     /// The replaced rows of the share, numbered from its first one; `None` if there are none.

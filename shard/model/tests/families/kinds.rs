@@ -8,7 +8,7 @@ use std::{
 
 use kernels::{DType, LoraPart};
 use model::{
-    Decoder,
+    Decoder, Model,
     adapter::{self, AdapterFolder, BaseModel},
     testing::seeded::Manifest,
 };
@@ -17,6 +17,7 @@ use crate::{
     driver::{Driver, Sequence},
     goldens::{self, Case, Goldens},
     page::{self, Row},
+    ranks,
 };
 
 /// Most that a log-probability may differ from PEFT's in f32.
@@ -65,6 +66,18 @@ impl Base {
         self.folder.path().join("model")
     }
 
+    /// The cases of all kinds that are served.
+    fn kinds(&self) -> Vec<&Case> {
+        self.goldens.cases.iter().filter(|case| kind(case) != UNREPEATED).collect()
+    }
+
+    /// The folders of all kinds, and of a plain adapter.
+    fn adapters(&self) -> Vec<PathBuf> {
+        let kinds = self.kinds().into_iter().map(kind);
+        let kinds = kinds.map(|kind| self.write(&format!("kinds/{kind}.json"), &kind));
+        kinds.chain([self.write("adapters/linear.json", "linear")]).collect()
+    }
+
     fn sequence(&self, case: &Case, slot: Option<u32>) -> Sequence {
         let top = case.top.iter().map(|top| top.position);
         let scored: BTreeSet<_> = case.positions.iter().copied().chain(top).collect();
@@ -86,19 +99,26 @@ impl Base {
     }
 }
 
+fn kind(case: &Case) -> String {
+    case.adapter.clone().unwrap()
+}
+
 /// The largest differences of each kind of a base: alone, and in a mixed batch.
 type Measured = Vec<(String, [f32; 2])>;
 
-/// All kinds of a base: each alone, then all in one batch with plain adapters and rows of the base.
+/// All kinds of a base.
 fn measure(name: &'static str) -> Measured {
     let base = Base::new(name);
-    let kind = |case: &Case| case.adapter.clone().unwrap();
-    let kinds: Vec<&Case> = base.goldens.cases.iter().filter(|case| kind(case) != UNREPEATED).collect();
+    let adapters = base.adapters();
+    run(&base, Driver::new(DType::F32, &base.model(), &adapters)).0
+}
+
+/// All kinds of a base with a driver of [`Base::adapters`]: each alone, then all in one batch with plain adapters and rows
+/// of the base. Returns all that was computed, too.
+fn run(base: &Base, mut driver: Driver) -> (Measured, Vec<Sequence>) {
+    let name = base.name.as_str();
+    let kinds = base.kinds();
     let plain = Goldens::of(name, "goldens.json");
-    let mut adapters: Vec<PathBuf> =
-        kinds.iter().map(|case| base.write(&format!("kinds/{}.json", kind(case)), &kind(case))).collect();
-    adapters.push(base.write("adapters/linear.json", "linear"));
-    let mut driver = Driver::new(DType::F32, &base.model(), &adapters);
     let kind_sequences =
         || kinds.iter().zip(0..).map(|(case, slot)| base.sequence(case, Some(slot))).collect::<Vec<_>>();
     let mut alone = kind_sequences();
@@ -109,7 +129,7 @@ fn measure(name: &'static str) -> Measured {
         worst.push((kind(case), [base.compare("alone", case, sequence), 0.0]));
     }
     // Short prompts of the base, and of a plain adapter.
-    let last = adapters.len() as u32 - 1;
+    let last = kinds.len() as u32;
     let others = plain.cases.iter().filter(|case| plain.prompts[case.prompt].len() <= 64);
     let others = others.filter_map(|case| match case.adapter.as_deref() {
         None => Some((case, None)),
@@ -121,14 +141,31 @@ fn measure(name: &'static str) -> Measured {
     let mut mixed = kind_sequences();
     mixed.extend(others.iter().map(|(case, slot)| more.sequence(case, *slot)));
     driver.mixed(&mut mixed, STEP.1, STEP.0);
-    let (mixed, others_mixed) = mixed.split_at(kinds.len());
-    for ((case, sequence), (_, worst)) in kinds.iter().zip(mixed).zip(&mut worst) {
+    let (of_kinds, others_mixed) = mixed.split_at(kinds.len());
+    for ((case, sequence), (_, worst)) in kinds.iter().zip(of_kinds).zip(&mut worst) {
         worst[1] = base.compare("mixed", case, sequence);
     }
     for ((case, _), sequence) in others.iter().zip(others_mixed) {
         base.compare("mixed", case, sequence);
     }
-    worst
+    (worst, alone.into_iter().chain(mixed).collect())
+}
+
+/// Every kind on two ranks, and on four where a model has as many heads: also magnitudes of projections whose columns are
+/// divided, and rows of an output projection whose rows are.
+#[test]
+fn every_kind_is_divided() {
+    for (name, ranks) in
+        [("llama", 2), ("llama", 4), ("gemma2", 2), ("phi3", 2), ("gpt2", 4), ("gpt-neox", 2)]
+    {
+        let base = Base::new(name);
+        let adapters = base.adapters();
+        let computed = ranks::on_ranks(ranks, |ops| {
+            let model = Model::load(&ops, &base.model(), &mut |_| {}).unwrap();
+            ranks::bits(&run(&base, Driver::of(ops, model, &base.model(), &adapters)).1)
+        });
+        ranks::assert_same(name, &computed);
+    }
 }
 
 /// What was measured of the base of that index in [`NAMES`]; measured once.
