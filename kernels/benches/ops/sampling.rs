@@ -1,7 +1,7 @@
 //! Sampling and scoring.
 
 use kernels::{
-    SampleRow, Sampled, SamplingParams,
+    SampleRow, Sampled, SamplingParams, TokenMask,
     prelude::*,
     reference::{self, Table},
     testing::Numbers,
@@ -19,7 +19,12 @@ pub(crate) fn all<M: Machine>(bench: &Bench<M>) -> Outcome<()> {
         ("top-p 0.9", SamplingParams { top_p: 0.9, ..warm.clone() }),
     ] {
         for &rows in &bench.shapes.sampled {
-            sample(bench, name, &params, rows)?;
+            sample(bench, name, (&params, false), rows)?;
+        }
+    }
+    for (name, params) in [("greedy, masks", SamplingParams::default()), ("temperature, masks", warm)] {
+        for &rows in &bench.shapes.sampled {
+            sample(bench, name, (&params, true), rows)?;
         }
     }
     bench.shapes.sampled.iter().try_for_each(|rows| score(bench, *rows))
@@ -61,7 +66,13 @@ fn time<M: Machine>(
     Ok(before.map_or(Ok(()), |pending| bench.ops().collect(pending, &mut out))?)
 }
 
-fn sample<M: Machine>(bench: &Bench<M>, how: &str, params: &SamplingParams, rows: usize) -> Outcome<()> {
+/// Times sampling with these parameters, and whether every row has a mask that allows half of the tokens.
+fn sample<M: Machine>(
+    bench: &Bench<M>,
+    how: &str,
+    (params, masked): (&SamplingParams, bool),
+    rows: usize,
+) -> Outcome<()> {
     let (ops, vocab) = (bench.ops(), bench.shapes.vocab);
     let name = format!("sample {rows}x{vocab} {how}");
     if !bench.wants(&name) {
@@ -74,15 +85,22 @@ fn sample<M: Machine>(bench: &Bench<M>, how: &str, params: &SamplingParams, rows
     for place in &places {
         ops.seat(&mut sampler, place.seat, params, &[1], &[])?;
     }
+    let mask = TokenMask::new(&vec![0b0101_0101; vocab.div_ceil(8)], vocab).filter(|_| masked);
+    let masks = vec![mask.as_ref(); rows];
+    let mut launch = || match masked {
+        true => ops.sample_masked(&x, &places, &masks, &mut sampler),
+        false => ops.sample(&x, &places, &mut sampler),
+    };
     let mut choices = Vec::new();
-    ops.collect(ops.sample(&x, &places, &mut sampler)?, &mut choices)?;
+    ops.collect(launch()?, &mut choices)?;
     for sampled in &choices {
         let row = table.row(sampled.seat as usize);
         check(&name, sampled, row);
         let chosen = row[sampled.token as usize];
-        assert!(params.temperature > 0.0 || row.iter().all(|logit| *logit <= chosen), "{name}: {chosen}");
+        let mut allowed = row.iter().step_by(if masked { 2 } else { 1 });
+        assert!(params.temperature > 0.0 || allowed.all(|logit| *logit <= chosen), "{name}: {chosen}");
     }
-    time(bench, &name, cost(rows, vocab), || ops.sample(&x, &places, &mut sampler))
+    time(bench, &name, cost(rows, vocab), launch)
 }
 
 fn score<M: Machine>(bench: &Bench<M>, rows: usize) -> Outcome<()> {
