@@ -55,6 +55,7 @@ mod stats;
 mod tenants;
 mod tier;
 mod timers;
+pub mod trace;
 
 pub use ask::{Ask, AskId, CallId, Content, CredentialId, ReferenceId, SourceId, Tenant, Tier, Version};
 pub use exchange::Exchange;

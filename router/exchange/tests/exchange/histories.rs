@@ -5,6 +5,7 @@ use std::{env, sync::Arc};
 
 use exchange::{
     Ask, Budget, Content, CredentialId, Fault, Input, Limits, ReferenceId, Slot, SourceId, Tenant, Tier,
+    trace,
 };
 use proptest::{collection::vec, prelude::*, sample::Index};
 
@@ -98,8 +99,7 @@ fn some_limits() -> impl Strategy<Value = Limits> {
 }
 
 /// Adapters of many sizes: some with the same bytes, some read in place, some too large, one missing.
-fn world(limits: Limits) -> World {
-    let mut world = World::new(limits);
+fn populate(mut world: World) -> World {
     world.padding = 1;
     for reference in 0..REFERENCES - 1 {
         let mut original = Original::new(reference, [5, 20, 60, 110, 170, 300, 450][reference as usize % 7]);
@@ -231,11 +231,22 @@ proptest! {
         limits in some_limits(),
         ops in vec(op(), LENGTH / 2..LENGTH * 3 / 2),
     ) {
-        let mut world = world(limits);
+        let mut world = populate(World::new(limits));
         ops.iter().for_each(|op| play(&mut world, op));
         // Loads that are under way end.
         let loaded: Vec<_> = world.ready.values().copied().collect();
         loaded.into_iter().for_each(|content| world.slot(content, Slot::Empty));
         world.run_to_end();
+    }
+
+    #[test]
+    fn a_trace_gives_the_same_decisions_again(limits in some_limits(), ops in vec(op(), 1..LENGTH / 2)) {
+        let mut world = populate(World::traced(limits));
+        ops.iter().for_each(|op| play(&mut world, op));
+        let trace = world.trace.take().unwrap();
+        let again = trace::replay(&trace).unwrap();
+        again.check();
+        prop_assert_eq!(again.stats(), world.exchange.stats());
+        prop_assert_eq!(again.residents(Tier::Host), world.exchange.residents(Tier::Host));
     }
 }

@@ -7,4 +7,5 @@ mod histories;
 mod resolution;
 mod sessions;
 mod tiers;
+mod traces;
 mod world;

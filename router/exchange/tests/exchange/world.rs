@@ -2,12 +2,13 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    iter,
     time::Duration,
 };
 
 use exchange::{
     Ask, AskId, CallId, Content, CredentialId, Exchange, Fault, Fetched, Found, Held, Input, Limits, Output,
-    Place, ReferenceId, Slot, SourceId, StageFault, Staged, Tenant, Tier, Version,
+    Place, ReferenceId, Slot, SourceId, StageFault, Staged, Tenant, Tier, Version, trace,
 };
 
 /// What calls are made with: who asks for what.
@@ -118,6 +119,8 @@ pub(crate) struct World {
     /// Copies in host memory.
     pub(crate) host: BTreeMap<Content, Staged>,
     pub(crate) attached: bool,
+    /// The trace of all inputs, while one is taken.
+    pub(crate) trace: Option<String>,
     /// Bytes that an adapter takes in host memory beyond those of its files.
     pub(crate) padding: u64,
     grants: BTreeMap<(u128, u128), Duration>,
@@ -127,7 +130,21 @@ pub(crate) struct World {
 impl World {
     /// A world with a session, whose sources have no adapters.
     pub(crate) fn new(limits: Limits) -> Self {
-        let mut world = Self {
+        let mut world = Self::detached(limits);
+        world.attach();
+        world
+    }
+
+    /// A world that takes a trace of all that happens.
+    pub(crate) fn traced(limits: Limits) -> Self {
+        let mut world = Self::detached(limits);
+        world.trace = Some(format!("{}\n", trace::limits(&limits)));
+        world.attach();
+        world
+    }
+
+    fn detached(limits: Limits) -> Self {
+        Self {
             exchange: Exchange::new(limits),
             now: Duration::ZERO,
             limits,
@@ -142,11 +159,10 @@ impl World {
             host: BTreeMap::new(),
             attached: false,
             padding: 0,
+            trace: None,
             grants: BTreeMap::new(),
             asks: 0,
-        };
-        world.attach();
-        world
+        }
     }
 
     /// A world whose sources have adapters of so many bytes, with the references 0, 1 and so on.
@@ -163,7 +179,16 @@ impl World {
 
     /// Gives the exchange an input, and does what follows from it.
     pub(crate) fn give(&mut self, input: Input<Asked>) -> Vec<Output<Asked>> {
-        let outputs = self.exchange.handle(input, self.now);
+        let outputs = match &mut self.trace {
+            None => self.exchange.handle(input, self.now),
+            Some(text) => {
+                let told = trace::input(&input, self.now);
+                let outputs = self.exchange.handle(input, self.now);
+                let lines = iter::once(told).chain(outputs.iter().map(trace::output));
+                lines.for_each(|line| text.extend([&line, "\n"]));
+                outputs
+            }
+        };
         self.exchange.check();
         outputs.iter().for_each(|output| self.take(output));
         self.check();
