@@ -3,6 +3,9 @@
 //!
 //! Router, shard and clients have threads of their own, three, one and one, so that the CPU time of each is known. The
 //! tokenizer is byte-level, as Llama 3's, with 256 special tokens.
+//!
+//! A turn-around is also the time that the threads wait for a core. What other processes used of the machine meanwhile is
+//! therefore reported beside it: where that is more than a few hundredths of a core, the run says nothing of the router.
 
 mod client;
 #[path = "../support/model.rs"]
@@ -59,19 +62,34 @@ fn start_router(
     })
 }
 
+/// CPU time in a line of `stat`, "id (name) state …", if the name is one of these.
+fn cpu_of(stat: &str, names: &[&str]) -> Option<Duration> {
+    let (head, fields) = stat.rsplit_once(") ")?;
+    let (_, name) = head.split_once('(')?;
+    // User and system time are fields 14 and 15.
+    let ticks = fields.split(' ').skip(11).take(2).filter_map(|field| field.parse::<u64>().ok());
+    names.contains(&name).then(|| Duration::from_millis(ticks.sum::<u64>() * 10))
+}
+
 /// CPU time of this process's threads of the given names.
 fn cpu(names: &[&str]) -> Result<Duration> {
-    let mut ticks = 0;
+    let mut sum = Duration::ZERO;
     for task in fs::read_dir("/proc/self/task")? {
-        // "id (name) state …": user and system time are fields 14 and 15.
         let stat = fs::read_to_string(task?.path().join("stat"))?;
-        let Some((head, fields)) = stat.rsplit_once(") ") else { continue };
-        if names.iter().any(|name| head.ends_with(&format!("({name}"))) {
-            ticks +=
-                fields.split(' ').skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum::<u64>();
-        }
+        sum += cpu_of(&stat, names).unwrap_or_default();
     }
-    Ok(Duration::from_millis(ticks * 10))
+    Ok(sum)
+}
+
+/// CPU time that the machine has spent on anything but this process.
+fn others() -> Result<Duration> {
+    // The first line: "cpu user nice system idle iowait irq softirq steal …".
+    let stat = fs::read_to_string("/proc/stat")?;
+    let fields: Vec<u64> =
+        stat.split_ascii_whitespace().skip(1).map_while(|field| field.parse().ok()).collect();
+    let busy: u64 = [0, 1, 2, 5, 6, 7].iter().filter_map(|&field| fields.get(field)).sum();
+    let own: Duration = NAMES.into_iter().map(cpu).sum::<Result<_>>()?;
+    Ok(Duration::from_millis(busy * 10).saturating_sub(own))
 }
 
 async fn load(address: SocketAddr, streams: usize, requests: usize) -> Result<()> {
@@ -98,19 +116,23 @@ fn main() -> Result<()> {
     let supervisor = Supervisor::ending_the_process()?;
     let address = start_router(&routers, folder.path(), &socket, &supervisor)?;
     let mut out = io::stdout().lock();
-    writeln!(out, "                                    turn-around, us         CPU, us a token      cores")?;
     writeln!(
         out,
-        "streams  step ms  tokens/s  steps/s    p50    p99  idle %   client  shard router  router"
+        "                                    turn-around, us         CPU, us a token           cores"
+    )?;
+    writeln!(
+        out,
+        "streams  step ms  tokens/s  steps/s    p50    p99  idle %   client  shard router  router others"
     )?;
     for (streams, requests, pace) in SCENARIOS {
         double.set_pace(Duration::from_millis(pace));
         clients.block_on(async { tokio::spawn(load(address, streams, 1)).await })??;
         double.take();
-        let before = NAMES.map(cpu);
+        let (before, others_before) = (NAMES.map(cpu), others()?);
         let begun = Instant::now();
         clients.block_on(async { tokio::spawn(load(address, streams, requests)).await })??;
         let seconds = begun.elapsed().as_secs_f64();
+        let others = others()?.saturating_sub(others_before).as_secs_f64() / seconds;
         let mut seen = double.take();
         seen.turnarounds.sort_unstable();
         let at = |share: f64| {
@@ -126,7 +148,7 @@ fn main() -> Result<()> {
             write!(out, " {:6.1}", used * 1e6 / tokens)?;
             cores = used / seconds;
         }
-        writeln!(out, " {cores:7.2}")?;
+        writeln!(out, " {cores:7.2} {others:6.2}")?;
     }
     supervisor.stopping();
     Ok(())
