@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TARGET = Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 MODEL = CACHE / "lorax" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 ADAPTERS = ROOT / "integration-tests" / "fixtures" / "adapters"
@@ -176,7 +177,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8080, help="port to serve on; another one if it is taken")
     parser.add_argument("--once", action="store_true", help="end after the show")
-    parser.add_argument("--bin", type=Path, default=ROOT / "target" / "release", help="folder of the binaries")
+    parser.add_argument("--bin", type=Path, default=TARGET / "release", help="folder of the binaries")
     args = parser.parse_args()
     port = free_port(args.port)
     command = [args.bin / "lorax-launcher", "--model-id", MODEL, "--adapter-dir", ADAPTERS]

@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TARGET = Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 MODEL = CACHE / "lorax" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO = ROOT / "integration-tests" / "fixtures" / "adapters"
@@ -135,7 +136,7 @@ class Server:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bin", type=Path, default=ROOT / "target" / "release", help="folder of the binaries")
+    parser.add_argument("--bin", type=Path, default=TARGET / "release", help="folder of the binaries")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "bench-cpu.json")
     parser.add_argument("--runs", type=int, default=5)
     args = parser.parse_args()
