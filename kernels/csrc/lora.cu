@@ -396,9 +396,11 @@ constexpr int kGainOutputs = 4;  // of a block, which share what it reads of A
 
 // gain[o] = magnitude[o] / ‖W[o] + scale · B[o] · A‖ (DoRA: Liu et al., 2024), in place of the magnitudes. Element i of
 // row o of W is at w[o · row_stride + i · stride]. A has at least `inputs` columns. Grid: outputs by kGainOutputs.
+// `all_squares`: if it is not null, the squares of the norms go there, and magnitudes stay.
 template <typename T>
 __global__ void __launch_bounds__(kGainThreads)
-    gains(const LoraEntry entry, float* gain, const T* w, int64_t row_stride, int64_t stride, int inputs, int outputs) {
+    gains(const LoraEntry entry, float* gain, float* all_squares, const T* w, int64_t row_stride, int64_t stride,
+          int inputs, int outputs) {
   __shared__ float b[kGainOutputs][kMaxLoraRank];
   const int first = blockIdx.x * kGainOutputs, rank = entry.lora_rank;
   for (int i = threadIdx.x; i < kGainOutputs * rank; i += kGainThreads) {
@@ -424,8 +426,17 @@ __global__ void __launch_bounds__(kGainThreads)
 #pragma unroll
   for (int o = 0; o < kGainOutputs; o++) {
     const float sum = block_sum(squares[o]);
-    if (threadIdx.x == 0 && first + o < outputs) gain[first + o] /= sqrtf(sum);
+    if (threadIdx.x > 0 || first + o >= outputs) continue;
+    if (all_squares)
+      all_squares[first + o] = sum;
+    else
+      gain[first + o] /= sqrtf(sum);
   }
+}
+
+__global__ void __launch_bounds__(kGainThreads) divide_gains(float* gain, const float* squares, int outputs) {
+  const int o = blockIdx.x * kGainThreads + threadIdx.x;
+  if (o < outputs) gain[o] /= sqrtf(squares[o]);
 }
 
 }  // namespace
@@ -472,11 +483,18 @@ extern "C" int lorax_lora_replace_rows(const LoraArgs* args, int elem, int wide,
 
 // `gain` [outputs] holds magnitudes. `w`: the first row of the slice, or the table of a lookup, whose columns are rows:
 // [tokens, outputs], of which `inputs` tokens take part. Otherwise inputs and outputs are those that the weight has.
-extern "C" int lorax_lora_gains(int elem, const LoraEntry* entry, float* gain, const void* w, int inputs, int outputs,
-                                int lookup, cudaStream_t stream) {
+// `squares`: null, or [outputs], which the squared norms go to, as they are only a part of the weight's; then
+// `lorax_lora_divide_gains` divides the magnitudes.
+extern "C" int lorax_lora_gains(int elem, const LoraEntry* entry, float* gain, float* squares, const void* w, int inputs,
+                                int outputs, int lookup, cudaStream_t stream) {
   const int64_t row_stride = lookup ? 1 : inputs, stride = lookup ? outputs : 1;
   WITH_HALF(elem, T,
             gains<T><<<ceil_div(outputs, kGainOutputs), kGainThreads, 0, stream>>>(
-                *entry, gain, static_cast<const T*>(w), row_stride, stride, inputs, outputs));
+                *entry, gain, squares, static_cast<const T*>(w), row_stride, stride, inputs, outputs));
+  return launched();
+}
+
+extern "C" int lorax_lora_divide_gains(float* gain, const float* squares, int outputs, cudaStream_t stream) {
+  divide_gains<<<ceil_div(outputs, kGainThreads), kGainThreads, 0, stream>>>(gain, squares, outputs);
   return launched();
 }

@@ -313,7 +313,7 @@ impl Memory for CudaBackend {
     }
 
     fn reached(&self, mark: &CudaMark) -> bool {
-        mark.0.reached().unwrap_or(true)
+        mark.0.reached().unwrap_or(true) || self.comm.is_broken()
     }
 
     fn seconds_between(&self, from: &CudaMark, to: &CudaMark) -> Result<f64> {

@@ -252,6 +252,11 @@ impl Comm {
         is_late.then_some((another, PeerFault::Late(2 * patience)))
     }
 
+    /// Whether another rank is lost, so that nothing needs to be waited for any more.
+    pub(super) fn is_broken(&self) -> bool {
+        self.group.lost().is_some() || self.arena.as_ref().is_some_and(|arena| arena.lost().is_some())
+    }
+
     /// Fails if work that is done has waited for another rank in vain.
     pub(super) fn check(&self, op: &'static str) -> Result<()> {
         self.arena.as_ref().map_or(Ok(()), |arena| arena.check(op))

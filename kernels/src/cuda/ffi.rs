@@ -375,12 +375,14 @@ unsafe extern "C" {
         elem: i32,
         entry: *const LoraEntry,
         gain: u64,
+        squares: u64,
         w: u64,
         inputs: i32,
         outputs: i32,
         lookup: i32,
         stream: CUstream,
     ) -> i32;
+    pub(super) fn lorax_lora_divide_gains(gain: u64, squares: u64, outputs: i32, stream: CUstream) -> i32;
     pub(super) fn lorax_sample(
         args: *const SampleArgs,
         elem: i32,

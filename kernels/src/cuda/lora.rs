@@ -1,5 +1,7 @@
 //! Adapters: staged in pinned memory as the GPU holds them, copied beside the steps, found through a table.
 
+mod partial;
+
 use std::{ops::BitOr, sync::Arc};
 
 use super::{
@@ -10,8 +12,11 @@ use super::{
     pinned::{PIECE, Pieces},
     unsupported,
 };
+use partial::PartialNorms;
+
 use crate::{
-    DType, Error, HostTensor, LoraPart, LoraShape, LoraSite, LowRank, ReplacedRows, Result, RowSet, SiteKind,
+    DType, Error, HostTensor, LoraPart, LoraShape, LoraSite, LowRank, Ops, ReplacedRows, Result, RowSet,
+    SiteKind,
 };
 
 /// Everything of an adapter begins at a multiple of so many bytes.
@@ -80,6 +85,8 @@ pub struct CudaAdapter {
     memory: Pieces,
     parts: Vec<Placed>,
     needs: Needs,
+    /// The number of its content.
+    content: u64,
 }
 
 impl CudaAdapter {
@@ -99,7 +106,8 @@ impl CudaAdapter {
                     head_rows: head && part.rows.is_some(),
                 };
         }
-        Ok(CudaAdapter { memory, parts: placed, needs })
+        let content = parts.first().map_or(0, |part| part.content);
+        Ok(CudaAdapter { memory, parts: placed, needs, content })
     }
 
     pub(super) fn bytes(&self) -> usize {
@@ -198,8 +206,18 @@ struct Loading {
     /// Read until the copy has ended. From then on, host memory may forget the adapter.
     adapter: Arc<CudaAdapter>,
     copied: Event,
+    /// What other ranks have to tell before the load ends.
+    norms: Option<PartialNorms>,
     /// The slot was emptied or reused before the copy ended.
     abandoned: bool,
+}
+
+impl Loading {
+    /// Whether nothing is to be done any more, when the copies so far have ended.
+    fn advance(&mut self, be: &CudaBackend) -> Result<bool> {
+        let key = [self.slot.into(), self.adapter.content];
+        self.norms.as_mut().map_or(Ok(true), |norms| norms.advance(be, key, &self.copied))
+    }
 }
 
 /// The resident adapters and the table by which kernels find them.
@@ -298,11 +316,20 @@ impl CudaSlots {
             sent.record(&be.stream)?;
             be.copies.wait_for(&sent)?;
         }
+        let is_partial = |part: &Placed| be.ranks() > 1 && self.sites[part.shape.site].is_partial;
+        let partial = scaled.iter().filter(|(part, _)| is_partial(part));
+        let partial: Vec<_> =
+            partial.map(|(part, weight)| (part.entry(memory.at()).gain, weight.outputs)).collect();
+        let mut norms = PartialNorms::new(be, &partial)?;
         for (part, weight) in scaled {
-            Self::launch_gains(be, part, memory.at(), &weight)?;
+            let entry = part.entry(memory.at());
+            let squares = norms.as_ref().map_or(0, |norms| norms.squares_of(entry.gain));
+            Self::launch_gains(be, &entry, squares, &weight)?;
         }
+        norms.as_mut().map_or(Ok(()), |norms| norms.fetch(be))?;
         copied.record(&be.copies)?;
-        self.loading.push(Loading { slot, memory, adapter: adapter.clone(), copied, abandoned: false });
+        let (adapter, abandoned) = (adapter.clone(), false);
+        self.loading.push(Loading { slot, memory, adapter, copied, norms, abandoned });
         Ok(())
     }
 
@@ -339,16 +366,15 @@ impl CudaSlots {
         Ok(base)
     }
 
-    /// Turns a part's magnitudes into gains, behind their copy.
-    fn launch_gains(be: &CudaBackend, part: &Placed, adapter: u64, base: &Base) -> Result<()> {
-        let entry = part.entry(adapter);
+    /// Turns an entry's magnitudes into gains, behind their copy, or computes the squares of the norms.
+    fn launch_gains(be: &CudaBackend, entry: &LoraEntry, squares: u64, base: &Base) -> Result<()> {
         let (inputs, outputs, lookup) = (base.inputs as i32, base.outputs as i32, i32::from(base.lookup));
         let (elem, stream) = (ffi::elem(be.dtype), be.copies.raw());
         be.device.bind()?;
         // SAFETY: the weight's shape was checked; the adapter's memory was laid out for the same site.
         launched("load", unsafe {
-            let (entry_at, gain) = (&raw const entry, entry.gain);
-            ffi::lorax_lora_gains(elem, entry_at, gain, base.at, inputs, outputs, lookup, stream)
+            let (entry, gain) = (&raw const *entry, entry.gain);
+            ffi::lorax_lora_gains(elem, entry, gain, squares, base.at, inputs, outputs, lookup, stream)
         })
     }
 
@@ -357,11 +383,11 @@ impl CudaSlots {
         be.device.bind()?;
         let mut ready = Vec::new();
         let mut still = Vec::new();
-        for loading in self.loading.drain(..) {
+        for mut loading in self.loading.drain(..) {
             if !loading.copied.reached()? {
                 still.push(loading);
             } else if !loading.abandoned {
-                ready.push(loading);
+                if loading.advance(be)? { ready.push(loading) } else { still.push(loading) }
             }
         }
         self.loading = still;

@@ -92,7 +92,7 @@ fn of_every_kind(sites: &[LoraSite], numbers: &mut Numbers) -> Vec<Vec<LoraPart>
     let [first, second] = [bias(), bias()];
     let mut rows = |ids: Option<Vec<u32>>, count| {
         let rows = Some(ReplacedRows { ids, values: tensor(&numbers.table(count, HIDDEN)) });
-        LoraPart { low_rank: None, magnitude: None, bias: None, rows, site: 1, slice: 0 }
+        LoraPart { low_rank: None, magnitude: None, bias: None, rows, site: 1, slice: 0, content: 0 }
     };
     vec![
         vec![a.clone()],

@@ -15,7 +15,7 @@ use kernels::{
 use super::support::{PATIENCE, all_succeed, expect_same_bits, filled, rms, tensor, threads};
 
 const INPUTS: usize = 256;
-/// Ranks of the adapters, of which the last one also has a bias.
+/// Ranks of the adapters, of which the second one and the last one also have a magnitude, and the last one a bias.
 const LORA_RANKS: [usize; 5] = [1, 8, 16, 40, 17];
 
 /// A projection of the whole model, and what its outputs should be.
@@ -40,7 +40,10 @@ impl Case {
         let site = site(INPUTS, outputs);
         let adapter = |(i, &rank): (usize, &usize)| {
             let mut part = numbers.part((0, 0), &site, rank);
-            part.bias = (i + 1 == LORA_RANKS.len()).then(|| numbers.table(1, outputs).data);
+            part.bias = (i == 4).then(|| numbers.table(1, outputs).data);
+            let magnitude = || numbers.table(1, outputs).data.iter().map(|x| 3.0 + x).collect();
+            part.magnitude = matches!(i, 1 | 4).then(magnitude);
+            part.content = 100 + i as u64;
             vec![part]
         };
         let adapters: Vec<_> = LORA_RANKS.iter().enumerate().map(adapter).collect();
@@ -95,12 +98,13 @@ impl Share {
     fn new(be: &CudaBackend, case: &Case) -> Share {
         let (rank, ranks, rows, outputs) = (be.rank(), be.ranks(), case.host.rows(), case.w.rows());
         let (x, w) = (columns(&case.x, rank, ranks), columns(&case.w, rank, ranks));
-        let sites = [site(INPUTS / ranks, outputs)];
+        let sites = [LoraSite { is_partial: true, ..site(INPUTS / ranks, outputs) }];
+        let w = be.weight(&[tensor(&w)]).unwrap();
         let mut slots = be.lora_slots(&sites, case.adapters.len()).unwrap();
         for (slot, parts) in case.adapters.iter().enumerate() {
             let parts: Vec<_> = parts.iter().map(|part| part_of(part, rank, ranks)).collect();
             let adapter = Arc::new(be.stage(&sites, &parts).unwrap());
-            be.load(&mut slots, slot as u32, &adapter, &[]).unwrap();
+            be.load(&mut slots, slot as u32, &adapter, &[&w]).unwrap();
         }
         let mut loaded = 0;
         while loaded < case.adapters.len() {
@@ -110,7 +114,7 @@ impl Share {
         be.upload(&case.host, &mut device).unwrap();
         Share {
             x: filled(be, be.mat(rows, INPUTS / ranks).unwrap(), &x),
-            w: be.weight(&[tensor(&w)]).unwrap(),
+            w,
             bias: (rank == 0).then(|| be.vector(&case.bias).unwrap()),
             norm: be.vector(&case.norm).unwrap(),
             slots,
@@ -174,14 +178,14 @@ fn check(be: &CudaBackend, case: &Case, what: &str) {
     be.group().barrier(PATIENCE).unwrap();
 }
 
-/// Adapters of all ranks, one with a bias, and rows without one.
+/// Adapters of all kinds, and rows without one.
 fn mixed(rows: usize) -> Vec<Option<u32>> {
     (0..rows).map(|i| Some(i as u32 % 6).filter(|&slot| slot < 5)).collect()
 }
 
-/// Adapters without a bias.
-fn unbiased(rows: usize) -> Vec<Option<u32>> {
-    (0..rows).map(|i| Some(i as u32 % 5).filter(|&slot| slot < 4)).collect()
+/// Adapters with nothing but a delta.
+fn plain(rows: usize) -> Vec<Option<u32>> {
+    (0..rows).map(|i| [Some(0), Some(2), None, Some(3)][i % 4]).collect()
 }
 
 #[test]
@@ -191,7 +195,7 @@ fn decode_rows_of_two_threads() {
     let cases: Vec<(String, Case)> = sizes
         .into_iter()
         .flat_map(|(outputs, rows)| {
-            let slots = [("mixed", mixed(rows)), ("unbiased", unbiased(rows)), ("no", vec![])];
+            let slots = [("mixed", mixed(rows)), ("plain", plain(rows)), ("no", vec![])];
             slots.map(|(which, slots)| {
                 let what = format!("{rows} rows of {outputs} with {which} adapters");
                 (what, Case::new(outputs, &vec![(1, 3); rows], &slots))
@@ -252,6 +256,30 @@ fn parallel_branches_of_two_threads() {
             assert_close("stream", &sums, &expected.data, DType::Bf16);
             assert_close("norm", &got, &normed.data, DType::Bf16);
             expect_same_bits(be, "stream", &sums);
+            be.group().barrier(PATIENCE).unwrap();
+        }
+    });
+}
+
+/// A rank that cannot load an adapter tells the others, whose loads end. The next adapter of the slot is loaded by all.
+#[test]
+fn norms_of_a_rank_that_fails() {
+    let case = Case::new(512, &[(1, 3); 4], &[Some(1); 4]);
+    all_succeed("fused::norms_of_a_rank_that_fails", 2, |be| {
+        let (rank, ranks) = (be.rank(), be.ranks());
+        let sites = [LoraSite { is_partial: true, ..site(INPUTS / ranks, 512) }];
+        let weight = be.weight(&[tensor(&columns(&case.w, rank, ranks))]).unwrap();
+        let mut slots = be.lora_slots(&sites, 1).unwrap();
+        for content in [7, 8, 9] {
+            let mut part = part_of(&case.adapters[1][0], rank, ranks);
+            part.content = content;
+            if content == 8 && rank == 1 {
+                be.group().post(0, content, &[]).unwrap();
+            } else {
+                let adapter = Arc::new(be.stage(&sites, &[part]).unwrap());
+                be.load(&mut slots, 0, &adapter, &[&weight]).unwrap();
+                while be.loaded(&mut slots).unwrap() != [0] {}
+            }
             be.group().barrier(PATIENCE).unwrap();
         }
     });
