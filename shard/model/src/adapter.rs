@@ -95,9 +95,9 @@ impl<'a> AdapterFolder<'a> {
     pub fn open(folder: &Path, model: &'a BaseModel) -> Result<AdapterFolder<'a>, AdapterError> {
         let folder = files_folder(folder);
         let config = config::AdapterConfig::read(&folder, &model.decoder)?;
-        let plan = plan::Plan::of(&config, model)?;
         let path = WEIGHTS_FILES.map(|name| folder.join(name)).into_iter().find(|path| path.exists());
         let file = TensorFile::open(&path.ok_or(AdapterError::NoFile(WEIGHTS_FILES[0]))?)?;
+        let plan = plan::Plan::of(&config, model, names::nesting(&file))?;
         let (values, base) = (Values { file, dtype: model.dtype }, BaseWeights::of(model));
         let changes = plan.changes(&values, &base)?;
         Ok(AdapterFolder { base, values, changes })

@@ -3,6 +3,7 @@
 
 mod modules;
 mod names;
+mod nesting;
 mod share;
 
 use kernels::{
@@ -13,6 +14,7 @@ use crate::{LoadError, Result};
 pub use modules::{Kind, Module, RowOrder};
 pub(crate) use modules::{LAYER_SITES, Modules};
 pub(crate) use names::{Names, Part, QkvOrder, Stored};
+pub(crate) use nesting::{Nesting, is_beside};
 pub(crate) use share::Run;
 pub use share::Share;
 

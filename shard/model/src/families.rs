@@ -19,6 +19,7 @@ mod qwen2;
 mod qwen3;
 mod rope;
 mod spans;
+mod wrappers;
 
 use std::{fs, path::Path};
 
@@ -55,7 +56,8 @@ impl Family {
     fn of(json: &Value) -> Result<&'static Family> {
         if let Some(kind) = json.get("model_type").filter(|kind| !kind.is_null()) {
             let found = FAMILIES.iter().find(|family| *kind == family.model_type);
-            let known = FAMILIES.map(|family| family.model_type).join(", ");
+            let known = FAMILIES.iter().map(|family| family.model_type).chain(wrappers::model_types());
+            let known = known.collect::<Vec<_>>().join(", ");
             return found.ok_or_else(|| fields::unsupported("model_type", kind, known));
         }
         let architecture = &json["architectures"][0];
@@ -72,9 +74,16 @@ impl Decoder {
         let path = folder.join("config.json");
         let text = fs::read(&path).map_err(|source| LoadError::Io { path: path.clone(), source })?;
         let json = serde_json::from_slice(&text).map_err(|source| LoadError::Json { path, source })?;
-        let family = Family::of(&json)?;
-        let fields = Fields::new(json, family.aliases);
+        let inside = wrappers::text_config(&json)?;
+        let is_wrapped = inside.is_some();
+        let fields_of = inside.unwrap_or(json);
+        let family = Family::of(&fields_of)?;
+        let fields = Fields::new(fields_of, family.aliases);
         let mut decoder = (family.page)(&fields)?;
+        if is_wrapped {
+            wrappers::check(&decoder, fields.json())?;
+            decoder.names.is_wrapped = true;
+        }
         decoder.eos = ends(&fields, generation(folder).as_ref(), decoder.eos)?;
         fields.check_others(&decoder)?;
         decoder.check()

@@ -106,7 +106,7 @@ const REFUSED: &[(&str, &str, &str)] = &[
         r#""qwen""#,
         "model_type \"qwen\" is not supported; known are llama, mistral, qwen2, qwen3, gemma,",
     ),
-    ("model_type", r#""gemma3""#, "model_type \"gemma3\" is not supported; known are llama"),
+    ("model_type", r#""gemma3""#, "text_config is missing or not an object"),
     ("head_dim", "4098", "head_dim is missing or not a positive even integer up to 4096"),
     ("head_dim", "2147483646", "head_dim is missing or not a positive even integer up to 4096"),
     ("hidden_size", "2147483640", "head_dim is missing or not a positive even integer up to 4096"),

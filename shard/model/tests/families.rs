@@ -15,6 +15,8 @@ mod names;
 mod page;
 #[path = "families/ranks.rs"]
 mod ranks;
+#[path = "families/wrappers.rs"]
+mod wrappers;
 #[path = "families/written.rs"]
 mod written;
 

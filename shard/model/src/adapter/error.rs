@@ -60,6 +60,9 @@ pub enum AdapterError {
     /// A tensor belongs to no targeted module.
     #[error("tensor {0} belongs to no targeted module of this model")]
     UnknownTensor(String),
+    /// A tensor changes a part of the model that is not served.
+    #[error("tensor {0} changes a part beside the language model, which is not served")]
+    Beside(String),
     /// A table has rows for more tokens than there is room for.
     #[error("tensor {name} has rows for {rows} tokens, this server has room for {limit}")]
     TooManyTokens {

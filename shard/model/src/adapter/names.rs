@@ -2,9 +2,12 @@
 
 use std::collections::HashMap;
 
-use super::AdapterError;
+use super::{
+    AdapterError,
+    values::{Values, is_zero},
+};
 use crate::{
-    decoder::{Module, Modules},
+    decoder::{Module, Modules, Nesting, is_beside},
     weights::tensor_file::TensorFile,
 };
 
@@ -71,6 +74,22 @@ fn place(name: &str) -> Option<(&str, Role)> {
     })
 }
 
+/// Where the decoder was in the model that an adapter was trained on.
+pub(super) fn nesting(file: &TensorFile) -> Nesting {
+    Nesting::of(file.names().filter_map(|name| name.strip_prefix(PREFIX)))
+}
+
+/// Refuses a tensor of a part beside the decoder, unless it changes nothing: PEFT adds deltas to a vision tower, too, if
+/// its modules have the names that are targeted, and they remain zero as long as training sees no image.
+fn check_beside(values: &Values, name: &str) -> Result<(), AdapterError> {
+    if let Some((_, Role::A)) = place(name) {
+        return Ok(());
+    }
+    let [rows, cols] = values.file.matrix_shape(name)?;
+    let stored = values.file.part(name, 0..rows, 0..cols)?.into_dense();
+    if is_zero(&stored) { Ok(()) } else { Err(AdapterError::Beside(name.into())) }
+}
+
 /// The tensors of a file by module and role. Those that have been taken are removed.
 pub(super) struct Tensors {
     by_place: HashMap<(String, Role), String>,
@@ -80,13 +99,17 @@ pub(super) struct Tensors {
 
 impl Tensors {
     /// Assigns a file's tensors to the modules of a model. Errors: one of them, or all, belong to none.
-    pub(super) fn of(file: &TensorFile, modules: &Modules) -> Result<Tensors, AdapterError> {
+    pub(super) fn of(values: &Values, modules: &Modules) -> Result<Tensors, AdapterError> {
         let paths: HashMap<&str, &Module> =
             modules.iter().flat_map(|module| module.paths().map(move |path| (path, module))).collect();
         let mut tensors = Tensors { by_place: HashMap::new(), shared: HashMap::new() };
         let mut unknown = None;
         // Names are sorted, so that of several faults the same one is always reported.
-        for name in file.names() {
+        for name in values.file.names() {
+            if name.strip_prefix(PREFIX).is_some_and(is_beside) {
+                check_beside(values, name)?;
+                continue;
+            }
             let found = place(name).and_then(|(path, role)| Some((paths.get(path)?.path.clone(), role)));
             let has_place = found.is_some_and(|at| tensors.by_place.insert(at, name.into()).is_none());
             if !has_place {

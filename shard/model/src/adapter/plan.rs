@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     Decoder,
-    decoder::{ADDED_TOKENS, Module, Modules, Part},
+    decoder::{ADDED_TOKENS, Module, Modules, Nesting, Part},
 };
 
 /// The changes that a configuration asks for.
@@ -31,7 +31,7 @@ pub(super) struct Plan {
 }
 
 /// The paths of modules without weights, which PEFT matches, too.
-fn other_paths(decoder: &Decoder) -> Vec<String> {
+fn other_paths(decoder: &Decoder, nesting: Nesting) -> Vec<String> {
     let names = &decoder.names;
     let (outer, inner) = names.others;
     let in_layers = (0..decoder.layers.len()).flat_map(|i| {
@@ -40,12 +40,20 @@ fn other_paths(decoder: &Decoder) -> Vec<String> {
             path => format!("{}.{i}.{path}", names.layers),
         })
     });
-    outer.iter().map(|path| (*path).to_owned()).chain(in_layers).collect()
+    let inside = outer.iter().map(|path| (*path).to_owned()).chain(in_layers);
+    let inside = inside.map(|path| nesting.path(names.base, &path));
+    nesting.holders().iter().map(|path| (*path).to_owned()).chain(inside).collect()
 }
 
 impl Plan {
-    pub(super) fn of(config: &AdapterConfig, model: &BaseModel) -> Result<Plan, AdapterError> {
-        let (modules, others) = (Modules::of(&model.decoder), other_paths(&model.decoder));
+    /// `nesting`: where the decoder was in the model that the adapter was trained on.
+    pub(super) fn of(
+        config: &AdapterConfig,
+        model: &BaseModel,
+        nesting: Nesting,
+    ) -> Result<Plan, AdapterError> {
+        let modules = Modules::nested(&model.decoder, nesting);
+        let others = other_paths(&model.decoder, nesting);
         let is_tied = model.decoder.head.tied;
         let saved = config.saved(&modules, &others, is_tied)?;
         let targets = config.targets(&modules, &others, is_tied)?;
@@ -71,7 +79,7 @@ impl Plan {
         values: &Values,
         base: &BaseWeights<'_>,
     ) -> Result<Vec<Change>, AdapterError> {
-        let mut tensors = Tensors::of(&values.file, &self.modules)?;
+        let mut tensors = Tensors::of(values, &self.modules)?;
         let tables = self.tables(&mut tensors)?;
         let mut targets = self.targets.iter().peekable();
         let mut changes = Vec::new();

@@ -5,10 +5,12 @@
 #[cfg(test)]
 mod tests;
 
+use std::iter;
+
 use kernels::{Heads, LoraSite, NormSpan, SiteKind};
 
 use super::{
-    ADDED_TOKENS, Attention, Decoder, Layer, NormSpec, Wiring,
+    ADDED_TOKENS, Attention, Decoder, Layer, Nesting, NormSpec, Wiring,
     names::{Names, Part, QkvOrder, Stored},
     share::{Run, Share, Split},
 };
@@ -25,8 +27,8 @@ pub struct Module {
     pub(crate) part: Part,
     /// Its path in transformers' model, such as `model.layers.0.self_attn.q_proj`.
     pub path: String,
-    /// Its path in older files and adapters, if that is another one.
-    pub(crate) older: Option<&'static str>,
+    /// Its paths in the model that an adapter was trained on, in all versions of transformers.
+    pub(crate) paths: Vec<String>,
     /// Its path in a GGUF file, such as `blk.0.attn_q`.
     pub ggml: String,
     /// The kind of its weight.
@@ -53,9 +55,9 @@ impl Module {
         self.path.rsplit('.').next().unwrap_or_default()
     }
 
-    /// Its paths in all versions of transformers.
+    /// [`Self::paths`].
     pub(crate) fn paths(&self) -> impl Iterator<Item = &str> {
-        std::iter::once(self.path.as_str()).chain(self.older)
+        self.paths.iter().map(String::as_str)
     }
 
     /// Whether its weight is a table of rows by token.
@@ -132,7 +134,12 @@ pub(crate) struct Modules {
 
 impl Modules {
     pub(crate) fn of(decoder: &Decoder) -> Modules {
-        let mut table = Table { decoder, all: Vec::new() };
+        Modules::nested(decoder, Nesting::None)
+    }
+
+    /// As [`Self::of`], for an adapter that was trained on a model with the decoder at another place.
+    pub(crate) fn nested(decoder: &Decoder, nesting: Nesting) -> Modules {
+        let mut table = Table { decoder, nesting, all: Vec::new() };
         table.outer();
         for (i, layer) in decoder.layers.iter().enumerate() {
             table.layer(i, layer);
@@ -188,6 +195,7 @@ impl Modules {
 /// The table while it is made.
 struct Table<'a> {
     decoder: &'a Decoder,
+    nesting: Nesting,
     all: Vec<Module>,
 }
 
@@ -203,11 +211,15 @@ impl Table<'_> {
         kind: Kind,
         [outputs, inputs]: [usize; 2],
     ) -> &mut Module {
+        let Names { base, renamed, .. } = *self.names();
         let path = self.names().path(layer, part);
+        let older = renamed.iter().filter(|(_, name)| *name == path).map(|(older, _)| *older);
+        let paths = iter::once(path.as_str()).chain(older);
+        let paths = paths.map(|path| self.nesting.path(base, path)).collect();
         let module = Module {
             layer,
             part,
-            older: self.names().renamed.iter().find(|(_, name)| *name == path).map(|(older, _)| *older),
+            paths,
             path,
             ggml: Names::ggml(layer, part),
             kind,

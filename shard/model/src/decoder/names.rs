@@ -53,6 +53,8 @@ pub(crate) enum Part {
 pub(crate) struct Names {
     /// What the files are.
     pub(crate) stored: Stored,
+    /// Whether the decoder is a part of a larger model, whose files name it by any [`Nesting`](super::Nesting).
+    pub(crate) is_wrapped: bool,
     /// The module that holds everything but the output projection: in front of names, or left out by some files.
     pub(crate) base: &'static str,
     /// The list of layers.

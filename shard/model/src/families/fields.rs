@@ -170,6 +170,17 @@ impl Fields {
         })
     }
 
+    /// Refuses fields that ask for a feature that no page has read.
+    pub(super) fn check_off(&self) -> Result<()> {
+        let asked = self.asked.borrow();
+        let is_on = |value: &&Value| !is_off(value);
+        let on = |field: &&str| !asked.contains(*field) && self.json.get(*field).filter(is_on).is_some();
+        match OFF.into_iter().find(|field| on(&field)) {
+            Some(field) => Err(unsupported(field, &self.json[field], "")),
+            None => Ok(()),
+        }
+    }
+
     /// Refuses fields that no page has read, and that ask for something else than what is computed.
     pub(super) fn check_others(&self, decoder: &Decoder) -> Result<()> {
         let asked = self.asked.borrow().clone();
@@ -190,11 +201,7 @@ impl Fields {
                 return Err(unsupported(common, value, format!("{expected}, as {own}")));
             }
         }
-        for field in OFF {
-            if let Some(value) = other(field).filter(|value| !is_off(value)) {
-                return Err(unsupported(field, value, ""));
-            }
-        }
+        self.check_off()?;
         let shape = decoder.layers.first().map(|layer| layer.attention.shape);
         let scales = shape.into_iter().flat_map(|shape| {
             let (scale, heads) = (f64::from(shape.scale), shape.heads);

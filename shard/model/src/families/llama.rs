@@ -14,6 +14,7 @@ pub(super) const FAMILY: Family =
 /// Names that most families since have taken over. A Llama has no norms of queries and keys.
 pub(super) const NAMES: Names = Names {
     stored: Stored::Folder,
+    is_wrapped: false,
     base: "model",
     layers: "model.layers",
     outer: &[(Part::Embed, "model.embed_tokens"), (Part::Norm, "model.norm"), (Part::Head, "lm_head")],

@@ -2,7 +2,7 @@
 //! `_get_resolved_checkpoint_files`, and `core_model_loading.py`: `rename_source_key`).
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     fs,
     ops::Range,
     path::Path,
@@ -14,7 +14,7 @@ use serde::Deserialize;
 use super::{Source, tensor_file::TensorFile};
 use crate::{
     Decoder, LoadError, Result,
-    decoder::{Modules, Part},
+    decoder::{Modules, Nesting, Part},
 };
 
 const WHOLE: &str = "model.safetensors";
@@ -44,14 +44,21 @@ impl Folder {
             files.iter().map(|name| TensorFile::open(&folder.join(name))).collect::<Result<Vec<_>>>()?;
         let taken = Taken::of(decoder);
         let mut places = BTreeMap::new();
+        let mut beside = BTreeSet::new();
         for (i, file) in files.iter().enumerate() {
             for name in file.names() {
-                let Some(taken) = taken.name(name) else { continue };
+                let Some(taken) = taken.name(name) else {
+                    beside.extend(part(name));
+                    continue;
+                };
                 // A tensor of exactly this name wins over one that is meant by another name.
                 if taken == name || !places.contains_key(&taken) {
                     places.insert(taken, Place { file: i, name: name.into() });
                 }
             }
+        }
+        if decoder.names.is_wrapped && !beside.is_empty() {
+            tracing::info!("the language model is served alone, without {beside:?}");
         }
         // If the output projection is the embedding table, either tensor may be missing.
         let [table, head] = [Part::Embed, Part::Head].map(|part| decoder.names.path(None, part) + ".weight");
@@ -93,9 +100,16 @@ fn file_names(folder: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
+/// The part of a model that a tensor belongs to.
+fn part(name: &str) -> Option<String> {
+    name.strip_prefix("model.").unwrap_or(name).split('.').next().map(str::to_owned)
+}
+
 /// The names of the tensors that a model needs.
 struct Taken {
     names: HashSet<String>,
+    /// The same by the names that they have in a larger model.
+    nested: HashMap<String, String>,
     /// A prefix that files may leave out, or add.
     base: String,
     /// Modules that files may call by another name.
@@ -107,8 +121,14 @@ impl Taken {
         let modules = Modules::of(decoder);
         let names =
             modules.iter().flat_map(|module| module.tensors().map(|(name, _)| name).collect::<Vec<_>>());
+        let names: HashSet<String> = names.collect();
+        let nestings = Nesting::NESTED.into_iter().filter(|_| decoder.names.is_wrapped);
+        let nested = |nesting: Nesting| {
+            names.iter().map(move |name| (nesting.path(decoder.names.base, name), name.clone()))
+        };
         Taken {
-            names: names.collect(),
+            nested: nestings.flat_map(nested).collect(),
+            names,
             base: format!("{}.", decoder.names.base),
             renamed: decoder.names.renamed,
         }
@@ -117,6 +137,9 @@ impl Taken {
     /// The name under which the model takes a tensor: its own, or the same with or without the module in front that
     /// holds a decoder in a model with a head.
     fn name(&self, name: &str) -> Option<String> {
+        if let Some(name) = self.nested.get(name) {
+            return Some(name.clone());
+        }
         let renamed = self.renamed.iter().find_map(|(theirs, ours)| {
             let kind = name.strip_prefix(theirs).filter(|kind| kind.starts_with('.'))?;
             Some(format!("{ours}{kind}")).filter(|name| self.names.contains(name))
