@@ -54,26 +54,119 @@ impl SplitCase {
     }
 }
 
+impl ByteLevel {
+    /// A tokenizer of the vocabulary that splits texts in this way.
+    fn tokenizer(&self, pre: &str) -> Result<ModelTokenizer, TokenizerError> {
+        let types = (0..self.tokens.len()).map(|id| if id < self.special { CONTROL } else { 1 });
+        let text = |text: &String| Metadata::text(text);
+        Metadata::default()
+            .with("model", 8, &Metadata::text("gpt2"))
+            .with("pre", 8, &Metadata::text(pre))
+            .with_array("tokens", 8, self.tokens.iter().map(text).collect())
+            .with_array("token_type", 5, types.map(|ty| ty.to_le_bytes().to_vec()).collect())
+            .with_array("merges", 8, self.merges.iter().map(|pair| text(&pair.join(" "))).collect())
+            .try_load(None)
+    }
+}
+
 #[test]
 fn byte_level_ids_are_those_of_the_library_with_each_split() {
     let fixture: ByteLevel = serde_json::from_slice(&fs::read(fixture("byte_level.json")).unwrap()).unwrap();
     assert!(fixture.cases.len() > 250);
-    for pre in ["gpt-2", "smollm", "llama-bpe", "qwen2", "tekken"] {
-        let types = (0..fixture.tokens.len()).map(|id| if id < fixture.special { CONTROL } else { 1 });
-        let text = |text: &String| Metadata::text(text);
-        let tokenizer = Metadata::default()
-            .with("model", 8, &Metadata::text("gpt2"))
-            .with("pre", 8, &Metadata::text(pre))
-            .with_array("tokens", 8, fixture.tokens.iter().map(text).collect())
-            .with_array("token_type", 5, types.map(|ty| ty.to_le_bytes().to_vec()).collect())
-            .with_array("merges", 8, fixture.merges.iter().map(|pair| text(&pair.join(" "))).collect())
-            .load();
-        for case in &fixture.cases {
-            let ids = tokenizer.encode(&case.text, false).unwrap();
-            assert_eq!(ids, case.ids(pre), "{pre} {:?}", case.text);
-            // All bytes are in the vocabulary, so nothing gets lost.
-            assert_eq!(tokenizer.decode(&ids, false), case.text, "{pre}");
+    for (way, others) in [
+        ("gpt-2", &["phi-2", "a.x-4.0", "gigachat", "mellum", "trillion"][..]),
+        ("smollm", &["command-r", "mellum2", "minerva-7b", "refact", "starcoder"]),
+        ("llama-bpe", &["llama3", "llama-v3", "falcon3", "midm-2.0", "pixtral"]),
+        ("dbrx", &["smaug-bpe"]),
+        ("qwen2", &["deepseek-r1-qwen", "kormo", "megrez"]),
+        ("tekken", &[]),
+        ("gpt-4o", &["kanana2", "llama4"]),
+    ] {
+        for pre in others.iter().chain([&way]) {
+            let tokenizer = fixture.tokenizer(pre).unwrap();
+            for case in &fixture.cases {
+                let ids = tokenizer.encode(&case.text, false).unwrap();
+                assert_eq!(ids, case.ids(way), "{pre} {:?}", case.text);
+                // All bytes are in the vocabulary, so nothing gets lost.
+                assert_eq!(tokenizer.decode(&ids, false), case.text, "{pre}");
+            }
         }
+    }
+}
+
+/// llama.cpp's other names, and some that it does not know.
+#[test]
+fn other_ways_to_split_are_refused_by_name() {
+    let fixture: ByteLevel = serde_json::from_slice(&fs::read(fixture("byte_level.json")).unwrap()).unwrap();
+    for pre in [
+        "default",
+        "minicpm5",
+        "falcon-h1",
+        "lfm2",
+        "jina-v5-nano",
+        "deepseek-llm",
+        "deepseek-coder",
+        "deepseek-v3",
+        "spark2_5",
+        "youtu",
+        "falcon",
+        "mpt",
+        "jina-es",
+        "jina-de",
+        "jina-v2-es",
+        "jina-v2-de",
+        "modern-bert",
+        "jais-2",
+        "gemma4",
+        "sarvam-moe",
+        "jina-v1-en",
+        "jina-v2-code",
+        "roberta-bpe",
+        "whitespace",
+        "f2llmv2",
+        "qwen35",
+        "stablelm2",
+        "olmo",
+        "poro-chat",
+        "glm4",
+        "chatglm-bpe",
+        "viking",
+        "jais",
+        "codeshell",
+        "bloom",
+        "gpt3-finnish",
+        "exaone",
+        "exaone4",
+        "exaone-moe",
+        "chameleon",
+        "talkie",
+        "granite-embed-multi-97m",
+        "tiny_aya",
+        "cohere2moe",
+        "superbpe",
+        "granite-docling",
+        "bailingmoe",
+        "bailingmoe2",
+        "llada-moe",
+        "seed-coder",
+        "hunyuan",
+        "hunyuan-dense",
+        "hy_v4",
+        "joyai-llm",
+        "kimi-k2",
+        "ufakzeka",
+        "grok-2",
+        "afmoe",
+        "laguna",
+        "minimax-m2",
+        "solar-open",
+        "gpt-5",
+        "",
+        "QWEN2",
+        "qwen2 ",
+    ] {
+        let refusal = fixture.tokenizer(pre).err().expect(pre).to_string();
+        assert!(refusal.contains(&format!("tokenizer.ggml.pre {pre:?}")), "{refusal}");
     }
 }
 
@@ -217,10 +310,14 @@ impl Metadata {
     }
 
     fn load_with(&self, given: Option<&Path>) -> ModelTokenizer {
+        self.try_load(given).unwrap()
+    }
+
+    fn try_load(&self, given: Option<&Path>) -> Result<ModelTokenizer, TokenizerError> {
         let file = tempfile::NamedTempFile::new().unwrap();
         let head = [&b"GGUF"[..], &3u32.to_le_bytes(), &0u64.to_le_bytes(), &self.pairs.to_le_bytes()];
         fs::write(file.path(), [&head.concat(), &self.bytes[..]].concat()).unwrap();
-        ModelTokenizer::load(file.path(), given).unwrap()
+        ModelTokenizer::load(file.path(), given)
     }
 }
 

@@ -99,18 +99,35 @@ fn around(file: &Gguf, tokens: &[String], adds_bos: bool) -> Result<Value, Token
     Ok(post_processor::around(bos, eos))
 }
 
+/// How texts are split before they are merged, by llama.cpp's names (`llama_vocab::impl::load` and `llm_tokenizer_bpe` in
+/// `src/llama-vocab.cpp`): those of the architectures that are served. Names with the same way there have it here.
+const PRE_TOKENIZERS: [(&str, &[&str]); 7] = [
+    ("gpt-2", &["phi-2", "a.x-4.0", "gigachat", "mellum", "trillion"]),
+    ("smollm", &["command-r", "mellum2", "minerva-7b", "refact", "starcoder"]),
+    ("llama-bpe", &["llama3", "llama-v3", "falcon3", "midm-2.0", "pixtral"]),
+    ("dbrx", &["smaug-bpe"]),
+    ("tekken", &[]),
+    ("qwen2", &["deepseek-r1-qwen", "kormo", "megrez"]),
+    ("gpt-4o", &["kanana2", "llama4"]),
+];
+
 /// The pre-tokenizer, which splits text before merging, and whether the tokenizer is used as Llama 3's.
 fn pre_tokenizer(name: &str) -> Result<(Value, bool), TokenizerError> {
-    Ok(match name {
-        "gpt-2" | "phi-2" => (splits::gpt2(false), false),
-        "smollm" => (splits::smollm(), false),
-        "llama-bpe" | "llama3" | "llama-v3" => (splits::by_regex(splits::LLAMA3, false), true),
-        "tekken" => (splits::by_regex(splits::TEKKEN, false), true),
-        "qwen2" | "deepseek-r1-qwen" => (splits::by_regex(splits::QWEN2, false), false),
-        other => {
-            let (key, known) =
-                ("tokenizer.ggml.pre", "gpt-2, phi-2, smollm, llama-bpe, tekken, qwen2, deepseek-r1-qwen");
-            return Err(TokenizerError::Unsupported { key, value: other.into(), known });
+    let is = |(way, others): &&(&str, &[&str])| *way == name || others.contains(&name);
+    Ok(match PRE_TOKENIZERS.iter().find(is).map(|(way, _)| *way) {
+        Some("gpt-2") => (splits::gpt2(false), false),
+        Some("smollm") => (splits::smollm(), false),
+        Some("llama-bpe") => (splits::by_regex(splits::LLAMA3, false), true),
+        Some("dbrx") => (splits::by_regex(splits::LLAMA3, false), false),
+        Some("tekken") => (splits::by_regex(splits::TEKKEN, false), true),
+        Some("qwen2") => (splits::by_regex(splits::QWEN2, false), false),
+        Some("gpt-4o") => (splits::by_regex(splits::GPT_4O, false), false),
+        _ => {
+            let (key, known) = (
+                "tokenizer.ggml.pre",
+                "gpt-2, smollm, llama-bpe, dbrx, tekken, qwen2, gpt-4o and equal ones",
+            );
+            return Err(TokenizerError::Unsupported { key, value: name.into(), known });
         }
     })
 }

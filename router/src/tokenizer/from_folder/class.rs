@@ -66,6 +66,10 @@ const REGISTERED: [(&str, &[&str]); 6] = [
             "minicpm3",
             "internlm2",
             "internlm3",
+            "llava",
+            "llava_next",
+            "vipllava",
+            "smolvlm",
         ],
     ),
     (
@@ -74,7 +78,17 @@ const REGISTERED: [(&str, &[&str]); 6] = [
     ),
     (
         "Qwen2Tokenizer",
-        &["qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_vl"],
+        &[
+            "qwen2",
+            "qwen2_moe",
+            "qwen2_vl",
+            "qwen2_5_vl",
+            "qwen3",
+            "qwen3_moe",
+            "qwen3_next",
+            "qwen3_vl",
+            "internvl",
+        ],
     ),
     ("GPT2Tokenizer", &["gpt2", "gpt_neo", "gptj", "phi", "starcoder2", "codegen", "opt", "dbrx"]),
     ("GPTNeoXTokenizer", &["gpt_neox", "mamba", "mamba2", "falcon_mamba", "mpt", "olmo", "olmoe", "rwkv"]),
@@ -82,8 +96,20 @@ const REGISTERED: [(&str, &[&str]); 6] = [
 ];
 
 /// Types of models whose published tokenizers often name a wrong class: the registered one is taken.
-const WRONGLY_NAMED: [&str; 8] =
-    ["qwen2", "phi3", "phimoe", "nemotron", "jamba", "minicpm3", "internlm2", "internlm3"];
+const WRONGLY_NAMED: [&str; 12] = [
+    "qwen2",
+    "phi3",
+    "phimoe",
+    "nemotron",
+    "jamba",
+    "minicpm3",
+    "internlm2",
+    "internlm3",
+    "llava",
+    "llava_next",
+    "vipllava",
+    "smolvlm",
+];
 
 /// Types of models that transformers takes for Mistral's own.
 const MISTRAL: [&str; 7] =
