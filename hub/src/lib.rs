@@ -8,6 +8,7 @@ mod cache;
 mod error;
 mod fetch;
 mod model;
+mod name;
 mod settings;
 
 pub use cache::Cache;

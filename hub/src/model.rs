@@ -8,7 +8,11 @@ use std::{
 
 use serde::Deserialize;
 
-use crate::{Cache, Commit, Hub, HubError, Settings, settings::NoHome};
+use crate::{
+    Cache, Commit, Hub, HubError, Settings,
+    name::{self, Gguf, Name},
+    settings::NoHome,
+};
 
 /// Files beside the weights that somebody reads. The first must be there.
 const SMALL_FILES: [&str; 13] = [
@@ -87,12 +91,44 @@ pub enum ModelError {
         revision: String,
     },
     /// The repository has no weights that we can load.
-    #[error("{id} has neither safetensors, pytorch_model.bin nor a single GGUF file; it has: {files}")]
+    #[error("{id} has neither safetensors, pytorch_model.bin nor GGUF files; it has: {files}")]
     NoWeights {
         /// The model.
         id: String,
         /// The files that it has.
         files: String,
+    },
+    /// The repository has several models as GGUF files, and none of them is named.
+    #[error(
+        "{id} has several GGUF files, so that one must be named, as {id}/FILE or {id}:TYPE; it has: {files}"
+    )]
+    SeveralGgufs {
+        /// The model.
+        id: String,
+        /// The GGUF files that it has.
+        files: String,
+    },
+    /// No GGUF file, or more than one, has the name that was asked for.
+    #[error("{id} has {count} GGUF files that {asked:?} names; it has: {files}")]
+    NoSuchGguf {
+        /// The model.
+        id: String,
+        /// The name that was asked for.
+        asked: String,
+        /// The number of files with that name.
+        count: usize,
+        /// The GGUF files that it has.
+        files: String,
+    },
+    /// The model is in several GGUF files, which we do not load.
+    #[error(
+        "{id}: {file} is one of several files of a model, which are not loaded: join them with llama-gguf-split"
+    )]
+    PartOfGguf {
+        /// The model.
+        id: String,
+        /// One of the files.
+        file: String,
     },
     /// The index of the weights is broken.
     #[error("{}: {message}", path.display())]
@@ -127,39 +163,40 @@ pub async fn find(model_id: &str, revision: Option<&str>) -> Result<ModelFiles, 
             Err(ModelError::NotAModel(absolute))
         };
     }
-    let (id, tag) = model_id.split_once('@').map_or((model_id, None), |(id, tag)| (id, Some(tag)));
-    if !is_id(id) || model_id.starts_with(['.', '~']) {
-        return Err(ModelError::NotAnId(model_id.into()));
-    }
+    let named = Name::of(model_id).filter(|_| !model_id.starts_with(['.', '~']));
+    let named = named.ok_or_else(|| ModelError::NotAnId(model_id.into()))?;
     // An empty one, as of a variable without a value, is none.
-    let revision = revision.filter(|revision| !revision.is_empty()).or(tag).filter(|tag| !tag.is_empty());
-    let asked = revision.unwrap_or("main");
+    let given = revision.filter(|revision| !revision.is_empty());
+    let revision = given.or(named.revision).filter(|revision| !revision.is_empty());
+    let asked = Asked { id: named.id, gguf: named.gguf, revision: revision.unwrap_or("main") };
     let settings = Settings::from_env()?;
     let (path, sha) = if settings.offline {
-        let missing = || ModelError::Offline { id: id.into(), revision: asked.into() };
-        from_cache(&settings, id, asked).ok_or_else(missing)?
+        let (id, revision) = (asked.id.into(), asked.revision.into());
+        from_cache(&settings, &asked).ok_or(ModelError::Offline { id, revision })?
     } else {
-        online(settings, id, asked).await?
+        online(settings, &asked).await?
     };
-    Ok(ModelFiles { id: id.into(), path, revision: revision.map(str::to_owned), sha: Some(sha) })
+    let id = match named.gguf {
+        None => named.id.into(),
+        Some(Gguf::Path(path)) => format!("{}/{path}", named.id),
+        Some(Gguf::Tag(tag)) => format!("{}:{tag}", named.id),
+    };
+    Ok(ModelFiles { id, path, revision: revision.map(str::to_owned), sha: Some(sha) })
 }
 
-/// Returns whether this is `name` or `organisation/name`.
-fn is_id(id: &str) -> bool {
-    let is_name = |part: &str| {
-        !part.is_empty()
-            && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
-            && !part.contains("..")
-    };
-    id.split('/').count() <= 2 && id.split('/').all(is_name)
+/// A model of a hub at a revision.
+struct Asked<'a> {
+    id: &'a str,
+    gguf: Option<Gguf<'a>>,
+    revision: &'a str,
 }
 
 /// Path and commit of a model from the hub, or from the cache while the hub cannot be reached.
-async fn online(settings: Settings, id: &str, revision: &str) -> Result<(PathBuf, String), ModelError> {
-    match from_hub(settings.clone(), id, revision).await {
+async fn online(settings: Settings, asked: &Asked<'_>) -> Result<(PathBuf, String), ModelError> {
+    match from_hub(settings.clone(), asked).await {
         Err(ModelError::Hub { id, source }) if source.is_passing() => {
-            let Some((path, sha)) = from_cache(&settings, &id, revision) else {
-                return Err(ModelError::Unreachable { id, revision: revision.into(), source });
+            let Some((path, sha)) = from_cache(&settings, asked) else {
+                return Err(ModelError::Unreachable { id, revision: asked.revision.into(), source });
             };
             tracing::warn!(
                 model = id,
@@ -181,33 +218,50 @@ enum Weights<'a> {
     Gguf(&'a str),
 }
 
-fn weights<'a>(id: &str, files: &'a [String]) -> Result<Weights<'a>, ModelError> {
-    let has = |name: &str| files.iter().any(|file| file == name);
-    for (whole, index) in WEIGHTS {
-        if has(whole) {
-            return Ok(Weights::Whole(whole));
+fn weights<'a>(asked: &Asked<'_>, files: &'a [String]) -> Result<Weights<'a>, ModelError> {
+    let Some(gguf) = asked.gguf else {
+        let has = |name: &str| files.iter().any(|file| file == name);
+        for (whole, index) in WEIGHTS {
+            if has(whole) {
+                return Ok(Weights::Whole(whole));
+            }
+            if has(index) {
+                return Ok(Weights::Sharded(index));
+            }
         }
-        if has(index) {
-            return Ok(Weights::Sharded(index));
+        let (models, id) = (name::models(files), asked.id.to_owned());
+        return match models[..] {
+            [] => Err(ModelError::NoWeights { id, files: files.join(", ") }),
+            _ if models.iter().all(|file| name::is_part(file)) => part_of_gguf(asked, models[0]),
+            [file] => Ok(Weights::Gguf(file)),
+            _ => Err(ModelError::SeveralGgufs { id, files: models.join(", ") }),
+        };
+    };
+    let models = name::models(files);
+    let named: Vec<&str> = models.iter().copied().filter(|file| gguf.names(file)).collect();
+    match named[..] {
+        [first, ..] if named.iter().all(|file| name::is_part(file)) => part_of_gguf(asked, first),
+        [file] => Ok(Weights::Gguf(file)),
+        _ => {
+            let (Gguf::Path(name) | Gguf::Tag(name)) = gguf;
+            let (id, asked, count) = (asked.id.into(), name.into(), named.len());
+            Err(ModelError::NoSuchGguf { id, asked, count, files: models.join(", ") })
         }
-    }
-    let mut ggufs = files.iter().filter(|file| file.ends_with(".gguf"));
-    match (ggufs.next(), ggufs.next()) {
-        (Some(gguf), None) => Ok(Weights::Gguf(gguf)),
-        _ => Err(ModelError::NoWeights { id: id.into(), files: files.join(", ") }),
     }
 }
 
+fn part_of_gguf<'a>(asked: &Asked<'_>, file: &str) -> Result<Weights<'a>, ModelError> {
+    Err(ModelError::PartOfGguf { id: asked.id.into(), file: file.into() })
+}
+
 /// Path and commit of a model that was fetched before, if all of it was.
-fn from_cache(settings: &Settings, id: &str, revision: &str) -> Option<(PathBuf, String)> {
-    let cache = Cache::of_model(&settings.cache, id);
-    let sha = cache.commit(revision)?;
+fn from_cache(settings: &Settings, asked: &Asked<'_>) -> Option<(PathBuf, String)> {
+    let cache = Cache::of_model(&settings.cache, asked.id);
+    let sha = cache.commit(asked.revision)?;
     let folder = cache.snapshot(&sha);
-    // A dangling link is a file that is not there.
-    let names = folder.read_dir().ok()?.flatten().filter(|file| file.path().exists());
-    let files: Vec<String> = names.map(|file| file.file_name().to_string_lossy().into_owned()).collect();
+    let files = files_in(&folder, "");
     let config = || folder.join(SMALL_FILES[0]).exists();
-    match weights(id, &files).ok()? {
+    match weights(asked, &files).ok()? {
         Weights::Gguf(file) => Some((folder.join(file), sha)),
         Weights::Whole(_) => config().then_some((folder, sha)),
         Weights::Sharded(index) => {
@@ -218,14 +272,29 @@ fn from_cache(settings: &Settings, id: &str, revision: &str) -> Option<(PathBuf,
     }
 }
 
+/// The paths of all files in a folder, as a repository names them. A dangling link is a file that is not there.
+fn files_in(folder: &Path, prefix: &str) -> Vec<String> {
+    let mut files = Vec::new();
+    for entry in folder.read_dir().into_iter().flatten().flatten() {
+        let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            files.extend(files_in(&entry.path(), &format!("{name}/")));
+        } else if entry.path().exists() {
+            files.push(name);
+        }
+    }
+    files
+}
+
 /// Fetches what is not in the cache; returns path and commit.
-async fn from_hub(settings: Settings, id: &str, revision: &str) -> Result<(PathBuf, String), ModelError> {
+async fn from_hub(settings: Settings, asked: &Asked<'_>) -> Result<(PathBuf, String), ModelError> {
+    let Asked { id, revision, .. } = *asked;
     let failed = |source| ModelError::Hub { id: id.into(), source };
     let hub = Hub::new(settings).map_err(failed)?;
     // All files are those of one commit, however the branch moves and whatever of it is in the cache.
     let commit = hub.model(id, revision).await.map_err(failed)?;
     tracing::info!(model = id, sha = commit.sha, "fetching what is not in the cache");
-    let weights = weights(id, &commit.files)?;
+    let weights = weights(asked, &commit.files)?;
     let path = if let Weights::Gguf(file) = weights {
         commit.fetch(file).await.map_err(failed)?
     } else {

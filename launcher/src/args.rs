@@ -7,7 +7,8 @@ use config::{LogConfig, RouterConfig, ShardConfig};
 #[derive(Debug, Parser)]
 #[command(name = "lorax-launcher", version)]
 pub(crate) struct Args {
-    /// A folder in Hugging Face layout, a GGUF file, or a hub id (`id` or `id@revision`)
+    /// A folder in Hugging Face layout, a GGUF file, or a hub id (`id` or `id@revision`), with one of its GGUF files as
+    /// `id:Q4_K_M` or `id/file.gguf`
     #[arg(long, env)]
     pub(crate) model_id: String,
     /// Revision of a hub id

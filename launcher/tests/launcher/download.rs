@@ -283,18 +283,94 @@ fn files_of_torch_are_fetched_where_there_are_no_others() {
     }
 }
 
+/// A repository with several GGUF files, and others beside them.
+const GGUFS: [&str; 12] = [
+    "README.md",
+    "config.json",
+    "Model-Q4_K_M.gguf",
+    "Model-Q8_0.gguf",
+    "Model-UD-Q4_K_XL.gguf",
+    "Model-Q4_K_XL.gguf",
+    "model.q5_1.gguf",
+    "BF16/Model-BF16-00001-of-00002.gguf",
+    "BF16/Model-BF16-00002-of-00002.gguf",
+    "deep/er/Model-IQ1_S.gguf",
+    "mmproj-Model-f16.gguf",
+    "Model.imatrix.gguf",
+];
+
+fn repository(files: &[&str]) -> Repository {
+    Repository::new(&files.iter().map(|name| (*name, *name)).collect::<Vec<_>>())
+}
+
+#[test]
+fn one_of_several_gguf_files_is_named() {
+    let hub = Hub::start(ID, repository(&GGUFS).with("v2", "c2", &[("Model-Q8_0.gguf", "of v2")]));
+    for (spelling, file, content) in [
+        (":Q4_K_M", "Model-Q4_K_M.gguf", "Model-Q4_K_M.gguf"),
+        (":q4_k_m", "Model-Q4_K_M.gguf", "Model-Q4_K_M.gguf"),
+        (":Q5_1", "model.q5_1.gguf", "model.q5_1.gguf"),
+        (":UD-Q4_K_XL", "Model-UD-Q4_K_XL.gguf", "Model-UD-Q4_K_XL.gguf"),
+        (":iq1_s", "deep/er/Model-IQ1_S.gguf", "deep/er/Model-IQ1_S.gguf"),
+        (":Model-Q8_0.gguf", "Model-Q8_0.gguf", "Model-Q8_0.gguf"),
+        ("/Model-Q4_K_XL.gguf", "Model-Q4_K_XL.gguf", "Model-Q4_K_XL.gguf"),
+        ("/deep/er/Model-IQ1_S.gguf", "deep/er/Model-IQ1_S.gguf", "deep/er/Model-IQ1_S.gguf"),
+        (":Q8_0@v2", "Model-Q8_0.gguf", "of v2"),
+        ("@v2:q8_0", "Model-Q8_0.gguf", "of v2"),
+        ("/Model-Q8_0.gguf@v2", "Model-Q8_0.gguf", "of v2"),
+    ] {
+        let mut launcher = launcher(&hub, &format!("{ID}{spelling}"));
+        hub.asked();
+        let config = launcher.configuration();
+        let path = config["model"]["path"].as_str().unwrap();
+        assert!(path.ends_with(&format!("/{file}")), "{spelling}: {path}");
+        assert_eq!(fs::read_to_string(path).unwrap(), content, "{spelling}");
+        assert_eq!(hub.asked().len(), 2, "{spelling}: the question for the commit, and one file");
+        let mut offline = launcher.env("HF_HUB_OFFLINE", "1");
+        assert_eq!(offline.configuration()["model"], config["model"], "{spelling}");
+    }
+    let mut launcher = launcher(&hub, &format!("hf.co/{ID}:Q8_0"));
+    assert_eq!(launcher.configuration()["model"]["id"], json!("org/name:Q8_0"));
+}
+
+#[test]
+fn gguf_files_that_cannot_be_chosen_are_refused_by_name() {
+    let several = "org/name has several GGUF files, so that one must be named, as org/name/FILE or org/name:TYPE; it \
+                   has: BF16/Model-BF16-00001-of-00002.gguf, ";
+    let part = "BF16/Model-BF16-00001-of-00002.gguf is one of several files of a model, which are not loaded";
+    let hub = Hub::start(ID, repository(&GGUFS));
+    for (spelling, cause) in [
+        ("", several),
+        (":Q2_K", "org/name has 0 GGUF files that \"Q2_K\" names; it has: "),
+        (":Q4_K", "org/name has 0 GGUF files that \"Q4_K\" names"),
+        (":Q4_K_XL", "org/name has 2 GGUF files that \"Q4_K_XL\" names"),
+        (":BF16", part),
+        ("/BF16/Model-BF16-00001-of-00002.gguf", part),
+        (":f16", "org/name has 0 GGUF files that \"f16\" names"),
+        ("/mmproj-Model-f16.gguf", "org/name has 0 GGUF files"),
+        ("/Model-IQ1_S.gguf", "org/name has 0 GGUF files that \"Model-IQ1_S.gguf\" names"),
+        (":", "neither a path that exists nor a hub id"),
+        ("/../Model-Q8_0.gguf", "neither a path that exists nor a hub id"),
+    ] {
+        let (status, log) = launcher(&hub, &format!("{ID}{spelling}")).fails();
+        assert!(status == 64 && log.contains(cause), "{spelling}: {log}");
+    }
+    let parts = Hub::start(ID, repository(&["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]));
+    let (status, log) = launcher(&parts, ID).fails();
+    assert!(status == 64 && log.contains("m-00001-of-00002.gguf is one of several files"), "{log}");
+    let tower = Hub::start(ID, repository(&["m.gguf", "mmproj-m.gguf"]));
+    let config = launcher(&tower, ID).configuration();
+    assert!(config["model"]["path"].as_str().unwrap().ends_with("/m.gguf"), "a tower is no choice");
+}
+
 #[test]
 fn weights_in_no_known_format_are_refused() {
-    for names in [&["config.json", "flax_model.msgpack"][..], &["a.gguf", "b.gguf"]] {
-        let all: Vec<_> = names.iter().map(|name| (*name, "x")).collect();
-        let hub = Hub::start(ID, Repository::new(&all));
+    for names in [&["config.json", "flax_model.msgpack"][..], &["README.md", "mmproj-m.gguf"]] {
+        let hub = Hub::start(ID, repository(names));
         let (status, log) = launcher(&hub, ID).fails();
         assert_eq!(status, 64);
-        assert!(
-            log.contains("neither safetensors, pytorch_model.bin nor a single GGUF")
-                && log.contains(names[1]),
-            "{log}"
-        );
+        let cause = "neither safetensors, pytorch_model.bin nor GGUF files";
+        assert!(log.contains(cause) && log.contains(names[1]), "{log}");
     }
 }
 

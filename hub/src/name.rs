@@ -1,0 +1,212 @@
+//! How a user names a model of a hub: `owner/name`, with a revision behind `@`, and one of its GGUF files by its path or
+//! behind a colon, as in llama.cpp, Ollama and vLLM.
+
+use crate::cache::is_plain;
+
+/// Hosts that Ollama wants in front of a name. The endpoint decides on the hub all the same.
+const HOSTS: [&str; 2] = ["hf.co/", "huggingface.co/"];
+const ENDING: &str = ".gguf";
+
+/// A model of a hub.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Name<'a> {
+    /// `name` or `owner/name`.
+    pub(crate) id: &'a str,
+    pub(crate) revision: Option<&'a str>,
+    pub(crate) gguf: Option<Gguf<'a>>,
+}
+
+/// A file of a repository with several.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Gguf<'a> {
+    /// By its path in the repository.
+    Path(&'a str),
+    /// By its name, or by the part of the name that tells its type.
+    Tag(&'a str),
+}
+
+impl<'a> Name<'a> {
+    /// `None` if it cannot be the name of a model.
+    pub(crate) fn of(text: &'a str) -> Option<Name<'a>> {
+        let text = HOSTS.iter().find_map(|host| text.strip_prefix(host)).unwrap_or(text);
+        let (name, revision) = text.split_once('@').map_or((text, None), |(name, rest)| (name, Some(rest)));
+        let (name, tag) = tagged(name);
+        // A colon cannot be in a revision.
+        let (revision, later) = revision.map_or((None, None), |revision| {
+            let (revision, tag) = tagged(revision);
+            (Some(revision), tag)
+        });
+        let (id, path) = match name.match_indices('/').nth(1) {
+            Some((slash, _)) => (&name[..slash], Some(&name[slash + 1..])),
+            None => (name, None),
+        };
+        let gguf = match (path, tag, later) {
+            (None, None, None) => None,
+            (Some(path), None, None) if is_gguf(path) && is_plain(path) => Some(Gguf::Path(path)),
+            (None, Some(tag), None) | (None, None, Some(tag)) if is_word(tag) => Some(Gguf::Tag(tag)),
+            _ => return None,
+        };
+        id.split('/').all(is_word).then_some(Name { id, revision, gguf })
+    }
+}
+
+/// A text and what is behind its colon.
+fn tagged(text: &str) -> (&str, Option<&str>) {
+    text.split_once(':').map_or((text, None), |(text, tag)| (text, Some(tag)))
+}
+
+fn is_word(part: &str) -> bool {
+    !part.is_empty()
+        && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+        && !part.contains("..")
+}
+
+fn is_gguf(file: &str) -> bool {
+    file.len() > ENDING.len() && file.to_ascii_lowercase().ends_with(ENDING)
+}
+
+/// The files that are language models: others beside them are vision towers and importance matrices.
+pub(crate) fn models(files: &[String]) -> Vec<&str> {
+    let is_model = |file: &&str| {
+        let name = file.rsplit('/').next().unwrap_or_default().to_ascii_lowercase();
+        is_gguf(&name) && !name.contains("mmproj") && !name.contains("imatrix")
+    };
+    files.iter().map(String::as_str).filter(is_model).collect()
+}
+
+/// Whether a file is one of several that make up a model, as llama.cpp names them: `-00001-of-00003.gguf`.
+pub(crate) fn is_part(file: &str) -> bool {
+    let stem = &file[..file.len() - ENDING.len().min(file.len())];
+    let numbers =
+        stem.rsplit_once("-of-").and_then(|(first, count)| Some((first.rsplit_once('-')?.1, count)));
+    let is_number = |text: &str| text.len() == 5 && text.bytes().all(|byte| byte.is_ascii_digit());
+    numbers.is_some_and(|(part, count)| is_number(part) && is_number(count))
+}
+
+impl Gguf<'_> {
+    /// Whether this names a file.
+    pub(crate) fn names(self, file: &str) -> bool {
+        match self {
+            Gguf::Path(path) => path == file,
+            Gguf::Tag(tag) => {
+                let (file, tag) = (file.to_ascii_lowercase(), tag.to_ascii_lowercase());
+                let name = file.rsplit('/').next().unwrap_or_default();
+                // A type is a part of a name that is set apart, or a folder.
+                name == tag || file.trim_end_matches(ENDING).split('/').any(|part| has(part, &tag))
+            }
+        }
+    }
+}
+
+/// Whether a tag is a name, or stands between hyphens and dots in it.
+fn has(name: &str, tag: &str) -> bool {
+    let is_end = |c: Option<char>| c.is_none_or(|c| "-.".contains(c));
+    name.match_indices(tag).any(|(start, _)| {
+        is_end(name[..start].chars().next_back()) && is_end(name[start + tag.len()..].chars().next())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn models_are_named_in_every_spelling() {
+        let name = |id, revision, gguf| Some(Name { id, revision, gguf });
+        let tag = |tag| Some(Gguf::Tag(tag));
+        let path = |path| Some(Gguf::Path(path));
+        for (text, expected) in [
+            ("gpt2", name("gpt2", None, None)),
+            ("org/name", name("org/name", None, None)),
+            ("org/name@main", name("org/name", Some("main"), None)),
+            ("org/name@", name("org/name", Some(""), None)),
+            ("org/name@refs/pr/1", name("org/name", Some("refs/pr/1"), None)),
+            ("org/name:Q4_K_M", name("org/name", None, tag("Q4_K_M"))),
+            ("org/name:Q4_K_M@v2", name("org/name", Some("v2"), tag("Q4_K_M"))),
+            ("org/name@v2:Q4_K_M", name("org/name", Some("v2"), tag("Q4_K_M"))),
+            ("hf.co/org/name:UD-IQ1_S", name("org/name", None, tag("UD-IQ1_S"))),
+            ("huggingface.co/org/name", name("org/name", None, None)),
+            ("org/name:m.Q8_0.gguf", name("org/name", None, tag("m.Q8_0.gguf"))),
+            ("org/name/m.Q8_0.gguf", name("org/name", None, path("m.Q8_0.gguf"))),
+            ("org/name/BF16/m.GGUF@v2", name("org/name", Some("v2"), path("BF16/m.GGUF"))),
+            ("name.gguf:q4_0", name("name.gguf", None, tag("q4_0"))),
+        ] {
+            assert_eq!(Name::of(text), expected, "{text}");
+        }
+        for text in [
+            "",
+            "/",
+            "a b",
+            "a/b/c",
+            "@main",
+            "org/..",
+            "../x",
+            "/no/such/path",
+            "org/name:",
+            ":Q4_0",
+            "org/name:a/b",
+            "org/name:..",
+            "org/name/../x.gguf",
+            "org/name//x.gguf",
+            "org/name/.gguf",
+            "org/name/x.gguf:Q4_0",
+            "org/name:Q4_0@v2:Q8_0",
+            "org/name:Q4 0",
+            "org//m.gguf",
+            "hf.co/a/b/c",
+        ] {
+            assert_eq!(Name::of(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn tags_are_parts_of_names() {
+        for (tag, file, expected) in [
+            ("Q4_K_M", "model-Q4_K_M.gguf", true),
+            ("q4_k_m", "model.Q4_K_M.gguf", true),
+            ("Q4_K_M", "model-q4_k_m.gguf", true),
+            ("Q4_K", "model-Q4_K_M.gguf", false),
+            ("K_M", "model-Q4_K_M.gguf", false),
+            ("Q4_K_M", "model-Q4_K_M-imat.gguf", true),
+            ("Q4_K_XL", "model-UD-Q4_K_XL.gguf", true),
+            ("UD-Q4_K_XL", "model-UD-Q4_K_XL.gguf", true),
+            ("BF16", "BF16/model-BF16-00001-of-00002.gguf", true),
+            ("BF16", "BF16/model.gguf", true),
+            ("model-Q8_0.gguf", "model-Q8_0.gguf", true),
+            ("Model-Q8_0.gguf", "deep/model-Q8_0.gguf", true),
+            ("model-Q8_0", "model-Q8_0.gguf", true),
+            ("gguf", "model-Q8_0.gguf", false),
+            ("F16", "model-BF16.gguf", false),
+        ] {
+            assert_eq!(Gguf::Tag(tag).names(file), expected, "{tag} {file}");
+        }
+    }
+
+    #[test]
+    fn parts_are_known_by_their_names() {
+        for (file, expected) in [
+            ("m-00001-of-00003.gguf", true),
+            ("a/b/m-Q4_K_M-00002-of-00002.GGUF", true),
+            ("m-1-of-3.gguf", false),
+            ("m-00001-of-0003.gguf", false),
+            ("m-00001.gguf", false),
+            ("best-of-three.gguf", false),
+            ("m-of-00003.gguf", false),
+            ("m.gguf", false),
+            (".gguf", false),
+            ("", false),
+        ] {
+            assert_eq!(is_part(file), expected, "{file}");
+        }
+        let files = [
+            "mmproj-model-f16.gguf",
+            "b/mmproj-F16.gguf",
+            "m.imatrix.gguf",
+            "m.gguf",
+            "x/M.GGUF",
+            "README.md",
+            ".gguf",
+        ];
+        assert_eq!(models(&files.map(str::to_owned)), ["m.gguf", "x/M.GGUF"]);
+    }
+}
