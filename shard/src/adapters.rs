@@ -259,7 +259,8 @@ impl<B: Backend> Adapters<B> {
         cache.release(host_bytes);
         let staged = Arc::new(staged.map_err(stage_error)?);
         let bytes = self.ops.adapter_bytes(&staged);
-        let origin = Origin { folder: folder.to_owned(), vocab: adapter.vocab };
+        let hidden_shift = adapter.hidden_shift.map(Arc::from);
+        let origin = Origin { folder: folder.to_owned(), vocab: adapter.vocab, hidden_shift };
         let staged = cache.insert(adapter.hash, staged, host_bytes, origin);
         drop(cache);
         let lora_rank = adapter.max_lora_rank;
@@ -277,6 +278,11 @@ impl<B: Backend> Adapters<B> {
     /// The number of tokens that an adapter has rows for, including those of the model.
     pub fn vocab(&self, content: ContentHash) -> usize {
         self.cache().origin(content).map_or(self.model.decoder.vocab, |origin| origin.vocab)
+    }
+
+    /// The vector that an adapter adds to hidden states.
+    pub fn hidden_shift(&self, content: ContentHash) -> Option<Arc<[f32]>> {
+        self.cache().origin(content)?.hidden_shift
     }
 
     /// The adapters in host memory, and the bytes that each takes.

@@ -23,7 +23,7 @@ use std::{
 use kernels::{HostTensor, LoraPart, LoraShape, LowRank, ReplacedRows};
 use sha2::{Digest, Sha256};
 
-use crate::weights::tensor_file::TensorFile;
+use crate::{decoder::Part, weights::tensor_file::TensorFile};
 pub use base::BaseModel;
 use base::BaseWeights;
 use change::Change;
@@ -67,6 +67,8 @@ pub struct Adapter {
     pub max_lora_rank: usize,
     /// The names of the modules that it changes, distinct and sorted.
     pub sites: Vec<String>,
+    /// The vector that is added to hidden states: the change of the last norm's bias.
+    pub hidden_shift: Option<Vec<f32>>,
     /// The number of tokens that can be looked up: those of the model, and those that only the adapter has.
     pub vocab: usize,
 }
@@ -139,9 +141,13 @@ impl<'a> AdapterFolder<'a> {
         parts.iter_mut().for_each(|part| part.content = hash.number());
         sites.sort_unstable();
         sites.dedup();
+        let last_norm = self.changes.iter().find(|change| change.module.part == Part::Norm);
+        let hidden_shift = last_norm.and_then(|change| change.shift.clone());
+        hidden_shift.iter().flatten().for_each(|x| sha.update(x.to_le_bytes()));
         Ok(Adapter {
             hash,
             max_lora_rank,
+            hidden_shift,
             parts,
             sites,
             vocab: self.changes.iter().map(Change::tokens).fold(self.base.model.decoder.vocab, usize::max),
@@ -149,7 +155,7 @@ impl<'a> AdapterFolder<'a> {
     }
 }
 
-/// Hashes what kernels compute with, so that two folders with the same output have the same identity, however they are
+/// Hashes what is computed with, so that two folders with the same output have the same identity, however they are
 /// written.
 fn hash(sha: &mut Sha256, part: &LoraPart) {
     let LoraShape { site, slice, lora_rank, has_magnitude, has_bias, rows } = part.shape();

@@ -28,6 +28,8 @@ pub(super) struct Origin {
     pub(super) folder: PathBuf,
     /// The number of tokens that it has rows for, including those of the model.
     pub(super) vocab: usize,
+    /// The vector that is added to hidden states.
+    pub(super) hidden_shift: Option<Arc<[f32]>>,
 }
 
 /// Both caches, and the memory that host copies take.
@@ -143,7 +145,7 @@ mod tests {
             cache.known(&version(i));
             let mut content = [0; 32];
             content[..8].copy_from_slice(&i.to_le_bytes());
-            let origin = Origin { folder: "folder".into(), vocab: 96 };
+            let origin = Origin { folder: "folder".into(), vocab: 96, hidden_shift: None };
             cache.insert(ContentHash(content), Arc::new(()), 0, origin);
         }
         assert_eq!((cache.known.len(), cache.origins.len()), (REMEMBERED.get(), REMEMBERED.get()));

@@ -21,7 +21,6 @@ pub(super) struct Launched<B: Backend> {
     scored: Vec<(u64, usize, usize)>,
     scores: Option<B::Pending>,
     hidden: Vec<HiddenRows>,
-    rows: usize,
     refused: Vec<Refusal>,
     /// The beginning and the end of the step on the device. The end is the fence for all results of the step.
     marks: Marks<B>,
@@ -88,7 +87,6 @@ impl<B: Backend> State<B> {
             scored: wanted.scored,
             scores,
             hidden: wanted.hidden,
-            rows,
             refused,
             marks,
             pause,
@@ -210,8 +208,7 @@ impl<B: Backend> State<B> {
 
     /// Waits for a step, and returns its results.
     pub(super) fn collect(&mut self, launched: Launched<B>) -> kernels::Result<StepResult> {
-        let Launched { id, samples, rounds, scored, scores, hidden, rows, refused, marks, pause, .. } =
-            launched;
+        let Launched { id, samples, rounds, scored, scores, hidden, refused, marks, pause, .. } = launched;
         let mut outputs = self.collect_tokens(&samples, rounds)?;
         let mut scores = self.choices(scores)?.into_iter();
         outputs.extend(scored.into_iter().map(|(sequence, position, count)| Output::PromptScores {
@@ -220,15 +217,7 @@ impl<B: Backend> State<B> {
             tokens: scores.by_ref().take(count).collect(),
         }));
         if !hidden.is_empty() {
-            let values = self.ops.download(&self.scratch.hidden)?;
-            let width = values.len() / rows;
-            for wanted in hidden {
-                let Some(Place::Seated(sequence)) = self.sequences.get_mut(&wanted.sequence) else {
-                    continue;
-                };
-                let own = &values[wanted.start * width..(wanted.start + wanted.rows) * width];
-                outputs.extend(pooling::pool(sequence, &wanted, own, width));
-            }
+            outputs.append(&mut self.collect_hidden(hidden)?);
         }
         let seconds = |from, to| self.ops.seconds_between(from, to);
         let seconds = match &pause {
@@ -240,6 +229,25 @@ impl<B: Backend> State<B> {
             Some(_) => self.idle.interrupt(),
         }
         Ok(StepResult { id, outputs, duration_us: (seconds * 1e6) as u64, refused })
+    }
+
+    /// Reads hidden states, with what the adapter of each sequence adds to them, and pools those that are to be pooled.
+    fn collect_hidden(&mut self, hidden: Vec<HiddenRows>) -> kernels::Result<Vec<Output>> {
+        let mut values = self.ops.download(&self.scratch.hidden)?;
+        let width = self.model.decoder().hidden;
+        let mut outputs = Vec::new();
+        for wanted in hidden {
+            let Some(Place::Seated(sequence)) = self.sequences.get(&wanted.sequence) else { continue };
+            let shift = self.hidden_shift(sequence.slot);
+            let own = &mut values[wanted.start * width..(wanted.start + wanted.rows) * width];
+            for row in own.chunks_exact_mut(width) {
+                row.iter_mut().zip(shift.iter().flat_map(|shift| shift.iter())).for_each(|(x, d)| *x += d);
+            }
+            if let Some(Place::Seated(sequence)) = self.sequences.get_mut(&wanted.sequence) {
+                outputs.extend(pooling::pool(sequence, &wanted, own, width));
+            }
+        }
+        Ok(outputs)
     }
 
     /// The sampled tokens in the order of their rows.

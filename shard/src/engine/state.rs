@@ -383,16 +383,26 @@ impl<B: Backend> State<B> {
         let Some(largest) = tokens.max().filter(|token| *token as usize >= vocab) else {
             return Ok(());
         };
-        let limit = match slot.and_then(|slot| self.slot_states.get(slot as usize)) {
-            Some(Slot::Fetching(content, _) | Slot::Loading(content, _) | Slot::Ready(content, _)) => {
-                self.adapters.vocab(*content)
-            }
-            Some(Slot::Empty) | None => vocab,
-        };
+        let limit = self.content(slot).map_or(vocab, |content| self.adapters.vocab(content));
         if largest as usize >= limit {
             return Err(format!("token {largest} is out of range, limit {limit}"));
         }
         Ok(())
+    }
+
+    /// The adapter in a slot.
+    fn content(&self, slot: Option<u32>) -> Option<ContentHash> {
+        match self.slot_states.get(slot? as usize)? {
+            Slot::Fetching(content, _) | Slot::Loading(content, _) | Slot::Ready(content, _) => {
+                Some(*content)
+            }
+            Slot::Empty => None,
+        }
+    }
+
+    /// The vector that the adapter in a slot adds to hidden states.
+    pub(super) fn hidden_shift(&self, slot: Option<u32>) -> Option<Arc<[f32]>> {
+        self.adapters.hidden_shift(self.content(slot)?)
     }
 
     /// Refuses a sequence: its seat is freed, and none of its rows is computed any more.

@@ -6,7 +6,7 @@ use kernels::{Backend, DType, cpu::CpuBackend};
 use lifecycle::Supervisor;
 use lorax_shard::{
     adapters::Adapters,
-    engine::{Command, EventStream, Heartbeat, Held, StepError},
+    engine::{Command, Engine, EventStream, Heartbeat, Held, StepError},
     step::{Event, Mask, Masks, NewSequence, Output, Rows, SessionEvent, Step, StepResult},
 };
 use model::{
@@ -71,6 +71,16 @@ impl<B: Backend> Shard<B> {
     pub(crate) fn of(files: &Files, ops: B, host_bytes: usize) -> Shard<B> {
         let folder = tempfile::tempdir().unwrap();
         let (engine, adapters) = tiny::engine_of(files, ops, folder.path(), (host_bytes, 2));
+        Shard::run(folder, engine, adapters)
+    }
+
+    /// One of a folder with a model and adapters.
+    pub(crate) fn in_folder(folder: tempfile::TempDir, ops: B) -> Shard<B> {
+        let (engine, adapters) = tiny::engine_in(ops, folder.path(), (1 << 20, 2));
+        Shard::run(folder, engine, adapters)
+    }
+
+    fn run(folder: tempfile::TempDir, engine: Engine<B>, adapters: Arc<Adapters<B>>) -> Shard<B> {
         let (commands, received) = mpsc::channel(16);
         let (heartbeat, longest_step) = (engine.heartbeat(), engine.longest_step());
         let (end, ended) = oneshot::channel();

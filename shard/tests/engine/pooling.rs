@@ -1,8 +1,11 @@
 //! Hidden states and what is pooled of them.
 
-use kernels::cpu::CpuBackend;
+use std::{fs, path::Path};
+
+use kernels::{DType, cpu::CpuBackend};
 use lorax_shard::step::{NewSequence, Output, Pooling, PoolingKind, Rows, Step};
-use model::adapter::ContentHash;
+use model::{adapter::ContentHash, testing::seeded::Manifest};
+use serde_json::Value;
 
 use crate::harness::{Router, Shard, prompt, rows, tokens_of};
 
@@ -98,6 +101,73 @@ async fn hidden_states_follow_tokens_and_adapters() {
     assert!(plain.iter().zip(&adapted).all(|(plain, adapted)| plain != adapted), "an adapter has a say");
     let longer = states(&mut router, new(PoolingKind::None, false, 31), 31).await;
     assert_eq!(plain, longer[..20], "what follows has none");
+}
+
+/// The tensor of that name in a safetensors file of f32.
+fn tensor(file: &Path, name: &str) -> Vec<f32> {
+    let all = fs::read(file).unwrap();
+    let (len, rest) = all.split_first_chunk().unwrap();
+    let (header, data) = rest.split_at(u64::from_le_bytes(*len) as usize);
+    let header: Value = serde_json::from_slice(header).unwrap();
+    let offsets: [usize; 2] = serde_json::from_value(header[name]["data_offsets"].clone()).unwrap();
+    data[offsets[0]..offsets[1]].as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
+}
+
+/// PEFT's log-probabilities follow from hidden states and the output projection alone, also where an adapter has trained
+/// the bias of the last norm.
+#[tokio::test]
+async fn hidden_states_have_the_trained_bias_of_the_last_norm() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../integration-tests/fixtures/families");
+    for (family, head) in [("gpt2", "transformer.wte.weight"), ("gpt-neox", "embed_out.weight")] {
+        let (from, folder) = (fixtures.join(family), tempfile::tempdir().unwrap());
+        let write = |manifest: &str, to: &str| {
+            let manifest = Manifest::read(&from.join(manifest)).unwrap();
+            manifest.write(&folder.path().join(to), DType::F32).unwrap();
+        };
+        write("model.json", "model");
+        write("kinds/bias-all.json", "adapters/one");
+        write("kinds/lora-bias.json", "adapters/two");
+        let head = tensor(&folder.path().join("model/model.safetensors"), head);
+        let kinds: Value = serde_json::from_slice(&fs::read(from.join("kinds.json")).unwrap()).unwrap();
+        let shard = Shard::in_folder(folder, CpuBackend::new(DType::F32, 1).unwrap());
+        let (one, two) = (shard.prepared("one").await, shard.prepared("two").await);
+        let mut router = shard.attach().await;
+        for (slot, content) in [(0, one), (1, two)] {
+            router.send(Step { load: vec![(slot, content)], ..Step::default() }).await;
+            assert_eq!(router.slot_event().await, (slot, None));
+        }
+        for (slot, kind, chunk) in
+            [(0, "bias-all", 32), (0, "bias-all", 7), (1, "lora-bias", 32), (1, "lora-bias", 9)]
+        {
+            let cases = kinds["cases"].as_array().unwrap();
+            let case = cases.iter().find(|case| case["adapter"] == kind).unwrap();
+            let tokens: Vec<u32> =
+                serde_json::from_value(kinds["prompts"][case["prompt"].as_u64().unwrap() as usize].clone())
+                    .unwrap();
+            let pooling = Some(Pooling { kind: PoolingKind::None, normalize: false });
+            let new =
+                NewSequence { slot: Some(slot), prompt_len: tokens.len(), tokens, pooling, ..prompt(5) };
+            let tokens = new.tokens.clone();
+            let mut states = Vec::new();
+            for output in vectors(&mut router, new, chunk).await {
+                let Output::HiddenStates { values, .. } = output else { panic!("{output:?}") };
+                states.extend(values.chunks(64).map(<[f32]>::to_vec));
+            }
+            assert_eq!(states.len(), tokens.len());
+            let positions =
+                case["positions"].as_array().unwrap().iter().zip(case["logprobs"].as_array().unwrap());
+            for (at, expected) in positions {
+                let at = at.as_u64().unwrap() as usize;
+                let dot =
+                    |row: &[f32]| row.iter().zip(&states[at]).map(|(x, y)| f64::from(x * y)).sum::<f64>();
+                let logits: Vec<f64> = head.chunks(64).map(dot).collect();
+                let sum = logits.iter().map(|logit| logit.exp()).sum::<f64>().ln();
+                let got = logits[tokens[at + 1] as usize] - sum;
+                let off = (got - expected.as_f64().unwrap()).abs();
+                assert!(off <= 2e-3, "{family}, {kind} in chunks of {chunk}, at {at}: off by {off}");
+            }
+        }
+    }
 }
 
 #[tokio::test]

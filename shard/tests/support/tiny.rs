@@ -40,11 +40,20 @@ pub(crate) fn engine_of<B: Backend>(
     folder: &Path,
     (host_bytes, num_slots): (usize, usize),
 ) -> (Engine<B>, Arc<Adapters<B>>) {
-    let at = |name: &str| folder.join(name);
-    files.write_model(&at("model")).unwrap();
+    files.write_model(&folder.join("model")).unwrap();
     for (name, seed) in [("one", 1), ("two", 2)] {
-        write_adapter(&at("adapters").join(name), seed);
+        write_adapter(&folder.join("adapters").join(name), seed);
     }
+    engine_in(ops, folder, (host_bytes, num_slots))
+}
+
+/// As [`engine_of`], of a folder `model`, and of adapters below a folder `adapters`.
+pub(crate) fn engine_in<B: Backend>(
+    ops: B,
+    folder: &Path,
+    (host_bytes, num_slots): (usize, usize),
+) -> (Engine<B>, Arc<Adapters<B>>) {
+    let at = |name: &str| folder.join(name);
     let ops = Arc::new(ops);
     let model = Arc::new(Model::load(&*ops, &at("model"), &mut |_| {}).unwrap());
     let roots = Roots::new(Some(&at("adapters")), &[]).unwrap();

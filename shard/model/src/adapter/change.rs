@@ -74,7 +74,7 @@ pub(super) struct Change {
     delta_bias: Option<String>,
     /// The bias that replaces the model's.
     bias: Option<String>,
-    /// The vector that the trained bias of a norm adds to the module's input.
+    /// The vector that the trained bias of a norm adds to the module's input; of the last norm, to its output.
     pub(super) shift: Option<Vec<f32>>,
     rows: Option<Rows>,
 }

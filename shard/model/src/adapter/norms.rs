@@ -1,6 +1,6 @@
 //! Trained biases of norms (`bias: all`). No backend changes a norm for an adapter. But a vector d that is added after
 //! a norm reaches only the projections that read it, and `W · (x + d) = W · x + W · d`: `W · d` becomes a bias of each
-//! of them.
+//! of them. What is reported of the last norm's output itself, hidden states, has d added to it.
 
 use super::{AdapterError, base::BaseWeights, change::Change, values::Values};
 use crate::{
@@ -38,6 +38,7 @@ pub(super) fn spread(
         let own = values.vector(&name, change.module.outputs)?;
         let shift: Vec<f32> = own.iter().zip(base.bias(&change.module)?).map(|(x, y)| x - y).collect();
         if shift.iter().any(|x| *x != 0.0) {
+            change.shift = (change.module.part == Part::Norm).then(|| shift.clone());
             shifts.push((change.module.clone(), name, shift));
         }
     }
