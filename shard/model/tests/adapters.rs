@@ -314,7 +314,6 @@ fn tensors_that_a_field_promises_must_be_there() {
         ("lora_bias", json!(true), "layers.0.self_attn.q_proj.lora_B.bias is missing"),
         ("trainable_token_indices", json!([1]), "trainable_tokens_delta is missing"),
         ("trainable_token_indices", json!([]), "trainable_token_indices is missing or not distinct tokens"),
-        ("trainable_token_indices", json!([96]), "trainable_token_indices is missing or not distinct tokens"),
         ("trainable_token_indices", json!([-1]), "trainable_token_indices is missing or not distinct tokens"),
         (
             "trainable_token_indices",
@@ -326,6 +325,54 @@ fn tensors_that_a_field_promises_must_be_there() {
     ] {
         let refusal = read(&with(field, value.clone())).err().unwrap_or_else(|| panic!("{field} = {value}"));
         assert!(refusal.contains(cause), "{refusal}");
+    }
+}
+
+/// PEFT has an index error for them, unless the model was given more rows before.
+#[test]
+fn tokens_beyond_the_models_rows_are_refused_by_number() {
+    for (value, number) in [
+        (json!([96]), 96),
+        (json!([95, 96]), 96),
+        (json!([3, 200, 97]), 200),
+        (json!([1000, 96]), 1000),
+        (json!([4_294_967_295_u32]), u32::MAX),
+        (json!({"embed_tokens": [96]}), 96),
+        (json!({"lm_head": [97]}), 97),
+        (json!({"model.embed_tokens": [0, 128]}), 128),
+        (json!({"embed_tokens": [1], "lm_head": [4000]}), 4000),
+        (json!({"embed_tokens": [98], "lm_head": [1]}), 98),
+    ] {
+        let refusal = read(&with("trainable_token_indices", value.clone())).unwrap_err();
+        let expected =
+            format!("trainable_token_indices = {number}, beyond the 96 rows of the model's table, is not");
+        assert!(refusal.contains(&expected), "{value}: {refusal}");
+    }
+}
+
+/// What is trained so cannot be served as it is, and can be converted.
+#[test]
+fn initializations_that_change_the_model_are_refused_with_the_way_to_convert_them() {
+    for way in [
+        "pissa",
+        "pissa_niter_0",
+        "pissa_niter_1",
+        "pissa_niter_4",
+        "pissa_niter_16",
+        "pissa_niter_64",
+        "pissa_new",
+        "corda",
+        "corda_kpm",
+        "corda_ipm",
+    ] {
+        let refusal = read(&with("init_lora_weights", json!(way))).unwrap_err();
+        let expected =
+            format!("init_lora_weights = {way} is not supported: it changed the weights of the model");
+        assert!(refusal.contains(&expected), "{refusal}");
+        assert!(
+            refusal.contains("save the adapter with `path_initial_model_for_weight_conversion`"),
+            "{refusal}"
+        );
     }
 }
 

@@ -140,16 +140,42 @@ impl TensorFile {
                 self.read(place, index(row, cols.start), to)?;
             }
         } else {
-            // For example a transposed matrix: everything between the first and the last element is read once.
-            let first = index(rows.start, cols.start);
-            let mut span = vec![0; (index(rows.end - 1, cols.end - 1) + 1 - first) * size];
-            self.read(place, first, &mut span)?;
-            let places = rows.flat_map(|row| cols.clone().map(move |col| (index(row, col) - first) * size));
-            for (to, at) in data.chunks_exact_mut(size).zip(places) {
-                to.copy_from_slice(&span[at..at + size]);
-            }
+            self.scattered(place, (rows, cols), &mut data)?;
         }
         Ok(data)
+    }
+
+    /// Reads rows and columns whose elements are not side by side, for example of a transposed matrix. Either everything
+    /// between the first and the last element is read, or one line after another along the axis on which elements are
+    /// closer together: a few rows of a transposed table are then not most of it.
+    fn scattered(
+        &self,
+        place: &Place,
+        (rows, cols): (Range<usize>, Range<usize>),
+        data: &mut [u8],
+    ) -> Result<()> {
+        let size = place.ty.size();
+        let [row_stride, col_stride] = *place.strides else { return Ok(()) };
+        let width = cols.len();
+        let first = rows.start * row_stride + cols.start * col_stride;
+        let span = |rows: usize, cols: usize| ((rows - 1) * row_stride + (cols - 1) * col_stride + 1) * size;
+        let (lines, line) = match (span(rows.len(), width), row_stride < col_stride) {
+            (whole, _) if whole <= 2 * data.len() => ((1, 0), (rows.len(), width)),
+            (_, true) => ((width, col_stride), (rows.len(), 1)),
+            (_, false) => ((rows.len(), row_stride), (1, width)),
+        };
+        let mut read = vec![0; span(line.0, line.1)];
+        for i in 0..lines.0 {
+            self.read(place, first + i * lines.1, &mut read)?;
+            // The first row and column of the line, within the part.
+            let (row, col) = if line.1 == 1 { (0, i) } else { (i, 0) };
+            for (j, k) in (0..line.0).flat_map(|j| (0..line.1).map(move |k| (j, k))) {
+                let at = (j * row_stride + k * col_stride) * size;
+                let to = ((row + j) * width + col + k) * size;
+                data[to..to + size].copy_from_slice(&read[at..at + size]);
+            }
+        }
+        Ok(())
     }
 
     /// Reads elements from an offset.

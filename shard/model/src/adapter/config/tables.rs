@@ -95,7 +95,11 @@ impl AdapterConfig {
             (!tokens.is_empty() && distinct.len() == tokens.len()).then_some(tokens)
         };
         let rows = |part: Part, value: &Value| {
-            let tokens = listed(value).filter(|tokens| tokens.iter().all(|id| (*id as usize) < vocab));
+            let tokens = listed(value);
+            // PEFT cannot make such an adapter of this model, but of one with a larger table.
+            if let Some(id) = tokens.iter().flatten().find(|id| **id as usize >= vocab) {
+                return refuse(field, format!("{id}, beyond the {vocab} rows of the model's table,"));
+            }
             let expected = "distinct tokens of the model, in a list or in lists by module";
             let tokens = tokens.ok_or(AdapterError::Field { field, expected })?;
             Ok(TokenRows { part, of: part, tokens })

@@ -8,7 +8,10 @@ use safetensors::{Dtype, View, serialize_to_file};
 use serde_json::json;
 
 use super::TensorFile;
-use crate::LoadError;
+use crate::{
+    LoadError,
+    testing::{Pickle, write_archive},
+};
 
 const ROWS: usize = 7;
 const COLS: usize = 9;
@@ -130,4 +133,52 @@ fn only_what_is_asked_for_is_read() {
     let end = COLS as usize;
     let part = opened.part("wide", 1..3, end - 3..end).unwrap();
     assert_eq!(part.into_dense().to_f32(), [0.0, 1.5, 0.0, 0.0, 2.5, 0.0]);
+}
+
+/// Views of a storage as torch can save them: whatever the strides, parts are slices of what the view shows.
+#[test]
+fn parts_of_views_are_what_the_views_show() {
+    const ELEMENTS: i64 = 4096;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.bin");
+    let data: Vec<u8> = (0..ELEMENTS).flat_map(|i| (i as f32).to_le_bytes()).collect();
+    for (shape, strides, offset) in [
+        ([7, 9], [9, 1], 0),
+        ([7, 9], [1, 7], 0),
+        ([7, 9], [1, 7], 11),
+        ([7, 9], [1, 64], 3),
+        ([7, 9], [64, 1], 3),
+        ([7, 9], [2, 14], 0),
+        ([7, 9], [18, 2], 5),
+        ([7, 9], [3, 100], 0),
+        ([7, 9], [100, 3], 0),
+        ([7, 9], [0, 1], 2),
+        ([7, 9], [1, 0], 2),
+        ([7, 9], [0, 5], 2),
+        ([64, 3], [1, 1000], 0),
+        ([3, 64], [1000, 1], 0),
+        ([3, 64], [1, 3], 0),
+        ([1, 9], [1, 64], 0),
+        ([9, 1], [64, 1], 0),
+        ([9, 1], [1, 9], 0),
+    ] {
+        let pickle = Pickle::default().op(&[0x80, 2]).dictionary().op(b"(").text("x");
+        let pickle = pickle.tensor(("0", ELEMENTS), offset, &shape, &strides).op(b"u.");
+        let entries = [("data.pkl", pickle.0.as_slice()), ("byteorder", b"little"), ("data/0", &data[..])];
+        write_archive(&path, &entries).unwrap();
+        let file = TensorFile::open(&path).unwrap();
+        let [height, width] = shape.map(|axis| axis as usize);
+        for rows in [0..height, 0..1, height / 2..height, height - 1..height, 0..0] {
+            for cols in [0..width, 0..1, width / 2..width, width - 1..width, 0..0] {
+                let got = file.part("x", rows.clone(), cols.clone()).unwrap().into_dense().to_f32();
+                let element = |row: usize, col: usize| {
+                    (offset + row as i64 * strides[0] + col as i64 * strides[1]) as f32
+                };
+                let columns = || cols.clone();
+                let expected: Vec<f32> =
+                    rows.clone().flat_map(|row| columns().map(move |col| element(row, col))).collect();
+                assert_eq!(got, expected, "{shape:?} {strides:?} {rows:?} {cols:?}");
+            }
+        }
+    }
 }
