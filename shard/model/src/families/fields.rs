@@ -173,9 +173,8 @@ impl Fields {
     /// Refuses fields that ask for a feature that no page has read.
     pub(super) fn check_off(&self) -> Result<()> {
         let asked = self.asked.borrow();
-        let is_on = |value: &&Value| !is_off(value);
-        let on = |field: &&str| !asked.contains(*field) && self.json.get(*field).filter(is_on).is_some();
-        match OFF.into_iter().find(|field| on(&field)) {
+        let is_on = |field: &&str| !asked.contains(*field) && !self.json.get(*field).is_none_or(is_off);
+        match OFF.into_iter().find(is_on) {
             Some(field) => Err(unsupported(field, &self.json[field], "")),
             None => Ok(()),
         }

@@ -185,6 +185,10 @@ fn wrappers_that_are_not_served_are_refused_by_name() {
         let expected = format!("model_type {other:?} is not supported; known are llama, mistral, qwen2,");
         assert!(refusal.starts_with(&expected), "{refusal}");
     }
+}
+
+#[test]
+fn fields_of_wrappers_that_are_not_served_are_refused_by_name() {
     let object = "text_config is missing or not an object";
     for (wrapper, field, value, expected) in [
         ("gemma3", "text_config", Value::Null, object),
