@@ -137,13 +137,13 @@ impl<'a> AdapterFolder<'a> {
         if changes_nothing {
             return Err(AdapterError::ChangesNothing);
         }
+        let last_norm = self.changes.iter().find(|change| change.module.part == Part::Norm);
+        let hidden_shift = last_norm.and_then(|change| change.shift.clone());
+        hidden_shift.iter().flatten().for_each(|x| sha.update(x.to_le_bytes()));
         let hash = ContentHash(sha.finalize().into());
         parts.iter_mut().for_each(|part| part.content = hash.number());
         sites.sort_unstable();
         sites.dedup();
-        let last_norm = self.changes.iter().find(|change| change.module.part == Part::Norm);
-        let hidden_shift = last_norm.and_then(|change| change.shift.clone());
-        hidden_shift.iter().flatten().for_each(|x| sha.update(x.to_le_bytes()));
         Ok(Adapter {
             hash,
             max_lora_rank,
