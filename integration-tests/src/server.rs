@@ -158,6 +158,19 @@ impl Server {
             .collect())
     }
 
+    /// Process ids of the shards, by rank.
+    pub fn ranks(&self) -> Result<Vec<u32>> {
+        let mut ranks = Vec::new();
+        for id in self.children("lorax-shard")? {
+            let line = std::fs::read(format!("/proc/{id}/cmdline"))?;
+            let words: Vec<_> = line.split(|byte| *byte == 0).collect();
+            let rank = words.windows(2).find(|pair| pair[0] == b"--rank").context("no --rank")?[1];
+            ranks.push((std::str::from_utf8(rank)?.parse::<usize>()?, id));
+        }
+        ranks.sort_unstable();
+        Ok(ranks.into_iter().map(|(_, id)| id).collect())
+    }
+
     /// Sends a signal to a process.
     pub fn signal(id: u32, signal: &str) -> Result<()> {
         let status = Command::new("kill").args([signal, &id.to_string()]).status()?;
@@ -168,6 +181,25 @@ impl Server {
     pub fn terminate(&mut self) -> Result<ExitStatus> {
         Self::signal(self.launcher.id(), "-TERM")?;
         Ok(self.launcher.wait()?)
+    }
+}
+
+impl Server {
+    /// Kills the launcher alone, and waits until it is gone.
+    pub fn kill(&mut self) -> Result<ExitStatus> {
+        self.launcher.kill()?;
+        Ok(self.launcher.wait()?)
+    }
+
+    /// Waits until these processes have given back all that they held.
+    pub async fn until_gone(ids: &[u32]) -> Result<()> {
+        let begun = Instant::now();
+        // A process that its parent has not waited for has no memory any more.
+        while let Some(left) = ids.iter().find(|id| Path::new(&format!("/proc/{id}/exe")).exists()) {
+            ensure!(begun.elapsed() < DEADLINE, "process {left} is still there");
+            sleep(PAUSE).await;
+        }
+        Ok(())
     }
 }
 

@@ -77,8 +77,8 @@ pub(crate) struct Child {
     process: Process,
     /// Its process group, in which is whatever it starts.
     group: Option<Pid>,
-    /// Whether it was silent for too long.
-    hangs: bool,
+    /// How long it was silent, if that was too long.
+    hangs: Option<Duration>,
     /// Closing it tells the child to stop. Held apart, because waiting for a process closes its own.
     stdin: Option<ChildStdin>,
     heartbeat: Heartbeat,
@@ -116,7 +116,7 @@ impl Child {
         let heartbeat =
             Heartbeat { bytes: process.stdout.take(), last: Instant::now(), patience, serving: false };
         let group = process.id().and_then(|id| Pid::from_raw(id.try_into().ok()?));
-        Ok(Child { name, stdin: process.stdin.take(), process, group, hangs: false, heartbeat, log })
+        Ok(Child { name, stdin: process.stdin.take(), process, group, hangs: None, heartbeat, log })
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -133,7 +133,7 @@ impl Child {
         let status = tokio::select! {
             biased;
             silent = self.heartbeat.stopped() => {
-                self.hangs = true;
+                self.hangs = Some(silent);
                 return Ok(End::Silent(silent));
             }
             status = self.process.wait() => status?,
@@ -144,24 +144,34 @@ impl Child {
         Ok(End::Exited(status))
     }
 
+    /// From now on it may be silent no longer than this, even if it was told more before.
+    pub(crate) fn must_beat_within(&mut self, silence: Duration) {
+        self.heartbeat.patience = self.heartbeat.patience.min(silence);
+    }
+
     /// Asks it to end, and kills it when `patience` has passed `since` then, or at once if it hangs. Afterwards it is
     /// gone, with all that it has started. The future may be dropped and this called again.
     pub(crate) async fn stop(&mut self, since: Instant, patience: Duration) -> io::Result<End> {
         drop(self.stdin.take());
-        let status = match self.hangs {
-            true => None,
-            false => timeout_at(since + patience, self.process.wait()).await.ok().transpose()?,
+        let end = match self.hangs {
+            Some(silent) => End::Silent(silent),
+            None => tokio::select! {
+                biased;
+                status = self.process.wait() => End::Exited(status?),
+                () = sleep_until(since + patience) => {
+                    tracing::warn!("{} did not stop within {} s, killing it", self.name, patience.as_secs_f32());
+                    End::Killed
+                }
+                silent = self.heartbeat.stopped() => End::Silent(silent),
+            },
         };
-        if status.is_none() && !self.hangs {
-            tracing::warn!("{} did not stop within {} s, killing it", self.name, patience.as_secs_f32());
-        }
         if let Some(group) = self.group {
             // Usually there is nothing left.
             let _ = kill_process_group(group, Signal::KILL);
         }
         self.process.wait().await?;
         self.last_lines().await;
-        Ok(status.map_or(End::Killed, End::Exited))
+        Ok(end)
     }
 
     /// Waits until the last line of a process that has ended is passed on.

@@ -21,6 +21,9 @@ const LONGEST_BACKOFF: Duration = Duration::from_secs(10);
 const STABLE: Duration = Duration::from_secs(60);
 /// Time for the other members to end once one has ended. They may wait for it in a collective that never returns.
 const LAST_WORK: Duration = Duration::from_secs(3);
+/// A member that is silent for longer than this when another one has ended is taken to be the cause: ranks that wait
+/// for a suspended one give up after about as long as the launcher does.
+const SUSPECT: Duration = Duration::from_secs(2);
 
 /// A group that is started again whenever one of its members ends.
 pub(crate) struct Group<Start> {
@@ -84,6 +87,7 @@ impl<Start: Fn() -> Result<Vec<Child>, Failure>> Group<Start> {
             match self.phase {
                 Phase::Running => {
                     let (first, end) = self.first_end().await?;
+                    self.members.iter_mut().for_each(|child| child.must_beat_within(SUSPECT));
                     self.phase = Phase::Ending { first, end, since: Instant::now() };
                 }
                 Phase::Ending { first, end, since } => {
@@ -111,11 +115,8 @@ impl<Start: Fn() -> Result<Vec<Child>, Failure>> Group<Start> {
     async fn first_end(&mut self) -> io::Result<(usize, End)> {
         let ends = self.members.iter_mut().map(|child| Box::pin(child.ended()));
         let (end, index, _) = select_all(ends).await;
-        let (end, name) = (end?, self.members[index].name());
-        match end {
-            End::Silent(_) => tracing::error!("{name} hangs ({end}): killing it"),
-            _ => tracing::error!("{name} ended ({end})"),
-        }
+        let end = end?;
+        report(self.members[index].name(), end);
         Ok((index, end))
     }
 
@@ -124,18 +125,20 @@ impl<Start: Fn() -> Result<Vec<Child>, Failure>> Group<Start> {
         stopped.into_iter().collect()
     }
 
-    /// The member because of which the group has ended: the first one, unless it ended because it had lost another one.
+    /// The member because of which the group has ended: one that hangs, else the first one, unless it ended because it
+    /// had lost another one.
     fn cause(&self, ends: &[End], first: usize) -> (String, End) {
-        for (index, (member, end)) in self.members.iter().zip(ends).enumerate() {
-            if index != first && end.is_of_its_own() {
-                tracing::error!("{} ended ({end})", member.name());
-            } else if index != first {
-                tracing::info!("{} was stopped with it ({end})", member.name());
+        let others = (0..ends.len()).filter(|&index| index != first);
+        for index in others.clone() {
+            match ends[index] {
+                end if end.is_of_its_own() => report(self.members[index].name(), end),
+                end => tracing::info!("{} was stopped with it ({end})", self.members[index].name()),
             }
         }
-        let others = (0..ends.len()).filter(|&index| index != first);
-        let index = std::iter::once(first).chain(others).find(|&index| ends[index].is_of_its_own());
-        let index = index.unwrap_or(first);
+        let mut of_their_own =
+            std::iter::once(first).chain(others).filter(|&index| ends[index].is_of_its_own());
+        let hangs = ends.iter().position(|end| matches!(end, End::Silent(_)));
+        let index = hangs.or_else(|| of_their_own.next()).unwrap_or(first);
         (self.members[index].name().to_owned(), ends[index])
     }
 
@@ -158,5 +161,12 @@ impl<Start: Fn() -> Result<Vec<Child>, Failure>> Group<Start> {
         let patience = if ending.is_some() { LAST_WORK } else { patience };
         let ends = self.stop_all(ending.unwrap_or_else(Instant::now), patience).await;
         ending.is_some() || ends.is_ok_and(|ends| ends.iter().all(End::is_in_order))
+    }
+}
+
+fn report(name: &str, end: End) {
+    match end {
+        End::Silent(_) => tracing::error!("{name} hangs ({end}): killing it"),
+        _ => tracing::error!("{name} ended ({end})"),
     }
 }

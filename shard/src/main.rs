@@ -184,6 +184,9 @@ fn serve_cuda(
     ops.capture_steps(!shard.eager);
     let name = ops.name()?;
     tracing::info!(dtype = name_of(kernels::Memory::dtype(&ops)), "computing on {name}");
+    if config.ranks() > 1 {
+        tracing::info!(rank, "sums over ranks: {}", ops.describe_transport());
+    }
     let room = |ops: &kernels::cuda::CudaBackend| {
         let memory = ops.memory()?;
         let fractions = (shard.cuda_memory_fraction, shard.adapter_memory_fraction);

@@ -142,9 +142,13 @@ fn gone(pid: &str) -> bool {
 
 const UP: [&str; 4] = ["rank 0 pid", "rank 1 pid", "rank 2 pid", "rank 3 pid"];
 
-/// Starts four ranks of a script.
+/// Starts four ranks of a script, which may be silent for two seconds.
 fn four(script: &str) -> Launcher {
-    let args = ["--device", "cpu", "--num-shard", "4", "--step-timeout", "2"];
+    four_within("2", script)
+}
+
+fn four_within(step_timeout: &str, script: &str) -> Launcher {
+    let args = ["--device", "cpu", "--num-shard", "4", "--step-timeout", step_timeout];
     Launcher::with_model().args(&args).shard(script).router("beat; say router up; serve; say router down")
 }
 
@@ -219,6 +223,28 @@ fn the_cause_of_the_end_is_named() {
         assert_eq!(status, code, "{script}: {log}");
         assert!(log.contains(cause), "{script}: {cause:?} in {log}");
     }
+}
+
+/// A rank that waits for a suspended one may give up before the launcher does.
+#[test]
+fn a_rank_that_hangs_is_the_cause_though_another_one_ends_first() {
+    // The launcher alone would wait for a minute.
+    let mut launcher = four_within(
+        "60",
+        "beat; serving; say rank $rank pid $$
+         if [ $rank = 0 ]; then read line < \"$CHILDREN/go\"; exit 70; fi; serve; say rank $rank down",
+    );
+    let go = launcher.fifo("go");
+    let mut running = launcher.start();
+    let first = pids(&running.until_all(&UP));
+    kill("-STOP", &format!("-{}", first[3]));
+    go.write_line("rank 0 has waited long enough");
+    let ended = running.until("restarting in 0.5 s");
+    let of = |text: &str| ended.iter().any(|line| line.contains(text));
+    assert!(of("shard-0 ended (exit status: 70)") && of("shard-3 hangs (no sign of life for"), "{ended:#?}");
+    assert!(first.iter().all(|pid| gone(pid)));
+    running.signal("-TERM");
+    running.ended();
 }
 
 /// Whatever a group leaves in its folder is gone when the next one starts.
