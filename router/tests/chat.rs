@@ -1,8 +1,12 @@
 //! Chat templates, against what transformers renders.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "support/input.rs"]
+mod input;
+
 use std::{collections::BTreeMap, fs, path::Path};
 
+use input::Input;
 use lorax_router::{
     chat::{ChatTemplates, TemplateInput},
     tokenizer::ModelTokenizer,
@@ -10,34 +14,12 @@ use lorax_router::{
 use minijinja::Value;
 use serde::{Deserialize, de::DeserializeOwned};
 
-/// The variables of a template, as the fixtures write them.
-#[derive(Deserialize)]
-struct Input {
-    messages: Vec<Value>,
-    tools: Option<Value>,
-    documents: Option<Value>,
-    #[serde(default)]
-    kwargs: BTreeMap<String, Value>,
-    #[serde(default)]
-    add_generation_prompt: bool,
-    #[serde(default)]
-    continue_final_message: bool,
-}
-
-impl Input {
-    fn template_input(&self) -> TemplateInput {
-        // The fixtures are made with it: an answer that tells the time would be another one tomorrow.
-        let mut kwargs = self.kwargs.clone();
-        kwargs.entry("never".into()).or_insert(Value::from(1));
-        TemplateInput {
-            messages: self.messages.clone(),
-            tools: self.tools.clone(),
-            documents: self.documents.clone(),
-            kwargs,
-            add_generation_prompt: self.add_generation_prompt,
-            continue_final_message: self.continue_final_message,
-        }
-    }
+/// The input of a template. Goldens are made with one more variable: an answer that tells the time would be another one
+/// tomorrow.
+fn template_input(input: &Input) -> TemplateInput {
+    let mut input = TemplateInput::from(input.clone());
+    input.kwargs.entry("never".into()).or_insert(Value::from(1));
+    input
 }
 
 /// Small templates with their output, or null for an error.
@@ -84,7 +66,7 @@ fn assert_all(outcomes: impl Iterator<Item = (String, Option<String>, Result<Str
 fn small_templates_render_as_in_transformers() {
     let Units { input, units } = read("chat/units.json");
     assert!(units.len() > 1000, "{}", units.len());
-    let input = input.template_input();
+    let input = template_input(&input);
     assert_all(units.into_iter().map(|(source, expected)| {
         let got = with_template(&source).render(&input).map_err(|error| error.to_string());
         (source, expected, got)
@@ -101,7 +83,7 @@ fn whole_templates_render_as_in_transformers() {
             let path = fixtures().join(format!("chat/templates/{name}.jinja"));
             with_template(&fs::read_to_string(path).unwrap())
         });
-        let got = templates.render(&inputs[index].template_input()).map_err(|error| error.to_string());
+        let got = templates.render(&template_input(&inputs[index])).map_err(|error| error.to_string());
         (format!("{name} {index}"), expected, got)
     }));
 }
@@ -185,7 +167,7 @@ fn templates_are_chosen_by_what_the_request_has() {
 #[test]
 fn line_breaks_of_a_template_are_all_alike() {
     let render = |source: &str, input: &Input| {
-        with_template(source).render(&input.template_input()).map_err(|error| error.to_string())
+        with_template(source).render(&template_input(input)).map_err(|error| error.to_string())
     };
     let Cases { inputs, cases } = read("chat/cases.json");
     for (name, index, _) in cases {

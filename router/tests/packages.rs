@@ -1,13 +1,16 @@
 //! Tokenizers of published models, which `make tokenizers` installs, against transformers' for the same files.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "support/input.rs"]
+mod input;
+
 use std::{
-    collections::BTreeMap,
     fs,
     os::unix,
     path::{Path, PathBuf},
 };
 
+use input::Input;
 use lorax_router::{
     chat::{ChatTemplates, TemplateInput},
     tokenizer::ModelTokenizer,
@@ -48,34 +51,6 @@ impl<'de> Deserialize<'de> for Same {
 impl Same {
     fn or<'a>(&'a self, text: &'a str) -> &'a str {
         self.0.as_deref().unwrap_or(text)
-    }
-}
-
-/// The variables of a chat.
-#[derive(Deserialize)]
-struct Input {
-    messages: Vec<Value>,
-    tools: Option<Value>,
-    documents: Option<Value>,
-    #[serde(default)]
-    kwargs: BTreeMap<String, Value>,
-    #[serde(default)]
-    add_generation_prompt: bool,
-    #[serde(default)]
-    continue_final_message: bool,
-}
-
-impl From<Input> for TemplateInput {
-    fn from(input: Input) -> TemplateInput {
-        let Input { messages, tools, documents, kwargs, .. } = input;
-        TemplateInput {
-            messages,
-            tools,
-            documents,
-            kwargs,
-            add_generation_prompt: input.add_generation_prompt,
-            continue_final_message: input.continue_final_message,
-        }
     }
 }
 

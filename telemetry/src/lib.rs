@@ -4,6 +4,7 @@
 //! queue and are then dropped, and when the reader is gone, lines go nowhere. Neither can stop or end the program.
 
 mod level;
+pub mod testing;
 
 use std::{
     fs::File,

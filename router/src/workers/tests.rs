@@ -1,11 +1,8 @@
-use std::{
-    io::{self, Write},
-    sync::mpsc::{SyncSender, sync_channel},
-};
+use std::sync::mpsc::{SyncSender, sync_channel};
 
 use futures::FutureExt;
 use tokio::sync::mpsc;
-use tracing::info_span;
+use tracing::{Level, info_span};
 
 use super::*;
 use crate::metrics::Metrics;
@@ -20,30 +17,9 @@ fn workers(threads: usize, limit: Duration) -> (Arc<Workers>, Metrics) {
     (Arc::new(Workers::new(threads, limit, metrics.workers())), metrics)
 }
 
-/// A log that a test reads.
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
-
-impl Write for Log {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl Log {
-    /// The lines that are written meanwhile.
-    fn of(work: impl FnOnce()) -> Vec<String> {
-        let log = Log::default();
-        let writer = log.clone();
-        let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone());
-        tracing::subscriber::with_default(subscriber.finish(), work);
-        let text = log.0.lock().unwrap().clone();
-        String::from_utf8(text).unwrap().lines().map(Into::into).collect()
-    }
+/// The lines that are logged meanwhile.
+fn lines_of(work: impl FnOnce()) -> Vec<String> {
+    telemetry::testing::logged(Level::INFO, work).lines().map(Into::into).collect()
 }
 
 /// Jobs that hang until they are let go.
@@ -171,7 +147,7 @@ async fn threads_are_no_more_than_before_once_jobs_that_hung_have_ended() {
 #[test]
 fn a_job_that_hangs_is_logged_once_with_its_name_its_request_and_its_age() {
     let (workers, _metrics) = workers(1, LIMIT);
-    let lines = Log::of(|| {
+    let lines = lines_of(|| {
         let turn = || free_turn(&workers);
         let first = info_span!("request", id = "r-1").in_scope(|| workers.begin("tokenizing", turn()));
         for _ in 0..13 {

@@ -99,39 +99,17 @@ impl Waits {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        io::{self, Write},
-        sync::{Arc, Mutex},
-        time::{Duration, Instant},
-    };
+    use std::time::{Duration, Instant};
 
     use kernels::{DType, cpu::CpuBackend};
     use tracing::Level;
 
     use super::*;
 
-    /// A log that a test reads.
-    #[derive(Clone, Default)]
-    struct Log(Arc<Mutex<Vec<u8>>>);
-
-    impl Write for Log {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.0.lock().unwrap().write(bytes)
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
     /// Returns what is logged of these steps: milliseconds of the gap before, milliseconds of the step, and its rows.
     /// `None` is an interruption.
     fn logged(steps: impl IntoIterator<Item = Option<(u64, u64, usize)>>) -> String {
-        let log = Log::default();
-        let writer = log.clone();
-        let subscriber =
-            tracing_subscriber::fmt().with_max_level(Level::DEBUG).with_writer(move || writer.clone());
-        tracing::subscriber::with_default(subscriber.with_ansi(false).finish(), || {
+        telemetry::testing::logged(Level::DEBUG, || {
             let ops = CpuBackend::new(DType::F32, 1).unwrap();
             let mut idle = Idle::new();
             let mut now = Instant::now();
@@ -144,8 +122,7 @@ mod tests {
                 now = begin + Duration::from_millis(busy);
                 idle.note(&ops, Marks { begin, end: now, rows: Some(rows) });
             }
-        });
-        String::from_utf8(log.0.lock().unwrap().clone()).unwrap()
+        })
     }
 
     #[test]
