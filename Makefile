@@ -99,6 +99,10 @@ bench-ops: ## Every operation of the CPU backend, beside what this machine does 
 bench-cuda: cuda-toolchain ## Every operation of the CUDA backend beside what the card does at most, then whole steps
 	cargo bench -p kernels --features cuda --bench ops --bench cuda
 
+.PHONY: simulate
+simulate: ## A server with thousands of adapters in virtual time; ARGS=--help lists what can be asked
+	cargo run --release -p exchange --example simulate -- $(ARGS)
+
 .PHONY: bench-scheduler
 bench-scheduler: ## Time to plan one step of a loaded server
 	cargo bench -p scheduler --bench schedule

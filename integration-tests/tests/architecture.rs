@@ -17,7 +17,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("kernels", &[]),
     ("model", &["kernels"]),
     ("scheduler", &[]),
-    ("exchange", &[]),
+    ("exchange", &["scheduler"]),
     ("lorax-shard", &["proto", "model", "kernels"]),
     ("lorax-router", &["proto", "scheduler"]),
     ("lorax-launcher", &[]),

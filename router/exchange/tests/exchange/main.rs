@@ -6,6 +6,7 @@ mod credentials;
 mod histories;
 mod resolution;
 mod sessions;
+mod simulation;
 mod tiers;
 mod traces;
 mod world;
