@@ -27,6 +27,7 @@ use tokio::sync::{
 
 use crate::{
     adapters::Adapters,
+    agreement,
     step::{Event, Masks, Step},
 };
 pub use heartbeat::Heartbeat;
@@ -108,8 +109,8 @@ impl<B: Backend> Engine<B> {
     /// device has left afterwards is free for the KV cache and adapters.
     pub fn warm_up(&mut self) -> kernels::Result<()> {
         self.state.set_blocks(self.state.largest_blocks())?;
-        self.longest_step = self.state.warm_up_prefill()?;
-        Ok(())
+        let longest_step = self.state.warm_up_prefill()?;
+        self.set_longest_step(longest_step)
     }
 
     /// Allocates the KV cache, and captures the CUDA graphs of decode steps on a device that has them.
@@ -121,7 +122,14 @@ impl<B: Backend> Engine<B> {
     /// Runs a small step, and estimates from it how long the largest one would take: for a device on which
     /// [`Self::warm_up`] would take too long.
     pub fn estimate_longest_step(&mut self) -> kernels::Result<()> {
-        self.longest_step = self.state.estimate_longest_step()?;
+        let longest_step = self.state.estimate_longest_step()?;
+        self.set_longest_step(longest_step)
+    }
+
+    /// Notes how long the largest step takes on the slowest rank.
+    fn set_longest_step(&mut self, own: Duration) -> kernels::Result<()> {
+        let longest = agreement::largest(self.state.group(), own.as_micros() as usize)?;
+        self.longest_step = Duration::from_micros(longest as u64);
         Ok(())
     }
 

@@ -1,6 +1,7 @@
 //! One rank of a model behind gRPC: applies steps in the order they come and decides nothing.
 
 pub mod adapters;
+pub mod agreement;
 pub mod choices;
 pub mod cpus;
 pub mod engine;

@@ -18,6 +18,7 @@ use lifecycle::{EX_UNAVAILABLE, EX_USAGE, Parent, Supervisor, fail};
 use lorax_shard::choices::ChoiceFile;
 use lorax_shard::{
     adapters::{Adapters, HostLimits, Roots},
+    agreement,
     cpus::{self, Machine},
     engine::{Engine, Limits},
     memory::{self, Room},
@@ -256,6 +257,7 @@ fn serve<B: Backend>(
     let room = (target.room)(&ops)?;
     let most = limits.max_sequences * description.max_positions.div_ceil(kernels::BLOCK_SIZE);
     let num_blocks = memory::blocks(room.kv_bytes, model.kv_block_bytes(&ops), most)?;
+    let num_blocks = agreement::smallest(ops.group(), num_blocks)?;
     let capture = Instant::now();
     engine.set_blocks(num_blocks)?;
     if !target.warms_up {
@@ -274,6 +276,8 @@ fn serve<B: Backend>(
         ..info(&description, &limits)
     };
     let step_timeout = server::step_timeout(config.router.step_timeout, engine.longest_step());
+    // A rank that waits for another one says so before its own step takes too long.
+    ops.group().set_patience(step_timeout / 2);
     let supervisor = Supervisor::ending_the_process()?;
     let served = runtime.block_on(async {
         let told = parent.told_to_stop()?;

@@ -4,9 +4,11 @@
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
+    thread,
+    time::Duration,
 };
 
-use kernels::{BLOCK_SIZE, Batch, DType, Sampled, Segment, SequenceRows, cpu::CpuBackend, prelude::*};
+use kernels::{BLOCK_SIZE, Batch, DType, Group, Sampled, Segment, SequenceRows, cpu::CpuBackend, prelude::*};
 use model::{
     KvCache, Model, Pass, Scratch,
     adapter::{self, BaseModel},
@@ -65,9 +67,8 @@ fn demo_model() -> PathBuf {
 
 impl Runner {
     /// Loads a model, and the named adapters into slots by their order.
-    fn new(dtype: DType, model: &Path, adapters: &[PathBuf], blocks: u32) -> Runner {
-        let ops = CpuBackend::new(dtype, 2).unwrap();
-        let path = model.to_owned();
+    fn new(ops: CpuBackend, model: &Path, adapters: &[PathBuf], blocks: u32) -> Runner {
+        let (path, dtype) = (model.to_owned(), ops.dtype());
         let model = Model::load(&ops, model, &mut |_| {}).unwrap();
         let base = BaseModel { decoder: model.decoder().clone(), path, dtype, share: model.share() };
         let mut slots = ops.lora_slots(model.sites(), adapters.len()).unwrap();
@@ -141,7 +142,8 @@ impl Worst {
 
 /// Compares all cases of a file; the bars are the largest difference of a log-probability allowed, of generated and of
 /// prompt tokens. Tokens must agree where the gap between the two largest logits is more than both could move.
-fn compare(file: &str, dtype: DType, model: &Path, adapters: &Path, (bar, prompt_bar): (f32, f32)) {
+fn compare(file: &str, ops: CpuBackend, model: &Path, adapters: &Path, (bar, prompt_bar): (f32, f32)) {
+    let dtype = ops.dtype();
     let text = std::fs::read(fixtures().join("goldens").join(file)).unwrap();
     let goldens: Goldens = serde_json::from_slice(&text).unwrap();
     let mut names: Vec<&String> = goldens.cases.iter().filter_map(|case| case.adapter.as_ref()).collect();
@@ -158,7 +160,7 @@ fn compare(file: &str, dtype: DType, model: &Path, adapters: &Path, (bar, prompt
         running.push(Running { case, tokens, slot, blocks });
     }
     let folders: Vec<PathBuf> = names.iter().map(|name| adapters.join(name)).collect();
-    let mut runner = Runner::new(dtype, model, &folders, next);
+    let mut runner = Runner::new(ops, model, &folders, next);
     let mut worst = Worst::default();
     let mut check = |running: &Running<'_>, i: usize, got: &Sampled| {
         let case = running.case;
@@ -193,18 +195,46 @@ fn compare(file: &str, dtype: DType, model: &Path, adapters: &Path, (bar, prompt
     }
 }
 
+fn alone(dtype: DType) -> CpuBackend {
+    CpuBackend::new(dtype, 2).unwrap()
+}
+
+/// Calls `f` with the backend of each rank, on a thread of its own.
+fn on_ranks(ranks: usize, dtype: DType, f: impl Fn(CpuBackend) + Sync) {
+    const PATIENCE: Duration = Duration::from_secs(60);
+    let folder = tempfile::tempdir().unwrap();
+    thread::scope(|scope| {
+        for rank in 0..ranks {
+            let (f, folder) = (&f, folder.path());
+            scope.spawn(move || {
+                let group = Group::join(folder, rank, ranks, PATIENCE).unwrap();
+                f(CpuBackend::new(dtype, 1).unwrap().with_group(Arc::new(group)).unwrap());
+            });
+        }
+    });
+}
+
 #[test]
 fn the_tiny_model_is_peft_in_f32() {
     let tiny = fixtures().join("tiny");
-    compare("tiny.json", DType::F32, &tiny.join("model"), &tiny.join("adapters"), (2e-3, 2e-3));
+    let compare = |ops| compare("tiny.json", ops, &tiny.join("model"), &tiny.join("adapters"), (2e-3, 2e-3));
+    compare(alone(DType::F32));
+    for ranks in [2, 4] {
+        on_ranks(ranks, DType::F32, compare);
+    }
 }
 
 #[test]
 fn the_demo_model_is_peft_in_f32() {
-    compare("smollm2-f32.json", DType::F32, &demo_model(), &fixtures().join("adapters"), (2e-3, 2e-3));
+    let adapters = fixtures().join("adapters");
+    compare("smollm2-f32.json", alone(DType::F32), &demo_model(), &adapters, (2e-3, 2e-3));
 }
 
+/// Also on three ranks, among which its nine heads are divided.
 #[test]
 fn the_demo_model_is_peft_in_bf16() {
-    compare("smollm2-bf16.json", DType::Bf16, &demo_model(), &fixtures().join("adapters"), (0.05, 0.05));
+    let compare =
+        |ops| compare("smollm2-bf16.json", ops, &demo_model(), &fixtures().join("adapters"), (0.05, 0.05));
+    compare(alone(DType::Bf16));
+    on_ranks(3, DType::Bf16, compare);
 }

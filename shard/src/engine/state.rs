@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, mem, sync::Arc};
 
-use kernels::{Backend, Batch, SamplingParams};
+use kernels::{Backend, Batch, Group, SamplingParams};
 use model::{Decoder, Model, adapter::ContentHash};
 use tokio::sync::oneshot::error::TryRecvError;
 
@@ -198,6 +198,11 @@ impl<B: Backend> State<B> {
         self.kv = self.model.kv_cache(&self.ops, num_blocks)?;
         self.num_blocks = num_blocks;
         Ok(())
+    }
+
+    /// The ranks of the model.
+    pub(super) fn group(&self) -> &Group {
+        self.ops.group()
     }
 
     /// Drops all sequences, abandons the loads that are under way, and returns the adapters that stay.

@@ -6,6 +6,7 @@ use std::{iter, slice, sync::Arc, thread, time::Duration};
 use kernels::{BLOCK_SIZE, Backend, Batch, LoraPart, SampleRow, Segment, SequenceRows};
 
 use super::{LOAD_POLL, Limits, state::State};
+use crate::agreement;
 
 /// The rows of the step from whose time that of the largest step is estimated.
 const MODEST_ROWS: usize = 32;
@@ -15,7 +16,9 @@ impl<B: Backend> State<B> {
     /// how long the largest takes. Needs [`State::largest_blocks`] blocks.
     pub(super) fn warm_up_prefill(&mut self) -> kernels::Result<Duration> {
         let max_rows = self.limits.max_rows;
-        for rows in iter::once(max_rows).chain(self.ops.warm_up_rows(max_rows)) {
+        // A rank that has nothing to time runs the steps of the others.
+        let timed = agreement::union(self.ops.group(), &self.ops.warm_up_rows(max_rows))?;
+        for rows in iter::once(max_rows).chain(timed) {
             self.run(&batch(&self.prefill(rows), 0))?;
         }
         // By now algorithms have been chosen and kernels loaded, so that this is the time of later steps, too.

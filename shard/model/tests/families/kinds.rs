@@ -8,7 +8,7 @@ use std::{
 
 use kernels::{DType, LoraPart};
 use model::{
-    Decoder, Model,
+    Decoder, Model, Share,
     adapter::{self, AdapterFolder, BaseModel},
     testing::seeded::Manifest,
 };
@@ -243,6 +243,17 @@ fn memory_and_identity_are_known() {
                 assert_eq!(opened.shapes(), shapes, "{name}, {kind}");
                 let (taken, said) = (adapter.parts.iter().map(bytes).sum::<usize>(), opened.read_bytes());
                 assert!(taken <= said && said <= 4 * taken + (1 << 16), "{name}, {kind}: {taken}, {said}");
+                for rank in 0..2 {
+                    let share = Share::of(&decoder, rank, 2).unwrap();
+                    let at = BaseModel { share, ..model.clone() };
+                    let there = AdapterFolder::open(&folder, &at).unwrap();
+                    let cut = there.read().unwrap();
+                    let shapes: Vec<_> = cut.parts.iter().map(LoraPart::shape).collect();
+                    assert_eq!(there.shapes(), shapes, "{name}, {kind} of rank {rank}");
+                    assert_eq!(cut.hash, adapter.hash, "{name}, {kind} of rank {rank}");
+                    let share = cut.parts.iter().map(bytes).sum::<usize>();
+                    assert!(share <= taken, "{name}, {kind}: {share} of {taken} bytes");
+                }
                 let other = seen.insert(adapter.hash, (kind, dtype));
                 let is_same = other.is_none_or(|(other, at)| {
                     at == dtype && SAME.iter().any(|same| same.contains(&kind) && same.contains(&other))

@@ -2,6 +2,9 @@
 //!
 //! Ranks are threads here, each with a group, a backend and a model of its own.
 
+#[path = "../support/logits.rs"]
+mod logits;
+
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
@@ -11,6 +14,7 @@ use std::{
 };
 
 use kernels::{DType, Group, Heads, cpu::CpuBackend};
+use logits::logits_of;
 use model::{LoadError, Model, WeightBytes};
 use serde_json::json;
 
@@ -148,6 +152,21 @@ fn gguf_files_are_divided() {
         assert_same(name, &computed);
     }
     assert!(files >= 9);
+}
+
+/// The files of torch: one archive, one of the older format, and several archives.
+#[test]
+fn files_of_torch_are_divided() {
+    for name in ["zip", "legacy", "sharded"] {
+        let path = goldens::folder("../pickle").join(name);
+        let run = |ops: CpuBackend| logits_of(&ops, &load(&ops, &path), 6);
+        let expected = run(CpuBackend::new(DType::F32, 1).unwrap());
+        let computed = on_ranks(2, run);
+        assert_same(name, &computed);
+        for (got, expected) in computed[0].iter().zip(&expected) {
+            assert!((got - expected).abs() <= 1e-4, "{name}: {got}, expected {expected}");
+        }
+    }
 }
 
 /// A fixture with other numbers of heads in place of its own, whose weights have the same sizes.
