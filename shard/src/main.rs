@@ -277,7 +277,7 @@ fn serve<B: Backend>(
     };
     let step_timeout = server::step_timeout(config.router.step_timeout, engine.longest_step());
     // A rank that waits for another one says so before its own step takes too long.
-    ops.group().set_patience(step_timeout / 2);
+    ops.group().set_patience(step_timeout * 3 / 4);
     let supervisor = Supervisor::ending_the_process()?;
     let served = runtime.block_on(async {
         let told = parent.told_to_stop()?;
