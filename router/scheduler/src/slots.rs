@@ -201,8 +201,9 @@ impl Slots {
 
     /// Promises a slot to one of the `wanting` adapters that have none. The slot is one whose adapter has had a
     /// `slice` of virtual tokens and for which `yields` returns a value; of several, the one with the greatest.
-    /// Without a slice, slots that nobody uses come first. No more slots drain than are wanted, nor more than a
-    /// quarter of all, so that the others keep the batch full.
+    /// Without a slice, slots that nobody uses come first. But an adapter that has not been used since it was loaded
+    /// keeps its slot in any case: otherwise it would be loaded again for the request that it was loaded for. No more
+    /// slots drain than are wanted, nor more than a quarter of all, so that the others keep the batch full.
     pub(crate) fn drain<R: Ord>(
         &mut self,
         wanting: usize,
@@ -215,7 +216,7 @@ impl Slots {
         }
         let (_, _, id) = self
             .occupied()
-            .filter(|(_, slot)| slot.state == State::Ready && slot.earned >= slice)
+            .filter(|(_, slot)| slot.state == State::Ready && slot.earned >= slice.max(1))
             .filter_map(|(id, slot)| Some((slice == 0 && slot.users == 0, yields(slot.adapter.key)?, id)))
             .max()?;
         let slot = self.slots[id as usize].as_mut()?;

@@ -1,8 +1,8 @@
 //! Adapter slots: loads ahead of time, pins, the least recently used, the budget in bytes.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
-use scheduler::{FailReason, Limits, Request, RequestId, Scheduler, Tenant};
+use scheduler::{AdapterKey, FailReason, Limits, Request, RequestId, Scheduler, Tenant};
 
 use crate::world::{World, adapter, key, limits, prompt, request};
 
@@ -245,4 +245,55 @@ fn an_adapter_of_several_tenants_has_one_slot() {
     }
     world.run_to_end();
     assert_eq!(world.finished.len(), 12);
+}
+
+/// Slots whose adapters left them before the request for which they were loaded had begun, while as many clients as
+/// there are streams ask for one adapter after the other.
+fn wasted_loads(slots: u32, tenants: u64, streams: u64, adapters: u64) -> usize {
+    let mut world = World::new(Limits { num_slots: slots, num_blocks: 400, max_sequences: 6, ..limits() });
+    // By slot: the adapter, and whether a sequence has used it.
+    let mut held: BTreeMap<u32, (AdapterKey, bool)> = BTreeMap::new();
+    let (mut submitted, mut wasted) = (0, 0);
+    while world.finished.len() < 400 {
+        while (world.open.len() as u64) < streams {
+            let adapter = 1 + submitted % adapters;
+            let tenant = Tenant { id: adapter % tenants, weight: 1 };
+            let tokens = 3 + (submitted * 7 % 11) as u32;
+            let request = request(submitted, adapter as u16, prompt(submitted, 5), tokens);
+            world.submit(Request { tenant, ..request }).unwrap();
+            submitted += 1;
+        }
+        while let Some(plan) = world.plan() {
+            let left = plan.unload.iter().filter_map(|slot| held.remove(slot));
+            let unused = left.filter(|(key, used)| !used && world.waits_for(*key)).count();
+            wasted += unused;
+            held.extend(plan.load.iter().map(|&(slot, key)| (slot, (key, false))));
+            for slot in plan.added.iter().filter_map(|added| added.slot) {
+                held.entry(slot).and_modify(|(_, used)| *used = true);
+            }
+        }
+        world.turn();
+    }
+    world.run_to_end();
+    wasted
+}
+
+#[test]
+fn an_adapter_is_used_before_its_slot_goes_to_another() {
+    for (slots, tenants, streams, adapters) in [
+        (4, 1, 12, 40),
+        (4, 2, 12, 40),
+        (4, 5, 12, 40),
+        (4, 10, 12, 40),
+        (8, 5, 16, 40),
+        (8, 20, 16, 60),
+        (8, 60, 16, 60),
+        (12, 20, 20, 60),
+        (3, 20, 20, 60),
+        (2, 3, 10, 9),
+        (6, 7, 30, 35),
+    ] {
+        let wasted = wasted_loads(slots, tenants, streams, adapters);
+        assert_eq!(wasted, 0, "{slots} slots, {tenants} tenants, {streams} streams, {adapters} adapters");
+    }
 }

@@ -248,6 +248,12 @@ impl World {
         busy
     }
 
+    /// Whether a request for an adapter has not begun.
+    pub(crate) fn waits_for(&self, key: AdapterKey) -> bool {
+        let of_adapter = |expected: &&Expected| expected.adapter.is_some_and(|adapter| adapter.key == key);
+        self.open.values().filter(of_adapter).any(|expected| expected.planned == 0)
+    }
+
     /// Runs a request alone and returns how many of its prompt tokens came from the cache.
     pub(crate) fn cached(&mut self, request: Request<Payload>) -> u64 {
         let before = self.scheduler.stats().cached_tokens;
