@@ -53,7 +53,7 @@ pub struct ShardConfig {
     /// Sequences that run at the same time
     #[arg(long, env, default_value_t = 128)]
     pub max_batch_size: usize,
-    /// Memory of the KV cache, such as 2GiB [default: on a GPU all that is left, else a quarter of what is available]
+    /// Memory of each shard's KV cache, such as 2GiB [default: on a GPU all that is left, else a quarter of what is available]
     #[arg(long, env, value_name = "BYTES", value_parser = bytes)]
     pub kv_memory: Option<u64>,
     /// Fraction of a GPU's memory to use
@@ -75,7 +75,7 @@ pub struct ShardConfig {
     /// Fraction for adapters of the GPU memory that the weights leave
     #[arg(long, env, default_value_t = 0.1)]
     pub adapter_memory_fraction: f32,
-    /// Host memory for adapters, such as 4GiB; those in slots may take more
+    /// Host memory of each shard for adapters, such as 4GiB; those in slots may take more
     #[arg(long, env, value_name = "BYTES", value_parser = bytes, default_value = "4GiB")]
     pub adapter_host_memory: u64,
 }

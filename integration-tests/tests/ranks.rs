@@ -373,3 +373,30 @@ async fn no_rank_outlives_the_launcher() {
     server.kill().unwrap();
     Server::until_gone(&pids).await.unwrap();
 }
+
+/// The CPUs on which the step thread of a shard may run, and those of this test.
+fn cpus(pid: u32) -> (String, String) {
+    let allowed = |task: &Path| {
+        let status = fs::read_to_string(task.join("status")).unwrap();
+        status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:\t")).unwrap().to_owned()
+    };
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap().map(|task| task.unwrap().path());
+    let is_engine = |task: &PathBuf| fs::read_to_string(task.join("comm")).unwrap().trim() == "engine";
+    let engine = tasks.into_iter().find(is_engine).unwrap();
+    (allowed(&engine), allowed(Path::new("/proc/self")))
+}
+
+#[test]
+fn ranks_divide_the_cores_unless_they_are_told_not_to() {
+    let cores = std::thread::available_parallelism().unwrap().get();
+    for (flags, pinned) in [(&[][..], cores > 1), (&["--pin-cpus", "false"], false)] {
+        let server = start(2, flags);
+        let ranks = server.ranks().unwrap();
+        let ((first, all), (second, _)) = (cpus(ranks[0]), cpus(ranks[1]));
+        assert_eq!(
+            (first != all, second != all, first != second),
+            (pinned, pinned, pinned),
+            "{first} {second} of {all}"
+        );
+    }
+}
