@@ -20,7 +20,8 @@ pub struct Limits {
     pub disk_bytes: u64,
     /// Bytes of adapters in host memory, on the rank that has the least.
     pub host_bytes: u64,
-    /// Bytes of one adapter's files.
+    /// Bytes of one adapter's files. A quarter of `host_bytes` or less: while host memory is leased, everybody waits for
+    /// the room of a large one in the end.
     pub adapter_bytes: u64,
     /// Questions to sources: who may read what, and which version a reference names.
     pub lookups: Budget,
@@ -47,7 +48,7 @@ impl Default for Limits {
         Self {
             disk_bytes: 64 << 30,
             host_bytes: 16 << 30,
-            adapter_bytes: 8 << 30,
+            adapter_bytes: 4 << 30,
             lookups: budget(32, 30),
             fetches: budget(16, 600),
             stages: budget(8, 60),
