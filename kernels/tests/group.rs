@@ -5,6 +5,7 @@
 mod rounds;
 
 use std::{
+    ops::Range,
     path::Path,
     sync::Arc,
     thread,
@@ -12,9 +13,12 @@ use std::{
 };
 
 use kernels::{
-    DType, Error, Group, PeerFault, Result,
-    cpu::{CpuBackend, CpuMat},
+    DType, Error, Group, HostTensor, LinearLora, LoraPart, LoraSite, PeerFault, Projection, Result, RowSet,
+    Span,
+    cpu::{CpuBackend, CpuMat, CpuSlots, Panels},
     prelude::*,
+    reference::Table,
+    testing::{Numbers, assert_close, batch},
 };
 
 /// Runs `f` on as many threads as ranks, and returns what each returned.
@@ -114,6 +118,7 @@ fn what_is_posted_comes_when_all_ranks_have_posted_it() {
         group.post(7, 2, &own(2)).unwrap();
         assert_eq!(group.posted(7, 1), None);
         assert_eq!(posted(&group, 7, 2), expected(2));
+        group.barrier(rounds::PATIENCE).unwrap();
     });
 }
 
@@ -133,6 +138,7 @@ fn a_failure_is_returned_once() {
         // Later both succeed.
         group.post(3, 1, b"squares").unwrap();
         assert_eq!(posted(&group, 3, 1), [b"squares", b"squares"]);
+        group.barrier(rounds::PATIENCE).unwrap();
     });
 }
 
@@ -231,4 +237,118 @@ fn a_socket_of_an_earlier_process_is_no_obstacle() {
         threads.map(|thread| thread.join().unwrap().map(|group| group.ranks()).unwrap())
     });
     assert_eq!(joined, [2, 2]);
+}
+
+/// One projection with an adapter that has a magnitude, as the columns of one of `ranks` ranks see it.
+struct Share {
+    x: Table,
+    w: Table,
+    part: LoraPart,
+}
+
+fn columns(table: &Table, cols: Range<usize>) -> Table {
+    let data = table.data.chunks_exact(table.cols).flat_map(|row| row[cols.clone()].to_vec()).collect();
+    Table { cols: cols.len(), data }
+}
+
+impl Share {
+    fn new([rows, inputs, outputs, lora_rank]: [usize; 4], (rank, ranks): (usize, usize)) -> Share {
+        let mut numbers = Numbers((inputs * outputs) as u64);
+        let (x, w) = (numbers.table(rows, inputs), numbers.table(outputs, inputs));
+        let (a, b) = (numbers.table(lora_rank, inputs), numbers.table(outputs, lora_rank).data);
+        let magnitude = (0..outputs).map(|_| 1.0 + numbers.number()).collect();
+        let own = |table: &Table| columns(table, rank * inputs / ranks..(rank + 1) * inputs / ranks);
+        let delta = LoraPart::delta((0, 0), lora_rank, 0.5, &own(&a).data, &b);
+        let part = LoraPart { magnitude: Some(magnitude), content: 7, ..delta };
+        Share { x: own(&x), w: own(&w), part }
+    }
+
+    fn site(&self, ranks: usize) -> LoraSite {
+        let outputs = self.w.data.len() / self.w.cols;
+        LoraSite { is_partial: ranks > 1, ..LoraSite::linear(self.w.cols, &[outputs]) }
+    }
+
+    /// Loads the adapter, and waits until it is loaded.
+    fn load(&self, be: &CpuBackend, weight: &Panels) -> CpuSlots {
+        let sites = [self.site(be.ranks())];
+        let staged = Arc::new(be.stage(&sites, std::slice::from_ref(&self.part)).unwrap());
+        let mut slots = be.lora_slots(&sites, 1).unwrap();
+        be.load(&mut slots, 0, &staged, &[weight]).unwrap();
+        let since = Instant::now();
+        while be.loaded(&mut slots).unwrap().is_empty() {
+            be.group().check("test", 0, since).unwrap();
+            thread::yield_now();
+        }
+        be.group().barrier(rounds::PATIENCE).unwrap();
+        slots
+    }
+
+    /// The products, summed over all ranks.
+    fn products(&self, be: &CpuBackend) -> Vec<f32> {
+        let tensor = HostTensor::from_f32(self.w.data.len() / self.w.cols, self.w.cols, &self.w.data);
+        let weight = be.weight(&[tensor]).unwrap();
+        let slots = self.load(be, &weight);
+        let rows = self.x.data.len() / self.x.cols;
+        let host = batch(&[(rows, 0)], &[Some(0)]);
+        let mut device = be.batch(rows, host.blocks.len(), &[Span::Causal]).unwrap();
+        be.upload(&host, &mut device).unwrap();
+        let mut x = be.mat(rows, self.x.cols).unwrap();
+        be.fill(&mut x, &self.x.data).unwrap();
+        let lora = LinearLora { slots: &slots, site: 0, batch: &device, rows: RowSet::All };
+        let mut y = be.wide_mat(rows, self.w.data.len() / self.w.cols).unwrap();
+        be.matmul(&x, Projection::new(&weight, Some(lora)), &mut y).unwrap();
+        be.all_reduce(&mut y).unwrap();
+        be.download(&y).unwrap()
+    }
+}
+
+/// Each rank has some columns of a weight, and the norms are over all.
+#[test]
+fn gains_are_those_of_all_columns() {
+    for shape in [
+        [1, 8, 1, 1],
+        [1, 64, 16, 8],
+        [3, 24, 5, 2],
+        [2, 96, 33, 64],
+        [7, 128, 100, 3],
+        [5, 40, 17, 9],
+        [1, 256, 31, 16],
+        [4, 48, 48, 1],
+        [2, 16, 64, 32],
+        [9, 72, 7, 128],
+    ] {
+        let alone = CpuBackend::new(DType::F32, 1).unwrap();
+        let expected = Share::new(shape, (0, 1)).products(&alone);
+        for count in [2, 4, 8] {
+            let got = ranks(count, |folder, rank| {
+                let be = rounds::rank_of(folder, rank, count, rounds::PATIENCE).unwrap();
+                Share::new(shape, (rank, count)).products(&be)
+            });
+            assert!(got.iter().all(|sums| *sums == got[0]), "{shape:?} on {count} ranks");
+            assert_close(&format!("{shape:?} on {count} ranks"), &got[0], &expected, DType::F32);
+        }
+    }
+}
+
+/// A rank that cannot load an adapter says so; later all can.
+#[test]
+fn a_load_ends_where_another_rank_cannot_load() {
+    let shape = [1, 64, 16, 8];
+    let expected = Share::new(shape, (0, 1)).products(&CpuBackend::new(DType::F32, 1).unwrap());
+    let got = ranks(2, |folder, rank| {
+        let be = rounds::rank_of(folder, rank, 2, rounds::PATIENCE).unwrap();
+        let share = Share::new(shape, (rank, 2));
+        let tensor = HostTensor::from_f32(16, 32, &share.w.data);
+        let weight = be.weight(&[tensor]).unwrap();
+        if rank == 0 {
+            share.load(&be, &weight);
+        } else {
+            be.group().post(0, 7, b"").unwrap();
+            be.group().barrier(rounds::PATIENCE).unwrap();
+        }
+        share.products(&be)
+    });
+    for sums in got {
+        assert_close("after a failure", &sums, &expected, DType::F32);
+    }
 }
