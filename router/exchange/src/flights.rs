@@ -81,14 +81,24 @@ pub(crate) struct Flight<P> {
     pub(crate) owners: BTreeMap<LaneKey, Owner<P>>,
     /// Bytes of room that it takes on its tier.
     pub(crate) bytes: u64,
-    /// Bytes of others that were given room ahead of it because it did not fit.
+    /// Whether there was no room for it when it could have begun.
+    pub(crate) short: bool,
+    /// Bytes of others that were given room since then.
     pub(crate) overtaken: u64,
     pub(crate) waiters: BTreeSet<AskId>,
     /// The call, while it is running.
     pub(crate) call: Option<CallId>,
 }
 
+/// Others may take room ahead of a flight that does not fit until they have had this many times its bytes.
+const OVERTAKING: u64 = 4;
+
 impl<P> Flight<P> {
+    /// Whether it has been overtaken for long enough.
+    pub(crate) fn is_next(&self) -> bool {
+        self.short && self.bytes > 0 && self.overtaken >= OVERTAKING.saturating_mul(self.bytes)
+    }
+
     pub(crate) fn owner(&self) -> Option<&Owner<P>> {
         self.owners.values().next()
     }

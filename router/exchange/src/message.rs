@@ -125,7 +125,8 @@ pub enum Input<P> {
         /// The adapters.
         host: Vec<Held>,
     },
-    /// The session has ended. What is in host memory is not known.
+    /// The session has ended. What is in host memory is not known. Its calls to the ranks need no answers, and removals
+    /// from host memory that it had under way must not be answered any more.
     Detached,
     /// Whatever is remembered of a reference must be asked again.
     Reload(ReferenceId),

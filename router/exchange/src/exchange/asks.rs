@@ -129,9 +129,8 @@ impl<P: Clone> Exchange<P> {
         let deadline = state.ask.deadline;
         let (disk_lease, access) = (state.disk_lease.take(), state.access());
         let mut slot_bytes = 0;
-        if in_place {
-            // There is no copy to keep.
-        } else {
+        // What is read in place has no copy to keep.
+        if !in_place {
             copies.lease(content, pin);
             state.disk_lease = (tier == Tier::Disk).then_some(content);
         }

@@ -31,7 +31,8 @@ impl<P: Clone> Exchange<P> {
             return self.fail(id, fault);
         }
         let owners = BTreeMap::new();
-        let flight = Flight { owners, bytes, overtaken: 0, waiters: [id].into(), call: None };
+        let (short, overtaken, waiters, call) = (false, 0, [id].into(), None);
+        let flight = Flight { owners, bytes, short, overtaken, waiters, call };
         self.flights.insert(target, flight);
         self.own(id, target);
     }

@@ -1,20 +1,17 @@
 //! Which call is made next.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use super::Exchange;
 use crate::{
     Output, Place,
     calls::Call,
-    flights::{Kind, LaneKey, Target},
+    flights::{Flight, Kind, LaneKey, Target},
     queue::Lane,
     tenants::Share,
     tier::Room,
     timers::Timer,
 };
-
-/// Others may take room ahead of a flight that does not fit until they have had this many times its bytes.
-const OVERTAKING: u64 = 4;
 
 /// Flights of one tenant at one source that are looked at for one that fits.
 const LOOK_AHEAD: usize = 8;
@@ -40,50 +37,65 @@ impl<P: Clone> Exchange<P> {
         }
     }
 
-    /// The next flight that can begin. Tenants take turns by what they hold for their weight, and then by what they have
-    /// had; the flights of a tenant begin in the order of arrival. A flight that does not fit is overtaken for a while.
+    /// The next flight that can begin. A flight that does not fit is overtaken for a while.
     fn next(&mut self, kind: Kind) -> Option<(Target, LaneKey)> {
         if kind == Kind::Stage && !self.attached {
             return None;
         }
-        let permits = |lane: &&Lane| self.calls.permits(kind, lane.source, lane.tenant.id);
-        let lanes = self.queue.lanes(kind).filter(permits);
-        let mut lanes: Vec<_> = lanes
-            .filter_map(|lane| {
-                let first = lane.flights.first()?.0;
-                let key = (lane.tenant.id, lane.source);
-                let flights = lane.flights.iter().take(LOOK_AHEAD);
-                let targets: Vec<_> = flights.map(|&(_, target)| (target, key)).collect();
-                let turn = (self.turns.next(kind, lane.tenant.id), first);
-                Some((self.share(kind, lane), turn, targets))
-            })
-            .collect();
-        lanes.sort_by(|(a, turn, _), (b, other, _)| a.compare(b).then(turn.cmp(other)));
-        let (mut waiting, mut closed) = (Vec::new(), false);
-        for (target, lane) in lanes.into_iter().flat_map(|(_, _, targets)| targets) {
-            let (bytes, overtaken) =
-                self.flights.get(&target).map_or((0, 0), |flight| (flight.bytes, flight.overtaken));
-            // One that takes no room is not in the way of those that wait for it. One may wait in several lanes.
-            if closed && bytes > 0 || waiting.contains(&target) {
+        let candidates = self.candidates(kind);
+        let mut closed = false;
+        for &(target, lane) in &candidates {
+            let Some(flight) = self.flights.get(&target) else { continue };
+            let (bytes, next) = (flight.bytes, flight.is_next());
+            // One that takes no room is not in the way of those that wait for it.
+            if closed && bytes > 0 {
                 continue;
             }
             match self.fit(target) {
                 Fit::Now => {
-                    for passed in waiting {
-                        let passed = self.flights.get_mut(&passed);
-                        passed.into_iter().for_each(|flight| flight.overtaken += bytes);
-                    }
+                    self.count_overtaking(&candidates, bytes);
                     return Some((target, lane));
                 }
                 Fit::Soon => closed = true,
-                Fit::Later => {
-                    closed = overtaken >= OVERTAKING.saturating_mul(bytes);
-                    waiting.push(target);
-                }
-                Fit::Held => {}
+                Fit::Later => closed = next,
+                Fit::Held => continue,
             }
+            self.flights.get_mut(&target).into_iter().for_each(|flight| flight.short = true);
         }
         None
+    }
+
+    /// Flights that have permits, in the order in which they should begin, with the lanes in which they wait: first those
+    /// that have been overtaken for long enough. Otherwise tenants take turns by what they hold for their weight, and
+    /// then by what they have had; the flights of a tenant come in the order of arrival.
+    fn candidates(&self, kind: Kind) -> Vec<(Target, LaneKey)> {
+        let permits = |lane: &&Lane| self.calls.permits(kind, lane.source, lane.tenant.id);
+        let lanes = self.queue.lanes(kind).filter(permits);
+        let mut lanes: Vec<_> = lanes
+            .filter_map(|lane| {
+                let turn = (self.turns.next(kind, lane.tenant.id), lane.flights.first()?.0);
+                Some((self.share(kind, lane), turn, lane))
+            })
+            .collect();
+        lanes.sort_by(|(a, turn, _), (b, other, _)| a.compare(b).then(turn.cmp(other)));
+        let candidates = lanes.into_iter().flat_map(|(_, _, lane)| {
+            let key = (lane.tenant.id, lane.source);
+            lane.flights.iter().take(LOOK_AHEAD).map(move |&(_, target)| (target, key))
+        });
+        let is_next = |target| self.flights.get(&target).is_some_and(Flight::is_next);
+        let (mut first, others): (Vec<_>, Vec<_>) = candidates.partition(|&(target, _)| is_next(target));
+        first.extend(others);
+        first
+    }
+
+    /// So many bytes of room are given to one, while others did not fit.
+    fn count_overtaking(&mut self, candidates: &[(Target, LaneKey)], bytes: u64) {
+        let targets: BTreeSet<_> = candidates.iter().map(|&(target, _)| target).collect();
+        for target in targets {
+            if let Some(flight) = self.flights.get_mut(&target).filter(|flight| flight.short) {
+                flight.overtaken = flight.overtaken.saturating_add(bytes);
+            }
+        }
     }
 
     fn share(&self, kind: Kind, lane: &Lane) -> Share {

@@ -125,6 +125,34 @@ fn room_is_free_when_the_copy_is_gone_and_not_before() {
 }
 
 #[test]
+fn room_that_is_made_for_one_is_not_taken_by_another() {
+    for tier in [Tier::Disk, Tier::Host] {
+        let mut world = World::with(three(tier), &[100, 100, 100, 305, 10]);
+        for reference in 0..3 {
+            use_once(&mut world, tier, reference);
+        }
+        let large = ask_on(&mut world, tier, 3);
+        let answer_all = |world: &mut World| {
+            while let Some((&call, _)) = world.calls.first_key_value() {
+                world.answer(call);
+            }
+        };
+        answer_all(&mut world);
+        assert_eq!(world.deletes.len() + world.unstages.len(), 3, "{tier:?}");
+        // There are 10 bytes beside what is being removed, but the large one would not fit beside them.
+        let small = ask_on(&mut world, tier, 4);
+        answer_all(&mut world);
+        assert_eq!(world.waiting(), [large, small], "{tier:?}");
+        world.settle();
+        assert_eq!(world.waiting(), [small], "{tier:?}");
+        world.release(large);
+        world.settle();
+        assert!(world.ready.contains_key(&small), "{tier:?}");
+        world.run_to_end();
+    }
+}
+
+#[test]
 fn a_copy_on_the_disk_is_kept_until_it_is_staged() {
     let mut world = World::with(Limits { disk_bytes: 250, ..limits() }, &[100; 5]);
     // Without a session nothing is staged.
@@ -181,7 +209,8 @@ fn what_takes_more_than_pins_leave_is_refused() {
 
 #[test]
 fn a_large_adapter_is_overtaken_for_a_while_only() {
-    for tier in [Tier::Disk, Tier::Host] {
+    // By asks of its own tenant, which came later, and by those of another, whose turn comes first.
+    for (tier, tenant) in [(Tier::Disk, 1), (Tier::Disk, 2), (Tier::Host, 1), (Tier::Host, 2)] {
         let mut world = World::with(Limits { disk_bytes: 400, host_bytes: 400, ..limits() }, &[10; 80]);
         world.original(79).bytes = 100;
         // Small ones fit beside this one, and the large one does not.
@@ -192,7 +221,8 @@ fn a_large_adapter_is_overtaken_for_a_while_only() {
         world.settle();
         let mut passed = 0;
         for reference in 0..77 {
-            let id = ask_on(&mut world, tier, reference);
+            let ask = world.new_ask(reference);
+            let id = world.submit(Ask { tier, tenant: Tenant { id: tenant, weight: 1 }, ..ask });
             world.settle();
             let ready = world.ready.contains_key(&id);
             world.release(id);
@@ -201,11 +231,11 @@ fn a_large_adapter_is_overtaken_for_a_while_only() {
             }
             passed += 1;
         }
-        assert_eq!(passed, 40, "{tier:?}: 400 bytes are four times 100");
+        assert_eq!(passed, 40, "{tier:?}, tenant {tenant}: 400 bytes are four times 100");
         assert!(!world.ready.contains_key(&large));
         world.release(held);
         world.settle();
-        assert!(world.ready.contains_key(&large), "{tier:?}");
+        assert!(world.ready.contains_key(&large), "{tier:?}, tenant {tenant}");
         world.run_to_end();
     }
 }
