@@ -6,6 +6,7 @@
 mod logits;
 
 use std::{
+    collections::BTreeSet,
     panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
     sync::Arc,
@@ -13,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use kernels::{DType, Group, Heads, cpu::CpuBackend};
+use kernels::{DType, Group, Heads, SampleRow, SamplingParams, cpu::CpuBackend, prelude::*};
 use logits::logits_of;
 use model::{LoadError, Model, WeightBytes};
 use serde_json::json;
@@ -128,6 +129,41 @@ divided! {
 fn every_fixture_is_divided() {
     let divided: Vec<&str> = DIVIDED.iter().map(|(name, _)| *name).collect();
     assert_eq!(divided, NAMES);
+}
+
+/// Every rank draws for itself from logits that it has gathered: the same tokens, whatever the parameters are.
+#[test]
+fn all_ranks_draw_the_same_tokens() {
+    let fixture = Fixture::new("llama");
+    let params: Vec<SamplingParams> = (0..12)
+        .map(|i: u64| SamplingParams {
+            temperature: [0.0, 0.7, 1.0, 1.6][i as usize % 4],
+            top_k: [0, 5, 40][i as usize % 3],
+            top_p: [1.0, 0.9, 0.5][i as usize / 4],
+            seed: 1 + i * i,
+            num_top: 3,
+            ..SamplingParams::default()
+        })
+        .collect();
+    let drawn = on_ranks(4, |ops| {
+        let model = load(&ops, &fixture.model);
+        let mut drawn = Vec::new();
+        for prompt in 1..9 {
+            let logits = logits_of(&ops, &model, prompt);
+            let mut x = ops.wide_mat(1, logits.len()).unwrap();
+            ops.fill(&mut x, &logits).unwrap();
+            let mut sampler = ops.sampler(params.len(), logits.len()).unwrap();
+            for (seat, params) in (0..).zip(&params) {
+                ops.seat(&mut sampler, seat, params, &[1, 2, 3], &[]).unwrap();
+                let sampled = ops.sample(&x, &[SampleRow { row: 0, seat }], &mut sampler).unwrap();
+                ops.collect(sampled, &mut drawn).unwrap();
+            }
+        }
+        drawn.into_iter().map(|one| (one.token, one.logprob.to_bits())).collect::<Vec<_>>()
+    });
+    assert_same("draws", &drawn);
+    let distinct: BTreeSet<u32> = drawn[0].iter().map(|(token, _)| *token).collect();
+    assert!(distinct.len() > 10, "{distinct:?}");
 }
 
 /// GGUF files, whose blocks need not end where a share ends.
