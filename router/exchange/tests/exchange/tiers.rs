@@ -335,6 +335,30 @@ fn a_load_into_a_slot_keeps_the_host_copy() {
 }
 
 #[test]
+fn a_load_of_a_copy_that_is_leaving_does_not_keep_it() {
+    for slot in [Slot::Loading, Slot::Ready, Slot::Empty] {
+        let mut world = World::with(three(Tier::Host), &[100; 4]);
+        let id = world.ask(0);
+        world.settle();
+        let content = world.ready[&id];
+        world.release(id);
+        for reference in 1..4 {
+            world.ask(reference);
+        }
+        while let Some((&call, _)) = world.calls.first_key_value() {
+            world.answer(call);
+        }
+        assert_eq!(world.unstages, [content]);
+        world.slot(content, Slot::Loading);
+        world.slot(content, slot);
+        world.settle();
+        assert!(world.waiting().is_empty() && !on(&world, Tier::Host).contains(&0), "{slot:?}");
+        world.slot(content, Slot::Empty);
+        world.run_to_end();
+    }
+}
+
+#[test]
 fn an_eviction_from_a_slot_that_a_waiting_request_needs_is_counted() {
     // Whether the request is released when its sequence has been admitted, and what is evicted then.
     for (admitted, load_only, evictions, needed) in
