@@ -7,7 +7,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lifecycle::{EX_SOFTWARE, EX_USAGE, HEARTBEAT, Parent, SERVING, STARTING, Supervisor};
+use lifecycle::{
+    EX_SOFTWARE, EX_UNAVAILABLE, EX_USAGE, Failure, HEARTBEAT, Parent, SERVING, STARTING, Supervisor,
+};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// How the process that is tested is told what to do.
@@ -59,6 +61,10 @@ fn play(role: &str) -> ExitCode {
             "task returns" => drop(supervisor.task("the engine", PROMPT, async {})),
             "thread returns" => drop(supervisor.thread("the engine", || {}).unwrap()),
             "hangs" => pulse.busy(),
+            "loses" => {
+                let cause = "the other one has ended".to_owned();
+                supervisor.report(Failure::Lost { name: "the engine".into(), cause });
+            }
             "task hangs" => drop(supervisor.task("the engine", PROMPT / 10, async { hang() })),
             "engine hangs" => drop(supervisor.runtime("the engine", PROMPT / 10, async { hang() }).unwrap()),
             "serves" => {
@@ -105,6 +111,10 @@ fn failures_end_the_process() {
         assert!(log.contains(line) && log.ends_with("last lines\n"), "{role}: {log}");
         assert!(took < PROMPT, "{role}: {took:?}");
     }
+    let (out, _) = run("loses");
+    let log = String::from_utf8(out.stderr).unwrap();
+    assert_eq!(out.status.code(), Some(EX_UNAVAILABLE), "{log}");
+    assert!(log.contains("the engine cannot go on: the other one has ended: ending the process"), "{log}");
     let (out, took) = run("cannot write its log");
     assert_eq!(out.status.code(), Some(EX_SOFTWARE));
     assert!(took < PROMPT, "{took:?}");

@@ -17,7 +17,8 @@ use std::{
 };
 
 use fake::{Fake, Fault, Script};
-use lifecycle::{EX_SOFTWARE, Supervisor};
+use kernels::PeerFault;
+use lifecycle::{EX_SOFTWARE, EX_UNAVAILABLE, Supervisor};
 use lorax_shard::server::{self, Rank};
 use proto::{AttachRequest, PrepareRequest, SlotLoad, Step};
 use tokio::{
@@ -47,13 +48,16 @@ fn main() -> ExitCode {
 }
 
 /// Every fault, and what the log says of it.
-const FAULTS: [(&str, &str); 19] = [
+const FAULTS: [(&str, &str); 22] = [
     ("step panics", "engine panicked: the test's panic in embed"),
     ("upload panics", "engine panicked: the test's panic in upload"),
     ("copies panic", "engine panicked: the test's panic in loaded"),
     ("seat panics", "engine panicked: the test's panic in seat"),
     ("device fails", "engine has ended, which it must not while the process runs"),
     ("load fails", "engine has ended, which it must not while the process runs"),
+    ("a rank ends", "engine cannot go on: embed: rank 1 has ended: ending the process"),
+    ("a rank is late", "engine cannot go on: upload: rank 1 has not come within 3s: ending the process"),
+    ("a rank differs", "engine has ended, which it must not while the process runs"),
     ("step hangs", "engine has made no progress for"),
     ("device hangs", "engine has made no progress for"),
     ("load hangs", "engine has made no progress for"),
@@ -90,7 +94,8 @@ fn run(fault: &str) -> (Option<i32>, String, Duration) {
 fn each_part_that_fails_ends_the_process() {
     for (fault, line) in FAULTS {
         let (code, log, took) = run(fault);
-        assert_eq!(code, Some(EX_SOFTWARE), "{fault}: {log}");
+        let lost = ["a rank ends", "a rank is late"].contains(&fault);
+        assert_eq!(code, Some(if lost { EX_UNAVAILABLE } else { EX_SOFTWARE }), "{fault}: {log}");
         assert!(log.contains(line), "{fault}: {log}");
         let limit = if fault.ends_with("hangs") { STEP_TIMEOUT + PROMPT } else { PROMPT };
         assert!(took < limit, "{fault}: {took:?}");
@@ -222,6 +227,9 @@ async fn provoke(fault: &str, script: &Script, socket: &Path) {
         "seat panics" => script.fail("seat", Fault::Panic),
         "device fails" => script.fail("embed", Fault::Device),
         "load fails" => script.fail("load", Fault::Device),
+        "a rank ends" => script.fail("embed", Fault::Peer(PeerFault::Ended)),
+        "a rank is late" => script.fail("upload", Fault::Peer(PeerFault::Late(Duration::from_secs(3)))),
+        "a rank differs" => script.fail("embed", Fault::Peer(PeerFault::Differs)),
         "step hangs" => script.fail("embed", Fault::Hang),
         "load hangs" => script.fail("load", Fault::Hang),
         "device hangs" | "attach hangs" => script.hold(),

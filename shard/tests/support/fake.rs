@@ -8,8 +8,8 @@ use std::{
 
 use kernels::{
     Activation, Adapters, Attention, Batch, DType, Embedding, Error, Group, Heads, HostTensor, LinearLora,
-    LogitShape, LoraPart, LoraShape, LoraSite, Memory, Norm, Ops, Projection, QkNorms, Qkv, Result, RopeSpec,
-    Rotation, SampleRow, Sampled, Sampling, SamplingParams, Span, TokenMask,
+    LogitShape, LoraPart, LoraShape, LoraSite, Memory, Norm, Ops, PeerFault, Projection, QkNorms, Qkv,
+    Result, RopeSpec, Rotation, SampleRow, Sampled, Sampling, SamplingParams, Span, TokenMask,
     cpu::{CpuAdapter, CpuBackend, CpuBatch, CpuKv, CpuMat, CpuRope, CpuSampler, CpuSlots, Panels},
 };
 
@@ -20,6 +20,8 @@ pub(crate) enum Fault {
     OutOfMemory,
     /// The device fails.
     Device,
+    /// Another rank is not there.
+    Peer(PeerFault),
     /// The device cannot compute with these arguments.
     Unsupported,
     /// An argument does not have the shape that the device needs.
@@ -123,6 +125,7 @@ impl Script {
             Some(Fault::Shape) => Err(Error::Shape { op, what: "a test", got: 1, expected: 2 }),
             Some(Fault::Index) => Err(Error::Index { op, what: "test", index: 9, limit: 8 }),
             Some(Fault::Device) => Err(Error::Device { op, library: "test", code: 7 }),
+            Some(Fault::Peer(fault)) => Err(Error::Peer { op, rank: 1, fault }),
             Some(Fault::Panic) => panic!("the test's panic in {op}"),
             Some(Fault::Hang) => {
                 let hangs = |state: &mut State| state.faults.contains_key(op);
