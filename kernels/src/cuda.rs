@@ -91,9 +91,10 @@ pub struct CudaBackend {
 }
 
 impl CudaBackend {
-    /// A backend on GPU `ordinal` that stores weights, activations and KV memory as `dtype` (bf16 or f16); one GPU a
-    /// process, as kernels are set up once. Errors: what the machine lacks.
-    pub fn new(dtype: DType, ordinal: usize) -> Result<CudaBackend> {
+    /// A backend on the GPU of a rank, usually that of the same number, that stores weights, activations and KV memory as
+    /// `dtype` (bf16 or f16); one GPU a process, as kernels are set up once. Errors: what the machine lacks.
+    pub fn new(dtype: DType, rank: usize) -> Result<CudaBackend> {
+        let ordinal = gpus::ordinal_of(rank);
         gpus::gpu(dtype, ordinal)?;
         let device = Device::open(ordinal)?;
         device.keep_freed_memory()?;

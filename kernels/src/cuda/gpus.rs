@@ -13,6 +13,9 @@ use super::{
 };
 use crate::{DType, Error, Result};
 
+/// An environment variable for tests on fewer GPUs than ranks: how many ranks take turns on each GPU, instead of 1.
+const RANKS_PER_GPU: &str = "LORAX_RANKS_PER_GPU";
+
 /// Bytes of a GPU's address with its NUL, at most.
 const ADDRESS: usize = 32;
 
@@ -25,17 +28,27 @@ pub struct Gpu {
     pub pci: String,
 }
 
-/// Lists the visible GPUs with which [`CudaBackend::new`](super::CudaBackend::new) can compute in `dtype`, by ordinal,
-/// up to the first with which it cannot; then the reason comes with them.
+/// Lists the GPUs of as many ranks as there can be, those with which [`CudaBackend::new`](super::CudaBackend::new) can
+/// compute in `dtype`, up to the first with which it cannot; then the reason comes with them.
 pub fn gpus(dtype: DType) -> (Vec<Gpu>, Option<Error>) {
     let mut gpus = Vec::new();
     let missing = count().and_then(|count| {
-        (0..count).try_for_each(|ordinal| {
-            gpus.push(gpu(dtype, ordinal)?);
+        (0..count * ranks_per_gpu()).try_for_each(|rank| {
+            gpus.push(gpu(dtype, ordinal_of(rank))?);
             Ok(())
         })
     });
     (gpus, missing.err())
+}
+
+fn ranks_per_gpu() -> usize {
+    let number = std::env::var(RANKS_PER_GPU).ok().and_then(|number| number.parse().ok());
+    number.unwrap_or(1).max(1)
+}
+
+/// The GPU of a rank.
+pub(super) fn ordinal_of(rank: usize) -> usize {
+    rank / ranks_per_gpu()
 }
 
 /// The GPU `ordinal`. Errors: what the machine lacks to compute with it in `dtype`.

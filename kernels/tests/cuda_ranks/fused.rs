@@ -298,6 +298,10 @@ fn for_processes(test: &str, ranks: usize) {
             let case = Case::new(outputs, &vec![(1, 3); rows], &mixed(rows));
             check(be, &case, &format!("{rows} rows of {outputs}"));
         }
+        for (outputs, rows) in [(512, 33), (4096, 40), (8192, 1)] {
+            let case = Case::new(outputs, &vec![(1, 3); rows], &[]);
+            check(be, &case, &format!("{rows} rows of {outputs} without adapters"));
+        }
         let case = Case::new(512, &[(90, 0), (1, 7), (40, 3)], &[Some(3), Some(4), None]);
         check(be, &case, "prompts");
     });
