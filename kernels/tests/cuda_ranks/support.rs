@@ -35,7 +35,9 @@ pub(crate) fn join(folder: &Path, rank: usize, ranks: usize, patience: Duration)
     CudaBackend::new(DType::Bf16, if ranks <= count { rank } else { 0 })?.with_group(Arc::new(group))
 }
 
-/// Runs two ranks as threads, on one GPU.
+/// Runs two ranks as threads, on one GPU. The blocks of both must fit on it together, and `body` must not make CUDA load a
+/// module, as cuBLASLt does for products of a new size: loading waits for kernels that run, and thus for a rank that
+/// waits for the one that loads. Ranks that are processes may do both.
 pub(crate) fn threads(body: impl Fn(&CudaBackend) + Sync) {
     let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
