@@ -237,8 +237,8 @@ impl Model {
             let mut pending = Vec::new();
             for _ in 0..8 {
                 self.ops.upload(host, &mut device).unwrap();
-                let ops = self.ops.clone();
-                ops.step(&device, || self.forward(&device, wanted)).unwrap();
+                let (ops, slots) = (self.ops.clone(), self.slots.clone());
+                ops.step(&device, Some(&slots), || self.forward(&device, wanted)).unwrap();
                 if wanted("sample") {
                     pending.push(self.ops.sample(&self.logits, &rows, &mut self.sampler).unwrap());
                 }
@@ -300,7 +300,8 @@ fn once(args: &[String]) {
             cudarc::driver::profiler_start().unwrap();
         }
         ops.upload(&host, &mut device).unwrap();
-        ops.step(&device, || model.forward(&device, &|_| true)).unwrap();
+        let slots = model.slots.clone();
+        ops.step(&device, Some(&slots), || model.forward(&device, &|_| true)).unwrap();
         let rows: Vec<_> =
             (0..host.logit_rows.len() as u32).map(|row| SampleRow { row, seat: row }).collect();
         let pending = ops.sample(&model.logits, &rows, &mut model.sampler).unwrap();

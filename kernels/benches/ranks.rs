@@ -123,7 +123,7 @@ fn branch(be: &CudaBackend, rows: usize, adapters: usize) -> f64 {
     let mut products = be.wide_mat(rows, HIDDEN).unwrap();
     let mut y = be.mat(rows, HIDDEN).unwrap();
     let host = batch(&vec![(1, 3); rows], &of);
-    time_step(be, &host, |device| {
+    time_step(be, &host, Some(&slots), |device| {
         let lora = LinearLora { slots: &slots, site: 0, batch: device, rows: RowSet::All };
         let norm = Norm { kind: NormKind::Rms, weight: &norm, bias: None, eps: 1e-5 };
         let next = Some((norm, &mut y));
@@ -141,17 +141,18 @@ fn branch(be: &CudaBackend, rows: usize, adapters: usize) -> f64 {
 
 /// Microseconds of one operation of a captured step.
 fn time(be: &CudaBackend, op: impl FnMut(&kernels::cuda::CudaBatch) -> kernels::Result<()>) -> f64 {
-    time_step(be, &batch(&[(1, 3)], &[]), op)
+    time_step(be, &batch(&[(1, 3)], &[]), None, op)
 }
 
 fn time_step(
     be: &CudaBackend,
     host: &kernels::Batch,
+    slots: Option<&kernels::cuda::CudaSlots>,
     mut op: impl FnMut(&kernels::cuda::CudaBatch) -> kernels::Result<()>,
 ) -> f64 {
     let mut device = be.batch(host.rows(), host.blocks.len(), &[Span::Causal]).unwrap();
     be.upload(host, &mut device).unwrap();
-    let mut step = || be.step(&device, || (0..OPS).try_for_each(|_| op(&device))).unwrap();
+    let mut step = || be.step(&device, slots, || (0..OPS).try_for_each(|_| op(&device))).unwrap();
     (0..3).for_each(|_| step());
     be.synchronize().unwrap();
     let from = be.mark().unwrap();

@@ -202,8 +202,8 @@ template <typename T> __device__ inline Chunk<T> find_chunk(const LoraArgs& p, c
   return {nullptr, 0, 0, 0, 0, -1};
 }
 
-// Grid: (blocks of kExpandWarps chunks, tiles).
-template <typename T, typename R, bool PACKED>
+// AFFINE: some adapter of the step may have a gain or a bias. Grid: (blocks of kExpandWarps chunks, tiles).
+template <typename T, typename R, bool PACKED, bool AFFINE>
 __global__ void __launch_bounds__(kExpandThreads, 5) expand(const __grid_constant__ LoraArgs p) {
   pdl_launch_dependents();
   if (blockIdx.y >= *p.num_tiles) return pdl_wait();
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kExpandThreads, 5) expand(const __grid_constan
   if (chunk.slice < 0) return pdl_wait();
   const LoraEntry& entry = entries[chunk.slice];
   const Affine affine(entry, p.bias, chunk.column, p.base_cols);
-  if (chunk.rank == 0 && !affine.changes()) return pdl_wait();
+  if (chunk.rank == 0 && !(AFFINE && affine.changes())) return pdl_wait();
   const float scale = entry.scale;
   Columns<T> columns;
   columns.load(chunk.b, chunk.rank, 0);
@@ -237,7 +237,8 @@ __global__ void __launch_bounds__(kExpandThreads, 5) expand(const __grid_constan
       if (!valid[h] || out >= chunk.outs) continue;
       R* y = static_cast<R*>(p.y) + (size_t)(tile.row + row + 8 * h) * p.out_cols + chunk.column + out;
       update_outputs<R, PACKED>(y, chunk.outs - out, [&](int i, float sum) {
-        return affine(sum + scale * d[i % kHalf][2 * h + i / kHalf], out + i);
+        sum += scale * d[i % kHalf][2 * h + i / kHalf];
+        return AFFINE ? affine(sum, out + i) : sum;
       });
     }
   }
@@ -246,7 +247,7 @@ __global__ void __launch_bounds__(kExpandThreads, 5) expand(const __grid_constan
 // Expand of a gate and an up projection side by side, with SwiGLU as its epilogue: act = silu(gate) · up. Their sums
 // stay in registers, where an expand and a gate of their own would write and read them once more. Grid: (blocks of
 // kExpandWarps blocks of outputs, tiles of all rows: those without an adapter have the slot kNoSlot).
-template <typename T>
+template <typename T, bool AFFINE>
 __global__ void __launch_bounds__(kExpandThreads, 3) expand_silu_mul(const __grid_constant__ LoraArgs p, T* act) {
   pdl_launch_dependents();
   const LoraTile tile = p.tiles[blockIdx.y];
@@ -306,7 +307,7 @@ __global__ void __launch_bounds__(kExpandThreads, 3) expand_silu_mul(const __gri
         columns[s].multiply_each(a[s], [&](int n, int e, float delta) { d[s][n][e] += scales[s] * delta; });
       }
     }
-    if (tile.slot != kNoSlot) {
+    if (AFFINE && tile.slot != kNoSlot) {
 #pragma unroll
       for (int s = 0; s < 2; s++) {
         const Affine affine(entries[s], p.bias, p.first_out[s], p.base_cols);
@@ -450,7 +451,8 @@ extern "C" int lorax_lora_shrink(const LoraArgs* args, int elem, int max_tiles, 
   });
 }
 
-extern "C" int lorax_lora_expand(const LoraArgs* args, int elem, int wide, int max_tiles, cudaStream_t stream) {
+extern "C" int lorax_lora_expand(const LoraArgs* args, int elem, int wide, int affine, int max_tiles,
+                                 cudaStream_t stream) {
   int chunks = 0;
   bool packed = args->out_cols % 8 == 0;
   for (int s = 0; s < args->slices; s++) {
@@ -460,16 +462,20 @@ extern "C" int lorax_lora_expand(const LoraArgs* args, int elem, int wide, int m
   }
   dim3 grid(ceil_div(chunks, kExpandWarps), max_tiles);
   WITH_HALF(elem, T, WITH_WIDE(wide, T, R, {
-              auto kernel = packed ? expand<T, R, true> : expand<T, R, false>;
+              auto kernel = packed ? expand<T, R, true, false> : expand<T, R, false, false>;
+              if (affine) kernel = packed ? expand<T, R, true, true> : expand<T, R, false, true>;
               return launch_pdl(kernel, grid, kExpandThreads, 0, stream, *args);
             }));
 }
 
 // `act` [rows, inner]; `tiles` cover all rows; `args` has two slices of `inner` outputs, a multiple of 64.
-extern "C" int lorax_lora_expand_silu_mul(const LoraArgs* args, void* act, int elem, int tiles, cudaStream_t stream) {
+extern "C" int lorax_lora_expand_silu_mul(const LoraArgs* args, void* act, int elem, int affine, int tiles,
+                                          cudaStream_t stream) {
   dim3 grid(ceil_div(args->first_out[1], kExpandWarps * kOutBlock), tiles);
-  WITH_HALF(elem, T,
-            return launch_pdl(expand_silu_mul<T>, grid, kExpandThreads, 0, stream, *args, static_cast<T*>(act)));
+  WITH_HALF(elem, T, {
+    auto kernel = affine ? expand_silu_mul<T, true> : expand_silu_mul<T, false>;
+    return launch_pdl(kernel, grid, kExpandThreads, 0, stream, *args, static_cast<T*>(act));
+  });
 }
 
 // `args` has one slice.

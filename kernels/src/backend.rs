@@ -78,6 +78,17 @@ pub trait Memory: Send + Sync + Sized + 'static {
     fn seconds_between(&self, from: &Self::Mark, to: &Self::Mark) -> Result<f64>;
 }
 
+/// A decode step that a device captures as a CUDA graph.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CapturedStep {
+    /// Rows, each of a sequence of its own.
+    pub rows: usize,
+    /// Runs of rows with an adapter.
+    pub runs: usize,
+    /// Whether some adapter has magnitudes or biases. Such a step has other kernels than one with low-rank deltas alone.
+    pub is_affine: bool,
+}
+
 /// The operations of a forward pass.
 ///
 /// A model calls [`Self::linear`] for every projection, and its [`Output`] says what is done with the products. By
@@ -86,15 +97,20 @@ pub trait Memory: Send + Sync + Sized + 'static {
 pub trait Ops: Adapters {
     /// Runs `ops`, which are all operations of one step except sampling. For the same device batch and the same numbers
     /// of rows, `ops` must always be the same operations on the same matrices, because a device may capture them as a
-    /// CUDA graph and replay this later.
-    fn step(&self, batch: &Self::Batch, ops: impl FnOnce() -> Result<()>) -> Result<()> {
-        let _ = batch;
+    /// CUDA graph and replay this later. `slots` has the adapters of the step's rows; `None` if no row has one.
+    fn step(
+        &self,
+        batch: &Self::Batch,
+        slots: Option<&Self::LoraSlots>,
+        ops: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let _ = (batch, slots);
         ops()
     }
 
-    /// The decode steps that this device captures, as (rows, runs of rows with an adapter). The warm-up runs each of
-    /// them twice, so that no request waits for a capture.
-    fn captured_steps(&self) -> Vec<(usize, usize)> {
+    /// The decode steps that this device captures. The warm-up runs each of them twice, so that no request waits for a
+    /// capture.
+    fn captured_steps(&self) -> Vec<CapturedStep> {
         Vec::new()
     }
 

@@ -64,7 +64,8 @@ pub struct CudaMark(Event);
 /// One NVIDIA GPU of compute capability 8.0 or newer.
 ///
 /// A row's result may differ in its last bits with the shape of a step, which the choice of a kernel depends on: its
-/// number of rows, whether any has an adapter, the lengths of prompts. It does not depend on what the other rows hold.
+/// number of rows, whether any has an adapter, whether some adapter has gains or biases, the lengths of prompts. It does
+/// not depend on what the other rows hold.
 pub struct CudaBackend {
     dtype: DType,
     gemm: gemm::Gemm,
@@ -368,7 +369,7 @@ impl Adapters for CudaBackend {
 
     /// Answers for the whole step, whatever rows are asked for. A bias goes the same way as a magnitude.
     fn scales(&self, lora: &LinearLora<'_, Self>) -> bool {
-        lora.slots.needs(lora.batch).products
+        lora.slots.needs(lora.batch).affine
     }
 }
 

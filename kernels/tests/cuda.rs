@@ -334,7 +334,7 @@ fn decode_tokens(capture: bool) -> Vec<Vec<u32>> {
         let known = |seat: usize| if step == 0 { seat as i32 * 5 } else { -1 - seat as i32 };
         host.tokens = (0..rows).map(known).collect();
         ops.upload(&host, &mut device).unwrap();
-        ops.step(&device, || {
+        ops.step(&device, Some(&slots), || {
             ops.embed(&device, &sampler, rows_of(&table), &mut residual)?;
             ops.normalize(&residual, rms(&weights), &mut x)?;
             let lora = |site, rows| Some(LinearLora { slots: &slots, site, batch: &device, rows });
@@ -429,7 +429,8 @@ impl Layer {
         let ops = self.ops.clone();
         ops.fill(&mut self.residual, &Numbers(27).table(rows, Self::HIDDEN).data).unwrap();
         if graph {
-            ops.step(device, || {
+            let slots = self.slots.clone();
+            ops.step(device, Some(&slots), || {
                 self.launch(device, wait);
                 Ok(())
             })

@@ -16,7 +16,7 @@ use super::{
     plan::{self, AttentionItem, Cut, Items},
     unsupported,
 };
-use crate::{BLOCK_SIZE, Batch, Error, Result, RowSet, Segment, Span};
+use crate::{BLOCK_SIZE, Batch, CapturedStep, Error, Result, RowSet, Segment, Span};
 
 /// Attention spans of one model, at most.
 pub(super) const MAX_SPANS: usize = 4;
@@ -33,14 +33,18 @@ const CAPTURED_ROWS: [usize; 24] =
 /// Numbers of adapter tiles that decode steps are captured for: a step without adapters launches nothing for them.
 const CAPTURED_TILES: [usize; 5] = [0, 4, 16, 64, 256];
 
-/// The rows and tiles of every graph.
-pub(super) fn captured_steps() -> Vec<(usize, usize)> {
-    let tiles_of = |&rows: &usize| {
-        let mut tiles: Vec<usize> = CAPTURED_TILES.iter().map(|&tiles| tiles.min(rows)).collect();
-        tiles.dedup();
-        tiles.into_iter().map(move |tiles| (rows, tiles))
-    };
-    CAPTURED_ROWS.iter().flat_map(tiles_of).collect()
+/// The steps of all graphs: 24 without adapters, and 66 of each kind with them.
+pub(super) fn captured_steps() -> Vec<CapturedStep> {
+    let mut steps = Vec::new();
+    for rows in CAPTURED_ROWS {
+        let mut runs = CAPTURED_TILES.map(|tiles| tiles.min(rows)).to_vec();
+        runs.dedup();
+        for is_affine in [false, true] {
+            let of_kind = runs.iter().filter(|&&runs| runs > 0 || !is_affine);
+            steps.extend(of_kind.map(|&runs| CapturedStep { rows, runs, is_affine }));
+        }
+    }
+    steps
 }
 
 fn at_least(sizes: &[usize], size: usize) -> Option<usize> {
@@ -149,6 +153,8 @@ pub(super) struct GraphKey {
     rows: usize,
     tiles: usize,
     cut: Option<Cut>,
+    /// Whether adapters of the step have gains or biases.
+    affine: bool,
 }
 
 /// A step on the GPU.
@@ -244,9 +250,9 @@ impl CudaBatch {
     }
 
     /// Names the graph that this step can use, if any.
-    pub(super) fn graph_key(&self) -> Option<GraphKey> {
+    pub(super) fn graph_key(&self, affine: bool) -> Option<GraphKey> {
         let Self { id, cut, .. } = *self;
-        self.captured.map(|sizes| GraphKey { id, rows: sizes.rows, tiles: sizes.tiles[0], cut })
+        self.captured.map(|sizes| GraphKey { id, rows: sizes.rows, tiles: sizes.tiles[0], cut, affine })
     }
 
     /// Whether this is a decode step of a size that there are graphs for.

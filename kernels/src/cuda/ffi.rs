@@ -355,6 +355,7 @@ unsafe extern "C" {
         args: *const LoraArgs,
         elem: i32,
         wide: i32,
+        affine: i32,
         max_tiles: i32,
         stream: CUstream,
     ) -> i32;
@@ -362,6 +363,7 @@ unsafe extern "C" {
         args: *const LoraArgs,
         act: u64,
         elem: i32,
+        affine: i32,
         tiles: i32,
         stream: CUstream,
     ) -> i32;

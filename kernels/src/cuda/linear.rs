@@ -390,6 +390,10 @@ impl<'a> Deltas<'a> {
         Ok(Some(Deltas { args, max_tiles, tile_rows, batch, rows: lora.rows, kind, needs }))
     }
 
+    fn affine(&self) -> i32 {
+        i32::from(self.needs.affine)
+    }
+
     fn shrink(&self, be: &CudaBackend, stream: &Stream) -> Result<()> {
         // SAFETY: shapes were checked; the tables hold only resident slots of these sites.
         be.launch_on(stream, "linear", self.max_tiles, |elem, stream| unsafe {
@@ -413,7 +417,8 @@ impl<'a> Deltas<'a> {
     fn expand(&self, be: &CudaBackend, y: &CudaMat) -> Result<()> {
         // SAFETY: as in `shrink`.
         be.launch("linear", self.max_tiles, |elem, stream| unsafe {
-            ffi::lorax_lora_expand(&raw const self.args, elem, y.wide(), self.max_tiles as i32, stream)
+            let (wide, affine, max_tiles) = (y.wide(), self.affine(), self.max_tiles as i32);
+            ffi::lorax_lora_expand(&raw const self.args, elem, wide, affine, max_tiles, stream)
         })
     }
 
@@ -434,7 +439,8 @@ impl<'a> Deltas<'a> {
         let tiles = self.batch.all_tiles();
         // SAFETY: as in `shrink`; the tiles cover the rows of `gate_up`, of which `y` has as many.
         be.launch("gate", tiles, |elem, stream| unsafe {
-            ffi::lorax_lora_expand_silu_mul(&raw const self.args, y.at(), elem, tiles as i32, stream)
+            let (affine, tiles) = (self.affine(), tiles as i32);
+            ffi::lorax_lora_expand_silu_mul(&raw const self.args, y.at(), elem, affine, tiles, stream)
         })
     }
 

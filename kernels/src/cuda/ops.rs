@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use super::{
-    CudaBackend, CudaBatch, CudaKv, CudaMat, CudaSampler, CudaWeight, attention, batch, ffi, gemm, linear,
-    norm,
+    CudaBackend, CudaBatch, CudaKv, CudaMat, CudaSampler, CudaSlots, CudaWeight, attention, batch, ffi, gemm,
+    linear, norm,
 };
 use crate::{
-    Activation, Attention, Embedding, Error, Group, LinearLora, LogitShape, Matrix, Norm, Ops, Output,
-    Projection, Qkv, Result, RowSet, SiteKind,
+    Activation, Attention, CapturedStep, Embedding, Error, Group, LinearLora, LogitShape, Matrix, Norm, Ops,
+    Output, Projection, Qkv, Result, RowSet, SiteKind,
 };
 
 /// What adapters change of a table.
@@ -59,12 +59,18 @@ fn activate(be: &CudaBackend, x: &CudaMat, f: Activation, gated: bool, y: &mut C
 }
 
 impl Ops for CudaBackend {
-    fn step(&self, batch: &CudaBatch, ops: impl FnOnce() -> Result<()>) -> Result<()> {
+    fn step(
+        &self,
+        batch: &CudaBatch,
+        slots: Option<&CudaSlots>,
+        ops: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
         self.device.bind()?;
-        self.graphs.step(&self.stream, batch, batch.graph_key(), ops)
+        let affine = slots.is_some_and(|slots| slots.needs(batch).affine);
+        self.graphs.step(&self.stream, batch, batch.graph_key(affine), ops)
     }
 
-    fn captured_steps(&self) -> Vec<(usize, usize)> {
+    fn captured_steps(&self) -> Vec<CapturedStep> {
         if self.graphs.is_enabled() { batch::captured_steps() } else { Vec::new() }
     }
 

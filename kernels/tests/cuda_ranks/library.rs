@@ -37,7 +37,7 @@ fn sums_and_columns_of_one_rank() {
                 be.all_reduce(&mut x)?;
                 be.gather_columns(&x, &mut y)
             };
-            if round == 0 { step() } else { be.step(&device, step) }.unwrap();
+            if round == 0 { step() } else { be.step(&device, None, step) }.unwrap();
             assert_eq!(be.download(&x).unwrap(), own, "{rows} x {cols}, round {round}");
             assert_eq!(be.download(&y).unwrap(), own, "{rows} x {cols}, round {round}");
         }

@@ -177,7 +177,7 @@ fn in_replayed_steps() {
             let own: Vec<f32> = (0..rows * cols).map(|i| element(round, be.rank(), i) % 8.0).collect();
             be.fill(&mut x, &own).unwrap();
             rounds.delay();
-            be.step(&batches[which], || (0..=which).try_for_each(|_| be.all_reduce(&mut x))).unwrap();
+            be.step(&batches[which], None, || (0..=which).try_for_each(|_| be.all_reduce(&mut x))).unwrap();
             for (i, got) in be.download(&x).unwrap().iter().enumerate() {
                 let sum = element(round, 0, i) % 8.0 + element(round, 1, i) % 8.0;
                 let expected = sum * (1 << which) as f32;

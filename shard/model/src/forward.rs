@@ -231,7 +231,7 @@ impl<B: Backend> Model<B> {
         kv: &mut KvCache<B>,
     ) -> kernels::Result<()> {
         let ops = pass.ops;
-        ops.step(pass.batch, || {
+        ops.step(pass.batch, Some(pass.slots), || {
             self.embed(pass, s)?;
             ops.normalize(&s.stream, self.layers[0].attention_norm.get(), &mut s.hidden)?;
             for (i, kv) in kv.layers.iter_mut().enumerate() {

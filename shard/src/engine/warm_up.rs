@@ -3,7 +3,7 @@
 
 use std::{iter, slice, sync::Arc, thread, time::Duration};
 
-use kernels::{BLOCK_SIZE, Backend, Batch, LoraPart, SampleRow, Segment, SequenceRows};
+use kernels::{BLOCK_SIZE, Backend, Batch, CapturedStep, LoraPart, SampleRow, Segment, SequenceRows};
 
 use super::{LOAD_POLL, Limits, state::State};
 use crate::agreement;
@@ -48,37 +48,46 @@ impl<B: Backend> State<B> {
     }
 
     /// Runs every decode step that the device captures as a CUDA graph: the first run loads its kernels, the second one
-    /// captures it. The graphs of steps with adapters serve adapters of every kind, so that one with plain deltas stands
-    /// for all of them.
+    /// captures it.
     pub(super) fn capture_graphs(&mut self) -> kernels::Result<()> {
         let Limits { max_sequences, max_logit_rows, num_slots, .. } = self.limits;
-        let mut steps = in_use(self.ops.captured_steps(), max_sequences, max_logit_rows);
+        let steps = in_use(self.ops.captured_steps(), max_sequences, max_logit_rows);
+        let (bare, with_adapters): (Vec<_>, Vec<_>) = steps.into_iter().partition(|step| step.runs == 0);
+        self.capture(&bare)?;
         if num_slots == 0 {
-            steps.retain(|&(_, runs)| runs == 0);
+            return Ok(());
         }
-        let with_adapters = steps.iter().any(|&(_, runs)| runs > 0);
-        if with_adapters {
-            self.load_zero_adapter()?;
-        }
-        for (rows, runs) in steps {
-            // Every sequence of a step has a block of its own.
-            let rows = rows.min(self.num_blocks);
-            let step = batch(&vec![1; rows], runs.min(rows));
-            self.run(&step)?;
-            self.run(&step)?;
-        }
-        if with_adapters {
+        let (affine, plain): (Vec<_>, Vec<_>) = with_adapters.into_iter().partition(|step| step.is_affine);
+        for (steps, is_affine) in [(plain, false), (affine, true)] {
+            if steps.is_empty() {
+                continue;
+            }
+            self.load_zero_adapter(is_affine)?;
+            self.capture(&steps)?;
             self.ops.unload(&mut self.slots, 0)?;
         }
         Ok(())
     }
 
-    /// Loads an adapter whose weights are all zero into slot 0.
-    fn load_zero_adapter(&mut self) -> kernels::Result<()> {
+    /// Runs each step twice.
+    fn capture(&mut self, steps: &[CapturedStep]) -> kernels::Result<()> {
+        for step in steps {
+            // Every sequence of a step has a block of its own.
+            let rows = step.rows.min(self.num_blocks);
+            let step = batch(&vec![1; rows], step.runs.min(rows));
+            self.run(&step)?;
+            self.run(&step)?;
+        }
+        Ok(())
+    }
+
+    /// Loads an adapter whose weights are all zero into slot 0. It has a bias if it is to be affine.
+    fn load_zero_adapter(&mut self, is_affine: bool) -> kernels::Result<()> {
         let sites = self.model.sites();
         let size = sites.first().and_then(|site| Some((site.inputs, *site.outputs.first()?)));
         let (inputs, outputs) = size.unwrap_or_default();
-        let part = LoraPart::delta((0, 0), 1, 1.0, &vec![0.0; inputs], &vec![0.0; outputs]);
+        let mut part = LoraPart::delta((0, 0), 1, 1.0, &vec![0.0; inputs], &vec![0.0; outputs]);
+        part.bias = is_affine.then(|| vec![0.0; outputs]);
         let adapter = Arc::new(self.ops.stage(sites, slice::from_ref(&part))?);
         self.ops.load(&mut self.slots, 0, &adapter, &self.model.site_weights())?;
         while self.ops.loaded(&mut self.slots)?.is_empty() {
@@ -101,16 +110,12 @@ impl<B: Backend> State<B> {
     }
 }
 
-/// Of the steps (rows, runs) that the device can capture, those that decoding may use: up to the smallest size that
-/// holds all sequences, as far as there is room for their logits.
-fn in_use(
-    mut steps: Vec<(usize, usize)>,
-    max_sequences: usize,
-    max_logit_rows: usize,
-) -> Vec<(usize, usize)> {
-    let sizes = steps.iter().map(|(rows, _)| *rows);
+/// Of the steps that the device can capture, those that decoding may use: up to the smallest size that holds all
+/// sequences, as far as there is room for their logits.
+fn in_use(mut steps: Vec<CapturedStep>, max_sequences: usize, max_logit_rows: usize) -> Vec<CapturedStep> {
+    let sizes = steps.iter().map(|step| step.rows);
     let largest = sizes.filter(|&rows| rows >= max_sequences).min().unwrap_or(usize::MAX);
-    steps.retain(|&(rows, _)| rows <= largest.min(max_logit_rows));
+    steps.retain(|step| step.rows <= largest.min(max_logit_rows));
     steps
 }
 
@@ -139,7 +144,8 @@ mod tests {
 
     #[test]
     fn every_size_that_decoding_may_use_is_captured() {
-        let steps = vec![(1, 0), (1, 1), (96, 0), (112, 0), (112, 16), (128, 0)];
+        let steps = [(1, 0), (1, 1), (96, 0), (112, 0), (112, 16), (128, 0)];
+        let steps = steps.map(|(rows, runs)| CapturedStep { rows, runs, is_affine: runs > 1 }).to_vec();
         assert_eq!(in_use(steps.clone(), 100, 256), steps[..5]);
         assert_eq!(in_use(steps.clone(), 96, 256), steps[..3]);
         assert_eq!(in_use(steps.clone(), 100, 100), steps[..3]);

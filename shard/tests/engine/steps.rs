@@ -2,6 +2,7 @@
 
 use std::{fs, path::Path};
 
+use kernels::CapturedStep;
 use lorax_shard::step::{NewSequence, Rows, Step};
 use model::adapter::ContentHash;
 
@@ -124,11 +125,29 @@ async fn what_cannot_be_read_again_is_reported() {
 
 #[tokio::test]
 async fn decode_steps_are_captured_for_any_number_of_slots() {
+    let step = |(rows, runs), is_affine| CapturedStep { rows, runs, is_affine };
+    let bare: Vec<_> = [1, 2, 4].map(|rows| step((rows, 0), false)).to_vec();
+    let of_kind = |is_affine| [(1, 1), (2, 2), (4, 2), (4, 4)].map(|sizes| step(sizes, is_affine)).to_vec();
+    let (plain, affine) = (of_kind(false), of_kind(true));
     for slots in [0, 1, 2] {
-        let script = Script::default();
-        script.set_captured(&[(1, 0), (1, 1), (4, 0), (4, 2), (4, 4)]);
-        let folder = tempfile::tempdir().unwrap();
-        tiny::engine_with_slots(Fake::new(script.clone()), folder.path(), 1 << 20, slots);
-        assert_eq!(script.count("load"), usize::from(slots > 0), "{slots} slots");
+        let with_slots = |steps: usize| if slots > 0 { steps } else { 0 };
+        for (steps, loads, biases) in [
+            (vec![], 0, 0),
+            (bare.clone(), 0, 0),
+            ([&*bare, &plain].concat(), 1, 0),
+            ([&*bare, &affine].concat(), 1, 1),
+            ([&*bare, &plain, &affine].concat(), 2, 1),
+            ([&*affine, &plain, &bare].concat(), 2, 1),
+        ] {
+            let script = Script::default();
+            script.set_captured(&steps);
+            let folder = tempfile::tempdir().unwrap();
+            tiny::engine_with_slots(Fake::new(script.clone()), folder.path(), 1 << 20, slots);
+            let staged = (script.count("load"), script.count("stage a bias"));
+            assert_eq!(staged, (with_slots(loads), with_slots(biases)), "{slots} slots: {steps:?}");
+            let runs = steps.iter().filter(|step| slots > 0 || step.runs == 0).count();
+            // A prefill runs twice, too.
+            assert_eq!(script.count("embed"), 2 + 2 * runs, "{slots} slots: {steps:?}");
+        }
     }
 }

@@ -7,9 +7,9 @@ use std::{
 };
 
 use kernels::{
-    Activation, Adapters, Attention, Batch, DType, Embedding, Error, Group, Heads, HostTensor, LinearLora,
-    LogitShape, LoraPart, LoraShape, LoraSite, Memory, Norm, Ops, PeerFault, Projection, QkNorms, Qkv,
-    Result, RopeSpec, Rotation, SampleRow, Sampled, Sampling, SamplingParams, Span, TokenMask,
+    Activation, Adapters, Attention, Batch, CapturedStep, DType, Embedding, Error, Group, Heads, HostTensor,
+    LinearLora, LogitShape, LoraPart, LoraShape, LoraSite, Memory, Norm, Ops, PeerFault, Projection, QkNorms,
+    Qkv, Result, RopeSpec, Rotation, SampleRow, Sampled, Sampling, SamplingParams, Span, TokenMask,
     cpu::{CpuAdapter, CpuBackend, CpuBatch, CpuKv, CpuMat, CpuRope, CpuSampler, CpuSlots, Panels},
 };
 
@@ -43,7 +43,7 @@ struct State {
     marks: u64,
     counts: HashMap<&'static str, usize>,
     piece: usize,
-    captured: Vec<(usize, usize)>,
+    captured: Vec<CapturedStep>,
     lengths: Vec<u32>,
 }
 
@@ -77,8 +77,8 @@ impl Script {
         self.state().piece = bytes;
     }
 
-    /// Has the device capture these decode steps (rows, runs of rows with an adapter).
-    pub(crate) fn set_captured(&self, steps: &[(usize, usize)]) {
+    /// Has the device capture these decode steps.
+    pub(crate) fn set_captured(&self, steps: &[CapturedStep]) {
         self.state().captured = steps.into();
     }
 
@@ -248,7 +248,7 @@ impl Memory for Fake {
 }
 
 impl Ops for Fake {
-    fn captured_steps(&self) -> Vec<(usize, usize)> {
+    fn captured_steps(&self) -> Vec<CapturedStep> {
         self.script.state().captured.clone()
     }
 
@@ -349,6 +349,9 @@ impl Adapters for Fake {
 
     fn stage(&self, sites: &[LoraSite], parts: &[LoraPart]) -> Result<CpuAdapter> {
         self.script.at("stage")?;
+        if parts.iter().any(|part| part.bias.is_some()) {
+            self.script.at("stage a bias")?;
+        }
         self.cpu.stage(sites, parts)
     }
 
