@@ -6,7 +6,10 @@ mod merge;
 mod steps;
 
 use std::{
+    error::Error,
     future::Future,
+    io::{self, ErrorKind},
+    iter::successors,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -48,6 +51,12 @@ pub(crate) enum RankError {
         rank: usize,
         /// The cause.
         message: String,
+    },
+    /// Nobody listens on a rank's socket.
+    #[error("rank {rank} does not serve yet")]
+    Absent {
+        /// The rank.
+        rank: usize,
     },
     /// A rank has ended its stream of events.
     #[error("rank {rank} has ended the session")]
@@ -287,7 +296,12 @@ fn client(channel: Channel) -> ShardClient<Channel> {
 }
 
 fn failed(rank: usize, status: &Status) -> RankError {
-    RankError::Status { rank, message: status.message().to_owned() }
+    let causes = successors(Some(status as &(dyn Error + 'static)), |&error| error.source());
+    let mut kinds = causes.filter_map(|error| Some(error.downcast_ref::<io::Error>()?.kind()));
+    match kinds.any(|kind| matches!(kind, ErrorKind::NotFound | ErrorKind::ConnectionRefused)) {
+        true => RankError::Absent { rank },
+        false => RankError::Status { rank, message: status.message().to_owned() },
+    }
 }
 
 /// The answer to a call, if it comes before the deadline.
@@ -301,5 +315,28 @@ async fn in_time<T>(
         Ok(Ok(response)) => Ok(response.into_inner()),
         Ok(Err(status)) => Err(failed(rank, &status)),
         Err(_) => Err(RankError::Timeout { rank, call, limit }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_rank_that_does_not_listen_is_told_from_one_that_fails() {
+        let folder = tempfile::tempdir().unwrap();
+        let [absent, left, hung_up] = ["absent", "left", "hung up"].map(|name| folder.path().join(name));
+        // A socket file stays when its process has gone.
+        drop(UnixListener::bind(&left).unwrap());
+        let listener = UnixListener::bind(&hung_up).unwrap();
+        std::thread::spawn(move || while listener.accept().is_ok() {});
+        for (socket, does_listen) in [(absent, false), (left, false), (hung_up, true)] {
+            let limit = Duration::from_secs(5);
+            let error = client(channel(&socket, limit)).info(InfoRequest {}).await.unwrap_err();
+            let error = failed(3, &error);
+            assert_eq!(error != RankError::Absent { rank: 3 }, does_listen, "{socket:?}: {error}");
+        }
     }
 }

@@ -139,7 +139,10 @@ impl Connector {
             match self.attach().await {
                 Ok(attached) => return attached,
                 Err(error) if told.as_ref() != Some(&error) => {
-                    tracing::warn!("waiting for the model: {error}");
+                    match error {
+                        RankError::Absent { .. } => tracing::info!("waiting for the model: {error}"),
+                        _ => tracing::warn!("waiting for the model: {error}"),
+                    }
                     self.readiness.send_replace(Readiness::NotReady(error.to_string()));
                     told = Some(error);
                 }
