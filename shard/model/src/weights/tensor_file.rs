@@ -50,6 +50,17 @@ pub(super) struct Place {
     pub(super) bytes: u64,
 }
 
+impl Place {
+    /// The strides of rows and columns; a vector is one row.
+    fn matrix_strides(&self) -> [usize; 2] {
+        match *self.strides {
+            [row, col] => [row, col],
+            [col] => [0, col],
+            _ => [0, 0],
+        }
+    }
+}
+
 /// An open file.
 pub(crate) struct TensorFile {
     path: PathBuf,
@@ -122,11 +133,7 @@ impl TensorFile {
     /// The bytes of some rows and columns, row after row.
     fn elements(&self, place: &Place, rows: Range<usize>, cols: Range<usize>) -> Result<Vec<u8>> {
         let size = place.ty.size();
-        let (row_stride, col_stride) = match *place.strides {
-            [row, col] => (row, col),
-            [col] => (0, col),
-            _ => (0, 0),
-        };
+        let [row_stride, col_stride] = place.matrix_strides();
         let index = |row: usize, col: usize| row * row_stride + col * col_stride;
         let mut data = vec![0; rows.len() * cols.len() * size];
         if data.is_empty() {
@@ -155,7 +162,7 @@ impl TensorFile {
         data: &mut [u8],
     ) -> Result<()> {
         let size = place.ty.size();
-        let [row_stride, col_stride] = *place.strides else { return Ok(()) };
+        let [row_stride, col_stride] = place.matrix_strides();
         let width = cols.len();
         let first = rows.start * row_stride + cols.start * col_stride;
         let span = |rows: usize, cols: usize| ((rows - 1) * row_stride + (cols - 1) * col_stride + 1) * size;
