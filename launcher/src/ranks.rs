@@ -93,7 +93,12 @@ pub(crate) async fn find(args: &Args, programs: &Path) -> Result<Ranks, RanksErr
     for gpu in &visible.devices.gpus {
         tracing::debug!(name = gpu.name, pci = gpu.pci, "visible GPU");
     }
-    decide(args.sharded, number, device, &visible)
+    let ranks = decide(args.sharded, number, device, &visible)?;
+    if let Ranks { number, device: Device::Cpu } = ranks {
+        let because = because(&visible.devices.missing);
+        tracing::warn!("no GPU is visible{because}; {number} ranks share the CPU");
+    }
+    Ok(ranks)
 }
 
 /// The GPUs that ranks may use.
