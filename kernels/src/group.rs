@@ -9,10 +9,11 @@ mod peer;
 mod posts;
 
 use std::{
+    collections::HashMap,
     os::fd::{BorrowedFd, OwnedFd},
     path::Path,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
@@ -31,6 +32,8 @@ pub struct Group {
     /// By rank; `None` for this one.
     peers: Vec<Option<Peer>>,
     shared: Arc<Shared>,
+    /// The number of the present attempt at each place.
+    attempts: Mutex<HashMap<u64, u64>>,
     /// In microseconds.
     patience: AtomicU64,
 }
@@ -72,7 +75,13 @@ impl Group {
     /// A group of one rank.
     pub fn alone() -> Group {
         let shared = Arc::new(Shared { posts: Posts::of(1), ..Shared::default() });
-        Group { rank: 0, peers: vec![None], shared, patience: in_micros(PATIENCE) }
+        Group {
+            rank: 0,
+            peers: vec![None],
+            shared,
+            attempts: Mutex::default(),
+            patience: in_micros(PATIENCE),
+        }
     }
 
     /// Meets the other ranks in a folder that only their user may enter. Every rank calls this with the same folder and
@@ -88,7 +97,8 @@ impl Group {
             let peer = stream.map(|stream| Peer::new(peer, stream, shared.clone())).transpose();
             peer.map_err(|source| Error::Group { rank, what: "cannot talk to another rank", source })
         });
-        Ok(Group { rank, peers: peers.collect::<Result<_>>()?, shared, patience: in_micros(PATIENCE) })
+        let (peers, attempts) = (peers.collect::<Result<_>>()?, Mutex::default());
+        Ok(Group { rank, peers, shared, attempts, patience: in_micros(PATIENCE) })
     }
 
     /// The group, whose ranks wait for each other for `patience` in every operation.
@@ -183,10 +193,24 @@ impl Group {
         received.collect()
     }
 
+    /// Begins an attempt at a place, to which all ranks give the same number. Whatever was told there in other attempts,
+    /// failures above all, is not taken for part of this one.
+    pub fn begin(&self, place: u64, attempt: u64) {
+        self.attempts.lock().unwrap_or_else(PoisonError::into_inner).insert(place, attempt);
+    }
+
+    /// A number for what is told in the present attempt.
+    fn key(&self, place: u64, about: u64) -> [u64; 2] {
+        let attempts = self.attempts.lock().unwrap_or_else(PoisonError::into_inner);
+        let attempt = attempts.get(&place).copied().unwrap_or(0);
+        // The golden ratio of 2⁶⁴ spreads the numbers of attempts over all bits.
+        [place, about ^ attempt.wrapping_mul(0x9e37_79b9_7f4a_7c15)]
+    }
+
     /// Tells every rank something about `about` at a place, in place of what this rank has told there before. It does not
     /// wait for the others.
     pub fn post(&self, place: u64, about: u64, bytes: &[u8]) -> Result<()> {
-        let key = [place, about];
+        let key = self.key(place, about);
         self.shared.posts.put(key, self.rank, bytes);
         for (rank, peer) in self.others() {
             peer.send(Kind::Post(key), Message::new(bytes))
@@ -195,10 +219,10 @@ impl Group {
         Ok(())
     }
 
-    /// What all ranks have told at a place, by rank, once the latest of each is about the same. It stays until something
-    /// else is told there, because a rank may need it again. But no bytes stand for a failure, which is returned once.
+    /// What all ranks have told at a place in this attempt, by rank, once the latest of each is about the same. It stays
+    /// until something else is told there, because a rank may need it again. But no bytes stand for a failure, which is returned once.
     pub fn posted(&self, place: u64, about: u64) -> Option<Vec<Arc<[u8]>>> {
-        self.shared.posts.get(place, about)
+        self.shared.posts.get(self.key(place, about))
     }
 
     /// Drops the failures that nobody has asked for.

@@ -142,6 +142,21 @@ fn a_failure_is_returned_once() {
     });
 }
 
+#[test]
+fn failures_of_an_earlier_attempt_are_not_those_of_the_next() {
+    groups(2, rounds::PATIENCE, |group| {
+        for attempt in 1..20 {
+            // Both fail, so that nobody asks for what the other one has told.
+            group.begin(3, 2 * attempt);
+            group.post(3, 1, b"").unwrap();
+            group.begin(3, 2 * attempt + 1);
+            group.post(3, 1, b"squares").unwrap();
+            assert_eq!(posted(&group, 3, 1), [b"squares", b"squares"], "attempt {attempt}");
+            group.barrier(rounds::PATIENCE).unwrap();
+        }
+    });
+}
+
 /// A matrix with ones.
 fn ones(be: &CpuBackend, cols: usize) -> CpuMat {
     let mut x = be.wide_mat(1, cols).unwrap();

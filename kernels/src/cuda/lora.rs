@@ -303,7 +303,13 @@ impl CudaSlots {
         let scaled: Vec<_> =
             scaled.map(|part| Ok((part, self.weight_of(be, part, weights)?))).collect::<Result<_>>()?;
         let memory = PoolBuf::new(&be.copies, &be.stream, adapter.bytes(), "an adapter")?;
+        let is_partial = |part: &Placed| be.ranks() > 1 && self.sites[part.shape.site].is_partial;
+        let partial = scaled.iter().filter(|(part, _)| is_partial(part));
+        let partial: Vec<_> =
+            partial.map(|(part, weight)| (part.entry(memory.at()).gain, weight.outputs)).collect();
+        let mut norms = PartialNorms::new(be, &partial)?;
         let copied = Event::new()?;
+        // From here on nothing is allocated: a copy that has begun must not lose its memory to an error.
         for (at, piece) in adapter.memory.iter() {
             // SAFETY: the memory was just allocated on this stream; `Loading` keeps the source until the copy ended.
             unsafe { be.copies.copy_in(memory.at() + at as u64, piece)? };
@@ -314,11 +320,6 @@ impl CudaSlots {
             sent.record(&be.stream)?;
             be.copies.wait_for(&sent)?;
         }
-        let is_partial = |part: &Placed| be.ranks() > 1 && self.sites[part.shape.site].is_partial;
-        let partial = scaled.iter().filter(|(part, _)| is_partial(part));
-        let partial: Vec<_> =
-            partial.map(|(part, weight)| (part.entry(memory.at()).gain, weight.outputs)).collect();
-        let mut norms = PartialNorms::new(be, &partial)?;
         for (part, weight) in scaled {
             let entry = part.entry(memory.at());
             let squares = norms.as_ref().map_or(0, |norms| norms.squares_of(entry.gain));

@@ -32,7 +32,7 @@ impl Posts {
     }
 
     /// The posts of all ranks at a place, if all of them are about the same.
-    pub(super) fn get(&self, place: u64, about: u64) -> Option<Vec<Arc<[u8]>>> {
+    pub(super) fn get(&self, [place, about]: [u64; 2]) -> Option<Vec<Arc<[u8]>>> {
         let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
         let posts = places.get_mut(&place)?;
         let fits = |post: &Option<Post>| {

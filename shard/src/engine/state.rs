@@ -303,6 +303,7 @@ impl<B: Backend> State<B> {
             if let Err(error) = self.in_range("slot", slot as usize, self.limits.num_slots) {
                 return Ok(Err(error));
             }
+            self.ops.group().begin(slot.into(), step.id);
             match self.adapters.get(content) {
                 Some(adapter) => self.load(slot, content, &adapter)?,
                 // It was evicted from host memory after it had been prepared.
