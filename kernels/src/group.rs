@@ -22,6 +22,7 @@ use std::{
 use crate::{Error, PeerFault, Result};
 use peer::{Kind, Message, Peer};
 use posts::Posts;
+pub(crate) use posts::sum_of_posts;
 
 /// How long ranks wait for each other in an operation, unless [`Group::set_patience`] says otherwise.
 const PATIENCE: Duration = Duration::from_secs(60);

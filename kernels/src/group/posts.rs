@@ -5,6 +5,8 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use crate::{Error, PeerFault, Result};
+
 /// Something that a rank has told, and what it is about.
 #[derive(Clone)]
 struct Post {
@@ -53,5 +55,39 @@ impl Posts {
 fn forget_empty(posts: &mut [Option<Post>]) {
     for post in posts {
         *post = post.take().filter(|post| !post.bytes.is_empty());
+    }
+}
+
+/// The sums of what the ranks have told, `count` numbers each as little-endian f32, in the order of the ranks. Errors: a
+/// rank has told another number of them.
+pub(crate) fn sum_of_posts(all: &[Arc<[u8]>], count: usize) -> Result<Vec<f32>> {
+    let mut sums = vec![0.0; count];
+    for (rank, bytes) in all.iter().enumerate() {
+        if bytes.len() != count * size_of::<f32>() {
+            return Err(Error::Peer { op: "load", rank, fault: PeerFault::Differs });
+        }
+        let numbers = bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes));
+        sums.iter_mut().zip(numbers).for_each(|(sum, number)| *sum += number);
+    }
+    Ok(sums)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn posts(all: &[&[f32]]) -> Vec<Arc<[u8]>> {
+        all.iter().map(|squares| squares.iter().flat_map(|x| x.to_le_bytes()).collect()).collect()
+    }
+
+    #[test]
+    fn numbers_are_summed_in_the_order_of_the_ranks() {
+        let all = posts(&[&[1e8, 3.0], &[1.0, 0.5], &[-1e8, 0.25]]);
+        assert_eq!(sum_of_posts(&all, 2).unwrap(), [(1e8_f32 + 1.0) - 1e8, 3.75]);
+        let differs = posts(&[&[1.0, 2.0], &[1.0]]);
+        assert!(matches!(
+            sum_of_posts(&differs, 2),
+            Err(Error::Peer { rank: 1, fault: PeerFault::Differs, .. })
+        ));
     }
 }

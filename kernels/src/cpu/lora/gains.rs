@@ -7,7 +7,7 @@ use super::{
     super::{CpuBackend, memory::Panels, pool::Shards},
     CpuAdapter, LookupDelta, SiteChange, SliceDelta, SliceVectors, unpack_row,
 };
-use crate::{Error, LoraSite, PeerFault, Result, SiteKind};
+use crate::{Error, LoraSite, Result, SiteKind, group::sum_of_posts};
 
 /// The gains of each slice in [`SiteChange::vectors`], with a factor for each output; `None` for a slice without a
 /// magnitude.
@@ -64,21 +64,14 @@ impl CpuAdapter {
         if of_ranks.iter().any(|bytes| bytes.is_empty()) {
             return Ok(());
         }
-        let mut place = 0;
-        for change in self.partial.iter().filter_map(|site| self.sites[*site].as_ref()) {
+        let partial = || self.partial.iter().filter_map(|site| self.sites[*site].as_ref());
+        let own = partial().filter_map(|change| change.squares.get());
+        let mut sums = sum_of_posts(of_ranks, own.flatten().flatten().map(Vec::len).sum())?.into_iter();
+        for change in partial() {
             let Some(own) = change.squares.get() else { continue };
-            let mut sums = own.clone();
-            for sum in sums.iter_mut().flatten().flatten() {
-                *sum = 0.0;
-                for (rank, bytes) in of_ranks.iter().enumerate() {
-                    let fault = PeerFault::Differs;
-                    let square = bytes.get(place..place + 4).and_then(|bytes| bytes.first_chunk());
-                    let square = square.ok_or(Error::Peer { op: "load", rank, fault })?;
-                    *sum += f32::from_le_bytes(*square);
-                }
-                place += 4;
-            }
-            change.gains.get_or_init(|| change.gains_of(&sums));
+            let mut squares = own.clone();
+            squares.iter_mut().flatten().flatten().zip(&mut sums).for_each(|(square, sum)| *square = sum);
+            change.gains.get_or_init(|| change.gains_of(&squares));
         }
         Ok(())
     }

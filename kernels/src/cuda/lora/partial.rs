@@ -1,14 +1,13 @@
 //! Gains of DoRA where this rank has only some columns of the weight: the squared norms are summed over the ranks.
 
-use std::sync::Arc;
-
 use crate::{
-    Error, PeerFault, Result,
+    Result,
     cuda::{
         CudaBackend, convert,
         device::{Event, PinnedBuf, PoolBuf, launched},
         ffi,
     },
+    group::sum_of_posts,
 };
 
 /// Where the squares of one slice belong.
@@ -91,7 +90,7 @@ impl PartialNorms {
         if all.iter().any(|squares| squares.is_empty()) {
             return Ok(true);
         }
-        let sums = sum(&all, self.on_host.as_slice().len())?;
+        let sums = sum_of_posts(&all, self.on_host.as_slice().len() / size_of::<f32>())?;
         self.on_host.as_mut_slice().copy_from_slice(&convert::bytes_of(&sums));
         // SAFETY: as in `fetch`, of the same size.
         unsafe { be.copies.copy_in(self.on_device.at(), self.on_host.as_slice())? };
@@ -106,35 +105,5 @@ impl PartialNorms {
         event.record(&be.copies)?;
         self.stage = Stage::All;
         Ok(false)
-    }
-}
-
-/// The sums over the ranks, in their order. Errors: a rank has another number of squares.
-fn sum(all: &[Arc<[u8]>], bytes: usize) -> Result<Vec<f32>> {
-    let mut sums = vec![0.0; bytes / size_of::<f32>()];
-    for (rank, squares) in all.iter().enumerate() {
-        if squares.len() != bytes {
-            return Err(Error::Peer { op: "load", rank, fault: PeerFault::Differs });
-        }
-        let squares = squares.chunks_exact(size_of::<f32>()).filter_map(|bytes| bytes.first_chunk());
-        sums.iter_mut().zip(squares).for_each(|(sum, square)| *sum += f32::from_le_bytes(*square));
-    }
-    Ok(sums)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn posts(all: &[&[f32]]) -> Vec<Arc<[u8]>> {
-        all.iter().map(|squares| squares.iter().flat_map(|x| x.to_le_bytes()).collect()).collect()
-    }
-
-    #[test]
-    fn squares_are_summed_in_the_order_of_the_ranks() {
-        let all = posts(&[&[1e8, 3.0], &[1.0, 0.5], &[-1e8, 0.25]]);
-        assert_eq!(sum(&all, 8).unwrap(), [(1e8_f32 + 1.0) - 1e8, 3.75]);
-        let differs = posts(&[&[1.0, 2.0], &[1.0]]);
-        assert!(matches!(sum(&differs, 8), Err(Error::Peer { rank: 1, fault: PeerFault::Differs, .. })));
     }
 }

@@ -250,12 +250,7 @@ impl Simulation<'_> {
 
     fn end(&mut self, sequence: Sequence, well: bool) {
         let times = sequence.first.filter(|_| well).map(|first| (first, self.now - sequence.arrived));
-        self.served.push(Served {
-            adapter: sequence.job.adapter,
-            times,
-            tokens: sequence.tokens,
-            counts: sequence.job.counts,
-        });
+        self.served.push(Served::of(&sequence.job, sequence.tokens, times));
         self.free_clients += 1;
     }
 }

@@ -317,12 +317,7 @@ impl<'a> Simulation<'a> {
     fn end(&mut self, index: usize, well: bool) {
         let Some(open) = self.open.remove(&index) else { return };
         let times = open.first.filter(|_| well).map(|first| (first, self.now - open.arrived));
-        self.served.push(Served {
-            adapter: open.job.adapter,
-            times,
-            tokens: open.tokens,
-            counts: open.job.counts,
-        });
+        self.served.push(Served::of(&open.job, open.tokens, times));
         if self.next_job < self.jobs.len() {
             self.at(self.now, Later::Arrives(self.next_job));
             self.next_job += 1;

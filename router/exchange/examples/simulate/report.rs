@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
+use super::workload::Job;
+
 /// The end of a request.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Served {
@@ -11,6 +13,13 @@ pub(crate) struct Served {
     pub(crate) tokens: u32,
     /// Whether it counts among the waits.
     pub(crate) counts: bool,
+}
+
+impl Served {
+    /// The end of a job.
+    pub(crate) fn of(job: &Job, tokens: u32, times: Option<(Duration, Duration)>) -> Served {
+        Served { adapter: job.adapter, times, tokens, counts: job.counts }
+    }
 }
 
 /// Copies made and evicted on a tier, and evictions of what was needed next.

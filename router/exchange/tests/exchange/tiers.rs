@@ -30,6 +30,13 @@ fn three(tier: Tier) -> Limits {
     }
 }
 
+/// A world in which a tier has had three adapters of these sizes, each used once.
+fn full(tier: Tier, sizes: &[u64]) -> World {
+    let mut world = World::with(three(tier), sizes);
+    (0..3).for_each(|reference| use_once(&mut world, tier, reference));
+    world
+}
+
 #[test]
 fn the_least_recently_used_copy_leaves() {
     for tier in [Tier::Disk, Tier::Host] {
@@ -105,10 +112,7 @@ fn asks_wait_while_everything_is_leased() {
 #[test]
 fn room_is_free_when_the_copy_is_gone_and_not_before() {
     for tier in [Tier::Disk, Tier::Host] {
-        let mut world = World::with(three(tier), &[100; 4]);
-        for reference in 0..3 {
-            use_once(&mut world, tier, reference);
-        }
+        let mut world = full(tier, &[100; 4]);
         let id = ask_on(&mut world, tier, 3);
         while world.deletes.is_empty() && world.unstages.is_empty() {
             world.answer(world.first());
@@ -127,10 +131,7 @@ fn room_is_free_when_the_copy_is_gone_and_not_before() {
 #[test]
 fn room_that_is_made_for_one_is_not_taken_by_another() {
     for tier in [Tier::Disk, Tier::Host] {
-        let mut world = World::with(three(tier), &[100, 100, 100, 305, 10]);
-        for reference in 0..3 {
-            use_once(&mut world, tier, reference);
-        }
+        let mut world = full(tier, &[100, 100, 100, 305, 10]);
         let large = ask_on(&mut world, tier, 3);
         let answer_all = |world: &mut World| {
             while let Some((&call, _)) = world.calls.first_key_value() {
@@ -273,10 +274,7 @@ fn one_that_nearly_fits_is_overtaken_no_longer_than_a_large_one() {
 #[test]
 fn what_an_ask_is_expected_to_need_leaves_last_and_is_counted() {
     for tier in [Tier::Disk, Tier::Host] {
-        let mut world = World::with(three(tier), &[100; 8]);
-        for reference in 0..3 {
-            use_once(&mut world, tier, reference);
-        }
+        let mut world = full(tier, &[100; 8]);
         let needed = |world: &World| {
             let stats = world.exchange.stats();
             stats.disk.needed_evictions + stats.host.needed_evictions
