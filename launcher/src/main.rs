@@ -17,9 +17,9 @@ use args::Args;
 use child::Output;
 use clap::{Parser, error::ErrorKind};
 use config::{Config, ModelConfig, ShardConfig, ShardsConfig};
-use hub::{ModelError, ModelFiles};
 use lifecycle::{EX_USAGE, fail};
 use ranks::RanksError;
+use sources::{ModelError, ModelFiles};
 use supervisor::{Plan, Signals};
 use telemetry::Log;
 
@@ -67,7 +67,7 @@ fn run(args: &Args, log: &Log) -> anyhow::Result<()> {
     let programs = program.parent().context("finding the folder of this program")?;
     let found = async {
         let ranks = ranks::find(args, programs).await?;
-        let model = hub::find(&args.model_id, args.revision.as_deref()).await?;
+        let model = sources::find_model(&args.model_id, args.revision.as_deref()).await?;
         anyhow::Ok((ranks, model))
     };
     let found = runtime.block_on(async {

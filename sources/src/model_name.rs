@@ -1,7 +1,7 @@
 //! How a user names a model of a hub: `owner/name`, with a revision behind `@`, and one of its GGUF files by its path or
 //! behind a colon, as in llama.cpp, Ollama and vLLM.
 
-use crate::cache::is_plain;
+use crate::hub::is_plain;
 
 /// Hosts that Ollama wants in front of a name. The endpoint decides on the hub all the same.
 const HOSTS: [&str; 2] = ["hf.co/", "huggingface.co/"];
@@ -46,8 +46,20 @@ impl<'a> Name<'a> {
             (None, Some(tag), None) | (None, None, Some(tag)) if is_word(tag) => Some(Gguf::Tag(tag)),
             _ => return None,
         };
-        id.split('/').all(is_word).then_some(Name { id, revision, gguf })
+        is_repository(id).then_some(Name { id, revision, gguf })
     }
+}
+
+/// Longest name of a repository that the hub takes, in bytes.
+const MAX_REPOSITORY: usize = 96;
+
+/// Whether a text is `owner/name` or `name` as the hub allows them (`validate_repo_id` of `huggingface_hub`). Two hyphens
+/// stand for the slash in the cache, so that a name must not have them.
+pub(crate) fn is_repository(id: &str) -> bool {
+    let is_edge = |c: char| "-.".contains(c);
+    let is_part = |part: &str| is_word(part) && !part.starts_with(is_edge) && !part.ends_with(is_edge);
+    let is_plain = !id.contains("--") && !id.ends_with(".git");
+    id.len() <= MAX_REPOSITORY && is_plain && id.split('/').count() <= 2 && id.split('/').all(is_part)
 }
 
 /// A text and what is behind its colon.

@@ -20,9 +20,9 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use crate::{
-    HubError, Settings,
-    cache::{Cache, in_place, is_plain},
+use super::{
+    Cache, HubError, HubSettings,
+    cache::{in_place, is_plain},
     settings::{ANSWER, BYTES},
 };
 
@@ -41,7 +41,7 @@ const GATHERED: usize = 1 << 20;
 #[derive(Debug, Clone)]
 pub struct Hub {
     client: Client,
-    settings: Settings,
+    settings: HubSettings,
 }
 
 /// A repository at a commit.
@@ -79,7 +79,7 @@ struct Answer {
 
 impl Hub {
     /// A hub that is reached by these settings.
-    pub fn new(settings: Settings) -> Result<Hub, HubError> {
+    pub fn new(settings: HubSettings) -> Result<Hub, HubError> {
         // Besides those of the system, which small images do not have.
         let roots = webpki_root_certs::TLS_SERVER_ROOT_CERTS.iter();
         let roots: Vec<_> = roots.map(|root| Certificate::from_der(root)).collect::<Result<_, _>>()?;

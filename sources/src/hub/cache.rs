@@ -19,7 +19,7 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use crate::HubError;
+use super::HubError;
 
 /// The part of the cache that belongs to one repository.
 #[derive(Debug, Clone)]

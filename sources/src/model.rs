@@ -9,9 +9,8 @@ use std::{
 use serde::Deserialize;
 
 use crate::{
-    Cache, Commit, Hub, HubError, Settings,
-    name::{self, Gguf, Name},
-    settings::NoHome,
+    hub::{Cache, Commit, Hub, HubError, HubSettings, NoHome},
+    model_name::{self, Gguf, Name},
 };
 
 /// Files beside the weights that somebody reads. The first must be there.
@@ -152,7 +151,7 @@ impl ModelError {
 }
 
 /// Finds a model, and fetches it if it is not here.
-pub async fn find(model_id: &str, revision: Option<&str>) -> Result<ModelFiles, ModelError> {
+pub async fn find_model(model_id: &str, revision: Option<&str>) -> Result<ModelFiles, ModelError> {
     let path = Path::new(model_id);
     if path.exists() {
         let is_gguf = path.is_file() && path.extension().is_some_and(|extension| extension == "gguf");
@@ -169,7 +168,7 @@ pub async fn find(model_id: &str, revision: Option<&str>) -> Result<ModelFiles, 
     let given = revision.filter(|revision| !revision.is_empty());
     let revision = given.or(named.revision).filter(|revision| !revision.is_empty());
     let asked = Asked { id: named.id, gguf: named.gguf, revision: revision.unwrap_or("main") };
-    let settings = Settings::from_env()?;
+    let settings = HubSettings::from_env()?;
     let (path, sha) = if settings.offline {
         let (id, revision) = (asked.id.into(), asked.revision.into());
         from_cache(&settings, &asked).ok_or(ModelError::Offline { id, revision })?
@@ -192,7 +191,7 @@ struct Asked<'a> {
 }
 
 /// Path and commit of a model from the hub, or from the cache while the hub cannot be reached.
-async fn online(settings: Settings, asked: &Asked<'_>) -> Result<(PathBuf, String), ModelError> {
+async fn online(settings: HubSettings, asked: &Asked<'_>) -> Result<(PathBuf, String), ModelError> {
     match from_hub(settings.clone(), asked).await {
         Err(ModelError::Hub { id, source }) if source.is_passing() => {
             let Some((path, sha)) = from_cache(&settings, asked) else {
@@ -229,18 +228,18 @@ fn weights<'a>(asked: &Asked<'_>, files: &'a [String]) -> Result<Weights<'a>, Mo
                 return Ok(Weights::Sharded(index));
             }
         }
-        let (models, id) = (name::models(files), asked.id.to_owned());
+        let (models, id) = (model_name::models(files), asked.id.to_owned());
         return match models[..] {
             [] => Err(ModelError::NoWeights { id, files: files.join(", ") }),
-            _ if models.iter().all(|file| name::is_part(file)) => part_of_gguf(asked, models[0]),
+            _ if models.iter().all(|file| model_name::is_part(file)) => part_of_gguf(asked, models[0]),
             [file] => Ok(Weights::Gguf(file)),
             _ => Err(ModelError::SeveralGgufs { id, files: models.join(", ") }),
         };
     };
-    let models = name::models(files);
+    let models = model_name::models(files);
     let named: Vec<&str> = models.iter().copied().filter(|file| gguf.names(file)).collect();
     match named[..] {
-        [first, ..] if named.iter().all(|file| name::is_part(file)) => part_of_gguf(asked, first),
+        [first, ..] if named.iter().all(|file| model_name::is_part(file)) => part_of_gguf(asked, first),
         [file] => Ok(Weights::Gguf(file)),
         _ => {
             let (Gguf::Path(name) | Gguf::Tag(name)) = gguf;
@@ -255,7 +254,7 @@ fn part_of_gguf<'a>(asked: &Asked<'_>, file: &str) -> Result<Weights<'a>, ModelE
 }
 
 /// Path and commit of a model that was fetched before, if all of it was.
-fn from_cache(settings: &Settings, asked: &Asked<'_>) -> Option<(PathBuf, String)> {
+fn from_cache(settings: &HubSettings, asked: &Asked<'_>) -> Option<(PathBuf, String)> {
     let cache = Cache::of_model(&settings.cache, asked.id);
     let sha = cache.commit(asked.revision)?;
     let folder = cache.snapshot(&sha);
@@ -287,7 +286,7 @@ fn files_in(folder: &Path, prefix: &str) -> Vec<String> {
 }
 
 /// Fetches what is not in the cache; returns path and commit.
-async fn from_hub(settings: Settings, asked: &Asked<'_>) -> Result<(PathBuf, String), ModelError> {
+async fn from_hub(settings: HubSettings, asked: &Asked<'_>) -> Result<(PathBuf, String), ModelError> {
     let Asked { id, revision, .. } = *asked;
     let failed = |source| ModelError::Hub { id: id.into(), source };
     let hub = Hub::new(settings).map_err(failed)?;
@@ -355,7 +354,7 @@ mod tests {
     #[tokio::test]
     async fn paths_are_taken_as_they_are() {
         let folder = tempfile::tempdir().unwrap();
-        let find = async |path: &Path| super::find(path.to_str().unwrap(), None).await;
+        let find = async |path: &Path| super::find_model(path.to_str().unwrap(), None).await;
         assert!(matches!(find(folder.path()).await, Err(ModelError::NotAModel(_))));
         let gguf = folder.path().join("m.gguf");
         std::fs::write(&gguf, "").unwrap();
@@ -367,7 +366,7 @@ mod tests {
     #[tokio::test]
     async fn what_cannot_be_an_id_is_refused_without_asking_a_hub() {
         for bad in ["/no/such/path", "a/b/c", "", "a b", "../x", "org/..", "@main"] {
-            assert!(matches!(find(bad, None).await, Err(ModelError::NotAnId(_))), "{bad}");
+            assert!(matches!(find_model(bad, None).await, Err(ModelError::NotAnId(_))), "{bad}");
         }
     }
 }

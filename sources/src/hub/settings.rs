@@ -11,7 +11,7 @@ pub(crate) const BYTES: (&str, Duration) = ("HF_HUB_DOWNLOAD_TIMEOUT", Duration:
 
 /// How to reach a hub, and where its files are kept.
 #[derive(Debug, Clone)]
-pub struct Settings {
+pub struct HubSettings {
     /// Where the hub is, without a slash at the end.
     pub endpoint: String,
     /// The caller's credential.
@@ -27,13 +27,13 @@ pub struct Settings {
 }
 
 /// There is no folder for what the hub's clients keep.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, Copy, thiserror::Error)]
 #[error("there is no home folder to keep the hub's files in: set HF_HOME, or HOME")]
 pub struct NoHome;
 
-impl Settings {
+impl HubSettings {
     /// What the environment says, or the defaults.
-    pub fn from_env() -> Result<Settings, NoHome> {
+    pub fn from_env() -> Result<HubSettings, NoHome> {
         let home = home(variable, env::home_dir());
         let cache = variable("HF_HUB_CACHE").or_else(|| variable("HUGGINGFACE_HUB_CACHE"));
         let token = variable("HF_TOKEN").or_else(|| variable("HUGGING_FACE_HUB_TOKEN"));
@@ -42,7 +42,7 @@ impl Settings {
         let token = token.or_else(|| fs::read_to_string(token_file?).ok());
         let token = token.map(|token| token.trim().to_owned()).filter(|token| !token.is_empty());
         let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
-        Ok(Settings {
+        Ok(HubSettings {
             endpoint: endpoint.trim_end_matches('/').to_owned(),
             token: token.map(SecretString::from),
             cache: cache.map(PathBuf::from).or_else(|| in_home("hub")).ok_or(NoHome)?,

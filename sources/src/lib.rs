@@ -1,0 +1,24 @@
+//! Where models and adapters come from: folders on this machine, the Hugging Face Hub, buckets, and Predibase.
+//!
+//! [`Sources`] answers which version of an adapter a [`Reference`] leads to, whether a credential may read it, and
+//! fetches its files. [`find_model`] leads from what an operator names to the files of the base model. Why the client of
+//! the hub is not the crate `hf-hub` is told in `docs/decisions/0014-the-hub-client-is-our-own.md`.
+
+mod adapter_files;
+mod error;
+mod found;
+mod hub;
+mod local;
+mod model;
+mod model_name;
+mod reference;
+mod settings;
+mod sources;
+
+pub use error::{Denial, SourceError};
+pub use found::{AdapterFile, Destination, Found, Stamp};
+pub use hub::{Cache, Commit, Hub, HubError, HubSettings, NoHome};
+pub use model::{ModelError, ModelFiles, find_model};
+pub use reference::{NameError, Reference, SourceKind};
+pub use settings::{SettingsError, SourceSettings};
+pub use sources::Sources;

@@ -1,0 +1,40 @@
+//! Where to look for adapters, as flags and the environment say.
+
+use std::{io, path::PathBuf};
+
+use crate::hub::{HubSettings, NoHome};
+
+/// How to reach each source.
+#[derive(Debug, Clone)]
+pub struct SourceSettings {
+    /// The folder below which relative names of the source `local` are looked up (`--adapter-dir`).
+    pub adapter_dir: Option<PathBuf>,
+    /// Further folders that adapters may be read from (`--adapter-roots`).
+    pub adapter_roots: Vec<PathBuf>,
+    /// The hub. Its token is the server's own, which is used for adapters only if `use_hub_token` is set.
+    pub hub: Result<HubSettings, NoHome>,
+    /// Whether a request without a credential asks the hub with the server's own token
+    /// (`LORAX_USE_GLOBAL_HF_TOKEN=1`).
+    pub use_hub_token: bool,
+}
+
+/// Why the sources cannot be used as they are set.
+#[derive(Debug, thiserror::Error)]
+pub enum SettingsError {
+    /// A folder cannot be read.
+    #[error("{}: {source}", path.display())]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+}
+
+impl SourceSettings {
+    /// What flags name, and what the environment says of the rest.
+    pub fn from_env(adapter_dir: Option<PathBuf>, adapter_roots: Vec<PathBuf>) -> SourceSettings {
+        let use_hub_token = std::env::var("LORAX_USE_GLOBAL_HF_TOKEN").is_ok_and(|value| value == "1");
+        SourceSettings { adapter_dir, adapter_roots, hub: HubSettings::from_env(), use_hub_token }
+    }
+}
