@@ -134,11 +134,11 @@ class Generator:
         times.unlink()
         return found
 
-    def arrivals(self, kind: str, newcomers: list[str], streams: int = 16) -> dict:
-        """Measures the gaps between tokens of running streams while newcomers arrive, until each has its first token."""
+    def arrivals(self, kind: str, newcomers: list[str], streams: int = 16, rate: float = float("inf")) -> dict:
+        """Measures the gaps between tokens of running streams while newcomers arrive, at once or at a rate, until each has its first token."""
         tokens, arrive = self.steady, 0.5
         steady = [dict(time=0.0, adapter=self.adapters[i % 8], **{"in": 16}, out=tokens) for i in range(streams)]
-        new = [dict(time=arrive, adapter=name, **{"in": 16}, out=4) for name in newcomers]
+        new = [dict(time=arrive + i / rate, adapter=name, **{"in": 16}, out=4) for i, name in enumerate(newcomers)]
         requests = self.trace(steady + new, kind)
         begun = [r for r in requests if r["adapter"] in newcomers]
         end = max((r["events_ms"][0] for r in begun), default=float("inf"))

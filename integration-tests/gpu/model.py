@@ -236,24 +236,24 @@ def write_model(folder: Path, shape: Shape, seed: int = 1) -> int:
     return total
 
 
-def adapter_config(shape: Shape, lora_rank: int) -> dict:
-    """adapter_config.json of an adapter on all seven projections."""
-    targets = [site.split(".")[1] for site in shape.sites()]
+def adapter_config(lora_rank: int, targets: list[str]) -> dict:
+    """adapter_config.json of an adapter on these projections."""
     settings = dict(peft_type="LORA", task_type="CAUSAL_LM", r=lora_rank, lora_alpha=lora_rank, bias="none")
     return dict(settings, target_modules=targets)
 
 
-def write_adapter(folder: Path, shape: Shape, lora_rank: int, seed: int) -> int:
-    """Writes a random adapter on all seven projections; returns its size in bytes."""
+def write_adapter(folder: Path, shape: Shape, lora_rank: int, targets: list[str], seed: int) -> int:
+    """Writes a random adapter on these projections; returns its size in bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = []
-    for layer, (site, (inputs, outputs)) in itertools.product(range(shape.layers), shape.sites().items()):
+    sites = {site: size for site, size in shape.sites().items() if site.split(".")[1] in targets}
+    for layer, (site, (inputs, outputs)) in itertools.product(range(shape.layers), sites.items()):
         prefix = f"base_model.model.model.layers.{layer}.{site}"
         tensors.append(Tensor(f"{prefix}.lora_A.weight", (lora_rank, inputs), inputs**-0.5))
         tensors.append(Tensor(f"{prefix}.lora_B.weight", (outputs, lora_rank), 0.3 * lora_rank**-0.5))
     write_file(folder / "adapter_model.safetensors", tensors, seed)
     # Last: an adapter that has it is whole.
-    (folder / "adapter_config.json").write_text(json.dumps(adapter_config(shape, lora_rank)))
+    (folder / "adapter_config.json").write_text(json.dumps(adapter_config(lora_rank, targets)))
     return sum(t.size for t in tensors)
 
 
@@ -266,25 +266,28 @@ def holds(path: Path, content: dict) -> bool:
     return True
 
 
-def write_adapters(folder: Path, shape: Shape, lora_ranks: list[int]) -> int:
+def write_adapters(folder: Path, shape: Shape, lora_ranks: list[int], targets: list[str]) -> int:
     """Writes adapters `a0`, `a1`, … of the given ranks and keeps those that exist. Returns the bytes written."""
-    there = lambda i, r: holds(folder / f"a{i}" / "adapter_config.json", adapter_config(shape, r))
+    there = lambda i, r: holds(folder / f"a{i}" / "adapter_config.json", adapter_config(r, targets))
     missing = [(i, r) for i, r in enumerate(lora_ranks) if not there(i, r)]
     with ThreadPoolExecutor(WRITERS) as pool:
-        sizes = pool.map(lambda one: write_adapter(folder / f"a{one[0]}", shape, one[1], 7_000_000 + one[0]), missing)
+        sizes = pool.map(lambda one: write_adapter(folder / f"a{one[0]}", shape, one[1], targets, 7_000_000 + one[0]), missing)
     return sum(sizes)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="gets model/ and adapters/; what is there already stays")
+    parser.add_argument("folder", type=Path, help="gets model/ and the adapters; what is there already stays")
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--ranks", type=lambda s: [int(r) for r in s.split(",")], default=[], help="of the adapters")
+    parser.add_argument("--into", default="adapters", help="the folder of the adapters, beside model/")
+    parser.add_argument("--targets", type=lambda s: s.split(","), help="projections of the adapters; all seven by default")
     args = parser.parse_args()
     shape, begun, written = SHAPES[args.shape], time.monotonic(), 0
+    targets = args.targets or [site.split(".")[1] for site in shape.sites()]
     if not holds(args.folder / "model" / "config.json", config(shape)):
         written += write_model(args.folder / "model", shape)
-    written += write_adapters(args.folder / "adapters", shape, args.ranks)
+    written += write_adapters(args.folder / args.into, shape, args.ranks, targets)
     sizes = dict(vocab=shape.vocab, step_bytes=step_bytes(shape))
     print(json.dumps(dict(sizes, bytes=written, seconds=round(time.monotonic() - begun, 2))))
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from check import EVICTED, batches, reference, words
 from crash import Crash
+from exchange import Cold, bad_hub, sources, thousand
 from loads import GROUPS, LOADS, Generator, verdict
 from server import Server, card
 from soak import Soak
@@ -61,11 +62,13 @@ class Session:
             f.write(line + "\n")
         return result
 
-    def server(self, flags: list[str], model: Path | None = None, adapters: Path | None = None) -> Server:
+    def server(
+        self, flags: list[str], model: Path | None = None, adapters: Path | None = None, environment: dict[str, str] | None = None
+    ) -> Server:
         """Starts a server, of the large model unless another is given."""
         model, adapters = model or self.args.work / "model", adapters or self.args.work / "adapters"
         flags = merged(["--device", self.args.device], FLAGS, self.args.flags, flags)
-        server = Server(self.args.bin, model, adapters, self.log, flags)
+        server = Server(self.args.bin, model, adapters, self.log, flags, environment)
         ready = dict(ready_seconds=round(server.ready_seconds, 2), model=model.name, flags=" ".join(flags))
         try:
             self.say(dict(ready, memory=server.memory()))
@@ -74,10 +77,14 @@ class Session:
             raise
         return server
 
-    def make(self, folder: Path, shape: str, ranks: list[int]) -> dict:
+    def generator(self, server: Server) -> Generator:
+        """The load generator for a server."""
+        return Generator(self.args.bin, server, self.args.vocab, self.args.out, (self.args.scale, self.args.steady))
+
+    def make(self, folder: Path, shape: str, ranks: list[int], *more: str) -> dict:
         """Writes a model and adapters and returns what was written, in a process of its own so that nothing of it stays on the GPU."""
         command = [sys.executable, HERE / "model.py", folder, "--shape", shape]
-        command += ["--ranks", ",".join(map(str, ranks))] if ranks else []
+        command += [*(["--ranks", ",".join(map(str, ranks))] if ranks else []), *more]
         made = json.loads(subprocess.check_output(list(map(str, command)), text=True))
         return self.say(dict(made=str(folder), shape=shape, adapters=len(ranks), **made))
 
@@ -106,7 +113,7 @@ def measure(s: Session, names: list[str], slots: int | None) -> None:
     """Runs loads on one server, with the given number of slots or the default one."""
     many = any(LOADS[name].adapters > 32 for name in names if name in LOADS)
     with s.server(["--max-active-adapters", str(slots)] if slots else []) as server:
-        generator = Generator(s.args.bin, server, s.args.vocab, s.args.out, (s.args.scale, s.args.steady))
+        generator = s.generator(server)
         if "cold" in names:
             s.guard("cold", lambda: [s.say(r) for r in generator.cold()])
         begun = time.monotonic()
@@ -119,6 +126,29 @@ def measure(s: Session, names: list[str], slots: int | None) -> None:
                 label = f"{slots}-slots" if many and slots else "default"
                 s.guard(name, lambda: s.say(generator.measure(LOADS[name], s.args.rounds, label)))
         s.say(dict(after="loads", memory=server.memory()))
+
+
+def loading(s: Session) -> None:
+    """Measures adapters that no server has read."""
+    cold = Cold(lambda: s.server(["--adapter-host-memory", s.args.host]), s.generator, s.args.settle)
+    s.guard("first tokens of cold adapters", lambda: [s.say(r) for r in cold.first_tokens()])
+    for prompt in [32, 512]:
+        s.guard(f"cold adapters, prompts of {prompt}", lambda: s.say(cold.sweep(prompt)))
+
+
+def many_small(s: Session) -> None:
+    """Measures a thousand adapters in host memory."""
+    s.make(s.args.work, s.args.shape, [16] * s.args.thousand, "--into", "small", "--targets", "q_proj,k_proj,v_proj,o_proj")
+    with s.server(["--adapter-host-memory", s.args.thousand_host], adapters=s.args.work / "small") as server:
+        for result in thousand(s.generator(server), s.args.rounds):
+            s.say(result)
+
+
+def broken_sources(s: Session) -> None:
+    """Measures healthy adapters beside sources that do not work."""
+    with bad_hub() as address, s.server([], environment=dict(HF_ENDPOINT=address)) as server:
+        for result in sources(s.generator(server), server, s.args.rounds, s.args.pairs):
+            s.say(result)
 
 
 def families(s: Session) -> None:
@@ -197,7 +227,7 @@ def crash(s: Session) -> None:
         s.say(Crash(server).run())
 
 
-PHASES = ["model", *GROUPS, "slots", "cold", "families", "check", "reference", "demo", "crash", "soak"]
+PHASES = ["model", *GROUPS, "slots", "cold", "loading", "thousand", "sources", "families", "check", "reference", "demo", "crash", "soak"]
 
 
 def arguments() -> argparse.Namespace:
@@ -213,6 +243,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--check-shape", default="8b-2-layers", help="of the checked model")
     parser.add_argument("--vocab", type=int, default=128000, help="prompts are of ids below this")
     parser.add_argument("--adapters", type=int, default=256, help="of the measured model")
+    parser.add_argument("--host", default="24GiB", help="host memory for adapters while cold ones are measured")
+    parser.add_argument("--settle", type=float, default=20.0, help="seconds in which it is set aside")
+    parser.add_argument("--thousand", type=int, default=1000, help="adapters of the phase of that name")
+    parser.add_argument("--thousand-host", default="40GiB", help="host memory for them")
+    parser.add_argument("--pairs", type=int, default=2, help="runs with and without broken sources")
     parser.add_argument("--rounds", type=int, default=3, help="requests a stream")
     parser.add_argument("--scale", type=float, default=1.0, help="of prompt and output lengths")
     parser.add_argument("--steady", type=int, default=320, help="tokens of streams during arrivals: two seconds' worth")
@@ -243,9 +278,8 @@ def main() -> int:
         s.guard("loads", lambda: measure(s, names, None))
     if "slots" in args.phases:
         s.guard("slots", lambda: measure(s, GROUPS["many"], 32))
-    if "families" in args.phases:
-        s.guard("families", lambda: families(s))
-    for name, phase in dict(check=check_batches, reference=check_reference, demo=check_demo, crash=crash, soak=soak).items():
+    further = dict(loading=loading, thousand=many_small, sources=broken_sources, families=families)
+    for name, phase in (further | dict(check=check_batches, reference=check_reference, demo=check_demo, crash=crash, soak=soak)).items():
         if name in args.phases:
             s.guard(name, lambda: phase(s))
     s.cut_log()

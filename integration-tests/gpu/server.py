@@ -23,12 +23,12 @@ class Refused(RuntimeError):
 class Server:
     """A launcher on a free port that has become ready. As a context manager it stops the server, which must end in order."""
 
-    def __init__(self, binaries: Path, model: Path, adapters: Path, log: Path, flags: list[str]):
+    def __init__(self, binaries: Path, model: Path, adapters: Path, log: Path, flags: list[str], environment: dict[str, str] | None = None):
         command = [binaries / "lorax-launcher", "--model-id", model, "--adapter-dir", adapters]
         command += ["--hostname", "127.0.0.1", "--port", "0", *flags]
         begun = time.monotonic()
         self.process = subprocess.Popen(
-            list(map(str, command)), stderr=subprocess.PIPE, text=True, errors="replace", env={**os.environ, "NO_COLOR": "1"}
+            list(map(str, command)), stderr=subprocess.PIPE, text=True, errors="replace", env={**os.environ, "NO_COLOR": "1", **(environment or {})}
         )
         self.adapters, self.tail, self.address = adapters, [], None
         self.adapters_read = 0  # from disk, by the shard's log

@@ -4,12 +4,15 @@ import io
 import json
 import tempfile
 import unittest
+import urllib.error
+import urllib.request
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 from check import EVICTED, batches, compare
+from exchange import bad_hub
 from loads import LOADS, Generator
 from run import Session, merged
 from table import VLLM, markdown, measured, slots_of
@@ -148,6 +151,30 @@ class Table(unittest.TestCase):
         table = markdown(measured(lines, "a", None))
         self.assertEqual([row.split(" | ")[0] for row in table[2:]], ["| 1 stream, no adapter", "| 8 streams, 8 adapters"])
         self.assertEqual(measured(lines, "c", None), [])
+
+
+class BadHubs(unittest.TestCase):
+    def test_each_repository_fails_in_its_own_way(self):
+        info, file = "api/models/bad/{}-1/revision/main", "bad/{}-1/resolve/sha/adapter_model.safetensors"
+        with bad_hub() as address:
+
+            def status(path: str, kind: str, timeout: float = 20.0) -> int | str:
+                try:
+                    with urllib.request.urlopen(f"{address}/{path.format(kind)}", timeout=timeout) as response:
+                        response.read()
+                        return response.status
+                except urllib.error.HTTPError as error:
+                    return error.code
+                except TimeoutError:
+                    return "late"
+
+            answers = {kind: (status(info, kind), status(file, kind)) for kind in ["denied", "corrupt", "unknown"]}
+            self.assertEqual(answers, dict(denied=(403, 403), corrupt=(200, 200), unknown=(404, 404)))
+            with urllib.request.urlopen(f"{address}/{info.format('huge')}") as response:
+                self.assertEqual(max(file["size"] for file in json.load(response)["siblings"]), 20 << 30)
+            self.assertEqual(status(info, "hangs", timeout=0.2), "late")
+            with urllib.request.urlopen(f"{address}/{file.format('drips')}") as response:
+                self.assertEqual((response.length, response.read(1)), (1 << 20, b"\x01"))
 
 
 if __name__ == "__main__":
