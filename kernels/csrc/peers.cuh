@@ -9,8 +9,8 @@
 // turn t - 1, and thus have ended turn t - 2, which used the same half. So a box is empty when its next message comes,
 // without a barrier. The number of the turn lies in device memory and advances by itself: CUDA graphs replay it.
 //
-// No wait is endless. A rank that does not come within `patience` is noted for the host, and from then on nobody waits
-// in this process, so that all that was launched ends soon. The results are worthless then.
+// No wait is endless. A rank that does not come within the patience of `Host` is noted for the host, and from then on
+// nobody waits in this process, so that all that was launched ends soon. The results are worthless then.
 #pragma once
 
 #include <stddef.h>
@@ -30,16 +30,23 @@ struct alignas(16) Control {
   uint32_t unused;
 };
 
+// In host memory. It is no argument of a launch, because captured graphs keep the arguments that they were captured with.
+struct alignas(16) Host {
+  uint32_t lost;  // as in `Control`; the host may write it, too
+  uint32_t unused;
+  uint64_t patience;  // nanoseconds; the host writes it
+};
+static_assert(sizeof(Host) == 16 && offsetof(Host, patience) == 8, "as in `arena.rs`");
+
 // Mirrored by `PeerArgs` in `ffi.rs`.
 struct PeerArgs {
   char* arenas[kMaxRanks];  // as this process maps them
   Control* control;
-  uint32_t* lost;           // as in `Control`, in host memory: the host may write it, too
-  uint64_t patience;        // nanoseconds
+  Host* host;
   uint64_t box_bytes;
   int rank, ranks;
 };
-static_assert(sizeof(PeerArgs) == 104 && offsetof(PeerArgs, control) == 64, "as in `ffi.rs`");
+static_assert(sizeof(PeerArgs) == 96 && offsetof(PeerArgs, control) == 64, "as in `ffi.rs`");
 
 __device__ inline uint32_t all_but(const PeerArgs& p, int rank) { return ((1u << p.ranks) - 1) & ~(1u << rank); }
 
@@ -169,17 +176,17 @@ template <int RANKS> struct Wait {
   __device__ bool is_over(const PeerArgs& p, uint32_t missing) {
     if (++polls % 1024 != 0) return false;
     if (__ldcv(&p.control->lost) != 0) return true;
-    const uint32_t told = *static_cast<volatile uint32_t*>(p.lost);
-    if (told != 0) {
-      atomicExch(&p.control->lost, told);
+    const uint4 host = __ldcv(reinterpret_cast<const uint4*>(p.host));
+    if (host.x != 0) {
+      atomicExch(&p.control->lost, host.x);
       return true;
     }
-    const uint64_t now = nanoseconds();
+    const uint64_t now = nanoseconds(), patience = (uint64_t)host.w << 32 | host.z;
     if (since == 0) since = now;
-    if (now - since < p.patience) return false;
+    if (now - since < patience) return false;
     const uint32_t lost = (__ffs(missing) - 1) % RANKS + 1;
     if (atomicCAS(&p.control->lost, 0, lost) == 0) {
-      *static_cast<volatile uint32_t*>(p.lost) = lost;
+      *static_cast<volatile uint32_t*>(&p.host->lost) = lost;
       __threadfence_system();
     }
     return true;

@@ -205,6 +205,7 @@ impl Comm {
         let message = Message { at: 0, rows, cols };
         let arena = self.arena.as_ref()?;
         let fits = message.bytes() <= arena.most_bytes();
+        arena.wait_as_the_group();
         (fits && self.bands.way(message.bytes()) == Way::OneShot).then(|| arena.args())
     }
 
@@ -274,6 +275,8 @@ impl Comm {
 
     /// Launches unless a captured step is replayed, and counts what `run` says that it has launched.
     fn launch(&self, be: &CudaBackend, rows: usize, run: impl FnOnce() -> Result<usize>) -> Result<()> {
+        // A replayed step, too, waits as long as the group does now.
+        self.arena.iter().for_each(Arena::wait_as_the_group);
         if rows == 0 || !be.is_launching() {
             return Ok(());
         }
@@ -292,7 +295,7 @@ impl Comm {
         match (way, &self.arena, &self.library) {
             (Way::OneShot | Way::TwoShots, Some(arena), _) => {
                 let shots = if way == Way::OneShot { 1 } else { 2 };
-                self.sum_in(arena, arena.args(), on, (message, shots), to)
+                self.sum_in(arena, on, (message, shots), to)
             }
             (_, _, Some(library)) => self.sum_with(library, on, message, to),
             _ => Err(unsupported(format!("a sum over {} ranks", self.group.ranks()))),
@@ -303,7 +306,6 @@ impl Comm {
     fn sum_in(
         &self,
         arena: &Arena,
-        args: PeerArgs,
         on: &Stream,
         (message, shots): (Message, i32),
         to: &SinkArgs,
@@ -312,7 +314,7 @@ impl Comm {
         if rows == 0 {
             return Err(unsupported(format!("a sum of {} columns", message.cols)));
         }
-        let (elem, mut launches) = (ffi::elem(self.dtype), 0);
+        let (args, elem, mut launches) = (arena.args(), ffi::elem(self.dtype), 0);
         for (first, part) in message.parts(rows) {
             let to = to.behind(first, part.cols, self.dtype);
             let (rows, cols) = (part.rows as i32, part.cols as i32);
@@ -437,12 +439,13 @@ impl Comm {
         let mut sums = vec![0; own.len()];
         // Nobody allocates any more, which the driver may delay while kernels of this process wait for others.
         self.group.barrier(self.group.patience())?;
+        arena.wait_within(PROBE_PATIENCE);
         // Both halves of the arenas, and each once more, when it was emptied.
         for shots in [1, 1, 2, 2] {
             // SAFETY: the buffer has as many bytes; both copies are waited for.
             unsafe { on.copy_in(x.at(), &own)? };
             let to = SinkArgs::default();
-            self.sum_in(arena, arena.args_within(PROBE_PATIENCE), on, (message, shots), &to)?;
+            self.sum_in(arena, on, (message, shots), &to)?;
             // SAFETY: as above.
             unsafe { on.copy_out(&mut sums, x.at())? };
             on.synchronize()?;
@@ -451,6 +454,7 @@ impl Comm {
                 return Ok(false);
             }
         }
+        arena.wait_as_the_group();
         Ok(true)
     }
 

@@ -4,7 +4,10 @@
 use std::{
     ffi::c_void,
     ptr::NonNull,
-    sync::{Arc, atomic::AtomicU32},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, AtomicU64},
+    },
 };
 
 use cudarc::driver::{
@@ -416,6 +419,13 @@ impl PinnedBuf {
     pub(super) fn word(&self) -> &AtomicU32 {
         // SAFETY: initialized by `new`, aligned to pages and longer; all accesses are by this function or the device.
         unsafe { AtomicU32::from_ptr(self.at.as_ptr().cast()) }
+    }
+
+    /// Bytes 8 to 16, which the device may read at any time. The memory has that many.
+    pub(super) fn second_double_word(&self) -> &AtomicU64 {
+        assert!(self.bytes >= 16, "16 bytes");
+        // SAFETY: as above.
+        unsafe { AtomicU64::from_ptr(self.at.as_ptr().add(8).cast()) }
     }
 
     pub(super) fn as_slice(&self) -> &[u8] {

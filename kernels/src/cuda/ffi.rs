@@ -72,10 +72,8 @@ pub(super) struct PeerArgs {
     /// Addresses of the arenas, by rank.
     pub(super) arenas: [u64; MAX_RANKS],
     pub(super) control: u64,
-    /// A word of host memory.
-    pub(super) lost: u64,
-    /// Nanoseconds.
-    pub(super) patience: u64,
+    /// A `Host` in host memory.
+    pub(super) host: u64,
     pub(super) box_bytes: u64,
     pub(super) rank: i32,
     pub(super) ranks: i32,
@@ -264,7 +262,7 @@ pub(super) struct SampleArgs {
 const _: () = {
     assert!(size_of::<NormArgs>() == 24 && offset_of!(NormArgs, eps) == 16);
     assert!(size_of::<SinkArgs>() == 72 && offset_of!(SinkArgs, stream) == 48);
-    assert!(size_of::<PeerArgs>() == 104 && offset_of!(PeerArgs, control) == 64);
+    assert!(size_of::<PeerArgs>() == 96 && offset_of!(PeerArgs, control) == 64);
     assert!(size_of::<QkvArgs>() == 168 && offset_of!(QkvArgs, query_norm) == 64);
     assert!(offset_of!(QkvArgs, rows) == 112);
     assert!(size_of::<EmbedArgs>() == 88 && offset_of!(EmbedArgs, entry_stride) == 64);

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kernels::{Error, Group, Matrix, prelude::*};
+use kernels::{Batch, Error, Group, Matrix, Span, prelude::*, testing::batch};
 
 use super::support::{PATIENCE, Process, join, processes, say};
 
@@ -75,6 +75,39 @@ fn a_rank_that_stands_still_is_named_in_time() {
         let said = started[1].line();
         assert!(said.ends_with(&format!("rank 0 has not come within {SHORT:?}")), "{said}");
         assert!(since.elapsed() < SHORT + Duration::from_secs(10), "{:?}", since.elapsed());
+    });
+}
+
+/// Sums in captured steps, and waits for less long once they are captured, as ranks do when they begin to serve.
+#[test]
+fn a_replayed_step_waits_as_long_as_the_group_does_now() {
+    let run = |folder: &Path, rank, ranks| {
+        let be = join(folder, rank, ranks, PATIENCE).unwrap();
+        let host: Batch = batch(&[(1, 3)], &[]);
+        let mut device = be.batch(1, host.blocks.len(), &[Span::Causal]).unwrap();
+        let mut x = be.wide_mat(4, 512).unwrap();
+        let mut step = || {
+            be.upload(&host, &mut device)?;
+            be.fill(&mut x, &vec![1.0; 4 * 512])?;
+            be.step(&device, None, || be.all_reduce(&mut x))?;
+            be.download(&x)
+        };
+        for _ in 0..BEFORE {
+            assert!(step().unwrap().iter().all(|&sum| sum == ranks as f32));
+        }
+        be.group().set_patience(SHORT);
+        say("summed");
+        if rank == 1 {
+            let since = Instant::now();
+            let error = step().unwrap_err();
+            say(&format!("{error}: {}", since.elapsed() < SHORT + (PATIENCE - SHORT) / 2));
+        }
+        std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
+    };
+    processes("losses::a_replayed_step_waits_as_long_as_the_group_does_now", 2, run, |started| {
+        wait_for_sums(started);
+        let said = started[1].line();
+        assert!(said.ends_with(&format!("rank 0 has not come within {SHORT:?}: true")), "{said}");
     });
 }
 

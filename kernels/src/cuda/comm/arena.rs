@@ -20,7 +20,7 @@ use crate::{
 const ARENA: usize = 64 << 20;
 /// Boxes begin at multiples of so many bytes.
 const ALIGN: usize = 256;
-/// Bytes of a `Control` in `peers.cuh`.
+/// Bytes of a `Control` and of a `Host` in `peers.cuh`.
 const CONTROL: usize = 16;
 /// A byte of memory that has no message.
 const EMPTY: u8 = 0xff;
@@ -108,11 +108,11 @@ impl Drop for Mapped {
 /// This rank's arena, and those of the others.
 pub(super) struct Arena {
     group: Arc<Group>,
-    /// Without the patience, which may change.
     args: PeerArgs,
     /// Whose kernels use the arenas.
     stream: Arc<Stream>,
-    lost: PinnedBuf,
+    /// A `Host` of `peers.cuh`: the rank that was waited for in vain, and for how long kernels wait.
+    host: PinnedBuf,
     _control: DeviceBuf,
     _others: Vec<Mapped>,
     _own: DeviceBuf,
@@ -146,28 +146,35 @@ impl Arena {
             return Ok(None);
         }
         let control = DeviceBuf::zeroed(device, CONTROL, what)?;
-        let lost = PinnedBuf::new(device, CONTROL)?;
+        let host = PinnedBuf::new(device, CONTROL)?;
         let args = PeerArgs {
             arenas,
             control: control.at(),
-            lost: lost.address(),
-            patience: 0,
+            host: host.address(),
             box_bytes: (ARENA / (2 * (ranks - 1).max(1)) / ALIGN * ALIGN) as u64,
             rank: rank as i32,
             ranks: ranks as i32,
         };
         let (group, stream) = (group.clone(), stream.clone());
-        Ok(Some(Arena { group, stream, args, lost, _control: control, _others: others, _own: own }))
+        let arena = Arena { group, stream, args, host, _control: control, _others: others, _own: own };
+        arena.wait_as_the_group();
+        Ok(Some(arena))
     }
 
-    /// Arguments of kernels that wait for the other ranks as long as the group does.
+    /// Arguments of kernels that use the arenas.
     pub(super) fn args(&self) -> PeerArgs {
-        self.args_within(self.group.patience())
+        self.args
     }
 
-    /// Arguments of kernels that wait no longer than `patience`.
-    pub(super) fn args_within(&self, patience: Duration) -> PeerArgs {
-        PeerArgs { patience: nanoseconds(patience), ..self.args }
+    /// From now on kernels wait for other ranks no longer than `patience`, those of graphs that were captured before as
+    /// well.
+    pub(super) fn wait_within(&self, patience: Duration) {
+        self.host.second_double_word().store(nanoseconds(patience), Ordering::Relaxed);
+    }
+
+    /// From now on kernels wait for other ranks as long as the group does now.
+    pub(super) fn wait_as_the_group(&self) {
+        self.wait_within(self.group.patience());
     }
 
     /// Bytes of the largest message.
@@ -177,12 +184,12 @@ impl Arena {
 
     /// The rank that a kernel has waited for in vain.
     pub(super) fn lost(&self) -> Option<usize> {
-        (self.lost.word().load(Ordering::Acquire) as usize).checked_sub(1)
+        (self.host.word().load(Ordering::Acquire) as usize).checked_sub(1)
     }
 
     /// Has kernels wait no longer, because a rank is lost.
     pub(super) fn give_up(&self, rank: usize) {
-        self.lost.word().store(rank as u32 + 1, Ordering::Release);
+        self.host.word().store(rank as u32 + 1, Ordering::Release);
     }
 
     /// Fails if a kernel has waited for a rank in vain.
