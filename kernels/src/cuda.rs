@@ -78,7 +78,7 @@ pub struct CudaBackend {
     heads: Mutex<Heads>,
     launches: AtomicU64,
     reports: sampler::Reports,
-    comm: Comm,
+    comm: Arc<Comm>,
     staging: Mutex<Staging>,
     weight_staging: Vec<Mutex<Staging>>,
     pinned: Arc<pinned::PinnedPool>,
@@ -112,7 +112,7 @@ impl CudaBackend {
             heads: Mutex::new(Heads { query: 64, kv: 8, dim: 256 }),
             launches: AtomicU64::new(0),
             reports: sampler::Reports::new(&device)?,
-            comm: Comm::alone(dtype),
+            comm: Arc::new(Comm::alone(dtype)),
             staging: Mutex::new(Staging::new(&device, STAGES, STAGE_BYTES)?),
             weight_staging: (0..WEIGHT_STAGINGS)
                 .map(|_| Ok(Mutex::new(Staging::new(&device, 2, 8 << 20)?)))
@@ -133,7 +133,8 @@ impl CudaBackend {
     /// As [`Self::with_group`], with a choice of the ways between the ranks.
     pub fn with_transport(mut self, group: Arc<Group>, transport: Transport) -> Result<CudaBackend> {
         self.device.bind()?;
-        self.comm = Comm::join(group, transport, (&self.device, &self.stream), self.dtype)?;
+        self.comm = Arc::new(Comm::join(group, transport, (&self.device, &self.stream), self.dtype)?);
+        self.stream.waits_for(&self.comm);
         Ok(self)
     }
 
@@ -188,10 +189,7 @@ impl CudaBackend {
         if self.ranks() == 1 {
             return self.stream.synchronize();
         }
-        self.device.bind()?;
-        let event = Event::new()?;
-        event.record(&self.stream)?;
-        self.comm.wait_for(op, &event)
+        self.comm.wait_for(op, &self.stream.mark()?)
     }
 
     fn staging(&self) -> MutexGuard<'_, Staging> {

@@ -226,6 +226,11 @@ impl Group {
         self.shared.posts.get(self.key(place, about))
     }
 
+    /// What each rank has told at a place in this attempt so far, by rank, if the latest is about that.
+    pub fn posted_so_far(&self, place: u64, about: u64) -> Vec<Option<Arc<[u8]>>> {
+        self.shared.posts.so_far(self.key(place, about))
+    }
+
     /// Drops the failures that nobody has asked for.
     pub fn forget_failures(&self) {
         self.shared.posts.forget_empty();

@@ -8,7 +8,7 @@ mod bands;
 mod nccl;
 
 use std::{
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
@@ -118,6 +118,10 @@ pub(super) struct Comm {
     no_library: Option<String>,
     bands: Bands,
     dtype: DType,
+    /// Where the kernels run that wait for other ranks; none with one rank.
+    stream: Option<Arc<Stream>>,
+    /// The rank that was waited for in vain.
+    gave_up: OnceLock<(usize, PeerFault)>,
 }
 
 impl Comm {
@@ -125,7 +129,16 @@ impl Comm {
     pub(super) fn alone(dtype: DType) -> Comm {
         let bands = Bands::only(Way::OneShot);
         let group = Arc::new(Group::alone());
-        Comm { group, arena: None, library: None, no_library: None, bands, dtype }
+        Comm {
+            group,
+            arena: None,
+            library: None,
+            no_library: None,
+            bands,
+            dtype,
+            stream: None,
+            gave_up: OnceLock::new(),
+        }
     }
 
     /// Finds the ways to the other ranks. Every rank calls this at the same time.
@@ -135,7 +148,8 @@ impl Comm {
         (device, stream): (&Arc<Device>, &Arc<Stream>),
         dtype: DType,
     ) -> Result<Comm> {
-        let mut comm = Comm { group: group.clone(), ..Comm::alone(dtype) };
+        let mut comm = Comm::alone(dtype);
+        (comm.group, comm.stream) = (group.clone(), Some(stream.clone()));
         if transport == Transport::Fastest {
             if group.ranks() == 1 {
                 return Ok(comm);
@@ -234,7 +248,7 @@ impl Comm {
         let since = Instant::now();
         while !event.reached()? {
             if let Some((rank, fault)) = self.missing(since) {
-                self.give_up(rank);
+                self.give_up(rank, fault);
                 return Err(Error::Peer { op, rank, fault });
             }
             std::hint::spin_loop();
@@ -264,7 +278,8 @@ impl Comm {
     }
 
     /// Ends all waits on the device.
-    fn give_up(&self, rank: usize) {
+    fn give_up(&self, rank: usize, fault: PeerFault) {
+        let _ = self.gave_up.set((rank, fault));
         if let Some(arena) = &self.arena {
             arena.give_up(rank);
         }
@@ -275,6 +290,10 @@ impl Comm {
 
     /// Launches unless a captured step is replayed, and counts what `run` says that it has launched.
     fn launch(&self, be: &CudaBackend, rows: usize, run: impl FnOnce() -> Result<usize>) -> Result<()> {
+        if let Some(&(rank, fault)) = self.gave_up.get() {
+            // A captured step has the library's communicator, which is freed.
+            return Err(Error::Peer { op: "launch", rank, fault });
+        }
         // A replayed step, too, waits as long as the group does now.
         self.arena.iter().for_each(Arena::wait_as_the_group);
         if rows == 0 || !be.is_launching() {
@@ -392,6 +411,16 @@ impl Comm {
     }
 }
 
+impl Drop for Comm {
+    /// Waits for kernels that use what is freed now, but no longer than for other ranks.
+    fn drop(&mut self) {
+        let Some(stream) = self.stream.take().filter(|_| !self.is_alone()) else { return };
+        if self.gave_up.get().is_none() {
+            let _ = stream.mark().and_then(|event| self.wait_for("end", &event));
+        }
+    }
+}
+
 impl Library {
     /// One part of [`Comm::gather`].
     ///
@@ -485,10 +514,11 @@ impl Comm {
         let sum = || self.sum_by(way, on, message, &SinkArgs::default()).map(|_| ());
         // Loads the kernels, which a capture must not.
         sum()?;
-        on.synchronize()?;
+        let (from, to) = (Event::timed()?, Event::timed()?);
+        to.record(on)?;
+        self.wait_for("time sums", &to)?;
         let graph = graph::capture(on, || (0..TIMED).try_for_each(|_| sum()))?;
         graph::launch(on, &graph)?;
-        let (from, to) = (Event::timed()?, Event::timed()?);
         from.record(on)?;
         (0..REPLAYS).try_for_each(|_| graph::launch(on, &graph))?;
         to.record(on)?;

@@ -5,7 +5,7 @@ use std::{
     ffi::c_void,
     ptr::NonNull,
     sync::{
-        Arc,
+        Arc, OnceLock, Weak,
         atomic::{AtomicU32, AtomicU64},
     },
 };
@@ -15,7 +15,7 @@ use cudarc::driver::{
     sys,
 };
 
-use super::BACKEND;
+use super::{BACKEND, comm::Comm};
 use crate::{Error, Result};
 
 /// Makes an error of a failure that the driver reports during `op`.
@@ -120,6 +120,8 @@ impl Device {
 pub(super) struct Stream {
     raw: sys::CUstream,
     device: Arc<Device>,
+    /// The other ranks, if its work may wait for them.
+    comm: OnceLock<Weak<Comm>>,
 }
 
 // SAFETY: a stream may be used from any thread; the driver's calls are thread safe.
@@ -132,11 +134,32 @@ impl Stream {
         device.bind()?;
         let raw =
             result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("stream"))?;
-        Ok(Stream { raw, device: device.clone() })
+        Ok(Stream { raw, device: device.clone(), comm: OnceLock::new() })
     }
 
     pub(super) fn raw(&self) -> sys::CUstream {
         self.raw
+    }
+
+    /// From now on the work of this stream may wait for other ranks.
+    pub(super) fn waits_for(&self, comm: &Arc<Comm>) {
+        let _ = self.comm.set(Arc::downgrade(comm));
+    }
+
+    /// Waits for an event of this stream's work, but not for ranks that are lost.
+    pub(super) fn wait(&self, op: &'static str, event: &Event) -> Result<()> {
+        match self.comm.get().and_then(Weak::upgrade) {
+            Some(comm) => comm.wait_for(op, event),
+            None => event.synchronize(),
+        }
+    }
+
+    /// An event behind all work so far.
+    pub(super) fn mark(&self) -> Result<Event> {
+        self.device.bind()?;
+        let event = Event::new()?;
+        event.record(self)?;
+        Ok(event)
     }
 
     /// Waits until all work so far is done.

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::{
     CudaBackend, CudaMat, convert,
     convert::Plain,
-    device::{Device, DeviceBuf, Event, PinnedBuf},
+    device::{Device, DeviceBuf, Event, PinnedBuf, Stream},
     ffi, unsupported,
 };
 use crate::{
@@ -261,13 +261,17 @@ pub(super) fn score(
 struct Report {
     memory: PinnedBuf,
     copied: Event,
+    stream: Arc<Stream>,
 }
 
 impl Drop for Report {
     fn drop(&mut self) {
-        // Results that nobody collects may be dropped while they are copied. If waiting fails, the device has failed, and
-        // the next operation reports that.
-        let _ = self.copied.synchronize();
+        // Results that nobody collects may be dropped while they are copied. If another rank is lost, the work before the
+        // copy ends by itself. If waiting fails for another reason, the device has failed, and the next operation
+        // reports that.
+        if self.stream.wait("drop results", &self.copied).is_err() {
+            let _ = self.copied.synchronize();
+        }
     }
 }
 
@@ -331,7 +335,7 @@ impl Reports {
             Some(report) => report,
             None => {
                 let memory = PinnedBuf::new(&be.device, result_bytes(MAX_ROWS, MAX_TOP as u32))?;
-                Report { memory, copied: Event::new()? }
+                Report { memory, copied: Event::new()?, stream: be.stream.clone() }
             }
         };
         let max_top = num_top.iter().copied().max().unwrap_or(0);
@@ -340,7 +344,7 @@ impl Reports {
         unsafe { be.stream.copy_out(&mut report.memory.as_mut_slice()[..bytes], self.results.at())? };
         if let Err(error) = report.copied.record(&be.stream) {
             // Without the event, nothing else tells when the copy has ended.
-            let _ = be.stream.synchronize();
+            let _ = be.finish("sample");
             return Err(error);
         }
         Ok(Part { report, seats, num_top, max_top })

@@ -64,7 +64,7 @@ impl Staging {
         while done < bytes {
             let stage = &mut self.stages[self.next];
             if stage.in_use {
-                stage.copied.synchronize()?;
+                stream.wait("copy to the device", &stage.copied)?;
             }
             let buffer = stage.buffer.as_mut_slice();
             let size = (buffer.len() / unit * unit).min(bytes - done);

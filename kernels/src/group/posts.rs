@@ -45,6 +45,15 @@ impl Posts {
         Some(all)
     }
 
+    /// The post of each rank at a place so far, if it is about that.
+    pub(super) fn so_far(&self, [place, about]: [u64; 2]) -> Vec<Option<Arc<[u8]>>> {
+        let places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(posts) = places.get(&place) else { return vec![None; self.ranks.max(1)] };
+        let bytes =
+            |post: &Option<Post>| Some(post.as_ref().filter(|post| post.about == about)?.bytes.clone());
+        posts.iter().map(bytes).collect()
+    }
+
     /// Drops all posts without bytes.
     pub(super) fn forget_empty(&self) {
         let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);

@@ -5,19 +5,23 @@
 
 use std::{
     ffi::{c_int, c_void},
-    sync::{Arc, mpsc},
+    sync::{
+        Arc,
+        atomic::{AtomicPtr, Ordering},
+        mpsc::{self, Receiver},
+    },
     thread,
     time::{Duration, Instant},
 };
 
 use cudarc::{
     driver::sys::CUstream,
-    nccl::sys::{ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId},
+    nccl::sys::{ncclComm, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId},
 };
 use libloading::Library;
 
 use crate::{
-    DType, Error, Group, Result,
+    DType, Error, Group, PeerFault, Result,
     cuda::{
         device::{Device, Stream},
         ffi::pointer,
@@ -28,6 +32,10 @@ use crate::{
 const NAMES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
 /// The oldest version that is used, as the library counts: 2.18.
 const OLDEST: c_int = 21_800;
+/// How often a rank looks for what the others have told.
+const POLL: Duration = Duration::from_millis(5);
+/// Where the ranks tell each other how making the communicator has ended: a place that is no slot of adapters.
+const PLACE: u64 = u64::MAX;
 /// Bytes of a unique id.
 const ID_BYTES: usize = size_of::<ncclUniqueId>();
 
@@ -134,7 +142,8 @@ unsafe fn symbol<F: Copy>(library: &Library, file: &str, name: &str) -> std::res
 /// This rank in NCCL's communicator of the group.
 pub(super) struct Nccl {
     api: Api,
-    communicator: ncclComm_t,
+    /// Null once it was aborted, which frees it.
+    communicator: AtomicPtr<ncclComm>,
     group: Arc<Group>,
 }
 
@@ -143,8 +152,8 @@ unsafe impl Send for Nccl {}
 // SAFETY: as above.
 unsafe impl Sync for Nccl {}
 
-/// A communicator on its way from the thread that made it.
-struct Made(Api, ncclComm_t, c_int);
+/// A communicator on its way from the thread that made it, or the library's error.
+struct Made(Api, std::result::Result<ncclComm_t, c_int>);
 
 // SAFETY: the library lets other threads use a communicator.
 unsafe impl Send for Made {}
@@ -167,14 +176,11 @@ impl Nccl {
             Err(reason) => return Ok(Err(reason)),
         };
         let id = shared_id(&api, group)?;
-        let Made(api, communicator, code) = init(api, id, group, device)?;
-        // Two ranks on one GPU are refused, for example.
-        let codes = group.exchange(&code.to_le_bytes())?;
-        if let Some((rank, code)) = codes.iter().enumerate().find(|(_, code)| **code != [0; 4]) {
-            let code = code.iter().rev().fold(0_u32, |all, byte| all << 8 | u32::from(*byte));
-            return Ok(Err(format!("rank {rank}: ncclCommInitRank returned {code}")));
-        }
-        Ok(Ok(Nccl { api, communicator, group: group.clone() }))
+        // Names this attempt.
+        let about =
+            id.internal.iter().fold(0_u64, |hash, c| hash.rotate_left(7) ^ u64::from(c.cast_unsigned()));
+        let made = init(api, id, group, device)?;
+        settle(group, about, &made)
     }
 
     /// The library's version.
@@ -187,11 +193,12 @@ impl Nccl {
     /// # Safety
     /// There are so many elements of that type.
     pub(super) unsafe fn all_reduce(&self, x: u64, count: usize, dtype: DType, on: &Stream) -> Result<()> {
-        let (x, sum) = (pointer(x), ncclRedOp_t::ncclSum);
+        let (op, x, sum) = ("all_reduce", pointer(x), ncclRedOp_t::ncclSum);
+        let communicator = self.communicator(op)?;
         // SAFETY: the caller's promise; both live.
         let code =
-            unsafe { (self.api.all_reduce)(x, x, count, data_type(dtype), sum, self.communicator, on.raw()) };
-        checked("all_reduce", code)
+            unsafe { (self.api.all_reduce)(x, x, count, data_type(dtype), sum, communicator, on.raw()) };
+        checked(op, code)
     }
 
     /// `y = x₀ ‖ x₁ ‖ …` of `count` f32 each.
@@ -199,29 +206,51 @@ impl Nccl {
     /// # Safety
     /// There are so many elements.
     pub(super) unsafe fn all_gather(&self, x: u64, y: u64, count: usize, on: &Stream) -> Result<()> {
-        let kind = ncclDataType_t::ncclFloat32;
+        let (op, kind) = ("gather_columns", ncclDataType_t::ncclFloat32);
+        let communicator = self.communicator(op)?;
         // SAFETY: the caller's promise; both live.
-        let code = unsafe {
-            (self.api.all_gather)(pointer(x), pointer(y), count, kind, self.communicator, on.raw())
-        };
-        checked("gather_columns", code)
+        let code =
+            unsafe { (self.api.all_gather)(pointer(x), pointer(y), count, kind, communicator, on.raw()) };
+        checked(op, code)
     }
 
-    /// Ends the library's kernels, which would wait for a lost rank for ever.
+    /// The communicator. Errors: it was aborted.
+    fn communicator(&self, op: &'static str) -> Result<ncclComm_t> {
+        let communicator = self.communicator.load(Ordering::Acquire);
+        if !communicator.is_null() {
+            return Ok(communicator);
+        }
+        let rank = self.group.lost().unwrap_or_else(|| another(&self.group));
+        Err(Error::Peer { op, rank, fault: PeerFault::Ended })
+    }
+
+    /// Ends the library's kernels, which would wait for a lost rank for ever, and frees the communicator.
     pub(super) fn abort(&self) {
-        // SAFETY: the communicator lives; nothing more is launched on it.
-        let _ = unsafe { (self.api.abort)(self.communicator) };
+        let communicator = self.communicator.swap(std::ptr::null_mut(), Ordering::AcqRel);
+        if !communicator.is_null() {
+            // SAFETY: made by `init`; nobody finds it any more.
+            let _ = unsafe { (self.api.abort)(communicator) };
+        }
     }
 }
 
 impl Drop for Nccl {
     fn drop(&mut self) {
-        // What a rank's end leaves behind ends with the process: `abort` may have destroyed it already.
-        if self.group.lost().is_none() {
-            // SAFETY: made by `join`.
-            let _ = unsafe { (self.api.destroy)(self.communicator) };
+        // Destroying waits for the kernels, and for the other ranks.
+        if self.group.lost().is_some() {
+            self.abort();
+        }
+        let communicator = *self.communicator.get_mut();
+        if !communicator.is_null() {
+            // SAFETY: made by `init`, and not aborted.
+            let _ = unsafe { (self.api.destroy)(communicator) };
         }
     }
+}
+
+/// A rank that is not this one.
+fn another(group: &Group) -> usize {
+    usize::from(group.rank() == 0)
 }
 
 fn data_type(dtype: DType) -> ncclDataType_t {
@@ -247,29 +276,239 @@ fn shared_id(api: &Api, group: &Group) -> Result<ncclUniqueId> {
     Ok(id)
 }
 
-/// Makes the communicator on a thread of its own: the library waits for the other ranks without end.
-fn init(api: Api, id: ncclUniqueId, group: &Arc<Group>, device: &Arc<Device>) -> Result<Made> {
+/// Begins to make the communicator, on a thread of its own: the library waits for the other ranks without end.
+fn init(api: Api, id: ncclUniqueId, group: &Arc<Group>, device: &Arc<Device>) -> Result<Receiver<Made>> {
     let (rank, ranks, device) = (group.rank() as c_int, group.ranks() as c_int, device.clone());
     let (sender, made) = mpsc::sync_channel(1);
     thread::Builder::new().name("nccl-init".into()).spawn(move || {
         let mut communicator: ncclComm_t = std::ptr::null_mut();
-        let bound = device.bind();
-        // SAFETY: the id is that of rank 0, and the communicator's place lives.
-        let code = unsafe { (api.init_rank)(&raw mut communicator, ranks, id, rank) };
-        let _ = sender.send(bound.map(|()| Made(api, communicator, code)));
+        let code = match device.bind() {
+            // SAFETY: the id is that of rank 0, and the communicator's place lives.
+            Ok(()) => unsafe { (api.init_rank)(&raw mut communicator, ranks, id, rank) },
+            Err(_) => NO_DEVICE,
+        };
+        let _ = sender.send(Made(api, if code == 0 { Ok(communicator) } else { Err(code) }));
     })?;
-    let (since, other) = (Instant::now(), usize::from(group.rank() == 0));
+    Ok(made)
+}
+
+/// What a rank tells that cannot use its GPU on the thread that makes the communicator; as `ncclUnhandledCudaError`.
+const NO_DEVICE: c_int = 1;
+
+/// Waits until all ranks have made the communicator, or until one has failed: then the library, which does not tell the
+/// others, leaves them waiting. Those do not wait for their threads any more, and none uses the library.
+fn settle(
+    group: &Arc<Group>,
+    about: u64,
+    made: &Receiver<Made>,
+) -> Result<std::result::Result<Nccl, String>> {
+    let since = Instant::now();
+    let mut own = None;
     loop {
-        if let Ok(made) = made.recv_timeout(Duration::from_millis(20)) {
-            return made;
+        if own.is_none()
+            && let Ok(Made(api, result)) = made.recv_timeout(POLL)
+        {
+            group.post(PLACE, about, &result.err().unwrap_or(0).to_le_bytes())?;
+            own = result.ok().map(|communicator| Nccl {
+                api,
+                communicator: AtomicPtr::new(communicator),
+                group: group.clone(),
+            });
         }
-        group.check("join NCCL's communicator", other, since)?;
+        let codes = group.posted_so_far(PLACE, about);
+        // Two ranks on one GPU are refused, for example.
+        if let Some((rank, code)) = codes.iter().enumerate().find_map(|(rank, code)| {
+            let code = c_int::from_le_bytes(code.as_deref()?.try_into().unwrap_or([0xff; 4]));
+            (code != 0).then_some((rank, code))
+        }) {
+            own.iter().for_each(Nccl::abort);
+            return Ok(Err(format!("rank {rank}: ncclCommInitRank returned {code}")));
+        }
+        let missing = codes.iter().position(Option::is_none);
+        match (missing, own.take()) {
+            (None, Some(nccl)) => return Ok(Ok(nccl)),
+            (_, nccl) => own = nccl,
+        }
+        group.check("join NCCL's communicator", missing.unwrap_or_else(|| another(group)), since)?;
+        if own.is_some() {
+            thread::park_timeout(POLL);
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::{path::Path, sync::atomic::AtomicUsize};
+
     use super::*;
+
+    /// Calls of `abort` and of `destroy`, by the number that stands for the communicator.
+    static ABORTED: [AtomicUsize; 32] = [const { AtomicUsize::new(0) }; 32];
+    static DESTROYED: [AtomicUsize; 32] = [const { AtomicUsize::new(0) }; 32];
+
+    unsafe extern "C" fn count_abort(communicator: ncclComm_t) -> c_int {
+        ABORTED[communicator as usize].fetch_add(1, Ordering::Relaxed);
+        0
+    }
+
+    unsafe extern "C" fn count_destroy(communicator: ncclComm_t) -> c_int {
+        DESTROYED[communicator as usize].fetch_add(1, Ordering::Relaxed);
+        0
+    }
+
+    unsafe extern "C" fn no_id(_: *mut ncclUniqueId) -> c_int {
+        1
+    }
+
+    unsafe extern "C" fn no_init(_: *mut ncclComm_t, _: c_int, _: ncclUniqueId, _: c_int) -> c_int {
+        1
+    }
+
+    unsafe extern "C" fn no_sum(
+        _: *const c_void,
+        _: *mut c_void,
+        _: usize,
+        _: ncclDataType_t,
+        _: ncclRedOp_t,
+        _: ncclComm_t,
+        _: CUstream,
+    ) -> c_int {
+        1
+    }
+
+    unsafe extern "C" fn no_gather(
+        _: *const c_void,
+        _: *mut c_void,
+        _: usize,
+        _: ncclDataType_t,
+        _: ncclComm_t,
+        _: CUstream,
+    ) -> c_int {
+        1
+    }
+
+    /// A library that only counts.
+    fn counting() -> Api {
+        Api {
+            get_unique_id: no_id,
+            init_rank: no_init,
+            destroy: count_destroy,
+            abort: count_abort,
+            all_reduce: no_sum,
+            all_gather: no_gather,
+            version: OLDEST,
+            // SAFETY: the C library is loaded already.
+            _library: unsafe { Library::new("libc.so.6") }.unwrap(),
+        }
+    }
+
+    /// The communicator that a number stands for.
+    fn numbered(number: usize) -> ncclComm_t {
+        number as ncclComm_t
+    }
+
+    fn counts(number: usize) -> (usize, usize) {
+        let of = |counts: &[AtomicUsize]| counts[number].load(Ordering::Relaxed);
+        (of(&ABORTED), of(&DESTROYED))
+    }
+
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    /// Runs ranks as threads. What they return lives until all have returned.
+    fn ranks<T: Send>(count: usize, body: impl Fn(Arc<Group>) -> T + Sync) -> Vec<T> {
+        let folder = tempfile::tempdir().unwrap();
+        let join = |path: &Path, rank| Arc::new(Group::join(path, rank, count, PATIENCE).unwrap());
+        thread::scope(|scope| {
+            let (folder, body, join) = (folder.path(), &body, &join);
+            let threads: Vec<_> =
+                (0..count).map(|rank| scope.spawn(move || body(join(folder, rank)))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        })
+    }
+
+    #[test]
+    fn a_communicator_is_aborted_or_destroyed_once() {
+        for (number, aborts, is_lost) in [
+            (1, 0, false),
+            (2, 1, false),
+            (3, 2, false),
+            (4, 3, false),
+            (5, 0, true),
+            (6, 1, true),
+            (7, 2, true),
+        ] {
+            let mut groups = ranks(2, |group| group);
+            let other = groups.pop();
+            let group = groups.remove(0);
+            if is_lost {
+                drop(other);
+                while group.lost().is_none() {
+                    thread::yield_now();
+                }
+            }
+            let communicator = AtomicPtr::new(numbered(number));
+            let nccl = Nccl { api: counting(), communicator, group };
+            assert_eq!(nccl.communicator("sum").unwrap(), numbered(number));
+            (0..aborts).for_each(|_| nccl.abort());
+            let after = nccl.communicator("sum");
+            assert_eq!(after.is_err(), aborts > 0, "nothing is launched with what was freed");
+            drop(nccl);
+            let expected = if aborts > 0 || is_lost { (1, 0) } else { (0, 1) };
+            assert_eq!(counts(number), expected, "{aborts} aborts, lost: {is_lost}");
+        }
+    }
+
+    #[test]
+    fn ranks_fall_back_together_when_one_cannot_make_the_communicator() {
+        // The results of the ranks: a code, or `None` for one that the library keeps waiting.
+        let cases: [&[Option<c_int>]; 10] = [
+            &[Some(0), Some(0)],
+            &[Some(5), None],
+            &[None, Some(5)],
+            &[Some(0), Some(2)],
+            &[Some(3), Some(0)],
+            &[None, None, Some(1)],
+            &[Some(0), None, Some(-1)],
+            &[Some(7), Some(7), Some(7)],
+            &[None, Some(6), None, None],
+            &[Some(0), Some(0), Some(0), Some(0)],
+        ];
+        for (case, codes) in cases.into_iter().enumerate() {
+            let number = 10 + case;
+            let since = Instant::now();
+            let settled = ranks(codes.len(), |group| {
+                let (sender, made) = mpsc::sync_channel(1);
+                if let Some(code) = codes[group.rank()] {
+                    let result = if code == 0 { Ok(numbered(number)) } else { Err(code) };
+                    let _ = sender.send(Made(counting(), result));
+                }
+                let settled = settle(&group, 9, &made).unwrap().map(drop);
+                drop(sender);
+                (settled, group)
+            });
+            let failed = codes
+                .iter()
+                .enumerate()
+                .find_map(|(rank, code)| Some((rank, (*code).filter(|code| *code != 0)?)));
+            for (settled, _) in &settled {
+                match failed {
+                    None => assert!(settled.is_ok(), "{codes:?}"),
+                    Some(_) if codes.iter().flatten().filter(|code| **code != 0).count() > 1 => {
+                        assert!(settled.as_ref().unwrap_err().ends_with("ncclCommInitRank returned 7"));
+                    }
+                    Some((rank, code)) => {
+                        let reason = format!("rank {rank}: ncclCommInitRank returned {code}");
+                        assert_eq!(*settled, Err(reason), "{codes:?}");
+                    }
+                }
+            }
+            let made = codes.iter().filter(|code| **code == Some(0)).count();
+            let (aborted, destroyed) = counts(number);
+            assert_eq!(aborted + destroyed, made, "{codes:?}: no communicator is left");
+            assert_eq!(if failed.is_some() { destroyed } else { aborted }, 0, "{codes:?}");
+            assert!(since.elapsed() < PATIENCE / 2, "{codes:?}: nobody waits for a thread that hangs");
+        }
+    }
 
     #[test]
     fn versions_are_read_as_the_library_counts() {

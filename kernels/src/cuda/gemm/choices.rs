@@ -127,7 +127,7 @@ impl Clock {
                 self.start.record(stream)?;
                 launch(candidate)?;
                 self.end.record(stream)?;
-                self.end.synchronize()?;
+                stream.wait("time products", &self.end)?;
                 seconds = seconds.min(self.end.seconds_since(&self.start)?);
             }
             if best.is_none_or(|(_, least)| seconds < least * WORTH) {
