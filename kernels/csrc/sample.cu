@@ -114,7 +114,7 @@ struct Allowed {
   }
 };
 
-// Logits after penalties, bias and temperature; negative infinity for tokens that are not allowed.
+// Logits after penalties and bias; negative infinity for tokens that are not allowed.
 template <typename L>
 __device__ void process(const L* logits, float* z, const SeatParams& p, const SampleArgs& a, uint32_t seat,
                         const Allowed& allowed) {
@@ -135,10 +135,9 @@ __device__ void process(const L* logits, float* z, const SeatParams& p, const Sa
     if (b.token < (uint32_t)a.vocab) atomicAdd(z + b.token, b.value);
   }
   __syncthreads();
-  for (int t = threadIdx.x; t < a.vocab; t += kThreads) {
+  if (allowed.words == nullptr) return;
+  for (int t = threadIdx.x; t < a.vocab; t += kThreads)
     if (!allowed(t)) z[t] = -INFINITY;
-    else if (p.temperature > 0.f) z[t] /= p.temperature;
-  }
   __syncthreads();
 }
 
@@ -146,12 +145,14 @@ __device__ void process(const L* logits, float* z, const SeatParams& p, const Sa
 // token is, and min-p a depth below the most probable one.
 struct Kept {
   const float* z;
-  float top;
+  float top, temperature;
   float log_sum, entropy;  // of the tokens that typical-p chooses from
   uint64_t cut, typical_cut;
   float depth;
 
-  __device__ float below(int t) const { return top - z[t]; }
+  // How far a token is below the most probable one. The difference is divided, because a quotient of logits may be
+  // infinite where the logits are not.
+  __device__ float below(int t) const { return (top - z[t]) / temperature; }
   __device__ uint64_t rank(int t) const { return ranked(depth_key(below(t)), t); }
   __device__ uint64_t typical_rank(int t) const {
     return ranked(depth_key(fabsf(below(t) + log_sum - entropy)), t);
@@ -201,7 +202,7 @@ __device__ uint32_t choose(const float* z, const SeatParams& p, int vocab, uint3
   Peak peak = find_peak(z, vocab);
   // An infinite logit has all the probability; of a row of NaN no token has any.
   if (p.temperature <= 0.f || !isfinite(peak.top)) return id_of(peak.rank);
-  Kept kept{z, peak.top, 0.f, 0.f, 0, 0, INFINITY};
+  Kept kept{z, peak.top, p.temperature, 0.f, 0.f, 0, 0, INFINITY};
   if (p.top_k > 0 && p.top_k < (uint32_t)vocab)
     kept.cut = select(vocab, p.top_k, [&](int t, uint64_t& rank, uint64_t& weight) {
       rank = kept.rank(t);

@@ -72,7 +72,7 @@ use linear::{
 };
 use masks::{
     masks_change_nothing_else, masks_come_before_filters, masks_hold_for_any_logits, masks_of_many_rows,
-    tokens_under_a_mask_are_counted,
+    masks_without_a_probable_token, tokens_under_a_mask_are_counted,
 };
 use rows::{
     activations_and_gates, embedding_takes_the_token_sampled_last, embeddings_are_scaled_and_know_positions,
@@ -125,6 +125,7 @@ on_every_backend!(
     masks_change_nothing_else,
     masks_come_before_filters,
     tokens_under_a_mask_are_counted,
+    masks_without_a_probable_token,
     masks_of_many_rows,
 );
 

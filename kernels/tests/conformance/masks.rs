@@ -84,6 +84,40 @@ pub(super) fn masks_hold_for_any_logits<B: Backend>(ops: &B) {
     }
 }
 
+/// Where no token that a mask allows has a probability, the first of them is chosen; and logits that are larger than
+/// any number once they are divided by the temperature keep their order.
+pub(super) fn masks_without_a_probable_token<B: Backend>(ops: &B) {
+    const VOCAB: usize = 40;
+    let (nan, inf) = (f32::NAN, f32::INFINITY);
+    let improbable = [-inf, nan];
+    let allowed: [&[u32]; 5] = [&[0], &[39], &[7, 8, 33], &[1, 2, 3, 4, 5], &[31, 32]];
+    let temperatures = [0.0, 1e-5, 0.5, 1.0, 3.0];
+    let rows: Vec<_> = (0..temperatures.len() as u32).map(|seat| SampleRow { row: 0, seat }).collect();
+    let mut sampler = ops.sampler(rows.len(), VOCAB).unwrap();
+    let mut choose = |data: Vec<f32>, allowed: &[u32]| {
+        for (seat, &temperature) in temperatures.iter().enumerate() {
+            let params = SamplingParams { temperature, ..Default::default() };
+            ops.seat(&mut sampler, seat as u32, &params, &[], &[]).unwrap();
+        }
+        let (x, mask) = (wide_mat(ops, &Table { cols: VOCAB, data }), mask(allowed, VOCAB));
+        let sampled = ops.sample_masked(&x, &rows, &vec![Some(&mask); rows.len()], &mut sampler).unwrap();
+        collect(ops, sampled).iter().map(|choice| choice.token).collect::<Vec<_>>()
+    };
+    for allowed in allowed {
+        for value in improbable {
+            let mut logits = Numbers(34).table(1, VOCAB).data;
+            allowed.iter().for_each(|token| logits[*token as usize] = value);
+            assert_eq!(choose(logits, allowed), [allowed[0]; 5], "{value} for {allowed:?}");
+        }
+        for (each, best) in [(f32::MIN, -2e38), (-3e38, -2.9e38), (2e38, f32::MAX), (-1e38, 1e38)] {
+            let mut logits = vec![each; VOCAB];
+            let last = allowed[allowed.len() - 1];
+            logits[last as usize] = best;
+            assert_eq!(choose(logits, allowed), [last; 5], "{best} above {each}, {allowed:?}");
+        }
+    }
+}
+
 /// A mask leaves the order of what it allows, what is reported, and the rows beside it as they are.
 pub(super) fn masks_change_nothing_else<B: Backend>(ops: &B) {
     let logits = Numbers(33).table(2, 50);
