@@ -15,6 +15,8 @@
 
 #include <stddef.h>
 
+#include <type_traits>
+
 #include "common.cuh"
 
 namespace peers {
@@ -109,6 +111,10 @@ template <int WORDS> struct alignas(4 * WORDS) Cell {
       asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(at), "r"(w[0]) : "memory");
   }
 };
+
+// What partial sums of a model in T travel as. A part may be beyond the range of f16 where the whole is not, and bf16 has
+// fewer digits than such a model.
+template <typename T> using Wire = std::conditional_t<std::is_same_v<T, f16>, float, T>;
 
 // Words of a cell of N elements that travel as T. A single element has a word of its own.
 template <typename T, int N> constexpr int kWords = N == 1 ? 1 : N * sizeof(T) / 4;

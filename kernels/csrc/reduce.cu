@@ -33,7 +33,8 @@ template <typename T, int N, int RANKS>
 __global__ void __launch_bounds__(kThreads)
     reduce(const __grid_constant__ PeerArgs p, const __grid_constant__ SinkArgs to, float* x, int cols, int shots) {
   extern __shared__ float row[];
-  using Cells = Cell<kWords<T, N>>;
+  using W = Wire<T>;
+  using Cells = Cell<kWords<W, N>>;
   constexpr int kBytes = sizeof(Cells) / N;  // of an element
   const bool two_shots = RANKS > 2 && shots == 2;
   const size_t first = (size_t)blockIdx.x * cols;
@@ -47,7 +48,7 @@ __global__ void __launch_bounds__(kThreads)
     float v[N];
     load_floats<float, N>(x + first + i, v);
     if (to.stream) prefetch(to.stream + first + i);
-    const Cells cell = encode<T, N>(v);
+    const Cells cell = encode<W, N>(v);
     if (!two_shots) send<RANKS>(p, turn, all_but(p, p.rank), (first + i) * kBytes, cell);
     if (owner != p.rank) send<RANKS>(p, turn, 1u << owner, (first + i) * kBytes, cell);
 #pragma unroll
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(kThreads)
     float v[N];
 #pragma unroll
     for (int j = 0; j < N; j++) v[j] = row[i + j];
-    sum_cells<T, N, RANKS>(p, turn, owner, two_shots, (first + i) * kBytes, v);
+    sum_cells<W, N, RANKS>(p, turn, owner, two_shots, (first + i) * kBytes, v);
     if (!to.stream) store_floats<float, N>(x + first + i, v);
 #pragma unroll
     for (int j = 0; j < N; j++) {
@@ -139,13 +140,14 @@ dim3 blocks_of(size_t count) { return dim3(static_cast<unsigned>((count + kGathe
 
 }  // namespace
 
-// Sums x [rows, cols] over the ranks. A message has rows · cols elements of two bytes, or of four where cols is not a
-// multiple of kPack; it must fit into a box.
+// Sums x [rows, cols] over the ranks. A message has rows · cols elements of two bytes, or of four where the model is of
+// f16 or cols is not a multiple of kPack; it must fit into a box.
 extern "C" int lorax_reduce(const peers::PeerArgs* peers, const SinkArgs* to, int elem, float* x, int rows, int cols,
                             int shots, cudaStream_t stream) {
   WITH_HALF(elem, T, WITH_RANKS(peers->ranks, RANKS, {
-              const int pack = cols % kPack == 0 ? kPack : 1;
-              auto kernel = pack == kPack ? reduce<T, kPack, RANKS> : reduce<T, 1, RANKS>;
+              constexpr int kMost = sizeof(Wire<T>) == 4 ? 4 : kPack;
+              const int pack = cols % kPack == 0 ? kMost : 1;
+              auto kernel = pack == kMost ? reduce<T, kMost, RANKS> : reduce<T, 1, RANKS>;
               return launch_rows(kernel, rows, cols, pack, kThreads, stream, *peers, *to, x, cols, shots);
             }));
 }

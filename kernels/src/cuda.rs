@@ -99,20 +99,21 @@ impl CudaBackend {
         gpus::gpu(dtype, ordinal)?;
         let device = Device::open(ordinal)?;
         device.keep_freed_memory()?;
+        // SAFETY: asks the runtime about the current device.
+        let hopper = unsafe { ffi::lorax_is_hopper() != 0 };
         Ok(CudaBackend {
             dtype,
             gemm: gemm::Gemm::new(&device, dtype)?,
             graphs: graph::Graphs::new(),
             partials: attention::Partials::new(&device)?,
-            // SAFETY: asks the runtime about the current device.
-            hopper: unsafe { ffi::lorax_is_hopper() != 0 },
+            hopper,
             multiprocessors: device
                 .attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?
                 .cast_unsigned(),
             heads: Mutex::new(Heads { query: 64, kv: 8, dim: 256 }),
             launches: AtomicU64::new(0),
             reports: sampler::Reports::new(&device)?,
-            comm: Arc::new(Comm::alone(dtype)),
+            comm: Arc::new(Comm::alone(dtype, hopper)),
             staging: Mutex::new(Staging::new(&device, STAGES, STAGE_BYTES)?),
             weight_staging: (0..WEIGHT_STAGINGS)
                 .map(|_| Ok(Mutex::new(Staging::new(&device, 2, 8 << 20)?)))
@@ -133,7 +134,8 @@ impl CudaBackend {
     /// As [`Self::with_group`], with a choice of the ways between the ranks.
     pub fn with_transport(mut self, group: Arc<Group>, transport: Transport) -> Result<CudaBackend> {
         self.device.bind()?;
-        self.comm = Arc::new(Comm::join(group, transport, (&self.device, &self.stream), self.dtype)?);
+        let (at, kind) = ((&self.device, &self.stream), (self.dtype, self.hopper));
+        self.comm = Arc::new(Comm::join(group, transport, at, kind)?);
         self.stream.waits_for(&self.comm);
         Ok(self)
     }

@@ -164,6 +164,47 @@ fn ones(be: &CpuBackend, cols: usize) -> CpuMat {
     x
 }
 
+/// Parts travel as f32 whatever the model is of: neither their range nor their digits are those of a shorter type.
+#[test]
+fn parts_keep_their_range_and_digits() {
+    let values = [
+        70_000.0,
+        -1e6,
+        65_504.0,
+        65_520.0,
+        3e38,
+        -3e38,
+        1e-9,
+        f32::MIN_POSITIVE,
+        1.0 + f32::EPSILON,
+        0.1,
+        16_777_215.0,
+        -0.0,
+    ];
+    for dtype in [DType::F32, DType::Bf16] {
+        let sums = groups(2, rounds::PATIENCE, |group| {
+            let rank = group.rank();
+            let be = CpuBackend::new(dtype, 1).unwrap().with_group(Arc::new(group)).unwrap();
+            let mut x = be.wide_mat(2, values.len()).unwrap();
+            // Of the second row, the sums are 0.
+            let sign = if rank == 0 { 1.0 } else { -1.0 };
+            let own = values.iter().copied().chain(values.iter().map(|value| sign * value));
+            let scaled: Vec<f32> =
+                own.enumerate().map(|(i, x)| if i == 4 || i == 5 { x / 2.0 } else { x }).collect();
+            be.fill(&mut x, &scaled).unwrap();
+            be.all_reduce(&mut x).unwrap();
+            (be.download(&x).unwrap(), be)
+        });
+        for (sums, _) in &sums {
+            for (i, &value) in values.iter().enumerate() {
+                let sum = if i == 4 || i == 5 { value } else { value + value };
+                assert_eq!(sums[i], sum, "{value}, {dtype:?}");
+                assert_eq!(sums[values.len() + i], 0.0, "{value}, {dtype:?}");
+            }
+        }
+    }
+}
+
 #[test]
 fn a_rank_that_leaves_fails_every_operation_of_the_others() {
     // What a rank returns lives until all have returned: those that are left do not see each other end.

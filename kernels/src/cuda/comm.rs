@@ -6,17 +6,18 @@
 mod arena;
 mod bands;
 mod nccl;
+mod start;
 
 use std::{
     sync::{Arc, OnceLock},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use super::{
-    BACKEND, CudaBackend, CudaMat,
+    CudaBackend, CudaMat,
     device::{Device, DeviceBuf, Event, Stream, launched},
     ffi::{self, PeerArgs, SinkArgs},
-    graph, norm, unsupported,
+    norm, unsupported,
 };
 use crate::{DType, Error, Group, Matrix, PeerFault, Result};
 use arena::{Arena, agree};
@@ -33,17 +34,8 @@ pub enum Transport {
     Nccl,
 }
 
-/// How long ranks wait for each other when they try each other's memory.
-const PROBE_PATIENCE: Duration = Duration::from_secs(5);
 /// Bytes of memory in which NCCL finds 16-bit elements.
 const SCRATCH: usize = 32 << 20;
-/// Columns of the matrices that are summed at the start.
-const COLS: usize = 4096;
-/// Bytes of such a matrix of f32.
-const TRIAL: usize = bands::LARGEST * 2;
-/// Sums of one timed graph, and how often it is replayed.
-const TIMED: usize = 8;
-const REPLAYS: usize = 3;
 
 /// A matrix of f32 that is summed.
 #[derive(Clone, Copy)]
@@ -58,13 +50,13 @@ impl Message {
         Message { at: x.at(), rows: x.rows(), cols: x.cols() }
     }
 
-    /// Bytes of an element on its way: see `lorax_reduce`.
-    fn element(&self) -> usize {
-        if self.cols.is_multiple_of(8) { 2 } else { 4 }
+    /// Bytes of an element on its way through the ranks' memory: see `lorax_reduce`.
+    fn element(&self, model: DType) -> usize {
+        if model == DType::Bf16 && self.cols.is_multiple_of(8) { 2 } else { 4 }
     }
 
-    fn bytes(&self) -> usize {
-        self.rows * self.cols * self.element()
+    fn bytes(&self, model: DType) -> usize {
+        self.rows * self.cols * self.element(model)
     }
 
     /// Parts of so many rows, and the first row of each.
@@ -118,6 +110,8 @@ pub(super) struct Comm {
     no_library: Option<String>,
     bands: Bands,
     dtype: DType,
+    /// Whether the GPUs of all ranks run the kernels for Hopper.
+    hopper: bool,
     /// Where the kernels run that wait for other ranks; none with one rank.
     stream: Option<Arc<Stream>>,
     /// The rank that was waited for in vain.
@@ -126,7 +120,7 @@ pub(super) struct Comm {
 
 impl Comm {
     /// Of a group of one rank.
-    pub(super) fn alone(dtype: DType) -> Comm {
+    pub(super) fn alone(dtype: DType, hopper: bool) -> Comm {
         let bands = Bands::only(Way::OneShot);
         let group = Arc::new(Group::alone());
         Comm {
@@ -136,6 +130,7 @@ impl Comm {
             no_library: None,
             bands,
             dtype,
+            hopper,
             stream: None,
             gave_up: OnceLock::new(),
         }
@@ -146,9 +141,10 @@ impl Comm {
         group: Arc<Group>,
         transport: Transport,
         (device, stream): (&Arc<Device>, &Arc<Stream>),
-        dtype: DType,
+        (dtype, hopper): (DType, bool),
     ) -> Result<Comm> {
-        let mut comm = Comm::alone(dtype);
+        // A rank that sums by another kernel than the others would wait for what they do not send.
+        let mut comm = Comm::alone(dtype, agree(&group, hopper)?);
         (comm.group, comm.stream) = (group.clone(), Some(stream.clone()));
         if transport == Transport::Fastest {
             if group.ranks() == 1 {
@@ -216,11 +212,16 @@ impl Comm {
 
     /// Arguments of a kernel that sums so many rows itself, if that is the fastest way. `None` with one rank.
     pub(super) fn fused(&self, rows: usize, cols: usize) -> Option<PeerArgs> {
-        let message = Message { at: 0, rows, cols };
-        let arena = self.arena.as_ref()?;
-        let fits = message.bytes() <= arena.most_bytes();
+        let bytes = Message { at: 0, rows, cols }.bytes(self.dtype);
+        let arena = self.arena.as_ref().filter(|_| self.dtype == DType::Bf16)?;
         arena.wait_as_the_group();
-        (fits && self.bands.way(message.bytes()) == Way::OneShot).then(|| arena.args())
+        let fits = bytes <= arena.most_bytes();
+        (fits && self.bands.way(bytes) == Way::OneShot).then(|| arena.args())
+    }
+
+    /// Whether all ranks run the kernels for Hopper.
+    pub(super) fn hopper(&self) -> bool {
+        self.hopper
     }
 
     /// Whether products can go to the stream by a kernel that takes these rows as a whole.
@@ -307,7 +308,7 @@ impl Comm {
 
     /// Sums a message the way of its size; returns the launches.
     fn sum(&self, on: &Stream, message: Message, to: &SinkArgs) -> Result<usize> {
-        self.sum_by(self.bands.way(message.bytes()), on, message, to)
+        self.sum_by(self.bands.way(message.bytes(self.dtype)), on, message, to)
     }
 
     fn sum_by(&self, way: Way, on: &Stream, message: Message, to: &SinkArgs) -> Result<usize> {
@@ -329,7 +330,7 @@ impl Comm {
         (message, shots): (Message, i32),
         to: &SinkArgs,
     ) -> Result<usize> {
-        let rows = arena.most_bytes() / (message.cols * message.element());
+        let rows = arena.most_bytes() / (message.cols * message.element(self.dtype));
         if rows == 0 {
             return Err(unsupported(format!("a sum of {} columns", message.cols)));
         }
@@ -348,21 +349,16 @@ impl Comm {
 
     /// With NCCL.
     fn sum_with(&self, library: &Library, on: &Stream, message: Message, to: &SinkArgs) -> Result<usize> {
-        let (op, elem) = ("all_reduce", ffi::elem(self.dtype));
-        let (rows, mut launches) = (SCRATCH / (2 * message.cols), 0);
-        if rows == 0 {
-            return Err(unsupported(format!("a sum of {} columns", message.cols)));
-        }
-        for (_, part) in message.parts(rows) {
-            let (scratch, count) = (library.scratch.at(), part.rows * part.cols);
-            // SAFETY: the part has so many elements, and the scratch memory has room for them.
-            unsafe {
-                launched(op, ffi::lorax_convert(elem, 0, part.at, scratch, count, on.raw()))?;
-                library.nccl.all_reduce(scratch, count, self.dtype, on)?;
-                launched(op, ffi::lorax_convert(elem, 1, scratch, part.at, count, on.raw()))?;
+        let elem = ffi::elem(self.dtype);
+        let mut launches = match self.dtype {
+            DType::Bf16 => library.sum_in_half(on, message)?,
+            _ => {
+                let count = message.rows * message.cols;
+                // SAFETY: the matrix has so many elements of f32.
+                unsafe { library.nccl.all_reduce(message.at, count, DType::F32, on)? };
+                1
             }
-            launches += 3;
-        }
+        };
         if to.stream != 0 {
             let (rows, cols) = (message.rows as i32, message.cols as i32);
             // SAFETY: the matrices have so many rows and columns.
@@ -422,6 +418,26 @@ impl Drop for Comm {
 }
 
 impl Library {
+    /// Sums a message whose elements travel as bf16.
+    fn sum_in_half(&self, on: &Stream, message: Message) -> Result<usize> {
+        let (op, dtype) = ("all_reduce", DType::Bf16);
+        let (elem, rows, mut launches) = (ffi::elem(dtype), SCRATCH / (2 * message.cols), 0);
+        if rows == 0 {
+            return Err(unsupported(format!("a sum of {} columns", message.cols)));
+        }
+        for (_, part) in message.parts(rows) {
+            let (scratch, count) = (self.scratch.at(), part.rows * part.cols);
+            // SAFETY: the part has so many elements, and the scratch memory has room for them.
+            unsafe {
+                launched(op, ffi::lorax_convert(elem, 0, part.at, scratch, count, on.raw()))?;
+                self.nccl.all_reduce(scratch, count, dtype, on)?;
+                launched(op, ffi::lorax_convert(elem, 1, scratch, part.at, count, on.raw()))?;
+            }
+            launches += 3;
+        }
+        Ok(launches)
+    }
+
     /// One part of [`Comm::gather`].
     ///
     /// # Safety
@@ -447,115 +463,5 @@ impl Library {
     }
 }
 
-// ---- at the start ----
-
-/// What rank r adds at an element: a small integer, so that sums are exact.
-fn trial(rank: usize, element: usize) -> f32 {
-    (rank as f32 + 1.0) * (element % 7) as f32 - 3.0
-}
-
-impl Comm {
-    /// Whether sums through the ranks' memory are right: writes to memory of other GPUs can get lost where the machine's
-    /// settings do not allow for them.
-    fn probe(&self, device: &Arc<Device>, on: &Stream) -> Result<bool> {
-        let Some(arena) = &self.arena else { return Ok(false) };
-        let (rows, ranks) = (16, self.group.ranks());
-        let expected: Vec<f32> =
-            (0..rows * COLS).map(|i| (0..ranks).map(|rank| trial(rank, i)).sum()).collect();
-        let own: Vec<u8> = (0..rows * COLS).flat_map(|i| trial(self.group.rank(), i).to_le_bytes()).collect();
-        let x = DeviceBuf::new(device, own.len(), "a trial")?;
-        let message = Message { at: x.at(), rows, cols: COLS };
-        let mut sums = vec![0; own.len()];
-        // Nobody allocates any more, which the driver may delay while kernels of this process wait for others.
-        self.group.barrier(self.group.patience())?;
-        arena.wait_within(PROBE_PATIENCE);
-        // Both halves of the arenas, and each once more, when it was emptied.
-        for shots in [1, 1, 2, 2] {
-            // SAFETY: the buffer has as many bytes; both copies are waited for.
-            unsafe { on.copy_in(x.at(), &own)? };
-            let to = SinkArgs::default();
-            self.sum_in(arena, on, (message, shots), &to)?;
-            // SAFETY: as above.
-            unsafe { on.copy_out(&mut sums, x.at())? };
-            on.synchronize()?;
-            let sums = super::convert::to_f32(DType::F32, &sums);
-            if arena.lost().is_some() || sums != expected {
-                return Ok(false);
-            }
-        }
-        arena.wait_as_the_group();
-        Ok(true)
-    }
-
-    /// The way of every size: the only one there is, or what rank 0 finds fastest.
-    fn choose(&self, device: &Arc<Device>, on: &Stream) -> Result<Bands> {
-        let ways = match (&self.arena, &self.library) {
-            (None, None) => {
-                let reason = self.no_library.as_deref().unwrap_or_default();
-                let missing = format!(
-                    "the GPUs of the ranks cannot reach each other's memory, and without that NCCL is needed: {reason}"
-                );
-                return Err(Error::Unavailable { backend: BACKEND, missing });
-            }
-            (None, Some(_)) => return Ok(Bands::only(Way::Nccl)),
-            (Some(_), _) if self.group.ranks() == 2 => return Ok(Bands::only(Way::OneShot)),
-            (Some(_), None) => vec![Way::OneShot, Way::TwoShots],
-            (Some(_), Some(_)) => vec![Way::OneShot, Way::TwoShots, Way::Nccl],
-        };
-        let x = DeviceBuf::zeroed(device, TRIAL, "a trial")?;
-        let measured = Bands::measure(&ways, |way, bytes| self.seconds(way, bytes, x.at(), on))?;
-        let said = self.group.exchange(&measured.bytes())?;
-        Bands::of(&said[0])
-    }
-
-    /// Seconds of one sum of so many bytes in a captured step.
-    fn seconds(&self, way: Way, bytes: usize, x: u64, on: &Stream) -> Result<f64> {
-        let message = Message { at: x, rows: bytes / (2 * COLS), cols: COLS };
-        let sum = || self.sum_by(way, on, message, &SinkArgs::default()).map(|_| ());
-        // Loads the kernels, which a capture must not.
-        sum()?;
-        let (from, to) = (Event::timed()?, Event::timed()?);
-        to.record(on)?;
-        self.wait_for("time sums", &to)?;
-        let graph = graph::capture(on, || (0..TIMED).try_for_each(|_| sum()))?;
-        graph::launch(on, &graph)?;
-        from.record(on)?;
-        (0..REPLAYS).try_for_each(|_| graph::launch(on, &graph))?;
-        to.record(on)?;
-        self.wait_for("time sums", &to)?;
-        Ok(to.seconds_since(&from)? / (TIMED * REPLAYS) as f64)
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_rank_knows_the_columns_of_all() {
-        for (ranks, share, last) in
-            [(1, 0, 7), (2, 5, 5), (2, 5, 1), (2, 3, 9), (4, 10, 7), (8, 1, 1), (8, 16_032, 16_040)]
-        {
-            let all = (ranks - 1) * share + last;
-            for rank in 0..ranks {
-                let own = if rank + 1 == ranks { last } else { share };
-                let got = Shares::new(rank, ranks, own, all).unwrap();
-                assert_eq!((got.share, got.last), (share, last), "rank {rank} of {ranks}");
-            }
-        }
-        for (rank, ranks, own, all) in
-            [(0, 1, 7, 8), (0, 2, 5, 5), (1, 2, 5, 5), (1, 3, 5, 10), (2, 3, 5, 14), (0, 2, 0, 4)]
-        {
-            assert!(Shares::new(rank, ranks, own, all).is_err(), "{own} of {all} on rank {rank} of {ranks}");
-        }
-    }
-
-    #[test]
-    fn a_message_goes_in_parts_of_whole_rows() {
-        let message = Message { at: 1000, rows: 10, cols: 8 };
-        let parts: Vec<_> = message.parts(4).map(|(first, part)| (first, part.at, part.rows)).collect();
-        assert_eq!(parts, [(0, 1000, 4), (4, 1128, 4), (8, 1256, 2)]);
-        assert_eq!((message.bytes(), Message { cols: 9, ..message }.bytes()), (160, 360));
-        assert_eq!(Message { rows: 0, ..message }.parts(4).count(), 0);
-    }
-}
+mod tests;

@@ -449,7 +449,7 @@ impl<'a> Deltas<'a> {
         let outputs = self.args.out_cols as usize;
         let width = outputs.is_multiple_of(ffi::OUT_BLOCK) && outputs <= ffi::MAX_NORMED;
         let plain = norm.kind == NormKind::Rms && norm.bias.is_none() && y.wide() == 0;
-        be.hopper && self.args.slices == 1 && width && plain && self.rows == RowSet::All
+        be.comm.hopper() && self.args.slices == 1 && width && plain && self.rows == RowSet::All
     }
 
     /// Adds products and deltas to a stream, and norms it.

@@ -3,13 +3,13 @@
 use std::time::{Duration, Instant};
 
 use kernels::{
-    Batch, Matrix, SamplingParams, Span,
+    Batch, DType, Matrix, SamplingParams, Span,
     cuda::{CudaBackend, CudaMat},
     prelude::*,
     testing::{Numbers, batch},
 };
 
-use super::support::{PATIENCE, all_succeed, threads};
+use super::support::{PATIENCE, all_succeed, all_succeed_in, expect_same_bits, threads};
 
 /// The most blocks that two ranks may have on a GPU at the same time: one for each row, and few that gather.
 const MOST_ROWS: usize = 64;
@@ -136,6 +136,47 @@ fn of_three_processes() {
             gather(be, round, rows, each, last);
         }
     });
+}
+
+/// Parts that f16 cannot hold, whose sum it can or cannot, and small ones beside large ones, in a model of f16.
+fn beyond_f16(be: &CudaBackend) {
+    let (rank, ranks) = (be.rank() as f32, be.ranks() as f32);
+    let element = |i: usize, rank: f32| match i % 11 {
+        0 => 70_000.0,
+        1 => -1e6 * (rank + 1.0),
+        2 if rank == 0.0 => 3e38,
+        2 => -3e38 / (ranks - 1.0),
+        3 => 1e-9,
+        4 => 1.0 + 2.0_f32.powi(-20),
+        5 => 65_504.0,
+        6 => 65_520.0 - 131_040.0 * (rank % 2.0),
+        7 => 0.1,
+        8 => -0.0,
+        9 => f32::MIN_POSITIVE,
+        _ => i as f32,
+    };
+    for (rows, cols) in [(1, 8), (3, 4096), (64, 1024), (2, 8200), (1, 7), (5, 33), (1, 2)] {
+        let mut x = be.wide_mat(rows, cols).unwrap();
+        let own: Vec<f32> = (0..rows * cols).map(|i| element(i, rank)).collect();
+        be.fill(&mut x, &own).unwrap();
+        be.all_reduce(&mut x).unwrap();
+        let got = be.download(&x).unwrap();
+        for (i, got) in got.iter().enumerate() {
+            let sum = (0..be.ranks()).fold(0.0, |sum, rank| sum + element(i, rank as f32));
+            assert_eq!(*got, sum, "element {i} of {rows} x {cols}");
+        }
+        expect_same_bits(be, "sums", &got);
+    }
+}
+
+#[test]
+fn beyond_f16_of_two_processes() {
+    all_succeed_in(DType::F16, "sums::beyond_f16_of_two_processes", 2, beyond_f16);
+}
+
+#[test]
+fn beyond_f16_of_three_processes() {
+    all_succeed_in(DType::F16, "sums::beyond_f16_of_three_processes", 3, beyond_f16);
 }
 
 /// A message of more bytes than an arena has room for goes in parts.

@@ -30,9 +30,19 @@ fn alone() -> MutexGuard<'static, ()> {
 
 /// The backend of a rank, on the GPU of its number if there are so many.
 pub(crate) fn join(folder: &Path, rank: usize, ranks: usize, patience: Duration) -> Result<CudaBackend> {
+    join_in(DType::Bf16, folder, (rank, ranks), patience)
+}
+
+/// As above, for a model of a type.
+pub(crate) fn join_in(
+    dtype: DType,
+    folder: &Path,
+    (rank, ranks): (usize, usize),
+    patience: Duration,
+) -> Result<CudaBackend> {
     let group = Group::join(folder, rank, ranks, PATIENCE)?.with_patience(patience);
     let count = gpus(DType::Bf16).0.len();
-    CudaBackend::new(DType::Bf16, if ranks <= count { rank } else { 0 })?.with_group(Arc::new(group))
+    CudaBackend::new(dtype, if ranks <= count { rank } else { 0 })?.with_group(Arc::new(group))
 }
 
 /// Runs two ranks as threads, on one GPU. The blocks of both must fit on it together, and `body` must not make CUDA load a
@@ -133,8 +143,13 @@ pub(crate) fn processes(
 
 /// Starts the ranks, and expects all of them to end well.
 pub(crate) fn all_succeed(test: &str, ranks: usize, body: impl Fn(&CudaBackend)) {
+    all_succeed_in(DType::Bf16, test, ranks, body);
+}
+
+/// As above, for a model of a type.
+pub(crate) fn all_succeed_in(dtype: DType, test: &str, ranks: usize, body: impl Fn(&CudaBackend)) {
     let run = |folder: &Path, rank, ranks| {
-        let be = join(folder, rank, ranks, PATIENCE).unwrap();
+        let be = join_in(dtype, folder, (rank, ranks), PATIENCE).unwrap();
         body(&be);
         be.group().barrier(PATIENCE).unwrap();
         say("done");

@@ -338,9 +338,10 @@ fn settle(
 
 #[cfg(test)]
 mod tests {
-    use std::{path::Path, sync::atomic::AtomicUsize};
+    use std::sync::atomic::AtomicUsize;
 
     use super::*;
+    use crate::cuda::comm::tests::{PATIENCE, ranks};
 
     /// Calls of `abort` and of `destroy`, by the number that stands for the communicator.
     static ABORTED: [AtomicUsize; 32] = [const { AtomicUsize::new(0) }; 32];
@@ -410,20 +411,6 @@ mod tests {
     fn counts(number: usize) -> (usize, usize) {
         let of = |counts: &[AtomicUsize]| counts[number].load(Ordering::Relaxed);
         (of(&ABORTED), of(&DESTROYED))
-    }
-
-    const PATIENCE: Duration = Duration::from_secs(60);
-
-    /// Runs ranks as threads. What they return lives until all have returned.
-    fn ranks<T: Send>(count: usize, body: impl Fn(Arc<Group>) -> T + Sync) -> Vec<T> {
-        let folder = tempfile::tempdir().unwrap();
-        let join = |path: &Path, rank| Arc::new(Group::join(path, rank, count, PATIENCE).unwrap());
-        thread::scope(|scope| {
-            let (folder, body, join) = (folder.path(), &body, &join);
-            let threads: Vec<_> =
-                (0..count).map(|rank| scope.spawn(move || body(join(folder, rank)))).collect();
-            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
-        })
     }
 
     #[test]
