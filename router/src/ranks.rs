@@ -3,6 +3,7 @@
 mod group;
 mod loads;
 mod merge;
+mod stage;
 mod steps;
 
 use std::{
@@ -34,6 +35,7 @@ use crate::{
 pub(crate) use group::Group;
 use group::RankStream;
 pub(crate) use merge::InfoError;
+use merge::Resident;
 
 /// Largest message. The largest ones are steps that add many long prompts.
 pub(crate) const MAX_MESSAGE: usize = 64 << 20;
@@ -223,6 +225,7 @@ impl Ranks {
         });
         // All ranks have forgotten the session before, and only then the first step of this one is sent.
         let resident = merge::resident(&try_join_all(attached).await?, info.num_slots);
+        self.unstage_strays(session, &resident, limit).await?;
         let streams = self.channels.iter().cloned().enumerate().map(async |(rank, channel)| {
             let (steps, outgoing) = group::channel();
             let request = steps::execute(channel, ReceiverStream::new(outgoing));
@@ -230,6 +233,24 @@ impl Ranks {
             Ok::<_, RankError>(RankStream { steps, events })
         });
         Ok(Group::new(session, info, resident, try_join_all(streams).await?))
+    }
+
+    /// Takes out of host memory what not all ranks have there.
+    async fn unstage_strays(
+        &self,
+        session: u64,
+        resident: &Resident,
+        limit: Duration,
+    ) -> Result<(), RankError> {
+        let unstaged = self.clients().zip(&resident.strays).enumerate();
+        let unstaged = unstaged.map(async |(rank, (mut client, strays))| {
+            for content in strays {
+                let request = wire::stage::unstage(session, *content);
+                in_time(rank, "Unstage", limit, client.unstage(request)).await?;
+            }
+            Ok::<_, RankError>(())
+        });
+        try_join_all(unstaged).await.map(|_| ())
     }
 
     /// Asks every rank to read and check an adapter, and to check the caller's access to it.

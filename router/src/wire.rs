@@ -3,12 +3,15 @@
 //!
 //! A message that does not keep to `shard.proto` is an error: nothing is guessed for a field that is missing.
 
+pub(crate) mod stage;
+
 use std::{sync::Arc, time::Duration};
 
 use config::RouterConfig;
 use sampling::SamplingParams;
 use scheduler::{Adapter, AdapterKey, Limits, RopeScaling, RowsPlan, StepPlan, kv_positions};
 
+use self::stage::Staged;
 use crate::generation::{Job, PromptToken, Scored};
 
 /// Tokens of the sequences that are added in one step. A token takes at most 5 bytes, so they are 50 MiB of the 64
@@ -21,7 +24,10 @@ pub(crate) enum WireError {
     /// An event of a kind that this version does not know.
     #[error("an event without content")]
     EmptyEvent,
-    /// An adapter is named by its SHA-256.
+    /// An answer to a stage of a kind that this version does not know.
+    #[error("an answer to a stage without content")]
+    EmptyStage,
+    /// An adapter is named by a hash of 32 bytes.
     #[error("a content hash of {0} bytes instead of 32")]
     ContentHash(usize),
     /// A result without the token that was sampled.
@@ -303,18 +309,17 @@ pub(crate) fn adapter(prepared: proto::PrepareResponse) -> Result<Adapter, WireE
 pub(crate) struct Held {
     /// Adapters in slots, by slot.
     pub(crate) slots: Vec<(u32, Adapter)>,
-    /// Adapters in host memory.
-    pub(crate) host: Vec<Adapter>,
+    /// Adapters in host memory, used last told last.
+    pub(crate) host: Vec<(AdapterKey, Staged)>,
 }
 
 /// Reads what a rank has kept.
 pub(crate) fn held(attached: proto::AttachResponse) -> Result<Held, WireError> {
     let slot =
         |slot: proto::FilledSlot| Ok((slot.slot, Adapter { key: key(slot.content)?, bytes: slot.bytes }));
-    let host = |held: proto::HeldAdapter| Ok(Adapter { key: key(held.content)?, bytes: held.bytes });
     Ok(Held {
         slots: attached.slots.into_iter().map(slot).collect::<Result<_, _>>()?,
-        host: attached.host.into_iter().map(host).collect::<Result<_, _>>()?,
+        host: attached.host.into_iter().map(stage::held).collect::<Result<_, _>>()?,
     })
 }
 

@@ -2,7 +2,10 @@
 //! content.
 
 mod cache;
+mod files;
+mod host;
 mod resolve;
+mod stage;
 mod version;
 
 use std::{
@@ -21,7 +24,12 @@ use tokio::{
 };
 
 use cache::{Cache, Origin};
+pub use files::{AdapterFile, AdapterPart, Stamp};
+use host::Host;
+pub use host::{HostCopy, Properties};
 pub use resolve::{ResolveError, Roots};
+use stage::Turns;
+pub use stage::{StageAnswer, StageError, StageOrder};
 use version::Version;
 
 /// The largest number of adapters that are read and checked at the same time. It is also bounded by half of the cores.
@@ -131,6 +139,11 @@ pub struct Adapters<B: Backend> {
     /// Memory for reading: each permit stands for [`Adapters::part`] bytes.
     memory: Arc<Semaphore>,
     cache: Mutex<Cache<B::HostAdapter>>,
+    /// The adapters that the router has staged.
+    host: Mutex<Host<B::HostAdapter>>,
+    /// Permits for reading what is staged: as many as there are cores.
+    stages: Semaphore,
+    turns: Turns,
 }
 
 impl<B: Backend> Adapters<B> {
@@ -154,6 +167,9 @@ impl<B: Backend> Adapters<B> {
             permits: Arc::new(Semaphore::new((cores / 2).clamp(1, PARALLEL))),
             memory: Arc::new(Semaphore::new(PARTS.min(limits.bytes.max(1)))),
             cache: Mutex::new(Cache::new(limits.bytes)),
+            host: Mutex::default(),
+            stages: Semaphore::new(cores),
+            turns: Turns::default(),
         }
     }
 
@@ -272,16 +288,22 @@ impl<B: Backend> Adapters<B> {
 
     /// The host copy of an adapter, if it is in memory.
     pub fn get(&self, content: ContentHash) -> Option<Arc<B::HostAdapter>> {
-        self.cache().get(content)
+        self.staged(content).map(|copy| copy.adapter).or_else(|| self.cache().get(content))
     }
 
     /// The number of tokens that an adapter has rows for, including those of the model.
     pub fn vocab(&self, content: ContentHash) -> usize {
+        if let Some(copy) = self.staged(content) {
+            return copy.properties.vocab;
+        }
         self.cache().origin(content).map_or(self.model.decoder.vocab, |origin| origin.vocab)
     }
 
     /// The vector that an adapter adds to hidden states.
     pub fn hidden_shift(&self, content: ContentHash) -> Option<Arc<[f32]>> {
+        if let Some(copy) = self.staged(content) {
+            return copy.properties.hidden_shift.clone();
+        }
         self.cache().origin(content)?.hidden_shift
     }
 

@@ -26,7 +26,7 @@ use tokio::sync::{
 };
 
 use crate::{
-    adapters::Adapters,
+    adapters::{Adapters, Properties},
     agreement,
     step::{Event, Masks, Step},
 };
@@ -68,12 +68,12 @@ pub enum Command {
 }
 
 /// Adapters that outlive a session.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Held {
     /// The slots that are ready, each with its adapter and the bytes that it takes on the device.
     pub slots: Vec<(u32, ContentHash, usize)>,
-    /// The adapters in host memory, each with the bytes that it takes there.
-    pub host: Vec<(ContentHash, usize)>,
+    /// The adapters in host memory, used last told last.
+    pub host: Vec<Arc<Properties>>,
 }
 
 /// The state of the step loop: a model, its memory, and the router's session.
@@ -192,7 +192,7 @@ impl<B: Backend> Engine<B> {
                 // The steps in flight must end before the new session changes anything; their results are dropped.
                 self.pipeline.abandon(&mut self.state)?;
                 self.session.begin(session);
-                let kept = self.state.begin_session()?;
+                let kept = self.state.begin_session(session)?;
                 // Sending fails if the caller has gone away.
                 let _ = held.send(kept);
             }

@@ -11,7 +11,8 @@ use std::{
 use kernels::Backend;
 use proto::{
     AttachRequest, AttachResponse, ExecuteEvent, ExecuteRequest, HealthRequest, HealthResponse, InfoRequest,
-    InfoResponse, PrepareRequest, PrepareResponse,
+    InfoResponse, PrepareRequest, PrepareResponse, StageRequest, StageResponse, UnstageRequest,
+    UnstageResponse,
     shard_server::{Shard, ShardServer},
 };
 use tokio::sync::{mpsc, oneshot};
@@ -90,6 +91,24 @@ impl<B: Backend> Shard for Service<B> {
         prepared
             .map(|prepared| Response::new(wire::prepared(prepared)))
             .map_err(|error| wire::prepare_status(&error))
+    }
+
+    async fn stage(&self, request: Request<StageRequest>) -> Result<Response<StageResponse>, Status> {
+        let order = wire::stage_order(request.into_inner()).map_err(|error| wire::stage_status(&error))?;
+        let answer = self.adapters.stage(order).await;
+        answer
+            .map(|answer| Response::new(wire::stage_response(answer)))
+            .map_err(|error| wire::stage_status(&error))
+    }
+
+    async fn unstage(&self, request: Request<UnstageRequest>) -> Result<Response<UnstageResponse>, Status> {
+        let request = request.into_inner();
+        let unstaged = async {
+            let content = wire::unstage_content(&request)?;
+            self.adapters.unstage(request.session, content).await
+        };
+        unstaged.await.map_err(|error| wire::stage_status(&error))?;
+        Ok(Response::new(UnstageResponse {}))
     }
 
     async fn execute(

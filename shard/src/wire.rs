@@ -1,5 +1,7 @@
 //! Converts messages of the wire to and from the shard's own types, and its errors to gRPC statuses.
 
+mod stage;
+
 use kernels::{Sampled, SamplingParams, TokenMask};
 use model::adapter::ContentHash;
 use proto as wire;
@@ -156,10 +158,13 @@ pub(crate) fn held(held: Held) -> wire::AttachResponse {
         content: content.0.to_vec(),
         bytes: bytes as u64,
     });
-    let host = held
-        .host
-        .into_iter()
-        .map(|(content, bytes)| wire::HeldAdapter { content: content.0.to_vec(), bytes: bytes as u64 });
+    let host = held.host.iter().map(|held| wire::HeldAdapter {
+        content: held.content.0.to_vec(),
+        bytes: held.host_bytes as u64,
+        slot_bytes: held.slot_bytes as u64,
+        max_lora_rank: held.max_lora_rank as u32,
+        sites: held.sites.clone(),
+    });
     wire::AttachResponse { slots: slots.collect(), host: host.collect() }
 }
 
@@ -254,6 +259,8 @@ pub(crate) fn prepare_status(error: &PrepareError) -> Status {
         PrepareError::Interrupted { .. } => Status::internal(message),
     }
 }
+
+pub(crate) use stage::{stage_order, stage_response, stage_status, unstage_content};
 
 #[cfg(test)]
 mod tests {

@@ -19,9 +19,10 @@ use lorax_shard::{
     step::Info,
 };
 use proto::{
-    AttachRequest, ExecuteEvent, ExecuteRequest, HealthRequest, InfoRequest, Mask, Masks, NewSequence,
-    Pooling, PrepareRequest, SequenceRows, SlotLoad, Step, StepResult, execute_event::Event,
-    execute_request::Request, pooling, shard_client::ShardClient,
+    AdapterPart, AttachRequest, AttachResponse, ExecuteEvent, ExecuteRequest, Gone, HealthRequest,
+    InfoRequest, Mask, Masks, Merge, NeedsRoom, NewSequence, Pooling, SequenceRows, SlotLoad, StageRequest,
+    Staged, Step, StepResult, UnstageRequest, execute_event::Event, execute_request::Request, pooling,
+    shard_client::ShardClient, stage_response::Answer as StageAnswer,
 };
 use tokio::{net::UnixListener, sync::mpsc};
 use tokio_stream::{
@@ -71,6 +72,43 @@ impl Served {
         (steps, self.client.execute(outgoing).await.unwrap().into_inner())
     }
 
+    /// Stages an adapter; returns its content and the answer.
+    async fn stage(&mut self, session: u64) -> (Vec<u8>, Result<StageAnswer, tonic::Status>) {
+        let request = self.order(session);
+        let content = request.content.clone();
+        let answer = self.client.stage(request).await;
+        (content, answer.map(|response| response.into_inner().answer.unwrap()))
+    }
+
+    fn order(&self, session: u64) -> StageRequest {
+        let folder = self.folder.path().join("adapters/one");
+        let order = tiny::order(&folder, session);
+        let file = |file: &lorax_shard::adapters::AdapterFile| proto::AdapterFile {
+            name: file.name.to_str().unwrap().into(),
+            stamp: file.stamp.map(|stamp| proto::Stamp {
+                device: stamp.device,
+                inode: stamp.inode,
+                size: stamp.size,
+                modified_s: stamp.modified.0,
+                modified_ns: stamp.modified.1,
+                changed_s: stamp.changed.0,
+                changed_ns: stamp.changed.1,
+            }),
+        };
+        let files = order.parts[0].files.iter().map(file).collect();
+        let parts = vec![AdapterPart { folder: folder.to_str().unwrap().into(), files, weight: 1.0 }];
+        let content = order.content.0.to_vec();
+        StageRequest { session, content, name: order.name, parts, merge: None, max_bytes: 1 << 20 }
+    }
+
+    /// Stages an adapter; returns its content and its properties.
+    async fn staged(&mut self, session: u64) -> (Vec<u8>, Staged) {
+        match self.stage(session).await {
+            (content, Ok(StageAnswer::Staged(staged))) => (content, staged),
+            other => panic!("{other:?}"),
+        }
+    }
+
     async fn attach(&mut self, session: u64) -> proto::AttachResponse {
         self.client.attach(AttachRequest { session }).await.unwrap().into_inner()
     }
@@ -118,11 +156,10 @@ async fn a_session_is_answered_with_its_number_and_begun_with_what_is_held() {
     let mut served = Served::start().await;
     let info = served.client.info(InfoRequest {}).await.unwrap().into_inner();
     assert_eq!(info.longest_step_us, 1000);
-    let prepare = PrepareRequest { source: "local".into(), id: "one".into(), ..PrepareRequest::default() };
-    let prepared = served.client.prepare(prepare).await.unwrap().into_inner();
-    assert_eq!(served.attach(41).await.slots, []);
+    assert_eq!(served.attach(41).await, AttachResponse::default());
+    let (content, staged) = served.staged(41).await;
     let (steps, mut events) = served.execute().await;
-    let load = vec![SlotLoad { slot: 1, content: prepared.content.clone() }];
+    let load = vec![SlotLoad { slot: 1, content: content.clone() }];
     let mut step = Step { load, ..client::first_step(41) };
     let mut bad = step.added[0].clone();
     (bad.sequence, bad.tokens[7]) = (6, 96);
@@ -149,9 +186,16 @@ async fn a_session_is_answered_with_its_number_and_begun_with_what_is_held() {
     let held = served.attach(42).await;
     assert_eq!(next(&mut events).await.unwrap(), None, "the stream of the session before has ended");
     let [slot] = &held.slots[..] else { panic!("one slot is filled") };
-    assert_eq!((slot.slot, &slot.content, slot.bytes), (1, &prepared.content, prepared.bytes));
+    assert_eq!((slot.slot, &slot.content, slot.bytes), (1, &content, staged.slot_bytes));
     let [host] = &held.host[..] else { panic!("one adapter is held") };
-    assert_eq!(host.content, prepared.content);
+    assert_eq!(
+        (&host.content, host.bytes, host.slot_bytes),
+        (&content, staged.host_bytes, staged.slot_bytes)
+    );
+    assert_eq!(
+        (host.max_lora_rank, &host.sites[..]),
+        (3, &["down_proj".to_owned(), "q_proj".to_owned()][..])
+    );
     assert!(host.bytes > 0);
     let (steps, mut events) = served.execute().await;
     steps.send(client::first_step(42)).await.unwrap();
@@ -230,10 +274,8 @@ async fn hidden_states_and_pooled_vectors_cross_the_wire() {
 async fn results_of_steps_are_rank_0s_to_tell() {
     for rank in [1, 2, 7] {
         let mut served = Served::start_as(rank).await;
-        let prepare =
-            PrepareRequest { source: "local".into(), id: "one".into(), ..PrepareRequest::default() };
-        let content = served.client.prepare(prepare).await.unwrap().into_inner().content;
         served.attach(1).await;
+        let (content, _) = served.staged(1).await;
         let (steps, mut events) = served.execute().await;
         steps.send(client::first_step(1)).await.unwrap();
         let load = vec![SlotLoad { slot: 1, content }];
@@ -249,10 +291,8 @@ async fn results_of_steps_are_rank_0s_to_tell() {
 async fn all_slots_may_be_filled_at_once() {
     for num_slots in [2, 300, 2000] {
         let mut served = Served::start_with(Info { num_slots, ..client::info() }).await;
-        let prepare =
-            PrepareRequest { source: "local".into(), id: "one".into(), ..PrepareRequest::default() };
-        let content = served.client.prepare(prepare).await.unwrap().into_inner().content;
         served.attach(1).await;
+        let (content, _) = served.staged(1).await;
         let (steps, mut events) = served.execute().await;
         let load = (0..num_slots).map(|slot| SlotLoad { slot, content: content.clone() }).collect();
         steps.send(Step { load, ..client::first_step(1) }).await.unwrap();
@@ -333,22 +373,101 @@ async fn a_stream_of_steps_that_panics_or_hangs_is_reported_with_the_tasks_name(
 
 #[tokio::test]
 async fn an_adapter_that_cannot_be_staged_is_not_the_clients_fault() {
-    let (mut served, mut seed) = (Served::start().await, 100);
+    let mut served = Served::start().await;
+    served.attach(1).await;
     for (fault, code) in [
         (Fault::OutOfMemory, Code::Unavailable),
         (Fault::Device, Code::Unavailable),
         (Fault::Panic, Code::Internal),
         (Fault::Hang, Code::DeadlineExceeded),
+        (Fault::Unsupported, Code::InvalidArgument),
+        (Fault::Shape, Code::InvalidArgument),
     ] {
-        // What was staged before need not be staged again.
-        seed += 1;
-        tiny::write_adapter(&served.folder.path().join("adapters/one"), seed);
         served.script.fail("stage", fault);
-        let prepare =
-            PrepareRequest { source: "local".into(), id: "one".into(), ..PrepareRequest::default() };
-        let status = tokio::time::timeout(PATIENCE, served.client.prepare(prepare.clone())).await.unwrap();
-        assert_eq!(status.unwrap_err().code(), code, "{fault:?}");
+        let (content, answer) = tokio::time::timeout(PATIENCE, served.stage(1)).await.unwrap();
+        assert_eq!(answer.unwrap_err().code(), code, "{fault:?}");
         served.script.mend("stage");
-        served.client.prepare(prepare).await.unwrap();
+        served.staged(1).await;
+        let unstage = UnstageRequest { session: 1, content };
+        served.client.unstage(unstage).await.unwrap();
+        assert_eq!(served.attach(1).await.host, []);
+    }
+}
+
+async fn outcome(served: &mut Served, request: StageRequest) -> Result<StageAnswer, tonic::Status> {
+    served.client.stage(request).await.map(|response| response.into_inner().answer.unwrap())
+}
+
+#[tokio::test]
+async fn orders_that_cannot_be_followed_are_refused() {
+    let mut served = Served::start().await;
+    let order = served.order(3);
+    let refused = outcome(&mut served, order).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition, "no session has begun");
+    served.attach(3).await;
+    type Change = fn(&mut StageRequest);
+    let cases: [(Change, Code, &str); 12] = [
+        (|order| order.session = 2, Code::FailedPrecondition, "a stage of session 2 in session 3"),
+        (|order| order.session = 4, Code::FailedPrecondition, "a stage of session 4 in session 3"),
+        (|order| order.content.clear(), Code::InvalidArgument, "a content hash of 0 bytes"),
+        (|order| _ = order.content.pop(), Code::InvalidArgument, "a content hash of 31 bytes"),
+        (|order| order.content.push(0), Code::InvalidArgument, "a content hash of 33 bytes"),
+        (|order| order.parts.clear(), Code::InvalidArgument, "adapter one: merges of 0 adapters"),
+        (|order| order.parts.extend(order.parts.clone()), Code::InvalidArgument, "adapter one: merges of 2"),
+        (|order| order.merge = Some(Merge::default()), Code::InvalidArgument, "adapter one: merges of 1"),
+        (
+            |order| order.parts[0].files.clear(),
+            Code::InvalidArgument,
+            "adapter one: adapter_config.json is missing",
+        ),
+        (
+            |order| _ = order.parts[0].files.pop(),
+            Code::InvalidArgument,
+            "adapter one: adapter_model.safetensors is missing",
+        ),
+        (
+            |order| order.parts[0].files[1].name = "adapter_model.txt".into(),
+            Code::InvalidArgument,
+            "adapter one: adapter_model.safetensors is missing",
+        ),
+        (
+            |order| {
+                // The configuration is no file of tensors.
+                let file = |name: &str| proto::AdapterFile { name: name.into(), stamp: None };
+                order.parts[0].files = vec![file("adapter_config.json"), file("x/adapter_config.json")];
+            },
+            Code::InvalidArgument,
+            "adapter one: adapter_model.safetensors is missing",
+        ),
+    ];
+    for (change, code, words) in cases {
+        let mut order = served.order(3);
+        change(&mut order);
+        let refused = outcome(&mut served, order).await.unwrap_err();
+        assert_eq!(refused.code(), code, "{words}");
+        assert!(refused.message().starts_with(words), "{} is not {words}", refused.message());
+    }
+}
+
+#[tokio::test]
+async fn all_answers_to_a_stage_cross_the_wire() {
+    let mut served = Served::start().await;
+    served.attach(3).await;
+    let (order, room) = (served.order(3), served.staged(3).await.1.host_bytes);
+    served.client.unstage(UnstageRequest { session: 3, content: order.content.clone() }).await.unwrap();
+    for max_bytes in [0, 1, room / 2, room - 1] {
+        let answer = outcome(&mut served, StageRequest { max_bytes, ..order.clone() }).await.unwrap();
+        assert_eq!(answer, StageAnswer::NeedsRoom(NeedsRoom { host_bytes: room }));
+    }
+    let mut gone = order.clone();
+    gone.parts[0].files[0].stamp.as_mut().unwrap().changed_ns += 1;
+    assert_eq!(outcome(&mut served, gone).await.unwrap(), StageAnswer::Gone(Gone {}));
+    for (session, content, code) in [
+        (2, order.content.clone(), Code::FailedPrecondition),
+        (3, vec![1; 31], Code::InvalidArgument),
+        (3, Vec::new(), Code::InvalidArgument),
+    ] {
+        let refused = served.client.unstage(UnstageRequest { session, content }).await.unwrap_err();
+        assert_eq!(refused.code(), code);
     }
 }

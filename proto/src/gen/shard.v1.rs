@@ -96,7 +96,241 @@ pub struct HeldAdapter {
     /// Bytes that it takes in host memory, on this rank.
     #[prost(uint64, tag = "2")]
     pub bytes: u64,
+    /// Bytes that it takes in a device slot, on this rank.
+    #[prost(uint64, tag = "3")]
+    pub slot_bytes: u64,
+    /// Its largest LoRA rank.
+    #[prost(uint32, tag = "4")]
+    pub max_lora_rank: u32,
+    /// Names of the modules that it changes, distinct and sorted.
+    #[prost(string, repeated, tag = "5")]
+    pub sites: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct StageRequest {
+    /// The session that the stage belongs to.
+    #[prost(uint64, tag = "1")]
+    pub session: u64,
+    /// Content hash of the adapter, 32 bytes, by which it is known from here on: the router's hash of everything that the
+    /// adapter is made of.
+    #[prost(bytes = "vec", tag = "2")]
+    pub content: ::prost::alloc::vec::Vec<u8>,
+    /// Name of the adapter, for messages.
+    #[prost(string, tag = "3")]
+    pub name: ::prost::alloc::string::String,
+    /// Where the adapter's files are: one part, or those that are merged.
+    #[prost(message, repeated, tag = "4")]
+    pub parts: ::prost::alloc::vec::Vec<AdapterPart>,
+    /// How the parts are merged. Absent: there is one part, which is the adapter as it is.
+    #[prost(message, optional, tag = "5")]
+    pub merge: ::core::option::Option<Merge>,
+    /// Bytes of host memory that are reserved for it on this rank. If it takes more, nothing is read but its headers.
+    #[prost(uint64, tag = "6")]
+    pub max_bytes: u64,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct AdapterPart {
+    /// Absolute path of the folder.
+    #[prost(string, tag = "1")]
+    pub folder: ::prost::alloc::string::String,
+    /// The configuration and the file with the tensors.
+    #[prost(message, repeated, tag = "2")]
+    pub files: ::prost::alloc::vec::Vec<AdapterFile>,
+    /// Weight in a merge.
+    #[prost(float, tag = "3")]
+    pub weight: f32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AdapterFile {
+    /// Path in the folder.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// What the file was when its content was hashed. Absent for files that never change.
+    #[prost(message, optional, tag = "2")]
+    pub stamp: ::core::option::Option<Stamp>,
+}
+/// Distinguishes a file from every other file, and from itself after a change.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Stamp {
+    #[prost(uint64, tag = "1")]
+    pub device: u64,
+    #[prost(uint64, tag = "2")]
+    pub inode: u64,
+    /// Bytes.
+    #[prost(uint64, tag = "3")]
+    pub size: u64,
+    /// Time of the last change of the content: seconds since 1970, and nanoseconds.
+    #[prost(int64, tag = "4")]
+    pub modified_s: i64,
+    #[prost(int64, tag = "5")]
+    pub modified_ns: i64,
+    /// Time of the last change of the content or of the file's attributes, which programs cannot set.
+    #[prost(int64, tag = "6")]
+    pub changed_s: i64,
+    #[prost(int64, tag = "7")]
+    pub changed_ns: i64,
+}
+/// Makes one adapter of several, as PEFT's `add_weighted_adapter` does.
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct Merge {
+    #[prost(enumeration = "merge::Strategy", tag = "1")]
+    pub strategy: i32,
+    /// Fraction of the values that TIES and DARE keep, above 0 and at most 1.
+    #[prost(float, tag = "2")]
+    pub density: f32,
+    /// How TIES elects the sign of a value.
+    #[prost(enumeration = "merge::MajoritySign", tag = "3")]
+    pub majority_sign: i32,
+    /// Seed of the values that DARE drops.
+    #[prost(uint64, tag = "4")]
+    pub seed: u64,
+    /// LoRA rank of the result of SVD. 0: the largest of the parts.
+    #[prost(uint32, tag = "5")]
+    pub svd_rank: u32,
+}
+/// Nested message and enum types in `Merge`.
+pub mod merge {
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum Strategy {
+        Linear = 0,
+        Ties = 1,
+        DareLinear = 2,
+        DareTies = 3,
+        Cat = 4,
+        Svd = 5,
+    }
+    impl Strategy {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::Linear => "LINEAR",
+                Self::Ties => "TIES",
+                Self::DareLinear => "DARE_LINEAR",
+                Self::DareTies => "DARE_TIES",
+                Self::Cat => "CAT",
+                Self::Svd => "SVD",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "LINEAR" => Some(Self::Linear),
+                "TIES" => Some(Self::Ties),
+                "DARE_LINEAR" => Some(Self::DareLinear),
+                "DARE_TIES" => Some(Self::DareTies),
+                "CAT" => Some(Self::Cat),
+                "SVD" => Some(Self::Svd),
+                _ => None,
+            }
+        }
+    }
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum MajoritySign {
+        /// The sign of the sum.
+        Total = 0,
+        /// The sign that occurs more often.
+        Frequency = 1,
+    }
+    impl MajoritySign {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::Total => "TOTAL",
+                Self::Frequency => "FREQUENCY",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "TOTAL" => Some(Self::Total),
+                "FREQUENCY" => Some(Self::Frequency),
+                _ => None,
+            }
+        }
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct StageResponse {
+    #[prost(oneof = "stage_response::Answer", tags = "1, 2, 3")]
+    pub answer: ::core::option::Option<stage_response::Answer>,
+}
+/// Nested message and enum types in `StageResponse`.
+pub mod stage_response {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Answer {
+        #[prost(message, tag = "1")]
+        Staged(super::Staged),
+        #[prost(message, tag = "2")]
+        NeedsRoom(super::NeedsRoom),
+        #[prost(message, tag = "3")]
+        Gone(super::Gone),
+    }
+}
+/// The adapter is in host memory.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Staged {
+    /// Bytes that it takes in host memory, on this rank.
+    #[prost(uint64, tag = "1")]
+    pub host_bytes: u64,
+    /// Bytes that it takes in a device slot, on this rank.
+    #[prost(uint64, tag = "2")]
+    pub slot_bytes: u64,
+    /// Its largest LoRA rank.
+    #[prost(uint32, tag = "3")]
+    pub max_lora_rank: u32,
+    /// Names of the modules that it changes, distinct and sorted.
+    #[prost(string, repeated, tag = "4")]
+    pub sites: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+/// The adapter takes more than `max_bytes`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct NeedsRoom {
+    /// Bytes that it would take in host memory, on this rank.
+    #[prost(uint64, tag = "1")]
+    pub host_bytes: u64,
+}
+/// A file is not there any more, or has changed since its content was hashed.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Gone {}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UnstageRequest {
+    /// The session that the call belongs to.
+    #[prost(uint64, tag = "1")]
+    pub session: u64,
+    /// Content hash of the adapter.
+    #[prost(bytes = "vec", tag = "2")]
+    pub content: ::prost::alloc::vec::Vec<u8>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UnstageResponse {}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PrepareRequest {
     /// Where the adapter comes from: "local". Other sources are refused with UNIMPLEMENTED.
@@ -202,7 +436,7 @@ pub struct Mask {
 pub struct SlotLoad {
     #[prost(uint32, tag = "1")]
     pub slot: u32,
-    /// Content hash of a prepared adapter. The shard reads it again if it has evicted the copy in host memory.
+    /// Content hash of an adapter that is in host memory.
     #[prost(bytes = "vec", tag = "2")]
     pub content: ::prost::alloc::vec::Vec<u8>,
 }
@@ -482,8 +716,8 @@ pub struct SlotEvent {
     /// Content hash of the adapter that was to be loaded.
     #[prost(bytes = "vec", tag = "2")]
     pub content: ::prost::alloc::vec::Vec<u8>,
-    /// Empty when the adapter is ready. Otherwise why it could not be loaded, for instance because it was never prepared
-    /// here, or because its files have changed since.
+    /// Empty when the adapter is ready. Otherwise why it could not be loaded, for instance because it was never staged
+    /// here, or because the device has no memory for it.
     #[prost(string, tag = "3")]
     pub error: ::prost::alloc::string::String,
 }
@@ -652,6 +886,53 @@ pub mod shard_client {
             req.extensions_mut().insert(GrpcMethod::new("shard.v1.Shard", "Prepare"));
             self.inner.unary(req, path, codec).await
         }
+        /// Copies an adapter into host memory: reads its files, checks it against the model, and keeps it until it is unstaged.
+        /// Steps and other stages go on meanwhile. One that is held already is answered at once, and a stage of a content waits
+        /// for the one before. A call that is cancelled leaves nothing. INVALID_ARGUMENT: the model cannot serve it exactly;
+        /// UNAVAILABLE: there is no memory, or reading failed; DEADLINE_EXCEEDED: reading took too long; FAILED_PRECONDITION:
+        /// the session is not the present one, or ended meanwhile.
+        pub async fn stage(
+            &mut self,
+            request: impl tonic::IntoRequest<super::StageRequest>,
+        ) -> std::result::Result<tonic::Response<super::StageResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/shard.v1.Shard/Stage");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("shard.v1.Shard", "Stage"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Removes an adapter from host memory. Slots keep their copies. Waits for a stage of the same content, so that nothing
+        /// of it is left when this is answered; one that is not held is none to remove. FAILED_PRECONDITION: the session is not
+        /// the present one.
+        pub async fn unstage(
+            &mut self,
+            request: impl tonic::IntoRequest<super::UnstageRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::UnstageResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/shard.v1.Shard/Unstage");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("shard.v1.Shard", "Unstage"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Runs the steps of the session in the order sent. More than one may be in flight; a step is answered when it has
         /// run. A step of another session, or whose id does not follow the one before, ends the stream with
         /// FAILED_PRECONDITION.
@@ -728,6 +1009,22 @@ pub mod shard_server {
             &self,
             request: tonic::Request<super::PrepareRequest>,
         ) -> std::result::Result<tonic::Response<super::PrepareResponse>, tonic::Status>;
+        /// Copies an adapter into host memory: reads its files, checks it against the model, and keeps it until it is unstaged.
+        /// Steps and other stages go on meanwhile. One that is held already is answered at once, and a stage of a content waits
+        /// for the one before. A call that is cancelled leaves nothing. INVALID_ARGUMENT: the model cannot serve it exactly;
+        /// UNAVAILABLE: there is no memory, or reading failed; DEADLINE_EXCEEDED: reading took too long; FAILED_PRECONDITION:
+        /// the session is not the present one, or ended meanwhile.
+        async fn stage(
+            &self,
+            request: tonic::Request<super::StageRequest>,
+        ) -> std::result::Result<tonic::Response<super::StageResponse>, tonic::Status>;
+        /// Removes an adapter from host memory. Slots keep their copies. Waits for a stage of the same content, so that nothing
+        /// of it is left when this is answered; one that is not held is none to remove. FAILED_PRECONDITION: the session is not
+        /// the present one.
+        async fn unstage(
+            &self,
+            request: tonic::Request<super::UnstageRequest>,
+        ) -> std::result::Result<tonic::Response<super::UnstageResponse>, tonic::Status>;
         /// Server streaming response type for the Execute method.
         type ExecuteStream: tonic::codegen::tokio_stream::Stream<
                 Item = std::result::Result<super::ExecuteEvent, tonic::Status>,
@@ -937,6 +1234,92 @@ pub mod shard_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = PrepareSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/shard.v1.Shard/Stage" => {
+                    #[allow(non_camel_case_types)]
+                    struct StageSvc<T: Shard>(pub Arc<T>);
+                    impl<T: Shard> tonic::server::UnaryService<super::StageRequest>
+                    for StageSvc<T> {
+                        type Response = super::StageResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::StageRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Shard>::stage(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = StageSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/shard.v1.Shard/Unstage" => {
+                    #[allow(non_camel_case_types)]
+                    struct UnstageSvc<T: Shard>(pub Arc<T>);
+                    impl<T: Shard> tonic::server::UnaryService<super::UnstageRequest>
+                    for UnstageSvc<T> {
+                        type Response = super::UnstageResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::UnstageRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Shard>::unstage(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = UnstageSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

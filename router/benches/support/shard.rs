@@ -9,7 +9,8 @@ use std::{
 
 use proto::{
     AttachRequest, AttachResponse, ExecuteEvent, ExecuteRequest, HealthRequest, HealthResponse, InfoRequest,
-    InfoResponse, PrepareRequest, PrepareResponse, Sampled, Step, StepResult, Token,
+    InfoResponse, PrepareRequest, PrepareResponse, Sampled, StageRequest, StageResponse, Step, StepResult,
+    Token, UnstageRequest, UnstageResponse,
     execute_event::Event,
     execute_request,
     shard_server::{Shard, ShardServer},
@@ -146,6 +147,14 @@ impl Shard for Double {
 
     async fn prepare(&self, _: Request<PrepareRequest>) -> Result<Response<PrepareResponse>, Status> {
         Err(Status::not_found("there are no adapters"))
+    }
+
+    async fn stage(&self, _: Request<StageRequest>) -> Result<Response<StageResponse>, Status> {
+        Err(Status::invalid_argument("there are no adapters"))
+    }
+
+    async fn unstage(&self, _: Request<UnstageRequest>) -> Result<Response<UnstageResponse>, Status> {
+        Ok(Response::new(UnstageResponse {}))
     }
 
     async fn execute(

@@ -1,10 +1,14 @@
 //! One view of all ranks: what they serve together, and which adapters all of them hold.
 
-use std::{collections::BTreeSet, fmt::Debug};
+use std::{
+    collections::{BTreeSet, HashMap},
+    fmt::Debug,
+};
 
-use scheduler::Adapter;
+use scheduler::{Adapter, AdapterKey};
 
-use crate::wire::{Held, Info};
+use super::stage::larger;
+use crate::wire::{Held, Info, stage::Staged};
 
 /// The reason that the ranks cannot serve together.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -117,7 +121,7 @@ fn check_equal(rank: usize, first: &Info, other: &Info) -> Result<(), InfoError>
     equal(rank, "max_positions", &first.max_positions, &other.max_positions)
 }
 
-/// The adapters in slots when a session begins.
+/// The adapters in slots and in host memory when a session begins.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Resident {
     /// Slots that hold the same adapter on all ranks; `bytes` are those of the rank where it takes the most.
@@ -127,16 +131,26 @@ pub(crate) struct Resident {
     /// For each rank, its filled slots that not all ranks have: nothing of this session goes there, so the rank must
     /// empty them.
     pub(super) beyond: Vec<Vec<u32>>,
+    /// Adapters that all ranks have in host memory, with the largest sizes; used last told last.
+    #[allow(dead_code, reason = "adapters are prepared until the exchange stages them")]
+    pub(crate) host: Vec<(AdapterKey, Staged)>,
+    /// For each rank, the adapters in its host memory that not all ranks have there.
+    pub(super) strays: Vec<Vec<AdapterKey>>,
 }
 
-/// Finds out which of the slots that all ranks have can be kept.
+/// Finds out which of the adapters in slots and in host memory can be kept.
 pub(super) fn resident(held: &[Held], num_slots: u32) -> Resident {
     let filled = held.iter().flat_map(|held| held.slots.iter().map(|(slot, _)| *slot));
     let filled: BTreeSet<u32> = filled.filter(|slot| *slot < num_slots).collect();
     let beyond =
         |held: &Held| held.slots.iter().map(|(slot, _)| *slot).filter(|slot| *slot >= num_slots).collect();
     let beyond = held.iter().map(beyond).collect();
-    let mut resident = Resident { beyond, ..Resident::default() };
+    let host = in_host_memory(held);
+    let kept: BTreeSet<AdapterKey> = host.iter().map(|(key, _)| *key).collect();
+    let stray =
+        |held: &Held| held.host.iter().map(|(key, _)| *key).filter(|key| !kept.contains(key)).collect();
+    let strays = held.iter().map(stray).collect();
+    let mut resident = Resident { beyond, host, strays, ..Resident::default() };
     for slot in filled {
         match agreed(held, slot) {
             Some(adapter) => resident.slots.push((slot, adapter)),
@@ -158,4 +172,19 @@ fn agreed(held: &[Held], slot: u32) -> Option<Adapter> {
         so_far.bytes = so_far.bytes.max(adapter.bytes);
     }
     agreed
+}
+
+/// The adapters that all ranks have in host memory, in the order of rank 0.
+fn in_host_memory(held: &[Held]) -> Vec<(AdapterKey, Staged)> {
+    let Some((first, others)) = held.split_first() else { return Vec::new() };
+    let others: Vec<HashMap<AdapterKey, &Staged>> =
+        others.iter().map(|held| held.host.iter().map(|(key, staged)| (*key, staged)).collect()).collect();
+    let on_all = |(key, staged): &(AdapterKey, Staged)| {
+        let mut all = staged.clone();
+        for (rank, other) in (1..).zip(&others) {
+            all = larger(all, rank, other.get(key)?).ok()?;
+        }
+        Some((*key, all))
+    };
+    first.host.iter().filter_map(on_all).collect()
 }

@@ -17,10 +17,8 @@ use tokio::{
     time::{MissedTickBehavior, interval, timeout},
 };
 
+pub(crate) use crate::shard::PATIENCE;
 use crate::shard::{Script, ScriptedShard};
-
-/// Deadline of a wait. Everything here takes milliseconds, but the machine may be busy with something else.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Pause between two questions for something that no event tells of.
 const PAUSE: Duration = Duration::from_millis(10);

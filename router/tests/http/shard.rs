@@ -10,12 +10,14 @@ use std::{
 };
 
 use proto::{
-    AttachRequest, AttachResponse, ExecuteEvent, ExecuteRequest, FilledSlot, HealthRequest, HealthResponse,
-    InfoRequest, InfoResponse, NewSequence, PrepareRequest, PrepareResponse, PromptLogprobs, Refused,
-    Sampled, ScoredToken, SequenceRows, SlotEvent, SlotLoad, Step, StepResult, Token,
+    AttachRequest, AttachResponse, ExecuteEvent, ExecuteRequest, FilledSlot, Gone, HealthRequest,
+    HealthResponse, HeldAdapter, InfoRequest, InfoResponse, NeedsRoom, NewSequence, PrepareRequest,
+    PrepareResponse, PromptLogprobs, Refused, Sampled, ScoredToken, SequenceRows, SlotEvent, SlotLoad,
+    StageRequest, StageResponse, Staged, Step, StepResult, Token, UnstageRequest, UnstageResponse,
     execute_event::Event,
     execute_request,
     shard_server::{Shard, ShardServer},
+    stage_response::Answer as StageAnswer,
 };
 use tokio::{
     net::UnixListener,
@@ -25,7 +27,8 @@ use tokio::{
 use tokio_stream::{Stream, wrappers::ReceiverStream, wrappers::UnixListenerStream};
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::router::PATIENCE;
+/// Deadline of a wait. Everything here takes milliseconds, but the machine may be busy with something else.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The points at which a test can make the shard wait.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -46,6 +49,8 @@ pub(crate) enum Gate {
     Preparation(usize),
     /// While it copies this adapter into a slot.
     Load(String),
+    /// While it copies the adapter of this name into host memory.
+    Stage(String),
 }
 
 /// All that it was told.
@@ -53,6 +58,8 @@ pub(crate) enum Gate {
 pub(crate) struct Seen {
     pub(crate) steps: Vec<Step>,
     pub(crate) prepared: Vec<PrepareRequest>,
+    pub(crate) staged: Vec<StageRequest>,
+    pub(crate) unstaged: Vec<UnstageRequest>,
     /// Numbers of the sessions.
     pub(crate) sessions: Vec<u64>,
     pub(crate) health: usize,
@@ -83,8 +90,18 @@ pub(crate) struct Script {
     pub(crate) lost: HashSet<&'static str>,
     /// Adapters that it has found other files of than other ranks.
     pub(crate) changed: HashSet<&'static str>,
-    /// Bytes of every adapter.
+    /// Names of adapters that cannot be staged, and why.
+    pub(crate) unstageable: HashMap<&'static str, Status>,
+    /// Names of adapters whose files have changed since they were hashed.
+    pub(crate) gone: HashSet<&'static str>,
+    /// Bytes of every adapter in a slot.
     pub(crate) adapter_bytes: u64,
+    /// Bytes of every adapter in host memory.
+    pub(crate) host_bytes: u64,
+    /// The largest LoRA rank of every adapter.
+    pub(crate) max_lora_rank: u32,
+    /// Adapters that are in host memory when it starts.
+    pub(crate) host: Vec<&'static str>,
     /// Adapters that are in slots when it starts.
     pub(crate) filled: BTreeMap<u32, &'static str>,
     /// Prompts that it refuses to run, by their first token.
@@ -131,7 +148,12 @@ impl Script {
             refused: HashMap::new(),
             lost: HashSet::new(),
             changed: HashSet::new(),
+            unstageable: HashMap::new(),
+            gone: HashSet::new(),
             adapter_bytes: 1000,
+            host_bytes: 1000,
+            max_lora_rank: 8,
+            host: Vec::new(),
             filled: BTreeMap::new(),
             untaken: HashSet::new(),
             alternatives: following,
@@ -173,6 +195,8 @@ pub(crate) struct ScriptedShard {
     breaks: Arc<Notify>,
     /// Outlives sessions, as the memory of a device does.
     slots: Arc<Mutex<BTreeMap<u32, Vec<u8>>>>,
+    /// Contents in host memory, staged last told last. They outlive sessions, too.
+    host: Arc<Mutex<Vec<Vec<u8>>>>,
     /// Sender of events of the present session.
     events: Arc<Mutex<Option<Events>>>,
     /// Reported age of the oldest work of its step loop.
@@ -187,6 +211,7 @@ impl ScriptedShard {
         let slots = script.filled.iter().map(|(slot, id)| (*slot, content(id))).collect();
         let shard = ScriptedShard {
             slots: Arc::new(Mutex::new(slots)),
+            host: Arc::new(Mutex::new(script.host.iter().map(|id| content(id)).collect())),
             events: Arc::default(),
             oldest_ms: watch::channel(None).0,
             held: watch::channel(script.held.clone()).0,
@@ -232,6 +257,17 @@ impl ScriptedShard {
         let slots = self.slots.lock().unwrap();
         let name = |content: &[u8]| String::from_utf8_lossy(content).trim_end_matches('\0').to_owned();
         slots.iter().map(|(slot, content)| (*slot, name(content))).collect()
+    }
+
+    /// The adapters in its host memory, staged last told last.
+    pub(crate) fn host(&self) -> Vec<String> {
+        let name = |content: &Vec<u8>| String::from_utf8_lossy(content).trim_end_matches('\0').to_owned();
+        self.host.lock().unwrap().iter().map(name).collect()
+    }
+
+    fn staged(&self) -> Staged {
+        let Script { host_bytes, adapter_bytes: slot_bytes, max_lora_rank, .. } = *self.script;
+        Staged { host_bytes, slot_bytes, max_lora_rank, sites: vec!["q_proj".into()] }
     }
 
     /// Waits until what it was told satisfies `wanted`, and returns what that gives.
@@ -421,7 +457,41 @@ impl Shard for ScriptedShard {
             content: content.clone(),
             bytes: self.script.adapter_bytes,
         };
-        Ok(Response::new(AttachResponse { slots: slots.iter().map(slot).collect(), host: Vec::new() }))
+        let held = |content: &Vec<u8>| {
+            let Staged { host_bytes: bytes, slot_bytes, max_lora_rank, sites } = self.staged();
+            HeldAdapter { content: content.clone(), bytes, slot_bytes, max_lora_rank, sites }
+        };
+        let host = self.host.lock().unwrap().iter().map(held).collect();
+        Ok(Response::new(AttachResponse { slots: slots.iter().map(slot).collect(), host }))
+    }
+
+    async fn stage(&self, request: Request<StageRequest>) -> Result<Response<StageResponse>, Status> {
+        let request = request.into_inner();
+        self.seen.send_modify(|seen| seen.staged.push(request.clone()));
+        self.pass(&Gate::Stage(request.name.clone())).await;
+        let name = request.name.as_str();
+        if let Some(status) = self.script.unstageable.get(name) {
+            return Err(status.clone());
+        }
+        let answer = if self.script.gone.contains(name) {
+            StageAnswer::Gone(Gone {})
+        } else if self.script.host_bytes > request.max_bytes {
+            StageAnswer::NeedsRoom(NeedsRoom { host_bytes: self.script.host_bytes })
+        } else {
+            let mut host = self.host.lock().unwrap();
+            if !host.contains(&request.content) {
+                host.push(request.content);
+            }
+            StageAnswer::Staged(self.staged())
+        };
+        Ok(Response::new(StageResponse { answer: Some(answer) }))
+    }
+
+    async fn unstage(&self, request: Request<UnstageRequest>) -> Result<Response<UnstageResponse>, Status> {
+        let request = request.into_inner();
+        self.host.lock().unwrap().retain(|content| *content != request.content);
+        self.seen.send_modify(|seen| seen.unstaged.push(request));
+        Ok(Response::new(UnstageResponse {}))
     }
 
     async fn prepare(&self, request: Request<PrepareRequest>) -> Result<Response<PrepareResponse>, Status> {

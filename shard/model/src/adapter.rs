@@ -17,13 +17,14 @@ mod values;
 
 use std::{
     fmt,
+    fs::File,
     path::{Path, PathBuf},
 };
 
 use kernels::{HostTensor, LoraPart, LoraShape, LowRank, ReplacedRows};
 use sha2::{Digest, Sha256};
 
-use crate::{decoder::Part, weights::tensor_file::TensorFile};
+use crate::{decoder::Part, files, weights::tensor_file::TensorFile};
 pub use base::BaseModel;
 use base::BaseWeights;
 use change::Change;
@@ -73,6 +74,39 @@ pub struct Adapter {
     pub vocab: usize,
 }
 
+impl Adapter {
+    fn identify(&mut self, content: ContentHash) {
+        self.hash = content;
+        self.parts.iter_mut().for_each(|part| part.content = content.number());
+    }
+}
+
+/// The open files of an adapter. Whoever has opened them knows which files they are, whatever becomes of their names.
+#[derive(Debug)]
+pub struct AdapterFiles {
+    /// The configuration.
+    pub config: File,
+    /// The tensors.
+    pub weights: File,
+    /// The path by which the tensors were opened. Its extension decides on their format.
+    pub weights_path: PathBuf,
+}
+
+impl AdapterFiles {
+    /// Opens the files in a folder.
+    pub fn open(folder: &Path) -> Result<AdapterFiles, AdapterError> {
+        let folder = files_folder(folder);
+        let there = |name: &'static str| {
+            let path = folder.join(name);
+            path.exists().then_some(path)
+        };
+        let config = files::open(&there(CONFIG_FILE).ok_or(AdapterError::NoFile(CONFIG_FILE))?)?;
+        let weights_path = WEIGHTS_FILES.into_iter().find_map(there);
+        let weights_path = weights_path.ok_or(AdapterError::NoFile(WEIGHTS_FILES[0]))?;
+        Ok(AdapterFiles { config, weights: files::open(&weights_path)?, weights_path })
+    }
+}
+
 /// The folder with an adapter's files: the folder itself, or its subfolder for an adapter of Ludwig.
 pub fn files_folder(folder: &Path) -> PathBuf {
     let inner = folder.join(LUDWIGS);
@@ -95,10 +129,13 @@ pub struct AdapterFolder<'a> {
 impl<'a> AdapterFolder<'a> {
     /// Reads the configuration and the headers of all tensors. Copies of the model's tables are compared with these.
     pub fn open(folder: &Path, model: &'a BaseModel) -> Result<AdapterFolder<'a>, AdapterError> {
-        let folder = files_folder(folder);
-        let config = config::AdapterConfig::read(&folder, &model.decoder)?;
-        let path = WEIGHTS_FILES.map(|name| folder.join(name)).into_iter().find(|path| path.exists());
-        let file = TensorFile::open(&path.ok_or(AdapterError::NoFile(WEIGHTS_FILES[0]))?)?;
+        AdapterFolder::of(AdapterFiles::open(folder)?, model)
+    }
+
+    /// The same of files that are open.
+    pub fn of(files: AdapterFiles, model: &'a BaseModel) -> Result<AdapterFolder<'a>, AdapterError> {
+        let config = config::AdapterConfig::read(&files.config, &model.decoder)?;
+        let file = TensorFile::of(&files.weights_path, files.weights)?;
         let plan = plan::Plan::of(&config, model, names::nesting(&file))?;
         let (values, base) = (Values { file, dtype: model.dtype }, BaseWeights::of(model));
         let changes = plan.changes(&values, &base)?;
@@ -123,11 +160,38 @@ impl<'a> AdapterFolder<'a> {
 
     /// Reads the tensors. Errors: among others, the adapter changes nothing.
     pub fn read(&self) -> Result<Adapter, AdapterError> {
-        let (mut parts, mut sites, mut sha) = (Vec::new(), Vec::new(), Sha256::new());
+        let mut sha = Sha256::new();
+        let mut adapter = self.read_parts(&|| false, &mut |part| hash(&mut sha, part))?;
+        adapter.hidden_shift.iter().flatten().for_each(|x| sha.update(x.to_le_bytes()));
+        adapter.identify(ContentHash(sha.finalize().into()));
+        Ok(adapter)
+    }
+
+    /// Reads the tensors of an adapter whose content is known by this hash. `is_cancelled` is asked before each tensor.
+    /// Errors: among others, it was cancelled, or the adapter changes nothing.
+    pub fn read_as(
+        &self,
+        content: ContentHash,
+        is_cancelled: &dyn Fn() -> bool,
+    ) -> Result<Adapter, AdapterError> {
+        let mut adapter = self.read_parts(is_cancelled, &mut |_| {})?;
+        adapter.identify(content);
+        Ok(adapter)
+    }
+
+    fn read_parts(
+        &self,
+        is_cancelled: &dyn Fn() -> bool,
+        visit: &mut dyn FnMut(&LoraPart),
+    ) -> Result<Adapter, AdapterError> {
+        let (mut parts, mut sites) = (Vec::new(), Vec::new());
         let (mut changes_nothing, mut max_lora_rank) = (true, 0);
         for change in &self.changes {
+            if is_cancelled() {
+                return Err(AdapterError::Cancelled);
+            }
             if let Some(part) = change.read(&self.values, &self.base)? {
-                hash(&mut sha, &part);
+                visit(&part);
                 changes_nothing &= change::changes_nothing(&part);
                 max_lora_rank = max_lora_rank.max(part.shape().lora_rank);
                 parts.extend(self.cutter().cut(part, &change.module));
@@ -139,13 +203,10 @@ impl<'a> AdapterFolder<'a> {
         }
         let last_norm = self.changes.iter().find(|change| change.module.part == Part::Norm);
         let hidden_shift = last_norm.and_then(|change| change.shift.clone());
-        hidden_shift.iter().flatten().for_each(|x| sha.update(x.to_le_bytes()));
-        let hash = ContentHash(sha.finalize().into());
-        parts.iter_mut().for_each(|part| part.content = hash.number());
         sites.sort_unstable();
         sites.dedup();
         Ok(Adapter {
-            hash,
+            hash: ContentHash([0; 32]),
             max_lora_rank,
             hidden_shift,
             parts,

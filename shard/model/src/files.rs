@@ -18,11 +18,11 @@ pub(crate) fn open(path: &Path) -> Result<File> {
     regular(path).map_err(|source| LoadError::Io { path: path.into(), source })
 }
 
-/// Reads a regular file. Errors: it is longer than `limit` bytes.
-pub(crate) fn read(path: &Path, limit: u64) -> Result<Vec<u8>> {
+/// Reads a file that was opened by this path. Errors: it is longer than `limit` bytes.
+pub(crate) fn read(path: &Path, file: &File, limit: u64) -> Result<Vec<u8>> {
     let mut content = Vec::new();
     let io = |source| LoadError::Io { path: path.into(), source };
-    open(path)?.take(limit + 1).read_to_end(&mut content).map_err(io)?;
+    file.take(limit + 1).read_to_end(&mut content).map_err(io)?;
     if content.len() as u64 > limit {
         return Err(io(io::Error::new(io::ErrorKind::FileTooLarge, format!("longer than {limit} bytes"))));
     }

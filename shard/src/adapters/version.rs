@@ -1,13 +1,14 @@
 //! Tells whether the files of an adapter have changed since it was read.
 
 use std::{
-    fs::{self, Metadata},
-    os::unix::fs::MetadataExt,
+    fs,
     path::{Path, PathBuf},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use model::adapter;
+
+use super::Stamp;
 
 /// A folder and its files as they were at one time. A file that is replaced or rewritten makes another version. This is
 /// seen by its inode and its ctime, which programs cannot set, while archives and image layers set the mtime at will.
@@ -18,16 +19,6 @@ pub(super) struct Version {
     stamps: [Option<Stamp>; 4],
 }
 
-/// Distinguishes a file from every other file, and from itself after a change.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-struct Stamp {
-    device: u64,
-    inode: u64,
-    size: u64,
-    modified: (i64, i64),
-    changed: (i64, i64),
-}
-
 /// The time after which a change shows on a file system whose times have fractions of seconds. The coarsest of their
 /// clocks ticks every 10 ms.
 const FINE: Duration = Duration::from_millis(50);
@@ -35,16 +26,6 @@ const FINE: Duration = Duration::from_millis(50);
 const COARSE: Duration = Duration::from_secs(3);
 
 impl Stamp {
-    fn of(data: &Metadata) -> Stamp {
-        Stamp {
-            device: data.dev(),
-            inode: data.ino(),
-            size: data.size(),
-            modified: (data.mtime(), data.mtime_nsec()),
-            changed: (data.ctime(), data.ctime_nsec()),
-        }
-    }
-
     /// Whether a change after `now` would show, because the file system's clock has ticked since the last change.
     fn is_settled(&self, now: SystemTime) -> bool {
         let (seconds, nanos) = self.changed;

@@ -206,12 +206,12 @@ impl<B: Backend> State<B> {
     }
 
     /// Drops all sequences, abandons the loads that are under way, and returns the adapters that stay.
-    pub(super) fn begin_session(&mut self) -> kernels::Result<Held> {
+    pub(super) fn begin_session(&mut self, session: u64) -> kernels::Result<Held> {
         self.idle.interrupt();
         self.ops.group().forget_failures();
         self.sequences.clear();
         self.free_seats = (0..self.limits.max_sequences as u32).rev().collect();
-        let mut held = Held { slots: Vec::new(), host: self.adapters.held() };
+        let mut held = Held { slots: Vec::new(), host: self.adapters.begin_session(session) };
         for (slot, state) in (0..).zip(&mut self.slot_states) {
             match state {
                 Slot::Empty => {}

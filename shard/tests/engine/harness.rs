@@ -81,6 +81,8 @@ impl<B: Backend> Shard<B> {
     }
 
     fn run(folder: tempfile::TempDir, engine: Engine<B>, adapters: Arc<Adapters<B>>) -> Shard<B> {
+        // Tests stage adapters before the first session of the steps.
+        adapters.begin_session(0);
         let (commands, received) = mpsc::channel(16);
         let (heartbeat, longest_step) = (engine.heartbeat(), engine.longest_step());
         let (end, ended) = oneshot::channel();
@@ -98,6 +100,7 @@ impl<B: Backend> Shard<B> {
 
     /// Begins a session; returns what outlived the one before.
     pub(crate) async fn begin(&self, session: u64) -> Held {
+        self.session.store(session, std::sync::atomic::Ordering::Relaxed);
         let (held, answer) = oneshot::channel();
         self.command(Command::Attach { session, held }).await;
         timeout(PATIENCE, answer).await.unwrap().unwrap()
@@ -120,6 +123,13 @@ impl<B: Backend> Shard<B> {
         let session = self.session.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1;
         let held = self.begin(session).await;
         Router { shard: self, session, last_step: 0, held, events: self.open(session).await }
+    }
+
+    /// Stages an adapter.
+    pub(crate) async fn staged(&self, name: &str) -> ContentHash {
+        let session = self.session.load(std::sync::atomic::Ordering::Relaxed);
+        let folder = self.folder.path().join("adapters").join(name);
+        crate::tiny::stage(&self.adapters, &folder, session).await.content
     }
 
     /// Has one of the two adapters in host memory.

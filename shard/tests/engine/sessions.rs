@@ -95,13 +95,14 @@ async fn a_session_has_one_stream() {
 #[tokio::test]
 async fn adapters_outlive_a_session() {
     let shard = Shard::start();
-    let (one, two) = (shard.prepared("one").await, shard.prepared("two").await);
+    let (one, two) = (shard.staged("one").await, shard.staged("two").await);
     let expected = shard.generate(Some((1, one)), 20, false).await;
     let mut router = shard.attach().await;
-    let host = |content| router.held.host.iter().find(|(held, _)| *held == content).unwrap().1;
-    assert_eq!(router.held.host.len(), 2);
-    assert_eq!(router.held.slots, [(1, one, host(one))]);
-    assert!(host(two) > 0);
+    // The one that was used last is told last.
+    let [held_two, held_one] = &router.held.host[..] else { panic!("two are held") };
+    assert_eq!((held_one.content, held_two.content), (one, two));
+    assert_eq!(router.held.slots, [(1, one, held_one.slot_bytes)]);
+    assert!(held_two.host_bytes > 0 && held_two.sites == ["down_proj", "q_proj"]);
     // It is ready at once.
     let mut step = first_step();
     step.added[0].slot = Some(1);

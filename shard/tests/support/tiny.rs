@@ -1,16 +1,24 @@
 //! A small model and two adapters of it, "one" and "two", ready to run.
 #![allow(dead_code, reason = "each program of tests uses a part of it")]
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    fs,
+    hash::{DefaultHasher, Hasher},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
 
 use kernels::{Backend, DType};
 use lorax_shard::{
-    adapters::{Adapters, HostLimits, Roots},
+    adapters::{
+        AdapterFile, AdapterPart, Adapters, HostLimits, Properties, Roots, StageAnswer, StageOrder, Stamp,
+    },
     engine::{Engine, Limits},
 };
 use model::{
     Model,
-    adapter::BaseModel,
+    adapter::{BaseModel, ContentHash},
     testing::{self, Files},
 };
 use tokio::runtime::Handle;
@@ -75,4 +83,45 @@ pub(crate) fn engine_in<B: Backend>(
 
 pub(crate) fn write_adapter(folder: &Path, seed: u64) {
     testing::adapter(&["q_proj", "down_proj"], 3, seed).write_adapter(folder).unwrap();
+}
+
+/// The files that an adapter's content is made of.
+const FILES: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
+
+/// Has an adapter staged as it is now, whose files are in a folder.
+pub(crate) fn order(folder: &Path, session: u64) -> StageOrder {
+    let file = |name: &&str| {
+        let stamp = Stamp::of(&fs::metadata(folder.join(name)).unwrap());
+        AdapterFile { name: name.into(), stamp: Some(stamp) }
+    };
+    let files = FILES.iter().map(file).collect();
+    StageOrder {
+        session,
+        content: content_of(folder),
+        name: folder.file_name().unwrap().to_string_lossy().into(),
+        parts: vec![AdapterPart { folder: folder.into(), files, weight: 1.0 }],
+        is_merge: false,
+        max_bytes: u64::MAX,
+    }
+}
+
+/// A hash of an adapter's files.
+pub(crate) fn content_of(folder: &Path) -> ContentHash {
+    let mut hasher = DefaultHasher::new();
+    FILES.iter().for_each(|name| hasher.write(&fs::read(folder.join(name)).unwrap()));
+    let mut content = [0; 32];
+    content[..8].copy_from_slice(&hasher.finish().to_le_bytes());
+    ContentHash(content)
+}
+
+/// Stages the adapter in a folder.
+pub(crate) async fn stage<B: Backend>(
+    adapters: &Arc<Adapters<B>>,
+    folder: &Path,
+    session: u64,
+) -> Arc<Properties> {
+    match adapters.stage(order(folder, session)).await.unwrap() {
+        StageAnswer::Staged(properties) => properties,
+        answer => panic!("{answer:?}"),
+    }
 }

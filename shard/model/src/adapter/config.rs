@@ -3,7 +3,7 @@
 mod file;
 mod tables;
 
-use std::path::Path;
+use std::{fs, path::Path};
 
 use super::{
     AdapterError, CONFIG_FILE,
@@ -46,13 +46,11 @@ pub(super) struct Target {
 }
 
 impl AdapterConfig {
-    pub(super) fn read(folder: &Path, model: &Decoder) -> Result<AdapterConfig, AdapterError> {
-        let path = folder.join(CONFIG_FILE);
-        if !path.exists() {
-            return Err(AdapterError::NoFile(CONFIG_FILE));
-        }
-        let text = files::read(&path, MAX_CONFIG)?;
-        let json = |source| LoadError::Json { path: path.clone(), source };
+    /// Reads an open file.
+    pub(super) fn read(file: &fs::File, model: &Decoder) -> Result<AdapterConfig, AdapterError> {
+        let path = Path::new(CONFIG_FILE);
+        let text = files::read(path, file, MAX_CONFIG)?;
+        let json = |source| LoadError::Json { path: path.into(), source };
         serde_json::from_slice::<PeftType>(&text).map_err(json)?.check()?;
         let file: File = serde_json::from_slice(&text).map_err(json)?;
         file.check()?;

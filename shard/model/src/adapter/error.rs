@@ -12,6 +12,9 @@ pub enum AdapterError {
     /// A file cannot be read, or is truncated or corrupt.
     #[error(transparent)]
     File(LoadError),
+    /// Nobody waits for it any more.
+    #[error("reading it was cancelled")]
+    Cancelled,
     /// A file is missing.
     #[error("{0} is missing")]
     NoFile(&'static str),

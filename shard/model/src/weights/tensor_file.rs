@@ -69,9 +69,14 @@ pub(crate) struct TensorFile {
 }
 
 impl TensorFile {
-    /// Opens a file and reads its header. The name of the file decides on the format, as in transformers.
+    /// Opens a file and reads its header.
     pub(crate) fn open(path: &Path) -> Result<TensorFile> {
-        let file = files::open(path)?;
+        TensorFile::of(path, files::open(path)?)
+    }
+
+    /// Reads the header of a file that was opened by this path. The name of the file decides on the format, as in
+    /// transformers.
+    pub(crate) fn of(path: &Path, file: File) -> Result<TensorFile> {
         let is_safetensors = path.extension().is_some_and(|extension| extension == "safetensors");
         let places = if is_safetensors { safetensors::places } else { torch::places }(path, &file)?;
         Ok(TensorFile { path: path.into(), file, places })

@@ -1,0 +1,138 @@
+//! Adapters on their way into host memory.
+
+use std::path::PathBuf;
+
+use scheduler::AdapterKey;
+
+use super::{WireError, key};
+
+/// An adapter that the ranks are to copy into host memory.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct StageOrder {
+    /// The hash of its content, by which it is known from here on.
+    pub(crate) content: AdapterKey,
+    /// Its name, for messages.
+    pub(crate) name: String,
+    /// Where its files are.
+    pub(crate) parts: Vec<AdapterPart>,
+    /// Bytes that are reserved for it on each rank. If it takes more, it is not read.
+    pub(crate) max_bytes: u64,
+}
+
+/// A folder with the files of an adapter.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct AdapterPart {
+    /// Its absolute path.
+    pub(crate) folder: PathBuf,
+    /// The configuration and the file with the tensors.
+    pub(crate) files: Vec<AdapterFile>,
+    /// Its weight in a merge; without a merge there is one part, and this has no meaning.
+    pub(crate) weight: f32,
+}
+
+/// A file of an adapter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct AdapterFile {
+    /// Its path in the folder.
+    pub(crate) name: String,
+    /// What it was when its content was hashed; `None` for files that never change.
+    pub(crate) stamp: Option<Stamp>,
+}
+
+/// Distinguishes a file from every other file, and from itself after a change. Times are seconds since 1970 and
+/// nanoseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Stamp {
+    pub(crate) device: u64,
+    pub(crate) inode: u64,
+    pub(crate) size: u64,
+    pub(crate) modified: (i64, i64),
+    pub(crate) changed: (i64, i64),
+}
+
+/// The answer to a [`StageOrder`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum StageAnswer {
+    /// The adapter is in host memory.
+    Staged(Staged),
+    /// It takes so many bytes, which are more than the order's bound. Nothing was read but its headers.
+    NeedsRoom {
+        /// Bytes in host memory.
+        bytes: u64,
+    },
+    /// A file is not there any more, or has changed since its content was hashed.
+    Gone,
+}
+
+/// The properties of an adapter in host memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Staged {
+    /// Bytes that it takes in host memory.
+    pub(crate) host_bytes: u64,
+    /// Bytes that it takes in a slot.
+    pub(crate) slot_bytes: u64,
+    /// Its largest LoRA rank.
+    pub(crate) max_lora_rank: u32,
+    /// Names of the modules that it changes, distinct and sorted.
+    pub(crate) sites: Vec<String>,
+}
+
+/// An order's message in a session.
+pub(crate) fn request(session: u64, order: &StageOrder) -> proto::StageRequest {
+    let file = |file: &AdapterFile| proto::AdapterFile {
+        name: file.name.clone(),
+        stamp: file.stamp.map(|stamp| proto::Stamp {
+            device: stamp.device,
+            inode: stamp.inode,
+            size: stamp.size,
+            modified_s: stamp.modified.0,
+            modified_ns: stamp.modified.1,
+            changed_s: stamp.changed.0,
+            changed_ns: stamp.changed.1,
+        }),
+    };
+    let part = |part: &AdapterPart| proto::AdapterPart {
+        folder: part.folder.to_string_lossy().into_owned(),
+        files: part.files.iter().map(file).collect(),
+        weight: part.weight,
+    };
+    proto::StageRequest {
+        session,
+        content: order.content.0.to_vec(),
+        name: order.name.clone(),
+        parts: order.parts.iter().map(part).collect(),
+        merge: None,
+        max_bytes: order.max_bytes,
+    }
+}
+
+/// The message that takes an adapter out of host memory.
+pub(crate) fn unstage(session: u64, content: AdapterKey) -> proto::UnstageRequest {
+    proto::UnstageRequest { session, content: content.0.to_vec() }
+}
+
+/// Reads the answer of a rank.
+pub(crate) fn answer(response: proto::StageResponse) -> Result<StageAnswer, WireError> {
+    use proto::stage_response::Answer;
+    Ok(match response.answer.ok_or(WireError::EmptyStage)? {
+        Answer::Staged(staged) => StageAnswer::Staged(Staged {
+            host_bytes: staged.host_bytes,
+            slot_bytes: staged.slot_bytes,
+            max_lora_rank: staged.max_lora_rank,
+            sites: staged.sites,
+        }),
+        Answer::NeedsRoom(needs) => StageAnswer::NeedsRoom { bytes: needs.host_bytes },
+        Answer::Gone(_) => StageAnswer::Gone,
+    })
+}
+
+/// Reads what a rank has in host memory when a session begins.
+pub(super) fn held(held: proto::HeldAdapter) -> Result<(AdapterKey, Staged), WireError> {
+    let staged = Staged {
+        host_bytes: held.bytes,
+        slot_bytes: held.slot_bytes,
+        max_lora_rank: held.max_lora_rank,
+        sites: held.sites,
+    };
+    Ok((key(held.content)?, staged))
+}

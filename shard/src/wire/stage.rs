@@ -1,0 +1,71 @@
+//! Messages about adapters in host memory.
+
+use model::adapter::ContentHash;
+use proto as wire;
+use tonic::Status;
+
+use crate::adapters::{AdapterFile, AdapterPart, StageAnswer, StageError, StageOrder, Stamp};
+
+pub(crate) fn stage_order(request: wire::StageRequest) -> Result<StageOrder, StageError> {
+    Ok(StageOrder {
+        session: request.session,
+        content: content(&request.content)?,
+        name: request.name,
+        parts: request.parts.into_iter().map(part).collect(),
+        is_merge: request.merge.is_some(),
+        max_bytes: request.max_bytes,
+    })
+}
+
+fn part(part: wire::AdapterPart) -> AdapterPart {
+    let file = |file: wire::AdapterFile| AdapterFile { name: file.name.into(), stamp: file.stamp.map(stamp) };
+    AdapterPart {
+        folder: part.folder.into(),
+        files: part.files.into_iter().map(file).collect(),
+        weight: part.weight,
+    }
+}
+
+fn stamp(stamp: wire::Stamp) -> Stamp {
+    Stamp {
+        device: stamp.device,
+        inode: stamp.inode,
+        size: stamp.size,
+        modified: (stamp.modified_s, stamp.modified_ns),
+        changed: (stamp.changed_s, stamp.changed_ns),
+    }
+}
+
+pub(crate) fn unstage_content(request: &wire::UnstageRequest) -> Result<ContentHash, StageError> {
+    content(&request.content)
+}
+
+fn content(bytes: &[u8]) -> Result<ContentHash, StageError> {
+    bytes.try_into().map(ContentHash).map_err(|_| StageError::ContentHash(bytes.len()))
+}
+
+pub(crate) fn stage_response(answer: StageAnswer) -> wire::StageResponse {
+    use wire::stage_response::Answer;
+    let answer = match answer {
+        StageAnswer::Staged(staged) => Answer::Staged(wire::Staged {
+            host_bytes: staged.host_bytes as u64,
+            slot_bytes: staged.slot_bytes as u64,
+            max_lora_rank: staged.max_lora_rank as u32,
+            sites: staged.sites.clone(),
+        }),
+        StageAnswer::NeedsRoom(host_bytes) => Answer::NeedsRoom(wire::NeedsRoom { host_bytes }),
+        StageAnswer::Gone => Answer::Gone(wire::Gone {}),
+    };
+    wire::StageResponse { answer: Some(answer) }
+}
+
+pub(crate) fn stage_status(error: &StageError) -> Status {
+    let message = error.to_string();
+    match error {
+        StageError::OtherSession { .. } => Status::failed_precondition(message),
+        StageError::Slow { .. } => Status::deadline_exceeded(message),
+        StageError::Interrupted { .. } => Status::internal(message),
+        error if error.is_passing() => Status::unavailable(message),
+        _ => Status::invalid_argument(message),
+    }
+}
