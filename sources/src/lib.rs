@@ -17,7 +17,7 @@ mod sources;
 
 pub use error::{Denial, SourceError};
 pub use found::{AdapterFile, Destination, Found, Stamp};
-pub use hub::{Cache, Commit, Hub, HubError, HubSettings, NoHome};
+pub use hub::{Cache, Commit, ErrorCode, Hub, HubError, HubSettings, NoHome};
 pub use model::{ModelError, ModelFiles, find_model};
 pub use reference::{NameError, Reference, SourceKind};
 pub use settings::{SettingsError, SourceSettings};

@@ -77,36 +77,78 @@ fn is_gguf(file: &str) -> bool {
     file.len() > ENDING.len() && file.to_ascii_lowercase().ends_with(ENDING)
 }
 
-/// The files that are language models: others beside them are vision towers and importance matrices.
-pub(crate) fn models(files: &[String]) -> Vec<&str> {
-    let is_model = |file: &&str| {
-        let name = file.rsplit('/').next().unwrap_or_default().to_ascii_lowercase();
-        is_gguf(&name) && !name.contains("mmproj") && !name.contains("imatrix")
-    };
-    files.iter().map(String::as_str).filter(is_model).collect()
+/// A language model in GGUF files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct GgufModel<'a> {
+    /// One file, or the parts that a repository has, in their order.
+    pub(crate) files: Vec<&'a str>,
+    /// The name without numbers of parts, and how many there must be.
+    split: Option<(&'a str, usize)>,
 }
 
-/// Whether a file is one of several that make up a model, as llama.cpp names them: `-00001-of-00003.gguf`.
-pub(crate) fn is_part(file: &str) -> bool {
-    let stem = &file[..file.len() - ENDING.len().min(file.len())];
-    let numbers =
-        stem.rsplit_once("-of-").and_then(|(first, count)| Some((first.rsplit_once('-')?.1, count)));
+impl<'a> GgufModel<'a> {
+    /// All of a repository. Other GGUF files beside them are vision towers and importance matrices.
+    pub(crate) fn all(files: &'a [String]) -> Vec<GgufModel<'a>> {
+        let is_model = |file: &&str| {
+            let name = file.rsplit('/').next().unwrap_or_default().to_ascii_lowercase();
+            is_gguf(&name) && !name.contains("mmproj") && !name.contains("imatrix")
+        };
+        let mut models: Vec<GgufModel<'a>> = Vec::new();
+        for file in files.iter().map(String::as_str).filter(is_model) {
+            let split = part(file).map(|(stem, _, count)| (stem, count));
+            match models.iter_mut().find(|model| split.is_some() && model.split == split) {
+                Some(model) => model.files.push(file),
+                None => models.push(GgufModel { files: vec![file], split }),
+            }
+        }
+        models.iter_mut().for_each(|model| model.files.sort_unstable());
+        models
+    }
+
+    /// Whether a name means this model.
+    pub(crate) fn is_named(&self, name: Gguf<'_>) -> bool {
+        let whole = |file: &&str| name.names_file(file);
+        self.files.iter().any(whole) || name.names_type(self.split.map_or(self.files[0], |(stem, _)| stem))
+    }
+
+    /// The first part that is missing.
+    pub(crate) fn missing(&self) -> Option<String> {
+        let (stem, count) = self.split?;
+        let ending = &self.files[0][self.files[0].len() - ENDING.len()..];
+        (1..=count)
+            .find(|number| {
+                self.files.get(number - 1).and_then(|file| part(file)).is_none_or(|part| part.1 != *number)
+            })
+            .map(|number| format!("{stem}-{number:05}-of-{count:05}{ending}"))
+    }
+}
+
+/// The stem, the number and the count of a file that is one of several which make up a model, as llama.cpp names them:
+/// `-00001-of-00003.gguf`.
+fn part(file: &str) -> Option<(&str, usize, usize)> {
+    let stem = file.get(..file.len().checked_sub(ENDING.len())?)?;
+    let (first, count) = stem.rsplit_once("-of-")?;
+    let (stem, number) = first.rsplit_once('-')?;
     let is_number = |text: &str| text.len() == 5 && text.bytes().all(|byte| byte.is_ascii_digit());
-    numbers.is_some_and(|(part, count)| is_number(part) && is_number(count))
+    let number_in = |text: &str| is_number(text).then(|| text.parse::<usize>().ok()).flatten();
+    let (number, count) = (number_in(number)?, number_in(count)?);
+    (1..=count).contains(&number).then_some((stem, number, count))
 }
 
 impl Gguf<'_> {
-    /// Whether this names a file.
-    pub(crate) fn names(self, file: &str) -> bool {
+    /// Whether this is the whole name of a file.
+    fn names_file(self, file: &str) -> bool {
         match self {
             Gguf::Path(path) => path == file,
-            Gguf::Tag(tag) => {
-                let (file, tag) = (file.to_ascii_lowercase(), tag.to_ascii_lowercase());
-                let name = file.rsplit('/').next().unwrap_or_default();
-                // A type is a part of a name that is set apart, or a folder.
-                name == tag || file.trim_end_matches(ENDING).split('/').any(|part| has(part, &tag))
-            }
+            Gguf::Tag(tag) => file.rsplit('/').next().unwrap_or_default().eq_ignore_ascii_case(tag),
         }
+    }
+
+    /// Whether this is the type in the name of a file or a stem: a part that is set apart, or one of a folder.
+    fn names_type(self, file: &str) -> bool {
+        let Gguf::Tag(tag) = self else { return false };
+        let (file, tag) = (file.to_ascii_lowercase(), tag.to_ascii_lowercase());
+        file.trim_end_matches(ENDING).split('/').any(|part| has(part, &tag))
     }
 }
 
@@ -190,7 +232,9 @@ mod tests {
             ("gguf", "model-Q8_0.gguf", false),
             ("F16", "model-BF16.gguf", false),
         ] {
-            assert_eq!(Gguf::Tag(tag).names(file), expected, "{tag} {file}");
+            let files = [file.to_owned()];
+            let is_named = GgufModel::all(&files)[0].is_named(Gguf::Tag(tag));
+            assert_eq!(is_named, expected, "{tag} {file}");
         }
     }
 
@@ -200,6 +244,10 @@ mod tests {
             ("m-00001-of-00003.gguf", true),
             ("a/b/m-Q4_K_M-00002-of-00002.GGUF", true),
             ("m-1-of-3.gguf", false),
+            ("m-00000-of-00003.gguf", false),
+            ("m-00004-of-00003.gguf", false),
+            ("m-+0001-of-00003.gguf", false),
+            ("\u{e4}-0001-of-00003.ggu\u{e4}", false),
             ("m-00001-of-0003.gguf", false),
             ("m-00001.gguf", false),
             ("best-of-three.gguf", false),
@@ -208,7 +256,7 @@ mod tests {
             (".gguf", false),
             ("", false),
         ] {
-            assert_eq!(is_part(file), expected, "{file}");
+            assert_eq!(part(file).is_some(), expected, "{file}");
         }
         let files = [
             "mmproj-model-f16.gguf",
@@ -219,6 +267,51 @@ mod tests {
             "README.md",
             ".gguf",
         ];
-        assert_eq!(models(&files.map(str::to_owned)), ["m.gguf", "x/M.GGUF"]);
+        let files = files.map(str::to_owned);
+        let models = GgufModel::all(&files);
+        assert_eq!(models.iter().map(|model| &*model.files).collect::<Vec<_>>(), [["m.gguf"], ["x/M.GGUF"]]);
+    }
+
+    #[test]
+    fn parts_make_up_models() {
+        let of = |stem: &str, numbers: &[usize], count: usize| {
+            numbers.iter().map(|number| format!("{stem}-{number:05}-of-{count:05}.gguf")).collect::<Vec<_>>()
+        };
+        for (files, models, missing) in [
+            (of("m", &[1, 2], 2), 1, vec![]),
+            (of("m", &[2, 1], 2), 1, vec![]),
+            (of("m", &[1], 1), 1, vec![]),
+            (of("m", &[1, 3], 3), 1, vec!["m-00002-of-00003.gguf"]),
+            (of("m", &[2, 3], 3), 1, vec!["m-00001-of-00003.gguf"]),
+            (of("m", &[1, 2], 3), 1, vec!["m-00003-of-00003.gguf"]),
+            ([of("m", &[1, 2], 2), of("n", &[1, 2], 2)].concat(), 2, vec![]),
+            ([of("m", &[1, 2], 2), of("m", &[1, 3], 3)].concat(), 2, vec!["m-00002-of-00003.gguf"]),
+            (
+                [of("a/m", &[1], 2), of("b/m", &[2], 2)].concat(),
+                2,
+                vec!["a/m-00002-of-00002.gguf", "b/m-00001-of-00002.gguf"],
+            ),
+            ([of("m", &[1, 2], 2), vec!["m.gguf".into()]].concat(), 2, vec![]),
+            (of("m", &[1], 99999), 1, vec!["m-00002-of-99999.gguf"]),
+        ] {
+            let found = GgufModel::all(&files);
+            assert_eq!(found.len(), models, "{files:?}");
+            assert_eq!(found.iter().filter_map(GgufModel::missing).collect::<Vec<_>>(), missing, "{files:?}");
+        }
+        let files = of("BF16/m-BF16", &[1, 2], 2);
+        let model = &GgufModel::all(&files)[0];
+        for (name, expected) in [
+            (Gguf::Tag("BF16"), true),
+            (Gguf::Tag("bf16"), true),
+            (Gguf::Tag("m-BF16-00001-of-00002.gguf"), true),
+            (Gguf::Path("BF16/m-BF16-00001-of-00002.gguf"), true),
+            (Gguf::Path("BF16/m-BF16-00002-of-00002.gguf"), true),
+            (Gguf::Path("m-BF16-00002-of-00002.gguf"), false),
+            (Gguf::Tag("00001"), false),
+            (Gguf::Tag("of"), false),
+            (Gguf::Tag("F16"), false),
+        ] {
+            assert_eq!(model.is_named(name), expected, "{name:?}");
+        }
     }
 }

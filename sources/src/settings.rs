@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf};
 
-use crate::hub::{HubSettings, NoHome};
+use crate::hub::{HubError, HubSettings, flag};
 
 /// How to reach each source.
 #[derive(Debug, Clone)]
@@ -12,7 +12,7 @@ pub struct SourceSettings {
     /// Further folders that adapters may be read from (`--adapter-roots`).
     pub adapter_roots: Vec<PathBuf>,
     /// The hub. Its token is the server's own, which is used for adapters only if `use_hub_token` is set.
-    pub hub: Result<HubSettings, NoHome>,
+    pub hub: HubSettings,
     /// Whether a request without a credential asks the hub with the server's own token
     /// (`LORAX_USE_GLOBAL_HF_TOKEN=1`).
     pub use_hub_token: bool,
@@ -21,6 +21,9 @@ pub struct SourceSettings {
 /// Why the sources cannot be used as they are set.
 #[derive(Debug, thiserror::Error)]
 pub enum SettingsError {
+    /// No connection to a hub can be made with these settings.
+    #[error(transparent)]
+    Hub(#[from] HubError),
     /// A folder cannot be read.
     #[error("{}: {source}", path.display())]
     Folder {
@@ -34,7 +37,7 @@ pub enum SettingsError {
 impl SourceSettings {
     /// What flags name, and what the environment says of the rest.
     pub fn from_env(adapter_dir: Option<PathBuf>, adapter_roots: Vec<PathBuf>) -> SourceSettings {
-        let use_hub_token = std::env::var("LORAX_USE_GLOBAL_HF_TOKEN").is_ok_and(|value| value == "1");
+        let use_hub_token = flag("LORAX_USE_GLOBAL_HF_TOKEN");
         SourceSettings { adapter_dir, adapter_roots, hub: HubSettings::from_env(), use_hub_token }
     }
 }

@@ -3,13 +3,17 @@
 use secrecy::SecretString;
 
 use crate::{
-    Destination, Found, Reference, SettingsError, SourceError, SourceKind, SourceSettings, local::Local,
+    Destination, Found, Reference, SettingsError, SourceError, SourceKind, SourceSettings, hub::Hub,
+    local::Local,
 };
 
 /// The sources of adapters.
 #[derive(Debug)]
 pub struct Sources {
     local: Local,
+    hub: Hub,
+    /// Whether the hub's own token stands in for a credential that is missing.
+    use_hub_token: bool,
 }
 
 impl Sources {
@@ -17,13 +21,14 @@ impl Sources {
     pub fn new(settings: SourceSettings) -> Result<Sources, SettingsError> {
         let local = Local::new(settings.adapter_dir.as_deref(), &settings.adapter_roots);
         let local = local.map_err(|(path, source)| SettingsError::Folder { path, source })?;
-        Ok(Sources { local })
+        Ok(Sources { local, hub: Hub::new(settings.hub)?, use_hub_token: settings.use_hub_token })
     }
 
     /// What an adapter's source fails together with: a hub's address, a bucket, a folder of folders.
     pub fn place(&self, adapter: &Reference) -> String {
         match adapter.kind {
             SourceKind::Local => format!("local {}", self.local.root_of(&adapter.id).display()),
+            SourceKind::Hub => format!("hub {}", self.hub.endpoint()),
             kind => kind.name().into(),
         }
     }
@@ -34,9 +39,9 @@ impl Sources {
         adapter: &Reference,
         credential: Option<&SecretString>,
     ) -> Result<Found, SourceError> {
-        let _ = credential;
         match adapter.kind {
             SourceKind::Local => self.local.lookup(adapter).await,
+            SourceKind::Hub => self.hub.find_adapter(adapter, self.hub_token(credential)).await,
             kind => Err(SourceError::NotConfigured { kind, needs: "a newer server" }),
         }
     }
@@ -49,7 +54,6 @@ impl Sources {
         credential: Option<&SecretString>,
         into: Destination<'_>,
     ) -> Result<(), SourceError> {
-        let _ = credential;
         if found.in_place.is_some() {
             return Ok(());
         }
@@ -57,6 +61,15 @@ impl Sources {
             let (adapter, bytes) = (adapter.clone(), found.bytes);
             return Err(SourceError::TooLarge { adapter, bytes, limit: into.max_bytes });
         }
-        Err(SourceError::NotConfigured { kind: adapter.kind, needs: "a newer server" })
+        match adapter.kind {
+            SourceKind::Local => Ok(()),
+            SourceKind::Hub => self.hub.fetch_adapter(adapter, found, self.hub_token(credential), into).await,
+            kind => Err(SourceError::NotConfigured { kind, needs: "a newer server" }),
+        }
+    }
+
+    /// The server's own token is an operator's, and opens what the request's sender might not read.
+    fn hub_token<'a>(&'a self, credential: Option<&'a SecretString>) -> Option<&'a SecretString> {
+        credential.or_else(|| self.hub.token().filter(|_| self.use_hub_token))
     }
 }

@@ -181,7 +181,7 @@ fn what_else_a_hub_says_is_refused() {
     assert!(log.contains("\"../../../outside\" is not a name"), "{log}");
     let (status, log) = Launcher::new().env("HF_ENDPOINT", "not a url").args(&["--model-id", ID]).fails();
     assert_eq!(status, 64, "{log}");
-    assert!(log.contains("not a url"), "{log}");
+    assert!(log.contains("HF_ENDPOINT: relative URL without a base"), "{log}");
 }
 
 /// An error page is never taken for a file, however the hub spells its trouble.
@@ -337,15 +337,14 @@ fn one_of_several_gguf_files_is_named() {
 fn gguf_files_that_cannot_be_chosen_are_refused_by_name() {
     let several = "org/name has several GGUF files, so that one must be named, as org/name/FILE or org/name:TYPE; it \
                    has: BF16/Model-BF16-00001-of-00002.gguf, ";
-    let part = "BF16/Model-BF16-00001-of-00002.gguf is one of several files of a model, which are not loaded";
     let hub = Hub::start(ID, repository(&GGUFS));
     for (spelling, cause) in [
         ("", several),
         (":Q2_K", "org/name has 0 GGUF files that \"Q2_K\" names; it has: "),
         (":Q4_K", "org/name has 0 GGUF files that \"Q4_K\" names"),
         (":Q4_K_XL", "org/name has 2 GGUF files that \"Q4_K_XL\" names"),
-        (":BF16", part),
-        ("/BF16/Model-BF16-00001-of-00002.gguf", part),
+        (":00001", "org/name has 0 GGUF files that \"00001\" names"),
+        ("/Model-BF16-00001-of-00002.gguf", "org/name has 0 GGUF files"),
         (":f16", "org/name has 0 GGUF files that \"f16\" names"),
         ("/mmproj-Model-f16.gguf", "org/name has 0 GGUF files"),
         ("/Model-IQ1_S.gguf", "org/name has 0 GGUF files that \"Model-IQ1_S.gguf\" names"),
@@ -355,9 +354,6 @@ fn gguf_files_that_cannot_be_chosen_are_refused_by_name() {
         let (status, log) = launcher(&hub, &format!("{ID}{spelling}")).fails();
         assert!(status == 64 && log.contains(cause), "{spelling}: {log}");
     }
-    let parts = Hub::start(ID, repository(&["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]));
-    let (status, log) = launcher(&parts, ID).fails();
-    assert!(status == 64 && log.contains("m-00001-of-00002.gguf is one of several files"), "{log}");
     let tower = Hub::start(ID, repository(&["m.gguf", "mmproj-m.gguf"]));
     let config = launcher(&tower, ID).configuration();
     assert!(config["model"]["path"].as_str().unwrap().ends_with("/m.gguf"), "a tower is no choice");

@@ -139,7 +139,7 @@ impl Hub {
         self.state.resumed.lock().unwrap().clone()
     }
 
-    /// Paths asked for since the last call.
+    /// Paths asked for since the last call, without what is behind a question mark.
     pub(crate) fn asked(&self) -> Vec<String> {
         std::mem::take(&mut self.state.asked.lock().unwrap())
     }
@@ -149,7 +149,8 @@ impl Hub {
 fn answer(state: &State, mut stream: TcpStream) -> std::io::Result<()> {
     let mut lines = BufReader::new(stream.try_clone()?).lines();
     let request = lines.next().transpose()?.unwrap_or_default();
-    let path = request.split(' ').nth(1).unwrap_or_default().to_owned();
+    let target = request.split(' ').nth(1).unwrap_or_default();
+    let path = target.split('?').next().unwrap_or_default().to_owned();
     let mut headers = BTreeMap::new();
     for line in lines {
         let line = line?;
@@ -193,7 +194,9 @@ fn find(state: &State, path: &str) -> Option<Found> {
     let repository = state.repository.lock().unwrap();
     if let Some(revision) = path.strip_prefix(&format!("/api/models/{}/revision/", state.id)) {
         let commit = repository.revisions.get(revision)?;
-        let files = repository.commits[commit].keys().map(|name| json!({"rfilename": name}));
+        let files = repository.commits[commit].iter();
+        let files =
+            files.map(|(name, bytes)| json!({"rfilename": name, "size": bytes.len(), "blobId": "b0"}));
         return Some(Found::Info(json!({"sha": commit, "siblings": files.collect::<Vec<_>>()})));
     }
     let (revision, name) = path.strip_prefix(&format!("/{}/resolve/", state.id))?.split_once('/')?;

@@ -100,6 +100,11 @@ impl Launcher {
 
     /// Runs to the end: exit status and log.
     pub(crate) fn fails(mut self) -> (i32, String) {
+        self.failure()
+    }
+
+    /// The same, of one that can be started again.
+    pub(crate) fn failure(&mut self) -> (i32, String) {
         let out = self.command.output().unwrap();
         (out.status.code().unwrap(), String::from_utf8(out.stderr).unwrap())
     }

@@ -7,6 +7,7 @@
 //!   blobs/<etag>.incomplete   as much of it as has come
 //!   snapshots/<commit>/<file> a link to the content
 //!   refs/<revision>           the commit that the revision led to last
+//!   trees/<commit>.json       the names, sizes and hashes of all files of a commit
 //! .locks/models--org--name/<etag>.lock
 //! ```
 //!
@@ -19,7 +20,7 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use super::HubError;
+use super::{HubError, listing::Listing};
 
 /// The part of the cache that belongs to one repository.
 #[derive(Debug, Clone)]
@@ -59,6 +60,25 @@ impl Cache {
             return Ok(());
         }
         in_place(&path, |path| fs::write(path, commit))
+    }
+
+    /// Keeps the list of a commit's files, as `huggingface_hub` does.
+    pub(super) fn keep_listing(&self, listing: &Listing) -> Result<(), HubError> {
+        let path = self.listing_path(&listing.sha);
+        let Some(text) = listing.to_kept().filter(|_| !path.exists()) else { return Ok(()) };
+        // Others may read it meanwhile.
+        let new = path.with_extension(format!("{}.tmp", std::process::id()));
+        in_place(&new, |new| fs::write(new, text))?;
+        in_place(&path, |path| fs::rename(&new, path))
+    }
+
+    /// The names of all files of a commit, if its list was kept.
+    pub(crate) fn listed(&self, commit: &str) -> Option<Vec<String>> {
+        Listing::names_in_kept(&fs::read(self.listing_path(commit)).ok()?)
+    }
+
+    fn listing_path(&self, commit: &str) -> PathBuf {
+        self.folder.join("trees").join(format!("{commit}.json"))
     }
 
     pub(crate) fn blob(&self, etag: &str) -> PathBuf {

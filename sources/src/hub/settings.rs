@@ -1,6 +1,10 @@
 //! Settings of the environment, named as all clients of the hub name them.
 
-use std::{env, fs, path::PathBuf, time::Duration};
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use secrecy::SecretString;
 
@@ -16,8 +20,8 @@ pub struct HubSettings {
     pub endpoint: String,
     /// The caller's credential.
     pub token: Option<SecretString>,
-    /// The folder of all repositories.
-    pub cache: PathBuf,
+    /// The folder of all repositories, if there is one.
+    pub cache: Option<PathBuf>,
     /// Whether nothing may be downloaded.
     pub offline: bool,
     /// How long the hub may take to answer a question.
@@ -33,7 +37,7 @@ pub struct NoHome;
 
 impl HubSettings {
     /// What the environment says, or the defaults.
-    pub fn from_env() -> Result<HubSettings, NoHome> {
+    pub fn from_env() -> HubSettings {
         let home = home(variable, env::home_dir());
         let cache = variable("HF_HUB_CACHE").or_else(|| variable("HUGGINGFACE_HUB_CACHE"));
         let token = variable("HF_TOKEN").or_else(|| variable("HUGGING_FACE_HUB_TOKEN"));
@@ -42,14 +46,18 @@ impl HubSettings {
         let token = token.or_else(|| fs::read_to_string(token_file?).ok());
         let token = token.map(|token| token.trim().to_owned()).filter(|token| !token.is_empty());
         let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
-        Ok(HubSettings {
+        HubSettings {
             endpoint: endpoint.trim_end_matches('/').to_owned(),
             token: token.map(SecretString::from),
-            cache: cache.map(PathBuf::from).or_else(|| in_home("hub")).ok_or(NoHome)?,
-            offline: variable("HF_HUB_OFFLINE").is_some_and(|value| is_true(&value)),
+            cache: cache.map(PathBuf::from).or_else(|| in_home("hub")),
+            offline: flag("HF_HUB_OFFLINE") || flag("TRANSFORMERS_OFFLINE"),
             answer: seconds(ANSWER),
             bytes: seconds(BYTES),
-        })
+        }
+    }
+
+    pub(super) fn cache(&self) -> Result<&Path, NoHome> {
+        self.cache.as_deref().ok_or(NoHome)
     }
 }
 
@@ -67,11 +75,16 @@ fn home(variable: impl Fn(&str) -> Option<String>, of_user: Option<PathBuf>) -> 
 }
 
 /// A variable that is set and not empty.
-fn variable(name: &str) -> Option<String> {
+pub(crate) fn variable(name: &str) -> Option<String> {
     env::var(name).ok().filter(|value| !value.is_empty())
 }
 
-/// Whether a flag is set, by the words that `huggingface_hub` knows (`constants.py`).
+/// Whether a variable is set to one of the words for yes.
+pub(crate) fn flag(name: &str) -> bool {
+    variable(name).is_some_and(|value| is_true(&value))
+}
+
+/// The words that `huggingface_hub` takes for yes (`constants.py`).
 fn is_true(value: &str) -> bool {
     ["1", "on", "yes", "true"].contains(&&*value.to_lowercase())
 }
