@@ -131,6 +131,7 @@ goldens: model tokenizers ## Make the reference outputs anew (torch, transformer
 	.venv-goldens/bin/python $(FIXTURES)/make_saved_configs.py
 	.venv-goldens/bin/python $(FIXTURES)/make_folder_cases.py
 	.venv-goldens/bin/python $(FIXTURES)/make_peft_cases.py
+	.venv-goldens/bin/python $(FIXTURES)/make_merges.py
 	.venv-goldens/bin/python $(FIXTURES)/make_pickles.py
 	for script in make kinds to_gguf check_gguf; do .venv-goldens/bin/python $(FIXTURES)/families/$$script.py; done
 	.venv-goldens/bin/python $(FIXTURES)/make_goldens.py "$$($(FIXTURES)/fetch_model.sh)"

@@ -7,6 +7,7 @@ mod config;
 mod cut;
 mod error;
 mod initial;
+mod merge;
 mod names;
 mod norms;
 mod pattern;
@@ -21,15 +22,17 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use kernels::{HostTensor, LoraPart, LoraShape, LowRank, ReplacedRows};
+use kernels::{DType, HostTensor, LoraPart, LoraShape, LowRank, ReplacedRows};
 use sha2::{Digest, Sha256};
 
 use crate::{decoder::Part, files, weights::tensor_file::TensorFile};
 pub use base::BaseModel;
 use base::BaseWeights;
 use change::Change;
+use config::AdapterConfig;
 use cut::Cutter;
 pub use error::AdapterError;
+pub use merge::{Elementwise, MajoritySign, Merge, MergeError, MergePart, Recipe, Strategy};
 pub use python_regex::PatternError;
 use values::Values;
 
@@ -134,10 +137,20 @@ impl<'a> AdapterFolder<'a> {
 
     /// The same of files that are open.
     pub fn of(files: AdapterFiles, model: &'a BaseModel) -> Result<AdapterFolder<'a>, AdapterError> {
-        let config = config::AdapterConfig::read(&files.config, &model.decoder)?;
+        let config = AdapterConfig::read(&files.config, &model.decoder)?;
+        AdapterFolder::with(&config, files, model, model.dtype)
+    }
+
+    /// Reads the headers of all tensors, which are to be read as numbers of `dtype`.
+    fn with(
+        config: &AdapterConfig,
+        files: AdapterFiles,
+        model: &'a BaseModel,
+        dtype: DType,
+    ) -> Result<AdapterFolder<'a>, AdapterError> {
         let file = TensorFile::of(&files.weights_path, files.weights)?;
-        let plan = plan::Plan::of(&config, model, names::nesting(&file))?;
-        let (values, base) = (Values { file, dtype: model.dtype }, BaseWeights::of(model));
+        let plan = plan::Plan::of(config, model, names::nesting(&file))?;
+        let (values, base) = (Values { file, dtype }, BaseWeights::of(model));
         let changes = plan.changes(&values, &base)?;
         Ok(AdapterFolder { base, values, changes })
     }

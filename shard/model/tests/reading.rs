@@ -1,34 +1,19 @@
 //! Reading an adapter takes what was said before it was read. One test to a process, whose memory is measured.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::{fs, path::Path};
+#[path = "support/memory.rs"]
+mod memory;
+
+use std::path::Path;
 
 use kernels::DType;
+use memory::{BESIDES, peak_of};
 use model::{
     Decoder,
     adapter::{AdapterFolder, BaseModel},
     testing::{self, Tensor},
 };
 use serde_json::json;
-
-/// What a process takes besides: an allocator does not give everything back at once.
-const BESIDES: usize = 4 << 20;
-
-/// A number of bytes that the system tells of this process.
-fn status(field: &str) -> usize {
-    let status = fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with(field)).unwrap();
-    line.split_ascii_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 1024
-}
-
-/// The most memory that something takes beside what there is.
-fn peak_of(work: impl FnOnce()) -> usize {
-    // Begins to count anew.
-    fs::write("/proc/self/clear_refs", "5").unwrap();
-    let before = status("VmRSS:");
-    work();
-    status("VmHWM:").saturating_sub(before)
-}
 
 #[test]
 fn reading_takes_what_was_said() {

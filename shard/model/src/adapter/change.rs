@@ -156,6 +156,11 @@ impl Change {
         self.delta.as_ref().is_some_and(|delta| delta.initial.is_some())
     }
 
+    /// Whether all rows are the model's, and their number is.
+    pub(super) fn has_only_model_rows(&self) -> bool {
+        !self.has_rows() && self.delta.as_ref().is_none_or(|delta| delta.outputs == self.module.outputs)
+    }
+
     /// Whether there is a magnitude.
     pub(super) fn has_magnitude(&self) -> bool {
         self.magnitude.is_some()

@@ -1,6 +1,7 @@
 //! `adapter_config.json`: the modules that are changed, with their ranks and scales.
 
 mod file;
+mod merged;
 mod tables;
 
 use std::{fs, path::Path};

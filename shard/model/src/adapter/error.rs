@@ -106,6 +106,9 @@ pub enum AdapterError {
         /// The type.
         dtype: DType,
     },
+    /// An adapter that is to be merged has rows of its own in place of the model's, or another number of rows.
+    #[error("the rows of {0} differ from the model's, and rows cannot be merged")]
+    Rows(String),
 }
 
 impl From<LoadError> for AdapterError {

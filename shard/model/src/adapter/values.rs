@@ -69,7 +69,7 @@ impl Values {
 }
 
 /// Whether an element is finite.
-fn is_finite(dtype: DType, bytes: &[u8]) -> bool {
+pub(super) fn is_finite(dtype: DType, bytes: &[u8]) -> bool {
     match (dtype, bytes) {
         (DType::F16, [.., high]) => high & 0x7c != 0x7c,
         (DType::F32 | DType::Bf16, [.., low, high]) => high & 0x7f != 0x7f || low & 0x80 == 0,
