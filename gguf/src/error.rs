@@ -91,6 +91,46 @@ pub enum Error {
         /// The alignment.
         alignment: u64,
     },
+    /// The file is a part of a model, and not the first one.
+    #[error("this is part {part} of {count}: the first part must be named, which has the metadata")]
+    NotTheFirst {
+        /// Its number, from 1.
+        part: u32,
+        /// The number of parts.
+        count: u32,
+    },
+    /// The file is the first part of a model, and its name does not tell those of the others.
+    #[error("the other parts cannot be found: the name {name:?} does not end in -00001-of-{count:05}.gguf")]
+    PartName {
+        /// The file's name.
+        name: String,
+        /// The number of parts.
+        count: u32,
+    },
+    /// Another part of a model cannot be read.
+    #[error("part {}: {source}", path.display())]
+    Part {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: Box<Error>,
+    },
+    /// A file is another part than its name says.
+    #[error("it says that it is part {part} of {count}")]
+    OtherPart {
+        /// Its number, from 1.
+        part: u32,
+        /// The number of parts.
+        count: u32,
+    },
+    /// The parts have another number of tensors than the first one says.
+    #[error("the parts have {found} tensors together, expected {expected}")]
+    PartTensors {
+        /// The number that they have.
+        found: usize,
+        /// The number that the first part tells.
+        expected: usize,
+    },
     /// A tensor name appears twice.
     #[error("tensor \"{tensor}\" appears twice")]
     DuplicateTensor {

@@ -1,4 +1,6 @@
-//! An open file.
+//! An open file, or several that make up one.
+
+mod split;
 
 use std::{
     collections::HashMap,
@@ -18,22 +20,27 @@ use crate::{
 /// Where tensors are aligned to unless the metadata says otherwise.
 const DEFAULT_ALIGNMENT: u32 = 32;
 
-/// An open GGUF file: its metadata and tensor index are in memory, tensors are read when asked for.
+/// An open GGUF file: its metadata and tensor index are in memory, tensors are read when asked for. It may be split into
+/// several files, of which the first has the metadata.
 #[derive(Debug)]
 pub struct Gguf {
-    path: PathBuf,
-    file: File,
+    files: Vec<(PathBuf, File)>,
     metadata: HashMap<String, Value>,
     tensors: Vec<TensorInfo>,
     by_name: HashMap<String, usize>,
 }
 
-impl Gguf {
-    /// Opens a file and reads its header.
-    ///
-    /// Errors: the file is not there, is no GGUF, is truncated, or has tensors of a type that is not read here.
-    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref().to_owned();
+/// A file's header.
+struct Header {
+    path: PathBuf,
+    file: File,
+    metadata: HashMap<String, Value>,
+    tensors: Vec<TensorInfo>,
+}
+
+impl Header {
+    /// Reads the header of one of several files.
+    fn read(path: PathBuf, index: usize) -> Result<Self> {
         let fail = |source| Error::Io { path: path.clone(), source };
         let file = File::open(&path).map_err(fail)?;
         let len = file.metadata().map_err(fail)?.len();
@@ -49,15 +56,32 @@ impl Gguf {
         }
         let start = reader.offset().next_multiple_of(alignment);
         let data = Data { start, len: len.saturating_sub(start), alignment };
-        let tensors = raw.into_iter().map(|t| t.check(&data)).collect::<Result<Vec<_>>>()?;
+        let tensors = raw.into_iter().map(|t| t.check(&data, index)).collect::<Result<Vec<_>>>()?;
+        Ok(Self { path, file, metadata, tensors })
+    }
+}
 
+impl Gguf {
+    /// Opens a file and reads its header. Opens the other parts of a file that is split, too.
+    ///
+    /// Errors: a file is not there, is no GGUF, is truncated, has tensors of a type that is not read here, or is another
+    /// part than its name says.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let first = Header::read(path.as_ref().to_owned(), 0)?;
+        let others = split::other_parts(&first)?;
+        let Header { path, file, metadata, mut tensors } = first;
+        let mut files = vec![(path, file)];
+        for part in others {
+            files.push((part.path, part.file));
+            tensors.extend(part.tensors);
+        }
         let mut by_name = HashMap::new();
         for (i, t) in tensors.iter().enumerate() {
             if by_name.insert(t.name.clone(), i).is_some() {
                 return Err(Error::DuplicateTensor { tensor: t.name.clone() });
             }
         }
-        Ok(Self { path, file, metadata, tensors, by_name })
+        Ok(Self { files, metadata, tensors, by_name })
     }
 
     /// A metadata value: `get::<&str>`, and so on for `u32`, `f32`, `bool`, `&[String]`, `&[f32]`, `Vec<i32>`.
@@ -77,7 +101,7 @@ impl Gguf {
         self.metadata.iter().map(|(key, value)| (key.as_str(), value))
     }
 
-    /// All tensors, in the order of the file.
+    /// All tensors, in the order of the file, and of one part after the other.
     pub fn tensors(&self) -> &[TensorInfo] {
         &self.tensors
     }
@@ -113,10 +137,11 @@ impl Gguf {
         }
         let bytes_of = |elements: usize| elements / block * tensor.ty.block_bytes();
         let (row, begin, len) = (bytes_of(tensor.cols()), bytes_of(cols.start), bytes_of(cols.len()));
+        let (path, file) = &self.files[tensor.file];
         let mut out = vec![0; rows.len() * len];
         let read = |to: &mut [u8], row_index: usize| {
             let at = tensor.offset + (row_index * row + begin) as u64;
-            self.file.read_exact_at(to, at).map_err(|source| Error::Io { path: self.path.clone(), source })
+            file.read_exact_at(to, at).map_err(|source| Error::Io { path: path.clone(), source })
         };
         if len == row {
             read(&mut out, rows.start)?;

@@ -1,4 +1,4 @@
-//! Reader of GGUF files: metadata, tensor index, dequantization, and the tokens that end a text.
+//! Reader of GGUF files, whole or split: metadata, tensor index, dequantization, and the tokens that end a text.
 //!
 //! The format is the one that ggml documents (versions 2 and 3, little-endian). Nothing in a file is trusted: every
 //! length is checked against the bytes that are there before memory is taken for it.

@@ -79,6 +79,8 @@ pub struct TensorInfo {
     pub dims: Vec<usize>,
     /// Type of its elements.
     pub ty: TensorType,
+    /// The file that it is in, of those that make up a model.
+    pub(crate) file: usize,
     /// Where it begins in the file.
     pub(crate) offset: u64,
     /// Bytes that it takes.
@@ -124,8 +126,8 @@ pub(crate) struct Data {
 }
 
 impl RawTensor {
-    /// The tensor, if its shape is possible and it lies within the data.
-    pub(crate) fn check(self, data: &Data) -> Result<TensorInfo> {
+    /// The tensor of the file with this index, if its shape is possible and it lies within the data.
+    pub(crate) fn check(self, data: &Data, file: usize) -> Result<TensorInfo> {
         let Some(bytes) = self.bytes() else {
             return Err(Error::TensorShape { tensor: self.name, dims: self.dims, ty: self.ty });
         };
@@ -143,6 +145,7 @@ impl RawTensor {
             name: self.name,
             dims: self.dims.iter().map(|d| *d as usize).collect(),
             ty: self.ty,
+            file,
             offset: data.start + self.offset,
             bytes: bytes as usize,
         })

@@ -61,7 +61,14 @@ pub async fn find_model(model_id: &str, revision: Option<&str>) -> Result<ModelF
 fn on_this_machine(name: &str) -> Result<ModelFiles, ModelError> {
     let path = Path::new(name);
     let is_gguf = path.is_file() && path.extension().is_some_and(|extension| extension == "gguf");
-    let absolute = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let canonical = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    // The name of a file is kept, because the other parts of a model are found by it.
+    let absolute = match (path.parent(), path.file_name()) {
+        (Some(folder), Some(name)) if is_gguf => {
+            canonical(if folder.as_os_str().is_empty() { Path::new(".") } else { folder }).join(name)
+        }
+        _ => canonical(path),
+    };
     if is_gguf || path.join(CONFIG).is_file() {
         Ok(ModelFiles { id: name.into(), path: absolute, revision: None, sha: None })
     } else {

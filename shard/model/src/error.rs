@@ -141,7 +141,7 @@ impl LoadError {
             | LoadError::Json { path, .. }
             | LoadError::Safetensors { path, .. }
             | LoadError::Torch { path, .. } => path,
-            LoadError::Gguf(gguf::Error::Io { path, .. }) => path,
+            LoadError::Gguf(gguf::Error::Io { path, .. } | gguf::Error::Part { path, .. }) => path,
             _ => return self,
         };
         *path = path.file_name().map(PathBuf::from).unwrap_or_default();
