@@ -20,6 +20,8 @@ use tokio::{
 
 /// The longest line of a log. The rest of a longer one is a line of its own.
 const LINE: u64 = 16 << 10;
+/// A process that was killed is gone within this time, unless it is in a call of a driver that does not return.
+const KILLED: Duration = Duration::from_secs(10);
 /// Time for the pipes of a process that has ended to end as well. Without it a grandchild could hold them open for
 /// ever.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -150,7 +152,8 @@ impl Child {
     }
 
     /// Asks it to end, and kills it when `patience` has passed `since` then, or at once if it hangs. Afterwards it is
-    /// gone, with all that it has started. The future may be dropped and this called again.
+    /// gone, with all that it has started; no signal ends a process inside of a driver, which is waited for. The future
+    /// may be dropped and this called again.
     pub(crate) async fn stop(&mut self, since: Instant, patience: Duration) -> io::Result<End> {
         drop(self.stdin.take());
         let end = match self.hangs {
@@ -162,14 +165,16 @@ impl Child {
                     tracing::warn!("{} did not stop within {} s, killing it", self.name, patience.as_secs_f32());
                     End::Killed
                 }
-                silent = self.heartbeat.stopped() => End::Silent(silent),
+                silent = self.heartbeat.stopped_while_open() => End::Silent(silent),
             },
         };
         if let Some(group) = self.group {
             // Usually there is nothing left.
             let _ = kill_process_group(group, Signal::KILL);
         }
-        self.process.wait().await?;
+        while timeout(KILLED, self.process.wait()).await.map_or(Ok(true), |ended| ended.map(|_| false))? {
+            tracing::error!("{} was killed, but is still there: a driver does not let it go", self.name);
+        }
         self.last_lines().await;
         Ok(end)
     }
@@ -204,6 +209,19 @@ impl Heartbeat {
             // After the launcher or its machine was suspended, timers fire before what came meanwhile is seen.
             if self.bytes.is_none() || timeout(HEARTBEAT, self.next()).await.is_err() {
                 return self.last.elapsed();
+            }
+        }
+    }
+
+    /// As [`Self::stopped`], but a child that has closed its end is never silent.
+    async fn stopped_while_open(&mut self) -> Duration {
+        loop {
+            if self.bytes.is_none() {
+                return std::future::pending().await;
+            }
+            let silent = self.stopped().await;
+            if self.bytes.is_some() {
+                return silent;
             }
         }
     }

@@ -22,7 +22,8 @@ const STABLE: Duration = Duration::from_secs(60);
 /// Time for the other members to end once one has ended. They may wait for it in a collective that never returns.
 const LAST_WORK: Duration = Duration::from_secs(3);
 /// A member that is silent for longer than this when another one has ended is taken to be the cause: ranks that wait
-/// for a suspended one give up after about as long as the launcher does.
+/// for a suspended one give up after about as long as the launcher does. One that has closed its stdout is on its way
+/// out, and may take a while to free the memory of its GPU.
 const SUSPECT: Duration = Duration::from_secs(2);
 
 /// A group that is started again whenever one of its members ends.

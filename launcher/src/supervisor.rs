@@ -144,7 +144,10 @@ impl Plan {
         };
         if let Some(failure) = failure {
             // Nobody is served any more.
-            tokio::join!(router.stop(PATIENCE), shards.stop(PATIENCE));
+            tokio::select! {
+                () = signals.next() => tracing::warn!("told to stop meanwhile: stopping at once"),
+                _ = async { tokio::join!(router.stop(PATIENCE), shards.stop(PATIENCE)) } => {}
+            }
             return Err(failure);
         }
         let router_config = &self.config.router;

@@ -30,6 +30,29 @@ fn lines_of_children_have_their_name_and_their_order() {
     }
 }
 
+/// Nobody has to wait for a child that does not stop once the others have failed.
+#[test]
+fn a_launcher_that_gives_up_can_be_stopped() {
+    for signal in ["-TERM", "-INT"] {
+        let mut launcher = Launcher::with_model()
+            .shard("beat; read line < \"$CHILDREN/go\"; exit 3")
+            .router("beat; say router up; serve; say router stays; read line < \"$CHILDREN/never\"");
+        let (go, _never) = (launcher.fifo("go"), launcher.fifo("never"));
+        let mut running = launcher.start();
+        running.until("router up");
+        go.write_line("fail");
+        running.until("router stays");
+        let told = Instant::now();
+        running.signal(signal);
+        let (status, log) = running.ended();
+        assert!(told.elapsed() < Duration::from_secs(3), "{signal}: {:?}", told.elapsed());
+        assert_eq!(status, Some(1), "{signal}: {log:?}");
+        let has = |text: &str| log.iter().any(|line| line.contains(text));
+        assert!(has("told to stop meanwhile: stopping at once"), "{signal}: {log:?}");
+        assert!(has("shard-0 could not start (exit status: 3)"), "{signal}: {log:?}");
+    }
+}
+
 #[test]
 fn json_lines_are_passed_on_as_they_are() {
     let line = r#"{"level":"INFO"}"#;

@@ -247,6 +247,33 @@ fn a_rank_that_hangs_is_the_cause_though_another_one_ends_first() {
     running.ended();
 }
 
+/// Freeing the memory of a GPU takes its time, after a rank has closed its stdout: it is not the cause for that.
+#[test]
+fn a_rank_that_takes_its_time_to_go_is_not_the_cause() {
+    let ends = |first: usize, slow: usize| {
+        // The launcher alone would wait for a minute, and kills the rank that is slow after three seconds.
+        let launcher = four_within(
+            "60",
+            &format!(
+                "beat; [ $rank = {first} ] && exit 70; serve
+                 [ $rank = {slow} ] && {{ kill $!; exec >&-; read line < \"$CHILDREN/never\"; }}; say rank $rank down"
+            ),
+        );
+        let never = launcher.fifo("never");
+        let (status, log) = launcher.fails();
+        drop(never);
+        assert_eq!(status, 1, "{log}");
+        assert!(log.contains(&format!("shard-{first} could not start (exit status: 70)")), "{log}");
+        assert!(log.contains(&format!("shard-{slow} did not stop within 3 s, killing it")), "{log}");
+        assert!(!log.contains("hangs"), "{log}");
+    };
+    std::thread::scope(|scope| {
+        for (first, slow) in [(0, 1), (0, 3), (1, 0), (2, 3), (3, 2), (3, 0)] {
+            scope.spawn(move || ends(first, slow));
+        }
+    });
+}
+
 /// Whatever a group leaves in its folder is gone when the next one starts.
 #[test]
 fn nothing_of_a_group_is_left_for_the_next() {
