@@ -4,6 +4,9 @@
 //! `cuda time decode 32 16 prefill 512 1 prefix 64 0` times only such steps (rows, adapters), whole; `prefix` is a prompt
 //! behind 32k tokens in KV memory, whose attention is timed as well.
 //!
+//! `cuda graphs` captures all steps that a server captures, those for adapters without gains and biases first, and tells
+//! the time and the memory that both kinds take.
+//!
 //! `cuda once decode 32 16` runs one such step (rows, adapters) a second time, kernel by kernel between the marks that a
 //! profiler waits for: `ncu --profile-from-start off --csv --metrics gpu__time_duration.sum cuda once prefill 512 1`.
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a bench prints and fails by panicking")]
@@ -261,6 +264,45 @@ fn report(what: &str, rows: usize, adapters: usize, op: &str, ms: f64) {
     );
 }
 
+/// Captures the steps of a server, each by running it twice.
+fn graphs() {
+    let mut model = Model::new();
+    let ops = model.ops.clone();
+    let mut device = ops.batch(MAX_ROWS, 16_384, &[Span::Causal]).unwrap();
+    for is_affine in [false, true] {
+        let steps = ops.captured_steps();
+        let steps: Vec<_> = steps.iter().filter(|step| step.is_affine == is_affine).collect();
+        if is_affine {
+            let mut part = kernels::LoraPart::delta((0, 0), 1, 1.0, &[0.0; HIDDEN], &[0.0; 4096]);
+            part.bias = Some(vec![0.0; 4096]);
+            let adapter = Arc::new(ops.stage(&sites(), &[part]).unwrap());
+            let slots = Arc::get_mut(&mut model.slots).unwrap();
+            ops.unload(slots, 0).unwrap();
+            ops.load(slots, 0, &adapter, &[]).unwrap();
+            while ops.loaded(slots).unwrap().is_empty() {}
+        }
+        ops.synchronize().unwrap();
+        let (start, free) = (Instant::now(), ops.memory().unwrap().free);
+        for step in &steps {
+            let mut host = batch(&vec![(1, 0); step.rows], &[]);
+            let segment = |row| kernels::Segment { start: row, end: row + 1, slot: 0 };
+            host.segments = (0..step.runs as u32).map(segment).collect();
+            host.logit_segments.clone_from(&host.segments);
+            for _ in 0..2 {
+                ops.upload(&host, &mut device).unwrap();
+                let slots = model.slots.clone();
+                ops.step(&device, Some(&slots), || model.forward(&device, &|_| true)).unwrap();
+            }
+            ops.synchronize().unwrap();
+        }
+        let (count, seconds) = (steps.len(), start.elapsed().as_secs_f64());
+        let mib = free.saturating_sub(ops.memory().unwrap().free) >> 20;
+        println!(
+            "{{\"what\":\"graphs\",\"affine\":{is_affine},\"count\":{count},\"s\":{seconds:.2},\"mib\":{mib}}}"
+        );
+    }
+}
+
 /// One step's indices: decode rows at position 575, the rows of one prompt, or both.
 fn step(phase: &str, rows: usize, adapters: usize) -> Batch {
     if phase == "prefix" {
@@ -314,6 +356,9 @@ fn main() {
     let args: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
     if let Some(("once", args)) = args.split_first().map(|(first, rest)| (first.as_str(), rest)) {
         return once(args);
+    }
+    if args == ["graphs"] {
+        return graphs();
     }
     let mut model = Model::new();
     if let Some(("time", steps)) = args.split_first().map(|(first, rest)| (first.as_str(), rest)) {

@@ -1,7 +1,9 @@
 //! Sums over ranks, and columns of all ranks, in captured steps: microseconds of each by size. One JSON line for each
 //! figure. `cargo bench -p kernels --features cuda --bench ranks -- 2` times two ranks, in processes of their own.
 //!
-//! With fewer gpus than ranks, the processes take turns on one, and the figures say nothing of several.
+//! The end of a branch is timed twice: with one kernel for deltas, sum, stream and norm, and with one for the deltas and
+//! another one for the rest. With fewer GPUs than ranks, the processes take turns on one, and the figures say nothing of
+//! several. Of one rank there are no sums.
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a bench prints and fails by panicking")]
 
 use std::{
@@ -43,7 +45,7 @@ fn main() {
     }
     for transport in ["fastest", "nccl"] {
         // NCCL refuses two ranks on one GPU.
-        if transport == "fastest" || gpus >= ranks {
+        if transport == "fastest" || gpus >= ranks && ranks > 1 {
             start(ranks, transport);
         }
     }
@@ -88,17 +90,20 @@ fn rank(rank: usize, ranks: usize, transport: Transport, folder: &Path) {
         let mut y = be.wide_mat(rows, VOCAB / ranks * ranks).unwrap();
         report("columns", rows * VOCAB / ranks * 4, time(&be, |_| be.gather_columns(&x, &mut y)));
     }
-    for rows in [1, 32, 128] {
+    for rows in [1, 32, 64, 128, 256] {
         for adapters in [0, rows.min(32)] {
-            let micros = branch(&be, rows, adapters);
-            report(&format!("branch, {adapters} adapters"), rows * HIDDEN * 2, micros);
+            // Only what is not scaled has a kernel that does all.
+            for (kernels, scale) in [("one kernel", 1.0), ("two kernels", 1.0 + f32::EPSILON)] {
+                let micros = branch(&be, rows, adapters, scale);
+                report(&format!("branch, {adapters} adapters, {kernels}"), rows * HIDDEN * 2, micros);
+            }
         }
     }
     be.group().barrier(PATIENCE).unwrap();
 }
 
 /// The end of a branch: a product of few inputs with its deltas, the sum, the stream, the norm.
-fn branch(be: &CudaBackend, rows: usize, adapters: usize) -> f64 {
+fn branch(be: &CudaBackend, rows: usize, adapters: usize, scale: f32) -> f64 {
     let (inputs, mut numbers) = (256, Numbers(3));
     let sites = [LoraSite::linear(inputs, &[HIDDEN])];
     let mut slots = be.lora_slots(&sites, adapters.max(1)).unwrap();
@@ -131,7 +136,7 @@ fn branch(be: &CudaBackend, rows: usize, adapters: usize) -> f64 {
             stream: &mut stream,
             products: &mut products,
             post: None,
-            scale: 1.0,
+            scale,
             branch: Branch::Only,
             next,
         };
