@@ -1,12 +1,12 @@
 //! Which adapters are served, and which are refused with which words.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::{fs, os::unix::fs::symlink, path::Path, process::Command};
+use std::{cell::Cell, fs, os::unix::fs::symlink, path::Path, process::Command};
 
 use kernels::DType;
 use model::{
     Decoder,
-    adapter::{self, Adapter, BaseModel},
+    adapter::{self, Adapter, AdapterError, AdapterFolder, BaseModel, ContentHash},
     testing::{self, Files, Tensor},
 };
 use serde_json::{Value, json};
@@ -52,6 +52,27 @@ fn all_projections_are_read_and_scaled() {
     assert_eq!(scale, 2.0, "alpha / r");
     let rslora = read(&with("use_rslora", json!(true))).unwrap();
     assert_eq!(rslora.parts[0].low_rank.as_ref().unwrap().scale, 4.0, "alpha / √r");
+}
+
+#[test]
+fn reading_ends_before_the_next_tensor_when_it_is_cancelled() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = model(&folder.path().join("model"), &testing::model(), DType::F32);
+    let at = folder.path().join("adapter");
+    testing::adapter(&SEVEN, 4, 1).write_adapter(&at).unwrap();
+    let opened = AdapterFolder::open(&at, &base).unwrap();
+    let content = ContentHash([7; 32]);
+    // Two layers of seven projections.
+    for allowed in 0..14 {
+        let asked = Cell::new(0);
+        let is_cancelled = || asked.replace(asked.get() + 1) == allowed;
+        let cancelled = opened.read_as(content, &is_cancelled);
+        assert!(matches!(cancelled, Err(AdapterError::Cancelled)));
+        assert_eq!(asked.get(), allowed + 1);
+    }
+    let read = opened.read_as(content, &|| false).unwrap();
+    assert_eq!(read.hash, content);
+    assert!(read.parts.len() == 14 && read.parts.iter().all(|part| part.content == content.number()));
 }
 
 #[test]

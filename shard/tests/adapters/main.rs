@@ -6,6 +6,7 @@ mod fake;
 mod ludwig;
 mod memory;
 mod replacing;
+mod staging;
 #[path = "../support/tiny.rs"]
 mod tiny;
 
@@ -16,7 +17,7 @@ use std::{
 };
 
 use fake::{Fake, Script};
-use lorax_shard::adapters::Adapters;
+use lorax_shard::adapters::{Adapters, Properties, StageOrder};
 
 /// The adapters of the small model, and the folder that they are in.
 struct World {
@@ -25,16 +26,29 @@ struct World {
     folder: tempfile::TempDir,
 }
 
+/// The session in which tests stage adapters.
+const SESSION: u64 = 5;
+
 impl World {
     fn new(host_bytes: usize) -> World {
         let script = Script::default();
         let folder = tempfile::tempdir().unwrap();
         let (_, adapters) = tiny::engine(Fake::new(script.clone()), folder.path(), host_bytes);
+        adapters.begin_session(SESSION);
         World { adapters, script, folder }
     }
 
     fn at(&self, name: &str) -> PathBuf {
         self.folder.path().join("adapters").join(name)
+    }
+
+    /// An order to stage the adapter in a folder, which is named by its last part.
+    fn order(&self, name: &str) -> StageOrder {
+        tiny::order(&self.at(name), SESSION)
+    }
+
+    async fn stage(&self, name: &str) -> Arc<Properties> {
+        tiny::stage(&self.adapters, &self.at(name), SESSION).await
     }
 
     async fn prepare(&self, name: &str) -> lorax_shard::adapters::Prepared {

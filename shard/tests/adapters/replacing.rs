@@ -3,11 +3,18 @@
 use std::{
     fs::{self, File, FileTimes},
     os::unix::fs::{FileExt, MetadataExt, symlink},
-    path::Path,
+    path::{Path, PathBuf},
     time::{Duration, UNIX_EPOCH},
 };
 
-use crate::{World, ticks, tiny::write_adapter};
+use lorax_shard::adapters::{StageAnswer, Stamp};
+
+use crate::{
+    SESSION, World,
+    fake::Fault,
+    ticks,
+    tiny::{self, write_adapter},
+};
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
@@ -191,6 +198,70 @@ async fn links_are_followed_to_where_they_lead_now() {
         assert_eq!(world.prepare("link").await.content, b);
         fs::remove_file(&link).unwrap();
         symlink("a", &link).unwrap();
+    }
+}
+
+/// Writes two adapters for each way, the one that is replaced first.
+fn write_pairs(world: &World) -> Vec<(PathBuf, PathBuf)> {
+    let pair = |i: usize| {
+        let (at, new) = (world.at(&format!("at-{i}")), world.at(&format!("new-{i}")));
+        for (folder, seed) in [(&at, 100), (&new, 200)] {
+            write_adapter(folder, seed + i as u64);
+            backdate_all(folder);
+        }
+        (at, new)
+    };
+    (0..WAYS.len()).map(pair).collect()
+}
+
+#[tokio::test]
+async fn files_that_have_changed_since_they_were_hashed_are_gone() {
+    let world = World::new(1 << 20);
+    let pairs = write_pairs(&world);
+    ticks().await;
+    for ((at, new), (way, replace)) in pairs.iter().zip(WAYS) {
+        let order = tiny::order(at, SESSION);
+        replace(at, new);
+        assert_eq!(world.adapters.stage(order).await.unwrap(), StageAnswer::Gone, "{way}");
+        // As another content, it can be staged.
+        tiny::stage(&world.adapters, at, SESSION).await;
+    }
+    for file in [CONFIG, WEIGHTS] {
+        let order = world.order("one");
+        fs::remove_file(world.at("one").join(file)).unwrap();
+        assert_eq!(world.adapters.stage(order).await.unwrap(), StageAnswer::Gone);
+        write_adapter(&world.at("one"), 1);
+    }
+    let mut order = world.order("one");
+    order.parts[0].folder.push("nowhere");
+    assert_eq!(world.adapters.stage(order).await.unwrap(), StageAnswer::Gone);
+}
+
+#[tokio::test]
+async fn files_that_change_while_they_are_read_are_gone() {
+    let world = World::new(1 << 20);
+    let pairs = write_pairs(&world);
+    ticks().await;
+    for ((at, new), (way, replace)) in pairs.iter().zip(WAYS) {
+        let order = tiny::order(at, SESSION);
+        let opened = [CONFIG, WEIGHTS].map(|file| File::open(at.join(file)).unwrap());
+        let stamps = || opened.each_ref().map(|file| Stamp::of(&file.metadata().unwrap()));
+        let before = stamps();
+        world.script.fail("stage", Fault::Hang);
+        let count = world.script.count("stage");
+        let replaced = async {
+            while world.script.count("stage") == count {
+                tokio::task::yield_now().await;
+            }
+            replace(at, new);
+            world.script.mend("stage");
+        };
+        let (answer, ()) = tokio::join!(world.adapters.stage(order), replaced);
+        // The files that were hashed are still the same if only a folder has another name.
+        match answer.unwrap() {
+            StageAnswer::Staged(_) => assert_eq!(stamps(), before, "{way}"),
+            answer => assert!(answer == StageAnswer::Gone && stamps() != before, "{way}: {answer:?}"),
+        }
     }
 }
 
