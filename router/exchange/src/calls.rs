@@ -1,7 +1,7 @@
 //! Calls that are running, and how many more may.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     time::Duration,
 };
 
@@ -48,6 +48,10 @@ pub(crate) struct Calls {
     pub(crate) running: BTreeMap<CallId, Call>,
     /// By kind, source, and tenant; without a tenant, of all of them. Looked up only, never iterated.
     counts: HashMap<(Kind, SourceId, Option<u64>), Count>,
+    /// Calls that have become slow and keep their permits, because the second pool had no room for them so far.
+    late: BTreeSet<CallId>,
+    /// What the aborted calls are about.
+    ending: BTreeSet<Target>,
     /// Calls of a tenant by kind.
     tenants: HashMap<u64, [u32; 3]>,
     last: u64,
@@ -55,7 +59,15 @@ pub(crate) struct Calls {
 
 impl Calls {
     pub(crate) fn new(limits: Limits) -> Self {
-        Self { limits, running: BTreeMap::new(), counts: HashMap::new(), tenants: HashMap::new(), last: 0 }
+        Self {
+            limits,
+            running: BTreeMap::new(),
+            counts: HashMap::new(),
+            late: BTreeSet::new(),
+            ending: BTreeSet::new(),
+            tenants: HashMap::new(),
+            last: 0,
+        }
     }
 
     pub(crate) fn budget(&self, kind: Kind) -> Budget {
@@ -107,32 +119,51 @@ impl Calls {
         CallId(self.last)
     }
 
-    /// Lets a call that has taken long go on in the second pool, if that has room.
+    /// Lets a call that has taken long go on in the second pool, as soon as that has room.
     pub(crate) fn slow_down(&mut self, id: CallId) {
         let Some(call) = self.running.get(&id).cloned() else { return };
-        if self.has_room(call.target.kind(), call.source, call.tenant, true) {
-            self.count(&call, false, |calls| calls - 1);
-            self.count(&call, true, |calls| calls + 1);
-            self.running.insert(id, Call { slow: true, ..call });
+        if !self.has_room(call.target.kind(), call.source, call.tenant, true) {
+            self.late.insert(id);
+            return;
         }
+        self.late.remove(&id);
+        self.count(&call, false, |calls| calls - 1);
+        self.count(&call, true, |calls| calls + 1);
+        self.running.insert(id, Call { slow: true, ..call });
+    }
+
+    /// The call's flight goes on without it. Returns the call if that is new.
+    pub(crate) fn abort(&mut self, id: CallId) -> Option<&Call> {
+        let call = self.running.get_mut(&id).filter(|call| !call.aborted)?;
+        call.aborted = true;
+        self.ending.insert(call.target);
+        Some(call)
     }
 
     /// Nothing is left of a call.
     pub(crate) fn end(&mut self, id: CallId) -> Option<Call> {
         let call = self.running.remove(&id)?;
         self.count(&call, call.slow, |calls| calls - 1);
+        self.late.remove(&id);
+        if call.aborted {
+            self.ending.remove(&call.target);
+        }
         if let Some(calls) = self.tenants.get_mut(&call.tenant) {
             calls[call.target.kind() as usize] -= 1;
             if *calls == [0; 3] {
                 self.tenants.remove(&call.tenant);
             }
         }
+        if call.slow {
+            let late: Vec<_> = self.late.iter().copied().collect();
+            late.into_iter().for_each(|late| self.slow_down(late));
+        }
         Some(call)
     }
 
     /// Whether a call is ending whose flight goes on without it.
     pub(crate) fn is_ending(&self, target: Target) -> bool {
-        self.running.values().any(|call| call.aborted && call.target == target)
+        self.ending.contains(&target)
     }
 
     pub(crate) fn count_running(&self) -> [usize; 3] {
@@ -149,6 +180,13 @@ impl Calls {
                 *counts.entry((kind, call.source, tenant)).or_default().of(call.slow) += 1;
             }
             tenants.entry(call.tenant).or_default()[kind as usize] += 1;
+        }
+        let aborted = self.running.values().filter(|call| call.aborted).map(|call| call.target);
+        assert_eq!(self.ending, aborted.collect(), "calls that are ending");
+        for id in &self.late {
+            let call = self.running.get(id).expect("a late call runs");
+            let has_room = self.has_room(call.target.kind(), call.source, call.tenant, true);
+            assert!(!call.slow && !has_room, "{id:?} keeps its permit for nothing");
         }
         assert_eq!(self.counts, counts, "calls by source");
         assert_eq!(self.tenants, tenants, "calls by tenant");

@@ -7,6 +7,7 @@ mod check;
 mod joins;
 mod pump;
 mod session;
+mod together;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -26,6 +27,7 @@ use crate::{
     tier::Copies,
     timers::{Timer, Timers},
 };
+use together::{Group, GroupId};
 
 /// A credential may read a reference.
 #[derive(Debug, Clone, Copy)]
@@ -37,6 +39,8 @@ struct Grant {
 /// The point that an ask has reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stand {
+    /// It has been looked up, and waits until its group is promised room.
+    Together,
     /// It waits for the result of a call.
     Waiting(Target),
     /// It has its lease.
@@ -49,6 +53,8 @@ struct AskState<P> {
     ask: Ask<P>,
     arrival: Arrival,
     stand: Stand,
+    /// Others that need their leases at the same time.
+    group: Option<GroupId>,
     /// The version that it was granted.
     found: Option<Found>,
     /// The content of this version, once it is known.
@@ -84,6 +90,7 @@ pub struct Exchange<P> {
     limits: Limits,
     asks: BTreeMap<AskId, AskState<P>>,
     flights: BTreeMap<Target, Flight<P>>,
+    groups: BTreeMap<GroupId, Group>,
     queue: Queue,
     calls: Calls,
     timers: Timers,
@@ -97,7 +104,9 @@ pub struct Exchange<P> {
     disk: Copies,
     host: Copies,
     host_bytes: HostBytes,
-    turns: Turns,
+    /// For calls, by kind, and for promises to groups.
+    turns: [Turns; 3],
+    group_turns: Turns,
     /// How many asks that are looked up are expected to need a content.
     wanted: HashMap<Content, u32>,
     device: BTreeMap<Content, SlotState>,
@@ -119,6 +128,7 @@ impl<P: Clone> Exchange<P> {
         Self {
             asks: BTreeMap::new(),
             flights: BTreeMap::new(),
+            groups: BTreeMap::new(),
             queue: Queue::default(),
             calls: Calls::new(limits),
             timers: Timers::default(),
@@ -130,7 +140,8 @@ impl<P: Clone> Exchange<P> {
             disk: Copies::new(limits.disk_bytes),
             host: Copies::new(limits.host_bytes),
             host_bytes: HostBytes::default(),
-            turns: Turns::new(remembered),
+            turns: Kind::ALL.map(|_| Turns::new(remembered)),
+            group_turns: Turns::new(remembered),
             wanted: HashMap::new(),
             device: BTreeMap::new(),
             device_stats: TierStats::default(),
@@ -147,7 +158,8 @@ impl<P: Clone> Exchange<P> {
             self.expire(timer, now);
         }
         match input {
-            Input::Ask(ask) => self.ask(ask, now),
+            Input::Ask(ask) => self.ask(ask, None, now),
+            Input::AskTogether(asks) => self.ask_together(asks, now),
             Input::Release(id) => self.release(id),
             Input::LookedUp { call, result } => self.looked_up(call, result, now),
             Input::Progress { call, bytes } => self.progress(call, bytes, now),
@@ -162,9 +174,11 @@ impl<P: Clone> Exchange<P> {
             Input::Reload(reference) => {
                 self.grants.retain(|&(granted, _)| granted != reference);
                 self.access_failures.retain(|&(failed, _)| failed != reference);
+                self.look_up_anew(reference);
             }
             Input::Tick => {}
         }
+        self.promise_room(now);
         self.pump(now);
         mem::take(&mut self.outputs)
     }

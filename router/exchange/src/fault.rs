@@ -25,7 +25,8 @@ pub enum Fault {
     /// A lookup, a fetch or a stage was not answered in time, or the ask's deadline passed while it waited for one.
     Slow,
     /// The version is not there any more, because the source has another one by now. The reference is looked up again;
-    /// an ask fails with this if that happens repeatedly.
+    /// an ask fails with this if that happens repeatedly. So does one whose lease on the disk is void, because the files
+    /// are gone.
     Changed,
     /// Pins have as much of a tier as they may have.
     PinsFull(Tier),

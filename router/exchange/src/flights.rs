@@ -81,6 +81,8 @@ pub(crate) struct Flight<P> {
     pub(crate) owners: BTreeMap<LaneKey, Owner<P>>,
     /// Bytes of room that it takes on its tier.
     pub(crate) bytes: u64,
+    /// Whether the room for it is promised to somebody who waits for it.
+    pub(crate) promised: bool,
     /// Whether there was no room for it when it could have begun.
     pub(crate) short: bool,
     /// Bytes of others that were given room since then.

@@ -2,9 +2,9 @@
 
 use std::{cmp::Ordering, collections::HashMap};
 
-use crate::{Tenant, flights::Kind, lru::Lru};
+use crate::{Tenant, lru::Lru};
 
-/// Virtual time of a call for a tenant of weight 1.
+/// Virtual time of a turn for a tenant of weight 1.
 const TURN: u64 = 1 << 20;
 
 /// What a tenant holds of something, relative to its weight.
@@ -26,31 +26,31 @@ impl Share {
     }
 }
 
-/// Counts the calls that each tenant has had, divided by its weight. A tenant that comes back after a pause starts from
+/// Counts the turns that each tenant has had, divided by its weight. A tenant that comes back after a pause starts from
 /// the present, so that nobody saves up turns.
 #[derive(Debug)]
 pub(crate) struct Turns {
-    had: Lru<(Kind, u64), u64>,
-    /// The virtual time at which the last call of each kind began.
-    now: [u64; 3],
+    had: Lru<u64, u64>,
+    /// The virtual time at which the last turn began.
+    now: u64,
 }
 
 impl Turns {
     pub(crate) fn new(remembered: usize) -> Self {
-        Self { had: Lru::new(remembered), now: [0; 3] }
+        Self { had: Lru::new(remembered), now: 0 }
     }
 
-    /// The virtual time of a tenant's next call.
-    pub(crate) fn next(&self, kind: Kind, tenant: u64) -> u64 {
-        let had = self.had.peek((kind, tenant)).copied();
-        had.unwrap_or_default().max(self.now[kind as usize])
+    /// The virtual time of a tenant's next turn.
+    pub(crate) fn next(&self, tenant: u64) -> u64 {
+        let had = self.had.peek(tenant).copied();
+        had.unwrap_or_default().max(self.now)
     }
 
-    pub(crate) fn take(&mut self, kind: Kind, tenant: Tenant) {
-        let begun = self.next(kind, tenant.id);
-        self.now[kind as usize] = begun;
+    pub(crate) fn take(&mut self, tenant: Tenant) {
+        let begun = self.next(tenant.id);
+        self.now = begun;
         let turn = (TURN / u64::from(tenant.weight.max(1))).max(1);
-        self.had.insert((kind, tenant.id), begun + turn);
+        self.had.insert(tenant.id, begun + turn);
     }
 }
 

@@ -83,6 +83,10 @@ impl Copies {
         }
     }
 
+    pub(crate) fn limit(&self) -> u64 {
+        self.limit
+    }
+
     /// Bytes that one copy can have while the pins stay.
     pub(crate) fn unpinned(&self) -> u64 {
         self.limit - self.pinned

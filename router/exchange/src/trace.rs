@@ -108,17 +108,8 @@ fn read_all<W: Word>(line: &str) -> Option<W> {
 
 fn bare_input<P>(input: &Input<P>) -> Input<()> {
     match input {
-        Input::Ask(ask) => Input::Ask(Ask {
-            payload: (),
-            id: ask.id,
-            tenant: ask.tenant,
-            source: ask.source,
-            reference: ask.reference,
-            credential: ask.credential,
-            tier: ask.tier,
-            pin: ask.pin,
-            deadline: ask.deadline,
-        }),
+        Input::Ask(ask) => Input::Ask(bare_ask(ask)),
+        Input::AskTogether(asks) => Input::AskTogether(asks.iter().map(bare_ask).collect()),
         Input::Release(ask) => Input::Release(*ask),
         Input::LookedUp { call, result } => Input::LookedUp { call: *call, result: result.clone() },
         Input::Progress { call, bytes } => Input::Progress { call: *call, bytes: *bytes },
@@ -134,6 +125,20 @@ fn bare_input<P>(input: &Input<P>) -> Input<()> {
         Input::Detached => Input::Detached,
         Input::Reload(reference) => Input::Reload(*reference),
         Input::Tick => Input::Tick,
+    }
+}
+
+fn bare_ask<P>(ask: &Ask<P>) -> Ask<()> {
+    Ask {
+        payload: (),
+        id: ask.id,
+        tenant: ask.tenant,
+        source: ask.source,
+        reference: ask.reference,
+        credential: ask.credential,
+        tier: ask.tier,
+        pin: ask.pin,
+        deadline: ask.deadline,
     }
 }
 

@@ -10,6 +10,8 @@ pub(crate) struct Server {
     pub(crate) host_bytes: u64,
     pub(crate) disk_bytes: u64,
     pub(crate) seats: u32,
+    /// Time after which a busy adapter leaves its slot to others.
+    pub(crate) cycle_time: Duration,
     /// Seconds of a step without rows, and for each decode row and each prompt row.
     pub(crate) step: f64,
     pub(crate) row: f64,

@@ -1,5 +1,6 @@
-//! First come, first served: one queue, and loaders that bring adapters in the order in which their first requests came.
-//! LoRAX has one loader. A request whose adapter has no slot keeps those behind it waiting.
+//! First come, first served: one queue, and loaders that bring adapters in the order in which their first requests came,
+//! while steps run on. A request whose adapter has no slot keeps those behind it waiting. This is better than any server
+//! that there is: LoRAX, in `lorax`, has one loader, which stops the steps.
 
 use std::{
     collections::{BTreeMap, VecDeque},

@@ -1,13 +1,16 @@
-//! Simulates a server with thousands of adapters in virtual time: the real scheduler and the exchange, against a server
-//! that serves in the order of arrival. With `--slo-ms` it finds out how many adapters one GPU can serve.
+//! Simulates a server with thousands of adapters in virtual time: the real scheduler and the exchange, against LoRAX as it
+//! is, and against a better server that serves in the order of arrival. With `--slo-ms` it finds out how many adapters one GPU can serve.
 #![allow(clippy::print_stdout, reason = "the figures are what it is for")]
 
 mod capacity;
 mod costs;
 mod fcfs;
+mod lorax;
 mod ours;
 mod report;
 mod workload;
+
+use std::time::Duration;
 
 use clap::Parser;
 
@@ -81,6 +84,9 @@ struct Args {
     /// Sequences that run at the same time
     #[arg(long, default_value_t = 128)]
     seats: u32,
+    /// Seconds after which a busy adapter leaves its slot to others
+    #[arg(long, default_value_t = 2.0)]
+    adapter_cycle_time_s: f64,
     /// Milliseconds of a step without rows
     #[arg(long, default_value_t = 8.0)]
     step_ms: f64,
@@ -138,6 +144,7 @@ impl Args {
             host_bytes: self.host_memory * MIB,
             disk_bytes: self.disk * MIB,
             seats: self.seats,
+            cycle_time: Duration::from_secs_f64(self.adapter_cycle_time_s),
             step: self.step_ms / 1e3,
             row: self.row_us / 1e6,
             prompt_row: self.prompt_row_us / 1e6,
@@ -153,7 +160,7 @@ fn print(name: &str, outcome: &Outcome) {
     let figures = outcome.figures();
     let (disk, host, device) = (outcome.disk, outcome.host, outcome.device);
     println!(
-        "{name:16} {:>7.0} tokens/s  wait p50 {:>7.3} s  p99 {:>7.3} s  p99 of adapters {:>7.3} s  Jain {:.3}  failed \
+        "{name:24} {:>7.0} tokens/s  wait p50 {:>7.3} s  p99 {:>7.3} s  p99 of adapters {:>7.3} s  Jain {:.3}  failed \
          {:>4}",
         figures.tokens_per_second,
         figures.p50,
@@ -196,6 +203,7 @@ fn main() {
         workload.hanging
     );
     print("ours", &ours::run(&workload, &server));
-    print("fcfs, one loader", &fcfs::run(&workload, &server, 1));
-    print("fcfs, 16 loaders", &fcfs::run(&workload, &server, 16));
+    print("LoRAX as it is", &lorax::run(&workload, &server));
+    print("in order, one loader", &fcfs::run(&workload, &server, 1));
+    print("in order, 16 loaders", &fcfs::run(&workload, &server, 16));
 }

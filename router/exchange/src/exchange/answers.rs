@@ -2,9 +2,10 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use super::{Exchange, Grant};
+use super::{Exchange, Grant, Stand};
 use crate::{
-    AskId, CallId, Content, CredentialId, Fault, Fetched, Found, Output, Place, StageFault, Staged,
+    AskId, CallId, Content, CredentialId, Fault, Fetched, Found, Output, Place, ReferenceId, StageFault,
+    Staged,
     calls::Call,
     flights::{Flight, Kind, Target},
     timers::Timer,
@@ -159,9 +160,7 @@ impl<P: Clone> Exchange<P> {
             Place::InPlace(version) => _ = self.versions.remove(version),
             Place::Cache => {
                 self.disk.forget(content);
-                // Leases on the disk are void with the copy: of these asks, and of pins.
-                let leased = self.asks.values_mut().filter(|state| state.disk_lease == Some(content));
-                leased.for_each(|state| state.disk_lease = None);
+                self.void_disk_leases(content, now);
             }
         }
         for ask in flight.waiters {
@@ -179,13 +178,32 @@ impl<P: Clone> Exchange<P> {
         }
     }
 
+    /// A copy is gone from the disk, and so are the leases on it. Pins have it fetched again; other asks that have their
+    /// leases fail. Those that wait for a stage are the caller's to go on with.
+    fn void_disk_leases(&mut self, content: Content, now: Duration) {
+        let holders = self.asks.iter_mut().filter(|(_, state)| state.disk_lease == Some(content));
+        let void = holders.map(|(&id, state)| {
+            state.disk_lease = None;
+            (id, matches!(state.stand, Stand::Leased(_)), state.ask.pin)
+        });
+        let void: Vec<_> = void.collect();
+        for (id, _, pin) in void.into_iter().filter(|(_, leased, _)| *leased) {
+            match pin {
+                true => self.advance(id, now),
+                false => self.fail(id, Fault::Changed),
+            }
+        }
+    }
+
     /// The version that an ask was granted is not there any more.
     fn look_up_again(&mut self, ask: AskId, now: Duration) {
         let Some(state) = self.asks.get_mut(&ask) else { return };
         state.retries += 1;
         let access = state.access();
+        // The room of a group was promised for the versions that its asks had been granted.
+        let ends = state.retries > RETRIES || state.group.is_some();
         self.grants.remove(access);
-        if state.retries > RETRIES {
+        if ends {
             self.fail(ask, Fault::Changed);
         } else {
             self.look_up(ask, None, now);
@@ -207,32 +225,59 @@ impl<P: Clone> Exchange<P> {
         if self.calls.running.get(&id)?.target.kind() != kind {
             return None;
         }
-        let call = self.calls.end(id)?;
-        self.timers.remove(call.slow_at, Timer::Slow(id));
-        self.timers.remove(call.deadline, Timer::Call(id));
-        match kind {
-            Kind::Lookup => {}
-            Kind::Fetch => self.disk.unreserve(call.reserved),
-            Kind::Stage => {
-                self.host.unreserve(call.reserved);
-                self.host_bytes.subtract(call.tenant, call.reserved);
-            }
-        }
+        let call = self.end_call(id)?;
         let flight = if call.aborted { None } else { self.flights.remove(&call.target) };
         Some((call, flight))
     }
 
+    /// Gives back what a call holds.
+    pub(super) fn end_call(&mut self, id: CallId) -> Option<Call> {
+        let call = self.calls.end(id)?;
+        self.timers.remove(call.slow_at, Timer::Slow(id));
+        self.timers.remove(call.deadline, Timer::Call(id));
+        match call.target {
+            Target::Lookup(_) => {}
+            Target::Fetch(_) => self.disk.unreserve(call.reserved),
+            Target::Stage(content) => {
+                self.host.unreserve(call.reserved);
+                self.host_bytes.subtract(call.tenant, call.reserved);
+                if !call.in_place {
+                    self.disk.release(content, false);
+                }
+            }
+        }
+        Some(call)
+    }
+
     /// Fails a call that has taken too long or too much. It keeps its permit and its room until it is answered.
     pub(super) fn abort(&mut self, id: CallId, fault: Fault, now: Duration) {
-        let Some(call) = self.calls.running.get_mut(&id).filter(|call| !call.aborted) else { return };
-        call.aborted = true;
-        let (target, deadline) = (call.target, call.deadline);
-        self.timers.remove(deadline, Timer::Call(id));
-        self.outputs.push(Output::Abort(id));
+        let Some(target) = self.give_up(id) else { return };
         let Some(flight) = self.flights.remove(&target) else { return };
         match target {
             Target::Stage(content) => self.fail_stage(content, &flight, &fault, now),
             _ => self.fail_access(&flight.waiters, &fault, now),
         }
+    }
+
+    /// Aborts the lookups of a reference that are running, because they may have seen it before it changed. They are made
+    /// again for those who wait for them.
+    pub(super) fn look_up_anew(&mut self, reference: ReferenceId) {
+        let is_of =
+            |call: &Call| matches!(call.target, Target::Lookup((looked_up, _)) if looked_up == reference);
+        let lookups = self.calls.running.iter().filter(|(_, call)| is_of(call));
+        let lookups: Vec<_> = lookups.map(|(&id, _)| id).collect();
+        for id in lookups {
+            let target = self.give_up(id);
+            target.into_iter().for_each(|target| self.requeue(target));
+        }
+    }
+
+    /// Aborts a call, unless it is aborted already. Returns what it was about.
+    fn give_up(&mut self, id: CallId) -> Option<Target> {
+        let call = self.calls.abort(id)?;
+        let (target, deadline) = (call.target, call.deadline);
+        self.timers.remove(deadline, Timer::Call(id));
+        self.outputs.push(Output::Abort(id));
+        Some(target)
     }
 }

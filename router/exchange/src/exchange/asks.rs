@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
-use super::{AskState, Exchange, Stand};
+use super::{AskState, Exchange, Stand, together::GroupId};
 use crate::{Ask, AskId, Content, Fault, Found, Output, Tier, flights::Target, timers::Timer};
 
 impl<P: Clone> Exchange<P> {
-    pub(super) fn ask(&mut self, ask: Ask<P>, now: Duration) {
+    /// Takes an ask, alone or as one of a group.
+    pub(super) fn ask(&mut self, ask: Ask<P>, group: Option<GroupId>, now: Duration) {
         let (id, deadline) = (ask.id, ask.deadline);
         if self.asks.contains_key(&id) {
             self.outputs.push(Output::Failed { ask: id, fault: Fault::Duplicate });
@@ -21,8 +22,9 @@ impl<P: Clone> Exchange<P> {
         let arrival = self.arrivals;
         self.arrivals += 1;
         let (found, content, disk_lease, expected) = (None, None, None, None);
-        let state = AskState { ask, arrival, stand, found, content, disk_lease, expected, retries: 0 };
+        let state = AskState { ask, arrival, stand, group, found, content, disk_lease, expected, retries: 0 };
         self.asks.insert(id, state);
+        self.enter_group(id);
         self.timers.add(deadline, Timer::Ask(id));
         let grant = self.grants.get(access).copied();
         match grant.filter(|grant| now < grant.expires) {
@@ -70,7 +72,12 @@ impl<P: Clone> Exchange<P> {
     /// Gives a granted ask its lease, or makes it wait for the next call.
     pub(super) fn advance(&mut self, id: AskId, now: Duration) {
         let Some(state) = self.asks.get(&id) else { return };
-        let (Some(found), tier) = (state.found, state.ask.tier) else { return };
+        let (Some(found), tier, group) = (state.found, state.ask.tier, state.group) else { return };
+        if self.lacks_promise(group) {
+            self.asks.get_mut(&id).into_iter().for_each(|state| state.stand = Stand::Together);
+            return;
+        }
+        let Some(state) = self.asks.get(&id) else { return };
         let Some(content) = state.content else { return self.fetch(id, found, now) };
         if tier == Tier::Host && self.host.has(content) {
             return self.lease(id, content);
@@ -164,7 +171,11 @@ impl<P: Clone> Exchange<P> {
         let Some(state) = self.asks.remove(&id) else { return false };
         let pin = state.ask.pin;
         self.timers.remove(state.ask.deadline, Timer::Ask(id));
+        if let Some(group) = state.group {
+            self.leave_group(id, group);
+        }
         match state.stand {
+            Stand::Together => {}
             Stand::Waiting(target) => {
                 if let Some(content) = state.disk_lease {
                     self.disk.release(content, false);

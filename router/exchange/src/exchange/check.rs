@@ -3,7 +3,11 @@
 use std::collections::{BTreeSet, HashMap};
 
 use super::{Exchange, Stand};
-use crate::{Tier, flights::Kind, timers::Timer};
+use crate::{
+    Tier,
+    flights::{Kind, Target},
+    timers::Timer,
+};
 
 impl<P> Exchange<P> {
     /// Asserts every invariant: asks, calls, copies, bytes and leases are each accounted for exactly once, and no bound
@@ -14,6 +18,7 @@ impl<P> Exchange<P> {
     pub fn check(&self) {
         self.calls.check();
         self.check_flights();
+        self.check_groups();
         self.check_leases();
         self.check_timers();
         self.grants.check();
@@ -90,6 +95,11 @@ impl<P> Exchange<P> {
         }
         for (content, _) in self.device.iter().filter(|(_, slot)| slot.leased) {
             host.entry(*content).or_default().0 += 1;
+        }
+        for call in self.calls.running.values().filter(|call| !call.in_place) {
+            if let Target::Stage(content) = call.target {
+                disk.entry(content).or_default().0 += 1;
+            }
         }
         let of_kind = |kind| self.calls.running.values().filter(move |call| call.target.kind() == kind);
         for call in of_kind(Kind::Stage) {

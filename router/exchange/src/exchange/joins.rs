@@ -8,7 +8,7 @@ use std::{
 use super::{AskState, Exchange, Stand};
 use crate::{
     AskId, Place,
-    flights::{Flight, Owner, Target},
+    flights::{Flight, Kind, Owner, Target},
 };
 
 impl<P: Clone> Exchange<P> {
@@ -16,13 +16,17 @@ impl<P: Clone> Exchange<P> {
     pub(super) fn join(&mut self, id: AskId, target: Target, bytes: u64, now: Duration) {
         let Some(state) = self.asks.get_mut(&id) else { return };
         state.stand = Stand::Waiting(target);
+        let group = state.group;
+        let promised = self.has_promise(group) && target.kind() == Kind::Fetch;
         if let Some(flight) = self.flights.get_mut(&target) {
             flight.waiters.insert(id);
+            flight.promised |= promised;
             if flight.call.is_none() {
                 self.own(id, target);
             }
             return;
         }
+        let Some(state) = self.asks.get(&id) else { return };
         let failure = match target {
             Target::Stage(content) => self.stage_failures.current(content, now),
             _ => self.access_failures.current(state.access(), now),
@@ -32,7 +36,7 @@ impl<P: Clone> Exchange<P> {
         }
         let owners = BTreeMap::new();
         let (short, overtaken, waiters, call) = (false, 0, [id].into(), None);
-        let flight = Flight { owners, bytes, short, overtaken, waiters, call };
+        let flight = Flight { owners, bytes, promised, short, overtaken, waiters, call };
         self.flights.insert(target, flight);
         self.own(id, target);
     }

@@ -6,14 +6,14 @@ use super::Exchange;
 use crate::{
     Output, Place,
     calls::Call,
-    flights::{Flight, Kind, LaneKey, Target},
+    flights::{Kind, LaneKey, Target},
     queue::Lane,
     tenants::Share,
     tier::Room,
     timers::Timer,
 };
 
-/// Flights of one tenant at one source that are looked at for one that fits.
+/// Flights of one tenant at one source that are looked at for one that fits, of those that nothing holds up but room.
 const LOOK_AHEAD: usize = 8;
 
 /// Whether a flight can begin.
@@ -23,8 +23,6 @@ enum Fit {
     Soon,
     /// When leases end.
     Later,
-    /// When something else has ended that concerns this flight alone.
-    Held,
 }
 
 impl<P: Clone> Exchange<P> {
@@ -51,14 +49,13 @@ impl<P: Clone> Exchange<P> {
             if closed && bytes > 0 {
                 continue;
             }
-            match self.fit(target) {
+            match self.fit(kind, bytes) {
                 Fit::Now => {
                     self.count_overtaking(&candidates, bytes);
                     return Some((target, lane));
                 }
                 Fit::Soon => closed = true,
                 Fit::Later => closed = next,
-                Fit::Held => continue,
             }
             self.flights.get_mut(&target).into_iter().for_each(|flight| flight.short = true);
         }
@@ -66,26 +63,46 @@ impl<P: Clone> Exchange<P> {
     }
 
     /// Flights that have permits, in the order in which they should begin, with the lanes in which they wait: first those
-    /// that have been overtaken for long enough. Otherwise tenants take turns by what they hold for their weight, and
+    /// whose room is promised, then those that have been overtaken for long enough. Otherwise tenants take turns by what they hold for their weight, and
     /// then by what they have had; the flights of a tenant come in the order of arrival.
     fn candidates(&self, kind: Kind) -> Vec<(Target, LaneKey)> {
         let permits = |lane: &&Lane| self.calls.permits(kind, lane.source, lane.tenant.id);
         let lanes = self.queue.lanes(kind).filter(permits);
         let mut lanes: Vec<_> = lanes
             .filter_map(|lane| {
-                let turn = (self.turns.next(kind, lane.tenant.id), lane.flights.first()?.0);
+                let turn = (self.turns[kind as usize].next(lane.tenant.id), lane.flights.first()?.0);
                 Some((self.share(kind, lane), turn, lane))
             })
             .collect();
         lanes.sort_by(|(a, turn, _), (b, other, _)| a.compare(b).then(turn.cmp(other)));
         let candidates = lanes.into_iter().flat_map(|(_, _, lane)| {
             let key = (lane.tenant.id, lane.source);
-            lane.flights.iter().take(LOOK_AHEAD).map(move |&(_, target)| (target, key))
+            let able = lane.flights.iter().filter(|&&(_, target)| !self.is_held(target));
+            able.take(LOOK_AHEAD).map(move |&(_, target)| (target, key))
         });
-        let is_next = |target| self.flights.get(&target).is_some_and(Flight::is_next);
-        let (mut first, others): (Vec<_>, Vec<_>) = candidates.partition(|&(target, _)| is_next(target));
-        first.extend(others);
-        first
+        let mut candidates: Vec<_> = candidates.collect();
+        candidates.sort_by_key(|(target, _)| match self.flights.get(target) {
+            Some(flight) if flight.promised => 0,
+            Some(flight) if flight.is_next() => 1,
+            _ => 2,
+        });
+        candidates
+    }
+
+    /// Whether a flight cannot begin before something has ended that concerns it alone: an aborted call like it, which may
+    /// hang, or the removal of its copy.
+    fn is_held(&self, target: Target) -> bool {
+        let leaving = match target {
+            Target::Lookup(_) => false,
+            Target::Fetch(version) => {
+                let waiter = self.flights.get(&target).and_then(|flight| flight.waiters.first());
+                let waiting = waiter.and_then(|ask| self.asks.get(ask)?.content);
+                let content = waiting.or_else(|| self.versions.peek(version).copied());
+                content.is_some_and(|content| self.disk.is_leaving(content))
+            }
+            Target::Stage(content) => self.host.is_leaving(content),
+        };
+        leaving || self.calls.is_ending(target)
     }
 
     /// So many bytes of room are given to one, while others did not fit.
@@ -106,34 +123,21 @@ impl<P: Clone> Exchange<P> {
         Share::new(held, lane.tenant)
     }
 
-    /// Whether there is room for a flight. Makes room if that can be done.
-    fn fit(&mut self, target: Target) -> Fit {
-        let Some(flight) = self.flights.get(&target) else { return Fit::Held };
-        let leaving = match target {
-            Target::Lookup(_) => false,
-            Target::Fetch(version) => {
-                let waiting = flight.waiters.first().and_then(|ask| self.asks.get(ask)?.content);
-                let content = waiting.or_else(|| self.versions.peek(version).copied());
-                content.is_some_and(|content| self.disk.is_leaving(content))
-            }
-            Target::Stage(content) => self.host.is_leaving(content),
-        };
-        if leaving || self.calls.is_ending(target) {
-            return Fit::Held;
-        }
-        let copies = match target.kind() {
+    /// Whether there are so many bytes of room for a call of a kind. Makes room if that can be done.
+    fn fit(&mut self, kind: Kind, bytes: u64) -> Fit {
+        let copies = match kind {
             Kind::Lookup => return Fit::Now,
             Kind::Fetch => &mut self.disk,
             Kind::Stage => &mut self.host,
         };
-        match copies.room(flight.bytes, |content| self.wanted.contains_key(&content)) {
+        match copies.room(bytes, |content| self.wanted.contains_key(&content)) {
             Room::Free => Fit::Now,
             Room::Coming => Fit::Soon,
             Room::Full => Fit::Later,
             Room::Evict(victims) => {
                 for (content, wanted) in victims {
                     copies.evict(content, wanted);
-                    self.outputs.push(match target.kind() {
+                    self.outputs.push(match kind {
                         Kind::Stage => Output::Unstage(content),
                         _ => Output::Delete(content),
                     });
@@ -151,7 +155,7 @@ impl<P: Clone> Exchange<P> {
         let Some(owner) = flight.owners.values().next() else { return };
         let (kind, reserved) = (target.kind(), flight.bytes);
         let (tenant, source) = lane;
-        self.turns.take(kind, owner.tenant);
+        self.turns[kind as usize].take(owner.tenant);
         let slow_at = now + self.limits.slow_after;
         let deadline = now + self.calls.budget(kind).deadline;
         let (slow, aborted, in_place) = (false, false, owner.place != Place::Cache);
@@ -170,6 +174,10 @@ impl<P: Clone> Exchange<P> {
             Target::Stage(content) => {
                 self.host.reserve(reserved);
                 self.host_bytes.add(tenant, reserved);
+                if !in_place {
+                    // The files are read until the call has ended, whether anybody waits for it or not.
+                    self.disk.lease(content, false);
+                }
                 Output::Stage { call, content, place: owner.place, max_bytes: reserved, payload }
             }
         });

@@ -6,7 +6,6 @@ use super::{AskState, Exchange, SlotState, Stand};
 use crate::{
     AskId, Content, Fault, Held, Output, Slot, Tier, Version,
     flights::{Kind, Target},
-    timers::Timer,
 };
 
 impl<P: Clone> Exchange<P> {
@@ -46,10 +45,7 @@ impl<P: Clone> Exchange<P> {
         let stages = self.calls.running.iter().filter(|(_, call)| call.target.kind() == Kind::Stage);
         let stages: Vec<_> = stages.map(|(&id, _)| id).collect();
         for id in stages {
-            let Some(call) = self.calls.end(id) else { continue };
-            self.timers.remove(call.slow_at, Timer::Slow(id));
-            self.timers.remove(call.deadline, Timer::Call(id));
-            self.host_bytes.subtract(call.tenant, call.reserved);
+            let Some(call) = self.end_call(id) else { continue };
             if !call.aborted {
                 self.requeue(call.target);
             }
@@ -58,7 +54,7 @@ impl<P: Clone> Exchange<P> {
         let leased: Vec<_> = leased
             .filter_map(|(&id, state)| match state.stand {
                 Stand::Leased(content) => Some((id, content, state.ask.tenant.id, state.ask.pin)),
-                Stand::Waiting(_) => None,
+                Stand::Waiting(_) | Stand::Together => None,
             })
             .collect();
         for &(_, content, tenant, _) in &leased {

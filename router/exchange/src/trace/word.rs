@@ -103,7 +103,7 @@ variants! {
     }
     StageFault { "needs_room" NeedsRoom { bytes }, "gone" Gone, "failed" Failed(fault), }
     Input<()> {
-        "ask" Ask(ask), "release" Release(ask), "looked_up" LookedUp { call result },
+        "ask" Ask(ask), "ask_together" AskTogether(asks), "release" Release(ask), "looked_up" LookedUp { call result },
         "progress" Progress { call bytes }, "fetched" Fetched { call result }, "staged" Staged { call result },
         "deleted" Deleted(content), "unstaged" Unstaged(content), "on_disk" OnDisk { content bytes versions },
         "slot" Slot { content slot }, "attached" Attached { host }, "detached" Detached,

@@ -78,6 +78,94 @@ fn a_slow_call_gives_its_permit_to_the_next() {
     world.run_to_end();
 }
 
+#[test]
+fn a_slow_call_that_finds_no_room_gives_its_permit_back_later() {
+    // Slow calls that end, one after the other, at ten seconds: each makes room for one that is late.
+    for ended in 0..=2 {
+        let mut world = World::with(roomy(), &[20; 12]);
+        for reference in 0..12 {
+            world.ask(reference);
+        }
+        (0..2).for_each(|_| world.wait(secs(5)));
+        assert_eq!(running(&world)[0], 4, "two are slow, and two that have become so find no room");
+        for _ in 0..ended {
+            world.answer(world.first());
+            assert_eq!(running(&world)[0], 4, "after {ended} ends");
+        }
+        world.run_to_end();
+    }
+    // A call of another tenant has what it needs, whatever is late.
+    for late in 1..=8 {
+        let limits = Limits { lookups: Budget { source: late, tenant: late, deadline: secs(30) }, ..roomy() };
+        let mut world = World::with(limits, &[20; 40]);
+        for reference in 0..2 * u128::from(late) {
+            world.ask(reference);
+        }
+        (0..2).for_each(|_| world.wait(secs(5)));
+        assert_eq!(running(&world)[0], 2 * late as usize, "both pools are full");
+        world.ask_as(2, 0, 39);
+        assert_eq!(running(&world)[0], 2 * late as usize);
+        world.answer(world.first());
+        assert_eq!(
+            running(&world)[0],
+            2 * late as usize,
+            "one is slow now, and the other tenant's has begun"
+        );
+        assert!(world.calls.values().any(|pending| pending.asked.reference == 39));
+        world.run_to_end();
+    }
+}
+
+/// The kind of a call.
+fn kind(output: &Output<crate::world::Asked>) -> usize {
+    match output {
+        Output::Lookup { .. } => 0,
+        Output::Fetch { .. } => 1,
+        _ => 2,
+    }
+}
+
+/// Answers all calls but those of a kind for references from `SICK` on.
+fn settle_all_but(world: &mut World, hanging: usize) {
+    loop {
+        world.remove_copies();
+        let hangs = |pending: &Pending| pending.asked.reference >= SICK && kind(&pending.output) == hanging;
+        let next = world.calls.iter().find(|(_, pending)| !hangs(pending)).map(|(&call, _)| call);
+        let Some(call) = next else { return };
+        world.answer(call);
+    }
+}
+
+#[test]
+fn aborted_calls_that_hang_hide_no_others_of_their_lane() {
+    let budget = Budget { source: 40, tenant: 40, deadline: secs(30) };
+    let limits = Limits { lookups: budget, fetches: budget, stages: budget, ..roomy() };
+    for hanging_kind in 0..3 {
+        for hanging in [1, 2, 7, 8, 9, 20] {
+            let mut world = World::with(limits, &[20]);
+            for reference in SICK..SICK + hanging {
+                let original = Original { fresh_for: secs(1000), ..Original::new(reference, 20) };
+                world.originals.insert(reference, original);
+                world.ask(reference);
+            }
+            settle_all_but(&mut world, hanging_kind);
+            assert_eq!(world.calls.len() as u128, hanging);
+            // They are aborted, and asked for again when the failure is forgotten. The first ones are not gone yet.
+            world.wait(secs(30));
+            world.wait(secs(2));
+            for reference in SICK..SICK + hanging {
+                world.ask(reference);
+            }
+            settle_all_but(&mut world, hanging_kind);
+            assert_eq!(world.waiting().len() as u128, hanging, "{hanging} of {hanging_kind}");
+            let id = world.ask(0);
+            settle_all_but(&mut world, hanging_kind);
+            assert!(world.ready.contains_key(&id), "{hanging} of kind {hanging_kind} hang");
+            world.run_to_end();
+        }
+    }
+}
+
 /// The fault of a source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Sickness {

@@ -19,6 +19,7 @@ const EVENTS: usize = 40_000;
 #[derive(Debug, Clone)]
 enum Op {
     Ask { tenant: u64, reference: u128, credential: u128, disk: bool, pin: bool, deadline: u64 },
+    Together { tenant: u64, references: Vec<u128>, deadline: u64 },
     Release(Index),
     Answer(Index),
     Fail(Index, u8),
@@ -40,10 +41,13 @@ const REFERENCES: u128 = 14;
 fn op() -> impl Strategy<Value = Op> {
     let index = any::<Index>;
     let ask = (0..4u64, 0..REFERENCES, 0..3u128, prop::bool::weighted(0.15), prop::bool::weighted(0.1));
-    let deadline = prop_oneof![1 => 1..2000u64, 4 => 20_000..90_000u64];
+    let deadline = || prop_oneof![1 => 1..2000u64, 4 => 20_000..90_000u64];
     prop_oneof![
-        24 => (ask, deadline).prop_map(|((tenant, reference, credential, disk, pin), deadline)| {
+        24 => (ask, deadline()).prop_map(|((tenant, reference, credential, disk, pin), deadline)| {
             Op::Ask { tenant, reference, credential, disk, pin, deadline }
+        }),
+        4 => (0..4u64, vec(0..REFERENCES, 1..5), deadline()).prop_map(|(tenant, references, deadline)| {
+            Op::Together { tenant, references, deadline }
         }),
         14 => index().prop_map(Op::Release),
         40 => index().prop_map(Op::Answer),
@@ -143,6 +147,18 @@ fn play(world: &mut World, op: &Op) {
                 ..world.new_ask(*reference)
             };
             world.submit(ask);
+        }
+        Op::Together { tenant, references, deadline } => {
+            let deadline = world.now + ms(*deadline);
+            let ask = |&reference: &u128| Ask {
+                tenant: Tenant { id: *tenant, weight: 1 + *tenant as u32 },
+                source: SourceId(reference as u64 % 3),
+                tier: Tier::Disk,
+                deadline,
+                ..world.new_ask(reference)
+            };
+            let asks = references.iter().map(ask).collect();
+            world.submit_together(asks);
         }
         Op::Release(index) => {
             if let Some(id) = nth(&world.open, index) {

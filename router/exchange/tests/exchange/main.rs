@@ -8,5 +8,6 @@ mod resolution;
 mod sessions;
 mod simulation;
 mod tiers;
+mod together;
 mod traces;
 mod world;

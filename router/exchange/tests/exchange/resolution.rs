@@ -437,3 +437,41 @@ fn a_deadline_fails_its_ask_alone() {
     assert!(world.ready.contains_key(&next));
     world.run_to_end();
 }
+
+#[test]
+fn a_reload_reaches_a_lookup_that_is_running() {
+    // Asks that wait for the lookup, with how many credentials, and whether its answer comes before it is given up.
+    for (asks, credentials, fails) in [
+        (1, 1, false),
+        (2, 1, false),
+        (5, 1, false),
+        (1, 1, true),
+        (3, 1, true),
+        (2, 2, false),
+        (4, 2, false),
+        (3, 3, false),
+        (3, 3, true),
+        (6, 3, true),
+    ] {
+        let mut world = World::with(Limits { tenant_calls: 100, ..limits() }, &[20, 20]);
+        let ids: Vec<_> = (0..asks).map(|ask| world.ask_as(ask, u128::from(ask % credentials), 0)).collect();
+        let other = world.ask_as(9, 0, 1);
+        let lookups: Vec<_> = world.calls.keys().copied().collect();
+        world.give(Input::Reload(ReferenceId(0)));
+        // What the lookups have seen is from before the change.
+        for call in lookups {
+            let of_other = world.calls[&call].asked.reference == 1;
+            assert_eq!(world.calls[&call].aborted, !of_other, "{asks} asks");
+            match fails && !of_other {
+                true => drop(world.fail(call, Fault::Slow)),
+                false => drop(world.answer(call)),
+            }
+        }
+        world.original(0).revision = 1;
+        world.settle();
+        let new = world.originals[&0].content();
+        assert!(ids.iter().all(|id| world.ready.get(id) == Some(&new)), "{asks} asks: {:?}", world.failed);
+        assert!(world.ready.contains_key(&other));
+        world.run_to_end();
+    }
+}

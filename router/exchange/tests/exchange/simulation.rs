@@ -7,12 +7,16 @@ mod capacity;
 mod costs;
 #[path = "../../examples/simulate/fcfs.rs"]
 mod fcfs;
+#[path = "../../examples/simulate/lorax.rs"]
+mod lorax;
 #[path = "../../examples/simulate/ours.rs"]
 mod ours;
 #[path = "../../examples/simulate/report.rs"]
 mod report;
 #[path = "../../examples/simulate/workload.rs"]
 mod workload;
+
+use std::time::Duration;
 
 use costs::Server;
 use report::Moves;
@@ -26,6 +30,7 @@ fn server() -> Server {
         host_bytes: 60 * 32 * 1000,
         disk_bytes: u64::MAX / 4,
         seats: 32,
+        cycle_time: Duration::from_secs(2),
         step: 0.008,
         row: 60e-6,
         prompt_row: 25e-6,
@@ -121,6 +126,26 @@ fn one_adapter_after_the_other_evicts_nothing_that_is_needed_next() {
     let outcome = ours::run(&workload, &server());
     assert_eq!([outcome.disk.needed, outcome.host.needed, outcome.device.needed], [0; 3]);
     assert!(outcome.device.evictions > 1000, "{:?}", outcome.device);
+}
+
+#[test]
+fn lorax_serves_every_load_and_stops_its_steps_for_every_adapter() {
+    for popularity in [Popularity::Zipf(1.0), Popularity::Uniform, Popularity::RoundRobin] {
+        for arrivals in [Arrivals::Open { rate: 30.0, cv: 4.0 }, Arrivals::Closed { streams: 40 }] {
+            for hanging in [0.0, 0.02] {
+                let workload = Workload { popularity, arrivals, hanging, ..workload() };
+                let outcome = lorax::run(&workload, &server());
+                let expected = workload.jobs().iter().filter(|job| workload.hangs(job.adapter)).count();
+                let (lorax, ours) = (outcome.figures(), ours::run(&workload, &server()).figures());
+                let case = format!("{popularity}, {arrivals:?}, {hanging}: {lorax:?} {ours:?}");
+                assert_eq!((outcome.served.len(), lorax.failed), (1500, expected), "{case}");
+                assert!(
+                    lorax.p99 > 2.0 * ours.p99 && lorax.tokens_per_second < ours.tokens_per_second,
+                    "{case}"
+                );
+            }
+        }
+    }
 }
 
 #[test]

@@ -168,6 +168,72 @@ fn a_copy_on_the_disk_is_kept_until_it_is_staged() {
 }
 
 #[test]
+fn files_that_are_being_staged_stay_whoever_waits_for_them() {
+    // The asks for the stage leave, by release or because their time is over, and others need the room on the disk.
+    for (asks, expires) in [(1, false), (2, false), (3, false), (1, true), (2, true)] {
+        let mut world = World::with(Limits { disk_bytes: 250, ..limits() }, &[100; 8]);
+        let asked: Vec<_> = (0..asks)
+            .map(|_| {
+                let ask = world.new_ask(0);
+                world.submit(Ask { deadline: secs(20), ..ask })
+            })
+            .collect();
+        (0..2).for_each(|_| drop(world.answer(world.first())));
+        let stage = world.first();
+        match expires {
+            true => world.wait(secs(20)),
+            false => asked.into_iter().for_each(|id| world.release(id)),
+        }
+        // Their files are read until the stage has ended, which is checked whenever something is deleted.
+        for reference in 1..6 {
+            let id = ask_on(&mut world, Tier::Disk, reference);
+            while let Some(call) = world.calls.keys().copied().find(|&call| call != stage) {
+                world.answer(call);
+                world.remove_copies();
+            }
+            assert!(world.ready.contains_key(&id), "{asks} asks, {reference}");
+            world.release(id);
+            assert!(on(&world, Tier::Disk).contains(&0), "{asks} asks, {reference}");
+        }
+        world.answer(stage);
+        use_once(&mut world, Tier::Disk, 6);
+        use_once(&mut world, Tier::Disk, 7);
+        assert_eq!(on(&world, Tier::Disk), [6, 7]);
+        world.run_to_end();
+    }
+}
+
+#[test]
+fn leases_on_files_that_are_gone_end_with_a_failure_and_pins_are_fetched_again() {
+    for (leases, pins) in [(1, 0), (2, 0), (0, 1), (0, 2), (1, 1), (3, 2)] {
+        let mut world = World::with(limits(), &[100; 2]);
+        let leased: Vec<_> = (0..leases).map(|_| ask_on(&mut world, Tier::Disk, 0)).collect();
+        let pinned: Vec<_> = (0..pins)
+            .map(|_| {
+                let ask = world.new_ask(0);
+                world.submit(Ask { tier: Tier::Disk, pin: true, ..ask })
+            })
+            .collect();
+        let other = ask_on(&mut world, Tier::Disk, 1);
+        world.settle();
+        let content = world.ready[leased.first().or(pinned.first()).unwrap()];
+        world.disk.remove(&content);
+        let id = world.ask(0);
+        world.settle();
+        assert!(world.ready.contains_key(&id), "it is fetched again");
+        let failed = leased.iter().map(|id| world.failed.get(id));
+        assert!(failed.into_iter().all(|fault| fault == Some(&Fault::Changed)), "{:?}", world.failed);
+        assert_eq!(world.failed.len(), leases, "nobody else fails: {:?}", world.failed);
+        let leased = |id: &AskId| world.open.get(id).is_some_and(|open| open.ready.is_some());
+        assert!(pinned.iter().chain([&other]).all(leased), "{leases} leases, {pins} pins");
+        let resident = world.exchange.residents(Tier::Disk);
+        let resident = resident.iter().find(|resident| resident.content == content).unwrap();
+        assert_eq!(resident.pins as usize, pins);
+        world.run_to_end();
+    }
+}
+
+#[test]
 fn pins_take_half_of_a_tier_at_most() {
     for tier in [Tier::Disk, Tier::Host] {
         let limits = Limits { disk_bytes: 600, host_bytes: 600, ..limits() };

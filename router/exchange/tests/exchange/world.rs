@@ -123,6 +123,8 @@ pub(crate) struct World {
     pub(crate) trace: Option<String>,
     /// Bytes that an adapter takes in host memory beyond those of its files.
     pub(crate) padding: u64,
+    /// Asks that need their leases at the same time.
+    groups: Vec<BTreeSet<AskId>>,
     grants: BTreeMap<(u128, u128), Duration>,
     asks: u64,
 }
@@ -160,6 +162,7 @@ impl World {
             attached: false,
             padding: 0,
             trace: None,
+            groups: Vec::new(),
             grants: BTreeMap::new(),
             asks: 0,
         }
@@ -210,7 +213,17 @@ impl World {
                 self.calls.insert(call, pending);
             }
             Output::Abort(call) => self.calls.get_mut(&call).unwrap().aborted = true,
-            Output::Delete(content) => self.deletes.push(content),
+            Output::Delete(content) => {
+                let reads = |pending: &Pending| match pending.output {
+                    Output::Stage { content: staged, place, .. } => {
+                        staged == content && place == Place::Cache
+                    }
+                    _ => false,
+                };
+                let reader = self.calls.values().find(|pending| reads(pending));
+                assert!(reader.is_none(), "{content:?} is deleted while it is staged: {reader:?}");
+                self.deletes.push(content);
+            }
             Output::Unstage(content) => self.unstages.push(content),
             Output::Ready { ask, content, tier, .. } => {
                 let open = self.open.get_mut(&ask).unwrap();
@@ -243,7 +256,10 @@ impl World {
         assert!(host <= self.limits.host_bytes, "{host} bytes in host memory");
         for open in self.open.values() {
             let Some(content) = open.ready else { continue };
-            if open.ask.tier == Tier::Host {
+            if open.ask.tier == Tier::Disk {
+                let in_place = self.originals[&open.ask.reference.0].in_place;
+                assert!(in_place || !self.deletes.contains(&content), "{content:?} is deleted under a lease");
+            } else {
                 assert!(!self.unstages.contains(&content), "{content:?} is unstaged under a lease");
             }
         }
@@ -273,14 +289,41 @@ impl World {
 
     pub(crate) fn submit(&mut self, ask: Ask<Asked>) -> AskId {
         let id = ask.id;
+        let ask = self.open(ask);
+        self.give(Input::Ask(ask));
+        id
+    }
+
+    /// Submits asks that need their leases at the same time.
+    pub(crate) fn submit_together(&mut self, asks: Vec<Ask<Asked>>) -> Vec<AskId> {
+        let asks: Vec<_> = asks.into_iter().map(|ask| self.open(ask)).collect();
+        let ids: Vec<_> = asks.iter().map(|ask| ask.id).collect();
+        self.groups.push(ids.iter().copied().collect());
+        self.give(Input::AskTogether(asks));
+        ids
+    }
+
+    /// Submits asks for leases of these adapters on the disk at the same time, in the name of a tenant.
+    pub(crate) fn ask_together(&mut self, tenant: u64, references: &[u128]) -> Vec<AskId> {
+        let ask = |&reference: &u128| Ask {
+            tier: Tier::Disk,
+            tenant: Tenant { id: tenant, weight: 1 },
+            ..self.new_ask(reference)
+        };
+        let asks = references.iter().map(ask).collect();
+        self.submit_together(asks)
+    }
+
+    /// Notes an ask, and completes its payload.
+    fn open(&mut self, ask: Ask<Asked>) -> Ask<Asked> {
+        let id = ask.id;
         let (reference, credential) = (ask.reference.0, ask.credential.0);
         let payload = Asked { tenant: ask.tenant.id, source: ask.source.0, reference, credential };
         let ask = Ask { payload, ..ask };
         let expires = self.grants.get(&(reference, credential));
         let authorised = expires.is_some_and(|expires| self.now < *expires);
         self.open.insert(id, Open { ask: ask.clone(), authorised, ready: None });
-        self.give(Input::Ask(ask));
-        id
+        ask
     }
 
     /// Submits such an ask.
@@ -333,8 +376,14 @@ impl World {
         let pending = self.calls.remove(&call).unwrap();
         let Asked { reference, credential, .. } = pending.asked;
         let original = self.originals.get(&reference).cloned();
+        let access = (!pending.aborted).then_some((reference, credential));
         let input = match (pending.output, original) {
-            (Output::Lookup { .. }, original) => self.answer_lookup(call, (reference, credential), original),
+            (Output::Lookup { .. }, original) => {
+                let result = self.look_up((reference, credential), original);
+                // The answer to an aborted lookup counts for nothing.
+                access.into_iter().for_each(|access| self.note_lookup(access, &result));
+                Input::LookedUp { call, result }
+            }
             (Output::Fetch { version, max_bytes, .. }, Some(original)) => {
                 let (bytes, content) = (original.bytes, original.content());
                 let result = match pending.published {
@@ -354,6 +403,12 @@ impl World {
                 let bytes = self.disk.get(&content).copied().unwrap_or(original.bytes);
                 let host_bytes = bytes + self.padding;
                 let staged = Staged { host_bytes, slot_bytes: bytes };
+                if !there && place == Place::Cache {
+                    // Pins on the disk wait until it has been fetched again.
+                    let pins =
+                        self.open.values_mut().filter(|open| open.ask.tier == Tier::Disk && open.ask.pin);
+                    pins.filter(|open| open.ready == Some(content)).for_each(|open| open.ready = None);
+                }
                 let result = match there {
                     false => Err(StageFault::Gone),
                     true if host_bytes > max_bytes => Err(StageFault::NeedsRoom { bytes: host_bytes }),
@@ -369,22 +424,19 @@ impl World {
         self.give(input)
     }
 
-    fn answer_lookup(
-        &mut self,
-        call: CallId,
+    fn look_up(
+        &self,
         (reference, credential): (u128, u128),
         original: Option<Original>,
-    ) -> Input<Asked> {
-        let result = match original {
+    ) -> Result<Found, Fault> {
+        match original {
             None => Err(Fault::NotFound("no such adapter".into())),
             Some(original) if original.denied.contains(&credential) => Err(Fault::Denied("no".into())),
             Some(original) => {
                 let Original { bytes, in_place, fresh_for, .. } = original;
                 Ok(Found { version: original.version(reference), bytes, in_place, fresh_for })
             }
-        };
-        self.note_lookup((reference, credential), &result);
-        Input::LookedUp { call, result }
+        }
     }
 
     fn note_lookup(&mut self, access: (u128, u128), result: &Result<Found, Fault>) {
@@ -489,7 +541,11 @@ impl World {
         loop {
             self.settle();
             let ready: Vec<_> = self.open.iter().filter(|(_, open)| open.ready.is_some()).collect();
-            let ready: Vec<_> = ready.into_iter().map(|(&id, _)| id).collect();
+            let waits = |id: &AskId| self.open.get(id).is_some_and(|open| open.ready.is_none());
+            // Whoever needs several keeps what it has until it has all of them.
+            let kept =
+                |id: &AskId| self.groups.iter().any(|group| group.contains(id) && group.iter().any(waits));
+            let ready: Vec<_> = ready.into_iter().map(|(&id, _)| id).filter(|id| !kept(id)).collect();
             if ready.is_empty() {
                 break;
             }
