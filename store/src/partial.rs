@@ -94,7 +94,7 @@ impl Partial {
             locked.index(&content, &named)?;
             // From here on an entry without a lock, for a moment; nobody else looks while the folder is locked.
             self.lock.unlock().at(&self.path)?;
-            fs::rename(&self.path, &target).at(&target)?;
+            locked.change(&self.path, &target)?;
             self.published = true;
             self.store.has_hashed(content, stamps);
             drop(locked);

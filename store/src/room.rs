@@ -4,6 +4,7 @@ use std::{
     collections::HashMap,
     fs::{self, File},
     io,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
     time::SystemTime,
@@ -24,8 +25,12 @@ pub(crate) struct Gate {
 
 #[derive(Debug)]
 struct State {
+    /// It holds a number that is another one after each change to the contents, so that they need not be counted anew
+    /// while it stays.
     file: File,
-    /// Bytes of the contents that were there when the room was counted last. A content never changes.
+    /// That number, and the bytes of all contents, when they were counted last.
+    counted: Option<(u64, u64)>,
+    /// Bytes of the contents that were there then. A content never changes.
     sizes: HashMap<[u8; 32], u64>,
 }
 
@@ -57,7 +62,7 @@ pub(crate) fn take(path: &Path, exclusive: bool) -> io::Result<Taken> {
 
 impl Gate {
     pub(crate) fn new(file: File) -> Self {
-        Self { state: Mutex::new(State { file, sizes: HashMap::new() }) }
+        Self { state: Mutex::new(State { file, counted: None, sizes: HashMap::new() }) }
     }
 
     /// Waits for the lock. It is held for small changes only, and a process that ends gives it back.
@@ -83,7 +88,22 @@ impl Locked<'_> {
 
     /// Bytes that are published, reserved or on their way out.
     pub(crate) fn used(&mut self) -> Result<u64, StoreError> {
-        let (mut used, mut sizes) = (0_u64, HashMap::new());
+        let changes = self.changes()?;
+        let mut used = match self.state.counted {
+            Some((then, bytes)) if then == changes => bytes,
+            _ => self.count()?,
+        };
+        self.state.counted = Some((changes, used));
+        for folder in [self.layout.partial(), self.layout.removing()] {
+            let names = names(&folder).at(&folder)?;
+            used = names.iter().filter_map(|name| size_in(name)).fold(used, u64::saturating_add);
+        }
+        Ok(used)
+    }
+
+    /// Bytes of all contents.
+    fn count(&mut self) -> Result<u64, StoreError> {
+        let (mut bytes, mut sizes) = (0_u64, HashMap::new());
         for content in self.contents()? {
             let entry = self.layout.entry(&content);
             let known = match self.state.sizes.get(&content) {
@@ -91,15 +111,32 @@ impl Locked<'_> {
                 None => Entry::read(&entry)?.map(|record| record.bytes()),
             };
             // The size of an entry that is not whole says nothing of the one that takes its place.
-            used = used.saturating_add(known.map_or_else(|| entry_bytes(&entry), Ok)?);
+            bytes = bytes.saturating_add(known.map_or_else(|| entry_bytes(&entry), Ok)?);
             sizes.extend(known.map(|bytes| (content, bytes)));
         }
         self.state.sizes = sizes;
-        for folder in [self.layout.partial(), self.layout.removing()] {
-            let names = names(&folder).at(&folder)?;
-            used = names.iter().filter_map(|name| size_in(name)).fold(used, u64::saturating_add);
+        Ok(bytes)
+    }
+
+    fn changes(&self) -> Result<u64, StoreError> {
+        let mut number = [0; 8];
+        match self.state.file.read_exact_at(&mut number, 0) {
+            // Nothing has changed since the file was made.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(0),
+            read => read.map(|()| u64::from_le_bytes(number)).at(self.layout.lock()),
         }
-        Ok(used)
+    }
+
+    /// Moves an entry in or out. The number is written first, because a process may be killed after it.
+    pub(crate) fn change(&mut self, from: &Path, to: &Path) -> Result<Option<()>, StoreError> {
+        let number = self.changes()?.wrapping_add(1);
+        self.state.file.write_all_at(&number.to_le_bytes(), 0).at(self.layout.lock())?;
+        optional(fs::rename(from, to)).at(from)
+    }
+
+    /// Counts the contents anew, in case somebody else has changed them.
+    fn forget_count(&mut self) {
+        self.state.counted = None;
     }
 
     /// All contents that have an entry, whole or not.
@@ -111,6 +148,7 @@ impl Locked<'_> {
     /// Marks what processes have left that have ended. Returns the folders that are to be removed when the lock is
     /// free again.
     pub(crate) fn abandoned(&mut self) -> Result<Vec<PathBuf>, StoreError> {
+        self.forget_count();
         let folder = self.layout.partial();
         for name in names(&folder).at(&folder)?.into_iter().filter(|name| size_in(name).is_some()) {
             let path = folder.join(&name);
@@ -190,7 +228,7 @@ impl Locked<'_> {
         let entry = self.layout.entry(content);
         let record = Entry::read(&entry)?;
         let doomed = self.layout.removing().join(sized_name(entry_bytes(&entry)?));
-        let moved = optional(fs::rename(&entry, &doomed)).at(&entry)?;
+        let moved = self.change(&entry, &doomed)?;
         for named in record.iter().flat_map(|record| &record.versions) {
             self.forget(content, named)?;
         }
