@@ -4,6 +4,7 @@
 mod cache;
 mod files;
 mod host;
+mod merge;
 mod resolve;
 mod stage;
 mod version;
@@ -143,6 +144,8 @@ pub struct Adapters<B: Backend> {
     host: Mutex<Host<B::HostAdapter>>,
     /// Permits for reading what is staged: as many as there are cores.
     stages: Semaphore,
+    /// Memory for merging beside the results.
+    merges: merge::Memory,
     turns: Turns,
 }
 
@@ -169,6 +172,7 @@ impl<B: Backend> Adapters<B> {
             cache: Mutex::new(Cache::new(limits.bytes)),
             host: Mutex::default(),
             stages: Semaphore::new(cores),
+            merges: merge::Memory::default(),
             turns: Turns::default(),
         }
     }

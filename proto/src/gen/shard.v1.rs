@@ -136,9 +136,12 @@ pub struct AdapterPart {
     /// The configuration and the file with the tensors.
     #[prost(message, repeated, tag = "2")]
     pub files: ::prost::alloc::vec::Vec<AdapterFile>,
-    /// Weight in a merge.
-    #[prost(float, tag = "3")]
-    pub weight: f32,
+    /// Weight in a merge. It may be negative.
+    #[prost(double, tag = "3")]
+    pub weight: f64,
+    /// Name of the part of a merge, for messages.
+    #[prost(string, tag = "4")]
+    pub name: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct AdapterFile {
@@ -175,13 +178,13 @@ pub struct Stamp {
 pub struct Merge {
     #[prost(enumeration = "merge::Strategy", tag = "1")]
     pub strategy: i32,
-    /// Fraction of the values that TIES and DARE keep, above 0 and at most 1.
-    #[prost(float, tag = "2")]
-    pub density: f32,
-    /// How TIES elects the sign of a value.
+    /// Fraction of the elements that pruning keeps, above 0 and at most 1. It takes 64 bits to keep as many as PEFT.
+    #[prost(double, optional, tag = "2")]
+    pub density: ::core::option::Option<f64>,
+    /// How TIES elects the sign of an element.
     #[prost(enumeration = "merge::MajoritySign", tag = "3")]
     pub majority_sign: i32,
-    /// Seed of the values that DARE drops.
+    /// Seed of the elements that DARE drops.
     #[prost(uint64, tag = "4")]
     pub seed: u64,
     /// LoRA rank of the result of SVD. 0: the largest of the parts.
@@ -209,6 +212,7 @@ pub mod merge {
         DareTies = 3,
         Cat = 4,
         Svd = 5,
+        MagnitudePrune = 6,
     }
     impl Strategy {
         /// String value of the enum field names used in the ProtoBuf definition.
@@ -223,6 +227,7 @@ pub mod merge {
                 Self::DareTies => "DARE_TIES",
                 Self::Cat => "CAT",
                 Self::Svd => "SVD",
+                Self::MagnitudePrune => "MAGNITUDE_PRUNE",
             }
         }
         /// Creates an enum from field names used in the ProtoBuf definition.
@@ -234,6 +239,7 @@ pub mod merge {
                 "DARE_TIES" => Some(Self::DareTies),
                 "CAT" => Some(Self::Cat),
                 "SVD" => Some(Self::Svd),
+                "MAGNITUDE_PRUNE" => Some(Self::MagnitudePrune),
                 _ => None,
             }
         }

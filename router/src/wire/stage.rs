@@ -27,7 +27,7 @@ pub(crate) struct AdapterPart {
     /// The configuration and the file with the tensors.
     pub(crate) files: Vec<AdapterFile>,
     /// Its weight in a merge; without a merge there is one part, and this has no meaning.
-    pub(crate) weight: f32,
+    pub(crate) weight: f64,
 }
 
 /// A file of an adapter.
@@ -95,6 +95,7 @@ pub(crate) fn request(session: u64, order: &StageOrder) -> proto::StageRequest {
         folder: part.folder.to_string_lossy().into_owned(),
         files: part.files.iter().map(file).collect(),
         weight: part.weight,
+        name: String::new(),
     };
     proto::StageRequest {
         session,

@@ -15,12 +15,14 @@ use super::StageError;
 /// A folder with the files of an adapter.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdapterPart {
+    /// Its name in a merge, for messages.
+    pub name: String,
     /// Its absolute path.
     pub folder: PathBuf,
     /// The configuration and the file with the tensors.
     pub files: Vec<AdapterFile>,
     /// Its weight in a merge.
-    pub weight: f32,
+    pub weight: f64,
 }
 
 /// A file of an adapter.

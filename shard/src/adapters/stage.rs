@@ -10,7 +10,7 @@ use std::{
 use kernels::Backend;
 use model::{
     LoadError,
-    adapter::{AdapterError, AdapterFolder, ContentHash},
+    adapter::{Adapter, AdapterError, AdapterFolder, ContentHash, MergeError, Recipe},
 };
 use tokio::{
     sync::{Mutex as AsyncMutex, OwnedMutexGuard},
@@ -39,8 +39,8 @@ pub struct StageOrder {
     pub name: String,
     /// Where its files are.
     pub parts: Vec<AdapterPart>,
-    /// Whether its parts are to be merged.
-    pub is_merge: bool,
+    /// How its parts are merged. `None`: there is one part, which is the adapter as it is.
+    pub merge: Option<Recipe>,
     /// Bytes that are reserved for it.
     pub max_bytes: u64,
 }
@@ -70,13 +70,29 @@ pub enum StageError {
     /// Its content is named by a hash of another length.
     #[error("a content hash of {0} bytes")]
     ContentHash(usize),
-    /// It is merged from several adapters.
-    #[error("adapter {name}: merges of {parts} adapters are not supported")]
-    Merge {
+    /// It has other than one part, and is not merged.
+    #[error("adapter {name} has {parts} parts, and no way to merge them")]
+    Parts {
         /// The adapter.
         name: String,
         /// The number of its parts.
         parts: usize,
+    },
+    /// A way to merge adapters is not known.
+    #[error("a merge with {value} for its {field}")]
+    Recipe {
+        /// The field.
+        field: &'static str,
+        /// Its value.
+        value: i32,
+    },
+    /// Its parts cannot be merged.
+    #[error("adapter {name}: {source}")]
+    Merge {
+        /// The adapter.
+        name: String,
+        /// The cause.
+        source: MergeError,
     },
     /// The order names no such file.
     #[error("adapter {name}: {file} is missing")]
@@ -134,11 +150,14 @@ impl StageError {
                 [io::ErrorKind::InvalidInput, io::ErrorKind::FileTooLarge, io::ErrorKind::UnexpectedEof];
             !of_content.contains(&error.kind())
         };
+        let is_passing_fault = |error: &AdapterError| match error {
+            AdapterError::File(LoadError::Io { source, .. }) => is_passing(source),
+            _ => false,
+        };
         match self {
-            StageError::Io { source, .. }
-            | StageError::Adapter { source: AdapterError::File(LoadError::Io { source, .. }), .. } => {
-                is_passing(source)
-            }
+            StageError::Io { source, .. } => is_passing(source),
+            StageError::Adapter { source, .. } => is_passing_fault(source),
+            StageError::Merge { source: MergeError::Part { source, .. }, .. } => is_passing_fault(source),
             StageError::Backend { source, .. } => !source.is_argument(),
             StageError::Interrupted { .. } | StageError::Slow { .. } => true,
             _ => false,
@@ -170,7 +189,7 @@ impl Turns {
 }
 
 /// What came of reading an adapter.
-enum Read<A> {
+pub(super) enum Read<A> {
     Copy(HostCopy<A>),
     NeedsRoom(u64),
     Gone,
@@ -245,7 +264,7 @@ impl<B: Backend> Adapters<B> {
         let _cancels = cancelled.clone().drop_guard();
         let this = self.clone();
         let mut reading = tokio::task::spawn_blocking(move || {
-            let read = this.read_copy(&order, &|| cancelled.is_cancelled());
+            let read = this.read_copy(&order, &cancelled);
             (read, turn)
         });
         let limit = self.limits.read_timeout;
@@ -273,17 +292,25 @@ impl<B: Backend> Adapters<B> {
     fn read_copy(
         &self,
         order: &StageOrder,
-        is_cancelled: &dyn Fn() -> bool,
+        cancelled: &CancellationToken,
     ) -> Result<Read<B::HostAdapter>, StageError> {
-        let part = match &order.parts[..] {
-            [part] if !order.is_merge => part,
-            parts => return Err(StageError::Merge { name: order.name.clone(), parts: parts.len() }),
+        let mut opened = Vec::new();
+        for part in &order.parts {
+            let name = if order.merge.is_some() { &part.name } else { &order.name };
+            match OpenPart::open(part, name)? {
+                Some(part) => opened.push(part),
+                None => return Ok(Read::Gone),
+            }
+        }
+        let read = match (&order.merge, &opened[..]) {
+            (Some(recipe), parts) => self.read_merge(order, recipe, parts, cancelled),
+            (None, [part]) => self.read_part(order, part, &|| cancelled.is_cancelled()),
+            (None, parts) => Err(StageError::Parts { name: order.name.clone(), parts: parts.len() }),
         };
-        let Some(opened) = OpenPart::open(part, &order.name)? else { return Ok(Read::Gone) };
-        let read = self.read_part(order, &opened, is_cancelled);
         // Files that have changed meanwhile may have been read half before and half after that, and any error may come of
         // it.
-        match opened.is_unchanged() {
+        let are_unchanged = opened.iter().try_fold(true, |all, part| Ok(all && part.is_unchanged()?));
+        match are_unchanged {
             Ok(true) => read,
             Ok(false) => Ok(Read::Gone),
             Err(source) => Err(StageError::Io { name: order.name.clone(), source }),
@@ -306,6 +333,17 @@ impl<B: Backend> Adapters<B> {
             return Ok(Read::NeedsRoom(host_bytes as u64));
         }
         let read = folder.read_as(order.content, is_cancelled).map_err(adapter_error)?;
+        self.host_copy(order, read, host_bytes)
+    }
+
+    /// Stages an adapter that has been read.
+    pub(super) fn host_copy(
+        &self,
+        order: &StageOrder,
+        read: Adapter,
+        host_bytes: usize,
+    ) -> Result<Read<B::HostAdapter>, StageError> {
+        let backend_error = |source| StageError::Backend { name: order.name.clone(), source };
         let adapter = self.ops.stage(&self.sites, &read.parts).map_err(backend_error)?;
         let properties = Properties {
             content: order.content,

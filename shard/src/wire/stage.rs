@@ -1,6 +1,6 @@
 //! Messages about adapters in host memory.
 
-use model::adapter::ContentHash;
+use model::adapter::{ContentHash, Elementwise, MajoritySign, Recipe, Strategy};
 use proto as wire;
 use tonic::Status;
 
@@ -12,7 +12,7 @@ pub(crate) fn stage_order(request: wire::StageRequest) -> Result<StageOrder, Sta
         content: content(&request.content)?,
         name: request.name,
         parts: request.parts.into_iter().map(part).collect(),
-        is_merge: request.merge.is_some(),
+        merge: request.merge.map(recipe).transpose()?,
         max_bytes: request.max_bytes,
     })
 }
@@ -20,10 +20,37 @@ pub(crate) fn stage_order(request: wire::StageRequest) -> Result<StageOrder, Sta
 fn part(part: wire::AdapterPart) -> AdapterPart {
     let file = |file: wire::AdapterFile| AdapterFile { name: file.name.into(), stamp: file.stamp.map(stamp) };
     AdapterPart {
+        name: part.name,
         folder: part.folder.into(),
         files: part.files.into_iter().map(file).collect(),
         weight: part.weight,
     }
+}
+
+fn recipe(merge: wire::Merge) -> Result<Recipe, StageError> {
+    use wire::merge::{MajoritySign as Sign, Strategy as Way};
+    let unknown = |field, value| StageError::Recipe { field, value };
+    let way = Way::try_from(merge.strategy).map_err(|_| unknown("strategy", merge.strategy))?;
+    let sign =
+        Sign::try_from(merge.majority_sign).map_err(|_| unknown("majority_sign", merge.majority_sign))?;
+    Ok(Recipe {
+        strategy: match way {
+            Way::Linear => Strategy::Elementwise(Elementwise::Linear),
+            Way::Ties => Strategy::Elementwise(Elementwise::Ties),
+            Way::DareLinear => Strategy::Elementwise(Elementwise::DareLinear),
+            Way::DareTies => Strategy::Elementwise(Elementwise::DareTies),
+            Way::MagnitudePrune => Strategy::Elementwise(Elementwise::MagnitudePrune),
+            Way::Cat => Strategy::Cat,
+            Way::Svd => Strategy::Svd,
+        },
+        density: merge.density,
+        majority_sign: match sign {
+            Sign::Total => MajoritySign::Total,
+            Sign::Frequency => MajoritySign::Frequency,
+        },
+        svd_rank: (merge.svd_rank > 0).then_some(merge.svd_rank as usize),
+        seed: merge.seed,
+    })
 }
 
 fn stamp(stamp: wire::Stamp) -> Stamp {

@@ -99,8 +99,8 @@ pub(crate) fn order(folder: &Path, session: u64) -> StageOrder {
         session,
         content: content_of(folder),
         name: folder.file_name().unwrap().to_string_lossy().into(),
-        parts: vec![AdapterPart { folder: folder.into(), files, weight: 1.0 }],
-        is_merge: false,
+        parts: vec![AdapterPart { name: String::new(), folder: folder.into(), files, weight: 1.0 }],
+        merge: None,
         max_bytes: u64::MAX,
     }
 }
