@@ -30,6 +30,14 @@ impl Layout {
         Ok(Layout { folder, weights })
     }
 
+    /// The names that are worth asking for, the likely ones first.
+    pub(crate) fn candidates() -> impl Iterator<Item = String> {
+        let names = [CONFIG].into_iter().chain(WEIGHTS);
+        [None, Some(LUDWIGS)]
+            .into_iter()
+            .flat_map(move |folder| names.clone().map(move |name| within(folder, name)))
+    }
+
     /// The names of the files, and where they are.
     pub(crate) fn files(&self) -> [(&'static str, String); 2] {
         [CONFIG, self.weights].map(|name| (name, within(self.folder, name)))

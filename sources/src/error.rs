@@ -88,6 +88,9 @@ pub enum Denial {
     /// The server, because of the bucket in which it is.
     #[error("is outside of the buckets that adapters may be read from (--adapter-buckets)")]
     Bucket,
+    /// The bucket, which does not let the server read it.
+    #[error("may not be read: {0}")]
+    Store(&'static str),
     /// The source, which knows the credential and does not let it read the adapter, or does not know it.
     #[error("may not be read with this credential: {0}")]
     Credential(String),

@@ -5,6 +5,7 @@
 //! the hub is not the crate `hf-hub` is told in `docs/decisions/0014-the-hub-client-is-our-own.md`.
 
 mod adapter_files;
+mod bucket;
 mod error;
 mod found;
 mod hub;
@@ -15,6 +16,7 @@ mod reference;
 mod settings;
 mod sources;
 
+pub use bucket::{BucketPrefix, BucketSettings, Variables};
 pub use error::{Denial, SourceError};
 pub use found::{AdapterFile, Destination, Found, Stamp};
 pub use hub::{Cache, Commit, ErrorCode, Hub, HubError, HubSettings, NoHome};

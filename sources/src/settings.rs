@@ -2,7 +2,10 @@
 
 use std::{io, path::PathBuf};
 
-use crate::hub::{HubError, HubSettings, flag};
+use crate::{
+    bucket::BucketSettings,
+    hub::{HubError, HubSettings, flag},
+};
 
 /// How to reach each source.
 #[derive(Debug, Clone)]
@@ -13,6 +16,8 @@ pub struct SourceSettings {
     pub adapter_roots: Vec<PathBuf>,
     /// The hub. Its token is the server's own, which is used for adapters only if `use_hub_token` is set.
     pub hub: HubSettings,
+    /// Buckets, of which requests may name none unless some are added here.
+    pub buckets: BucketSettings,
     /// Whether a request without a credential asks the hub with the server's own token
     /// (`LORAX_USE_GLOBAL_HF_TOKEN=1`).
     pub use_hub_token: bool,
@@ -38,6 +43,7 @@ impl SourceSettings {
     /// What flags name, and what the environment says of the rest.
     pub fn from_env(adapter_dir: Option<PathBuf>, adapter_roots: Vec<PathBuf>) -> SourceSettings {
         let use_hub_token = flag("LORAX_USE_GLOBAL_HF_TOKEN");
-        SourceSettings { adapter_dir, adapter_roots, hub: HubSettings::from_env(), use_hub_token }
+        let (hub, buckets) = (HubSettings::from_env(), BucketSettings::from_env(Vec::new()));
+        SourceSettings { adapter_dir, adapter_roots, hub, buckets, use_hub_token }
     }
 }

@@ -3,7 +3,9 @@
 use secrecy::SecretString;
 
 use crate::{
-    Destination, Found, Reference, SettingsError, SourceError, SourceKind, SourceSettings, hub::Hub,
+    Destination, Found, Reference, SettingsError, SourceError, SourceKind, SourceSettings,
+    bucket::{Buckets, Place},
+    hub::Hub,
     local::Local,
 };
 
@@ -12,6 +14,7 @@ use crate::{
 pub struct Sources {
     local: Local,
     hub: Hub,
+    buckets: Buckets,
     /// Whether the hub's own token stands in for a credential that is missing.
     use_hub_token: bool,
 }
@@ -21,7 +24,8 @@ impl Sources {
     pub fn new(settings: SourceSettings) -> Result<Sources, SettingsError> {
         let local = Local::new(settings.adapter_dir.as_deref(), &settings.adapter_roots);
         let local = local.map_err(|(path, source)| SettingsError::Folder { path, source })?;
-        Ok(Sources { local, hub: Hub::new(settings.hub)?, use_hub_token: settings.use_hub_token })
+        let (hub, buckets) = (Hub::new(settings.hub)?, Buckets::new(settings.buckets));
+        Ok(Sources { local, hub, buckets, use_hub_token: settings.use_hub_token })
     }
 
     /// What an adapter's source fails together with: a hub's address, a bucket, a folder of folders.
@@ -29,7 +33,11 @@ impl Sources {
         match adapter.kind {
             SourceKind::Local => format!("local {}", self.local.root_of(&adapter.id).display()),
             SourceKind::Hub => format!("hub {}", self.hub.endpoint()),
-            kind => kind.name().into(),
+            SourceKind::S3 | SourceKind::Gs | SourceKind::Az => {
+                let place = Place::of(adapter, self.buckets.default_bucket());
+                place.map_or_else(|| adapter.kind.to_string(), |place| place.to_string())
+            }
+            SourceKind::Pbase => adapter.kind.to_string(),
         }
     }
 
@@ -42,7 +50,10 @@ impl Sources {
         match adapter.kind {
             SourceKind::Local => self.local.lookup(adapter).await,
             SourceKind::Hub => self.hub.find_adapter(adapter, self.hub_token(credential)).await,
-            kind => Err(SourceError::NotConfigured { kind, needs: "a newer server" }),
+            SourceKind::S3 | SourceKind::Gs | SourceKind::Az => {
+                self.buckets.find_adapter(adapter, &self.buckets.allowed(adapter)?).await
+            }
+            kind @ SourceKind::Pbase => Err(SourceError::NotConfigured { kind, needs: "a newer server" }),
         }
     }
 
@@ -64,7 +75,10 @@ impl Sources {
         match adapter.kind {
             SourceKind::Local => Ok(()),
             SourceKind::Hub => self.hub.fetch_adapter(adapter, found, self.hub_token(credential), into).await,
-            kind => Err(SourceError::NotConfigured { kind, needs: "a newer server" }),
+            SourceKind::S3 | SourceKind::Gs | SourceKind::Az => {
+                self.buckets.fetch_adapter(adapter, &self.buckets.allowed(adapter)?, found, into).await
+            }
+            kind @ SourceKind::Pbase => Err(SourceError::NotConfigured { kind, needs: "a newer server" }),
         }
     }
 

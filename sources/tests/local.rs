@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use sources::{Denial, Found, HubSettings, Reference, SourceError, SourceSettings, Sources, Stamp};
+use sources::{Denial, Found, Reference, SourceError, SourceSettings, Sources, Stamp};
 use tempfile::TempDir;
 
 /// A folder with everything in it, and sources that read from two folders of it.
@@ -17,8 +17,7 @@ struct World {
 }
 
 fn settings(dir: Option<PathBuf>, roots: Vec<PathBuf>) -> SourceSettings {
-    let hub = HubSettings::from_env();
-    SourceSettings { adapter_dir: dir, adapter_roots: roots, hub, use_hub_token: false }
+    SourceSettings::from_env(dir, roots)
 }
 
 impl World {

@@ -12,7 +12,7 @@ use tokio::time::{Instant, timeout};
 use tracing_subscriber::fmt::MakeWriter;
 
 use crate::{
-    hub_server::{Fault, On, Server},
+    fake::{Fault, On, Server},
     world::{CONFIG, ID, get, names, of, reference, repository, secret, weights},
 };
 

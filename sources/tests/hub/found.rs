@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use sources::{Denial, SourceError};
 
 use crate::{
-    hub_server::{Repository, Server},
+    fake::{Repository, Server},
     world::{CONFIG, ID, fetch, get, of, reference, repository, secret, settings, sources, weights},
 };
 

@@ -10,7 +10,7 @@ use std::{
 use serde_json::{Value, json};
 
 use crate::{
-    hub_server::{Repository, Server, sha256},
+    fake::{Repository, Server, sha256},
     world::{CONFIG, ID, get, of, reference, repository, weights},
 };
 

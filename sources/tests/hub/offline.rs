@@ -6,7 +6,7 @@ use serde_json::json;
 use sources::{HubSettings, SourceError};
 
 use crate::{
-    hub_server::{Repository, Server},
+    fake::{Repository, Server},
     official::client,
     world::{CONFIG, ID, reference, repository, secret, settings, sources, weights},
 };

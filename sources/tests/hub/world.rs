@@ -6,7 +6,7 @@ use secrecy::SecretString;
 use sources::{Destination, Found, HubSettings, Reference, SourceError, SourceSettings, Sources};
 use tempfile::TempDir;
 
-use crate::hub_server::{Repository, Server};
+use crate::fake::{Repository, Server};
 
 pub(crate) const ID: &str = "org/name";
 pub(crate) const CONFIG: &[u8] = br#"{"r": 8}"#;
@@ -41,7 +41,7 @@ pub(crate) fn settings(url: &str) -> HubSettings {
 }
 
 pub(crate) fn sources(hub: HubSettings, use_hub_token: bool) -> Sources {
-    Sources::new(SourceSettings { adapter_dir: None, adapter_roots: vec![], hub, use_hub_token }).unwrap()
+    Sources::new(SourceSettings { hub, use_hub_token, ..SourceSettings::from_env(None, vec![]) }).unwrap()
 }
 
 pub(crate) fn of(server: &Server) -> Sources {

@@ -26,6 +26,35 @@ impl Asked {
         self.headers.get("authorization")?.strip_prefix("Bearer ")
     }
 
+    /// Asks somebody else the same.
+    pub(super) fn forward(&self, to: &str) -> io::Result<Answer> {
+        let mut stream = TcpStream::connect(to.trim_start_matches("http://"))?;
+        let mut head = format!("{} {}?{} HTTP/1.1\r\n", self.method, self.path, self.query);
+        let skipped = ["connection", "content-length", "transfer-encoding"];
+        for (name, value) in self.headers.iter().filter(|(name, _)| !skipped.contains(&name.as_str())) {
+            head += &format!("{name}: {value}\r\n");
+        }
+        head += &format!("connection: close\r\ncontent-length: {}\r\n\r\n", self.body.len());
+        stream.write_all(&[head.as_bytes(), &self.body].concat())?;
+        let mut reader = BufReader::new(stream);
+        let mut line = String::new();
+        reader.read_line(&mut line)?;
+        let status = line.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0);
+        let mut answer = Answer { status, ..Answer::default() };
+        loop {
+            line.clear();
+            reader.read_line(&mut line)?;
+            let Some((name, value)) = line.trim_end().split_once(": ") else { break };
+            match &*name.to_lowercase() {
+                "connection" => {}
+                "content-length" => answer.length = value.parse().ok(),
+                name => answer.headers.push((name.to_owned(), value.to_owned())),
+            }
+        }
+        reader.read_to_end(&mut answer.body)?;
+        Ok(answer)
+    }
+
     /// The first byte that is asked for.
     pub(crate) fn from(&self) -> Option<usize> {
         self.headers.get("range")?.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok()
@@ -83,7 +112,7 @@ fn chunks(reader: &mut impl BufRead) -> io::Result<Vec<u8>> {
 #[derive(Debug, Clone, Default)]
 pub(super) struct Answer {
     pub(super) status: u16,
-    pub(super) headers: Vec<(&'static str, String)>,
+    pub(super) headers: Vec<(String, String)>,
     pub(super) body: Vec<u8>,
     /// The length that is announced, if it is not that of the body; a negative one is none.
     pub(super) length: Option<i128>,
@@ -98,8 +127,8 @@ impl Answer {
     }
 
     #[must_use]
-    pub(super) fn header(mut self, name: &'static str, value: impl Into<String>) -> Answer {
-        self.headers.push((name, value.into()));
+    pub(super) fn header(mut self, name: &str, value: impl Into<String>) -> Answer {
+        self.headers.push((name.to_owned(), value.into()));
         self
     }
 

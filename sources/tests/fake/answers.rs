@@ -26,8 +26,11 @@ impl Server {
     pub(super) fn answer(&self, mut stream: TcpStream, is_storage: bool) -> io::Result<()> {
         let asked = Asked::read(&stream)?;
         self.state().asked.push(asked.clone());
+        let upstream = self.state().upstream.clone();
         let on = match is_storage {
             true => On::Storage,
+            false if upstream.is_some() && asked.method == "HEAD" => On::Api,
+            false if upstream.is_some() => On::File,
             false if asked.path.starts_with("/api/") => On::Api,
             false => On::File,
         };
@@ -40,10 +43,10 @@ impl Server {
             }
             _ => {}
         }
-        let answer = if is_storage {
-            self.stored(&asked, fault.as_ref())
-        } else {
-            self.asked_for(&asked, fault.as_ref())
+        let answer = match upstream {
+            Some(upstream) => asked.forward(&upstream)?,
+            None if is_storage => self.stored(&asked, fault.as_ref()),
+            None => self.asked_for(&asked, fault.as_ref()),
         };
         let answer =
             fault.as_ref().map_or_else(|| answer.clone(), |fault| spoil(answer.clone(), fault, &asked));

@@ -1,4 +1,5 @@
-//! A hub on this machine, with the faults that a test wants. Large files are kept at another address, as the hub does.
+//! A hub on this machine, or what passes questions on to another server, with the faults that a test wants. The hub keeps
+//! large files at another address, as the real one does.
 #![allow(dead_code, clippy::unwrap_used, reason = "each test uses a part, and fails by panicking")]
 
 mod answers;
@@ -139,6 +140,8 @@ struct State {
     asked: Vec<Asked>,
     /// Connections that wait for an answer.
     held: Vec<TcpStream>,
+    /// The server that answers instead.
+    upstream: Option<String>,
     /// Large files that are uploaded, by their hashes.
     uploaded: BTreeMap<String, Vec<u8>>,
 }
@@ -176,6 +179,13 @@ impl Server {
     pub(crate) fn with(id: &str, repository: Repository) -> Server {
         let server = Server::start();
         server.put(id, repository);
+        server
+    }
+
+    /// Passes on what it is asked: `HEAD` counts as a question for a description, all others as one for a file.
+    pub(crate) fn before(upstream: &str) -> Server {
+        let server = Server::start();
+        server.state().upstream = Some(upstream.into());
         server
     }
 

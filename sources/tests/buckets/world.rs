@@ -1,0 +1,137 @@
+//! An S3 server in a process of its own, and sources that read from it.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader, Write},
+    path::Path,
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+    sync::{Mutex, MutexGuard, OnceLock, PoisonError},
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+use sources::{BucketSettings, Destination, Found, Reference, SourceError, SourceSettings, Sources};
+use tempfile::TempDir;
+
+/// The server of all tests, each of which has a bucket of its own.
+pub(crate) struct S3 {
+    _process: Child,
+    orders: ChildStdin,
+    answers: BufReader<ChildStdout>,
+    pub(crate) url: String,
+}
+
+impl S3 {
+    /// Starts it if it does not run yet. It ends when this process does, which closes its input.
+    pub(crate) fn server() -> MutexGuard<'static, S3> {
+        static SERVER: OnceLock<Mutex<S3>> = OnceLock::new();
+        SERVER.get_or_init(|| Mutex::new(S3::start())).lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn start() -> S3 {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let mut process = Command::new(folder.join("../.venv/bin/python"))
+            .arg(folder.join("tests/s3_server.py"))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("`make venv` makes the environment of this test");
+        let (orders, answers) = (process.stdin.take().unwrap(), process.stdout.take().unwrap());
+        let mut server =
+            S3 { _process: process, orders, answers: BufReader::new(answers), url: String::new() };
+        server.url = server.answer().as_str().unwrap().to_owned();
+        server
+    }
+
+    fn answer(&mut self) -> Value {
+        let mut line = String::new();
+        self.answers.read_line(&mut line).unwrap();
+        serde_json::from_str(&line).expect("an answer of the server")
+    }
+
+    /// Has AWS's own client do something.
+    pub(crate) fn call(&mut self, order: &Value) -> Value {
+        writeln!(self.orders, "{order}").unwrap();
+        self.answer()
+    }
+
+    pub(crate) fn put(&mut self, bucket: &str, files: &[(&str, &[u8])]) {
+        for (key, bytes) in files {
+            self.call(&json!(["put", bucket, key, hex(bytes)]));
+        }
+    }
+}
+
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+pub(crate) const CONFIG: &[u8] = br#"{"r": 8}"#;
+
+/// Weights that do not fit in one packet.
+pub(crate) fn weights() -> Vec<u8> {
+    (0..20_000_u32).flat_map(u32::to_le_bytes).collect()
+}
+
+/// Sources that may read from some buckets at an address.
+pub(crate) fn sources(url: &str, allowed: &[&str]) -> Sources {
+    let variables = [
+        ("S3_ENDPOINT_URL", url),
+        ("AWS_ACCESS_KEY_ID", "secret-id"),
+        ("AWS_SECRET_ACCESS_KEY", "secret-key"),
+        ("GOOGLE_BASE_URL", url),
+        ("GOOGLE_SKIP_SIGNATURE", "true"),
+        ("GOOGLE_ALLOW_HTTP", "true"),
+        ("AZURE_STORAGE_ENDPOINT", url),
+        ("AZURE_STORAGE_ACCOUNT_NAME", "account"),
+        ("AZURE_SKIP_SIGNATURE", "true"),
+        ("PREDIBASE_MODEL_BUCKET", "predibase"),
+    ];
+    let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned())).into_iter().collect();
+    let allowed = allowed.iter().map(|prefix| prefix.parse().unwrap()).collect();
+    let second = Duration::from_secs(3);
+    let buckets = BucketSettings { allowed, variables, answer: second, bytes: second };
+    let settings = SourceSettings { buckets, ..SourceSettings::from_env(None, vec![]) };
+    assert!(!format!("{settings:?}").contains("secret-"));
+    Sources::new(settings).unwrap()
+}
+
+pub(crate) fn reference(id: &str) -> Reference {
+    Reference::parse("s3", id).unwrap()
+}
+
+pub(crate) async fn find(sources: &Sources, id: &str) -> Result<Found, SourceError> {
+    sources.lookup(&reference(id), None).await
+}
+
+/// An adapter that was fetched.
+#[derive(Debug)]
+pub(crate) struct Fetched {
+    folder: TempDir,
+    /// What was told of its progress.
+    pub(crate) progress: Vec<u64>,
+}
+
+impl Fetched {
+    pub(crate) fn read(&self, name: &str) -> Vec<u8> {
+        fs::read(self.folder.path().join(name)).unwrap()
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        fs::read_dir(self.folder.path()).unwrap().count()
+    }
+}
+
+pub(crate) async fn fetch(sources: &Sources, id: &str, found: &Found) -> Result<Fetched, SourceError> {
+    let folder = tempfile::tempdir().unwrap();
+    let progress = Mutex::new(Vec::new());
+    let told = |bytes| progress.lock().unwrap().push(bytes);
+    let into = Destination { folder: folder.path(), max_bytes: 1 << 30, progress: &told };
+    sources.fetch(&reference(id), found, None, into).await?;
+    let progress = std::mem::take(&mut *progress.lock().unwrap());
+    Ok(Fetched { folder, progress })
+}
+
+pub(crate) async fn get(sources: &Sources, id: &str) -> Result<Fetched, SourceError> {
+    fetch(sources, id, &find(sources, id).await?).await
+}
