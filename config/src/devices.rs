@@ -12,6 +12,16 @@ pub struct Devices {
     pub missing: Option<String>,
 }
 
+/// Among how many ranks a model can be divided. `lorax-shard --divides` prints it as JSON, because the launcher reads no
+/// models itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Division {
+    /// The most ranks, up to those that were asked for.
+    pub ranks: usize,
+    /// Why it is not as many as were asked for.
+    pub refused: Option<String>,
+}
+
 /// A GPU.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Gpu {

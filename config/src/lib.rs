@@ -22,7 +22,7 @@ use std::{
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
-pub use devices::{Devices, Gpu};
+pub use devices::{Devices, Division, Gpu};
 pub use error::ConfigError;
 pub use log::LogConfig;
 pub use router::{PrefixCacheScope, RouterConfig};

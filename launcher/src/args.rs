@@ -18,7 +18,7 @@ pub(crate) struct Args {
     #[arg(long, env, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
     pub(crate) sharded: Option<bool>,
     /// Shards that the model is split over, at most 8, each a process with a GPU of its own [default: one for each
-    /// visible GPU; 1 on a CPU]
+    /// visible GPU, or as many as the model can be divided among; 1 on a CPU]
     #[arg(long, env)]
     pub(crate) num_shard: Option<usize>,
 

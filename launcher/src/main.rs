@@ -68,6 +68,7 @@ fn run(args: &Args, log: &Log) -> anyhow::Result<()> {
     let found = async {
         let ranks = ranks::find(args, programs).await?;
         let model = sources::find_model(&args.model_id, args.revision.as_deref()).await?;
+        let ranks = ranks::divide(args, programs, &model.path, ranks).await?;
         anyhow::Ok((ranks, model))
     };
     let found = runtime.block_on(async {

@@ -1,17 +1,18 @@
 //! The number of ranks that a model is split over: what the flags say, and the GPUs that there are.
 
-use std::{io, path::Path, process::Stdio, time::Duration};
+use std::{ffi::OsStr, io, path::Path, process::Stdio, time::Duration};
 
 use clap::ValueEnum;
-use config::{Device, Devices, Dtype};
+use config::{Device, Devices, Division};
+use serde::de::DeserializeOwned;
 use tokio::{process::Command, time::timeout};
 
 use crate::{args::Args, child};
 
 /// The most ranks: as many as there are GPUs in one machine that reach each other directly.
 const MOST_RANKS: usize = 8;
-/// Time to list the GPUs. A driver needs some seconds to start on a large machine.
-const LISTING: Duration = Duration::from_secs(60);
+/// Time for the shard's program to answer. A driver needs some seconds to start on a large machine.
+const ANSWER: Duration = Duration::from_secs(60);
 
 /// Why a model cannot be split as it was asked for.
 #[derive(Debug, thiserror::Error)]
@@ -39,11 +40,16 @@ pub(crate) enum RanksError {
         /// What the shard says is missing.
         missing: Option<String>,
     },
-    /// The shard's program cannot list GPUs.
-    #[error("{program} --devices: {cause}")]
-    Listing {
+    /// The model cannot be divided at all.
+    #[error("--sharded true: {0}")]
+    Undivided(String),
+    /// The shard's program does not answer.
+    #[error("{program} {question}: {cause}")]
+    NoAnswer {
         /// The program.
         program: String,
+        /// The flag that it was asked with.
+        question: &'static str,
         /// What happened.
         cause: String,
     },
@@ -52,7 +58,7 @@ pub(crate) enum RanksError {
 impl RanksError {
     /// Returns whether the flags ask for what cannot be.
     pub(crate) fn is_usage(&self) -> bool {
-        !matches!(self, RanksError::Listing { .. })
+        !matches!(self, RanksError::NoAnswer { .. })
     }
 }
 
@@ -88,7 +94,9 @@ pub(crate) async fn find(args: &Args, programs: &Path) -> Result<Ranks, RanksErr
         // One rank takes what it finds, and the processor is always there.
         return Ok(Ranks { number: number.unwrap_or(1), device });
     }
-    let devices = list(&programs.join("lorax-shard"), args.shard.dtype).await?;
+    let dtype = args.shard.dtype.as_ref().and_then(ValueEnum::to_possible_value);
+    let dtype = dtype.iter().flat_map(|dtype| ["--dtype", dtype.get_name()]);
+    let devices: Devices = ask(programs, "--devices", dtype).await?;
     let visible = Visible::new(devices, |name| std::env::var(name).ok());
     for gpu in &visible.devices.gpus {
         tracing::debug!(name = gpu.name, pci = gpu.pci, "visible GPU");
@@ -99,6 +107,29 @@ pub(crate) async fn find(args: &Args, programs: &Path) -> Result<Ranks, RanksErr
         tracing::warn!("no GPU is visible{because}; {number} ranks share the CPU");
     }
     Ok(ranks)
+}
+
+/// Leaves out some of the ranks if nobody has asked for a number of them, and the model cannot be divided among as many as
+/// there are GPUs.
+pub(crate) async fn divide(
+    args: &Args,
+    programs: &Path,
+    model: &Path,
+    ranks: Ranks,
+) -> Result<Ranks, RanksError> {
+    if args.num_shard.is_some() || ranks.number == 1 {
+        return Ok(ranks);
+    }
+    let at_most = ranks.number.to_string();
+    let question = [model.as_os_str(), "--at-most".as_ref(), at_most.as_ref()];
+    let Division { ranks: number, refused } = ask(programs, "--divides", question).await?;
+    let Some(refused) = refused.filter(|_| number < ranks.number) else { return Ok(ranks) };
+    if number == 1 && args.sharded == Some(true) {
+        return Err(RanksError::Undivided(refused));
+    }
+    tracing::warn!("{number} of the {at_most} GPUs are used (see --num-shard): {refused}");
+    let device = if number == 1 { args.shard.device } else { ranks.device };
+    Ok(Ranks { number, device })
 }
 
 /// The GPUs that ranks may use.
@@ -152,17 +183,20 @@ fn decide(
     }
 }
 
-/// Asks the shard's program for the GPUs that it can use.
-async fn list(program: &Path, dtype: Option<Dtype>) -> Result<Devices, RanksError> {
-    let failed = |cause: String| RanksError::Listing { program: program.display().to_string(), cause };
-    let mut command = Command::new(program);
-    command.arg("--devices");
-    if let Some(dtype) = dtype.as_ref().and_then(ValueEnum::to_possible_value) {
-        command.args(["--dtype", dtype.get_name()]);
-    }
+/// Asks the shard's program, which answers in JSON.
+async fn ask<T: DeserializeOwned, Word: AsRef<OsStr>>(
+    programs: &Path,
+    question: &'static str,
+    more: impl IntoIterator<Item = Word>,
+) -> Result<T, RanksError> {
+    let program = programs.join("lorax-shard");
+    let failed =
+        |cause: String| RanksError::NoAnswer { program: program.display().to_string(), question, cause };
+    let mut command = Command::new(&program);
+    command.arg(question).args(more);
     child::SECRETS.iter().for_each(|name| _ = command.env_remove(name));
     let run = command.stdin(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true).output();
-    let output = timeout(LISTING, run).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+    let output = timeout(ANSWER, run).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
     let output = output.map_err(|error| failed(error.to_string()))?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);

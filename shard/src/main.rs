@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::Context;
 use clap::Parser;
-use config::{Config, Device, Devices, Dtype};
+use config::{Config, Device, Devices, Division, Dtype};
 use indicatif::{ProgressBar, ProgressStyle};
 use kernels::{Backend, DType, Group, RopeSpec, Stretch, cpu::CpuBackend};
 use lifecycle::{EX_UNAVAILABLE, EX_USAGE, Parent, Supervisor, fail};
@@ -25,7 +25,7 @@ use lorax_shard::{
     server::{self, Rank},
     step::Info,
 };
-use model::{Decoder, LoadProgress, Model, adapter::BaseModel};
+use model::{Decoder, LoadProgress, Model, Share, adapter::BaseModel};
 use tokio::{
     net::UnixListener,
     runtime::{Builder, Runtime},
@@ -43,17 +43,27 @@ struct Args {
     #[arg(long, default_value_t = 0)]
     rank: usize,
     /// Print the GPUs that this build can use, as JSON, and exit.
-    #[arg(long, required_unless_present = "config", conflicts_with = "config")]
+    #[arg(long, required_unless_present_any = ["config", "divides"], conflicts_with_all = ["config", "divides"])]
     devices: bool,
     /// With --devices: the type of weights that they must be able to compute with.
     #[arg(long, requires = "devices", default_value = "bfloat16")]
     dtype: Dtype,
+    /// Print among how many ranks a model can be divided, as JSON, and exit.
+    #[arg(long, value_name = "MODEL", conflicts_with = "config")]
+    divides: Option<PathBuf>,
+    /// With --divides: the most ranks.
+    #[arg(long, requires = "divides", default_value_t = 8)]
+    at_most: usize,
 }
 
 fn main() {
     let args = Args::parse();
     let Some(config) = &args.config else {
-        print_devices(args.dtype).unwrap_or_else(|error| fail(1, &*error));
+        let printed = match &args.divides {
+            Some(model) => print_division(model, args.at_most),
+            None => print_devices(args.dtype),
+        };
+        printed.unwrap_or_else(|error| fail(1, &*error));
         return;
     };
     let config = Config::read(config).unwrap_or_else(|error| fail(EX_USAGE, &error));
@@ -89,20 +99,27 @@ fn print_devices(dtype: Dtype) -> anyhow::Result<()> {
     Ok(writeln!(io::stdout(), "{}", serde_json::to_string(&devices)?)?)
 }
 
+/// Prints among how many ranks a model can be divided.
+fn print_division(path: &Path, at_most: usize) -> anyhow::Result<()> {
+    let decoder = model::describe(path).with_context(|| format!("reading {}", path.display()))?;
+    let (ranks, refused) = Share::most(&decoder, at_most);
+    let division = Division { ranks, refused: refused.map(|error| error.to_string()) };
+    Ok(writeln!(io::stdout(), "{}", serde_json::to_string(&division)?)?)
+}
+
 fn run(config: &Config, rank: usize, parent: &Parent) -> anyhow::Result<()> {
     let shard = &config.shard;
     let dtype = shard.dtype.map_or(DType::Bf16, kernels_dtype);
     let group = meet(config, rank)?;
     #[cfg(feature = "cuda")]
     if shard.device != Device::Cpu {
+        // Before the GPU is opened: the driver's threads and its memory on the host stay where they begin.
+        let (gpus, _) = kernels::cuda::gpus(dtype);
+        if let Some(gpu) = gpus.get(rank) {
+            pin(config, |machine, allowed| machine.near(&gpu.pci, allowed));
+        }
         match kernels::cuda::CudaBackend::new(dtype, rank) {
-            Ok(ops) => {
-                let ops = ops.with_group(group)?;
-                let (gpus, _) = kernels::cuda::gpus(dtype);
-                let gpu = gpus.get(rank).map_or("", |gpu| &gpu.pci);
-                pin(config, |machine, allowed| machine.near(gpu, allowed));
-                return serve_cuda(ops, config, rank, parent);
-            }
+            Ok(ops) => return serve_cuda(ops.with_group(group)?, config, rank, parent),
             Err(error) if shard.device == Device::Cuda || group.ranks() > 1 => return Err(error.into()),
             Err(error) => tracing::warn!("no GPU is used: {error}"),
         }

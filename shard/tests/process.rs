@@ -7,7 +7,9 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-use config::{Config, Device, Devices, LogConfig, ModelConfig, RouterConfig, ShardConfig, ShardsConfig};
+use config::{
+    Config, Device, Devices, Division, LogConfig, ModelConfig, RouterConfig, ShardConfig, ShardsConfig,
+};
 
 /// A shard of a small model, with its stdin open.
 fn start(folder: &Path) -> Child {
@@ -69,6 +71,41 @@ fn a_shard_that_fails_ends_though_its_stdin_is_open() {
     let held = shard.stdin.take();
     assert_eq!(shard.wait().unwrap().code(), Some(1));
     drop(held);
+}
+
+/// The launcher reads this, too. The model has 4 query heads.
+#[test]
+fn a_shard_says_among_how_many_ranks_a_model_can_be_divided() {
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../integration-tests/fixtures/tiny/model");
+    let divides = |model: &Path, more: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lorax-shard"));
+        command.args(["--divides".as_ref(), model.as_os_str()]).args(more).output().unwrap()
+    };
+    for (at_most, ranks, refused) in [
+        ("1", 1, None),
+        ("2", 2, None),
+        ("3", 2, Some(3)),
+        ("4", 4, None),
+        ("5", 4, Some(5)),
+        ("6", 4, Some(6)),
+        ("7", 4, Some(7)),
+        ("8", 4, Some(8)),
+        ("100", 4, Some(100)),
+        ("0", 1, None),
+    ] {
+        let said = divides(&model, &["--at-most", at_most]);
+        assert!(said.status.success(), "{said:?}");
+        let division: Division = serde_json::from_slice(&said.stdout).unwrap();
+        let refused = refused.map(|ranks| format!("4 query heads cannot be divided among {ranks} ranks"));
+        assert_eq!(division, Division { ranks, refused }, "at most {at_most}");
+    }
+    let missing = divides(Path::new("/no/model"), &[]);
+    let said = String::from_utf8(missing.stderr).unwrap();
+    assert!(!missing.status.success() && missing.stdout.is_empty() && said.contains("/no/model"), "{said}");
+    for more in [&["--devices"][..], &["--config", "/none"], &["--at-most", "all"]] {
+        let refused = divides(&model, more);
+        assert!(!refused.status.success() && refused.stdout.is_empty(), "{more:?}: {refused:?}");
+    }
 }
 
 /// The launcher reads this, and nothing else may be on stdout.

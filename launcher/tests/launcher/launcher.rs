@@ -47,7 +47,10 @@ impl Launcher {
             .stdin(Stdio::null())
             .stderr(Stdio::piped());
         let launcher = Launcher { folder, command };
-        launcher.shard(SHARD).router(ROUTER).devices(r#"echo '{"gpus": [], "missing": "no driver"}'"#)
+        let launcher = launcher.devices(r#"echo '{"gpus": [], "missing": "no driver"}'"#);
+        // Among as many ranks as are asked for.
+        let launcher = launcher.divides(r#"echo "{\"ranks\": $4, \"refused\": null}""#);
+        launcher.shard(SHARD).router(ROUTER)
     }
 
     /// With the path of an empty model, which children that are scripts do not read.
@@ -67,6 +70,13 @@ impl Launcher {
     /// Replaces what a shard does that is asked for its GPUs.
     pub(crate) fn devices(self, script: &str) -> Launcher {
         fs::write(self.folder.path().join("devices.sh"), script).unwrap();
+        self
+    }
+
+    /// Replaces what a shard does that is asked among how many ranks a model can be divided: `$2` is the model, `$4` the
+    /// most ranks.
+    pub(crate) fn divides(self, script: &str) -> Launcher {
+        fs::write(self.folder.path().join("divides.sh"), script).unwrap();
         self
     }
 

@@ -86,6 +86,49 @@ fn too_few_gpus_are_refused_before_anything_starts() {
 }
 
 #[test]
+fn a_model_is_divided_among_as_many_gpus_as_it_can_be() {
+    // Of a model with four heads.
+    let four = r#"n=$4; while [ $((4 % n)) != 0 ]; do n=$((n - 1)); done
+                  if [ $n = $4 ]; then why=null; else why="\"4 heads cannot be divided among $4 ranks\""; fi
+                  echo "{\"ranks\": $n, \"refused\": $why}""#;
+    for (gpus, args, expected) in [
+        (1, &[][..], (1, "auto")),
+        (2, &[], (2, "cuda")),
+        (3, &[], (2, "cuda")),
+        (4, &[], (4, "cuda")),
+        (5, &[], (4, "cuda")),
+        (6, &["--device", "cuda"], (4, "cuda")),
+        (7, &["--sharded"], (4, "cuda")),
+        (8, &[], (4, "cuda")),
+        // What is asked for is what there is: the shards refuse it with the numbers.
+        (3, &["--num-shard", "3"], (3, "cuda")),
+        (8, &["--num-shard", "6"], (6, "cuda")),
+    ] {
+        assert_eq!(
+            ranks(Launcher::with_model().gpus(gpus).args(args).divides(four)),
+            (expected.0, expected.1.to_owned()),
+            "{gpus} GPUs, {args:?}"
+        );
+    }
+    let never = r#"echo '{"ranks": 1, "refused": "heads that are normed together"}'"#;
+    for (args, device) in [(&[][..], "auto"), (&["--device", "cuda"], "cuda")] {
+        let launcher = Launcher::with_model().gpus(4).divides(never).args(args);
+        assert_eq!(ranks(launcher), (1, device.to_owned()), "{args:?}");
+    }
+    let (status, log) = Launcher::with_model().gpus(4).divides(never).args(&["--sharded"]).fails();
+    assert_eq!(status, 64, "{log}");
+    assert!(log.contains("--sharded true: heads that are normed together"), "{log}");
+    let mut launcher = Launcher::with_model().gpus(6).divides(four);
+    let mut running = launcher.start();
+    running.until("4 of the 6 GPUs are used (see --num-shard): 4 heads cannot be divided among 6 ranks");
+    running.until("router up");
+    running.signal("-TERM");
+    running.ended();
+    let (status, log) = Launcher::with_model().gpus(2).divides("say no such model; exit 1").fails();
+    assert!(status == 1 && log.contains("--divides: exit status: 1 no such model"), "{log}");
+}
+
+#[test]
 fn a_shard_that_cannot_list_its_gpus_is_quoted() {
     for (script, cause) in [
         ("say the driver is broken; exit 3", "lorax-shard --devices: exit status: 3 the driver is broken"),

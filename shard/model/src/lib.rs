@@ -13,4 +13,4 @@ mod weights;
 pub use decoder::{ADDED_TOKENS, Decoder, Share};
 pub use error::{LoadError, Result};
 pub use forward::{KvCache, Model, Pass, Scratch, WeightBytes};
-pub use weights::{LoadProgress, TorchError};
+pub use weights::{LoadProgress, TorchError, describe};

@@ -112,3 +112,8 @@ pub(crate) fn open(path: &Path) -> Result<(Decoder, Box<dyn Source + Sync>)> {
     let folder = Folder::open(path, &decoder)?;
     Ok((decoder, Box::new(folder)))
 }
+
+/// The description of a GGUF file or of a folder in Hugging Face layout, without its weights.
+pub fn describe(path: &Path) -> Result<Decoder> {
+    if path.is_file() { Ok(from_gguf::open(path)?.0) } else { Decoder::from_folder(path) }
+}

@@ -79,6 +79,18 @@ impl Share {
         Ok(Share { rank, ranks })
     }
 
+    /// The most ranks, up to `at_most`, that the model can be divided into, and why it is not that many.
+    pub fn most(decoder: &Decoder, at_most: usize) -> (usize, Option<LoadError>) {
+        let mut refused = None;
+        for ranks in (2..=at_most).rev() {
+            match Share::of(decoder, 0, ranks) {
+                Ok(_) => return (ranks, refused),
+                Err(error) => refused = refused.or(Some(error)),
+            }
+        }
+        (1, refused)
+    }
+
     /// The number of ranks.
     pub fn ranks(self) -> usize {
         self.ranks
