@@ -1,4 +1,4 @@
-"""Kills a shard under load: running streams must get an error, requests must get 503, and then the next shard must serve."""
+"""Kills or stops a shard under load: running streams must get an error, requests must get 503, and then the next shard must serve."""
 
 import http.client
 import json
@@ -24,18 +24,21 @@ class Crash:
         self.server = server
         self.begun = threading.Semaphore(0)  # streams that have had a token
 
-    def run(self) -> dict:
-        """Kills the shard when every stream has had a token, and waits for the first answer of the next shard."""
+    def run(self, rank: int = 0, how: signal.Signals = signal.SIGKILL) -> dict:
+        """Sends a rank a signal when every stream has had a token, and waits for the first answer of the next group."""
         with ThreadPoolExecutor(CLIENTS) as pool:
             streams = [pool.submit(self.stream, words(seed, 40)) for seed in range(CLIENTS)]
             self.wait_for_tokens(streams)
+            memory = self.server.memory()
             killed = time.monotonic()
-            os.kill(self.server.processes()["lorax-shard"], signal.SIGKILL)
+            os.kill(self.server.shards()[rank], how)
             recovered, meanwhile = self.recovery(killed)
             ends = [stream.result() for stream in streams]
         told = Counter(how for how, _ in ends)
         return dict(
-            check="a shard killed under load",
+            check=f"rank {rank} got {how.name} under load",
+            memory_before=memory,
+            memory_after=self.server.memory() if recovered else None,
             recovery_seconds=recovered,
             last_stream_ended_seconds=round(max(when for _, when in ends) - killed, 3),
             streams=told,

@@ -23,6 +23,7 @@ class Load:
     adapters: int = 0
     popularity: str = "distinct"
     output: int = OUTPUT
+    prompt: int = PROMPT
     goal: tuple[str, str, float] | None = None  # figure, relation, value
 
 
@@ -46,11 +47,12 @@ LOADS = {
         Load("many-zipf", 64, 256, "zipf:1.1"),
         Load("many-round-robin", 64, 256, "round-robin", goal=("tokens", ">=", 3000)),
         Load("first-token", 1, 1, output=1, goal=("ttft", "<=", 22)),
+        Load("first-token-2048", 1, 1, output=1, prompt=2048),
     ]
 }
 GROUPS = {
     "base": [name for name in LOADS if name.startswith("base-")],
-    "lora": [name for name in LOADS if name.startswith("lora-")] + ["first-token"],
+    "lora": [name for name in LOADS if name.startswith("lora-")] + ["first-token", "first-token-2048"],
     "many": [name for name in LOADS if name.startswith("many-")],
 }
 
@@ -104,7 +106,7 @@ class Generator:
     def measure(self, load: Load, rounds: int, slots: str) -> dict:
         """Runs the load briefly as a warm-up, then measures it."""
         streams = ["--streams", load.streams, *self.named(load.adapters), "--popularity", load.popularity]
-        prompt = ["--prompt-tokens", self.size(PROMPT)]
+        prompt = ["--prompt-tokens", self.size(load.prompt)]
         few = ["--requests", load.streams, "--output-tokens", min(load.output, 12)]
         self.bench(f"{load.name} warm-up", *streams, *prompt, *few)
         requests = max(rounds * load.streams, 4 * rounds if load.streams > 1 or load.output > 1 else 10 * rounds)

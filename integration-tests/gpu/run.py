@@ -9,6 +9,7 @@ import argparse
 import json
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -222,9 +223,11 @@ def soak(s: Session) -> None:
 
 
 def crash(s: Session) -> None:
-    """Kills a shard under load."""
+    """Kills the ranks under load, one after the other, and stops them, if that is asked for more than once."""
     with s.server([]) as server:
-        s.say(Crash(server).run())
+        for turn in range(s.args.crashes):
+            rank, how = turn % len(server.shards()), signal.SIGSTOP if turn % 4 >= 2 else signal.SIGKILL
+            s.say(Crash(server).run(rank, how))
 
 
 PHASES = ["model", *GROUPS, "slots", "cold", "loading", "thousand", "sources", "families", "check", "reference", "demo", "crash", "soak"]
@@ -248,6 +251,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--thousand", type=int, default=1000, help="adapters of the phase of that name")
     parser.add_argument("--thousand-host", default="40GiB", help="host memory for them")
     parser.add_argument("--pairs", type=int, default=2, help="runs with and without broken sources")
+    parser.add_argument("--crashes", type=int, default=1, help="shards to kill, every second two of them to stop")
     parser.add_argument("--rounds", type=int, default=3, help="requests a stream")
     parser.add_argument("--scale", type=float, default=1.0, help="of prompt and output lengths")
     parser.add_argument("--steady", type=int, default=320, help="tokens of streams during arrivals: two seconds' worth")

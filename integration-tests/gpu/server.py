@@ -98,21 +98,22 @@ class Server:
         parameters |= dict(return_k_alternatives=5, decoder_input_details=prompt_scores)
         return self.post("/generate", dict(inputs=text, parameters=parameters))["details"]
 
-    def processes(self) -> dict[str, int]:
-        """Returns the process ids of the router and the shard."""
-        return {name: int(status["Pid"]) for name, status in self._children().items()}
+    def shards(self) -> list[int]:
+        """Returns the process ids of the shards, by rank."""
+        return sorted(int(status["Pid"]) for name, status in self._children() if name == "lorax-shard")
 
     def memory(self) -> dict[str, int]:
-        """Returns the resident bytes of router and shard and, if a GPU is in use, the bytes that are used of it."""
-        children = self._children()
-        found = {name: int(status["VmRSS"].split()[0]) * 1024 for name, status in children.items()}
-        return found | ({} if self.on_cpu else device_memory({int(status["Pid"]) for status in children.values()}))
+        """Returns the resident bytes of the router and of all shards and, if GPUs are in use, the bytes that are used of them."""
+        children, found = self._children(), dict.fromkeys(sorted(PROGRAMS), 0)
+        for name, status in children:
+            found[name] += int(status["VmRSS"].split()[0]) * 1024
+        return found | ({} if self.on_cpu else device_memory({int(status["Pid"]) for _, status in children}))
 
-    def _children(self) -> dict[str, dict[str, str]]:
-        """Returns /proc's status of the router and the shard. It is an error if either does not run."""
+    def _children(self) -> list[tuple[str, dict[str, str]]]:
+        """Returns /proc's status of the router and the shards, with their names. It is an error if either does not run."""
         if (code := self.process.poll()) is not None:
             raise RuntimeError(f"the launcher ended with code {code}")
-        found = {}
+        found = []
         for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
             try:
                 lines = Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -120,8 +121,8 @@ class Server:
                 continue  # it has ended since
             status = dict(line.split(":", 1) for line in lines if ":" in line)
             if "VmRSS" in status:  # it has not ended
-                found[status["Name"].strip()] = status
-        if missing := PROGRAMS - found.keys():
+                found.append((status["Name"].strip(), status))
+        if missing := PROGRAMS - {name for name, _ in found}:
             raise RuntimeError(f"not running: {' '.join(sorted(missing))}")
         return found
 
@@ -135,10 +136,10 @@ def card() -> str | None:
 
 
 def device_memory(pids: set[int]) -> dict[str, int]:
-    """Returns the bytes that the driver counts for these processes, or for the whole first GPU if it does not tell them apart."""
+    """Returns the bytes that the driver counts for these processes, or for all GPUs if it does not tell them apart."""
     ask = lambda query: subprocess.check_output(["nvidia-smi", query, "--format=csv,noheader,nounits"], text=True)
     apps = [line.partition(",") for line in ask("--query-compute-apps=pid,used_memory").splitlines()]
     own = [used.strip() for pid, _, used in apps if pid.strip() in map(str, pids)]
     if own and all(used.isdecimal() for used in own):
         return dict(device=sum(map(int, own)) << 20)
-    return dict(whole_device=int(ask("--query-gpu=memory.used").split()[0]) << 20)
+    return dict(all_devices=sum(map(int, ask("--query-gpu=memory.used").split())) << 20)

@@ -32,7 +32,7 @@ class Soak:
         """Runs clients and changes until the end, and returns the result."""
         threads = [threading.Thread(target=self.client, args=(i,)) for i in range(self.clients)]
         threads += [threading.Thread(target=self.change, args=(4,))]
-        processes, begun = self.server.processes(), time.monotonic()
+        shards, begun = self.server.shards(), time.monotonic()
         for thread in threads:
             thread.start()
         try:
@@ -44,7 +44,7 @@ class Soak:
             for thread in threads:
                 thread.join()
         self.sample(begun)
-        if self.server.processes() != processes:
+        if self.server.shards() != shards:
             self.errors.append("a process was started again")
         growth = self.growth()
         steady = all(g["after"] <= g["before"] * 1.02 + SLACK for g in growth.values())

@@ -65,6 +65,8 @@ pub(super) struct Draft<P> {
     prefill_left: usize,
     /// Most rows of the prompt that is planned.
     most: usize,
+    /// Rows of a prompt beside which nothing runs or waits, if these are all that it needs.
+    alone: usize,
     /// Whether others than the prompt that is planned could use what is left.
     pub(super) shared: bool,
     logits_left: usize,
@@ -84,6 +86,7 @@ impl<P> Draft<P> {
             prefill: 0,
             prefill_left: 0,
             most: usize::MAX,
+            alone: 0,
             shared: false,
             logits_left: limits.max_logit_rows as usize,
             added_left: limits.max_added_tokens as usize,
@@ -122,7 +125,7 @@ impl<P> Draft<P> {
     fn allowed(&self, sequence: &Sequence<P>) -> usize {
         let wanted = sequence.rows_to_plan();
         let mut rows = wanted.min(self.rows_left);
-        if sequence.prefills() {
+        if sequence.prefills() && wanted > self.alone {
             rows = rows.min(self.most).min(self.prefill_room(wanted));
         }
         if sequence.prompt_logprobs {
@@ -146,7 +149,7 @@ impl<P> Draft<P> {
     fn spend(&mut self, sequence: &Sequence<P>, rows: usize, sample: bool) {
         self.rows_left -= rows;
         if sequence.prefills() {
-            self.prefill_left -= rows;
+            self.prefill_left = self.prefill_left.saturating_sub(rows);
         }
         self.logits_left -= if sequence.prompt_logprobs { rows } else { usize::from(sample) };
     }
@@ -191,6 +194,10 @@ impl<P: Clone> Scheduler<P> {
         let decode = self.limits.max_rows as usize - draft.rows_left;
         draft.prefill = self.prefill_budget.rows(&self.limits, decode);
         draft.prefill_left = draft.prefill;
+        // One step with a whole prompt has fewer launches and sums over ranks than several, and delays nobody.
+        if decode == 0 && prefilling.len() + self.waiting_for_seats() == 1 {
+            draft.alone = self.limits.most_prefill_rows();
+        }
         self.plan_prompts(&prefilling, draft);
     }
 

@@ -201,6 +201,37 @@ fn an_idle_server_forgets_the_prefill_budget() {
 }
 
 #[test]
+fn a_prompt_that_is_alone_is_one_step() {
+    let wide = Limits { num_blocks: 20_000, max_prefill_rows: None, max_rows: 2048, ..limits() };
+    // Others that generate and others that wait, the prompt's length, and the rows of its first step.
+    for (generating, waiting, length, expected) in [
+        (0, 0, 1, 1),
+        (0, 0, 512, 512),
+        (0, 0, 513, 513),
+        (0, 0, 2000, 2000),
+        (0, 0, 2048, 2048),
+        (0, 0, 2049, 512),
+        (0, 0, 60_000, 512),
+        (1, 0, 2000, 511),
+        (3, 0, 2000, 509),
+        (0, 1, 2000, 384),
+        (0, 3, 2000, 384),
+    ] {
+        let mut world = World::new(wide.clone());
+        for id in 0..generating {
+            world.submit(request(id, 0, prompt(id, 2), 400)).unwrap();
+        }
+        world.turn();
+        for id in 100..=100 + waiting {
+            world.submit(request(id, 0, prompt(id, length), 2)).unwrap();
+        }
+        let first = rows(&mut world).iter().find(|row| row.0 == 100).map(|row| row.2);
+        assert_eq!(first, Some(expected), "{generating} generate, {waiting} wait, {length} tokens");
+        world.run_to_end();
+    }
+}
+
+#[test]
 fn a_prompt_is_prefilled_in_chunks_beside_decode_rows() {
     let mut world = World::new(Limits { max_prefill_rows: Some(10), max_rows: 11, ..limits() });
     world.submit(request(1, 0, prompt(1, 4), 9)).unwrap();
