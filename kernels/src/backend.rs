@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use crate::{
     Activation, Attention, Batch, DType, Embedding, Group, Heads, HostTensor, LinearLora, LogitShape,
-    LoraPart, LoraShape, LoraSite, Matrix, Norm, Output, Projection, Qkv, Result, RopeSpec, SampleRow,
-    Sampled, SamplingParams, Span, TokenMask, compose,
+    LoraPart, LoraShape, LoraSite, Matrix, MatrixSource, Norm, Output, Projection, Qkv, Result, RopeSpec,
+    SampleRow, Sampled, SamplingParams, Span, TokenMask, compose,
 };
 
 /// A device and its kernels.
@@ -241,8 +241,14 @@ pub trait Adapters: Sampling {
     /// Bytes of host memory that [`Self::stage`] takes for parts of these shapes, including padding to whole pages or
     /// pieces. Errors: these shapes cannot be staged.
     fn host_bytes(&self, sites: &[LoraSite], shapes: &[LoraShape]) -> Result<usize>;
-    /// Lays an adapter out in host memory exactly as it is on the device. Runs beside steps, on any thread.
-    fn stage(&self, sites: &[LoraSite], parts: &[LoraPart]) -> Result<Self::HostAdapter>;
+    /// Reads an adapter into host memory, laid out exactly as it is on the device. It takes no other memory that grows with
+    /// the adapter. Runs beside steps, on the calling thread and on others that all stages share. Errors: among others,
+    /// those of reading.
+    fn stage<M: MatrixSource>(
+        &self,
+        sites: &[LoraSite],
+        parts: &[LoraPart<M>],
+    ) -> Result<Self::HostAdapter, M::Error>;
     /// Bytes that an adapter takes on the device.
     fn adapter_bytes(&self, adapter: &Self::HostAdapter) -> usize;
     /// Makes `slots` empty slots for adapters of these sites.

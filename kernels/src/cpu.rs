@@ -24,8 +24,8 @@ use std::{
 
 use crate::{
     Activation, Adapters, Attention, Batch, DType, Embedding, Error, Group, Heads, HostTensor, LinearLora,
-    LogitShape, LoraPart, LoraShape, LoraSite, Matrix, Memory, Norm, Ops, Projection, Qkv, Result, RopeSpec,
-    SampleRow, Sampled, Sampling, SamplingParams, Span, TokenMask,
+    LogitShape, LoraPart, LoraShape, LoraSite, Matrix, MatrixSource, Memory, Norm, Ops, Projection, Qkv,
+    Result, RopeSpec, SampleRow, Sampled, Sampling, SamplingParams, Span, TokenMask, lora::readers::Readers,
 };
 pub use elementwise::CpuRope;
 pub use kv::CpuKv;
@@ -45,6 +45,7 @@ pub struct CpuBackend {
     pool: Pool,
     scratch: Mutex<linear::Scratch>,
     arena: Mutex<Arena>,
+    readers: Readers,
     group: Arc<Group>,
     /// What the ranks share; `None` if there is only one.
     ranks: Option<Mutex<Ranks>>,
@@ -84,7 +85,8 @@ impl CpuBackend {
         }
         let arena = Mutex::new(Arena::new(REGION));
         let (pool, scratch) = (Pool::new(threads.max(1))?, Mutex::default());
-        Ok(CpuBackend { dtype, tier, pool, scratch, arena, group: Arc::new(Group::alone()), ranks: None })
+        let (readers, group) = (Readers::new(), Arc::new(Group::alone()));
+        Ok(CpuBackend { dtype, tier, pool, scratch, arena, readers, group, ranks: None })
     }
 
     /// Makes the backend of one rank. Every rank of the group calls this at the same time.
@@ -293,8 +295,12 @@ impl Adapters for CpuBackend {
         lora::bytes(self.dtype, sites, shapes)
     }
 
-    fn stage(&self, sites: &[LoraSite], parts: &[LoraPart]) -> Result<CpuAdapter> {
-        CpuAdapter::new(self.dtype, sites, parts)
+    fn stage<M: MatrixSource>(
+        &self,
+        sites: &[LoraSite],
+        parts: &[LoraPart<M>],
+    ) -> Result<CpuAdapter, M::Error> {
+        CpuAdapter::stage(self, sites, parts)
     }
 
     fn adapter_bytes(&self, adapter: &CpuAdapter) -> usize {

@@ -30,7 +30,8 @@ use cudarc::driver::sys::{CUdevice_attribute, CUstream};
 
 use crate::{
     Adapters, Batch, DType, Error, Group, Heads, HostTensor, LinearLora, LoraPart, LoraShape, LoraSite,
-    Memory, Ops, Result, RopeSpec, SampleRow, Sampled, Sampling, SamplingParams, Span, TokenMask,
+    MatrixSource, Memory, Ops, Result, RopeSpec, SampleRow, Sampled, Sampling, SamplingParams, Span,
+    TokenMask, lora::readers::Readers,
 };
 pub use batch::CudaBatch;
 pub use comm::Transport;
@@ -82,6 +83,7 @@ pub struct CudaBackend {
     staging: Mutex<Staging>,
     weight_staging: Vec<Mutex<Staging>>,
     pinned: Arc<pinned::PinnedPool>,
+    readers: Readers,
     /// All steps.
     stream: Arc<Stream>,
     /// Shrinks beside base products.
@@ -119,6 +121,7 @@ impl CudaBackend {
                 .map(|_| Ok(Mutex::new(Staging::new(&device, 2, 8 << 20)?)))
                 .collect::<Result<_>>()?,
             pinned: pinned::PinnedPool::new(&device),
+            readers: Readers::new(),
             stream: Arc::new(Stream::new(&device)?),
             branch: Branch::new(&device)?,
             copies: Stream::new(&device)?,
@@ -337,8 +340,12 @@ impl Adapters for CudaBackend {
         lora::host_bytes(self.dtype, sites, shapes)
     }
 
-    fn stage(&self, sites: &[LoraSite], parts: &[LoraPart]) -> Result<CudaAdapter> {
-        CudaAdapter::new(self, sites, parts)
+    fn stage<M: MatrixSource>(
+        &self,
+        sites: &[LoraSite],
+        parts: &[LoraPart<M>],
+    ) -> Result<CudaAdapter, M::Error> {
+        CudaAdapter::stage(self, sites, parts)
     }
 
     fn adapter_bytes(&self, adapter: &CudaAdapter) -> usize {

@@ -1,7 +1,7 @@
 //! What an operation can fail with.
 
 /// Result of an operation.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Why an operation was refused or failed.
 #[derive(Debug, thiserror::Error)]

@@ -29,7 +29,7 @@ pub use backend::{Adapters, Backend, CapturedStep, Memory, Ops, Sampling};
 pub use batch::{BLOCK_SIZE, Batch, RowSet, Segment, SequenceRows};
 pub use error::{Error, PeerFault, Result};
 pub use group::Group;
-pub use lora::{LoraPart, LoraShape, LoraSite, LowRank, ReplacedRows, SiteKind};
+pub use lora::{LoraPart, LoraShape, LoraSite, LowRank, MatrixSource, ReplacedRows, SiteKind};
 pub use ops::{
     Activation, Attention, AttentionShape, Branch, Embedding, Heads, LinearLora, LogitShape, Norm, NormKind,
     NormSpan, Output, Pairs, Projection, QkNorms, Qkv, Residual, RopeSpec, Rotation, Span, Stretch,

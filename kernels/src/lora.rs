@@ -1,8 +1,13 @@
 //! Adapters as backends see them: the sites that they attach to, and the parts that they consist of.
 
+pub(crate) mod blocks;
+pub(crate) mod readers;
+mod source;
+
 use std::ops::Range;
 
 use crate::{DType, Error, HostTensor, Result};
+pub use source::MatrixSource;
 
 /// One operation that adapters can attach to. A fused projection (q k v, or gate and up) is one site with several
 /// slices. All slices read the same input, and each writes its own columns of the output.
@@ -66,20 +71,22 @@ impl LoraSite {
 /// over its own tokens, and other tokens have no delta.
 ///
 /// A part that has rows has neither a low-rank delta nor a magnitude.
+///
+/// `M` is where its matrices come from. A backend reads them when it stages the adapter.
 #[derive(Debug, Clone)]
-pub struct LoraPart {
+pub struct LoraPart<M = HostTensor<'static>> {
     /// Index of the site.
     pub site: usize,
     /// Slice of the site's output.
     pub slice: usize,
     /// A and B.
-    pub low_rank: Option<LowRank>,
+    pub low_rank: Option<LowRank<M>>,
     /// One element for each output, or for each row of a head's base weight.
     pub magnitude: Option<Vec<f32>>,
     /// One element for each output, or for each row of a head's base weight.
     pub bias: Option<Vec<f32>>,
     /// Rows that replace those of the base weight.
-    pub rows: Option<ReplacedRows>,
+    pub rows: Option<ReplacedRows<M>>,
     /// A number of the adapter's content, which is the same on all ranks. With a magnitude at a site that is partial, the
     /// ranks tell each other their parts of the norms under this number.
     pub content: u64,
@@ -87,27 +94,27 @@ pub struct LoraPart {
 
 /// A low-rank delta: `scale · B · A`. The scale is applied in f32 to the sum.
 #[derive(Debug, Clone)]
-pub struct LowRank {
+pub struct LowRank<M = HostTensor<'static>> {
     /// The number of rows of A and of columns of B, at least 1.
     pub rank: usize,
     /// The factor of the delta.
     pub scale: f32,
     /// A, `[rank, inputs]`; for a [`SiteKind::Lookup`], it has as many columns as the adapter's vocabulary has tokens.
-    pub a: HostTensor<'static>,
+    pub a: M,
     /// B, `[outputs[slice], rank]`; fewer rows where a [`SiteKind::Head`] has more room than the base weight has rows.
-    pub b: HostTensor<'static>,
+    pub b: M,
 }
 
 /// Rows that an adapter has in place of those of the embedding table or the output projection. If the adapter's
 /// vocabulary has another size, there may be more or fewer rows than the base model has. The logits of tokens without a
 /// row are -∞, and such a token cannot be looked up.
 #[derive(Debug, Clone)]
-pub struct ReplacedRows {
+pub struct ReplacedRows<M = HostTensor<'static>> {
     /// The rows that are replaced, strictly ascending; all others are the base model's. `None`: the rows replace the
     /// whole weight, so that this adapter has no others.
     pub ids: Option<Vec<u32>>,
     /// The rows, `[ids, columns]`.
-    pub values: HostTensor<'static>,
+    pub values: M,
 }
 
 impl LoraPart {
@@ -118,7 +125,9 @@ impl LoraPart {
         let low_rank = Some(LowRank { rank, scale, a, b });
         LoraPart { site, slice, low_rank, magnitude: None, bias: None, rows: None, content: 0 }
     }
+}
 
+impl<M: MatrixSource> LoraPart<M> {
     /// Its place and size.
     pub fn shape(&self) -> LoraShape {
         LoraShape {
@@ -127,7 +136,7 @@ impl LoraPart {
             lora_rank: self.low_rank.as_ref().map_or(0, |low_rank| low_rank.rank),
             has_magnitude: self.magnitude.is_some(),
             has_bias: self.bias.is_some(),
-            rows: self.rows.as_ref().map_or(0, |rows| rows.values.rows),
+            rows: self.rows.as_ref().map_or(0, |rows| rows.values.shape()[0]),
         }
     }
 
@@ -135,14 +144,16 @@ impl LoraPart {
     pub(crate) fn check(&self, sites: &[LoraSite]) -> Result<()> {
         let [inputs, outputs] = self.shape().of(sites)?;
         let kind = sites[self.site].kind;
-        let elements = |tensor: &HostTensor<'_>| tensor.data.len() / tensor.dtype.size();
         let mut expected = Vec::new();
         if let Some(LowRank { rank, a, b, .. }) = &self.low_rank {
+            let ([a_rows, a_cols], [b_rows, b_cols]) = (a.shape(), b.shape());
             // The base model may have fewer rows than there is room for.
-            let inputs = if kind == SiteKind::Lookup { a.cols.min(inputs) } else { inputs };
-            let outputs = if kind == SiteKind::Head { b.rows.min(outputs) } else { outputs };
-            expected.push(("elements of A", elements(a), rank * inputs));
-            expected.push(("elements of B", elements(b), rank * outputs));
+            let inputs = if kind == SiteKind::Lookup { a_cols.min(inputs) } else { inputs };
+            let outputs = if kind == SiteKind::Head { b_rows.min(outputs) } else { outputs };
+            expected.push(("elements of A", a_rows * a_cols, rank * inputs));
+            expected.push(("rows of A", a_rows, *rank));
+            expected.push(("elements of B", b_rows * b_cols, rank * outputs));
+            expected.push(("columns of B", b_cols, *rank));
         }
         for (what, vector) in
             [("elements of the magnitude", &self.magnitude), ("elements of the bias", &self.bias)]
@@ -155,7 +166,8 @@ impl LoraPart {
             let [columns, limit] =
                 if kind == SiteKind::Lookup { [outputs, inputs] } else { [inputs, outputs] };
             rows.check(limit)?;
-            expected.push(("elements of replaced rows", elements(&rows.values), rows.values.rows * columns));
+            let [count, got] = rows.values.shape();
+            expected.push(("elements of replaced rows", count * got, count * columns));
         }
         for (what, got, expected) in expected {
             if got != expected {
@@ -166,15 +178,15 @@ impl LoraPart {
     }
 }
 
-impl ReplacedRows {
+impl<M: MatrixSource> ReplacedRows<M> {
     /// Refuses rows beyond `limit`, and ids that are not ascending.
     fn check(&self, limit: usize) -> Result<()> {
-        let (op, what) = ("stage", "replaced row");
+        let (op, what, [count, _]) = ("stage", "replaced row", self.values.shape());
         let last = match &self.ids {
-            None => self.values.rows,
+            None => count,
             Some(ids) => {
-                if ids.len() != self.values.rows {
-                    let (got, expected) = (ids.len(), self.values.rows);
+                if ids.len() != count {
+                    let (got, expected) = (ids.len(), count);
                     return Err(Error::Shape { op, what: "numbers of replaced rows", got, expected });
                 }
                 if let Some(pair) = ids.windows(2).find(|pair| pair[0] >= pair[1]) {

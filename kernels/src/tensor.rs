@@ -55,6 +55,35 @@ impl HostTensor<'_> {
     }
 }
 
+fn read(dtype: DType, bytes: &[u8]) -> f32 {
+    match (dtype, bytes) {
+        (DType::F32, &[a, b, c, d]) => f32::from_le_bytes([a, b, c, d]),
+        (DType::Bf16, &[a, b]) => half::bf16::from_le_bytes([a, b]).to_f32(),
+        (DType::F16, &[a, b]) => half::f16::from_le_bytes([a, b]).to_f32(),
+        _ => f32::NAN,
+    }
+}
+
+/// Writes one element.
+fn write(dtype: DType, x: f32, to: &mut [u8]) {
+    match dtype {
+        DType::F32 => to.copy_from_slice(&x.to_le_bytes()),
+        DType::Bf16 => to.copy_from_slice(&half::bf16::from_f32(x).to_le_bytes()),
+        DType::F16 => to.copy_from_slice(&half::f16::from_f32(x).to_le_bytes()),
+    }
+}
+
+/// Converts little-endian elements; `to` has room for as many as `from` holds.
+pub(crate) fn convert(from_type: DType, from: &[u8], to_type: DType, to: &mut [u8]) {
+    if from_type == to_type {
+        to.copy_from_slice(from);
+        return;
+    }
+    for (from, to) in from.chunks_exact(from_type.size()).zip(to.chunks_exact_mut(to_type.size())) {
+        write(to_type, read(from_type, from), to);
+    }
+}
+
 /// How the elements of a weight are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Format {

@@ -1,6 +1,13 @@
 //! Helpers for tests of backends: reproducible inputs, batches of every shape, and tolerances.
 
-use crate::{BLOCK_SIZE, Batch, DType, LoraPart, LoraSite, Segment, SequenceRows, reference::Table};
+use crate::{
+    BLOCK_SIZE, Batch, DType, LoraPart, LoraSite, LowRank, MatrixSource, Result, Segment, SequenceRows,
+    lora::{
+        blocks::{OUT_BLOCK, Unfilled, blocks_of, rows_of},
+        readers::Readers,
+    },
+    reference::Table,
+};
 
 /// The largest allowed |got - expected|, relative to the largest |expected| of the tensor. Activations may be rounded
 /// to `dtype` before a GEMM.
@@ -49,6 +56,55 @@ impl Numbers {
         let a = self.table(lora_rank, shape.inputs).data;
         let b = self.table(shape.outputs[slice], lora_rank).data;
         LoraPart::delta((site, slice), lora_rank, 1.0, &a, &b)
+    }
+}
+
+/// The threads of a backend that read adapters, and memory in pieces of `size` bytes that they fill as a GPU has it: the A
+/// of every part as it is stored, behind it its B in blocks, each at a multiple of 256 bytes.
+pub struct Stage {
+    readers: Readers,
+    pieces: Vec<Vec<u8>>,
+}
+
+impl Stage {
+    /// Memory of `bytes` bytes.
+    pub fn new(bytes: usize, size: usize) -> Stage {
+        let pieces = (0..bytes.div_ceil(size)).map(|_| vec![0xaa; size]).collect();
+        Stage { readers: Readers::new(), pieces }
+    }
+
+    fn aligned(bytes: usize) -> usize {
+        bytes.next_multiple_of(256)
+    }
+
+    /// Bytes that the deltas of parts take.
+    pub fn bytes_of<M: MatrixSource>(dtype: DType, parts: &[LoraPart<M>]) -> usize {
+        let deltas = parts.iter().filter_map(|part| part.low_rank.as_ref());
+        let bytes = deltas.map(|LowRank { rank, a, b, .. }| {
+            let matrices = [a.shape()[1], b.shape()[0].next_multiple_of(OUT_BLOCK)];
+            matrices.map(|width| Self::aligned(width * rank * dtype.size())).iter().sum::<usize>()
+        });
+        bytes.sum()
+    }
+
+    /// Reads the deltas of parts.
+    pub fn fill<M: MatrixSource>(&mut self, dtype: DType, parts: &[LoraPart<M>]) -> Result<(), M::Error> {
+        let mut unfilled = Unfilled::new(self.pieces.iter_mut().map(Vec::as_mut_slice));
+        let (mut chunks, mut at) = (Vec::new(), 0);
+        for LowRank { rank, a, b, .. } in parts.iter().filter_map(|part| part.low_rank.as_ref()) {
+            unfilled.skip_to(at);
+            rows_of(dtype, a, &mut unfilled, &mut chunks);
+            at += Self::aligned(rank * a.shape()[1] * dtype.size());
+            unfilled.skip_to(at);
+            at += Self::aligned(rank * b.shape()[0].next_multiple_of(OUT_BLOCK) * dtype.size());
+            blocks_of(dtype, (b, b.shape()[0]), &mut unfilled, &mut chunks);
+        }
+        self.readers.run(Self::bytes_of(dtype, parts), chunks, |chunk, scratch| chunk.fill(dtype, scratch))
+    }
+
+    /// All of the memory.
+    pub fn bytes(&self) -> Vec<u8> {
+        self.pieces.concat()
     }
 }
 

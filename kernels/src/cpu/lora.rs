@@ -2,14 +2,15 @@
 //! rows, and each B its number of columns.
 
 mod gains;
+mod stage;
 
 use std::{
     ops::Range,
     sync::{Arc, OnceLock},
 };
 
-use super::memory::{Arena, Line, Lines, Panels, of_pair, pair};
-use crate::{DType, Error, LoraPart, LoraShape, LoraSite, LowRank, ReplacedRows, Result, SiteKind};
+use super::memory::{Line, Lines, Panels, of_pair};
+use crate::{DType, Error, LoraShape, LoraSite, Result, SiteKind};
 
 pub(super) use gains::Gains;
 use gains::Squares;
@@ -115,31 +116,6 @@ impl SliceDelta {
 }
 
 impl SiteDelta {
-    /// `parts` are those of the site, by slice.
-    fn new(arena: &mut Arena, dtype: DType, site: &LoraSite, parts: &[&LoraPart]) -> Result<SiteDelta> {
-        let depth = site.inputs.div_ceil(a_elements_per_line(dtype));
-        let mut a = arena.lines(a_rows(dtype, parts) * depth, "an adapter")?;
-        let (mut slices, mut scales, mut first) = (Vec::new(), Vec::new(), 0);
-        for part in parts {
-            let Some(LowRank { rank, scale, a: own_a, b: own_b }) = &part.low_rank else { continue };
-            let (own_a, own_b) = (own_a.to_f32(), own_b.to_f32());
-            for (i, row) in own_a.chunks_exact(site.inputs).enumerate() {
-                pack_row(dtype, row, &mut a[(first + i) * depth..][..depth]);
-            }
-            let column = site.columns(part.slice).start;
-            let before = column % 16;
-            // An output projection may have more columns of logits than the base weight and its delta have rows.
-            let shape = [before + own_b.len() / rank, *rank];
-            let b = Panels::from_fn(arena, dtype, shape, |o, r| {
-                o.checked_sub(before).map_or(0.0, |o| own_b[o * rank + r])
-            })?;
-            slices.push(SliceDelta { first, column, b });
-            scales.resize(first + a_rows(dtype, &[part]), *scale);
-            first += a_rows(dtype, &[part]);
-        }
-        Ok(SiteDelta { a, depth, scales, slices })
-    }
-
     /// The number of rows of A, which is the number of elements of a shrunk row.
     pub(super) fn width(&self) -> usize {
         self.a.len() / self.depth.max(1)
@@ -150,23 +126,9 @@ fn a_elements_per_line(dtype: DType) -> usize {
     if dtype == DType::F32 { 16 } else { 32 }
 }
 
-/// The number of rows that the A of some slices takes, padding included.
-fn a_rows(dtype: DType, parts: &[&LoraPart]) -> usize {
-    let whole = Panels::inputs_per_line(dtype);
-    parts.iter().map(|part| part.shape().lora_rank.next_multiple_of(whole)).sum()
-}
-
-fn pack_row(dtype: DType, row: &[f32], lines: &mut [Line]) {
-    let get = |k: usize| row.get(k).copied().unwrap_or(0.0);
-    for (k, line) in lines.iter_mut().enumerate() {
-        let first = k * a_elements_per_line(dtype);
-        for (lane, word) in line.0.iter_mut().enumerate() {
-            *word = match dtype {
-                DType::F32 => get(first + lane).to_bits(),
-                _ => pair(get(first + lane), get(first + 16 + lane)),
-            };
-        }
-    }
+/// The number of rows that A takes, padding included.
+fn a_rows(dtype: DType, rank: usize) -> usize {
+    rank.next_multiple_of(Panels::inputs_per_line(dtype))
 }
 
 /// The first `count` elements of a row of A.
@@ -179,34 +141,6 @@ fn unpack_row(dtype: DType, lines: &[Line], count: usize) -> Vec<f32> {
 }
 
 impl SiteChange {
-    /// `parts` are those of the site, by slice.
-    fn new(arena: &mut Arena, dtype: DType, site: &LoraSite, parts: &[&LoraPart]) -> Result<SiteChange> {
-        let (mut lookup, mut rows, mut vectors) = (None, None, Vec::new());
-        for part in parts {
-            if part.magnitude.is_some() || part.bias.is_some() {
-                let (magnitude, bias) = (part.magnitude.clone(), part.bias.clone());
-                vectors.push(SliceVectors { columns: site.columns(part.slice), magnitude, bias });
-            }
-            if let Some(ReplacedRows { ids, values }) = &part.rows {
-                let values = Panels::pack(arena, dtype, std::slice::from_ref(values))?;
-                rows = Some(OwnRows { ids: ids.clone(), values });
-            }
-            if let (SiteKind::Lookup, Some(LowRank { rank, scale, a, b })) = (site.kind, &part.low_rank) {
-                let (a, b) = (a.to_f32(), b.to_f32());
-                let [tokens, outputs] = [a.len(), b.len()].map(|len| len / rank);
-                lookup = Some(LookupDelta {
-                    scale: *scale,
-                    a: Panels::from_fn(arena, dtype, [tokens, *rank], |token, r| a[r * tokens + token])?,
-                    b: Panels::from_fn(arena, dtype, [*rank, outputs], |r, o| b[o * rank + r])?,
-                });
-            }
-        }
-        let products = if site.kind == SiteKind::Lookup { &[] } else { parts };
-        let delta = SiteDelta::new(arena, dtype, site, products)?;
-        let (squares, gains) = Default::default();
-        Ok(SiteChange { delta, lookup, vectors, rows, squares, gains })
-    }
-
     fn has_magnitude(&self) -> bool {
         self.vectors.iter().any(|vectors| vectors.magnitude.is_some())
     }
@@ -229,30 +163,6 @@ pub struct CpuAdapter {
 }
 
 impl CpuAdapter {
-    pub(super) fn new(dtype: DType, sites: &[LoraSite], parts: &[LoraPart]) -> Result<CpuAdapter> {
-        let mut by_site = vec![Vec::new(); sites.len()];
-        for part in parts {
-            part.check(sites)?;
-            by_site[part.site].push(part);
-        }
-        let shapes: Vec<_> = parts.iter().map(LoraPart::shape).collect();
-        let mut arena = Arena::new(line_bytes(dtype, sites, &shapes)?);
-        let changes = by_site.iter_mut().zip(sites).map(|(parts, site)| {
-            parts.sort_by_key(|part| part.slice);
-            (!parts.is_empty()).then(|| SiteChange::new(&mut arena, dtype, site, parts)).transpose()
-        });
-        let changes = changes.collect::<Result<Vec<_>>>()?;
-        let is_partial = |site: &usize| {
-            sites[*site].is_partial && changes[*site].as_ref().is_some_and(SiteChange::has_magnitude)
-        };
-        Ok(CpuAdapter {
-            bytes: bytes(dtype, sites, &shapes)?,
-            content: parts.first().map_or(0, |part| part.content),
-            partial: (0..sites.len()).filter(is_partial).collect(),
-            sites: changes,
-        })
-    }
-
     /// The change at a site, if there is one.
     pub(super) fn site(&self, site: usize) -> Option<&SiteChange> {
         self.sites[site].as_ref()
@@ -272,8 +182,7 @@ pub(super) fn bytes(dtype: DType, sites: &[LoraSite], shapes: &[LoraShape]) -> R
 
 /// Bytes of the matrices of an adapter of these shapes.
 fn line_bytes(dtype: DType, sites: &[LoraSite], shapes: &[LoraShape]) -> Result<usize> {
-    let whole = Panels::inputs_per_line(dtype);
-    let panels = |outputs: usize, inputs: usize| outputs.div_ceil(16) * inputs.div_ceil(whole);
+    let panels = |outputs: usize, inputs: usize| outputs.div_ceil(16) * Panels::depth(dtype, inputs);
     let lines = shapes.iter().map(|shape| {
         let [inputs, outputs] = shape.of(sites)?;
         let (site, rank) = (&sites[shape.site], shape.lora_rank);
@@ -282,7 +191,7 @@ fn line_bytes(dtype: DType, sites: &[LoraSite], shapes: &[LoraShape]) -> Result<
         Ok(match site.kind {
             SiteKind::Lookup => panels(inputs, rank) + panels(rank, outputs) + panels(shape.rows, outputs),
             SiteKind::Linear | SiteKind::Head => {
-                let a = rank.next_multiple_of(whole) * inputs.div_ceil(a_elements_per_line(dtype));
+                let a = a_rows(dtype, rank) * inputs.div_ceil(a_elements_per_line(dtype));
                 a + panels(before + outputs, rank) + panels(shape.rows, inputs)
             }
         })

@@ -150,12 +150,6 @@ pub(super) fn round(x: f32) -> u32 {
     if x.is_nan() { bits >> 16 | 0x40 } else { rounded }
 }
 
-/// Rounds two f32 to bf16, and puts the first into the lower half.
-#[inline]
-pub(super) fn pair(low: f32, high: f32) -> u32 {
-    round(low) | round(high) << 16
-}
-
 /// The lower or upper bf16 of a pair.
 #[inline]
 pub(super) fn of_pair(pair: u32, upper: bool) -> f32 {
@@ -268,7 +262,7 @@ pub(super) struct View<'a> {
 impl<'a> View<'a> {
     /// The number of lines of one panel.
     pub(super) fn depth(&self) -> usize {
-        self.inputs.div_ceil(Panels::inputs_per_line(self.dtype))
+        Panels::depth(self.dtype, self.inputs)
     }
 
     pub(super) fn panels(&self) -> usize {
@@ -295,7 +289,7 @@ impl Panels {
 
     pub(super) fn view(&self) -> View<'_> {
         let (dtype, outputs, inputs) = (self.dtype, self.outputs, self.inputs);
-        let count = outputs.div_ceil(16) * inputs.div_ceil(Self::inputs_per_line(dtype));
+        let count = outputs.div_ceil(16) * Self::depth(dtype, inputs);
         // SAFETY: `from_fn` made as many lines, which live as long as their owner.
         View { lines: unsafe { slice::from_raw_parts(self.first, count) }, dtype, outputs, inputs }
     }
@@ -309,26 +303,56 @@ impl Panels {
     pub(super) fn from_fn(
         arena: &mut Arena,
         dtype: DType,
-        [outputs, inputs]: [usize; 2],
+        shape: [usize; 2],
         get: impl Fn(usize, usize) -> f32,
     ) -> Result<Panels> {
-        let per_line = Self::inputs_per_line(dtype);
-        let depth = inputs.div_ceil(per_line);
+        let mut lines = Self::room(arena, dtype, shape)?;
+        let bits = |output, k| match dtype {
+            DType::F32 => get(output, k).to_bits(),
+            _ => round(get(output, k)),
+        };
+        Self::fill(dtype, shape, &mut lines, bits);
+        Ok(Self::of_lines(dtype, shape, lines))
+    }
+
+    /// Zeroed lines for a weight `[outputs, inputs]`.
+    pub(super) fn room(arena: &mut Arena, dtype: DType, [outputs, inputs]: [usize; 2]) -> Result<Lines> {
+        arena.lines(outputs.div_ceil(16) * Self::depth(dtype, inputs), "weights")
+    }
+
+    /// The number of lines of one panel.
+    pub(super) fn depth(dtype: DType, inputs: usize) -> usize {
+        inputs.div_ceil(Self::inputs_per_line(dtype))
+    }
+
+    /// Fills the lines of whole groups with the elements whose bits are `bits(output, input)`. Outputs are counted from
+    /// the first of these lines.
+    pub(super) fn fill(
+        dtype: DType,
+        [outputs, inputs]: [usize; 2],
+        lines: &mut [Line],
+        bits: impl Fn(usize, usize) -> u32,
+    ) {
+        let (per_line, depth) = (Self::inputs_per_line(dtype), Self::depth(dtype, inputs));
         let panels = outputs.div_ceil(16);
-        let mut lines = arena.lines(panels * depth, "weights")?;
         for panel in 0..panels {
             let (first, step) = place(panel, panels, depth);
             for (k, line) in lines[first..].iter_mut().step_by(step).take(depth).enumerate() {
                 let k = k * per_line;
                 for (word, output) in line.0.iter_mut().zip(panel * 16..outputs) {
                     *word = match dtype {
-                        DType::F32 => get(output, k).to_bits(),
-                        _ => pair(get(output, k), if k + 1 < inputs { get(output, k + 1) } else { 0.0 }),
+                        DType::F32 => bits(output, k),
+                        _ if k + 1 < inputs => bits(output, k) | bits(output, k + 1) << 16,
+                        _ => bits(output, k),
                     };
                 }
             }
         }
-        Ok(Panels { first: lines.as_ptr(), _owner: Arc::new(lines), dtype, outputs, inputs })
+    }
+
+    /// The weight that lines have been filled with.
+    pub(super) fn of_lines(dtype: DType, [outputs, inputs]: [usize; 2], lines: Lines) -> Panels {
+        Panels { first: lines.as_ptr(), _owner: Arc::new(lines), dtype, outputs, inputs }
     }
 
     /// Packs the rows of host tensors, one tensor after the other.

@@ -188,7 +188,7 @@ pub(super) struct AttentionArgs {
 /// `kMaxLoraRank` in `lora.cuh`.
 pub(super) const MAX_LORA_RANK: usize = 512;
 /// `kOutBlock` in `lora.cuh`.
-pub(super) const OUT_BLOCK: usize = 64;
+pub(super) use crate::lora::blocks::OUT_BLOCK;
 /// `kMaxOutputs` in `expand_norm_hopper.cu`.
 pub(super) const MAX_NORMED: usize = 8192;
 /// `kMaxSlices` in `lora.cuh`.

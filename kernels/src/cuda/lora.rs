@@ -1,26 +1,24 @@
 //! Adapters: staged in pinned memory as the GPU holds them, copied beside the steps, found through a table.
 
 mod partial;
+mod stage;
 
 use std::{ops::BitOr, sync::Arc};
 
 use super::{
     CudaBackend, CudaBatch, CudaWeight, convert,
     device::{DeviceBuf, Event, PoolBuf, launched},
-    ffi::{self, LoraEntry, MAX_LORA_RANK, MAX_SLICES, OUT_BLOCK},
+    ffi::{self, LoraEntry, MAX_SLICES},
     memory::expect,
-    pinned::{PIECE, Pieces},
     unsupported,
 };
 use partial::PartialNorms;
+pub use stage::CudaAdapter;
+pub(super) use stage::host_bytes;
+use stage::{Placed, first_slices};
 
-use crate::{
-    DType, Error, HostTensor, LoraPart, LoraShape, LoraSite, LowRank, Ops, ReplacedRows, Result, RowSet,
-    SiteKind,
-};
+use crate::{Error, LoraShape, LoraSite, Ops, Result, RowSet, SiteKind};
 
-/// Everything of an adapter begins at a multiple of so many bytes.
-const ALIGN: usize = 256;
 /// Bytes of an entry of the table.
 const ENTRY: usize = 4 * LoraEntry::WORDS;
 
@@ -39,164 +37,6 @@ impl BitOr for Needs {
     fn bitor(self, other: Needs) -> Needs {
         Needs { affine: self.affine || other.affine, head_rows: self.head_rows || other.head_rows }
     }
-}
-
-/// Where what an adapter has at one slice lies in its memory.
-#[derive(Debug, Clone, Copy)]
-struct Placed {
-    shape: LoraShape,
-    /// Index of the slice when those of all sites are counted.
-    slice: usize,
-    scale: f32,
-    /// Columns of A.
-    a_cols: usize,
-    a: usize,
-    b: usize,
-    gain: usize,
-    bias: usize,
-    /// None: the replaced rows are the first ones.
-    ids: Option<usize>,
-    rows: usize,
-}
-
-impl Placed {
-    /// The entry of an adapter whose memory begins at `base`.
-    fn entry(&self, base: u64) -> LoraEntry {
-        let at = |offset: usize, wanted: bool| if wanted { base + offset as u64 } else { 0 };
-        let LoraShape { lora_rank, has_magnitude, has_bias, rows, .. } = self.shape;
-        LoraEntry {
-            a: at(self.a, lora_rank > 0),
-            b: at(self.b, lora_rank > 0),
-            gain: at(self.gain, has_magnitude),
-            bias: at(self.bias, has_bias),
-            ids: at(self.ids.unwrap_or(0), self.ids.is_some()),
-            rows: at(self.rows, rows > 0),
-            lora_rank: lora_rank as u32,
-            scale: self.scale,
-            num_rows: rows as u32,
-            a_cols: self.a_cols as u32,
-        }
-    }
-}
-
-/// An adapter in pinned memory. For each part: A `[lora_rank, inputs]`; B transposed in blocks of outputs, `[blocks,
-/// lora_rank, OUT_BLOCK]`, with zeros behind the last output; magnitude and bias in f32; ids and replaced rows.
-pub struct CudaAdapter {
-    memory: Pieces,
-    parts: Vec<Placed>,
-    needs: Needs,
-    /// The number of its content.
-    content: u64,
-}
-
-impl CudaAdapter {
-    pub(super) fn new(be: &CudaBackend, sites: &[LoraSite], parts: &[LoraPart]) -> Result<CudaAdapter> {
-        parts.iter().try_for_each(|part| part.check(sites))?;
-        let shapes: Vec<_> = parts.iter().map(LoraPart::shape).collect();
-        let (mut placed, bytes) = layout(be.dtype, sites, &shapes)?;
-        let mut memory = be.pinned.take(bytes)?;
-        let mut needs = Needs::default();
-        for (part, placed) in parts.iter().zip(&mut placed) {
-            let site = &sites[part.site];
-            write_part(be.dtype, part, site.outputs[part.slice], placed, &mut memory);
-            let head = site.kind == SiteKind::Head;
-            needs = needs
-                | Needs {
-                    affine: part.magnitude.is_some() || part.bias.is_some(),
-                    head_rows: head && part.rows.is_some(),
-                };
-        }
-        let content = parts.first().map_or(0, |part| part.content);
-        Ok(CudaAdapter { memory, parts: placed, needs, content })
-    }
-
-    pub(super) fn bytes(&self) -> usize {
-        self.memory.bytes()
-    }
-}
-
-fn write_part(dtype: DType, part: &LoraPart, outputs: usize, placed: &mut Placed, memory: &mut Pieces) {
-    if let Some(LowRank { rank, scale, a, b }) = &part.low_rank {
-        (placed.scale, placed.a_cols) = (*scale, a.data.len() / a.dtype.size() / rank);
-        memory.write(placed.a, &converted(dtype, a));
-        // Logits may have more columns than the base weight has rows, which take part as zeros.
-        let mut b = b.to_f32();
-        b.resize(outputs * rank, 0.0);
-        memory.write(placed.b, &convert::from_f32(dtype, blocked(*rank, &b)));
-    }
-    for (at, vector, neutral) in [(placed.gain, &part.magnitude, 1.0), (placed.bias, &part.bias, 0.0)] {
-        if let Some(vector) = vector {
-            let mut vector = vector.clone();
-            vector.resize(outputs, neutral);
-            memory.write(at, &convert::bytes_of(&vector));
-        }
-    }
-    if let Some(ReplacedRows { ids, values }) = &part.rows {
-        match ids {
-            Some(ids) => memory.write(placed.ids.unwrap_or_default(), &convert::bytes_of(ids)),
-            None => placed.ids = None,
-        }
-        memory.write(placed.rows, &converted(dtype, values));
-    }
-}
-
-/// A host tensor's elements as the GPU holds them.
-fn converted(dtype: DType, tensor: &HostTensor<'_>) -> Vec<u8> {
-    let mut bytes = vec![0; tensor.data.len() / tensor.dtype.size() * dtype.size()];
-    convert::convert(tensor.dtype, &tensor.data, dtype, &mut bytes);
-    bytes
-}
-
-/// Where the parts of an adapter lie, and its bytes. Room for ids is kept wherever rows are replaced.
-fn layout(dtype: DType, sites: &[LoraSite], shapes: &[LoraShape]) -> Result<(Vec<Placed>, usize)> {
-    let (first, mut bytes) = (first_slices(sites), 0);
-    let mut reserve = |size: usize| {
-        let at = bytes;
-        bytes += size.next_multiple_of(ALIGN);
-        at
-    };
-    let mut placed = Vec::with_capacity(shapes.len());
-    for &shape in shapes {
-        let LoraShape { site, slice, lora_rank, has_magnitude, has_bias, rows } = shape;
-        let [inputs, outputs] = shape.of(sites)?;
-        if lora_rank > MAX_LORA_RANK {
-            return Err(unsupported(format!("an adapter of rank {lora_rank}, above {MAX_LORA_RANK},")));
-        }
-        let columns = if sites[site].kind == SiteKind::Lookup { outputs } else { inputs };
-        let vector = |wanted: bool| if wanted { outputs * size_of::<f32>() } else { 0 };
-        placed.push(Placed {
-            shape,
-            slice: first[site] + slice,
-            scale: 1.0,
-            a_cols: inputs,
-            a: reserve(inputs * lora_rank * dtype.size()),
-            b: reserve(outputs.next_multiple_of(OUT_BLOCK) * lora_rank * dtype.size()),
-            gain: reserve(vector(has_magnitude)),
-            bias: reserve(vector(has_bias)),
-            ids: (rows > 0).then(|| reserve(rows * size_of::<u32>())),
-            rows: reserve(rows * columns * dtype.size()),
-        });
-    }
-    Ok((placed, bytes))
-}
-
-/// Pinned memory that an adapter takes: whole pieces.
-pub(super) fn host_bytes(dtype: DType, sites: &[LoraSite], shapes: &[LoraShape]) -> Result<usize> {
-    Ok(layout(dtype, sites, shapes)?.1.next_multiple_of(PIECE))
-}
-
-/// B, row-major `[outputs, rank]`, in the order of [`CudaAdapter`].
-fn blocked(rank: usize, b: &[f32]) -> impl Iterator<Item = f32> {
-    b.chunks(OUT_BLOCK * rank).flat_map(move |block| {
-        let element = move |r, output| block.get(output * rank + r).copied().unwrap_or_default();
-        (0..rank).flat_map(move |r| (0..OUT_BLOCK).map(move |output| element(r, output)))
-    })
-}
-
-/// Index of every site's first slice when all slices are counted.
-fn first_slices(sites: &[LoraSite]) -> Vec<usize> {
-    let slices = sites.iter().map(|site| site.outputs.len());
-    slices.scan(0, |next, slices| Some(std::mem::replace(next, *next + slices))).collect()
 }
 
 /// An adapter on its way to the GPU.

@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::device::{Device, PinnedBuf};
-use crate::Result;
+use crate::{Result, lora::blocks::Unfilled};
 
 /// Bytes of a piece: small against an adapter, so that little is wasted, and large against what a copy costs.
 pub(super) const PIECE: usize = 2 << 20;
@@ -100,18 +100,9 @@ impl Pieces {
         self.bytes
     }
 
-    /// Writes `data` at an offset.
-    ///
-    /// # Panics
-    /// If there is no room.
-    pub(super) fn write(&mut self, mut at: usize, mut data: &[u8]) {
-        while !data.is_empty() {
-            let room = &mut self.pieces[at / PIECE].as_mut_slice()[at % PIECE..];
-            let size = room.len().min(data.len());
-            room[..size].copy_from_slice(&data[..size]);
-            at += size;
-            data = &data[size..];
-        }
+    /// All of the memory, to be given away from the front to the end.
+    pub(super) fn unfilled(&mut self) -> Unfilled<'_> {
+        Unfilled::new(self.pieces.iter_mut().map(PinnedBuf::as_mut_slice))
     }
 
     /// All pieces and their offsets.

@@ -8,8 +8,9 @@ use std::{
 
 use kernels::{
     Activation, Adapters, Attention, Batch, CapturedStep, DType, Embedding, Error, Group, Heads, HostTensor,
-    LinearLora, LogitShape, LoraPart, LoraShape, LoraSite, Memory, Norm, Ops, PeerFault, Projection, QkNorms,
-    Qkv, Result, RopeSpec, Rotation, SampleRow, Sampled, Sampling, SamplingParams, Span, TokenMask,
+    LinearLora, LogitShape, LoraPart, LoraShape, LoraSite, MatrixSource, Memory, Norm, Ops, PeerFault,
+    Projection, QkNorms, Qkv, Result, RopeSpec, Rotation, SampleRow, Sampled, Sampling, SamplingParams, Span,
+    TokenMask,
     cpu::{CpuAdapter, CpuBackend, CpuBatch, CpuKv, CpuMat, CpuRope, CpuSampler, CpuSlots, Panels},
 };
 
@@ -347,7 +348,11 @@ impl Adapters for Fake {
         Ok(self.cpu.host_bytes(sites, shapes)?.next_multiple_of(piece))
     }
 
-    fn stage(&self, sites: &[LoraSite], parts: &[LoraPart]) -> Result<CpuAdapter> {
+    fn stage<M: MatrixSource>(
+        &self,
+        sites: &[LoraSite],
+        parts: &[LoraPart<M>],
+    ) -> Result<CpuAdapter, M::Error> {
         self.script.at("stage")?;
         if parts.iter().any(|part| part.bias.is_some()) {
             self.script.at("stage a bias")?;

@@ -1,0 +1,99 @@
+//! The threads that fill the memory of adapters. They are apart from those that compute, and their number is bounded
+//! over all adapters that are staged at the same time.
+
+use std::{
+    sync::{Condvar, Mutex, MutexGuard, PoisonError},
+    thread,
+};
+
+/// The largest number of threads. It is also bounded by half of the cores.
+const THREADS: usize = 8;
+/// Bytes of an adapter for which a further thread is worth its start.
+const BYTES_PER_THREAD: usize = 1 << 20;
+/// Bytes that a thread reads at a time: what it has read is still in the core's cache when it is checked and moved.
+pub(crate) const CHUNK: usize = 64 << 10;
+
+/// Permits for threads that read.
+#[derive(Debug)]
+pub(crate) struct Readers {
+    free: Mutex<usize>,
+    freed: Condvar,
+}
+
+/// Permits that return when they are dropped.
+struct Permits<'a> {
+    readers: &'a Readers,
+    count: usize,
+}
+
+impl Drop for Permits<'_> {
+    fn drop(&mut self) {
+        *lock(&self.readers.free) += self.count;
+        self.readers.freed.notify_all();
+    }
+}
+
+/// Locks a value that is whole at all times, whoever has panicked.
+fn lock<T>(value: &Mutex<T>) -> MutexGuard<'_, T> {
+    value.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The jobs of one adapter, and the first fault of those that have been done.
+struct Queue<J, E> {
+    jobs: std::iter::Enumerate<std::vec::IntoIter<J>>,
+    fault: Option<(usize, E)>,
+}
+
+impl Readers {
+    pub(crate) fn new() -> Readers {
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        Readers { free: Mutex::new((cores / 2).clamp(1, THREADS)), freed: Condvar::new() }
+    }
+
+    /// Takes at least one permit, for which it waits, and up to `wanted`.
+    fn permits(&self, wanted: usize) -> Permits<'_> {
+        let free = lock(&self.free);
+        let mut free = self.freed.wait_while(free, |free| *free == 0).unwrap_or_else(PoisonError::into_inner);
+        let count = wanted.clamp(1, *free);
+        *free -= count;
+        Permits { readers: self, count }
+    }
+
+    /// Does jobs that read `bytes` bytes together, in their order, on this thread and on as many others as are free. Each
+    /// thread has memory of its own that jobs may use as they like. Errors: that of the first job that failed, whatever
+    /// the order in which threads got to them. Jobs behind a failed one are left out.
+    pub(crate) fn run<J: Send, E: Send>(
+        &self,
+        bytes: usize,
+        jobs: Vec<J>,
+        work: impl Fn(J, &mut Vec<u8>) -> Result<(), E> + Sync,
+    ) -> Result<(), E> {
+        let queue = Mutex::new(Queue { jobs: jobs.into_iter().enumerate(), fault: None });
+        let next = || {
+            let mut queue = lock(&queue);
+            if queue.fault.is_some() { None } else { queue.jobs.next() }
+        };
+        let read = &|_permit: Permits<'_>| {
+            let mut scratch = Vec::new();
+            while let Some((index, job)) = next() {
+                let Err(fault) = work(job, &mut scratch) else { continue };
+                let first = &mut lock(&queue).fault;
+                if first.as_ref().is_none_or(|(other, _)| index < *other) {
+                    *first = Some((index, fault));
+                }
+            }
+        };
+        let mut permits = self.permits(1 + bytes / BYTES_PER_THREAD);
+        thread::scope(|scope| {
+            while permits.count > 1 {
+                permits.count -= 1;
+                let own = Permits { readers: self, count: 1 };
+                // Without a thread, the others do its part.
+                let _ = thread::Builder::new().name("adapters".into()).spawn_scoped(scope, move || read(own));
+            }
+            read(permits);
+        });
+        let queue = queue.into_inner().unwrap_or_else(PoisonError::into_inner);
+        queue.fault.map_or(Ok(()), |(_, fault)| Err(fault))
+    }
+}
