@@ -142,7 +142,7 @@ pub struct Adapters<B: Backend> {
     cache: Mutex<Cache<B::HostAdapter>>,
     /// The adapters that the router has staged.
     host: Mutex<Host<B::HostAdapter>>,
-    /// Permits for reading what is staged: as many as there are cores.
+    /// Permits for reading what is staged: as many as may read without taking the cores from those who compute.
     stages: Semaphore,
     /// Memory for merging beside the results.
     merges: merge::Memory,
@@ -171,7 +171,7 @@ impl<B: Backend> Adapters<B> {
             memory: Arc::new(Semaphore::new(PARTS.min(limits.bytes.max(1)))),
             cache: Mutex::new(Cache::new(limits.bytes)),
             host: Mutex::default(),
-            stages: Semaphore::new(cores),
+            stages: Semaphore::new((cores / 2).clamp(1, PARALLEL)),
             merges: merge::Memory::default(),
             turns: Turns::default(),
         }

@@ -1,8 +1,8 @@
 //! The threads that fill the memory of adapters. They are apart from those that compute, and their number is bounded
-//! over all adapters that are staged at the same time.
+//! over all adapters that are staged at the same time: by a small number, or by that of the adapters if there are more.
 
 use std::{
-    sync::{Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
     thread,
 };
 
@@ -13,11 +13,11 @@ const BYTES_PER_THREAD: usize = 1 << 20;
 /// Bytes that a thread reads at a time: what it has read is still in the core's cache when it is checked and moved.
 pub(crate) const CHUNK: usize = 64 << 10;
 
-/// Permits for threads that read.
+/// Counts the threads that read.
 #[derive(Debug)]
 pub(crate) struct Readers {
-    free: Mutex<usize>,
-    freed: Condvar,
+    /// Permits that are left. A thread that stages an adapter needs none, but counts: then fewer are left than none.
+    left: Mutex<isize>,
 }
 
 /// Permits that return when they are dropped.
@@ -28,8 +28,7 @@ struct Permits<'a> {
 
 impl Drop for Permits<'_> {
     fn drop(&mut self) {
-        *lock(&self.readers.free) += self.count;
-        self.readers.freed.notify_all();
+        *lock(&self.readers.left) += self.count.cast_signed();
     }
 }
 
@@ -47,15 +46,15 @@ struct Queue<J, E> {
 impl Readers {
     pub(crate) fn new() -> Readers {
         let cores = thread::available_parallelism().map_or(1, usize::from);
-        Readers { free: Mutex::new((cores / 2).clamp(1, THREADS)), freed: Condvar::new() }
+        Readers { left: Mutex::new((cores / 2).clamp(1, THREADS).cast_signed()) }
     }
 
-    /// Takes at least one permit, for which it waits, and up to `wanted`.
+    /// One permit for the calling thread, and further ones up to `wanted` as far as there are. Nobody waits: a file that
+    /// cannot be read would hold its permits for ever.
     fn permits(&self, wanted: usize) -> Permits<'_> {
-        let free = lock(&self.free);
-        let mut free = self.freed.wait_while(free, |free| *free == 0).unwrap_or_else(PoisonError::into_inner);
-        let count = wanted.clamp(1, *free);
-        *free -= count;
+        let mut left = lock(&self.left);
+        let count = wanted.min(usize::try_from(*left).unwrap_or(0)).max(1);
+        *left -= count.cast_signed();
         Permits { readers: self, count }
     }
 

@@ -7,6 +7,7 @@ mod config;
 mod cut;
 mod error;
 mod initial;
+mod matrix;
 mod merge;
 mod names;
 mod norms;
@@ -22,16 +23,17 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use kernels::{DType, HostTensor, LoraPart, LoraShape, LowRank, ReplacedRows};
+use kernels::{Adapters, DType, HostTensor, LoraPart, LoraShape, LoraSite, LowRank, ReplacedRows};
 use sha2::{Digest, Sha256};
 
-use crate::{decoder::Part, files, weights::tensor_file::TensorFile};
+use crate::{Share, decoder::Part, files, weights::tensor_file::TensorFile};
 pub use base::BaseModel;
 use base::BaseWeights;
-use change::Change;
+use change::{Change, Sources};
 use config::AdapterConfig;
 use cut::Cutter;
 pub use error::AdapterError;
+pub use matrix::{IsCancelled, Matrix};
 pub use merge::{Elementwise, MajoritySign, Merge, MergeError, MergePart, Recipe, Strategy};
 pub use python_regex::PatternError;
 use values::Values;
@@ -77,13 +79,6 @@ pub struct Adapter {
     pub vocab: usize,
 }
 
-impl Adapter {
-    fn identify(&mut self, content: ContentHash) {
-        self.hash = content;
-        self.parts.iter_mut().for_each(|part| part.content = content.number());
-    }
-}
-
 /// The open files of an adapter. Whoever has opened them knows which files they are, whatever becomes of their names.
 #[derive(Debug)]
 pub struct AdapterFiles {
@@ -108,6 +103,27 @@ impl AdapterFiles {
         let weights_path = weights_path.ok_or(AdapterError::NoFile(WEIGHTS_FILES[0]))?;
         Ok(AdapterFiles { config, weights: files::open(&weights_path)?, weights_path })
     }
+}
+
+impl Adapter {
+    /// Its parts, and what else is known of it.
+    pub fn into_parts(self) -> (Vec<LoraPart>, Properties) {
+        let Adapter { parts, max_lora_rank, sites, hidden_shift, vocab, .. } = self;
+        (parts, Properties { max_lora_rank, sites, hidden_shift, vocab })
+    }
+}
+
+/// What is known of an adapter.
+#[derive(Debug, Clone)]
+pub struct Properties {
+    /// Its largest LoRA rank.
+    pub max_lora_rank: usize,
+    /// The names of the modules that it changes, distinct and sorted.
+    pub sites: Vec<String>,
+    /// The vector that is added to hidden states: the change of the last norm's bias.
+    pub hidden_shift: Option<Vec<f32>>,
+    /// The number of tokens that can be looked up: those of the model, and those that only the adapter has.
+    pub vocab: usize,
 }
 
 /// The folder with an adapter's files: the folder itself, or its subfolder for an adapter of Ludwig.
@@ -160,6 +176,10 @@ impl<'a> AdapterFolder<'a> {
         self.changes.iter().filter_map(|change| change.shape_of(self.cutter())).collect()
     }
 
+    fn sources<'b>(&'b self, is_cancelled: IsCancelled<'b>) -> Sources<'b> {
+        Sources { file: &self.values, base: &self.base, is_cancelled }
+    }
+
     fn cutter(&self) -> Cutter<'_> {
         Cutter { decoder: &self.base.model.decoder, share: self.base.model.share }
     }
@@ -171,62 +191,109 @@ impl<'a> AdapterFolder<'a> {
         parts + self.changes.iter().map(|change| change.passing_bytes(&self.values)).max().unwrap_or(0)
     }
 
+    /// What is known of it before its tensors have been read.
+    fn properties(&self) -> Properties {
+        let changes = || self.changes.iter().filter_map(|change| Some((change, change.shape()?)));
+        let mut sites: Vec<_> = changes().map(|(change, _)| change.module.name().to_owned()).collect();
+        sites.sort_unstable();
+        sites.dedup();
+        let last_norm = self.changes.iter().find(|change| change.module.part == Part::Norm);
+        Properties {
+            max_lora_rank: changes().map(|(_, shape)| shape.lora_rank).max().unwrap_or(0),
+            sites,
+            hidden_shift: last_norm.and_then(|change| change.shift.clone()),
+            vocab: self.changes.iter().map(Change::tokens).fold(self.base.model.decoder.vocab, usize::max),
+        }
+    }
+
+    /// Reads the share of the model that is served here straight into a backend's host memory. `content` is the number by
+    /// which ranks speak of the adapter, and `is_cancelled` is asked before each read. Errors: among others, the adapter
+    /// changes nothing.
+    pub fn stage<B: Adapters>(
+        &self,
+        ops: &B,
+        sites: &[LoraSite],
+        content: u64,
+        is_cancelled: IsCancelled<'_>,
+    ) -> Result<(B::HostAdapter, Properties), AdapterError> {
+        let mut parts = self.parts(is_cancelled)?;
+        parts.iter_mut().for_each(|part| part.content = content);
+        let staged = ops.stage(sites, &parts)?;
+        if parts.iter().all(change::changes_nothing) && self.changes_nothing(is_cancelled)? {
+            return Err(AdapterError::ChangesNothing);
+        }
+        Ok((staged, self.properties()))
+    }
+
+    /// The parts of the share of the model that is served here. Their vectors have been read, and their matrices are read by
+    /// whoever gets the parts.
+    pub fn parts<'b>(
+        &'b self,
+        is_cancelled: IsCancelled<'b>,
+    ) -> Result<Vec<LoraPart<Matrix<'b>>>, AdapterError> {
+        self.parts_of(self.cutter(), is_cancelled)
+    }
+
+    fn parts_of<'b>(
+        &'b self,
+        cutter: Cutter<'_>,
+        is_cancelled: IsCancelled<'b>,
+    ) -> Result<Vec<LoraPart<Matrix<'b>>>, AdapterError> {
+        let sources = self.sources(is_cancelled);
+        let parts = self.changes.iter().map(|change| {
+            let part = change.part(sources)?;
+            Ok(part.and_then(|part| cutter.cut(part, &change.module)))
+        });
+        parts.filter_map(Result::transpose).collect()
+    }
+
+    /// Whether it leaves the whole model as it is, of whose share here that is known.
+    fn changes_nothing(&self, is_cancelled: IsCancelled<'_>) -> Result<bool, AdapterError> {
+        if self.base.model.share == Share::WHOLE {
+            return Ok(true);
+        }
+        let whole = Cutter { share: Share::WHOLE, ..self.cutter() };
+        for part in self.parts_of(whole, is_cancelled)? {
+            if !change::changes_nothing(&in_memory(part, self.values.dtype)?) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Reads the tensors. Errors: among others, the adapter changes nothing.
     pub fn read(&self) -> Result<Adapter, AdapterError> {
-        let mut sha = Sha256::new();
-        let mut adapter = self.read_parts(&|| false, &mut |part| hash(&mut sha, part))?;
-        adapter.hidden_shift.iter().flatten().for_each(|x| sha.update(x.to_le_bytes()));
-        adapter.identify(ContentHash(sha.finalize().into()));
-        Ok(adapter)
-    }
-
-    /// Reads the tensors of an adapter whose content is known by this hash. `is_cancelled` is asked before each tensor.
-    /// Errors: among others, it was cancelled, or the adapter changes nothing.
-    pub fn read_as(
-        &self,
-        content: ContentHash,
-        is_cancelled: &dyn Fn() -> bool,
-    ) -> Result<Adapter, AdapterError> {
-        let mut adapter = self.read_parts(is_cancelled, &mut |_| {})?;
-        adapter.identify(content);
-        Ok(adapter)
-    }
-
-    fn read_parts(
-        &self,
-        is_cancelled: &dyn Fn() -> bool,
-        visit: &mut dyn FnMut(&LoraPart),
-    ) -> Result<Adapter, AdapterError> {
-        let (mut parts, mut sites) = (Vec::new(), Vec::new());
-        let (mut changes_nothing, mut max_lora_rank) = (true, 0);
+        let (mut parts, mut changes_nothing, mut sha) = (Vec::new(), true, Sha256::new());
         for change in &self.changes {
-            if is_cancelled() {
-                return Err(AdapterError::Cancelled);
-            }
-            if let Some(part) = change.read(&self.values, &self.base)? {
-                visit(&part);
+            if let Some(part) = change.part(self.sources(&|| false))? {
+                let part = in_memory(part, self.values.dtype)?;
+                hash(&mut sha, &part);
                 changes_nothing &= change::changes_nothing(&part);
-                max_lora_rank = max_lora_rank.max(part.shape().lora_rank);
                 parts.extend(self.cutter().cut(part, &change.module));
-                sites.push(change.module.name().to_owned());
             }
         }
         if changes_nothing {
             return Err(AdapterError::ChangesNothing);
         }
-        let last_norm = self.changes.iter().find(|change| change.module.part == Part::Norm);
-        let hidden_shift = last_norm.and_then(|change| change.shift.clone());
-        sites.sort_unstable();
-        sites.dedup();
-        Ok(Adapter {
-            hash: ContentHash([0; 32]),
-            max_lora_rank,
-            hidden_shift,
-            parts,
-            sites,
-            vocab: self.changes.iter().map(Change::tokens).fold(self.base.model.decoder.vocab, usize::max),
-        })
+        let Properties { max_lora_rank, sites, hidden_shift, vocab } = self.properties();
+        hidden_shift.iter().flatten().for_each(|x| sha.update(x.to_le_bytes()));
+        let hash = ContentHash(sha.finalize().into());
+        parts.iter_mut().for_each(|part| part.content = hash.number());
+        Ok(Adapter { hash, parts, max_lora_rank, sites, hidden_shift, vocab })
     }
+}
+
+/// Reads the matrices of a part.
+fn in_memory(part: LoraPart<Matrix<'_>>, dtype: DType) -> Result<LoraPart, AdapterError> {
+    let LoraPart { site, slice, low_rank, magnitude, bias, rows, content } = part;
+    let low_rank = low_rank.map(|LowRank { rank, scale, a, b }| {
+        Ok::<_, AdapterError>(LowRank { rank, scale, a: a.to_tensor(dtype)?, b: b.to_tensor(dtype)? })
+    });
+    let rows = rows.map(|ReplacedRows { ids, values }| {
+        Ok::<_, AdapterError>(ReplacedRows { ids, values: values.to_tensor(dtype)? })
+    });
+    let (low_rank, rows) = (low_rank.transpose()?, rows.transpose()?);
+    Ok(LoraPart { site, slice, low_rank, magnitude, bias, rows, content })
 }
 
 /// Hashes what is computed with, so that two folders with the same output have the same identity, however they are

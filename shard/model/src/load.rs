@@ -16,7 +16,7 @@ use kernels::{Backend, DType, HostTensor};
 
 use crate::{
     Decoder, LoadProgress, Result, Share,
-    decoder::{Module, Modules, NormSpec, Part, RowOrder, Run, Stored},
+    decoder::{Module, Modules, NormSpec, Part, Run, Stored},
     forward::{Layer, Linear, Model, NormOf, Sizes},
     weights::{self, Source},
 };
@@ -240,7 +240,7 @@ impl<B: Backend> Loader<'_, B> {
 }
 
 /// The runs of stored rows that are some outputs of a module, in the order that operations expect.
-fn stored_runs(outputs: Vec<Range<usize>>, module: &Module) -> Vec<Range<usize>> {
+pub(crate) fn stored_runs(outputs: Vec<Range<usize>>, module: &Module) -> Vec<Range<usize>> {
     let Some(sources) = module.order.sources(module.outputs) else { return outputs };
     let mut runs: Vec<Range<usize>> = Vec::new();
     for row in outputs.into_iter().flatten().map(|output| sources[output]) {
@@ -271,13 +271,4 @@ pub(crate) fn transposed(tensor: &HostTensor<'_>) -> HostTensor<'static> {
         }
     }
     HostTensor { dtype: tensor.dtype, rows, cols, data: data.into() }
-}
-
-/// The matrix with its rows in the order that operations expect.
-pub(crate) fn in_order(tensor: HostTensor<'static>, order: RowOrder) -> HostTensor<'static> {
-    let Some(sources) = order.sources(tensor.rows) else { return tensor };
-    let width = tensor.cols * tensor.dtype.size();
-    let data: Vec<u8> =
-        sources.into_iter().flat_map(|row| &tensor.data[row * width..][..width]).copied().collect();
-    HostTensor { data: data.into(), ..tensor }
 }

@@ -103,7 +103,7 @@ pub(crate) fn are_equal(source: &dyn Source, one: &str, other: &str) -> Result<b
 }
 
 /// Opens a model: its configuration and its tensors.
-pub(crate) fn open(path: &Path) -> Result<(Decoder, Box<dyn Source + Sync>)> {
+pub(crate) fn open(path: &Path) -> Result<(Decoder, Box<dyn Source + Send + Sync>)> {
     if path.is_file() {
         let (decoder, source) = from_gguf::open(path)?;
         return Ok((decoder, Box::new(source)));

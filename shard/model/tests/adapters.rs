@@ -1,12 +1,18 @@
 //! Which adapters are served, and which are refused with which words.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::{cell::Cell, fs, os::unix::fs::symlink, path::Path, process::Command};
+use std::{
+    fs,
+    os::unix::fs::symlink,
+    path::Path,
+    process::Command,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 
-use kernels::DType;
+use kernels::{DType, cpu::CpuBackend};
 use model::{
     Decoder,
-    adapter::{self, Adapter, AdapterError, AdapterFolder, BaseModel, ContentHash},
+    adapter::{self, Adapter, AdapterError, AdapterFolder, BaseModel},
     testing::{self, Files, Tensor},
 };
 use serde_json::{Value, json};
@@ -61,18 +67,17 @@ fn reading_ends_before_the_next_tensor_when_it_is_cancelled() {
     let at = folder.path().join("adapter");
     testing::adapter(&SEVEN, 4, 1).write_adapter(&at).unwrap();
     let opened = AdapterFolder::open(&at, &base).unwrap();
-    let content = ContentHash([7; 32]);
-    // Two layers of seven projections.
-    for allowed in 0..14 {
-        let asked = Cell::new(0);
-        let is_cancelled = || asked.replace(asked.get() + 1) == allowed;
-        let cancelled = opened.read_as(content, &is_cancelled);
+    let (ops, sites) = (CpuBackend::new(DType::F32, 1).unwrap(), base.decoder.sites());
+    // Two layers of seven projections, each with an A and a B.
+    for allowed in 0..28 {
+        let asked = AtomicUsize::new(0);
+        let is_cancelled = || asked.fetch_add(1, Ordering::Relaxed) == allowed;
+        let cancelled = opened.stage(&ops, &sites, 7, &is_cancelled);
         assert!(matches!(cancelled, Err(AdapterError::Cancelled)));
-        assert_eq!(asked.get(), allowed + 1);
+        assert_eq!(asked.into_inner(), allowed + 1);
     }
-    let read = opened.read_as(content, &|| false).unwrap();
-    assert_eq!(read.hash, content);
-    assert!(read.parts.len() == 14 && read.parts.iter().all(|part| part.content == content.number()));
+    let (_, properties) = opened.stage(&ops, &sites, 7, &|| false).unwrap();
+    assert_eq!((properties.max_lora_rank, properties.sites.len()), (4, 7));
 }
 
 #[test]

@@ -11,7 +11,7 @@ use std::{
 use kernels::{BLOCK_SIZE, Batch, DType, Group, Sampled, Segment, SequenceRows, cpu::CpuBackend, prelude::*};
 use model::{
     KvCache, Model, Pass, Scratch,
-    adapter::{self, BaseModel},
+    adapter::{AdapterFolder, BaseModel},
 };
 use serde::Deserialize;
 
@@ -73,8 +73,9 @@ impl Runner {
         let base = BaseModel { decoder: model.decoder().clone(), path, dtype, share: model.share() };
         let mut slots = ops.lora_slots(model.sites(), adapters.len()).unwrap();
         for (slot, folder) in adapters.iter().enumerate() {
-            let parts = adapter::read(folder, &base).unwrap().parts;
-            let staged = Arc::new(ops.stage(model.sites(), &parts).unwrap());
+            let opened = AdapterFolder::open(folder, &base).unwrap();
+            let (staged, _) = opened.stage(&ops, model.sites(), slot as u64 + 1, &|| false).unwrap();
+            let staged = Arc::new(staged);
             ops.load(&mut slots, slot as u32, &staged, &model.site_weights()).unwrap();
         }
         assert_eq!(ops.loaded(&mut slots).unwrap().len(), adapters.len());

@@ -65,6 +65,9 @@ impl<B: Backend> Adapters<B> {
         let memory = self.merges.take(merge.read_bytes(), &self.runtime, cancelled);
         let _memory = memory.ok_or_else(|| StageError::Interrupted { name: name() })?;
         let read = merge.read_as(order.content, &|| cancelled.is_cancelled()).map_err(merge_error)?;
-        self.host_copy(order, read, host_bytes)
+        let (parts, properties) = read.into_parts();
+        let adapter = self.ops.stage(&self.sites, &parts);
+        let adapter = adapter.map_err(|source| StageError::Backend { name: name(), source })?;
+        Ok(self.host_copy(order, adapter, properties, host_bytes))
     }
 }

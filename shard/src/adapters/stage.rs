@@ -10,7 +10,7 @@ use std::{
 use kernels::Backend;
 use model::{
     LoadError,
-    adapter::{Adapter, AdapterError, AdapterFolder, ContentHash, MergeError, Recipe},
+    adapter::{self, AdapterError, AdapterFolder, ContentHash, IsCancelled, MergeError, Recipe},
 };
 use tokio::{
     sync::{Mutex as AsyncMutex, OwnedMutexGuard},
@@ -321,7 +321,7 @@ impl<B: Backend> Adapters<B> {
         &self,
         order: &StageOrder,
         opened: &OpenPart,
-        is_cancelled: &dyn Fn() -> bool,
+        is_cancelled: IsCancelled<'_>,
     ) -> Result<Read<B::HostAdapter>, StageError> {
         let name = || order.name.clone();
         let adapter_error = |source| StageError::Adapter { name: name(), source };
@@ -332,19 +332,22 @@ impl<B: Backend> Adapters<B> {
         if host_bytes as u64 > order.max_bytes {
             return Ok(Read::NeedsRoom(host_bytes as u64));
         }
-        let read = folder.read_as(order.content, is_cancelled).map_err(adapter_error)?;
-        self.host_copy(order, read, host_bytes)
+        let staged = folder.stage(&*self.ops, &self.sites, order.content.number(), is_cancelled);
+        let (adapter, read) = staged.map_err(|source| match source {
+            AdapterError::Backend(source) => backend_error(source),
+            source => adapter_error(source),
+        })?;
+        Ok(self.host_copy(order, adapter, read, host_bytes))
     }
 
-    /// Stages an adapter that has been read.
+    /// An adapter that has been staged, with its properties.
     pub(super) fn host_copy(
         &self,
         order: &StageOrder,
-        read: Adapter,
+        adapter: B::HostAdapter,
+        read: adapter::Properties,
         host_bytes: usize,
-    ) -> Result<Read<B::HostAdapter>, StageError> {
-        let backend_error = |source| StageError::Backend { name: order.name.clone(), source };
-        let adapter = self.ops.stage(&self.sites, &read.parts).map_err(backend_error)?;
+    ) -> Read<B::HostAdapter> {
         let properties = Properties {
             content: order.content,
             host_bytes,
@@ -356,6 +359,6 @@ impl<B: Backend> Adapters<B> {
         };
         let Properties { slot_bytes, max_lora_rank, .. } = properties;
         tracing::info!(adapter = order.name, slot_bytes, max_lora_rank, "adapter ready in host memory");
-        Ok(Read::Copy(HostCopy { properties: Arc::new(properties), adapter: Arc::new(adapter) }))
+        Read::Copy(HostCopy { properties: Arc::new(properties), adapter: Arc::new(adapter) })
     }
 }

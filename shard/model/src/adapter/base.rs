@@ -1,6 +1,6 @@
 //! The base model of an adapter, and the weights that have to be read from it.
 
-use std::{cell::OnceCell, path::PathBuf};
+use std::{path::PathBuf, sync::OnceLock};
 
 use kernels::{DType, WeightPart};
 
@@ -41,17 +41,17 @@ impl BaseModel {
 /// The weights of a model. Its files are opened when they are first needed, since most adapters need none of them.
 pub(super) struct BaseWeights<'a> {
     pub(super) model: &'a BaseModel,
-    source: OnceCell<Box<dyn Source + Sync>>,
+    source: OnceLock<Box<dyn Source + Send + Sync>>,
 }
 
 impl<'a> BaseWeights<'a> {
     pub(super) fn of(model: &'a BaseModel) -> BaseWeights<'a> {
-        BaseWeights { model, source: OnceCell::new() }
+        BaseWeights { model, source: OnceLock::new() }
     }
 
     fn source(&self) -> Result<&dyn Source, AdapterError> {
         if self.source.get().is_none() {
-            // This cannot fail, because only this thread sets it.
+            // If another thread was faster, its source is as good.
             let _ = self.source.set(weights::open(&self.model.path)?.1);
         }
         self.source.get().map(|source| &**source as &dyn Source).ok_or(AdapterError::NoTensor)

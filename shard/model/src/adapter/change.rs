@@ -1,7 +1,7 @@
 //! The change that an adapter makes at one module. It is known from the configuration and the headers of the file
 //! before any memory is allocated, and read when there is memory.
 
-use kernels::{HostTensor, LoraPart, LoraShape, LowRank};
+use kernels::{HostTensor, LoraPart, LoraShape, LowRank, ReplacedRows};
 
 use super::{
     AdapterError,
@@ -9,14 +9,24 @@ use super::{
     config::Target,
     cut::Cutter,
     initial::{self, Initial},
+    matrix::{Cut, IsCancelled, Made, Matrix, Pair, Whole},
     names::{Role, Tensors},
-    rows::{Folded, Rows},
-    values::{Values, encoded, is_zero},
+    rows::{Folded, Replaced, Rows},
+    values::{Values, encoded},
 };
 use crate::{
     decoder::{Kind, Module},
-    load::{in_order, transposed},
+    load::{stored_runs, transposed},
 };
+
+/// What parts are read from.
+#[derive(Clone, Copy)]
+pub(super) struct Sources<'a> {
+    pub(super) file: &'a Values,
+    pub(super) base: &'a BaseWeights<'a>,
+    /// Asked before each read.
+    pub(super) is_cancelled: IsCancelled<'a>,
+}
 
 /// A low-rank delta.
 pub(super) struct Delta {
@@ -57,6 +67,25 @@ impl Delta {
             true => Ok(transposed(&file.matrix(name, [cols, rows])?)),
         };
         Ok([read(&self.a, shapes[0])?, read(&self.b, shapes[1])?])
+    }
+
+    /// Where A and B are read from.
+    fn sources<'a>(&'a self, module: &Module, file: &'a Values) -> Result<[Whole<'a>; 2], AdapterError> {
+        let is_crossed = self.is_crossed;
+        let source = |name: &'a str, [rows, cols]: [usize; 2]| {
+            let stored = if is_crossed { [cols, rows] } else { [rows, cols] };
+            file.expect_shape(name, &stored)?;
+            Ok::<_, AdapterError>(match is_crossed || file.file.type_of_rows(name).is_none() {
+                false => Whole::Stored { values: file, name },
+                // Its elements lie apart: a few rows would be read element by element.
+                true => Whole::Made(Made::new(move || {
+                    let tensor = file.matrix(name, stored)?;
+                    Ok(if is_crossed { transposed(&tensor) } else { tensor })
+                })),
+            })
+        };
+        let [a, b] = self.shapes(module);
+        Ok([source(&self.a, a)?, source(&self.b, b)?])
     }
 
     /// The rank with which kernels compute.
@@ -208,12 +237,12 @@ impl Change {
         of_delta + ids + weight
     }
 
-    /// Reads the part, if there is one.
-    pub(super) fn read(
-        &self,
-        file: &Values,
-        base: &BaseWeights<'_>,
-    ) -> Result<Option<LoraPart>, AdapterError> {
+    /// The part, if there is one. Its vectors have been read, and its matrices are read from then on.
+    pub(super) fn part<'a>(
+        &'a self,
+        from: Sources<'a>,
+    ) -> Result<Option<LoraPart<Matrix<'a>>>, AdapterError> {
+        let Sources { file, base, is_cancelled } = from;
         let Some(LoraShape { site, slice, .. }) = self.shape() else { return Ok(None) };
         let mut part =
             LoraPart { site, slice, low_rank: None, magnitude: None, bias: None, rows: None, content: 0 };
@@ -224,30 +253,42 @@ impl Change {
             let folded = self.delta.as_ref().filter(|_| rows.has_delta);
             let folded =
                 folded.map(|delta| Folded::read(&self.module, delta, magnitude.clone(), file)).transpose()?;
-            part.rows = Some(rows.read(file, folded.as_ref())?);
+            let whole = Whole::Replaced(Replaced::new(rows, file, folded));
+            let values = Matrix::new(whole, rows.shape(), is_cancelled);
+            part.rows = Some(ReplacedRows { ids: rows.ids().map(<[u32]>::to_vec), values });
         }
         if !self.is_folded() {
             part.magnitude = magnitude.map(|magnitude| self.ordered(magnitude));
-            part.low_rank = self.delta.as_ref().map(|delta| self.low_rank(delta, file, base)).transpose()?;
+            part.low_rank = self.delta.as_ref().map(|delta| self.low_rank(delta, from)).transpose()?;
         }
         part.bias = self.read_bias(file, base)?.map(|bias| self.ordered(bias));
         Ok(Some(part))
     }
 
-    fn low_rank(
-        &self,
-        delta: &Delta,
-        file: &Values,
-        base: &BaseWeights<'_>,
-    ) -> Result<LowRank, AdapterError> {
-        let [mut a, mut b] = delta.read(&self.module, file)?;
-        if let Some(initial) = delta.initial {
-            (a, b) = initial::extended(initial, &self.module, [a, b], base)?;
+    fn low_rank<'a>(
+        &'a self,
+        delta: &'a Delta,
+        from: Sources<'a>,
+    ) -> Result<LowRank<Matrix<'a>>, AdapterError> {
+        let Sources { file, base, is_cancelled } = from;
+        let module = &self.module;
+        let [a, b] = match delta.initial {
+            Some(initial) => Pair::of(move || {
+                let (a, b) = initial::extended(initial, module, delta.read(module, file)?, base)?;
+                Ok([a, b])
+            })
+            .map(Whole::Made),
+            None => delta.sources(module, file)?,
+        };
+        let [[_, inputs], [outputs, _]] = delta.shapes(module);
+        let rank = delta.rank();
+        let a = Matrix::new(a, [rank, inputs], is_cancelled);
+        let mut b = Matrix::new(b, [outputs, rank], is_cancelled);
+        if module.kind != Kind::Lookup {
+            let all: Vec<_> = std::iter::once(0..outputs).collect();
+            b = b.rows(&stored_runs(all, module));
         }
-        if self.module.kind != Kind::Lookup {
-            b = in_order(b, self.module.order);
-        }
-        Ok(LowRank { rank: delta.rank(), scale: delta.scale, a, b })
+        Ok(LowRank { rank, scale: delta.scale, a, b })
     }
 
     /// The vector that is added to the model's bias, in the order of the file.
@@ -304,8 +345,9 @@ impl Change {
 }
 
 /// Whether a part leaves the model as it is.
-pub(super) fn changes_nothing(part: &LoraPart) -> bool {
-    let is_null = |low_rank: &LowRank| low_rank.scale == 0.0 || is_zero(&low_rank.a) || is_zero(&low_rank.b);
+pub(super) fn changes_nothing<M: Cut>(part: &LoraPart<M>) -> bool {
+    let is_null =
+        |low_rank: &LowRank<M>| low_rank.scale == 0.0 || low_rank.a.is_zero() || low_rank.b.is_zero();
     part.rows.is_none()
         && part.magnitude.is_none()
         && part.low_rank.as_ref().is_none_or(is_null)

@@ -3,12 +3,12 @@
 
 use std::ops::Range;
 
-use kernels::{HostTensor, LoraPart, LoraShape, LowRank, ReplacedRows};
+use kernels::{LoraPart, LoraShape, LowRank, MatrixSource, ReplacedRows};
 
+use super::matrix::Cut;
 use crate::{
     Decoder, Share,
     decoder::{Kind, Module},
-    weights::{columns, rows},
 };
 
 /// Cuts the changes of modules.
@@ -52,7 +52,11 @@ impl Cutter<'_> {
     }
 
     /// Cuts a part; `None` if nothing of it is left.
-    pub(super) fn cut(self, part: LoraPart, module: &Module) -> Option<LoraPart> {
+    pub(super) fn cut<M: Cut + MatrixSource>(
+        self,
+        part: LoraPart<M>,
+        module: &Module,
+    ) -> Option<LoraPart<M>> {
         if self.share == Share::WHOLE {
             return Some(part);
         }
@@ -73,31 +77,33 @@ impl Cutter<'_> {
             }
         }
         let low_rank = low_rank.map(|LowRank { rank, scale, a, b }| {
-            let b = match module.is_lookup() {
-                true => b,
-                false => rows(&b, &within(&outputs, b.rows)),
-            };
-            let a = if module.is_lookup() { a } else { columns(a, self.share.inputs(module)) };
-            LowRank { rank, scale, a, b }
+            if module.is_lookup() {
+                return LowRank { rank, scale, a, b };
+            }
+            let own = within(&outputs, b.shape()[0]);
+            LowRank { rank, scale, a: a.columns(self.share.inputs(module)), b: b.rows(&own) }
         });
         let magnitude = if module.is_lookup() { magnitude } else { magnitude.map(vector) };
         Some(LoraPart { site, slice, low_rank, magnitude, bias, rows: own, content })
     }
 
     /// The replaced rows of the share, numbered from its first one; `None` if there are none.
-    fn rows(self, replaced: ReplacedRows, module: &Module) -> Option<ReplacedRows> {
+    fn rows<M: Cut + MatrixSource>(
+        self,
+        replaced: ReplacedRows<M>,
+        module: &Module,
+    ) -> Option<ReplacedRows<M>> {
         if module.is_lookup() {
             return Some(replaced);
         }
         let ReplacedRows { ids, values } = replaced;
-        let run = self.run_of(module, values.rows, ids.as_deref());
+        let run = self.run_of(module, values.shape()[0], ids.as_deref());
         if run.is_empty() {
             return None;
         }
         let first = self.outputs(module).first().map_or(0, |range| range.start) as u32;
         let ids = ids.map(|ids| ids[run.clone()].iter().map(|id| id - first).collect());
-        let values: HostTensor<'static> = rows(&values, &[run]);
-        Some(ReplacedRows { ids, values })
+        Some(ReplacedRows { ids, values: values.rows(&[run]) })
     }
 }
 

@@ -15,6 +15,9 @@ pub enum AdapterError {
     /// Nobody waits for it any more.
     #[error("reading it was cancelled")]
     Cancelled,
+    /// The backend cannot stage it.
+    #[error(transparent)]
+    Backend(kernels::Error),
     /// A file is missing.
     #[error("{0} is missing")]
     NoFile(&'static str),
@@ -109,6 +112,12 @@ pub enum AdapterError {
     /// An adapter that is to be merged has rows of its own in place of the model's, or another number of rows.
     #[error("the rows of {0} differ from the model's, and rows cannot be merged")]
     Rows(String),
+}
+
+impl From<kernels::Error> for AdapterError {
+    fn from(error: kernels::Error) -> AdapterError {
+        AdapterError::Backend(error)
+    }
 }
 
 impl From<LoadError> for AdapterError {

@@ -20,9 +20,10 @@ use super::{
     change::{self, Delta},
     config::AdapterConfig,
     cut::Cutter,
+    matrix::Cut,
     values::encoded,
 };
-use crate::{decoder::Kind, load::in_order};
+use crate::{decoder::Kind, load::stored_runs};
 use arithmetic::Factors;
 pub use error::MergeError;
 use modules::MergedModule;
@@ -154,9 +155,8 @@ impl<'a> Merge<'a> {
         sites.dedup();
         let max_lora_rank = self.modules.iter().map(|merged| merged.lora_rank).max().unwrap_or(0);
         let vocab = self.model.decoder.vocab;
-        let mut adapter = Adapter { hash: content, parts, max_lora_rank, sites, hidden_shift: None, vocab };
-        adapter.identify(content);
-        Ok(adapter)
+        parts.iter_mut().for_each(|part| part.content = content.number());
+        Ok(Adapter { hash: content, parts, max_lora_rank, sites, hidden_shift: None, vocab })
     }
 
     /// The change at a module.
@@ -179,7 +179,8 @@ impl<'a> Merge<'a> {
         let a: HostTensor<'static> = matrix(*lora_rank, &a)?;
         let mut b = matrix(b.len() / lora_rank, &b)?;
         if module.kind != Kind::Lookup {
-            b = in_order(b, module.order);
+            let all: Vec<_> = std::iter::once(0..b.rows).collect();
+            b = b.rows(&stored_runs(all, module));
         }
         let LoraShape { site, slice, .. } = merged.shape();
         let low_rank = Some(LowRank { rank: *lora_rank, scale: self.scale, a, b });

@@ -2,15 +2,15 @@
 //! (`modules_to_save`), tables that PEFT has copied because the vocabulary was resized, and rows of some tokens
 //! (`trainable_token_indices`).
 
-use std::collections::HashMap;
+use std::{collections::HashMap, ops::Range};
 
-use kernels::{HostTensor, ReplacedRows};
+use kernels::{DType, HostTensor, MatrixSource};
 
 use super::{
     AdapterError,
     base::{BaseWeights, ROWS},
     change::Delta,
-    values::{Values, encode},
+    values::{Values, check, encode},
 };
 use crate::{decoder::Module, load::transposed};
 
@@ -102,31 +102,64 @@ impl Rows {
         self.tokens.as_ref().map_or(0, |(_, tokens)| tokens.len())
     }
 
-    /// Reads the rows.
-    pub(super) fn read(&self, file: &Values, delta: Option<&Folded>) -> Result<ReplacedRows, AdapterError> {
-        let ids: Vec<u32> = self.ids.clone().unwrap_or_else(|| (0..self.count as u32).collect());
-        let own: HashMap<u32, usize> =
-            self.tokens.iter().flat_map(|(_, tokens)| tokens.iter().copied().zip(0..)).collect();
-        // A table may take a gigabyte: it is not to be moved as it grows.
-        let mut data = Vec::with_capacity(self.count * self.cols * file.dtype.size());
-        let mut rest = &ids[..];
-        while let Some(&first) = rest.first() {
+    /// Numbers of rows and columns.
+    pub(super) fn shape(&self) -> [usize; 2] {
+        [self.count, self.cols]
+    }
+}
+
+/// Rows that are read, and what is added to them.
+pub(super) struct Replaced<'a> {
+    rows: &'a Rows,
+    file: &'a Values,
+    /// Where rows of single tokens are in their tensor.
+    own: HashMap<u32, usize>,
+    folded: Option<Folded>,
+}
+
+impl<'a> Replaced<'a> {
+    pub(super) fn new(rows: &'a Rows, file: &'a Values, folded: Option<Folded>) -> Replaced<'a> {
+        let own = rows.tokens.iter().flat_map(|(_, tokens)| tokens.iter().copied().zip(0..)).collect();
+        Replaced { rows, file, own, folded }
+    }
+
+    /// The number of the row at an index.
+    fn id(&self, index: usize) -> u32 {
+        self.rows.ids.as_ref().map_or(index as u32, |ids| ids[index])
+    }
+
+    /// Reads some of the rows, by their indices. Returns whether all elements are zero.
+    pub(super) fn fill(
+        &self,
+        indices: Range<usize>,
+        dtype: DType,
+        mut to: &mut [u8],
+    ) -> Result<bool, AdapterError> {
+        let Rows { cols, ref tokens, ref table, .. } = *self.rows;
+        let (mut next, mut is_zero) = (indices.start, true);
+        while next < indices.end {
+            let first = self.id(next);
             // Consecutive rows of the table are read at once.
-            let run = rest.iter().zip(first..).take(ROWS);
-            let run = run.take_while(|(id, next)| **id == *next && !own.contains_key(id)).count();
-            let mut rows = match (own.get(&first), &self.tokens, &self.table) {
-                (Some(&at), Some((name, _)), _) => file.rows(name, at..at + 1)?,
-                (_, _, Some(name)) => file.rows(name, first as usize..first as usize + run)?,
+            let run = (next..indices.end).zip(first..).take(ROWS);
+            let run = run.take_while(|(i, id)| self.id(*i) == *id && !self.own.contains_key(id)).count();
+            let (name, rows) = match (self.own.get(&first), tokens, table) {
+                (Some(&at), Some((name, _)), _) => (name, at..at + 1),
+                (_, _, Some(name)) => (name, first as usize..first as usize + run),
                 (_, _, None) => return Err(AdapterError::NoTensor),
             };
-            if let Some(delta) = delta {
-                rows = delta.add(first as usize, &rows);
-            }
-            data.extend_from_slice(&rows.data);
-            rest = &rest[rows.rows..];
+            next += rows.len();
+            let filled;
+            (filled, to) = to.split_at_mut(rows.len() * cols * dtype.size());
+            is_zero &= match &self.folded {
+                None => self.file.fill((name, rows, 0..cols), dtype, filled)?,
+                Some(folded) => {
+                    let rows = folded.add(first as usize, &self.file.rows(name, rows)?);
+                    rows.read(0..rows.rows, dtype, filled)?;
+                    check(dtype, filled).is_zero
+                }
+            };
         }
-        let values = HostTensor { dtype: file.dtype, rows: ids.len(), cols: self.cols, data: data.into() };
-        Ok(ReplacedRows { ids: self.ids.clone(), values })
+        Ok(is_zero)
     }
 }
 

@@ -2,14 +2,16 @@
 
 use std::ops::Range;
 
-use half::{bf16, f16};
+use half::{bf16, f16, slice::HalfFloatSliceExt};
 use kernels::{DType, HostTensor};
 
 use super::AdapterError;
 use crate::weights::tensor_file::TensorFile;
 
-/// The number of elements that are converted at a time, so that a tensor is not in memory as f32, too.
-const CHUNK: usize = 1 << 14;
+/// Bytes that are read at a time, which are then in the core's cache.
+const CHUNK: usize = 64 << 10;
+/// The number of elements that are converted at a time.
+const AT_A_TIME: usize = 1 << 10;
 
 /// The tensors of a file.
 pub(super) struct Values {
@@ -28,18 +30,39 @@ impl Values {
     /// Reads some rows of a matrix whose shape has been checked.
     pub(super) fn rows(&self, name: &str, rows: Range<usize>) -> Result<HostTensor<'static>, AdapterError> {
         let [_, cols] = self.file.matrix_shape(name)?;
-        let stored = self.file.part(name, rows, 0..cols)?.into_dense();
-        if !stored.data.chunks_exact(stored.dtype.size()).all(|bytes| is_finite(stored.dtype, bytes)) {
-            return Err(AdapterError::NotFinite(name.into()));
+        let count = rows.len();
+        let mut data = vec![0; count * cols * self.dtype.size()];
+        self.fill((name, rows, 0..cols), self.dtype, &mut data)?;
+        Ok(HostTensor { dtype: self.dtype, rows: count, cols, data: data.into() })
+    }
+
+    /// Reads some rows and columns of a matrix as elements of a type, and checks them while they are in the core's cache.
+    /// Returns whether all of them are 0 or -0.
+    pub(super) fn fill(
+        &self,
+        (name, rows, cols): (&str, Range<usize>, Range<usize>),
+        dtype: DType,
+        to: &mut [u8],
+    ) -> Result<bool, AdapterError> {
+        let Some(stored) = self.file.type_of_rows(name) else {
+            let whole = self.file.part(name, rows, cols)?.into_dense();
+            return converted(name, (whole.dtype, &whole.data), (dtype, to));
+        };
+        let (mut is_zero, mut scratch) = (true, Vec::new());
+        let count = (CHUNK / (cols.len() * stored.size()).max(1)).max(1);
+        let chunks = to.chunks_mut((count * cols.len() * dtype.size()).max(1));
+        for (first, to) in rows.clone().step_by(count).zip(chunks) {
+            let rows = first..rows.end.min(first + count);
+            if stored == dtype {
+                self.file.read_part(name, rows, cols.clone(), to)?;
+                is_zero &= finite(name, dtype, to)?;
+            } else {
+                scratch.resize(rows.len() * cols.len() * stored.size(), 0);
+                self.file.read_part(name, rows, cols.clone(), &mut scratch)?;
+                is_zero &= converted(name, (stored, &scratch), (dtype, to))?;
+            }
         }
-        if stored.dtype == self.dtype {
-            return Ok(stored);
-        }
-        let converted = converted(&stored, self.dtype);
-        if !converted.data.chunks_exact(self.dtype.size()).all(|bytes| is_finite(self.dtype, bytes)) {
-            return Err(AdapterError::TooLarge { name: name.into(), dtype: self.dtype });
-        }
-        Ok(converted)
+        Ok(is_zero)
     }
 
     /// Reads a vector.
@@ -68,33 +91,106 @@ impl Values {
     }
 }
 
-/// Whether an element is finite.
-pub(super) fn is_finite(dtype: DType, bytes: &[u8]) -> bool {
-    match (dtype, bytes) {
-        (DType::F16, [.., high]) => high & 0x7c != 0x7c,
-        (DType::F32 | DType::Bf16, [.., low, high]) => high & 0x7f != 0x7f || low & 0x80 == 0,
-        _ => false,
-    }
+/// What is known of some elements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Checked {
+    pub(super) is_finite: bool,
+    /// Whether all of them are 0 or -0.
+    pub(super) is_zero: bool,
+}
+
+/// Checks elements. There is no branch in its loops, so that they are vectorized.
+pub(super) fn check(dtype: DType, data: &[u8]) -> Checked {
+    // Without the sign, infinity is the smallest pattern of bits that is not finite.
+    let (largest, infinity) = match dtype {
+        DType::F32 => {
+            let magnitudes = data.as_chunks().0.iter().map(|bytes| i32::from_le_bytes(*bytes) & 0x7fff_ffff);
+            (magnitudes.fold(0, i32::max).unsigned_abs(), 0x7f80_0000)
+        }
+        DType::Bf16 => (largest_half(data), 0x7f80),
+        DType::F16 => (largest_half(data), 0x7c00),
+    };
+    Checked { is_finite: largest < infinity, is_zero: largest == 0 }
+}
+
+/// The largest pattern of bits of elements of 16 bits, without their signs.
+fn largest_half(data: &[u8]) -> u32 {
+    // Signed, as the oldest vector units know only the larger one of signed numbers.
+    let magnitudes = data.as_chunks().0.iter().map(|bytes| i16::from_le_bytes(*bytes) & 0x7fff);
+    magnitudes.fold(0, i16::max).unsigned_abs().into()
 }
 
 /// Whether all elements are 0 or -0.
 pub(super) fn is_zero(tensor: &HostTensor<'_>) -> bool {
-    let is_zero = |bytes: &[u8]| match bytes {
-        [low @ .., high] => high & 0x7f == 0 && low.iter().all(|byte| *byte == 0),
-        [] => true,
-    };
-    tensor.data.chunks_exact(tensor.dtype.size()).all(is_zero)
+    check(tensor.dtype, &tensor.data).is_zero
 }
 
-/// Converts a matrix to another type, rounding to nearest even.
-fn converted(tensor: &HostTensor<'_>, dtype: DType) -> HostTensor<'static> {
-    let size = tensor.dtype.size();
-    let mut data = Vec::with_capacity(tensor.data.len() / size * dtype.size());
-    for bytes in tensor.data.chunks(CHUNK * size) {
-        let chunk = HostTensor { dtype: tensor.dtype, rows: 1, cols: bytes.len() / size, data: bytes.into() };
-        encode(&chunk.to_f32(), dtype, &mut data);
+/// Whether all elements are 0 or -0. Errors: one of them is not finite.
+fn finite(name: &str, dtype: DType, data: &[u8]) -> Result<bool, AdapterError> {
+    let checked = check(dtype, data);
+    if checked.is_finite { Ok(checked.is_zero) } else { Err(AdapterError::NotFinite(name.into())) }
+}
+
+/// Converts elements to another type, rounding to nearest even. Returns whether all that came of it are 0 or -0.
+fn converted(
+    name: &str,
+    (stored, from): (DType, &[u8]),
+    (dtype, to): (DType, &mut [u8]),
+) -> Result<bool, AdapterError> {
+    let is_zero = finite(name, stored, from)?;
+    if stored == dtype {
+        to.copy_from_slice(from);
+        return Ok(is_zero);
     }
-    HostTensor { dtype, rows: tensor.rows, cols: tensor.cols, data: data.into() }
+    let chunks = to.chunks_mut(AT_A_TIME * dtype.size());
+    for (from, to) in from.chunks(AT_A_TIME * stored.size()).zip(chunks) {
+        convert((stored, from), (dtype, to));
+    }
+    let Checked { is_finite, is_zero } = check(dtype, to);
+    if is_finite { Ok(is_zero) } else { Err(AdapterError::TooLarge { name: name.into(), dtype }) }
+}
+
+/// Converts at most [`AT_A_TIME`] elements.
+fn convert((stored, from): (DType, &[u8]), (dtype, to): (DType, &mut [u8])) {
+    let (mut values, mut halves) = ([0.0; AT_A_TIME], [f16::ZERO; AT_A_TIME]);
+    let values = &mut values[..from.len() / stored.size()];
+    let halves = &mut halves[..values.len()];
+    match stored {
+        DType::F32 => {
+            let words = from.as_chunks().0;
+            values.iter_mut().zip(words).for_each(|(x, bytes)| *x = f32::from_le_bytes(*bytes));
+        }
+        DType::Bf16 => {
+            let words = from.as_chunks().0;
+            values.iter_mut().zip(words).for_each(|(x, bytes)| *x = bf16::from_le_bytes(*bytes).to_f32());
+        }
+        DType::F16 => {
+            let words = from.as_chunks().0;
+            halves.iter_mut().zip(words).for_each(|(x, bytes)| *x = f16::from_le_bytes(*bytes));
+            halves.convert_to_f32_slice(values);
+        }
+    }
+    match dtype {
+        DType::F32 => {
+            let words = to.as_chunks_mut().0;
+            words.iter_mut().zip(values).for_each(|(bytes, x)| *bytes = x.to_le_bytes());
+        }
+        DType::Bf16 => {
+            let words = to.as_chunks_mut().0;
+            words.iter_mut().zip(values).for_each(|(bytes, x)| *bytes = rounded(*x).to_le_bytes());
+        }
+        DType::F16 => {
+            halves.convert_from_f32_slice(values);
+            let words = to.as_chunks_mut().0;
+            words.iter_mut().zip(halves).for_each(|(bytes, x)| *bytes = x.to_le_bytes());
+        }
+    }
+}
+
+/// The bits of a finite number that is rounded to bf16, to nearest even.
+fn rounded(x: f32) -> u16 {
+    let bits = x.to_bits();
+    (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16
 }
 
 /// Appends numbers that are rounded to a type.

@@ -127,7 +127,8 @@ impl TensorFile {
                 return Err(LoadError::TensorType { name: name.into(), dtype: other.clone() });
             }
         };
-        let mut data = self.elements(place, rows.clone(), cols.clone())?;
+        let mut data = vec![0; rows.len() * cols.len() * place.ty.size()];
+        self.elements(place, rows.clone(), cols.clone(), &mut data)?;
         if place.ty == ElementType::F64 {
             let values = data.as_chunks().0.iter().map(|bytes| f64::from_le_bytes(*bytes) as f32);
             data = values.flat_map(f32::to_le_bytes).collect();
@@ -135,26 +136,47 @@ impl TensorFile {
         Ok(WeightPart { format: Format::Dense(dtype), rows: rows.len(), cols: cols.len(), data: data.into() })
     }
 
-    /// The bytes of some rows and columns, row after row.
-    fn elements(&self, place: &Place, rows: Range<usize>, cols: Range<usize>) -> Result<Vec<u8>> {
+    /// The type of the elements of a matrix that are stored one after the other along each row; `None` if they lie apart, or
+    /// are of a type that is converted.
+    pub(crate) fn type_of_rows(&self, name: &str) -> Option<DType> {
+        let place = self.places.get(name)?;
+        match place.ty {
+            ElementType::Known(dtype) if place.matrix_strides()[1] == 1 => Some(dtype),
+            _ => None,
+        }
+    }
+
+    /// As [`Self::part`], into memory that has the size of the stored elements.
+    pub(crate) fn read_part(
+        &self,
+        name: &str,
+        rows: Range<usize>,
+        cols: Range<usize>,
+        to: &mut [u8],
+    ) -> Result<()> {
+        check_part(name, self.matrix_shape(name)?, &rows, &cols)?;
+        self.elements(self.place(name)?, rows, cols, to)
+    }
+
+    /// Reads the bytes of some rows and columns, row after row.
+    fn elements(&self, place: &Place, rows: Range<usize>, cols: Range<usize>, data: &mut [u8]) -> Result<()> {
         let size = place.ty.size();
         let [row_stride, col_stride] = place.matrix_strides();
         let index = |row: usize, col: usize| row * row_stride + col * col_stride;
-        let mut data = vec![0; rows.len() * cols.len() * size];
         if data.is_empty() {
-            return Ok(data);
+            return Ok(());
         }
         let is_packed = cols.len() == 1 || col_stride == 1;
         if is_packed && (rows.len() == 1 || row_stride == cols.len()) {
-            self.read(place, index(rows.start, cols.start), &mut data)?;
+            self.read(place, index(rows.start, cols.start), data)?;
         } else if is_packed {
             for (to, row) in data.chunks_exact_mut(cols.len() * size).zip(rows) {
                 self.read(place, index(row, cols.start), to)?;
             }
         } else {
-            self.scattered(place, (rows, cols), &mut data)?;
+            self.scattered(place, (rows, cols), data)?;
         }
-        Ok(data)
+        Ok(())
     }
 
     /// Reads rows and columns whose elements are not side by side, for example of a transposed matrix. Either everything

@@ -10,7 +10,7 @@ use std::{
 use kernels::{BLOCK_SIZE, Batch, DType, Sampled, Segment, SequenceRows, cpu::CpuBackend, prelude::*};
 use model::{
     KvCache, Model, Pass, Scratch, Share,
-    adapter::{self, BaseModel},
+    adapter::{AdapterFolder, BaseModel},
 };
 
 /// Tokens that are generated after each prompt.
@@ -104,8 +104,9 @@ impl Driver {
         let base = BaseModel { decoder, path: path.into(), dtype, share };
         let mut slots = ops.lora_slots(model.sites(), adapters.len()).unwrap();
         for (slot, folder) in adapters.iter().enumerate() {
-            let parts = adapter::read(folder, &base).unwrap().parts;
-            let staged = Arc::new(ops.stage(model.sites(), &parts).unwrap());
+            let opened = AdapterFolder::open(folder, &base).unwrap();
+            let (staged, _) = opened.stage(&ops, model.sites(), slot as u64 + 1, &|| false).unwrap();
+            let staged = Arc::new(staged);
             ops.load(&mut slots, slot as u32, &staged, &model.site_weights()).unwrap();
         }
         let mut loaded = 0;

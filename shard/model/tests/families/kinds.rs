@@ -6,10 +6,10 @@ use std::{
     sync::OnceLock,
 };
 
-use kernels::{DType, LoraPart};
+use kernels::{DType, HostTensor, LoraPart, MatrixSource};
 use model::{
     Decoder, Model, Share,
-    adapter::{self, AdapterFolder, BaseModel},
+    adapter::{self, AdapterFolder, BaseModel, Matrix},
     testing::seeded::Manifest,
 };
 
@@ -218,6 +218,34 @@ fn bytes(part: &LoraPart) -> usize {
     matrices.map(|matrix| matrix.data.len()).sum::<usize>() + vectors.sum::<usize>()
 }
 
+/// Expects parts whose matrices are read a few rows at a time, from the last to the first, to be these.
+fn expect_same(parts: &[LoraPart<Matrix<'_>>], expected: &[LoraPart], dtype: DType) {
+    assert_eq!(parts.len(), expected.len());
+    let expect_matrix = |matrix: &Matrix<'_>, expected: &HostTensor<'_>| {
+        let [rows, cols] = matrix.shape();
+        assert_eq!([rows, cols], [expected.rows, expected.cols]);
+        let width = cols * dtype.size();
+        for first in (0..rows).step_by(3).rev() {
+            let mut read = vec![0xaa; rows.min(first + 3).saturating_sub(first) * width];
+            matrix.read(first..rows.min(first + 3), dtype, &mut read).unwrap();
+            assert_eq!(read, expected.data[first * width..][..read.len()]);
+        }
+    };
+    for (part, expected) in parts.iter().zip(expected) {
+        assert_eq!(part.shape(), expected.shape());
+        assert_eq!((&part.magnitude, &part.bias), (&expected.magnitude, &expected.bias));
+        if let (Some(own), Some(expected)) = (&part.low_rank, &expected.low_rank) {
+            assert_eq!(own.scale, expected.scale);
+            expect_matrix(&own.a, &expected.a);
+            expect_matrix(&own.b, &expected.b);
+        }
+        if let (Some(own), Some(expected)) = (&part.rows, &expected.rows) {
+            assert_eq!(own.ids, expected.ids);
+            expect_matrix(&own.values, &expected.values);
+        }
+    }
+}
+
 /// What a kind takes is known before it is read, in every type, and its identity depends on the numbers alone.
 #[test]
 fn memory_and_identity_are_known() {
@@ -251,6 +279,7 @@ fn memory_and_identity_are_known() {
                     let shapes: Vec<_> = cut.parts.iter().map(LoraPart::shape).collect();
                     assert_eq!(there.shapes(), shapes, "{name}, {kind} of rank {rank}");
                     assert_eq!(cut.hash, adapter.hash, "{name}, {kind} of rank {rank}");
+                    expect_same(&there.parts(&|| false).unwrap(), &cut.parts, dtype);
                     let share = cut.parts.iter().map(bytes).sum::<usize>();
                     assert!(share <= taken, "{name}, {kind}: {share} of {taken} bytes");
                 }
