@@ -57,7 +57,7 @@ pub enum ConfigError {
         total: usize,
     },
     /// Adapters cannot come from there.
-    #[error("--adapter-source {0:?}: only \"local\" is supported")]
+    #[error("--adapter-source {0:?}: it must be local, hub, s3, gs, az, or pbase")]
     AdapterSource(String),
     /// An API key that no client could send. The key is not told, only which of them it is.
     #[error("--api-key: key {0} must be visible ASCII characters, at least one")]

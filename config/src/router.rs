@@ -102,9 +102,35 @@ pub struct RouterConfig {
     /// Replaces the model's tokenizer_config.json; a chat template in it goes before all of the model's
     #[arg(long, env)]
     pub tokenizer_config_path: Option<PathBuf>,
-    /// Where adapters come from unless a request says otherwise
+    /// Where adapters come from unless a request says otherwise: local, hub, s3, gs, az, or pbase
     #[arg(long, env, default_value = "local")]
     pub adapter_source: String,
+    /// Seconds for which a source's answer, that a credential may read an adapter, is used again; 0 asks every time
+    #[arg(long, env, value_name = "SECONDS", value_parser = seconds, default_value = "60")]
+    #[serde(with = "as_seconds")]
+    pub adapter_auth_ttl_s: Duration,
+    /// Folder of the adapters that were downloaded, which several servers may share [default: lorax/adapters in the
+    /// user's cache folder]
+    #[arg(long, env, value_name = "PATH")]
+    pub adapter_cache: Option<PathBuf>,
+    /// Bytes that adapters may take in this folder
+    #[arg(long, env, value_name = "BYTES", value_parser = bytes, default_value = "64GiB")]
+    pub adapter_cache_size: u64,
+    /// Largest adapter, by its files [default: a quarter of adapter-host-memory]
+    #[arg(long, env, value_name = "BYTES", value_parser = bytes)]
+    pub max_adapter_size: Option<u64>,
+    /// Questions to one source at the same time, of which one tenant may have half; as many again may be slow
+    #[arg(long, env, default_value_t = 32)]
+    pub max_adapter_lookups: u32,
+    /// Downloads from one source at the same time, counted likewise
+    #[arg(long, env, default_value_t = 16)]
+    pub max_adapter_downloads: u32,
+    /// Adapters of one source that are read into host memory at the same time, counted likewise
+    #[arg(long, env, default_value_t = 8)]
+    pub max_adapter_stages: u32,
+    /// File that records where adapters were and went, to be played again; it has no names and no secrets
+    #[arg(long, env, value_name = "PATH")]
+    pub adapter_trace: Option<PathBuf>,
 
     /// Seconds that a step may take before the shards are taken to hang [default: 20 times the longest step of the
     /// warm-up, at least 10]
@@ -127,6 +153,10 @@ pub struct RouterConfig {
 
 /// Bodies are held in memory, and a file as large is no prompt.
 const MOST_BODY: u64 = 1 << 30;
+/// Sources of adapters.
+const ADAPTER_SOURCES: [&str; 6] = ["local", "hub", "s3", "gs", "az", "pbase"];
+/// More bytes than any machine has: sums of such sizes do not overflow.
+const MOST_BYTES: u64 = 1 << 50;
 /// Over a century: sums of such durations do not overflow, and a timer takes them.
 const LONGEST: Duration = Duration::from_secs(1 << 32);
 /// The shortest deadline of work that is healthy.
@@ -150,6 +180,9 @@ impl RouterConfig {
             ("--max-input-length", self.max_input_length.unwrap_or(1), (1, usize::MAX)),
             ("--max-total-tokens", self.max_total_tokens.unwrap_or(2), (2, usize::MAX)),
             ("--max-batch-prefill-tokens", self.max_batch_prefill_tokens.unwrap_or(1), (1, 1 << 20)),
+            ("--max-adapter-lookups", self.max_adapter_lookups as usize, (1, 1 << 10)),
+            ("--max-adapter-downloads", self.max_adapter_downloads as usize, (1, 1 << 10)),
+            ("--max-adapter-stages", self.max_adapter_stages as usize, (1, 1 << 10)),
         ] {
             within(flag, value, bounds, spell_number)?;
         }
@@ -157,10 +190,13 @@ impl RouterConfig {
         // Less would never let the largest body in.
         let memory = (self.max_body_size, 1 << 50);
         within("--max-body-memory", self.max_body_memory, memory, spell_bytes)?;
+        within("--adapter-cache-size", self.adapter_cache_size, (0, MOST_BYTES), spell_bytes)?;
+        within("--max-adapter-size", self.max_adapter_size.unwrap_or(1), (1, MOST_BYTES), spell_bytes)?;
         for (flag, value, least) in [
             ("--body-timeout", self.body_timeout, SHORTEST),
             ("--step-timeout", self.step_timeout.unwrap_or(SHORTEST), SHORTEST),
             ("--prepare-timeout", self.prepare_timeout, SHORTEST),
+            ("--adapter-auth-ttl-s", self.adapter_auth_ttl_s, Duration::ZERO),
             ("--shutdown-delay", self.shutdown_delay, Duration::ZERO),
             ("--shutdown-deadline", self.shutdown_deadline, Duration::ZERO),
         ] {
@@ -171,7 +207,7 @@ impl RouterConfig {
         {
             return Err(ConfigError::NoOutput { input, total });
         }
-        if self.adapter_source != "local" {
+        if !ADAPTER_SOURCES.contains(&&*self.adapter_source) {
             return Err(ConfigError::AdapterSource(self.adapter_source.clone()));
         }
         let sendable = |key: &SecretString| {

@@ -115,8 +115,9 @@ async fn adapters_that_memory_has_no_room_for_come_back() {
     }
     let model = fixtures().join("tiny/model");
     let plenty = Server::start_with(&model, folder.path(), &[]).unwrap();
-    // Host memory for one of them, slots for two.
-    let flags = ["--adapter-host-memory", "64KiB", "--max-active-adapters", "2"];
+    // Host memory for two of them, or for one that has not been read before; slots for two.
+    let flags =
+        ["--adapter-host-memory", "160KiB", "--max-adapter-size", "160KiB", "--max-active-adapters", "2"];
     let scarce = Server::start_with(&model, folder.path(), &flags).unwrap();
     let prompt = "The Licensor and its affiliates";
     let all = async |server: &Server| {

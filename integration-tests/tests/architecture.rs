@@ -19,7 +19,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("scheduler", &[]),
     ("exchange", &["scheduler"]),
     ("lorax-shard", &["proto", "model", "kernels"]),
-    ("lorax-router", &["proto", "scheduler"]),
+    ("lorax-router", &["proto", "scheduler", "exchange"]),
     ("lorax-launcher", &[]),
     ("integration-tests", &["proto"]),
 ];

@@ -1,24 +1,26 @@
-//! References to adapters, as requests name them, and the credentials that come with them.
+//! Adapters, as requests name them, and the credentials that come with them.
 
-use scheduler::{Adapter, CacheSalt};
+use exchange::Fault;
+use scheduler::CacheSalt;
 use secrecy::SecretString;
-use tokio::time::timeout;
+use sources::{NameError, Reference, SourceKind};
+use tokio::time::Instant;
 
 use crate::{
+    adapters::{Leased, Wanted},
     api::error::ApiError,
-    engine::Engine,
     generation::cache_salt,
-    ranks::PrepareError,
     server::{App, accept::Caller},
 };
 
-/// A reference to an adapter, as a request names it.
+/// An adapter, as a request names it.
 #[derive(Debug, Clone)]
 pub(crate) struct AdapterRef {
     /// The field that has the id.
     pub(crate) field: &'static str,
-    pub(crate) source: String,
+    /// The id as it was sent.
     pub(crate) id: String,
+    pub(crate) reference: Reference,
     pub(crate) credential: Credential,
 }
 
@@ -58,12 +60,16 @@ impl App {
         &self,
         field: &'static str,
         id: Option<String>,
-        source: Option<String>,
+        source: Option<&str>,
         credential: Credential,
-    ) -> Option<AdapterRef> {
-        let id = id.filter(|id| !id.is_empty() && id != BASE_MODEL)?;
-        let source = source.unwrap_or_else(|| self.config.router.adapter_source.clone());
-        Some(AdapterRef { field, source, id, credential })
+    ) -> Result<Option<AdapterRef>, ApiError> {
+        let Some(id) = id.filter(|id| !id.is_empty() && id != BASE_MODEL) else { return Ok(None) };
+        let source = source.unwrap_or(&self.config.router.adapter_source);
+        let reference = Reference::parse(source, &id).map_err(|error| {
+            let field = if matches!(error, NameError::Source(_)) { "adapter_source" } else { field };
+            ApiError::AdapterInvalid { field, message: error.to_string() }
+        })?;
+        Ok(Some(AdapterRef { field, id, reference, credential }))
     }
 
     /// The salt of a request in the prefix cache; `narrower` is the request's own salt.
@@ -77,23 +83,38 @@ impl App {
         cache_salt(self.config.router.prefix_cache_scope, &caller.principal.tenant, public, narrower)
     }
 
-    /// Asks the shards to resolve, read and check an adapter, and returns its identity and size.
-    pub(crate) async fn prepare(&self, adapter: &AdapterRef) -> Result<Adapter, ApiError> {
+    /// Waits until an adapter is in host memory, where it is kept until its lease is dropped.
+    pub(crate) async fn lease(&self, caller: &Caller, adapter: &AdapterRef) -> Result<Leased, ApiError> {
         let limit = self.config.router.prepare_timeout;
-        let prepared = timeout(limit, prepare(&self.engine, adapter)).await;
-        let prepared = prepared.map_err(|_| ApiError::AdapterTimeout { limit })?;
-        prepared.map_err(|error| ApiError::of_adapter(adapter.field, error))
+        let deadline = Instant::now() + limit;
+        let leased = self.lease_until(caller, adapter, deadline).await;
+        leased.map_err(|fault| match fault {
+            Fault::Slow if Instant::now() >= deadline => ApiError::AdapterTimeout { limit },
+            fault => ApiError::of_adapter(adapter, fault),
+        })
     }
-}
 
-async fn prepare(engine: &Engine, adapter: &AdapterRef) -> Result<Adapter, PrepareError> {
-    let credential = &adapter.credential;
-    let first = engine.prepare(adapter, credential.given.as_ref()).await;
-    match (&first, &credential.given, &credential.fallback) {
-        (Err(PrepareError::NotFound(_) | PrepareError::Forbidden(_)), None, Some(fallback)) => {
-            engine.prepare(adapter, Some(fallback)).await
+    async fn lease_until(
+        &self,
+        caller: &Caller,
+        adapter: &AdapterRef,
+        deadline: Instant,
+    ) -> Result<Leased, Fault> {
+        let tenant = caller.principal.tenant.asking();
+        let ask = async |credential: Option<&SecretString>| {
+            let wanted = Wanted { reference: adapter.reference.clone(), credential: credential.cloned() };
+            self.adapters.ask(wanted, tenant, deadline).await
+        };
+        // A folder wants to see no token, so that all who name it share one question.
+        if adapter.reference.kind == SourceKind::Local {
+            return ask(None).await;
         }
-        _ => first,
+        let Credential { given, fallback } = &adapter.credential;
+        let first = ask(given.as_ref()).await;
+        match (&first, given, fallback) {
+            (Err(Fault::NotFound(_) | Fault::Denied(_)), None, Some(fallback)) => ask(Some(fallback)).await,
+            _ => first,
+        }
     }
 }
 
@@ -110,8 +131,10 @@ mod tests {
             Credential::default().or_in_body(Some("secret-4".into())),
         ];
         for credential in all {
-            let adapter = AdapterRef { field: "model", source: "hub".into(), id: "sql".into(), credential };
-            let printed = format!("{adapter:?} {adapter:#?}");
+            let reference = Reference::parse("hub", "sql").unwrap();
+            let wanted = Wanted { reference: reference.clone(), credential: credential.given.clone() };
+            let adapter = AdapterRef { field: "model", id: "sql".into(), reference, credential };
+            let printed = format!("{adapter:?} {adapter:#?} {wanted:?}");
             assert!(printed.contains("sql") && !printed.contains("secret-"), "{printed}");
         }
     }

@@ -4,6 +4,7 @@
 //! nobody but the ranks: a client that does not keep up fills its own channel and is cancelled.
 
 mod batcher;
+mod device;
 mod in_flight;
 mod serve;
 
@@ -18,17 +19,14 @@ use std::{
 
 use config::RouterConfig;
 use lifecycle::Supervisor;
-use scheduler::{Adapter, RequestId};
-use secrecy::SecretString;
+use scheduler::RequestId;
 use tokio::sync::{Notify, mpsc, watch};
 
 use crate::{
-    adapter::AdapterRef,
+    adapters::{Inbox, Lease},
     generation::{Failure, Job, Update},
-    metrics::{End, Metrics, Outcome, PrepareMetrics},
+    metrics::{End, Metrics, Outcome},
     permits::Permit,
-    ranks::{PrepareError, Ranks},
-    server::longest_poll,
     wire::Info,
 };
 
@@ -62,6 +60,8 @@ struct Submit {
     updates: mpsc::Sender<Update>,
     outcome: Outcome,
     hold: PermitHold,
+    /// The lease on its adapter.
+    lease: Option<Arc<Lease>>,
 }
 
 /// Jobs whose clients have gone. Unlike a channel the list takes every one of them, however many leave at once; it
@@ -99,10 +99,7 @@ pub(crate) struct Engine {
     cancels: Arc<Cancels>,
     ids: Arc<AtomicU64>,
     readiness: watch::Receiver<Readiness>,
-    /// Connections of this runtime's own, for what does not pass through the engine.
-    ranks: Ranks,
     metrics: Arc<Metrics>,
-    prepare_metrics: PrepareMetrics,
 }
 
 /// A job that runs. Dropping it cancels it.
@@ -135,31 +132,23 @@ impl Drop for Running {
 }
 
 impl Engine {
-    /// Starts the engine for the shards at these sockets, in the order of their ranks.
+    /// Starts the engine for the shards at these sockets, in the order of their ranks. It reports what happens to
+    /// adapters there.
     pub(crate) fn start(
         sockets: Vec<PathBuf>,
         config: &RouterConfig,
         metrics: Arc<Metrics>,
+        adapters: Arc<Inbox>,
         supervisor: &Supervisor,
     ) -> io::Result<Engine> {
         let (submits, received) = mpsc::channel(COMMANDS);
         let (readiness, watched) =
             watch::channel(Readiness::NotReady("the ranks have not been asked".into()));
         let cancels = Arc::new(Cancels::default());
-        let ranks = Ranks::new(&sockets, longest_poll(config));
-        let inbox = serve::Inbox { submits: received, cancels: cancels.clone() };
+        let inbox = serve::Inbox { submits: received, cancels: cancels.clone(), adapters };
         let engine_metrics = Arc::new(metrics.engine());
         serve::start(sockets, config.clone(), inbox, (readiness, engine_metrics), supervisor)?;
-        let prepare_metrics = metrics.prepare();
-        Ok(Engine {
-            submits,
-            cancels,
-            ids: Arc::default(),
-            readiness: watched,
-            ranks,
-            metrics,
-            prepare_metrics,
-        })
+        Ok(Engine { submits, cancels, ids: Arc::default(), readiness: watched, metrics })
     }
 
     /// The model that the ranks serve; `None` while there is no session.
@@ -189,26 +178,19 @@ impl Engine {
         let _ = self.readiness.clone().wait_for(ready).await;
     }
 
-    /// Asks every rank to read and check an adapter, and to check the caller's access to it.
-    pub(crate) async fn prepare(
+    /// Hands over a job, which holds the permit until it ends, and the lease until it is admitted.
+    pub(crate) async fn submit(
         &self,
-        adapter: &AdapterRef,
-        token: Option<&SecretString>,
-    ) -> Result<Adapter, PrepareError> {
-        let preparation = self.prepare_metrics.begin();
-        let prepared = self.ranks.prepare(adapter, token).await;
-        preparation.end(&prepared);
-        prepared
-    }
-
-    /// Hands over a job, which holds the permit until it ends.
-    pub(crate) async fn submit(&self, job: Job, permit: Permit) -> Result<Running, Failure> {
+        job: Job,
+        permit: Permit,
+        lease: Option<Arc<Lease>>,
+    ) -> Result<Running, Failure> {
         let id = RequestId(self.ids.fetch_add(1, Ordering::Relaxed));
         let (updates, received) = mpsc::channel(UPDATES);
         let (hold, other) = PermitHold::pair(permit);
         // A request is counted once, however many sequences it has.
         let outcome = Outcome::current().unwrap_or_else(|| self.metrics.outcome());
-        let submit = Submit { id, job: Arc::new(job), updates, outcome: outcome.clone(), hold };
+        let submit = Submit { id, job: Arc::new(job), updates, outcome: outcome.clone(), hold, lease };
         self.submits.send(submit).await.map_err(|_| Failure::Unavailable)?;
         Ok(Running { id, updates: received, cancels: self.cancels.clone(), outcome, _hold: other })
     }

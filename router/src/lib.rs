@@ -1,6 +1,7 @@
 //! The HTTP side of the server: tokens in and out, admission, scheduling, and the shards behind it.
 
 mod adapter;
+mod adapters;
 pub mod admission;
 pub mod api;
 pub mod chat;

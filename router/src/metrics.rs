@@ -3,6 +3,7 @@
 //! Handles are made once, so that counting looks nothing up, and the engine records once a step where it can. Labels
 //! have few values: none is an adapter, and none comes from a client.
 
+mod adapters;
 mod engine;
 mod http;
 mod outcome;
@@ -21,7 +22,8 @@ use metrics_exporter_prometheus::{
 };
 
 use crate::server::App;
-pub(crate) use engine::{Capacity, EngineMetrics, PrepareMetrics, StepTokens};
+pub(crate) use adapters::{AdapterMetrics, CallKind};
+pub(crate) use engine::{Capacity, EngineMetrics, StepTokens};
 pub(crate) use http::observe;
 use outcome::OutcomeMetrics;
 pub(crate) use outcome::{End, Outcome};
@@ -83,9 +85,9 @@ impl Metrics {
         with_local_recorder(&self.recorder, EngineMetrics::new)
     }
 
-    /// The metrics of preparing adapters.
-    pub(crate) fn prepare(&self) -> PrepareMetrics {
-        with_local_recorder(&self.recorder, PrepareMetrics::new)
+    /// The metrics of adapters on their way to the ranks.
+    pub(crate) fn adapters(&self) -> AdapterMetrics {
+        with_local_recorder(&self.recorder, AdapterMetrics::new)
     }
 
     /// The metrics of work for requests.
@@ -111,5 +113,6 @@ impl Metrics {
 
 /// `GET /metrics`
 pub(crate) async fn page(State(app): State<Arc<App>>) -> Response {
+    app.adapters.publish().await;
     ([(CONTENT_TYPE, TEXT_FORMAT)], app.metrics.render()).into_response()
 }

@@ -35,6 +35,11 @@ pub struct Tenant {
 }
 
 impl Tenant {
+    /// The tenant as the exchange of adapters knows it.
+    pub(crate) fn asking(&self) -> exchange::Tenant {
+        exchange::Tenant { id: self.id.0, weight: self.weight }
+    }
+
     /// The tenant as the scheduler knows it.
     pub(crate) fn scheduled(&self) -> scheduler::Tenant {
         scheduler::Tenant { id: self.id.0, weight: self.weight }

@@ -17,25 +17,22 @@ use std::{
 
 use futures::future::try_join_all;
 use hyper_util::rt::TokioIo;
-use proto::{AttachRequest, HealthRequest, InfoRequest, PrepareRequest, shard_client::ShardClient};
-use scheduler::{Adapter, AdapterKey};
-use secrecy::{ExposeSecret, SecretString};
+use proto::{AttachRequest, HealthRequest, InfoRequest, shard_client::ShardClient};
+use scheduler::AdapterKey;
 use tokio::{net::UnixStream, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
-    Code, Response, Status,
+    Response, Status,
     transport::{Channel, Endpoint, Uri},
 };
 use tower::service_fn;
 
-use crate::{
-    adapter::AdapterRef,
-    wire::{self, Info, WireError},
-};
+use crate::wire::{self, Info, WireError};
 pub(crate) use group::Group;
 use group::RankStream;
 pub(crate) use merge::InfoError;
 use merge::Resident;
+pub(crate) use stage::StageError;
 
 /// Largest message. The largest ones are steps that add many long prompts.
 pub(crate) const MAX_MESSAGE: usize = 64 << 20;
@@ -149,39 +146,6 @@ pub(crate) enum RankError {
     },
 }
 
-/// The reason that an adapter could not be prepared.
-#[derive(Debug, Clone, thiserror::Error)]
-pub(crate) enum PrepareError {
-    /// No such adapter.
-    #[error("{0}")]
-    NotFound(String),
-    /// The caller may not read it.
-    #[error("{0}")]
-    Forbidden(String),
-    /// It cannot be served; the message names the cause.
-    #[error("{0}")]
-    Invalid(String),
-    /// The source is none that the shards know.
-    #[error("{0}")]
-    Source(String),
-    /// The shards cannot be reached, or contradict each other.
-    #[error("the model is not available: {0}")]
-    Unavailable(String),
-}
-
-impl From<Status> for PrepareError {
-    fn from(status: Status) -> PrepareError {
-        let message = status.message().to_owned();
-        match status.code() {
-            Code::NotFound => PrepareError::NotFound(message),
-            Code::PermissionDenied => PrepareError::Forbidden(message),
-            Code::InvalidArgument | Code::ResourceExhausted => PrepareError::Invalid(message),
-            Code::Unimplemented => PrepareError::Source(message),
-            _ => PrepareError::Unavailable(message),
-        }
-    }
-}
-
 /// Connections to all ranks. They are made, and made again, when they are needed, and one that does not answer a ping
 /// is given up. They belong to the runtime on which this was made.
 #[derive(Clone)]
@@ -253,25 +217,6 @@ impl Ranks {
         try_join_all(unstaged).await.map(|_| ())
     }
 
-    /// Asks every rank to read and check an adapter, and to check the caller's access to it.
-    pub(crate) async fn prepare(
-        &self,
-        adapter: &AdapterRef,
-        token: Option<&SecretString>,
-    ) -> Result<Adapter, PrepareError> {
-        let request = PrepareRequest {
-            source: adapter.source.clone(),
-            id: adapter.id.clone(),
-            revision: String::new(),
-            api_token: token.map_or_else(String::new, |token| token.expose_secret().into()),
-        };
-        let prepared = self.clients().map(async |mut client| {
-            let prepared = client.prepare(request.clone()).await?.into_inner();
-            wire::adapter(prepared).map_err(|error| PrepareError::Unavailable(error.to_string()))
-        });
-        same_content(&adapter.id, try_join_all(prepared).await?)
-    }
-
     /// The age of the oldest work of a rank's step loop; `None` if the loop waits for work.
     pub(crate) async fn oldest_work(
         &self,
@@ -282,22 +227,6 @@ impl Ranks {
         let health = in_time(rank, "Health", limit, client.health(HealthRequest {})).await?;
         Ok(wire::oldest_work(&health))
     }
-}
-
-/// The adapter that all ranks have read; it is as large as on the rank where it is largest.
-fn same_content(id: &str, prepared: Vec<Adapter>) -> Result<Adapter, PrepareError> {
-    let mut ranks = prepared.into_iter();
-    let mut adapter = ranks.next().ok_or_else(|| PrepareError::Unavailable("there are no ranks".into()))?;
-    for (rank, other) in (1..).zip(ranks) {
-        if other.key != adapter.key {
-            return Err(PrepareError::Unavailable(format!(
-                "the adapter {id:?} is {:?} on rank 0 and {:?} on rank {rank}: its files change",
-                adapter.key, other.key
-            )));
-        }
-        adapter.bytes = adapter.bytes.max(other.bytes);
-    }
-    Ok(adapter)
 }
 
 fn channel(socket: &Path, limit: Duration) -> Channel {

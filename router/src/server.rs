@@ -21,6 +21,8 @@ use std::{
 
 use config::{Config, RouterConfig};
 use lifecycle::Supervisor;
+use sources::{SettingsError, SourceSettings, Sources};
+use store::StoreError;
 use tokio::{
     net::{TcpListener, TcpSocket, lookup_host},
     sync::watch,
@@ -28,6 +30,7 @@ use tokio::{
 use tower_http::cors::CorsLayer;
 
 use crate::{
+    adapters::Adapters,
     api::request::RequestLimits,
     chat::ChatTemplates,
     engine::Engine,
@@ -80,6 +83,25 @@ pub enum StartError {
     /// The metrics.
     #[error("the metrics: {0}")]
     Metrics(#[from] metrics_exporter_prometheus::BuildError),
+    /// The folders that adapters may be read from.
+    #[error("the adapter folders: {0}")]
+    Sources(#[from] SettingsError),
+    /// The cache of adapters.
+    #[error("--adapter-cache {}: {source}", path.display())]
+    AdapterCache {
+        /// The folder.
+        path: PathBuf,
+        /// The cause.
+        source: StoreError,
+    },
+    /// The file of the trace.
+    #[error("--adapter-trace {}: {source}", path.display())]
+    Trace {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
     /// The engine's thread.
     #[error("the engine: {0}")]
     Engine(#[from] std::io::Error),
@@ -92,6 +114,9 @@ impl StartError {
             self,
             StartError::Origin(_)
                 | StartError::Keys(_)
+                | StartError::Sources(_)
+                | StartError::AdapterCache { .. }
+                | StartError::Trace { .. }
                 | StartError::Tokenizer { source: TokenizerError::Given(_), .. }
         )
     }
@@ -102,6 +127,7 @@ pub struct App {
     pub(crate) config: Config,
     pub(crate) tokenizer: Arc<ModelTokenizer>,
     pub(crate) chat: ChatTemplates,
+    pub(crate) adapters: Adapters,
     pub(crate) engine: Engine,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) permits: Permits,
@@ -118,8 +144,19 @@ pub struct App {
 }
 
 impl App {
-    /// Reads the tokenizer and starts to look for the shards.
+    /// Reads the tokenizer and starts to look for the shards. Adapters come from where flags and environment say.
     pub fn start(config: Config, supervisor: &Supervisor) -> Result<Arc<App>, StartError> {
+        let shard = &config.shard;
+        let sources = SourceSettings::from_env(shard.adapter_dir.clone(), shard.adapter_roots.clone());
+        App::start_with(config, sources, supervisor)
+    }
+
+    /// The same, with adapters from elsewhere.
+    pub fn start_with(
+        config: Config,
+        sources: SourceSettings,
+        supervisor: &Supervisor,
+    ) -> Result<Arc<App>, StartError> {
         let router = &config.router;
         let path = &config.model.path;
         let tokenizer = ModelTokenizer::load(path, router.tokenizer_config_path.as_deref())
@@ -135,10 +172,13 @@ impl App {
         supervisor.task("metrics upkeep", limit, metrics.clone().upkeep());
         let workers = Arc::new(Workers::new(router.validation_workers, limit, metrics.workers()));
         supervisor.task(workers::NAME, limit, workers.clone().watch(supervisor.clone()));
+        let adapters = Adapters::start(&config, Sources::new(sources)?, &metrics, supervisor)?;
+        let (sockets, inbox) = (config.shards.uds.clone(), adapters.inbox());
         Ok(Arc::new(App {
             chat,
             tokenizer: Arc::new(tokenizer),
-            engine: Engine::start(config.shards.uds.clone(), router, metrics.clone(), supervisor)?,
+            engine: Engine::start(sockets, router, metrics.clone(), inbox, supervisor)?,
+            adapters,
             metrics,
             permits: Permits::new(router.max_concurrent_requests),
             preparing: Permits::new(router.max_concurrent_requests.max(MIN_PREPARING)),

@@ -299,11 +299,6 @@ fn key(content: Vec<u8>) -> Result<AdapterKey, WireError> {
     content.try_into().map(AdapterKey).map_err(|content: Vec<u8>| WireError::ContentHash(content.len()))
 }
 
-/// A prepared adapter.
-pub(crate) fn adapter(prepared: proto::PrepareResponse) -> Result<Adapter, WireError> {
-    Ok(Adapter { key: key(prepared.content)?, bytes: prepared.bytes })
-}
-
 /// The adapters that a rank has kept from earlier sessions.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Held {

@@ -43,8 +43,9 @@ const ARMED: &str = "the task is armed";
 const STARTED: &str = "the test sees ";
 
 /// All tasks of a router.
-const TASKS: [&str; 7] = [
+const TASKS: [&str; 8] = [
     "accept loop",
+    "adapters",
     "engine",
     "key file watcher",
     "metrics upkeep",

@@ -13,6 +13,8 @@ pub enum Fault {
     Denied(Arc<str>),
     /// The source could not be reached, or failed in the middle.
     Unavailable(Arc<str>),
+    /// The ranks could not take it into host memory: one has no memory, or could not be reached.
+    Ranks(Arc<str>),
     /// The bytes are not an adapter that the model can serve.
     Invalid(Arc<str>),
     /// It is larger than what there is room for.
@@ -42,6 +44,7 @@ impl fmt::Display for Fault {
             Self::NotFound(message)
             | Self::Denied(message)
             | Self::Unavailable(message)
+            | Self::Ranks(message)
             | Self::Invalid(message) => write!(f, "{message}"),
             Self::TooLarge { bytes, limit } => {
                 write!(f, "the adapter takes {bytes} bytes, and there is room for {limit}")
@@ -56,6 +59,12 @@ impl fmt::Display for Fault {
 }
 
 impl Error for Fault {}
+
+impl From<Fault> for StageFault {
+    fn from(fault: Fault) -> Self {
+        Self::Failed(fault)
+    }
+}
 
 /// Why a content could not be staged.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -13,8 +13,10 @@ use axum::{
     response::{IntoResponse, Response},
 };
 
+use exchange::Fault;
+
 use super::request::FieldNames;
-use crate::{admission::Refusal, generation::Failure, metrics::End, ranks::PrepareError, workers::WorkError};
+use crate::{adapter::AdapterRef, admission::Refusal, generation::Failure, metrics::End, workers::WorkError};
 
 pub(crate) use body::Dialect;
 
@@ -124,6 +126,14 @@ pub(crate) enum ApiError {
         /// The cause.
         message: String,
     },
+    /// The adapter's source cannot be reached, is too slow, or has something else than it said.
+    #[error("{message}")]
+    AdapterFailed {
+        /// The field that names it.
+        field: &'static str,
+        /// The cause.
+        message: String,
+    },
     /// The adapter cannot be served exactly.
     #[error("{message}")]
     AdapterInvalid {
@@ -157,14 +167,22 @@ impl ApiError {
         ApiError::Invalid { field: field.into(), problem: problem.into() }
     }
 
-    /// The error of an adapter that this field names and that could not be prepared.
-    pub(crate) fn of_adapter(field: &'static str, error: PrepareError) -> ApiError {
-        match error {
-            PrepareError::NotFound(message) => ApiError::AdapterNotFound { field, message },
-            PrepareError::Forbidden(message) => ApiError::AdapterForbidden { field, message },
-            PrepareError::Invalid(message) => ApiError::AdapterInvalid { field, message },
-            PrepareError::Source(message) => ApiError::AdapterInvalid { field: "adapter_source", message },
-            PrepareError::Unavailable(_) => ApiError::Unavailable(error.to_string()),
+    /// The error of an adapter that cannot be had.
+    pub(crate) fn of_adapter(adapter: &AdapterRef, fault: Fault) -> ApiError {
+        let field = adapter.field;
+        let message = fault.to_string();
+        match fault {
+            Fault::NotFound(_) => ApiError::AdapterNotFound { field, message },
+            Fault::Denied(_) => ApiError::AdapterForbidden { field, message },
+            Fault::Invalid(_) => ApiError::AdapterInvalid { field, message },
+            Fault::Unavailable(_) => ApiError::AdapterFailed { field, message },
+            Fault::TooLarge { .. } | Fault::Slow | Fault::Changed => {
+                let message = format!("adapter \"{}\": {message}", adapter.reference);
+                ApiError::AdapterFailed { field, message }
+            }
+            Fault::Ranks(_) | Fault::PinsFull(_) | Fault::SessionLost | Fault::Duplicate => {
+                ApiError::Unavailable(format!("the model is not available: {message}"))
+            }
         }
     }
 
@@ -190,7 +208,9 @@ impl ApiError {
             ApiError::AdapterTimeout { .. } => StatusCode::GATEWAY_TIMEOUT,
             ApiError::AdapterNotFound { .. } | ApiError::NoRoute => StatusCode::NOT_FOUND,
             // LoRAX's clients take 403 for a shard that is not ready, and try again.
-            ApiError::AdapterForbidden { .. } | ApiError::Generation(_) => StatusCode::FAILED_DEPENDENCY,
+            ApiError::AdapterForbidden { .. } | ApiError::AdapterFailed { .. } | ApiError::Generation(_) => {
+                StatusCode::FAILED_DEPENDENCY
+            }
             ApiError::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
             ApiError::Method(_) => StatusCode::METHOD_NOT_ALLOWED,
         }
@@ -240,6 +260,7 @@ impl ApiError {
             ApiError::AdapterTimeout { .. }
             | ApiError::AdapterNotFound { .. }
             | ApiError::AdapterForbidden { .. }
+            | ApiError::AdapterFailed { .. }
             | ApiError::AdapterInvalid { .. } => End::Adapter,
             ApiError::Generation(_) => End::Generation,
             ApiError::Unavailable(_) => End::Unavailable,

@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     adapter::AdapterRef,
+    adapters::Lease,
     engine::Running,
     generation::{Failure, Job, Scored, Update},
     permits::{Meter, Permit},
@@ -42,7 +43,7 @@ pub(crate) struct GroupRequest {
 pub(crate) struct Timing {
     /// Time at which the head of the request was read.
     pub(crate) received: Instant,
-    /// Tokenizing, checking, preparing the adapter.
+    /// Tokenizing, checking, waiting for the adapter.
     pub(crate) validation: Duration,
     /// Time at which the sequence was handed to the engine.
     pub(crate) submitted: Instant,
@@ -92,6 +93,8 @@ struct Shared {
     tenant: Tenant,
     salt: CacheSalt,
     adapter: Option<Adapter>,
+    /// Keeps the adapter in host memory until all sequences are admitted.
+    lease: Option<Arc<Lease>>,
     end_ids: Arc<[u32]>,
     received: Instant,
     validation: Duration,
@@ -123,15 +126,17 @@ impl App {
         let entry = self.admit(caller, adapter.as_ref(), sequences.len())?;
         let tokenized = sequences.into_iter().map(|sequence| self.tokenize(caller, sequence, limits));
         let tokenized = try_join_all(tokenized).await?;
-        let prepared = match &adapter {
-            Some(adapter) => Some(self.prepare(adapter).await?),
+        // Once, however many sequences there are.
+        let leased = match &adapter {
+            Some(adapter) => Some(self.lease(caller, adapter).await?),
             None => None,
         };
         let permits = self.admit_prepared(caller, adapter.as_ref(), entry)?;
         let shared = Shared {
             tenant: caller.principal.tenant.scheduled(),
             salt: self.cache_salt(caller, adapter.as_ref(), cache_salt),
-            adapter: prepared,
+            adapter: leased.as_ref().map(|leased| leased.adapter),
+            lease: leased.map(|leased| Arc::new(leased.lease)),
             end_ids: info.eos_token_ids.iter().chain(self.tokenizer.end_ids()).copied().collect(),
             received: caller.received,
             validation: begun.elapsed(),
@@ -201,7 +206,7 @@ impl App {
             sampling: request.sampling,
             prompt_logprobs: report.prompt,
         };
-        generation.running = Some(self.engine.submit(job, permit).await?);
+        generation.running = Some(self.engine.submit(job, permit, shared.lease.clone()).await?);
         Ok(generation)
     }
 }

@@ -13,7 +13,7 @@ use tokio::{task::yield_now, time::MissedTickBehavior};
 use super::{
     Submit,
     in_flight::{InFlight, Steps},
-    serve::{Deadlines, Inbox},
+    serve::{Inbox, Session},
 };
 use crate::{
     generation::{Failure, Job, PromptToken, Update},
@@ -45,7 +45,7 @@ pub(super) struct Batcher {
     steps: Steps,
     /// Slots to empty with the next step, whose content is not of this session's scheduler.
     stale: Vec<u32>,
-    deadlines: Deadlines,
+    session: Session,
     metrics: Arc<EngineMetrics>,
     /// The statistics that were published last.
     published: Stats,
@@ -56,7 +56,7 @@ impl Batcher {
     pub(super) fn new(
         group: Group,
         config: &RouterConfig,
-        deadlines: Deadlines,
+        session: Session,
         metrics: Arc<EngineMetrics>,
     ) -> Batcher {
         Batcher {
@@ -65,7 +65,7 @@ impl Batcher {
             stale: group.resident.stale.clone(),
             group,
             steps: Steps::new(),
-            deadlines,
+            session,
             metrics,
             published: Stats::default(),
             begun: Instant::now(),
@@ -78,7 +78,7 @@ impl Batcher {
 
     /// Runs until nobody can send a job any more, or until the session fails.
     pub(super) async fn run(&mut self, inbox: &mut Inbox) -> Result<(), RankError> {
-        let mut tick = tokio::time::interval(TICK.min(self.deadlines.step / 4));
+        let mut tick = tokio::time::interval(TICK.min(self.session.deadlines.step / 4));
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             self.handle_cancels(inbox);
@@ -106,8 +106,8 @@ impl Batcher {
                 }
                 Input::Tick => {
                     self.publish();
-                    self.steps.check(self.deadlines.step)?;
-                    self.group.check_loads(self.deadlines.load)?;
+                    self.steps.check(self.session.deadlines.step)?;
+                    self.group.check_loads(self.session.deadlines.load)?;
                 }
             }
         }
@@ -133,6 +133,7 @@ impl Batcher {
         while let Some(mut plan) = self.scheduler.next_step(self.now()) {
             plan.unload.append(&mut self.stale);
             let id = plan.id;
+            self.session.device.planned(&plan.unload, &plan.load);
             self.metrics.step_rows.record(plan.rows.iter().map(|rows| rows.rows).sum::<u32>());
             self.group.send(wire::step(plan))?;
             self.steps.sent(id);
@@ -153,7 +154,7 @@ impl Batcher {
         if submit.updates.is_closed() {
             return;
         }
-        let Submit { id, job, updates, outcome, hold } = submit;
+        let Submit { id, job, updates, outcome, hold, lease } = submit;
         let prompt = job.prompt.len();
         let request = Request {
             id,
@@ -174,7 +175,12 @@ impl Batcher {
             generated: 0,
             last_token: None,
             _hold: hold,
+            lease,
         };
+        // Its adapter may not be there any more.
+        if in_flight.lease.as_ref().is_some_and(|lease| !lease.holds_in(self.session.number)) {
+            return in_flight.fail(Failure::Unavailable);
+        }
         match self.scheduler.submit(request, self.now()) {
             Ok(()) => _ = self.in_flight.insert(id, in_flight),
             Err(error) => in_flight.fail(Failure::Refused(error)),
@@ -186,11 +192,13 @@ impl Batcher {
             Event::Step(result) => self.complete(result).await?,
             Event::Slot { slot, key, error: None } => {
                 self.metrics.slots_filled.increment(1);
+                self.session.device.filled(slot, key);
                 self.scheduler.slot_ready(slot, key);
             }
             Event::Slot { slot, key, error: Some(error) } => {
                 tracing::warn!(slot, adapter = ?key, "an adapter could not be loaded: {error}");
                 self.metrics.slots_failed.increment(1);
+                self.session.device.emptied(slot);
                 for event in self.scheduler.slot_failed(slot, key) {
                     self.handle_scheduled(event);
                 }
@@ -278,7 +286,9 @@ impl Batcher {
     fn handle_scheduled(&mut self, event: scheduler::Event) {
         match event {
             scheduler::Event::Started { id, queued, cached_tokens } => {
-                if let Some(in_flight) = self.in_flight.get(&id) {
+                if let Some(in_flight) = self.in_flight.get_mut(&id) {
+                    // The slot is pinned from here on.
+                    in_flight.lease = None;
                     self.metrics.queue_duration.record(queued);
                     self.metrics.input_length.record(in_flight.prompt as f64);
                     self.metrics.prompt_tokens.increment(in_flight.prompt as u64);

@@ -1,11 +1,15 @@
 //! Jobs and steps in flight: they have been sent and have not ended.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tokio::sync::mpsc;
 
 use super::PermitHold;
 use crate::{
+    adapters::Lease,
     generation::{Failure, Update},
     metrics::Outcome,
     ranks::RankError,
@@ -24,6 +28,8 @@ pub(super) struct InFlight {
     /// Time at which the last of them came.
     pub(super) last_token: Option<Instant>,
     pub(super) _hold: PermitHold,
+    /// Keeps its adapter in host memory until it is admitted, and with that in a slot.
+    pub(super) lease: Option<Arc<Lease>>,
 }
 
 impl InFlight {

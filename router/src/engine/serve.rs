@@ -8,6 +8,7 @@ use std::{
 };
 
 use config::RouterConfig;
+use exchange::{Content, Held, Staged};
 use futures::future::{select_all, try_join_all};
 use lifecycle::Supervisor;
 use tokio::{
@@ -15,8 +16,9 @@ use tokio::{
     time::sleep,
 };
 
-use super::{Cancels, Readiness, Submit, batcher::Batcher};
+use super::{Cancels, Readiness, Submit, batcher::Batcher, device::DeviceNews};
 use crate::{
+    adapters::{self, News},
     generation::{Failure, Update},
     metrics::{End, EngineMetrics},
     ranks::{Group, RankError, Ranks},
@@ -39,14 +41,23 @@ const STEP_TIMEOUT_FACTOR: u32 = 20;
 pub(super) struct Inbox {
     pub(super) submits: mpsc::Receiver<Submit>,
     pub(super) cancels: Arc<Cancels>,
+    /// Where it reports what happens to adapters.
+    pub(super) adapters: Arc<adapters::Inbox>,
+}
+
+/// A session of the engine with the ranks.
+pub(super) struct Session {
+    pub(super) number: u64,
+    pub(super) deadlines: Deadlines,
+    pub(super) device: DeviceNews,
 }
 
 /// Deadlines of the ranks.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Deadlines {
-    /// Deadline of a step, and of any call but `Info` and `Prepare`.
+    /// Deadline of a step, and of any call but `Info` and `Stage`.
     pub(super) step: Duration,
-    /// Deadline of a load into a slot, which may have to read the adapter again.
+    /// Deadline of a load into a slot.
     pub(super) load: Duration,
 }
 
@@ -84,7 +95,10 @@ async fn serve(mut connector: Connector, mut inbox: Inbox) {
         let metrics = connector.metrics.clone();
         metrics.sessions.increment(1);
         metrics.ranks.set(connector.ranks.world() as f64);
-        let mut batcher = Batcher::new(group, &connector.config, deadlines, metrics);
+        inbox.adapters.add(connector.attached(&group));
+        let device = DeviceNews::new(inbox.adapters.clone(), &group.resident.slots);
+        let session = Session { number: connector.session, deadlines, device };
+        let mut batcher = Batcher::new(group, &connector.config, session, metrics);
         connector.readiness.send_replace(Readiness::Ready(info.clone()));
         connector.greet(&info);
         let ended = tokio::select! {
@@ -93,6 +107,7 @@ async fn serve(mut connector: Connector, mut inbox: Inbox) {
         };
         let reason = ended.as_ref().err().map_or_else(|| "the server stops".into(), ToString::to_string);
         connector.readiness.send_replace(Readiness::NotReady(reason));
+        inbox.adapters.add(News::Detached);
         batcher.fail_all();
         match ended {
             Ok(()) => return,
@@ -160,6 +175,15 @@ impl Connector {
         try_join_all(beats).await?;
         self.session = next_session(self.session);
         Ok((self.ranks.attach(self.session, info, deadlines.step).await?, deadlines))
+    }
+
+    /// The news that a session has begun.
+    fn attached(&self, group: &Group) -> News {
+        let host = group.resident.host.iter().map(|(key, staged)| Held {
+            content: Content(key.0),
+            staged: Staged { host_bytes: staged.host_bytes, slot_bytes: staged.slot_bytes },
+        });
+        News::Attached { session: self.session, host: host.collect() }
     }
 
     fn greet(&self, info: &Info) {

@@ -8,8 +8,6 @@ use metrics::{
 };
 use scheduler::Stats;
 
-use crate::ranks::PrepareError;
-
 /// The engine's metrics.
 pub(crate) struct EngineMetrics {
     pub(crate) prompt_tokens: Counter,
@@ -165,76 +163,6 @@ impl Drop for StepTokens<'_> {
     fn drop(&mut self) {
         self.record_waits();
         self.metrics.generated_tokens.increment(self.tokens);
-    }
-}
-
-/// The metrics of preparing adapters.
-#[derive(Clone)]
-pub(crate) struct PrepareMetrics {
-    duration: Histogram,
-    not_found: Counter,
-    forbidden: Counter,
-    invalid: Counter,
-    unavailable: Counter,
-    abandoned: Counter,
-}
-
-impl PrepareMetrics {
-    /// Makes the handles with the current recorder.
-    pub(super) fn new() -> PrepareMetrics {
-        describe_histogram!(
-            "lorax_adapter_prepare_duration",
-            "Seconds that preparing an adapter took, successful or not."
-        );
-        describe_counter!(
-            "lorax_adapter_prepare_failures_total",
-            "Adapters that could not be prepared, by why."
-        );
-        let failures = |error| counter!("lorax_adapter_prepare_failures_total", "error" => error);
-        PrepareMetrics {
-            duration: histogram!("lorax_adapter_prepare_duration"),
-            not_found: failures("not_found"),
-            forbidden: failures("forbidden"),
-            invalid: failures("invalid"),
-            unavailable: failures("unavailable"),
-            abandoned: failures("abandoned"),
-        }
-    }
-
-    /// Begins to count a preparation. One that is dropped before its end was too late, or its client has left.
-    pub(crate) fn begin(&self) -> Preparation<'_> {
-        Preparation { metrics: self, begun: Instant::now(), ended: false }
-    }
-}
-
-/// A preparation that is under way.
-pub(crate) struct Preparation<'a> {
-    metrics: &'a PrepareMetrics,
-    begun: Instant,
-    ended: bool,
-}
-
-impl Preparation<'_> {
-    /// Counts its end.
-    pub(crate) fn end<T>(mut self, result: &Result<T, PrepareError>) {
-        self.ended = true;
-        let failures = match result {
-            Ok(_) => return,
-            Err(PrepareError::NotFound(_)) => &self.metrics.not_found,
-            Err(PrepareError::Forbidden(_)) => &self.metrics.forbidden,
-            Err(PrepareError::Invalid(_) | PrepareError::Source(_)) => &self.metrics.invalid,
-            Err(PrepareError::Unavailable(_)) => &self.metrics.unavailable,
-        };
-        failures.increment(1);
-    }
-}
-
-impl Drop for Preparation<'_> {
-    fn drop(&mut self) {
-        self.metrics.duration.record(self.begun.elapsed());
-        if !self.ended {
-            self.metrics.abandoned.increment(1);
-        }
     }
 }
 

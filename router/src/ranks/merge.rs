@@ -132,7 +132,6 @@ pub(crate) struct Resident {
     /// empty them.
     pub(super) beyond: Vec<Vec<u32>>,
     /// Adapters that all ranks have in host memory, with the largest sizes; used last told last.
-    #[allow(dead_code, reason = "adapters are prepared until the exchange stages them")]
     pub(crate) host: Vec<(AdapterKey, Staged)>,
     /// For each rank, the adapters in its host memory that not all ranks have there.
     pub(super) strays: Vec<Vec<AdapterKey>>,

@@ -62,7 +62,6 @@ impl From<Status> for StageError {
     }
 }
 
-#[allow(dead_code, reason = "adapters are prepared until the exchange stages them")]
 impl Ranks {
     /// Copies an adapter into the host memory of every rank. The answer has the largest sizes of all ranks. Unless it is
     /// `Staged`, no rank has the adapter by then. Whoever drops this call must unstage the content.

@@ -23,38 +23,38 @@ async fn router(script: impl FnOnce(&mut Script)) -> Router {
 }
 
 #[tokio::test]
-async fn preparing_one_delays_nobody_else() {
+async fn staging_one_delays_nobody_else() {
     let router = router(|_| {}).await;
-    router.shard.hold(Gate::Prepare("cold".into()));
+    router.shard.hold(Gate::Stage("cold".into()));
     let cold = async { router.ok("/generate", &ask("cold", Some("cold"))).await };
     let others = async {
-        router.shard.saw(|seen| seen.prepared.iter().find(|asked| asked.id == "cold").cloned()).await;
+        router.shard.saw(|seen| seen.staged.iter().find(|asked| asked.name == "cold").cloned()).await;
         for adapter in [None, Some("warm"), None] {
             assert_eq!(router.ok("/generate", &ask("other", adapter)).await["generated_text"], "a");
         }
         let ran = router.shard.saw(|seen| Some(seen.added().any(|new| new.tokens == tokens("cold")))).await;
         assert!(!ran);
-        router.shard.release(&Gate::Prepare("cold".into()));
+        router.shard.release(&Gate::Stage("cold".into()));
     };
     assert_eq!(tokio::join!(cold, others).0["generated_text"], "a");
 }
 
 #[tokio::test]
-async fn preparing_one_takes_no_permit_from_others() {
+async fn staging_one_takes_no_permit_from_others() {
     for permits in [1, 2] {
         let script = Script::saying(tokens("a"));
         let few = |config: &mut Config| config.router.max_concurrent_requests = permits;
         let router = Router::start_with(script, few).await;
-        router.shard.hold(Gate::Prepare("cold".into()));
+        router.shard.hold(Gate::Stage("cold".into()));
         let cold: Vec<_> = (0..3).map(|_| router.begin("/generate", &ask("cold", Some("cold")))).collect();
-        let preparing = |seen: &Seen| (seen.prepared.len() == 3).then_some(());
-        router.shard.saw(preparing).await;
+        let staging = |seen: &Seen| (!seen.staged.is_empty()).then_some(());
+        router.shard.saw(staging).await;
         for adapter in [None, Some("warm"), None, Some("other")] {
             assert_eq!(router.ok("/generate", &ask("other", adapter)).await["generated_text"], "a");
         }
         let completion = json!({"model": "warm", "prompt": vec!["x"; permits], "max_tokens": 1});
         router.ok("/v1/completions", &completion).await;
-        router.shard.release(&Gate::Prepare("cold".into()));
+        router.shard.release(&Gate::Stage("cold".into()));
         let mut served = 0;
         for answer in cold {
             let status = answer.await.unwrap().status();
@@ -71,7 +71,7 @@ async fn one_that_is_not_there_in_time_fails_its_own_requests() {
         config.router.prepare_timeout = Duration::from_millis(100);
     })
     .await;
-    router.shard.hold(Gate::Prepare("cold".into()));
+    router.shard.hold(Gate::Stage("cold".into()));
     for path in ["/generate", "/generate_stream", "/"] {
         let (status, body) = router.post(path, &ask("x", Some("cold"))).await;
         let expected =
@@ -85,7 +85,7 @@ async fn one_that_is_not_there_in_time_fails_its_own_requests() {
         assert_eq!((status.as_u16(), &body["error"]["code"]), (504, &json!("adapter_timeout")), "{path}");
     }
     router.ok("/generate", &ask("x", Some("warm"))).await;
-    router.shard.release(&Gate::Prepare("cold".into()));
+    router.shard.release(&Gate::Stage("cold".into()));
     router.ok("/generate", &ask("x", Some("cold"))).await;
 }
 

@@ -105,15 +105,9 @@ async fn a_list_of_prompts_begins_as_a_whole() {
     // Leaves the adapter in its slot and no step in flight.
     router.ok("/v1/completions", &json!({"model": "sql", "prompt": "A", "max_tokens": 1})).await;
     let before = router.shard.saw(|seen| Some(seen.steps.len())).await;
-    // Were the adapter prepared for each prompt, the first one would run while the second one waits, and be given up
-    // because nobody reads its tokens.
-    router.shard.hold(Gate::Preparation(3));
     for stream in [false, true] {
         let body = json!({"model": "sql", "prompt": ["A", "A"], "max_tokens": STEPS, "stream": stream});
-        let ran = async {
-            router.shard.saw(|seen| (seen.steps.len() >= before + STEPS).then_some(())).await;
-            router.shard.release(&Gate::Preparation(3));
-        };
+        let ran = router.shard.saw(|seen| (seen.steps.len() >= before + STEPS).then_some(()));
         let texts: Vec<String> = if stream {
             let (events, ()) = tokio::join!(router.events("/v1/completions", &body), ran);
             let text = |index| {
@@ -213,14 +207,14 @@ async fn an_adapter_that_takes_too_long_gives_its_permit_back() {
         config.router.max_concurrent_requests = 1;
     });
     let router = router.await;
-    router.shard.hold(Gate::Prepare("cold".into()));
+    router.shard.hold(Gate::Stage("cold".into()));
     let ask = json!({"inputs": "x", "parameters": {"adapter_id": "cold"}});
     let (status, body) = timeout(PATIENCE, router.post("/generate", &ask)).await.unwrap();
     assert_eq!(status.as_u16(), 504, "{body}");
     let error = body["error"].as_str().unwrap();
     assert!(error.contains("was not ready within 0.1 s"), "{error}");
     router.ok("/generate", &json!({"inputs": "x"})).await;
-    router.shard.release(&Gate::Prepare("cold".into()));
+    router.shard.release(&Gate::Stage("cold".into()));
     router.ok("/generate", &ask).await;
 }
 

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::{
     router::{Router, tokens},
-    shard::Script,
+    shard::{Script, name_of},
 };
 
 const ADAPTERS: usize = 240;
@@ -49,10 +49,7 @@ fn costs(steps: &[Step]) -> Vec<[u64; ADAPTERS]> {
 /// The number of the adapter in each slot.
 fn adapters(steps: &[Step]) -> HashMap<usize, usize> {
     let loads = steps.iter().flat_map(|step| &step.load);
-    let number = |content: &[u8]| {
-        let name = String::from_utf8_lossy(content);
-        name.trim_end_matches('\0').parse().unwrap()
-    };
+    let number = |content: &[u8]| name_of(content).parse().unwrap();
     loads.map(|load| (load.slot as usize, number(&load.content))).collect()
 }
 

@@ -3,7 +3,6 @@
 use std::{fs, time::Duration};
 
 use config::RouterConfig;
-use proto::PrepareRequest;
 use reqwest::Method;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -95,79 +94,6 @@ async fn who_is_not_let_in_is_told_so_in_the_dialect_of_the_route() {
     for path in ["/health", "/"] {
         assert_eq!(router.get(path).await.status(), 200, "{path}");
     }
-}
-
-/// The preparations that the shard was asked for.
-async fn prepared(router: &Router, from: usize) -> Vec<PrepareRequest> {
-    router.shard.saw(|seen| Some(seen.prepared[from..].to_vec())).await
-}
-
-/// Sends requests of all routes that name an adapter, and returns the credentials that the shard was shown.
-async fn credentials(router: &Router, headers: &[(&str, &str)], api_token: Option<&str>) -> Vec<Vec<String>> {
-    let parameters = json!({"adapter_id": "sql", "api_token": api_token, "max_new_tokens": 1});
-    let message = json!([{"role": "user", "content": "x"}]);
-    let mut all = Vec::new();
-    for (path, body) in [
-        ("/generate", generate(parameters)),
-        ("/v1/completions", json!({"model": "sql", "prompt": "x", "max_tokens": 1, "api_token": api_token})),
-        (
-            "/v1/chat/completions",
-            json!({"model": "sql", "messages": message, "max_tokens": 1, "api_token": api_token}),
-        ),
-    ] {
-        let before = prepared(router, 0).await.len();
-        let answer = router.send_with(Method::POST, path, headers, &body).await;
-        // A body that is not read might not be complete.
-        answer.bytes().await.unwrap();
-        all.push(prepared(router, before).await.into_iter().map(|request| request.api_token).collect());
-    }
-    all
-}
-
-#[tokio::test]
-async fn with_keys_a_key_is_never_shown_to_the_source_of_an_adapter() {
-    let router = guarded().await;
-    let key = ("authorization", "Bearer sk-first");
-    let header = ("x-adapter-token", "hub");
-    assert_eq!(credentials(&router, &[key], None).await, vec![vec![""]; 3]);
-    assert_eq!(credentials(&router, &[key, header], None).await, vec![vec!["hub"]; 3]);
-    assert_eq!(credentials(&router, &[key], Some("body")).await, vec![vec!["body"]; 3]);
-    assert_eq!(credentials(&router, &[key, header], Some("body")).await, vec![vec!["body"]; 3]);
-}
-
-#[tokio::test]
-async fn with_keys_a_key_is_not_shown_even_when_the_source_refuses() {
-    let mut script = Script::saying(tokens("a"));
-    script.refused.insert("sql", tonic::Status::permission_denied("not yours"));
-    let router = Router::start_with(script, |config| config.router.api_keys = vec!["sk-first".into()]).await;
-    let key = ("authorization", "Bearer sk-first");
-    assert_eq!(credentials(&router, &[key], None).await, vec![vec![""]; 3]);
-}
-
-#[tokio::test]
-async fn without_keys_a_bearer_token_is_shown_to_a_source_that_refuses_without_it() {
-    let granting = Router::start(Script::saying(tokens("a"))).await;
-    for token in ["EMPTY", "none", "sk-no-key-required", "real"] {
-        let header = format!("bearer {token}");
-        let all = credentials(&granting, &[("authorization", &header)], None).await;
-        assert_eq!(all, vec![vec![""]; 3], "{token}: it was not needed");
-    }
-    for refusal in [tonic::Status::not_found("none"), tonic::Status::permission_denied("private")] {
-        let mut script = Script::saying(tokens("a"));
-        script.refused.insert("sql", refusal);
-        let refusing = Router::start(script).await;
-        let header = ("authorization", "Bearer real");
-        assert_eq!(credentials(&refusing, &[header], None).await, vec![vec!["", "real"]; 3]);
-        assert_eq!(credentials(&refusing, &[], None).await, vec![vec![""]; 3]);
-        assert_eq!(credentials(&refusing, &[header], Some("body")).await, vec![vec!["body"]; 3]);
-        let given = [header, ("x-adapter-token", "hub")];
-        assert_eq!(credentials(&refusing, &given, None).await, vec![vec!["hub"]; 3]);
-    }
-    let mut script = Script::saying(tokens("a"));
-    script.refused.insert("sql", tonic::Status::invalid_argument("rank 0"));
-    let broken = Router::start(script).await;
-    let all = credentials(&broken, &[("authorization", "Bearer real")], None).await;
-    assert_eq!(all, vec![vec![""]; 3], "a token mends no broken adapter");
 }
 
 #[tokio::test]

@@ -8,6 +8,7 @@ mod clients;
 mod connections;
 mod contexts;
 mod detokenize;
+mod exchange;
 mod failures;
 mod fairness;
 mod fields;

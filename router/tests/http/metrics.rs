@@ -25,8 +25,12 @@ pub(crate) async fn scrape(router: &Router) -> BTreeMap<String, f64> {
     let response = router.send_with(Method::GET, "/metrics", &key, &Value::Null).await;
     assert_eq!(response.status(), 200);
     assert_eq!(response.headers()["content-type"], "text/plain; version=0.0.4; charset=utf-8");
-    let text = response.text().await.unwrap();
-    let lines = text.lines().filter(|line| !line.is_empty() && !line.starts_with('#'));
+    samples(&response.text().await.unwrap())
+}
+
+/// The samples of a page, by name and labels.
+pub(crate) fn samples(page: &str) -> BTreeMap<String, f64> {
+    let lines = page.lines().filter(|line| !line.is_empty() && !line.starts_with('#'));
     let sample = |line: &str| {
         let (name, value) = line.rsplit_once(' ').unwrap();
         (name.to_owned(), value.parse().unwrap())
@@ -35,7 +39,7 @@ pub(crate) async fn scrape(router: &Router) -> BTreeMap<String, f64> {
 }
 
 /// Waits until a scrape is as wanted.
-async fn until(router: &Router, what: &str, wanted: impl Fn(&BTreeMap<String, f64>) -> bool) {
+pub(crate) async fn until(router: &Router, what: &str, wanted: impl Fn(&BTreeMap<String, f64>) -> bool) {
     let mut last = BTreeMap::new();
     let turns = poll(async || {
         last = scrape(router).await;
@@ -46,7 +50,7 @@ async fn until(router: &Router, what: &str, wanted: impl Fn(&BTreeMap<String, f6
 }
 
 /// Waits until a metric has a value.
-async fn becomes(router: &Router, name: &str, value: f64) {
+pub(crate) async fn becomes(router: &Router, name: &str, value: f64) {
     until(router, &format!("{name} {value}"), |samples| samples.get(name) == Some(&value)).await;
 }
 
@@ -98,9 +102,7 @@ fn script() -> Script {
         _ => tokens("abc").repeat(500),
     });
     script.untaken.insert(tokens("y")[0]);
-    script.refused.insert("absent", Status::not_found("no such adapter"));
-    script.refused.insert("secret", Status::permission_denied("not yours"));
-    script.refused.insert("broken", Status::invalid_argument("not an adapter"));
+    script.unstageable.insert("broken", Status::invalid_argument("not an adapter"));
     script.lost.insert("lost");
     script
 }
@@ -345,9 +347,9 @@ async fn tokens_steps_and_adapters_are_counted() {
         ("lorax_step_rows_count", steps.len() as f64),
         ("lorax_step_rows_sum", steps.iter().map(rows).sum()),
         ("lorax_adapter_loads_total{result=\"ready\"}", 1.0),
-        ("lorax_adapter_prepare_duration_count", 3.0),
-        ("lorax_adapter_prepare_failures_total{error=\"not_found\"}", 1.0),
-        ("lorax_adapter_prepare_failures_total{error=\"abandoned\"}", 0.0),
+        ("lorax_adapter_ask_duration_seconds_count", 3.0),
+        ("lorax_adapter_ask_failures_total{error=\"not_found\"}", 1.0),
+        ("lorax_adapter_ask_failures_total{error=\"abandoned\"}", 0.0),
         ("lorax_adapter_slots{state=\"loading\"}", 0.0),
         ("lorax_adapter_slots{state=\"empty\"}", 2.0),
         ("lorax_queue_length", 0.0),

@@ -10,7 +10,7 @@ use tokio::{
 };
 
 use crate::{
-    router::{configuration, tokens},
+    router::{configuration, content, tokens},
     shard::{Gate, Script, ScriptedShard},
 };
 
@@ -42,7 +42,7 @@ impl Program {
     ) -> Program {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("shard.sock");
-        let shard = ScriptedShard::start(script, &socket);
+        let shard = ScriptedShard::start(Script { content, ..script }, &socket);
         let mut configuration = configuration(&socket);
         change(&mut configuration.router);
         let file = folder.path().join("config.json");

@@ -11,8 +11,8 @@ use tokio::time::timeout;
 use tonic::Status;
 
 use crate::{
-    router::{PATIENCE, Router, tokens},
-    shard::{Gate, Script, Seen, content},
+    router::{PATIENCE, Router, content, tokens},
+    shard::{Gate, Script, Seen, name_of},
 };
 
 const WORLD: usize = 4;
@@ -51,8 +51,8 @@ async fn every_rank_is_told_the_same() {
     for rank in &router.ranks {
         let told = rank.saw(|seen| (seen.steps.len() >= steps.len()).then(|| seen.steps.clone())).await;
         assert_eq!(told[..steps.len()], steps);
-        let (sessions, prepared) = rank.saw(|seen| Some((seen.sessions.clone(), seen.prepared.len()))).await;
-        assert_eq!((sessions, prepared), (vec![steps[0].session], 2));
+        let (sessions, staged) = rank.saw(|seen| Some((seen.sessions.clone(), seen.staged.len()))).await;
+        assert_eq!((sessions, staged), (vec![steps[0].session], 2));
     }
 }
 
@@ -217,25 +217,27 @@ async fn of_each_limit_the_smallest_holds() {
 }
 
 #[tokio::test]
-async fn an_adapter_is_the_same_on_all_ranks_or_refused() {
+async fn an_adapter_is_on_all_ranks_or_on_none() {
     let mut scripts = scripts();
-    scripts[3].changed.insert("torn");
-    scripts[2].refused.insert("absent", Status::not_found("no such adapter"));
+    scripts[3].unstageable.insert("torn", Status::invalid_argument("it is torn"));
+    scripts[2].unstageable.insert("large", Status::unavailable("there is no memory"));
     let router = start(scripts).await;
-    let (status, body) = router.post("/generate", &ask(Some("torn"))).await;
-    assert_eq!(status.as_u16(), 503, "{body}");
-    let error = body["error"].as_str().unwrap();
-    // The first bytes of both hashes, here of both names.
-    assert!(error.contains("746f726e on rank 0 and 6f746865 on rank 3"), "{error}");
-    assert_eq!(router.post("/generate", &ask(Some("absent"))).await.0.as_u16(), 404);
+    for (adapter, status, words) in [("torn", 422, "it is torn"), ("large", 503, "there is no memory")] {
+        let (got, body) = router.post("/generate", &ask(Some(adapter))).await;
+        assert_eq!(got.as_u16(), status, "{body}");
+        assert!(body["error"].as_str().unwrap().contains(words), "{body}");
+    }
     router.ok("/generate", &ask(Some("sound"))).await;
+    for rank in &router.ranks {
+        assert_eq!(rank.host(), ["sound"]);
+    }
 }
 
 #[tokio::test]
-async fn one_rank_that_does_not_prepare_in_time_is_too_late() {
+async fn one_rank_that_does_not_stage_in_time_is_too_late() {
     let soon = |config: &mut Config| config.router.prepare_timeout = Duration::from_millis(100);
     let router = start_with(scripts(), soon).await;
-    router.ranks[3].hold(Gate::Prepare("cold".into()));
+    router.ranks[3].hold(Gate::Stage("cold".into()));
     let (status, body) = timeout(PATIENCE, router.post("/generate", &ask(Some("cold")))).await.unwrap();
     assert_eq!(status.as_u16(), 504, "{body}");
     assert!(body["error"].as_str().unwrap().contains("was not ready within 0.1 s"), "{body}");
@@ -283,8 +285,8 @@ async fn an_event_against_the_protocol_ends_the_session_with_a_word() {
         (0, Some(slot(0, vec![1; 31])), "rank 0 sent a content hash of 31 bytes"),
         (2, Some(slot(0, Vec::new())), "rank 2 sent a content hash of 0 bytes"),
         (0, Some(slot(0, vec![1; 33])), "rank 0 sent a content hash of 33 bytes"),
-        (1, Some(slot(0, content("sql"))), "rank 1 reported adapter 73716c00 in slot 0"),
-        (0, Some(slot(9999, content("sql"))), "rank 0 reported adapter 73716c00 in slot 9999"),
+        (1, Some(slot(0, vec![7; 32])), "rank 1 reported adapter 07070707 in slot 0"),
+        (0, Some(slot(9999, vec![7; 32])), "rank 0 reported adapter 07070707 in slot 9999"),
         (0, Some(sampled(None)), "step 1 has no token for sequence 0"),
         (0, Some(prompt(missing)), "step 1 has no token for position 5 of the prompt of sequence 0"),
         (0, Some(step(0)), "rank 0 answered step 0 instead of step 1"),
@@ -317,14 +319,16 @@ async fn a_load_reported_twice_ends_the_session() {
     let router = start(scripts()).await;
     router.ok("/generate", &ask(Some("sql"))).await;
     router.shard.hold(Gate::Info);
-    router.ranks[2].inject(Some(slot(0, content("sql")))).await;
-    router.health(503, "rank 2 reported adapter 73716c00 in slot 0, which it was not loading").await;
+    let sql = content("sql");
+    let shown: String = sql[..4].iter().map(|byte| format!("{byte:02x}")).collect();
+    router.ranks[2].inject(Some(slot(0, sql))).await;
+    let words = format!("rank 2 reported adapter {shown} in slot 0, which it was not loading");
+    router.health(503, &words).await;
 }
 
 /// Loads that a rank was told to do so far, by adapter.
 async fn loads(router: &Router, rank: usize) -> Vec<String> {
-    let name = |content: &[u8]| String::from_utf8_lossy(content).trim_end_matches('\0').to_owned();
-    let loads = |step: &proto::Step| step.load.iter().map(|load| name(&load.content)).collect::<Vec<_>>();
+    let loads = |step: &proto::Step| step.load.iter().map(|load| name_of(&load.content)).collect::<Vec<_>>();
     router.ranks[rank].saw(|seen| Some(seen.steps.iter().flat_map(loads).collect())).await
 }
 

@@ -285,27 +285,34 @@ async fn more_requests_than_allowed() {
 #[tokio::test]
 async fn adapters_that_cannot_be_prepared() {
     let mut script = Script::saying(tokens("a"));
-    let cases = [
-        ("absent", Status::not_found("no absent"), (404, "adapter_not_found"), (404, "model_not_found")),
-        ("secret", Status::permission_denied("no secret"), (424, "generation"), (403, "adapter_forbidden")),
-        ("broken", Status::invalid_argument("no broken"), (422, "validation"), (400, "adapter_invalid")),
-        ("hub", Status::unimplemented("no hub"), (422, "validation"), (400, "adapter_invalid")),
-        ("huge", Status::resource_exhausted("no huge"), (422, "validation"), (400, "adapter_invalid")),
-        ("interrupted", Status::internal("no interrupted"), (503, "unavailable"), (503, "unavailable")),
-        ("gone", Status::unavailable("no gone"), (503, "unavailable"), (503, "unavailable")),
-    ];
-    script.refused = cases.iter().map(|(id, status, ..)| (*id, status.clone())).collect();
+    script.unstageable = [
+        ("broken", Status::invalid_argument("no broken")),
+        ("huge", Status::resource_exhausted("no huge")),
+        ("interrupted", Status::internal("no interrupted")),
+        ("gone", Status::unavailable("no gone")),
+    ]
+    .into();
+    let invalid = ((422, "validation"), (400, "adapter_invalid"));
+    let unavailable = ((503, "unavailable"), (503, "unavailable"));
     let router = Router::start(script).await;
-    for (id, _, native, openai) in cases {
+    for (id, words, (native, openai)) in [
+        ("absent", "\"absent\" does not exist", ((404, "adapter_not_found"), (404, "model_not_found"))),
+        ("secret", "\"secret\" is outside of", ((424, "generation"), (403, "adapter_forbidden"))),
+        ("broken", "no broken", invalid),
+        ("../broken", "\"../broken\" has a parent folder in it", invalid),
+        ("huge", "no huge", unavailable),
+        ("interrupted", "no interrupted", unavailable),
+        ("gone", "no gone", unavailable),
+    ] {
         for path in NATIVE {
             let (got, answer) = router.post(path, &with(path, "adapter_id", &json!(id))).await;
             assert_eq!(got, native.0, "{answer}");
-            assert_native(&answer, native.1, &format!("no {id}"));
+            assert_native(&answer, native.1, words);
         }
         for path in OPENAI {
             let (got, answer) = router.post(path, &with(path, "model", &json!(id))).await;
             assert_eq!(got, openai.0, "{answer}");
-            assert_openai(&answer, openai.1, &format!("no {id}"));
+            assert_openai(&answer, openai.1, words);
         }
     }
     assert_eq!(router.shard.saw(|seen| Some(seen.added().count())).await, 0);

@@ -1,6 +1,8 @@
 //! The router under test, on a free port, in front of a scripted shard.
 
 use std::{
+    fs::{self, File},
+    os::unix::fs::symlink,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, OnceLock},
     time::Duration,
@@ -71,6 +73,90 @@ pub(crate) fn with_bos() -> tempfile::TempDir {
     folder
 }
 
+/// The files of an adapter.
+pub(crate) const FILES: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
+
+/// The adapters that are there. Beside them, "secret" is outside of the folders that may be read.
+const ADAPTERS: [&str; 41] = [
+    "a",
+    "adapter-0",
+    "adapter-1",
+    "adapter-2",
+    "adapter-3",
+    "adapter-4",
+    "adapter-5",
+    "b",
+    "bad",
+    "broken",
+    "c",
+    "cold",
+    "d",
+    "e",
+    "f",
+    "gone",
+    "good",
+    "hot",
+    "huge",
+    "interrupted",
+    "large",
+    "law",
+    "lost",
+    "mild",
+    "one",
+    "one more",
+    "other",
+    "pirate",
+    "some",
+    "sound",
+    "sql",
+    "tax",
+    "three",
+    "three more",
+    "torn",
+    "two",
+    "two more",
+    "warm",
+    "x",
+    "y",
+    "z",
+];
+
+/// Writes an adapter of so many bytes, which differ from those of other names.
+pub(crate) fn write_adapter(folder: &Path, name: &str, bytes: usize) {
+    let folder = folder.join(name);
+    fs::create_dir_all(&folder).unwrap();
+    let [config, weights] = FILES;
+    let weight = name.bytes().cycle().take(bytes.max(name.len())).collect::<Vec<_>>();
+    fs::write(folder.join(config), json!({"name": name}).to_string()).unwrap();
+    fs::write(folder.join(weights), weight).unwrap();
+}
+
+/// The folder of the adapters, which all tests read.
+pub(crate) fn adapters() -> &'static Path {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| {
+        let all = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        let folder = all.join("adapters-of-router-tests");
+        fs::create_dir_all(&folder).unwrap();
+        let _ = symlink("/", folder.join("secret"));
+        let numbers = (0..240).map(|number| number.to_string());
+        let names = ADAPTERS.iter().map(|name| (*name).to_owned()).chain(numbers);
+        for name in names.filter(|name| !folder.join(name).exists()) {
+            // Another test program may be doing the same.
+            let new = tempfile::tempdir_in(all).unwrap();
+            write_adapter(new.path(), &name, 1000);
+            let _ = fs::rename(new.path().join(&name), folder.join(&name));
+        }
+        folder
+    })
+}
+
+/// Identity of one of them.
+pub(crate) fn content(name: &str) -> Vec<u8> {
+    let [config, weights] = FILES.map(|file| (file, File::open(adapters().join(name).join(file)).unwrap()));
+    store::content_of(&[(config.0, &config.1), (weights.0, &weights.1)]).unwrap().to_vec()
+}
+
 /// A configuration in which limits are small.
 pub(crate) fn configuration(socket: &Path) -> Config {
     Config {
@@ -88,7 +174,7 @@ pub(crate) fn configuration(socket: &Path) -> Config {
             shutdown_deadline: Duration::from_secs(1),
             ..RouterConfig::default()
         },
-        shard: ShardConfig::default(),
+        shard: ShardConfig { adapter_dir: Some(adapters().into()), ..ShardConfig::default() },
         log: LogConfig::default(),
     }
 }
@@ -130,6 +216,7 @@ impl Router {
     pub(crate) async fn launch_ranks(scripts: Vec<Script>, change: impl FnOnce(&mut Config)) -> Router {
         let folder = tempfile::tempdir().unwrap();
         let start = |(rank, script)| {
+            let script = Script { content, ..script };
             let socket = folder.path().join(format!("shard-{rank}.sock"));
             (ScriptedShard::start(script, &socket), socket)
         };

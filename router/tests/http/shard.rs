@@ -43,10 +43,6 @@ pub(crate) enum Gate {
     Steps,
     /// Before it answers the step with this id.
     Step(u64),
-    /// While it prepares this adapter.
-    Prepare(String),
-    /// While it does so for the n-th time, from 1, whatever the adapter.
-    Preparation(usize),
     /// While it copies this adapter into a slot.
     Load(String),
     /// While it copies the adapter of this name into host memory.
@@ -57,9 +53,10 @@ pub(crate) enum Gate {
 #[derive(Debug, Default)]
 pub(crate) struct Seen {
     pub(crate) steps: Vec<Step>,
-    pub(crate) prepared: Vec<PrepareRequest>,
     pub(crate) staged: Vec<StageRequest>,
     pub(crate) unstaged: Vec<UnstageRequest>,
+    /// Most adapters that it had in host memory at the same time.
+    pub(crate) most_held: usize,
     /// Numbers of the sessions.
     pub(crate) sessions: Vec<u64>,
     pub(crate) health: usize,
@@ -84,13 +81,11 @@ pub(crate) struct Script {
     pub(crate) info: InfoResponse,
     /// The tokens that follow a prompt. After the last one comes the end of the sequence, over and over.
     pub(crate) answer: Answer,
-    /// Adapters that cannot be prepared, and why. All others can.
-    pub(crate) refused: HashMap<&'static str, Status>,
     /// Adapters that cannot be copied into a slot.
     pub(crate) lost: HashSet<&'static str>,
-    /// Adapters that it has found other files of than other ranks.
-    pub(crate) changed: HashSet<&'static str>,
-    /// Names of adapters that cannot be staged, and why.
+    /// The identity of an adapter by its name.
+    pub(crate) content: fn(&str) -> Vec<u8>,
+    /// Names of adapters that cannot be staged, and why. All others can.
     pub(crate) unstageable: HashMap<&'static str, Status>,
     /// Names of adapters whose files have changed since they were hashed.
     pub(crate) gone: HashSet<&'static str>,
@@ -145,9 +140,8 @@ impl Script {
         Script {
             info,
             answer: Box::new(answer),
-            refused: HashMap::new(),
             lost: HashSet::new(),
-            changed: HashSet::new(),
+            content,
             unstageable: HashMap::new(),
             gone: HashSet::new(),
             adapter_bytes: 1000,
@@ -179,11 +173,29 @@ pub(crate) fn logprob(token: u32) -> f32 {
     -(token as f32) / 64.0
 }
 
-/// Identity of an adapter: its name, padded.
+/// Identity of an adapter that has no files: its name, padded.
 pub(crate) fn content(id: &str) -> Vec<u8> {
     let mut content = id.as_bytes().to_vec();
     content.resize(32, 0);
     content
+}
+
+/// Names of the contents that shards were told of.
+static NAMES: Mutex<BTreeMap<Vec<u8>, String>> = Mutex::new(BTreeMap::new());
+
+/// Name of an adapter by its identity.
+pub(crate) fn name_of(content: &[u8]) -> String {
+    let name = NAMES.lock().unwrap().get(content).cloned();
+    name.unwrap_or_else(|| String::from_utf8_lossy(content).trim_end_matches('\0').to_owned())
+}
+
+impl Script {
+    /// The identity of an adapter, whose name is known from here on.
+    fn identity(&self, id: &str) -> Vec<u8> {
+        let content = (self.content)(id);
+        NAMES.lock().unwrap().insert(content.clone(), id.into());
+        content
+    }
 }
 
 /// A test's handle of a running shard, which ends with the runtime.
@@ -208,10 +220,10 @@ type Events = mpsc::Sender<Result<ExecuteEvent, Status>>;
 impl ScriptedShard {
     /// Serves at a socket.
     pub(crate) fn start(script: Script, socket: &Path) -> ScriptedShard {
-        let slots = script.filled.iter().map(|(slot, id)| (*slot, content(id))).collect();
+        let slots = script.filled.iter().map(|(slot, id)| (*slot, script.identity(id))).collect();
         let shard = ScriptedShard {
             slots: Arc::new(Mutex::new(slots)),
-            host: Arc::new(Mutex::new(script.host.iter().map(|id| content(id)).collect())),
+            host: Arc::new(Mutex::new(script.host.iter().map(|id| script.identity(id)).collect())),
             events: Arc::default(),
             oldest_ms: watch::channel(None).0,
             held: watch::channel(script.held.clone()).0,
@@ -254,20 +266,23 @@ impl ScriptedShard {
 
     /// The adapters in its slots.
     pub(crate) fn slots(&self) -> BTreeMap<u32, String> {
-        let slots = self.slots.lock().unwrap();
-        let name = |content: &[u8]| String::from_utf8_lossy(content).trim_end_matches('\0').to_owned();
-        slots.iter().map(|(slot, content)| (*slot, name(content))).collect()
+        self.slots.lock().unwrap().iter().map(|(slot, content)| (*slot, name_of(content))).collect()
     }
 
     /// The adapters in its host memory, staged last told last.
     pub(crate) fn host(&self) -> Vec<String> {
-        let name = |content: &Vec<u8>| String::from_utf8_lossy(content).trim_end_matches('\0').to_owned();
-        self.host.lock().unwrap().iter().map(name).collect()
+        self.host.lock().unwrap().iter().map(|content| name_of(content)).collect()
     }
 
     fn staged(&self) -> Staged {
         let Script { host_bytes, adapter_bytes: slot_bytes, max_lora_rank, .. } = *self.script;
         Staged { host_bytes, slot_bytes, max_lora_rank, sites: vec!["q_proj".into()] }
+    }
+
+    /// The adapter of the sequence that was added last.
+    pub(crate) async fn last_adapter(&self) -> Option<String> {
+        let slot = self.saw(|seen| seen.added().last().map(|new| new.slot)).await;
+        slot.map(|slot| self.slots()[&slot].clone())
     }
 
     /// Waits until what it was told satisfies `wanted`, and returns what that gives.
@@ -285,6 +300,16 @@ impl ScriptedShard {
     /// The one sequence whose prompt is this, once it runs.
     pub(crate) async fn sequence_of(&self, prompt: &[u32]) -> u64 {
         self.saw(|seen| seen.added().find(|new| new.tokens == prompt).map(|new| new.sequence)).await
+    }
+
+    /// A shard that is in no session yet takes calls of any.
+    fn check_session(&self, session: u64) -> Result<(), Status> {
+        match self.seen.borrow().sessions.last() {
+            Some(present) if *present != session => {
+                Err(Status::failed_precondition(format!("session {session}, not {present}")))
+            }
+            _ => Ok(()),
+        }
     }
 
     async fn pass(&self, gate: &Gate) {
@@ -349,10 +374,10 @@ impl ScriptedShard {
 
     async fn load(self, session: u64, load: SlotLoad, events: Events) {
         let SlotLoad { slot, content } = load;
-        let id = String::from_utf8(content.clone()).unwrap();
-        let id = id.trim_end_matches('\0');
-        self.pass(&Gate::Load(id.into())).await;
-        let gone = self.script.lost.contains(id);
+        let id = name_of(&content);
+        let is_held = self.host.lock().unwrap().contains(&content);
+        self.pass(&Gate::Load(id.clone())).await;
+        let gone = !is_held || self.script.lost.contains(&*id);
         let error = if gone { "it is gone".into() } else { String::new() };
         if !gone {
             self.slots.lock().unwrap().insert(slot, content.clone());
@@ -467,6 +492,8 @@ impl Shard for ScriptedShard {
 
     async fn stage(&self, request: Request<StageRequest>) -> Result<Response<StageResponse>, Status> {
         let request = request.into_inner();
+        self.check_session(request.session)?;
+        NAMES.lock().unwrap().insert(request.content.clone(), request.name.clone());
         self.seen.send_modify(|seen| seen.staged.push(request.clone()));
         self.pass(&Gate::Stage(request.name.clone())).await;
         let name = request.name.as_str();
@@ -482,6 +509,7 @@ impl Shard for ScriptedShard {
             if !host.contains(&request.content) {
                 host.push(request.content);
             }
+            self.seen.send_modify(|seen| seen.most_held = seen.most_held.max(host.len()));
             StageAnswer::Staged(self.staged())
         };
         Ok(Response::new(StageResponse { answer: Some(answer) }))
@@ -489,34 +517,14 @@ impl Shard for ScriptedShard {
 
     async fn unstage(&self, request: Request<UnstageRequest>) -> Result<Response<UnstageResponse>, Status> {
         let request = request.into_inner();
+        self.check_session(request.session)?;
         self.host.lock().unwrap().retain(|content| *content != request.content);
         self.seen.send_modify(|seen| seen.unstaged.push(request));
         Ok(Response::new(UnstageResponse {}))
     }
 
-    async fn prepare(&self, request: Request<PrepareRequest>) -> Result<Response<PrepareResponse>, Status> {
-        let request = request.into_inner();
-        let id = request.id.clone();
-        let mut number = 0;
-        self.seen.send_modify(|seen| {
-            seen.prepared.push(request);
-            number = seen.prepared.len();
-        });
-        self.pass(&Gate::Prepare(id.clone())).await;
-        self.pass(&Gate::Preparation(number)).await;
-        match self.script.refused.get(id.as_str()) {
-            Some(status) => Err(status.clone()),
-            None => Ok(Response::new(PrepareResponse {
-                content: if self.script.changed.contains(&*id) {
-                    content("other files")
-                } else {
-                    content(&id)
-                },
-                bytes: self.script.adapter_bytes,
-                max_lora_rank: 8,
-                sites: vec!["q_proj".into()],
-            })),
-        }
+    async fn prepare(&self, _: Request<PrepareRequest>) -> Result<Response<PrepareResponse>, Status> {
+        Err(Status::unimplemented("adapters are staged"))
     }
 
     async fn execute(

@@ -7,13 +7,14 @@ use std::{
 };
 
 use futures::future::{FutureExt, select_all};
-use reqwest::{Method, Response};
+use reqwest::{Client, Method, Response};
 use serde_json::{Value, json};
 use tokio::{io::AsyncReadExt, time::timeout};
 
 use crate::{
+    metrics::samples,
     process::Program,
-    router::{Router, tokens},
+    router::{Router, poll, tokens},
     shard::{Gate, Script, Seen},
     sockets::{LONG, answer, open},
 };
@@ -56,14 +57,20 @@ async fn one_tenant_with_ten_thousand_open_requests_keeps_no_other_out() {
         router.step_timeout = Some(LONG);
     });
     let address = program.says("listening on ").await;
+    let client = Client::new();
     program.shard.hold(Gate::Steps);
     let mut many = Vec::new();
     for sent in 0..MANY {
         many.push(open(&address, "sk-many", "/generate", &generate(Some("hot"))).await);
         // No more than the queue of connections that wait to be accepted.
         if sent % 100 == 99 {
-            let prepared = |seen: &Seen| (seen.prepared.len() > sent).then_some(());
-            timeout(LONG, program.shard.saw(prepared)).await.unwrap();
+            let asked = async || {
+                let page = client.get(format!("http://{address}/metrics")).bearer_auth("sk-many").send();
+                let samples = samples(&page.await.unwrap().text().await.unwrap());
+                let asks = samples.get("lorax_adapter_ask_duration_seconds_count").copied();
+                (asks.unwrap_or_default() > sent as f64).then_some(())
+            };
+            timeout(LONG, poll(asked)).await.unwrap();
         }
     }
     // Its adapter is in a slot already: what is measured is the wait for its turn.

@@ -36,7 +36,7 @@ impl Hub {
         }
         let failed = |error| explain(adapter, error);
         let revision = adapter.revision.as_deref().unwrap_or(MAIN);
-        let ask = async || self.listing(&adapter.id, revision, token).await;
+        let ask = || self.listing(&adapter.id, revision, token);
         let listing = repeatedly(&adapter.id, ask).await.map_err(failed)?;
         let invalid = |fault: &str| SourceError::Invalid { adapter: adapter.clone(), fault: fault.into() };
         let listed = |name: &str| listing.files.iter().find(|file| file.name == name);
@@ -70,7 +70,7 @@ impl Hub {
         file: &str,
         token: Option<&SecretString>,
     ) -> Result<u64, HubError> {
-        let attempt = async || {
+        let attempt = || async {
             let url = self.file_url(&adapter.id, &listing.sha, file)?;
             let question = Question { method: Method::HEAD, url: url.clone(), from: 0, token };
             let answer = within(self.settings.answer, ANSWER.0, file, self.ask(question)).await?;
@@ -94,7 +94,7 @@ impl Hub {
             let path = into.folder.join(&file.name);
             let part = Part { path: &path, name: &file.name, limit: self.settings.bytes };
             let progress = |bytes| (into.progress)(before + bytes);
-            let attempt = async || self.fetch_file(adapter, file, token, (&part, &progress)).await;
+            let attempt = || self.fetch_file(adapter, file, token, (&part, &progress));
             let is_same = repeatedly(&file.name, attempt).await.map_err(|error| explain(adapter, error))?;
             if !is_same {
                 return Err(SourceError::Changed { adapter: adapter.clone() });

@@ -42,7 +42,7 @@ impl Commit {
         if path.exists() {
             return Ok(path);
         }
-        repeatedly(file, async || self.attempt(file).await).await
+        repeatedly(file, || self.attempt(file)).await
     }
 
     /// Lets the revision lead to this commit in the cache, for when the hub cannot be asked.

@@ -22,9 +22,9 @@ const GATHERED: usize = 1 << 20;
 
 /// Makes attempts until one succeeds, fails for good, or was not answered: another wait as long as that one is for the
 /// caller to decide.
-pub(super) async fn repeatedly<T>(
+pub(super) async fn repeatedly<T, F: Future<Output = Result<T, HubError>>>(
     what: &str,
-    mut attempt: impl AsyncFnMut() -> Result<T, HubError>,
+    mut attempt: impl FnMut() -> F,
 ) -> Result<T, HubError> {
     let mut retries = 0;
     loop {

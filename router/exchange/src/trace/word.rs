@@ -98,7 +98,7 @@ variants! {
     Place { "cache" Cache, "in_place" InPlace(version), }
     Fault {
         "not_found" NotFound(message), "denied" Denied(message), "unavailable" Unavailable(message),
-        "invalid" Invalid(message), "too_large" TooLarge { bytes limit }, "slow" Slow, "changed" Changed,
+        "ranks" Ranks(message), "invalid" Invalid(message), "too_large" TooLarge { bytes limit }, "slow" Slow, "changed" Changed,
         "pins_full" PinsFull(tier), "session_lost" SessionLost, "duplicate" Duplicate,
     }
     StageFault { "needs_room" NeedsRoom { bytes }, "gone" Gone, "failed" Failed(fault), }

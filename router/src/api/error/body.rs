@@ -58,6 +58,7 @@ impl ApiError {
             ApiError::ContextLength { names, .. } => Some(names.prompt),
             ApiError::AdapterNotFound { field, .. }
             | ApiError::AdapterForbidden { field, .. }
+            | ApiError::AdapterFailed { field, .. }
             | ApiError::AdapterInvalid { field, .. } => Some(field),
             _ => None,
         }
@@ -99,7 +100,9 @@ impl ApiError {
             ApiError::Overloaded { .. } => "overloaded",
             ApiError::AdapterTimeout { .. } => "adapter_timeout",
             ApiError::AdapterNotFound { .. } => "adapter_not_found",
-            ApiError::AdapterForbidden { .. } | ApiError::Generation(_) => "generation",
+            ApiError::AdapterForbidden { .. } | ApiError::AdapterFailed { .. } | ApiError::Generation(_) => {
+                "generation"
+            }
             ApiError::Unavailable(_) => "unavailable",
             ApiError::NoRoute => "not_found",
             ApiError::Method(_) => "method_not_allowed",
@@ -142,6 +145,7 @@ impl ApiError {
             ApiError::ContextLength { .. } => "context_length_exceeded",
             ApiError::AdapterNotFound { .. } => "model_not_found",
             ApiError::AdapterForbidden { .. } => "adapter_forbidden",
+            ApiError::AdapterFailed { .. } => "adapter_unavailable",
             ApiError::AdapterInvalid { .. } => "adapter_invalid",
             ApiError::Overloaded { .. } => "overloaded",
             error => error.native_type(),

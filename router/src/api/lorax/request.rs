@@ -122,7 +122,7 @@ impl GenerateRequest {
             truncate: p.truncate,
         };
         let credential = caller.credential.or_in_body(p.api_token);
-        let adapter = app.adapter("adapter_id", p.adapter_id, p.adapter_source, credential);
+        let adapter = app.adapter("adapter_id", p.adapter_id, p.adapter_source.as_deref(), credential)?;
         Ok((GroupRequest { adapter, cache_salt: p.cache_salt, sequences: vec![sequence] }, shape))
     }
 }

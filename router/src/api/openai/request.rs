@@ -217,7 +217,7 @@ impl Common {
             truncate: None,
         };
         let group = GroupRequest {
-            adapter: self.adapter(app, caller),
+            adapter: self.adapter(app, caller)?,
             cache_salt: self.cache_salt,
             sequences: prompts.into_iter().map(sequence).collect(),
         };
@@ -231,15 +231,19 @@ impl Common {
         Ok((group, options))
     }
 
-    /// The adapter: by its own field, else the model's name unless that is the base model's.
-    fn adapter(&self, app: &App, caller: &Caller) -> Option<AdapterRef> {
-        let model = self.model.clone().filter(|model| *model != app.config.model.id);
+    /// The adapter: by its own field, else by the model's name unless that is the base model's. `BASE|ADAPTER` names
+    /// both, as Dynamo proposes for adapters that are loaded when a request names them.
+    fn adapter(&self, app: &App, caller: &Caller) -> Result<Option<AdapterRef>, ApiError> {
+        let base = &*app.config.model.id;
+        let model = self.model.as_deref().filter(|model| *model != base);
+        let behind_base = |model: &'_ str| model.strip_prefix(base)?.strip_prefix('|').map(str::to_owned);
+        let model = model.map(|model| behind_base(model).unwrap_or_else(|| model.to_owned()));
         let (field, id) = match self.adapter_id.clone().filter(|id| !id.is_empty()) {
             None => ("model", model),
             own => ("adapter_id", own),
         };
         let credential = caller.credential.or_in_body(self.api_token.clone());
-        app.adapter(field, id, self.adapter_source.clone(), credential)
+        app.adapter(field, id, self.adapter_source.as_deref(), credential)
     }
 
     /// OpenAI's requests draw unless they say otherwise.

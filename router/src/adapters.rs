@@ -1,0 +1,262 @@
+//! Adapters on their way to the ranks: requests ask for them, and the exchange decides what is done.
+//!
+//! One task owns the [`exchange::Exchange`]. It makes the calls that the exchange tells it to make, each in a task of
+//! its own, and waits for nobody. Whoever asks gets a [`Lease`], which ends when it is dropped.
+
+mod calls;
+mod driver;
+mod ids;
+mod inbox;
+mod trace;
+
+use std::{
+    env,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use config::{Config, RouterConfig};
+use exchange::{Ask, AskId, Fault, Tenant, Tier};
+use lifecycle::Supervisor;
+use scheduler::Adapter;
+use secrecy::SecretString;
+use sources::{Reference, Sources};
+use store::Store;
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
+
+use crate::{
+    metrics::{AdapterMetrics, Metrics},
+    ranks::Ranks,
+    server::{StartError, longest_poll},
+};
+use calls::{Calls, Means};
+use driver::Driver;
+use ids::Credentials;
+pub(crate) use inbox::{Inbox, News};
+use trace::Trace;
+
+/// The task's name, also in the log.
+const NAME: &str = "adapters";
+/// Orders on their way to the driver.
+const ORDERS: usize = 1024;
+
+/// An adapter that somebody needs.
+#[derive(Debug, Clone)]
+pub(crate) struct Wanted {
+    pub(crate) reference: Reference,
+    /// The secret that is shown to its source.
+    pub(crate) credential: Option<SecretString>,
+}
+
+/// What the exchange hands on from an ask to the calls that are made for it.
+type Payload = Arc<Wanted>;
+
+/// What the driver is told by those who wait for it.
+enum Order {
+    /// An adapter is needed.
+    Ask(Asked),
+    /// The metrics are to be brought up to date.
+    Publish(oneshot::Sender<()>),
+}
+
+/// An ask on its way to the driver.
+struct Asked {
+    ask: Ask<Payload>,
+    answer: oneshot::Sender<Result<Ready, Fault>>,
+}
+
+/// An adapter that all ranks have in host memory, while it is leased.
+#[derive(Debug, Clone, Copy)]
+struct Ready {
+    adapter: Adapter,
+    session: u64,
+}
+
+/// An adapter, and the lease that keeps it in host memory.
+#[derive(Debug)]
+pub(crate) struct Leased {
+    pub(crate) adapter: Adapter,
+    pub(crate) lease: Lease,
+}
+
+/// Keeps an adapter in the host memory of all ranks until it is dropped, or until their session ends.
+#[derive(Debug)]
+pub(crate) struct Lease {
+    ask: AskId,
+    /// The session in which it holds.
+    session: u64,
+    inbox: Arc<Inbox>,
+}
+
+impl Lease {
+    /// Returns whether it holds in a session.
+    pub(crate) fn holds_in(&self, session: u64) -> bool {
+        self.session == session
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.inbox.add(News::Released(self.ask));
+    }
+}
+
+/// Asks for adapters.
+#[derive(Clone)]
+pub(crate) struct Adapters {
+    orders: mpsc::Sender<Order>,
+    inbox: Arc<Inbox>,
+    ids: Arc<AtomicU64>,
+    sources: Arc<Sources>,
+    credentials: Arc<Credentials>,
+    metrics: Arc<AdapterMetrics>,
+    /// The driver's time 0.
+    begun: Instant,
+}
+
+impl Adapters {
+    /// Starts the driver, which calls the ranks by connections of its own.
+    pub(crate) fn start(
+        config: &Config,
+        sources: Sources,
+        metrics: &Metrics,
+        supervisor: &Supervisor,
+    ) -> Result<Adapters, StartError> {
+        let limit = longest_poll(&config.router);
+        let (orders, received) = mpsc::channel(ORDERS);
+        let (inbox, begun) = (Arc::new(Inbox::default()), Instant::now());
+        let (metrics, sources, limits) = (Arc::new(metrics.adapters()), Arc::new(sources), limits(config));
+        let calls = Calls::new(Means {
+            sources: sources.clone(),
+            store: cache(&config.router)?,
+            ranks: Ranks::new(&config.shards.uds, limit),
+            metrics: metrics.clone(),
+            fresh_for: config.router.adapter_auth_ttl_s,
+        });
+        let path = config.router.adapter_trace.as_deref();
+        let trace = path.map(|path| {
+            let started = Trace::start(path, &limits, supervisor);
+            started.map_err(|source| StartError::Trace { path: path.into(), source })
+        });
+        let driver = Driver::new(limits, calls, metrics.clone(), trace.transpose()?, begun);
+        supervisor.task(NAME, limit, driver.run(received, inbox.clone()));
+        Ok(Adapters {
+            orders,
+            inbox,
+            ids: Arc::default(),
+            sources,
+            credentials: Arc::new(Credentials::new()),
+            metrics,
+            begun,
+        })
+    }
+
+    /// Where the engine reports what happens to the ranks.
+    pub(crate) fn inbox(&self) -> Arc<Inbox> {
+        self.inbox.clone()
+    }
+
+    /// Brings the metrics up to date.
+    pub(crate) async fn publish(&self) {
+        let (published, done) = oneshot::channel();
+        // Fails when the server stops.
+        if self.orders.send(Order::Publish(published)).await.is_ok() {
+            let _ = done.await;
+        }
+    }
+
+    /// Waits until an adapter is in the host memory of all ranks. Dropping the future gives up the ask.
+    pub(crate) async fn ask(
+        &self,
+        wanted: Wanted,
+        tenant: Tenant,
+        deadline: Instant,
+    ) -> Result<Leased, Fault> {
+        let counted = self.metrics.ask();
+        let asked = self.ask_uncounted(wanted, tenant, deadline).await;
+        counted.end(asked.as_ref().err());
+        asked
+    }
+
+    async fn ask_uncounted(
+        &self,
+        wanted: Wanted,
+        tenant: Tenant,
+        deadline: Instant,
+    ) -> Result<Leased, Fault> {
+        let id = AskId(self.ids.fetch_add(1, Ordering::Relaxed));
+        // It is dropped after the receiver of the answer: the driver takes no ask whose receiver has gone, and learns
+        // of the end of any that it has taken.
+        let mut lease = Lease { ask: id, session: 0, inbox: self.inbox.clone() };
+        let (answer, answered) = oneshot::channel();
+        let ask = Ask {
+            id,
+            tenant,
+            source: ids::source(&self.sources.place(&wanted.reference)),
+            reference: ids::reference(&wanted.reference),
+            credential: self.credentials.name(wanted.credential.as_ref()),
+            tier: Tier::Host,
+            pin: false,
+            deadline: deadline.duration_since(self.begun),
+            payload: Arc::new(wanted),
+        };
+        let stopped = || Fault::Unavailable("the server stops".into());
+        self.orders.send(Order::Ask(Asked { ask, answer })).await.map_err(|_| stopped())?;
+        let Ready { adapter, session } = answered.await.map_err(|_| stopped())??;
+        lease.session = session;
+        Ok(Leased { adapter, lease })
+    }
+}
+
+/// Opens the cache on the disk. If no flag names one and there is no place for it, adapters are read in place only.
+fn cache(config: &RouterConfig) -> Result<Option<Store>, StartError> {
+    let Some(path) = config.adapter_cache.clone().or_else(default_cache) else { return Ok(None) };
+    match Store::open(&path, config.adapter_cache_size) {
+        Ok(store) => Ok(Some(store)),
+        Err(source) if config.adapter_cache.is_some() => Err(StartError::AdapterCache { path, source }),
+        Err(error) => {
+            tracing::warn!(
+                "adapters cannot be downloaded, because {} cannot be used: {error}",
+                path.display()
+            );
+            Ok(None)
+        }
+    }
+}
+
+/// The place of the cache where users keep theirs.
+fn default_cache() -> Option<PathBuf> {
+    let own = env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
+    let caches = own.or_else(|| Some(env::home_dir()?.join(".cache")))?;
+    Some(caches.join("lorax/adapters"))
+}
+
+/// The bounds that the flags set.
+fn limits(config: &Config) -> exchange::Limits {
+    let router = &config.router;
+    let host_bytes = config.shard.adapter_host_memory;
+    let budget = |source: u32, deadline| exchange::Budget { source, tenant: source.div_ceil(2), deadline };
+    exchange::Limits {
+        disk_bytes: router.adapter_cache_size,
+        host_bytes,
+        adapter_bytes: router.max_adapter_size.unwrap_or(host_bytes / 4),
+        lookups: budget(router.max_adapter_lookups, LOOKUP),
+        fetches: budget(router.max_adapter_downloads, DOWNLOAD.max(router.prepare_timeout)),
+        stages: budget(router.max_adapter_stages, STAGE.max(router.prepare_timeout)),
+        ..exchange::Limits::default()
+    }
+}
+
+/// Time for a question to a source.
+const LOOKUP: Duration = Duration::from_secs(30);
+/// Time for a download. It goes on when the requests that have asked for it have failed, for those that come later.
+const DOWNLOAD: Duration = Duration::from_secs(600);
+/// Time for a copy into host memory, which goes on in the same manner.
+const STAGE: Duration = Duration::from_secs(60);

@@ -1,0 +1,172 @@
+//! The task that owns the exchange.
+
+use std::{collections::HashMap, future::pending, sync::Arc};
+
+use exchange::{AskId, Content, Exchange, Fault, Input, Limits, Output, Version};
+use scheduler::{Adapter, AdapterKey};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::{Instant, sleep_until},
+};
+
+use super::{
+    Asked, Inbox, News, Order, Payload, Ready,
+    calls::{Answer, Calls},
+    trace::Trace,
+};
+use crate::metrics::AdapterMetrics;
+
+/// An input of the exchange, or something that leads to one.
+enum Event {
+    Order(Option<Order>),
+    News,
+    Answer(Answer),
+    Timer,
+}
+
+/// Drives the exchange.
+pub(super) struct Driver {
+    exchange: Exchange<Payload>,
+    /// Asks that have no answer yet.
+    waiting: HashMap<AskId, oneshot::Sender<Result<Ready, Fault>>>,
+    calls: Calls,
+    /// The present session, or the last one.
+    session: u64,
+    metrics: Arc<AdapterMetrics>,
+    trace: Option<Trace>,
+    begun: Instant,
+}
+
+impl Driver {
+    pub(super) fn new(
+        limits: Limits,
+        calls: Calls,
+        metrics: Arc<AdapterMetrics>,
+        trace: Option<Trace>,
+        begun: Instant,
+    ) -> Driver {
+        Driver {
+            exchange: Exchange::new(limits),
+            waiting: HashMap::new(),
+            calls,
+            session: 0,
+            metrics,
+            trace,
+            begun,
+        }
+    }
+
+    /// Runs until nobody can ask any more.
+    pub(super) async fn run(mut self, mut orders: mpsc::Receiver<Order>, inbox: Arc<Inbox>) {
+        for copy in self.calls.on_disk().await {
+            let (content, versions) = (Content(copy.content), copy.versions.into_iter().map(Version));
+            self.tell(Input::OnDisk { content, bytes: copy.bytes, versions: versions.collect() }).await;
+        }
+        loop {
+            let due = self.exchange.next_timer();
+            let due = async {
+                match due {
+                    Some(due) => sleep_until(self.begun + due).await,
+                    None => pending().await,
+                }
+            };
+            let event = tokio::select! {
+                order = orders.recv() => Event::Order(order),
+                () = inbox.added() => Event::News,
+                answer = self.calls.next() => Event::Answer(answer),
+                () = due => Event::Timer,
+            };
+            match event {
+                Event::Order(None) => return,
+                Event::Order(Some(Order::Ask(asked))) => self.ask(asked).await,
+                Event::Order(Some(Order::Publish(done))) => {
+                    self.metrics.publish(&self.exchange.stats());
+                    // Whoever wanted it may have left.
+                    let _ = done.send(());
+                }
+                Event::News => {
+                    for news in inbox.take() {
+                        self.news(news).await;
+                    }
+                }
+                Event::Answer(answer) => self.answer(answer).await,
+                Event::Timer => self.tell(Input::Tick).await,
+            }
+        }
+    }
+
+    async fn ask(&mut self, asked: Asked) {
+        // The end of its lease may have been read before it came itself.
+        if asked.answer.is_closed() {
+            return;
+        }
+        self.waiting.insert(asked.ask.id, asked.answer);
+        self.tell(Input::Ask(asked.ask)).await;
+    }
+
+    async fn news(&mut self, news: News) {
+        let input = match news {
+            News::Released(ask) => {
+                self.waiting.remove(&ask);
+                Input::Release(ask)
+            }
+            News::Slot(content, slot) => Input::Slot { content, slot },
+            News::Attached { session, host } => {
+                self.session = session;
+                self.calls.attached(session);
+                Input::Attached { host }
+            }
+            News::Detached => {
+                self.calls.detached();
+                Input::Detached
+            }
+        };
+        self.tell(input).await;
+    }
+
+    async fn answer(&mut self, answer: Answer) {
+        let input = match answer {
+            Answer::LookedUp { call, result } => Input::LookedUp { call, result },
+            Answer::Fetched { call, result } => Input::Fetched { call, result },
+            Answer::Staged { call, result } => Input::Staged { call, result },
+            Answer::Deleted(content) => Input::Deleted(content),
+            Answer::Unstaged { content, session } if session == self.session => Input::Unstaged(content),
+            // What was in host memory has been forgotten with the session.
+            Answer::Unstaged { .. } => return,
+        };
+        self.tell(input).await;
+    }
+
+    /// Tells the exchange, and does what it decides.
+    async fn tell(&mut self, input: Input<Payload>) {
+        let now = self.begun.elapsed();
+        if let Some(trace) = &self.trace {
+            trace.record(exchange::trace::input(&input, now)).await;
+        }
+        for output in self.exchange.handle(input, now) {
+            if let Some(trace) = &self.trace {
+                trace.record(exchange::trace::output(&output)).await;
+            }
+            self.follow(output);
+        }
+    }
+
+    fn follow(&mut self, output: Output<Payload>) {
+        match output {
+            Output::Ready { ask, content, slot_bytes, .. } => {
+                let adapter = Adapter { key: AdapterKey(content.0), bytes: slot_bytes };
+                if let Some(answer) = self.waiting.remove(&ask) {
+                    // If nobody waits any more, the end of the lease is on its way.
+                    let _ = answer.send(Ok(Ready { adapter, session: self.session }));
+                }
+            }
+            // A lease that has ended with its session is no longer waited for: the engine fails its requests.
+            Output::Failed { ask, fault } => {
+                if let Some(answer) = self.waiting.remove(&ask) {
+                    let _ = answer.send(Err(fault));
+                }
+            }
+            call => self.calls.begin(call),
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! The names by which the exchange knows references, sources and credentials.
+
+use blake3::Hasher;
+use exchange::{CredentialId, ReferenceId, SourceId};
+use secrecy::{ExposeSecret, SecretString};
+use sources::Reference;
+
+/// The digest of texts. Each is preceded by its length, so that no two lists of texts are hashed as the same bytes.
+fn digest<'a>(mut hasher: Hasher, texts: impl IntoIterator<Item = &'a str>) -> [u8; 16] {
+    for text in texts {
+        hasher.update(&(text.len() as u64).to_le_bytes());
+        hasher.update(text.as_bytes());
+    }
+    let mut digest = [0; 16];
+    hasher.finalize_xof().fill(&mut digest);
+    digest
+}
+
+/// Names a reference.
+pub(super) fn reference(reference: &Reference) -> ReferenceId {
+    let Reference { kind, id, revision } = reference;
+    let revision = revision.as_deref();
+    let texts = [kind.to_string(), id.clone(), format!("{revision:?}")];
+    ReferenceId(u128::from_le_bytes(digest(Hasher::new(), texts.iter().map(String::as_str))))
+}
+
+/// Names a place that fails as one.
+pub(super) fn source(place: &str) -> SourceId {
+    let [a, b, c, d, e, f, g, h, ..] = digest(Hasher::new(), [place]);
+    SourceId(u64::from_le_bytes([a, b, c, d, e, f, g, h]))
+}
+
+/// Names secrets in a way that says nothing of them to who does not know the key, which never leaves this process.
+pub(super) struct Credentials {
+    key: [u8; 32],
+}
+
+impl Credentials {
+    pub(super) fn new() -> Credentials {
+        Credentials { key: rand::random() }
+    }
+
+    /// Names a secret; 0 is the name of none.
+    pub(super) fn name(&self, secret: Option<&SecretString>) -> CredentialId {
+        let Some(secret) = secret else { return CredentialId(0) };
+        let digest = digest(Hasher::new_keyed(&self.key), [secret.expose_secret()]);
+        CredentialId(u128::from_le_bytes(digest))
+    }
+}
