@@ -15,8 +15,10 @@ use crate::{
 
 /// The first wait before a restart. Each further one is twice as long.
 const FIRST_BACKOFF: Duration = Duration::from_millis(500);
-/// The longest wait before a restart.
+/// The longest wait before a restart of a group that has not served, which cannot help itself.
 const LONGEST_BACKOFF: Duration = Duration::from_secs(10);
+/// The same for one that has served: whoever lost its answers asks again, and to load a model takes a while anyway.
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// After running this long, a group is taken to be well, and its next restart is as quick as the first.
 const STABLE: Duration = Duration::from_secs(60);
 /// Time for the other members to end once one has ended. They may wait for it in a collective that never returns.
@@ -37,6 +39,8 @@ pub(crate) struct Group<Start> {
     lives: usize,
     /// Whether all members have served at the same time at some point.
     served: bool,
+    /// The same since the last start, once the members have ended.
+    served_last: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -66,6 +70,7 @@ impl<Start: Fn() -> Result<Vec<Child>, Failure>> Group<Start> {
             backoff: FIRST_BACKOFF,
             lives: 1,
             served: false,
+            served_last: false,
         })
     }
 
@@ -76,9 +81,12 @@ impl<Start: Fn() -> Result<Vec<Child>, Failure>> Group<Start> {
 
     /// Returns whether all members have served at the same time, since the last start or before it.
     pub(crate) fn has_served(&mut self) -> bool {
-        let serve = !self.members.is_empty() && self.members.iter().all(Child::serves);
-        self.served |= serve;
+        self.served |= self.serves();
         self.served
+    }
+
+    fn serves(&self) -> bool {
+        !self.members.is_empty() && self.members.iter().all(Child::serves)
     }
 
     /// Keeps the group running until it has ended: returns the member that was the cause, and how it ended, once all
@@ -96,7 +104,8 @@ impl<Start: Fn() -> Result<Vec<Child>, Failure>> Group<Start> {
                     let mut ends = self.stop_all(since, LAST_WORK).await?;
                     ends[first] = end;
                     let cause = self.cause(&ends, first);
-                    self.has_served();
+                    self.served_last = self.serves();
+                    self.served |= self.served_last;
                     self.members.clear();
                     self.phase = Phase::Ended;
                     return Ok(cause);
@@ -147,7 +156,8 @@ impl<Start: Fn() -> Result<Vec<Child>, Failure>> Group<Start> {
         if self.started.elapsed() > STABLE {
             self.backoff = FIRST_BACKOFF;
         }
-        let wait = self.backoff;
+        let longest = if self.served_last { LONGEST_PAUSE } else { LONGEST_BACKOFF };
+        let wait = self.backoff.min(longest);
         tracing::warn!("restarting in {:.1} s", wait.as_secs_f32());
         self.backoff = (wait * 2).min(LONGEST_BACKOFF);
         wait
