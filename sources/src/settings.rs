@@ -29,6 +29,12 @@ pub enum SettingsError {
     /// No connection to a hub can be made with these settings.
     #[error(transparent)]
     Hub(#[from] HubError),
+    /// No connection to a source can be made.
+    #[error(transparent)]
+    Http(#[from] reqwest::Error),
+    /// The value of a variable is not an address.
+    #[error("{0} is not a URL")]
+    Url(&'static str),
     /// A folder cannot be read.
     #[error("{}: {source}", path.display())]
     Folder {

@@ -7,6 +7,7 @@ use crate::{
     bucket::{Buckets, Place},
     hub::Hub,
     local::Local,
+    predibase::Predibase,
 };
 
 /// The sources of adapters.
@@ -15,6 +16,7 @@ pub struct Sources {
     local: Local,
     hub: Hub,
     buckets: Buckets,
+    predibase: Predibase,
     /// Whether the hub's own token stands in for a credential that is missing.
     use_hub_token: bool,
 }
@@ -24,8 +26,9 @@ impl Sources {
     pub fn new(settings: SourceSettings) -> Result<Sources, SettingsError> {
         let local = Local::new(settings.adapter_dir.as_deref(), &settings.adapter_roots);
         let local = local.map_err(|(path, source)| SettingsError::Folder { path, source })?;
+        let predibase = Predibase::new(&settings.buckets.variables)?;
         let (hub, buckets) = (Hub::new(settings.hub)?, Buckets::new(settings.buckets));
-        Ok(Sources { local, hub, buckets, use_hub_token: settings.use_hub_token })
+        Ok(Sources { local, hub, buckets, predibase, use_hub_token: settings.use_hub_token })
     }
 
     /// What an adapter's source fails together with: a hub's address, a bucket, a folder of folders.
@@ -37,7 +40,7 @@ impl Sources {
                 let place = Place::of(adapter, self.buckets.default_bucket());
                 place.map_or_else(|| adapter.kind.to_string(), |place| place.to_string())
             }
-            SourceKind::Pbase => adapter.kind.to_string(),
+            SourceKind::Pbase => format!("pbase {}", self.predibase.gateway()),
         }
     }
 
@@ -53,7 +56,10 @@ impl Sources {
             SourceKind::S3 | SourceKind::Gs | SourceKind::Az => {
                 self.buckets.find_adapter(adapter, &self.buckets.allowed(adapter)?).await
             }
-            kind @ SourceKind::Pbase => Err(SourceError::NotConfigured { kind, needs: "a newer server" }),
+            SourceKind::Pbase => {
+                let place = self.predibase.resolve(adapter, credential, &self.buckets).await?;
+                self.buckets.find_adapter(adapter, &place).await
+            }
         }
     }
 
@@ -78,7 +84,10 @@ impl Sources {
             SourceKind::S3 | SourceKind::Gs | SourceKind::Az => {
                 self.buckets.fetch_adapter(adapter, &self.buckets.allowed(adapter)?, found, into).await
             }
-            kind @ SourceKind::Pbase => Err(SourceError::NotConfigured { kind, needs: "a newer server" }),
+            SourceKind::Pbase => {
+                let place = self.predibase.resolve(adapter, credential, &self.buckets).await?;
+                self.buckets.fetch_adapter(adapter, &place, found, into).await
+            }
         }
     }
 

@@ -3,11 +3,10 @@
 use std::time::Duration;
 
 use reqwest::{
-    Certificate, Client, Method, Response, StatusCode, Url,
-    header::{AUTHORIZATION, CONTENT_RANGE, ETAG, HeaderMap, HeaderValue, LOCATION, RANGE},
-    redirect::Policy,
+    Client, Method, Response, StatusCode, Url,
+    header::{AUTHORIZATION, CONTENT_RANGE, ETAG, HeaderMap, LOCATION, RANGE},
 };
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 use tokio::time::timeout;
 
 use super::{
@@ -16,6 +15,7 @@ use super::{
     listing::Listing,
     settings::ANSWER,
 };
+use crate::http;
 
 /// Redirects of one question.
 const REDIRECTS: usize = 10;
@@ -54,16 +54,8 @@ pub(super) struct Answer {
 impl Hub {
     /// A hub that is reached by these settings.
     pub fn new(settings: HubSettings) -> Result<Hub, HubError> {
-        // Besides those of the system, which small images do not have.
-        let roots = webpki_root_certs::TLS_SERVER_ROOT_CERTS.iter();
-        let roots: Vec<_> = roots.map(|root| Certificate::from_der(root)).collect::<Result<_, _>>()?;
-        let client = Client::builder()
-            .tls_certs_merge(roots)
-            .connect_timeout(settings.answer)
-            // Only the hub gets the token, and only it describes its files: see `ask`.
-            .redirect(Policy::none())
-            .user_agent(concat!("lorax/", env!("CARGO_PKG_VERSION")))
-            .build()?;
+        // Only the hub gets the token, and only it describes its files: see `ask`.
+        let client = http::client(settings.answer)?;
         Ok(Hub { client, settings })
     }
 
@@ -140,7 +132,7 @@ impl Hub {
     /// length, in headers of their own.
     pub(super) async fn ask(&self, question: Question<'_>) -> Result<Answer, HubError> {
         let Question { method, url, from, token } = question;
-        let token = token.map(bearer).transpose()?;
+        let token = token.map(|token| http::bearer(token).ok_or(HubError::Token)).transpose()?;
         let (hub, is_encrypted) = (url.origin(), url.scheme() == "https");
         let (mut next, mut linked, mut commit) = (url, None, None);
         for _ in 0..REDIRECTS {
@@ -200,17 +192,6 @@ fn redirected(from: &Url, location: &str, is_encrypted: bool) -> Result<Url, Hub
         "http" if !is_encrypted => Ok(next),
         scheme => Err(malformed(format!("a redirect to an address of {scheme:?}"))),
     }
-}
-
-/// The header that shows a token.
-fn bearer(token: &SecretString) -> Result<HeaderValue, HubError> {
-    let token = token.expose_secret();
-    if !token.bytes().all(|byte| byte.is_ascii_graphic()) {
-        return Err(HubError::Token);
-    }
-    let mut value = HeaderValue::from_str(&format!("Bearer {token}")).map_err(|_| HubError::Token)?;
-    value.set_sensitive(true);
-    Ok(value)
 }
 
 pub(super) async fn within<T>(

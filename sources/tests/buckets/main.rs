@@ -5,4 +5,5 @@
 mod fake;
 mod faults;
 mod found;
+mod predibase;
 mod world;

@@ -1,6 +1,7 @@
 //! An S3 server in a process of its own, and sources that read from it.
 
 use std::{
+    collections::BTreeMap,
     fs,
     io::{BufRead, BufReader, Write},
     path::Path,
@@ -75,6 +76,11 @@ pub(crate) fn weights() -> Vec<u8> {
 
 /// Sources that may read from some buckets at an address.
 pub(crate) fn sources(url: &str, allowed: &[&str]) -> Sources {
+    sources_with(url, allowed, &[])
+}
+
+/// The same, with further variables; an empty one is not set.
+pub(crate) fn sources_with(url: &str, allowed: &[&str], more: &[(&str, &str)]) -> Sources {
     let variables = [
         ("S3_ENDPOINT_URL", url),
         ("AWS_ACCESS_KEY_ID", "secret-id"),
@@ -87,7 +93,9 @@ pub(crate) fn sources(url: &str, allowed: &[&str]) -> Sources {
         ("AZURE_SKIP_SIGNATURE", "true"),
         ("PREDIBASE_MODEL_BUCKET", "predibase"),
     ];
-    let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned())).into_iter().collect();
+    let variables =
+        variables.iter().chain(more).map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+    let variables = variables.collect::<BTreeMap<_, _>>().into_iter().collect();
     let allowed = allowed.iter().map(|prefix| prefix.parse().unwrap()).collect();
     let second = Duration::from_secs(3);
     let buckets = BucketSettings { allowed, variables, answer: second, bytes: second };

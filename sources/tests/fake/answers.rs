@@ -66,6 +66,9 @@ impl Server {
             return Answer::new(401, "")
                 .header("x-error-message", "Invalid credentials in Authorization header");
         }
+        if !self.state().pages.is_empty() {
+            return self.page_of(asked);
+        }
         let path: Vec<&str> = asked.path.trim_start_matches('/').split('/').collect();
         match path[..] {
             ["api", "models", owner, name, "revision", ref revision @ ..] => {
@@ -79,6 +82,16 @@ impl Server {
                 self.file(asked, &format!("{owner}/{name}"), (revision, &file.join("/")), fault)
             }
             _ => Answer::new(404, ""),
+        }
+    }
+
+    fn page_of(&self, asked: &Asked) -> Answer {
+        let separator = if asked.query.is_empty() { "" } else { "?" };
+        let target = format!("{}{separator}{}", asked.path, asked.query);
+        match self.state().pages.get(&target) {
+            _ if asked.token().is_none() => Answer::new(401, ""),
+            Some(text) => Answer::new(200, text.as_bytes()).header("content-type", "application/json"),
+            None => Answer::new(404, ""),
         }
     }
 

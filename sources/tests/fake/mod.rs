@@ -142,6 +142,8 @@ struct State {
     held: Vec<TcpStream>,
     /// The server that answers instead.
     upstream: Option<String>,
+    /// What it answers instead, to those with a token that it knows.
+    pages: BTreeMap<String, String>,
     /// Large files that are uploaded, by their hashes.
     uploaded: BTreeMap<String, Vec<u8>>,
 }
@@ -187,6 +189,11 @@ impl Server {
         let server = Server::start();
         server.state().upstream = Some(upstream.into());
         server
+    }
+
+    /// Answers a path and query with some text, to those with a token that it knows; it is no hub then.
+    pub(crate) fn page(&self, target: &str, text: &str) {
+        self.state().pages.insert(target.into(), text.into());
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
