@@ -2,15 +2,20 @@
 
 use clap::{ArgAction, Parser};
 use config::{LogConfig, RouterConfig, ShardConfig};
+use sources::SourceKind;
 
 /// Serve one base model and any number of LoRA adapters of it.
 #[derive(Debug, Parser)]
 #[command(name = "lorax-launcher", version)]
 pub(crate) struct Args {
-    /// A folder in Hugging Face layout, a GGUF file, or a hub id (`id` or `id@revision`), with one of its GGUF files as
-    /// `id:Q4_K_M` or `id/file.gguf`
+    /// A folder in Hugging Face layout, a GGUF file, a hub id (`id` or `id@revision`), with one of its GGUF files as
+    /// `id:Q4_K_M` or `id/file.gguf`, or a prefix in a bucket (`s3://BUCKET/PREFIX`, `gs://`, `az://`)
     #[arg(long, env)]
     pub(crate) model_id: String,
+    /// Where the model comes from: `hub` (or a path that exists), `local`, `s3`, `gs` or `az`. An address such as `s3://`
+    /// names its source itself
+    #[arg(long, env, default_value_t = SourceKind::Hub)]
+    pub(crate) source: SourceKind,
     /// Revision of a hub id
     #[arg(long, env)]
     pub(crate) revision: Option<String>,

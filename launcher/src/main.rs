@@ -67,7 +67,7 @@ fn run(args: &Args, log: &Log) -> anyhow::Result<()> {
     let programs = program.parent().context("finding the folder of this program")?;
     let found = async {
         let ranks = ranks::find(args, programs).await?;
-        let model = sources::find_model(&args.model_id, args.revision.as_deref()).await?;
+        let model = sources::find_model(args.source, &args.model_id, args.revision.as_deref()).await?;
         let ranks = ranks::divide(args, programs, &model.path, ranks).await?;
         anyhow::Ok((ranks, model))
     };

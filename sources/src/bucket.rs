@@ -18,7 +18,10 @@ use object_store::{GetOptions, ObjectMeta, ObjectStore, path::Path as Key};
 use tokio::time::timeout;
 
 pub use connect::Variables;
-use failure::Failure;
+pub(crate) use connect::connect;
+pub(crate) use download::Download;
+pub use failure::BucketError;
+pub(crate) use failure::Failure;
 
 use crate::{
     AdapterFile, Denial, Destination, Found, NameError, Reference, SourceError, SourceKind,
@@ -179,8 +182,7 @@ impl Buckets {
         for file in &found.files {
             let path = into.folder.join(&file.name);
             let progress = |bytes| (into.progress)(before + bytes);
-            let download =
-                download::Download { store: &*store, file, path: &path, limit: self.settings.bytes };
+            let download = Download { store: &*store, file, path: &path, limit: self.settings.bytes };
             download.run(&progress).await.map_err(failed)?;
             before += file.bytes;
         }
@@ -195,7 +197,7 @@ impl Buckets {
         if let Some(store) = stores.get(&name) {
             return Ok(store.clone());
         }
-        let store = connect::connect(place, &self.settings).map_err(|error| Failure::of_settings(&error))?;
+        let store = connect(place, &self.settings).map_err(|error| Failure::of_settings(&error))?;
         stores.insert(name, store.clone());
         Ok(store)
     }

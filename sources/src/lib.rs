@@ -18,7 +18,7 @@ mod reference;
 mod settings;
 mod sources;
 
-pub use bucket::{BucketPrefix, BucketSettings, Variables};
+pub use bucket::{BucketError, BucketPrefix, BucketSettings, Variables};
 pub use error::{Denial, SourceError};
 pub use found::{AdapterFile, Destination, Found, Stamp};
 pub use hub::{Cache, Commit, ErrorCode, Hub, HubError, HubSettings, NoHome};

@@ -1,7 +1,8 @@
-//! Where the files of a model are: on this machine, or on a hub from which they are fetched into its cache.
+//! Where the files of a model are: on this machine, or on a hub or in a bucket, from which they are fetched.
 
 mod cached;
 mod error;
+mod in_bucket;
 mod weights;
 
 use std::path::{Path, PathBuf};
@@ -10,9 +11,12 @@ pub use error::ModelError;
 use weights::{CONFIG, Weights, is_small, sharded};
 
 use crate::{
+    BucketSettings, Reference, SourceKind,
+    bucket::Place,
     hub::{Commit, Hub, HubSettings, NoHome},
     model_name::{Gguf, Name},
 };
+use in_bucket::InBucket;
 
 /// A model that is on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,19 +31,37 @@ pub struct ModelFiles {
     pub sha: Option<String>,
 }
 
-/// Finds a model, and fetches it if it is not here.
-pub async fn find_model(model_id: &str, revision: Option<&str>) -> Result<ModelFiles, ModelError> {
-    let path = Path::new(model_id);
-    if path.exists() {
-        return on_this_machine(model_id);
+/// Finds a model, and fetches it if it is not here. A path that exists is taken for one of the hub's, too, as LoRAX does;
+/// an address such as `s3://BUCKET/PREFIX` names its source itself.
+pub async fn find_model(
+    source: SourceKind,
+    model_id: &str,
+    revision: Option<&str>,
+) -> Result<ModelFiles, ModelError> {
+    let settings = HubSettings::from_env();
+    let is_address = ["s3://", "gs://", "az://"].iter().any(|scheme| model_id.starts_with(scheme));
+    match source {
+        SourceKind::Pbase => Err(ModelError::NoSuchSource(source)),
+        _ if is_address => in_bucket(SourceKind::S3, model_id, settings).await,
+        SourceKind::Local => on_this_machine(model_id),
+        SourceKind::Hub if Path::new(model_id).exists() => on_this_machine(model_id),
+        SourceKind::Hub => on_hub(model_id, revision, settings).await,
+        kind => in_bucket(kind, model_id, settings).await,
     }
+}
+
+/// A model of a hub.
+async fn on_hub(
+    model_id: &str,
+    revision: Option<&str>,
+    settings: HubSettings,
+) -> Result<ModelFiles, ModelError> {
     let named = Name::of(model_id).filter(|_| !model_id.starts_with(['.', '~']));
     let named = named.ok_or_else(|| ModelError::NotAnId(model_id.into()))?;
     // An empty one, as of a variable without a value, is none.
     let given = revision.filter(|revision| !revision.is_empty());
     let revision = given.or(named.revision).filter(|revision| !revision.is_empty());
     let asked = Asked { id: named.id, gguf: named.gguf, revision: revision.unwrap_or("main") };
-    let settings = HubSettings::from_env();
     if settings.cache.is_none() {
         return Err(NoHome.into());
     }
@@ -57,6 +79,25 @@ pub async fn find_model(model_id: &str, revision: Option<&str>) -> Result<ModelF
     Ok(ModelFiles { id, path, revision: revision.map(str::to_owned), sha: Some(sha) })
 }
 
+/// A model in a bucket: all that is below a prefix, or one of its GGUF files.
+async fn in_bucket(kind: SourceKind, id: &str, hub: HubSettings) -> Result<ModelFiles, ModelError> {
+    let not_an_id = |_| ModelError::NotAnId(id.into());
+    let reference = Reference::parse(kind.name(), id).map_err(not_an_id)?;
+    let settings = BucketSettings::from_env(Vec::new());
+    let place = Place::of(&reference, settings.variables.get("PREDIBASE_MODEL_BUCKET"));
+    let mut place = place.ok_or_else(|| ModelError::NotAnId(id.into()))?;
+    let prefix = place.prefix.clone();
+    let file = prefix.rsplit_once('/').filter(|(_, file)| file.to_ascii_lowercase().ends_with(".gguf"));
+    if let Some((folder, _)) = file {
+        place.prefix = folder.into();
+    }
+    let gguf = file.map(|(_, file)| Gguf::Path(file));
+    let cache = hub.cache.ok_or(NoHome)?;
+    let asked = Asked { id, gguf, revision: "" };
+    let path = InBucket { id, place, asked, cache: &cache, settings }.find(hub.offline).await?;
+    Ok(ModelFiles { id: id.into(), path, revision: None, sha: None })
+}
+
 /// A folder or a GGUF file.
 fn on_this_machine(name: &str) -> Result<ModelFiles, ModelError> {
     let path = Path::new(name);
@@ -69,7 +110,9 @@ fn on_this_machine(name: &str) -> Result<ModelFiles, ModelError> {
         }
         _ => canonical(path),
     };
-    if is_gguf || path.join(CONFIG).is_file() {
+    if !path.exists() {
+        Err(ModelError::NotAnId(name.into()))
+    } else if is_gguf || path.join(CONFIG).is_file() {
         Ok(ModelFiles { id: name.into(), path: absolute, revision: None, sha: None })
     } else {
         Err(ModelError::NotAModel(absolute))
@@ -161,7 +204,7 @@ mod tests {
     #[tokio::test]
     async fn paths_are_taken_as_they_are() {
         let folder = tempfile::tempdir().unwrap();
-        let find = async |path: &Path| super::find_model(path.to_str().unwrap(), None).await;
+        let find = async |path: &Path| super::find_model(SourceKind::Hub, path.to_str().unwrap(), None).await;
         assert!(matches!(find(folder.path()).await, Err(ModelError::NotAModel(_))));
         let gguf = folder.path().join("m.gguf");
         std::fs::write(&gguf, "").unwrap();
@@ -173,7 +216,10 @@ mod tests {
     #[tokio::test]
     async fn what_cannot_be_an_id_is_refused_without_asking_a_hub() {
         for bad in ["/no/such/path", "a/b/c", "", "a b", "../x", "org/..", "@main"] {
-            assert!(matches!(find_model(bad, None).await, Err(ModelError::NotAnId(_))), "{bad}");
+            assert!(
+                matches!(find_model(SourceKind::Hub, bad, None).await, Err(ModelError::NotAnId(_))),
+                "{bad}"
+            );
         }
     }
 }

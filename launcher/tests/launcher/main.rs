@@ -1,6 +1,7 @@
 //! The launcher with children and a hub that the tests write.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod bucket;
 mod cached;
 mod children;
 mod configuration;

@@ -40,7 +40,7 @@ impl Variables {
     }
 
     /// An address that is not the cloud's own.
-    pub(super) fn endpoint(&self, kind: SourceKind) -> Option<String> {
+    pub(crate) fn endpoint(&self, kind: SourceKind) -> Option<String> {
         let any = |names: &[&str]| names.iter().find_map(|name| self.get(name)).map(str::to_owned);
         match kind {
             SourceKind::S3 => {
@@ -73,7 +73,7 @@ impl fmt::Debug for Variables {
 }
 
 /// Makes a connection, which is used when something is asked for.
-pub(super) fn connect(place: &Place, settings: &BucketSettings) -> Result<Arc<dyn ObjectStore>> {
+pub(crate) fn connect(place: &Place, settings: &BucketSettings) -> Result<Arc<dyn ObjectStore>> {
     let variables = &settings.variables;
     let endpoint = variables.endpoint(place.kind);
     if let Some(endpoint) = endpoint.as_ref().filter(|_| place.kind != SourceKind::Az) {

@@ -21,18 +21,18 @@ const BACKOFF: Duration = Duration::from_millis(250);
 const GATHERED: usize = 1 << 20;
 
 /// An object that is being fetched.
-pub(super) struct Download<'a> {
-    pub(super) store: &'a dyn ObjectStore,
-    pub(super) file: &'a AdapterFile,
-    pub(super) path: &'a Path,
+pub(crate) struct Download<'a> {
+    pub(crate) store: &'a dyn ObjectStore,
+    pub(crate) file: &'a AdapterFile,
+    pub(crate) path: &'a Path,
     /// How long its next bytes may take.
-    pub(super) limit: Duration,
+    pub(crate) limit: Duration,
 }
 
 impl Download<'_> {
     /// Fetches it, and goes on where it was when the answer breaks off. A question that fails has been repeated by the
     /// client.
-    pub(super) async fn run(&self, progress: &(dyn Fn(u64) + Sync)) -> Result<(), Failure> {
+    pub(crate) async fn run(&self, progress: &(dyn Fn(u64) + Sync)) -> Result<(), Failure> {
         for retry in 0..=RETRIES {
             if self.attempt(progress).await? {
                 return Ok(());

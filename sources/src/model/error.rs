@@ -2,7 +2,10 @@
 
 use std::path::PathBuf;
 
-use crate::hub::{HubError, NoHome};
+use crate::{
+    BucketError, SourceKind,
+    hub::{HubError, NoHome},
+};
 
 /// Why a model's files cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -13,6 +16,25 @@ pub enum ModelError {
     /// There is no folder for the hub's files.
     #[error(transparent)]
     NoHome(#[from] NoHome),
+    /// Models do not come from there.
+    #[error("models do not come from the source \"{0}\", only from local, hub, s3, gs and az")]
+    NoSuchSource(SourceKind),
+    /// The bucket cannot be read.
+    #[error("{id}: {failure}")]
+    Bucket {
+        /// The model.
+        id: String,
+        /// The cause.
+        failure: BucketError,
+    },
+    /// The bucket lacks a file that the model needs.
+    #[error("{id} has no file {file:?}")]
+    NotInBucket {
+        /// The model.
+        id: String,
+        /// The file.
+        file: String,
+    },
     /// This is neither a path nor a hub id.
     #[error("{0:?} is neither a path that exists nor a hub id")]
     NotAnId(String),
@@ -105,6 +127,7 @@ impl ModelError {
     pub fn is_usage(&self) -> bool {
         match self {
             ModelError::Hub { source, .. } => source.is_refusal(),
+            ModelError::Bucket { failure, .. } => failure.is_refusal(),
             ModelError::Unreachable { .. } => false,
             _ => true,
         }
