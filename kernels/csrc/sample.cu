@@ -145,14 +145,14 @@ __device__ void process(const L* logits, float* z, const SeatParams& p, const Sa
 // token is, and min-p a depth below the most probable one.
 struct Kept {
   const float* z;
-  float top, temperature;
+  float top, inverse;  // the greatest logit, and 1 / temperature
   float log_sum, entropy;  // of the tokens that typical-p chooses from
   uint64_t cut, typical_cut;
   float depth;
 
   // How far a token is below the most probable one. The difference is divided, because a quotient of logits may be
   // infinite where the logits are not.
-  __device__ float below(int t) const { return (top - z[t]) / temperature; }
+  __device__ float below(int t) const { return (top - z[t]) * inverse; }
   __device__ uint64_t rank(int t) const { return ranked(depth_key(below(t)), t); }
   __device__ uint64_t typical_rank(int t) const {
     return ranked(depth_key(fabsf(below(t) + log_sum - entropy)), t);
@@ -202,7 +202,7 @@ __device__ uint32_t choose(const float* z, const SeatParams& p, int vocab, uint3
   Peak peak = find_peak(z, vocab);
   // An infinite logit has all the probability; of a row of NaN no token has any.
   if (p.temperature <= 0.f || !isfinite(peak.top)) return id_of(peak.rank);
-  Kept kept{z, peak.top, p.temperature, 0.f, 0.f, 0, 0, INFINITY};
+  Kept kept{z, peak.top, 1.f / p.temperature, 0.f, 0.f, 0, 0, INFINITY};
   if (p.top_k > 0 && p.top_k < (uint32_t)vocab)
     kept.cut = select(vocab, p.top_k, [&](int t, uint64_t& rank, uint64_t& weight) {
       rank = kept.rank(t);

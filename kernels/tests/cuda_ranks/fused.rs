@@ -12,7 +12,7 @@ use kernels::{
     testing::{Numbers, assert_close, batch},
 };
 
-use super::support::{PATIENCE, all_succeed, expect_same_bits, filled, rms, tensor, threads};
+use super::support::{PATIENCE, all_succeed, all_succeed_in, expect_same_bits, filled, rms, tensor, threads};
 
 const INPUTS: usize = 256;
 /// Ranks of the adapters, of which the second one and the last one also have a magnitude, and the last one a bias.
@@ -170,8 +170,8 @@ fn check(be: &CudaBackend, case: &Case, what: &str) {
         *launches = if way == "fused" { share.fused(be) } else { share.composed(be) };
         let (sums, normed) = (be.download(&share.stream).unwrap(), be.download(&share.y).unwrap());
         let what = format!("{way}: {what}");
-        assert_close(&format!("{what}: stream"), &sums, &case.sums.data, DType::Bf16);
-        assert_close(&format!("{what}: norm"), &normed, &case.normed.data, DType::Bf16);
+        assert_close(&format!("{what}: stream"), &sums, &case.sums.data, be.dtype());
+        assert_close(&format!("{what}: norm"), &normed, &case.normed.data, be.dtype());
         expect_same_bits(be, &what, &sums);
         expect_same_bits(be, &what, &normed);
     }
@@ -265,16 +265,22 @@ fn norms_of_a_rank_that_fails() {
 
 #[test]
 fn rows_of_processes() {
-    for_processes("fused::rows_of_processes", 2);
+    for_processes(DType::Bf16, "fused::rows_of_processes", 2);
+}
+
+/// Deltas and sums are two launches then.
+#[test]
+fn rows_of_processes_in_f16() {
+    for_processes(DType::F16, "fused::rows_of_processes_in_f16", 2);
 }
 
 #[test]
 fn rows_of_four_processes() {
-    for_processes("fused::rows_of_four_processes", 4);
+    for_processes(DType::Bf16, "fused::rows_of_four_processes", 4);
 }
 
-fn for_processes(test: &str, ranks: usize) {
-    all_succeed(test, ranks, |be| {
+fn for_processes(dtype: DType, test: &str, ranks: usize) {
+    all_succeed_in(dtype, test, ranks, |be| {
         for (outputs, rows) in [(512, 1), (512, 33), (512, 100), (4096, 8), (4096, 32), (8192, 4), (8192, 20)]
         {
             for (which, slots) in [("mixed", mixed(rows)), ("plain", plain(rows)), ("no", vec![])] {
