@@ -234,7 +234,8 @@ pub trait Adapters: Sampling {
     type LoraSlots: Send;
 
     /// Tells the device the largest number of bytes that staged adapters will take, so that it keeps as much memory for
-    /// reuse when adapters are dropped, and how many bytes of this it may begin to allocate now. Returns at once.
+    /// reuse when adapters are dropped, and how many bytes of this it may begin to allocate now, beside steps. Returns at
+    /// once.
     fn expect_adapters(&self, most: usize, now: usize) {
         let _ = (most, now);
     }

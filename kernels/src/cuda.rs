@@ -298,6 +298,7 @@ impl Memory for CudaBackend {
 
     fn upload(&self, host: &Batch, batch: &mut CudaBatch) -> Result<()> {
         self.device.bind()?;
+        self.pinned.count_step();
         batch.upload(self, host)
     }
 

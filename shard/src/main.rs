@@ -248,8 +248,6 @@ fn serve<B: Backend>(
 ) -> anyhow::Result<()> {
     let shard = &config.shard;
     let (host_bytes, world) = (shard.adapter_host_memory as usize, config.shards.uds.len() as u32);
-    // Page-locked memory is not available to other processes: no more than a quarter is locked in advance.
-    ops.expect_adapters(host_bytes, memory::quarter(config.shards.uds.len()) as usize);
     let model = Arc::new(load(&*ops, config)?);
     // Steps of the warm-up wait for the other ranks no longer than later ones do.
     ops.group().barrier(LOADING)?;
@@ -282,6 +280,8 @@ fn serve<B: Backend>(
     }
     (target.ready)(&ops);
     tracing::info!(num_blocks, seconds = capture.elapsed().as_secs_f32(), "ready to compute");
+    // Page-locked memory is not available to other processes: no more than a quarter is locked in advance.
+    ops.expect_adapters(host_bytes, memory::quarter(config.shards.uds.len()) as usize);
     let info = Info {
         dtype: name_of(ops.dtype()).into(),
         device: target.name.into(),

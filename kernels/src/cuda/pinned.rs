@@ -1,24 +1,46 @@
-//! Page-locked memory for adapters, in pieces of one size that are set aside at start and used again and again: to lock
-//! memory takes the driver a while, during which no kernel can be launched.
+//! Page-locked memory for adapters, in pieces of one size that are set aside and used again and again: to lock memory
+//! takes the driver a while, during which no kernel can be launched.
 
 use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
+    time::Duration,
 };
 
 use super::device::{Device, PinnedBuf};
 use crate::{Result, lora::blocks::Unfilled};
 
-/// Bytes of a piece: small against an adapter, so that little is wasted, and large against what a copy costs.
+/// Bytes of a piece: small against an adapter, so that little is wasted and a launch waits for one piece only, and large
+/// against what a copy costs.
 pub(super) const PIECE: usize = 2 << 20;
 
-/// Bytes that are set aside at most before somebody needs them.
-const SET_ASIDE: usize = 4 << 30;
+/// Steps run if one has begun so recently.
+const RECENT: Duration = Duration::from_millis(200);
+
+/// The number of steps that have begun.
+#[derive(Default)]
+struct Steps {
+    count: Mutex<u64>,
+    begun: Condvar,
+}
+
+impl Steps {
+    fn count(&self) -> MutexGuard<'_, u64> {
+        self.count.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until there are more than `seen`. Returns whether there were any soon.
+    fn wait_for_more(&self, seen: u64) -> bool {
+        let waited = self.begun.wait_timeout_while(self.count(), RECENT, |count| *count == seen);
+        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
+    }
+}
 
 /// Pieces that are locked, in use or not.
 pub(super) struct PinnedPool {
     device: Arc<Device>,
     state: Mutex<State>,
+    steps: Arc<Steps>,
 }
 
 #[derive(Default)]
@@ -32,7 +54,8 @@ struct State {
 
 impl PinnedPool {
     pub(super) fn new(device: &Arc<Device>) -> Arc<PinnedPool> {
-        Arc::new(PinnedPool { device: device.clone(), state: Mutex::default() })
+        let (state, steps) = Default::default();
+        Arc::new(PinnedPool { device: device.clone(), state, steps })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -45,19 +68,30 @@ impl PinnedPool {
         PinnedBuf::new(&self.device, PIECE).inspect_err(|_| self.state().locked -= 1)
     }
 
-    /// Keeps up to `most` bytes locked from now on, and begins to lock `now` of them on a thread of its own. Where there
-    /// is less, adapters lock what they need.
+    /// Tells that a step begins.
+    pub(super) fn count_step(&self) {
+        *self.steps.count() += 1;
+        self.steps.begun.notify_one();
+    }
+
+    /// Keeps up to `most` bytes locked from now on, and begins to lock `now` of them on a thread of its own: while steps
+    /// run, one piece for each step. Where there is less, adapters lock what they need.
     pub(super) fn set_aside(self: &Arc<Self>, most: usize, now: usize) {
         self.state().keep = most / PIECE;
-        let pool = Arc::downgrade(self);
+        let (pool, steps, pieces) = (Arc::downgrade(self), self.steps.clone(), most.min(now) / PIECE);
         let work = move || {
-            let pieces = most.min(now).min(SET_ASIDE) / PIECE;
+            let (mut seen, mut are_running) = (*steps.count(), false);
             while let Some(pool) = pool.upgrade() {
                 if pool.state().locked >= pieces {
                     return;
                 }
                 let Ok(piece) = pool.lock() else { return };
                 pool.state().free.push(piece);
+                drop(pool);
+                if *steps.count() != seen || are_running {
+                    seen = *steps.count();
+                    are_running = steps.wait_for_more(seen);
+                }
             }
         };
         // Without the thread, adapters lock what they need.
