@@ -73,6 +73,11 @@ impl Stage {
         Stage { readers: Readers::new(), pieces }
     }
 
+    /// Reads on up to so many threads from now on.
+    pub fn allow(&mut self, threads: usize) {
+        self.readers = Readers::of(threads);
+    }
+
     fn aligned(bytes: usize) -> usize {
         bytes.next_multiple_of(256)
     }

@@ -46,7 +46,12 @@ struct Queue<J, E> {
 impl Readers {
     pub(crate) fn new() -> Readers {
         let cores = thread::available_parallelism().map_or(1, usize::from);
-        Readers { left: Mutex::new((cores / 2).clamp(1, THREADS).cast_signed()) }
+        Readers::of((cores / 2).clamp(1, THREADS))
+    }
+
+    /// As many threads.
+    pub(crate) fn of(threads: usize) -> Readers {
+        Readers { left: Mutex::new(threads.cast_signed()) }
     }
 
     /// One permit for the calling thread, and further ones up to `wanted` as far as there are. Nobody waits: a file that

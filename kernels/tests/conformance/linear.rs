@@ -98,6 +98,31 @@ pub(super) fn low_rank_deltas_of_mixed_ranks<B: Backend>(ops: &B) {
     }
 }
 
+/// Matrices that are read in many chunks, at the ends of which pieces of host memory end, too.
+pub(super) fn deltas_of_large_matrices<B: Backend>(ops: &B) {
+    let mut numbers = Numbers(11);
+    let sites = [LoraSite::linear(4200, &[70, 1100]), LoraSite::linear(130, &[9000])];
+    let ranks = [(0, 0, 130), (0, 1, 40), (1, 0, 72), (1, 0, 1)];
+    let parts: Vec<_> =
+        ranks.map(|(site, slice, rank)| numbers.part((site, slice), &sites[site], rank)).into();
+    let adapters = [parts[..3].to_vec(), parts[3..].to_vec(), parts[1..3].to_vec()];
+    let tables = sites.each_ref().map(|site| numbers.table(site.outputs.iter().sum(), site.inputs));
+    let weights = tables.each_ref().map(|w| ops.weight(&[tensor(w)]).unwrap());
+    let slots = fill_slots(ops, &sites, &weights.each_ref(), &adapters);
+    let host = batch(&[(2, 0), (1, 3), (1, 0), (3, 0)], &[Some(0), Some(1), None, Some(2)]);
+    let device = device_batch(ops, &host);
+    for (index, site) in sites.iter().enumerate() {
+        let x = numbers.table(host.rows(), site.inputs);
+        let mut expected = reference::linear(&x, &tables[index], None);
+        reference::add_lora(&x, (index, site), &host.segments, &adapters, &mut expected);
+        let mut y = ops.mat(host.rows(), site.outputs.iter().sum()).unwrap();
+        let lora = LinearLora { slots: &slots, site: index, batch: &device, rows: RowSet::All };
+        ops.linear(&mat(ops, &x), Projection::new(&weights[index], Some(lora)), Output::Store(&mut y))
+            .unwrap();
+        assert_close("large deltas", &ops.download(&y).unwrap(), &expected.data, ops.dtype());
+    }
+}
+
 pub(super) fn gated_projections_with_deltas<B: Backend>(ops: &B) {
     let mut numbers = Numbers(7);
     for inner in [128, 20] {

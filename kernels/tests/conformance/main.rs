@@ -67,8 +67,8 @@ use attention::{
     queries_and_keys_are_clamped_and_normed, rotations_of_every_kind, sinks_and_slopes,
 };
 use linear::{
-    gated_projections_with_deltas, linear_of_any_shape, low_rank_deltas_of_mixed_ranks,
-    normed_projections_with_deltas, the_stream_is_not_rounded,
+    deltas_of_large_matrices, gated_projections_with_deltas, linear_of_any_shape,
+    low_rank_deltas_of_mixed_ranks, normed_projections_with_deltas, the_stream_is_not_rounded,
 };
 use masks::{
     masks_change_nothing_else, masks_come_before_filters, masks_hold_for_any_logits, masks_of_many_rows,
@@ -89,6 +89,7 @@ use sampling::{
 on_every_backend!(
     linear_of_any_shape,
     low_rank_deltas_of_mixed_ranks,
+    deltas_of_large_matrices,
     gated_projections_with_deltas,
     normed_projections_with_deltas,
     the_stream_is_not_rounded,

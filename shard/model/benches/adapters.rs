@@ -134,8 +134,11 @@ fn adapter(at: &Path, model: &BaseModel, of: &str) {
     report(&format!("open, {of}"), bytes, fastest(|| drop(AdapterFolder::open(at, model).unwrap())));
     let opened = AdapterFolder::open(at, model).unwrap();
     let mut stage = Stage::new(2 * bytes, PIECE);
-    let took = fastest(|| stage.fill(model.dtype, &opened.parts(&|| false).unwrap()).unwrap());
-    report(&format!("read into blocks, {of}"), bytes, took);
+    for threads in [1, 2, 4, 8] {
+        stage.allow(threads);
+        let took = fastest(|| stage.fill(model.dtype, &opened.parts(&|| false).unwrap()).unwrap());
+        report(&format!("read into blocks on {threads} threads, {of}"), bytes, took);
+    }
     if model.dtype != DType::F16 {
         let ops = CpuBackend::new(model.dtype, 1).unwrap();
         let sites = model.decoder.sites();
