@@ -105,6 +105,10 @@ pub struct RouterConfig {
     /// Where adapters come from unless a request says otherwise: local, hub, s3, gs, az, or pbase
     #[arg(long, env, default_value = "local")]
     pub adapter_source: String,
+    /// Buckets that adapters may be read from, or prefixes in them, such as s3://bucket/team; they are read with the
+    /// server's own credentials
+    #[arg(long, env, value_delimiter = ',', action = ArgAction::Append)]
+    pub adapter_buckets: Vec<String>,
     /// Seconds for which a source's answer, that a credential may read an adapter, is used again; 0 asks every time
     #[arg(long, env, value_name = "SECONDS", value_parser = seconds, default_value = "60")]
     #[serde(with = "as_seconds")]

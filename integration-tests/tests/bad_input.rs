@@ -64,7 +64,7 @@ async fn requests() {
         (generate(json!({"adapter_id": "sql\u{0}"})), 422, "control characters"),
         (generate(json!({"adapter_id": "x".repeat(5000)})), 422, ""),
         (generate(json!({"adapter_id": "/etc"})), 424, "outside"),
-        (generate(json!({"adapter_id": "sql", "adapter_source": "hub"})), 422, "only \"local\""),
+        (generate(json!({"adapter_id": "sql", "adapter_source": "ftp"})), 422, "only local, hub"),
     ];
     beside_a_stream(server, async {
         for (body, status, cause) in cases {

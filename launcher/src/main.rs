@@ -19,7 +19,7 @@ use clap::{Parser, error::ErrorKind};
 use config::{Config, ModelConfig, ShardConfig, ShardsConfig};
 use lifecycle::{EX_USAGE, fail};
 use ranks::RanksError;
-use sources::{ModelError, ModelFiles};
+use sources::{BucketPrefix, ModelError, ModelFiles};
 use supervisor::{Plan, Signals};
 use telemetry::Log;
 
@@ -52,6 +52,9 @@ fn check(args: &Args) -> anyhow::Result<()> {
     args.shard.check()?;
     for folder in args.shard.adapter_dir.iter().chain(&args.shard.adapter_roots) {
         ensure!(folder.is_dir(), "{} is not a folder that can be read", folder.display());
+    }
+    for bucket in &args.router.adapter_buckets {
+        bucket.parse::<BucketPrefix>().with_context(|| format!("--adapter-buckets {bucket}"))?;
     }
     if let Some(file) = &args.router.api_key_file {
         ensure!(file.is_file(), "{} is not a file that can be read", file.display());

@@ -83,8 +83,8 @@ pub enum StartError {
     /// The metrics.
     #[error("the metrics: {0}")]
     Metrics(#[from] metrics_exporter_prometheus::BuildError),
-    /// The folders that adapters may be read from.
-    #[error("the adapter folders: {0}")]
+    /// The places that adapters may be read from.
+    #[error("the sources of adapters: {0}")]
     Sources(#[from] SettingsError),
     /// The cache of adapters.
     #[error("--adapter-cache {}: {source}", path.display())]
@@ -147,7 +147,8 @@ impl App {
     /// Reads the tokenizer and starts to look for the shards. Adapters come from where flags and environment say.
     pub fn start(config: Config, supervisor: &Supervisor) -> Result<Arc<App>, StartError> {
         let shard = &config.shard;
-        let sources = SourceSettings::from_env(shard.adapter_dir.clone(), shard.adapter_roots.clone());
+        let sources = SourceSettings::from_env(shard.adapter_dir.clone(), shard.adapter_roots.clone())
+            .with_buckets(&config.router.adapter_buckets)?;
         App::start_with(config, sources, supervisor)
     }
 

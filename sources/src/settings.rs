@@ -3,6 +3,7 @@
 use std::{io, path::PathBuf};
 
 use crate::{
+    NameError,
     bucket::BucketSettings,
     hub::{HubError, HubSettings, flag},
 };
@@ -32,6 +33,9 @@ pub enum SettingsError {
     /// No connection to a source can be made.
     #[error(transparent)]
     Http(#[from] reqwest::Error),
+    /// A text names no bucket.
+    #[error("--adapter-buckets {0}: {1}")]
+    Bucket(String, NameError),
     /// The value of a variable is not an address.
     #[error("{0} is not a URL")]
     Url(&'static str),
@@ -51,5 +55,15 @@ impl SourceSettings {
         let use_hub_token = flag("LORAX_USE_GLOBAL_HF_TOKEN");
         let (hub, buckets) = (HubSettings::from_env(), BucketSettings::from_env(Vec::new()));
         SourceSettings { adapter_dir, adapter_roots, hub, buckets, use_hub_token }
+    }
+
+    /// The same, with buckets that requests may name (`--adapter-buckets`).
+    pub fn with_buckets(mut self, allowed: &[String]) -> Result<SourceSettings, SettingsError> {
+        for text in allowed {
+            self.buckets
+                .allowed
+                .push(text.parse().map_err(|fault| SettingsError::Bucket(text.clone(), fault))?);
+        }
+        Ok(self)
     }
 }

@@ -29,6 +29,7 @@ fn what_cannot_work_is_refused_at_once() {
         (&["--sharded", "true"], "--sharded true: 0 of the 2 GPUs that it needs are visible: no driver"),
         (&["--num-shard", "2", "--device", "cuda"], "--num-shard 2: 0 of the 2 GPUs"),
         (&["--device", "cuda"], "--device cuda: 0 of the 1 GPUs that it needs are visible: no driver"),
+        (&["--adapter-buckets", "s3://one,hub://two"], "--adapter-buckets hub://two"),
         (&["--adapter-source", "ftp"], "it must be local, hub, s3, gs, az, or pbase"),
         (&["--adapter-auth-ttl-s", "soon"], "--adapter-auth-ttl-s"),
         (&["--adapter-auth-ttl-s", "18446744073709551615"], "--adapter-auth-ttl-s must be at most"),
