@@ -123,6 +123,32 @@ fn what_is_posted_comes_when_all_ranks_have_posted_it() {
 }
 
 #[test]
+fn what_some_ranks_have_posted_can_be_seen() {
+    for count in [1, 2, 3, 5] {
+        groups(count, rounds::PATIENCE, |group| {
+            // The ranks post one after the other.
+            for rank in 0..count {
+                assert_eq!(group.posted_so_far(7, 1).iter().flatten().count(), rank);
+                group.barrier(rounds::PATIENCE).unwrap();
+                if group.rank() == rank {
+                    group.post(7, 1, &[rank as u8]).unwrap();
+                }
+                let since = Instant::now();
+                while group.posted_so_far(7, 1)[rank].is_none() {
+                    group.check("test", rank, since).unwrap();
+                    thread::yield_now();
+                }
+                group.barrier(rounds::PATIENCE).unwrap();
+            }
+            let told = group.posted_so_far(7, 1);
+            assert!(told.iter().enumerate().all(|(rank, bytes)| bytes.as_deref() == Some(&[rank as u8][..])));
+            assert!(group.posted_so_far(7, 2).iter().chain(&group.posted_so_far(8, 1)).all(Option::is_none));
+            group.barrier(rounds::PATIENCE).unwrap();
+        });
+    }
+}
+
+#[test]
 fn a_failure_is_returned_once() {
     groups(2, rounds::PATIENCE, |group| {
         let own: &[u8] = if group.rank() == 1 { b"" } else { b"squares" };

@@ -317,10 +317,7 @@ fn settle(
         }
         let codes = group.posted_so_far(PLACE, about);
         // Two ranks on one GPU are refused, for example.
-        if let Some((rank, code)) = codes.iter().enumerate().find_map(|(rank, code)| {
-            let code = c_int::from_le_bytes(code.as_deref()?.try_into().unwrap_or([0xff; 4]));
-            (code != 0).then_some((rank, code))
-        }) {
+        if let Some((rank, code)) = first_failure(&codes) {
             own.iter().for_each(Nccl::abort);
             return Ok(Err(format!("rank {rank}: ncclCommInitRank returned {code}")));
         }
@@ -329,11 +326,23 @@ fn settle(
             (None, Some(nccl)) => return Ok(Ok(nccl)),
             (_, nccl) => own = nccl,
         }
-        group.check("join NCCL's communicator", missing.unwrap_or_else(|| another(group)), since)?;
+        let waits_for = missing.unwrap_or_else(|| another(group));
+        if let Err(error) = group.check("join NCCL's communicator", waits_for, since) {
+            // Destroying would wait for the rank.
+            own.iter().for_each(Nccl::abort);
+            return Err(error);
+        }
         if own.is_some() {
             thread::park_timeout(POLL);
         }
     }
+}
+
+/// The first rank that has told an error, and the error.
+fn first_failure(codes: &[Option<Arc<[u8]>>]) -> Option<(usize, c_int)> {
+    let code = |bytes: &Arc<[u8]>| c_int::from_le_bytes(bytes[..].try_into().unwrap_or([0xff; 4]));
+    let mut told = codes.iter().enumerate().filter_map(|(rank, bytes)| Some((rank, code(bytes.as_ref()?))));
+    told.find(|(_, code)| *code != 0)
 }
 
 #[cfg(test)]
