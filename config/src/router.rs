@@ -145,6 +145,11 @@ pub struct RouterConfig {
     #[arg(long, env, value_name = "SECONDS", value_parser = seconds, default_value = "60")]
     #[serde(with = "as_seconds")]
     pub prepare_timeout: Duration,
+    /// Seconds after which a busy adapter leaves its slot to others that wait, and after which one that waits for a slot
+    /// gets it out of turn
+    #[arg(long, env, value_name = "SECONDS", value_parser = seconds, default_value = "2")]
+    #[serde(with = "as_seconds")]
+    pub adapter_cycle_time_s: Duration,
     /// Seconds between SIGTERM, from which on the server calls itself not ready, and the end of accepting connections
     #[arg(long, env, value_name = "SECONDS", value_parser = seconds, default_value = "0")]
     #[serde(with = "as_seconds")]
@@ -201,6 +206,7 @@ impl RouterConfig {
             ("--step-timeout", self.step_timeout.unwrap_or(SHORTEST), SHORTEST),
             ("--prepare-timeout", self.prepare_timeout, SHORTEST),
             ("--adapter-auth-ttl-s", self.adapter_auth_ttl_s, Duration::ZERO),
+            ("--adapter-cycle-time-s", self.adapter_cycle_time_s, SHORTEST),
             ("--shutdown-delay", self.shutdown_delay, Duration::ZERO),
             ("--shutdown-deadline", self.shutdown_deadline, Duration::ZERO),
         ] {

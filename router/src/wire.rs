@@ -127,6 +127,7 @@ impl Info {
             block_size: self.block_size,
             num_slots: self.num_slots,
             adapter_bytes: self.adapter_bytes,
+            adapter_cycle_time: config.adapter_cycle_time_s,
             max_rows: self.max_rows,
             max_sequences: self.max_sequences,
             max_logit_rows: self.max_logit_rows,

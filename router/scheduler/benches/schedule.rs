@@ -72,6 +72,7 @@ impl Server {
             block_size: 16,
             num_slots: 128,
             adapter_bytes: 0,
+            adapter_cycle_time: Duration::from_secs(2),
             max_rows: 1_024,
             max_sequences: RUNNING,
             max_logit_rows: 1_024,

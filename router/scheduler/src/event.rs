@@ -107,6 +107,11 @@ pub struct Stats {
     pub resident_adapters: usize,
     /// Adapters on their way into slots.
     pub loading_adapters: usize,
+    /// Adapters evicted from slots so far.
+    pub adapter_evictions: u64,
+    /// Steps that slots had no work in so far, beside the first such step of each, while requests waited for slots. A swap
+    /// is hidden if it takes no more than that.
+    pub idle_slot_steps: u64,
     /// Requests admitted so far.
     pub admitted: u64,
     /// Preemptions so far.

@@ -19,7 +19,7 @@ use crate::{
     sequence::{Arrival, Sequence},
 };
 use aging::Aging;
-pub use aging::{AGED_SHARE, OVERDUE};
+pub use aging::{AGED_SHARE, AGED_SLOTS, OVERDUE};
 use level::Level;
 use order::Order;
 
@@ -163,6 +163,12 @@ impl<P> Flows<P> {
         self.adapters.get(&key).is_some_and(|adapter| adapter.waiting > 0)
     }
 
+    /// Returns whether requests of the adapter wait for nothing but a seat.
+    pub(crate) fn can_admit(&self, key: AdapterKey) -> bool {
+        let adapter = self.adapters.get(&key);
+        adapter.is_some_and(|adapter| adapter.waiting > 0 && adapter.residency == Residency::Ready)
+    }
+
     pub(crate) fn adapter(&self, id: FlowId) -> Option<Adapter> {
         self.get(id).adapter
     }
@@ -224,10 +230,17 @@ impl<P> Flows<P> {
         (self.aging.may_admit() && now.saturating_sub(since) >= OVERDUE).then_some(id)
     }
 
-    /// The flow that may get a slot out of turn now.
-    pub(crate) fn overdue_absent(&self, now: Duration) -> Option<FlowId> {
+    /// The flow that may get a slot out of turn now, of those that have waited for so long.
+    pub(crate) fn overdue_absent(&self, now: Duration, overdue: Duration) -> Option<FlowId> {
         let &(since, id) = self.longest_absent.first()?;
-        (self.aging.may_load() && now.saturating_sub(since) >= OVERDUE).then_some(id)
+        (self.aging.may_load() && now.saturating_sub(since) >= overdue).then_some(id)
+    }
+
+    /// Whether each tenant that waits for an adapter has so many admitted sequences.
+    pub(crate) fn tenants_run(&self, key: AdapterKey, sequences: usize) -> bool {
+        let flows = self.adapters.get(&key).into_iter().flat_map(|adapter| &adapter.flows);
+        let mut waiting = flows.map(|&id| self.get(id)).filter(|flow| !flow.waiting.is_empty());
+        waiting.all(|flow| self.tenant(flow.tenant).users >= sequences)
     }
 
     /// The readiness of an adapter to give its slot to a flow; none if it does not.

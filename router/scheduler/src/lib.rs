@@ -55,7 +55,7 @@ mod step;
 mod table;
 
 pub use event::{Event, FailReason, Finish, Sampled, Stats};
-pub use flows::{AGED_SHARE, OVERDUE};
+pub use flows::{AGED_SHARE, AGED_SLOTS, OVERDUE};
 pub use request::{
     Adapter, AdapterKey, CacheSalt, Limits, Request, RequestId, SubmitError, Tenant, kv_positions,
 };

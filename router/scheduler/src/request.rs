@@ -1,6 +1,6 @@
 //! Requests, adapters, tenants and limits: the caller's side of the scheduler.
 
-use std::{error::Error, fmt, sync::Arc};
+use std::{error::Error, fmt, sync::Arc, time::Duration};
 
 use crate::RopeScaling;
 
@@ -79,6 +79,9 @@ pub struct Limits {
     pub num_slots: u32,
     /// Bytes that the adapters in slots may take together; 0 for no bound.
     pub adapter_bytes: u64,
+    /// An adapter that has used its slot for so long leaves it to others that wait, and one that has waited so long gets a
+    /// slot out of turn.
+    pub adapter_cycle_time: Duration,
     /// Rows in a step.
     pub max_rows: u32,
     /// Sequences that run at the same time.

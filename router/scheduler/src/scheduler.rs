@@ -83,6 +83,8 @@ pub struct Scheduler<P> {
     /// Slots to empty with the next step.
     unload: Vec<u32>,
     prefill_budget: PrefillBudget,
+    /// Whether there was no seat or no memory in the last step for a request that could have begun.
+    crowded: bool,
     arrivals: Arrival,
     steps: u64,
     admitted: u64,
@@ -112,6 +114,7 @@ impl<P: Clone> Scheduler<P> {
             dropped: Vec::new(),
             unload,
             prefill_budget: PrefillBudget::default(),
+            crowded: false,
             arrivals: 0,
             steps: 0,
             admitted: 0,
@@ -307,6 +310,8 @@ impl<P: Clone> Scheduler<P> {
             cached_blocks: self.blocks.idle(),
             resident_adapters,
             loading_adapters,
+            adapter_evictions: self.slots.evictions,
+            idle_slot_steps: self.slots.idle_steps,
             admitted: self.admitted,
             preemptions: self.preemptions,
             cached_tokens: self.cached_tokens,

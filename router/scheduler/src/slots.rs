@@ -1,6 +1,9 @@
 //! Adapter slots: which adapter is in which slot, and which may leave.
 
-use std::collections::{BTreeSet, HashMap};
+use std::{
+    collections::{BTreeSet, HashMap},
+    time::Duration,
+};
 
 use crate::{Adapter, AdapterKey, flows::Residency};
 
@@ -27,8 +30,12 @@ struct Slot {
     users: u32,
     /// Virtual tokens of work since it was loaded.
     earned: u64,
-    /// Time at which its last user left, which is its key in `idle`.
+    /// Time of its first use since it was loaded.
+    used_since: Option<Duration>,
+    /// Tick at which its last user left, which is its key in `idle`.
     idle_since: u64,
+    /// Steps since it had work last, as far as others waited for slots.
+    idle_steps: u32,
 }
 
 /// The place for an adapter that is to be loaded.
@@ -47,6 +54,38 @@ pub(crate) struct Drained {
     pub(crate) free: bool,
 }
 
+/// The need for a slot, which decides the slots that may be given for it.
+#[derive(Debug)]
+pub(crate) enum Need<F> {
+    /// An adapter leaves when it has had its [`SLICE`] and others wait for it, too, or when it has used its slot for the
+    /// cycle time. One that nobody waits for leaves by itself when its last sequence ends.
+    Turn { now: Duration, cycle_time: Duration, is_wanted: F },
+    /// A tenant without a seat needs not wait for slices. Slots that nobody uses come first, because they are free at once.
+    /// An adapter that has not been used since it was loaded comes next, if that was ahead of the seats of a tenant that has
+    /// most of them, which this tells; then those in use.
+    FirstSeat { is_ahead: F },
+}
+
+impl<F: Fn(AdapterKey) -> bool> Need<F> {
+    /// The readiness of a slot to be given; none if it is not. A slot that was loaded for somebody who has not used it yet
+    /// stays in general: otherwise it would be loaded again for the same request.
+    fn rank(&self, slot: &Slot) -> Option<u8> {
+        let is_used = slot.earned > 0;
+        match self {
+            Self::Turn { now, cycle_time, is_wanted } => {
+                let had_cycle = slot.used_since.is_some_and(|since| now.saturating_sub(since) >= *cycle_time);
+                let had_slice = slot.earned >= SLICE && is_wanted(slot.adapter.key);
+                (is_used && (had_slice || had_cycle)).then_some(0)
+            }
+            Self::FirstSeat { is_ahead } => match (slot.users, is_used) {
+                (0, true) => Some(2),
+                (0, false) => is_ahead(slot.adapter.key).then_some(1),
+                _ => is_used.then_some(0),
+            },
+        }
+    }
+}
+
 /// All slots.
 #[derive(Debug)]
 pub(crate) struct Slots {
@@ -62,6 +101,10 @@ pub(crate) struct Slots {
     max_bytes: u64,
     /// Counts how often a slot became idle: the clock of `idle_since`.
     ticks: u64,
+    /// Adapters that have been evicted.
+    pub(crate) evictions: u64,
+    /// Steps that slots have been without work, beside the first of each.
+    pub(crate) idle_steps: u64,
 }
 
 impl Slots {
@@ -74,6 +117,8 @@ impl Slots {
             bytes: 0,
             max_bytes,
             ticks: 0,
+            evictions: 0,
+            idle_steps: 0,
         }
     }
 
@@ -93,7 +138,8 @@ impl Slots {
     }
 
     fn fill(&mut self, slot: u32, adapter: Adapter, state: State, earned: u64) {
-        self.slots[slot as usize] = Some(Slot { adapter, state, users: 0, earned, idle_since: 0 });
+        self.slots[slot as usize] =
+            Some(Slot { adapter, state, users: 0, earned, used_since: None, idle_since: 0, idle_steps: 0 });
         self.by_key.insert(adapter.key, slot);
         self.bytes += u128::from(adapter.bytes);
     }
@@ -128,6 +174,7 @@ impl Slots {
         for &(slot, key) in &evicted {
             self.clear(slot, key);
         }
+        self.evictions += evicted.len() as u64;
         let slot = self.empty.pop()?;
         self.fill(slot, adapter, State::Loading, 0);
         Some(Placement { slot, evicted })
@@ -174,13 +221,14 @@ impl Slots {
     }
 
     /// Pins the slot of a ready adapter for one more sequence.
-    pub(crate) fn pin(&mut self, key: AdapterKey) -> Option<u32> {
+    pub(crate) fn pin(&mut self, key: AdapterKey, now: Duration) -> Option<u32> {
         let id = *self.by_key.get(&key)?;
         let slot = self.slots[id as usize].as_mut()?;
         if slot.users == 0 {
             self.idle.remove(&(slot.idle_since, id));
         }
         slot.users += 1;
+        slot.used_since.get_or_insert(now);
         Some(id)
     }
 
@@ -199,25 +247,21 @@ impl Slots {
         }
     }
 
-    /// Promises a slot to one of the `wanting` adapters that have none. The slot is one whose adapter has had a
-    /// `slice` of virtual tokens and for which `yields` returns a value; of several, the one with the greatest.
-    /// Without a slice, slots that nobody uses come first. But an adapter that has not been used since it was loaded
-    /// keeps its slot in any case: otherwise it would be loaded again for the request that it was loaded for. No more
-    /// slots drain than are wanted, nor more than a quarter of all, so that the others keep the batch full.
+    /// Promises a slot to one of the `wanting` adapters that have none. The slot is one whose adapter [may leave](Need)
+    /// and for which `yields` returns a value; of several, the one with the greatest. No more slots drain than are wanted,
+    /// nor more than a quarter of all, so that the others keep the batch full.
     pub(crate) fn drain<R: Ord>(
         &mut self,
         wanting: usize,
-        slice: u64,
+        need: &Need<impl Fn(AdapterKey) -> bool>,
         yields: impl Fn(AdapterKey) -> Option<R>,
     ) -> Option<Drained> {
         let draining = self.occupied().filter(|(_, s)| s.state == State::Draining && s.users > 0).count();
-        if draining >= (self.slots.len() / 4).max(1).min(wanting) {
-            return None;
-        }
+        let may_wait = draining < (self.slots.len() / 4).max(1).min(wanting);
         let (_, _, id) = self
             .occupied()
-            .filter(|(_, slot)| slot.state == State::Ready && slot.earned >= slice.max(1))
-            .filter_map(|(id, slot)| Some((slice == 0 && slot.users == 0, yields(slot.adapter.key)?, id)))
+            .filter(|(_, slot)| slot.state == State::Ready && (may_wait || slot.users == 0))
+            .filter_map(|(id, slot)| Some((need.rank(slot)?, yields(slot.adapter.key)?, id)))
             .max()?;
         let slot = self.slots[id as usize].as_mut()?;
         slot.state = State::Draining;
@@ -233,6 +277,16 @@ impl Slots {
                 slot.adapter.key
             })
             .collect()
+    }
+
+    /// Counts a step in which some slots have work, while adapters are `wanting` for slots or not.
+    pub(crate) fn count_step(&mut self, wanting: bool, works: impl Fn(u32, AdapterKey) -> bool) {
+        for (id, slot) in (0..).zip(&mut self.slots) {
+            let Some(slot) = slot else { continue };
+            let idle = wanting && slot.state != State::Loading && !works(id, slot.adapter.key);
+            slot.idle_steps = if idle { slot.idle_steps + 1 } else { 0 };
+            self.idle_steps += u64::from(slot.idle_steps > 1);
+        }
     }
 
     fn is_loading(&self, slot: u32, key: AdapterKey) -> bool {

@@ -27,6 +27,8 @@ pub(crate) struct EngineMetrics {
     pub(crate) oldest_step: Gauge,
     inter_token: Histogram,
     preemptions: Counter,
+    slots_evicted: Counter,
+    idle_slot_steps: Counter,
     gauges: SchedulerGauges,
 }
 
@@ -71,6 +73,8 @@ impl EngineMetrics {
             sessions: counter!("lorax_sessions_total"),
             session_failures: counter!("lorax_session_failures_total"),
             preemptions: counter!("lorax_preemptions_total"),
+            slots_evicted: counter!("lorax_adapter_slot_evictions_total"),
+            idle_slot_steps: counter!("lorax_adapter_slot_idle_steps_total"),
             ranks: gauge!("lorax_connected_ranks"),
             oldest_step: gauge!("lorax_oldest_step_age_seconds"),
             gauges: SchedulerGauges {
@@ -108,6 +112,8 @@ impl EngineMetrics {
             gauge.set(value as f64);
         }
         self.preemptions.increment(stats.preemptions - before.preemptions);
+        self.slots_evicted.increment(stats.adapter_evictions - before.adapter_evictions);
+        self.idle_slot_steps.increment(stats.idle_slot_steps - before.idle_slot_steps);
     }
 
     /// Resets all gauges, because the session is over.
@@ -189,6 +195,11 @@ fn describe() {
     describe_counter!(
         "lorax_preemptions_total",
         "Sequences that gave up their blocks, to be computed again."
+    );
+    describe_counter!("lorax_adapter_slot_evictions_total", "Adapters evicted from device slots.");
+    describe_counter!(
+        "lorax_adapter_slot_idle_steps_total",
+        "Steps that a device slot had no work in, beside the first of each time, while requests waited for slots."
     );
     describe_gauge!("lorax_connected_ranks", "Shards in the present session.");
     describe_gauge!("lorax_oldest_step_age_seconds", "Age of the oldest step that has not been answered.");

@@ -357,6 +357,8 @@ async fn tokens_steps_and_adapters_are_counted() {
         ("lorax_batch_current_size", 0.0),
         ("lorax_preempted_sequences", 0.0),
         ("lorax_preemptions_total", 0.0),
+        ("lorax_adapter_slot_evictions_total", 0.0),
+        ("lorax_adapter_slot_idle_steps_total", 0.0),
         ("lorax_oldest_step_age_seconds", 0.0),
         ("lorax_kv_blocks{state=\"used\"}", 0.0),
         ("lorax_http_responses_total{route=\"/generate\",status=\"200\"}", 3.0),

@@ -63,6 +63,9 @@ struct Args {
     /// Mean tokens of an answer
     #[arg(long, default_value_t = 64)]
     answer: u32,
+    /// All prompts and all answers have the mean length
+    #[arg(long)]
+    equal_lengths: bool,
     /// Share of the adapters whose source never sends them
     #[arg(long, default_value_t = 0.0)]
     hanging: f64,
@@ -130,6 +133,7 @@ impl Args {
             tenants: self.tenants.max(1),
             prompt: self.prompt,
             answer: self.answer,
+            equal_lengths: self.equal_lengths,
             warm_up: self.warm_up,
             on_disk: self.on_disk,
             hanging: self.hanging,

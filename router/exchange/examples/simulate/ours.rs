@@ -109,6 +109,7 @@ impl<'a> Simulation<'a> {
             block_size: 16,
             num_slots: server.slots,
             adapter_bytes: server.slot_bytes,
+            adapter_cycle_time: server.cycle_time,
             max_rows: 2048,
             max_sequences: server.seats,
             max_logit_rows: 2048,

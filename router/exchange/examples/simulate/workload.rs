@@ -78,6 +78,8 @@ pub(crate) struct Workload {
     /// Mean tokens of prompts and of answers.
     pub(crate) prompt: u32,
     pub(crate) answer: u32,
+    /// Whether all prompts and all answers have the mean length.
+    pub(crate) equal_lengths: bool,
     /// Share of the requests, the first ones, that do not count.
     pub(crate) warm_up: f64,
     /// Whether the cache on the disk has adapters at the start, as many as fit.
@@ -120,7 +122,8 @@ impl Workload {
                     (_, Some(zipf)) => zipf.sample(&mut rng) as usize - 1,
                     _ => rng.random_range(0..self.adapters),
                 };
-                let (prompt, answer) = (length(self.prompt, &mut rng), length(self.answer, &mut rng));
+                let mut length = |mean| if self.equal_lengths { mean } else { length(mean, &mut rng) };
+                let (prompt, answer) = (length(self.prompt), length(self.answer));
                 let counts = index as f64 >= self.warm_up * self.requests as f64;
                 Job { at: Duration::from_secs_f64(now), adapter, prompt, answer, counts }
             })

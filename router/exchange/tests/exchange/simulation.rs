@@ -53,6 +53,7 @@ fn workload() -> Workload {
         tenants: 10,
         prompt: 64,
         answer: 16,
+        equal_lengths: false,
         warm_up: 0.0,
         on_disk: false,
         hanging: 0.0,

@@ -5,8 +5,12 @@ use std::time::Duration;
 /// A flow is overdue when none of its waiting requests has been admitted for this long.
 pub const OVERDUE: Duration = Duration::from_secs(5);
 
-/// Overdue flows get at most one in so many virtual tokens out of turn, and one in so many slots.
+/// Overdue flows get at most one in so many virtual tokens out of turn.
 pub const AGED_SHARE: u64 = 8;
+
+/// Overdue flows get at most one in so many slots out of turn. The service that they have then counts, so that shares
+/// stay equal, and a large part keeps waits short where there are many more adapters than slots.
+pub const AGED_SLOTS: u64 = 4;
 
 /// The debt that must be paid before the next overdue flow is served out of turn.
 ///
@@ -47,6 +51,6 @@ impl Aging {
 
     /// A flow got a slot, out of turn or in turn.
     pub(super) fn load(&mut self, aged: bool) {
-        self.slots = if aged { AGED_SHARE - 1 } else { self.slots.saturating_sub(1) };
+        self.slots = if aged { AGED_SLOTS - 1 } else { self.slots.saturating_sub(1) };
     }
 }

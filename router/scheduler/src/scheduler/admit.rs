@@ -7,7 +7,7 @@ use crate::{
     blocks::Cached,
     flows::{FlowId, Residency, Turn},
     sequence::{Admission, Arrival, Sequence},
-    slots::SLICE,
+    slots::Need,
     table::Table,
 };
 
@@ -26,12 +26,13 @@ impl<P: Clone> Scheduler<P> {
     /// so that a load passes while others run.
     pub(super) fn load_adapters(&mut self, draft: &mut Draft<P>, now: Duration) {
         loop {
-            let aged = self.flows.overdue_absent(now).map(|flow| (flow, Turn::Aged));
-            if aged.is_some_and(|(flow, turn)| self.give_slot(flow, turn, draft)) {
+            let aged =
+                self.flows.overdue_absent(now, self.limits.adapter_cycle_time).map(|flow| (flow, Turn::Aged));
+            if aged.is_some_and(|(flow, turn)| self.give_slot(flow, turn, draft, now)) {
                 continue;
             }
             let fair = self.flows.least_served(Residency::Absent).map(|flow| (flow, Turn::Fair));
-            if !fair.is_some_and(|(flow, turn)| self.give_slot(flow, turn, draft)) {
+            if !fair.is_some_and(|(flow, turn)| self.give_slot(flow, turn, draft, now)) {
                 break;
             }
         }
@@ -44,11 +45,11 @@ impl<P: Clone> Scheduler<P> {
 
     /// Starts to load the adapter of a flow, or empties a slot for it. Returns false if neither can be done in this
     /// step.
-    fn give_slot(&mut self, flow: FlowId, turn: Turn, draft: &mut Draft<P>) -> bool {
+    fn give_slot(&mut self, flow: FlowId, turn: Turn, draft: &mut Draft<P>, now: Duration) -> bool {
         let Some(adapter) = self.flows.adapter(flow) else { return false };
         let flows = &self.flows;
         let Some(placement) = self.slots.place(adapter, |key| flows.waits(key)) else {
-            return self.drain_slot(flow, turn);
+            return self.drain_slot(flow, turn, now);
         };
         for (slot, key) in placement.evicted {
             draft.unload.push(slot);
@@ -61,11 +62,21 @@ impl<P: Clone> Scheduler<P> {
     }
 
     /// Makes an adapter leave its slot for a flow as soon as its last sequence ends. Returns whether that is at once.
-    fn drain_slot(&mut self, flow: FlowId, turn: Turn) -> bool {
-        let slice = if self.flows.needs_first_slot(flow) { 0 } else { SLICE };
+    fn drain_slot(&mut self, flow: FlowId, turn: Turn, now: Duration) -> bool {
+        let first = self.flows.needs_first_slot(flow);
         let flows = &self.flows;
         let yields = |key| flows.yields(key, flow, turn);
-        let drained = self.slots.drain(flows.count_absent(), slice, yields);
+        let wanting = flows.count_absent();
+        let drained = if first {
+            // While there is room, what is loaded is used in this step.
+            let most = (self.admitted().count() / 2).max(2);
+            let is_ahead = |key| self.crowded && flows.tenants_run(key, most);
+            self.slots.drain(wanting, &Need::FirstSeat { is_ahead }, yields)
+        } else {
+            let cycle_time = self.limits.adapter_cycle_time;
+            let need = Need::Turn { now, cycle_time, is_wanted: |key| flows.waits(key) };
+            self.slots.drain(wanting, &need, yields)
+        };
         let Some(drained) = drained else { return false };
         self.flows.set_residency(drained.key, Residency::Held);
         drained.free
@@ -75,13 +86,21 @@ impl<P: Clone> Scheduler<P> {
     /// otherwise smaller requests could overtake it for ever.
     pub(super) fn admit(&mut self, draft: &mut Draft<P>, now: Duration) {
         let mut promised = None;
-        while self.running.len() < self.limits.seats() && draft.has_room() {
+        self.crowded = false;
+        while draft.has_room() {
             let Some(candidate) = self.candidate(now) else { return };
+            if self.running.len() >= self.limits.seats() {
+                self.crowded = true;
+                return;
+            }
             if !self.peek(candidate).is_some_and(|sequence| draft.fits(sequence)) {
                 return;
             }
             let promised = promised.get_or_insert_with(|| self.promised());
-            let Some(cached) = self.fit(candidate, *promised) else { return };
+            let Some(cached) = self.fit(candidate, *promised) else {
+                self.crowded = true;
+                return;
+            };
             let Some(sequence) = self.take(candidate, cached.table.end(), now) else { return };
             *promised += self.start(sequence, cached, draft);
         }
@@ -206,7 +225,7 @@ impl<P: Clone> Scheduler<P> {
             self.flows.admit_aged(cost + sequence.cost_to_come());
         }
         self.flows.charge(sequence.flow, cost);
-        let slot = sequence.adapter.and_then(|key| self.slots.pin(key));
+        let slot = sequence.adapter.and_then(|key| self.slots.pin(key, now));
         slot.into_iter().for_each(|slot| self.slots.charge(slot, cost));
         let queued = now.saturating_sub(sequence.submitted);
         sequence.admission = Some(Admission { slot, queued, cached_tokens: hit as u32, aged });

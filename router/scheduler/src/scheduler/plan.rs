@@ -279,6 +279,24 @@ impl<P: Clone> Scheduler<P> {
         }
     }
 
+    /// Counts the slots that have work in the step: rows, sequences that will have more, or requests that only wait for
+    /// seats or rows.
+    fn count_work(&mut self, draft: &Draft<P>) {
+        if draft.rows.is_empty() {
+            return;
+        }
+        let wanting = self.flows.count_absent() > 0;
+        let mut working = vec![false; if wanting { self.limits.num_slots as usize } else { 0 }];
+        if wanting {
+            let unfinished = self.running.values().filter(|sequence| sequence.rows_to_plan() > 0);
+            let unfinished = unfinished.chain(self.preempted.values()).filter_map(Sequence::slot);
+            let slots = draft.rows.iter().filter_map(|row| row.0).chain(unfinished);
+            slots.for_each(|slot| working[slot as usize] = true);
+        }
+        let flows = &self.flows;
+        self.slots.count_step(wanting, |slot, key| working[slot as usize] || flows.can_admit(key));
+    }
+
     /// Puts the step in flight.
     fn launch(&mut self, mut draft: Draft<P>) -> StepPlan<P> {
         draft.rows.sort_unstable_by_key(|&(slot, arrival, ..)| (slot, arrival));
@@ -290,6 +308,7 @@ impl<P: Clone> Scheduler<P> {
             scored: *scored,
         });
         self.flights.push_back(Flight { step: draft.id, rows: rows.collect() });
+        self.count_work(&draft);
         self.steps = draft.id;
         StepPlan {
             id: draft.id,

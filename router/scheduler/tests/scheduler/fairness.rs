@@ -2,9 +2,9 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use scheduler::{AGED_SHARE, Limits, OVERDUE, RequestId};
+use scheduler::{AGED_SLOTS, Limits, OVERDUE, RequestId};
 
-use crate::world::{World, limits, prompt, request};
+use crate::world::{CYCLE_TIME, World, limits, prompt, request};
 
 /// Requests of many adapters, numbered so that the adapter can be told from the id.
 struct Crowd {
@@ -260,9 +260,9 @@ fn an_adapter_in_debt_gets_a_slot_in_a_stream_of_new_adapters() {
         while crowd.finished()[&1] == finished {
             turn(&mut crowd);
         }
-        // Each slot that is given out of turn is followed by seven in turn, each of which takes a load and a request.
+        // Each slot that is given out of turn is followed by three in turn, each of which takes a load and a request.
         let (waited, turn) = (crowd.world.now - begun, Duration::from_millis(10));
-        assert!(waited > OVERDUE, "it is not its turn before {waited:?}");
-        assert!(waited < OVERDUE + turn * 10 * AGED_SHARE as u32, "{waited:?}");
+        assert!(waited > CYCLE_TIME, "it is not its turn before {waited:?}");
+        assert!(waited < CYCLE_TIME + turn * 10 * AGED_SLOTS as u32, "{waited:?}");
     }
 }

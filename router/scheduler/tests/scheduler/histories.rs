@@ -59,6 +59,7 @@ fn some_limits() -> impl Strategy<Value = Limits> {
     ];
     let model = (any::<bool>(), window, rope);
     (sizes, budgets, model).prop_map(|(sizes, budgets, (prefix_caching, kv_window, rope))| Limits {
+        adapter_cycle_time: Duration::from_millis(300),
         num_blocks: sizes.0,
         block_size: sizes.1,
         num_slots: sizes.2,

@@ -9,6 +9,7 @@ mod rope;
 mod shard;
 mod slots;
 mod steps;
+mod swaps;
 mod tenants;
 mod windows;
 mod world;

@@ -15,6 +15,9 @@ use crate::shard::{Payload, STOP, Shard, answer, plain};
 
 pub(crate) type Plan = StepPlan<Payload>;
 
+/// Time after which an adapter leaves its slot to others.
+pub(crate) const CYCLE_TIME: Duration = Duration::from_secs(2);
+
 /// Limits that are small enough for everything to run out.
 pub(crate) fn limits() -> Limits {
     Limits {
@@ -22,6 +25,7 @@ pub(crate) fn limits() -> Limits {
         block_size: 4,
         num_slots: 4,
         adapter_bytes: 0,
+        adapter_cycle_time: CYCLE_TIME,
         max_rows: 32,
         max_sequences: 8,
         max_logit_rows: 32,
