@@ -75,7 +75,7 @@ pub struct ShardConfig {
     /// Fraction for adapters of the GPU memory that the weights leave
     #[arg(long, env, default_value_t = 0.1)]
     pub adapter_memory_fraction: f32,
-    /// Host memory of each shard for adapters, such as 4GiB; those in slots may take more
+    /// Host memory of each shard for adapters, such as 4GiB
     #[arg(long, env, value_name = "BYTES", value_parser = bytes, default_value = "4GiB")]
     pub adapter_host_memory: u64,
 }

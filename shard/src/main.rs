@@ -17,7 +17,7 @@ use lifecycle::{EX_UNAVAILABLE, EX_USAGE, Parent, Supervisor, fail};
 #[cfg(feature = "cuda")]
 use lorax_shard::choices::ChoiceFile;
 use lorax_shard::{
-    adapters::{Adapters, HostLimits, Roots},
+    adapters::Adapters,
     agreement,
     cpus::{self, Machine},
     engine::{Engine, Limits},
@@ -253,8 +253,6 @@ fn serve<B: Backend>(
     ops.group().barrier(LOADING)?;
     let description = model.decoder().clone();
     let limits = limits(config, target.max_rows);
-    let roots =
-        Roots::new(shard.adapter_dir.as_deref(), &shard.adapter_roots).context("the adapter folders")?;
     let base = BaseModel {
         decoder: description.clone(),
         path: config.model.path.clone(),
@@ -262,9 +260,8 @@ fn serve<B: Backend>(
         share: model.share(),
     };
     let runtime = runtime()?;
-    let reads = runtime.handle().clone();
-    let host = HostLimits { bytes: host_bytes, read_timeout: config.router.prepare_timeout };
-    let adapters = Arc::new(Adapters::new(ops.clone(), base, model.sites().to_vec(), roots, host, reads));
+    let (sites, read_timeout) = (model.sites().to_vec(), config.router.prepare_timeout);
+    let adapters = Arc::new(Adapters::new(ops.clone(), base, sites, read_timeout));
     let mut engine = Engine::new(ops.clone(), model.clone(), adapters.clone(), limits)?;
     if target.warms_up {
         engine.warm_up()?;

@@ -11,8 +11,7 @@ use std::{
 use kernels::Backend;
 use proto::{
     AttachRequest, AttachResponse, ExecuteEvent, ExecuteRequest, HealthRequest, HealthResponse, InfoRequest,
-    InfoResponse, PrepareRequest, PrepareResponse, StageRequest, StageResponse, UnstageRequest,
-    UnstageResponse,
+    InfoResponse, StageRequest, StageResponse, UnstageRequest, UnstageResponse,
     shard_server::{Shard, ShardServer},
 };
 use tokio::sync::{mpsc, oneshot};
@@ -83,14 +82,6 @@ impl<B: Backend> Shard for Service<B> {
         self.send(Command::Attach { session: request.into_inner().session, held }).await?;
         let held = waiting.await.map_err(|_| stopped())?;
         Ok(Response::new(wire::held(held)))
-    }
-
-    async fn prepare(&self, request: Request<PrepareRequest>) -> Result<Response<PrepareResponse>, Status> {
-        let request = request.into_inner();
-        let prepared = self.adapters.prepare(&request.source, &request.id).await;
-        prepared
-            .map(|prepared| Response::new(wire::prepared(prepared)))
-            .map_err(|error| wire::prepare_status(&error))
     }
 
     async fn stage(&self, request: Request<StageRequest>) -> Result<Response<StageResponse>, Status> {

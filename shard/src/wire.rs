@@ -9,13 +9,13 @@ use proto::ScoredToken;
 use tonic::Status;
 
 use crate::{
-    adapters::{PrepareError, Prepared, ResolveError},
     engine::{Heartbeat, Held, StepError},
     step::{
         self, Event, Info, Mask, NewSequence, Output, Pooling, PoolingKind, Refusal, Request, Rows,
         SessionEvent, Step, StepResult,
     },
 };
+pub(crate) use stage::{stage_order, stage_response, stage_status, unstage_content};
 
 pub(crate) fn info(info: Info) -> wire::InfoResponse {
     wire::InfoResponse {
@@ -213,15 +213,6 @@ fn refused(refusal: Refusal) -> wire::Refused {
     wire::Refused { sequence: refusal.sequence, reason: refusal.reason }
 }
 
-pub(crate) fn prepared(prepared: Prepared) -> wire::PrepareResponse {
-    wire::PrepareResponse {
-        content: prepared.content.0.to_vec(),
-        bytes: prepared.bytes as u64,
-        max_lora_rank: prepared.max_lora_rank as u32,
-        sites: prepared.sites,
-    }
-}
-
 pub(crate) fn step_status(error: &StepError) -> Status {
     let message = error.to_string();
     match error {
@@ -243,24 +234,6 @@ pub(crate) fn step_status(error: &StepError) -> Status {
         | StepError::Rows(_) => Status::invalid_argument(message),
     }
 }
-
-pub(crate) fn prepare_status(error: &PrepareError) -> Status {
-    let message = error.to_string();
-    match error {
-        PrepareError::Resolve(ResolveError::Source(_)) => Status::unimplemented(message),
-        PrepareError::Resolve(ResolveError::NotFound(_)) => Status::not_found(message),
-        PrepareError::Resolve(ResolveError::Forbidden(_)) => Status::permission_denied(message),
-        PrepareError::Stage { source, .. } if !source.is_argument() => Status::unavailable(message),
-        PrepareError::Resolve(ResolveError::Name { .. } | ResolveError::Io { .. })
-        | PrepareError::Adapter { .. }
-        | PrepareError::Stage { .. } => Status::invalid_argument(message),
-        PrepareError::Slow { .. } => Status::deadline_exceeded(message),
-        PrepareError::TooLarge { .. } => Status::resource_exhausted(message),
-        PrepareError::Interrupted { .. } => Status::internal(message),
-    }
-}
-
-pub(crate) use stage::{stage_order, stage_response, stage_status, unstage_content};
 
 #[cfg(test)]
 mod tests {

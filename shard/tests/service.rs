@@ -21,10 +21,10 @@ use lorax_shard::{
     step::Info,
 };
 use proto::{
-    AdapterPart, AttachRequest, AttachResponse, ExecuteEvent, ExecuteRequest, Gone, HealthRequest,
-    InfoRequest, Mask, Masks, NeedsRoom, NewSequence, Pooling, SequenceRows, SlotLoad, StageRequest, Staged,
-    Step, StepResult, UnstageRequest, execute_event::Event, execute_request::Request, pooling,
-    shard_client::ShardClient, stage_response::Answer as StageAnswer,
+    AttachRequest, AttachResponse, ExecuteEvent, ExecuteRequest, Gone, HealthRequest, InfoRequest, Mask,
+    Masks, NeedsRoom, NewSequence, Pooling, SequenceRows, SlotLoad, StageRequest, Staged, Step, StepResult,
+    UnstageRequest, execute_event::Event, execute_request::Request, pooling, shard_client::ShardClient,
+    stage_response::Answer as StageAnswer,
 };
 use tokio::{net::UnixListener, sync::mpsc};
 use tokio_stream::{
@@ -57,7 +57,7 @@ impl Served {
         let script = Script::default();
         let folder = tempfile::tempdir().unwrap();
         let (fake, slots) = (Fake::new(script.clone()), info.num_slots as usize);
-        let (engine, adapters) = tiny::engine_with_slots(fake, folder.path(), 1 << 20, slots);
+        let (engine, adapters) = tiny::engine_with_slots(fake, folder.path(), slots);
         let socket = folder.path().join("shard.sock");
         let connections = UnixListenerStream::new(UnixListener::bind(&socket).unwrap());
         let rank = Rank { engine, adapters, info };
@@ -88,25 +88,7 @@ impl Served {
 
     /// Has an adapter staged.
     fn order_of(&self, name: &str, session: u64) -> StageRequest {
-        let folder = self.folder.path().join("adapters").join(name);
-        let order = tiny::order(&folder, session);
-        let file = |file: &lorax_shard::adapters::AdapterFile| proto::AdapterFile {
-            name: file.name.to_str().unwrap().into(),
-            stamp: file.stamp.map(|stamp| proto::Stamp {
-                device: stamp.device,
-                inode: stamp.inode,
-                size: stamp.size,
-                modified_s: stamp.modified.0,
-                modified_ns: stamp.modified.1,
-                changed_s: stamp.changed.0,
-                changed_ns: stamp.changed.1,
-            }),
-        };
-        let files = order.parts[0].files.iter().map(file).collect();
-        let folder = folder.to_str().unwrap().into();
-        let parts = vec![AdapterPart { folder, files, weight: 1.0, name: name.into() }];
-        let content = order.content.0.to_vec();
-        StageRequest { session, content, name: order.name, parts, merge: None, max_bytes: 1 << 20 }
+        client::order(&self.folder.path().join("adapters").join(name), session)
     }
 
     /// Stages an adapter; returns its content and its properties.
@@ -477,4 +459,32 @@ async fn all_answers_to_a_stage_cross_the_wire() {
         let refused = served.client.unstage(UnstageRequest { session, content }).await.unwrap_err();
         assert_eq!(refused.code(), code);
     }
+}
+
+#[tokio::test]
+async fn a_stage_whose_call_is_cancelled_leaves_nothing() {
+    let mut served = Served::start().await;
+    served.attach(3).await;
+    served.script.fail("stage", Fault::Hang);
+    let order = served.order(3);
+    let (mut client, request) = (served.client.clone(), order.clone());
+    let call = tokio::spawn(async move { client.stage(request).await });
+    let reads = async {
+        while served.script.count("stage") == 0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, reads).await.unwrap();
+    call.abort();
+    assert!(call.await.unwrap_err().is_cancelled());
+    // Whoever removes it waits for the thread that reads it. Other calls go on.
+    let mut client = served.client.clone();
+    let unstage = UnstageRequest { session: 3, content: order.content };
+    let unstaged = tokio::spawn(async move { client.unstage(unstage).await });
+    served.client.health(HealthRequest {}).await.unwrap();
+    assert!(!unstaged.is_finished());
+    served.script.mend("stage");
+    tokio::time::timeout(PATIENCE, unstaged).await.unwrap().unwrap().unwrap();
+    assert_eq!(served.attach(4).await.host, []);
+    served.staged(4).await;
 }

@@ -20,7 +20,7 @@ use fake::{Fake, Fault, Script};
 use kernels::PeerFault;
 use lifecycle::{EX_SOFTWARE, EX_UNAVAILABLE, Supervisor};
 use lorax_shard::server::{self, Rank};
-use proto::{AttachRequest, PrepareRequest, SlotLoad, Step};
+use proto::{AttachRequest, SlotLoad, StageRequest, Step};
 use tokio::{
     net::{UnixListener, UnixStream},
     signal::unix::{SignalKind, signal},
@@ -122,7 +122,7 @@ fn play(fault: &str) -> ExitCode {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let served = runtime.block_on(async {
         let script = Script::default();
-        let (engine, adapters) = tiny::engine(Fake::new(script.clone()), folder.path(), 1 << 20);
+        let (engine, adapters) = tiny::engine(Fake::new(script.clone()), folder.path());
         let supervisor = Supervisor::ending_the_process().unwrap();
         let (victim, kind) = fault.split_once(": ").unwrap_or_default();
         let supervisor = layered(supervisor, victim.to_owned(), kind.to_owned());
@@ -200,20 +200,26 @@ async fn connect_twice(socket: &Path) {
 /// Asks for an adapter whose reader fails, and for another one.
 async fn fail_to_read(fault: &str, script: &Script, socket: &Path) {
     let mut client = client::connect(socket).await;
-    let prepare = |id: &str| PrepareRequest { source: "local".into(), id: id.into(), ..Default::default() };
+    client.attach(AttachRequest { session: 1 }).await.unwrap();
     script.fail("stage", if fault == "staging panics" { Fault::Panic } else { Fault::Hang });
     eprintln!("{NOW}");
-    client.prepare(prepare("one")).await.unwrap_err();
+    client.stage(order(socket, "one")).await.unwrap_err();
     script.mend("stage");
-    client.prepare(prepare("two")).await.unwrap();
+    client.stage(order(socket, "two")).await.unwrap();
+}
+
+/// Has one of the adapters staged in the first session.
+fn order(socket: &Path, name: &str) -> StageRequest {
+    client::order(&socket.with_file_name("adapters").join(name), 1)
 }
 
 /// Is the router that meets the fault.
 async fn provoke(fault: &str, script: &Script, socket: &Path) {
     let mut client = client::connect(socket).await;
     client.attach(AttachRequest { session: 1 }).await.unwrap();
-    let prepare = PrepareRequest { source: "local".into(), id: "one".into(), ..PrepareRequest::default() };
-    let content = client.prepare(prepare).await.unwrap().into_inner().content;
+    let stage = order(socket, "one");
+    let content = stage.content.clone();
+    client.stage(stage).await.unwrap();
     let load = vec![SlotLoad { slot: 0, content }];
     let load = if fault.starts_with("load") || fault == "copies panic" { load } else { Vec::new() };
     let (steps, outgoing) = tokio::sync::mpsc::channel(2);

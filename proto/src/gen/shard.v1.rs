@@ -337,36 +337,6 @@ pub struct UnstageRequest {
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct UnstageResponse {}
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct PrepareRequest {
-    /// Where the adapter comes from: "local". Other sources are refused with UNIMPLEMENTED.
-    #[prost(string, tag = "1")]
-    pub source: ::prost::alloc::string::String,
-    /// The adapter's name in that source: for "local" a folder, absolute or relative to the adapter folder.
-    #[prost(string, tag = "2")]
-    pub id: ::prost::alloc::string::String,
-    /// Revision in the source; empty for its default.
-    #[prost(string, tag = "3")]
-    pub revision: ::prost::alloc::string::String,
-    /// The caller's credential for the source; empty for none.
-    #[prost(string, tag = "4")]
-    pub api_token: ::prost::alloc::string::String,
-}
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct PrepareResponse {
-    /// SHA-256 of everything that determines the adapter's output. It identifies the adapter from here on.
-    #[prost(bytes = "vec", tag = "1")]
-    pub content: ::prost::alloc::vec::Vec<u8>,
-    /// Bytes that it takes in a device slot, on this rank.
-    #[prost(uint64, tag = "2")]
-    pub bytes: u64,
-    /// Its largest LoRA rank.
-    #[prost(uint32, tag = "3")]
-    pub max_lora_rank: u32,
-    /// Names of the modules that it changes, distinct and sorted.
-    #[prost(string, repeated, tag = "4")]
-    pub sites: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
-}
 /// What the router sends while a session runs.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ExecuteRequest {
@@ -868,30 +838,6 @@ pub mod shard_client {
             req.extensions_mut().insert(GrpcMethod::new("shard.v1.Shard", "Attach"));
             self.inner.unary(req, path, codec).await
         }
-        /// Resolves an adapter reference, reads the adapter, checks it against the model, and keeps it in host memory. Steps
-        /// and other preparations go on meanwhile. The router calls it for every request that names an adapter, because access
-        /// is checked here, whether or not the adapter is in memory.
-        pub async fn prepare(
-            &mut self,
-            request: impl tonic::IntoRequest<super::PrepareRequest>,
-        ) -> std::result::Result<
-            tonic::Response<super::PrepareResponse>,
-            tonic::Status,
-        > {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
-            let codec = tonic_prost::ProstCodec::default();
-            let path = http::uri::PathAndQuery::from_static("/shard.v1.Shard/Prepare");
-            let mut req = request.into_request();
-            req.extensions_mut().insert(GrpcMethod::new("shard.v1.Shard", "Prepare"));
-            self.inner.unary(req, path, codec).await
-        }
         /// Copies an adapter into host memory: reads its files, checks it against the model, and keeps it until it is unstaged.
         /// Steps and other stages go on meanwhile. One that is held already is answered at once, and a stage of a content waits
         /// for the one before. A call that is cancelled leaves nothing. INVALID_ARGUMENT: the model cannot serve it exactly;
@@ -1008,13 +954,6 @@ pub mod shard_server {
             &self,
             request: tonic::Request<super::AttachRequest>,
         ) -> std::result::Result<tonic::Response<super::AttachResponse>, tonic::Status>;
-        /// Resolves an adapter reference, reads the adapter, checks it against the model, and keeps it in host memory. Steps
-        /// and other preparations go on meanwhile. The router calls it for every request that names an adapter, because access
-        /// is checked here, whether or not the adapter is in memory.
-        async fn prepare(
-            &self,
-            request: tonic::Request<super::PrepareRequest>,
-        ) -> std::result::Result<tonic::Response<super::PrepareResponse>, tonic::Status>;
         /// Copies an adapter into host memory: reads its files, checks it against the model, and keeps it until it is unstaged.
         /// Steps and other stages go on meanwhile. One that is held already is answered at once, and a stage of a content waits
         /// for the one before. A call that is cancelled leaves nothing. INVALID_ARGUMENT: the model cannot serve it exactly;
@@ -1197,49 +1136,6 @@ pub mod shard_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = AttachSvc(inner);
-                        let codec = tonic_prost::ProstCodec::default();
-                        let mut grpc = tonic::server::Grpc::new(codec)
-                            .apply_compression_config(
-                                accept_compression_encodings,
-                                send_compression_encodings,
-                            )
-                            .apply_max_message_size_config(
-                                max_decoding_message_size,
-                                max_encoding_message_size,
-                            );
-                        let res = grpc.unary(method, req).await;
-                        Ok(res)
-                    };
-                    Box::pin(fut)
-                }
-                "/shard.v1.Shard/Prepare" => {
-                    #[allow(non_camel_case_types)]
-                    struct PrepareSvc<T: Shard>(pub Arc<T>);
-                    impl<T: Shard> tonic::server::UnaryService<super::PrepareRequest>
-                    for PrepareSvc<T> {
-                        type Response = super::PrepareResponse;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::Response>,
-                            tonic::Status,
-                        >;
-                        fn call(
-                            &mut self,
-                            request: tonic::Request<super::PrepareRequest>,
-                        ) -> Self::Future {
-                            let inner = Arc::clone(&self.0);
-                            let fut = async move {
-                                <T as Shard>::prepare(&inner, request).await
-                            };
-                            Box::pin(fut)
-                        }
-                    }
-                    let accept_compression_encodings = self.accept_compression_encodings;
-                    let send_compression_encodings = self.send_compression_encodings;
-                    let max_decoding_message_size = self.max_decoding_message_size;
-                    let max_encoding_message_size = self.max_encoding_message_size;
-                    let inner = self.inner.clone();
-                    let fut = async move {
-                        let method = PrepareSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -9,8 +9,8 @@ use std::{
 
 use proto::{
     AttachRequest, AttachResponse, ExecuteEvent, ExecuteRequest, HealthRequest, HealthResponse, InfoRequest,
-    InfoResponse, PrepareRequest, PrepareResponse, Sampled, StageRequest, StageResponse, Step, StepResult,
-    Token, UnstageRequest, UnstageResponse,
+    InfoResponse, Sampled, StageRequest, StageResponse, Step, StepResult, Token, UnstageRequest,
+    UnstageResponse,
     execute_event::Event,
     execute_request,
     shard_server::{Shard, ShardServer},
@@ -143,10 +143,6 @@ impl Shard for Double {
 
     async fn attach(&self, _: Request<AttachRequest>) -> Result<Response<AttachResponse>, Status> {
         Ok(Response::new(AttachResponse::default()))
-    }
-
-    async fn prepare(&self, _: Request<PrepareRequest>) -> Result<Response<PrepareResponse>, Status> {
-        Err(Status::not_found("there are no adapters"))
     }
 
     async fn stage(&self, _: Request<StageRequest>) -> Result<Response<StageResponse>, Status> {

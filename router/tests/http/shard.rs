@@ -11,9 +11,9 @@ use std::{
 
 use proto::{
     AttachRequest, AttachResponse, ExecuteEvent, ExecuteRequest, FilledSlot, Gone, HealthRequest,
-    HealthResponse, HeldAdapter, InfoRequest, InfoResponse, NeedsRoom, NewSequence, PrepareRequest,
-    PrepareResponse, PromptLogprobs, Refused, Sampled, ScoredToken, SequenceRows, SlotEvent, SlotLoad,
-    StageRequest, StageResponse, Staged, Step, StepResult, Token, UnstageRequest, UnstageResponse,
+    HealthResponse, HeldAdapter, InfoRequest, InfoResponse, NeedsRoom, NewSequence, PromptLogprobs, Refused,
+    Sampled, ScoredToken, SequenceRows, SlotEvent, SlotLoad, StageRequest, StageResponse, Staged, Step,
+    StepResult, Token, UnstageRequest, UnstageResponse,
     execute_event::Event,
     execute_request,
     shard_server::{Shard, ShardServer},
@@ -521,10 +521,6 @@ impl Shard for ScriptedShard {
         self.host.lock().unwrap().retain(|content| *content != request.content);
         self.seen.send_modify(|seen| seen.unstaged.push(request));
         Ok(Response::new(UnstageResponse {}))
-    }
-
-    async fn prepare(&self, _: Request<PrepareRequest>) -> Result<Response<PrepareResponse>, Status> {
-        Err(Status::unimplemented("adapters are staged"))
     }
 
     async fn execute(

@@ -26,16 +26,11 @@ impl Default for Memory {
 }
 
 impl Memory {
-    /// Waits on this thread until there is memory. `None`: nobody waits for the merge any more.
-    fn take(
-        &self,
-        bytes: usize,
-        runtime: &Handle,
-        cancelled: &CancellationToken,
-    ) -> Option<SemaphorePermit<'_>> {
+    /// Waits on this thread of the runtime until there is memory. `None`: nobody waits for the merge any more.
+    fn take(&self, bytes: usize, cancelled: &CancellationToken) -> Option<SemaphorePermit<'_>> {
         let permits = bytes.div_ceil(BYTES / PERMITS).min(PERMITS) as u32;
         let taken = cancelled.run_until_cancelled(self.0.acquire_many(permits));
-        runtime.block_on(taken)?.ok()
+        Handle::current().block_on(taken)?.ok()
     }
 }
 
@@ -62,7 +57,7 @@ impl<B: Backend> Adapters<B> {
         if host_bytes as u64 > order.max_bytes {
             return Ok(Read::NeedsRoom(host_bytes as u64));
         }
-        let memory = self.merges.take(merge.read_bytes(), &self.runtime, cancelled);
+        let memory = self.merges.take(merge.read_bytes(), cancelled);
         let _memory = memory.ok_or_else(|| StageError::Interrupted { name: name() })?;
         let read = merge.read_as(order.content, &|| cancelled.is_cancelled()).map_err(merge_error)?;
         let (parts, properties) = read.into_parts();

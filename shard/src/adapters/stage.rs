@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     io,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Mutex, PoisonError, Weak},
     time::Duration,
 };
 
@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Adapters,
     files::{AdapterPart, OpenPart},
-    host::{Host, HostCopy, Properties},
+    host::{HostCopy, Properties},
 };
 
 /// The time after which a stage gives its permit to another one, so that files that cannot be read keep nobody waiting
@@ -196,21 +196,6 @@ pub(super) enum Read<A> {
 }
 
 impl<B: Backend> Adapters<B> {
-    fn host(&self) -> MutexGuard<'_, Host<B::HostAdapter>> {
-        self.host.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Begins a session: stages of the one before are refused from now on. Returns what is in host memory, used last told
-    /// last.
-    pub fn begin_session(&self, session: u64) -> Vec<Arc<Properties>> {
-        self.host().begin_session(session)
-    }
-
-    /// An adapter in host memory.
-    pub fn staged(&self, content: ContentHash) -> Option<HostCopy<B::HostAdapter>> {
-        self.host().get(content)
-    }
-
     /// Copies an adapter into host memory. If this future is dropped, nothing is staged, and reading ends before the next
     /// tensor.
     pub async fn stage(self: &Arc<Self>, order: StageOrder) -> Result<StageAnswer, StageError> {
@@ -267,7 +252,7 @@ impl<B: Backend> Adapters<B> {
             let read = this.read_copy(&order, &cancelled);
             (read, turn)
         });
-        let limit = self.limits.read_timeout;
+        let limit = self.read_timeout;
         let ended = match timeout(SLOW.min(limit), &mut reading).await {
             Ok(ended) => ended,
             Err(_) => {

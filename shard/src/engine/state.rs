@@ -4,11 +4,10 @@ use std::{collections::HashMap, mem, sync::Arc};
 
 use kernels::{Backend, Batch, Group, SamplingParams};
 use model::{Decoder, Model, adapter::ContentHash};
-use tokio::sync::oneshot::error::TryRecvError;
 
 use super::{Held, idle::Idle, sequence::Sequence};
 use crate::{
-    adapters::{Adapters, Fetch},
+    adapters::{Adapters, HostCopy, Properties},
     step::{Event, NewSequence, Refusal, Step},
 };
 
@@ -113,7 +112,7 @@ pub enum StepError {
     /// A row uses a slot that has not been reported ready.
     #[error("slot {0} is not ready")]
     SlotNotReady(u32),
-    /// An adapter's content hash does not have the length of a SHA-256.
+    /// An adapter's content hash does not have 32 bytes.
     #[error("a content hash of {0} bytes")]
     ContentHash(usize),
     /// A message is too large, or no step. The stream ends with it.
@@ -131,14 +130,13 @@ pub(super) enum Place {
     Refused,
 }
 
-/// The state of an adapter slot. Sizes are bytes on the device.
-enum Slot<B: Backend> {
+/// The state of an adapter slot. A slot keeps the properties of its adapter, because the copy in host memory may be gone
+/// before the slot is emptied.
+enum Slot {
     Empty,
-    /// Its adapter is being read into host memory again.
-    Fetching(ContentHash, Fetch<B>),
     /// Its adapter is being copied to the device.
-    Loading(ContentHash, usize),
-    Ready(ContentHash, usize),
+    Loading(Arc<Properties>),
+    Ready(Arc<Properties>),
 }
 
 /// All that the step loop keeps between steps.
@@ -149,7 +147,7 @@ pub(super) struct State<B: Backend> {
     pub(super) limits: Limits,
     pub(super) sequences: HashMap<u64, Place>,
     free_seats: Vec<u32>,
-    slot_states: Vec<Slot<B>>,
+    slot_states: Vec<Slot>,
     /// Events of loads that have ended, which have not been sent yet.
     ended_loads: Vec<Event>,
     pub(super) slots: B::LoraSlots,
@@ -215,9 +213,8 @@ impl<B: Backend> State<B> {
         for (slot, state) in (0..).zip(&mut self.slot_states) {
             match state {
                 Slot::Empty => {}
-                Slot::Ready(content, bytes) => held.slots.push((slot, *content, *bytes)),
-                Slot::Fetching(..) => *state = Slot::Empty,
-                Slot::Loading(..) => {
+                Slot::Ready(adapter) => held.slots.push((slot, adapter.content, adapter.slot_bytes)),
+                Slot::Loading(_) => {
                     self.ops.unload(&mut self.slots, slot)?;
                     *state = Slot::Empty;
                 }
@@ -228,58 +225,38 @@ impl<B: Backend> State<B> {
 
     /// The events of loads that have ended since the last call.
     pub(super) fn slot_events(&mut self) -> kernels::Result<Vec<Event>> {
-        self.load_fetched()?;
         for slot in self.ops.loaded(&mut self.slots)? {
             let state = &mut self.slot_states[slot as usize];
-            if let Slot::Loading(content, bytes) = *state {
-                self.ended_loads.push(Event::Slot { slot, content, error: None });
-                *state = Slot::Ready(content, bytes);
+            if let Slot::Loading(adapter) = state {
+                self.ended_loads.push(Event::Slot { slot, content: adapter.content, error: None });
+                *state = Slot::Ready(adapter.clone());
             }
         }
         Ok(mem::take(&mut self.ended_loads))
     }
 
-    /// Begins to copy the adapters that have arrived in host memory, and reports those that could not be read.
-    fn load_fetched(&mut self) -> kernels::Result<()> {
-        for slot in 0..self.limits.num_slots as u32 {
-            let Slot::Fetching(content, fetch) = &mut self.slot_states[slot as usize] else { continue };
-            let content = *content;
-            let error = match fetch.try_recv() {
-                Err(TryRecvError::Empty) => continue,
-                Ok(Ok(adapter)) => {
-                    self.load(slot, content, &adapter)?;
-                    continue;
-                }
-                Ok(Err(error)) => error.to_string(),
-                Err(TryRecvError::Closed) => "reading it was interrupted".into(),
-            };
-            self.slot_states[slot as usize] = Slot::Empty;
-            // Other ranks may wait for this one's part of a norm.
-            self.ops.group().post(slot.into(), content.number(), &[])?;
-            self.ended_loads.push(Event::Slot { slot, content, error: Some(error) });
-        }
-        Ok(())
-    }
-
     /// Begins to copy an adapter into a slot. If the device has no memory for it, the slot stays empty and the router
     /// is told, which can then evict another adapter.
-    fn load(
-        &mut self,
-        slot: u32,
-        content: ContentHash,
-        adapter: &Arc<B::HostAdapter>,
-    ) -> kernels::Result<()> {
-        let state = &mut self.slot_states[slot as usize];
-        match self.ops.load(&mut self.slots, slot, adapter, &self.model.site_weights()) {
-            Ok(()) => *state = Slot::Loading(content, self.ops.adapter_bytes(adapter)),
+    fn load(&mut self, slot: u32, copy: &HostCopy<B::HostAdapter>) -> kernels::Result<()> {
+        match self.ops.load(&mut self.slots, slot, &copy.adapter, &self.model.site_weights()) {
+            Ok(()) => {
+                self.slot_states[slot as usize] = Slot::Loading(copy.properties.clone());
+                Ok(())
+            }
             Err(error @ kernels::Error::OutOfMemory { .. }) => {
                 tracing::warn!(slot, "an adapter does not fit on the device: {error}");
-                *state = Slot::Empty;
-                self.ops.group().post(slot.into(), content.number(), &[])?;
-                self.ended_loads.push(Event::Slot { slot, content, error: Some(error.to_string()) });
+                self.fail_load(slot, copy.properties.content, error.to_string())
             }
-            Err(error) => return Err(error),
+            Err(error) => Err(error),
         }
+    }
+
+    /// Reports that a slot, which is empty, could not be filled.
+    fn fail_load(&mut self, slot: u32, content: ContentHash, error: String) -> kernels::Result<()> {
+        self.slot_states[slot as usize] = Slot::Empty;
+        // Other ranks may wait for this one's part of a norm.
+        self.ops.group().post(slot.into(), content.number(), &[])?;
+        self.ended_loads.push(Event::Slot { slot, content, error: Some(error) });
         Ok(())
     }
 
@@ -304,12 +281,11 @@ impl<B: Backend> State<B> {
                 return Ok(Err(error));
             }
             self.ops.group().begin(slot.into(), step.id);
-            match self.adapters.get(content) {
-                Some(adapter) => self.load(slot, content, &adapter)?,
-                // It was evicted from host memory after it had been prepared.
+            match self.adapters.staged(content) {
+                Some(copy) => self.load(slot, &copy)?,
                 None => {
                     self.ops.unload(&mut self.slots, slot)?;
-                    self.slot_states[slot as usize] = Slot::Fetching(content, self.adapters.fetch(content));
+                    self.fail_load(slot, content, "it was never staged here".into())?;
                 }
             }
         }
@@ -389,7 +365,7 @@ impl<B: Backend> State<B> {
         let Some(largest) = tokens.max().filter(|token| *token as usize >= vocab) else {
             return Ok(());
         };
-        let limit = self.content(slot).map_or(vocab, |content| self.adapters.vocab(content));
+        let limit = self.adapter(slot).map_or(vocab, |adapter| adapter.vocab);
         if largest as usize >= limit {
             return Err(format!("token {largest} is out of range, limit {limit}"));
         }
@@ -397,18 +373,16 @@ impl<B: Backend> State<B> {
     }
 
     /// The adapter in a slot.
-    fn content(&self, slot: Option<u32>) -> Option<ContentHash> {
+    fn adapter(&self, slot: Option<u32>) -> Option<&Properties> {
         match self.slot_states.get(slot? as usize)? {
-            Slot::Fetching(content, _) | Slot::Loading(content, _) | Slot::Ready(content, _) => {
-                Some(*content)
-            }
+            Slot::Loading(adapter) | Slot::Ready(adapter) => Some(adapter),
             Slot::Empty => None,
         }
     }
 
     /// The vector that the adapter in a slot adds to hidden states.
     pub(super) fn hidden_shift(&self, slot: Option<u32>) -> Option<Arc<[f32]>> {
-        self.adapters.hidden_shift(self.content(slot)?)
+        self.adapter(slot)?.hidden_shift.clone()
     }
 
     /// Refuses a sequence: its seat is freed, and none of its rows is computed any more.
@@ -421,12 +395,12 @@ impl<B: Backend> State<B> {
 
     /// Whether any slot is being filled.
     pub(super) fn is_loading(&self) -> bool {
-        self.slot_states.iter().any(|state| matches!(state, Slot::Fetching(..) | Slot::Loading(..)))
+        self.slot_states.iter().any(|state| matches!(state, Slot::Loading(_)))
     }
 
     /// Whether rows may use a slot.
     pub(super) fn is_slot_ready(&self, slot: u32) -> bool {
-        matches!(self.slot_states.get(slot as usize), Some(Slot::Ready(..)))
+        matches!(self.slot_states.get(slot as usize), Some(Slot::Ready(_)))
     }
 }
 

@@ -3,8 +3,6 @@
 
 #[path = "../support/fake.rs"]
 mod fake;
-mod ludwig;
-mod memory;
 mod replacing;
 mod staging;
 #[path = "../support/tiny.rs"]
@@ -30,10 +28,10 @@ struct World {
 const SESSION: u64 = 5;
 
 impl World {
-    fn new(host_bytes: usize) -> World {
+    fn new() -> World {
         let script = Script::default();
         let folder = tempfile::tempdir().unwrap();
-        let (_, adapters) = tiny::engine(Fake::new(script.clone()), folder.path(), host_bytes);
+        let (_, adapters) = tiny::engine(Fake::new(script.clone()), folder.path());
         adapters.begin_session(SESSION);
         World { adapters, script, folder }
     }
@@ -49,10 +47,6 @@ impl World {
 
     async fn stage(&self, name: &str) -> Arc<Properties> {
         tiny::stage(&self.adapters, &self.at(name), SESSION).await
-    }
-
-    async fn prepare(&self, name: &str) -> lorax_shard::adapters::Prepared {
-        self.adapters.prepare("local", name).await.unwrap()
     }
 }
 

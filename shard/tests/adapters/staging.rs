@@ -44,7 +44,7 @@ async fn staging(world: &World, count: usize) {
 
 #[tokio::test]
 async fn memory_goes_back_when_the_router_says_so() {
-    let world = World::new(1 << 20);
+    let world = World::new();
     let mut copies = Vec::new();
     for seed in 0..10 {
         let name = format!("adapter-{seed}");
@@ -74,7 +74,7 @@ async fn memory_goes_back_when_the_router_says_so() {
 
 #[tokio::test]
 async fn many_contents_are_staged_at_once() {
-    let world = World::new(1 << 20);
+    let world = World::new();
     let mut stages = JoinSet::new();
     for seed in 0..50 {
         let folder = world.at(&format!("adapter-{seed}"));
@@ -100,7 +100,7 @@ async fn many_contents_are_staged_at_once() {
 
 #[tokio::test]
 async fn one_that_needs_more_room_is_not_read() {
-    let world = World::new(1 << 20);
+    let world = World::new();
     for rank in [4, 5, 8, 16, 64, 100, 512, 4096, 100_000, 1_000_000] {
         let folder = world.at("large");
         let mut files = testing::adapter(&["q_proj", "down_proj"], 3, 1);
@@ -124,7 +124,7 @@ async fn one_that_needs_more_room_is_not_read() {
 
 #[tokio::test]
 async fn whole_pieces_count() {
-    let world = World::new(1 << 20);
+    let world = World::new();
     for piece in [1, 7, 1000, 4096, 10_000, 65_536, 99_999, 1 << 20, 1 << 24, 1 << 30] {
         world.script.set_piece(piece);
         let staged = world.stage("one").await;
@@ -149,7 +149,7 @@ async fn what_cannot_be_served_is_refused_and_leaves_nothing() {
         (|files| first(files).data[0] = f32::INFINITY, "adapter bad: tensor base_model"),
         (|files| zero(files), "adapter bad: the adapter changes nothing"),
     ];
-    let world = World::new(1 << 20);
+    let world = World::new();
     for (spoil, words) in ways {
         let mut files = testing::adapter(&["q_proj", "down_proj"], 3, 1);
         spoil(&mut files);
@@ -174,7 +174,7 @@ fn zero(files: &mut testing::Files) {
 
 #[tokio::test]
 async fn files_are_found_where_the_order_says() {
-    let world = World::new(1 << 20);
+    let world = World::new();
     // Ludwig has PEFT's files in a subfolder.
     write_adapter(&world.at("ludwig").join("model_weights"), 4);
     let mut order = world.order("ludwig/model_weights");
@@ -212,7 +212,7 @@ async fn files_are_found_where_the_order_says() {
 
 #[tokio::test]
 async fn a_session_that_ends_takes_its_stages_with_it() {
-    let world = World::new(1 << 20);
+    let world = World::new();
     world.script.fail("stage", Fault::Hang);
     let order = world.order("one");
     let mut stage = pin!(world.adapters.stage(order.clone()));
@@ -235,7 +235,7 @@ async fn a_session_that_ends_takes_its_stages_with_it() {
 
 #[tokio::test]
 async fn a_stage_that_was_cancelled_leaves_nothing() {
-    let world = World::new(1 << 20);
+    let world = World::new();
     world.script.fail("stage", Fault::Hang);
     let content = world.order("one").content;
     {
@@ -255,7 +255,7 @@ async fn a_stage_that_was_cancelled_leaves_nothing() {
 
 #[tokio::test]
 async fn readers_that_hang_or_panic_keep_nobody_from_reading() {
-    let world = World::new(1 << 20);
+    let world = World::new();
     world.script.fail("stage", Fault::Panic);
     let failed = world.adapters.stage(world.order("one")).await.unwrap_err();
     assert_eq!(failed.to_string(), "adapter one: reading it was interrupted");

@@ -65,7 +65,7 @@ async fn the_duration_of_a_step_is_the_devices() {
 async fn a_full_device_fails_the_load_alone() {
     let (shard, script) = Shard::scripted();
     let expected = shard.generate(None, 20, false).await;
-    let one = shard.prepared("one").await;
+    let one = shard.staged("one").await;
     let mut router = shard.attach().await;
     for slot in [0, 1, 0] {
         script.fail("load", Fault::OutOfMemory);
@@ -87,26 +87,10 @@ async fn a_full_device_fails_the_load_alone() {
 }
 
 #[tokio::test]
-async fn a_full_device_fails_a_load_that_was_read_again() {
-    let bytes = Shard::start().adapters.prepare("local", "one").await.unwrap().bytes;
-    let (shard, script) = Shard::scripted_with_host_memory(bytes);
-    script.fail("load", Fault::OutOfMemory);
-    let one = shard.prepared("one").await;
-    shard.prepared("two").await;
-    assert!(shard.adapters.get(one).is_none());
-    let mut router = shard.attach().await;
-    router.send(Step { load: vec![(0, one)], ..Step::default() }).await;
-    assert_eq!(router.slot_event().await, (0, Some("out of memory: 77 bytes for a test".into())));
-    script.mend("load");
-    router.send(Step { load: vec![(0, one)], ..Step::default() }).await;
-    assert_eq!(router.slot_event().await, (0, None));
-}
-
-#[tokio::test]
 async fn a_device_that_fails_ends_the_loop() {
     for op in ["upload", "embed", "mark", "seconds_between", "collect", "load", "loaded"] {
         let (shard, script) = Shard::scripted();
-        let one = shard.prepared("one").await;
+        let one = shard.staged("one").await;
         let mut router = shard.attach().await;
         script.fail(op, Fault::Device);
         router

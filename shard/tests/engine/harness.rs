@@ -40,43 +40,33 @@ pub(crate) struct Shard<B: Backend> {
 
 impl Shard<CpuBackend> {
     pub(crate) fn start() -> Shard<CpuBackend> {
-        Shard::with_host_memory(1 << 20)
-    }
-
-    /// One that keeps so many bytes of adapters in host memory.
-    pub(crate) fn with_host_memory(bytes: usize) -> Shard<CpuBackend> {
-        Shard::new(CpuBackend::new(DType::F32, 1).unwrap(), bytes)
+        Shard::new(CpuBackend::new(DType::F32, 1).unwrap())
     }
 }
 
 impl Shard<Fake> {
     /// One whose device does what a test asks for.
     pub(crate) fn scripted() -> (Shard<Fake>, Script) {
-        Shard::scripted_with_host_memory(1 << 20)
-    }
-
-    /// As [`Shard::scripted`], with so many bytes of adapters in host memory.
-    pub(crate) fn scripted_with_host_memory(bytes: usize) -> (Shard<Fake>, Script) {
         let script = Script::default();
-        (Shard::new(Fake::new(script.clone()), bytes), script)
+        (Shard::new(Fake::new(script.clone())), script)
     }
 }
 
 impl<B: Backend> Shard<B> {
-    fn new(ops: B, host_bytes: usize) -> Shard<B> {
-        Shard::of(&testing::model(), ops, host_bytes)
+    fn new(ops: B) -> Shard<B> {
+        Shard::of(&testing::model(), ops)
     }
 
     /// One of a model like that of [`testing::model`].
-    pub(crate) fn of(files: &Files, ops: B, host_bytes: usize) -> Shard<B> {
+    pub(crate) fn of(files: &Files, ops: B) -> Shard<B> {
         let folder = tempfile::tempdir().unwrap();
-        let (engine, adapters) = tiny::engine_of(files, ops, folder.path(), (host_bytes, 2));
+        let (engine, adapters) = tiny::engine_of(files, ops, folder.path(), 2);
         Shard::run(folder, engine, adapters)
     }
 
     /// One of a folder with a model and adapters.
     pub(crate) fn in_folder(folder: tempfile::TempDir, ops: B) -> Shard<B> {
-        let (engine, adapters) = tiny::engine_in(ops, folder.path(), (1 << 20, 2));
+        let (engine, adapters) = tiny::engine_in(ops, folder.path(), 2);
         Shard::run(folder, engine, adapters)
     }
 
@@ -130,11 +120,6 @@ impl<B: Backend> Shard<B> {
         let session = self.session.load(std::sync::atomic::Ordering::Relaxed);
         let folder = self.folder.path().join("adapters").join(name);
         crate::tiny::stage(&self.adapters, &folder, session).await.content
-    }
-
-    /// Has one of the two adapters in host memory.
-    pub(crate) async fn prepared(&self, name: &str) -> ContentHash {
-        self.adapters.prepare("local", name).await.unwrap().content
     }
 
     /// Greedy tokens of a prompt, its first chunk of `chunk` rows, under the adapter in a slot; `ahead` sends a step before

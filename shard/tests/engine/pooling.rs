@@ -89,7 +89,7 @@ async fn pooled_vectors_are_those_of_the_hidden_states() {
 #[tokio::test]
 async fn hidden_states_follow_tokens_and_adapters() {
     let shard = Shard::start();
-    let one: ContentHash = shard.prepared("one").await;
+    let one: ContentHash = shard.staged("one").await;
     let mut router = shard.attach().await;
     router.send(Step { load: vec![(0, one)], ..Step::default() }).await;
     assert_eq!(router.slot_event().await, (0, None));
@@ -130,7 +130,7 @@ async fn hidden_states_have_the_trained_bias_of_the_last_norm() {
         let head = tensor(&folder.path().join("model/model.safetensors"), head);
         let kinds: Value = serde_json::from_slice(&fs::read(from.join("kinds.json")).unwrap()).unwrap();
         let shard = Shard::in_folder(folder, CpuBackend::new(DType::F32, 1).unwrap());
-        let (one, two) = (shard.prepared("one").await, shard.prepared("two").await);
+        let (one, two) = (shard.staged("one").await, shard.staged("two").await);
         let mut router = shard.attach().await;
         for (slot, content) in [(0, one), (1, two)] {
             router.send(Step { load: vec![(slot, content)], ..Step::default() }).await;

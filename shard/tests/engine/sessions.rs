@@ -116,7 +116,7 @@ async fn adapters_outlive_a_session() {
 #[tokio::test]
 async fn loads_under_way_are_given_up() {
     let (shard, script) = Shard::scripted();
-    let one = shard.prepared("one").await;
+    let one = shard.staged("one").await;
     script.fail("loaded", Fault::Hang);
     let mut router = shard.attach().await;
     router.send(Step { load: vec![(0, one)], ..Step::default() }).await;

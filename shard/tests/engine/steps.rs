@@ -1,15 +1,13 @@
 //! Steps of whole sequences, and those that contradict the protocol.
 
-use std::{fs, path::Path};
-
 use kernels::CapturedStep;
 use lorax_shard::step::{NewSequence, Rows, Step};
 use model::adapter::ContentHash;
 
 use crate::{
-    fake::{Fake, Script},
-    harness::{Shard, rows},
-    tiny::{self, write_adapter},
+    fake::{Fake, Fault, Script},
+    harness::{Shard, prompt, rows},
+    tiny,
 };
 
 #[tokio::test]
@@ -20,8 +18,8 @@ async fn chunks_and_steps_in_flight_change_no_token() {
     for (chunk, ahead) in [(7, false), (20, true), (1, true)] {
         assert_eq!(shard.generate(None, chunk, ahead).await, plain, "chunk {chunk}, ahead {ahead}");
     }
-    let one = shard.adapters.prepare("local", "one").await.unwrap().content;
-    let two = shard.adapters.prepare("local", "two").await.unwrap().content;
+    let one = shard.staged("one").await;
+    let two = shard.staged("two").await;
     let (with_one, with_two) =
         (shard.generate(Some((0, one)), 20, false).await, shard.generate(Some((1, two)), 20, false).await);
     assert!(with_one != plain && with_two != plain && with_one != with_two, "adapters have a say");
@@ -69,57 +67,39 @@ async fn steps_that_contradict_the_protocol_are_refused_and_harm_nobody() {
     }
     let mut router = shard.attach().await;
     router.send(Step { load: vec![(0, ContentHash([7; 32]))], ..Step::default() }).await;
-    assert_eq!(router.slot_event().await, (0, Some("it was never prepared".into())));
+    assert_eq!(router.slot_event().await, (0, Some("it was never staged here".into())));
     assert_eq!(shard.generate(None, 20, false).await, plain, "nothing of it is left");
 }
 
 #[tokio::test]
-async fn adapters_that_memory_has_no_room_for_are_read_again_for_their_slots() {
-    let plenty = Shard::start();
-    let (mut expected, mut bytes) = (Vec::new(), 0);
-    for name in ["one", "two"] {
-        let prepared = plenty.adapters.prepare("local", name).await.unwrap();
-        bytes = prepared.bytes;
-        expected.push((prepared.content, plenty.generate(Some((0, prepared.content)), 20, false).await));
-    }
-    // Room for one.
-    let scarce = Shard::with_host_memory(bytes);
-    for name in ["one", "two"] {
-        scarce.adapters.prepare("local", name).await.unwrap();
-    }
-    let (one, two) = (expected[0].0, expected[1].0);
-    assert!(scarce.adapters.get(one).is_none() && scarce.adapters.get(two).is_some());
-    for slot in [0, 1] {
-        for (content, tokens) in &expected {
-            assert_eq!(scarce.generate(Some((slot, *content)), 20, false).await, *tokens);
-        }
-    }
-    let mut router = scarce.attach().await;
-    router.send(Step { load: vec![(0, one), (1, two)], ..Step::default() }).await;
-    let mut ready = [router.slot_event().await, router.slot_event().await];
-    ready.sort();
-    assert_eq!(ready, [(0, None), (1, None)], "both at the same time");
-}
-
-#[tokio::test]
-async fn what_cannot_be_read_again_is_reported() {
-    let plenty = Shard::start();
-    let bytes = plenty.adapters.prepare("local", "one").await.unwrap().bytes;
-    type Spoil = fn(&Path);
-    let spoils: [(Spoil, &str); 2] = [
-        (|folder| write_adapter(folder, 3), "its files have changed"),
-        (|folder| fs::remove_dir_all(folder).unwrap(), "adapter one: adapter_config.json is missing"),
-    ];
-    for (spoil, cause) in spoils {
-        let shard = Shard::with_host_memory(bytes);
-        let one = shard.adapters.prepare("local", "one").await.unwrap().content;
-        let two = shard.adapters.prepare("local", "two").await.unwrap().content;
-        spoil(&shard.folder.path().join("adapters/one"));
-        let mut router = shard.attach().await;
-        router.send(Step { load: vec![(0, one)], ..Step::default() }).await;
-        assert_eq!(router.slot_event().await, (0, Some(cause.into())));
-        router.send(Step { load: vec![(0, two)], ..Step::default() }).await;
-        assert_eq!(router.slot_event().await, (0, None), "the slot is free again");
+async fn a_load_goes_on_while_its_adapter_is_unstaged() {
+    let (shard, script) = Shard::scripted();
+    let one = shard.staged("one").await;
+    let expected = shard.generate(Some((0, one)), 20, false).await;
+    let mut router = shard.attach().await;
+    for slot in [1, 0, 1] {
+        shard.staged("one").await;
+        let copy = std::sync::Arc::downgrade(&shard.adapters.staged(one).unwrap().adapter);
+        router.send(Step { unload: vec![0, 1], ..Step::default() }).await;
+        router.result().await;
+        script.fail("loaded", Fault::Hang);
+        router.send(Step { load: vec![(slot, one)], ..Step::default() }).await;
+        router.result().await;
+        shard.adapters.unstage(router.session, one).await.unwrap();
+        assert!(shard.adapters.staged(one).is_none());
+        script.mend("loaded");
+        assert_eq!(router.slot_event().await, (slot, None));
+        let mut step = Step { added: vec![prompt(5)], ..Step::default() };
+        step.added[0].slot = Some(slot);
+        step.rows = vec![rows(5, 0, 20, &[3, 9], true)];
+        router.send(step).await;
+        assert_eq!(router.tokens().await, expected[..1]);
+        router.send(Step { dropped: vec![5], unload: vec![slot], ..Step::default() }).await;
+        router.result().await;
+        assert_eq!(copy.strong_count(), 0, "its memory is free when no slot needs it");
+        // It cannot be loaded any more.
+        router.send(Step { load: vec![(slot, one)], ..Step::default() }).await;
+        assert_eq!(router.slot_event().await, (slot, Some("it was never staged here".into())));
     }
 }
 
@@ -142,7 +122,7 @@ async fn decode_steps_are_captured_for_any_number_of_slots() {
             let script = Script::default();
             script.set_captured(&steps);
             let folder = tempfile::tempdir().unwrap();
-            tiny::engine_with_slots(Fake::new(script.clone()), folder.path(), 1 << 20, slots);
+            tiny::engine_with_slots(Fake::new(script.clone()), folder.path(), slots);
             let staged = (script.count("load"), script.count("stage a bias"));
             assert_eq!(staged, (with_slots(loads), with_slots(biases)), "{slots} slots: {steps:?}");
             let runs = steps.iter().filter(|step| slots > 0 || step.runs == 0).count();

@@ -27,7 +27,7 @@ fn write_resized(shard: &Shard<kernels::cpu::CpuBackend>, name: &str, tokens: us
 async fn tokens_of_an_adapter_are_taken_with_it_and_refused_without() {
     let shard = Shard::start();
     write_resized(&shard, "resized", 101);
-    let (resized, one) = (shard.prepared("resized").await, shard.prepared("one").await);
+    let (resized, one) = (shard.staged("resized").await, shard.staged("one").await);
     let mut router = shard.attach().await;
     router.send(Step { load: vec![(0, resized), (1, one)], ..Step::default() }).await;
     assert_eq!(router.slot_event().await.1, None);
@@ -73,7 +73,7 @@ async fn tokens_of_an_adapter_are_taken_with_it_and_refused_without() {
 async fn a_sampled_token_of_an_adapter_is_looked_up_in_its_rows() {
     let shard = Shard::start();
     write_resized(&shard, "resized", 101);
-    let resized = shard.prepared("resized").await;
+    let resized = shard.staged("resized").await;
     let tokens = shard.generate(Some((0, resized)), 20, true).await;
     assert!(tokens.contains(&100), "{tokens:?}");
     assert_eq!(tokens.len(), 9, "it went on behind it");

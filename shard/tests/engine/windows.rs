@@ -17,7 +17,7 @@ fn shard(window: u32) -> Shard<CpuBackend> {
     let mut files = testing::model();
     files.config["architectures"] = json!(["MistralForCausalLM"]);
     files.config["sliding_window"] = json!(window);
-    Shard::of(&files, CpuBackend::new(DType::F32, 2).unwrap(), 1 << 20)
+    Shard::of(&files, CpuBackend::new(DType::F32, 2).unwrap())
 }
 
 fn prompt(sequence: u64, len: usize) -> NewSequence {

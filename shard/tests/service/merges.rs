@@ -56,7 +56,7 @@ fn order(served: &Served, content: u8, merge: Merge) -> StageRequest {
     let orders = ["one", "two", "three"].map(|name| served.order_of(name, 1));
     let parts = orders.into_iter().zip(WEIGHTS).map(|(order, weight)| {
         let part = order.parts.into_iter().next().unwrap();
-        AdapterPart { weight, ..part }
+        proto::AdapterPart { weight, ..part }
     });
     StageRequest {
         content: vec![content; 32],

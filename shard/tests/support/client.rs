@@ -4,8 +4,10 @@
 use std::path::Path;
 
 use hyper_util::rt::TokioIo;
-use lorax_shard::step::Info;
-use proto::{ExecuteRequest, NewSequence, SequenceRows, Step, execute_request, shard_client::ShardClient};
+use lorax_shard::{adapters::AdapterFile, step::Info};
+use proto::{
+    ExecuteRequest, NewSequence, SequenceRows, StageRequest, Step, execute_request, shard_client::ShardClient,
+};
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 
@@ -18,6 +20,28 @@ pub(crate) async fn connect(socket: &Path) -> ShardClient<Channel> {
     });
     let endpoint = Endpoint::from_static("http://shard");
     ShardClient::new(endpoint.connect_with_connector(connect).await.unwrap())
+}
+
+/// Has the adapter in a folder staged as it is now.
+pub(crate) fn order(folder: &Path, session: u64) -> StageRequest {
+    let order = crate::tiny::order(folder, session);
+    let file = |file: &AdapterFile| proto::AdapterFile {
+        name: file.name.to_str().unwrap().into(),
+        stamp: file.stamp.map(|stamp| proto::Stamp {
+            device: stamp.device,
+            inode: stamp.inode,
+            size: stamp.size,
+            modified_s: stamp.modified.0,
+            modified_ns: stamp.modified.1,
+            changed_s: stamp.changed.0,
+            changed_ns: stamp.changed.1,
+        }),
+    };
+    let files = order.parts[0].files.iter().map(file).collect();
+    let (name, at) = (order.name.clone(), folder.to_str().unwrap().into());
+    let parts = vec![proto::AdapterPart { folder: at, files, weight: 1.0, name }];
+    let content = order.content.0.to_vec();
+    StageRequest { session, content, name: order.name, parts, merge: None, max_bytes: 1 << 20 }
 }
 
 /// A step as it is sent.

@@ -11,9 +11,7 @@ use std::{
 
 use kernels::{Backend, DType};
 use lorax_shard::{
-    adapters::{
-        AdapterFile, AdapterPart, Adapters, HostLimits, Properties, Roots, StageAnswer, StageOrder, Stamp,
-    },
+    adapters::{AdapterFile, AdapterPart, Adapters, Properties, StageAnswer, StageOrder, Stamp},
     engine::{Engine, Limits},
 };
 use model::{
@@ -21,24 +19,22 @@ use model::{
     adapter::{BaseModel, ContentHash},
     testing::{self, Files},
 };
-use tokio::runtime::Handle;
 
 /// What reading an adapter may take.
 pub(crate) const READ_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Writes the files into a folder and loads them. Host memory has room for so many bytes of adapters.
-pub(crate) fn engine<B: Backend>(ops: B, folder: &Path, host_bytes: usize) -> (Engine<B>, Arc<Adapters<B>>) {
-    engine_with_slots(ops, folder, host_bytes, 2)
+/// Writes the files into a folder and loads them.
+pub(crate) fn engine<B: Backend>(ops: B, folder: &Path) -> (Engine<B>, Arc<Adapters<B>>) {
+    engine_with_slots(ops, folder, 2)
 }
 
 /// As [`engine`], with so many slots for adapters.
 pub(crate) fn engine_with_slots<B: Backend>(
     ops: B,
     folder: &Path,
-    host_bytes: usize,
     num_slots: usize,
 ) -> (Engine<B>, Arc<Adapters<B>>) {
-    engine_of(&testing::model(), ops, folder, (host_bytes, num_slots))
+    engine_of(&testing::model(), ops, folder, num_slots)
 }
 
 /// As [`engine_with_slots`], of a model like that of [`testing::model`].
@@ -46,34 +42,31 @@ pub(crate) fn engine_of<B: Backend>(
     files: &Files,
     ops: B,
     folder: &Path,
-    (host_bytes, num_slots): (usize, usize),
+    num_slots: usize,
 ) -> (Engine<B>, Arc<Adapters<B>>) {
     files.write_model(&folder.join("model")).unwrap();
     for (name, seed) in [("one", 1), ("two", 2)] {
         write_adapter(&folder.join("adapters").join(name), seed);
     }
-    engine_in(ops, folder, (host_bytes, num_slots))
+    engine_in(ops, folder, num_slots)
 }
 
 /// As [`engine_of`], of a folder `model`, and of adapters below a folder `adapters`.
 pub(crate) fn engine_in<B: Backend>(
     ops: B,
     folder: &Path,
-    (host_bytes, num_slots): (usize, usize),
+    num_slots: usize,
 ) -> (Engine<B>, Arc<Adapters<B>>) {
     let at = |name: &str| folder.join(name);
     let ops = Arc::new(ops);
     let model = Arc::new(Model::load(&*ops, &at("model"), &mut |_| {}).unwrap());
-    let roots = Roots::new(Some(&at("adapters")), &[]).unwrap();
     let base = BaseModel {
         decoder: model.decoder().clone(),
         path: at("model"),
         dtype: DType::F32,
         share: model.share(),
     };
-    let host = HostLimits { bytes: host_bytes, read_timeout: READ_TIMEOUT };
-    let adapters =
-        Arc::new(Adapters::new(ops.clone(), base, model.sites().to_vec(), roots, host, Handle::current()));
+    let adapters = Arc::new(Adapters::new(ops.clone(), base, model.sites().to_vec(), READ_TIMEOUT));
     let limits = Limits { num_slots, max_rows: 32, max_sequences: 4, max_logit_rows: 32 };
     let mut engine = Engine::new(ops, model, adapters.clone(), limits).unwrap();
     engine.warm_up().unwrap();
