@@ -7,8 +7,11 @@ use sources::{NameError, Reference, SourceKind};
 use tokio::time::Instant;
 
 use crate::{
-    adapters::{Leased, Wanted},
-    api::error::ApiError,
+    adapters::{Leased, Recipe, Wanted},
+    api::{
+        error::ApiError,
+        merged::{FIELD as MERGED, MergedAdapters},
+    },
     generation::cache_salt,
     server::{App, accept::Caller},
 };
@@ -18,10 +21,37 @@ use crate::{
 pub(crate) struct AdapterRef {
     /// The field that has the id.
     pub(crate) field: &'static str,
-    /// The id as it was sent.
+    /// The id as it was sent; those of a merge with commas between them.
     pub(crate) id: String,
-    pub(crate) reference: Reference,
-    pub(crate) credential: Credential,
+    named: Named,
+    credential: Credential,
+}
+
+/// What a request names.
+#[derive(Debug, Clone)]
+enum Named {
+    One(Reference),
+    /// Adapters with their weights.
+    Merged(Vec<(Reference, f64)>, Recipe),
+}
+
+impl AdapterRef {
+    /// Its source; that of the first part of a merge.
+    pub(crate) fn source(&self) -> Option<SourceKind> {
+        match &self.named {
+            Named::One(reference) => Some(reference.kind),
+            Named::Merged(parts, _) => parts.first().map(|(reference, _)| reference.kind),
+        }
+    }
+
+    /// The adapter itself, or a part of a merge, as errors name it.
+    fn name(&self, part: Option<usize>) -> String {
+        match (&self.named, part) {
+            (Named::One(reference), _) => reference.to_string(),
+            (Named::Merged(parts, _), Some(part)) => parts[part].0.to_string(),
+            (Named::Merged(..), None) => self.id.clone(),
+        }
+    }
 }
 
 /// The tokens that a request brings for the source of its adapter.
@@ -45,6 +75,23 @@ impl Credential {
         self.given.is_none() && self.fallback.is_none()
     }
 
+    /// The token that a source is shown first. A folder wants to see none, so that all who name it share one question.
+    fn first(&self, reference: &Reference) -> Option<&SecretString> {
+        self.given.as_ref().filter(|_| reference.kind != SourceKind::Local)
+    }
+
+    /// The token that is shown next, after a source has said no to the one that was shown.
+    fn next(
+        &self,
+        reference: &Reference,
+        shown: Option<&SecretString>,
+        fault: &Fault,
+    ) -> Option<&SecretString> {
+        let is_refusal = matches!(fault, Fault::NotFound(_) | Fault::Denied(_));
+        let may_show = shown.is_none() && reference.kind != SourceKind::Local;
+        self.fallback.as_ref().filter(|_| is_refusal && may_show)
+    }
+
     /// The same, but a token in the body goes before those of headers.
     pub(crate) fn or_in_body(&self, api_token: Option<SecretString>) -> Credential {
         Credential { given: api_token.or_else(|| self.given.clone()), fallback: self.fallback.clone() }
@@ -53,6 +100,11 @@ impl Credential {
 
 /// LoRAX's name of the base model where an adapter is named.
 const BASE_MODEL: &str = "__base_model__";
+
+/// Whether the base model is meant.
+pub(crate) fn is_base_model(id: &str) -> bool {
+    id.is_empty() || id == BASE_MODEL
+}
 
 impl App {
     /// The adapter that a field of a request names, if it is not the base model.
@@ -63,13 +115,36 @@ impl App {
         source: Option<&str>,
         credential: Credential,
     ) -> Result<Option<AdapterRef>, ApiError> {
-        let Some(id) = id.filter(|id| !id.is_empty() && id != BASE_MODEL) else { return Ok(None) };
+        let Some(id) = id.filter(|id| !is_base_model(id)) else { return Ok(None) };
+        let named = Named::One(self.reference(field, &id, source)?);
+        Ok(Some(AdapterRef { field, id, named, credential }))
+    }
+
+    /// The adapter that is merged for a request.
+    pub(crate) fn merged_adapter(
+        &self,
+        merged: MergedAdapters,
+        source: Option<&str>,
+        credential: Credential,
+    ) -> Result<AdapterRef, ApiError> {
+        let (parts, recipe) = merged.checked()?;
+        if let Some((id, _)) = parts.iter().find(|(id, _)| is_base_model(id)) {
+            let problem = format!("has {id:?}: the base model cannot be merged with adapters");
+            return Err(ApiError::invalid(format!("{MERGED}.ids"), problem));
+        }
+        let ids: Vec<&str> = parts.iter().map(|(id, _)| &**id).collect();
+        let id = ids.join(",");
+        let parts = parts.iter().map(|(id, weight)| Ok((self.reference(MERGED, id, source)?, *weight)));
+        let named = Named::Merged(parts.collect::<Result<_, ApiError>>()?, recipe);
+        Ok(AdapterRef { field: MERGED, id, named, credential })
+    }
+
+    fn reference(&self, field: &'static str, id: &str, source: Option<&str>) -> Result<Reference, ApiError> {
         let source = source.unwrap_or(&self.config.router.adapter_source);
-        let reference = Reference::parse(source, &id).map_err(|error| {
+        Reference::parse(source, id).map_err(|error| {
             let field = if matches!(error, NameError::Source(_)) { "adapter_source" } else { field };
             ApiError::AdapterInvalid { field, message: error.to_string() }
-        })?;
-        Ok(Some(AdapterRef { field, id, reference, credential }))
+        })
     }
 
     /// The salt of a request in the prefix cache; `narrower` is the request's own salt.
@@ -87,33 +162,63 @@ impl App {
     pub(crate) async fn lease(&self, caller: &Caller, adapter: &AdapterRef) -> Result<Leased, ApiError> {
         let limit = self.config.router.prepare_timeout;
         let deadline = Instant::now() + limit;
-        let leased = self.lease_until(caller, adapter, deadline).await;
-        leased.map_err(|fault| match fault {
+        let leased = match &adapter.named {
+            Named::One(reference) => {
+                let leased = self.lease_one(caller, reference, &adapter.credential, deadline).await;
+                leased.map_err(|fault| (None, fault))
+            }
+            Named::Merged(parts, recipe) => {
+                self.lease_merged(caller, (parts, *recipe), &adapter.credential, deadline).await
+            }
+        };
+        leased.map_err(|(part, fault)| match fault {
             Fault::Slow if Instant::now() >= deadline => ApiError::AdapterTimeout { limit },
-            fault => ApiError::of_adapter(adapter, fault),
+            fault => ApiError::of_adapter(adapter.field, &adapter.name(part), fault),
         })
     }
 
-    async fn lease_until(
+    async fn lease_one(
         &self,
         caller: &Caller,
-        adapter: &AdapterRef,
+        reference: &Reference,
+        credential: &Credential,
         deadline: Instant,
     ) -> Result<Leased, Fault> {
         let tenant = caller.principal.tenant.asking();
-        let ask = async |credential: Option<&SecretString>| {
-            let wanted = Wanted { reference: adapter.reference.clone(), credential: credential.cloned() };
-            self.adapters.ask(wanted, tenant, deadline).await
-        };
-        // A folder wants to see no token, so that all who name it share one question.
-        if adapter.reference.kind == SourceKind::Local {
-            return ask(None).await;
+        let mut shown = credential.first(reference);
+        loop {
+            let wanted = Wanted { reference: reference.clone(), credential: shown.cloned() };
+            let leased = self.adapters.ask(wanted, tenant, deadline).await;
+            match &leased {
+                Err(fault) if let Some(next) = credential.next(reference, shown, fault) => shown = Some(next),
+                _ => return leased,
+            }
         }
-        let Credential { given, fallback } = &adapter.credential;
-        let first = ask(given.as_ref()).await;
-        match (&first, given, fallback) {
-            (Err(Fault::NotFound(_) | Fault::Denied(_)), None, Some(fallback)) => ask(Some(fallback)).await,
-            _ => first,
+    }
+
+    /// As [`Self::lease_one`], of a merge. Each of its parts is asked for with the credential.
+    async fn lease_merged(
+        &self,
+        caller: &Caller,
+        (parts, recipe): (&[(Reference, f64)], Recipe),
+        credential: &Credential,
+        deadline: Instant,
+    ) -> Result<Leased, (Option<usize>, Fault)> {
+        let tenant = caller.principal.tenant.asking();
+        let mut shown: Vec<_> = parts.iter().map(|(reference, _)| credential.first(reference)).collect();
+        loop {
+            let wanted = parts.iter().zip(&shown).map(|((reference, weight), shown)| {
+                (Wanted { reference: reference.clone(), credential: shown.cloned() }, *weight)
+            });
+            let leased = self.adapters.ask_merged(wanted.collect(), recipe, tenant, deadline).await;
+            match &leased {
+                Err((Some(part), fault))
+                    if let Some(next) = credential.next(&parts[*part].0, shown[*part], fault) =>
+                {
+                    shown[*part] = Some(next);
+                }
+                _ => return leased,
+            }
         }
     }
 }
@@ -133,7 +238,8 @@ mod tests {
         for credential in all {
             let reference = Reference::parse("hub", "sql").unwrap();
             let wanted = Wanted { reference: reference.clone(), credential: credential.given.clone() };
-            let adapter = AdapterRef { field: "model", id: "sql".into(), reference, credential };
+            let named = Named::One(reference);
+            let adapter = AdapterRef { field: "model", id: "sql".into(), named, credential };
             let printed = format!("{adapter:?} {adapter:#?} {wanted:?}");
             assert!(printed.contains("sql") && !printed.contains("secret-"), "{printed}");
         }

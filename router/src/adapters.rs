@@ -7,6 +7,7 @@ mod calls;
 mod driver;
 mod ids;
 mod inbox;
+mod merge;
 mod trace;
 
 use std::{
@@ -20,7 +21,8 @@ use std::{
 };
 
 use config::{Config, RouterConfig};
-use exchange::{Ask, AskId, Fault, Tenant, Tier};
+use exchange::{Ask, AskId, Content, Fault, Tenant, Tier};
+use futures::future::try_join_all;
 use lifecycle::Supervisor;
 use scheduler::Adapter;
 use secrecy::SecretString;
@@ -40,6 +42,7 @@ use calls::{Calls, Means};
 use driver::Driver;
 use ids::Credentials;
 pub(crate) use inbox::{Inbox, News};
+pub(crate) use merge::{MajoritySign, Merge, Part, Recipe, Strategy};
 use trace::Trace;
 
 /// The task's name, also in the log.
@@ -56,12 +59,20 @@ pub(crate) struct Wanted {
 }
 
 /// What the exchange hands on from an ask to the calls that are made for it.
-type Payload = Arc<Wanted>;
+#[derive(Clone)]
+enum Payload {
+    /// An adapter of a source.
+    Adapter(Arc<Wanted>),
+    /// One that is made of others, which are on the disk.
+    Merge(Arc<Merge>),
+}
 
 /// What the driver is told by those who wait for it.
 enum Order {
     /// An adapter is needed.
     Ask(Asked),
+    /// Several adapters are needed at the same time, on the disk.
+    AskTogether(Vec<Asked>),
     /// The metrics are to be brought up to date.
     Publish(oneshot::Sender<()>),
 }
@@ -72,7 +83,7 @@ struct Asked {
     answer: oneshot::Sender<Result<Ready, Fault>>,
 }
 
-/// An adapter that all ranks have in host memory, while it is leased.
+/// An adapter that is on the disk, or that all ranks have in host memory, while it is leased.
 #[derive(Debug, Clone, Copy)]
 struct Ready {
     adapter: Adapter,
@@ -86,7 +97,8 @@ pub(crate) struct Leased {
     pub(crate) lease: Lease,
 }
 
-/// Keeps an adapter in the host memory of all ranks until it is dropped, or until their session ends.
+/// Keeps an adapter on the disk, or in the host memory of all ranks, until it is dropped. In host memory, the lease ends
+/// with the ranks' session, too.
 #[derive(Debug)]
 pub(crate) struct Lease {
     ask: AskId,
@@ -191,24 +203,113 @@ impl Adapters {
         tenant: Tenant,
         deadline: Instant,
     ) -> Result<Leased, Fault> {
-        let id = AskId(self.ids.fetch_add(1, Ordering::Relaxed));
-        // It is dropped after the receiver of the answer: the driver takes no ask whose receiver has gone, and learns
-        // of the end of any that it has taken.
-        let mut lease = Lease { ask: id, session: 0, inbox: self.inbox.clone() };
-        let (answer, answered) = oneshot::channel();
+        let (asked, waiting) = self.new_ask(wanted, Tier::Host, tenant, deadline);
+        self.order(Order::Ask(asked)).await?;
+        waiting.leased().await
+    }
+
+    /// Waits until the parts of a merge are on the disk, and then until their merge is in the host memory of all ranks. A
+    /// fault has the number of the part that it is about. Dropping the future gives up the asks.
+    pub(crate) async fn ask_merged(
+        &self,
+        parts: Vec<(Wanted, f64)>,
+        recipe: Recipe,
+        tenant: Tenant,
+        deadline: Instant,
+    ) -> Result<Leased, (Option<usize>, Fault)> {
+        let counted = self.metrics.ask();
+        let asked = self.ask_merged_uncounted(parts, recipe, tenant, deadline).await;
+        counted.end(asked.as_ref().err().map(|(_, fault)| fault));
+        asked
+    }
+
+    async fn ask_merged_uncounted(
+        &self,
+        parts: Vec<(Wanted, f64)>,
+        recipe: Recipe,
+        tenant: Tenant,
+        deadline: Instant,
+    ) -> Result<Leased, (Option<usize>, Fault)> {
+        let whole = |fault| (None, fault);
+        let described: Vec<_> =
+            parts.iter().map(|(wanted, weight)| (wanted.reference.to_string(), *weight)).collect();
+        let asks = parts.into_iter().map(|(wanted, _)| self.new_ask(wanted, Tier::Disk, tenant, deadline));
+        let (asked, waiting): (Vec<_>, Vec<_>) = asks.unzip();
+        self.order(Order::AskTogether(asked)).await.map_err(whole)?;
+        let answers = waiting
+            .into_iter()
+            .enumerate()
+            .map(async |(number, waiting)| waiting.leased().await.map_err(|fault| (Some(number), fault)));
+        // They are leased until the merge has been read.
+        let on_disk = try_join_all(answers).await?;
+        let part = |((name, weight), leased): ((String, f64), &Leased)| Part {
+            name,
+            content: Content(leased.adapter.key.0),
+            weight,
+        };
+        let merge = Merge::new(described.into_iter().zip(&on_disk).map(part).collect(), recipe);
+        let (answer, waiting) = self.waiting();
+        let content = merge.content();
         let ask = Ask {
-            id,
+            id: waiting.lease.ask,
+            tenant,
+            source: ids::source(MERGES),
+            reference: ids::merge(content),
+            credential: self.credentials.name(None),
+            tier: Tier::Host,
+            pin: false,
+            deadline: deadline.duration_since(self.begun),
+            payload: Payload::Merge(Arc::new(merge)),
+        };
+        self.order(Order::Ask(Asked { ask, answer })).await.map_err(whole)?;
+        waiting.leased().await.map_err(whole)
+    }
+
+    fn new_ask(&self, wanted: Wanted, tier: Tier, tenant: Tenant, deadline: Instant) -> (Asked, Waiting) {
+        let (answer, waiting) = self.waiting();
+        let ask = Ask {
+            id: waiting.lease.ask,
             tenant,
             source: ids::source(&self.sources.place(&wanted.reference)),
             reference: ids::reference(&wanted.reference),
             credential: self.credentials.name(wanted.credential.as_ref()),
-            tier: Tier::Host,
+            tier,
             pin: false,
             deadline: deadline.duration_since(self.begun),
-            payload: Arc::new(wanted),
+            payload: Payload::Adapter(Arc::new(wanted)),
         };
-        let stopped = || Fault::Unavailable("the server stops".into());
-        self.orders.send(Order::Ask(Asked { ask, answer })).await.map_err(|_| stopped())?;
+        (Asked { ask, answer }, waiting)
+    }
+
+    fn waiting(&self) -> (oneshot::Sender<Result<Ready, Fault>>, Waiting) {
+        let id = AskId(self.ids.fetch_add(1, Ordering::Relaxed));
+        let (answer, answered) = oneshot::channel();
+        let lease = Lease { ask: id, session: 0, inbox: self.inbox.clone() };
+        (answer, Waiting { answered, lease })
+    }
+
+    async fn order(&self, order: Order) -> Result<(), Fault> {
+        self.orders.send(order).await.map_err(|_| stopped())
+    }
+}
+
+/// The source of merges.
+const MERGES: &str = "merges";
+
+fn stopped() -> Fault {
+    Fault::Unavailable("the server stops".into())
+}
+
+/// An ask that has no answer yet. The driver takes no ask whose receiver has gone, and learns of the end of any that it
+/// has taken; so the receiver is dropped first.
+struct Waiting {
+    answered: oneshot::Receiver<Result<Ready, Fault>>,
+    lease: Lease,
+}
+
+impl Waiting {
+    async fn leased(self) -> Result<Leased, Fault> {
+        let Waiting { answered, mut lease } = self;
         let Ready { adapter, session } = answered.await.map_err(|_| stopped())??;
         lease.session = session;
         Ok(Leased { adapter, lease })

@@ -9,5 +9,6 @@ pub(crate) mod group;
 pub(crate) mod info;
 pub(crate) mod json;
 pub(crate) mod lorax;
+pub(crate) mod merged;
 pub(crate) mod openai;
 pub(crate) mod request;

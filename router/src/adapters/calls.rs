@@ -57,11 +57,18 @@ struct Shared {
     means: Means,
     /// What was found of a version.
     found: Mutex<LruCache<Version, Arc<Found>>>,
+    /// The version from which a content was read in place last.
+    in_place: Mutex<LruCache<Content, Version>>,
 }
 
 impl Shared {
     fn store(&self) -> Result<Store, CallError> {
         self.means.store.clone().ok_or(CallError::NoCache)
+    }
+
+    /// The version from which a content was read in place last.
+    fn version_in_place(&self, content: Content) -> Option<Version> {
+        self.in_place.lock().unwrap_or_else(PoisonError::into_inner).get(&content).copied()
     }
 
     fn found(&self, version: Version) -> Option<Arc<Found>> {
@@ -87,7 +94,11 @@ pub(super) struct Calls {
 
 impl Calls {
     pub(super) fn new(means: Means) -> Calls {
-        let shared = Shared { means, found: Mutex::new(LruCache::new(FOUND)) };
+        let shared = Shared {
+            means,
+            found: Mutex::new(LruCache::new(FOUND)),
+            in_place: Mutex::new(LruCache::new(FOUND)),
+        };
         let session = Session { number: 0, ended: CancellationToken::new() };
         Calls { shared: Arc::new(shared), running: JoinSet::new(), aborts: HashMap::new(), session }
     }
@@ -118,15 +129,21 @@ impl Calls {
         let (shared, session) = (self.shared.clone(), self.session.clone());
         match output {
             Output::Lookup { call, payload } => self.call(call, async move |abort| {
-                let result = shared.look_up(&payload, &abort).await;
+                let result = match &payload {
+                    Payload::Adapter(wanted) => shared.look_up(wanted, &abort).await,
+                    Payload::Merge(merge) => Ok(merge.found()),
+                };
                 Some(Answer::LookedUp { call, result })
             }),
             Output::Fetch { call, version, max_bytes, payload } => self.call(call, async move |abort| {
-                let result = shared.fetch(version, max_bytes, &payload, &abort).await;
+                let result = match &payload {
+                    Payload::Adapter(wanted) => shared.fetch(version, max_bytes, wanted, &abort).await,
+                    Payload::Merge(merge) => Ok(merge.fetched()),
+                };
                 Some(Answer::Fetched { call, result })
             }),
             Output::Stage { call, content, place, max_bytes, payload } => {
-                let order = stage::Order { content, place, max_bytes, adapter: payload.reference.clone() };
+                let order = stage::Order { content, place, max_bytes, payload };
                 self.call(call, async move |abort| {
                     let result = shared.stage(&order, &session, &abort).await?;
                     Some(Answer::Staged { call, result })

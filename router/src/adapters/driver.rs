@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, future::pending, sync::Arc};
 
-use exchange::{AskId, Content, Exchange, Fault, Input, Limits, Output, Version};
+use exchange::{Ask, AskId, Content, Exchange, Fault, Input, Limits, Output, Version};
 use scheduler::{Adapter, AdapterKey};
 use tokio::{
     sync::{mpsc, oneshot},
@@ -78,7 +78,15 @@ impl Driver {
             };
             match event {
                 Event::Order(None) => return,
-                Event::Order(Some(Order::Ask(asked))) => self.ask(asked).await,
+                Event::Order(Some(Order::Ask(asked))) => {
+                    if let Some(ask) = self.entered(asked) {
+                        self.tell(Input::Ask(ask)).await;
+                    }
+                }
+                Event::Order(Some(Order::AskTogether(asked))) => {
+                    let asks = asked.into_iter().filter_map(|asked| self.entered(asked)).collect();
+                    self.tell(Input::AskTogether(asks)).await;
+                }
                 Event::Order(Some(Order::Publish(done))) => {
                     self.metrics.publish(&self.exchange.stats());
                     // Whoever wanted it may have left.
@@ -95,13 +103,14 @@ impl Driver {
         }
     }
 
-    async fn ask(&mut self, asked: Asked) {
-        // The end of its lease may have been read before it came itself.
+    /// Remembers who waits for an ask. `None`: nobody does any more, and the end of its lease may have been read before it
+    /// came itself.
+    fn entered(&mut self, asked: Asked) -> Option<Ask<Payload>> {
         if asked.answer.is_closed() {
-            return;
+            return None;
         }
         self.waiting.insert(asked.ask.id, asked.answer);
-        self.tell(Input::Ask(asked.ask)).await;
+        Some(asked.ask)
     }
 
     async fn news(&mut self, news: News) {

@@ -1,7 +1,7 @@
 //! The names by which the exchange knows references, sources and credentials.
 
 use blake3::Hasher;
-use exchange::{CredentialId, ReferenceId, SourceId};
+use exchange::{Content, CredentialId, ReferenceId, SourceId};
 use secrecy::{ExposeSecret, SecretString};
 use sources::Reference;
 
@@ -22,6 +22,13 @@ pub(super) fn reference(reference: &Reference) -> ReferenceId {
     let revision = revision.as_deref();
     let texts = [kind.to_string(), id.clone(), format!("{revision:?}")];
     ReferenceId(u128::from_le_bytes(digest(Hasher::new(), texts.iter().map(String::as_str))))
+}
+
+/// Names a merge of this content. A part of its hash is enough, as for all references.
+pub(super) fn merge(content: Content) -> ReferenceId {
+    let mut digest = [0; 16];
+    digest.copy_from_slice(&content.0[..16]);
+    ReferenceId(u128::from_le_bytes(digest))
 }
 
 /// Names a place that fails as one.

@@ -16,7 +16,7 @@ use axum::{
 use exchange::Fault;
 
 use super::request::FieldNames;
-use crate::{adapter::AdapterRef, admission::Refusal, generation::Failure, metrics::End, workers::WorkError};
+use crate::{admission::Refusal, generation::Failure, metrics::End, workers::WorkError};
 
 pub(crate) use body::Dialect;
 
@@ -167,9 +167,8 @@ impl ApiError {
         ApiError::Invalid { field: field.into(), problem: problem.into() }
     }
 
-    /// The error of an adapter that cannot be had.
-    pub(crate) fn of_adapter(adapter: &AdapterRef, fault: Fault) -> ApiError {
-        let field = adapter.field;
+    /// The error of an adapter of this name that cannot be had.
+    pub(crate) fn of_adapter(field: &'static str, name: &str, fault: Fault) -> ApiError {
         let message = fault.to_string();
         match fault {
             Fault::NotFound(_) => ApiError::AdapterNotFound { field, message },
@@ -177,7 +176,7 @@ impl ApiError {
             Fault::Invalid(_) => ApiError::AdapterInvalid { field, message },
             Fault::Unavailable(_) => ApiError::AdapterFailed { field, message },
             Fault::TooLarge { .. } | Fault::Slow | Fault::Changed => {
-                let message = format!("adapter \"{}\": {message}", adapter.reference);
+                let message = format!("adapter \"{name}\": {message}");
                 ApiError::AdapterFailed { field, message }
             }
             Fault::Ranks(_) | Fault::PinsFull(_) | Fault::SessionLost | Fault::Duplicate => {

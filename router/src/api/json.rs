@@ -58,8 +58,9 @@ fn own_name(name: &str) -> &str {
 }
 
 /// The words of serde for types, and ours.
-const TYPES: [(&str, &str); 7] = [
+const TYPES: [(&str, &str); 8] = [
     ("f32", "a number"),
+    ("f64", "a number"),
     ("u32", "an integer from 0 to 4294967295"),
     ("u64", "an integer from 0 to 18446744073709551615"),
     ("usize", "a non-negative integer"),

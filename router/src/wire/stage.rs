@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use scheduler::AdapterKey;
 
 use super::{WireError, key};
+use crate::adapters::{MajoritySign, Recipe, Strategy};
 
 /// An adapter that the ranks are to copy into host memory.
 #[derive(Debug, Clone, PartialEq)]
@@ -15,6 +16,8 @@ pub(crate) struct StageOrder {
     pub(crate) name: String,
     /// Where its files are.
     pub(crate) parts: Vec<AdapterPart>,
+    /// How its parts are merged. `None`: there is one part, which is the adapter as it is.
+    pub(crate) merge: Option<Recipe>,
     /// Bytes that are reserved for it on each rank. If it takes more, it is not read.
     pub(crate) max_bytes: u64,
 }
@@ -22,12 +25,21 @@ pub(crate) struct StageOrder {
 /// A folder with the files of an adapter.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct AdapterPart {
+    /// Its name in a merge, for messages.
+    pub(crate) name: String,
     /// Its absolute path.
     pub(crate) folder: PathBuf,
     /// The configuration and the file with the tensors.
     pub(crate) files: Vec<AdapterFile>,
-    /// Its weight in a merge; without a merge there is one part, and this has no meaning.
+    /// Its weight in a merge.
     pub(crate) weight: f64,
+}
+
+impl AdapterPart {
+    /// The part of an adapter that is not merged.
+    pub(crate) fn new(folder: PathBuf, files: Vec<AdapterFile>) -> AdapterPart {
+        AdapterPart { name: String::new(), folder, files, weight: 1.0 }
+    }
 }
 
 /// A file of an adapter.
@@ -95,15 +107,40 @@ pub(crate) fn request(session: u64, order: &StageOrder) -> proto::StageRequest {
         folder: part.folder.to_string_lossy().into_owned(),
         files: part.files.iter().map(file).collect(),
         weight: part.weight,
-        name: String::new(),
+        name: part.name.clone(),
     };
     proto::StageRequest {
         session,
         content: order.content.0.to_vec(),
         name: order.name.clone(),
         parts: order.parts.iter().map(part).collect(),
-        merge: None,
+        merge: order.merge.map(merge),
         max_bytes: order.max_bytes,
+    }
+}
+
+fn merge(recipe: Recipe) -> proto::Merge {
+    use proto::merge::{MajoritySign as Sign, Strategy as Way};
+    let Recipe { strategy, density, majority_sign, svd_rank, seed } = recipe;
+    let way = match strategy {
+        Strategy::Linear => Way::Linear,
+        Strategy::Ties => Way::Ties,
+        Strategy::DareLinear => Way::DareLinear,
+        Strategy::DareTies => Way::DareTies,
+        Strategy::MagnitudePrune => Way::MagnitudePrune,
+        Strategy::Cat => Way::Cat,
+        Strategy::Svd => Way::Svd,
+    };
+    let sign = match majority_sign {
+        MajoritySign::Total => Sign::Total,
+        MajoritySign::Frequency => Sign::Frequency,
+    };
+    proto::Merge {
+        strategy: way.into(),
+        density,
+        majority_sign: sign.into(),
+        svd_rank: svd_rank.unwrap_or(0),
+        seed,
     }
 }
 

@@ -18,6 +18,7 @@ mod health;
 mod keys;
 mod killed;
 mod logprobs;
+mod merges;
 mod metrics;
 mod openai;
 mod process;

@@ -151,7 +151,6 @@ async fn fields_that_are_not_supported() {
         ("grammar", json!({"type": "json"})),
         ("apply_chat_template", json!(true)),
         ("watermark", json!(true)),
-        ("merged_adapters", json!({"ids": ["a"]})),
     ];
     let openai = [
         ("n", json!(2)),

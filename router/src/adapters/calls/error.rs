@@ -1,9 +1,9 @@
 //! Why calls fail.
 
-use std::io;
+use std::{fmt::Display, io};
 
 use exchange::{Fault, StageFault};
-use sources::{Reference, SourceError};
+use sources::SourceError;
 use store::StoreError;
 
 /// Why a call has failed.
@@ -31,7 +31,7 @@ pub(super) enum CallError {
 
 impl CallError {
     /// The fault of an ask for this adapter.
-    pub(super) fn fault(self, adapter: &Reference) -> Fault {
+    pub(super) fn fault(self, adapter: &dyn Display) -> Fault {
         match self {
             CallError::Fault(fault) => fault,
             CallError::Source(error) => of_source(error),
@@ -44,7 +44,7 @@ impl CallError {
     }
 
     /// The same of one that is staged.
-    pub(super) fn stage_fault(self, adapter: &Reference) -> StageFault {
+    pub(super) fn stage_fault(self, adapter: &dyn Display) -> StageFault {
         self.fault(adapter).into()
     }
 }

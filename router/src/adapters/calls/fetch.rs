@@ -1,6 +1,9 @@
 //! Fetches: copies to the disk, and hashes of folders that are read where they lie.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{
+    PoisonError,
+    atomic::{AtomicU64, Ordering},
+};
 
 use exchange::{Content, Fault, Fetched, Version};
 use sources::{Destination, Found};
@@ -26,7 +29,13 @@ impl Shared {
         let found = self.found(version);
         let in_place = found.clone().and_then(|found| Some((found.in_place.clone()?, found)));
         let result = match in_place {
-            Some((folder, found)) => blocking(move || in_place::hash(&found, &folder)).await,
+            Some((folder, found)) => {
+                let hashed = blocking(move || in_place::hash(&found, &folder)).await;
+                if let Ok(Fetched { content, .. }) = hashed {
+                    self.in_place.lock().unwrap_or_else(PoisonError::into_inner).put(content, version);
+                }
+                hashed
+            }
             None => caught(self.copy(version, found.as_deref(), max_bytes, wanted, abort)).await,
         };
         let result = result.map_err(|error| error.fault(&wanted.reference));

@@ -2,19 +2,24 @@
 
 use std::{fs, io, path::Path, time::Duration};
 
-use exchange::{Content, Fault, Place, StageFault, Staged};
+use exchange::{Content, Fault, Place, StageFault, Staged, Version};
 use scheduler::AdapterKey;
-use sources::Reference;
 use store::Hold;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-use super::{Session, Shared, blocking, error::CallError};
+use super::{Payload, Session, Shared, blocking, error::CallError};
 use crate::{
+    adapters::{Merge, Part, Recipe},
     metrics::CallKind,
     ranks::StageError,
     wire::stage::{AdapterFile, AdapterPart, StageAnswer, StageOrder, Stamp},
 };
+
+/// Where the files of an adapter are, and what keeps them there.
+type Files = (AdapterPart, Option<Hold>);
+/// The same of a merge, and how it is merged.
+type MergeFiles = (Vec<AdapterPart>, Option<Recipe>, Vec<Hold>);
 
 /// Time between two attempts to remove a copy.
 const AGAIN: Duration = Duration::from_millis(100);
@@ -24,7 +29,7 @@ pub(super) struct Order {
     pub(super) content: Content,
     pub(super) place: Place,
     pub(super) max_bytes: u64,
-    pub(super) adapter: Reference,
+    pub(super) payload: Payload,
 }
 
 impl Shared {
@@ -59,14 +64,20 @@ impl Shared {
     }
 
     async fn stage_in(&self, order: &Order, session: u64) -> Result<Staged, StageFault> {
-        let found = self.part_of(order).await.map_err(|error| error.stage_fault(&order.adapter))?;
-        let (part, _hold) = found.ok_or(StageFault::Gone)?;
-        let order = StageOrder {
-            content: AdapterKey(order.content.0),
-            name: order.adapter.to_string(),
-            parts: vec![part],
-            max_bytes: order.max_bytes,
+        let Order { content, max_bytes, ref payload, .. } = *order;
+        let found = match payload {
+            Payload::Adapter(wanted) => {
+                let part = self.part_of(order).await.map_err(|error| error.stage_fault(&wanted.reference))?;
+                part.map(|(part, hold)| (vec![part], None, Vec::from_iter(hold)))
+            }
+            Payload::Merge(merge) => self.parts_of(merge).await?,
         };
+        let (parts, merge, _holds) = found.ok_or(StageFault::Gone)?;
+        let name = match payload {
+            Payload::Adapter(wanted) => wanted.reference.to_string(),
+            Payload::Merge(merge) => merge.name(),
+        };
+        let order = StageOrder { content: AdapterKey(content.0), name, parts, merge, max_bytes };
         match self.means.ranks.stage(session, &order).await {
             Ok(StageAnswer::Staged(staged)) => {
                 Ok(Staged { host_bytes: staged.host_bytes, slot_bytes: staged.slot_bytes })
@@ -78,26 +89,51 @@ impl Shared {
     }
 
     /// Where the files of an adapter are, and what keeps them there. `None` if they are gone.
-    async fn part_of(&self, order: &Order) -> Result<Option<(AdapterPart, Option<Hold>)>, CallError> {
-        let part = |folder, files| AdapterPart { folder, files, weight: 1.0 };
+    async fn part_of(&self, order: &Order) -> Result<Option<Files>, CallError> {
         match order.place {
-            Place::InPlace(version) => Ok(self.found(version).and_then(|found| {
-                let file = |file: &sources::AdapterFile| AdapterFile {
-                    name: file.name.clone(),
-                    stamp: file.stamp.map(stamp),
-                };
-                Some((part(found.in_place.clone()?, found.files.iter().map(file).collect()), None))
-            })),
-            Place::Cache => {
-                let (store, content) = (self.store()?, order.content);
-                blocking(move || {
-                    let Some(hold) = store.hold(content.0)? else { return Ok(None) };
-                    let files = files_of(hold.folder())?;
-                    Ok(Some((part(hold.folder().to_owned(), files), Some(hold))))
-                })
-                .await
-            }
+            Place::InPlace(version) => Ok(self.in_place(version)),
+            Place::Cache => self.cached(order.content).await,
         }
+    }
+
+    /// The same of the parts of a merge. They are known by their contents alone, so that it does not matter which of
+    /// several copies is read.
+    async fn parts_of(&self, merge: &Merge) -> Result<Option<MergeFiles>, StageFault> {
+        let (mut parts, mut holds) = (Vec::new(), Vec::new());
+        for Part { name, content, weight } in &merge.parts {
+            let cached = match self.means.store {
+                Some(_) => self.cached(*content).await.map_err(|error| error.stage_fault(name))?,
+                None => None,
+            };
+            let Some((part, hold)) = cached.or_else(|| self.in_place(self.version_in_place(*content)?))
+            else {
+                return Ok(None);
+            };
+            parts.push(AdapterPart { name: name.clone(), weight: *weight, ..part });
+            holds.extend(hold);
+        }
+        Ok(Some((parts, Some(merge.recipe), holds)))
+    }
+
+    /// The files of a version that is read where it lies.
+    fn in_place(&self, version: Version) -> Option<Files> {
+        let found = self.found(version)?;
+        let file = |file: &sources::AdapterFile| AdapterFile {
+            name: file.name.clone(),
+            stamp: file.stamp.map(stamp),
+        };
+        Some((AdapterPart::new(found.in_place.clone()?, found.files.iter().map(file).collect()), None))
+    }
+
+    /// The files of a copy on the disk.
+    async fn cached(&self, content: Content) -> Result<Option<Files>, CallError> {
+        let store = self.store()?;
+        blocking(move || {
+            let Some(hold) = store.hold(content.0)? else { return Ok(None) };
+            let files = files_of(hold.folder())?;
+            Ok(Some((AdapterPart::new(hold.folder().to_owned(), files), Some(hold))))
+        })
+        .await
     }
 
     /// Removes a copy from the host memory of all ranks. `None` if the session ends before.

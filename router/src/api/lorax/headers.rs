@@ -16,7 +16,7 @@ pub(super) fn of_request(app: &App, adapter: Option<&AdapterRef>, characters: us
         ("x-compute-characters", Some(characters.to_string())),
         ("x-model-id", Some(app.config.model.id.clone())),
         ("x-adapter-id", adapter.map(|adapter| adapter.id.clone())),
-        ("x-adapter-source", adapter.map(|adapter| adapter.reference.kind.to_string())),
+        ("x-adapter-source", adapter.and_then(AdapterRef::source).map(|source| source.to_string())),
     ] {
         if let Some(value) = value {
             insert(&mut headers, name, value);

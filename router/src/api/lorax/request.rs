@@ -9,6 +9,7 @@ use crate::{
         error::{ApiError, Dialect},
         group::GroupRequest,
         json::{Rest, refuse},
+        merged::{self, MergedAdapters},
         request::{FieldNames, Prompt, Report, SequenceRequest},
     },
     server::{
@@ -63,6 +64,7 @@ sampling::parameters!(parameters {
     struct Parameters {
         adapter_id: Option<String>,
         adapter_source: Option<String>,
+        merged_adapters: Option<MergedAdapters>,
         api_token: Option<SecretString>,
         cache_salt: Option<SecretString>,
         do_sample: Option<bool>,
@@ -122,7 +124,14 @@ impl GenerateRequest {
             truncate: p.truncate,
         };
         let credential = caller.credential.or_in_body(p.api_token);
-        let adapter = app.adapter("adapter_id", p.adapter_id, p.adapter_source.as_deref(), credential)?;
+        let source = p.adapter_source.as_deref();
+        let adapter = match p.merged_adapters {
+            None => app.adapter("adapter_id", p.adapter_id, source, credential)?,
+            Some(merged) => {
+                merged::check_alone("adapter_id", p.adapter_id.as_deref())?;
+                Some(app.merged_adapter(merged, source, credential)?)
+            }
+        };
         Ok((GroupRequest { adapter, cache_salt: p.cache_salt, sequences: vec![sequence] }, shape))
     }
 }

@@ -15,6 +15,7 @@ use crate::{
         error::{ApiError, Dialect},
         group::GroupRequest,
         json::{Rest, refuse},
+        merged::{self, MergedAdapters},
         request::{FieldNames, Prompt, Report, SequenceRequest},
     },
     chat::TemplateInput,
@@ -48,6 +49,7 @@ macro_rules! body {
             // Beyond OpenAI's:
             adapter_id: Option<String>,
             adapter_source: Option<String>,
+            merged_adapters: Option<MergedAdapters>,
             api_token: Option<SecretString>,
             cache_salt: Option<SecretString>,
             #[serde(alias = "ignore_eos_token")]
@@ -73,6 +75,7 @@ macro_rules! body {
                     seed: self.seed,
                     adapter_id: self.adapter_id.take(),
                     adapter_source: self.adapter_source.take(),
+                    merged_adapters: self.merged_adapters.take(),
                     api_token: self.api_token.take(),
                     cache_salt: self.cache_salt.take(),
                     ignore_eos: self.ignore_eos == Some(true),
@@ -115,6 +118,7 @@ struct Common {
     seed: Option<i64>,
     adapter_id: Option<String>,
     adapter_source: Option<String>,
+    merged_adapters: Option<MergedAdapters>,
     api_token: Option<SecretString>,
     cache_salt: Option<SecretString>,
     ignore_eos: bool,
@@ -196,7 +200,7 @@ fn harmless(name: &str, value: &Value) -> bool {
 impl Common {
     /// The sequences of a request, and what its response looks like.
     fn into_group(
-        self,
+        mut self,
         app: &App,
         caller: &Caller,
         prompts: Vec<Prompt>,
@@ -206,6 +210,7 @@ impl Common {
         refuse(&self.stream_options.rest, "stream_options", |name, _| name == "include_obfuscation")?;
         let Asked { names, max_new_tokens, num_top, report } = asked;
         let params = self.sampling(num_top)?;
+        let adapter = self.adapter(app, caller)?;
         let sequence = |prompt| SequenceRequest {
             names,
             prompt,
@@ -217,7 +222,7 @@ impl Common {
             truncate: None,
         };
         let group = GroupRequest {
-            adapter: self.adapter(app, caller)?,
+            adapter,
             cache_salt: self.cache_salt,
             sequences: prompts.into_iter().map(sequence).collect(),
         };
@@ -233,7 +238,7 @@ impl Common {
 
     /// The adapter: by its own field, else by the model's name unless that is the base model's. `BASE|ADAPTER` names
     /// both, as Dynamo proposes for adapters that are loaded when a request names them.
-    fn adapter(&self, app: &App, caller: &Caller) -> Result<Option<AdapterRef>, ApiError> {
+    fn adapter(&mut self, app: &App, caller: &Caller) -> Result<Option<AdapterRef>, ApiError> {
         let base = &*app.config.model.id;
         let model = self.model.as_deref().filter(|model| *model != base);
         let behind_base = |model: &'_ str| model.strip_prefix(base)?.strip_prefix('|').map(str::to_owned);
@@ -243,7 +248,14 @@ impl Common {
             own => ("adapter_id", own),
         };
         let credential = caller.credential.or_in_body(self.api_token.clone());
-        app.adapter(field, id, self.adapter_source.as_deref(), credential)
+        let source = self.adapter_source.as_deref();
+        match self.merged_adapters.take() {
+            None => app.adapter(field, id, source, credential),
+            Some(merged) => {
+                merged::check_alone(field, id.as_deref())?;
+                Ok(Some(app.merged_adapter(merged, source, credential)?))
+            }
+        }
     }
 
     /// OpenAI's requests draw unless they say otherwise.

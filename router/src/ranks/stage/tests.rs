@@ -60,8 +60,8 @@ fn order(name: &str) -> StageOrder {
     let stamp = Stamp { device: 1, inode: 2, size: 3, modified: (4, 5), changed: (6, 7) };
     let file = |name: &str, stamp| AdapterFile { name: name.into(), stamp };
     let files = vec![file("adapter_config.json", Some(stamp)), file("adapter_model.safetensors", None)];
-    let parts = vec![AdapterPart { folder: "/adapters/one".into(), files, weight: 1.0 }];
-    StageOrder { content: key_of(name), name: name.into(), parts, max_bytes: 5000 }
+    let parts = vec![AdapterPart::new("/adapters/one".into(), files)];
+    StageOrder { content: key_of(name), name: name.into(), parts, merge: None, max_bytes: 5000 }
 }
 
 fn staged(host_bytes: u64, slot_bytes: u64) -> StageAnswer {
