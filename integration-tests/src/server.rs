@@ -61,6 +61,16 @@ impl Server {
 
     /// Starts a server of any model and folder of adapters.
     pub fn start_with(model: &Path, adapters: &Path, flags: &[&str]) -> Result<Server> {
+        Self::start_in(model, adapters, flags, &[])
+    }
+
+    /// The same, with variables in its environment.
+    pub fn start_in(
+        model: &Path,
+        adapters: &Path,
+        flags: &[&str],
+        variables: &[(&str, &str)],
+    ) -> Result<Server> {
         let mut launcher = Command::new(program("lorax-launcher")?)
             .args(["--hostname", "127.0.0.1", "--port", "0", "--device", "cpu", "--model-id"])
             .arg(model)
@@ -70,6 +80,7 @@ impl Server {
             // Several servers run side by side in the tests.
             .args(if flags.contains(&"--kv-memory") { &[][..] } else { &["--kv-memory", "256MiB"] })
             .env("NO_COLOR", "1")
+            .envs(variables.iter().copied())
             .stderr(Stdio::piped())
             .spawn()?;
         let stderr = launcher.stderr.take().context("the launcher's log")?;

@@ -1,7 +1,8 @@
-//! What all questions over HTTP have in common.
+//! What all questions over HTTP and all downloads have in common.
 
 use std::time::Duration;
 
+use indicatif::{ProgressBar, ProgressStyle};
 use reqwest::{Certificate, Client, header::HeaderValue, redirect::Policy};
 use secrecy::{ExposeSecret, SecretString};
 
@@ -27,4 +28,12 @@ pub(crate) fn bearer(token: &SecretString) -> Option<HeaderValue> {
     let mut value = HeaderValue::from_str(&format!("Bearer {token}")).ok()?;
     value.set_sensitive(true);
     Some(value)
+}
+
+/// Shows how far a download is, where stderr is a terminal.
+pub(crate) fn bar(file: &str, size: u64, from: u64) -> ProgressBar {
+    let style =
+        ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} ({eta})");
+    let bar = ProgressBar::new(size).with_message(file.to_owned()).with_position(from);
+    if let Ok(style) = style { bar.with_style(style) } else { bar }
 }

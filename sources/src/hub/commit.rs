@@ -6,7 +6,6 @@ use std::{
     time::Duration,
 };
 
-use indicatif::{ProgressBar, ProgressStyle};
 use reqwest::Method;
 use tokio::time::{Instant, sleep};
 
@@ -19,6 +18,7 @@ use super::{
     is_plain,
     settings::BYTES,
 };
+use crate::http::bar;
 
 /// Time between two looks at a file that another process fetches.
 const LOOK: Duration = Duration::from_millis(200);
@@ -102,12 +102,4 @@ impl Commit {
             sleep(LOOK).await;
         }
     }
-}
-
-/// Shows how far a download is, where stderr is a terminal.
-fn bar(file: &str, size: u64, from: u64) -> ProgressBar {
-    let style =
-        ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} ({eta})");
-    let bar = ProgressBar::new(size).with_message(file.to_owned()).with_position(from);
-    if let Ok(style) = style { bar.with_style(style) } else { bar }
 }

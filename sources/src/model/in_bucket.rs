@@ -18,6 +18,7 @@ use crate::{
     AdapterFile,
     bucket::{BucketSettings, Download, Failure, Place, connect},
     found::Digest,
+    http::bar,
     hub::is_plain,
 };
 
@@ -204,7 +205,10 @@ async fn object(
     let part = folder.join(format!("{name}.incomplete"));
     let (key, tag) = (data.location.to_string(), data.e_tag.clone());
     let file = AdapterFile { name: name.into(), bytes: data.size, stamp: None, key, tag };
-    Download { store, file: &file, path: &part, limit: settings.bytes }.run(&|_| ()).await?;
+    let bar = bar(name, data.size, 0);
+    let progress = |bytes| bar.set_position(bytes);
+    Download { store, file: &file, path: &part, limit: settings.bytes }.run(&progress).await?;
+    bar.finish();
     fs::rename(&part, &path).map_err(|source| io(&path, source))?;
     Ok(path)
 }

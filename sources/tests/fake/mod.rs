@@ -206,6 +206,12 @@ impl Server {
         state.repositories.insert(id.into(), repository);
     }
 
+    /// Keeps a repository from all but those with one of these tokens.
+    pub(crate) fn restrict(&self, id: &str, tokens: &[&str]) {
+        let repository = self.state().repositories[id].clone().readable_by(tokens);
+        self.put(id, repository);
+    }
+
     /// Lets the hub know a token, which opens nothing.
     pub(crate) fn know(&self, token: &str) {
         self.state().tokens.insert(token.into());
