@@ -12,6 +12,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use reqwest::{Client, Response};
 use serde_json::{Value, json};
+use tempfile::TempDir;
 use tokio::time::sleep;
 
 /// Lines of the log that are kept for a test that does not read them; later ones are dropped.
@@ -29,6 +30,8 @@ pub struct Server {
     pub url: String,
     /// A client for requests to it.
     pub client: Client,
+    /// The folder of what it keeps.
+    _cache: TempDir,
 }
 
 /// The folder of the fixtures.
@@ -71,6 +74,7 @@ impl Server {
         flags: &[&str],
         variables: &[(&str, &str)],
     ) -> Result<Server> {
+        let cache = tempfile::tempdir()?;
         let mut launcher = Command::new(program("lorax-launcher")?)
             .args(["--hostname", "127.0.0.1", "--port", "0", "--device", "cpu", "--model-id"])
             .arg(model)
@@ -80,6 +84,7 @@ impl Server {
             // Several servers run side by side in the tests.
             .args(if flags.contains(&"--kv-memory") { &[][..] } else { &["--kv-memory", "256MiB"] })
             .env("NO_COLOR", "1")
+            .env("XDG_CACHE_HOME", cache.path())
             .envs(variables.iter().copied())
             .stderr(Stdio::piped())
             .spawn()?;
@@ -97,7 +102,7 @@ impl Server {
             let Ok(line) = log.recv_timeout(DEADLINE) else { break };
             if let Some((_, address)) = line.split_once("listening on ") {
                 let url = format!("http://{}", address.trim());
-                return Ok(Server { launcher, log, url, client: Client::new() });
+                return Ok(Server { launcher, log, url, client: Client::new(), _cache: cache });
             }
             said = said + &line + "\n";
         }

@@ -297,7 +297,7 @@ impl Adapters {
 const MERGES: &str = "merges";
 
 fn stopped() -> Fault {
-    Fault::Unavailable("the server stops".into())
+    Fault::Ranks("the server stops".into())
 }
 
 /// An ask that has no answer yet. The driver takes no ask whose receiver has gone, and learns of the end of any that it

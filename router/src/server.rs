@@ -159,6 +159,7 @@ impl App {
         supervisor: &Supervisor,
     ) -> Result<Arc<App>, StartError> {
         let router = &config.router;
+        let cors = routes::cors(&router.cors_allow_origin)?;
         let path = &config.model.path;
         let tokenizer = ModelTokenizer::load(path, router.tokenizer_config_path.as_deref())
             .map_err(|source| StartError::Tokenizer { path: path.clone(), source })?;
@@ -192,7 +193,7 @@ impl App {
             keys,
             started: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
-            cors: routes::cors(&router.cors_allow_origin)?,
+            cors,
             config,
         }))
     }

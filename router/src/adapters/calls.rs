@@ -11,7 +11,7 @@ use std::{
     collections::HashMap,
     future::pending,
     num::NonZeroUsize,
-    panic::AssertUnwindSafe,
+    panic::{AssertUnwindSafe, resume_unwind},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -21,7 +21,7 @@ use futures::FutureExt;
 use lru::LruCache;
 use sources::{Found, Sources};
 use store::{OnDisk, Store};
-use tokio::task::{JoinSet, spawn_blocking};
+use tokio::task::{JoinError, JoinSet, spawn_blocking};
 use tokio_util::sync::CancellationToken;
 
 use super::Payload;
@@ -183,9 +183,11 @@ impl Calls {
     pub(super) async fn next(&mut self) -> Answer {
         loop {
             let Some(ended) = self.running.join_next().await else { return pending().await };
-            let Ok((call, answer)) = ended.inspect_err(|error| tracing::error!("a call has failed: {error}"))
-            else {
-                continue;
+            let (call, answer) = match ended.map_err(JoinError::try_into_panic) {
+                Ok(ended) => ended,
+                // The exchange would wait for its answer for ever.
+                Err(Ok(panic)) => resume_unwind(panic),
+                Err(Err(_)) => continue,
             };
             call.and_then(|call| self.aborts.remove(&call));
             if let Some(answer) = answer {

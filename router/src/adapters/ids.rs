@@ -54,3 +54,43 @@ impl Credentials {
         CredentialId(u128::from_le_bytes(digest))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn names_differ_if_what_they_name_does() {
+        let names = [
+            ("local", "a"),
+            ("hub", "a"),
+            ("hub", "a/b"),
+            ("hub", "a/b@main"),
+            ("hub", "a/b@mai"),
+            ("s3", "s3://a/b"),
+            ("gs", "gs://a/b"),
+            ("az", "az://a/b"),
+            ("local", "a/b"),
+            ("local", "a/b@main"),
+            ("pbase", "a/1"),
+        ];
+        let id = |(source, id): (&str, &str)| super::reference(&Reference::parse(source, id).unwrap());
+        assert_eq!(names.map(id).into_iter().collect::<BTreeSet<_>>().len(), names.len());
+        assert_eq!(id(("local", "s3://a/b")), id(("s3", "s3://a/b")), "an address names its source itself");
+        let places = ["hub https://a", "hub https://b", "hub", ""];
+        assert_eq!(places.map(source).into_iter().collect::<BTreeSet<_>>().len(), places.len());
+    }
+
+    #[test]
+    fn secrets_have_other_names_in_another_process() {
+        let (one, other) = (Credentials::new(), Credentials::new());
+        let secrets = ["a", "b", "ab", "", " a"].map(SecretString::from);
+        let names = secrets.each_ref().map(|secret| one.name(Some(secret)));
+        assert_eq!(names.into_iter().collect::<BTreeSet<_>>().len(), names.len());
+        assert_eq!(names, secrets.each_ref().map(|secret| one.name(Some(secret))));
+        assert!(secrets.iter().zip(names).all(|(secret, name)| other.name(Some(secret)) != name));
+        assert_eq!((one.name(None), other.name(None)), (CredentialId(0), CredentialId(0)));
+    }
+}

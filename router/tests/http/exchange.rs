@@ -42,12 +42,12 @@ async fn router(script: Script, folder: &Path, held: u64) -> Router {
     .await
 }
 
-fn of(samples: &BTreeMap<String, f64>, name: &str) -> f64 {
+pub(crate) fn of(samples: &BTreeMap<String, f64>, name: &str) -> f64 {
     samples.get(name).copied().unwrap_or_default()
 }
 
 /// Waits until nobody waits for an adapter, has a lease on one, or calls for one.
-async fn at_rest(router: &Router) {
+pub(crate) async fn at_rest(router: &Router) {
     until(router, "at rest", |samples| {
         let busy = samples.iter().filter(|(name, value)| {
             let moving =

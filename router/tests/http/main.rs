@@ -1,6 +1,9 @@
 //! The router over HTTP, in front of a scripted shard.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "../../../sources/tests/fake/mod.rs"]
+mod fake;
+
 mod adapters;
 mod bodies;
 mod cache_salts;
@@ -15,6 +18,7 @@ mod fields;
 mod folds;
 mod generate;
 mod health;
+mod hub;
 mod keys;
 mod killed;
 mod logprobs;

@@ -44,6 +44,7 @@ impl Program {
         let socket = folder.path().join("shard.sock");
         let shard = ScriptedShard::start(Script { content, ..script }, &socket);
         let mut configuration = configuration(&socket);
+        configuration.router.adapter_cache = Some(folder.path().join("adapter-cache"));
         change(&mut configuration.router);
         let file = folder.path().join("config.json");
         configuration.write(&file).unwrap();

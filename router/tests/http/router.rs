@@ -13,6 +13,7 @@ use lifecycle::{Failure, Supervisor};
 use lorax_router::{App, server, tokenizer::ModelTokenizer};
 use reqwest::{Client, Method, Response, StatusCode};
 use serde_json::{Value, json};
+use sources::{HubSettings, SourceSettings};
 use tokio::{
     sync::oneshot,
     task::JoinHandle,
@@ -221,7 +222,7 @@ impl Router {
             (ScriptedShard::start(script, &socket), socket)
         };
         let (ranks, sockets) = scripts.into_iter().enumerate().map(start).unzip();
-        Router::in_front_of(ranks, sockets, Arc::new(folder), change).await
+        Router::in_front_of(ranks, sockets, Arc::new(folder), None, change).await
     }
 
     /// Ends this router, and starts another in front of the same shards.
@@ -229,7 +230,21 @@ impl Router {
         let (ranks, folder) = (self.ranks.clone(), self.folder.clone());
         drop(self);
         let sockets = (0..ranks.len()).map(|rank| folder.path().join(format!("shard-{rank}.sock")));
-        let router = Router::in_front_of(ranks, sockets.collect(), folder, |_| {}).await;
+        let router = Router::in_front_of(ranks, sockets.collect(), folder, None, |_| {}).await;
+        router.app.ready().await;
+        router
+    }
+
+    /// Starts with adapters of a hub, and waits until the shard is connected.
+    pub(crate) async fn start_at_hub(
+        script: Script,
+        hub: HubSettings,
+        folder: Arc<tempfile::TempDir>,
+        change: impl FnOnce(&mut Config),
+    ) -> Router {
+        let socket = tempfile::tempdir_in(folder.path()).unwrap().keep().join("shard.sock");
+        let shard = ScriptedShard::start(Script { content, ..script }, &socket);
+        let router = Router::in_front_of(vec![shard], vec![socket], folder, Some(hub), change).await;
         router.app.ready().await;
         router
     }
@@ -238,9 +253,11 @@ impl Router {
         ranks: Vec<ScriptedShard>,
         sockets: Vec<PathBuf>,
         folder: Arc<tempfile::TempDir>,
+        hub: Option<HubSettings>,
         change: impl FnOnce(&mut Config),
     ) -> Router {
         let mut config = configuration(&sockets[0]);
+        config.router.adapter_cache = Some(folder.path().join("adapter-cache"));
         config.shards.uds = sockets;
         change(&mut config);
         let (listener, address) = server::listen(&config).await.unwrap();
@@ -251,7 +268,13 @@ impl Router {
             failed.lock().unwrap().push(failure);
         });
         let supervisor = supervisor.unwrap();
-        let app = App::start(config, &supervisor).unwrap();
+        let app = match hub {
+            None => App::start(config, &supervisor).unwrap(),
+            Some(hub) => {
+                let sources = SourceSettings::from_env(config.shard.adapter_dir.clone(), Vec::new());
+                App::start_with(config, SourceSettings { hub, ..sources }, &supervisor).unwrap()
+            }
+        };
         let (stop, stopped) = oneshot::channel::<()>();
         let (supervising, serving) = (supervisor.clone(), app.clone());
         let stopping = async move {

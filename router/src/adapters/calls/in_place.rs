@@ -64,3 +64,84 @@ fn stamp(file: &File) -> io::Result<Option<Stamp>> {
     let data = file.metadata()?;
     Ok(data.is_file().then(|| Stamp::of(&data)))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs,
+        os::unix::fs::{PermissionsExt, symlink},
+        process::Command,
+    };
+
+    use sources::{Reference, SourceSettings, Sources};
+
+    use super::*;
+
+    const CONFIG: &str = "adapter_config.json";
+    const WEIGHTS: &str = "adapter_model.safetensors";
+
+    /// Hashes the adapter "one" of a folder after something has happened to it.
+    async fn hash_after(change: fn(&Path)) -> Result<Fetched, CallError> {
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path().join("one");
+        fs::create_dir(&folder).unwrap();
+        fs::write(folder.join(CONFIG), "{}").unwrap();
+        fs::write(folder.join(WEIGHTS), "weights").unwrap();
+        fs::write(root.path().join("elsewhere"), "weights").unwrap();
+        let settings = SourceSettings::from_env(Some(root.path().into()), Vec::new());
+        let reference = Reference::parse("local", "one").unwrap();
+        let found = Sources::new(settings).unwrap().lookup(&reference, None).await.unwrap();
+        change(&folder);
+        hash(&found, found.in_place.as_deref().unwrap())
+    }
+
+    #[tokio::test]
+    async fn only_the_files_that_were_found_are_hashed() {
+        let untouched = hash_after(|_| {}).await.unwrap();
+        let same = hash_after(|folder| fs::write(folder.join("README.md"), "more").unwrap()).await.unwrap();
+        assert_eq!(untouched, same);
+        assert_eq!(untouched.bytes, 9);
+        let changes: [(&str, fn(&Path)); 13] = [
+            ("rewritten", |folder| fs::write(folder.join(WEIGHTS), "weight2").unwrap()),
+            ("written as it was", |folder| fs::write(folder.join(WEIGHTS), "weights").unwrap()),
+            ("longer", |folder| fs::write(folder.join(WEIGHTS), "weights and more").unwrap()),
+            ("empty", |folder| fs::write(folder.join(WEIGHTS), "").unwrap()),
+            ("other configuration", |folder| fs::write(folder.join(CONFIG), "[]").unwrap()),
+            ("removed", |folder| fs::remove_file(folder.join(WEIGHTS)).unwrap()),
+            ("replaced", |folder| {
+                fs::write(folder.join("new"), "weights").unwrap();
+                fs::rename(folder.join("new"), folder.join(WEIGHTS)).unwrap();
+            }),
+            ("a link to another file", |folder| {
+                fs::remove_file(folder.join(WEIGHTS)).unwrap();
+                symlink(folder.with_file_name("elsewhere"), folder.join(WEIGHTS)).unwrap();
+            }),
+            ("a link to itself", |folder| {
+                fs::remove_file(folder.join(WEIGHTS)).unwrap();
+                symlink(WEIGHTS, folder.join(WEIGHTS)).unwrap();
+            }),
+            ("a folder", |folder| {
+                fs::remove_file(folder.join(WEIGHTS)).unwrap();
+                fs::create_dir(folder.join(WEIGHTS)).unwrap();
+            }),
+            ("a pipe", |folder| {
+                fs::remove_file(folder.join(WEIGHTS)).unwrap();
+                assert!(Command::new("mkfifo").arg(folder.join(WEIGHTS)).status().unwrap().success());
+            }),
+            ("the folder is a link", |folder| {
+                fs::rename(folder, folder.with_file_name("two")).unwrap();
+                symlink("two", folder).unwrap();
+            }),
+            ("the folder is gone", |folder| fs::remove_dir_all(folder).unwrap()),
+        ];
+        for (what, change) in changes {
+            let hashed = hash_after(change).await;
+            assert!(matches!(hashed, Err(CallError::Fault(Fault::Changed))), "{what}: {hashed:?}");
+        }
+        let forbidden = |folder: &Path| {
+            // Another ctime, whoever may read it.
+            fs::set_permissions(folder.join(WEIGHTS), fs::Permissions::from_mode(0)).unwrap();
+        };
+        assert!(hash_after(forbidden).await.is_err());
+    }
+}
