@@ -59,12 +59,12 @@ enum Refusal {
 }
 
 impl Predibase {
-    pub(crate) fn new(variables: &Variables) -> Result<Predibase, SettingsError> {
+    pub(crate) fn new(client: Client, variables: &Variables) -> Result<Predibase, SettingsError> {
         let gateway = variables.get("PREDIBASE_GATEWAY_ENDPOINT").unwrap_or(GATEWAY);
         let gateway = Url::parse(gateway).ok().filter(|url| url.has_host() && !url.cannot_be_a_base());
         let gateway = gateway.ok_or(SettingsError::Url("PREDIBASE_GATEWAY_ENDPOINT"))?;
         let token = variables.get("PREDIBASE_API_TOKEN").map(|token| SecretString::from(token.to_owned()));
-        Ok(Predibase { client: http::client(ANSWER)?, gateway, token })
+        Ok(Predibase { client, gateway, token })
     }
 
     /// The gateway, for people.

@@ -30,9 +30,6 @@ pub enum SettingsError {
     /// No connection to a hub can be made with these settings.
     #[error(transparent)]
     Hub(#[from] HubError),
-    /// No connection to a source can be made.
-    #[error(transparent)]
-    Http(#[from] reqwest::Error),
     /// A text names no bucket.
     #[error("--adapter-buckets {0}: {1}")]
     Bucket(String, NameError),

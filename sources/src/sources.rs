@@ -26,8 +26,9 @@ impl Sources {
     pub fn new(settings: SourceSettings) -> Result<Sources, SettingsError> {
         let local = Local::new(settings.adapter_dir.as_deref(), &settings.adapter_roots);
         let local = local.map_err(|(path, source)| SettingsError::Folder { path, source })?;
-        let predibase = Predibase::new(&settings.buckets.variables)?;
-        let (hub, buckets) = (Hub::new(settings.hub)?, Buckets::new(settings.buckets));
+        let hub = Hub::new(settings.hub)?;
+        let predibase = Predibase::new(hub.client().clone(), &settings.buckets.variables)?;
+        let buckets = Buckets::new(settings.buckets);
         Ok(Sources { local, hub, buckets, predibase, use_hub_token: settings.use_hub_token })
     }
 

@@ -59,6 +59,11 @@ impl Hub {
         Ok(Hub { client, settings })
     }
 
+    /// What asks it, which others may use as well.
+    pub(crate) fn client(&self) -> &Client {
+        &self.client
+    }
+
     /// The server's own token.
     pub(crate) fn token(&self) -> Option<&SecretString> {
         self.settings.token.as_ref()

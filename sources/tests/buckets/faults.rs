@@ -5,7 +5,7 @@ use sources::{Denial, SourceError};
 
 use crate::{
     fake::{Fault, On, Server},
-    world::{CONFIG, S3, get, sources, weights},
+    world::{CONFIG, S3, get, impatient, sources, weights},
 };
 
 const ID: &str = "s3://faults/a";
@@ -88,6 +88,8 @@ async fn what_does_not_pass_is_told_and_nothing_secret_with_it() {
         .map(|(on, fault, expected)| {
             let server = Server::before(&url);
             server.fail(on, fault.clone(), ALWAYS);
+            let is_silent = matches!(fault, Fault::Silence | Fault::Stall(_));
+            let sources = if is_silent { impatient } else { sources };
             (sources(&server.url, &["s3://faults"]), on, fault, expected)
         })
         .collect();

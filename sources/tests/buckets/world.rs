@@ -79,8 +79,18 @@ pub(crate) fn sources(url: &str, allowed: &[&str]) -> Sources {
     sources_with(url, allowed, &[])
 }
 
+/// The same, which soon give up a bucket.
+pub(crate) fn impatient(url: &str, allowed: &[&str]) -> Sources {
+    sources_for(url, allowed, &[], Duration::from_secs(1))
+}
+
 /// The same, with further variables; an empty one is not set.
 pub(crate) fn sources_with(url: &str, allowed: &[&str], more: &[(&str, &str)]) -> Sources {
+    // However busy the machine is.
+    sources_for(url, allowed, more, Duration::from_secs(60))
+}
+
+fn sources_for(url: &str, allowed: &[&str], more: &[(&str, &str)], patience: Duration) -> Sources {
     let variables = [
         ("S3_ENDPOINT_URL", url),
         ("AWS_ACCESS_KEY_ID", "secret-id"),
@@ -97,8 +107,7 @@ pub(crate) fn sources_with(url: &str, allowed: &[&str], more: &[(&str, &str)]) -
         variables.iter().chain(more).map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
     let variables = variables.collect::<BTreeMap<_, _>>().into_iter().collect();
     let allowed = allowed.iter().map(|prefix| prefix.parse().unwrap()).collect();
-    let second = Duration::from_secs(3);
-    let buckets = BucketSettings { allowed, variables, answer: second, bytes: second };
+    let buckets = BucketSettings { allowed, variables, answer: patience, bytes: patience };
     let settings = SourceSettings { buckets, ..SourceSettings::from_env(None, vec![]) };
     assert!(!format!("{settings:?}").contains("secret-"));
     Sources::new(settings).unwrap()

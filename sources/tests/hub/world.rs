@@ -26,8 +26,10 @@ pub(crate) fn repository() -> Repository {
     ])
 }
 
-/// What a hub that does not answer is waited for.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a hub is waited for that answers in the end, however busy the machine is.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How long one is waited for that does not answer.
+const IMPATIENCE: Duration = Duration::from_secs(1);
 
 pub(crate) fn settings(url: &str) -> HubSettings {
     HubSettings {
@@ -46,6 +48,12 @@ pub(crate) fn sources(hub: HubSettings, use_hub_token: bool) -> Sources {
 
 pub(crate) fn of(server: &Server) -> Sources {
     sources(settings(&server.url), false)
+}
+
+/// Sources that soon give up a hub.
+pub(crate) fn impatient(server: &Server) -> Sources {
+    let hub = HubSettings { answer: IMPATIENCE, bytes: IMPATIENCE, ..settings(&server.url) };
+    sources(hub, false)
 }
 
 pub(crate) fn reference(id: &str) -> Reference {
