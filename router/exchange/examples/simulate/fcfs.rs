@@ -130,6 +130,7 @@ pub(crate) fn run(workload: &Workload, server: &Server, loaders: usize) -> Outco
         disk: simulation.disk.moves,
         host: Moves::default(),
         device: simulation.device.moves,
+        idle_slot_steps: None,
     }
 }
 

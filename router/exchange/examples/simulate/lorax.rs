@@ -108,7 +108,14 @@ pub(crate) fn run(workload: &Workload, server: &Server) -> Outcome {
         simulation.decode();
     }
     let [disk, device] = simulation.moves;
-    Outcome { served: simulation.served, ended: simulation.now, disk, host: Moves::default(), device }
+    Outcome {
+        served: simulation.served,
+        ended: simulation.now,
+        disk,
+        host: Moves::default(),
+        device,
+        idle_slot_steps: None,
+    }
 }
 
 impl Simulation<'_> {

@@ -20,7 +20,9 @@ use workload::{Arrivals, Popularity, Workload};
 
 const MIB: u64 = 1 << 20;
 
-/// The defaults are a model of 8B parameters on one H100, and adapters on q, k, v and o.
+/// The defaults are a model of 8B parameters on one H200, and adapters on q, k, v and o. Times of steps are fitted to what
+/// `docs/benchmarks.md` has of a whole server there, with 512 prompt tokens and 128 new ones: for 32 to 256 streams over 32
+/// adapters, and for 64 over 256 with 32 slots, the simulated tokens/s are within 3 % of these.
 #[derive(Debug, Clone, Parser)]
 #[command(version, about)]
 struct Args {
@@ -90,25 +92,25 @@ struct Args {
     /// Seconds after which a busy adapter leaves its slot to others
     #[arg(long, default_value_t = 2.0)]
     adapter_cycle_time_s: f64,
-    /// Milliseconds of a step without rows
-    #[arg(long, default_value_t = 8.0)]
+    /// Milliseconds of a step without rows (fitted, see above)
+    #[arg(long, default_value_t = 5.3)]
     step_ms: f64,
-    /// Microseconds of a decode row, and of a prompt row
-    #[arg(long, default_value_t = 60.0)]
+    /// Microseconds of a decode row (fitted)
+    #[arg(long, default_value_t = 45.0)]
     row_us: f64,
-    /// Microseconds of a prompt row
-    #[arg(long, default_value_t = 25.0)]
+    /// Microseconds of a prompt row (fitted)
+    #[arg(long, default_value_t = 24.0)]
     prompt_row_us: f64,
-    /// GB/s from host memory to the device
+    /// GB/s from host memory to the device (64 were measured: docs/benchmarks/history.md)
     #[arg(long, default_value_t = 50.0)]
     copy_rate: f64,
-    /// GB/s from the disk to host memory, of each of the stages that run at the same time
+    /// GB/s from the disk to host memory, of each of the stages that run at the same time (assumed: a fast disk)
     #[arg(long, default_value_t = 2.0)]
     stage_rate: f64,
-    /// MB/s from a source, of each download
+    /// MB/s from a source, of each download (assumed)
     #[arg(long, default_value_t = 100.0)]
     fetch_rate: f64,
-    /// Milliseconds until a source answers
+    /// Milliseconds until a source answers (assumed)
     #[arg(long, default_value_t = 80.0)]
     lookup_ms: f64,
     /// Finds the largest number of adapters, each asked for as often as RATE / ADAPTERS says, whose requests wait at most
@@ -186,6 +188,11 @@ fn print(name: &str, outcome: &Outcome) {
         device.evictions,
         device.needed
     );
+    if let Some(steps) = outcome.idle_slot_steps {
+        println!(
+            "  steps in which slots were idle while requests waited for them, beside the first of each time: {steps}"
+        );
+    }
 }
 
 fn main() {

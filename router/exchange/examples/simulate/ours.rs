@@ -338,6 +338,7 @@ impl<'a> Simulation<'a> {
             disk: moves(stats.disk),
             host: moves(stats.host),
             device: moves(stats.device),
+            idle_slot_steps: Some(self.scheduler.stats().idle_slot_steps),
         }
     }
 }

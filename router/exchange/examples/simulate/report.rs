@@ -38,6 +38,9 @@ pub(crate) struct Outcome {
     pub(crate) disk: Moves,
     pub(crate) host: Moves,
     pub(crate) device: Moves,
+    /// Steps in which slots had no work, beside the first of each time, while requests waited for slots, where that is
+    /// counted.
+    pub(crate) idle_slot_steps: Option<u64>,
 }
 
 /// Figures of a run.

@@ -126,7 +126,43 @@ fn one_adapter_after_the_other_evicts_nothing_that_is_needed_next() {
     };
     let outcome = ours::run(&workload, &server());
     assert_eq!([outcome.disk.needed, outcome.host.needed, outcome.device.needed], [0; 3]);
+    assert_eq!(outcome.idle_slot_steps, Some(0), "every swap is hidden");
     assert!(outcome.device.evictions > 1000, "{:?}", outcome.device);
+}
+
+#[test]
+fn few_slots_for_many_adapters_cost_two_in_a_hundred_tokens() {
+    // The same server and lengths: 32 streams over 32 adapters, and 64 over 256 with as many slots, where half of the
+    // streams wait.
+    for (equal_lengths, tenants) in [(true, 1), (true, 20), (false, 1), (false, 20), (false, 256)] {
+        let run = |adapters, streams| {
+            let arrivals = Arrivals::Closed { streams };
+            let (prompt, answer, requests, lora_ranks) = (512, 128, 1500, vec![16]);
+            let popularity = Popularity::RoundRobin;
+            let load = Workload {
+                adapters,
+                arrivals,
+                popularity,
+                prompt,
+                answer,
+                requests,
+                lora_ranks,
+                ..workload()
+            };
+            let load = Workload { equal_lengths, tenants, bytes_per_rank: 5_250_000, on_disk: true, ..load };
+            let (slot_bytes, host_bytes) = (u64::MAX / 4, u64::MAX / 4);
+            let server = Server { slots: 32, seats: 256, slot_bytes, host_bytes, ..server() };
+            let server = Server { copy_rate: 50e9, stage_rate: 2e9, ..server };
+            ours::run(&load, &server)
+        };
+        let (few, many) = (run(32, 32), run(256, 64));
+        let ratio = many.figures().tokens_per_second / few.figures().tokens_per_second;
+        let case =
+            format!("{equal_lengths}, {tenants} tenants: {ratio}, {:?} {:?}", many.figures(), many.device);
+        assert!(ratio >= 0.98, "{case}");
+        assert_eq!((many.device.needed, many.idle_slot_steps), (0, Some(0)), "{case}");
+        assert!(many.figures().p99 < 3.5, "{case}");
+    }
 }
 
 #[test]
