@@ -57,9 +57,17 @@ pub enum ConfigError {
         total: usize,
     },
     /// Adapters cannot come from there.
-    #[error("--adapter-source {0:?}: it must be local, hub, s3, gs, az, or pbase")]
-    AdapterSource(String),
+    #[error("{flag} {name:?}: it must be local, hub, s3, gs, az, or pbase")]
+    AdapterSource {
+        /// The flag.
+        flag: &'static str,
+        /// Its value.
+        name: String,
+    },
     /// An API key that no client could send. The key is not told, only which of them it is.
     #[error("--api-key: key {0} must be visible ASCII characters, at least one")]
     ApiKey(usize),
+    /// The same of the administrator's.
+    #[error("--admin-token must be visible ASCII characters, at least one")]
+    AdminToken,
 }

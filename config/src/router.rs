@@ -132,6 +132,36 @@ pub struct RouterConfig {
     /// Adapters of one source that are read into host memory at the same time, counted likewise
     #[arg(long, env, default_value_t = 8)]
     pub max_adapter_stages: u32,
+    /// The adapter of requests that name none, kept in host memory; `__base_model__` still names the base model
+    #[arg(long, env, value_name = "ID")]
+    pub adapter_id: Option<String>,
+    /// Adapters to keep in host memory from the start; several are separated by commas. All others are loaded when
+    /// requests name them, as without this flag
+    #[arg(long, env, value_name = "ID", value_delimiter = ',', action = ArgAction::Append)]
+    pub preloaded_adapter_ids: Vec<String>,
+    /// Where these come from [default: adapter-source]
+    #[arg(long, env, value_name = "SOURCE")]
+    pub preloaded_adapter_source: Option<String>,
+    /// Adapters with names of their own, as vLLM has them: `NAME=PATH`, or `{"name": NAME, "path": PATH}`
+    #[arg(long, env, value_name = "NAME=PATH", num_args = 1.., action = ArgAction::Append)]
+    pub lora_modules: Vec<String>,
+    /// Largest LoRA rank that is served [default: no bound]
+    #[arg(long, env, value_name = "RANK")]
+    pub max_lora_rank: Option<u32>,
+    /// Has no effect, because adapters are always enabled; for command lines of vLLM
+    #[arg(long, env, action = ArgAction::SetTrue)]
+    pub enable_lora: bool,
+    /// Has no effect, because adapter-host-memory bounds the bytes of adapters in host memory; for command lines of vLLM
+    #[arg(long, env, value_name = "COUNT")]
+    pub max_cpu_loras: Option<u32>,
+    /// File that keeps the adapters that were registered over HTTP, for the next start [default: none]
+    #[arg(long, env, value_name = "PATH")]
+    pub adapter_manifest: Option<PathBuf>,
+    /// The key of the routes that register and remove adapters, sent as `Authorization: Bearer KEY`. Without it whoever
+    /// may use the server may use these. The environment variable hides it from other users of this machine
+    #[arg(long, env = "LORAX_ADMIN_TOKEN", hide_env_values = true, value_name = "KEY")]
+    #[serde(serialize_with = "as_plain_secrets::optional")]
+    pub admin_token: Option<SecretString>,
     /// File that records where adapters were and went, to be played again; it has no names and no secrets
     #[arg(long, env, value_name = "PATH")]
     pub adapter_trace: Option<PathBuf>,
@@ -192,6 +222,7 @@ impl RouterConfig {
             ("--max-adapter-lookups", self.max_adapter_lookups as usize, (1, 1 << 10)),
             ("--max-adapter-downloads", self.max_adapter_downloads as usize, (1, 1 << 10)),
             ("--max-adapter-stages", self.max_adapter_stages as usize, (1, 1 << 10)),
+            ("--max-lora-rank", self.max_lora_rank.unwrap_or(1) as usize, (1, 1 << 16)),
         ] {
             within(flag, value, bounds, spell_number)?;
         }
@@ -217,8 +248,14 @@ impl RouterConfig {
         {
             return Err(ConfigError::NoOutput { input, total });
         }
-        if !ADAPTER_SOURCES.contains(&&*self.adapter_source) {
-            return Err(ConfigError::AdapterSource(self.adapter_source.clone()));
+        let preloaded =
+            self.preloaded_adapter_source.as_ref().map(|source| ("--preloaded-adapter-source", source));
+        for (flag, source) in
+            [Some(("--adapter-source", &self.adapter_source)), preloaded].into_iter().flatten()
+        {
+            if !ADAPTER_SOURCES.contains(&&**source) {
+                return Err(ConfigError::AdapterSource { flag, name: source.clone() });
+            }
         }
         let sendable = |key: &SecretString| {
             let key = key.expose_secret();
@@ -226,6 +263,7 @@ impl RouterConfig {
         };
         match self.api_keys.iter().position(|key| !sendable(key)) {
             Some(index) => Err(ConfigError::ApiKey(index + 1)),
+            None if !self.admin_token.as_ref().is_none_or(sendable) => Err(ConfigError::AdminToken),
             None => Ok(()),
         }
     }

@@ -70,7 +70,7 @@ pub struct ShardConfig {
     #[arg(long, env, value_delimiter = ',', action = ArgAction::Append)]
     pub adapter_roots: Vec<PathBuf>,
     /// Adapters on the device at the same time
-    #[arg(long, env, default_value_t = 128)]
+    #[arg(long, env, visible_alias = "max-loras", default_value_t = 128)]
     pub max_active_adapters: usize,
     /// Fraction for adapters of the GPU memory that the weights leave
     #[arg(long, env, default_value_t = 0.1)]

@@ -93,10 +93,14 @@ pub(crate) mod as_optional_seconds {
 /// Secrets in the file, which only its owner may read. Anywhere else a secret cannot be printed.
 pub(crate) mod as_plain_secrets {
     use secrecy::{ExposeSecret, SecretString};
-    use serde::Serializer;
+    use serde::{Serialize, Serializer};
 
     pub(crate) fn serialize<S: Serializer>(secrets: &[SecretString], to: S) -> Result<S::Ok, S::Error> {
         to.collect_seq(secrets.iter().map(ExposeSecret::expose_secret))
+    }
+
+    pub(crate) fn optional<S: Serializer>(secret: &Option<SecretString>, to: S) -> Result<S::Ok, S::Error> {
+        secret.as_ref().map(ExposeSecret::expose_secret).serialize(to)
     }
 }
 

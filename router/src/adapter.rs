@@ -13,6 +13,7 @@ use crate::{
         merged::{FIELD as MERGED, MergedAdapters},
     },
     generation::cache_salt,
+    registry::{FORGOTTEN, Registered},
     server::{App, accept::Caller},
 };
 
@@ -44,6 +45,15 @@ impl AdapterRef {
         }
     }
 
+    /// The adapter, or the parts of a merge.
+    pub(crate) fn references(&self) -> impl Iterator<Item = &Reference> {
+        let (one, parts) = match &self.named {
+            Named::One(reference) => (Some(reference), &[][..]),
+            Named::Merged(parts, _) => (None, &parts[..]),
+        };
+        one.into_iter().chain(parts.iter().map(|(reference, _)| reference))
+    }
+
     /// The adapter itself, or a part of a merge, as errors name it.
     fn name(&self, part: Option<usize>) -> String {
         match (&self.named, part) {
@@ -62,12 +72,19 @@ pub(crate) struct Credential {
     /// A bearer token of a server without keys. It may be meant for the source, as LoRAX takes it, or be the
     /// placeholder that some clients cannot do without, so it is shown only to a source that wants to see one.
     fallback: Option<SecretString>,
+    /// The token with which the adapter was registered, for all who ask for it by that name.
+    registered: Option<SecretString>,
 }
 
 impl Credential {
     /// A header's tokens.
     pub(crate) fn new(given: Option<SecretString>, fallback: Option<SecretString>) -> Credential {
-        Credential { given, fallback }
+        Credential { given, fallback, registered: None }
+    }
+
+    /// The token that was meant for the source.
+    pub(crate) fn into_given(self) -> Option<SecretString> {
+        self.given
     }
 
     /// Returns whether the request brought no token.
@@ -77,7 +94,7 @@ impl Credential {
 
     /// The token that a source is shown first. A folder wants to see none, so that all who name it share one question.
     fn first(&self, reference: &Reference) -> Option<&SecretString> {
-        self.given.as_ref().filter(|_| reference.kind != SourceKind::Local)
+        self.given.as_ref().or(self.registered.as_ref()).filter(|_| reference.kind != SourceKind::Local)
     }
 
     /// The token that is shown next, after a source has said no to the one that was shown.
@@ -94,12 +111,12 @@ impl Credential {
 
     /// The same, but a token in the body goes before those of headers.
     pub(crate) fn or_in_body(&self, api_token: Option<SecretString>) -> Credential {
-        Credential { given: api_token.or_else(|| self.given.clone()), fallback: self.fallback.clone() }
+        Credential { given: api_token.or_else(|| self.given.clone()), ..self.clone() }
     }
 }
 
 /// LoRAX's name of the base model where an adapter is named.
-const BASE_MODEL: &str = "__base_model__";
+pub(crate) const BASE_MODEL: &str = "__base_model__";
 
 /// Whether the base model is meant.
 pub(crate) fn is_base_model(id: &str) -> bool {
@@ -107,7 +124,8 @@ pub(crate) fn is_base_model(id: &str) -> bool {
 }
 
 impl App {
-    /// The adapter that a field of a request names, if it is not the base model.
+    /// The adapter that a field of a request names, if it is not the base model: a registered one by its name, or any by
+    /// its reference. A request that names none has that of `--adapter-id`.
     pub(crate) fn adapter(
         &self,
         field: &'static str,
@@ -115,7 +133,14 @@ impl App {
         source: Option<&str>,
         credential: Credential,
     ) -> Result<Option<AdapterRef>, ApiError> {
-        let Some(id) = id.filter(|id| !is_base_model(id)) else { return Ok(None) };
+        let id = id.filter(|id| !id.is_empty());
+        let Some(id) = id.or_else(|| Some(self.registry.default_id()?.to_owned())) else { return Ok(None) };
+        if id == BASE_MODEL {
+            return Ok(None);
+        }
+        if let Some(registered) = self.registry.find(&id).filter(|_| source.is_none()) {
+            return registered_adapter(field, id, registered, credential).map(Some);
+        }
         let named = Named::One(self.reference(field, &id, source)?);
         Ok(Some(AdapterRef { field, id, named, credential }))
     }
@@ -221,6 +246,21 @@ impl App {
             }
         }
     }
+}
+
+/// A registered adapter, as a request names it. A request's own token goes before that of the registration.
+fn registered_adapter(
+    field: &'static str,
+    id: String,
+    registered: Registered,
+    credential: Credential,
+) -> Result<AdapterRef, ApiError> {
+    if registered.needs_credential && credential.given.is_none() {
+        let message = format!("adapter {id:?}: {FORGOTTEN}");
+        return Err(ApiError::AdapterForbidden { field, message });
+    }
+    let credential = Credential { registered: registered.credential, ..credential };
+    Ok(AdapterRef { field, id, named: Named::One(registered.reference), credential })
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 //! One task owns the [`exchange::Exchange`]. It makes the calls that the exchange tells it to make, each in a task of
 //! its own, and waits for nobody. Whoever asks gets a [`Lease`], which ends when it is dropped.
 
+mod book;
 mod calls;
 mod driver;
 mod ids;
@@ -21,7 +22,7 @@ use std::{
 };
 
 use config::{Config, RouterConfig};
-use exchange::{Ask, AskId, Content, Fault, Tenant, Tier};
+use exchange::{Ask, AskId, Content, Exchange, Fault, Tenant, Tier};
 use futures::future::try_join_all;
 use lifecycle::Supervisor;
 use scheduler::Adapter;
@@ -38,6 +39,7 @@ use crate::{
     ranks::Ranks,
     server::{StartError, longest_poll},
 };
+pub(crate) use book::{Book, Failure, InUse, Use};
 use calls::{Calls, Means};
 use driver::Driver;
 use ids::Credentials;
@@ -60,7 +62,7 @@ pub(crate) struct Wanted {
 
 /// What the exchange hands on from an ask to the calls that are made for it.
 #[derive(Clone)]
-enum Payload {
+pub(crate) enum Payload {
     /// An adapter of a source.
     Adapter(Arc<Wanted>),
     /// One that is made of others, which are on the disk.
@@ -75,12 +77,19 @@ enum Order {
     AskTogether(Vec<Asked>),
     /// The metrics are to be brought up to date.
     Publish(oneshot::Sender<()>),
+    /// Somebody wants to know where adapters are.
+    Look(Look),
 }
+
+/// A look at the exchange.
+type Look = Box<dyn FnOnce(&Exchange<Payload>) + Send>;
 
 /// An ask on its way to the driver.
 struct Asked {
     ask: Ask<Payload>,
     answer: oneshot::Sender<Result<Ready, Fault>>,
+    /// Told of the end of a pin.
+    lost: Option<oneshot::Sender<Fault>>,
 }
 
 /// An adapter that is on the disk, or that all ranks have in host memory, while it is leased.
@@ -120,6 +129,28 @@ impl Drop for Lease {
     }
 }
 
+/// A pin, whose lease keeps an adapter in host memory through all sessions.
+#[derive(Debug)]
+pub(crate) struct Pinned {
+    pub(crate) lease: Lease,
+    pub(crate) lost: Lost,
+}
+
+/// Tells of the end of a pin that comes before that of its lease.
+#[derive(Debug)]
+pub(crate) struct Lost(oneshot::Receiver<Fault>);
+
+impl Lost {
+    /// Waits until the adapter cannot be kept any more.
+    pub(crate) async fn wait(self) -> Fault {
+        self.0.await.unwrap_or_else(|_| stopped())
+    }
+}
+
+fn stopped() -> Fault {
+    Fault::Ranks("the server stops".into())
+}
+
 /// Asks for adapters.
 #[derive(Clone)]
 pub(crate) struct Adapters {
@@ -129,6 +160,8 @@ pub(crate) struct Adapters {
     sources: Arc<Sources>,
     credentials: Arc<Credentials>,
     metrics: Arc<AdapterMetrics>,
+    book: Arc<Book>,
+    limits: exchange::Limits,
     /// The driver's time 0.
     begun: Instant,
 }
@@ -145,12 +178,15 @@ impl Adapters {
         let (orders, received) = mpsc::channel(ORDERS);
         let (inbox, begun) = (Arc::new(Inbox::default()), Instant::now());
         let (metrics, sources, limits) = (Arc::new(metrics.adapters()), Arc::new(sources), limits(config));
+        let book = Arc::new(Book::new());
         let calls = Calls::new(Means {
             sources: sources.clone(),
             store: cache(&config.router)?,
             ranks: Ranks::new(&config.shards.uds, limit),
             metrics: metrics.clone(),
             fresh_for: config.router.adapter_auth_ttl_s,
+            max_lora_rank: config.router.max_lora_rank,
+            book: book.clone(),
         });
         let path = config.router.adapter_trace.as_deref();
         let trace = path.map(|path| {
@@ -166,8 +202,42 @@ impl Adapters {
             sources,
             credentials: Arc::new(Credentials::new()),
             metrics,
+            book,
+            limits,
             begun,
         })
+    }
+
+    /// What is known of adapters.
+    pub(crate) fn book(&self) -> &Book {
+        &self.book
+    }
+
+    /// The bounds of all tiers.
+    pub(crate) fn limits(&self) -> &exchange::Limits {
+        &self.limits
+    }
+
+    /// Asks the exchange where adapters are. `None` if the server stops.
+    pub(crate) async fn look<T: Send + 'static>(
+        &self,
+        look: impl FnOnce(&Exchange<Payload>) -> T + Send + 'static,
+    ) -> Option<T> {
+        let (seen, answer) = oneshot::channel();
+        // Whoever looks may have left.
+        let look = Box::new(move |exchange: &Exchange<Payload>| drop(seen.send(look(exchange))));
+        self.orders.send(Order::Look(look)).await.ok()?;
+        answer.await.ok()
+    }
+
+    /// Whatever is remembered of a reference is asked again.
+    pub(crate) fn reload(&self, reference: &Reference) {
+        self.inbox.add(News::Reload(ids::reference(reference)));
+    }
+
+    /// Removes the copies of an adapter that nobody needs.
+    pub(crate) fn evict(&self, content: Content) {
+        self.inbox.add(News::Evict(content));
     }
 
     /// Where the engine reports what happens to the ranks.
@@ -192,20 +262,39 @@ impl Adapters {
         deadline: Instant,
     ) -> Result<Leased, Fault> {
         let counted = self.metrics.ask();
-        let asked = self.ask_uncounted(wanted, tenant, deadline).await;
+        let asked = self.ask_uncounted(wanted, tenant, deadline, None).await;
         counted.end(asked.as_ref().err());
         asked
     }
 
+    /// The same, and keeps it there.
+    pub(crate) async fn pin(
+        &self,
+        wanted: Wanted,
+        tenant: Tenant,
+        deadline: Instant,
+    ) -> Result<Pinned, Fault> {
+        let (told, lost) = oneshot::channel();
+        let leased = self.ask_uncounted(wanted, tenant, deadline, Some(told)).await?;
+        Ok(Pinned { lease: leased.lease, lost: Lost(lost) })
+    }
+
+    /// An ask for a pin, if there is somebody to tell of its end.
     async fn ask_uncounted(
         &self,
         wanted: Wanted,
         tenant: Tenant,
         deadline: Instant,
+        lost: Option<oneshot::Sender<Fault>>,
     ) -> Result<Leased, Fault> {
-        let (asked, waiting) = self.new_ask(wanted, Tier::Host, tenant, deadline);
+        let (begun, reference) = (Instant::now(), wanted.reference.clone());
+        let (mut asked, waiting) = self.new_ask(wanted, Tier::Host, tenant, deadline);
+        (asked.ask.pin, asked.lost) = (lost.is_some(), lost);
         self.order(Order::Ask(asked)).await?;
-        waiting.leased().await
+        let leased = waiting.leased().await;
+        let content = leased.as_ref().map(|leased| Content(leased.adapter.key.0));
+        self.book.asked(&reference, begun.elapsed(), content);
+        leased
     }
 
     /// Waits until the parts of a merge are on the disk, and then until their merge is in the host memory of all ranks. A
@@ -261,7 +350,7 @@ impl Adapters {
             deadline: deadline.duration_since(self.begun),
             payload: Payload::Merge(Arc::new(merge)),
         };
-        self.order(Order::Ask(Asked { ask, answer })).await.map_err(whole)?;
+        self.order(Order::Ask(Asked { ask, answer, lost: None })).await.map_err(whole)?;
         waiting.leased().await.map_err(whole)
     }
 
@@ -278,7 +367,7 @@ impl Adapters {
             deadline: deadline.duration_since(self.begun),
             payload: Payload::Adapter(Arc::new(wanted)),
         };
-        (Asked { ask, answer }, waiting)
+        (Asked { ask, answer, lost: None }, waiting)
     }
 
     fn waiting(&self) -> (oneshot::Sender<Result<Ready, Fault>>, Waiting) {
@@ -295,10 +384,6 @@ impl Adapters {
 
 /// The source of merges.
 const MERGES: &str = "merges";
-
-fn stopped() -> Fault {
-    Fault::Ranks("the server stops".into())
-}
 
 /// An ask that has no answer yet. The driver takes no ask whose receiver has gone, and learns of the end of any that it
 /// has taken; so the receiver is dropped first.

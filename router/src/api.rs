@@ -3,6 +3,7 @@
 //! A dialect turns a body into a `group::GroupRequest`, and folds the text events of `text` of every sequence
 //! of the group into deltas. A streamed response is the deltas, and a whole response is what they add up to.
 
+pub(crate) mod adapters;
 pub(crate) mod error;
 mod fold;
 pub(crate) mod group;

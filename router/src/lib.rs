@@ -14,6 +14,7 @@ mod metrics;
 mod permits;
 pub mod principal;
 mod ranks;
+mod registry;
 mod run;
 pub mod server;
 mod text;
@@ -21,5 +22,6 @@ pub mod tokenizer;
 mod wire;
 mod workers;
 
+pub use registry::{ManifestError, RegistryStartError};
 pub use run::{RunError, run};
 pub use server::{App, StartError};

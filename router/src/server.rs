@@ -1,6 +1,7 @@
 //! The server: what handlers share, how it starts, and where it listens.
 
 pub(crate) mod accept;
+mod admin;
 mod admit;
 mod bodies;
 mod connection;
@@ -37,10 +38,12 @@ use crate::{
     keys::{KeyError, Keys},
     metrics::Metrics,
     permits::Permits,
+    registry::{Registry, RegistryStartError},
     tokenizer::{ModelTokenizer, TokenizerError},
     wire::Info,
     workers::{self, Workers},
 };
+use admin::Admin;
 use bodies::Bodies;
 pub use connections::serve;
 
@@ -94,6 +97,9 @@ pub enum StartError {
         /// The cause.
         source: StoreError,
     },
+    /// The adapters that flags and the manifest register.
+    #[error(transparent)]
+    Registry(#[from] RegistryStartError),
     /// The file of the trace.
     #[error("--adapter-trace {}: {source}", path.display())]
     Trace {
@@ -116,6 +122,7 @@ impl StartError {
                 | StartError::Keys(_)
                 | StartError::Sources(_)
                 | StartError::AdapterCache { .. }
+                | StartError::Registry(_)
                 | StartError::Trace { .. }
                 | StartError::Tokenizer { source: TokenizerError::Given(_), .. }
         )
@@ -128,6 +135,7 @@ pub struct App {
     pub(crate) tokenizer: Arc<ModelTokenizer>,
     pub(crate) chat: ChatTemplates,
     pub(crate) adapters: Adapters,
+    pub(crate) registry: Registry,
     pub(crate) engine: Engine,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) permits: Permits,
@@ -136,6 +144,7 @@ pub struct App {
     pub(crate) workers: Arc<Workers>,
     bodies: Bodies,
     keys: Arc<Keys>,
+    admin: Admin,
     /// The model could answer at least once.
     started: AtomicBool,
     /// The process was told to stop.
@@ -176,11 +185,13 @@ impl App {
         supervisor.task(workers::NAME, limit, workers.clone().watch(supervisor.clone()));
         let adapters = Adapters::start(&config, Sources::new(sources)?, &metrics, supervisor)?;
         let (sockets, inbox) = (config.shards.uds.clone(), adapters.inbox());
+        let registry = Registry::start(&config, adapters.clone())?;
         Ok(Arc::new(App {
             chat,
             tokenizer: Arc::new(tokenizer),
             engine: Engine::start(sockets, router, metrics.clone(), inbox, supervisor)?,
             adapters,
+            registry,
             metrics,
             permits: Permits::new(router.max_concurrent_requests),
             preparing: Permits::new(router.max_concurrent_requests.max(MIN_PREPARING)),
@@ -191,6 +202,7 @@ impl App {
                 router.body_timeout,
             ),
             keys,
+            admin: Admin::new(router.admin_token.as_ref()),
             started: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             cors,
@@ -206,6 +218,11 @@ impl App {
     /// The number of sequences that hold a permit, now and from now on.
     pub fn permits_held(&self) -> watch::Receiver<usize> {
         self.permits.held()
+    }
+
+    /// Returns whether tenants who must not know of each other may use the routes of administration.
+    pub(crate) fn is_shared_by_tenants(&self) -> bool {
+        self.keys.are_required() && self.admin.is_anybody()
     }
 
     pub(crate) fn request_limits(&self, info: &Info) -> RequestLimits {

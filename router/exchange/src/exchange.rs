@@ -176,6 +176,7 @@ impl<P: Clone> Exchange<P> {
                 self.access_failures.retain(|&(failed, _)| failed != reference);
                 self.look_up_anew(reference);
             }
+            Input::Evict(content) => self.evict(content),
             Input::Tick => {}
         }
         self.promise_room(now);

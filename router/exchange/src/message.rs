@@ -134,6 +134,8 @@ pub enum Input<P> {
     Detached,
     /// Whatever is remembered of a reference must be asked again.
     Reload(ReferenceId),
+    /// The copies of an adapter are to go from the disk and from host memory, unless there are leases on them.
+    Evict(Content),
     /// Time has passed.
     Tick,
 }

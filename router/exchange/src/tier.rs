@@ -97,6 +97,11 @@ impl Copies {
         self.entries.get(&content).is_some_and(|entry| entry.removals == 0)
     }
 
+    /// Whether a copy is there that nobody has a lease on.
+    pub(crate) fn is_idle(&self, content: Content) -> bool {
+        self.entries.get(&content).is_some_and(Entry::is_idle)
+    }
+
     /// Whether a copy is being removed.
     pub(crate) fn is_leaving(&self, content: Content) -> bool {
         self.entries.get(&content).is_some_and(|entry| entry.removals > 0)

@@ -124,6 +124,7 @@ fn bare_input<P>(input: &Input<P>) -> Input<()> {
         Input::Attached { host } => Input::Attached { host: host.clone() },
         Input::Detached => Input::Detached,
         Input::Reload(reference) => Input::Reload(*reference),
+        Input::Evict(content) => Input::Evict(*content),
         Input::Tick => Input::Tick,
     }
 }

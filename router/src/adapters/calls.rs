@@ -24,7 +24,7 @@ use store::{OnDisk, Store};
 use tokio::task::{JoinError, JoinSet, spawn_blocking};
 use tokio_util::sync::CancellationToken;
 
-use super::Payload;
+use super::{Book, Payload};
 use crate::{metrics::AdapterMetrics, ranks::Ranks};
 use error::CallError;
 
@@ -50,6 +50,9 @@ pub(super) struct Means {
     pub(super) metrics: Arc<AdapterMetrics>,
     /// For how long the answer of a source may be used again whose questions are not free.
     pub(super) fresh_for: Duration,
+    /// The largest LoRA rank that is served, if there is a bound.
+    pub(super) max_lora_rank: Option<u32>,
+    pub(super) book: Arc<Book>,
 }
 
 /// What all calls share.

@@ -29,6 +29,8 @@ pub(super) struct Driver {
     exchange: Exchange<Payload>,
     /// Asks that have no answer yet.
     waiting: HashMap<AskId, oneshot::Sender<Result<Ready, Fault>>>,
+    /// Pins, and who is told of their end.
+    pins: HashMap<AskId, oneshot::Sender<Fault>>,
     calls: Calls,
     /// The present session, or the last one.
     session: u64,
@@ -48,6 +50,7 @@ impl Driver {
         Driver {
             exchange: Exchange::new(limits),
             waiting: HashMap::new(),
+            pins: HashMap::new(),
             calls,
             session: 0,
             metrics,
@@ -92,6 +95,7 @@ impl Driver {
                     // Whoever wanted it may have left.
                     let _ = done.send(());
                 }
+                Event::Order(Some(Order::Look(look))) => look(&self.exchange),
                 Event::News => {
                     for news in inbox.take() {
                         self.news(news).await;
@@ -110,6 +114,7 @@ impl Driver {
             return None;
         }
         self.waiting.insert(asked.ask.id, asked.answer);
+        self.pins.extend(asked.lost.map(|lost| (asked.ask.id, lost)));
         Some(asked.ask)
     }
 
@@ -117,6 +122,7 @@ impl Driver {
         let input = match news {
             News::Released(ask) => {
                 self.waiting.remove(&ask);
+                self.pins.remove(&ask);
                 Input::Release(ask)
             }
             News::Slot(content, slot) => Input::Slot { content, slot },
@@ -129,6 +135,8 @@ impl Driver {
                 self.calls.detached();
                 Input::Detached
             }
+            News::Reload(reference) => Input::Reload(reference),
+            News::Evict(content) => Input::Evict(content),
         };
         self.tell(input).await;
     }
@@ -171,6 +179,10 @@ impl Driver {
             }
             // A lease that has ended with its session is no longer waited for: the engine fails its requests.
             Output::Failed { ask, fault } => {
+                if let Some(lost) = self.pins.remove(&ask) {
+                    // Whoever had it may have dropped it.
+                    let _ = lost.send(fault.clone());
+                }
                 if let Some(answer) = self.waiting.remove(&ask) {
                     let _ = answer.send(Err(fault));
                 }

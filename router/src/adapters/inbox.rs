@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use exchange::{AskId, Content, Held, Slot};
+use exchange::{AskId, Content, Held, ReferenceId, Slot};
 use tokio::sync::Notify;
 
 /// Something that has happened, and that nobody waits for an answer to.
@@ -21,6 +21,10 @@ pub(crate) enum News {
     },
     /// The session has ended.
     Detached,
+    /// What is remembered of a reference must be asked again.
+    Reload(ReferenceId),
+    /// The copies of an adapter are to go, unless they are needed.
+    Evict(Content),
 }
 
 /// News that have not been read, in order. Unlike a channel the list takes all of them: a lease that ends on the

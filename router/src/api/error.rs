@@ -16,7 +16,9 @@ use axum::{
 use exchange::Fault;
 
 use super::request::FieldNames;
-use crate::{admission::Refusal, generation::Failure, metrics::End, workers::WorkError};
+use crate::{
+    admission::Refusal, generation::Failure, metrics::End, registry::RegistryError, workers::WorkError,
+};
 
 pub(crate) use body::Dialect;
 
@@ -142,6 +144,27 @@ pub(crate) enum ApiError {
         /// The cause.
         message: String,
     },
+    /// The name of an adapter is taken.
+    #[error("the adapter {id:?} is registered already")]
+    AdapterExists {
+        /// The name.
+        id: String,
+    },
+    /// No adapter of this name is registered.
+    #[error("The lora adapter '{id}' cannot be found.")]
+    AdapterUnknown {
+        /// The name.
+        id: String,
+    },
+    /// A request of vLLM's interface that it refuses in these words.
+    #[error("{0}")]
+    LoraInput(String),
+    /// What was registered cannot be written down.
+    #[error("{0}")]
+    NotKept(String),
+    /// The route needs the administrator's key.
+    #[error("the request needs the administrator's key: send it as `Authorization: Bearer KEY`")]
+    NotAdmin,
     /// It failed while it ran.
     #[error("Request failed during generation: {0}")]
     Generation(String),
@@ -202,10 +225,15 @@ impl ApiError {
             | ApiError::Template(_) => StatusCode::UNPROCESSABLE_ENTITY,
             ApiError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             ApiError::Slow => StatusCode::REQUEST_TIMEOUT,
-            ApiError::InvalidKey => StatusCode::UNAUTHORIZED,
+            ApiError::InvalidKey | ApiError::NotAdmin => StatusCode::UNAUTHORIZED,
+            ApiError::AdapterExists { .. } => StatusCode::CONFLICT,
+            ApiError::LoraInput(_) => StatusCode::BAD_REQUEST,
+            ApiError::NotKept(_) => StatusCode::INTERNAL_SERVER_ERROR,
             ApiError::RateLimited(_) | ApiError::Overloaded { .. } => StatusCode::TOO_MANY_REQUESTS,
             ApiError::AdapterTimeout { .. } => StatusCode::GATEWAY_TIMEOUT,
-            ApiError::AdapterNotFound { .. } | ApiError::NoRoute => StatusCode::NOT_FOUND,
+            ApiError::AdapterNotFound { .. } | ApiError::AdapterUnknown { .. } | ApiError::NoRoute => {
+                StatusCode::NOT_FOUND
+            }
             // LoRAX's clients take 403 for a shard that is not ready, and try again.
             ApiError::AdapterForbidden { .. } | ApiError::AdapterFailed { .. } | ApiError::Generation(_) => {
                 StatusCode::FAILED_DEPENDENCY
@@ -222,6 +250,13 @@ impl ApiError {
             (Dialect::OpenAi, error) if error.status() == StatusCode::UNPROCESSABLE_ENTITY => {
                 StatusCode::BAD_REQUEST
             }
+            // vLLM says of whatever keeps an adapter from being loaded that the request was bad.
+            (Dialect::Vllm | Dialect::Aibrix, error) => match error.status() {
+                StatusCode::UNPROCESSABLE_ENTITY | StatusCode::FAILED_DEPENDENCY | StatusCode::CONFLICT => {
+                    StatusCode::BAD_REQUEST
+                }
+                status => status,
+            },
             (_, error) => error.status(),
         }
     }
@@ -233,7 +268,9 @@ impl ApiError {
             ApiError::Overloaded { retry_after } => (RETRY_AFTER, seconds(*retry_after).into()),
             ApiError::RateLimited(refusal) => (RETRY_AFTER, seconds(refusal.retry_after()).into()),
             ApiError::Unavailable(_) => (RETRY_AFTER, 1.into()),
-            ApiError::InvalidKey => (WWW_AUTHENTICATE, HeaderValue::from_static("Bearer")),
+            ApiError::InvalidKey | ApiError::NotAdmin => {
+                (WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"))
+            }
             ApiError::Encoding(_) => (ACCEPT_ENCODING, HeaderValue::from_static("identity")),
             // The rest of the body is still to come, and nobody will read it.
             ApiError::Slow | ApiError::TooLarge { .. } => (CONNECTION, HeaderValue::from_static("close")),
@@ -254,7 +291,7 @@ impl ApiError {
     fn end(&self) -> End {
         match self {
             ApiError::Incomplete => End::Cancelled,
-            ApiError::InvalidKey => End::Unauthorized,
+            ApiError::InvalidKey | ApiError::NotAdmin => End::Unauthorized,
             ApiError::RateLimited(_) | ApiError::Overloaded { .. } => End::Overloaded,
             ApiError::AdapterTimeout { .. }
             | ApiError::AdapterNotFound { .. }
@@ -264,6 +301,22 @@ impl ApiError {
             ApiError::Generation(_) => End::Generation,
             ApiError::Unavailable(_) => End::Unavailable,
             _ => End::Validation,
+        }
+    }
+}
+
+impl From<RegistryError> for ApiError {
+    fn from(error: RegistryError) -> ApiError {
+        let message = error.to_string();
+        match error {
+            RegistryError::Name(_) => ApiError::Refused(message),
+            RegistryError::Exists(id) => ApiError::AdapterExists { id },
+            RegistryError::Unknown(id) => ApiError::AdapterUnknown { id },
+            RegistryError::Adapter { fault: Fault::PinsFull(_), .. } => ApiError::Refused(message),
+            RegistryError::Adapter { reference, fault } => {
+                ApiError::of_adapter("adapter_id", &reference.to_string(), fault)
+            }
+            RegistryError::Manifest(_) => ApiError::NotKept(message),
         }
     }
 }

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     adapter::AdapterRef,
-    adapters::Lease,
+    adapters::{InUse, Lease},
     engine::Running,
     generation::{Failure, Job, Scored, Update},
     permits::{Meter, Permit},
@@ -73,6 +73,8 @@ pub(crate) struct Generation {
     prompt: Option<PromptText>,
     text: TextStream,
     meter: Meter,
+    /// Shows that the adapter is used, and counts its tokens.
+    in_use: Option<Arc<InUse>>,
     /// Whether a token has come.
     begun: bool,
     /// Events that have not been taken.
@@ -95,6 +97,7 @@ struct Shared {
     adapter: Option<Adapter>,
     /// Keeps the adapter in host memory until all sequences are admitted.
     lease: Option<Arc<Lease>>,
+    in_use: Option<Arc<InUse>>,
     end_ids: Arc<[u32]>,
     received: Instant,
     validation: Duration,
@@ -122,6 +125,7 @@ impl App {
         if let Some(first) = sequences.first() {
             self.check_sequences(caller, first.names.prompt, sequences.len())?;
         }
+        let in_use = adapter.as_ref().map(|adapter| self.adapters.book().begin(adapter.references()));
         // Each sequence is as much work as a request of its own.
         let entry = self.admit(caller, adapter.as_ref(), sequences.len())?;
         let tokenized = sequences.into_iter().map(|sequence| self.tokenize(caller, sequence, limits));
@@ -137,6 +141,7 @@ impl App {
             salt: self.cache_salt(caller, adapter.as_ref(), cache_salt),
             adapter: leased.as_ref().map(|leased| leased.adapter),
             lease: leased.map(|leased| Arc::new(leased.lease)),
+            in_use,
             end_ids: info.eos_token_ids.iter().chain(self.tokenizer.end_ids()).copied().collect(),
             received: caller.received,
             validation: begun.elapsed(),
@@ -183,6 +188,7 @@ impl App {
             prompt: text,
             text: TextStream::new(self.tokenizer.clone(), &prompt, request.stop, report.tokens),
             meter: shared.meter.clone(),
+            in_use: shared.in_use.clone(),
             begun: false,
             ready: VecDeque::new(),
         };
@@ -296,6 +302,7 @@ impl Generation {
     fn token(&mut self, token: Scored, top: Vec<Scored>, finish: Option<Finish>) {
         self.begun = true;
         self.meter.charge(1);
+        self.in_use.iter().for_each(|in_use| in_use.token());
         self.tell_prompt(true);
         let pieces = self.text.push(token, top, finish);
         if let Some(end) = pieces.last().and_then(|piece| piece.end.as_ref())

@@ -1,6 +1,6 @@
 //! Bodies that describe the server.
 
-use std::fmt::Display;
+use std::{fmt::Display, time::UNIX_EPOCH};
 
 use serde::Serialize;
 
@@ -47,24 +47,40 @@ impl<'a> InfoResponse<'a> {
 
 /// OpenAI's `/v1/models`.
 #[derive(Debug, Serialize)]
-pub(crate) struct ModelList<'a> {
+pub(crate) struct ModelList {
     object: &'static str,
-    data: [Model<'a>; 1],
+    data: Vec<Model>,
 }
 
-/// A model that requests can name.
+/// A model that requests can name: the base model, or a registered adapter of it.
 #[derive(Debug, Serialize)]
-struct Model<'a> {
-    id: &'a str,
+struct Model {
+    id: String,
     object: &'static str,
     created: u64,
     owned_by: &'static str,
+    /// What it was made from: the model itself, or the adapter's reference.
+    root: String,
+    parent: Option<String>,
 }
 
-impl<'a> ModelList<'a> {
-    pub(crate) fn new(app: &'a App) -> ModelList<'a> {
-        let base = Model { id: &app.config.model.id, object: "model", created: 0, owned_by: "lorax" };
-        ModelList { object: "list", data: [base] }
+impl ModelList {
+    pub(crate) fn new(app: &App) -> ModelList {
+        let id = &app.config.model.id;
+        let model = |id: String, created, root, parent| Model {
+            id,
+            object: "model",
+            created,
+            owned_by: "lorax",
+            root,
+            parent,
+        };
+        let base = model(id.clone(), 0, id.clone(), None);
+        let adapters = app.registry.all().into_iter().map(|(name, adapter)| {
+            let created = adapter.created.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+            model(name, created, adapter.reference.to_string(), Some(id.clone()))
+        });
+        ModelList { object: "list", data: std::iter::once(base).chain(adapters).collect() }
     }
 }
 

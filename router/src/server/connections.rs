@@ -105,6 +105,7 @@ pub async fn serve(
 async fn started(app: Arc<App>) {
     app.engine.ready().await;
     app.started.store(true, Relaxed);
+    drop(app);
     // A supervised task does not return.
     pending().await
 }

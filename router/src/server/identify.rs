@@ -15,8 +15,14 @@ use axum::{
 };
 use secrecy::SecretString;
 
-use super::{App, accept::Caller, connection::Connection, routes::dialect};
-use crate::{adapter::Credential, api::error::ApiError, permits::Admissible};
+use super::{
+    App,
+    accept::Caller,
+    admin::{is_list, is_managing},
+    connection::Connection,
+    routes::dialect,
+};
+use crate::{adapter::Credential, api::error::ApiError, permits::Admissible, principal::Principal};
 
 /// The header of a credential for the source of the adapter.
 const ADAPTER_TOKEN: &str = "x-adapter-token";
@@ -31,7 +37,14 @@ pub(super) async fn identify(State(app): State<Arc<App>>, mut request: Request, 
     }
     let headers = request.headers();
     let bearer = bearer(headers);
-    let Some(principal) = app.keys.principal(bearer) else {
+    let (method, path) = (request.method(), request.uri().path());
+    let (manages, is_admin) = (is_managing(path), app.admin.shows(bearer));
+    if manages && !is_admin && !app.admin.is_anybody() {
+        return ApiError::NotAdmin.respond(dialect(request.uri()));
+    }
+    let is_admin = is_admin && (manages || is_list(method, path));
+    let principal = if is_admin { Some(Principal::anonymous()) } else { app.keys.principal(bearer) };
+    let Some(principal) = principal else {
         return ApiError::InvalidKey.respond(dialect(request.uri()));
     };
     tracing::Span::current().record("tenant", &principal.tenant.name);
@@ -41,7 +54,7 @@ pub(super) async fn identify(State(app): State<Arc<App>>, mut request: Request, 
         return ApiError::Overloaded { retry_after: Duration::from_secs(1) }.respond(dialect);
     }
     let given = headers.get(ADAPTER_TOKEN).and_then(|token| token.to_str().ok());
-    let fallback = bearer.filter(|_| !app.keys.are_required());
+    let fallback = bearer.filter(|_| !app.keys.are_required() && !is_admin);
     let credential = Credential::new(given.map(SecretString::from), fallback.map(SecretString::from));
     let caller =
         Caller { principal, received: Instant::now(), credential, request: Arc::new(Admissible::new()) };

@@ -21,6 +21,7 @@ use uuid::Uuid;
 use super::{App, StartError, connection, health, identify};
 use crate::{
     api::{
+        adapters,
         error::{ApiError, Dialect},
         lorax, openai,
     },
@@ -61,6 +62,13 @@ impl App {
             .route("/info", get(health::info))
             .route("/metrics", get(metrics::page))
             .route("/v1/models", get(health::models))
+            .route("/v1/adapters", get(adapters::list).post(adapters::register))
+            .route("/v1/adapters/capacity", get(adapters::capacity))
+            .route("/v1/adapters/{*id}", get(adapters::show).delete(adapters::remove))
+            .route("/v1/load_lora_adapter", post(adapters::vllm_load))
+            .route("/v1/unload_lora_adapter", post(adapters::vllm_unload))
+            .route("/v1/lora_adapter/load", post(adapters::aibrix_load))
+            .route("/v1/lora_adapter/unload", post(adapters::aibrix_unload))
             .route("/v1/completions", post(openai::completions))
             .route("/v1/chat/completions", post(openai::chat_completions))
             .fallback(no_route)
@@ -140,5 +148,10 @@ async fn wrong_method(method: Method, uri: Uri) -> Response {
 
 /// The dialect in which a path is answered.
 pub(super) fn dialect(uri: &Uri) -> Dialect {
-    if uri.path().starts_with("/v1/") { Dialect::OpenAi } else { Dialect::Native }
+    match uri.path() {
+        "/v1/load_lora_adapter" | "/v1/unload_lora_adapter" => Dialect::Vllm,
+        path if path.starts_with("/v1/lora_adapter/") => Dialect::Aibrix,
+        path if path.starts_with("/v1/") => Dialect::OpenAi,
+        _ => Dialect::Native,
+    }
 }

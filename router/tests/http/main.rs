@@ -22,6 +22,7 @@ mod hub;
 mod keys;
 mod killed;
 mod logprobs;
+mod managing;
 mod merges;
 mod metrics;
 mod openai;

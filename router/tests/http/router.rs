@@ -227,8 +227,14 @@ impl Router {
 
     /// Ends this router, and starts another in front of the same shards.
     pub(crate) async fn restart(self) -> Router {
+        self.restart_when(async || {}).await
+    }
+
+    /// The same, once something else has happened after the end of this one.
+    pub(crate) async fn restart_when(self, ended: impl AsyncFnOnce()) -> Router {
         let (ranks, folder) = (self.ranks.clone(), self.folder.clone());
         drop(self);
+        ended().await;
         let sockets = (0..ranks.len()).map(|rank| folder.path().join(format!("shard-{rank}.sock")));
         let router = Router::in_front_of(ranks, sockets.collect(), folder, None, |_| {}).await;
         router.app.ready().await;
@@ -247,6 +253,11 @@ impl Router {
         let router = Router::in_front_of(vec![shard], vec![socket], folder, Some(hub), change).await;
         router.app.ready().await;
         router
+    }
+
+    /// The folder of the sockets.
+    pub(crate) fn run_folder(&self) -> PathBuf {
+        self.folder.path().into()
     }
 
     async fn in_front_of(

@@ -103,6 +103,18 @@ impl<P: Clone> Exchange<P> {
         }
     }
 
+    /// Somebody says that an adapter is not needed any more.
+    pub(super) fn evict(&mut self, content: Content) {
+        if self.host.is_idle(content) {
+            self.host.evict(content, false);
+            self.outputs.push(Output::Unstage(content));
+        }
+        if self.disk.is_idle(content) {
+            self.disk.evict(content, false);
+            self.outputs.push(Output::Delete(content));
+        }
+    }
+
     pub(super) fn on_disk(&mut self, content: Content, bytes: u64, versions: &[Version]) {
         versions.iter().for_each(|&version| self.versions.insert(version, content));
         if !self.disk.adopt(content, bytes, 0) && !self.disk.has(content) {

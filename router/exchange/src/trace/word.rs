@@ -107,7 +107,7 @@ variants! {
         "progress" Progress { call bytes }, "fetched" Fetched { call result }, "staged" Staged { call result },
         "deleted" Deleted(content), "unstaged" Unstaged(content), "on_disk" OnDisk { content bytes versions },
         "slot" Slot { content slot }, "attached" Attached { host }, "detached" Detached,
-        "reload" Reload(reference), "tick" Tick,
+        "reload" Reload(reference), "evict" Evict(content), "tick" Tick,
     }
     Output<()> {
         "lookup" Lookup { call payload }, "fetch" Fetch { call version max_bytes payload },

@@ -32,6 +32,7 @@ enum Op {
     Change(u128),
     Permit { reference: u128, credential: u128, allowed: bool },
     Reload(u128),
+    Evict(Index),
     LoseFiles(Index),
     Session,
 }
@@ -63,6 +64,7 @@ fn op() -> impl Strategy<Value = Op> {
             Op::Permit { reference, credential, allowed }
         }),
         1 => (0..REFERENCES).prop_map(Op::Reload),
+        1 => index().prop_map(Op::Evict),
         1 => index().prop_map(Op::LoseFiles),
         1 => prop::bool::weighted(0.3).prop_map(|end| if end { Op::Session } else { Op::Wait(1) }),
     ]
@@ -181,6 +183,11 @@ fn play(world: &mut World, op: &Op) {
             }
         }
         Op::Reload(reference) => drop(world.give(Input::Reload(ReferenceId(*reference)))),
+        Op::Evict(index) => {
+            if let Some(content) = nth(&world.disk, index) {
+                world.give(Input::Evict(content));
+            }
+        }
         Op::LoseFiles(index) => {
             if let Some(content) = nth(&world.disk, index) {
                 world.disk.remove(&content);

@@ -1,13 +1,16 @@
 //! Fetches: copies to the disk, and hashes of folders that are read where they lie.
 
-use std::sync::{
-    PoisonError,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    sync::{
+        PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Instant,
 };
 
 use exchange::{Content, Fault, Fetched, Version};
 use sources::{Destination, Found};
-use store::{Deletion, Partial};
+use store::{Deletion, Partial, Store, StoreError};
 use tokio_util::sync::CancellationToken;
 
 use super::{Shared, blocking, caught, error::CallError, in_place};
@@ -26,6 +29,7 @@ impl Shared {
         abort: &CancellationToken,
     ) -> Result<Fetched, Fault> {
         let counted = self.means.metrics.call(CallKind::Fetch);
+        let begun = Instant::now();
         let found = self.found(version);
         let in_place = found.clone().and_then(|found| Some((found.in_place.clone()?, found)));
         let result = match in_place {
@@ -40,6 +44,9 @@ impl Shared {
         };
         let result = result.map_err(|error| error.fault(&wanted.reference));
         counted.end(result.as_ref().err());
+        if let Ok(fetched) = &result {
+            self.means.book.fetched(fetched.content, fetched.bytes, begun.elapsed());
+        }
         result
     }
 
@@ -67,7 +74,7 @@ impl Shared {
         // One whose files have been forgotten is looked up again.
         let found = found.ok_or(Fault::Changed)?;
         let store = self.store()?;
-        let partial = blocking(move || Ok(store.reserve(max_bytes)?)).await?;
+        let partial = blocking(move || Ok(reserve(&store, max_bytes)?)).await?;
         let downloaded = tokio::select! {
             downloaded = self.download(found, &partial, max_bytes, wanted) => downloaded,
             () = abort.cancelled() => Err(Fault::Slow.into()),
@@ -109,6 +116,18 @@ impl Shared {
                 tracing::warn!(adapter = ?content, "an adapter could not be removed from the disk: {error}")
             }
         }
+    }
+}
+
+/// Takes room on the disk. There is some as far as this server knows; if others that share the folder have taken it, what
+/// was used least of all goes, whoever has fetched it: one that is missed later is fetched again.
+fn reserve(store: &Store, bytes: u64) -> Result<Partial, StoreError> {
+    match store.reserve(bytes) {
+        Err(StoreError::Full { .. }) => {
+            store.make_room(bytes)?;
+            store.reserve(bytes)
+        }
+        answer => answer,
     }
 }
 

@@ -1,6 +1,10 @@
 //! Stages: copies into the host memory of every rank, and their removal.
 
-use std::{fs, io, path::Path, time::Duration};
+use std::{
+    fs, io,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use exchange::{Content, Fault, Place, StageFault, Staged, Version};
 use scheduler::AdapterKey;
@@ -42,7 +46,7 @@ impl Shared {
     ) -> Option<Result<Staged, StageFault>> {
         let counted = self.means.metrics.call(CallKind::Stage);
         let staged = tokio::select! {
-            staged = self.stage_in(order, session.number) => staged,
+            staged = self.stage_in(order, session) => staged,
             () = session.ended.cancelled() => return None,
             () = abort.cancelled() => {
                 // Some ranks may have it already.
@@ -63,7 +67,7 @@ impl Shared {
         Some(staged)
     }
 
-    async fn stage_in(&self, order: &Order, session: u64) -> Result<Staged, StageFault> {
+    async fn stage_in(&self, order: &Order, session: &Session) -> Result<Staged, StageFault> {
         let Order { content, max_bytes, ref payload, .. } = *order;
         let found = match payload {
             Payload::Adapter(wanted) => {
@@ -77,10 +81,22 @@ impl Shared {
             Payload::Adapter(wanted) => wanted.reference.to_string(),
             Payload::Merge(merge) => merge.name(),
         };
-        let order = StageOrder { content: AdapterKey(content.0), name, parts, merge, max_bytes };
-        match self.means.ranks.stage(session, &order).await {
+        let order =
+            StageOrder { content: AdapterKey(content.0), name: name.clone(), parts, merge, max_bytes };
+        let begun = Instant::now();
+        match self.means.ranks.stage(session.number, &order).await {
             Ok(StageAnswer::Staged(staged)) => {
-                Ok(Staged { host_bytes: staged.host_bytes, slot_bytes: staged.slot_bytes })
+                let sizes = Staged { host_bytes: staged.host_bytes, slot_bytes: staged.slot_bytes };
+                let rank = staged.max_lora_rank;
+                self.means.book.staged(content, staged, begun.elapsed());
+                let Some(most) = self.means.max_lora_rank.filter(|most| rank > *most) else {
+                    return Ok(sizes);
+                };
+                // If the session ends meanwhile, nobody waits for the answer.
+                self.unstage(content, session).await;
+                let message =
+                    format!("adapter \"{name}\" has LoRA rank {rank}, and --max-lora-rank is {most}");
+                Err(StageFault::Failed(Fault::Invalid(message.into())))
             }
             Ok(StageAnswer::NeedsRoom { bytes }) => Err(StageFault::NeedsRoom { bytes }),
             Ok(StageAnswer::Gone) => Err(StageFault::Gone),

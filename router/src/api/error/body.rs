@@ -1,5 +1,6 @@
 //! The bodies of errors in each dialect.
 
+use axum::http::StatusCode;
 use serde::Serialize;
 
 use super::{ApiError, FieldNames};
@@ -11,6 +12,10 @@ pub(crate) enum Dialect {
     Native,
     /// OpenAI's.
     OpenAi,
+    /// vLLM's routes for adapters.
+    Vllm,
+    /// Those of AIBrix.
+    Aibrix,
 }
 
 /// The JSON of an error.
@@ -19,6 +24,25 @@ pub(crate) enum Dialect {
 pub(crate) enum ErrorBody {
     Native { error: String, error_type: &'static str },
     OpenAi { error: OpenAiError },
+    Vllm { error: VllmError },
+    Aibrix(AibrixError),
+}
+
+/// vLLM's description of an error.
+#[derive(Debug, Serialize)]
+pub(crate) struct VllmError {
+    message: String,
+    r#type: &'static str,
+    param: Option<String>,
+    code: u16,
+}
+
+/// AIBrix's description of an error.
+#[derive(Debug, Serialize)]
+pub(crate) struct AibrixError {
+    object: &'static str,
+    #[serde(flatten)]
+    error: VllmError,
 }
 
 /// OpenAI's description of an error.
@@ -45,7 +69,23 @@ impl ApiError {
                     code: self.openai_code(),
                 },
             },
+            Dialect::Vllm => ErrorBody::Vllm { error: self.in_vllm() },
+            Dialect::Aibrix => ErrorBody::Aibrix(AibrixError { object: "error", error: self.in_vllm() }),
         }
+    }
+
+    /// The error as vLLM would have it: `code` is the status.
+    fn in_vllm(&self) -> VllmError {
+        let status = self.status_in(Dialect::Vllm);
+        let r#type = match (self, status) {
+            (ApiError::LoraInput(_) | ApiError::AdapterExists { .. }, _) => "InvalidUserInput",
+            (_, StatusCode::NOT_FOUND) => "NotFoundError",
+            (_, StatusCode::UNAUTHORIZED) => "AuthenticationError",
+            (_, status) if status.is_server_error() => "InternalServerError",
+            _ => "BadRequestError",
+        };
+        let param = self.field().map(str::to_owned);
+        VllmError { message: self.openai_message(), r#type, param, code: status.as_u16() }
     }
 
     /// The field that is at fault, as the request names it.
@@ -104,6 +144,11 @@ impl ApiError {
                 "generation"
             }
             ApiError::Unavailable(_) => "unavailable",
+            ApiError::AdapterExists { .. } => "adapter_exists",
+            ApiError::AdapterUnknown { .. } => "adapter_not_registered",
+            ApiError::LoraInput(_) => "validation",
+            ApiError::NotKept(_) => "not_kept",
+            ApiError::NotAdmin => "admin_token_required",
             ApiError::NoRoute => "not_found",
             ApiError::Method(_) => "method_not_allowed",
         }
