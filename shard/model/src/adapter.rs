@@ -23,8 +23,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use kernels::{Adapters, DType, HostTensor, LoraPart, LoraShape, LoraSite, LowRank, ReplacedRows};
-use sha2::{Digest, Sha256};
+use kernels::{Adapters, DType, LoraPart, LoraShape, LoraSite, LowRank, ReplacedRows};
 
 use crate::{Share, decoder::Part, files, weights::tensor_file::TensorFile};
 pub use base::BaseModel;
@@ -65,8 +64,6 @@ impl fmt::Debug for ContentHash {
 /// An adapter, ready to be staged.
 #[derive(Debug, Clone)]
 pub struct Adapter {
-    /// The hash of its whole content, which identifies it on every rank.
-    pub hash: ContentHash,
     /// Its changes to the share of the model, by site and slice.
     pub parts: Vec<LoraPart>,
     /// Its largest LoRA rank.
@@ -108,7 +105,7 @@ impl AdapterFiles {
 impl Adapter {
     /// Its parts, and what else is known of it.
     pub fn into_parts(self) -> (Vec<LoraPart>, Properties) {
-        let Adapter { parts, max_lora_rank, sites, hidden_shift, vocab, .. } = self;
+        let Adapter { parts, max_lora_rank, sites, hidden_shift, vocab } = self;
         (parts, Properties { max_lora_rank, sites, hidden_shift, vocab })
     }
 }
@@ -184,13 +181,6 @@ impl<'a> AdapterFolder<'a> {
         Cutter { decoder: &self.base.model.decoder, share: self.base.model.share }
     }
 
-    /// Bytes of host memory that [`Self::read`] takes, and its result until it has been staged.
-    pub fn read_bytes(&self) -> usize {
-        let size = self.values.dtype.size();
-        let parts: usize = self.changes.iter().map(|change| change.bytes(size)).sum();
-        parts + self.changes.iter().map(|change| change.passing_bytes(&self.values)).max().unwrap_or(0)
-    }
-
     /// What is known of it before its tensors have been read.
     fn properties(&self) -> Properties {
         let changes = || self.changes.iter().filter_map(|change| Some((change, change.shape()?)));
@@ -261,25 +251,15 @@ impl<'a> AdapterFolder<'a> {
         Ok(true)
     }
 
-    /// Reads the tensors. Errors: among others, the adapter changes nothing.
+    /// Reads the share of the model that is served here into memory. Errors: among others, the adapter changes nothing.
     pub fn read(&self) -> Result<Adapter, AdapterError> {
-        let (mut parts, mut changes_nothing, mut sha) = (Vec::new(), true, Sha256::new());
-        for change in &self.changes {
-            if let Some(part) = change.part(self.sources(&|| false))? {
-                let part = in_memory(part, self.values.dtype)?;
-                hash(&mut sha, &part);
-                changes_nothing &= change::changes_nothing(&part);
-                parts.extend(self.cutter().cut(part, &change.module));
-            }
-        }
-        if changes_nothing {
+        let parts = self.parts(&|| false)?.into_iter().map(|part| in_memory(part, self.values.dtype));
+        let parts: Vec<LoraPart> = parts.collect::<Result<_, _>>()?;
+        if parts.iter().all(change::changes_nothing) && self.changes_nothing(&|| false)? {
             return Err(AdapterError::ChangesNothing);
         }
         let Properties { max_lora_rank, sites, hidden_shift, vocab } = self.properties();
-        hidden_shift.iter().flatten().for_each(|x| sha.update(x.to_le_bytes()));
-        let hash = ContentHash(sha.finalize().into());
-        parts.iter_mut().for_each(|part| part.content = hash.number());
-        Ok(Adapter { hash, parts, max_lora_rank, sites, hidden_shift, vocab })
+        Ok(Adapter { parts, max_lora_rank, sites, hidden_shift, vocab })
     }
 }
 
@@ -294,33 +274,4 @@ fn in_memory(part: LoraPart<Matrix<'_>>, dtype: DType) -> Result<LoraPart, Adapt
     });
     let (low_rank, rows) = (low_rank.transpose()?, rows.transpose()?);
     Ok(LoraPart { site, slice, low_rank, magnitude, bias, rows, content })
-}
-
-/// Hashes what is computed with, so that two folders with the same output have the same identity, however they are
-/// written.
-fn hash(sha: &mut Sha256, part: &LoraPart) {
-    let LoraShape { site, slice, lora_rank, has_magnitude, has_bias, rows } = part.shape();
-    // The shape of each part comes before its data, so that different lists of parts never give the same bytes.
-    for number in [site, slice, lora_rank, has_magnitude.into(), has_bias.into(), rows] {
-        sha.update((number as u64).to_le_bytes());
-    }
-    if let Some(LowRank { scale, a, b, .. }) = &part.low_rank {
-        sha.update(scale.to_le_bytes());
-        hash_tensor(sha, a);
-        hash_tensor(sha, b);
-    }
-    for vector in [&part.magnitude, &part.bias].into_iter().flatten() {
-        sha.update((vector.len() as u64).to_le_bytes());
-        vector.iter().for_each(|x| sha.update(x.to_le_bytes()));
-    }
-    if let Some(ReplacedRows { ids, values }) = &part.rows {
-        sha.update([u8::from(ids.is_some())]);
-        ids.iter().flatten().for_each(|id| sha.update(id.to_le_bytes()));
-        hash_tensor(sha, values);
-    }
-}
-
-fn hash_tensor(sha: &mut Sha256, tensor: &HostTensor<'_>) {
-    sha.update((tensor.data.len() as u64).to_le_bytes());
-    sha.update(&tensor.data);
 }

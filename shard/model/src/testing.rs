@@ -12,6 +12,11 @@ use serde_json::{Value, json};
 use crate::adapter;
 pub use torch_file::{Pickle, write_archive, write_torch};
 
+/// What an adapter changes: adapters with the same output have the same text, however their files are written.
+pub fn identity(adapter: &adapter::Adapter) -> String {
+    format!("{:?} {:?}", adapter.parts, adapter.hidden_shift)
+}
+
 /// One f32 tensor of a file.
 #[derive(Debug, Clone)]
 pub struct Tensor {

@@ -212,31 +212,6 @@ impl Change {
         cutter.shape(self.shape()?, self.rows.as_ref().and_then(Rows::ids), &self.module)
     }
 
-    /// Bytes of its part, whose elements have `size` bytes.
-    pub(super) fn bytes(&self, size: usize) -> usize {
-        let Some(shape) = self.shape() else { return 0 };
-        let Module { inputs, outputs, .. } = self.module;
-        let vectors = usize::from(shape.has_bias) + usize::from(shape.has_magnitude);
-        (shape.lora_rank * (inputs + outputs) + shape.rows * inputs) * size
-            + vectors * outputs.max(inputs) * 4
-    }
-
-    /// Further bytes that reading it takes temporarily.
-    pub(super) fn passing_bytes(&self, file: &Values) -> usize {
-        let Module { inputs, outputs, transposed, .. } = self.module;
-        let of_delta = self.delta.as_ref().map_or(0, |delta| {
-            let read = file.passing_bytes(&delta.a).max(file.passing_bytes(&delta.b));
-            // A and B are in memory twice as f32 if something is computed with them, and as f64 if they are computed.
-            let whole = self.is_folded() || delta.initial.is_some() || self.shift.is_some();
-            read + if whole { 16 * delta.lora_rank * (inputs + outputs.max(delta.outputs)) } else { 0 }
-        });
-        // Their numbers, and those of tokens by number.
-        let ids = self.rows.as_ref().map_or(0, |rows| 8 * rows.count + 32 * rows.tokens());
-        // The weight that a shift is multiplied by is read whole if its rows are not stored side by side.
-        let weight = if self.shift.is_some() && transposed { 12 * inputs * outputs } else { 0 };
-        of_delta + ids + weight
-    }
-
     /// The part, if there is one. Its vectors have been read, and its matrices are read from then on.
     pub(super) fn part<'a>(
         &'a self,

@@ -156,7 +156,7 @@ impl<'a> Merge<'a> {
         let max_lora_rank = self.modules.iter().map(|merged| merged.lora_rank).max().unwrap_or(0);
         let vocab = self.model.decoder.vocab;
         parts.iter_mut().for_each(|part| part.content = content.number());
-        Ok(Adapter { hash: content, parts, max_lora_rank, sites, hidden_shift: None, vocab })
+        Ok(Adapter { parts, max_lora_rank, sites, hidden_shift: None, vocab })
     }
 
     /// The change at a module.

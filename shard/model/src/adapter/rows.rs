@@ -97,11 +97,6 @@ impl Rows {
         }
     }
 
-    /// Number of rows that are tokens' own.
-    pub(super) fn tokens(&self) -> usize {
-        self.tokens.as_ref().map_or(0, |(_, tokens)| tokens.len())
-    }
-
     /// Numbers of rows and columns.
     pub(super) fn shape(&self) -> [usize; 2] {
         [self.count, self.cols]

@@ -10,7 +10,7 @@ use kernels::{DType, HostTensor, LoraPart, MatrixSource};
 use model::{
     Decoder, Model, Share,
     adapter::{self, AdapterFolder, BaseModel, Matrix},
-    testing::seeded::Manifest,
+    testing::{self, seeded::Manifest},
 };
 
 use crate::{
@@ -246,7 +246,7 @@ fn expect_same(parts: &[LoraPart<Matrix<'_>>], expected: &[LoraPart], dtype: DTy
     }
 }
 
-/// What a kind takes is known before it is read, in every type, and its identity depends on the numbers alone.
+/// The shapes of a kind are known before it is read, in every type, and what is read depends on the numbers alone.
 #[test]
 fn memory_and_identity_are_known() {
     for name in ["llama", "gemma2", "gpt-neox"] {
@@ -269,8 +269,7 @@ fn memory_and_identity_are_known() {
                 let adapter = opened.read().unwrap();
                 let shapes: Vec<_> = adapter.parts.iter().map(LoraPart::shape).collect();
                 assert_eq!(opened.shapes(), shapes, "{name}, {kind}");
-                let (taken, said) = (adapter.parts.iter().map(bytes).sum::<usize>(), opened.read_bytes());
-                assert!(taken <= said && said <= 4 * taken + (1 << 16), "{name}, {kind}: {taken}, {said}");
+                let taken = adapter.parts.iter().map(bytes).sum::<usize>();
                 for rank in 0..2 {
                     let share = Share::of(&decoder, rank, 2).unwrap();
                     let at = BaseModel { share, ..model.clone() };
@@ -278,12 +277,11 @@ fn memory_and_identity_are_known() {
                     let cut = there.read().unwrap();
                     let shapes: Vec<_> = cut.parts.iter().map(LoraPart::shape).collect();
                     assert_eq!(there.shapes(), shapes, "{name}, {kind} of rank {rank}");
-                    assert_eq!(cut.hash, adapter.hash, "{name}, {kind} of rank {rank}");
                     expect_same(&there.parts(&|| false).unwrap(), &cut.parts, dtype);
                     let share = cut.parts.iter().map(bytes).sum::<usize>();
                     assert!(share <= taken, "{name}, {kind}: {share} of {taken} bytes");
                 }
-                let other = seen.insert(adapter.hash, (kind, dtype));
+                let other = seen.insert(testing::identity(&adapter), (kind, dtype));
                 let is_same = other.is_none_or(|(other, at)| {
                     at == dtype && SAME.iter().any(|same| same.contains(&kind) && same.contains(&other))
                 });

@@ -161,5 +161,6 @@ fn a_merge_can_be_cancelled_before_each_module() {
         assert_eq!((error.to_string().as_str(), asked.get()), ("the merge was cancelled", last + 1));
     }
     let merged = merging.read_as(ContentHash([1; 32]), &|| false).unwrap();
-    assert_eq!((merged.parts.len(), merged.hash), (6, ContentHash([1; 32])));
+    assert_eq!(merged.parts.len(), 6);
+    assert!(merged.parts.iter().all(|part| part.content == ContentHash([1; 32]).number()));
 }
