@@ -11,7 +11,10 @@ use std::{
 use kernels::{BLOCK_SIZE, Batch, DType, Group, Sampled, Segment, SequenceRows, cpu::CpuBackend, prelude::*};
 use model::{
     KvCache, Model, Pass, Scratch,
-    adapter::{AdapterFolder, BaseModel},
+    adapter::{
+        AdapterFiles, AdapterFolder, BaseModel, ContentHash, Elementwise, MajoritySign, Merge, MergePart,
+        Recipe, Strategy,
+    },
 };
 use serde::Deserialize;
 
@@ -30,11 +33,60 @@ struct Prompt {
 #[derive(Deserialize)]
 struct Case {
     adapter: Option<String>,
+    merged: Option<Merged>,
     prompt: usize,
     prompt_logprobs: Vec<f32>,
     tokens: Vec<u32>,
     logprobs: Vec<f32>,
     margins: Vec<f32>,
+}
+
+/// A merge, as a request names it.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+struct Merged {
+    ids: Vec<String>,
+    weights: Vec<f64>,
+    merge_strategy: Option<String>,
+    density: Option<f64>,
+    majority_sign_method: Option<String>,
+    svd_rank: Option<usize>,
+    #[serde(default)]
+    seed: u64,
+}
+
+impl Merged {
+    fn recipe(&self) -> Recipe {
+        let strategy = match self.merge_strategy.as_deref() {
+            None => Strategy::Elementwise(Elementwise::Linear),
+            Some("ties") => Strategy::Elementwise(Elementwise::Ties),
+            Some("dare_linear") => Strategy::Elementwise(Elementwise::DareLinear),
+            Some("dare_ties") => Strategy::Elementwise(Elementwise::DareTies),
+            Some("magnitude_prune") => Strategy::Elementwise(Elementwise::MagnitudePrune),
+            Some("cat") => Strategy::Cat,
+            Some("svd") => Strategy::Svd,
+            Some(other) => panic!("{other}"),
+        };
+        let majority_sign = match self.majority_sign_method.as_deref() {
+            Some("frequency") => MajoritySign::Frequency,
+            _ => MajoritySign::Total,
+        };
+        let Merged { density, svd_rank, seed, .. } = *self;
+        Recipe { strategy, density, majority_sign, svd_rank, seed }
+    }
+}
+
+/// What a case runs with.
+#[derive(Debug, Clone, PartialEq)]
+enum Named {
+    Adapter(String),
+    Merge(Merged),
+}
+
+impl Case {
+    fn named(&self) -> Option<Named> {
+        let merge = self.merged.clone().map(Named::Merge);
+        merge.or_else(|| self.adapter.clone().map(Named::Adapter))
+    }
 }
 
 /// A case that runs: all its tokens are known, and its blocks are its own.
@@ -66,19 +118,31 @@ fn demo_model() -> PathBuf {
 }
 
 impl Runner {
-    /// Loads a model, and the named adapters into slots by their order.
-    fn new(ops: CpuBackend, model: &Path, adapters: &[PathBuf], blocks: u32) -> Runner {
+    /// Loads a model, and the named adapters of a folder into slots by their order.
+    fn new(ops: CpuBackend, model: &Path, (adapters, names): (&Path, &[Named]), blocks: u32) -> Runner {
         let (path, dtype) = (model.to_owned(), ops.dtype());
         let model = Model::load(&ops, model, &mut |_| {}).unwrap();
         let base = BaseModel { decoder: model.decoder().clone(), path, dtype, share: model.share() };
-        let mut slots = ops.lora_slots(model.sites(), adapters.len()).unwrap();
-        for (slot, folder) in adapters.iter().enumerate() {
-            let opened = AdapterFolder::open(folder, &base).unwrap();
-            let (staged, _) = opened.stage(&ops, model.sites(), slot as u64 + 1, &|| false).unwrap();
-            let staged = Arc::new(staged);
+        let mut slots = ops.lora_slots(model.sites(), names.len()).unwrap();
+        for (slot, named) in names.iter().enumerate() {
+            let staged = Arc::new(match named {
+                Named::Adapter(name) => {
+                    let opened = AdapterFolder::open(&adapters.join(name), &base).unwrap();
+                    opened.stage(&ops, model.sites(), slot as u64 + 1, &|| false).unwrap().0
+                }
+                Named::Merge(merged) => {
+                    let parts = merged.ids.iter().zip(&merged.weights).map(|(name, weight)| {
+                        let files = AdapterFiles::open(&adapters.join(name)).unwrap();
+                        MergePart { name: name.clone(), files, weight: *weight }
+                    });
+                    let merge = Merge::open(parts.collect(), &merged.recipe(), &base).unwrap();
+                    let read = merge.read_as(ContentHash([slot as u8; 32]), &|| false).unwrap();
+                    ops.stage(model.sites(), &read.parts).unwrap()
+                }
+            });
             ops.load(&mut slots, slot as u32, &staged, &model.site_weights()).unwrap();
         }
-        assert_eq!(ops.loaded(&mut slots).unwrap().len(), adapters.len());
+        assert_eq!(ops.loaded(&mut slots).unwrap().len(), names.len());
         Runner {
             sampler: ops.sampler(1, model.decoder().logit_columns()).unwrap(),
             kv: model.kv_cache(&ops, blocks as usize).unwrap(),
@@ -147,25 +211,21 @@ fn compare(file: &str, ops: CpuBackend, model: &Path, adapters: &Path, (bar, pro
     let dtype = ops.dtype();
     let text = std::fs::read(fixtures().join("goldens").join(file)).unwrap();
     let goldens: Goldens = serde_json::from_slice(&text).unwrap();
-    let mut names: Vec<&String> = goldens.cases.iter().filter_map(|case| case.adapter.as_ref()).collect();
+    let mut names: Vec<Named> = goldens.cases.iter().filter_map(Case::named).collect();
     names.dedup();
     let (mut running, mut next) = (Vec::new(), 0);
     for case in &goldens.cases {
         let tokens = [&goldens.prompts[case.prompt].ids[..], &case.tokens].concat();
         let blocks = next..next + tokens.len().div_ceil(BLOCK_SIZE) as u32;
         next = blocks.end;
-        let slot = case
-            .adapter
-            .as_ref()
-            .map(|adapter| names.iter().position(|name| *name == adapter).unwrap() as u32);
+        let slot = case.named().map(|named| names.iter().position(|name| *name == named).unwrap() as u32);
         running.push(Running { case, tokens, slot, blocks });
     }
-    let folders: Vec<PathBuf> = names.iter().map(|name| adapters.join(name)).collect();
-    let mut runner = Runner::new(ops, model, &folders, next);
+    let mut runner = Runner::new(ops, model, (adapters, &names), next);
     let mut worst = Worst::default();
     let mut check = |running: &Running<'_>, i: usize, got: &Sampled| {
         let case = running.case;
-        let place = || format!("{file}, {:?}, prompt {}, token {i}", case.adapter, case.prompt);
+        let place = || format!("{file}, {:?}, prompt {}, token {i}", case.named(), case.prompt);
         worst.see(got.logprob, case.logprobs[i], place);
         if case.margins[i] > 2.0 * bar {
             assert_eq!(got.top[0].0, case.tokens[i], "{}", place());
@@ -177,7 +237,7 @@ fn compare(file: &str, ops: CpuBackend, model: &Path, adapters: &Path, (bar, pro
         let prompt = running.tokens.len() - case.tokens.len();
         let scores = runner.step(&[(running, 0..prompt)]);
         for (i, (got, expected)) in scores.iter().zip(&case.prompt_logprobs).enumerate() {
-            let place = || format!("{file}, {:?}, prompt {}, position {}", case.adapter, case.prompt, i + 1);
+            let place = || format!("{file}, {:?}, prompt {}, position {}", case.named(), case.prompt, i + 1);
             prompt_worst.see(got.logprob, *expected, place);
         }
         check(running, 0, &scores[prompt - 1]);
@@ -223,6 +283,16 @@ fn the_tiny_model_is_peft_in_f32() {
     for ranks in [2, 4] {
         on_ranks(ranks, DType::F32, compare);
     }
+}
+
+/// Merges of adapters of several ranks, also cut for ranks.
+#[test]
+fn merged_adapters_are_pefts_in_f32() {
+    let tiny = fixtures().join("tiny");
+    let compare =
+        |ops| compare("merged.json", ops, &tiny.join("model"), &tiny.join("adapters"), (2e-3, 2e-3));
+    compare(alone(DType::F32));
+    on_ranks(2, DType::F32, compare);
 }
 
 #[test]
