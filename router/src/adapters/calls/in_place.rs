@@ -101,7 +101,8 @@ mod tests {
         let same = hash_after(|folder| fs::write(folder.join("README.md"), "more").unwrap()).await.unwrap();
         assert_eq!(untouched, same);
         assert_eq!(untouched.bytes, 9);
-        let changes: [(&str, fn(&Path)); 13] = [
+        type Change = (&'static str, fn(&Path));
+        let changes: [Change; 13] = [
             ("rewritten", |folder| fs::write(folder.join(WEIGHTS), "weight2").unwrap()),
             ("written as it was", |folder| fs::write(folder.join(WEIGHTS), "weights").unwrap()),
             ("longer", |folder| fs::write(folder.join(WEIGHTS), "weights and more").unwrap()),
@@ -140,7 +141,7 @@ mod tests {
         }
         let forbidden = |folder: &Path| {
             // Another ctime, whoever may read it.
-            fs::set_permissions(folder.join(WEIGHTS), fs::Permissions::from_mode(0)).unwrap();
+            fs::set_permissions(folder.join(WEIGHTS), fs::Permissions::from_mode(0o000)).unwrap();
         };
         assert!(hash_after(forbidden).await.is_err());
     }
