@@ -8,7 +8,7 @@ use crate::RopeScaling;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RequestId(pub u64);
 
-/// SHA-256 of everything that determines an adapter's output.
+/// The hash of an adapter's content.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct AdapterKey(pub [u8; 32]);
 
@@ -18,7 +18,7 @@ impl fmt::Debug for AdapterKey {
     }
 }
 
-/// An adapter that the shards have prepared.
+/// An adapter that the shards have staged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Adapter {
     /// Its identity.
