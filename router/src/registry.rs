@@ -394,9 +394,12 @@ pub enum RegistryStartError {
     Module(String),
 }
 
+/// A manifest, if there is one, and the registrations in it.
+type Opened = (Option<Manifest>, Vec<(Kept, Reference)>);
+
 /// Opens the manifest that the flag names, or one beside the sockets of the shards: there it lives as long as the
 /// launcher does, whatever becomes of the router.
-fn open(config: &Config) -> Result<(Option<Manifest>, Vec<(Kept, Reference)>), ManifestError> {
+fn open(config: &Config) -> Result<Opened, ManifestError> {
     let named = config.router.adapter_manifest.clone();
     let beside = || Some(config.shards.uds.first()?.parent()?.join("adapters.json"));
     let is_named = named.is_some();

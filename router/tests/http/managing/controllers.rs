@@ -26,6 +26,29 @@ async fn vllms_routes_answer_as_vllm_does() {
         assert_eq!(answer, format!("Success: LoRA adapter '{name}' added successfully."));
         router.ok("/generate", &ask(name)).await;
     }
+    let mut replace = load("sql", "tax");
+    replace["load_inplace"] = true.into();
+    assert_eq!(text(&router, "/v1/load_lora_adapter", &replace).await.0, 200);
+    assert_eq!(get(&router, "/v1/adapters/sql").await["adapter_id"], "tax");
+    let models = get(&router, "/v1/models").await;
+    let ids: Vec<&str> =
+        models["data"].as_array().unwrap().iter().map(|m| m["id"].as_str().unwrap()).collect();
+    assert_eq!(ids[1..], ["deep", "file", "sql"]);
+    for name in ["sql", "deep", "file"] {
+        let (status, answer) = text(&router, "/v1/unload_lora_adapter", &json!({"lora_name": name})).await;
+        assert_eq!(status, 200);
+        assert_eq!(answer, format!("Success: LoRA adapter '{name}' removed successfully."));
+    }
+    assert_eq!(registered(&router).await, Vec::<String>::new());
+    router.shard.saw(|seen| (seen.unstaged.len() >= 2).then_some(())).await;
+}
+
+#[tokio::test]
+async fn what_vllm_refuses_is_refused_in_its_words() {
+    let router = router(8, |_| {}).await;
+    let load = |name: &str, path: &str| json!({"lora_name": name, "lora_path": path});
+    let adapters = crate::router::adapters().to_str().unwrap();
+    assert_eq!(text(&router, "/v1/load_lora_adapter", &load("sql", "sql")).await.0, 200);
     let already = "The lora adapter 'sql' has already been loaded. If you want to load the adapter in place, set \
                    'load_inplace' to True.";
     let both = "Both 'lora_name' and 'lora_path' must be provided.";
@@ -69,21 +92,7 @@ async fn vllms_routes_answer_as_vllm_does() {
         assert_eq!((found.as_u16(), &error["type"], &error["code"]), expected, "{body}: {answer}");
         assert!(error["message"].as_str().unwrap().contains(message), "{body}: {answer}");
     }
-    let mut replace = load("sql", "tax");
-    replace["load_inplace"] = true.into();
-    assert_eq!(text(&router, "/v1/load_lora_adapter", &replace).await.0, 200);
-    assert_eq!(get(&router, "/v1/adapters/sql").await["adapter_id"], "tax");
-    let models = get(&router, "/v1/models").await;
-    let ids: Vec<&str> =
-        models["data"].as_array().unwrap().iter().map(|m| m["id"].as_str().unwrap()).collect();
-    assert_eq!(ids[1..], ["deep", "file", "sql"]);
-    for name in ["sql", "deep", "file"] {
-        let (status, answer) = text(&router, "/v1/unload_lora_adapter", &json!({"lora_name": name})).await;
-        assert_eq!(status, 200);
-        assert_eq!(answer, format!("Success: LoRA adapter '{name}' removed successfully."));
-    }
-    assert_eq!(registered(&router).await, Vec::<String>::new());
-    router.shard.saw(|seen| (seen.unstaged.len() >= 2).then_some(())).await;
+    assert_eq!(registered(&router).await, ["sql"]);
 }
 
 #[tokio::test]
