@@ -29,7 +29,7 @@ static_assert(kLoadRegisters + kGroups * kComputeRegisters <= (kGroups + 1) * (6
 // Named barriers. Each computing warpgroup has one for its own use, and one for its turn.
 constexpr int kOwnBarrier = 1, kTurnBarrier = kOwnBarrier + kGroups;
 
-template <int DIM> constexpr int kStages = DIM <= 64 ? 4 : 2;
+template <int DIM> constexpr int kStages = DIM <= 64 ? 4 : 3;
 template <int DIM> constexpr int kTileBytes = kTile * DIM * 2;
 template <int DIM> constexpr int kQueryBytes = kGroupPairs * DIM * 2;  // of one warpgroup
 template <int DIM>
@@ -56,20 +56,6 @@ template <int DIM> struct Share {
   __device__ Share() : row(threadIdx.x % kWarpgroup / kChunks), chunk(threadIdx.x % kChunks) {}
 };
 
-// The tile that this thread has begun to copy last.
-struct Landing {
-  Barrier stage;  // its address is 0 if there is no such tile
-
-  // Waits until the tile has arrived, but not for the COPIES that were begun after it, and announces it.
-  template <int COPIES> __device__ void finish() {
-    if (stage.at == 0) return;
-    copy_wait<COPIES>();
-    wgmma::fence_proxy_async();
-    stage.arrive();
-    stage.at = 0;
-  }
-};
-
 // Copies one tile after the other in the order in which they are needed: the keys of a tile before the values of the
 // previous one.
 template <typename T, int DIM>
@@ -80,19 +66,13 @@ __device__ __forceinline__ void load(const Work& work, const AttentionArgs& a, c
   const uint32_t block_elements = a.kv_heads * kBlockSize * a.dim;
   const size_t own = (work.pairs.kv_head * kBlockSize + share.row) * a.dim + (inside ? share.chunk * 8 : 0);
   const uint32_t to = wgmma::swizzled(share.row, share.chunk, kTile);
-  Landing landing{};
   auto bring = [&](const Ring<DIM>& ring, const void* memory, int i) {
     const uint32_t begin = work.span.begin + i * kTile;
     constexpr int kPages = kTile / kBlockSize;
     uint32_t page[kPages];
 #pragma unroll
     for (int p = 0; p < kPages; p++) page[p] = work.table[min(begin + p * kBlockSize, work.span.end - 1) / kBlockSize];
-    if (i >= ring.kStages) {
-      const int before = i / ring.kStages - 1;
-      // The others may wait for the tile under way before they free this stage.
-      if (!ring.empty(i).is_over(before)) landing.finish<0>();
-      ring.empty(i).wait(before);
-    }
+    if (i >= ring.kStages) ring.empty(i).wait(i / ring.kStages - 1);
     const T* from = static_cast<const T*>(memory) + own;
     char* tile = ring.stage(i) + to;
     const int rows = inside ? (int)(work.span.end - begin) - share.row : 0;
@@ -100,15 +80,13 @@ __device__ __forceinline__ void load(const Work& work, const AttentionArgs& a, c
     for (int r = 0; r < kTile; r += share.kStep)
       copy_async(tile + r * wgmma::kRowBytes,
                  from + (size_t)page[r / kBlockSize] * block_elements + r % kBlockSize * a.dim, r < rows);
-    copy_commit();
-    landing.finish<1>();
-    landing.stage = ring.full(i);
+    ring.full(i).arrive_after_copies();
   };
   for (int i = 0; i <= work.tiles; i++) {
     if (i < work.tiles) bring(keys, a.k, i);
     if (i > 0) bring(values, a.v, i - 1);
   }
-  landing.finish<0>();
+  asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
 // Copies the queries of a warpgroup's own 64 pairs.
@@ -128,6 +106,13 @@ __device__ __forceinline__ void load_queries(char* to, const Work& work, const A
   copy_wait<0>();
   wgmma::fence_proxy_async();
   wgmma::sync(kOwnBarrier + group, kWarpgroup);
+}
+
+// Behind a wait for a tile, and in front of its products. The copies are writes of the generic proxy, and products read
+// through the asynchronous one; the fence between them may be in the thread that reads: see `linear_hopper.cu`.
+__device__ __forceinline__ void receive() {
+  wgmma::fence_proxy_async();
+  wgmma::fence();
 }
 
 // Begins to compute the scores of 64 pairs and a tile of keys.
@@ -207,7 +192,7 @@ __device__ __forceinline__ void compute(const Work& work, const AttentionArgs& a
   const Turns turns{group, work.tiles - 1, work.groups == kGroups};
   turns.begin();
   keys.await(0);
-  wgmma::fence();
+  receive();
   scores<T, DIM>(s, queries, keys.stage(0));
   wgmma::wait<0>(s);
   keys.release(0);
@@ -216,10 +201,10 @@ __device__ __forceinline__ void compute(const Work& work, const AttentionArgs& a
   if (work.tiles > 1) keys.await(1);
   for (int i = 1; i < work.tiles; i++) {
     turns.await();
-    wgmma::fence();
+    receive();
     scores<T, DIM>(s, queries, keys.stage(i));
     values.await(i - 1);
-    wgmma::fence();
+    receive();
     weigh<T, DIM>(part.out, p, values.stage(i - 1));
     turns.pass(i);
     wgmma::wait<1>(s);
@@ -233,7 +218,7 @@ __device__ __forceinline__ void compute(const Work& work, const AttentionArgs& a
     narrow<T>(p, s);
   }
   values.await(work.tiles - 1);
-  wgmma::fence();
+  receive();
   weigh<T, DIM>(part.out, p, values.stage(work.tiles - 1));
   wgmma::wait<0>(part.out);
   part.finish(log2);

@@ -125,14 +125,6 @@ __device__ inline void arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-#define WAIT_FOR_PHASE(OP)                                                                                     \
-  uint32_t over;                                                                                               \
-  asm volatile("{.reg .pred p; mbarrier." OP ".parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"     \
-               : "=r"(over)                                                                                    \
-               : "r"(at), "r"(phase & 1)                                                                       \
-               : "memory");                                                                                    \
-  return over;
-
 // A barrier in shared memory, at `at`. Its phases end when `count` threads have arrived.
 struct Barrier {
   uint32_t at;
@@ -145,16 +137,22 @@ struct Barrier {
   __device__ void arrive_after_copies() const {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(at) : "memory");
   }
-  // Whether phase number `phase` has ended, which is the present one or the one before.
-  __device__ __forceinline__ bool is_over(int phase) const { WAIT_FOR_PHASE("test_wait") }
+  // Until phase number `phase` has ended, which is the present one or the one before.
   __device__ __forceinline__ void wait(int phase) const {
     while (!may_wait(phase)) {
     }
   }
 
  private:
-  // As `is_over`, but sleeps a while if it is not.
-  __device__ __forceinline__ bool may_wait(int phase) const { WAIT_FOR_PHASE("try_wait") }
+  // Whether it has ended; sleeps a while if it has not.
+  __device__ __forceinline__ bool may_wait(int phase) const {
+    uint32_t over;
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(over)
+                 : "r"(at), "r"(phase & 1)
+                 : "memory");
+    return over;
+  }
 };
 
 // Stages in shared memory, of BYTES each, on their way from threads that copy to warps that multiply. Tile i is in stage
