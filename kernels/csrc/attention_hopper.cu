@@ -82,6 +82,18 @@ __device__ __forceinline__ void load(const Work& work, const AttentionArgs& a, c
                  from + (size_t)page[r / kBlockSize] * block_elements + r % kBlockSize * a.dim, r < rows);
     ring.full(i).arrive_after_copies();
   };
+  // The first tiles come to the L2 cache while the kernel ahead of this one ends; nobody reads them before it has.
+  if (share.chunk % 8 == 0 && inside) {
+#pragma unroll
+    for (int r = 0; r < kTile; r += share.kStep) {
+      const uint32_t position = work.span.begin + share.row + r;
+      if (position >= work.span.end) continue;
+      const size_t at = own + (size_t)work.table[position / kBlockSize] * block_elements + r % kBlockSize * a.dim;
+      prefetch_l2(static_cast<const T*>(a.k) + at);
+      prefetch_l2(static_cast<const T*>(a.v) + at);
+    }
+  }
+  pdl_wait();
   for (int i = 0; i <= work.tiles; i++) {
     if (i < work.tiles) bring(keys, a.k, i);
     if (i > 0) bring(values, a.v, i - 1);
@@ -177,6 +189,7 @@ __device__ __forceinline__ void compute(const Work& work, const AttentionArgs& a
     position[h] = span.position(work.pairs, threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + h * 8);
   const float log2 = attention::log2_of_score(a);
   queries += group * kQueryBytes<DIM>;
+  pdl_wait();
   load_queries<T, DIM>(queries, work, a, group);
 
   Softmax<DIM> part;
@@ -255,7 +268,6 @@ __global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ Atten
   const uint32_t page = span.begin / kBlockSize + threadIdx.x * 32;  // 32 entries fill a cache line
   if (page * kBlockSize < span.end) prefetch(work.table + page);
   __syncthreads();
-  pdl_wait();
   const int group = __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0);
   if (group == kGroups) {
     wgmma::setmaxnreg_dec<kLoadRegisters>();

@@ -142,6 +142,8 @@ __device__ inline void pdl_launch_dependents() {
 
 // Begins to load the cache line of `at`.
 __device__ inline void prefetch(const void* at) { asm volatile("prefetch.global.L1 [%0];" ::"l"(at)); }
+// Into the L2 cache, which sees what is written meanwhile: memory that a kernel ahead of this one writes may be named.
+__device__ inline void prefetch_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 // ---- launchers ----
 
