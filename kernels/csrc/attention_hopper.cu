@@ -179,6 +179,45 @@ struct Turns {
   }
 };
 
+// As Softmax::update, but the maximum that probabilities are relative to stays while none of the warp's rows has scores
+// that are 2^kSlack times larger. Returns whether it has changed.
+constexpr float kSlack = 8.f;
+template <int DIM, int NT>
+__device__ __forceinline__ bool update(Softmax<DIM>& part, float (&s)[NT][4], float log2, float (&rescale_by)[2]) {
+  float t[2];
+  bool grows = false;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    t[h] = part.top[h];
+#pragma unroll
+    for (int n = 0; n < NT; n++) t[h] = fmaxf(t[h], fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+    t[h] = fmaxf(t[h], __shfl_xor_sync(~0u, t[h], 1));
+    t[h] = fmaxf(t[h], __shfl_xor_sync(~0u, t[h], 2));
+    grows |= t[h] * log2 > part.top[h] * log2 + kSlack;
+  }
+  grows = __any_sync(~0u, grows);
+  if (grows) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const float base = t[h] == -INFINITY ? 0.f : t[h] * log2;
+      rescale_by[h] = attention::exp2_fast(part.top[h] * log2 - base);
+      part.top[h] = t[h];
+      part.sum[h] *= rescale_by[h];
+    }
+  }
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const float base = part.top[h] == -INFINITY ? 0.f : part.top[h] * log2;
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+      s[n][2 * h] = attention::exp2_fast(s[n][2 * h] * log2 - base);
+      s[n][2 * h + 1] = attention::exp2_fast(s[n][2 * h + 1] * log2 - base);
+      part.sum[h] += s[n][2 * h] + s[n][2 * h + 1];
+    }
+  }
+  return grows;
+}
+
 template <typename T, int DIM>
 __device__ __forceinline__ void compute(const Work& work, const AttentionArgs& a, char* queries, const Ring<DIM>& keys,
                                         const Ring<DIM>& values, int group) {
@@ -196,11 +235,12 @@ __device__ __forceinline__ void compute(const Work& work, const AttentionArgs& a
   part.clear();
   float s[kTile / 8][4], rescale_by[2];
   uint32_t p[kTile / 16][4];
+  bool rescales = false;
   auto weights = [&](int i) {
     const uint32_t tile = span.begin + i * kTile;
     if (a.softcap > 0.f) attention::cap(s, a);
     if (span.edge(tile, kTile, a.window)) attention::mask(s, a.window, position, tile, span.end);
-    part.update(s, log2, rescale_by);
+    rescales = update(part, s, log2, rescale_by);
   };
   const Turns turns{group, work.tiles - 1, work.groups == kGroups};
   turns.begin();
@@ -227,7 +267,7 @@ __device__ __forceinline__ void compute(const Work& work, const AttentionArgs& a
     if (i + 1 < work.tiles) keys.await(i + 1);
     wgmma::wait<0>(part.out);
     values.release(i - 1);
-    part.rescale(rescale_by);
+    if (rescales) part.rescale(rescale_by);
     narrow<T>(p, s);
   }
   values.await(work.tiles - 1);
