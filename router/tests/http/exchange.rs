@@ -1,6 +1,6 @@
 //! Adapters between their folders, host memory and slots: what is done once, what is bounded, and what is given back.
 
-use std::{collections::BTreeMap, fs, path::Path, time::Duration};
+use std::{collections::BTreeMap, fs, path::Path};
 
 use config::Config;
 use futures::future::join_all;

@@ -67,11 +67,9 @@ fn merge(strategy: Strategy, density: Option<f64>) -> Merge {
     Merge { strategy: strategy.into(), density, ..Merge::default() }
 }
 
-#[tokio::test]
-async fn shards_are_told_of_what_and_how_an_adapter_is_merged() {
-    let folder = folder();
-    let router = router(folder.path(), |_| {}).await;
-    let cases = [
+/// What a request says, and the weights and the recipe that the shards are told.
+fn recipes() -> Vec<(Value, Vec<f64>, Merge)> {
+    vec![
         (json!({"ids": ["a", "b"]}), vec![1.0, 1.0], merge(Strategy::Linear, None)),
         (json!({"ids": ["a", "b"], "weights": [0.7, -0.3]}), vec![0.7, -0.3], merge(Strategy::Linear, None)),
         (
@@ -112,9 +110,15 @@ async fn shards_are_told_of_what_and_how_an_adapter_is_merged() {
         ),
         (json!({"ids": ["c", "c"], "merge_strategy": "cat"}), vec![1.0, 1.0], merge(Strategy::Cat, None)),
         (json!({"ids": ["c"], "weights": [-2]}), vec![-2.0], merge(Strategy::Linear, None)),
-    ];
+    ]
+}
+
+#[tokio::test]
+async fn shards_are_told_of_what_and_how_an_adapter_is_merged() {
+    let folder = folder();
+    let router = router(folder.path(), |_| {}).await;
     let mut contents = BTreeSet::new();
-    for (merged, weights, expected) in cases {
+    for (merged, weights, expected) in recipes() {
         assert_eq!(router.ok("/generate", &ask(merged.clone())).await["generated_text"], "a", "{merged}");
         let staged = last_stage(&router).await;
         let names: Vec<&str> = staged.parts.iter().map(|part| &*part.name).collect();
@@ -210,12 +214,10 @@ async fn equal_merges_are_one_whatever_names_led_there() {
     at_rest(&router).await;
 }
 
-#[tokio::test]
-async fn recipes_that_make_no_sense_are_refused_by_their_field() {
-    let folder = folder();
-    let router = router(folder.path(), |_| {}).await;
+/// What a request says, and words of the refusal.
+fn nonsense() -> Vec<(Value, &'static str)> {
     let many: Vec<&str> = ["a"; 33].into();
-    let cases = [
+    vec![
         (json!({}), "missing field `merged_adapters.ids`"),
         (json!([]), "`merged_adapters`: "),
         (json!("a,b"), "`merged_adapters`: "),
@@ -244,6 +246,12 @@ async fn recipes_that_make_no_sense_are_refused_by_their_field() {
             json!({"ids": ["a", "b"], "majority_sign_method": "most"}),
             "`merged_adapters.majority_sign_method`: unknown variant `most`",
         ),
+    ]
+}
+
+/// The same, of numbers.
+fn bad_numbers() -> Vec<(Value, &'static str)> {
+    vec![
         (json!({"ids": ["a", "b"], "merge_strategy": "ties"}), "`merged_adapters.density` must be given"),
         (
             json!({"ids": ["a", "b"], "merge_strategy": "dare_linear", "density": null}),
@@ -282,8 +290,14 @@ async fn recipes_that_make_no_sense_are_refused_by_their_field() {
         (json!({"ids": ["a", "b"], "svd_rank": -1}), "`merged_adapters.svd_rank`: invalid value"),
         (json!({"ids": ["a", "b"], "seed": -1}), "`merged_adapters.seed`: invalid value"),
         (json!({"ids": ["a", "b"], "svd_clamp": 0.9}), "`merged_adapters.svd_clamp` is not supported"),
-    ];
-    for (merged, words) in cases {
+    ]
+}
+
+#[tokio::test]
+async fn recipes_that_make_no_sense_are_refused_by_their_field() {
+    let folder = folder();
+    let router = router(folder.path(), |_| {}).await;
+    for (merged, words) in nonsense().into_iter().chain(bad_numbers()) {
         let (status, body) = router.post("/generate", &ask(merged.clone())).await;
         let error = body["error"].as_str().unwrap();
         assert_eq!(status.as_u16(), 422, "{merged}: {error}");

@@ -193,8 +193,7 @@ fn play(world: &mut World, op: &Op) {
                 world.disk.remove(&content);
             }
         }
-        Op::Session if world.attached => world.detach(),
-        Op::Session => world.attach(),
+        Op::Session => world.toggle_session(),
         _ => play_call(world, op),
     }
 }

@@ -516,6 +516,11 @@ impl World {
         self.give(Input::Slot { content, slot });
     }
 
+    /// Ends the session, or begins one.
+    pub(crate) fn toggle_session(&mut self) {
+        if self.attached { self.detach() } else { self.attach() }
+    }
+
     pub(crate) fn detach(&mut self) {
         self.attached = false;
         self.calls.retain(|_, pending| !matches!(pending.output, Output::Stage { .. }));
