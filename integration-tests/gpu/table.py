@@ -11,7 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-from loads import LOADS
+from loads import LOADS, PROMPT
 
 VLLM = json.loads((Path(__file__).resolve().parents[2] / "docs/benchmarks/vllm.json").read_text())
 DEFAULT_SLOTS = 128  # of --max-active-adapters
@@ -69,7 +69,8 @@ def describe(load: str) -> str:
         return f"{streams}, no adapter"
     adapters = f"{streams}, {it.adapters} adapter{'s' * (it.adapters > 1)}"
     how = {"zipf:1.1": ", Zipf 1.1", "round-robin": ", round robin"}.get(it.popularity, "")
-    return adapters + how + (", one token" if it.output == 1 else "")
+    prompt = f", prompt of {it.prompt}" if it.prompt != PROMPT else ""
+    return adapters + how + prompt + (", one token" if it.output == 1 else "")
 
 
 def markdown(results: list[dict]) -> list[str]:

@@ -174,8 +174,7 @@ __device__ inline void fill(const PeerArgs& p, const Cell<WORDS>& own, Cell<WORD
 
 // A thread's wait for messages.
 template <int RANKS> struct Wait {
-  uint64_t since = 0;
-  uint32_t polls = 0;
+  uint32_t polls = 0, since = 0;  // in 1024 ns: 73 minutes at most, longer patience is the host's
 
   // Whether to give up, because the rank of one of the bits of `missing` has not come in time, or somebody else has given
   // up.
@@ -187,9 +186,9 @@ template <int RANKS> struct Wait {
       atomicExch(&p.control->lost, host.x);
       return true;
     }
-    const uint64_t now = nanoseconds(), patience = (uint64_t)host.w << 32 | host.z;
+    const uint32_t now = max(static_cast<uint32_t>(nanoseconds() >> 10), 1u);
     if (since == 0) since = now;
-    if (now - since < patience) return false;
+    if (now - since < ((uint64_t)host.w << 32 | host.z) >> 10) return false;
     const uint32_t lost = (__ffs(missing) - 1) % RANKS + 1;
     if (atomicCAS(&p.control->lost, 0, lost) == 0) {
       *static_cast<volatile uint32_t*>(&p.host->lost) = lost;
