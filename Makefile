@@ -19,6 +19,13 @@ demo: ## Build, fetch the demo model, serve it with three adapters and show them
 	$(FIXTURES)/fetch_model.sh
 	python3 deploy/demo.py
 
+.PHONY: demo-sources
+demo-sources: venv ## Serve adapters that the official clients have uploaded to a hub and to a bucket on this machine
+	cargo build --release $(BINS)
+	cargo build -p sources --example hub
+	$(FIXTURES)/fetch_model.sh
+	$(VENV)/bin/python deploy/demo_sources.py
+
 .PHONY: test
 test: venv tokenizers model ## Set up what the tests need and run them, with the seconds of each part (about 10 minutes, at most 30)
 	@deploy/timed.sh \

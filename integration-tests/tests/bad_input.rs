@@ -136,12 +136,12 @@ const BROKEN: [(&str, Spoil, &str); 13] = [
     (
         "no-config",
         |folder| fs::remove_file(folder.join("adapter_config.json")).unwrap(),
-        "adapter_config.json is missing",
+        "has no adapter_config.json",
     ),
     (
         "no-weights",
         |folder| fs::remove_file(folder.join("adapter_model.safetensors")).unwrap(),
-        "adapter_model.safetensors is missing",
+        "has neither adapter_model.safetensors",
     ),
     (
         "no-json",
