@@ -258,7 +258,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=540.0, help="of the soak")
     parser.add_argument("--demo", type=Path, help="the demo model's GGUF file")
     parser.add_argument("--flags", type=shlex.split, default=[], help=f"of servers, beside or instead of {' '.join(FLAGS)}")
-    parser.add_argument("--check-host", default="100MiB", help="host memory that holds some of the checked adapters")
+    parser.add_argument("--check-host", default="104MiB", help="host memory that holds some of the checked adapters")
     parser.add_argument("--soak-host", default="4GiB", help="host memory that holds some of the soaked adapters")
     parser.add_argument("--variant", action="append", default=[], help="NAME=FLAGS: a further server for check")
     args = parser.parse_args()

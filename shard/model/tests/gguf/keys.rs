@@ -171,7 +171,6 @@ fn what_is_no_whole_model_is_refused_by_its_name() {
         ("adapter.type", Meta::Str("lora"), "lora is not supported"),
         ("adapter.lora.alpha", Meta::F32(16.0), "16 is not supported"),
         ("controlvector.layer_count", Meta::U32(2), "2 is not supported"),
-        ("split.count", Meta::U32(3), "3 is not supported"),
         ("tokenizer.ggml.suppress_tokens", Meta::Ints(vec![5]), "an array of 1 integers is not supported"),
     ]);
 }
