@@ -174,7 +174,8 @@ def check_batches(s: Session) -> None:
     s.make(folder, s.args.check_shape, CHECK_RANKS)
     names = [f"a{i}" for i in range(len(CHECK_RANKS))]
     variants = {"default": []}
-    variants[EVICTED] = ["--max-active-adapters", "5", "--adapter-host-memory", s.args.check_host]
+    small = ["--adapter-host-memory", s.args.check_host, "--max-adapter-size", s.args.check_host]
+    variants[EVICTED] = ["--max-active-adapters", "5", *small]
     variants["prompts in chunks of 7"] = ["--max-batch-prefill-tokens", "7"]
     variants["without graphs"] = ["--eager", "true"]
     variants |= {name: shlex.split(flags) for name, _, flags in (v.partition("=") for v in s.args.variant)}
@@ -258,7 +259,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=540.0, help="of the soak")
     parser.add_argument("--demo", type=Path, help="the demo model's GGUF file")
     parser.add_argument("--flags", type=shlex.split, default=[], help=f"of servers, beside or instead of {' '.join(FLAGS)}")
-    parser.add_argument("--check-host", default="104MiB", help="host memory that holds some of the checked adapters")
+    parser.add_argument("--check-host", default="100MiB", help="host memory that holds some of the checked adapters")
     parser.add_argument("--soak-host", default="4GiB", help="host memory that holds some of the soaked adapters")
     parser.add_argument("--variant", action="append", default=[], help="NAME=FLAGS: a further server for check")
     args = parser.parse_args()
