@@ -3,16 +3,19 @@
 
 #[path = "../../sources/tests/fake/mod.rs"]
 mod fake;
+#[path = "../../sources/tests/fake/s3.rs"]
+mod s3;
 
 use std::{
     io::Write,
     path::Path,
-    process::{Child, ChildStdin, Command, Stdio},
+    process::{Command, Stdio},
 };
 
 use fake::{Fault, On, Server as Hub};
 use futures::future::join_all;
 use integration_tests::server::{Server, demo_model, fixtures};
+use s3::S3;
 use serde_json::{Value, json};
 
 const PROMPT: &str = "<|im_start|>user\nShow the name of all ships.<|im_end|>\n<|im_start|>assistant\n";
@@ -40,35 +43,16 @@ fn upload_to_hub(hub: &Hub, id: &str, adapter: &str) {
     assert_eq!(serde_json::from_slice::<Value>(&output.stdout).unwrap(), json!([hub.commit(id, "main")]));
 }
 
-/// An S3 server in a process of its own, which ends when its input is closed.
-struct S3 {
-    _process: Child,
-    _orders: ChildStdin,
-    url: String,
-}
-
-/// Has AWS's client put an adapter of the fixtures into a bucket.
+/// A server to which AWS's client has put an adapter of the fixtures.
 fn s3_with(bucket: &str, adapter: &str) -> S3 {
-    use std::io::{BufRead, BufReader};
-    let mut process = python("s3_server.py").spawn().expect("`make venv` makes the environment of this test");
-    let mut orders = process.stdin.take().unwrap();
-    let mut answers = BufReader::new(process.stdout.take().unwrap()).lines();
-    let url: String = serde_json::from_str(&answers.next().unwrap().unwrap()).unwrap();
     let folder = fixtures().join("adapters").join(adapter);
-    let config: String = std::fs::read(folder.join("adapter_config.json"))
-        .unwrap()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
+    let config = std::fs::read(folder.join("adapter_config.json")).unwrap();
     let weights = folder.join("adapter_model.safetensors");
-    for order in [
-        json!(["put", bucket, format!("{adapter}/adapter_config.json"), config]),
-        json!(["upload", bucket, format!("{adapter}/adapter_model.safetensors"), weights]),
-    ] {
-        writeln!(orders, "{order}").unwrap();
-        assert_eq!(answers.next().unwrap().unwrap(), "null", "{order}");
-    }
-    S3 { _process: process, _orders: orders, url }
+    let mut s3 = S3::start();
+    s3.put(bucket, &[(&format!("{adapter}/adapter_config.json"), &config)]);
+    let upload = json!(["upload", bucket, format!("{adapter}/adapter_model.safetensors"), weights]);
+    assert_eq!(s3.call(&upload), Value::Null);
+    s3
 }
 
 /// The status of a request, and its tokens or its error.

@@ -1,60 +1,17 @@
 //! Models in buckets, and where models may come from.
 
-use std::{
-    fs,
-    io::{BufRead, BufReader, Write},
-    net::TcpListener,
-    path::Path,
-    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
-};
+use std::{fs, net::TcpListener, path::Path};
 
 use serde_json::{Value, json};
 
-use crate::launcher::Launcher;
+use crate::{launcher::Launcher, s3::S3};
 
-/// An S3 server in a process of its own, which ends when its input is closed.
-struct S3 {
-    _process: Child,
-    orders: ChildStdin,
-    answers: BufReader<ChildStdout>,
-    url: String,
-}
-
-impl S3 {
-    fn start() -> S3 {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let mut process = Command::new(folder.join("../.venv/bin/python"))
-            .arg(folder.join("../sources/tests/s3_server.py"))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("`make venv` makes the environment of this test");
-        let (orders, answers) = (process.stdin.take().unwrap(), process.stdout.take().unwrap());
-        let mut server =
-            S3 { _process: process, orders, answers: BufReader::new(answers), url: String::new() };
-        server.url = server.answer().as_str().unwrap().to_owned();
-        server
-    }
-
-    fn answer(&mut self) -> Value {
-        let mut line = String::new();
-        self.answers.read_line(&mut line).unwrap();
-        serde_json::from_str(&line).expect("an answer of the server")
-    }
-
-    fn put(&mut self, key: &str, text: &str) {
-        let hex: String = text.bytes().map(|byte| format!("{byte:02x}")).collect();
-        writeln!(self.orders, "{}", json!(["put", "models", key, hex])).unwrap();
-        self.answer();
-    }
-
-    fn launcher(&self, id: &str) -> Launcher {
-        Launcher::new()
-            .env("S3_ENDPOINT_URL", &self.url)
-            .env("AWS_ACCESS_KEY_ID", "secret-id")
-            .env("AWS_SECRET_ACCESS_KEY", "secret-key")
-            .env("MODEL_ID", id)
-    }
+fn launcher(server: &S3, id: &str) -> Launcher {
+    Launcher::new()
+        .env("S3_ENDPOINT_URL", &server.url)
+        .env("AWS_ACCESS_KEY_ID", "secret-id")
+        .env("AWS_SECRET_ACCESS_KEY", "secret-key")
+        .env("MODEL_ID", id)
 }
 
 /// A server with models of all kinds.
@@ -83,7 +40,7 @@ fn filled() -> S3 {
         ("split/m-00002-of-00002.gguf", "2"),
         ("nothing/README.md", "no model"),
     ] {
-        server.put(key, text);
+        server.put("models", &[(key, text.as_bytes())]);
     }
     server
 }
@@ -115,7 +72,7 @@ fn models_are_fetched_from_buckets_once() {
         ("s3://models/split", &[("../m-00001-of-00002.gguf", "1"), ("../m-00002-of-00002.gguf", "2")]),
         ("s3://models/split/m-00001-of-00002.gguf", &[("../m-00002-of-00002.gguf", "2")]),
     ] {
-        let mut launcher = server.launcher(id);
+        let mut launcher = launcher(&server, id);
         let model = launcher.configuration()["model"].clone();
         assert_eq!(model["id"], id);
         for (file, text) in files {
@@ -129,9 +86,9 @@ fn models_are_fetched_from_buckets_once() {
         assert_eq!(offline.configuration()["model"], model, "{id}");
     }
     // What is not there any more, or cannot be reached, is served from the cache.
-    let mut launcher = server.launcher("s3://models/whole");
+    let mut launcher = launcher(&server, "s3://models/whole");
     let before = launcher.configuration()["model"].clone();
-    server.put("whole/model.safetensors", "WEIGHTS");
+    server.put("models", &[("whole/model.safetensors", b"WEIGHTS")]);
     let after = launcher.configuration()["model"].clone();
     assert_ne!(after["path"], before["path"]);
     assert_eq!(read(&after, "model.safetensors").as_deref(), Some("WEIGHTS"));
@@ -167,7 +124,7 @@ fn what_is_no_model_in_a_bucket_is_refused() {
         ("s3://models/../models/whole", "neither a path that exists nor a hub id"),
         ("s3://", "neither a path that exists nor a hub id"),
     ] {
-        let (status, log) = server.launcher(id).fails();
+        let (status, log) = launcher(&server, id).fails();
         assert!(status == 64 && log.contains(cause), "{id}: {log}");
         assert!(!log.contains("secret-"), "{id}: {log}");
     }
@@ -193,7 +150,7 @@ fn a_source_is_named() {
         ("ftp", "whole", Err("adapter source \"ftp\" is not supported")),
         ("", "whole", Err("is not supported")),
     ] {
-        let launcher = server.launcher(id).env("PREDIBASE_MODEL_BUCKET", "models");
+        let launcher = launcher(&server, id).env("PREDIBASE_MODEL_BUCKET", "models");
         let mut launcher = launcher.args(&["--source", source]);
         match expected {
             Ok(()) => drop(launcher.configuration()),

@@ -9,3 +9,5 @@ mod download;
 mod hub;
 mod launcher;
 mod ranks;
+#[path = "../../../sources/tests/fake/s3.rs"]
+mod s3;

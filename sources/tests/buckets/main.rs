@@ -6,4 +6,6 @@ mod fake;
 mod faults;
 mod found;
 mod predibase;
+#[path = "../fake/s3.rs"]
+mod s3;
 mod world;

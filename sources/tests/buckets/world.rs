@@ -1,70 +1,24 @@
-//! An S3 server in a process of its own, and sources that read from it.
+//! The S3 server of all tests, and sources that read from it.
 
 use std::{
     collections::BTreeMap,
     fs,
-    io::{BufRead, BufReader, Write},
-    path::Path,
-    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     sync::{Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
 };
 
-use serde_json::{Value, json};
 use sources::{BucketSettings, Destination, Found, Reference, SourceError, SourceSettings, Sources};
 use tempfile::TempDir;
 
-/// The server of all tests, each of which has a bucket of its own.
-pub(crate) struct S3 {
-    _process: Child,
-    orders: ChildStdin,
-    answers: BufReader<ChildStdout>,
-    pub(crate) url: String,
-}
+pub(crate) use crate::s3::{S3, hex};
 
 impl S3 {
-    /// Starts it if it does not run yet. It ends when this process does, which closes its input.
+    /// The server of all tests, each of which has a bucket of its own. It is started if it does not run yet, and ends
+    /// when this process does.
     pub(crate) fn server() -> MutexGuard<'static, S3> {
         static SERVER: OnceLock<Mutex<S3>> = OnceLock::new();
         SERVER.get_or_init(|| Mutex::new(S3::start())).lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    fn start() -> S3 {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let mut process = Command::new(folder.join("../.venv/bin/python"))
-            .arg(folder.join("tests/s3_server.py"))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("`make venv` makes the environment of this test");
-        let (orders, answers) = (process.stdin.take().unwrap(), process.stdout.take().unwrap());
-        let mut server =
-            S3 { _process: process, orders, answers: BufReader::new(answers), url: String::new() };
-        server.url = server.answer().as_str().unwrap().to_owned();
-        server
-    }
-
-    fn answer(&mut self) -> Value {
-        let mut line = String::new();
-        self.answers.read_line(&mut line).unwrap();
-        serde_json::from_str(&line).expect("an answer of the server")
-    }
-
-    /// Has AWS's own client do something.
-    pub(crate) fn call(&mut self, order: &Value) -> Value {
-        writeln!(self.orders, "{order}").unwrap();
-        self.answer()
-    }
-
-    pub(crate) fn put(&mut self, bucket: &str, files: &[(&str, &[u8])]) {
-        for (key, bytes) in files {
-            self.call(&json!(["put", bucket, key, hex(bytes)]));
-        }
-    }
-}
-
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 pub(crate) const CONFIG: &[u8] = br#"{"r": 8}"#;
