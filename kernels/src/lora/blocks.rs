@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{readers::CHUNK, source::MatrixSource};
+use super::{readers::rows_at_a_time, source::MatrixSource};
 use crate::{DType, Result};
 
 /// Outputs of a block of B, which is stored as `[rank, OUT_BLOCK]`.
@@ -58,12 +58,6 @@ pub(crate) struct Chunk<'a, M> {
     is_blocked: bool,
     /// Consecutive memory, which is in several pieces where a chunk reaches over the end of one.
     to: Vec<&'a mut [u8]>,
-}
-
-/// The number of rows of a matrix that are read at a time, a multiple of `unit`.
-fn rows_at_a_time<M: MatrixSource>(dtype: DType, matrix: &M, unit: usize) -> usize {
-    let width = matrix.shape()[1] * dtype.size();
-    (CHUNK / width.max(1)).max(1).next_multiple_of(unit)
 }
 
 /// Chunks of a matrix that is kept as it is stored.

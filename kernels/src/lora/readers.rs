@@ -6,12 +6,21 @@ use std::{
     thread,
 };
 
+use super::source::MatrixSource;
+use crate::DType;
+
 /// The largest number of threads. It is also bounded by half of the cores.
 const THREADS: usize = 8;
 /// Bytes of an adapter for which a further thread is worth its start.
 const BYTES_PER_THREAD: usize = 1 << 20;
 /// Bytes that a thread reads at a time: what it has read is still in the core's cache when it is checked and moved.
-pub(crate) const CHUNK: usize = 64 << 10;
+const CHUNK: usize = 64 << 10;
+
+/// The number of rows of a matrix that are read at a time, a multiple of `unit`.
+pub(crate) fn rows_at_a_time<M: MatrixSource>(dtype: DType, matrix: &M, unit: usize) -> usize {
+    let width = matrix.shape()[1] * dtype.size();
+    (CHUNK / width.max(1)).max(1).next_multiple_of(unit)
+}
 
 /// Counts the threads that read.
 #[derive(Debug)]

@@ -11,7 +11,8 @@ use super::{
     a_rows, bytes, line_bytes,
 };
 use crate::{
-    DType, LoraPart, LoraSite, LowRank, MatrixSource, ReplacedRows, Result, SiteKind, lora::readers::CHUNK,
+    DType, LoraPart, LoraSite, LowRank, MatrixSource, ReplacedRows, Result, SiteKind,
+    lora::readers::rows_at_a_time,
 };
 
 /// Outputs of a group of panels, whose lines belong together.
@@ -209,12 +210,6 @@ impl<'a, M: MatrixSource> SiteLines<'a, M> {
         let (squares, gains) = Default::default();
         SiteChange { delta, lookup, vectors, rows, squares, gains }
     }
-}
-
-/// The number of rows of a matrix that are read at a time, a multiple of `unit`.
-fn rows_at_a_time<M: MatrixSource>(dtype: DType, matrix: &M, unit: usize) -> usize {
-    let width = matrix.shape()[1] * dtype.size();
-    (CHUNK / width.max(1)).max(1).next_multiple_of(unit)
 }
 
 /// Chunks of a matrix whose rows become lines.
