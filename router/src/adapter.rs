@@ -164,7 +164,13 @@ impl App {
         Ok(AdapterRef { field: MERGED, id, named, credential })
     }
 
-    fn reference(&self, field: &'static str, id: &str, source: Option<&str>) -> Result<Reference, ApiError> {
+    /// The reference that a field names, at a source or at that of the flag.
+    pub(crate) fn reference(
+        &self,
+        field: &'static str,
+        id: &str,
+        source: Option<&str>,
+    ) -> Result<Reference, ApiError> {
         let source = source.unwrap_or(&self.config.router.adapter_source);
         Reference::parse(source, id).map_err(|error| {
             let field = if matches!(error, NameError::Source(_)) { "adapter_source" } else { field };

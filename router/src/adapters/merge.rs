@@ -115,9 +115,7 @@ impl Merge {
         }
         Content(hasher.finalize().into())
     }
-}
 
-impl Merge {
     /// The answer to the question what it is. It costs nothing.
     pub(super) fn found(&self) -> Found {
         let (version, bytes) = (Version(self.content().0), SMALLEST);

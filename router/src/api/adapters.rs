@@ -18,8 +18,8 @@ use axum::{
 };
 use exchange::{Content, Exchange, Resident, Slot, Tier, TierStats};
 use secrecy::SecretString;
-use serde::Deserialize;
-use sources::{NameError, Reference};
+use serde::{Deserialize, Serialize};
+use sources::Reference;
 use tokio::time::Instant;
 
 use super::error::{ApiError, Dialect};
@@ -71,11 +71,7 @@ pub(crate) async fn register(
     Accepted { caller, body }: Accepted<RegisterRequest>,
 ) -> Response {
     let answer = async {
-        let source = body.adapter_source.as_deref().unwrap_or(&app.config.router.adapter_source);
-        let reference = Reference::parse(source, &body.adapter_id).map_err(|error| {
-            let field = if matches!(error, NameError::Source(_)) { "adapter_source" } else { "adapter_id" };
-            ApiError::AdapterInvalid { field, message: error.to_string() }
-        })?;
+        let reference = app.reference("adapter_id", &body.adapter_id, body.adapter_source.as_deref())?;
         let id = body.id.unwrap_or_else(|| reference.to_string());
         let credential = caller.credential.or_in_body(body.api_token).into_given();
         let new = New { id: id.clone(), reference, credential, pinned: body.pin };
@@ -86,10 +82,7 @@ pub(crate) async fn register(
         // Somebody else may have removed it since.
         adapter.ok_or(ApiError::AdapterUnknown { id })
     };
-    answer.await.map_or_else(
-        |error: ApiError| error.respond(Dialect::OpenAi),
-        |adapter| Json(adapter).into_response(),
-    )
+    respond(answer.await)
 }
 
 /// `GET /v1/adapters`: those that are registered, and those that requests have named.
@@ -116,10 +109,7 @@ pub(crate) async fn show(State(app): State<Arc<App>>, Path(id): Path<String>) ->
         let registered = app.registry.find(&id).ok_or(ApiError::AdapterUnknown { id: id.clone() })?;
         Ok(describe(&app, &Places::of(&app).await?, id, &registered))
     };
-    answer.await.map_or_else(
-        |error: ApiError| error.respond(Dialect::OpenAi),
-        |adapter| Json(adapter).into_response(),
-    )
+    respond(answer.await)
 }
 
 /// `DELETE /v1/adapters/{id}`: ends a registration, waits until no request uses the adapter, and removes its copies.
@@ -140,9 +130,7 @@ pub(crate) async fn remove(
         let running = app.registry.unload(&reference, Duration::from_secs_f64(seconds)).await;
         Ok(Unloaded { id, object: "adapter.deleted", deleted: true, unloaded: running == 0, running })
     };
-    answer
-        .await
-        .map_or_else(|error| error.respond(Dialect::OpenAi), |unloaded| Json(unloaded).into_response())
+    respond(answer.await)
 }
 
 /// `GET /v1/adapters/capacity`: what the tiers have and may have.
@@ -175,6 +163,10 @@ pub(crate) async fn capacity(State(app): State<Arc<App>>) -> Response {
         leased: stats.leased,
     };
     (StatusCode::OK, Json(capacity)).into_response()
+}
+
+fn respond(answer: Result<impl Serialize, ApiError>) -> Response {
+    answer.map_or_else(|error| error.respond(Dialect::OpenAi), |body| Json(body).into_response())
 }
 
 fn stopping() -> ApiError {

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use scheduler::AdapterKey;
+use sources::Stamp;
 
 use super::{WireError, key};
 use crate::adapters::{MajoritySign, Recipe, Strategy};
@@ -49,17 +50,6 @@ pub(crate) struct AdapterFile {
     pub(crate) name: String,
     /// What it was when its content was hashed; `None` for files that never change.
     pub(crate) stamp: Option<Stamp>,
-}
-
-/// Distinguishes a file from every other file, and from itself after a change. Times are seconds since 1970 and
-/// nanoseconds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Stamp {
-    pub(crate) device: u64,
-    pub(crate) inode: u64,
-    pub(crate) size: u64,
-    pub(crate) modified: (i64, i64),
-    pub(crate) changed: (i64, i64),
 }
 
 /// The answer to a [`StageOrder`].

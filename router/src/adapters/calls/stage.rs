@@ -17,7 +17,7 @@ use crate::{
     adapters::{Merge, Part, Recipe},
     metrics::CallKind,
     ranks::StageError,
-    wire::stage::{AdapterFile, AdapterPart, StageAnswer, StageOrder, Stamp},
+    wire::stage::{AdapterFile, AdapterPart, StageAnswer, StageOrder},
 };
 
 /// Where the files of an adapter are, and what keeps them there.
@@ -134,10 +134,7 @@ impl Shared {
     /// The files of a version that is read where it lies.
     fn in_place(&self, version: Version) -> Option<Files> {
         let found = self.found(version)?;
-        let file = |file: &sources::AdapterFile| AdapterFile {
-            name: file.name.clone(),
-            stamp: file.stamp.map(stamp),
-        };
+        let file = |file: &sources::AdapterFile| AdapterFile { name: file.name.clone(), stamp: file.stamp };
         Some((AdapterPart::new(found.in_place.clone()?, found.files.iter().map(file).collect()), None))
     }
 
@@ -173,11 +170,6 @@ fn files_of(folder: &Path) -> io::Result<Vec<AdapterFile>> {
     let mut names = names.collect::<io::Result<Vec<_>>>()?;
     names.sort_unstable();
     Ok(names.into_iter().map(|name| AdapterFile { name, stamp: None }).collect())
-}
-
-fn stamp(stamp: sources::Stamp) -> Stamp {
-    let sources::Stamp { device, inode, size, modified, changed } = stamp;
-    Stamp { device, inode, size, modified, changed }
 }
 
 fn fault(error: &StageError) -> Fault {

@@ -1,12 +1,13 @@
 use std::collections::HashSet;
 
+use sources::Stamp;
 use tempfile::TempDir;
 use tokio::time::timeout;
 
 use super::{super::Group, *};
 use crate::{
     ranks::stage::tests::shard::{Gate, PATIENCE, Script, ScriptedShard, content},
-    wire::stage::{AdapterFile, AdapterPart, Stamp},
+    wire::stage::{AdapterFile, AdapterPart},
 };
 
 #[path = "../../../tests/http/shard.rs"]
