@@ -15,6 +15,7 @@ mod model;
 mod model_name;
 mod predibase;
 mod reference;
+mod retry;
 mod settings;
 mod sources;
 

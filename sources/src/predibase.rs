@@ -11,6 +11,7 @@ use crate::{
     Denial, NameError, Reference, SettingsError, SourceError, SourceKind,
     bucket::{Buckets, Place, Variables},
     http,
+    retry::repeatedly,
 };
 
 /// Where Predibase is.
@@ -19,9 +20,6 @@ const GATEWAY: &str = "https://api.app.predibase.com";
 const ANSWER: Duration = Duration::from_secs(10);
 /// Most bytes of an answer.
 const MAX_ANSWER: usize = 1 << 20;
-/// Attempts after the first one, and the wait before the first of them; each further wait is twice as long.
-const RETRIES: u32 = 3;
-const BACKOFF: Duration = Duration::from_millis(250);
 
 /// Predibase's gateway.
 #[derive(Debug)]
@@ -138,17 +136,12 @@ impl Predibase {
     }
 
     async fn ask<T: for<'de> Deserialize<'de>>(&self, url: Url, token: &HeaderValue) -> Result<T, Refusal> {
-        for retry in 0.. {
+        let attempt = || async {
             let answer = timeout(ANSWER, self.ask_once(url.clone(), token)).await;
-            let is_last = retry == RETRIES;
-            match answer.unwrap_or(Err(Refusal::Unreachable("did not answer in time"))) {
-                Err(refusal) if refusal.is_passing() && !is_last => {
-                    tokio::time::sleep(BACKOFF * 2_u32.pow(retry)).await;
-                }
-                answer => return serde_json::from_slice(&answer?).map_err(|_| Refusal::Malformed),
-            }
-        }
-        Err(Refusal::Malformed)
+            answer.unwrap_or(Err(Refusal::Unreachable("did not answer in time")))
+        };
+        let answer = repeatedly(Refusal::is_passing, attempt).await?;
+        serde_json::from_slice(&answer).map_err(|_| Refusal::Malformed)
     }
 
     async fn ask_once(&self, url: Url, token: &HeaderValue) -> Result<Vec<u8>, Refusal> {

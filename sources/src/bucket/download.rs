@@ -11,12 +11,8 @@ use tokio::{
 };
 
 use super::Failure;
-use crate::AdapterFile;
+use crate::{AdapterFile, retry::repeatedly};
 
-/// Attempts after the first one.
-const RETRIES: u32 = 3;
-/// The wait before the first retry. Each further one is twice as long.
-const BACKOFF: Duration = Duration::from_millis(250);
 /// Bytes that are gathered before they are written.
 const GATHERED: usize = 1 << 20;
 
@@ -33,14 +29,17 @@ impl Download<'_> {
     /// Fetches it, and goes on where it was when the answer breaks off. A question that fails has been repeated by the
     /// client.
     pub(crate) async fn run(&self, progress: &(dyn Fn(u64) + Sync)) -> Result<(), Failure> {
-        for retry in 0..=RETRIES {
-            if self.attempt(progress).await? {
-                return Ok(());
+        // `None`: it broke off.
+        let attempt = || async {
+            match self.attempt(progress).await {
+                Ok(true) => return Ok(()),
+                Ok(false) => tracing::debug!("{}: its bucket broke off", self.file.name),
+                Err(failure) => return Err(Some(failure)),
             }
-            tracing::debug!("{}: its bucket broke off", self.file.name);
-            tokio::time::sleep(BACKOFF * 2_u32.pow(retry)).await;
-        }
-        Err(Failure::Unavailable("its bucket broke off again and again".into()))
+            Err(None)
+        };
+        let broke_off = || Failure::Unavailable("its bucket broke off again and again".into());
+        repeatedly(Option::is_none, attempt).await.map_err(|failure| failure.unwrap_or_else(broke_off))
     }
 
     /// Fetches what is missing. Returns whether it is all.

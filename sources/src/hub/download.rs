@@ -12,11 +12,8 @@ use super::{
     client::{Answer, within},
     settings::BYTES,
 };
+use crate::retry;
 
-/// Attempts to get a file after the first one.
-const RETRIES: u32 = 3;
-/// The wait before the first retry. Each further one is twice as long.
-const BACKOFF: Duration = Duration::from_millis(250);
 /// Bytes that are gathered before they are written.
 const GATHERED: usize = 1 << 20;
 
@@ -24,20 +21,16 @@ const GATHERED: usize = 1 << 20;
 /// caller to decide.
 pub(super) async fn repeatedly<T, F: Future<Output = Result<T, HubError>>>(
     what: &str,
-    mut attempt: impl FnMut() -> F,
+    attempt: impl FnMut() -> F,
 ) -> Result<T, HubError> {
-    let mut retries = 0;
-    loop {
-        match attempt().await {
-            Err(error @ HubError::TimedOut { .. }) => return Err(error),
-            Err(error) if error.is_passing() && retries < RETRIES => {
-                tracing::debug!("{what}: {error}");
-                tokio::time::sleep(BACKOFF * 2_u32.pow(retries)).await;
-                retries += 1;
-            }
-            result => return result,
+    let is_passing = |error: &HubError| {
+        let again = !matches!(error, HubError::TimedOut { .. }) && error.is_passing();
+        if again {
+            tracing::debug!("{what}: {error}");
         }
-    }
+        again
+    };
+    retry::repeatedly(is_passing, attempt).await
 }
 
 /// A file that is being written.
