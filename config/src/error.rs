@@ -64,6 +64,9 @@ pub enum ConfigError {
         /// Its value.
         name: String,
     },
+    /// A name of the model that could name nothing.
+    #[error("--served-model-name {0:?}: a name must have a character, and none that cannot be seen")]
+    ServedModelName(String),
     /// An API key that no client could send. The key is not told, only which of them it is.
     #[error("--api-key: key {0} must be visible ASCII characters, at least one")]
     ApiKey(usize),

@@ -34,6 +34,10 @@ pub struct RouterConfig {
     /// Port to listen on; 0 for any that is free
     #[arg(long, short, env, default_value_t = 3000)]
     pub port: u16,
+    /// Names of the base model in OpenAI's interface, of which answers report the first [default: the name of the
+    /// repository, the folder or the file]
+    #[arg(long, env, value_name = "NAME", value_delimiter = ',', num_args = 1.., action = ArgAction::Append)]
+    pub served_model_name: Vec<String>,
     /// Origins that browsers may call from; "*" for any
     #[arg(long, env, value_delimiter = ',', action = ArgAction::Append)]
     pub cors_allow_origin: Vec<String>,
@@ -256,6 +260,10 @@ impl RouterConfig {
             if !ADAPTER_SOURCES.contains(&&**source) {
                 return Err(ConfigError::AdapterSource { flag, name: source.clone() });
             }
+        }
+        let is_name = |name: &&String| !name.trim().is_empty() && !name.chars().any(char::is_control);
+        if let Some(name) = self.served_model_name.iter().find(|name| !is_name(name)) {
+            return Err(ConfigError::ServedModelName(name.clone()));
         }
         let sendable = |key: &SecretString| {
             let key = key.expose_secret();

@@ -12,6 +12,7 @@ use crate::{
         error::ApiError,
         merged::{FIELD as MERGED, MergedAdapters},
     },
+    base_model::BASE_MODEL,
     generation::cache_salt,
     registry::{FORGOTTEN, Registered},
     server::{App, accept::Caller},
@@ -114,9 +115,6 @@ impl Credential {
         Credential { given: api_token.or_else(|| self.given.clone()), ..self.clone() }
     }
 }
-
-/// LoRAX's name of the base model where an adapter is named.
-pub(crate) const BASE_MODEL: &str = "__base_model__";
 
 /// Whether the base model is meant.
 pub(crate) fn is_base_model(id: &str) -> bool {

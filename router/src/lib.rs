@@ -4,6 +4,7 @@ mod adapter;
 mod adapters;
 pub mod admission;
 pub mod api;
+mod base_model;
 pub mod chat;
 mod chat_events;
 mod engine;

@@ -21,7 +21,10 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::adapters::{Adapters, Failure, Lease, Pinned, Wanted};
+use crate::{
+    adapters::{Adapters, Failure, Lease, Pinned, Wanted},
+    base_model::{BASE_MODEL, BaseModel},
+};
 pub use manifest::ManifestError;
 use manifest::{Kept, Manifest};
 
@@ -111,7 +114,7 @@ pub(crate) const FORGOTTEN: &str =
 /// All registrations.
 pub(crate) struct Registry {
     adapters: Adapters,
-    base: String,
+    base: BaseModel,
     /// The adapter of requests that name none.
     default: Option<String>,
     entries: Mutex<BTreeMap<String, Registered>>,
@@ -124,7 +127,7 @@ impl Registry {
     /// Takes the registrations of the flags and of the manifest, and begins to load what is pinned.
     pub(crate) fn start(config: &Config, adapters: Adapters) -> Result<Registry, RegistryStartError> {
         let (manifest, kept) = open(config)?;
-        let (base, config) = (config.model.id.clone(), &config.router);
+        let (base, config) = (BaseModel::new(config), &config.router);
         let mut entries = BTreeMap::new();
         for (kept, reference) in kept {
             let created = UNIX_EPOCH + Duration::from_secs(kept.created);
@@ -201,7 +204,7 @@ impl Registry {
     /// Refuses a name that cannot be registered, or that is taken.
     pub(crate) fn check(&self, id: &str, replace: bool) -> Result<(), RegistryError> {
         let is_name = !id.is_empty() && id.chars().count() <= MAX_NAME && !id.chars().any(char::is_control);
-        if !is_name || id == self.base || id == crate::adapter::BASE_MODEL {
+        if !is_name || self.base.is_called(id) || id == BASE_MODEL {
             return Err(RegistryError::Name(id.chars().take(MAX_NAME).collect()));
         }
         if !replace && self.entries().contains_key(id) {

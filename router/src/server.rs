@@ -33,6 +33,7 @@ use tower_http::cors::CorsLayer;
 use crate::{
     adapters::Adapters,
     api::request::RequestLimits,
+    base_model::BaseModel,
     chat::ChatTemplates,
     engine::Engine,
     keys::{KeyError, Keys},
@@ -132,6 +133,7 @@ impl StartError {
 /// Everything that handlers need.
 pub struct App {
     pub(crate) config: Config,
+    pub(crate) base: BaseModel,
     pub(crate) tokenizer: Arc<ModelTokenizer>,
     pub(crate) chat: ChatTemplates,
     pub(crate) adapters: Adapters,
@@ -187,6 +189,7 @@ impl App {
         let (sockets, inbox) = (config.shards.uds.clone(), adapters.inbox());
         let registry = Registry::start(&config, adapters.clone())?;
         Ok(Arc::new(App {
+            base: BaseModel::new(&config),
             chat,
             tokenizer: Arc::new(tokenizer),
             engine: Engine::start(sockets, router, metrics.clone(), inbox, supervisor)?,

@@ -30,6 +30,8 @@ fn what_cannot_work_is_refused_at_once() {
         (&["--num-shard", "2", "--device", "cuda"], "--num-shard 2: 0 of the 2 GPUs"),
         (&["--device", "cuda"], "--device cuda: 0 of the 1 GPUs that it needs are visible: no driver"),
         (&["--adapter-buckets", "s3://one,hub://two"], "--adapter-buckets hub://two"),
+        (&["--served-model-name", ""], "--served-model-name \"\""),
+        (&["--served-model-name", "a,b\u{7}"], "--served-model-name \"b\\u{7}\""),
         (&["--adapter-source", "ftp"], "it must be local, hub, s3, gs, az, or pbase"),
         (&["--adapter-auth-ttl-s", "soon"], "--adapter-auth-ttl-s"),
         (&["--adapter-auth-ttl-s", "18446744073709551615"], "--adapter-auth-ttl-s must be at most"),

@@ -54,7 +54,7 @@ pub(crate) struct ModelList {
 
 /// A model that requests can name: the base model, or a registered adapter of it.
 #[derive(Debug, Serialize)]
-struct Model {
+pub(crate) struct Model {
     id: String,
     object: &'static str,
     created: u64,
@@ -66,7 +66,7 @@ struct Model {
 
 impl ModelList {
     pub(crate) fn new(app: &App) -> ModelList {
-        let id = &app.config.model.id;
+        let base = &app.base;
         let model = |id: String, created, root, parent| Model {
             id,
             object: "model",
@@ -75,12 +75,18 @@ impl ModelList {
             root,
             parent,
         };
-        let base = model(id.clone(), 0, id.clone(), None);
+        let served = base.served().iter();
+        let served = served.map(|name| model(name.clone(), base.created(), base.root().to_owned(), None));
         let adapters = app.registry.all().into_iter().map(|(name, adapter)| {
             let created = adapter.created.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-            model(name, created, adapter.reference.to_string(), Some(id.clone()))
+            model(name, created, adapter.reference.to_string(), Some(base.name().to_owned()))
         });
-        ModelList { object: "list", data: std::iter::once(base).chain(adapters).collect() }
+        ModelList { object: "list", data: served.chain(adapters).collect() }
+    }
+
+    /// The model of this name.
+    pub(crate) fn find(&self, id: &str) -> Option<&Model> {
+        self.data.iter().find(|model| model.id == id)
     }
 }
 

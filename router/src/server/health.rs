@@ -1,10 +1,10 @@
-//! Routes about the process and the model: liveness, start-up, readiness, `/info`, `/v1/models`.
+//! Routes about the process and the model: liveness, start-up, readiness, `/info`, `/v1/models` and below.
 
 use std::sync::{Arc, atomic::Ordering::Relaxed};
 
 use axum::{
     Json,
-    extract::State,
+    extract::{Path, State},
     http::StatusCode,
     response::{IntoResponse, Response},
 };
@@ -58,4 +58,16 @@ pub(super) async fn info(State(app): State<Arc<App>>) -> Response {
 /// `GET /v1/models`
 pub(super) async fn models(State(app): State<Arc<App>>) -> Response {
     Json(ModelList::new(&app)).into_response()
+}
+
+/// `GET /v1/models/{id}`
+pub(super) async fn model(State(app): State<Arc<App>>, Path(id): Path<String>) -> Response {
+    let models = ModelList::new(&app);
+    match models.find(&id) {
+        Some(model) => Json(model).into_response(),
+        None => {
+            let message = format!("The model `{id}` does not exist");
+            ApiError::AdapterNotFound { field: "model", message }.respond(Dialect::OpenAi)
+        }
+    }
 }

@@ -62,6 +62,7 @@ impl App {
             .route("/info", get(health::info))
             .route("/metrics", get(metrics::page))
             .route("/v1/models", get(health::models))
+            .route("/v1/models/{*id}", get(health::model))
             .route("/v1/adapters", get(adapters::list).post(adapters::register))
             .route("/v1/adapters/capacity", get(adapters::capacity))
             .route("/v1/adapters/{*id}", get(adapters::show).delete(adapters::remove))

@@ -124,7 +124,8 @@ async fn the_server_tells_what_it_is() {
         assert_eq!(info[field], value, "{field}");
     }
     let models: Value = router.get("/v1/models").await.json().await.unwrap();
-    let model = json!({"id": MODEL, "object": "model", "created": 0, "owned_by": "lorax", "root": MODEL, "parent": null});
+    let created = &models["data"][0]["created"];
+    let model = json!({"id": MODEL, "object": "model", "created": created, "owned_by": "lorax", "root": MODEL, "parent": null});
     assert_eq!(models, json!({"object": "list", "data": [model]}));
 }
 

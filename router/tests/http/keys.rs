@@ -75,6 +75,7 @@ async fn who_is_not_let_in_is_told_so_in_the_dialect_of_the_route() {
         (Method::GET, "/metrics", false),
         (Method::GET, "/no/such/route", false),
         (Method::GET, "/v1/models", true),
+        (Method::GET, "/v1/models/the/base-model", true),
         (Method::POST, "/v1/completions", true),
         (Method::POST, "/v1/chat/completions", true),
         (Method::DELETE, "/v1/no/such/route", true),

@@ -5,6 +5,7 @@
 mod fake;
 
 mod adapters;
+mod base_names;
 mod bodies;
 mod cache_salts;
 mod clients;

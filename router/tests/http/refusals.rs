@@ -157,6 +157,9 @@ async fn fields_that_are_not_supported() {
         ("suffix", json!("b")),
         ("tool_choice", json!("required")),
         ("functions", json!([{"name": "f"}])),
+        ("modalities", json!(["audio"])),
+        ("modalities", json!(["text", "audio"])),
+        ("verbosity", json!({"a": 1})),
     ];
     for (name, value) in both.iter().chain(&native) {
         field_refused(&router, &NATIVE, name, value, &format!("`{name}` is not supported")).await;
@@ -197,6 +200,9 @@ async fn fields_that_ask_for_nothing_are_taken() {
         ("safety_identifier", json!("x")),
         ("prompt_cache_key", json!("x")),
         ("parallel_tool_calls", json!(false)),
+        ("modalities", json!(["text"])),
+        ("verbosity", json!("low")),
+        ("prompt_cache_retention", json!("24h")),
         ("n", json!(1)),
         ("best_of", json!(1)),
         ("suffix", json!("")),

@@ -6,7 +6,7 @@ use minijinja::value::Serde;
 use sampling::{Named, SamplingParams};
 use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::unions::{Content, Prompts, Stop};
 use crate::{
@@ -18,6 +18,7 @@ use crate::{
         merged::{self, MergedAdapters},
         request::{FieldNames, Prompt, Report, SequenceRequest},
     },
+    base_model::is_placeholder,
     chat::TemplateInput,
     server::{
         App,
@@ -188,6 +189,9 @@ fn harmless(name: &str, value: &Value) -> bool {
         | "safety_identifier"
         | "prompt_cache_key"
         | "parallel_tool_calls" => true,
+        // Hints that no model here can follow, and a wish for what there is.
+        "prompt_cache_retention" | "verbosity" => value.is_string(),
+        "modalities" => *value == json!(["text"]),
         "n" | "best_of" => value == 1,
         "suffix" => value == "",
         "response_format" => value["type"] == "text",
@@ -210,6 +214,8 @@ impl Common {
         refuse(&self.stream_options.rest, "stream_options", |name, _| name == "include_obfuscation")?;
         let Asked { names, max_new_tokens, num_top, report } = asked;
         let params = self.sampling(num_top)?;
+        // Whoever names a placeholder has named no model.
+        self.model.take_if(|model| is_placeholder(model) && app.registry.find(model).is_none());
         let adapter = self.adapter(app, caller)?;
         let sequence = |prompt| SequenceRequest {
             names,
@@ -228,7 +234,7 @@ impl Common {
         };
         let options = Options {
             chat: false,
-            model: self.model.unwrap_or_else(|| app.config.model.id.clone()),
+            model: self.model.unwrap_or_else(|| app.base.name().to_owned()),
             stream: self.stream,
             include_usage: self.stream_options.include_usage == Some(true),
             logprobs: report.tokens,
@@ -237,12 +243,10 @@ impl Common {
     }
 
     /// The adapter: by its own field, else by the model's name unless that is the base model's. `BASE|ADAPTER` names
-    /// both, as Dynamo proposes for adapters that are loaded when a request names them.
+    /// both.
     fn adapter(&mut self, app: &App, caller: &Caller) -> Result<Option<AdapterRef>, ApiError> {
-        let base = &*app.config.model.id;
-        let model = self.model.as_deref().filter(|model| *model != base);
-        let behind_base = |model: &'_ str| model.strip_prefix(base)?.strip_prefix('|').map(str::to_owned);
-        let model = model.map(|model| behind_base(model).unwrap_or_else(|| model.to_owned()));
+        let model = self.model.as_deref().filter(|model| !app.base.is_called(model));
+        let model = model.map(|model| app.base.strip_from(model).unwrap_or(model).to_owned());
         let (field, id) = match self.adapter_id.clone().filter(|id| !id.is_empty()) {
             None => ("model", model),
             own => ("adapter_id", own),
