@@ -51,6 +51,7 @@ impl Load {
             stop_ids: Arc::new([0]),
             adapter: Some(Adapter { key: AdapterKey(key), bytes: 50_000_000 }),
             prompt_logprobs: false,
+            group: None,
             payload: (),
         }
     }

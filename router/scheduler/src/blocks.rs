@@ -6,13 +6,14 @@ use std::{
     hash::{BuildHasher, RandomState},
 };
 
-use crate::{AdapterKey, CacheSalt, rope::Regime, table::Table};
+use crate::{AdapterKey, CacheSalt, GroupId, rope::Regime, table::Table};
 
 /// What a block follows: the start of a sequence, or another full block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Prefix {
-    /// Nothing. KV blocks are never shared between different adapters, salts or rotary frequencies.
-    Start { adapter: Option<AdapterKey>, salt: CacheSalt, regime: Regime },
+    /// Nothing. KV blocks are never shared between different adapters, salts or rotary frequencies, and outside of a
+    /// `group` if there is one.
+    Start { adapter: Option<AdapterKey>, salt: CacheSalt, regime: Regime, group: Option<GroupId> },
     /// The block with this digest.
     Block(Digest),
 }

@@ -28,6 +28,7 @@
 //!     max_new_tokens: 10,
 //!     stop_ids: [0].into(),
 //!     prompt_logprobs: false,
+//!     group: None,
 //!     payload: "how it samples",
 //! };
 //! scheduler.submit(request, now)?;
@@ -46,6 +47,7 @@
 mod blocks;
 mod event;
 mod flows;
+mod groups;
 mod request;
 mod rope;
 mod scheduler;
@@ -57,7 +59,7 @@ mod table;
 pub use event::{Event, FailReason, Finish, Sampled, Stats};
 pub use flows::{AGED_SHARE, AGED_SLOTS, OVERDUE};
 pub use request::{
-    Adapter, AdapterKey, CacheSalt, Limits, Request, RequestId, SubmitError, Tenant, kv_positions,
+    Adapter, AdapterKey, CacheSalt, GroupId, Limits, Request, RequestId, SubmitError, Tenant, kv_positions,
 };
 pub use rope::RopeScaling;
 pub use scheduler::{MAX_IN_FLIGHT, Scheduler};

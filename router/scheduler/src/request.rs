@@ -41,6 +41,10 @@ pub struct Tenant {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct CacheSalt(pub u128);
 
+/// Names requests with the same prompt that come together, such as the choices of one answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct GroupId(pub u64);
+
 /// One sequence to generate or to score. The scheduler hands `payload` on to the shards' step and never looks at it.
 #[derive(Debug, Clone)]
 pub struct Request<P> {
@@ -63,6 +67,10 @@ pub struct Request<P> {
     /// cache, and every row of it counts against [`Limits::max_logit_rows`]. After a preemption they are computed,
     /// and reported, once more.
     pub prompt_logprobs: bool,
+    /// The requests of a group have the same prompt, adapter and salt. One of them computes the prompt, and the others
+    /// begin when that has been done, with its full KV blocks, whether or not there is
+    /// [`Limits::prefix_caching`]. Every request with `prompt_logprobs` computes its own.
+    pub group: Option<GroupId>,
     /// The caller's own data, which [`Added`](crate::Added) carries. It is cloned every time that the sequence is
     /// added.
     pub payload: P,
@@ -116,6 +124,12 @@ impl Limits {
     /// Blocks that hold `positions` token positions.
     pub(crate) fn blocks_for(&self, positions: usize) -> usize {
         positions.div_ceil(self.block_size as usize)
+    }
+
+    /// Blocks of so many known tokens that can be taken from another sequence. The last token is always computed,
+    /// because its row gives the next one.
+    pub(crate) fn reusable_blocks(&self, known: usize) -> usize {
+        known.saturating_sub(1) / self.block_size as usize
     }
 
     /// The first block that a row at a position needs, and all rows behind it.

@@ -4,6 +4,7 @@ mod admit;
 mod check;
 mod plan;
 mod preempt;
+mod share;
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -13,9 +14,10 @@ use std::{
 use plan::PrefillBudget;
 
 use crate::{
-    Adapter, AdapterKey, Event, FailReason, Limits, Request, RequestId, Sampled, Stats, SubmitError,
+    Adapter, AdapterKey, Event, FailReason, GroupId, Limits, Request, RequestId, Sampled, Stats, SubmitError,
     blocks::Blocks,
     flows::{FlowId, Flows, Residency},
+    groups::Groups,
     kv_positions,
     sequence::{Arrival, Sequence, max_positions},
     slots::Slots,
@@ -53,11 +55,13 @@ enum Outcome {
     Missing { step: u64 },
 }
 
-/// The keys of a request that has not ended: its place in the order of arrival, and its flow.
+/// The keys of a request that has not ended: its place in the order of arrival, its flow unless it waits for its group,
+/// and its group.
 #[derive(Debug, Clone, Copy)]
 struct Ticket {
     arrival: Arrival,
-    flow: FlowId,
+    flow: Option<FlowId>,
+    group: Option<GroupId>,
 }
 
 /// Plans the steps of one model.
@@ -69,6 +73,7 @@ pub struct Scheduler<P> {
     blocks: Blocks,
     slots: Slots,
     flows: Flows<P>,
+    groups: Groups<P>,
     /// Sequences with a seat and blocks, oldest first.
     running: BTreeMap<Arrival, Sequence<P>>,
     /// Sequences that gave up their seats and blocks. They keep their adapter's slot, and come back before anybody new
@@ -107,6 +112,7 @@ impl<P: Clone> Scheduler<P> {
             blocks: Blocks::new(limits.num_blocks, limits.block_size),
             slots,
             flows: Flows::new(),
+            groups: Groups::new(),
             running: BTreeMap::new(),
             preempted: BTreeMap::new(),
             tickets: HashMap::new(),
@@ -130,12 +136,7 @@ impl<P: Clone> Scheduler<P> {
     /// If it can never run within the limits.
     pub fn submit(&mut self, request: Request<P>, now: Duration) -> Result<(), SubmitError> {
         self.validate(&request)?;
-        let residency = request.adapter.map_or(Residency::Ready, |adapter| self.slots.residency(adapter.key));
-        let flow = self.flows.open(request.tenant, request.adapter, residency);
-        let arrival = self.arrivals;
-        self.arrivals += 1;
-        self.tickets.insert(request.id, Ticket { arrival, flow });
-        self.flows.push(Sequence::new(request, arrival, flow, now), now);
+        self.queue(request, now);
         Ok(())
     }
 
@@ -169,12 +170,12 @@ impl<P: Clone> Scheduler<P> {
     /// Ends a request, wherever it is. Its blocks are free at once; no event of it follows. Does nothing if it has
     /// ended already.
     pub fn cancel(&mut self, id: RequestId) {
-        let Some(&Ticket { arrival, flow }) = self.tickets.get(&id) else { return };
+        let Some(&Ticket { arrival, flow, .. }) = self.tickets.get(&id) else { return };
         if self.is_admitted(arrival) {
-            self.end(arrival);
-        } else if self.flows.remove(flow, arrival).is_some() {
-            self.tickets.remove(&id);
+            return self.end(arrival);
         }
+        flow.into_iter().for_each(|flow| drop(self.flows.remove(flow, arrival)));
+        self.forget(id);
     }
 
     /// Takes the results of a step: the token of each `sample` in row order, and the sequences of `added` that a
@@ -248,6 +249,10 @@ impl<P: Clone> Scheduler<P> {
         if runs {
             sequence.run.computed += rows.rows as usize;
             Self::publish(&mut self.blocks, &self.limits, sequence);
+            let reusable = self.limits.reusable_blocks(sequence.prompt.len());
+            if let Some(group) = sequence.group.filter(|_| sequence.run.published >= reusable) {
+                self.groups.prompt_is_there(group, rows.arrival);
+            }
         }
         if ended {
             self.end(rows.arrival);
@@ -260,6 +265,8 @@ impl<P: Clone> Scheduler<P> {
         // A row of a token that never came may have been computed.
         let computed = sequence.run.computed.min(sequence.known());
         let computed = computed.min(limits.rope.shared_positions(sequence.run.added_len));
+        // Without a cache for all, the members of a group share their prompt and nothing more.
+        let computed = if limits.prefix_caching { computed } else { computed.min(sequence.prompt.len()) };
         while let Some(prefix) = sequence.run.prefix
             && (sequence.run.published + 1) * size <= computed
         {
@@ -287,12 +294,15 @@ impl<P: Clone> Scheduler<P> {
         }
         self.unload.push(slot);
         self.flows.set_residency(key, Residency::Absent);
-        let failed = self.flows.remove_all(key);
+        let queued = self.flows.remove_all(key).into_iter().map(|sequence| sequence.id);
+        let parked = self.groups.parked_of(key).map(|request| request.id);
+        let failed: Vec<_> = queued.chain(parked).collect();
+        let reason = FailReason::AdapterLoad(key);
         failed
             .into_iter()
-            .map(|sequence| {
-                self.tickets.remove(&sequence.id);
-                Event::Failed { id: sequence.id, reason: FailReason::AdapterLoad(key) }
+            .map(|id| {
+                self.forget(id);
+                Event::Failed { id, reason }
             })
             .collect()
     }
@@ -301,8 +311,8 @@ impl<P: Clone> Scheduler<P> {
     pub fn stats(&self) -> Stats {
         let (resident_adapters, loading_adapters) = self.slots.count();
         Stats {
-            waiting: self.flows.waiting(),
-            waiting_since: self.flows.waiting_since(),
+            waiting: self.flows.waiting() + self.groups.waiting(),
+            waiting_since: self.flows.waiting_since().into_iter().chain(self.groups.waiting_since()).min(),
             running: self.running.len(),
             preempted: self.preempted.len(),
             in_flight: self.flights.len(),
@@ -339,12 +349,20 @@ impl<P: Clone> Scheduler<P> {
         let unused = if aged { sequence.cost_to_come() } else { 0 };
         sequence.slot().into_iter().for_each(|slot| self.slots.unpin(slot));
         self.flows.leave(sequence.flow, unused);
-        self.tickets.remove(&sequence.id);
+        self.forget(sequence.id);
+    }
+
+    /// Forgets the keys of a request that has ended. Whoever waits for it in its group does not any more.
+    fn forget(&mut self, id: RequestId) {
+        let ticket = self.tickets.remove(&id);
+        if let Some(Ticket { arrival, group: Some(group), .. }) = ticket {
+            self.groups.leave(group, arrival);
+        }
     }
 }
 
 impl<P> Scheduler<P> {
-    /// All requests that have not ended.
+    /// All requests that have not ended, but for those that wait for their groups.
     fn sequences(&self) -> impl Iterator<Item = &Sequence<P>> {
         self.flows.iter().chain(self.admitted())
     }

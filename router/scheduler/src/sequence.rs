@@ -3,7 +3,7 @@
 use std::{borrow::Cow, mem, ops::Range, sync::Arc, time::Duration};
 
 use crate::{
-    AdapterKey, CacheSalt, Finish, Request, RequestId, RopeScaling,
+    AdapterKey, CacheSalt, Finish, GroupId, Limits, Request, RequestId,
     blocks::Prefix,
     flows::{FlowId, GENERATED},
     table::Table,
@@ -26,6 +26,8 @@ pub(crate) struct Sequence<P> {
     max_new_tokens: usize,
     stop_ids: Arc<[u32]>,
     pub(crate) prompt_logprobs: bool,
+    /// Set only if there is something to share.
+    pub(crate) group: Option<GroupId>,
     pub(crate) payload: P,
     /// Set at the first admission.
     pub(crate) admission: Option<Admission>,
@@ -86,6 +88,7 @@ impl<P> Sequence<P> {
             max_new_tokens: request.max_new_tokens as usize,
             stop_ids: request.stop_ids,
             prompt_logprobs: request.prompt_logprobs,
+            group: request.group,
             payload: request.payload,
             admission: None,
             started: false,
@@ -161,8 +164,20 @@ impl<P> Sequence<P> {
     }
 
     /// The prefix of its first block if it is added with the tokens that are known.
-    pub(crate) fn start(&self, rope: RopeScaling) -> Prefix {
-        Prefix::Start { adapter: self.adapter, salt: self.salt, regime: rope.regime(self.known()) }
+    pub(crate) fn start(&self, limits: &Limits) -> Prefix {
+        // Without a cache for all, blocks are known to the sequence's group alone.
+        let group = self.group.filter(|_| !limits.prefix_caching);
+        Prefix::Start {
+            adapter: self.adapter,
+            salt: self.salt,
+            regime: limits.rope.regime(self.known()),
+            group,
+        }
+    }
+
+    /// Returns whether its blocks are shared with others.
+    pub(crate) fn shares(&self, limits: &Limits) -> bool {
+        limits.prefix_caching || self.group.is_some()
     }
 
     /// Forgets what has been computed, and returns the block table.

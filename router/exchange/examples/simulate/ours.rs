@@ -257,6 +257,7 @@ impl<'a> Simulation<'a> {
             max_new_tokens: open.job.answer,
             stop_ids: Arc::new([]),
             prompt_logprobs: false,
+            group: None,
             payload: (),
         };
         if self.scheduler.submit(request, self.now).is_err() {

@@ -168,6 +168,9 @@ impl<P: Clone> Scheduler<P> {
     fn fit(&self, candidate: Candidate, promised: usize) -> Option<Cached> {
         let sequence = self.peek(candidate).filter(|sequence| sequence.in_flight == 0)?;
         let cached = self.find_cached(sequence);
+        if self.waits_for_prompt(sequence, &cached) {
+            return None;
+        }
         let needed = self.blocks_needed(sequence, &cached.table);
         (promised + needed <= self.blocks.available()).then_some(cached)
     }
@@ -185,14 +188,13 @@ impl<P: Clone> Scheduler<P> {
 
     /// The blocks of the prefix cache that a sequence can begin with.
     pub(super) fn find_cached(&self, sequence: &Sequence<P>) -> Cached {
-        let start = sequence.start(self.limits.rope);
-        if !self.limits.prefix_caching || sequence.prompt_logprobs {
+        let start = sequence.start(&self.limits);
+        if !sequence.shares(&self.limits) || sequence.prompt_logprobs {
             return Cached { table: Table::default(), prefix: start };
         }
         let size = self.limits.block_size as usize;
-        // The last token is always computed, because its row gives the next one.
-        let reusable = (sequence.known() - 1) / size;
-        let full = (0..reusable).map(|block| sequence.tokens(block * size..(block + 1) * size));
+        let full = (0..self.limits.reusable_blocks(sequence.known()))
+            .map(|block| sequence.tokens(block * size..(block + 1) * size));
         self.blocks.find(start, full, |end| self.limits.first_block(end * size))
     }
 
@@ -212,6 +214,7 @@ impl<P: Clone> Scheduler<P> {
             Candidate::Waiting(flow, turn) => {
                 let mut sequence = self.flows.pop(flow, now)?;
                 self.admit_first(&mut sequence, cached * self.limits.block_size as usize, turn, now);
+                self.begin_in_group(&sequence, cached);
                 Some(sequence)
             }
         }
@@ -246,10 +249,11 @@ impl<P: Clone> Scheduler<P> {
         table.blocks().iter().for_each(|&block| self.blocks.hold(block));
         let hit = table.end() * self.limits.block_size as usize;
         let (arrival, known) = (sequence.arrival, sequence.known());
+        let shares = sequence.shares(&self.limits);
         let run = &mut sequence.run;
         run.added_len = known;
         (run.planned, run.computed, run.published) = (hit, hit, table.end());
-        run.prefix = self.limits.prefix_caching.then_some(prefix);
+        run.prefix = shares.then_some(prefix);
         run.table = table;
         self.running.insert(arrival, sequence);
         arrival

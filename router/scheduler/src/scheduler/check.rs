@@ -1,6 +1,7 @@
 //! The invariants.
 
 use super::{MAX_IN_FLIGHT, Scheduler};
+use crate::sequence::Sequence;
 
 impl<P> Scheduler<P> {
     /// Asserts every invariant: blocks, slots, flows and results in flight are each accounted for exactly once.
@@ -12,16 +13,19 @@ impl<P> Scheduler<P> {
         self.blocks.check(self.running.values().map(|sequence| sequence.run.table.blocks()));
         self.slots.check(self.admitted().filter_map(|sequence| sequence.slot().zip(sequence.adapter)));
         self.flows.check(self.admitted().map(|sequence| sequence.flow), |key| self.slots.residency(key));
+        let member = |sequence: &Sequence<P>| sequence.group.map(|group| (group, sequence.arrival));
+        self.groups.check(&self.sequences().filter_map(member).collect::<Vec<_>>());
         self.check_sequences();
         self.check_flights();
     }
 
     fn check_sequences(&self) {
         assert!(self.running.len() <= self.limits.seats(), "{} sequences run", self.running.len());
-        assert_eq!(self.sequences().count(), self.tickets.len(), "requests that have not ended");
+        let parked = self.groups.waiting();
+        assert_eq!(self.sequences().count() + parked, self.tickets.len(), "requests that have not ended");
         for sequence in self.sequences() {
             let ticket = self.tickets.get(&sequence.id).map(|ticket| (ticket.arrival, ticket.flow));
-            assert_eq!(ticket, Some((sequence.arrival, sequence.flow)), "ticket of {:?}", sequence.id);
+            assert_eq!(ticket, Some((sequence.arrival, Some(sequence.flow))), "ticket of {:?}", sequence.id);
         }
         for sequence in self.admitted() {
             assert_eq!(sequence.slot().is_some(), sequence.adapter.is_some(), "slot of {:?}", sequence.id);

@@ -168,6 +168,7 @@ impl<P: Clone> Scheduler<P> {
         }
         let mut draft = Draft::new(self.steps + 1, &self.limits);
         draft.unload = mem::take(&mut self.unload);
+        self.queue_ready(now);
         self.admit_newcomers(now);
         self.plan_running(&mut draft);
         self.load_adapters(&mut draft, now);

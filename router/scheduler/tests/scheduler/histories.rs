@@ -4,20 +4,33 @@
 use std::{sync::Arc, time::Duration};
 
 use proptest::{collection::vec, prelude::*};
-use scheduler::{Limits, Request, RequestId, RopeScaling, SubmitError, Tenant};
+use scheduler::{GroupId, Limits, Request, RequestId, RopeScaling, SubmitError, Tenant};
 
 use crate::{
     shard::STOP,
     world::{Plan, World, limits, request, salted},
 };
 
+/// Between the names of a group's members: more than there are operations.
+const MEMBERS: u64 = 1000;
+
 #[derive(Debug, Clone)]
 enum Op {
-    Submit { flow: (u64, u16, u128), stem: u64, stem_len: usize, tail: Vec<u32>, max_new: u32, flags: Flags },
+    Submit {
+        flow: (u64, u16, u128),
+        stem: (u64, usize),
+        tail: Vec<u32>,
+        max_new: u32,
+        members: u64,
+        flags: Flags,
+    },
     Cancel(prop::sample::Index),
     Plan,
     Run,
-    Answer { nth: usize, well: bool },
+    Answer {
+        nth: usize,
+        well: bool,
+    },
     Wait(u64),
     Restart,
 }
@@ -34,10 +47,11 @@ fn op() -> impl Strategy<Value = Op> {
     let flags = flags.prop_map(|(stop, prompt_logprobs, refused)| Flags { stop, prompt_logprobs, refused });
     let flow = (0..4u64, 0..7u16, prop_oneof![4 => Just(0), 1 => Just(1), 1 => Just(1 << 64)]);
     let max_new = prop_oneof![1 => Just(0), 9 => 1..30u32];
-    let submit = (flow, 0..3u64, 0..40usize, vec(0..2u32, 0..6), max_new, flags);
+    let members = prop_oneof![3 => Just(1), 1 => 2..5u64];
+    let submit = (flow, (0..3u64, 0..40usize), vec(0..2u32, 0..6), max_new, members, flags);
     prop_oneof![
-        6 => submit.prop_map(|(flow, stem, stem_len, tail, max_new, flags)| {
-            Op::Submit { flow, stem, stem_len, tail, max_new, flags }
+        6 => submit.prop_map(|(flow, stem, tail, max_new, members, flags)| {
+            Op::Submit { flow, stem, tail, max_new, members, flags }
         }),
         1 => any::<prop::sample::Index>().prop_map(Op::Cancel),
         16 => Just(Op::Plan),
@@ -76,7 +90,7 @@ fn some_limits() -> impl Strategy<Value = Limits> {
 }
 
 /// A prompt of a few stems, so that many begin alike.
-fn prompt(stem: u64, len: usize, tail: &[u32]) -> Vec<u32> {
+fn prompt((stem, len): (u64, usize), tail: &[u32]) -> Vec<u32> {
     let stem = (0..len as u64).map(|position| ((stem + position * position) % 5) as u32);
     stem.chain(tail.iter().copied()).collect()
 }
@@ -87,23 +101,27 @@ fn play(limits: &Limits, ops: &[Op]) -> Vec<Plan> {
     let mut plans = Vec::new();
     for (id, op) in (0..).zip(ops) {
         match op {
-            Op::Submit { flow: (tenant, number, salt), stem, stem_len, tail, max_new, flags } => {
-                let request = Request {
+            Op::Submit { flow: (tenant, number, salt), stem, tail, max_new, members, flags } => {
+                let group = (*members > 1).then_some(GroupId(id));
+                let request = |id| Request {
+                    group,
                     tenant: Tenant { id: *tenant, weight: 1 + (*tenant as u32) * 3 },
                     stop_ids: if flags.stop { Arc::new([STOP]) } else { Arc::new([]) },
                     prompt_logprobs: flags.prompt_logprobs,
-                    ..request(id, *number, prompt(*stem, *stem_len, tail), *max_new)
+                    ..request(id, *number, prompt(*stem, tail), *max_new)
                 };
                 if flags.refused {
                     world.shard.refuses.insert(RequestId(id));
                 }
-                let error = world.submit(salted(*salt, request)).err();
-                let expected = error.is_none_or(|error| match error {
-                    SubmitError::TooLong { .. } | SubmitError::EmptyPrompt => true,
-                    SubmitError::NothingToCompute => *max_new == 0 && !flags.prompt_logprobs,
-                    _ => false,
-                });
-                assert!(expected, "{error:?}");
+                for member in 0..*members {
+                    let error = world.submit(salted(*salt, request(id + member * MEMBERS))).err();
+                    let expected = error.is_none_or(|error| match error {
+                        SubmitError::TooLong { .. } | SubmitError::EmptyPrompt => true,
+                        SubmitError::NothingToCompute => *max_new == 0 && !flags.prompt_logprobs,
+                        _ => false,
+                    });
+                    assert!(expected, "{error:?}");
+                }
             }
             Op::Cancel(index) if !world.open.is_empty() => {
                 let ids: Vec<_> = world.open.keys().copied().collect();

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod fairness;
+mod groups;
 mod histories;
 mod memory;
 mod outcomes;

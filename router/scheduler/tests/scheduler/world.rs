@@ -71,6 +71,7 @@ pub(crate) fn request(
         max_new_tokens,
         stop_ids: Arc::new([]),
         prompt_logprobs: false,
+        group: None,
         payload: Payload { id, salt: 0 },
     }
 }
@@ -115,6 +116,8 @@ pub(crate) struct World {
     pub(crate) failed: BTreeMap<RequestId, FailReason>,
     /// Virtual tokens of each tenant and adapter.
     pub(crate) service: BTreeMap<(u64, u16), u64>,
+    /// Rows of tokens that were known when their sequences were added.
+    pub(crate) prompt_rows: u64,
     limits: Limits,
     sent: VecDeque<Plan>,
     /// By running sequence: the position after its last row, and the number of tokens that it was added with.
@@ -136,6 +139,7 @@ impl World {
             finished: Vec::new(),
             failed: BTreeMap::new(),
             service: BTreeMap::new(),
+            prompt_rows: 0,
             limits,
             sent: VecDeque::new(),
             positions: BTreeMap::new(),
@@ -360,6 +364,7 @@ impl World {
             let scored = self.open.get(&planned.id).is_some_and(|expected| expected.prompt_logprobs);
             logits += if scored { planned.rows } else { u32::from(planned.sample) };
         }
+        self.prompt_rows += u64::from(prefill);
         assert!(rows <= self.limits.max_rows, "{rows} rows");
         let most = self.limits.max_prefill_rows.unwrap_or(self.limits.max_rows);
         assert!(prefill <= most, "{prefill} prefill rows");
