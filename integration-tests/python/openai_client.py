@@ -43,7 +43,7 @@ def refusals(client: OpenAI, base: str) -> None:
     for error, options in [
         (NotFoundError, dict(model="no-such-adapter", prompt="x")),
         (BadRequestError, dict(model=base, prompt="x", temperature=-1)),
-        (BadRequestError, dict(model=base, prompt="x", n=2)),
+        (BadRequestError, dict(model=base, prompt="x", n=2, best_of=1)),
         (BadRequestError, dict(model=base, prompt="")),
     ]:
         try:

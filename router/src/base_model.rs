@@ -66,9 +66,7 @@ impl BaseModel {
     /// The adapter of `BASE|ADAPTER`, as Dynamo proposes for adapters that are loaded when a request names them.
     pub(crate) fn strip_from<'a>(&self, name: &'a str) -> Option<&'a str> {
         let names = self.served.iter().chain([&self.id]);
-        names
-            .filter_map(|base| name.strip_prefix(base.as_str())?.strip_prefix('|'))
-            .find(|adapter| !adapter.is_empty())
+        names.filter_map(|base| name.strip_prefix(base.as_str())?.strip_prefix('|')).next()
     }
 }
 

@@ -19,7 +19,7 @@ use std::{
 
 use config::RouterConfig;
 use lifecycle::Supervisor;
-use scheduler::RequestId;
+use scheduler::{GroupId, RequestId};
 use tokio::sync::{Notify, mpsc, watch};
 
 use crate::{
@@ -176,6 +176,11 @@ impl Engine {
         // Fails only when the engine has ended, and then nothing will be served.
         let ready = |readiness: &Readiness| matches!(readiness, Readiness::Ready(_));
         let _ = self.readiness.clone().wait_for(ready).await;
+    }
+
+    /// A name for jobs with the same prompt.
+    pub(crate) fn new_group(&self) -> GroupId {
+        GroupId(self.ids.fetch_add(1, Ordering::Relaxed))
     }
 
     /// Hands over a job, which holds the permit until it ends, and the lease until it is admitted.

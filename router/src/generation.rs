@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use config::PrefixCacheScope;
 use sampling::SamplingParams;
-use scheduler::{Adapter, CacheSalt, Finish, Tenant};
+use scheduler::{Adapter, CacheSalt, Finish, GroupId, Tenant};
 use sha2::{Digest, Sha256};
 
 use crate::{metrics::End, principal};
@@ -23,6 +23,8 @@ pub(crate) struct Job {
     pub(crate) adapter: Option<Adapter>,
     pub(crate) sampling: SamplingParams,
     pub(crate) prompt_logprobs: bool,
+    /// Shared with the other sequences of a request that have the same prompt.
+    pub(crate) group: Option<GroupId>,
 }
 
 /// A token with its log-probability.

@@ -25,7 +25,7 @@ use crate::{
     tokenizer::{ModelTokenizer, TokenizerError},
 };
 use futures::future::try_join_all;
-use scheduler::{Adapter, CacheSalt, Finish, Tenant};
+use scheduler::{Adapter, CacheSalt, Finish, GroupId, Tenant};
 use secrecy::{ExposeSecret, SecretString};
 
 /// The sequences of one HTTP request, which use the same adapter.
@@ -36,6 +36,21 @@ pub(crate) struct GroupRequest {
     /// out by the time of an answer whether a prompt was asked before.
     pub(crate) cache_salt: Option<SecretString>,
     pub(crate) sequences: Vec<SequenceRequest>,
+    /// Answers to generate for each of them; at least 1. They differ in their seeds.
+    pub(crate) answers: Answers,
+}
+
+/// The number of answers to one prompt.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Answers {
+    pub(crate) count: usize,
+    /// The field that asks for them.
+    pub(crate) field: &'static str,
+}
+
+impl Answers {
+    /// One answer, which no field has to ask for.
+    pub(crate) const ONE: Answers = Answers { count: 1, field: "n" };
 }
 
 /// Times of a request.
@@ -55,6 +70,8 @@ pub(crate) struct Timing {
 #[derive(Debug, Default)]
 pub(crate) struct TokenCounts {
     pub(crate) prompt: usize,
+    /// Whether another sequence of the request has the same prompt, and counts it.
+    pub(crate) shares_prompt: bool,
     /// Tokens of the prompt that were in the prefix cache.
     pub(crate) cached: AtomicUsize,
     /// Tokens that have been generated so far, whether or not they are text.
@@ -77,17 +94,22 @@ pub(crate) struct Generation {
     in_use: Option<Arc<InUse>>,
     /// Whether a token has come.
     begun: bool,
+    /// The sum of the generated tokens' log-probabilities.
+    logprob: f64,
     /// Events that have not been taken.
     ready: VecDeque<TextEvent>,
 }
 
 /// A sequence whose prompt is tokenized and fits.
+#[derive(Clone)]
 struct Tokenized {
     request: SequenceRequest,
-    prompt: Vec<u32>,
+    prompt: Arc<[u32]>,
     max_new_tokens: u32,
     /// The prompt's text, if it is wanted.
     text: Option<PromptText>,
+    /// The group of the sequences with this prompt, and the place of this one in it, if there are several.
+    group: Option<(GroupId, u64)>,
 }
 
 /// The values that all sequences of a group share.
@@ -113,7 +135,7 @@ impl App {
         request: GroupRequest,
     ) -> Result<Vec<Generation>, ApiError> {
         let begun = Instant::now();
-        let GroupRequest { adapter, cache_salt, sequences } = request;
+        let GroupRequest { adapter, cache_salt, sequences, answers } = request;
         let cache_salt = cache_salt.as_ref().map(ExposeSecret::expose_secret);
         if cache_salt.is_some_and(str::is_empty) {
             return Err(ApiError::invalid("cache_salt", "cannot be empty"));
@@ -122,12 +144,14 @@ impl App {
         let info = self.engine.info().ok_or_else(unavailable)?;
         let limits = self.request_limits(&info);
         sequences.iter().try_for_each(|sequence| sequence.check(&limits))?;
+        let all = sequences.len() * answers.count;
         if let Some(first) = sequences.first() {
-            self.check_sequences(caller, first.names.prompt, sequences.len())?;
+            let field = if answers.count > 1 { answers.field } else { first.names.prompt };
+            self.check_sequences(caller, field, all)?;
         }
         let in_use = adapter.as_ref().map(|adapter| self.adapters.book().begin(adapter.references()));
         // Each sequence is as much work as a request of its own.
-        let entry = self.admit(caller, adapter.as_ref(), sequences.len())?;
+        let entry = self.admit(caller, adapter.as_ref(), all)?;
         let tokenized = sequences.into_iter().map(|sequence| self.tokenize(caller, sequence, limits));
         let tokenized = try_join_all(tokenized).await?;
         // Once, however many sequences there are.
@@ -147,8 +171,20 @@ impl App {
             validation: begun.elapsed(),
             meter: self.permits.meter(&caller.principal),
         };
-        let started = tokenized.into_iter().zip(permits);
+        let sequences = tokenized.into_iter().flat_map(|tokenized| self.copies(tokenized, answers.count));
+        let started = sequences.zip(permits);
         try_join_all(started.map(|(sequence, permit)| self.start_sequence(sequence, &shared, permit))).await
+    }
+
+    /// The sequences that answer a prompt, the first of which has the request's own seed.
+    fn copies(&self, tokenized: Tokenized, count: usize) -> Vec<Tokenized> {
+        let group = (count > 1).then(|| self.engine.new_group());
+        let copy = |place: u64| {
+            let mut copy = tokenized.clone();
+            copy.request.sampling.seed = sibling_seed(copy.request.sampling.seed, place);
+            Tokenized { group: group.map(|group| (group, place)), ..copy }
+        };
+        (0..count as u64).map(copy).collect()
     }
 
     /// Tokenizes a prompt on one of the threads for it, and fits it into the limits. Token ids are no work.
@@ -173,10 +209,11 @@ impl App {
         shared: &Shared,
         permit: Permit,
     ) -> Result<Generation, ApiError> {
-        let Tokenized { request, prompt, max_new_tokens, text } = tokenized;
+        let Tokenized { request, prompt, max_new_tokens, text, group } = tokenized;
         let report = request.report;
+        let shares_prompt = group.is_some_and(|(_, place)| place > 0);
         let mut generation = Generation {
-            tokens: Arc::new(TokenCounts { prompt: prompt.len(), ..TokenCounts::default() }),
+            tokens: Arc::new(TokenCounts { prompt: prompt.len(), shares_prompt, ..TokenCounts::default() }),
             seed: request.sampling.draws().then_some(request.sampling.seed),
             timing: Timing {
                 received: shared.received,
@@ -190,9 +227,10 @@ impl App {
             meter: shared.meter.clone(),
             in_use: shared.in_use.clone(),
             begun: false,
+            logprob: 0.0,
             ready: VecDeque::new(),
         };
-        generation.meter.charge(prompt.len());
+        generation.meter.charge(if shares_prompt { 0 } else { prompt.len() });
         if !report.prompt {
             generation.tell_prompt(false);
         }
@@ -205,16 +243,26 @@ impl App {
         let job = Job {
             tenant: shared.tenant,
             salt: shared.salt,
-            prompt: prompt.into(),
+            prompt,
             max_new_tokens,
             stop_ids: if request.ignore_eos { Arc::from([]) } else { shared.end_ids.clone() },
             adapter: shared.adapter,
             sampling: request.sampling,
             prompt_logprobs: report.prompt,
+            group: group.map(|(group, _)| group),
         };
         generation.running = Some(self.engine.submit(job, permit, shared.lease.clone()).await?);
         Ok(generation)
     }
+}
+
+/// The seed of another answer to the same prompt. Neighbouring seeds have no seeds in common.
+fn sibling_seed(seed: u64, place: u64) -> u64 {
+    // The finalizer of SplitMix64 (Steele et al., 2014) over the golden ratio's multiples; 0 leads to 0.
+    let mut mixed = place.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    mixed = (mixed ^ mixed >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    seed ^ mixed ^ mixed >> 31
 }
 
 fn tokenize(
@@ -243,7 +291,7 @@ fn tokenize(
     let max_new_tokens = request.fit(&mut prompt, bos, limits)?;
     let wanted = request.report.echo || request.report.prompt;
     let text = wanted.then(|| PromptText::new(tokenizer, &prompt, written.as_deref()));
-    Ok(Tokenized { request, prompt, max_new_tokens, text })
+    Ok(Tokenized { request, prompt: prompt.into(), max_new_tokens, text, group: None })
 }
 
 impl Generation {
@@ -254,6 +302,11 @@ impl Generation {
             self.advance().await?;
         }
         Ok(())
+    }
+
+    /// The mean log-probability of the tokens that have been generated so far.
+    pub(crate) fn mean_logprob(&self) -> f64 {
+        self.logprob / self.tokens.generated.load(Ordering::Relaxed).max(1) as f64
     }
 
     /// The next event; `None` after the last. Nothing follows an error.
@@ -301,6 +354,7 @@ impl Generation {
 
     fn token(&mut self, token: Scored, top: Vec<Scored>, finish: Option<Finish>) {
         self.begun = true;
+        self.logprob += f64::from(token.logprob);
         self.meter.charge(1);
         self.in_use.iter().for_each(|in_use| in_use.token());
         self.tell_prompt(true);

@@ -78,7 +78,7 @@ async fn respond<F>(
     fold: impl Fn(usize) -> F,
 ) -> Result<Response, ApiError>
 where
-    F: Fold<Delta: Serialize, Whole: Serialize>,
+    F: Fold<Delta: Serialize, Whole: Choice>,
 {
     let mut generations = app.start_group(caller, request).await?;
     if options.stream {
@@ -94,12 +94,34 @@ where
     }
     let counts = counts(&choices);
     let collected = choices.into_iter().map(|(generation, fold)| collect(generation, fold));
-    let choices = try_join_all(collected).await?;
+    let mut answers = try_join_all(collected).await?.into_iter();
+    let mut choices = Vec::new();
+    while answers.len() > 0 {
+        choices.extend(best(answers.by_ref().take(options.answers).collect(), options.choices));
+    }
+    let choices = choices.into_iter().enumerate().map(|(index, choice)| choice.at(index)).collect();
     Ok(Json(head.whole(choices, usage(&counts))).into_response())
 }
 
-async fn collect<F: Fold>(mut generation: Generation, fold: F) -> Result<F::Whole, ApiError> {
-    fold::collect(&mut generation, fold).await
+/// A choice of a whole response.
+trait Choice: Serialize {
+    /// The choice with another place in the response.
+    fn at(self, index: usize) -> Self;
+}
+
+/// The answer of a sequence, with the mean log-probability of its tokens.
+async fn collect<F: Fold>(mut generation: Generation, fold: F) -> Result<(f64, F::Whole), ApiError> {
+    let whole = fold::collect(&mut generation, fold).await?;
+    Ok((generation.mean_logprob(), whole))
+}
+
+/// The most probable answers to a prompt by the mean of their tokens, the best one first; all of them as they are if as
+/// many are wanted.
+fn best<W>(mut answers: Vec<(f64, W)>, wanted: usize) -> impl Iterator<Item = W> {
+    if wanted < answers.len() {
+        answers.sort_by(|(a, _), (b, _)| b.total_cmp(a));
+    }
+    answers.into_iter().take(wanted).map(|(_, answer)| answer)
 }
 
 /// The tokens of each choice.

@@ -165,6 +165,7 @@ impl Batcher {
             max_new_tokens: job.max_new_tokens,
             stop_ids: job.stop_ids.clone(),
             prompt_logprobs: job.prompt_logprobs,
+            group: job.group,
             payload: job,
         };
         let in_flight = InFlight {

@@ -10,6 +10,7 @@ use crate::{generation::PromptToken, tokenizer::ModelTokenizer};
 
 /// The text of a prompt with its tokens. The visible texts of the tokens, joined, are the text, as far as the tokenizer
 /// keeps texts as they are.
+#[derive(Clone)]
 pub(crate) struct PromptText {
     tokenizer: Arc<ModelTokenizer>,
     text: String,

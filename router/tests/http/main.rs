@@ -8,6 +8,7 @@ mod adapters;
 mod base_names;
 mod bodies;
 mod cache_salts;
+mod choices;
 mod clients;
 mod connections;
 mod contexts;

@@ -140,7 +140,6 @@ async fn parameters_out_of_range() {
 async fn fields_that_are_not_supported() {
     let router = Router::start(Script::saying(tokens("a"))).await;
     let both = [
-        ("best_of", json!(2)),
         ("response_format", json!({"type": "json_object"})),
         ("guided_json", json!({})),
         ("temprature", json!(0)),
@@ -151,9 +150,9 @@ async fn fields_that_are_not_supported() {
         ("grammar", json!({"type": "json"})),
         ("apply_chat_template", json!(true)),
         ("watermark", json!(true)),
+        ("best_of", json!(2)),
     ];
     let openai = [
-        ("n", json!(2)),
         ("suffix", json!("b")),
         ("tool_choice", json!("required")),
         ("functions", json!([{"name": "f"}])),

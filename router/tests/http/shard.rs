@@ -81,6 +81,8 @@ pub(crate) struct Script {
     pub(crate) info: InfoResponse,
     /// The tokens that follow a prompt. After the last one comes the end of the sequence, over and over.
     pub(crate) answer: Answer,
+    /// The tokens of a sequence that draws, by its seed, in place of these.
+    pub(crate) drawing: Option<fn(u64) -> Vec<u32>>,
     /// Adapters that cannot be copied into a slot.
     pub(crate) lost: HashSet<&'static str>,
     /// The identity of an adapter by its name.
@@ -140,6 +142,7 @@ impl Script {
         Script {
             info,
             answer: Box::new(answer),
+            drawing: None,
             lost: HashSet::new(),
             content,
             unstageable: HashMap::new(),
@@ -398,8 +401,12 @@ impl ScriptedShard {
                 let reason = format!("the shard has no use for token {}", prompt[0]);
                 result.refused.push(Refused { sequence: new.sequence, reason });
             }
-            let running =
-                Running { answer: (self.script.answer)(prompt), new, alternatives: self.script.alternatives };
+            let sampling = new.sampling.as_ref().filter(|sampling| sampling.temperature > 0.0);
+            let answer = match (self.script.drawing, sampling) {
+                (Some(drawing), Some(sampling)) => drawing(sampling.seed),
+                _ => (self.script.answer)(prompt),
+            };
+            let running = Running { answer, new, alternatives: self.script.alternatives };
             sequences.insert(running.new.sequence, running);
         }
         for rows in &step.rows {

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use crate::{
     api::{
         error::{ApiError, Dialect},
-        group::GroupRequest,
+        group::{Answers, GroupRequest},
         json::{Rest, refuse},
         merged::{self, MergedAdapters},
         request::{FieldNames, Prompt, Report, SequenceRequest},
@@ -132,7 +132,15 @@ impl GenerateRequest {
                 Some(app.merged_adapter(merged, source, credential)?)
             }
         };
-        Ok((GroupRequest { adapter, cache_salt: p.cache_salt, sequences: vec![sequence] }, shape))
+        Ok((
+            GroupRequest {
+                adapter,
+                cache_salt: p.cache_salt,
+                sequences: vec![sequence],
+                answers: Answers::ONE,
+            },
+            shape,
+        ))
     }
 }
 

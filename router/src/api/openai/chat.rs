@@ -4,7 +4,10 @@ use std::mem;
 
 use serde::Serialize;
 
-use super::logprobs::{ChatLogprobs, finish_reason};
+use super::{
+    Choice,
+    logprobs::{ChatLogprobs, finish_reason},
+};
 use crate::{
     api::fold::Fold,
     chat_events::{ChatEvent, ChatEvents},
@@ -18,6 +21,12 @@ pub(super) struct ChatChoice {
     message: Message,
     logprobs: Option<ChatLogprobs>,
     finish_reason: Option<&'static str>,
+}
+
+impl Choice for ChatChoice {
+    fn at(self, index: usize) -> Self {
+        Self { index, ..self }
+    }
 }
 
 /// The assistant's answer.

@@ -4,7 +4,10 @@ use std::mem;
 
 use serde::Serialize;
 
-use super::logprobs::{CompletionLogprobs, finish_reason};
+use super::{
+    Choice,
+    logprobs::{CompletionLogprobs, finish_reason},
+};
 use crate::{
     api::fold::Fold,
     text::{Echo, Piece, TextEvent, TokenText},
@@ -17,6 +20,12 @@ pub(super) struct CompletionChoice {
     text: String,
     logprobs: Option<CompletionLogprobs>,
     finish_reason: Option<&'static str>,
+}
+
+impl Choice for CompletionChoice {
+    fn at(self, index: usize) -> Self {
+        Self { index, ..self }
+    }
 }
 
 /// Tells a sequence as a choice of a completion.

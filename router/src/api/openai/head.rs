@@ -30,10 +30,14 @@ impl Usage {
     /// Adds those of a choice.
     pub(super) fn add(&mut self, tokens: &TokenCounts) {
         let generated = tokens.generated.load(Ordering::Relaxed);
-        self.prompt_tokens += tokens.prompt;
         self.completion_tokens += generated;
-        self.total_tokens += tokens.prompt + generated;
-        self.prompt_tokens_details.cached_tokens += tokens.cached.load(Ordering::Relaxed);
+        self.total_tokens += generated;
+        // A prompt counts once, however many answers it has.
+        if !tokens.shares_prompt {
+            self.prompt_tokens += tokens.prompt;
+            self.total_tokens += tokens.prompt;
+            self.prompt_tokens_details.cached_tokens += tokens.cached.load(Ordering::Relaxed);
+        }
     }
 }
 

@@ -13,7 +13,7 @@ use crate::{
     adapter::AdapterRef,
     api::{
         error::{ApiError, Dialect},
-        group::GroupRequest,
+        group::{Answers, GroupRequest},
         json::{Rest, refuse},
         merged::{self, MergedAdapters},
         request::{FieldNames, Prompt, Report, SequenceRequest},
@@ -28,6 +28,8 @@ use crate::{
 
 /// Prompts of one request.
 const MAX_PROMPTS: usize = 128;
+/// Answers to one prompt.
+const MAX_ANSWERS: usize = 128;
 /// OpenAI's default of `max_tokens` for completions.
 const MAX_TOKENS: u32 = 16;
 
@@ -47,6 +49,7 @@ macro_rules! body {
             stop: Option<Stop>,
             logit_bias: Option<HashMap<String, f32>>,
             seed: Option<i64>,
+            n: Option<usize>,
             // Beyond OpenAI's:
             adapter_id: Option<String>,
             adapter_source: Option<String>,
@@ -74,6 +77,7 @@ macro_rules! body {
                     stop: self.stop.take().unwrap_or_default().0,
                     logit_bias: self.logit_bias.take().unwrap_or_default(),
                     seed: self.seed,
+                    n: self.n.unwrap_or(1),
                     adapter_id: self.adapter_id.take(),
                     adapter_source: self.adapter_source.take(),
                     merged_adapters: self.merged_adapters.take(),
@@ -95,6 +99,7 @@ sampling::parameters!(body {
         max_tokens: Option<u32>,
         logprobs: Option<u32>,
         echo: Option<bool>,
+        best_of: Option<usize>,
     }
 });
 
@@ -117,6 +122,7 @@ struct Common {
     stop: Vec<String>,
     logit_bias: HashMap<String, f32>,
     seed: Option<i64>,
+    n: usize,
     adapter_id: Option<String>,
     adapter_source: Option<String>,
     merged_adapters: Option<MergedAdapters>,
@@ -169,6 +175,10 @@ pub(super) struct Options {
     pub(super) stream: bool,
     pub(super) include_usage: bool,
     pub(super) logprobs: bool,
+    /// Choices of each prompt.
+    pub(super) choices: usize,
+    /// Answers of each prompt, of which the choices are the best.
+    pub(super) answers: usize,
 }
 
 /// The values of fields that only one of the routes has.
@@ -177,6 +187,8 @@ struct Asked {
     max_new_tokens: Option<u32>,
     num_top: u32,
     report: Report,
+    /// Answers of which the best are chosen.
+    best_of: Option<usize>,
 }
 
 /// Returns whether a field that is not supported has a value that asks for nothing.
@@ -192,7 +204,7 @@ fn harmless(name: &str, value: &Value) -> bool {
         // Hints that no model here can follow, and a wish for what there is.
         "prompt_cache_retention" | "verbosity" => value.is_string(),
         "modalities" => *value == json!(["text"]),
-        "n" | "best_of" => value == 1,
+        "best_of" => value == 1,
         "suffix" => value == "",
         "response_format" => value["type"] == "text",
         // The request brings no tools, so these choices ask for nothing.
@@ -212,7 +224,8 @@ impl Common {
     ) -> Result<(GroupRequest, Options), ApiError> {
         refuse(&self.rest, "", harmless)?;
         refuse(&self.stream_options.rest, "stream_options", |name, _| name == "include_obfuscation")?;
-        let Asked { names, max_new_tokens, num_top, report } = asked;
+        let Asked { names, max_new_tokens, num_top, report, best_of } = asked;
+        let answers = self.answers(best_of)?;
         let params = self.sampling(num_top)?;
         // Whoever names a placeholder has named no model.
         self.model.take_if(|model| is_placeholder(model) && app.registry.find(model).is_none());
@@ -231,6 +244,7 @@ impl Common {
             adapter,
             cache_salt: self.cache_salt,
             sequences: prompts.into_iter().map(sequence).collect(),
+            answers,
         };
         let options = Options {
             chat: false,
@@ -238,6 +252,8 @@ impl Common {
             stream: self.stream,
             include_usage: self.stream_options.include_usage == Some(true),
             logprobs: report.tokens,
+            choices: self.n,
+            answers: answers.count,
         };
         Ok((group, options))
     }
@@ -260,6 +276,26 @@ impl Common {
                 Ok(Some(app.merged_adapter(merged, source, credential)?))
             }
         }
+    }
+
+    /// The answers to each prompt: as many as there are choices, or more from which these are chosen.
+    fn answers(&self, best_of: Option<usize>) -> Result<Answers, ApiError> {
+        let best_of = best_of.unwrap_or(self.n);
+        for (field, value) in [("n", self.n), ("best_of", best_of)] {
+            if !(1..=MAX_ANSWERS).contains(&value) {
+                let problem = format!("must be from 1 to {MAX_ANSWERS}. Given: {value}");
+                return Err(ApiError::invalid(field, problem));
+            }
+        }
+        if best_of < self.n {
+            let problem = format!("must be at least `n`. Given: {best_of} and {}", self.n);
+            return Err(ApiError::invalid("best_of", problem));
+        }
+        if best_of > self.n && self.stream {
+            // The best are known at the end.
+            return Err(ApiError::invalid("best_of", "cannot be more than `n` in a stream"));
+        }
+        Ok(Answers { count: best_of, field: if best_of > self.n { "best_of" } else { "n" } })
     }
 
     /// OpenAI's requests draw unless they say otherwise.
@@ -303,6 +339,7 @@ impl CompletionRequest {
             max_new_tokens: Some(self.max_tokens.unwrap_or(MAX_TOKENS)),
             num_top: self.logprobs.unwrap_or(0),
             report: Report { echo, prompt: echo && tokens, tokens },
+            best_of: self.best_of,
         };
         common.into_group(app, caller, prompts, asked)
     }
@@ -331,6 +368,7 @@ impl ChatRequest {
             max_new_tokens: max_tokens.1,
             num_top: self.top_logprobs.unwrap_or(0),
             report: Report { tokens: self.logprobs == Some(true), ..Report::default() },
+            best_of: None,
         };
         let (group, options) = common.into_group(app, caller, vec![prompt], asked)?;
         Ok((group, Options { chat: true, ..options }))
