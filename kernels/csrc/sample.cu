@@ -23,7 +23,8 @@ struct SeatParams {
 
 struct Bias {
   uint32_t token;
-  float value;
+  float value;     // negative infinity for a token that is banned
+  uint32_t until;  // the number of generated tokens from which on it does not hold
 };
 
 constexpr uint32_t kNoMask = ~0u;
@@ -117,7 +118,7 @@ struct Allowed {
 // Logits after penalties and bias; negative infinity for tokens that are not allowed.
 template <typename L>
 __device__ void process(const L* logits, float* z, const SeatParams& p, const SampleArgs& a, uint32_t seat,
-                        const Allowed& allowed) {
+                        const Allowed& allowed, uint32_t index) {
   const uint16_t* seen = a.seen + (size_t)seat * a.seen_stride;
   for (int t = threadIdx.x; t < a.vocab; t += kThreads) {
     float x = to_float(logits[t]);
@@ -132,7 +133,7 @@ __device__ void process(const L* logits, float* z, const SeatParams& p, const Sa
   __syncthreads();
   for (uint32_t i = threadIdx.x; i < p.biases; i += kThreads) {
     Bias b = a.biases[(size_t)seat * a.max_biases + i];
-    if (b.token < (uint32_t)a.vocab) atomicAdd(z + b.token, b.value);
+    if (b.token < (uint32_t)a.vocab && index < b.until) atomicAdd(z + b.token, b.value);
   }
   __syncthreads();
   if (allowed.words == nullptr) return;
@@ -232,8 +233,9 @@ template <typename L> __global__ void __launch_bounds__(kThreads) sample(const _
   const Allowed allowed{at.mask == kNoMask ? nullptr : a.masks + (size_t)at.mask * a.mask_words};
   if (p.temperature > 0.f || p.penalized || p.biases || allowed.words) {
     float* z = a.scratch + (size_t)blockIdx.x * a.vocab;
-    process(logits, z, p, a, at.seat, allowed);
-    token = choose(z, p, a.vocab, a.draws[at.seat]);
+    const uint32_t index = a.draws[at.seat];
+    process(logits, z, p, a, at.seat, allowed, index);
+    token = choose(z, p, a.vocab, index);
   }
   if (p.num_top > 0) report_top(logits, a.vocab, peak, p.num_top, a.tops + (size_t)blockIdx.x * a.max_top);
   __syncthreads();

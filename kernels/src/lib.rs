@@ -24,7 +24,7 @@ pub mod prelude {
 }
 
 pub use self::sampling::{MAX_BIASES, MAX_TOP, SampleRow, Sampled, TokenMask};
-pub use ::sampling::SamplingParams;
+pub use ::sampling::{Ban, SamplingParams};
 pub use backend::{Adapters, Backend, CapturedStep, Memory, Ops, Sampling};
 pub use batch::{BLOCK_SIZE, Batch, RowSet, Segment, SequenceRows};
 pub use error::{Error, PeerFault, Result};

@@ -4,8 +4,8 @@ use crate::{Error, Result, SamplingParams};
 
 /// The largest number of tokens that are reported beside the sampled one; `kMaxTop` in `sample.cu`.
 pub const MAX_TOP: usize = 128;
-/// The largest number of tokens with a logit bias in one sequence.
-pub const MAX_BIASES: usize = 1024;
+/// The largest number of tokens of one sequence that have a logit bias or are banned.
+pub const MAX_BIASES: usize = 1536;
 
 /// Refuses a sequence with tokens beyond the vocabulary, with too many biases, or with too many tokens to report.
 pub(crate) fn check_seat(
@@ -16,11 +16,13 @@ pub(crate) fn check_seat(
 ) -> Result<()> {
     let op = "seat";
     let biased = params.logit_bias.iter().map(|(token, _)| token);
-    let largest = prompt.iter().chain(output).chain(biased).max().map_or(0, |&token| token as usize);
+    let banned = params.bans.iter().map(|ban| &ban.token);
+    let largest =
+        prompt.iter().chain(output).chain(biased).chain(banned).max().map_or(0, |&token| token as usize);
     for (what, index, limit) in [
         ("token", largest, vocab),
         ("number of reported tokens", params.num_top as usize, MAX_TOP + 1),
-        ("number of biases", params.logit_bias.len(), MAX_BIASES + 1),
+        ("number of biases", params.logit_bias.len() + params.bans.len(), MAX_BIASES + 1),
     ] {
         if index >= limit {
             return Err(Error::Index { op, what, index, limit });

@@ -8,7 +8,7 @@ pub(crate) mod stage;
 use std::{sync::Arc, time::Duration};
 
 use config::RouterConfig;
-use sampling::SamplingParams;
+use sampling::{Ban, SamplingParams};
 use scheduler::{Adapter, AdapterKey, Limits, RopeScaling, RowsPlan, StepPlan, kv_positions};
 
 use self::stage::Staged;
@@ -203,6 +203,7 @@ macro_rules! sampling_message {
                 .iter()
                 .map(|&(token, bias)| proto::LogitBias { token, bias })
                 .collect(),
+            bans: $params.bans.iter().map(|&Ban { token, until }| proto::Ban { token, until }).collect(),
         }
     };
 }
@@ -336,7 +337,9 @@ mod tests {
     fn the_largest_step_fits_into_a_message() {
         const SEQUENCES: u32 = 1024;
         let bias = vec![proto::LogitBias { token: u32::MAX, bias: 1.0 }; 1024];
-        let sampling = proto::Sampling { seed: u64::MAX, logit_bias: bias, ..proto::Sampling::default() };
+        let bans = vec![proto::Ban { token: u32::MAX, until: u32::MAX }; 512];
+        let sampling =
+            proto::Sampling { seed: u64::MAX, logit_bias: bias, bans, ..proto::Sampling::default() };
         let added = proto::NewSequence {
             sequence: u64::MAX,
             tokens: vec![u32::MAX; (MAX_ADDED_TOKENS / SEQUENCES) as usize],

@@ -59,6 +59,20 @@ macro_rules! parameters {
     };
 }
 
+/// A token that is not chosen before so many tokens have been generated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ban {
+    /// The token.
+    pub token: u32,
+    /// The number of generated tokens from which on it may be chosen; [`Ban::ALWAYS`] if never.
+    pub until: u32,
+}
+
+impl Ban {
+    /// The number of a token that is never chosen.
+    pub const ALWAYS: u32 = u32::MAX;
+}
+
 /// A value that a request may not ask for.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct OutOfRange {
@@ -82,7 +96,7 @@ macro_rules! structs {
         /// How one sequence samples.
         ///
         /// The order of application is: repetition, frequency and presence penalty, logit bias, temperature, top-k,
-        /// typical-p, top-p, min-p, then one draw. Log-probabilities are those of the model's own distribution, before
+        /// typical-p, top-p, min-p, then one draw. Bans are applied with the bias. Log-probabilities are those of the model's own distribution, before
         /// all of these.
         #[derive(Debug, Clone, PartialEq)]
         pub struct SamplingParams {
@@ -93,12 +107,14 @@ macro_rules! structs {
             pub num_top: u32,
             /// Added to the logits of single tokens.
             pub logit_bias: Vec<(u32, f32)>,
+            /// Tokens that are not chosen.
+            pub bans: Vec<Ban>,
         }
 
         /// Chooses the most probable token.
         impl Default for SamplingParams {
             fn default() -> Self {
-                SamplingParams { $($name: $off,)* seed: 0, num_top: 0, logit_bias: Vec::new() }
+                SamplingParams { $($name: $off,)* seed: 0, num_top: 0, logit_bias: Vec::new(), bans: Vec::new() }
             }
         }
 

@@ -2,7 +2,7 @@
 
 mod stage;
 
-use kernels::{Sampled, SamplingParams, TokenMask};
+use kernels::{Ban, Sampled, SamplingParams, TokenMask};
 use model::adapter::ContentHash;
 use proto as wire;
 use proto::ScoredToken;
@@ -120,6 +120,7 @@ macro_rules! sampling_params {
             seed: $message.seed,
             num_top: $message.num_top,
             logit_bias: $message.logit_bias.into_iter().map(|bias| (bias.token, bias.bias)).collect(),
+            bans: $message.bans.into_iter().map(|ban| Ban { token: ban.token, until: ban.until }).collect(),
         }
     };
 }
@@ -255,9 +256,11 @@ mod tests {
     fn every_sampling_parameter_reaches_the_kernels() {
         sampling::parameters!(check_each {});
         let bias = wire::LogitBias { token: 7, bias: 2.5 };
+        let bans = vec![wire::Ban { token: 8, until: 5 }];
         let message =
-            wire::Sampling { seed: 3, num_top: 2, logit_bias: vec![bias], ..wire::Sampling::default() };
+            wire::Sampling { seed: 3, num_top: 2, logit_bias: vec![bias], bans, ..wire::Sampling::default() };
         let params = sampling_params(message);
         assert_eq!((params.seed, params.num_top, params.logit_bias), (3, 2, vec![(7, 2.5)]));
+        assert_eq!(params.bans, [Ban { token: 8, until: 5 }]);
     }
 }

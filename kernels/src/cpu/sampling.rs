@@ -239,7 +239,8 @@ impl Seat {
         let Logits { raw, mask } = row;
         let normalizer = log_sum_exp(tier, raw);
         let params = &self.params;
-        let logits = if params.has_penalty() || !params.logit_bias.is_empty() || mask.is_some() {
+        let changes = params.has_penalty() || !params.logit_bias.is_empty() || !params.bans.is_empty();
+        let logits = if changes || mask.is_some() {
             scratch.logits.clear();
             scratch.logits.extend_from_slice(raw);
             self.penalize(&mut scratch.logits);
@@ -273,6 +274,9 @@ impl Seat {
         }
         for &(token, bias) in &params.logit_bias {
             logits[token as usize] += bias;
+        }
+        for ban in params.bans.iter().filter(|ban| self.drawn < u64::from(ban.until)) {
+            logits[ban.token as usize] = f32::NEG_INFINITY;
         }
     }
 }

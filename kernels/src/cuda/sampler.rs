@@ -9,7 +9,7 @@ use super::{
     ffi, unsupported,
 };
 use crate::{
-    Error, MAX_BIASES, MAX_TOP, Matrix, Result, SampleRow, Sampled, SamplingParams, TokenMask,
+    Ban, Error, MAX_BIASES, MAX_TOP, Matrix, Result, SampleRow, Sampled, SamplingParams, TokenMask,
     sampling::{check_masks, check_seat},
 };
 
@@ -17,7 +17,9 @@ use crate::{
 const MAX_ROWS: usize = 512;
 /// Bytes of a `SeatParams` in `sample.cu`.
 const PARAMS: usize = 56;
-/// Bytes of a `Bias` or a `Choice` in `sample.cu`.
+/// Bytes of a `Bias` in `sample.cu`.
+const BIAS: usize = 12;
+/// Bytes of a `Choice` in `sample.cu`.
 const PAIR: usize = 8;
 /// Bytes of a `SampleRow` in `sample.cu`.
 const ROW: usize = 12;
@@ -47,7 +49,7 @@ impl CudaSampler {
             seats,
             vocab,
             params: zeroed(seats * PARAMS)?,
-            biases: zeroed(seats * MAX_BIASES * PAIR)?,
+            biases: zeroed(seats * MAX_BIASES * BIAS)?,
             seen: zeroed(seats * seen_stride(vocab) * 2)?,
             draws: zeroed(seats * 4)?,
             last: zeroed(seats * 4)?,
@@ -68,10 +70,13 @@ impl CudaSampler {
         check_seat(params, self.vocab, prompt, output)?;
         expect_below("seat", "seat", seat, self.seats)?;
         let penalized = params.has_penalty();
-        let mut biases = Vec::with_capacity(params.logit_bias.len() * PAIR);
-        for &(token, bias) in &params.logit_bias {
+        let bans = params.bans.iter().map(|ban| (ban.token, f32::NEG_INFINITY, ban.until));
+        let always = params.logit_bias.iter().map(|&(token, bias)| (token, bias, Ban::ALWAYS));
+        let mut biases = Vec::new();
+        for (token, bias, until) in always.chain(bans) {
             token.put(&mut biases);
             bias.put(&mut biases);
+            until.put(&mut biases);
         }
         let seen = self.seen.at() + (at * seen_stride(self.vocab) * 2) as u64;
         let place = |buffer: &DeviceBuf, size: usize| buffer.at() + (at * size) as u64;
@@ -81,7 +86,7 @@ impl CudaSampler {
         unsafe {
             let words = seat_params(params, penalized);
             staging.copy(&be.stream, place(&self.params, PARAMS), &words)?;
-            staging.copy(&be.stream, place(&self.biases, MAX_BIASES * PAIR), &biases)?;
+            staging.copy(&be.stream, place(&self.biases, MAX_BIASES * BIAS), &biases)?;
             staging.copy(&be.stream, place(&self.draws, 4), &convert::bytes_of(&[output.len() as u32]))?;
             if penalized {
                 be.stream.clear(seen, seen_stride(self.vocab) * 2)?;
@@ -222,7 +227,8 @@ fn seat_params(params: &SamplingParams, penalized: bool) -> Vec<u8> {
     ] {
         x.put(&mut words);
     }
-    for x in [params.top_k, params.num_top, params.logit_bias.len() as u32, u32::from(penalized), 0] {
+    let biases = params.logit_bias.len() + params.bans.len();
+    for x in [params.top_k, params.num_top, biases as u32, u32::from(penalized), 0] {
         x.put(&mut words);
     }
     params.seed.put(&mut words);

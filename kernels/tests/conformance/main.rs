@@ -80,10 +80,10 @@ use rows::{
     products_that_are_activated,
 };
 use sampling::{
-    any_logits_give_a_token, counts_of_seen_tokens_stop_at_the_last, draws_depend_on_their_seat_alone,
-    every_parameter_has_an_effect, penalties_over_a_large_vocabulary, sampling_among_thousands_of_tokens,
-    sampling_and_scoring_of_many_rows, sampling_filters_and_reports, sampling_of_a_large_vocabulary,
-    tokens_without_a_probability_are_never_chosen,
+    any_logits_give_a_token, banned_tokens_wait, counts_of_seen_tokens_stop_at_the_last,
+    draws_depend_on_their_seat_alone, every_parameter_has_an_effect, penalties_over_a_large_vocabulary,
+    sampling_among_thousands_of_tokens, sampling_and_scoring_of_many_rows, sampling_filters_and_reports,
+    sampling_of_a_large_vocabulary, tokens_without_a_probability_are_never_chosen,
 };
 
 on_every_backend!(
@@ -119,6 +119,7 @@ on_every_backend!(
     counts_of_seen_tokens_stop_at_the_last,
     sampling_and_scoring_of_many_rows,
     draws_depend_on_their_seat_alone,
+    banned_tokens_wait,
     every_parameter_has_an_effect,
     tokens_without_a_probability_are_never_chosen,
     any_logits_give_a_token,

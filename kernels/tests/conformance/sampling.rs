@@ -1,7 +1,7 @@
 //! Choices of the next token.
 
 use kernels::{
-    Backend, SampleRow, SamplingParams, TokenMask,
+    Backend, Ban, SampleRow, SamplingParams, TokenMask,
     reference::{self, Table},
     testing::Numbers,
 };
@@ -45,6 +45,60 @@ pub(super) fn sampling_filters_and_reports<B: Backend>(ops: &B) {
     let scored = collect(ops, ops.score(&x, &[(1, 5), (1, 6)], 1).unwrap());
     assert!((scored[1].logprob - logprobs[6]).abs() < 1e-4);
     assert_eq!(scored[0].top[0].0, order[0]);
+}
+
+/// Tokens that are banned are not chosen until so many have been generated, whether tokens are drawn or not.
+pub(super) fn banned_tokens_wait<B: Backend>(ops: &B) {
+    let logits = Numbers(7).table(3, 50);
+    let x = mat(ops, &logits);
+    let mut order: Vec<u32> = (0..50).collect();
+    let row = logits.row(1);
+    order.sort_by(|a, b| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b)));
+    let logprobs = reference::log_softmax(row);
+    let choose = |params: &SamplingParams, output: &[u32], count: usize| {
+        let mut sampler = ops.sampler(2, 50).unwrap();
+        ops.seat(&mut sampler, 1, params, &[order[0]], output).unwrap();
+        let mut one =
+            || collect(ops, ops.sample(&x, &[SampleRow { row: 1, seat: 1 }], &mut sampler).unwrap());
+        (0..count).map(|_| one().remove(0)).collect::<Vec<_>>()
+    };
+    let [best, second, third] = [order[0], order[1], order[2]];
+    let ban = |token, until| Ban { token, until };
+    for (bans, output, expected) in [
+        (vec![], 0, [best; 4]),
+        (vec![ban(best, 0)], 0, [best; 4]),
+        (vec![ban(best, 2)], 0, [second, second, best, best]),
+        (vec![ban(best, 2)], 1, [second, best, best, best]),
+        (vec![ban(best, 2)], 2, [best; 4]),
+        (vec![ban(best, Ban::ALWAYS)], 7, [second; 4]),
+        (vec![ban(best, 3), ban(second, 1)], 0, [third, second, second, best]),
+        (vec![ban(best, 1), ban(best, 2)], 0, [second, second, best, best]),
+        (vec![ban(third, Ban::ALWAYS)], 0, [best; 4]),
+    ] {
+        let params = SamplingParams { bans, num_top: 1, ..Default::default() };
+        let chosen = choose(&params, &vec![third; output], 4);
+        assert_eq!(chosen.iter().map(|one| one.token).collect::<Vec<_>>(), expected, "{params:?}");
+        // What is reported is the model's own distribution.
+        assert!(chosen.iter().all(|one| one.top[0].0 == best));
+        assert!(chosen.iter().all(|one| (one.logprob - logprobs[one.token as usize]).abs() < 1e-4));
+    }
+    // A bias does not outweigh a ban, and draws keep it too.
+    let bans: Vec<_> = order[..49].iter().map(|&token| ban(token, 3)).collect();
+    for (temperature, logit_bias) in [(0.0, vec![(best, 100.0)]), (1.0, vec![(best, 100.0)]), (5.0, vec![])] {
+        for seed in 0..20 {
+            let params = SamplingParams {
+                temperature,
+                seed,
+                bans: bans.clone(),
+                logit_bias: logit_bias.clone(),
+                ..Default::default()
+            };
+            let chosen: Vec<_> = choose(&params, &[], 3).iter().map(|one| one.token).collect();
+            assert_eq!(chosen, [order[49]; 3], "{params:?}");
+        }
+    }
+    let beyond = SamplingParams { bans: vec![ban(50, 1)], ..Default::default() };
+    assert!(ops.seat(&mut ops.sampler(1, 50).unwrap(), 0, &beyond, &[], &[]).is_err());
 }
 
 /// Tokens that 200 seeds draw, with a prompt and an output of probable tokens.

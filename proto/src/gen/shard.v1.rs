@@ -535,6 +535,16 @@ pub struct Sampling {
     pub num_top: u32,
     #[prost(message, repeated, tag = "11")]
     pub logit_bias: ::prost::alloc::vec::Vec<LogitBias>,
+    #[prost(message, repeated, tag = "12")]
+    pub bans: ::prost::alloc::vec::Vec<Ban>,
+}
+/// A token that is not chosen before the sequence has generated `until` tokens; 4294967295 for never.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Ban {
+    #[prost(uint32, tag = "1")]
+    pub token: u32,
+    #[prost(uint32, tag = "2")]
+    pub until: u32,
 }
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct LogitBias {

@@ -78,6 +78,7 @@ async fn what_is_asked_for_reaches_the_shard() {
     assert_eq!(new.tokens, prompt[prompt.len() - 2..]);
     assert!(new.slot.is_some() && !new.prompt_logprobs);
     let sampling = proto::Sampling {
+        bans: Vec::new(),
         temperature: 0.5,
         top_k: 7,
         top_p: 0.25,

@@ -190,6 +190,7 @@ async fn what_is_asked_for_reaches_the_shard() {
         "typical_p": 0.75, "repetition_penalty": 1.5});
     router.ok("/v1/completions", &body).await;
     let sampling = proto::Sampling {
+        bans: Vec::new(),
         temperature: 0.5,
         top_k: 9,
         top_p: 0.25,

@@ -352,7 +352,8 @@ impl<B: Backend> State<B> {
             return Err(format!("{tokens} tokens, the model has {limit} positions"));
         }
         let biased = new.sampling.logit_bias.iter().map(|(token, _)| *token);
-        self.expect_tokens_of(new.tokens.iter().copied().chain(biased), new.slot)
+        let banned = new.sampling.bans.iter().map(|ban| ban.token);
+        self.expect_tokens_of(new.tokens.iter().copied().chain(biased).chain(banned), new.slot)
     }
 
     /// Checks that the model, or the adapter in a slot, has a row for each of these tokens.
