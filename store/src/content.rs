@@ -24,9 +24,12 @@ const WORTH_THREADS: u64 = 4 << 20;
 /// Separates these hashes from all others. A change to what is hashed needs another name.
 const CONTEXT: &str = "lorax 2026-11-30 content of an adapter, files sorted by name";
 
-/// Threads that help the callers of [`content_of`] now. They are bounded by the number of cores for all callers
-/// together, so that many large adapters at once do not start a crowd of threads.
-static HELPERS: AtomicUsize = AtomicUsize::new(0);
+/// How much the threads that hash give way to others: tokens must not wait until a core is free.
+const NICENESS: i32 = 10;
+
+/// Threads that hash for the callers of [`content_of`] now. All callers together have a quarter of the cores, and each
+/// has one thread at least: a file that cannot be read holds up nobody else.
+static THREADS: AtomicUsize = AtomicUsize::new(0);
 
 /// The hash of an adapter: BLAKE3 over the names, sizes and bytes of its files, in the order of their names.
 ///
@@ -73,22 +76,11 @@ fn hash_file(file: &File, bytes: u64) -> io::Result<[u8; 32]> {
         file.read_exact_at(&mut whole, 0)?;
         return Ok(blake3::hash(&whole).into());
     }
-    let helpers = if bytes < WORTH_THREADS { Helpers(0) } else { Helpers::take(pieces - 1) };
     let next = AtomicU64::new(0);
     let work = || hash_pieces(file, bytes, &next);
-    let found: io::Result<Vec<Vec<(u64, ChainingValue)>>> = thread::scope(|scope| {
-        let others: Vec<_> = (0..helpers.0)
-            .map(|_| thread::Builder::new().name("hash".into()).spawn_scoped(scope, work))
-            .collect();
-        let mine = work();
-        // A thread that could not be started leaves its pieces to the others.
-        let joined =
-            others.into_iter().flatten().map(|other| other.join().unwrap_or_else(|_| Err(panicked())));
-        std::iter::once(mine).chain(joined).collect()
-    });
-    drop(helpers);
+    let found = if bytes < WORTH_THREADS { work()? } else { on_threads(&Threads::take(pieces), work)? };
     let mut values = vec![[0; 32]; usize::try_from(pieces).unwrap_or(0)];
-    for (piece, value) in found?.into_iter().flatten() {
+    for (piece, value) in found {
         values[usize::try_from(piece).unwrap_or(0)] = value;
     }
     let (left, right) = values.split_at(left_pieces(pieces));
@@ -96,12 +88,31 @@ fn hash_file(file: &File, bytes: u64) -> io::Result<[u8; 32]> {
     Ok(merge_subtrees_root(&left, &right, Mode::Hash).into())
 }
 
-fn panicked() -> io::Error {
-    io::Error::other("a thread that hashes panicked")
+/// The values of pieces, and which pieces these are.
+type Hashed = Vec<(u64, ChainingValue)>;
+
+/// Does the work on threads that give way to others.
+fn on_threads(threads: &Threads, work: impl Fn() -> io::Result<Hashed> + Sync) -> io::Result<Hashed> {
+    let in_the_background = || {
+        // Without this the work is done all the same.
+        let _ = rustix::process::nice(NICENESS);
+        work()
+    };
+    thread::scope(|scope| {
+        let start = |_| thread::Builder::new().name("hash".into()).spawn_scoped(scope, in_the_background);
+        let started: Vec<_> = (0..threads.0).map(start).collect();
+        // A thread that could not be started leaves its pieces to the others.
+        let mut all = if started.iter().all(Result::is_err) { work()? } else { Vec::new() };
+        for thread in started.into_iter().flatten() {
+            let panicked = |_| Err(io::Error::other("a thread that hashes panicked"));
+            all.append(&mut thread.join().unwrap_or_else(panicked)?);
+        }
+        Ok(all)
+    })
 }
 
 /// Hashes pieces until none is left, as one of several threads.
-fn hash_pieces(file: &File, bytes: u64, next: &AtomicU64) -> io::Result<Vec<(u64, ChainingValue)>> {
+fn hash_pieces(file: &File, bytes: u64, next: &AtomicU64) -> io::Result<Hashed> {
     let mut buffer = vec![0; PIECE as usize];
     let mut values = Vec::new();
     loop {
@@ -133,24 +144,24 @@ fn subtree(values: &[ChainingValue]) -> ChainingValue {
 }
 
 /// Threads that were taken from the bound of all callers.
-struct Helpers(usize);
+struct Threads(usize);
 
-impl Helpers {
-    /// At most so many; fewer if others have them.
+impl Threads {
+    /// At most so many; one if others have the rest.
     fn take(wanted: u64) -> Self {
-        let cores = thread::available_parallelism().map_or(1, usize::from);
-        let wanted = usize::try_from(wanted).unwrap_or(cores).min(cores - 1);
-        let mut taken = 0;
-        let _ = HELPERS.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |busy| {
-            taken = wanted.min((cores - 1).saturating_sub(busy));
+        let most = thread::available_parallelism().map_or(1, usize::from).div_ceil(4);
+        let wanted = usize::try_from(wanted).unwrap_or(most);
+        let mut taken = 1;
+        let _ = THREADS.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |busy| {
+            taken = wanted.min(most.saturating_sub(busy)).max(1);
             Some(busy + taken)
         });
         Self(taken)
     }
 }
 
-impl Drop for Helpers {
+impl Drop for Threads {
     fn drop(&mut self) {
-        HELPERS.fetch_sub(self.0, Ordering::Relaxed);
+        THREADS.fetch_sub(self.0, Ordering::Relaxed);
     }
 }
