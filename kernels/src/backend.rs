@@ -233,6 +233,12 @@ pub trait Adapters: Sampling {
     /// The adapter slots of all sites.
     type LoraSlots: Send;
 
+    /// Tells the device how many bytes adapters in slots may take, for it to allocate them now: later, the first loads
+    /// would wait for that.
+    fn reserve_slots(&self, bytes: usize) {
+        let _ = bytes;
+    }
+
     /// Tells the device the largest number of bytes that staged adapters will take, so that it keeps as much memory for
     /// reuse when adapters are dropped, and how many bytes of this it may begin to allocate now, beside steps. Returns at
     /// once.

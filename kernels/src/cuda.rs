@@ -42,7 +42,7 @@ pub use memory::{CudaKv, CudaMat, CudaRope, CudaVector, CudaWeight};
 pub use sampler::{CudaPending, CudaSampler};
 
 use comm::Comm;
-use device::{Branch, Device, Event, Stream, launched};
+use device::{Branch, Device, Event, PoolBuf, Stream, launched};
 use staging::Staging;
 
 const BACKEND: &str = "cuda";
@@ -332,6 +332,11 @@ impl Memory for CudaBackend {
 impl Adapters for CudaBackend {
     type HostAdapter = CudaAdapter;
     type LoraSlots = CudaSlots;
+
+    fn reserve_slots(&self, bytes: usize) {
+        // The pool keeps what is freed. Without the memory, loads will tell which adapter has no room.
+        let _ = PoolBuf::new(&self.stream, &self.stream, bytes, "adapters in slots");
+    }
 
     fn expect_adapters(&self, most: usize, now: usize) {
         self.pinned.set_aside(most, now);

@@ -277,6 +277,7 @@ fn serve<B: Backend>(
     }
     (target.ready)(&ops);
     tracing::info!(num_blocks, seconds = capture.elapsed().as_secs_f32(), "ready to compute");
+    ops.reserve_slots(room.adapter_bytes as usize);
     // Page-locked memory is not available to other processes: no more than a quarter is locked in advance.
     ops.expect_adapters(host_bytes, memory::quarter(config.shards.uds.len()) as usize);
     let info = Info {
