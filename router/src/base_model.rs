@@ -6,6 +6,7 @@ use std::{
 };
 
 use config::Config;
+use sha2::{Digest, Sha256};
 
 /// LoRAX's name of the base model where an adapter is named.
 pub(crate) const BASE_MODEL: &str = "__base_model__";
@@ -24,6 +25,7 @@ pub(crate) struct BaseModel {
     served: Vec<String>,
     /// Time at which its files came to this machine, in seconds since 1970.
     created: u64,
+    fingerprint: String,
 }
 
 impl BaseModel {
@@ -35,7 +37,7 @@ impl BaseModel {
         let written = model.path.metadata().and_then(|file| file.modified());
         let written = written.unwrap_or_else(|_| SystemTime::now());
         let created = written.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        BaseModel { id: model.id.clone(), root, served, created }
+        BaseModel { id: model.id.clone(), root, served, created, fingerprint: fingerprint(config) }
     }
 
     /// The model by its own name, wherever it lies.
@@ -58,6 +60,11 @@ impl BaseModel {
         self.created
     }
 
+    /// A name for the model and all that its answers depend on beside a request, for `system_fingerprint`.
+    pub(crate) fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
     /// Returns whether the model has this name. The name on the command line is always one of them.
     pub(crate) fn is_called(&self, name: &str) -> bool {
         name == self.id || self.served.iter().any(|served| served == name)
@@ -73,6 +80,15 @@ impl BaseModel {
 /// Returns whether a client sends this name where its user has named no model.
 pub(crate) fn is_placeholder(name: &str) -> bool {
     PLACEHOLDERS.contains(&name)
+}
+
+/// A hash of the model, of how it is computed, and of this program's version.
+fn fingerprint(config: &Config) -> String {
+    let (model, shard) = (&config.model, &config.shard);
+    let parts = (&model.id, &model.sha, shard.device, shard.dtype, config.ranks(), env!("CARGO_PKG_VERSION"));
+    let hash = Sha256::digest(format!("{parts:?}"));
+    let digits: String = hash.iter().take(5).map(|byte| format!("{byte:02x}")).collect();
+    format!("fp_{digits}")
 }
 
 /// The name that a model has wherever it lies: a repository's of its hub, otherwise that of the file, the folder or the

@@ -98,6 +98,12 @@ impl ChatTemplates {
         self.named.iter().filter_map(|(name, template)| Some((name.as_str(), template.as_ref().err()?)))
     }
 
+    /// Returns whether the default template mentions a variable.
+    pub fn mentions(&self, variable: &str) -> bool {
+        let template = self.named.get(DEFAULT).and_then(|template| template.as_ref().ok());
+        template.is_some_and(|template| template.source.contains(variable))
+    }
+
     /// The prompt of a chat.
     pub fn render(&self, input: &TemplateInput) -> Result<String, ChatError> {
         let template = self.choose(input)?;

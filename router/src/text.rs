@@ -37,6 +37,20 @@ pub(crate) struct Alternative {
     pub(crate) logprob: f32,
 }
 
+/// How an answer ends, beside its stop strings, and how its end is shown.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Ending {
+    /// Tokens that come before it may end: until then no token that ends a sequence is chosen, and no stop string is
+    /// looked for.
+    pub(crate) min_tokens: u32,
+    /// Tokens that end it, beside those of the model.
+    pub(crate) stop_token_ids: Vec<u32>,
+    /// Whether the stop string or the token that ends it is part of its text.
+    pub(crate) include_stop: bool,
+    /// Whether special tokens are part of its text.
+    pub(crate) show_special: bool,
+}
+
 /// The reason that an answer ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum EndReason {

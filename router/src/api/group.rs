@@ -21,10 +21,11 @@ use crate::{
     generation::{Failure, Job, Scored, Update},
     permits::{Meter, Permit},
     server::{App, accept::Caller},
-    text::{EndReason, Piece, PromptText, TextEvent, TextStream},
+    text::{EndReason, Ending, Piece, PromptText, TextEvent, TextStream},
     tokenizer::{ModelTokenizer, TokenizerError},
 };
 use futures::future::try_join_all;
+use sampling::Ban;
 use scheduler::{Adapter, CacheSalt, Finish, GroupId, Tenant};
 use secrecy::{ExposeSecret, SecretString};
 
@@ -121,6 +122,7 @@ struct Shared {
     lease: Option<Arc<Lease>>,
     in_use: Option<Arc<InUse>>,
     end_ids: Arc<[u32]>,
+    vocab_size: u32,
     received: Instant,
     validation: Duration,
     meter: Meter,
@@ -167,6 +169,7 @@ impl App {
             lease: leased.map(|leased| Arc::new(leased.lease)),
             in_use,
             end_ids: info.eos_token_ids.iter().chain(self.tokenizer.end_ids()).copied().collect(),
+            vocab_size: info.vocab_size,
             received: caller.received,
             validation: begun.elapsed(),
             meter: self.permits.meter(&caller.principal),
@@ -211,10 +214,13 @@ impl App {
     ) -> Result<Generation, ApiError> {
         let Tokenized { request, prompt, max_new_tokens, text, group } = tokenized;
         let report = request.report;
+        let (stop_ids, bans) = shared.ends(&request);
+        let mut sampling = request.sampling;
+        sampling.bans.extend(bans);
         let shares_prompt = group.is_some_and(|(_, place)| place > 0);
         let mut generation = Generation {
             tokens: Arc::new(TokenCounts { prompt: prompt.len(), shares_prompt, ..TokenCounts::default() }),
-            seed: request.sampling.draws().then_some(request.sampling.seed),
+            seed: sampling.draws().then_some(sampling.seed),
             timing: Timing {
                 received: shared.received,
                 validation: shared.validation,
@@ -223,7 +229,13 @@ impl App {
             },
             running: None,
             prompt: text,
-            text: TextStream::new(self.tokenizer.clone(), &prompt, request.stop, report.tokens),
+            text: TextStream::new(
+                self.tokenizer.clone(),
+                &prompt,
+                request.stop,
+                &request.ending,
+                report.tokens,
+            ),
             meter: shared.meter.clone(),
             in_use: shared.in_use.clone(),
             begun: false,
@@ -245,9 +257,9 @@ impl App {
             salt: shared.salt,
             prompt,
             max_new_tokens,
-            stop_ids: if request.ignore_eos { Arc::from([]) } else { shared.end_ids.clone() },
+            stop_ids,
             adapter: shared.adapter,
-            sampling: request.sampling,
+            sampling,
             prompt_logprobs: report.prompt,
             group: group.map(|(group, _)| group),
         };
@@ -263,6 +275,20 @@ fn sibling_seed(seed: u64, place: u64) -> u64 {
     mixed = (mixed ^ mixed >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
     seed ^ mixed ^ mixed >> 31
+}
+
+impl Shared {
+    /// The tokens that end a sequence, and the bans that keep tokens from ending it too early.
+    fn ends(&self, request: &SequenceRequest) -> (Arc<[u32]>, Vec<Ban>) {
+        let Ending { min_tokens, stop_token_ids, .. } = &request.ending;
+        let models = if request.ignore_eos { &[][..] } else { &self.end_ids };
+        let stop_ids = models.iter().chain(stop_token_ids).copied().collect();
+        // Also those of the model that would not end it, as vLLM has it.
+        let ends = self.end_ids.iter().chain(stop_token_ids).filter(|id| **id < self.vocab_size);
+        let until = *min_tokens;
+        let bans = ends.filter(|_| until > 0).map(|&token| Ban { token, until }).collect();
+        (stop_ids, bans)
+    }
 }
 
 fn tokenize(

@@ -63,7 +63,7 @@ pub(crate) async fn chat_completions(
             move || body.into_group(&app, &caller)
         };
         let (request, options) = app.workers.run("rendering of a chat", &caller.principal, render).await??;
-        let fold = move |index| ChatFold::new(index, options.logprobs);
+        let fold = |index| ChatFold::new(index, options.logprobs, options.echo.clone());
         respond(&app, &caller, request, &options, fold).await
     };
     answer.await.unwrap_or_else(|error: ApiError| error.respond(Dialect::OpenAi))

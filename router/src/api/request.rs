@@ -3,9 +3,12 @@
 use sampling::SamplingParams;
 
 use super::error::ApiError;
+use crate::text::Ending;
 
 /// Largest number of alternatives that is reported for a token.
 const MAX_TOP: u32 = 20;
+/// Tokens that end a sequence, beside those of the model.
+const MAX_STOP_TOKENS: usize = 128;
 /// Entries of a logit bias.
 const MAX_BIAS: usize = 1024;
 
@@ -46,6 +49,7 @@ pub(crate) struct SequenceRequest {
     pub(crate) max_new_tokens: Option<u32>,
     pub(crate) stop: Vec<String>,
     pub(crate) ignore_eos: bool,
+    pub(crate) ending: Ending,
     pub(crate) sampling: SamplingParams,
     pub(crate) report: Report,
     /// Keep this many tokens from the end of the prompt, of which the first is the one that the tokenizer begins texts
@@ -87,6 +91,16 @@ impl SequenceRequest {
                 "logit_bias",
                 format!("must map token ids below {vocab} to numbers between -100 and 100"),
             ),
+            (
+                self.ending.stop_token_ids.len() <= MAX_STOP_TOKENS,
+                "stop_token_ids",
+                format!("supports up to {MAX_STOP_TOKENS} tokens"),
+            ),
+            (
+                self.ending.stop_token_ids.iter().all(|id| *id < vocab),
+                "stop_token_ids",
+                format!("must be less than {vocab}"),
+            ),
             (self.truncate != Some(0), "truncate", "must be strictly positive".into()),
         ] {
             if !holds {
@@ -113,6 +127,10 @@ impl SequenceRequest {
         }
         let room = limits.max_total_tokens.saturating_sub(prompt.len()) as u32;
         let new = self.max_new_tokens.unwrap_or(room.max(1));
+        if self.ending.min_tokens > new {
+            let problem = format!("must be at most `{}`, which is {new}", self.names.max_new_tokens);
+            return Err(ApiError::invalid("min_tokens", problem));
+        }
         if prompt.len() > limits.max_input_length || new > room {
             return Err(ApiError::ContextLength {
                 names: self.names,

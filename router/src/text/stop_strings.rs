@@ -68,6 +68,13 @@ impl StopStrings {
         }
     }
 
+    /// Takes the same without looking for anything in it. Nothing may be held back.
+    pub(super) fn pass(&mut self, piece: &str, hidden: bool) -> Scanned {
+        self.position += piece.len();
+        let text = if hidden { String::new() } else { piece.to_owned() };
+        Scanned { text, certain: self.position, stop: None }
+    }
+
     /// Releases what was held back, when no more text comes.
     pub(super) fn finish(&mut self) -> Scanned {
         self.release(self.held.len())

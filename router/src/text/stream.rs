@@ -5,7 +5,7 @@ use std::{collections::VecDeque, mem, sync::Arc};
 use scheduler::Finish;
 
 use super::{
-    EndReason, Piece,
+    EndReason, Ending, Piece,
     stop_strings::{Match, Scanned, StopStrings},
     tokens::{NewToken, Placed, Tokens, Unit},
 };
@@ -17,6 +17,9 @@ pub(crate) struct TextStream {
     stops: StopStrings,
     /// Whether to report settled tokens.
     settles: bool,
+    /// Tokens that are still to come before stop strings are looked for.
+    early: usize,
+    include_stop: bool,
     /// Tokens whose text is not certain, at their positions in the scanned text.
     unsettled: VecDeque<Placed>,
 }
@@ -27,12 +30,15 @@ impl TextStream {
         tokenizer: Arc<ModelTokenizer>,
         prompt: &[u32],
         stops: Vec<String>,
+        ending: &Ending,
         settles: bool,
     ) -> TextStream {
         TextStream {
-            tokens: Tokens::new(tokenizer, prompt),
+            tokens: Tokens::new(tokenizer, prompt, ending.show_special),
             stops: StopStrings::new(stops),
             settles,
+            early: ending.min_tokens as usize,
+            include_stop: ending.include_stop,
             unsettled: VecDeque::new(),
         }
     }
@@ -40,7 +46,11 @@ impl TextStream {
     /// Takes a token with its alternatives, and returns the pieces of all tokens whose text is complete with it.
     /// Nothing may be pushed after a piece that ends the text.
     pub(crate) fn push(&mut self, token: Scored, top: Vec<Scored>, finish: Option<Finish>) -> Vec<Piece> {
-        let mut units = self.tokens.push(NewToken { id: token.id, logprob: Some(token.logprob), top });
+        let token = NewToken { id: token.id, logprob: Some(token.logprob), top };
+        let mut units = match finish {
+            Some(Finish::StopToken) if !self.include_stop => self.tokens.push_hidden(token),
+            _ => self.tokens.push(token),
+        };
         if finish.is_some() {
             units.extend(self.tokens.finish());
         }
@@ -60,7 +70,12 @@ impl TextStream {
     /// Adds the pieces of one unit's tokens.
     fn unit(&mut self, unit: Unit, pieces: &mut Vec<Piece>) {
         let position = self.stops.end();
-        let scanned = self.stops.push(&unit.text, unit.special);
+        let is_early = unit.tokens.len() <= self.early;
+        self.early = self.early.saturating_sub(unit.tokens.len());
+        let scanned = match is_early {
+            true => self.stops.pass(&unit.text, unit.hidden),
+            false => self.stops.push(&unit.text, unit.hidden),
+        };
         let tokens: Vec<Placed> = unit.tokens.into_iter().map(|token| token.shift(position)).collect();
         if self.settles {
             self.unsettled.extend(tokens.iter().cloned());
@@ -81,10 +96,14 @@ impl TextStream {
         while self.unsettled.front().is_some_and(|token| token.end <= scanned.certain) {
             piece.settled.extend(self.unsettled.pop_front().map(|token| token.token));
         }
-        if let Some(Match { text, .. }) = scanned.stop {
+        if let Some(Match { text, end }) = scanned.stop {
+            let end = if self.include_stop { end } else { scanned.certain };
+            if self.include_stop {
+                piece.text += &text;
+            }
             let cut = mem::take(&mut self.unsettled);
-            let kept = cut.into_iter().filter(|token| token.start < scanned.certain);
-            piece.settled.extend(kept.map(|token| token.cut(scanned.certain)));
+            let kept = cut.into_iter().filter(|token| token.start < end);
+            piece.settled.extend(kept.map(|token| token.cut(end)));
             piece.end = Some(EndReason::StopString { text });
         }
     }

@@ -20,8 +20,15 @@ pub(super) struct NewToken {
 #[derive(Debug)]
 pub(super) struct Unit {
     pub(super) text: String,
-    pub(super) special: bool,
+    /// Whether the text is not part of the answer.
+    pub(super) hidden: bool,
     pub(super) tokens: Vec<Placed>,
+}
+
+/// Whether a token is special, which decides how it is reported.
+enum Kind {
+    Ordinary,
+    Special { visible: bool },
 }
 
 /// A token with its place in the text of its unit, in bytes.
@@ -62,23 +69,36 @@ pub(super) struct Tokens {
     detokenizer: Detokenizer,
     /// Tokens whose text is not complete.
     pending: Vec<NewToken>,
+    /// Whether special tokens are text.
+    show_special: bool,
 }
 
 impl Tokens {
     /// Continues a prompt.
-    pub(super) fn new(tokenizer: Arc<ModelTokenizer>, prompt: &[u32]) -> Tokens {
-        Tokens { detokenizer: Detokenizer::new(tokenizer.clone(), prompt), tokenizer, pending: Vec::new() }
+    pub(super) fn new(tokenizer: Arc<ModelTokenizer>, prompt: &[u32], show_special: bool) -> Tokens {
+        let detokenizer = Detokenizer::new(tokenizer.clone(), prompt);
+        Tokens { detokenizer, tokenizer, pending: Vec::new(), show_special }
     }
 
     /// Takes a token and returns the units that are complete with it. A special token ends the character before it.
     pub(super) fn push(&mut self, token: NewToken) -> Vec<Unit> {
         if self.tokenizer.is_special(token.id) {
-            let special = self.special(token);
-            return self.finish().into_iter().chain([special]).collect();
+            let visible = self.show_special;
+            return self.push_special(token, visible);
         }
         let decoded = self.detokenizer.push(token.id);
         self.pending.push(token);
         self.unit(decoded).into_iter().collect()
+    }
+
+    /// The same for a token that ends the sequence, and whose text is not part of the answer.
+    pub(super) fn push_hidden(&mut self, token: NewToken) -> Vec<Unit> {
+        self.push_special(token, false)
+    }
+
+    fn push_special(&mut self, token: NewToken, visible: bool) -> Vec<Unit> {
+        let special = self.special(token, visible);
+        self.finish().into_iter().chain([special]).collect()
     }
 
     /// The unit of all that is left, when no more tokens come.
@@ -108,11 +128,11 @@ impl Tokens {
                 false => (0, decoded.text.len()),
             };
             let text = decoded.text[told..text_end].to_owned();
-            let token = self.report(token, text, bytes, false);
+            let token = self.report(token, text, bytes, Kind::Ordinary);
             placed.push(Placed { token, start: if exact { start } else { 0 }, text_end, end });
             (start, told) = (behind, text_end);
         }
-        Some(Unit { text: decoded.text, special: false, tokens: placed })
+        Some(Unit { text: decoded.text, hidden: false, tokens: placed })
     }
 
     /// The bytes of each token. Those of a token that is text by itself are the text's: what a token adds may differ
@@ -124,17 +144,20 @@ impl Tokens {
         tokens.iter().map(|token| self.tokenizer.token_bytes(token.id)).collect()
     }
 
-    fn special(&self, token: NewToken) -> Unit {
+    fn special(&self, token: NewToken, visible: bool) -> Unit {
         let text = self.tokenizer.token_text(token.id);
         let bytes = text.as_bytes().to_vec();
         let (start, end) = (0, text.len());
-        let token = self.report(token, text.clone(), bytes, true);
-        Unit { text, special: true, tokens: vec![Placed { token, start, text_end: end, end }] }
+        let token = self.report(token, text.clone(), bytes, Kind::Special { visible });
+        Unit { text, hidden: !visible, tokens: vec![Placed { token, start, text_end: end, end }] }
     }
 
-    fn report(&self, token: NewToken, text: String, bytes: Vec<u8>, special: bool) -> TokenText {
+    fn report(&self, token: NewToken, text: String, bytes: Vec<u8>, kind: Kind) -> TokenText {
         let NewToken { id, logprob, top } = token;
-        let visible = !special;
+        let (special, visible) = match kind {
+            Kind::Ordinary => (false, true),
+            Kind::Special { visible } => (true, visible),
+        };
         let mut token = TokenText { id, text, bytes, logprob, special, visible, alternatives: Vec::new() };
         token.alternatives = alternatives(&self.tokenizer, top, &token);
         token

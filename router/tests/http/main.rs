@@ -42,4 +42,5 @@ mod sockets;
 mod supervision;
 mod tenants;
 mod text;
+mod vllm_fields;
 mod vocabulary;

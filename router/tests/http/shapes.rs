@@ -22,7 +22,11 @@ async fn bytes(router: &Router, path: &str, body: &Value) -> String {
     let text = router.send(path, body).await.text().await.unwrap();
     let mut out = String::new();
     let mut rest = text.as_str();
-    while let Some(at) = [r#""id":"c"#, r#""created":1"#].iter().filter_map(|key| rest.find(key)).min() {
+    while let Some(at) = [r#""id":"c"#, r#""created":1"#, r#""system_fingerprint":"fp_"#]
+        .iter()
+        .filter_map(|key| rest.find(key))
+        .min()
+    {
         let (before, from) = rest.split_at(at);
         let (key, value) = from.split_once(':').unwrap();
         let end = value.find(',').unwrap();
@@ -67,26 +71,26 @@ fn openai() -> Vec<(&'static str, Value, &'static str)> {
         (
             "/v1/completions",
             json!({"prompt": "Hi", "logprobs": 1, "echo": true, "max_tokens": 1}),
-            r#"{"id":_,"object":"text_completion","created":_,"model":"the/base-model","choices":[{"index":0,"text":"Hia","logprobs":{"tokens":["H","i","a"],"token_logprobs":[null,-1.1875,-1.0625],"top_logprobs":[null,{"i":-1.1875},{"a":-1.0625}],"text_offset":[0,1,2]},"finish_reason":"length"}],"usage":{"prompt_tokens":2,"completion_tokens":1,"total_tokens":3,"prompt_tokens_details":{"cached_tokens":0}}}"#,
+            r#"{"id":_,"object":"text_completion","created":_,"model":"the/base-model","system_fingerprint":_,"choices":[{"index":0,"text":"Hia","logprobs":{"tokens":["H","i","a"],"token_logprobs":[null,-1.1875,-1.0625],"top_logprobs":[null,{"i":-1.1875},{"a":-1.0625}],"text_offset":[0,1,2]},"finish_reason":"length"}],"usage":{"prompt_tokens":2,"completion_tokens":1,"total_tokens":3,"prompt_tokens_details":{"cached_tokens":0}}}"#,
         ),
         (
             "/v1/completions",
             json!({"prompt": "x", "max_tokens": 1, "stream": true, "stream_options": {"include_usage": true}}),
-            "data: {\"id\":_,\"object\":\"text_completion\",\"created\":_,\"model\":\"the/base-model\",\"choices\":[{\"index\":0,\"text\":\"a\",\"logprobs\":null,\"finish_reason\":\"length\"}],\"usage\":null}\n\n\
-             data: {\"id\":_,\"object\":\"text_completion\",\"created\":_,\"model\":\"the/base-model\",\"choices\":[],\"usage\":{\"prompt_tokens\":1,\"completion_tokens\":1,\"total_tokens\":2,\"prompt_tokens_details\":{\"cached_tokens\":0}}}\n\n\
+            "data: {\"id\":_,\"object\":\"text_completion\",\"created\":_,\"model\":\"the/base-model\",\"system_fingerprint\":_,\"choices\":[{\"index\":0,\"text\":\"a\",\"logprobs\":null,\"finish_reason\":\"length\"}],\"usage\":null}\n\n\
+             data: {\"id\":_,\"object\":\"text_completion\",\"created\":_,\"model\":\"the/base-model\",\"system_fingerprint\":_,\"choices\":[],\"usage\":{\"prompt_tokens\":1,\"completion_tokens\":1,\"total_tokens\":2,\"prompt_tokens_details\":{\"cached_tokens\":0}}}\n\n\
              data: [DONE]\n\n",
         ),
         (
             "/v1/chat/completions",
             chat(json!({"logprobs": true, "top_logprobs": 1, "max_tokens": 1})),
-            r#"{"id":_,"object":"chat.completion","created":_,"model":"the/base-model","choices":[{"index":0,"message":{"role":"assistant","content":"a"},"logprobs":{"content":[{"token":"a","logprob":-1.0625,"bytes":[97],"top_logprobs":[{"token":"a","logprob":-1.0625,"bytes":[97]}]}]},"finish_reason":"length"}],"usage":{"prompt_tokens":4,"completion_tokens":1,"total_tokens":5,"prompt_tokens_details":{"cached_tokens":0}}}"#,
+            r#"{"id":_,"object":"chat.completion","created":_,"model":"the/base-model","system_fingerprint":_,"choices":[{"index":0,"message":{"role":"assistant","content":"a"},"logprobs":{"content":[{"token":"a","logprob":-1.0625,"bytes":[97],"top_logprobs":[{"token":"a","logprob":-1.0625,"bytes":[97]}]}]},"finish_reason":"length"}],"usage":{"prompt_tokens":4,"completion_tokens":1,"total_tokens":5,"prompt_tokens_details":{"cached_tokens":0}}}"#,
         ),
         (
             "/v1/chat/completions",
             chat(json!({"stream": true, "max_tokens": 1})),
-            "data: {\"id\":_,\"object\":\"chat.completion.chunk\",\"created\":_,\"model\":\"the/base-model\",\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"logprobs\":null,\"finish_reason\":null}]}\n\n\
-             data: {\"id\":_,\"object\":\"chat.completion.chunk\",\"created\":_,\"model\":\"the/base-model\",\"choices\":[{\"index\":0,\"delta\":{\"content\":\"a\"},\"logprobs\":null,\"finish_reason\":null}]}\n\n\
-             data: {\"id\":_,\"object\":\"chat.completion.chunk\",\"created\":_,\"model\":\"the/base-model\",\"choices\":[{\"index\":0,\"delta\":{},\"logprobs\":null,\"finish_reason\":\"length\"}]}\n\n\
+            "data: {\"id\":_,\"object\":\"chat.completion.chunk\",\"created\":_,\"model\":\"the/base-model\",\"system_fingerprint\":_,\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"logprobs\":null,\"finish_reason\":null}]}\n\n\
+             data: {\"id\":_,\"object\":\"chat.completion.chunk\",\"created\":_,\"model\":\"the/base-model\",\"system_fingerprint\":_,\"choices\":[{\"index\":0,\"delta\":{\"content\":\"a\"},\"logprobs\":null,\"finish_reason\":null}]}\n\n\
+             data: {\"id\":_,\"object\":\"chat.completion.chunk\",\"created\":_,\"model\":\"the/base-model\",\"system_fingerprint\":_,\"choices\":[{\"index\":0,\"delta\":{},\"logprobs\":null,\"finish_reason\":\"length\"}]}\n\n\
              data: [DONE]\n\n",
         ),
         (

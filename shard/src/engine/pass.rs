@@ -151,7 +151,8 @@ impl<B: Backend> State<B> {
         }
         self.in_range("rows to sample from", rows.sample, rows.rows.saturating_add(1))?;
         let Some(place) = self.sequences.get(&id) else { return Err(StepError::UnknownSequence(id)) };
-        let Place::Seated(Sequence { slot, pooling, .. }) = place else { return Ok(None) };
+        let Place::Seated(seated) = place else { return Ok(None) };
+        let Sequence { slot, pooling, .. } = &**seated;
         if let Some(slot) = slot.filter(|slot| !self.is_slot_ready(*slot)) {
             return Err(StepError::SlotNotReady(slot));
         }

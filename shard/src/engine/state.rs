@@ -125,7 +125,7 @@ pub enum StepError {
 
 /// The state of a sequence that the router has added and not dropped.
 pub(super) enum Place {
-    Seated(Sequence),
+    Seated(Box<Sequence>),
     /// It was refused, and the router was told why. Its rows are skipped until the router drops it.
     Refused,
 }
@@ -327,7 +327,7 @@ impl<B: Backend> State<B> {
         }
         self.free_seats.pop();
         let seated = Sequence::new(new, seat, step);
-        self.sequences.insert(id, Place::Seated(seated));
+        self.sequences.insert(id, Place::Seated(Box::new(seated)));
         Ok(Ok(None))
     }
 

@@ -16,6 +16,7 @@ use crate::{
         App,
         accept::{Body, Caller},
     },
+    text::Ending,
 };
 
 const NAMES: FieldNames =
@@ -119,6 +120,7 @@ impl GenerateRequest {
             max_new_tokens: p.max_new_tokens,
             stop: p.stop.unwrap_or_default(),
             ignore_eos: p.ignore_eos_token == Some(true),
+            ending: Ending::default(),
             sampling,
             report: Report { prompt: prefill, ..Report::default() },
             truncate: p.truncate,

@@ -61,11 +61,13 @@ pub(super) struct ChatFold {
     events: ChatEvents,
     /// Tokens of the content that have not been told.
     untold: Vec<TokenText>,
+    /// Text in front of the answer.
+    echo: String,
 }
 
 impl ChatFold {
-    pub(super) fn new(index: usize, logprobs: bool) -> ChatFold {
-        ChatFold { index, logprobs, events: ChatEvents::default(), untold: Vec::new() }
+    pub(super) fn new(index: usize, logprobs: bool, echo: String) -> ChatFold {
+        ChatFold { index, logprobs, events: ChatEvents::default(), untold: Vec::new(), echo }
     }
 
     fn delta(&mut self, delta: MessageDelta, finish_reason: Option<&'static str>) -> ChatDelta {
@@ -94,7 +96,9 @@ impl Fold for ChatFold {
 
     fn open(&mut self) -> Vec<ChatDelta> {
         let delta = MessageDelta { role: Some("assistant"), content: Some(String::new()) };
-        vec![self.delta(delta, None)]
+        let echo = Some(mem::take(&mut self.echo)).filter(|echo| !echo.is_empty());
+        let echo = echo.map(|echo| MessageDelta { role: None, content: Some(echo) });
+        [Some(delta), echo].into_iter().flatten().map(|delta| self.delta(delta, None)).collect()
     }
 
     fn push(&mut self, event: TextEvent) -> Vec<ChatDelta> {

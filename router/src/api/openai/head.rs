@@ -48,6 +48,7 @@ pub(super) struct Completion<'a, C> {
     object: &'static str,
     created: u64,
     model: &'a str,
+    system_fingerprint: &'a str,
     choices: Vec<C>,
     /// Null in the events of a stream that ends with its usage.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -59,6 +60,7 @@ pub(super) struct Head {
     id: String,
     created: u64,
     model: String,
+    fingerprint: String,
     chat: bool,
     include_usage: bool,
 }
@@ -67,7 +69,8 @@ impl Head {
     pub(super) fn new(options: &Options) -> Head {
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
         let (chat, include_usage) = (options.chat, options.include_usage);
-        Head { id: new_id(chat), created, model: options.model.clone(), chat, include_usage }
+        let (model, fingerprint) = (options.model.clone(), options.fingerprint.clone());
+        Head { id: new_id(chat), created, model, fingerprint, chat, include_usage }
     }
 
     /// A whole response.
@@ -92,7 +95,15 @@ impl Head {
         choices: Vec<C>,
         usage: Option<Option<Usage>>,
     ) -> Completion<'_, C> {
-        Completion { id: &self.id, object, created: self.created, model: &self.model, choices, usage }
+        Completion {
+            id: &self.id,
+            object,
+            created: self.created,
+            model: &self.model,
+            system_fingerprint: &self.fingerprint,
+            choices,
+            usage,
+        }
     }
 
     fn chunk_object(&self) -> &'static str {

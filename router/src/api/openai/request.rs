@@ -1,6 +1,9 @@
 //! Bodies of requests, and what they ask for.
 
-use std::{collections::HashMap, mem};
+use std::{
+    collections::{BTreeMap, HashMap},
+    mem,
+};
 
 use minijinja::value::Serde;
 use sampling::{Named, SamplingParams};
@@ -24,12 +27,15 @@ use crate::{
         App,
         accept::{Body, Caller},
     },
+    text::Ending,
 };
 
 /// Prompts of one request.
 const MAX_PROMPTS: usize = 128;
 /// Answers to one prompt.
 const MAX_ANSWERS: usize = 128;
+/// The variable of chat templates that says how long to think, and the field that sets it.
+const REASONING_EFFORT: &str = "reasoning_effort";
 /// OpenAI's default of `max_tokens` for completions.
 const MAX_TOKENS: u32 = 16;
 
@@ -58,6 +64,12 @@ macro_rules! body {
             cache_salt: Option<SecretString>,
             #[serde(alias = "ignore_eos_token")]
             ignore_eos: Option<bool>,
+            min_tokens: Option<u32>,
+            stop_token_ids: Option<Vec<u32>>,
+            include_stop_str_in_output: Option<bool>,
+            skip_special_tokens: Option<bool>,
+            add_special_tokens: Option<bool>,
+            truncate_prompt_tokens: Option<usize>,
             $($(#[$doc])* $name: Option<$type>,)*
             #[serde(flatten)]
             rest: Rest,
@@ -84,6 +96,13 @@ macro_rules! body {
                     api_token: self.api_token.take(),
                     cache_salt: self.cache_salt.take(),
                     ignore_eos: self.ignore_eos == Some(true),
+                    ending: Ending {
+                        min_tokens: self.min_tokens.unwrap_or(0),
+                        stop_token_ids: self.stop_token_ids.take().unwrap_or_default(),
+                        include_stop: self.include_stop_str_in_output == Some(true),
+                        show_special: self.skip_special_tokens == Some(false),
+                    },
+                    truncate: self.truncate_prompt_tokens,
                     named: Named { $($name: self.$name),* },
                     rest: mem::take(&mut self.rest),
                 }
@@ -111,6 +130,13 @@ sampling::parameters!(body {
         max_completion_tokens: Option<u32>,
         logprobs: Option<bool>,
         top_logprobs: Option<u32>,
+        echo: Option<bool>,
+        reasoning_effort: Option<String>,
+        // Beyond OpenAI's:
+        add_generation_prompt: Option<bool>,
+        continue_final_message: Option<bool>,
+        chat_template_kwargs: Option<BTreeMap<String, Value>>,
+        documents: Option<Vec<Value>>,
     }
 });
 
@@ -129,6 +155,8 @@ struct Common {
     api_token: Option<SecretString>,
     cache_salt: Option<SecretString>,
     ignore_eos: bool,
+    ending: Ending,
+    truncate: Option<usize>,
     named: Named,
     rest: Rest,
 }
@@ -172,6 +200,10 @@ struct TemplateMessage {
 pub(super) struct Options {
     pub(super) chat: bool,
     pub(super) model: String,
+    /// Names the model, and how it is computed.
+    pub(super) fingerprint: String,
+    /// Text in front of a chat's answer.
+    pub(super) echo: String,
     pub(super) stream: bool,
     pub(super) include_usage: bool,
     pub(super) logprobs: bool,
@@ -201,6 +233,17 @@ fn harmless(name: &str, value: &Value) -> bool {
         | "safety_identifier"
         | "prompt_cache_key"
         | "parallel_tool_calls" => true,
+        // For tokenizers in Python, whose decoders may add spaces.
+        "spaces_between_special_tokens" => value.is_boolean(),
+        // A guess of the answer, which may make it faster.
+        "prediction" => value.is_object(),
+        // vLLM's name of a request in its log; and values that switch features of vLLM off.
+        "request_id" => value.is_string(),
+        "use_beam_search" | "early_stopping" | "return_tokens_as_token_ids" | "return_token_ids" => {
+            value == false
+        }
+        "priority" => value == 0,
+        "length_penalty" => value == 1.0 || value == 1,
         // Hints that no model here can follow, and a wish for what there is.
         "prompt_cache_retention" | "verbosity" => value.is_string(),
         "modalities" => *value == json!(["text"]),
@@ -226,6 +269,9 @@ impl Common {
         refuse(&self.stream_options.rest, "stream_options", |name, _| name == "include_obfuscation")?;
         let Asked { names, max_new_tokens, num_top, report, best_of } = asked;
         let answers = self.answers(best_of)?;
+        if self.truncate == Some(0) {
+            return Err(ApiError::invalid("truncate_prompt_tokens", "must be strictly positive"));
+        }
         let params = self.sampling(num_top)?;
         // Whoever names a placeholder has named no model.
         self.model.take_if(|model| is_placeholder(model) && app.registry.find(model).is_none());
@@ -236,9 +282,10 @@ impl Common {
             max_new_tokens,
             stop: self.stop.clone(),
             ignore_eos: self.ignore_eos,
+            ending: self.ending.clone(),
             sampling: params.clone(),
             report,
-            truncate: None,
+            truncate: self.truncate,
         };
         let group = GroupRequest {
             adapter,
@@ -249,6 +296,8 @@ impl Common {
         let options = Options {
             chat: false,
             model: self.model.unwrap_or_else(|| app.base.name().to_owned()),
+            fingerprint: app.base.fingerprint().to_owned(),
+            echo: String::new(),
             stream: self.stream,
             include_usage: self.stream_options.include_usage == Some(true),
             logprobs: report.tokens,
@@ -326,6 +375,9 @@ impl CompletionRequest {
     ) -> Result<(GroupRequest, Options), ApiError> {
         let common = self.take_common();
         let prompts: Vec<Prompt> = match self.prompt {
+            Prompts::Texts(texts) if self.add_special_tokens == Some(false) => {
+                texts.into_iter().map(Prompt::Rendered).collect()
+            }
             Prompts::Texts(texts) => texts.into_iter().map(Prompt::Text).collect(),
             Prompts::Tokens(lists) => lists.into_iter().map(Prompt::Tokens).collect(),
         };
@@ -362,7 +414,18 @@ impl ChatRequest {
         if max_tokens.1 == Some(0) {
             return Err(ApiError::invalid(max_tokens.0, "must be strictly positive"));
         }
-        let prompt = render(app, self.messages)?;
+        let echo = match (self.echo, self.messages.last()) {
+            (Some(true), Some(last)) if last.role == "assistant" => last.text(),
+            _ => String::new(),
+        };
+        let input = self.template_input(app)?;
+        let prompt = app.chat.render(&input).map_err(|error| ApiError::Template(error.to_string()))?;
+        // A template writes the special tokens itself.
+        let prompt = if self.add_special_tokens == Some(true) {
+            Prompt::Text(prompt)
+        } else {
+            Prompt::Rendered(prompt)
+        };
         let asked = Asked {
             names: FieldNames { prompt: "messages", max_new_tokens: max_tokens.0, num_top: "top_logprobs" },
             max_new_tokens: max_tokens.1,
@@ -371,23 +434,50 @@ impl ChatRequest {
             best_of: None,
         };
         let (group, options) = common.into_group(app, caller, vec![prompt], asked)?;
-        Ok((group, Options { chat: true, ..options }))
+        Ok((group, Options { chat: true, echo, ..options }))
     }
-}
 
-fn render(app: &App, messages: Vec<Message>) -> Result<Prompt, ApiError> {
-    if messages.is_empty() {
-        return Err(ApiError::invalid("messages", "cannot be empty"));
+    /// The variables that the prompt is rendered with.
+    fn template_input(&mut self, app: &App) -> Result<TemplateInput, ApiError> {
+        if self.messages.is_empty() {
+            return Err(ApiError::invalid("messages", "cannot be empty"));
+        }
+        let continues = self.continue_final_message == Some(true);
+        if continues && self.add_generation_prompt == Some(true) {
+            return Err(ApiError::invalid("continue_final_message", "excludes `add_generation_prompt`"));
+        }
+        let messages = mem::take(&mut self.messages).into_iter().enumerate();
+        let messages = messages.map(|(i, message)| message.for_template(i)).collect::<Result<Vec<_>, _>>()?;
+        let mut kwargs = BTreeMap::new();
+        if let Some(effort) = self.reasoning_effort.take() {
+            if !app.chat.mentions(REASONING_EFFORT) {
+                return Err(ApiError::Unsupported { field: REASONING_EFFORT.into() });
+            }
+            kwargs.insert(REASONING_EFFORT.to_owned(), effort.into());
+        }
+        let given = self.chat_template_kwargs.take().unwrap_or_default();
+        kwargs.extend(given.into_iter().map(|(name, value)| (name, Serde(value).into())));
+        Ok(TemplateInput {
+            messages: messages.iter().map(|message| Serde(message).into()).collect(),
+            tools: None,
+            documents: self.documents.take().filter(|all| !all.is_empty()).map(|all| Serde(all).into()),
+            kwargs,
+            add_generation_prompt: self.add_generation_prompt.unwrap_or(!continues),
+            continue_final_message: continues,
+        })
     }
-    let messages = messages.into_iter().enumerate().map(|(i, message)| message.for_template(i));
-    let messages = messages.collect::<Result<Vec<_>, _>>()?;
-    let messages = messages.iter().map(|message| Serde(message).into()).collect();
-    let chat = TemplateInput { messages, add_generation_prompt: true, ..TemplateInput::default() };
-    let prompt = app.chat.render(&chat).map_err(|error| ApiError::Template(error.to_string()))?;
-    Ok(Prompt::Rendered(prompt))
 }
 
 impl Message {
+    /// Its text; none if it has something else.
+    fn text(&self) -> String {
+        match &self.content {
+            None => String::new(),
+            Some(Content::Text(text)) => text.clone(),
+            Some(Content::Parts(parts)) => parts.iter().filter_map(|part| part.text.as_deref()).collect(),
+        }
+    }
+
     /// The message at an index of `messages`.
     fn for_template(self, index: usize) -> Result<TemplateMessage, ApiError> {
         let field = |name: &str| format!("messages[{index}].{name}");
