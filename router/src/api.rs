@@ -13,3 +13,4 @@ pub(crate) mod lorax;
 pub(crate) mod merged;
 pub(crate) mod openai;
 pub(crate) mod request;
+mod structured;

@@ -6,7 +6,10 @@
 mod batcher;
 mod device;
 mod in_flight;
+mod masks;
 mod serve;
+
+pub(crate) use masks::Mask;
 
 use std::{
     io,
@@ -171,11 +174,14 @@ impl Engine {
         }
     }
 
-    /// Waits until the model can answer, or never will.
-    pub(crate) async fn ready(&self) {
-        // Fails only when the engine has ended, and then nothing will be served.
-        let ready = |readiness: &Readiness| matches!(readiness, Readiness::Ready(_));
-        let _ = self.readiness.clone().wait_for(ready).await;
+    /// Waits until the model can answer, or never will. The future does not keep the engine.
+    pub(crate) fn ready(&self) -> impl Future<Output = ()> + Send + 'static {
+        let mut readiness = self.readiness.clone();
+        async move {
+            // Fails only when the engine has ended, and then nothing will be served.
+            let ready = |readiness: &Readiness| matches!(readiness, Readiness::Ready(_));
+            let _ = readiness.wait_for(ready).await;
+        }
     }
 
     /// A name for jobs with the same prompt.

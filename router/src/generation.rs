@@ -7,7 +7,7 @@ use sampling::SamplingParams;
 use scheduler::{Adapter, CacheSalt, Finish, GroupId, Tenant};
 use sha2::{Digest, Sha256};
 
-use crate::{metrics::End, principal};
+use crate::{grammar::mask_workers::Begin, metrics::End, principal};
 
 /// A validated request for one sequence.
 #[derive(Debug, Clone)]
@@ -25,6 +25,8 @@ pub(crate) struct Job {
     pub(crate) prompt_logprobs: bool,
     /// Shared with the other sequences of a request that have the same prompt.
     pub(crate) group: Option<GroupId>,
+    /// The grammar that its tokens must follow.
+    pub(crate) grammar: Option<Begin>,
 }
 
 /// A token with its log-probability.

@@ -10,6 +10,7 @@ mod chat_events;
 mod engine;
 mod fair;
 mod generation;
+mod grammar;
 pub mod keys;
 mod metrics;
 mod permits;

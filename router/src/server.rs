@@ -36,9 +36,11 @@ use crate::{
     base_model::BaseModel,
     chat::ChatTemplates,
     engine::Engine,
+    grammar::Grammars,
     keys::{KeyError, Keys},
     metrics::Metrics,
     permits::Permits,
+    principal::Principal,
     registry::{Registry, RegistryStartError},
     tokenizer::{ModelTokenizer, TokenizerError},
     wire::Info,
@@ -144,6 +146,7 @@ pub struct App {
     /// Permits of requests whose adapters are being prepared.
     preparing: Permits,
     pub(crate) workers: Arc<Workers>,
+    pub(crate) grammars: Grammars,
     bodies: Bodies,
     keys: Arc<Keys>,
     admin: Admin,
@@ -188,10 +191,12 @@ impl App {
         let adapters = Adapters::start(&config, Sources::new(sources)?, &metrics, supervisor)?;
         let (sockets, inbox) = (config.shards.uds.clone(), adapters.inbox());
         let registry = Registry::start(&config, adapters.clone())?;
-        Ok(Arc::new(App {
+        let tokenizer = Arc::new(tokenizer);
+        let app = Arc::new(App {
             base: BaseModel::new(&config),
             chat,
-            tokenizer: Arc::new(tokenizer),
+            grammars: Grammars::new(tokenizer.clone(), workers.clone()),
+            tokenizer,
             engine: Engine::start(sockets, router, metrics.clone(), inbox, supervisor)?,
             adapters,
             registry,
@@ -210,7 +215,29 @@ impl App {
             stopping: AtomicBool::new(false),
             cors,
             config,
-        }))
+        });
+        let (ready, waiting) = (app.engine.ready(), Arc::downgrade(&app));
+        tokio::spawn(async move {
+            ready.await;
+            if let Some(app) = waiting.upgrade() {
+                app.read_vocabulary().await;
+            }
+        });
+        Ok(app)
+    }
+
+    /// Prepares for grammars as soon as the model is known, so that the first request with one need not wait.
+    async fn read_vocabulary(&self) {
+        let Some(info) = self.engine.info() else { return };
+        let (principal, end_ids) = (Principal::anonymous(), self.end_ids(&info));
+        if let Err(error) = self.grammars.vocabulary(&principal, info.vocab_size, &end_ids).await {
+            tracing::warn!("grammars will be refused: {error}");
+        }
+    }
+
+    /// The tokens that end a text.
+    pub(crate) fn end_ids(&self, info: &Info) -> Arc<[u32]> {
+        info.eos_token_ids.iter().chain(self.tokenizer.end_ids()).copied().collect()
     }
 
     /// Waits until the shards can be reached.

@@ -9,10 +9,13 @@ use std::{sync::Arc, time::Duration};
 
 use config::RouterConfig;
 use sampling::{Ban, SamplingParams};
-use scheduler::{Adapter, AdapterKey, Limits, RopeScaling, RowsPlan, StepPlan, kv_positions};
+use scheduler::{Adapter, AdapterKey, Limits, RequestId, RopeScaling, RowsPlan, StepPlan, kv_positions};
 
 use self::stage::Staged;
-use crate::generation::{Job, PromptToken, Scored};
+use crate::{
+    engine::Mask,
+    generation::{Job, PromptToken, Scored},
+};
 
 /// Tokens of the sequences that are added in one step. A token takes at most 5 bytes, so they are 50 MiB of the 64
 /// MiB that a message may have.
@@ -140,8 +143,8 @@ impl Info {
     }
 }
 
-/// A step's message, of no session yet.
-pub(crate) fn step(plan: StepPlan<Arc<Job>>) -> proto::Step {
+/// A step's message, of no session yet. The rows of constrained sequences have masks, which follow.
+pub(crate) fn step(plan: StepPlan<Arc<Job>>, constrained: impl Fn(RequestId) -> bool) -> proto::Step {
     let added = plan.added.into_iter().map(|added| proto::NewSequence {
         sequence: added.id.0,
         tokens: [&added.prompt[..], &added.generated].concat(),
@@ -161,7 +164,7 @@ pub(crate) fn step(plan: StepPlan<Arc<Job>>) -> proto::Step {
             .map(|(slot, key)| proto::SlotLoad { slot, content: key.0.to_vec() })
             .collect(),
         added: added.collect(),
-        rows: plan.rows.into_iter().map(rows).collect(),
+        rows: plan.rows.into_iter().map(|plan| rows(plan, &constrained)).collect(),
         session: 0,
         masks: Vec::new(),
     }
@@ -172,6 +175,21 @@ pub(crate) fn request(step: proto::Step) -> proto::ExecuteRequest {
     proto::ExecuteRequest { request: Some(proto::execute_request::Request::Step(step)) }
 }
 
+/// The message of a step's masks, of no session yet.
+pub(crate) fn masks(step: u64, masks: Vec<Mask>) -> proto::Masks {
+    let mask = |mask: Mask| proto::Mask {
+        sequence: mask.sequence.0,
+        row: 0,
+        allowed: mask.allowed.unwrap_or_default(),
+    };
+    proto::Masks { step, masks: masks.into_iter().map(mask).collect(), session: 0 }
+}
+
+/// Masks on their way to a rank.
+pub(crate) fn masks_request(masks: proto::Masks) -> proto::ExecuteRequest {
+    proto::ExecuteRequest { request: Some(proto::execute_request::Request::Masks(masks)) }
+}
+
 /// The loads into slots that a step asks for.
 pub(crate) fn loads(step: &proto::Step) -> impl Iterator<Item = (u32, AdapterKey)> {
     step.load
@@ -179,7 +197,7 @@ pub(crate) fn loads(step: &proto::Step) -> impl Iterator<Item = (u32, AdapterKey
         .filter_map(|load| Some((load.slot, AdapterKey(load.content.as_slice().try_into().ok()?))))
 }
 
-fn rows(rows: RowsPlan) -> proto::SequenceRows {
+fn rows(rows: RowsPlan, constrained: impl Fn(RequestId) -> bool) -> proto::SequenceRows {
     proto::SequenceRows {
         sequence: rows.id.0,
         position: rows.position,
@@ -188,7 +206,7 @@ fn rows(rows: RowsPlan) -> proto::SequenceRows {
         sample: rows.sample.into(),
         released_blocks: rows.released_blocks,
         tokens: Vec::new(),
-        masked: false,
+        masked: rows.sample && constrained(rows.id),
     }
 }
 

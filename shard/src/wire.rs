@@ -74,8 +74,11 @@ fn step(step: wire::Step, vocab: u32) -> Result<Step, StepError> {
 fn masks(masks: Vec<wire::Mask>, vocab: u32) -> Result<Vec<Mask>, StepError> {
     let (vocab, expected) = (vocab as usize, vocab.div_ceil(8) as usize);
     let mask = |mut mask: wire::Mask| match mask.allowed.len() {
-        got if got != expected => Err(StepError::Mask { got, expected }),
-        _ => {
+        got if got > 0 && got != expected => Err(StepError::Mask { got, expected }),
+        got => {
+            if got == 0 {
+                mask.allowed.resize(expected, u8::MAX);
+            }
             // Tokens that only an adapter has are not allowed either.
             if let Some(last) = mask.allowed.last_mut().filter(|_| !vocab.is_multiple_of(8)) {
                 *last &= (1 << (vocab % 8)) - 1;

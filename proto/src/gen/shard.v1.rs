@@ -404,7 +404,8 @@ pub struct Mask {
     #[prost(uint32, tag = "2")]
     pub row: u32,
     /// A bit for every token of the vocabulary: token t is allowed if bit t % 8 of byte t / 8 is set. At least one must be,
-    /// or the sequence is refused.
+    /// or the sequence is refused. Empty allows all of them: nobody will read what is sampled, because the sequence has
+    /// ended.
     #[prost(bytes = "vec", tag = "3")]
     pub allowed: ::prost::alloc::vec::Vec<u8>,
 }

@@ -17,7 +17,8 @@ use exchange::Fault;
 
 use super::request::FieldNames;
 use crate::{
-    admission::Refusal, generation::Failure, metrics::End, registry::RegistryError, workers::WorkError,
+    admission::Refusal, generation::Failure, grammar::CompileError, metrics::End, registry::RegistryError,
+    workers::WorkError,
 };
 
 pub(crate) use body::Dialect;
@@ -335,6 +336,16 @@ impl From<WorkError> for ApiError {
         match error {
             WorkError::Busy => ApiError::Unavailable(error.to_string()),
             WorkError::Panicked => ApiError::Generation(error.to_string()),
+        }
+    }
+}
+
+impl ApiError {
+    /// The error of a grammar that a field asks for.
+    pub(crate) fn of_grammar(field: &'static str, error: CompileError) -> ApiError {
+        match error {
+            CompileError::Grammar(error) => ApiError::invalid(field, error.to_string()),
+            CompileError::Work(error) => error.into(),
         }
     }
 }

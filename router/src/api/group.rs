@@ -19,6 +19,7 @@ use crate::{
     adapters::{InUse, Lease},
     engine::Running,
     generation::{Failure, Job, Scored, Update},
+    grammar::{CompiledGrammar, mask_workers::Begin},
     permits::{Meter, Permit},
     server::{App, accept::Caller},
     text::{EndReason, Ending, Piece, PromptText, TextEvent, TextStream},
@@ -111,6 +112,7 @@ struct Tokenized {
     text: Option<PromptText>,
     /// The group of the sequences with this prompt, and the place of this one in it, if there are several.
     group: Option<(GroupId, u64)>,
+    grammar: Option<Arc<CompiledGrammar>>,
 }
 
 /// The values that all sequences of a group share.
@@ -154,8 +156,13 @@ impl App {
         let in_use = adapter.as_ref().map(|adapter| self.adapters.book().begin(adapter.references()));
         // Each sequence is as much work as a request of its own.
         let entry = self.admit(caller, adapter.as_ref(), all)?;
-        let tokenized = sequences.into_iter().map(|sequence| self.tokenize(caller, sequence, limits));
-        let tokenized = try_join_all(tokenized).await?;
+        let end_ids = self.end_ids(&info);
+        let prepared = sequences.into_iter().map(async |mut sequence| {
+            let grammar = self.compile(caller, &mut sequence, limits.vocab_size, &end_ids).await?;
+            let tokenized = self.tokenize(caller, sequence, limits).await?;
+            Ok::<_, ApiError>(Tokenized { grammar, ..tokenized })
+        });
+        let tokenized = try_join_all(prepared).await?;
         // Once, however many sequences there are.
         let leased = match &adapter {
             Some(adapter) => Some(self.lease(caller, adapter).await?),
@@ -168,7 +175,7 @@ impl App {
             adapter: leased.as_ref().map(|leased| leased.adapter),
             lease: leased.map(|leased| Arc::new(leased.lease)),
             in_use,
-            end_ids: info.eos_token_ids.iter().chain(self.tokenizer.end_ids()).copied().collect(),
+            end_ids,
             vocab_size: info.vocab_size,
             received: caller.received,
             validation: begun.elapsed(),
@@ -188,6 +195,19 @@ impl App {
             Tokenized { group: group.map(|group| (group, place)), ..copy }
         };
         (0..count as u64).map(copy).collect()
+    }
+
+    /// Compiles the grammar of a sequence, if it has one.
+    async fn compile(
+        &self,
+        caller: &Caller,
+        request: &mut SequenceRequest,
+        vocab_size: u32,
+        end_ids: &Arc<[u32]>,
+    ) -> Result<Option<Arc<CompiledGrammar>>, ApiError> {
+        let Some(grammar) = request.grammar.take() else { return Ok(None) };
+        let compiled = self.grammars.compiled(&caller.principal, &grammar, vocab_size, end_ids).await;
+        compiled.map(Some).map_err(|error| ApiError::of_grammar(grammar.field, error))
     }
 
     /// Tokenizes a prompt on one of the threads for it, and fits it into the limits. Token ids are no work.
@@ -212,11 +232,16 @@ impl App {
         shared: &Shared,
         permit: Permit,
     ) -> Result<Generation, ApiError> {
-        let Tokenized { request, prompt, max_new_tokens, text, group } = tokenized;
+        let Tokenized { request, prompt, max_new_tokens, text, group, grammar } = tokenized;
         let report = request.report;
-        let (stop_ids, bans) = shared.ends(&request);
+        let (stop_ids, bans) = shared.ends(&request, grammar.is_some());
         let mut sampling = request.sampling;
         sampling.bans.extend(bans);
+        let grammar = grammar.map(|grammar| Begin {
+            grammar,
+            min_tokens: if request.ignore_eos { u32::MAX } else { request.ending.min_tokens },
+            bans: sampling.bans.as_slice().into(),
+        });
         let shares_prompt = group.is_some_and(|(_, place)| place > 0);
         let mut generation = Generation {
             tokens: Arc::new(TokenCounts { prompt: prompt.len(), shares_prompt, ..TokenCounts::default() }),
@@ -262,6 +287,7 @@ impl App {
             sampling,
             prompt_logprobs: report.prompt,
             group: group.map(|(group, _)| group),
+            grammar,
         };
         generation.running = Some(self.engine.submit(job, permit, shared.lease.clone()).await?);
         Ok(generation)
@@ -278,13 +304,15 @@ fn sibling_seed(seed: u64, place: u64) -> u64 {
 }
 
 impl Shared {
-    /// The tokens that end a sequence, and the bans that keep tokens from ending it too early.
-    fn ends(&self, request: &SequenceRequest) -> (Arc<[u32]>, Vec<Ban>) {
+    /// The tokens that end a sequence, and the bans that keep tokens from ending it too early. Behind the end of a grammar
+    /// no others are left than those that end the model's texts, so that the masks see to these.
+    fn ends(&self, request: &SequenceRequest, constrained: bool) -> (Arc<[u32]>, Vec<Ban>) {
         let Ending { min_tokens, stop_token_ids, .. } = &request.ending;
-        let models = if request.ignore_eos { &[][..] } else { &self.end_ids };
+        let models = if request.ignore_eos && !constrained { &[][..] } else { &self.end_ids };
         let stop_ids = models.iter().chain(stop_token_ids).copied().collect();
         // Also those of the model that would not end it, as vLLM has it.
-        let ends = self.end_ids.iter().chain(stop_token_ids).filter(|id| **id < self.vocab_size);
+        let models = if constrained { &[][..] } else { &self.end_ids };
+        let ends = models.iter().chain(stop_token_ids).filter(|id| **id < self.vocab_size);
         let until = *min_tokens;
         let bans = ends.filter(|_| until > 0).map(|&token| Ban { token, until }).collect();
         (stop_ids, bans)
@@ -317,7 +345,7 @@ fn tokenize(
     let max_new_tokens = request.fit(&mut prompt, bos, limits)?;
     let wanted = request.report.echo || request.report.prompt;
     let text = wanted.then(|| PromptText::new(tokenizer, &prompt, written.as_deref()));
-    Ok(Tokenized { request, prompt: prompt.into(), max_new_tokens, text, group: None })
+    Ok(Tokenized { request, prompt: prompt.into(), max_new_tokens, text, group: None, grammar: None })
 }
 
 impl Generation {

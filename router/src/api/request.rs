@@ -3,7 +3,7 @@
 use sampling::SamplingParams;
 
 use super::error::ApiError;
-use crate::text::Ending;
+use crate::{grammar::Grammar, text::Ending};
 
 /// Largest number of alternatives that is reported for a token.
 const MAX_TOP: u32 = 20;
@@ -55,6 +55,8 @@ pub(crate) struct SequenceRequest {
     /// Keep this many tokens from the end of the prompt, of which the first is the one that the tokenizer begins texts
     /// with, if it has one.
     pub(crate) truncate: Option<usize>,
+    /// What the answer must be.
+    pub(crate) grammar: Option<Grammar>,
 }
 
 /// Limits that the configuration and the model set.

@@ -13,10 +13,12 @@ use tokio::{task::yield_now, time::MissedTickBehavior};
 use super::{
     Submit,
     in_flight::{InFlight, Steps},
+    masks::Masks,
     serve::{Inbox, Session},
 };
 use crate::{
     generation::{Failure, Job, PromptToken, Update},
+    grammar::mask_workers::MaskWorkers,
     metrics::{Capacity, End, EngineMetrics, StepTokens},
     ranks::{Group, RankError},
     wire::{self, Event, PromptPart, StepResult},
@@ -34,6 +36,7 @@ enum Input {
     Submit(Option<Submit>),
     Cancel,
     Event(Event),
+    Masks,
     Tick,
 }
 
@@ -43,6 +46,7 @@ pub(super) struct Batcher {
     in_flight: HashMap<RequestId, InFlight>,
     group: Group,
     steps: Steps,
+    masks: Masks,
     /// Slots to empty with the next step, whose content is not of this session's scheduler.
     stale: Vec<u32>,
     session: Session,
@@ -57,6 +61,7 @@ impl Batcher {
         group: Group,
         config: &RouterConfig,
         session: Session,
+        mask_workers: Arc<MaskWorkers>,
         metrics: Arc<EngineMetrics>,
     ) -> Batcher {
         Batcher {
@@ -65,6 +70,7 @@ impl Batcher {
             stale: group.resident.stale.clone(),
             group,
             steps: Steps::new(),
+            masks: Masks::new(mask_workers),
             session,
             metrics,
             published: Stats::default(),
@@ -83,10 +89,12 @@ impl Batcher {
         loop {
             self.handle_cancels(inbox);
             self.send_steps()?;
+            self.send_masks()?;
             let input = tokio::select! {
                 submit = inbox.submits.recv() => Input::Submit(submit),
                 () = inbox.cancels.added.notified() => Input::Cancel,
                 event = self.group.next() => Input::Event(event?),
+                () = self.masks.computed() => Input::Masks,
                 _ = tick.tick() => Input::Tick,
             };
             match input {
@@ -104,6 +112,7 @@ impl Batcher {
                     self.handle_cancels(inbox);
                     self.handle_event(event).await?;
                 }
+                Input::Masks => self.collect_masks(),
                 Input::Tick => {
                     self.publish();
                     self.steps.check(self.session.deadlines.step)?;
@@ -135,15 +144,35 @@ impl Batcher {
             let id = plan.id;
             self.session.device.planned(&plan.unload, &plan.load);
             self.metrics.step_rows.record(plan.rows.iter().map(|rows| rows.rows).sum::<u32>());
-            self.group.send(wire::step(plan))?;
+            let sampled = plan.rows.iter().filter(|rows| rows.sample);
+            sampled.for_each(|rows| self.masks.planned(id, rows.id));
+            self.group.send(wire::step(plan, |id| self.masks.constrain(id)))?;
             self.steps.sent(id);
         }
         Ok(())
     }
 
+    /// Sends the masks of the steps that wait for no more of them.
+    fn send_masks(&mut self) -> Result<(), RankError> {
+        for complete in self.masks.complete() {
+            self.group.send_masks(wire::masks(complete.step, complete.masks))?;
+            if let Some(since) = complete.since {
+                self.metrics.mask_duration.record(since.elapsed());
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the masks that have been computed, and ends the jobs whose grammars cannot go on.
+    fn collect_masks(&mut self) {
+        for (id, error) in self.masks.collect() {
+            self.end(id, Failure::Generation(error.to_string()));
+        }
+    }
+
     fn handle_cancels(&mut self, inbox: &Inbox) {
         for id in inbox.cancels.take() {
-            if self.in_flight.remove(&id).is_some() {
+            if self.forget(id).is_some() {
                 self.scheduler.cancel(id);
             }
         }
@@ -182,8 +211,12 @@ impl Batcher {
         if in_flight.lease.as_ref().is_some_and(|lease| !lease.holds_in(self.session.number)) {
             return in_flight.fail(Failure::Unavailable);
         }
+        let grammar = request.payload.grammar.clone();
         match self.scheduler.submit(request, self.now()) {
-            Ok(()) => _ = self.in_flight.insert(id, in_flight),
+            Ok(()) => {
+                grammar.into_iter().for_each(|begin| self.masks.begin(id, begin));
+                self.in_flight.insert(id, in_flight);
+            }
             Err(error) => in_flight.fail(Failure::Refused(error)),
         }
     }
@@ -218,9 +251,11 @@ impl Batcher {
         let sampled = sampled.map(|s| Sampled { id: RequestId(s.sequence), token: s.token.id });
         let sampled: Vec<_> = sampled.collect();
         let events = self.scheduler.complete(result.id, &sampled, &refused);
+        self.want_masks(&events);
         self.send_steps()?;
+        self.send_masks()?;
         for (sequence, reason) in result.refused {
-            if let Some(in_flight) = self.in_flight.remove(&RequestId(sequence)) {
+            if let Some(in_flight) = self.forget(RequestId(sequence)) {
                 in_flight.fail(Failure::Rejected(reason));
             }
         }
@@ -244,6 +279,19 @@ impl Batcher {
             }
         }
         Ok(())
+    }
+
+    /// Has the masks computed that the step in flight needs. Those of sequences that have ended are not needed any more.
+    fn want_masks(&mut self, events: &[scheduler::Event]) {
+        for event in events {
+            match *event {
+                scheduler::Event::Token { id, token, finish: None, .. } => self.masks.sampled(id, token),
+                scheduler::Event::Token { id, .. }
+                | scheduler::Event::Scored { id }
+                | scheduler::Event::Failed { id, .. } => self.masks.end(id),
+                scheduler::Event::Started { .. } => {}
+            }
+        }
     }
 
     fn report_prompt(&mut self, part: PromptPart) {
@@ -273,7 +321,7 @@ impl Batcher {
         }
         self.send(id, update);
         if let Some(finish) = finish
-            && let Some(in_flight) = self.in_flight.remove(&id)
+            && let Some(in_flight) = self.forget(id)
         {
             self.metrics.output_length.record(in_flight.generated as f64);
             in_flight.outcome.end(match finish {
@@ -300,7 +348,7 @@ impl Batcher {
             scheduler::Event::Token { .. } => {}
             scheduler::Event::Scored { id } => {
                 self.send(id, Update::Scored);
-                if let Some(in_flight) = self.in_flight.remove(&id) {
+                if let Some(in_flight) = self.forget(id) {
                     in_flight.outcome.end(End::Length);
                 }
             }
@@ -310,7 +358,7 @@ impl Batcher {
                     FailReason::Refused { .. } => Failure::Rejected(reason.to_string()),
                     FailReason::NoResult { .. } => Failure::Generation(reason.to_string()),
                 };
-                if let Some(in_flight) = self.in_flight.remove(&id) {
+                if let Some(in_flight) = self.forget(id) {
                     in_flight.fail(failure);
                 }
             }
@@ -321,7 +369,7 @@ impl Batcher {
     fn send(&mut self, id: RequestId, update: Update) {
         let Some(in_flight) = self.in_flight.get(&id) else { return };
         if in_flight.updates.is_closed() {
-            self.in_flight.remove(&id);
+            self.forget(id);
             self.scheduler.cancel(id);
         } else if in_flight.updates.capacity() <= 1 || in_flight.updates.try_send(update).is_err() {
             self.end(id, Failure::Generation("the client did not keep up".into()));
@@ -330,9 +378,15 @@ impl Batcher {
 
     /// Ends a job before its time. Rows of it that are in flight are computed for nothing.
     fn end(&mut self, id: RequestId, failure: Failure) {
-        if let Some(in_flight) = self.in_flight.remove(&id) {
+        if let Some(in_flight) = self.forget(id) {
             in_flight.fail(failure);
         }
         self.scheduler.cancel(id);
+    }
+
+    /// Takes a job out of those in flight.
+    fn forget(&mut self, id: RequestId) -> Option<InFlight> {
+        self.masks.end(id);
+        self.in_flight.remove(&id)
     }
 }

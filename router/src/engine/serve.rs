@@ -20,6 +20,7 @@ use super::{Cancels, Readiness, Submit, batcher::Batcher, device::DeviceNews};
 use crate::{
     adapters::{self, News},
     generation::{Failure, Update},
+    grammar::mask_workers::MaskWorkers,
     metrics::{End, EngineMetrics},
     ranks::{Group, RankError, Ranks},
     server::longest_poll,
@@ -77,9 +78,16 @@ pub(super) fn start(
     supervisor: &Supervisor,
 ) -> io::Result<()> {
     let limit = longest_poll(&config);
+    let mask_workers = Arc::new(MaskWorkers::start(limit, supervisor)?);
     supervisor.runtime(NAME, limit, async move {
-        let connector =
-            Connector { ranks: Ranks::new(&sockets, limit), config, readiness, metrics, session: 0 };
+        let connector = Connector {
+            ranks: Ranks::new(&sockets, limit),
+            config,
+            readiness,
+            metrics,
+            mask_workers,
+            session: 0,
+        };
         serve(connector, inbox).await;
     })?;
     Ok(())
@@ -98,7 +106,8 @@ async fn serve(mut connector: Connector, mut inbox: Inbox) {
         inbox.adapters.add(connector.attached(&group));
         let device = DeviceNews::new(inbox.adapters.clone(), &group.resident.slots);
         let session = Session { number: connector.session, deadlines, device };
-        let mut batcher = Batcher::new(group, &connector.config, session, metrics);
+        let mut batcher =
+            Batcher::new(group, &connector.config, session, connector.mask_workers.clone(), metrics);
         connector.readiness.send_replace(Readiness::Ready(info.clone()));
         connector.greet(&info);
         let ended = tokio::select! {
@@ -142,6 +151,7 @@ struct Connector {
     config: RouterConfig,
     readiness: watch::Sender<Readiness>,
     metrics: Arc<EngineMetrics>,
+    mask_workers: Arc<MaskWorkers>,
     /// Number of the last session.
     session: u64,
 }

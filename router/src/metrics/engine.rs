@@ -18,6 +18,7 @@ pub(crate) struct EngineMetrics {
     pub(crate) queue_duration: Histogram,
     pub(crate) first_token: Histogram,
     pub(crate) step_duration: Histogram,
+    pub(crate) mask_duration: Histogram,
     pub(crate) step_rows: Histogram,
     pub(crate) slots_filled: Counter,
     pub(crate) slots_failed: Counter,
@@ -67,6 +68,7 @@ impl EngineMetrics {
             first_token: histogram!("lorax_request_first_token_duration"),
             inter_token: histogram!("lorax_request_inter_token_duration"),
             step_duration: histogram!("lorax_step_duration_seconds"),
+            mask_duration: histogram!("lorax_mask_duration_seconds"),
             step_rows: histogram!("lorax_step_rows"),
             slots_filled: counter!("lorax_adapter_loads_total", "result" => "ready"),
             slots_failed: counter!("lorax_adapter_loads_total", "result" => "failed"),
@@ -188,6 +190,10 @@ fn describe() {
     );
     describe_histogram!("lorax_request_inter_token_duration", "Seconds between two tokens of a sequence.");
     describe_histogram!("lorax_step_duration_seconds", "Seconds that the forward pass of a step took.");
+    describe_histogram!(
+        "lorax_mask_duration_seconds",
+        "Seconds from the last token that the masks of a step depend on until they were sent."
+    );
     describe_histogram!("lorax_step_rows", "Rows of a step.");
     describe_counter!("lorax_adapter_loads_total", "Loads of adapters into slots that have ended, by how.");
     describe_counter!("lorax_sessions_total", "Sessions with the shards that have begun.");

@@ -21,8 +21,8 @@ use super::{
 };
 use crate::wire::{self, Event, Info};
 
-/// Steps that a rank may have ahead of it. Two are in flight, and the ranks of a model run each step together, so
-/// only one that has stopped reading is further behind.
+/// Messages that a rank may have ahead of it. Two steps are in flight, each with one message of masks at most, and the
+/// ranks of a model run each step together, so only one that has stopped reading is further behind.
 const STEPS: usize = 16;
 
 /// A message of a rank, or the end of its stream.
@@ -83,6 +83,16 @@ impl Group {
         for ((rank, steps), own) in self.steps.iter().enumerate().zip(own) {
             let message = own.unwrap_or_else(|| same.clone());
             steps.try_send(message).map_err(|error| not_sent(rank, &error))?;
+        }
+        Ok(())
+    }
+
+    /// Sends masks of a step to every rank.
+    pub(crate) fn send_masks(&mut self, mut masks: proto::Masks) -> Result<(), RankError> {
+        masks.session = self.session;
+        let same = steps::encode_masks(masks);
+        for (rank, steps) in self.steps.iter().enumerate() {
+            steps.try_send(same.clone()).map_err(|error| not_sent(rank, &error))?;
         }
         Ok(())
     }

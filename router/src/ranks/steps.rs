@@ -23,6 +23,11 @@ pub(super) fn encode(step: proto::Step) -> Bytes {
     wire::request(step).encode_to_vec().into()
 }
 
+/// Masks as they are sent.
+pub(super) fn encode_masks(masks: proto::Masks) -> Bytes {
+    wire::masks_request(masks).encode_to_vec().into()
+}
+
 /// Calls Execute as the generated client does, but with steps that are encoded already.
 pub(super) async fn execute(
     channel: Channel,

@@ -23,15 +23,15 @@ async fn an_engine_that_ends_is_reported() {
         let mut script = Script::saying(tokens("a"));
         script.held.extend((!reachable).then_some(Gate::Info));
         let _shard = ScriptedShard::start(script, &socket);
-        let (report, failures) = sync_channel(4);
+        let (report, failures) = sync_channel(16);
         let supervisor = Supervisor::reporting_to(move |failure| report.try_send(failure).unwrap()).unwrap();
         let app = App::start(configuration(&socket), &supervisor).unwrap();
         if reachable {
             app.ready().await;
         }
         drop(app);
-        // The task of the adapters ends as well, and either may be the first.
-        let ends = move || [(); 2].map(|()| failures.recv_timeout(PATIENCE));
+        // The task of the adapters and the thread of the masks end as well, in any order.
+        let ends = move || [(); 3].map(|()| failures.recv_timeout(PATIENCE));
         let ends = tokio::task::spawn_blocking(ends).await.unwrap();
         assert!(ends.contains(&Ok(Failure::Returned { name: "engine".into() })), "{ends:?}");
     }

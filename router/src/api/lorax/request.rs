@@ -11,6 +11,7 @@ use crate::{
         json::{Rest, refuse},
         merged::{self, MergedAdapters},
         request::{FieldNames, Prompt, Report, SequenceRequest},
+        structured,
     },
     server::{
         App,
@@ -93,7 +94,8 @@ pub(super) struct Shape {
 
 impl GenerateRequest {
     pub(super) fn into_group(self, app: &App, caller: &Caller) -> Result<(GroupRequest, Shape), ApiError> {
-        let p = self.parameters.unwrap_or_default();
+        let mut p = self.parameters.unwrap_or_default();
+        let grammar = structured::take(&mut p.rest)?;
         refuse(&self.rest, "", |_, _| false)?;
         refuse(&p.rest, "", |name, value| match name {
             "best_of" => value == 1,
@@ -124,6 +126,7 @@ impl GenerateRequest {
             sampling,
             report: Report { prompt: prefill, ..Report::default() },
             truncate: p.truncate,
+            grammar,
         };
         let credential = caller.credential.or_in_body(p.api_token);
         let source = p.adapter_source.as_deref();

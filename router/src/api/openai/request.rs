@@ -20,6 +20,7 @@ use crate::{
         json::{Rest, refuse},
         merged::{self, MergedAdapters},
         request::{FieldNames, Prompt, Report, SequenceRequest},
+        structured,
     },
     base_model::is_placeholder,
     chat::TemplateInput,
@@ -249,7 +250,6 @@ fn harmless(name: &str, value: &Value) -> bool {
         "modalities" => *value == json!(["text"]),
         "best_of" => value == 1,
         "suffix" => value == "",
-        "response_format" => value["type"] == "text",
         // The request brings no tools, so these choices ask for nothing.
         "tool_choice" | "function_call" => value == "none" || value == "auto",
         _ => false,
@@ -265,6 +265,7 @@ impl Common {
         prompts: Vec<Prompt>,
         asked: Asked,
     ) -> Result<(GroupRequest, Options), ApiError> {
+        let grammar = structured::take(&mut self.rest)?;
         refuse(&self.rest, "", harmless)?;
         refuse(&self.stream_options.rest, "stream_options", |name, _| name == "include_obfuscation")?;
         let Asked { names, max_new_tokens, num_top, report, best_of } = asked;
@@ -286,6 +287,7 @@ impl Common {
             sampling: params.clone(),
             report,
             truncate: self.truncate,
+            grammar: grammar.clone(),
         };
         let group = GroupRequest {
             adapter,
