@@ -108,12 +108,13 @@ template <typename T, int N> __global__ void gather(const T* x, const uint32_t* 
 }
 
 // Mirrored by `activation` in `cuda/ffi.rs`.
-enum Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
+enum Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kTanh = 4 };
 
 template <int F> __device__ inline float activation(float x) {
   if constexpr (F == kSilu) return silu(x);
   if constexpr (F == kGelu) return 0.5f * x * (1.f + erff(x * 0.70710678f));
   if constexpr (F == kGeluTanh) return 0.5f * x * (1.f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+  if constexpr (F == kTanh) return tanhf(x);
   return fmaxf(x, 0.f);
 }
 
@@ -219,6 +220,7 @@ extern "C" int lorax_activate(int elem, int f, int gated, const void* x, void* y
       case kGelu: return (launch_activation<T, kGelu>(from, to, gated, rows, cols, stream));
       case kGeluTanh: return (launch_activation<T, kGeluTanh>(from, to, gated, rows, cols, stream));
       case kRelu: return (launch_activation<T, kRelu>(from, to, gated, rows, cols, stream));
+      case kTanh: return (launch_activation<T, kTanh>(from, to, gated, rows, cols, stream));
     }
   });
   return cudaErrorInvalidValue;

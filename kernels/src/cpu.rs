@@ -219,6 +219,10 @@ impl Ops for CpuBackend {
         elementwise::normalize(self, x, norm, y)
     }
 
+    fn normalize_stream(&self, stream: &mut CpuMat, norm: Norm<'_, Self>, y: &mut CpuMat) -> Result<()> {
+        elementwise::normalize_stream(self, stream, norm, y)
+    }
+
     fn activate(&self, x: &CpuMat, f: Activation, y: &mut CpuMat) -> Result<()> {
         elementwise::activate(self, x, f, y)
     }

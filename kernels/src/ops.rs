@@ -53,6 +53,8 @@ pub enum Activation {
     GeluTanh,
     /// `max(x, 0)`.
     Relu,
+    /// The hyperbolic tangent.
+    Tanh,
 }
 
 /// A projection: the weight W that rows are multiplied with, and what is added to the products.

@@ -103,6 +103,7 @@ pub fn activation(f: Activation, x: f32) -> f32 {
             x / 2.0 * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
         }
         Activation::Relu => x.max(0.0),
+        Activation::Tanh => x.tanh(),
     };
     y as f32
 }

@@ -26,6 +26,7 @@ pub(super) fn activation(f: Activation) -> i32 {
         Activation::Gelu => 1,
         Activation::GeluTanh => 2,
         Activation::Relu => 3,
+        Activation::Tanh => 4,
     }
 }
 
@@ -316,6 +317,16 @@ unsafe extern "C" {
         stream: CUstream,
     ) -> i32;
     pub(super) fn lorax_normalize(
+        elem: i32,
+        wide: i32,
+        x: u64,
+        norm: *const NormArgs,
+        y: u64,
+        rows: i32,
+        cols: i32,
+        stream: CUstream,
+    ) -> i32;
+    pub(super) fn lorax_normalize_stream(
         elem: i32,
         wide: i32,
         x: u64,

@@ -50,6 +50,24 @@ pub(super) fn normalize(
     })
 }
 
+/// `stream = norm(stream)`, and `y` is a copy of it.
+pub(super) fn normalize_stream(
+    be: &CudaBackend,
+    stream: &mut CudaMat,
+    norm: &Norm<'_, CudaBackend>,
+    y: &mut CudaMat,
+) -> Result<()> {
+    let op = "normalize_stream";
+    expect(stream, norm, y)?;
+    y.resize(op, stream.rows())?;
+    let (norm, rows, cols) = (args(op, norm, stream.cols())?, stream.rows() as i32, stream.cols() as i32);
+    // SAFETY: shapes were checked.
+    be.launch(op, stream.rows(), |elem, queue| unsafe {
+        let (x, wide) = (stream.at(), y.wide());
+        ffi::lorax_normalize_stream(elem, wide, x, &raw const norm, y.at(), rows, cols, queue)
+    })
+}
+
 /// Checks an addition to the stream, and says where it goes.
 pub(super) fn sink(x: &CudaMat, to: Added<'_>) -> Result<ffi::SinkArgs> {
     let (op, Added { post, scale, stream: sums, next }) = ("add", to);

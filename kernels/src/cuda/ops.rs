@@ -145,6 +145,10 @@ impl Ops for CudaBackend {
         norm::normalize(self, x, &norm, y)
     }
 
+    fn normalize_stream(&self, stream: &mut CudaMat, norm: Norm<'_, Self>, y: &mut CudaMat) -> Result<()> {
+        norm::normalize_stream(self, stream, &norm, y)
+    }
+
     fn activate(&self, x: &CudaMat, f: Activation, y: &mut CudaMat) -> Result<()> {
         activate(self, x, f, false, y)
     }

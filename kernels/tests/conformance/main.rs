@@ -76,7 +76,8 @@ use masks::{
 };
 use rows::{
     activations_and_gates, embedding_takes_the_token_sampled_last, embeddings_are_scaled_and_know_positions,
-    logits_are_scaled_and_capped, norms_of_any_width, parallel_branches, products_onto_the_stream,
+    logits_are_scaled_and_capped, norms_of_any_width,
+    norms_of_the_stream_itself, parallel_branches, products_onto_the_stream,
     products_that_are_activated,
 };
 use sampling::{
@@ -99,6 +100,7 @@ on_every_backend!(
     gains_over_smaller_vocabularies,
     adapters_are_counted,
     norms_of_any_width,
+    norms_of_the_stream_itself,
     activations_and_gates,
     products_that_are_activated,
     products_onto_the_stream,

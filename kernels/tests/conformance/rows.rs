@@ -1,7 +1,7 @@
 //! Operations that work row by row: norms, activations, the residual stream, lookups, logits.
 
 use kernels::{
-    Activation, Backend, Branch, Embedding, LogitShape, Matrix, Norm, NormKind, Output, Projection, Residual,
+    Activation, Backend, Branch, DType, Embedding, LogitShape, Matrix, Norm, NormKind, Output, Projection, Residual,
     SampleRow, SamplingParams,
     reference::{self, Table},
     testing::{Numbers, assert_close, batch},
@@ -9,8 +9,8 @@ use kernels::{
 
 use super::{collect, device_batch, mat, rows_of, tensor, wide_mat};
 
-const ACTIVATIONS: [Activation; 4] =
-    [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu];
+const ACTIVATIONS: [Activation; 5] =
+    [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::Tanh];
 /// Rows and columns that kernels take apart in every way.
 const SHAPES: [[usize; 2]; 7] = [[1, 1], [1, 64], [7, 33], [20, 576], [3, 4097], [65, 130], [2, 2560]];
 
@@ -56,6 +56,29 @@ pub(super) fn norms_of_any_width<B: Backend>(ops: &B) {
                 ops.normalize(&wide_mat(ops, &x), vectors.as_norm(&norm), &mut y).unwrap();
                 assert_close(&what, &ops.download(&y).unwrap(), &expected.data, ops.dtype());
             }
+        }
+    }
+}
+
+/// The stream itself becomes its norm, and the projection that reads it next gets a copy.
+pub(super) fn norms_of_the_stream_itself<B: Backend>(ops: &B) {
+    let mut numbers = Numbers(24);
+    for [rows, cols] in SHAPES {
+        let mut x = numbers.table(rows, cols);
+        x.data.iter_mut().for_each(|x| *x += 2.0);
+        for norm in norms(&mut numbers, cols) {
+            let vectors = Vectors::new(ops, &norm);
+            let expected = reference::normalize(&x, &norm);
+            let what = format!("{:?} norm in place of {rows}x{cols}, bias: {}", norm.kind, norm.bias.is_some());
+            for mut y in [ops.mat(rows, cols).unwrap(), ops.wide_mat(rows, cols).unwrap()] {
+                let mut stream = wide_mat(ops, &x);
+                ops.normalize_stream(&mut stream, vectors.as_norm(&norm), &mut y).unwrap();
+                assert_close(&what, &ops.download(&stream).unwrap(), &expected.data, DType::F32);
+                assert_close(&what, &ops.download(&y).unwrap(), &expected.data, ops.dtype());
+            }
+            let mut narrow = ops.mat(rows, cols + 1).unwrap();
+            let refused = ops.normalize_stream(&mut wide_mat(ops, &x), vectors.as_norm(&norm), &mut narrow);
+            assert!(refused.unwrap_err().to_string().contains("columns of y"), "{what}");
         }
     }
 }
