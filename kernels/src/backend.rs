@@ -162,12 +162,8 @@ pub trait Ops: Adapters {
     /// Semantics: `stream[i] = norm(stream[i])`, then `y[i] = stream[i]`. The norm of a layer that norms its sums: what is
     /// added to the stream next is added to the normed one (post-LN; Vaswani et al., 2017). `stream` is a
     /// [`Memory::wide_mat`].
-    fn normalize_stream(
-        &self,
-        stream: &mut Self::Mat,
-        norm: Norm<'_, Self>,
-        y: &mut Self::Mat,
-    ) -> Result<()>;
+    fn normalize_stream(&self, stream: &mut Self::Mat, norm: Norm<'_, Self>, y: &mut Self::Mat)
+    -> Result<()>;
 
     /// Semantics: `y[i, j] = f(x[i, j])`.
     fn activate(&self, x: &Self::Mat, f: Activation, y: &mut Self::Mat) -> Result<()>;

@@ -76,9 +76,8 @@ use masks::{
 };
 use rows::{
     activations_and_gates, embedding_takes_the_token_sampled_last, embeddings_are_scaled_and_know_positions,
-    logits_are_scaled_and_capped, norms_of_any_width,
-    norms_of_the_stream_itself, parallel_branches, products_onto_the_stream,
-    products_that_are_activated,
+    logits_are_scaled_and_capped, norms_of_any_width, norms_of_the_stream_itself, parallel_branches,
+    products_onto_the_stream, products_that_are_activated,
 };
 use sampling::{
     any_logits_give_a_token, banned_tokens_wait, counts_of_seen_tokens_stop_at_the_last,

@@ -1,8 +1,8 @@
 //! Operations that work row by row: norms, activations, the residual stream, lookups, logits.
 
 use kernels::{
-    Activation, Backend, Branch, DType, Embedding, LogitShape, Matrix, Norm, NormKind, Output, Projection, Residual,
-    SampleRow, SamplingParams,
+    Activation, Backend, Branch, DType, Embedding, LogitShape, Matrix, Norm, NormKind, Output, Projection,
+    Residual, SampleRow, SamplingParams,
     reference::{self, Table},
     testing::{Numbers, assert_close, batch},
 };
@@ -69,7 +69,8 @@ pub(super) fn norms_of_the_stream_itself<B: Backend>(ops: &B) {
         for norm in norms(&mut numbers, cols) {
             let vectors = Vectors::new(ops, &norm);
             let expected = reference::normalize(&x, &norm);
-            let what = format!("{:?} norm in place of {rows}x{cols}, bias: {}", norm.kind, norm.bias.is_some());
+            let what =
+                format!("{:?} norm in place of {rows}x{cols}, bias: {}", norm.kind, norm.bias.is_some());
             for mut y in [ops.mat(rows, cols).unwrap(), ops.wide_mat(rows, cols).unwrap()] {
                 let mut stream = wide_mat(ops, &x);
                 ops.normalize_stream(&mut stream, vectors.as_norm(&norm), &mut y).unwrap();

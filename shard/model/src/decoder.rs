@@ -1,10 +1,11 @@
 //! The description of a decoder as data, with a field for every feature in which families differ. The page of a family
-//! fills it in, and everything else reads it.
+//! fills it in, and everything else reads it. An encoder is described by the same fields: its layers attend to both sides.
 
 mod modules;
 mod names;
 mod nesting;
 mod share;
+mod task;
 
 use kernels::{
     Activation, AttentionShape, Heads, LogitShape, LoraSite, NormKind, NormSpan, Pairs, RopeSpec, Span,
@@ -17,6 +18,7 @@ pub(crate) use names::{Names, Part, QkvOrder, Stored};
 pub(crate) use nesting::{Nesting, is_beside};
 pub(crate) use share::Run;
 pub use share::Share;
+pub use task::{Classes, Classifier, Scores, Task};
 
 /// The largest number of layers that is accepted.
 pub(crate) const MAX_LAYERS: usize = 1 << 10;
@@ -40,7 +42,7 @@ pub(crate) fn check_head_dim(dim: usize) -> Result<usize> {
     }
 }
 
-/// A decoder-only language model.
+/// A stack of layers: a decoder-only language model, or an encoder.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Decoder {
     /// Width of the residual stream.
@@ -56,9 +58,11 @@ pub struct Decoder {
     pub embedding: Embedding,
     /// The layers, of equal sizes.
     pub layers: Vec<Layer>,
-    /// The norm of the residual stream after the last layer.
+    /// The norm of the residual stream after the last layer. Layers that norm their sums have none behind them.
     pub norm: NormSpec,
-    /// The output projection.
+    /// What is computed from the last hidden states.
+    pub task: Task,
+    /// The output projection, if tokens are generated.
     pub head: Head,
     /// The rotary embeddings, which layers refer to by index.
     pub ropes: Vec<RopeSpec>,
@@ -75,6 +79,8 @@ pub struct Embedding {
     pub scale: f32,
     /// Learned positions, which are added to the scaled rows.
     pub positions: Option<Positions>,
+    /// The number of learned types of tokens. A vector for each is added to the rows; all tokens are of the first type.
+    pub token_types: Option<usize>,
     /// The norm that is applied to the sum.
     pub norm: Option<NormSpec>,
 }
@@ -139,6 +145,9 @@ pub enum Wiring {
         /// Whether both branches have the same norm.
         shared_norm: bool,
     },
+    /// The branches follow each other. Each reads the stream and adds to it, and the sum is normed: the norm replaces the
+    /// stream (post-LN; Vaswani et al., 2017). The norm of embeddings comes before the first layer.
+    PostNorm,
 }
 
 /// Attention of a layer.
@@ -210,9 +219,34 @@ impl Head {
 }
 
 impl Decoder {
-    /// The number of columns of the logits, including those of tokens that only adapters have.
+    /// The number of columns of the logits: tokens, including those that only adapters have, or classes.
     pub fn logit_columns(&self) -> usize {
-        self.vocab + ADDED_TOKENS
+        match &self.task {
+            Task::Generate => self.vocab + ADDED_TOKENS,
+            Task::Embed => 0,
+            Task::Classify(classifier) => classifier.labels.len(),
+        }
+    }
+
+    /// Whether rows attend to rows behind them, so that all rows of a sequence must be in one step.
+    pub fn is_bidirectional(&self) -> bool {
+        self.layers.iter().any(|layer| layer.attention.shape.span == Span::Bidirectional)
+    }
+
+    /// The sites of what is computed from the last hidden states, which follow those of the layers: the output projection,
+    /// or the classifier and the projection in front of it.
+    pub(crate) fn output_site(&self) -> usize {
+        self.layers.len() * LAYER_SITES
+    }
+
+    /// The site of the embedding table, which is the last one.
+    pub(crate) fn table_site(&self) -> usize {
+        self.output_site()
+            + match &self.task {
+                Task::Generate => 1,
+                Task::Embed => 0,
+                Task::Classify(classifier) => 1 + usize::from(classifier.dense.is_some()),
+            }
     }
 
     /// The heads, which are the same in all layers.
@@ -242,7 +276,7 @@ impl Decoder {
     }
 
     /// The sites at which adapters can attach. Each layer has four, for q k v, o, and both halves of the feed-forward
-    /// network. The output projection and the embedding table follow.
+    /// network. The output projection or the classifier, and the embedding table, follow.
     pub fn sites(&self) -> Vec<LoraSite> {
         Modules::of(self).sites(self, Share::WHOLE)
     }

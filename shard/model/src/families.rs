@@ -2,6 +2,8 @@
 //! (`models/*/configuration_*.py`, `configuration_utils.py`, `generation/configuration_utils.py`), and how a folder's
 //! family is found out. `docs/howto/architecture.md` shows how a page is written.
 
+mod bert;
+mod distilbert;
 mod fields;
 mod frequencies;
 mod gemma;
@@ -19,13 +21,18 @@ mod qwen2;
 mod qwen3;
 mod rope;
 mod spans;
+mod task;
 mod wrappers;
+mod xlm_roberta;
 
 use std::{fs, path::Path};
 
 use serde_json::Value;
 
-use crate::{Decoder, LoadError, Result};
+use crate::{
+    Decoder, LoadError, Result,
+    decoder::{Head, Task},
+};
 use fields::{Aliases, Fields};
 
 /// A family: its `model_type`, the names of its architectures, its own names of common fields, and its page.
@@ -36,8 +43,11 @@ struct Family {
     page: fn(&Fields) -> Result<Decoder>,
 }
 
+/// The file by which sentence-transformers knows its models: texts are embedded, and no token is generated.
+const SENTENCE_TRANSFORMER: &str = "modules.json";
+
 /// All families.
-const FAMILIES: [Family; 11] = [
+const FAMILIES: [Family; 15] = [
     llama::FAMILY,
     mistral::FAMILY,
     qwen2::FAMILY,
@@ -49,6 +59,10 @@ const FAMILIES: [Family; 11] = [
     phi3::FAMILY,
     gpt2::FAMILY,
     gpt_neox::FAMILY,
+    bert::FAMILY,
+    distilbert::FAMILY,
+    xlm_roberta::FAMILY,
+    xlm_roberta::ROBERTA,
 ];
 
 impl Family {
@@ -83,6 +97,12 @@ impl Decoder {
         if is_wrapped {
             wrappers::check(&decoder, fields.json())?;
             decoder.names.is_wrapped = true;
+        }
+        if decoder.task == Task::Generate && folder.join(SENTENCE_TRANSFORMER).is_file() {
+            decoder.task = Task::Embed;
+        }
+        if decoder.task != Task::Generate {
+            decoder.head = Head::plain(false);
         }
         decoder.eos = ends(&fields, generation(folder).as_ref(), decoder.eos)?;
         fields.check_others(&decoder)?;

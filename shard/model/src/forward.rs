@@ -3,13 +3,13 @@
 use std::path::Path;
 
 use kernels::{
-    Attention, AttentionShape, Backend, Branch, Embedding, Heads, LinearLora, LoraSite, Norm, Output,
-    Projection, QkNorms, Qkv, Residual, Rotation, RowSet, Span,
+    Activation, Attention, AttentionShape, Backend, Branch, Embedding, Heads, LinearLora, LoraSite, Norm,
+    Output, Projection, QkNorms, Qkv, Residual, Rotation, RowSet, Span,
 };
 
 use crate::{
     Decoder, Result, Share,
-    decoder::{self, LAYER_SITES, NormSpec, Wiring},
+    decoder::{self, NormSpec, Wiring},
     load::{self, Progress},
 };
 
@@ -33,7 +33,7 @@ impl<'a, B: Backend> Pass<'a, B> {
 
 /// Memory for activations, which is allocated once for the largest step.
 pub struct Scratch<B: Backend> {
-    /// Logits of the rows that wanted them, `[logit rows, Decoder::logit_columns]`.
+    /// Logits of the rows that wanted them, of tokens or of classes: `[logit rows, Decoder::logit_columns]`.
     pub logits: B::Mat,
     /// The columns of this rank, which are gathered into `logits`; `None` for one rank.
     own_logits: Option<B::Mat>,
@@ -50,9 +50,11 @@ pub struct Scratch<B: Backend> {
     gate_up: B::Mat,
     activated: B::Mat,
     last: B::Mat,
+    /// The products and the result of the projection in front of a classifier.
+    dense: Option<[B::Mat; 2]>,
 }
 
-/// The KV cache of all layers.
+/// The KV cache of all layers. The layers of an encoder, which keeps nothing beyond a step, share the memory of one.
 pub struct KvCache<B: Backend> {
     layers: Vec<B::Kv>,
 }
@@ -66,7 +68,11 @@ pub(crate) struct Linear<B: Backend> {
 
 impl<B: Backend> Linear<B> {
     fn projection<'a>(&'a self, pass: &Pass<'a, B>) -> Projection<'a, B> {
-        let lora = pass.lora(self.site, RowSet::All);
+        self.projection_of(pass, RowSet::All)
+    }
+
+    fn projection_of<'a>(&'a self, pass: &Pass<'a, B>, rows: RowSet) -> Projection<'a, B> {
+        let lora = pass.lora(self.site, rows);
         Projection { weight: &self.weight, bias: self.bias.as_ref(), lora }
     }
 }
@@ -85,9 +91,29 @@ impl<B: Backend> NormOf<B> {
     }
 }
 
+/// The weights of what is computed from the last hidden states.
+pub(crate) enum OutputOf<B: Backend> {
+    /// Nothing is.
+    Hidden,
+    /// The output projection; its weight is the embedding table if there is none.
+    Logits { weight: Option<B::Weight>, bias: Option<B::Vector> },
+    /// The projection in front of the classifier with its activation, and the classifier.
+    Classes { dense: Option<(Linear<B>, Activation)>, classifier: Linear<B> },
+}
+
+impl<B: Backend> OutputOf<B> {
+    fn linears(&self) -> impl Iterator<Item = &Linear<B>> {
+        let (dense, classifier) = match self {
+            OutputOf::Classes { dense, classifier } => (dense.as_ref(), Some(classifier)),
+            OutputOf::Hidden | OutputOf::Logits { .. } => (None, None),
+        };
+        classifier.into_iter().chain(dense.map(|(linear, _)| linear))
+    }
+}
+
 /// The weights of a layer.
 pub(crate) struct Layer<B: Backend> {
-    pub(crate) attention_norm: NormOf<B>,
+    pub(crate) attention_norm: Option<NormOf<B>>,
     pub(crate) qkv: Linear<B>,
     pub(crate) q_norm: Option<NormOf<B>>,
     pub(crate) k_norm: Option<NormOf<B>>,
@@ -100,6 +126,7 @@ pub(crate) struct Layer<B: Backend> {
     pub(crate) up: Linear<B>,
     pub(crate) down: Linear<B>,
     pub(crate) mlp_post: Option<NormOf<B>>,
+    pub(crate) output_norm: Option<NormOf<B>>,
 }
 
 /// The sizes of a rank's share.
@@ -133,10 +160,8 @@ pub struct Model<B: Backend> {
     pub(crate) positions: Option<B::Weight>,
     pub(crate) embed_norm: Option<NormOf<B>>,
     pub(crate) layers: Vec<Layer<B>>,
-    pub(crate) norm: NormOf<B>,
-    /// `None` if the output projection is the embedding table.
-    pub(crate) head_weight: Option<B::Weight>,
-    pub(crate) head_bias: Option<B::Vector>,
+    pub(crate) norm: Option<NormOf<B>>,
+    pub(crate) output: OutputOf<B>,
     pub(crate) ropes: Vec<B::Rope>,
 }
 
@@ -165,8 +190,13 @@ impl<B: Backend> Model<B> {
     /// Bytes of the weights on the device, vectors apart.
     pub fn weight_bytes(&self, ops: &B) -> WeightBytes {
         let linears = self.layers.iter().flat_map(|at| [&at.qkv, &at.out, &at.up, &at.down]);
-        let share = linears.map(|linear| &linear.weight).chain(&self.head_weight);
-        let whole = [&self.embed].into_iter().chain(&self.positions);
+        let head = match &self.output {
+            OutputOf::Logits { weight, .. } => weight.as_ref(),
+            OutputOf::Hidden | OutputOf::Classes { .. } => None,
+        };
+        let share = linears.map(|linear| &linear.weight).chain(head);
+        let classes = self.output.linears().map(|linear| &linear.weight);
+        let whole = [&self.embed].into_iter().chain(&self.positions).chain(classes);
         WeightBytes {
             share: share.map(|weight| ops.weight_bytes(weight)).sum(),
             whole: whole.map(|weight| ops.weight_bytes(weight)).sum(),
@@ -181,7 +211,9 @@ impl<B: Backend> Model<B> {
     /// The weights of all sites, in the order of [`Self::sites`].
     pub fn site_weights(&self) -> Vec<&B::Weight> {
         let linears = self.layers.iter().flat_map(|at| [&at.qkv, &at.out, &at.up, &at.down]);
-        linears.map(|linear| &linear.weight).chain([self.head(), &self.embed]).collect()
+        let head = matches!(self.output, OutputOf::Logits { .. }).then(|| self.head());
+        let classes = self.output.linears().map(|linear| &linear.weight);
+        linears.map(|linear| &linear.weight).chain(head).chain(classes).chain([&self.embed]).collect()
     }
 
     /// The distinct attention spans of all layers.
@@ -192,13 +224,18 @@ impl<B: Backend> Model<B> {
     /// Allocates a KV cache of `blocks` blocks.
     pub fn kv_cache(&self, ops: &B, blocks: usize) -> kernels::Result<KvCache<B>> {
         let heads = self.sizes.heads;
-        let layers = self.layers.iter().map(|_| ops.kv(blocks, heads)).collect::<kernels::Result<_>>()?;
+        let layers = (0..self.kv_layers()).map(|_| ops.kv(blocks, heads)).collect::<kernels::Result<_>>()?;
         Ok(KvCache { layers })
     }
 
     /// Bytes of one block of the KV cache, all layers together.
     pub fn kv_block_bytes(&self, ops: &B) -> usize {
-        ops.kv_block_bytes(self.sizes.heads) * self.layers.len()
+        ops.kv_block_bytes(self.sizes.heads) * self.kv_layers()
+    }
+
+    /// The number of layers whose keys and values are kept apart.
+    fn kv_layers(&self) -> usize {
+        if self.decoder.is_bidirectional() { 1 } else { self.layers.len() }
     }
 
     /// Allocates the activations of steps of up to `max_rows` rows, of which `max_logit_rows` have logits.
@@ -208,6 +245,9 @@ impl<B: Backend> Model<B> {
         let decoder::Layer { mlp, wiring, .. } = &self.decoder.layers[0];
         let halves = if mlp.gated { 2 } else { 1 };
         let reads_twice = *wiring == Wiring::Parallel { shared_norm: false };
+        let dense =
+            || Ok::<_, kernels::Error>([ops.mat(max_logit_rows, hidden)?, ops.mat(max_logit_rows, hidden)?]);
+        let has_dense = matches!(&self.output, OutputOf::Classes { dense: Some(_), .. });
         Ok(Scratch {
             logits: ops.wide_mat(max_logit_rows, self.decoder.logit_columns())?,
             own_logits: (share.ranks() > 1).then(|| ops.wide_mat(max_logit_rows, logits)).transpose()?,
@@ -220,6 +260,7 @@ impl<B: Backend> Model<B> {
             gate_up: ops.mat(max_rows, halves * width)?,
             activated: ops.mat(max_rows, width)?,
             last: ops.mat(max_logit_rows, hidden)?,
+            dense: has_dense.then(dense).transpose()?,
         })
     }
 
@@ -233,46 +274,97 @@ impl<B: Backend> Model<B> {
         let ops = pass.ops;
         ops.step(pass.batch, Some(pass.slots), || {
             self.embed(pass, s)?;
-            ops.normalize(&s.stream, self.layers[0].attention_norm.get(), &mut s.hidden)?;
-            for (i, kv) in kv.layers.iter_mut().enumerate() {
-                self.layer(i, pass, s, kv)?;
+            let count = kv.layers.len().max(1);
+            for i in 0..self.layers.len() {
+                self.layer(i, pass, s, &mut kv.layers[i % count])?;
             }
-            ops.gather_logit_rows(&s.hidden, pass.batch, &mut s.last)?;
-            let lora = pass.lora(self.layers.len() * LAYER_SITES, RowSet::Logits);
-            let by = Projection { weight: self.head(), bias: self.head_bias.as_ref(), lora };
-            let shape = self.decoder.head.shape;
-            let Some(own) = &mut s.own_logits else {
-                return ops.linear(&s.last, by, Output::Logits { y: &mut s.logits, shape });
-            };
-            ops.linear(&s.last, by, Output::Logits { y: own, shape })?;
-            ops.gather_columns(own, &mut s.logits)
+            match &self.output {
+                OutputOf::Hidden => Ok(()),
+                OutputOf::Logits { bias, .. } => self.logits(pass, bias.as_ref(), s),
+                OutputOf::Classes { dense, classifier } => {
+                    self.classes(pass, (dense.as_ref(), classifier), s)
+                }
+            }
         })
     }
 
-    fn head(&self) -> &B::Weight {
-        self.head_weight.as_ref().unwrap_or(&self.embed)
+    /// Computes the logits of tokens.
+    fn logits(
+        &self,
+        pass: &Pass<'_, B>,
+        bias: Option<&B::Vector>,
+        s: &mut Scratch<B>,
+    ) -> kernels::Result<()> {
+        let ops = pass.ops;
+        ops.gather_logit_rows(&s.hidden, pass.batch, &mut s.last)?;
+        let by = Projection {
+            weight: self.head(),
+            bias,
+            lora: pass.lora(self.decoder.output_site(), RowSet::Logits),
+        };
+        let shape = self.decoder.head.shape;
+        let Some(own) = &mut s.own_logits else {
+            return ops.linear(&s.last, by, Output::Logits { y: &mut s.logits, shape });
+        };
+        ops.linear(&s.last, by, Output::Logits { y: own, shape })?;
+        ops.gather_columns(own, &mut s.logits)
     }
 
-    /// Embeds the tokens: writes the first value of the residual stream.
+    /// Computes the logits of classes.
+    fn classes(
+        &self,
+        pass: &Pass<'_, B>,
+        (dense, classifier): (Option<&(Linear<B>, Activation)>, &Linear<B>),
+        s: &mut Scratch<B>,
+    ) -> kernels::Result<()> {
+        let ops = pass.ops;
+        ops.gather_logit_rows(&s.hidden, pass.batch, &mut s.last)?;
+        let of = |linear| Linear::projection_of(linear, pass, RowSet::Logits);
+        let mut x = &s.last;
+        if let (Some((linear, activation)), Some([products, y])) = (dense, &mut s.dense) {
+            let out = Output::Activate { activation: *activation, products, y: &mut *y };
+            ops.linear(x, of(linear), out)?;
+            x = y;
+        }
+        ops.linear(x, of(classifier), Output::Store(&mut s.logits))
+    }
+
+    /// The output projection.
+    fn head(&self) -> &B::Weight {
+        match &self.output {
+            OutputOf::Logits { weight: Some(weight), .. } => weight,
+            _ => &self.embed,
+        }
+    }
+
+    /// Embeds the tokens: writes the first value of the residual stream, and its first norm into `s.hidden`.
     fn embed(&self, pass: &Pass<'_, B>, s: &mut Scratch<B>) -> kernels::Result<()> {
+        let ops = pass.ops;
         let decoder::Embedding { scale, positions, .. } = self.decoder.embedding;
         let positions = self.positions.as_ref().zip(positions.map(|positions| positions.first));
-        let lora = pass.lora(self.layers.len() * LAYER_SITES + 1, RowSet::All);
+        let lora = pass.lora(self.decoder.table_site(), RowSet::All);
         let by = Embedding { table: &self.embed, scale, positions, lora };
-        match &self.embed_norm {
-            None => pass.ops.embed(pass.batch, pass.sampler, by, &mut s.stream),
-            Some(norm) => {
-                pass.ops.embed(pass.batch, pass.sampler, by, &mut s.products)?;
-                pass.ops.normalize(&s.products, norm.get(), &mut s.stream)
+        let first = self.layers[0].attention_norm.as_ref();
+        match (&self.embed_norm, first) {
+            (Some(norm), None) => {
+                ops.embed(pass.batch, pass.sampler, by, &mut s.stream)?;
+                return ops.normalize_stream(&mut s.stream, norm.get(), &mut s.hidden);
             }
+            (Some(norm), _) => {
+                ops.embed(pass.batch, pass.sampler, by, &mut s.products)?;
+                ops.normalize(&s.products, norm.get(), &mut s.stream)?;
+            }
+            (None, _) => ops.embed(pass.batch, pass.sampler, by, &mut s.stream)?,
         }
+        first.map_or(Ok(()), |norm| ops.normalize(&s.stream, norm.get(), &mut s.hidden))
     }
 
     /// Computes layer `i`. `s.hidden` is the stream after this layer's first norm, and becomes the stream after the
     /// first norm of the next layer.
     fn layer(&self, i: usize, pass: &Pass<'_, B>, s: &mut Scratch<B>, kv: &mut B::Kv) -> kernels::Result<()> {
         let layer = &self.layers[i];
-        let next = self.layers.get(i + 1).map_or(&self.norm, |next| &next.attention_norm).get();
+        let next = self.layers.get(i + 1).map_or(&self.norm, |next| &next.attention_norm);
+        let next = next.as_ref().map(NormOf::get);
         let wiring = self.decoder.layers[i].wiring;
         if let (Some(other), Some(norm)) = (&mut s.other, &layer.mlp_norm) {
             pass.ops.normalize(&s.stream, norm.get(), other)?;
@@ -285,13 +377,30 @@ impl<B: Backend> Model<B> {
                 self.feed_forward(i, pass, s)?;
                 Branch::Only
             }
+            Wiring::PostNorm => {
+                self.onto_stream(pass, (layer, Half::Attention), s, (Branch::Only, None))?;
+                self.norm_stream(pass, layer.mlp_norm.as_ref(), s)?;
+                self.feed_forward(i, pass, s)?;
+                self.onto_stream(pass, (layer, Half::FeedForward), s, (Branch::Only, None))?;
+                return self.norm_stream(pass, layer.output_norm.as_ref(), s);
+            }
             Wiring::Parallel { .. } => {
                 self.feed_forward(i, pass, s)?;
                 self.onto_stream(pass, (layer, Half::Attention), s, (Branch::First, None))?;
                 Branch::Second
             }
         };
-        self.onto_stream(pass, (layer, Half::FeedForward), s, (second, Some(next)))
+        self.onto_stream(pass, (layer, Half::FeedForward), s, (second, next))
+    }
+
+    /// Norms the stream itself.
+    fn norm_stream(
+        &self,
+        pass: &Pass<'_, B>,
+        norm: Option<&NormOf<B>>,
+        s: &mut Scratch<B>,
+    ) -> kernels::Result<()> {
+        norm.map_or(Ok(()), |norm| pass.ops.normalize_stream(&mut s.stream, norm.get(), &mut s.hidden))
     }
 
     /// Computes attention from `s.hidden` into `s.attended`.

@@ -15,9 +15,9 @@ use std::{
 use kernels::{Backend, DType, HostTensor};
 
 use crate::{
-    Decoder, LoadProgress, Result, Share,
-    decoder::{Module, Modules, NormSpec, Part, Run, Stored},
-    forward::{Layer, Linear, Model, NormOf, Sizes},
+    Decoder, LoadError, LoadProgress, Result, Share,
+    decoder::{Classifier, LAYER_SITES, Module, Modules, NormSpec, Part, Run, Stored, Task},
+    forward::{Layer, Linear, Model, NormOf, OutputOf, Sizes},
     weights::{self, Source},
 };
 
@@ -56,43 +56,30 @@ pub(crate) fn load<B: Backend>(
     let modules = Modules::of(&decoder);
     let loader = Loader { ops, source: &*source, modules, share, progress: Mutex::new((progress, done)) };
     let embed = loader.weight(&[loader.module(None, Part::Embed)])?;
-    let positions = loader.modules.find(None, Part::Positions).map(|at| loader.weight(&[at])).transpose()?;
+    let positions = loader.modules.find(None, Part::Positions).map(|at| loader.positions(at)).transpose()?;
     let embed_norm =
         decoder.embedding.norm.map(|spec| loader.norm(None, Part::EmbedNorm, spec)).transpose()?;
     let layers = loader.layers(&decoder)?;
-    let norm = loader.norm(None, Part::Norm, decoder.norm)?;
-    let head = loader.module(None, Part::Head);
-    let head_weight = match (decoder.head.tied, share == Share::WHOLE) {
-        (true, true) => None,
-        // The embedding table is not divided, but the rows of the output projection are.
-        (true, false) => Some(loader.weight_from(loader.module(None, Part::Embed), head)?),
-        (false, _) => Some(loader.weight(&[head])?),
-    };
-    let head_bias = loader.bias(&[head])?;
+    let norm = loader.optional_norm(None, Part::Norm, decoder.norm)?;
+    let output = loader.output(&decoder)?;
     let ropes = decoder.ropes.iter().map(|spec| ops.rope(spec)).collect::<kernels::Result<_>>()?;
     let sites = loader.modules.sites(&decoder, share);
     let heads = share.heads(decoder.heads());
     let width = share.run(Run { count: decoder.layers[0].mlp.width, size: 1 }).len();
-    let logits = share.logits(&decoder).len();
+    let logits = match decoder.task {
+        Task::Generate => share.logits(&decoder).len(),
+        Task::Embed | Task::Classify(_) => decoder.logit_columns(),
+    };
     let sizes = Sizes { share, heads, width, logits };
-    Ok(Model {
-        embed,
-        positions,
-        embed_norm,
-        layers,
-        norm,
-        head_weight,
-        head_bias,
-        ropes,
-        sites,
-        sizes,
-        decoder,
-    })
+    Ok(Model { embed, positions, embed_norm, layers, norm, output, ropes, sites, sizes, decoder })
 }
 
 /// Whether a model that is configured as tied has an output projection that differs from its embedding table.
 /// transformers uses it then, and so do we.
 fn has_own_head(source: &dyn Source, decoder: &Decoder) -> Result<bool> {
+    if decoder.task != Task::Generate {
+        return Ok(false);
+    }
     let [head, table] = [Part::Head, Part::Embed].map(|part| decoder.names.path(None, part) + ".weight");
     if source.bytes(&head) == 0 {
         return Ok(false);
@@ -129,8 +116,7 @@ impl<B: Backend> Loader<'_, B> {
 
     fn layer(&self, decoder: &Decoder, i: usize) -> Result<Layer<B>> {
         let (spec, at) = (&decoder.layers[i], Some(i));
-        let norm =
-            |part, spec: NormSpec| self.modules.find(at, part).map(|_| self.norm(at, part, spec)).transpose();
+        let norm = |part, spec| self.optional_norm(at, part, spec);
         let qk = spec.attention.norms.map(|(norm, _)| norm).unwrap_or(spec.norm);
         let vector = |part| self.modules.find(at, part).map(|module| self.vector(module)).transpose();
         let slopes = spec.attention.slopes.as_ref().map(|slopes| {
@@ -138,7 +124,7 @@ impl<B: Backend> Loader<'_, B> {
             self.ops.vector(&slopes[own])
         });
         Ok(Layer {
-            attention_norm: self.norm(at, Part::AttentionNorm, spec.norm)?,
+            attention_norm: norm(Part::AttentionNorm, spec.norm)?,
             qkv: self.linear(i, 0)?,
             q_norm: norm(Part::QNorm, qk)?,
             k_norm: norm(Part::KNorm, qk)?,
@@ -150,12 +136,56 @@ impl<B: Backend> Loader<'_, B> {
             up: self.linear(i, 2)?,
             down: self.linear(i, 3)?,
             mlp_post: norm(Part::MlpPost, spec.norm)?,
+            output_norm: norm(Part::OutputNorm, spec.norm)?,
         })
+    }
+
+    /// Loads what the task computes from the last hidden states.
+    fn output(&self, decoder: &Decoder) -> Result<OutputOf<B>> {
+        let site = decoder.output_site();
+        match &decoder.task {
+            Task::Embed => Ok(OutputOf::Hidden),
+            Task::Classify(Classifier { dense, .. }) => {
+                let dense = dense.map(|f| Ok::<_, LoadError>((self.linear_at(site + 1)?, f))).transpose()?;
+                Ok(OutputOf::Classes { dense, classifier: self.linear_at(site)? })
+            }
+            Task::Generate => {
+                let head = self.module(None, Part::Head);
+                let weight = match (decoder.head.tied, self.share == Share::WHOLE) {
+                    (true, true) => None,
+                    // The embedding table is not divided, but the rows of the output projection are.
+                    (true, false) => Some(self.weight_from(self.module(None, Part::Embed), head)?),
+                    (false, _) => Some(self.weight(&[head])?),
+                };
+                Ok(OutputOf::Logits { weight, bias: self.bias(&[head])? })
+            }
+        }
+    }
+
+    /// Loads the table of positions. The vector of the first type of tokens, which all tokens are of, is added to each
+    /// row.
+    fn positions(&self, module: &Module) -> Result<B::Weight> {
+        let Some(types) = self.modules.find(None, Part::TokenTypes) else { return self.weight(&[module]) };
+        let shape = [module.outputs, module.inputs];
+        let mut rows = self.source.dense(&format!("{}.weight", module.path), shape)?.to_f32();
+        let name = format!("{}.weight", types.path);
+        let first =
+            self.source.dense_part(&name, [types.outputs, types.inputs], 0..1, 0..types.inputs)?.to_f32();
+        [module, types].iter().for_each(|module| self.has_read(&format!("{}.weight", module.path)));
+        for row in rows.chunks_exact_mut(module.inputs) {
+            row.iter_mut().zip(&first).for_each(|(x, add)| *x += add);
+        }
+        let data: Vec<u8> = rows.into_iter().flat_map(f32::to_le_bytes).collect();
+        let [rows, cols] = shape;
+        Ok(self.ops.weight(&[HostTensor { dtype: DType::F32, rows, cols, data: data.into() }])?)
     }
 
     /// Loads the fused projection of a layer's site.
     fn linear(&self, layer: usize, site: usize) -> Result<Linear<B>> {
-        let site = layer * crate::decoder::LAYER_SITES + site;
+        self.linear_at(layer * LAYER_SITES + site)
+    }
+
+    fn linear_at(&self, site: usize) -> Result<Linear<B>> {
         let modules = self.modules.at_site(site);
         Ok(Linear { weight: self.weight(&modules)?, bias: self.bias(&modules)?, site })
     }
@@ -227,6 +257,11 @@ impl<B: Backend> Loader<'_, B> {
         let own: Vec<f32> =
             self.share.outputs(module).into_iter().flat_map(|range| values[range].to_vec()).collect();
         Ok(self.ops.vector(&own)?)
+    }
+
+    /// Loads a norm, if there is one.
+    fn optional_norm(&self, layer: Option<usize>, part: Part, spec: NormSpec) -> Result<Option<NormOf<B>>> {
+        self.modules.find(layer, part).map(|_| self.norm(layer, part, spec)).transpose()
     }
 
     fn norm(&self, layer: Option<usize>, part: Part, spec: NormSpec) -> Result<NormOf<B>> {

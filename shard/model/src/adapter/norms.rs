@@ -19,7 +19,10 @@ fn reads(module: &Module, norm: &Module, decoder: &Decoder) -> bool {
     module.layer == norm.layer
         && match norm.part {
             Part::AttentionNorm => of_attention || of_mlp && norm.layer.is_some_and(shares),
-            Part::MlpNorm => of_mlp,
+            // The stream itself is normed there.
+            Part::MlpNorm => {
+                of_mlp && norm.layer.is_some_and(|i| decoder.layers[i].wiring != Wiring::PostNorm)
+            }
             Part::Norm => module.part == Part::Head,
             _ => false,
         }

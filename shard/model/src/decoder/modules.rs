@@ -10,7 +10,7 @@ use std::iter;
 use kernels::{Heads, LoraSite, NormSpan, SiteKind};
 
 use super::{
-    ADDED_TOKENS, Attention, Decoder, Layer, Nesting, NormSpec, Wiring,
+    ADDED_TOKENS, Attention, Classifier, Decoder, Layer, Nesting, NormSpec, Task, Wiring,
     names::{Names, Part, QkvOrder, Stored},
     share::{Run, Share, Split},
 };
@@ -255,6 +255,10 @@ impl Table<'_> {
             Part::Head => Split::Tokens,
             Part::Embed
             | Part::Positions
+            | Part::TokenTypes
+            | Part::Dense
+            | Part::Classifier
+            | Part::OutputNorm
             | Part::EmbedNorm
             | Part::Norm
             | Part::AttentionNorm
@@ -271,26 +275,59 @@ impl Table<'_> {
     }
 
     fn outer(&mut self) {
-        let Decoder { hidden, vocab, norm, head, ref embedding, ref layers, .. } = *self.decoder;
-        let first = layers.len() * LAYER_SITES;
-        self.add(None, Part::Embed, Kind::Lookup, [vocab, hidden]).place = Some((first + 1, 0));
+        let Decoder { hidden, vocab, norm, ref embedding, ref layers, .. } = *self.decoder;
+        self.add(None, Part::Embed, Kind::Lookup, [vocab, hidden]).place =
+            Some((self.decoder.table_site(), 0));
         if let Some(positions) = embedding.positions {
             self.add(None, Part::Positions, Kind::Positions, [positions.rows, hidden]);
+        }
+        if let Some(types) = embedding.token_types {
+            self.add(None, Part::TokenTypes, Kind::Positions, [types, hidden]);
         }
         if let Some(norm) = embedding.norm {
             self.norm(None, Part::EmbedNorm, norm, hidden);
         }
-        self.norm(None, Part::Norm, norm, hidden);
-        let output = self.add(None, Part::Head, Kind::Head, [vocab, hidden]);
-        output.place = Some((first, 0));
-        output.bias = head.bias;
+        if layers.iter().all(|layer| layer.wiring != Wiring::PostNorm) {
+            self.norm(None, Part::Norm, norm, hidden);
+        }
+        self.output();
+    }
+
+    /// What is computed from the last hidden states.
+    fn output(&mut self) {
+        let Decoder { hidden, vocab, head, ref task, .. } = *self.decoder;
+        let site = self.decoder.output_site();
+        match task {
+            Task::Embed => {}
+            Task::Generate => {
+                let output = self.add(None, Part::Head, Kind::Head, [vocab, hidden]);
+                output.place = Some((site, 0));
+                output.bias = head.bias;
+            }
+            Task::Classify(Classifier { labels, dense, .. }) => {
+                let mut linear = |part, site, outputs| {
+                    let module = self.add(None, part, Kind::Linear, [outputs, hidden]);
+                    (module.place, module.bias) = (Some((site, 0)), true);
+                };
+                linear(Part::Classifier, site, labels.len());
+                if dense.is_some() {
+                    linear(Part::Dense, site + 1, hidden);
+                }
+            }
+        }
     }
 
     fn layer(&mut self, i: usize, layer: &Layer) {
         let (at, hidden) = (Some(i), self.decoder.hidden);
-        self.norm(at, Part::AttentionNorm, layer.norm, hidden);
+        if layer.wiring != Wiring::PostNorm {
+            self.norm(at, Part::AttentionNorm, layer.norm, hidden);
+        }
         self.attention(i, &layer.attention);
         match layer.wiring {
+            Wiring::PostNorm => {
+                self.norm(at, Part::MlpNorm, layer.norm, hidden);
+                self.norm(at, Part::OutputNorm, layer.norm, hidden);
+            }
             Wiring::Sequential { post_norms } => {
                 self.norm(at, Part::MlpNorm, layer.norm, hidden);
                 if post_norms {

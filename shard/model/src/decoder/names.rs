@@ -8,12 +8,18 @@ pub(crate) enum Part {
     Embed,
     /// The table of learned positions.
     Positions,
+    /// The table of learned types of tokens.
+    TokenTypes,
     /// The norm of embeddings.
     EmbedNorm,
     /// The norm after the last layer.
     Norm,
     /// The output projection.
     Head,
+    /// The projection in front of the classifier.
+    Dense,
+    /// The projection to classes.
+    Classifier,
     /// The norm before attention, or before both branches.
     AttentionNorm,
     /// Queries.
@@ -34,7 +40,7 @@ pub(crate) enum Part {
     Out,
     /// The norm of attention's result before it is added to the stream.
     AttentionPost,
-    /// The norm before the feed-forward network.
+    /// The norm before the feed-forward network. If layers norm their sums, it is that of the first sum.
     MlpNorm,
     /// The projection of a gated network that the activation is applied to.
     Gate,
@@ -46,6 +52,8 @@ pub(crate) enum Part {
     Down,
     /// The norm of the feed-forward network's result before it is added to the stream.
     MlpPost,
+    /// The norm of a layer's last sum, if layers norm their sums.
+    OutputNorm,
 }
 
 /// The names of a family.

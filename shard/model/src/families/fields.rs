@@ -170,6 +170,22 @@ impl Fields {
         })
     }
 
+    /// Refuses any other value of a field.
+    pub(super) fn expect(&self, field: &'static str, only: &'static str) -> Result<()> {
+        match self.get(field) {
+            Some(value) if value != only => Err(unsupported(field, value, only)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses a feature.
+    pub(super) fn expect_off(&self, field: &'static str) -> Result<()> {
+        match self.get(field) {
+            Some(value) if !is_off(value) => Err(unsupported(field, value, "")),
+            _ => Ok(()),
+        }
+    }
+
     /// Refuses fields that ask for a feature that no page has read.
     pub(super) fn check_off(&self) -> Result<()> {
         let asked = self.asked.borrow();

@@ -13,7 +13,8 @@ use kernels::{Activation, Heads, NormKind, Pairs};
 use crate::{
     Decoder, LoadError, Result,
     decoder::{
-        Attention, Embedding, Head, Layer, MAX_LAYERS, Mlp, Names, NormSpec, Stored, Wiring, check_head_dim,
+        Attention, Embedding, Head, Layer, MAX_LAYERS, Mlp, Names, NormSpec, Stored, Task, Wiring,
+        check_head_dim,
     },
 };
 use architectures::ARCHITECTURES;
@@ -150,9 +151,10 @@ impl<'a> Metadata<'a> {
             vocab: table.dims.get(1).copied().unwrap_or(0),
             max_positions: rope.as_ref().map_or(context, |rope| rope.positions),
             eos: self.file.end_tokens()?,
-            embedding: Embedding { scale: 1.0, positions: None, norm: None },
+            embedding: Embedding { scale: 1.0, positions: None, token_types: None, norm: None },
             layers: vec![layer; self.size("block_count")?.min(MAX_LAYERS + 1)],
             norm,
+            task: Task::Generate,
             head: Head::plain(self.file.tensor("output.weight").is_none()),
             ropes: rope.into_iter().collect(),
             residual_scale: 1.0,

@@ -9,7 +9,9 @@ use super::{
 };
 use crate::{
     Decoder, LoadError, Result,
-    decoder::{Attention, Embedding, Head, Layer, MAX_LAYERS, Mlp, Names, NormSpec, Wiring, check_head_dim},
+    decoder::{
+        Attention, Embedding, Head, Layer, MAX_LAYERS, Mlp, Names, NormSpec, Task, Wiring, check_head_dim,
+    },
 };
 
 /// Names of a family's parts, and the values that transformers takes for absent fields.
@@ -70,9 +72,10 @@ impl Outline {
             vocab: fields.size("vocab_size", self.vocab)?,
             max_positions: rope.as_ref().map_or(max_positions, |rope| rope.positions),
             eos: self.eos.into_iter().collect(),
-            embedding: Embedding { scale: 1.0, positions: None, norm: None },
+            embedding: Embedding { scale: 1.0, positions: None, token_types: None, norm: None },
             layers: vec![layer; self.layers(fields)?],
             norm,
+            task: Task::Generate,
             head: Head::plain(fields.flag("tie_word_embeddings", self.tied)?),
             ropes: rope.into_iter().collect(),
             residual_scale: 1.0,

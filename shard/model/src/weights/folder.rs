@@ -14,7 +14,7 @@ use serde::Deserialize;
 use super::{Source, tensor_file::TensorFile};
 use crate::{
     Decoder, LoadError, Result,
-    decoder::{Modules, Nesting, Part},
+    decoder::{Modules, Nesting, Part, Task},
 };
 
 const WHOLE: &str = "model.safetensors";
@@ -62,7 +62,8 @@ impl Folder {
         }
         // If the output projection is the embedding table, either tensor may be missing.
         let [table, head] = [Part::Embed, Part::Head].map(|part| decoder.names.path(None, part) + ".weight");
-        if decoder.head.tied
+        if decoder.task == Task::Generate
+            && decoder.head.tied
             && !places.contains_key(&table)
             && let Some(head) = places.get(&head).cloned()
         {
@@ -137,6 +138,10 @@ impl Taken {
     /// The name under which the model takes a tensor: its own, or the same with or without the module in front that
     /// holds a decoder in a model with a head.
     fn name(&self, name: &str) -> Option<String> {
+        // The names of the first version of BERT.
+        let old = [(".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias")];
+        let renamed = old.iter().find_map(|(old, new)| Some(format!("{}{new}", name.strip_suffix(old)?)));
+        let name = renamed.as_deref().unwrap_or(name);
         if let Some(name) = self.nested.get(name) {
             return Some(name.clone());
         }
