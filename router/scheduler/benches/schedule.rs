@@ -52,6 +52,7 @@ impl Load {
             adapter: Some(Adapter { key: AdapterKey(key), bytes: 50_000_000 }),
             prompt_logprobs: false,
             group: None,
+            hidden_states: false,
             payload: (),
         }
     }
@@ -82,6 +83,7 @@ impl Server {
             prefix_caching: true,
             kv_window: 0,
             rope: RopeScaling::Fixed,
+            bidirectional: false,
         };
         Self {
             scheduler: Scheduler::new(limits, &[]),

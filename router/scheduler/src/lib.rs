@@ -14,7 +14,7 @@
 //! # let limits = Limits {
 //! #     num_blocks: 64, block_size: 16, num_slots: 4, adapter_bytes: 0, max_rows: 64, max_sequences: 8,
 //! #     max_logit_rows: 64, max_added_tokens: 1000, max_prefill_rows: None, prefix_caching: true,
-//! #     kv_window: 0, rope: RopeScaling::Fixed, adapter_cycle_time: Duration::from_secs(2),
+//! #     kv_window: 0, rope: RopeScaling::Fixed, bidirectional: false, adapter_cycle_time: Duration::from_secs(2),
 //! # };
 //! # let now = Duration::ZERO;
 //! let mut scheduler = Scheduler::new(limits, &[]);
@@ -29,6 +29,7 @@
 //!     stop_ids: [0].into(),
 //!     prompt_logprobs: false,
 //!     group: None,
+//!     hidden_states: false,
 //!     payload: "how it samples",
 //! };
 //! scheduler.submit(request, now)?;

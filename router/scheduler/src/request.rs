@@ -59,7 +59,7 @@ pub struct Request<P> {
     /// At least one token.
     pub prompt: Arc<[u32]>,
     /// Generation ends with [`Finish::Length`](crate::Finish::Length) after this many tokens. 0 computes the prompt's
-    /// log-probabilities and generates nothing; `prompt_logprobs` must be set then.
+    /// log-probabilities or its hidden states and generates nothing; one of these must be asked for then.
     pub max_new_tokens: u32,
     /// Generation ends with [`Finish::StopToken`](crate::Finish::StopToken) at any of these. Empty to ignore them.
     pub stop_ids: Arc<[u32]>,
@@ -71,6 +71,9 @@ pub struct Request<P> {
     /// begin when that has been done, with its full KV blocks, whether or not there is
     /// [`Limits::prefix_caching`]. Every request with `prompt_logprobs` computes its own.
     pub group: Option<GroupId>,
+    /// Hidden states of the prompt are wanted, also that of its last token, and nothing is generated: `max_new_tokens` must
+    /// be 0. Otherwise as for `prompt_logprobs`.
+    pub hidden_states: bool,
     /// The caller's own data, which [`Added`](crate::Added) carries. It is cloned every time that the sequence is
     /// added.
     pub payload: P,
@@ -108,12 +111,19 @@ pub struct Limits {
     pub kv_window: u32,
     /// How rotary frequencies follow the length of a sequence.
     pub rope: RopeScaling,
+    /// Whether rows attend to rows behind them. All rows of a sequence are in one step then, and nothing is generated.
+    pub bidirectional: bool,
 }
 
 impl Limits {
     /// Sequences that may run at the same time: each can have its decode row in every step.
     pub(crate) fn seats(&self) -> usize {
         self.max_sequences.min(self.max_rows).min(self.max_logit_rows) as usize
+    }
+
+    /// Rows of a sequence whose rows must all be in one step.
+    pub(crate) fn most_rows_at_once(&self) -> usize {
+        self.max_rows.min(self.max_logit_rows) as usize
     }
 
     /// Prompt rows that a step may have at most.
@@ -181,8 +191,10 @@ fn most_blocks(kv_window: u32, block_size: u32, rows: usize) -> Option<usize> {
 pub enum SubmitError {
     /// The prompt has no token.
     EmptyPrompt,
-    /// Neither new tokens nor log-probabilities of the prompt are asked for.
+    /// Neither new tokens nor log-probabilities or hidden states of the prompt are asked for.
     NothingToCompute,
+    /// Both hidden states and new tokens are asked for.
+    TokensAndHiddenStates,
     /// A request of this name has not ended.
     DuplicateId(RequestId),
     /// Prompt and output need more KV memory than there is.
@@ -191,6 +203,13 @@ pub enum SubmitError {
         positions: u64,
         /// Token positions that there are.
         capacity: u64,
+    },
+    /// All of its rows must be in one step, which has fewer.
+    TooManyRows {
+        /// Its rows.
+        rows: usize,
+        /// Rows that a step can have.
+        limit: usize,
     },
     /// It names an adapter, and there is no slot for any.
     NoSlots,
@@ -210,9 +229,13 @@ impl fmt::Display for SubmitError {
             Self::NothingToCompute => {
                 write!(f, "neither new tokens nor log-probabilities of the prompt are asked for")
             }
+            Self::TokensAndHiddenStates => write!(f, "both new tokens and hidden states are asked for"),
             Self::DuplicateId(RequestId(id)) => write!(f, "request {id} has not ended yet"),
             Self::TooLong { positions, capacity } => {
                 write!(f, "prompt and output fill {positions} positions of KV memory, which has {capacity}")
+            }
+            Self::TooManyRows { rows, limit } => {
+                write!(f, "the {rows} tokens must be computed in one step, which has {limit} rows")
             }
             Self::NoSlots => write!(f, "this server has no adapter slots"),
             Self::AdapterTooLarge { bytes, limit } => {

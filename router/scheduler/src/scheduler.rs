@@ -144,17 +144,27 @@ impl<P: Clone> Scheduler<P> {
         if request.prompt.is_empty() {
             return Err(SubmitError::EmptyPrompt);
         }
-        if request.max_new_tokens == 0 && !request.prompt_logprobs {
+        if request.max_new_tokens == 0 && !request.prompt_logprobs && !request.hidden_states {
             return Err(SubmitError::NothingToCompute);
+        }
+        if request.max_new_tokens > 0 && request.hidden_states {
+            return Err(SubmitError::TokensAndHiddenStates);
         }
         if self.tickets.contains_key(&request.id) {
             return Err(SubmitError::DuplicateId(request.id));
         }
-        let positions = max_positions(request.prompt.len() as u64, request.max_new_tokens.into());
+        let positions = match request.hidden_states {
+            true => request.prompt.len() as u64,
+            false => max_positions(request.prompt.len() as u64, request.max_new_tokens.into()),
+        };
         let Limits { num_blocks, block_size, kv_window, .. } = self.limits;
         let capacity = kv_positions(num_blocks, block_size, kv_window);
         if positions > capacity {
             return Err(SubmitError::TooLong { positions, capacity });
+        }
+        let (rows, limit) = (request.prompt.len(), self.limits.most_rows_at_once());
+        if self.limits.bidirectional && rows > limit {
+            return Err(SubmitError::TooManyRows { rows, limit });
         }
         let Some(adapter) = request.adapter else { return Ok(()) };
         if self.limits.num_slots == 0 {

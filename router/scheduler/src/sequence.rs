@@ -25,9 +25,12 @@ pub(crate) struct Sequence<P> {
     pub(crate) generated: Vec<u32>,
     max_new_tokens: usize,
     stop_ids: Arc<[u32]>,
+    /// Whether something is reported of every row of the prompt.
     pub(crate) prompt_logprobs: bool,
     /// Set only if there is something to share.
     pub(crate) group: Option<GroupId>,
+    /// Whether the row of the prompt's last token is computed though nothing is generated.
+    hidden_states: bool,
     pub(crate) payload: P,
     /// Set at the first admission.
     pub(crate) admission: Option<Admission>,
@@ -87,8 +90,9 @@ impl<P> Sequence<P> {
             generated: Vec::new(),
             max_new_tokens: request.max_new_tokens as usize,
             stop_ids: request.stop_ids,
-            prompt_logprobs: request.prompt_logprobs,
             group: request.group,
+            prompt_logprobs: request.prompt_logprobs || request.hidden_states,
+            hidden_states: request.hidden_states,
             payload: request.payload,
             admission: None,
             started: false,
@@ -110,6 +114,9 @@ impl<P> Sequence<P> {
     /// Positions that it can ever fill. The last token's is never computed: it would only serve the token after it.
     /// The exception is a prompt of one token that is scored, which has one row so that it need not be a special case.
     pub(crate) fn max_positions(&self) -> usize {
+        if self.hidden_states {
+            return self.prompt.len();
+        }
         max_positions(self.prompt.len() as u64, self.max_new_tokens as u64) as usize
     }
 

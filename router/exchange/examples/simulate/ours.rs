@@ -118,6 +118,7 @@ impl<'a> Simulation<'a> {
             prefix_caching: false,
             kv_window: 0,
             rope: RopeScaling::Fixed,
+            bidirectional: false,
         };
         Self {
             workload,
@@ -258,6 +259,7 @@ impl<'a> Simulation<'a> {
             stop_ids: Arc::new([]),
             prompt_logprobs: false,
             group: None,
+            hidden_states: false,
             payload: (),
         };
         if self.scheduler.submit(request, self.now).is_err() {

@@ -37,6 +37,10 @@ impl PrefillBudget {
     /// together with them and that the limit allows, unless rounding takes half of the budget or more.
     fn rows(self, limits: &Limits, decode: usize) -> usize {
         let most = limits.most_prefill_rows();
+        // Nobody waits for the next token.
+        if limits.bidirectional {
+            return most;
+        }
         let wanted = self.0.min(most);
         let mut rows = ((wanted + decode + TILE_ROWS / 2) / TILE_ROWS * TILE_ROWS).saturating_sub(decode);
         if rows > most {
@@ -69,6 +73,8 @@ pub(super) struct Draft<P> {
     alone: usize,
     /// Whether others than the prompt that is planned could use what is left.
     pub(super) shared: bool,
+    /// Whether sequences have all of their rows in the step, or none.
+    undivided: bool,
     logits_left: usize,
     added_left: usize,
     pub(super) unload: Vec<u32>,
@@ -88,6 +94,7 @@ impl<P> Draft<P> {
             most: usize::MAX,
             alone: 0,
             shared: false,
+            undivided: limits.bidirectional,
             logits_left: limits.max_logit_rows as usize,
             added_left: limits.max_added_tokens as usize,
             unload: Vec::new(),
@@ -124,6 +131,12 @@ impl<P> Draft<P> {
     /// Returns how many of the sequence's next rows the budgets allow.
     fn allowed(&self, sequence: &Sequence<P>) -> usize {
         let wanted = sequence.rows_to_plan();
+        if self.undivided {
+            // A prompt of more rows than the limit for prompts has a step for itself.
+            let is_first = self.prefill_left == self.prefill;
+            let fits = wanted <= self.rows_left.min(self.logits_left);
+            return if fits && (is_first || wanted <= self.prefill_left) { wanted } else { 0 };
+        }
         let mut rows = wanted.min(self.rows_left);
         if sequence.prefills() && wanted > self.alone {
             rows = rows.min(self.most).min(self.prefill_room(wanted));
@@ -250,7 +263,7 @@ impl<P: Clone> Scheduler<P> {
         let table = &mut sequence.run.table;
         (0..missing).map_while(|_| self.blocks.take()).for_each(|block| table.push(block));
         let rows = allowed.min(table.end() * self.limits.block_size as usize - planned);
-        if rows == 0 {
+        if rows == 0 || draft.undivided && rows < allowed {
             return;
         }
         let last = rows == sequence.rows_to_plan();

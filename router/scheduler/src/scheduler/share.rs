@@ -14,7 +14,8 @@ use crate::{
 /// The group of a request, unless its members cannot share anything: a prompt of one block, or one whose every position
 /// is wanted.
 fn sharing_group<P>(limits: &Limits, request: &Request<P>) -> Option<GroupId> {
-    request.group.filter(|_| !request.prompt_logprobs && limits.reusable_blocks(request.prompt.len()) > 0)
+    let reads_all = request.prompt_logprobs || request.hidden_states;
+    request.group.filter(|_| !reads_all && limits.reusable_blocks(request.prompt.len()) > 0)
 }
 
 impl<P: Clone> Scheduler<P> {

@@ -39,12 +39,19 @@ enum Op {
 struct Flags {
     stop: bool,
     prompt_logprobs: bool,
+    hidden_states: bool,
     refused: bool,
 }
 
 fn op() -> impl Strategy<Value = Op> {
-    let flags = (prop::bool::weighted(0.7), prop::bool::weighted(0.15), prop::bool::weighted(0.05));
-    let flags = flags.prop_map(|(stop, prompt_logprobs, refused)| Flags { stop, prompt_logprobs, refused });
+    let often = prop::bool::weighted;
+    let flags = (often(0.7), often(0.15), often(0.1), often(0.05));
+    let flags = flags.prop_map(|(stop, prompt_logprobs, hidden_states, refused)| Flags {
+        stop,
+        prompt_logprobs,
+        hidden_states,
+        refused,
+    });
     let flow = (0..4u64, 0..7u16, prop_oneof![4 => Just(0), 1 => Just(1), 1 => Just(1 << 64)]);
     let max_new = prop_oneof![1 => Just(0), 9 => 1..30u32];
     let members = prop_oneof![3 => Just(1), 1 => 2..5u64];
@@ -71,21 +78,25 @@ fn some_limits() -> impl Strategy<Value = Limits> {
         1 => (1..40u32).prop_map(|context| RopeScaling::Switch { context }),
         1 => (1..40u32).prop_map(|context| RopeScaling::Dynamic { context }),
     ];
-    let model = (any::<bool>(), window, rope);
-    (sizes, budgets, model).prop_map(|(sizes, budgets, (prefix_caching, kv_window, rope))| Limits {
-        adapter_cycle_time: Duration::from_millis(300),
-        num_blocks: sizes.0,
-        block_size: sizes.1,
-        num_slots: sizes.2,
-        adapter_bytes: sizes.3,
-        max_rows: budgets.0,
-        max_sequences: budgets.1,
-        max_logit_rows: budgets.2,
-        max_prefill_rows: budgets.3,
-        max_added_tokens: budgets.4,
-        prefix_caching,
-        kv_window,
-        rope,
+    let model = (any::<bool>(), window, rope, prop::bool::weighted(0.15));
+    (sizes, budgets, model).prop_map(|(sizes, budgets, (prefix_caching, kv_window, rope, bidirectional))| {
+        Limits {
+            adapter_cycle_time: Duration::from_millis(300),
+            num_blocks: sizes.0,
+            block_size: sizes.1,
+            num_slots: sizes.2,
+            adapter_bytes: sizes.3,
+            max_rows: budgets.0,
+            max_sequences: budgets.1,
+            max_logit_rows: budgets.2,
+            max_prefill_rows: budgets.3,
+            max_added_tokens: budgets.4,
+            prefix_caching,
+            // An encoder has neither windows nor rotary frequencies that follow the length.
+            kv_window: if bidirectional { 0 } else { kv_window },
+            rope: if bidirectional { RopeScaling::Fixed } else { rope },
+            bidirectional,
+        }
     })
 }
 
@@ -103,12 +114,16 @@ fn play(limits: &Limits, ops: &[Op]) -> Vec<Plan> {
         match op {
             Op::Submit { flow: (tenant, number, salt), stem, tail, max_new, members, flags } => {
                 let group = (*members > 1).then_some(GroupId(id));
+                // Nothing is generated where rows attend to both sides, nor where hidden states are asked for.
+                let hidden_states = flags.hidden_states || limits.bidirectional;
+                let max_new = if hidden_states { 0 } else { *max_new };
                 let request = |id| Request {
                     group,
+                    hidden_states,
                     tenant: Tenant { id: *tenant, weight: 1 + (*tenant as u32) * 3 },
                     stop_ids: if flags.stop { Arc::new([STOP]) } else { Arc::new([]) },
                     prompt_logprobs: flags.prompt_logprobs,
-                    ..request(id, *number, prompt(*stem, tail), *max_new)
+                    ..request(id, *number, prompt(*stem, tail), max_new)
                 };
                 if flags.refused {
                     world.shard.refuses.insert(RequestId(id));
@@ -117,7 +132,10 @@ fn play(limits: &Limits, ops: &[Op]) -> Vec<Plan> {
                     let error = world.submit(salted(*salt, request(id + member * MEMBERS))).err();
                     let expected = error.is_none_or(|error| match error {
                         SubmitError::TooLong { .. } | SubmitError::EmptyPrompt => true,
-                        SubmitError::NothingToCompute => *max_new == 0 && !flags.prompt_logprobs,
+                        SubmitError::NothingToCompute => {
+                            max_new == 0 && !flags.prompt_logprobs && !hidden_states
+                        }
+                        SubmitError::TooManyRows { rows, limit } => limits.bidirectional && rows > limit,
                         _ => false,
                     });
                     assert!(expected, "{error:?}");

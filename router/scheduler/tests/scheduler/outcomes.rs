@@ -11,6 +11,44 @@ fn scored(id: u64, len: usize) -> Request<Payload> {
     Request { prompt_logprobs: true, ..request(id, 0, prompt(id, len), 0) }
 }
 
+/// Every row is computed, also that of the last token, and none comes from the cache.
+#[test]
+fn hidden_states_take_every_row() {
+    let hidden =
+        |id: u64, len: usize, new| Request { hidden_states: true, ..request(id, 0, prompt(9, len), new) };
+    for len in [1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 40] {
+        let mut world = World::new(limits());
+        for id in 0..3 {
+            world.submit(hidden(id, len, 0)).unwrap();
+            world.run_to_end();
+        }
+        assert_eq!(world.finished.len(), 3, "{len} tokens");
+    }
+    let mut world = World::new(limits());
+    let refused = world.submit(hidden(1, 4, 2)).unwrap_err();
+    assert_eq!(refused.to_string(), "both new tokens and hidden states are asked for");
+}
+
+/// Where rows attend to both sides, a step has all rows of a sequence or none, and the next sequence that fits may come in.
+#[test]
+fn sequences_that_attend_to_both_sides_are_not_divided() {
+    let limits = Limits { bidirectional: true, max_rows: 16, max_logit_rows: 16, ..limits() };
+    let lens = [9, 9, 5, 16, 1, 12, 3, 7, 2, 15];
+    let mut world = World::new(limits.clone());
+    for (id, len) in lens.iter().enumerate() {
+        let request = request(id as u64, 0, prompt(id as u64, *len), 0);
+        world.submit(Request { hidden_states: true, ..request }).unwrap();
+    }
+    let first = world.plan().unwrap();
+    let rows: Vec<_> = first.rows.iter().map(|rows| (rows.id.0, rows.rows)).collect();
+    assert_eq!(rows, [(0, 9), (2, 5), (4, 1)]);
+    world.run_to_end();
+    assert_eq!(world.finished.len(), lens.len());
+    let long = Request { hidden_states: true, ..request(99, 0, prompt(1, 17), 0) };
+    let refused = world.submit(long).unwrap_err().to_string();
+    assert_eq!(refused, "the 17 tokens must be computed in one step, which has 16 rows");
+}
+
 #[test]
 fn a_refused_sequence_fails_alone() {
     // The refused one's place in its step, its adapter, the length of its prompt, and whether it is scored.

@@ -34,6 +34,7 @@ pub(crate) fn limits() -> Limits {
         prefix_caching: true,
         kv_window: 0,
         rope: RopeScaling::Fixed,
+        bidirectional: false,
     }
 }
 
@@ -72,6 +73,7 @@ pub(crate) fn request(
         stop_ids: Arc::new([]),
         prompt_logprobs: false,
         group: None,
+        hidden_states: false,
         payload: Payload { id, salt: 0 },
     }
 }
@@ -160,7 +162,7 @@ impl World {
         let expected = Expected {
             adapter: request.adapter,
             flow: (request.tenant.id, number(request.adapter)),
-            prompt_logprobs: request.prompt_logprobs,
+            prompt_logprobs: request.prompt_logprobs || request.hidden_states,
             prompt_len: request.prompt.len(),
             tokens: plain(&request, self.limits.rope),
             request: request.clone(),
@@ -311,7 +313,9 @@ impl World {
             Event::Scored { id } => {
                 let expected = self.open.remove(&id).expect("a scored request is open");
                 assert!(expected.started.is_some() && expected.tokens.is_empty(), "{id:?} is scored");
-                assert_eq!(expected.planned, (expected.prompt_len - 1).max(1), "rows of {id:?}");
+                let hidden = expected.request.hidden_states;
+                let rows = if hidden { expected.prompt_len } else { (expected.prompt_len - 1).max(1) };
+                assert_eq!(expected.planned, rows, "rows of {id:?}");
                 self.finished.push(id);
             }
             Event::Failed { id, reason } => {
@@ -356,6 +360,8 @@ impl World {
                 planned.id
             );
             *next = planned.position + planned.rows;
+            let is_whole = (planned.position, planned.rows) == (0, *added_len);
+            assert!(is_whole || !self.limits.bidirectional, "a part of {:?}", planned.id);
             if let Some(expected) = self.open.get_mut(&planned.id) {
                 expected.planned = expected.planned.max(*next as usize);
             }
@@ -367,7 +373,9 @@ impl World {
         self.prompt_rows += u64::from(prefill);
         assert!(rows <= self.limits.max_rows, "{rows} rows");
         let most = self.limits.max_prefill_rows.unwrap_or(self.limits.max_rows);
-        assert!(prefill <= most, "{prefill} prefill rows");
+        // A prompt that cannot be divided may need more.
+        let is_alone = self.limits.bidirectional && plan.rows.len() == 1;
+        assert!(prefill <= most || is_alone, "{prefill} prefill rows");
         assert!(logits <= self.limits.max_logit_rows, "{logits} logit rows");
         let adapters = plan.rows.iter().map(|planned| self.open[&planned.id].adapter.map(|a| a.key));
         let mut runs: Vec<_> = adapters.collect();
