@@ -23,9 +23,13 @@ use lorax_shard::{
     engine::{Engine, Limits},
     memory::{self, Room},
     server::{self, Rank},
-    step::Info,
+    step::{Info, Task},
 };
-use model::{Decoder, LoadProgress, Model, Share, adapter::BaseModel};
+use model::{
+    Decoder, LoadProgress, Model, Share,
+    adapter::BaseModel,
+    decoder::{Classes, Classifier},
+};
 use tokio::{
     net::UnixListener,
     runtime::{Builder, Runtime},
@@ -252,7 +256,7 @@ fn serve<B: Backend>(
     // Steps of the warm-up wait for the other ranks no longer than later ones do.
     ops.group().barrier(LOADING)?;
     let description = model.decoder().clone();
-    let limits = limits(config, target.max_rows);
+    let limits = limits(config, target.max_rows, &description);
     let base = BaseModel {
         decoder: description.clone(),
         path: config.model.path.clone(),
@@ -267,7 +271,7 @@ fn serve<B: Backend>(
         engine.warm_up()?;
     }
     let room = (target.room)(&ops)?;
-    let most = limits.max_sequences * description.max_positions.div_ceil(kernels::BLOCK_SIZE);
+    let most = memory::most_blocks(&description, &limits);
     let num_blocks = memory::blocks(room.kv_bytes, model.kv_block_bytes(&ops), most)?;
     let num_blocks = agreement::smallest(ops.group(), num_blocks)?;
     let capture = Instant::now();
@@ -326,6 +330,20 @@ fn info(decoder: &Decoder, limits: &Limits) -> Info {
         kv_window: memory::kv_window(decoder.lookback()),
         rope_switch: rope_switch(decoder),
         rope_dynamic: rope_dynamic(decoder),
+        hidden_size: decoder.hidden as u32,
+        task: task(decoder),
+        bidirectional: decoder.is_bidirectional(),
+    }
+}
+
+/// What the model is for.
+fn task(decoder: &Decoder) -> Task {
+    match &decoder.task {
+        model::decoder::Task::Generate => Task::Generate,
+        model::decoder::Task::Embed => Task::Embed,
+        model::decoder::Task::Classify(Classifier { labels, classes, .. }) => {
+            Task::Classify { sequences: *classes == Classes::OfSequences, labels: labels.clone() }
+        }
     }
 }
 
@@ -353,10 +371,16 @@ fn rope_dynamic(decoder: &Decoder) -> u32 {
 }
 
 /// The limits of a step.
-fn limits(config: &Config, default_rows: usize) -> Limits {
+fn limits(config: &Config, default_rows: usize, decoder: &Decoder) -> Limits {
     let max_sequences = config.shard.max_batch_size;
-    let max_rows = config.max_rows().unwrap_or(default_rows).max(max_sequences);
-    let max_logit_rows = 256.clamp(max_sequences, max_rows);
+    let mut max_rows = config.max_rows().unwrap_or(default_rows).max(max_sequences);
+    if decoder.is_bidirectional() {
+        // The longest sequence has to fit into one step.
+        max_rows = max_rows.max(decoder.max_positions);
+    }
+    // Logits of a vocabulary take much memory. Those of classes do not, and all tokens may be classified.
+    let generates = decoder.task == model::decoder::Task::Generate;
+    let max_logit_rows = if generates { 256.clamp(max_sequences, max_rows) } else { max_rows };
     Limits { num_slots: config.shard.max_active_adapters, max_rows, max_sequences, max_logit_rows }
 }
 

@@ -2,6 +2,11 @@
 
 use std::{fs, path::Path};
 
+use kernels::BLOCK_SIZE;
+use model::Decoder;
+
+use crate::engine::Limits;
+
 /// Why memory could not be divided.
 #[derive(Debug, thiserror::Error)]
 pub enum TooSmall {
@@ -49,6 +54,15 @@ const ATTENTION_TILE: u32 = 128;
 /// stands for all positions: some layer has no window.
 pub fn kv_window(window: Option<u32>) -> u32 {
     window.map_or(0, |window| window.saturating_add(ATTENTION_TILE))
+}
+
+/// The most KV blocks that can be in use: those of the longest sequences, as many as may run. Sequences of an encoder are
+/// in one step, of which two are in flight.
+pub fn most_blocks(decoder: &Decoder, limits: &Limits) -> usize {
+    let Limits { max_sequences, max_rows, .. } = *limits;
+    let most = max_sequences * decoder.max_positions.div_ceil(BLOCK_SIZE);
+    let in_flight = 2 * (max_rows.div_ceil(BLOCK_SIZE) + max_sequences);
+    if decoder.is_bidirectional() { most.min(in_flight) } else { most }
 }
 
 /// The memory of the KV cache and of adapters in slots.

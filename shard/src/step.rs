@@ -82,6 +82,8 @@ pub struct Pooling {
     pub kind: PoolingKind,
     /// Whether each reported vector is divided by its Euclidean length.
     pub normalize: bool,
+    /// Whether scores of classes are reported in place of hidden states.
+    pub classes: bool,
 }
 
 /// Which vectors a [`Pooling`] reports.
@@ -140,6 +142,25 @@ pub struct Info {
     pub kv_window: u32,
     pub rope_switch: u32,
     pub rope_dynamic: u32,
+    pub hidden_size: u32,
+    pub task: Task,
+    pub bidirectional: bool,
+}
+
+/// What a model computes from the last hidden states, see [`model::decoder::Task`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Task {
+    /// Tokens.
+    Generate,
+    /// Nothing.
+    Embed,
+    /// Scores of classes.
+    Classify {
+        /// Whether whole sequences are classified, or tokens.
+        sequences: bool,
+        /// The names of the classes.
+        labels: Vec<String>,
+    },
 }
 
 /// An event, and the session that it belongs to.

@@ -12,12 +12,18 @@ use crate::{
     engine::{Heartbeat, Held, StepError},
     step::{
         self, Event, Info, Mask, NewSequence, Output, Pooling, PoolingKind, Refusal, Request, Rows,
-        SessionEvent, Step, StepResult,
+        SessionEvent, Step, StepResult, Task,
     },
 };
 pub(crate) use stage::{stage_order, stage_response, stage_status, unstage_content};
 
 pub(crate) fn info(info: Info) -> wire::InfoResponse {
+    let (task, labels) = match info.task {
+        Task::Generate => (wire::Task::Generate, Vec::new()),
+        Task::Embed => (wire::Task::Embed, Vec::new()),
+        Task::Classify { sequences: true, labels } => (wire::Task::ClassifySequences, labels),
+        Task::Classify { sequences: false, labels } => (wire::Task::ClassifyTokens, labels),
+    };
     wire::InfoResponse {
         dtype: info.dtype,
         device: info.device,
@@ -37,6 +43,10 @@ pub(crate) fn info(info: Info) -> wire::InfoResponse {
         kv_window: info.kv_window,
         rope_switch: info.rope_switch,
         rope_dynamic: info.rope_dynamic,
+        hidden_size: info.hidden_size,
+        task: task.into(),
+        labels,
+        bidirectional: info.bidirectional,
     }
 }
 
@@ -113,7 +123,7 @@ fn pooling(message: wire::Pooling) -> Pooling {
         wire::pooling::Kind::Last => PoolingKind::Last,
         wire::pooling::Kind::Mean => PoolingKind::Mean,
     };
-    Pooling { kind, normalize: message.normalize }
+    Pooling { kind, normalize: message.normalize, classes: message.classes }
 }
 
 macro_rules! sampling_params {
@@ -232,6 +242,7 @@ pub(crate) fn step_status(error: &StepError) -> Status {
         | StepError::GivenPrompt { .. }
         | StepError::UnknownToken { .. }
         | StepError::Mask { .. }
+        | StepError::Partial { .. }
         | StepError::SlotNotReady(_)
         | StepError::ContentHash(_)
         | StepError::Unreadable(_)

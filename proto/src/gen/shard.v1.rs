@@ -60,6 +60,19 @@ pub struct InfoResponse {
     /// length.
     #[prost(uint32, tag = "18")]
     pub rope_dynamic: u32,
+    /// Elements of a hidden state.
+    #[prost(uint32, tag = "24")]
+    pub hidden_size: u32,
+    /// What the model computes from the last hidden states.
+    #[prost(enumeration = "Task", tag = "25")]
+    pub task: i32,
+    /// Names of the classes, if it classifies.
+    #[prost(string, repeated, tag = "26")]
+    pub labels: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Whether rows attend to rows behind them: all rows of a sequence must be in one step then, which keeps nothing beyond
+    /// its end.
+    #[prost(bool, tag = "27")]
+    pub bidirectional: bool,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct AttachRequest {
@@ -451,6 +464,10 @@ pub struct Pooling {
     /// Whether each reported vector is divided by its Euclidean length.
     #[prost(bool, tag = "2")]
     pub normalize: bool,
+    /// Scores of classes are reported in place of hidden states, an element for each label: of all tokens for NONE, of the
+    /// sequence for FIRST. The task must be to classify these.
+    #[prost(bool, tag = "3")]
+    pub classes: bool,
 }
 /// Nested message and enum types in `Pooling`.
 pub mod pooling {
@@ -718,6 +735,43 @@ pub struct HealthResponse {
     /// Age in milliseconds of the oldest command or step that the loop has not finished; absent while it waits for work.
     #[prost(uint64, optional, tag = "2")]
     pub oldest_ms: ::core::option::Option<u64>,
+}
+/// What a model computes from the last hidden states.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Task {
+    /// Tokens. Hidden states may be asked for, too.
+    Generate = 0,
+    /// Nothing: only hidden states may be asked for.
+    Embed = 1,
+    /// Scores of classes for each token. Hidden states may be asked for, too.
+    ClassifyTokens = 2,
+    /// Scores of classes for a sequence, from its first token. Hidden states may be asked for, too.
+    ClassifySequences = 3,
+}
+impl Task {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Generate => "GENERATE",
+            Self::Embed => "EMBED",
+            Self::ClassifyTokens => "CLASSIFY_TOKENS",
+            Self::ClassifySequences => "CLASSIFY_SEQUENCES",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "GENERATE" => Some(Self::Generate),
+            "EMBED" => Some(Self::Embed),
+            "CLASSIFY_TOKENS" => Some(Self::ClassifyTokens),
+            "CLASSIFY_SEQUENCES" => Some(Self::ClassifySequences),
+            _ => None,
+        }
+    }
 }
 /// Generated client implementations.
 pub mod shard_client {

@@ -9,7 +9,7 @@ use super::{
     sequence::Sequence,
     state::{Place, State, StepError},
 };
-use crate::step::{Mask, PoolingKind, Refusal, Rows, Step};
+use crate::step::{Mask, Pooling, PoolingKind, Refusal, Rows, Step};
 
 /// A step whose forward pass has been launched. Its sampling may have to wait for masks, or for tokens that an earlier
 /// step samples.
@@ -78,6 +78,7 @@ pub(super) struct Sample {
 pub(super) struct HiddenRows {
     pub(super) sequence: u64,
     pub(super) position: usize,
+    /// The first of them in the step, or among the rows with logits if these are scores of classes.
     pub(super) start: usize,
     pub(super) rows: usize,
 }
@@ -159,6 +160,9 @@ impl<B: Backend> State<B> {
         if pooling.is_some() {
             self.in_range("rows to sample from of a sequence that is pooled", rows.sample, 1)?;
         }
+        if self.model.decoder().is_bidirectional() && (rows.position, rows.rows) != (0, seated.len()) {
+            return Err(StepError::Partial { sequence: id, rows: rows.rows, tokens: seated.len() });
+        }
         if let Err(reason) = self.expect_rows(rows, *slot) {
             return Ok(Some(self.refuse(id, reason)));
         }
@@ -232,15 +236,37 @@ impl Wanted {
             self.num_top = self.num_top.max(sequence.sampling.num_top);
             self.scored.push((rows.sequence, rows.position + 1, scored));
         }
-        let ends = end == sequence.len();
-        let hidden = sequence.pooling.is_some_and(|pooling| match pooling.kind {
+        if let Some(pooling) = sequence.pooling {
+            self.add_pooled(rows, (sequence, pooling), start, logit_rows);
+        }
+    }
+
+    /// Adds what is asked for of the rows of a sequence that is pooled.
+    fn add_pooled(
+        &mut self,
+        rows: &Rows,
+        (sequence, pooling): (&Sequence, Pooling),
+        start: u32,
+        logit_rows: &mut Vec<u32>,
+    ) {
+        let (position, count) = (rows.position, rows.rows);
+        if pooling.classes {
+            // Of a sequence that is classified as a whole, the first token is.
+            let count = if pooling.kind == PoolingKind::None { count } else { 1 };
+            let first = logit_rows.len();
+            logit_rows.extend(start..start + count as u32);
+            self.hidden.push(HiddenRows { sequence: rows.sequence, position, start: first, rows: count });
+            return;
+        }
+        let ends = position + count == sequence.len();
+        let hidden = match pooling.kind {
             PoolingKind::None | PoolingKind::Mean => true,
-            PoolingKind::First => rows.position == 0 || ends,
+            PoolingKind::First => position == 0 || ends,
             PoolingKind::Last => ends,
-        });
+        };
         if hidden {
-            let (start, position) = (start as usize, rows.position);
-            self.hidden.push(HiddenRows { sequence: rows.sequence, position, start, rows: rows.rows });
+            let start = start as usize;
+            self.hidden.push(HiddenRows { sequence: rows.sequence, position, start, rows: count });
         }
     }
 }

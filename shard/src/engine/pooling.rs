@@ -11,7 +11,7 @@ pub(super) fn pool(
     states: &[f32],
     width: usize,
 ) -> Option<Output> {
-    let Pooling { kind, normalize } = sequence.pooling?;
+    let Pooling { kind, normalize, .. } = sequence.pooling?;
     let finish = |vector: &[f64]| {
         let norm = vector.iter().map(|x| x * x).sum::<f64>().sqrt();
         let divisor = if normalize && norm > 0.0 { norm } else { 1.0 };

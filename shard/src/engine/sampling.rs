@@ -3,6 +3,7 @@
 use std::{mem, slice, time::Instant};
 
 use kernels::{Backend, SampleRow, Sampled};
+use model::decoder::Classes;
 
 use super::{
     idle::Marks,
@@ -233,10 +234,15 @@ impl<B: Backend> State<B> {
 
     /// Reads hidden states, with what the adapter of each sequence adds to them, and pools those that are to be pooled.
     fn collect_hidden(&mut self, hidden: Vec<HiddenRows>) -> kernels::Result<Vec<Output>> {
+        let (states, classes): (Vec<_>, Vec<_>) =
+            hidden.into_iter().partition(|wanted| !self.is_classified(wanted.sequence));
+        let mut outputs = if classes.is_empty() { Vec::new() } else { self.collect_classes(classes)? };
+        if states.is_empty() {
+            return Ok(outputs);
+        }
         let mut values = self.ops.download(&self.scratch.hidden)?;
         let width = self.model.decoder().hidden;
-        let mut outputs = Vec::new();
-        for wanted in hidden {
+        for wanted in states {
             let Some(Place::Seated(sequence)) = self.sequences.get(&wanted.sequence) else { continue };
             let shift = self.hidden_shift(sequence.slot);
             let own = &mut values[wanted.start * width..(wanted.start + wanted.rows) * width];
@@ -248,6 +254,29 @@ impl<B: Backend> State<B> {
             }
         }
         Ok(outputs)
+    }
+
+    /// Whether scores of classes are asked for of a sequence.
+    fn is_classified(&self, sequence: u64) -> bool {
+        match self.sequences.get(&sequence) {
+            Some(Place::Seated(sequence)) => sequence.pooling.is_some_and(|pooling| pooling.classes),
+            _ => false,
+        }
+    }
+
+    /// Reads the logits of classes, and makes scores of them.
+    fn collect_classes(&self, classified: Vec<HiddenRows>) -> kernels::Result<Vec<Output>> {
+        let Some(classifier) = self.model.decoder().task.classifier() else { return Ok(Vec::new()) };
+        let (logits, width) = (self.ops.download(&self.scratch.logits)?, classifier.labels.len());
+        let output = |HiddenRows { sequence, position, start, rows }: HiddenRows| {
+            let mut values = logits[start * width..(start + rows) * width].to_vec();
+            values.chunks_exact_mut(width).for_each(|row| classifier.scores.apply(row));
+            match classifier.classes {
+                Classes::OfTokens => Output::HiddenStates { sequence, position, values },
+                Classes::OfSequences => Output::Pooled { sequence, values },
+            }
+        };
+        Ok(classified.into_iter().map(output).collect())
     }
 
     /// The sampled tokens in the order of their rows.

@@ -3,12 +3,16 @@
 use std::{collections::HashMap, mem, sync::Arc};
 
 use kernels::{Backend, Batch, Group, SamplingParams};
-use model::{Decoder, Model, adapter::ContentHash};
+use model::{
+    ADDED_TOKENS, Decoder, Model,
+    adapter::ContentHash,
+    decoder::{Classes, Task},
+};
 
 use super::{Held, idle::Idle, sequence::Sequence};
 use crate::{
     adapters::{Adapters, HostCopy, Properties},
-    step::{Event, NewSequence, Refusal, Step},
+    step::{Event, NewSequence, Pooling, PoolingKind, Refusal, Step},
 };
 
 /// The bounds of a shard's memory and steps.
@@ -101,6 +105,16 @@ pub enum StepError {
         /// The row to sample from.
         position: usize,
     },
+    /// A part of a sequence whose rows attend to each other, so that all must be in one step.
+    #[error("{rows} rows of sequence {sequence}, whose {tokens} tokens must be in one step")]
+    Partial {
+        /// The sequence.
+        sequence: u64,
+        /// Its rows in the step.
+        rows: usize,
+        /// Its tokens.
+        tokens: usize,
+    },
     /// The size of a mask does not fit the vocabulary.
     #[error("a mask of {got} bytes, the vocabulary needs {expected}")]
     Mask {
@@ -172,7 +186,7 @@ impl<B: Backend> State<B> {
         let tables = limits.max_sequences * max_positions.div_ceil(kernels::BLOCK_SIZE);
         Ok(State {
             slots: ops.lora_slots(model.sites(), limits.num_slots)?,
-            sampler: ops.sampler(limits.max_sequences, model.decoder().logit_columns())?,
+            sampler: ops.sampler(limits.max_sequences, model.decoder().vocab + ADDED_TOKENS)?,
             num_blocks: 0,
             kv: model.kv_cache(&ops, 0)?,
             scratch: model.scratch(&ops, limits.max_rows, limits.max_logit_rows)?,
@@ -310,6 +324,9 @@ impl<B: Backend> State<B> {
             return Ok(Err(error));
         }
         let id = new.sequence;
+        if let Err(reason) = self.expect_task(new.pooling) {
+            return Ok(Ok(Some(self.refuse(id, reason))));
+        }
         if let Err(reason) = self.expect_tokens(new).and_then(|()| expect_sampling(&new.sampling)) {
             return Ok(Ok(Some(self.refuse(id, reason))));
         }
@@ -318,7 +335,12 @@ impl<B: Backend> State<B> {
             return Ok(Err(StepError::OutOfRange { what: "running sequence", value: limit, limit }));
         };
         let (prompt, output) = new.tokens.split_at(new.prompt_len);
-        match self.ops.seat(&mut self.sampler, seat, &new.sampling, prompt, output) {
+        // Nothing is sampled from a sequence that is pooled.
+        let seated = match new.pooling {
+            Some(_) => Ok(()),
+            None => self.ops.seat(&mut self.sampler, seat, &new.sampling, prompt, output),
+        };
+        match seated {
             Ok(()) => {}
             Err(error) if error.is_argument() => {
                 return Ok(Ok(Some(self.refuse(id, error.to_string()))));
@@ -339,6 +361,21 @@ impl<B: Backend> State<B> {
         match new.slot {
             Some(slot) => self.in_range("slot", slot as usize, self.limits.num_slots),
             None => Ok(()),
+        }
+    }
+
+    /// Checks that the model computes what is asked for.
+    fn expect_task(&self, pooling: Option<Pooling>) -> Result<(), String> {
+        let task = &self.model.decoder().task;
+        let classes = task.classifier().map(|classifier| classifier.classes);
+        match pooling {
+            None if *task != Task::Generate => Err("the model generates no tokens".into()),
+            Some(Pooling { classes: true, kind, .. }) => match (kind, classes) {
+                (PoolingKind::None, Some(Classes::OfTokens))
+                | (PoolingKind::First, Some(Classes::OfSequences)) => Ok(()),
+                _ => Err(format!("the model has no classes for {kind:?}")),
+            },
+            _ => Ok(()),
         }
     }
 

@@ -4,6 +4,7 @@
 use std::{iter, slice, sync::Arc, thread, time::Duration};
 
 use kernels::{BLOCK_SIZE, Backend, Batch, CapturedStep, LoraPart, SampleRow, Segment, SequenceRows};
+use model::decoder::Task;
 
 use super::{LOAD_POLL, Limits, state::State};
 use crate::agreement;
@@ -51,6 +52,10 @@ impl<B: Backend> State<B> {
     /// captures it.
     pub(super) fn capture_graphs(&mut self) -> kernels::Result<()> {
         let Limits { max_sequences, max_logit_rows, num_slots, .. } = self.limits;
+        // A model that generates nothing has no decode steps.
+        if self.model.decoder().task != Task::Generate {
+            return Ok(());
+        }
         let steps = in_use(self.ops.captured_steps(), max_sequences, max_logit_rows);
         let (bare, with_adapters): (Vec<_>, Vec<_>) = steps.into_iter().partition(|step| step.runs == 0);
         self.capture(&bare)?;
@@ -101,11 +106,14 @@ impl<B: Backend> State<B> {
         self.host.clone_from(step);
         let begin = self.ops.mark()?;
         self.forward()?;
+        // Logits of classes are not sampled from.
+        let generates = self.model.decoder().task == Task::Generate;
         let rows = step.logit_rows.len().min(self.limits.max_sequences) as u32;
         let rows: Vec<_> = (0..rows).map(|row| SampleRow { row, seat: row }).collect();
-        let choices = self.ops.sample(&self.scratch.logits, &rows, &mut self.sampler)?;
+        let sample = || self.ops.sample(&self.scratch.logits, &rows, &mut self.sampler);
+        let choices = generates.then(sample).transpose()?;
         let end = self.ops.mark()?;
-        self.ops.collect(choices, &mut Vec::new())?;
+        choices.map_or(Ok(()), |choices| self.ops.collect(choices, &mut Vec::new()))?;
         Ok(Duration::from_secs_f64(self.ops.seconds_between(&begin, &end)?))
     }
 }

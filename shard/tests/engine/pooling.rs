@@ -11,7 +11,12 @@ use crate::harness::{Router, Shard, prompt, rows, tokens_of};
 
 fn new(kind: PoolingKind, normalize: bool, len: usize) -> NewSequence {
     let tokens: Vec<u32> = (0..len as u32).map(|i| (i * 13 + 5) % 96).collect();
-    NewSequence { tokens, prompt_len: len, pooling: Some(Pooling { kind, normalize }), ..prompt(5) }
+    NewSequence {
+        tokens,
+        prompt_len: len,
+        pooling: Some(Pooling { kind, normalize, classes: false }),
+        ..prompt(5)
+    }
 }
 
 /// The vectors that a sequence gives, in chunks of so many rows, beside one that generates.
@@ -144,7 +149,7 @@ async fn hidden_states_have_the_trained_bias_of_the_last_norm() {
             let tokens: Vec<u32> =
                 serde_json::from_value(kinds["prompts"][case["prompt"].as_u64().unwrap() as usize].clone())
                     .unwrap();
-            let pooling = Some(Pooling { kind: PoolingKind::None, normalize: false });
+            let pooling = Some(Pooling { kind: PoolingKind::None, normalize: false, classes: false });
             let new =
                 NewSequence { slot: Some(slot), prompt_len: tokens.len(), tokens, pooling, ..prompt(5) };
             let tokens = new.tokens.clone();

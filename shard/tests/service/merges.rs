@@ -135,7 +135,7 @@ async fn merges_compute_what_their_merged_tensors_do() {
                 filled += 1;
             }
         }
-        let pooling = Some(Pooling { kind: pooling::Kind::Mean as i32, normalize: false });
+        let pooling = Some(Pooling { kind: pooling::Kind::Mean as i32, normalize: false, classes: false });
         let tokens = vec![4, 9, 5, 17, 30, 2];
         let sequence = |slot| NewSequence {
             sequence: id * 2 + slot,

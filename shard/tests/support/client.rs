@@ -4,7 +4,10 @@
 use std::path::Path;
 
 use hyper_util::rt::TokioIo;
-use lorax_shard::{adapters::AdapterFile, step::Info};
+use lorax_shard::{
+    adapters::AdapterFile,
+    step::{Info, Task},
+};
 use proto::{
     ExecuteRequest, NewSequence, SequenceRows, StageRequest, Step, execute_request, shard_client::ShardClient,
 };
@@ -87,5 +90,8 @@ pub(crate) fn info() -> Info {
         kv_window: 0,
         rope_switch: 0,
         rope_dynamic: 0,
+        hidden_size: 32,
+        task: Task::Generate,
+        bidirectional: false,
     }
 }

@@ -249,6 +249,10 @@ impl Memory for Fake {
 }
 
 impl Ops for Fake {
+    fn normalize_stream(&self, stream: &mut CpuMat, norm: Norm<'_, Self>, y: &mut CpuMat) -> Result<()> {
+        self.cpu.normalize_stream(stream, norm_on_cpu(norm), y)
+    }
+
     fn captured_steps(&self) -> Vec<CapturedStep> {
         self.script.state().captured.clone()
     }
