@@ -44,8 +44,8 @@ const COMMANDS: usize = 1024;
 struct PermitHold(Arc<Mutex<Option<Permit>>>);
 
 impl PermitHold {
-    fn pair(permit: Permit) -> (PermitHold, PermitHold) {
-        let shared = Arc::new(Mutex::new(Some(permit)));
+    fn pair(permit: Option<Permit>) -> (PermitHold, PermitHold) {
+        let shared = Arc::new(Mutex::new(permit));
         (PermitHold(shared.clone()), PermitHold(shared))
     }
 }
@@ -189,11 +189,12 @@ impl Engine {
         GroupId(self.ids.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// Hands over a job, which holds the permit until it ends, and the lease until it is admitted.
+    /// Hands over a job, which holds the permit until it ends, and the lease until it is admitted. The caller of one without
+    /// a permit holds one for it.
     pub(crate) async fn submit(
         &self,
         job: Job,
-        permit: Permit,
+        permit: Option<Permit>,
         lease: Option<Arc<Lease>>,
     ) -> Result<Running, Failure> {
         let id = RequestId(self.ids.fetch_add(1, Ordering::Relaxed));

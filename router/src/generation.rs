@@ -27,6 +27,35 @@ pub(crate) struct Job {
     pub(crate) group: Option<GroupId>,
     /// The grammar that its tokens must follow.
     pub(crate) grammar: Option<Begin>,
+    /// What is computed of the prompt in place of tokens.
+    pub(crate) pooling: Option<Pooling>,
+}
+
+/// What is computed of a prompt in place of tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pooling {
+    /// One vector.
+    Vector {
+        /// The hidden states that it is made of.
+        of: PooledRows,
+        /// Whether it is divided by its Euclidean length.
+        normalize: bool,
+    },
+    /// The scores of classes for each token, one token after the other.
+    ClassesOfTokens,
+    /// The scores of classes for the whole.
+    ClassesOfText,
+}
+
+/// The hidden states that a vector is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PooledRows {
+    /// That of the first token.
+    First,
+    /// That of the last token.
+    Last,
+    /// The mean of all.
+    Mean,
 }
 
 /// A token with its log-probability.
@@ -62,6 +91,8 @@ pub(crate) enum Update {
         /// Set with the last one.
         finish: Option<Finish>,
     },
+    /// What was computed in place of tokens.
+    Pooled(Vec<f32>),
     /// It asked for no tokens, and its whole prompt has been reported; nothing follows.
     Scored,
     /// It cannot be completed; nothing follows.

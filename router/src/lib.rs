@@ -7,6 +7,7 @@ pub mod api;
 mod base_model;
 pub mod chat;
 mod chat_events;
+mod embedding;
 mod engine;
 mod fair;
 mod generation;

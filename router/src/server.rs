@@ -35,6 +35,7 @@ use crate::{
     api::request::RequestLimits,
     base_model::BaseModel,
     chat::ChatTemplates,
+    embedding::{Embedding, EmbeddingError},
     engine::Engine,
     grammar::Grammars,
     keys::{KeyError, Keys},
@@ -72,6 +73,9 @@ pub enum StartError {
         /// The cause.
         source: TokenizerError,
     },
+    /// How texts are embedded.
+    #[error("how the model embeds texts: {0}")]
+    Embedding(#[from] EmbeddingError),
     /// The address.
     #[error("{address}: {source}")]
     Listen {
@@ -127,6 +131,7 @@ impl StartError {
                 | StartError::AdapterCache { .. }
                 | StartError::Registry(_)
                 | StartError::Trace { .. }
+                | StartError::Embedding(_)
                 | StartError::Tokenizer { source: TokenizerError::Given(_), .. }
         )
     }
@@ -138,6 +143,7 @@ pub struct App {
     pub(crate) base: BaseModel,
     pub(crate) tokenizer: Arc<ModelTokenizer>,
     pub(crate) chat: ChatTemplates,
+    pub(crate) embedding: Embedding,
     pub(crate) adapters: Adapters,
     pub(crate) registry: Registry,
     pub(crate) engine: Engine,
@@ -195,6 +201,7 @@ impl App {
         let app = Arc::new(App {
             base: BaseModel::new(&config),
             chat,
+            embedding: Embedding::load(path)?,
             grammars: Grammars::new(tokenizer.clone(), workers.clone()),
             tokenizer,
             engine: Engine::start(sockets, router, metrics.clone(), inbox, supervisor)?,

@@ -15,7 +15,7 @@ use std::{
 };
 
 use serde_json::{Map, Value};
-use tokenizers::Tokenizer;
+use tokenizers::{Decoder, Encoding, PostProcessor, Tokenizer, TruncationDirection};
 
 use self::bytes::TokenBytes;
 
@@ -177,6 +177,26 @@ impl ModelTokenizer {
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
         let encoding = self.tokenizer.encode_fast(text, add_special).map_err(TokenizerError::Definition)?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Tokens of a text with the special tokens around it, and their places in it. A text of more than `most` tokens loses
+    /// those at its end, but not the special tokens around it; without `most` it is taken whole.
+    pub fn encode_whole(&self, text: &str, most: Option<usize>) -> Result<Encoding, TokenizerError> {
+        let mut encoding =
+            self.tokenizer.encode_char_offsets(text, false).map_err(TokenizerError::Definition)?;
+        let added = self.tokenizer.get_post_processor().map_or(0, |processor| processor.added_tokens(false));
+        if let Some(most) = most.filter(|most| encoding.len() + added > *most) {
+            encoding.truncate(most.saturating_sub(added), 0, TruncationDirection::Right);
+        }
+        self.tokenizer.post_process(encoding, None, true).map_err(TokenizerError::Definition)
+    }
+
+    /// Text of vocabulary entries, as the tokenizer's decoder puts them together.
+    pub fn join(&self, entries: Vec<String>) -> String {
+        match self.tokenizer.get_decoder() {
+            Some(decoder) => decoder.decode(entries).unwrap_or_default(),
+            None => entries.join(" "),
+        }
     }
 
     /// Text of tokens.

@@ -14,7 +14,7 @@ use scheduler::{Adapter, AdapterKey, Limits, RequestId, RopeScaling, RowsPlan, S
 use self::stage::Staged;
 use crate::{
     engine::Mask,
-    generation::{Job, PromptToken, Scored},
+    generation::{Job, PooledRows, Pooling, PromptToken, Scored},
 };
 
 /// Tokens of the sequences that are added in one step. A token takes at most 5 bytes, so they are 50 MiB of the 64
@@ -79,11 +79,42 @@ pub(crate) struct Info {
     pub(crate) rope_switch: u32,
     /// The original context of dynamic NTK scaling; 0 without it.
     pub(crate) rope_dynamic: u32,
+    /// Elements of a hidden state.
+    pub(crate) hidden_size: u32,
+    pub(crate) task: Task,
+    /// Whether all rows of a sequence must be in one step.
+    pub(crate) bidirectional: bool,
+}
+
+/// What the model is for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Task {
+    /// It generates tokens.
+    Generate,
+    /// It embeds texts.
+    Embed,
+    /// It classifies tokens, as these labels.
+    ClassifyTokens(Vec<String>),
+    /// It classifies texts, as these labels.
+    ClassifyTexts(Vec<String>),
+}
+
+/// Reads what a model is for.
+fn task(task: proto::Task, labels: Vec<String>) -> Task {
+    match task {
+        proto::Task::Generate => Task::Generate,
+        proto::Task::Embed => Task::Embed,
+        proto::Task::ClassifyTokens => Task::ClassifyTokens(labels),
+        proto::Task::ClassifySequences => Task::ClassifyTexts(labels),
+    }
 }
 
 impl From<proto::InfoResponse> for Info {
     fn from(info: proto::InfoResponse) -> Info {
         Info {
+            task: task(info.task(), info.labels),
+            hidden_size: info.hidden_size,
+            bidirectional: info.bidirectional,
             dtype: info.dtype,
             device: info.device,
             rank: info.rank,
@@ -136,9 +167,10 @@ impl Info {
             max_logit_rows: self.max_logit_rows,
             max_added_tokens: MAX_ADDED_TOKENS,
             max_prefill_rows: config.max_batch_prefill_tokens.map(most),
-            prefix_caching: config.prefix_caching,
+            prefix_caching: config.prefix_caching && !self.bidirectional,
             kv_window: self.kv_window,
             rope: self.rope(),
+            bidirectional: self.bidirectional,
         }
     }
 }
@@ -152,7 +184,7 @@ pub(crate) fn step(plan: StepPlan<Arc<Job>>, constrained: impl Fn(RequestId) -> 
         slot: added.slot,
         sampling: Some(message(&added.payload.sampling)),
         prompt_logprobs: added.payload.prompt_logprobs,
-        pooling: None,
+        pooling: added.payload.pooling.map(pooling),
     });
     proto::Step {
         id: plan.id,
@@ -168,6 +200,20 @@ pub(crate) fn step(plan: StepPlan<Arc<Job>>, constrained: impl Fn(RequestId) -> 
         session: 0,
         masks: Vec::new(),
     }
+}
+
+fn pooling(wanted: Pooling) -> proto::Pooling {
+    use proto::pooling::Kind;
+    let (kind, normalize, classes) = match wanted {
+        Pooling::Vector { of, normalize } => match of {
+            PooledRows::First => (Kind::First, normalize, false),
+            PooledRows::Last => (Kind::Last, normalize, false),
+            PooledRows::Mean => (Kind::Mean, normalize, false),
+        },
+        Pooling::ClassesOfTokens => (Kind::None, false, true),
+        Pooling::ClassesOfText => (Kind::First, false, true),
+    };
+    proto::Pooling { kind: kind.into(), normalize, classes }
 }
 
 /// A step on its way to a rank.
@@ -246,6 +292,8 @@ pub(crate) struct StepResult {
     /// One for every sampled row, in the order of the step's rows.
     pub(crate) tokens: Vec<Sampled>,
     pub(crate) prompt: Vec<PromptPart>,
+    /// The results of sequences that are pooled or classified.
+    pub(crate) pooled: Vec<(u64, Vec<f32>)>,
     /// Sequences that the shard cannot take, and why.
     pub(crate) refused: Vec<(u64, String)>,
     /// Duration of the pass.
@@ -302,8 +350,11 @@ fn step_result(result: proto::StepResult) -> Result<StepResult, WireError> {
         let tokens = (first..).zip(part.tokens).map(token).collect::<Result<_, _>>()?;
         Ok(PromptPart { sequence, position: first, tokens })
     };
+    let hidden = result.hidden.into_iter().map(|states| (states.sequence, states.values));
+    let pooled = result.pooled.into_iter().map(|vector| (vector.sequence, vector.values));
     Ok(StepResult {
         id: step,
+        pooled: hidden.chain(pooled).collect(),
         tokens: result.tokens.into_iter().map(sampled).collect::<Result<_, _>>()?,
         prompt: result.prompt.into_iter().map(part).collect::<Result<_, _>>()?,
         refused: result.refused.into_iter().map(|refused| (refused.sequence, refused.reason)).collect(),

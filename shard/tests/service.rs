@@ -240,7 +240,8 @@ async fn hidden_states_and_pooled_vectors_cross_the_wire() {
     let (mut added, mut rows) = (Vec::new(), Vec::new());
     let kinds = [pooling::Kind::First, pooling::Kind::Last, pooling::Kind::Mean, pooling::Kind::None];
     for (sequence, kind) in (0..).zip(kinds) {
-        let pooling = Some(Pooling { kind: kind as i32, normalize: kind != pooling::Kind::Mean });
+        let pooling =
+            Some(Pooling { kind: kind as i32, normalize: kind != pooling::Kind::Mean, classes: false });
         let tokens = vec![4, 9, 5, 17, 30, 2];
         added.push(NewSequence { sequence, pooling, tokens, prompt_len: 6, ..NewSequence::default() });
         let new_blocks = vec![sequence as u32];

@@ -146,6 +146,7 @@ impl App {
         }
         let unavailable = || ApiError::Unavailable("the model is not available, try again".into());
         let info = self.engine.info().ok_or_else(unavailable)?;
+        self.expect_generation()?;
         let limits = self.request_limits(&info);
         sequences.iter().try_for_each(|sequence| sequence.check(&limits))?;
         let all = sequences.len() * answers.count;
@@ -288,8 +289,9 @@ impl App {
             prompt_logprobs: report.prompt,
             group: group.map(|(group, _)| group),
             grammar,
+            pooling: None,
         };
-        generation.running = Some(self.engine.submit(job, permit, shared.lease.clone()).await?);
+        generation.running = Some(self.engine.submit(job, Some(permit), shared.lease.clone()).await?);
         Ok(generation)
     }
 }
@@ -392,6 +394,8 @@ impl Generation {
                     prompt.score(scores);
                 }
             }
+            // A sequence that generates is not pooled.
+            Some(Update::Pooled(_)) => {}
             Some(Update::Token { token, top, finish }) => self.token(token, top, finish),
             Some(Update::Scored) => self.end_without_token(),
             Some(Update::Failed(failure)) => return self.fail(failure),

@@ -1,5 +1,8 @@
-//! LoRAX's own interface: `/generate`, `/generate_stream`, and `/` for both.
+//! LoRAX's own interface: `/generate`, `/generate_stream`, and `/` for both; `/embed`; `/classify` and `/classify_batch`.
 
+mod classify;
+mod embed;
+mod entities;
 mod headers;
 mod request;
 mod response;
@@ -23,6 +26,8 @@ use super::{
     group::Generation,
 };
 use crate::server::{App, accept::Accepted};
+pub(crate) use classify::{classify, classify_batch};
+pub(crate) use embed::embed;
 use request::{GenerateRequest, Shape};
 use response::{Delta, GenerateFold};
 

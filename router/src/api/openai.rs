@@ -1,7 +1,8 @@
-//! OpenAI's interface: `/v1/completions` and `/v1/chat/completions`.
+//! OpenAI's interface: `/v1/completions`, `/v1/chat/completions` and `/v1/embeddings`.
 
 mod chat;
 mod completion;
+mod embeddings;
 mod head;
 mod logprobs;
 mod request;
@@ -33,6 +34,8 @@ use crate::server::{
     App,
     accept::{Accepted, Caller},
 };
+pub(crate) use embeddings::embeddings;
+
 use chat::ChatFold;
 use completion::CompletionFold;
 use head::{Head, Usage};
@@ -57,6 +60,7 @@ pub(crate) async fn chat_completions(
     Accepted { caller, body }: Accepted<ChatRequest>,
 ) -> Response {
     let answer = async {
+        app.expect_generation()?;
         // A template may take its time.
         let render = {
             let (app, caller) = (app.clone(), caller.clone());

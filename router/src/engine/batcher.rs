@@ -195,6 +195,7 @@ impl Batcher {
             stop_ids: job.stop_ids.clone(),
             prompt_logprobs: job.prompt_logprobs,
             group: job.group,
+            hidden_states: job.pooling.is_some(),
             payload: job,
         };
         let in_flight = InFlight {
@@ -262,6 +263,9 @@ impl Batcher {
         for part in result.prompt {
             self.report_prompt(part);
         }
+        for (sequence, values) in result.pooled {
+            self.report_pooled(RequestId(sequence), values);
+        }
         let mut tokens: Vec<_> = result.tokens.into_iter().map(|s| Some((s.token, s.top))).collect();
         let metrics = self.metrics.clone();
         let mut counted = metrics.tokens(now);
@@ -291,6 +295,14 @@ impl Batcher {
                 | scheduler::Event::Failed { id, .. } => self.masks.end(id),
                 scheduler::Event::Started { .. } => {}
             }
+        }
+    }
+
+    fn report_pooled(&mut self, id: RequestId, values: Vec<f32>) {
+        if values.iter().all(|x| x.is_finite()) {
+            self.send(id, Update::Pooled(values));
+        } else {
+            self.end(id, Failure::Generation("the hidden states are not numbers".into()));
         }
     }
 

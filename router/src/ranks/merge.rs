@@ -118,6 +118,9 @@ fn check_equal(rank: usize, first: &Info, other: &Info) -> Result<(), InfoError>
     equal(rank, "kv_window", &first.kv_window, &other.kv_window)?;
     equal(rank, "rope_switch", &first.rope_switch, &other.rope_switch)?;
     equal(rank, "rope_dynamic", &first.rope_dynamic, &other.rope_dynamic)?;
+    equal(rank, "hidden_size", &first.hidden_size, &other.hidden_size)?;
+    equal(rank, "task", &first.task, &other.task)?;
+    equal(rank, "bidirectional", &first.bidirectional, &other.bidirectional)?;
     equal(rank, "max_positions", &first.max_positions, &other.max_positions)
 }
 

@@ -26,11 +26,7 @@ impl App {
         field: &'static str,
         sequences: usize,
     ) -> Result<(), ApiError> {
-        let all = self.config.router.max_concurrent_requests;
-        let (most, whose) = match caller.principal.tenant.limits.max_concurrent_requests {
-            Some(own) if own < all => (own, "the tenant"),
-            _ => (all, "the server"),
-        };
+        let (most, whose) = self.most_sequences(caller);
         // One sequence is no list; a tenant that may have none now may have one when the keys are read again.
         if sequences > most.max(1) {
             let problem = format!(
@@ -40,6 +36,21 @@ impl App {
             return Err(ApiError::invalid(field, problem));
         }
         Ok(())
+    }
+
+    /// The number of sequences that may run at the same time, and whose limit it is.
+    fn most_sequences(&self, caller: &Caller) -> (usize, &'static str) {
+        let all = self.config.router.max_concurrent_requests;
+        match caller.principal.tenant.limits.max_concurrent_requests {
+            Some(own) if own < all => (own, "the tenant"),
+            _ => (all, "the server"),
+        }
+    }
+
+    /// The number of sequences that one request may run at the same time if it has more of them: half of what its caller may,
+    /// so that others get in beside it.
+    pub(crate) fn most_at_once(&self, caller: &Caller) -> usize {
+        (self.most_sequences(caller).0 / 2).max(1)
     }
 
     /// Lets a request in, with a permit for each of its sequences. One that needs an adapter gets those of

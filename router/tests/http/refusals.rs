@@ -330,7 +330,7 @@ async fn routes_that_do_not_exist() {
     let (status, answer) = router.post("/no-such", &json!({})).await;
     assert_eq!(status, 404);
     assert_native(&answer, "not_found", "no such route");
-    let (status, answer) = router.post("/v1/embeddings", &json!({})).await;
+    let (status, answer) = router.post("/v1/no-such", &json!({})).await;
     assert_eq!(status, 404);
     assert_openai(&answer, "not_found", "no such route");
     let wrong = router.get("/generate").await;
