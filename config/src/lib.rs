@@ -99,6 +99,17 @@ impl Config {
         self.shards.uds.get(rank).map(PathBuf::as_path).ok_or(ConfigError::Rank { rank, ranks })
     }
 
+    /// Where the adapter of `--adapter-id` comes from.
+    pub fn adapter_source(&self) -> &str {
+        let otherwise = if self.shard.adapter_dir.is_some() { "local" } else { "hub" };
+        self.router.adapter_source.as_deref().unwrap_or(otherwise)
+    }
+
+    /// Where the adapters of requests come from that do not say.
+    pub fn default_adapter_source(&self) -> &str {
+        self.router.default_adapter_source.as_deref().unwrap_or_else(|| self.adapter_source())
+    }
+
     /// The number of ranks of the group.
     pub fn ranks(&self) -> usize {
         self.shards.uds.len()

@@ -29,7 +29,7 @@ pub enum PrefixCacheScope {
 #[serde(deny_unknown_fields)]
 pub struct RouterConfig {
     /// Address to listen on; the environment's HOSTNAME only if it is one, as containers keep their names there
-    #[arg(long, default_value_t = address_of_environment())]
+    #[arg(long, visible_alias = "host", default_value_t = address_of_environment())]
     pub hostname: String,
     /// Port to listen on; 0 for any that is free
     #[arg(long, short, env, default_value_t = 3000)]
@@ -39,8 +39,20 @@ pub struct RouterConfig {
     #[arg(long, env, value_name = "NAME", value_delimiter = ',', num_args = 1.., action = ArgAction::Append)]
     pub served_model_name: Vec<String>,
     /// Origins that browsers may call from; "*" for any
-    #[arg(long, env, value_delimiter = ',', action = ArgAction::Append)]
+    #[arg(long, env, visible_alias = "allowed-origins", value_delimiter = ',', action = ArgAction::Append)]
     pub cors_allow_origin: Vec<String>,
+    /// Methods that pages of these origins may use [default: any]
+    #[arg(long, env, value_name = "METHOD", value_delimiter = ',', action = ArgAction::Append)]
+    pub cors_allow_method: Vec<String>,
+    /// Headers that they may send [default: any]
+    #[arg(long, env, value_name = "HEADER", value_delimiter = ',', action = ArgAction::Append)]
+    pub cors_allow_header: Vec<String>,
+    /// Headers of responses that they may read [default: any, or with credentials those that the server has]
+    #[arg(long, env, value_name = "HEADER", value_delimiter = ',', action = ArgAction::Append)]
+    pub cors_expose_header: Vec<String>,
+    /// Whether they may send cookies and other credentials
+    #[arg(long, env, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
+    pub cors_allow_credentials: bool,
     /// Connections at the same time
     #[arg(long, env, default_value_t = 16384)]
     pub max_connections: usize,
@@ -81,6 +93,9 @@ pub struct RouterConfig {
     /// Requests at the same time; above it they are answered with 429
     #[arg(long, env, default_value_t = 1024)]
     pub max_concurrent_requests: usize,
+    /// Answers to one prompt of which `best_of` tells the best, on LoRAX's routes
+    #[arg(long, env, default_value_t = 2)]
+    pub max_best_of: usize,
     /// Stop sequences of one request
     #[arg(long, env, default_value_t = 4)]
     pub max_stop_sequences: usize,
@@ -89,13 +104,21 @@ pub struct RouterConfig {
     pub max_input_length: Option<usize>,
     /// Tokens of prompt and output together; lowered, with a warning, to what fits [default: what the model's positions
     /// and the memory of the KV cache allow]
-    #[arg(long, env)]
+    #[arg(long, env, visible_alias = "max-model-len")]
     pub max_total_tokens: Option<usize>,
     /// Most prompt tokens in one step, which begins with 512 and has slowly more while prompts wait [default: no bound]
-    #[arg(long, env)]
+    #[arg(long, env, visible_alias = "max-num-batched-tokens")]
     pub max_batch_prefill_tokens: Option<usize>,
     /// Reuse keys and values of equal prefixes
-    #[arg(long, env, default_value_t = true, action = ArgAction::Set)]
+    #[arg(
+        long,
+        env,
+        visible_alias = "enable-prefix-caching",
+        default_value_t = true,
+        action = ArgAction::Set,
+        num_args = 0..=1,
+        default_missing_value = "true"
+    )]
     pub prefix_caching: bool,
     /// Whose requests may share blocks of the prefix cache
     #[arg(long, env, default_value = "tenant")]
@@ -106,9 +129,13 @@ pub struct RouterConfig {
     /// Replaces the model's tokenizer_config.json; a chat template in it goes before all of the model's
     #[arg(long, env)]
     pub tokenizer_config_path: Option<PathBuf>,
-    /// Where adapters come from unless a request says otherwise: local, hub, s3, gs, az, or pbase
-    #[arg(long, env, default_value = "local")]
-    pub adapter_source: String,
+    /// Where the adapter of --adapter-id comes from, and those of requests that do not say: local, hub, s3, gs, az, or
+    /// pbase [default: local with adapter-dir, otherwise hub]
+    #[arg(long, env)]
+    pub adapter_source: Option<String>,
+    /// Where the adapters of requests that do not say come from [default: adapter-source]
+    #[arg(long, env, value_name = "SOURCE")]
+    pub default_adapter_source: Option<String>,
     /// Buckets that adapters may be read from, or prefixes in them, such as s3://bucket/team; they are read with the
     /// server's own credentials
     #[arg(long, env, value_delimiter = ',', action = ArgAction::Append)]
@@ -215,6 +242,7 @@ impl RouterConfig {
     pub fn check(&self) -> Result<(), ConfigError> {
         for (flag, value, bounds) in [
             ("--max-concurrent-requests", self.max_concurrent_requests, (1, 1 << 20)),
+            ("--max-best-of", self.max_best_of, (1, 1 << 7)),
             ("--max-stop-sequences", self.max_stop_sequences, (0, 1 << 10)),
             ("--validation-workers", self.validation_workers, (1, 1 << 10)),
             ("--router-threads", self.router_threads, (1, 1 << 10)),
@@ -252,15 +280,7 @@ impl RouterConfig {
         {
             return Err(ConfigError::NoOutput { input, total });
         }
-        let preloaded =
-            self.preloaded_adapter_source.as_ref().map(|source| ("--preloaded-adapter-source", source));
-        for (flag, source) in
-            [Some(("--adapter-source", &self.adapter_source)), preloaded].into_iter().flatten()
-        {
-            if !ADAPTER_SOURCES.contains(&&**source) {
-                return Err(ConfigError::AdapterSource { flag, name: source.clone() });
-            }
-        }
+        self.check_sources()?;
         let is_name = |name: &&String| !name.trim().is_empty() && !name.chars().any(char::is_control);
         if let Some(name) = self.served_model_name.iter().find(|name| !is_name(name)) {
             return Err(ConfigError::ServedModelName(name.clone()));
@@ -274,6 +294,19 @@ impl RouterConfig {
             None if !self.admin_token.as_ref().is_none_or(sendable) => Err(ConfigError::AdminToken),
             None => Ok(()),
         }
+    }
+
+    fn check_sources(&self) -> Result<(), ConfigError> {
+        for (flag, source) in [
+            ("--adapter-source", &self.adapter_source),
+            ("--default-adapter-source", &self.default_adapter_source),
+            ("--preloaded-adapter-source", &self.preloaded_adapter_source),
+        ] {
+            if let Some(name) = source.as_ref().filter(|name| !ADAPTER_SOURCES.contains(&&***name)) {
+                return Err(ConfigError::AdapterSource { flag, name: name.clone() });
+            }
+        }
+        Ok(())
     }
 }
 

@@ -27,10 +27,12 @@ pub enum Device {
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
     /// IEEE single.
+    #[value(alias = "float")]
     Float32,
     /// The upper half of an IEEE single.
     Bfloat16,
     /// IEEE half.
+    #[value(alias = "half")]
     Float16,
 }
 
@@ -51,16 +53,24 @@ pub struct ShardConfig {
     #[arg(long, env, default_value_t = true, action = ArgAction::Set)]
     pub pin_cpus: bool,
     /// Sequences that run at the same time
-    #[arg(long, env, default_value_t = 128)]
+    #[arg(long, env, visible_alias = "max-num-seqs", default_value_t = 128)]
     pub max_batch_size: usize,
     /// Memory of each shard's KV cache, such as 2GiB [default: on a GPU all that is left, else a quarter of what is available]
     #[arg(long, env, value_name = "BYTES", value_parser = bytes)]
     pub kv_memory: Option<u64>,
     /// Fraction of a GPU's memory to use
-    #[arg(long, env, default_value_t = 0.9)]
+    #[arg(long, env, visible_alias = "gpu-memory-utilization", default_value_t = 0.9)]
     pub cuda_memory_fraction: f32,
     /// Launch the kernels of decode steps one by one, without CUDA graphs
-    #[arg(long, env, default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
+    #[arg(
+        long,
+        env,
+        visible_alias = "enforce-eager",
+        default_value_t = false,
+        action = ArgAction::Set,
+        num_args = 0..=1,
+        default_missing_value = "true"
+    )]
     pub eager: bool,
 
     /// Folder of the adapters that requests name by relative paths

@@ -2,14 +2,19 @@
 
 mod args;
 mod child;
+mod foreign;
 mod group;
 mod ranks;
 mod supervisor;
 
 use std::{
+    env,
+    env::consts::{ARCH, OS},
     fs::Permissions,
-    os::unix::{fs::PermissionsExt, net::SocketAddr},
+    io,
+    os::unix::{fs::PermissionsExt, net::SocketAddr, process::CommandExt},
     path::PathBuf,
+    process::Command,
 };
 
 use anyhow::{Context, ensure};
@@ -30,9 +35,17 @@ fn main() {
         let asked = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
         std::process::exit(if asked { 0 } else { EX_USAGE })
     });
+    if let Err(error) = pass_to_clients(&args) {
+        fail(1, &error);
+    }
     let log = telemetry::start(args.log.json_output)
         .unwrap_or_else(|error| fail(if error.is_usage() { EX_USAGE } else { 1 }, &error));
     lifecycle::before_exit(telemetry::flush);
+    if args.env {
+        let (version, commit) =
+            (env!("CARGO_PKG_VERSION"), option_env!("VERGEN_GIT_SHA").unwrap_or("unknown"));
+        tracing::info!("lorax-launcher {version}, commit {commit}, for {} on {}", OS, ARCH);
+    }
     if let Err(error) = check(&args) {
         fail(EX_USAGE, &*error);
     }
@@ -45,8 +58,25 @@ fn main() {
     drop(log);
 }
 
+/// Starts this program again, in the same process, with the variables that the clients of hubs read, if flags stand for
+/// them.
+fn pass_to_clients(args: &Args) -> io::Result<()> {
+    let mut missing = Vec::new();
+    for (name, value) in
+        [("HF_HUB_CACHE", &args.huggingface_hub_cache), ("PREDIBASE_API_TOKEN", &args.predibase_api_token)]
+    {
+        let value = value.as_deref().filter(|value| env::var(name).as_deref() != Ok(value));
+        missing.extend(value.map(|value| (name, value)));
+    }
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(Command::new(env::current_exe()?).args(env::args_os().skip(1)).envs(missing).exec())
+}
+
 /// Refuses what cannot work before anything is fetched or started.
 fn check(args: &Args) -> anyhow::Result<()> {
+    args.foreign.check()?;
     ranks::check(args)?;
     args.router.check()?;
     args.shard.check()?;
@@ -66,7 +96,7 @@ fn run(args: &Args, log: &Log) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     // From here on, as the first process of a container does not end by a signal that it does not handle.
     let mut signals = runtime.block_on(async { Signals::listen() })?;
-    let program = std::env::current_exe().context("finding the folder of this program")?;
+    let program = env::current_exe().context("finding the folder of this program")?;
     let programs = program.parent().context("finding the folder of this program")?;
     let found = async {
         let ranks = ranks::find(args, programs).await?;
@@ -87,6 +117,10 @@ fn run(args: &Args, log: &Log) -> anyhow::Result<()> {
         return Ok(());
     };
     let (ranks, ModelFiles { id, path, revision, sha }) = found?;
+    if args.download_only {
+        tracing::info!("the model is at {}", path.display());
+        return Ok(());
+    }
     // Sockets and configuration are this user's alone.
     let folder =
         tempfile::Builder::new().prefix("lorax-").permissions(Permissions::from_mode(0o700)).tempdir();

@@ -169,7 +169,7 @@ impl App {
         id: &str,
         source: Option<&str>,
     ) -> Result<Reference, ApiError> {
-        let source = source.unwrap_or(&self.config.router.adapter_source);
+        let source = source.unwrap_or_else(|| self.config.default_adapter_source());
         Reference::parse(source, id).map_err(|error| {
             let field = if matches!(error, NameError::Source(_)) { "adapter_source" } else { field };
             ApiError::AdapterInvalid { field, message: error.to_string() }

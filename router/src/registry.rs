@@ -11,7 +11,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use config::{Config, RouterConfig};
+use config::Config;
 use exchange::{Fault, Tenant};
 use secrecy::SecretString;
 use sources::{NameError, Reference, SourceKind};
@@ -127,7 +127,7 @@ impl Registry {
     /// Takes the registrations of the flags and of the manifest, and begins to load what is pinned.
     pub(crate) fn start(config: &Config, adapters: Adapters) -> Result<Registry, RegistryStartError> {
         let (manifest, kept) = open(config)?;
-        let (base, config) = (BaseModel::new(config), &config.router);
+        let base = BaseModel::new(config);
         let mut entries = BTreeMap::new();
         for (kept, reference) in kept {
             let created = UNIX_EPOCH + Duration::from_secs(kept.created);
@@ -149,7 +149,7 @@ impl Registry {
         let mut registry = Registry {
             adapters,
             base,
-            default: config.adapter_id.clone().filter(|id| !id.is_empty()),
+            default: config.router.adapter_id.clone().filter(|id| !id.is_empty()),
             entries: Mutex::default(),
             manifest: manifest.map(Arc::new),
             writing: tokio::sync::Mutex::default(),
@@ -424,13 +424,14 @@ struct Module {
 }
 
 /// The registrations that flags ask for: names, adapters, and whether they are pinned.
-fn by_flags(config: &RouterConfig) -> Result<Vec<(String, Reference, bool)>, RegistryStartError> {
+fn by_flags(all: &Config) -> Result<Vec<(String, Reference, bool)>, RegistryStartError> {
     let named = |id: &str, reference: Result<Reference, NameError>, pinned| {
         let failed = |error| RegistryStartError::Name { id: id.into(), error };
         Ok((id.to_owned(), reference.map_err(failed)?, pinned))
     };
-    let source = config.preloaded_adapter_source.as_deref().unwrap_or(&config.adapter_source);
-    let own = config.adapter_id.iter().map(|id| (id, &*config.adapter_source));
+    let (config, own_source) = (&all.router, all.adapter_source());
+    let source = config.preloaded_adapter_source.as_deref().unwrap_or(own_source);
+    let own = config.adapter_id.iter().map(|id| (id, own_source));
     let preloaded = config.preloaded_adapter_ids.iter().map(|id| (id, source));
     let mut found = own
         .chain(preloaded)
@@ -450,7 +451,7 @@ fn by_flags(config: &RouterConfig) -> Result<Vec<(String, Reference, bool)>, Reg
             return Err(malformed());
         }
         // The first place: whether the adapter is there is not known before the server runs.
-        let first = places(&config.adapter_source, &path).into_iter().take(1);
+        let first = places(all.default_adapter_source(), &path).into_iter().take(1);
         for place in first {
             found.push(named(&name, place, false)?);
         }

@@ -6,6 +6,7 @@ mod admit;
 mod bodies;
 mod connection;
 mod connections;
+mod cors;
 mod health;
 mod identify;
 mod routes;
@@ -87,6 +88,14 @@ pub enum StartError {
     /// A text that is not an origin.
     #[error("cors-allow-origin: {0:?} is not an origin")]
     Origin(String),
+    /// A text that is no method or no name of a header.
+    #[error("{flag}: {text:?} is none")]
+    Cors {
+        /// The flag.
+        flag: &'static str,
+        /// The text.
+        text: String,
+    },
     /// Keys of callers.
     #[error("{0}")]
     Keys(#[from] KeyError),
@@ -126,6 +135,7 @@ impl StartError {
         matches!(
             self,
             StartError::Origin(_)
+                | StartError::Cors { .. }
                 | StartError::Keys(_)
                 | StartError::Sources(_)
                 | StartError::AdapterCache { .. }
@@ -179,7 +189,7 @@ impl App {
         supervisor: &Supervisor,
     ) -> Result<Arc<App>, StartError> {
         let router = &config.router;
-        let cors = routes::cors(&router.cors_allow_origin)?;
+        let cors = cors::layer(router)?;
         let path = &config.model.path;
         let tokenizer = ModelTokenizer::load(path, router.tokenizer_config_path.as_deref())
             .map_err(|source| StartError::Tokenizer { path: path.clone(), source })?;

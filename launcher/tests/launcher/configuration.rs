@@ -36,35 +36,45 @@ fn what_cannot_work_is_refused_at_once() {
         (&["--adapter-auth-ttl-s", "soon"], "--adapter-auth-ttl-s"),
         (&["--adapter-auth-ttl-s", "18446744073709551615"], "--adapter-auth-ttl-s must be at most"),
         (&["--adapter-cache-size", "2PiB"], "--adapter-cache-size must be at most 1.0 PiB"),
-        (&["--max-adapter-size", "0"], "--max-adapter-size must be at least 1 B"),
-        (&["--max-adapter-lookups", "0"], "--max-adapter-lookups must be at least 1"),
-        (&["--max-adapter-downloads", "1025"], "--max-adapter-downloads must be at most 1024"),
-        (&["--max-adapter-stages", "0"], "--max-adapter-stages must be at least 1"),
         (&["--adapter-dir", "/no/such/folder"], "/no/such/folder is not a folder"),
         (&["--adapter-roots", "/,/no/such/folder"], "/no/such/folder is not a folder"),
-        (&["--max-batch-size", "0"], "--max-batch-size must be at least 1"),
-        (&["--max-batch-size", "18446744073709551615"], "--max-batch-size must be at most 65536"),
-        (&["--max-active-adapters", "18446744073709551615"], "--max-active-adapters must be at most"),
         (&["--threads", "100000"], "--threads must be at most 1024"),
-        (&["--max-body-size", "2GiB"], "--max-body-size must be at most 1.0 GiB"),
-        (&["--max-body-size", "256MiB"], "--max-body-memory must be at least 256.0 MiB"),
         (&["--step-timeout", "0"], "--step-timeout must be at least 0.001 s"),
         (&["--body-timeout", "soon"], "--body-timeout"),
-        (&["--max-connections", "0"], "--max-connections must be at least 1"),
         (&["--router-threads", "0"], "--router-threads must be at least 1"),
         (&["--prefix-cache-scope", "world"], "--prefix-cache-scope"),
         (&["--api-key-file", "/no/such/file"], "/no/such/file is not a file"),
         (&["--shutdown-deadline", "18446744073709551615"], "--shutdown-deadline must be at most"),
-        (&["--max-concurrent-requests", "0"], "--max-concurrent-requests must be"),
-        (&["--max-batch-prefill-tokens", "0"], "--max-batch-prefill-tokens must be"),
         (&["--threads", "0"], "--threads must be"),
-        (&["--max-input-length", "9", "--max-total-tokens", "9"], "must be less than --max-total-tokens 9"),
-        (&["--max-total-tokens", "1"], "--max-total-tokens must be at least 2"),
+        (&["--default-adapter-source", "ftp"], "--default-adapter-source \"ftp\""),
         (&["--adapter-memory-fraction", "1.5"], "--adapter-memory-fraction must be"),
         (&["--cuda-memory-fraction=-1"], "--cuda-memory-fraction must be"),
-        (&["--model-id", "/no/such/model"], "neither a path that exists nor a hub id"),
-        (&["--model-id", "./nope"], "neither a path that exists nor a hub id"),
-        (&["--model-id", "/"], "neither a folder with a config.json nor a GGUF file"),
+    ] {
+        let (status, log) = Launcher::with_model().args(args).fails();
+        assert_eq!(status, 64, "{args:?}: {log}");
+        assert!(log.contains(cause), "{cause:?} in {log}");
+    }
+}
+
+#[test]
+fn limits_have_bounds() {
+    for (args, cause) in [
+        (&["--max-adapter-size", "0"][..], "--max-adapter-size must be at least 1 B"),
+        (&["--max-adapter-lookups", "0"], "--max-adapter-lookups must be at least 1"),
+        (&["--max-adapter-downloads", "1025"], "--max-adapter-downloads must be at most 1024"),
+        (&["--max-adapter-stages", "0"], "--max-adapter-stages must be at least 1"),
+        (&["--max-batch-size", "0"], "--max-batch-size must be at least 1"),
+        (&["--max-batch-size", "18446744073709551615"], "--max-batch-size must be at most 65536"),
+        (&["--max-active-adapters", "18446744073709551615"], "--max-active-adapters must be at most"),
+        (&["--max-body-size", "2GiB"], "--max-body-size must be at most 1.0 GiB"),
+        (&["--max-body-size", "256MiB"], "--max-body-memory must be at least 256.0 MiB"),
+        (&["--max-connections", "0"], "--max-connections must be at least 1"),
+        (&["--max-concurrent-requests", "0"], "--max-concurrent-requests must be"),
+        (&["--max-batch-prefill-tokens", "0"], "--max-batch-prefill-tokens must be"),
+        (&["--max-best-of", "0"], "--max-best-of must be at least 1"),
+        (&["--max-best-of", "129"], "--max-best-of must be at most 128"),
+        (&["--max-input-length", "9", "--max-total-tokens", "9"], "must be less than --max-total-tokens 9"),
+        (&["--max-total-tokens", "1"], "--max-total-tokens must be at least 2"),
     ] {
         let (status, log) = Launcher::with_model().args(args).fails();
         assert_eq!(status, 64, "{args:?}: {log}");
@@ -74,9 +84,16 @@ fn what_cannot_work_is_refused_at_once() {
 
 #[test]
 fn a_model_must_be_named() {
-    let (status, log) = Launcher::new().fails();
-    assert_eq!(status, 64);
-    assert!(log.contains("--model-id"), "{log}");
+    for (args, cause) in [
+        (&[][..], "--model-id"),
+        (&["--model-id", "/no/such/model"], "neither a path that exists nor a hub id"),
+        (&["--model-id", "./nope"], "neither a path that exists nor a hub id"),
+        (&["--model-id", "/"], "neither a folder with a config.json nor a GGUF file"),
+    ] {
+        let (status, log) = Launcher::new().args(args).fails();
+        assert_eq!(status, 64, "{args:?}");
+        assert!(log.contains(cause), "{log}");
+    }
 }
 
 #[test]

@@ -8,6 +8,7 @@ mod configuration;
 mod download;
 mod hub;
 mod launcher;
+mod migrating;
 mod ranks;
 #[path = "../../../sources/tests/fake/s3.rs"]
 mod s3;

@@ -12,13 +12,12 @@ use axum::{
 };
 use tower::ServiceBuilder;
 use tower_http::{
-    cors::{AllowHeaders, AllowOrigin, Any, CorsLayer},
     request_id::{MakeRequestId, PropagateRequestIdLayer, RequestId, SetRequestIdLayer},
     trace::{DefaultOnRequest, TraceLayer},
 };
 use uuid::Uuid;
 
-use super::{App, StartError, connection, health, identify};
+use super::{App, connection, health, identify};
 use crate::{
     api::{
         adapters,
@@ -81,35 +80,6 @@ impl App {
             .layer(layers)
             .with_state(self.clone())
     }
-}
-
-/// The CORS layer; none if no origin is allowed.
-pub(super) fn cors(origins: &[String]) -> Result<Option<CorsLayer>, StartError> {
-    if origins.is_empty() {
-        return Ok(None);
-    }
-    let allowed = if origins.iter().any(|origin| origin == "*") {
-        AllowOrigin::from(Any)
-    } else {
-        AllowOrigin::list(origins.iter().map(|origin| parse_origin(origin)).collect::<Result<Vec<_>, _>>()?)
-    };
-    // To browsers "*" does not include `Authorization`, so the headers that a page asks for are named.
-    let headers = AllowHeaders::mirror_request();
-    let layer = CorsLayer::new().allow_origin(allowed).allow_methods(Any).allow_headers(headers);
-    // Without this a page cannot read `retry-after` and `x-request-id`.
-    Ok(Some(layer.expose_headers(Any)))
-}
-
-/// Reads an origin as browsers send theirs. Any other text would never be equal to one.
-fn parse_origin(text: &str) -> Result<HeaderValue, StartError> {
-    let is_origin = |uri: &Uri| {
-        let (scheme, authority) = (uri.scheme_str()?, uri.authority()?.as_str());
-        (!authority.contains('@') && format!("{scheme}://{authority}").eq_ignore_ascii_case(text))
-            .then_some(())
-    };
-    let known = text == "null" || text.parse().is_ok_and(|uri| is_origin(&uri).is_some());
-    let value = HeaderValue::from_str(&text.to_ascii_lowercase()).ok().filter(|_| known);
-    value.ok_or_else(|| StartError::Origin(text.to_owned()))
 }
 
 /// Makes the ids of requests that bring none.

@@ -56,7 +56,7 @@ fn folder() -> Arc<TempDir> {
 
 async fn start(hub: HubSettings, folder: Arc<TempDir>, change: impl FnOnce(&mut Config)) -> Router {
     let change = |config: &mut Config| {
-        config.router.adapter_source = "hub".into();
+        config.router.adapter_source = Some("hub".into());
         config.router.max_concurrent_requests = 256;
         change(config);
     };

@@ -40,7 +40,8 @@ impl HubSettings {
     pub fn from_env() -> HubSettings {
         let home = home(variable, env::home_dir());
         let cache = variable("HF_HUB_CACHE").or_else(|| variable("HUGGINGFACE_HUB_CACHE"));
-        let token = variable("HF_TOKEN").or_else(|| variable("HUGGING_FACE_HUB_TOKEN"));
+        let tokens = ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_API_TOKEN"];
+        let token = tokens.into_iter().find_map(variable);
         let in_home = |name| home.as_ref().map(|home| home.join(name));
         let token_file = variable("HF_TOKEN_PATH").map(PathBuf::from).or_else(|| in_home("token"));
         let token = token.or_else(|| fs::read_to_string(token_file?).ok());

@@ -86,7 +86,7 @@ impl App {
         }
         let words = |error: RegistryError| in_words(error.into(), name);
         let mut refused = None;
-        for place in places(&self.config.router.adapter_source, path) {
+        for place in places(self.config.default_adapter_source(), path) {
             let reference = place.map_err(|error| {
                 let message = error.to_string();
                 ApiError::AdapterInvalid { field: "lora_path", message }

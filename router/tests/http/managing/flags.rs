@@ -38,7 +38,7 @@ async fn requests_that_name_no_adapter_have_the_default_one() {
 #[tokio::test]
 async fn preloaded_adapters_are_there_from_the_start_and_others_come_when_they_are_named() {
     let router = router(8, |config| {
-        config.router.adapter_source = "hub".into();
+        config.router.adapter_source = Some("hub".into());
         config.router.preloaded_adapter_ids = vec!["one".into(), "two".into()];
         config.router.preloaded_adapter_source = Some("local".into());
     })
