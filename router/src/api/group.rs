@@ -50,11 +50,6 @@ pub(crate) struct Answers {
     pub(crate) field: &'static str,
 }
 
-impl Answers {
-    /// One answer, which no field has to ask for.
-    pub(crate) const ONE: Answers = Answers { count: 1, field: "n" };
-}
-
 /// Times of a request.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Timing {
@@ -66,6 +61,15 @@ pub(crate) struct Timing {
     pub(crate) submitted: Instant,
     /// Time from `submitted` until its first rows were planned.
     pub(crate) queued: Duration,
+    /// Time from `submitted` until its first token was here.
+    pub(crate) first_token: Option<Duration>,
+}
+
+impl Timing {
+    /// Those of a sequence that is handed to the engine now.
+    fn new(received: Instant, validation: Duration) -> Timing {
+        Timing { received, validation, submitted: Instant::now(), queued: Duration::ZERO, first_token: None }
+    }
 }
 
 /// The tokens of a sequence, counted as it runs.
@@ -247,12 +251,7 @@ impl App {
         let mut generation = Generation {
             tokens: Arc::new(TokenCounts { prompt: prompt.len(), shares_prompt, ..TokenCounts::default() }),
             seed: sampling.draws().then_some(sampling.seed),
-            timing: Timing {
-                received: shared.received,
-                validation: shared.validation,
-                submitted: Instant::now(),
-                queued: Duration::ZERO,
-            },
+            timing: Timing::new(shared.received, shared.validation),
             running: None,
             prompt: text,
             text: TextStream::new(
@@ -412,6 +411,7 @@ impl Generation {
 
     fn token(&mut self, token: Scored, top: Vec<Scored>, finish: Option<Finish>) {
         self.begun = true;
+        self.timing.first_token.get_or_insert_with(|| self.timing.submitted.elapsed());
         self.logprob += f64::from(token.logprob);
         self.meter.charge(1);
         self.in_use.iter().for_each(|in_use| in_use.token());

@@ -13,15 +13,27 @@ pub(crate) struct InfoResponse<'a> {
     model_sha: Option<&'a str>,
     model_dtype: String,
     model_device_type: String,
+    /// Always null: only hubs know pipelines.
+    model_pipeline_tag: Option<&'a str>,
     max_concurrent_requests: usize,
     max_best_of: usize,
     max_stop_sequences: usize,
     max_input_length: usize,
     max_total_tokens: usize,
+    /// 0, as prompts never wait for other prompts: prompt chunks and decode rows share every step.
+    waiting_served_ratio: f32,
     max_batch_total_tokens: u64,
+    /// 0 for the same reason: no token has to be generated before a prompt may begin.
+    max_waiting_tokens: usize,
     max_active_adapters: u32,
     validation_workers: usize,
+    eager_prefill: bool,
     version: &'static str,
+    /// The commit that this program was built from, if the build was told.
+    sha: Option<&'static str>,
+    docker_label: Option<&'static str>,
+    /// Always null: requests are not sent to a logger.
+    request_logger_url: Option<&'a str>,
 }
 
 impl<'a> InfoResponse<'a> {
@@ -30,17 +42,24 @@ impl<'a> InfoResponse<'a> {
         InfoResponse {
             model_id: &model.id,
             model_sha: model.sha.as_deref(),
-            model_dtype: info.dtype.clone(),
+            model_dtype: format!("torch.{}", info.dtype),
             model_device_type: info.device.clone(),
+            model_pipeline_tag: None,
             max_concurrent_requests: router.max_concurrent_requests,
-            max_best_of: 1,
+            max_best_of: router.max_best_of,
             max_stop_sequences: router.max_stop_sequences,
             max_input_length: limits.max_input_length,
             max_total_tokens: limits.max_total_tokens,
+            waiting_served_ratio: 0.0,
             max_batch_total_tokens: u64::from(info.num_blocks) * u64::from(info.block_size),
+            max_waiting_tokens: 0,
             max_active_adapters: info.num_slots,
             validation_workers: router.validation_workers,
+            eager_prefill: true,
             version: env!("CARGO_PKG_VERSION"),
+            sha: option_env!("VERGEN_GIT_SHA"),
+            docker_label: option_env!("DOCKER_LABEL"),
+            request_logger_url: None,
         }
     }
 }

@@ -1,4 +1,5 @@
-//! LoRAX's own interface: `/generate`, `/generate_stream`, and `/` for both; `/embed`; `/classify` and `/classify_batch`.
+//! LoRAX's own interface: `/generate`, `/generate_stream`, and `/` for both; `/embed`; `/classify` and
+//! `/classify_batch`; `/tokenize` and `/detokenize`.
 
 mod classify;
 mod embed;
@@ -6,6 +7,7 @@ mod entities;
 mod headers;
 mod request;
 mod response;
+pub(crate) mod tokenize;
 
 use std::sync::Arc;
 
@@ -18,7 +20,10 @@ use axum::{
         sse::{Event, KeepAlive, Sse},
     },
 };
-use futures::{StreamExt, future::ready};
+use futures::{
+    StreamExt,
+    future::{ready, try_join_all},
+};
 
 use super::{
     error::{ApiError, Dialect},
@@ -29,7 +34,7 @@ use crate::server::{App, accept::Accepted};
 pub(crate) use classify::{classify, classify_batch};
 pub(crate) use embed::embed;
 use request::{GenerateRequest, Shape};
-use response::{Delta, GenerateFold};
+use response::{Delta, GenerateFold, Generated};
 
 /// `POST /generate`
 pub(crate) async fn whole(State(app): State<Arc<App>>, request: Accepted<GenerateRequest>) -> Response {
@@ -41,13 +46,13 @@ pub(crate) async fn stream(State(app): State<Arc<App>>, request: Accepted<Genera
     respond(&app, request, |_| true, false).await
 }
 
-/// `POST /`: by the field `stream`; a whole answer is the only element of a list.
+/// `POST /` and `POST /invocations`: by the field `stream`; a whole answer is the only element of a list.
 pub(crate) async fn either(State(app): State<Arc<App>>, request: Accepted<GenerateRequest>) -> Response {
     respond(&app, request, |request| request.stream == Some(true), true).await
 }
 
 async fn respond(
-    app: &App,
+    app: &Arc<App>,
     request: Accepted<GenerateRequest>,
     streams: impl Fn(&GenerateRequest) -> bool,
     as_list: bool,
@@ -59,35 +64,49 @@ async fn respond(
 }
 
 async fn generate(
-    app: &App,
+    app: &Arc<App>,
     request: Accepted<GenerateRequest>,
     streams: impl Fn(&GenerateRequest) -> bool,
     as_list: bool,
 ) -> Result<Response, ApiError> {
     let Accepted { caller, body } = request;
     let streams = streams(&body);
-    let (request, shape) = body.into_group(app, &caller)?;
-    if streams && shape.prefill {
-        return Err(ApiError::invalid(
-            "decoder_input_details",
-            "== true is not supported when streaming tokens",
-        ));
-    }
+    let (request, shape) = if body.needs_template() {
+        let work = {
+            let (app, caller) = (app.clone(), caller.clone());
+            move || body.into_group(&app, &caller, streams)
+        };
+        app.workers.run("rendering of a chat", &caller.principal, work).await??
+    } else {
+        body.into_group(app, &caller, streams)?
+    };
     let mut headers = headers::of_request(app, request.adapter.as_ref(), shape.characters);
     let mut generations = app.start_group(&caller, request).await?;
-    let Some(mut generation) = generations.pop() else {
-        return Err(ApiError::Generation("nothing was started".into()));
-    };
     if streams {
+        let Some(mut generation) = generations.pop() else {
+            return Err(ApiError::Generation("nothing was started".into()));
+        };
         generation.begin().await?;
         headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
         return Ok((headers, events(generation, shape)).into_response());
     }
+    let collected = generations.into_iter().map(|generation| collect(generation, shape.clone()));
+    let mut answers = try_join_all(collected).await?;
+    answers.sort_by(|(a, _), (b, _)| b.mean_logprob().total_cmp(&a.mean_logprob()));
+    let mut answers = answers.into_iter();
+    let Some((generation, best)) = answers.next() else {
+        return Err(ApiError::Generation("nothing was started".into()));
+    };
+    headers.extend(headers::of_answer(&generation));
+    let body = best.into_response(answers.map(|(_, other)| other));
+    Ok(if as_list { (headers, Json([body])).into_response() } else { (headers, Json(body)).into_response() })
+}
+
+/// The whole of an answer.
+async fn collect(mut generation: Generation, shape: Shape) -> Result<(Generation, Generated), ApiError> {
     let fold = GenerateFold::new(&generation, shape);
     let generated = fold::collect(&mut generation, fold).await?;
-    headers.extend(headers::of_answer(&generation));
-    let body = generated.into_response();
-    Ok(if as_list { (headers, Json([body])).into_response() } else { (headers, Json(body)).into_response() })
+    Ok((generation, generated))
 }
 
 /// One event for every token; the last has the whole text.

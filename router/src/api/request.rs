@@ -103,7 +103,15 @@ impl SequenceRequest {
                 "stop_token_ids",
                 format!("must be less than {vocab}"),
             ),
-            (self.truncate != Some(0), "truncate", "must be strictly positive".into()),
+            (
+                self.truncate.is_none_or(|keep| (1..=limits.max_input_length).contains(&keep)),
+                "truncate",
+                format!(
+                    "must be strictly positive and at most {}. Given: {}",
+                    limits.max_input_length,
+                    self.truncate.unwrap_or_default()
+                ),
+            ),
         ] {
             if !holds {
                 return Err(ApiError::invalid(param, problem));

@@ -21,7 +21,7 @@ pub(super) async fn live() -> StatusCode {
     StatusCode::OK
 }
 
-/// `GET /startupz`: whether the model could answer yet, be it once.
+/// `GET /startupz`, `GET /startup`: whether the model could answer yet, be it once.
 pub(super) async fn started(State(app): State<Arc<App>>) -> Response {
     // The answer never turns from 200 back to 503: `started` may be set a moment after `health`.
     if app.started.load(Relaxed) || app.engine.health().is_ok() {
@@ -31,7 +31,7 @@ pub(super) async fn started(State(app): State<Arc<App>>) -> Response {
     }
 }
 
-/// `GET /readyz`, `GET /health`, `GET /`: whether the model can answer now and the server takes requests.
+/// `GET /readyz`, `GET /health`, `GET /ping`, `GET /`: whether the model can answer now and the server takes requests.
 pub(super) async fn health(State(app): State<Arc<App>>) -> Response {
     if app.stopping.load(Relaxed) {
         return unhealthy("the server is about to stop");

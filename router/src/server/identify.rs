@@ -28,7 +28,7 @@ use crate::{adapter::Credential, api::error::ApiError, permits::Admissible, prin
 const ADAPTER_TOKEN: &str = "x-adapter-token";
 
 /// Paths that need no key: whoever watches over the process has none.
-const OPEN: [&str; 4] = ["/health", "/livez", "/readyz", "/startupz"];
+const OPEN: [&str; 6] = ["/health", "/ping", "/livez", "/readyz", "/startup", "/startupz"];
 
 /// Finds out who calls, before anything else is done for the request.
 pub(super) async fn identify(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {

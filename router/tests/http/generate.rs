@@ -114,7 +114,7 @@ async fn the_server_tells_what_it_is() {
     for (field, value) in [
         ("model_id", json!(MODEL)),
         ("model_sha", json!("abc")),
-        ("model_dtype", json!("float32")),
+        ("model_dtype", json!("torch.float32")),
         ("model_device_type", json!("cpu")),
         ("max_total_tokens", json!(4096)),
         ("max_input_length", json!(4095)),

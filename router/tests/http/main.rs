@@ -27,6 +27,7 @@ mod logprobs;
 mod managing;
 mod merges;
 mod metrics;
+mod native;
 mod openai;
 mod process;
 mod prompt_scores;

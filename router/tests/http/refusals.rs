@@ -141,12 +141,7 @@ async fn fields_that_are_not_supported() {
     let router = Router::start(Script::saying(tokens("a"))).await;
     let both =
         [("guided_jsom", json!({})), ("temprature", json!(0)), ("tools", json!([{"type": "function"}]))];
-    let native = [
-        ("max_new_token", json!(5)),
-        ("apply_chat_template", json!(true)),
-        ("watermark", json!(true)),
-        ("best_of", json!(2)),
-    ];
+    let native = [("max_new_token", json!(5)), ("watermark", json!(true))];
     let openai = [
         ("suffix", json!("b")),
         ("tool_choice", json!("required")),

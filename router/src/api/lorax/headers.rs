@@ -30,6 +30,8 @@ pub(super) fn of_answer(generation: &Generation) -> HeaderMap {
     let timing = &generation.timing;
     let total = timing.received.elapsed();
     let inference = timing.submitted.elapsed().saturating_sub(timing.queued);
+    // The first token ends what computes the prompt.
+    let first = timing.first_token.map_or(inference, |first| first.saturating_sub(timing.queued));
     let (prompt, tokens) = (generation.tokens.prompt, generation.tokens.generated.load(Ordering::Relaxed));
     let mut headers = HeaderMap::new();
     for (name, value) in [
@@ -39,8 +41,15 @@ pub(super) fn of_answer(generation: &Generation) -> HeaderMap {
         ("x-queue-time", timing.queued.as_millis()),
         ("x-inference-time", inference.as_millis()),
         ("x-time-per-token", inference.as_millis() / tokens.max(1) as u128),
+        ("x-time-to-first-token", first.as_millis()),
+        (
+            "x-time-per-output-token",
+            inference.saturating_sub(first).as_millis() / tokens.saturating_sub(1).max(1) as u128,
+        ),
         ("x-prompt-tokens", prompt as u128),
         ("x-generated-tokens", tokens as u128),
+        // No token is ever skipped: that is what LoRAX calls those that were guessed.
+        ("x-skipped-tokens", 0),
         ("x-total-tokens", (prompt + tokens) as u128),
     ] {
         insert(&mut headers, name, value);

@@ -1,10 +1,14 @@
 //! Bodies of requests.
 
+use std::collections::BTreeMap;
+
+use minijinja::value::Serde;
 use sampling::{Named, SamplingParams};
 use secrecy::SecretString;
 use serde::Deserialize;
 
 use crate::{
+    adapter::AdapterRef,
     api::{
         error::{ApiError, Dialect},
         group::{Answers, GroupRequest},
@@ -13,6 +17,7 @@ use crate::{
         request::{FieldNames, Prompt, Report, SequenceRequest},
         structured,
     },
+    chat::TemplateInput,
     server::{
         App,
         accept::{Body, Caller},
@@ -69,10 +74,12 @@ sampling::parameters!(parameters {
         merged_adapters: Option<MergedAdapters>,
         api_token: Option<SecretString>,
         cache_salt: Option<SecretString>,
+        best_of: Option<usize>,
         do_sample: Option<bool>,
         max_new_tokens: Option<u32>,
         ignore_eos_token: Option<bool>,
         return_full_text: Option<bool>,
+        apply_chat_template: Option<bool>,
         stop: Option<Vec<String>>,
         truncate: Option<usize>,
         details: Option<bool>,
@@ -86,22 +93,28 @@ sampling::parameters!(parameters {
 #[derive(Debug, Clone)]
 pub(super) struct Shape {
     pub(super) details: bool,
-    pub(super) prefill: bool,
     /// Text to put in front of the answer.
     pub(super) full_text: Option<String>,
     pub(super) characters: usize,
 }
 
 impl GenerateRequest {
-    pub(super) fn into_group(self, app: &App, caller: &Caller) -> Result<(GroupRequest, Shape), ApiError> {
+    /// Whether a template has to be rendered, which may take its time.
+    pub(super) fn needs_template(&self) -> bool {
+        self.parameters.as_ref().is_some_and(|parameters| parameters.apply_chat_template == Some(true))
+    }
+
+    /// What is to be generated, and what the response looks like.
+    pub(super) fn into_group(
+        self,
+        app: &App,
+        caller: &Caller,
+        streams: bool,
+    ) -> Result<(GroupRequest, Shape), ApiError> {
         let mut p = self.parameters.unwrap_or_default();
         let grammar = structured::take(&mut p.rest)?;
         refuse(&self.rest, "", |_, _| false)?;
-        refuse(&p.rest, "", |name, value| match name {
-            "best_of" => value == 1,
-            "watermark" | "apply_chat_template" => value == false,
-            _ => false,
-        })?;
+        refuse(&p.rest, "", |name, value| name == "watermark" && value == false)?;
         if self.inputs.is_empty() {
             return Err(ApiError::invalid(NAMES.prompt, "cannot be empty"));
         }
@@ -109,16 +122,27 @@ impl GenerateRequest {
             return Err(ApiError::invalid(NAMES.max_new_tokens, "must be strictly positive"));
         }
         let sampling = p.sampling();
+        let answers = p.answers(app.config.router.max_best_of, sampling.draws(), streams)?;
         let prefill = p.decoder_input_details == Some(true);
+        if streams && prefill {
+            return Err(ApiError::invalid(
+                "decoder_input_details",
+                "== true is not supported when streaming tokens",
+            ));
+        }
         let shape = Shape {
             details: p.details == Some(true) || prefill,
-            prefill,
             full_text: (p.return_full_text == Some(true)).then(|| self.inputs.clone()),
             characters: self.inputs.chars().count(),
         };
+        let prompt = match p.apply_chat_template {
+            Some(true) => as_chat(app, &self.inputs)?,
+            _ => Prompt::Text(self.inputs),
+        };
+        let adapter = p.adapter(app, caller)?;
         let sequence = SequenceRequest {
             names: NAMES,
-            prompt: Prompt::Text(self.inputs),
+            prompt,
             max_new_tokens: p.max_new_tokens,
             stop: p.stop.unwrap_or_default(),
             ignore_eos: p.ignore_eos_token == Some(true),
@@ -128,28 +152,50 @@ impl GenerateRequest {
             truncate: p.truncate,
             grammar,
         };
-        let credential = caller.credential.or_in_body(p.api_token);
-        let source = p.adapter_source.as_deref();
-        let adapter = match p.merged_adapters {
-            None => app.adapter("adapter_id", p.adapter_id, source, credential)?,
-            Some(merged) => {
-                merged::check_alone("adapter_id", p.adapter_id.as_deref())?;
-                Some(app.merged_adapter(merged, source, credential)?)
-            }
-        };
-        Ok((
-            GroupRequest {
-                adapter,
-                cache_salt: p.cache_salt,
-                sequences: vec![sequence],
-                answers: Answers::ONE,
-            },
-            shape,
-        ))
+        Ok((GroupRequest { adapter, cache_salt: p.cache_salt, sequences: vec![sequence], answers }, shape))
     }
 }
 
+/// The prompt of a chat in which the user says this.
+fn as_chat(app: &App, inputs: &str) -> Result<Prompt, ApiError> {
+    let message = BTreeMap::from([("role", "user"), ("content", inputs)]);
+    let messages = vec![Serde(message).into()];
+    let chat = TemplateInput { messages, add_generation_prompt: true, ..TemplateInput::default() };
+    let prompt = app.chat.render(&chat).map_err(|error| ApiError::Template(error.to_string()))?;
+    Ok(Prompt::Rendered(prompt))
+}
+
 impl Parameters {
+    /// The adapter, or those that are merged.
+    fn adapter(&mut self, app: &App, caller: &Caller) -> Result<Option<AdapterRef>, ApiError> {
+        let credential = caller.credential.or_in_body(self.api_token.take());
+        let source = self.adapter_source.as_deref();
+        match self.merged_adapters.take() {
+            None => app.adapter("adapter_id", self.adapter_id.take(), source, credential),
+            Some(merged) => {
+                merged::check_alone("adapter_id", self.adapter_id.as_deref())?;
+                Ok(Some(app.merged_adapter(merged, source, credential)?))
+            }
+        }
+    }
+
+    /// The answers of which the best is told.
+    fn answers(&self, most: usize, draws: bool, streams: bool) -> Result<Answers, ApiError> {
+        let count = self.best_of.unwrap_or(1);
+        let problem = if !(1..=most).contains(&count) {
+            format!("`best_of` must be > 0 and <= {most}. Given: {count}")
+        } else if count > 1 && streams {
+            "`best_of` != 1 is not supported when streaming tokens".into()
+        } else if count > 1 && !draws {
+            "you must use sampling when `best_of` is > 1".into()
+        } else if count > 1 && self.seed.is_some() {
+            "`seed` must not be set when `best_of` > 1".into()
+        } else {
+            return Ok(Answers { count, field: "best_of" });
+        };
+        Err(ApiError::Refused(problem))
+    }
+
     /// Naming one of the parameters that only matter to draws asks for a draw, too.
     fn sampling(&self) -> SamplingParams {
         let named = self.named();

@@ -27,6 +27,20 @@ struct Details {
     seed: Option<u64>,
     prefill: Vec<ScoredToken>,
     tokens: Vec<Token>,
+    /// The other answers, if several were asked for, from which this is the best.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    best_of_sequences: Option<Vec<Other>>,
+}
+
+/// An answer that is not the best.
+#[derive(Debug, Serialize)]
+struct Other {
+    generated_text: String,
+    finish_reason: &'static str,
+    generated_tokens: usize,
+    seed: Option<u64>,
+    prefill: Vec<ScoredToken>,
+    tokens: Vec<Token>,
 }
 
 /// An event of a stream.
@@ -185,17 +199,29 @@ impl Fold for GenerateFold {
 }
 
 impl Generated {
-    pub(super) fn into_response(self) -> GenerateResponse {
+    /// The response, of which this is the best answer.
+    pub(super) fn into_response(self, others: impl Iterator<Item = Generated>) -> GenerateResponse {
         let Generated { prefill, tokens, text, end } = self;
-        let details = end.map(|end| Details {
-            finish_reason: end.finish_reason,
-            prompt_tokens: end.prompt_tokens,
-            generated_tokens: end.generated_tokens,
-            skipped_tokens: 0,
-            seed: end.seed,
-            prefill,
-            tokens,
+        let details = end.map(|end| {
+            let others: Vec<Other> = others.filter_map(Generated::into_other).collect();
+            Details {
+                finish_reason: end.finish_reason,
+                prompt_tokens: end.prompt_tokens,
+                generated_tokens: end.generated_tokens,
+                skipped_tokens: 0,
+                seed: end.seed,
+                prefill,
+                tokens,
+                best_of_sequences: Some(others).filter(|others| !others.is_empty()),
+            }
         });
         GenerateResponse { generated_text: text, details }
+    }
+
+    /// The answer beside a better one; `None` if no details are wanted.
+    fn into_other(self) -> Option<Other> {
+        let StreamDetails { finish_reason, generated_tokens, seed, .. } = self.end?;
+        let Generated { prefill, tokens, text, .. } = self;
+        Some(Other { generated_text: text, finish_reason, generated_tokens, seed, prefill, tokens })
     }
 }
