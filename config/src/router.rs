@@ -96,6 +96,13 @@ pub struct RouterConfig {
     /// Answers to one prompt of which `best_of` tells the best, on LoRAX's routes
     #[arg(long, env, default_value_t = 2)]
     pub max_best_of: usize,
+    /// Prompts of one request
+    #[arg(long, env, default_value_t = 128)]
+    pub max_client_batch_size: usize,
+    /// Seconds in which a request must have its whole answer [default: no bound]
+    #[arg(long, env, value_name = "SECONDS", value_parser = seconds)]
+    #[serde(with = "as_optional_seconds")]
+    pub request_timeout: Option<Duration>,
     /// Stop sequences of one request
     #[arg(long, env, default_value_t = 4)]
     pub max_stop_sequences: usize,
@@ -243,6 +250,7 @@ impl RouterConfig {
         for (flag, value, bounds) in [
             ("--max-concurrent-requests", self.max_concurrent_requests, (1, 1 << 20)),
             ("--max-best-of", self.max_best_of, (1, 1 << 7)),
+            ("--max-client-batch-size", self.max_client_batch_size, (1, 1 << 16)),
             ("--max-stop-sequences", self.max_stop_sequences, (0, 1 << 10)),
             ("--validation-workers", self.validation_workers, (1, 1 << 10)),
             ("--router-threads", self.router_threads, (1, 1 << 10)),
@@ -266,6 +274,7 @@ impl RouterConfig {
         within("--max-adapter-size", self.max_adapter_size.unwrap_or(1), (1, MOST_BYTES), spell_bytes)?;
         for (flag, value, least) in [
             ("--body-timeout", self.body_timeout, SHORTEST),
+            ("--request-timeout", self.request_timeout.unwrap_or(SHORTEST), SHORTEST),
             ("--step-timeout", self.step_timeout.unwrap_or(SHORTEST), SHORTEST),
             ("--prepare-timeout", self.prepare_timeout, SHORTEST),
             ("--adapter-auth-ttl-s", self.adapter_auth_ttl_s, Duration::ZERO),

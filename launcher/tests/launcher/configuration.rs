@@ -45,6 +45,8 @@ fn what_cannot_work_is_refused_at_once() {
         (&["--prefix-cache-scope", "world"], "--prefix-cache-scope"),
         (&["--api-key-file", "/no/such/file"], "/no/such/file is not a file"),
         (&["--shutdown-deadline", "18446744073709551615"], "--shutdown-deadline must be at most"),
+        (&["--max-client-batch-size", "0"], "--max-client-batch-size must be at least 1"),
+        (&["--request-timeout", "0"], "--request-timeout must be at least 0.001 s"),
         (&["--threads", "0"], "--threads must be"),
         (&["--default-adapter-source", "ftp"], "--default-adapter-source \"ftp\""),
         (&["--adapter-memory-fraction", "1.5"], "--adapter-memory-fraction must be"),

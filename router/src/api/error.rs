@@ -113,6 +113,12 @@ pub(crate) enum ApiError {
         /// The deadline.
         limit: Duration,
     },
+    /// The answer was not complete in time.
+    #[error("the request was not answered within {} s", limit.as_secs_f64())]
+    RequestTimeout {
+        /// The deadline.
+        limit: Duration,
+    },
     /// No such adapter.
     #[error("{message}")]
     AdapterNotFound {
@@ -231,7 +237,7 @@ impl ApiError {
             ApiError::LoraInput(_) => StatusCode::BAD_REQUEST,
             ApiError::NotKept(_) => StatusCode::INTERNAL_SERVER_ERROR,
             ApiError::RateLimited(_) | ApiError::Overloaded { .. } => StatusCode::TOO_MANY_REQUESTS,
-            ApiError::AdapterTimeout { .. } => StatusCode::GATEWAY_TIMEOUT,
+            ApiError::AdapterTimeout { .. } | ApiError::RequestTimeout { .. } => StatusCode::GATEWAY_TIMEOUT,
             ApiError::AdapterNotFound { .. } | ApiError::AdapterUnknown { .. } | ApiError::NoRoute => {
                 StatusCode::NOT_FOUND
             }
@@ -299,7 +305,7 @@ impl ApiError {
             | ApiError::AdapterForbidden { .. }
             | ApiError::AdapterFailed { .. }
             | ApiError::AdapterInvalid { .. } => End::Adapter,
-            ApiError::Generation(_) => End::Generation,
+            ApiError::Generation(_) | ApiError::RequestTimeout { .. } => End::Generation,
             ApiError::Unavailable(_) => End::Unavailable,
             _ => End::Validation,
         }

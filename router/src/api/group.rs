@@ -84,12 +84,29 @@ pub(crate) struct TokenCounts {
     pub(crate) generated: AtomicUsize,
 }
 
+/// The time at which a request must have its whole answer, if there is one.
+#[derive(Debug, Clone, Copy)]
+struct Deadline(Option<(tokio::time::Instant, Duration)>);
+
+impl Deadline {
+    fn new(received: Instant, limit: Option<Duration>) -> Deadline {
+        Deadline(limit.map(|limit| (tokio::time::Instant::from_std(received) + limit, limit)))
+    }
+
+    /// Does some work until then.
+    async fn keep<T>(self, work: impl Future<Output = T>) -> Result<T, ApiError> {
+        let Some((at, limit)) = self.0 else { return Ok(work.await) };
+        tokio::time::timeout_at(at, work).await.map_err(|_| ApiError::RequestTimeout { limit })
+    }
+}
+
 /// A sequence that is being generated. Dropping it cancels it.
 pub(crate) struct Generation {
     pub(crate) tokens: Arc<TokenCounts>,
     /// The seed, if tokens are drawn.
     pub(crate) seed: Option<u64>,
     pub(crate) timing: Timing,
+    deadline: Deadline,
     /// Gone once the text has ended: a sequence that has met a stop string does not know of it and would run on.
     running: Option<Running>,
     /// The prompt, until all of it that was asked for is known.
@@ -130,6 +147,7 @@ struct Shared {
     end_ids: Arc<[u32]>,
     vocab_size: u32,
     received: Instant,
+    deadline: Deadline,
     validation: Duration,
     meter: Meter,
 }
@@ -141,6 +159,16 @@ impl App {
         &self,
         caller: &Caller,
         request: GroupRequest,
+    ) -> Result<Vec<Generation>, ApiError> {
+        let deadline = Deadline::new(caller.received, self.config.router.request_timeout);
+        deadline.keep(self.begin_group(caller, request, deadline)).await?
+    }
+
+    async fn begin_group(
+        &self,
+        caller: &Caller,
+        request: GroupRequest,
+        deadline: Deadline,
     ) -> Result<Vec<Generation>, ApiError> {
         let begun = Instant::now();
         let GroupRequest { adapter, cache_salt, sequences, answers } = request;
@@ -183,6 +211,7 @@ impl App {
             end_ids,
             vocab_size: info.vocab_size,
             received: caller.received,
+            deadline,
             validation: begun.elapsed(),
             meter: self.permits.meter(&caller.principal),
         };
@@ -252,6 +281,7 @@ impl App {
             tokens: Arc::new(TokenCounts { prompt: prompt.len(), shares_prompt, ..TokenCounts::default() }),
             seed: sampling.draws().then_some(sampling.seed),
             timing: Timing::new(shared.received, shared.validation),
+            deadline: shared.deadline,
             running: None,
             prompt: text,
             text: TextStream::new(
@@ -383,7 +413,14 @@ impl Generation {
     /// Takes an update of the running sequence.
     async fn advance(&mut self) -> Result<(), ApiError> {
         let Some(running) = &mut self.running else { return Ok(()) };
-        match running.next().await {
+        let update = match self.deadline.keep(running.next()).await {
+            Ok(update) => update,
+            Err(error) => {
+                self.running = None;
+                return Err(error);
+            }
+        };
+        match update {
             Some(Update::Started { queued, cached_tokens }) => {
                 self.timing.queued = queued;
                 self.tokens.cached.store(cached_tokens as usize, Ordering::Relaxed);

@@ -12,6 +12,7 @@ mod choices;
 mod clients;
 mod connections;
 mod contexts;
+mod deadlines;
 mod detokenize;
 mod exchange;
 mod failures;

@@ -139,6 +139,7 @@ impl ApiError {
             ApiError::RateLimited(_) => "rate_limit_exceeded",
             ApiError::Overloaded { .. } => "overloaded",
             ApiError::AdapterTimeout { .. } => "adapter_timeout",
+            ApiError::RequestTimeout { .. } => "request_timeout",
             ApiError::AdapterNotFound { .. } => "adapter_not_found",
             ApiError::AdapterForbidden { .. } | ApiError::AdapterFailed { .. } | ApiError::Generation(_) => {
                 "generation"

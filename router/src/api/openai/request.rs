@@ -31,8 +31,6 @@ use crate::{
     text::Ending,
 };
 
-/// Prompts of one request.
-const MAX_PROMPTS: usize = 128;
 /// Answers to one prompt.
 const MAX_ANSWERS: usize = 128;
 /// The variable of chat templates that says how long to think, and the field that sets it.
@@ -236,8 +234,8 @@ fn harmless(name: &str, value: &Value) -> bool {
         | "parallel_tool_calls" => true,
         // For tokenizers in Python, whose decoders may add spaces.
         "spaces_between_special_tokens" => value.is_boolean(),
-        // A guess of the answer, which may make it faster.
-        "prediction" => value.is_object(),
+        // A guess of the answer, and wishes for the cache, which may make it faster.
+        "prediction" | "prompt_cache_options" => value.is_object(),
         // vLLM's name of a request in its log; and values that switch features of vLLM off.
         "request_id" => value.is_string(),
         "use_beam_search" | "early_stopping" | "return_tokens_as_token_ids" | "return_token_ids" => {
@@ -383,8 +381,9 @@ impl CompletionRequest {
             Prompts::Texts(texts) => texts.into_iter().map(Prompt::Text).collect(),
             Prompts::Tokens(lists) => lists.into_iter().map(Prompt::Tokens).collect(),
         };
-        if prompts.is_empty() || prompts.len() > MAX_PROMPTS {
-            let problem = format!("must have 1 to {MAX_PROMPTS} elements, and cannot be empty");
+        let most = app.config.router.max_client_batch_size;
+        if prompts.is_empty() || prompts.len() > most {
+            let problem = format!("must have 1 to {most} elements, and cannot be empty");
             return Err(ApiError::invalid("prompt", problem));
         }
         let (echo, tokens) = (self.echo == Some(true), self.logprobs.is_some());
