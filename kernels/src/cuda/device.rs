@@ -15,7 +15,7 @@ use cudarc::driver::{
     sys,
 };
 
-use super::{BACKEND, comm::Comm, ffi};
+use super::{BACKEND, comm::Comm};
 use crate::{Error, Result};
 
 /// Makes an error of a failure that the driver reports during `op`.
@@ -183,18 +183,6 @@ impl Stream {
     pub(super) unsafe fn copy_in(&self, to: u64, from: &[u8]) -> Result<()> {
         // SAFETY: the caller's promise.
         unsafe { result::memcpy_htod_async(to, from, self.raw) }.map_err(failed("copy to the device"))
-    }
-
-    /// Has a kernel read the first `bytes` > 0 bytes of pinned memory, in stream order.
-    ///
-    /// # Safety
-    /// `from` is not written or freed before the kernel ended, and `to` has room.
-    pub(super) unsafe fn fetch(&self, to: u64, from: &PinnedBuf, bytes: usize) -> Result<()> {
-        self.device.bind()?;
-        // SAFETY: the caller's promise.
-        launched("copy to the device", unsafe {
-            ffi::lorax_fetch(to, from.address(), bytes as i32, self.raw)
-        })
     }
 
     /// Copies from the GPU to pinned memory, in stream order.

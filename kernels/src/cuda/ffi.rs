@@ -277,7 +277,6 @@ const _: () = {
 };
 
 unsafe extern "C" {
-    pub(super) fn lorax_fetch(to: u64, from: u64, bytes: i32, stream: CUstream) -> i32;
     pub(super) fn lorax_embed(args: *const EmbedArgs, elem: i32, stream: CUstream) -> i32;
     pub(super) fn lorax_gather(
         elem: i32,

@@ -1,15 +1,9 @@
 //! Data on its way from the host to the GPU, through a ring of pinned buffers.
-//!
-//! The copy engine works off its queue in order, whatever streams the copies are in. Behind an adapter of 84 MB, the
-//! indices of a step waited there for 1.5 ms, so that small data is read by a kernel instead.
 
 use std::sync::Arc;
 
 use super::device::{Device, Event, PinnedBuf, Stream};
 use crate::Result;
-
-/// The largest buffers that a kernel reads.
-const SMALL: usize = 64 << 10;
 
 /// One buffer of the ring and when it is free again.
 struct Stage {
@@ -75,14 +69,8 @@ impl Staging {
             let buffer = stage.buffer.as_mut_slice();
             let size = (buffer.len() / unit * unit).min(bytes - done);
             fill(done, &mut buffer[..size]);
-            let (to, is_small) = (to + done as u64, buffer.len() <= SMALL);
             // SAFETY: the caller's promise; the buffer is written again only after `copied`.
-            unsafe {
-                match is_small {
-                    true => stream.fetch(to, &stage.buffer, size)?,
-                    false => stream.copy_in(to, &stage.buffer.as_slice()[..size])?,
-                }
-            }
+            unsafe { stream.copy_in(to + done as u64, &buffer[..size])? };
             stage.copied.record(stream)?;
             stage.in_use = true;
             self.next = (self.next + 1) % self.stages.len();
