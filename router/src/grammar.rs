@@ -8,6 +8,7 @@ mod compile;
 mod grammars;
 pub(crate) mod mask_workers;
 mod matchers;
+mod schema;
 mod tagged;
 mod vocabulary;
 

@@ -5,7 +5,7 @@ use std::io;
 use llguidance::{JsonCompileOptions, Matcher, TokenParser, api::TopLevelGrammar};
 use serde_json::Value;
 
-use super::{GrammarSource, tagged::quoted, vocabulary::Vocabulary};
+use super::{GrammarSource, schema::rewrite, tagged::quoted, vocabulary::Vocabulary};
 
 /// Bytes of a grammar as it is written.
 const MAX_BYTES: usize = 512 << 10;
@@ -44,7 +44,7 @@ pub(crate) enum GrammarError {
 pub(super) fn compile(source: &GrammarSource, vocabulary: &Vocabulary) -> Result<TokenParser, GrammarError> {
     let grammar = match source {
         GrammarSource::JsonSchema(schema) => {
-            TopLevelGrammar::from_json_schema(with_bounded_whitespace((**schema).clone()))
+            TopLevelGrammar::from_json_schema(with_bounded_whitespace(rewrite((**schema).clone())))
         }
         GrammarSource::Regex(regex) => {
             check_depth(regex)?;
@@ -55,7 +55,8 @@ pub(super) fn compile(source: &GrammarSource, vocabulary: &Vocabulary) -> Result
         }
         GrammarSource::Choice(choices) => {
             let choices: Vec<_> = choices.iter().map(|choice| quoted(choice)).collect();
-            TopLevelGrammar::from_lark(format!("start: {}", choices.join(" | ")))
+            // As a terminal it is one lexeme, however many there are.
+            TopLevelGrammar::from_lark(format!("start: CHOICE\nCHOICE: {}", choices.join(" | ")))
         }
         GrammarSource::Lark(lark) => {
             check_depth(lark)?;
@@ -142,8 +143,10 @@ fn refused(error: &anyhow::Error) -> GrammarError {
             "oneOf (with alternatives that are not plainly disjoint)".into(),
         ]);
     }
-    let mut problem: String = whole.chars().take(MAX_PROBLEM).collect();
-    if problem.len() < whole.len() {
+    let told = whole.split("<backtrace>").next().unwrap_or_default().replace("<non-verbose/>", "");
+    let told = told.trim().replace("NoExtensionBias", "no text is allowed");
+    let mut problem: String = told.chars().take(MAX_PROBLEM).collect();
+    if problem.len() < told.len() {
         problem.push('…');
     }
     GrammarError::Invalid(format!("cannot be compiled: {problem}"))

@@ -4,7 +4,7 @@ use std::{fmt::Write, sync::Arc};
 
 use serde_json::Value;
 
-use super::{compile::GrammarError, vocabulary::Vocabulary};
+use super::{compile::GrammarError, schema::rewrite, vocabulary::Vocabulary};
 
 /// Texts that a grammar follows.
 #[derive(Debug, Clone, PartialEq)]
@@ -96,7 +96,11 @@ impl Tag {
             (false, _) => literals(&self.trigger, vocabulary),
         };
         let (rest, end) = (literals(rest, vocabulary), literals(&self.end, vocabulary));
-        let _ = writeln!(lark, "{name}: {head} {rest} {name}_json {end}\n{name}_json: %json {}", self.schema);
+        let _ = writeln!(
+            lark,
+            "{name}: {head} {rest} {name}_json {end}\n{name}_json: %json {}",
+            rewrite((*self.schema).clone())
+        );
         Ok(())
     }
 }

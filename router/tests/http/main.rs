@@ -20,6 +20,7 @@ mod fairness;
 mod fields;
 mod folds;
 mod generate;
+mod grammars;
 mod health;
 mod hub;
 mod keys;

@@ -2,7 +2,7 @@
 //! it was told, and waits where it is told to.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
     path::Path,
     pin::Pin,
     sync::{Arc, Mutex},
@@ -11,9 +11,9 @@ use std::{
 
 use proto::{
     AttachRequest, AttachResponse, ExecuteEvent, ExecuteRequest, FilledSlot, Gone, HealthRequest,
-    HealthResponse, HeldAdapter, InfoRequest, InfoResponse, NeedsRoom, NewSequence, PromptLogprobs, Refused,
-    Sampled, ScoredToken, SequenceRows, SlotEvent, SlotLoad, StageRequest, StageResponse, Staged, Step,
-    StepResult, Token, UnstageRequest, UnstageResponse,
+    HealthResponse, HeldAdapter, InfoRequest, InfoResponse, Mask, NeedsRoom, NewSequence, PromptLogprobs,
+    Refused, Sampled, ScoredToken, SequenceRows, SlotEvent, SlotLoad, StageRequest, StageResponse, Staged,
+    Step, StepResult, Token, UnstageRequest, UnstageResponse,
     execute_event::Event,
     execute_request,
     shard_server::{Shard, ShardServer},
@@ -53,6 +53,8 @@ pub(crate) enum Gate {
 #[derive(Debug, Default)]
 pub(crate) struct Seen {
     pub(crate) steps: Vec<Step>,
+    /// The masks of each step, in the order in which they came.
+    pub(crate) masks: Vec<(u64, Vec<Mask>)>,
     pub(crate) staged: Vec<StageRequest>,
     pub(crate) unstaged: Vec<UnstageRequest>,
     /// Most adapters that it had in host memory at the same time.
@@ -319,22 +321,18 @@ impl ScriptedShard {
         self.held.subscribe().wait_for(|held| !held.contains(gate)).await.unwrap();
     }
 
-    async fn run(&self, mut steps: Streaming<ExecuteRequest>, events: Events) {
+    async fn run(&self, steps: Streaming<ExecuteRequest>, events: Events) {
+        let mut incoming = Incoming { messages: steps, steps: VecDeque::new(), masks: HashMap::new() };
         let mut sequences = HashMap::new();
         let mut pace = self.script.pace.map(interval);
         let session = self.seen.borrow().sessions.last().copied().unwrap_or_default();
         for id in 1.. {
-            let Ok(Some(ExecuteRequest { request: Some(execute_request::Request::Step(step)) })) =
-                steps.message().await
-            else {
-                return;
-            };
+            let Some(step) = incoming.step(self).await else { return };
             let error = if (step.session, step.id) == (session, id) {
                 None
             } else {
                 Some(Status::failed_precondition(format!("step {id} of session {session}, not {step:?}")))
             };
-            self.seen.send_modify(|seen| seen.steps.push(step.clone()));
             self.slots.lock().unwrap().retain(|slot, _| !step.unload.contains(slot));
             for load in &step.load {
                 tokio::spawn(self.clone().load(step.session, load.clone(), events.clone()));
@@ -345,7 +343,8 @@ impl ScriptedShard {
                 pace.reset();
                 pace.tick().await;
             }
-            let result = error.map_or_else(|| self.answer(step, &mut sequences), Err);
+            let Some(masks) = incoming.masks_of(&step, self).await else { return };
+            let result = error.map_or_else(|| self.answer(step, &masks, &mut sequences), Err);
             let sent = match result {
                 // Every rank runs a step, and the first one tells of it.
                 Ok(_) if self.script.info.rank > 0 => true,
@@ -389,7 +388,12 @@ impl ScriptedShard {
         self.tell(session, Event::Slot(SlotEvent { slot, content, error }), &events).await;
     }
 
-    fn answer(&self, step: Step, sequences: &mut HashMap<u64, Running>) -> Result<StepResult, Status> {
+    fn answer(
+        &self,
+        step: Step,
+        masks: &[Mask],
+        sequences: &mut HashMap<u64, Running>,
+    ) -> Result<StepResult, Status> {
         let duration_us = self.script.step_us;
         let mut result = StepResult { id: step.id, duration_us, ..StepResult::default() };
         for id in &step.dropped {
@@ -416,10 +420,64 @@ impl ScriptedShard {
                 continue;
             }
             result.prompt.extend(running.prompt(rows));
-            result.tokens.extend((rows.sample > 0).then(|| running.sample()));
+            if rows.sample == 0 {
+                continue;
+            }
+            let sampled = running.sample();
+            let mask = masks.iter().find(|mask| mask.sequence == rows.sequence);
+            if !mask.is_none_or(|mask| allows(mask, sampled.token.unwrap_or_default().id)) {
+                return Err(Status::internal(format!("{:?} is not allowed: {mask:?}", sampled.token)));
+            }
+            result.tokens.push(sampled);
         }
         Ok(result)
     }
+}
+
+/// Messages of a session, some of which came before their turn.
+struct Incoming {
+    messages: Streaming<ExecuteRequest>,
+    steps: VecDeque<Step>,
+    masks: HashMap<u64, Vec<Mask>>,
+}
+
+impl Incoming {
+    /// The next step; `None` when the stream has ended.
+    async fn step(&mut self, shard: &ScriptedShard) -> Option<Step> {
+        while self.steps.is_empty() {
+            self.read(shard).await?;
+        }
+        self.steps.pop_front()
+    }
+
+    /// The masks of a step, once all of its masked rows have one.
+    async fn masks_of(&mut self, step: &Step, shard: &ScriptedShard) -> Option<Vec<Mask>> {
+        let wanted = step.rows.iter().filter(|rows| rows.masked).count();
+        while self.masks.get(&step.id).map_or(0, Vec::len) < wanted {
+            self.read(shard).await?;
+        }
+        Some(self.masks.remove(&step.id).unwrap_or_default())
+    }
+
+    async fn read(&mut self, shard: &ScriptedShard) -> Option<()> {
+        match self.messages.message().await.ok()??.request? {
+            execute_request::Request::Step(step) => {
+                shard.seen.send_modify(|seen| seen.steps.push(step.clone()));
+                self.steps.push_back(step);
+            }
+            execute_request::Request::Masks(masks) => {
+                shard.seen.send_modify(|seen| seen.masks.push((masks.step, masks.masks.clone())));
+                self.masks.entry(masks.step).or_default().extend(masks.masks);
+            }
+        }
+        Some(())
+    }
+}
+
+/// Whether a mask allows a token. An empty one allows all.
+pub(crate) fn allows(mask: &Mask, token: u32) -> bool {
+    let byte = mask.allowed.get(token as usize / 8).copied();
+    mask.allowed.is_empty() || byte.is_some_and(|byte| byte >> (token % 8) & 1 == 1)
 }
 
 fn token(id: u32) -> Token {
