@@ -34,6 +34,11 @@ test: venv tokenizers clients model ## Set up what the tests need and run them, 
 	  rust 'cargo test --workspace 2>&1 | awk -f deploy/test_seconds.awk' \
 	  python 'python3 -m unittest discover --start-directory integration-tests/gpu --pattern tests.py'
 
+.PHONY: test-schemas
+test-schemas: venv ## Draw and validate answers to all schemas of the tests, not to every tenth one
+	cargo build --workspace --bins
+	LORAX_SCHEMAS=all cargo test -p integration-tests --test structured -- --nocapture
+
 .PHONY: venv
 venv: $(VENV)/.installed ## Python tools of the tests, pinned and hashed, in .venv
 

@@ -14,6 +14,19 @@ SILENT_SECONDS = 120  # a stream without a token for longer has failed; reading 
 RUN_SECONDS = 900  # a load that takes longer has failed; half a minute is usual
 
 
+# A list of records that is longer than any answer here.
+SCHEMA = dict(
+    type="array",
+    minItems=1000,
+    items=dict(
+        type="object",
+        properties=dict(name=dict(type="string"), age=dict(type="integer"), tags=dict(type="array", items=dict(type="string"))),
+        required=["name", "age", "tags"],
+        additionalProperties=False,
+    ),
+)
+
+
 @dataclass(frozen=True)
 class Load:
     """A closed loop: each stream sends its next request when the one before has been answered."""
@@ -25,6 +38,7 @@ class Load:
     output: int = OUTPUT
     prompt: int = PROMPT
     goal: tuple[str, str, float] | None = None  # figure, relation, value
+    constrained: bool = False  # whether answers keep to SCHEMA
 
 
 LOADS = {
@@ -46,6 +60,9 @@ LOADS = {
         Load("lora-128x1", 128, 1, "identical"),
         Load("many-zipf", 64, 256, "zipf:1.1"),
         Load("many-round-robin", 64, 256, "round-robin", goal=("tokens", ">=", 3000)),
+        Load("json-1", 1, constrained=True),
+        Load("json-32", 32, constrained=True),
+        Load("json-256", 256, constrained=True),
         Load("first-token", 1, 1, output=1, goal=("ttft", "<=", 22)),
         Load("first-token-2048", 1, 1, output=1, prompt=2048),
     ]
@@ -54,6 +71,7 @@ GROUPS = {
     "base": [name for name in LOADS if name.startswith("base-")],
     "lora": [name for name in LOADS if name.startswith("lora-")] + ["first-token", "first-token-2048"],
     "many": [name for name in LOADS if name.startswith("many-")],
+    "structured": ["base-1", "json-1", "base-32", "json-32", "base-256", "json-256"],
 }
 
 
@@ -106,6 +124,7 @@ class Generator:
     def measure(self, load: Load, rounds: int, slots: str) -> dict:
         """Runs the load briefly as a warm-up, then measures it."""
         streams = ["--streams", load.streams, *self.named(load.adapters), "--popularity", load.popularity]
+        streams += ["--guided-json", json.dumps(SCHEMA)] if load.constrained else []
         prompt = ["--prompt-tokens", self.size(load.prompt)]
         few = ["--requests", load.streams, "--output-tokens", min(load.output, 12)]
         self.bench(f"{load.name} warm-up", *streams, *prompt, *few)

@@ -298,6 +298,9 @@ def main() -> int:
     by_name = {r["load"]: r["tokens"] for r in loads}
     if comparable and {"base-32", "lora-32x32"} <= by_name.keys():
         print(f"32 adapters / none, 32 streams: {by_name['lora-32x32'] / by_name['base-32']:.3f}")
+    for streams in (1, 32, 256):
+        if {f"base-{streams}", f"json-{streams}"} <= by_name.keys():
+            print(f"constrained / free, {streams} streams: {by_name[f'json-{streams}'] / by_name[f'base-{streams}']:.3f}")
     for r in s.results:
         if "check" in r:
             print(f"{'passed' if r['passed'] else 'FAILED'}  {r['check']}")

@@ -16,7 +16,6 @@ fn answers_keep_to_their_schemas() {
     assert!(python.exists(), "{} is missing: make venv", python.display());
     let script = folder.join("python/structured.py");
     let schemas = fixtures().join("schemas/schemas.jsonl");
-    let status =
-        Command::new(python).arg(script).arg(&server.url).arg(model).arg(schemas).arg(step).status();
+    let status = Command::new(python).arg(script).arg(&server.url).arg(model).arg(schemas).arg(step).status();
     assert!(status.unwrap().success());
 }

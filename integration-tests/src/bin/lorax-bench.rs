@@ -71,6 +71,9 @@ struct Args {
     /// Lets the model end its answers early
     #[arg(long)]
     respect_eos: bool,
+    /// JSON schema that answers must keep to; it should describe no answer that is shorter than --output-tokens
+    #[arg(long)]
+    guided_json: Option<serde_json::Value>,
     /// A request fails after so many seconds without a byte from the server
     #[arg(long, default_value_t = 300.0)]
     timeout: f64,
@@ -130,7 +133,8 @@ async fn main() -> Result<()> {
     let args = Args::parse();
     ensure!(args.vocab > 0 && args.streams > 0 && args.requests > 0, "nothing to ask");
     let timeout = Duration::try_from_secs_f64(args.timeout).context("--timeout")?;
-    let target = Target::new(&args.url, &args.model, !args.respect_eos, timeout)?;
+    let mut target = Target::new(&args.url, &args.model, !args.respect_eos, timeout)?;
+    target.schema = args.guided_json.clone();
     let workload = args.workload();
     if args.warmup > 0 {
         let seed = workload.seed.wrapping_add(1 << 60);

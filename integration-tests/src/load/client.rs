@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 use futures::StreamExt;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::workload::Ask;
 
@@ -17,6 +17,8 @@ pub struct Target {
     pub base: String,
     /// Whether to generate all tokens that are asked for, past the end of a text.
     pub ignore_eos: bool,
+    /// A JSON schema that answers must keep to.
+    pub schema: Option<Value>,
     http: reqwest::Client,
     timeout: Duration,
 }
@@ -68,7 +70,7 @@ impl Target {
         let http =
             reqwest::Client::builder().tcp_nodelay(true).connect_timeout(timeout).read_timeout(timeout);
         let url = url.trim_end_matches('/').to_owned();
-        Ok(Self { url, base: base.to_owned(), ignore_eos, http: http.build()?, timeout })
+        Ok(Self { url, base: base.to_owned(), ignore_eos, schema: None, http: http.build()?, timeout })
     }
 
     /// Streams one completion that is to be sent at `planned`, which has come.
@@ -114,6 +116,7 @@ impl Target {
             "max_tokens": ask.output_tokens,
             "temperature": 0,
             "ignore_eos": self.ignore_eos,
+            "guided_json": self.schema,
             "stream": true,
             "stream_options": {"include_usage": true},
         });

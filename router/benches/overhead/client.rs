@@ -10,6 +10,11 @@ use tokio::{
 /// The end of a chunked response.
 const END: &[u8] = b"\r\n0\r\n\r\n";
 
+/// A field more: a list of records.
+const GRAMMAR: &str = r#","guided_json":{"type":"array","minItems":1000,"items":{"type":"object","properties":
+    {"name":{"type":"string"},"age":{"type":"integer"},"tags":{"type":"array","items":{"type":"string"}}},
+    "required":["name","age","tags"],"additionalProperties":false}}"#;
+
 /// One connection that asks for completions one after the other.
 pub(crate) struct Client {
     connection: TcpStream,
@@ -19,13 +24,20 @@ pub(crate) struct Client {
 }
 
 impl Client {
-    pub(crate) async fn connect(address: SocketAddr, prompt: usize, output: usize) -> io::Result<Client> {
+    /// A constrained one asks for JSON that does not end before the answer.
+    pub(crate) async fn connect(
+        address: SocketAddr,
+        prompt: usize,
+        output: usize,
+        constrained: bool,
+    ) -> io::Result<Client> {
         let connection = TcpStream::connect(address).await?;
         connection.set_nodelay(true)?;
         let prompt = vec!["77"; prompt].join(",");
         let body = format!(
             "{{\"prompt\":[{prompt}],\"max_tokens\":{output},\"temperature\":0,\"ignore_eos\":true,\"stream\":true,\
-             \"stream_options\":{{\"include_usage\":true}}}}"
+             \"stream_options\":{{\"include_usage\":true}}{}}}",
+            if constrained { GRAMMAR } else { "" }
         );
         let request = format!(
             "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",

@@ -1,7 +1,7 @@
 //! The cost of the router: the real one, over HTTP and gRPC, with a shard that computes nothing and takes no time for a
 //! step, or as long as a GPU would.
 //!
-//! Router, shard and clients have threads of their own, three, one and one, so that the CPU time of each is known. The
+//! Router, masks, shard and clients have threads of their own, three, one, one and one, so that the CPU time of each is known. The
 //! tokenizer is byte-level, as Llama 3's, with 256 special tokens.
 //!
 //! A turn-around is also the time that the threads wait for a core. What other processes used of the machine meanwhile is
@@ -14,11 +14,12 @@ mod model;
 mod shard;
 
 use std::{
+    env,
     error::Error,
     fs,
     io::{self, Write},
     net::SocketAddr,
-    path::Path,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -34,11 +35,22 @@ type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
 const PROMPT: usize = 512;
 const OUTPUT: usize = 128;
-/// Threads of router, shard and clients, by name.
-const NAMES: [&[&str]; 3] = [&["router", "engine"], &["shard"], &["client"]];
-/// Streams, requests of each, and milliseconds that a step takes.
-const SCENARIOS: [(usize, usize, u64); 6] =
-    [(1, 100, 0), (32, 20, 0), (256, 8, 0), (1, 4, 5), (32, 4, 8), (256, 4, 10)];
+/// Threads of router, masks (as many as there are on two cores), shard and clients, by name.
+const NAMES: [&[&str]; 4] = [&["router", "engine"], &["masks 0"], &["shard"], &["client"]];
+/// Streams, requests of each, milliseconds that a step takes, and whether the streams are constrained JSON.
+const SCENARIOS: [(usize, usize, u64, bool); 9] = [
+    (1, 100, 0, false),
+    (32, 20, 0, false),
+    (256, 8, 0, false),
+    (1, 4, 5, false),
+    (32, 4, 8, false),
+    (256, 4, 10, false),
+    (1, 4, 5, true),
+    (32, 4, 8, true),
+    (256, 4, 10, true),
+];
+/// The variable that says how many ranks there are, each a shard of its own.
+const RANKS: &str = "LORAX_BENCH_RANKS";
 
 fn runtime(name: &str, threads: usize) -> Result<Runtime> {
     Ok(Builder::new_multi_thread().worker_threads(threads).thread_name(name).enable_all().build()?)
@@ -48,10 +60,11 @@ fn runtime(name: &str, threads: usize) -> Result<Runtime> {
 fn start_router(
     runtime: &Runtime,
     model: &Path,
-    socket: &Path,
+    sockets: &[PathBuf],
     supervisor: &Supervisor,
 ) -> Result<SocketAddr> {
-    let config = configuration(model, socket);
+    let mut config = configuration(model, &sockets[0]);
+    config.shards.uds = sockets.into();
     runtime.block_on(async {
         let (listener, address) = server::listen(&config).await?;
         let app = App::start(config, supervisor)?;
@@ -92,9 +105,9 @@ fn others() -> Result<Duration> {
     Ok(Duration::from_millis(busy * 10).saturating_sub(own))
 }
 
-async fn load(address: SocketAddr, streams: usize, requests: usize) -> Result<()> {
+async fn load(address: SocketAddr, streams: usize, requests: usize, constrained: bool) -> Result<()> {
     let stream = || async {
-        let mut client = Client::connect(address, PROMPT, OUTPUT).await?;
+        let mut client = Client::connect(address, PROMPT, OUTPUT, constrained).await?;
         for _ in 0..requests {
             client.ask().await?;
         }
@@ -107,41 +120,48 @@ async fn load(address: SocketAddr, streams: usize, requests: usize) -> Result<()
 
 fn main() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let double = Double::new(write_tokenizer(folder.path())?);
-    let socket = folder.path().join("shard.sock");
+    let vocab = write_tokenizer(folder.path())?;
+    let world = env::var(RANKS).map_or(Ok(1), |ranks| ranks.parse())?;
+    let doubles: Vec<_> = (0..world).map(|rank| Double::new(vocab, rank, world)).collect();
+    let sockets: Vec<_> = (0..world).map(|rank| folder.path().join(format!("shard-{rank}.sock"))).collect();
     let (shards, routers, clients) = (runtime("shard", 1)?, runtime("router", 2)?, runtime("client", 1)?);
-    let serving = double.clone();
-    let path = socket.clone();
-    shards.spawn(async move { serving.serve(&path).await });
+    for (serving, path) in doubles.iter().cloned().zip(sockets.clone()) {
+        shards.spawn(async move { serving.serve(&path).await });
+    }
+    let double = &doubles[0];
     let supervisor = Supervisor::ending_the_process()?;
-    let address = start_router(&routers, folder.path(), &socket, &supervisor)?;
+    let address = start_router(&routers, folder.path(), &sockets, &supervisor)?;
     let mut out = io::stdout().lock();
     writeln!(
         out,
-        "                                    turn-around, us         CPU, us a token           cores"
+        "                                    turn-around, us     masks, us       CPU, us a token                  cores"
     )?;
     writeln!(
         out,
-        "streams  step ms  tokens/s  steps/s    p50    p99  idle %   client  shard router  router others"
+        "streams  step ms  tokens/s  steps/s    p50    p99    p50    p99  idle %   client  shard  masks router  router others"
     )?;
-    for (streams, requests, pace) in SCENARIOS {
-        double.set_pace(Duration::from_millis(pace));
-        clients.block_on(async { tokio::spawn(load(address, streams, 1)).await })??;
+    for (streams, requests, pace, constrained) in SCENARIOS {
+        doubles.iter().for_each(|double| double.set_pace(Duration::from_millis(pace)));
+        clients.block_on(async { tokio::spawn(load(address, streams, 1, constrained)).await })??;
         double.take();
         let (before, others_before) = (NAMES.map(cpu), others()?);
         let begun = Instant::now();
-        clients.block_on(async { tokio::spawn(load(address, streams, requests)).await })??;
+        clients.block_on(async { tokio::spawn(load(address, streams, requests, constrained)).await })??;
         let seconds = begun.elapsed().as_secs_f64();
         let others = others()?.saturating_sub(others_before).as_secs_f64() / seconds;
         let mut seen = double.take();
-        seen.turnarounds.sort_unstable();
-        let at = |share: f64| {
-            let index = (share * seen.turnarounds.len() as f64) as usize;
-            seen.turnarounds.get(index).map_or(0, Duration::as_micros)
+        let percentiles = |times: &mut Vec<Duration>| {
+            times.sort_unstable();
+            [0.5, 0.99]
+                .map(|share| times.get((share * times.len() as f64) as usize).map_or(0, Duration::as_micros))
         };
+        let (turnarounds, masks) = (percentiles(&mut seen.turnarounds), percentiles(&mut seen.masks));
         let tokens = (streams * requests * OUTPUT) as f64;
         write!(out, "{streams:7} {pace:8} {:9.0} {:8.0}", tokens / seconds, seen.steps as f64 / seconds)?;
-        write!(out, " {:6} {:6} {:7.1}  ", at(0.5), at(0.99), seen.idle.as_secs_f64() / seconds * 100.0)?;
+        for time in turnarounds.into_iter().chain(masks) {
+            write!(out, " {time:6}")?;
+        }
+        write!(out, " {:7.1}  ", seen.idle.as_secs_f64() / seconds * 100.0)?;
         let mut cores = 0.0;
         for (names, before) in NAMES.into_iter().zip(before).rev() {
             let used = (cpu(names)? - before?).as_secs_f64();

@@ -102,7 +102,7 @@ fn main() -> Result<()> {
         Ok("shard") => {
             let folder = Path::new(&argument);
             let vocab = write_tokenizer(folder)?;
-            runtime()?.block_on(Double::new(vocab).serve(&folder.join("shard.sock")))
+            runtime()?.block_on(Double::new(vocab, 0, 1).serve(&folder.join("shard.sock")))
         }
         Ok("stalled") => runtime()?.block_on(stalled::stall(&argument)),
         Ok("control") => probe::answer_all(),

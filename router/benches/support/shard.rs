@@ -9,7 +9,7 @@ use std::{
 
 use proto::{
     AttachRequest, AttachResponse, ExecuteEvent, ExecuteRequest, HealthRequest, HealthResponse, InfoRequest,
-    InfoResponse, Sampled, StageRequest, StageResponse, Step, StepResult, Token, UnstageRequest,
+    InfoResponse, Mask, Masks, Sampled, StageRequest, StageResponse, Step, StepResult, Token, UnstageRequest,
     UnstageResponse,
     execute_event::Event,
     execute_request,
@@ -24,6 +24,10 @@ use tonic::{Request, Response, Status, Streaming};
 
 /// Steps that the router keeps in flight.
 const IN_FLIGHT: usize = 2;
+/// Entries of Llama 3's vocabulary, whose masks have 16 KB.
+const VOCAB: u32 = 128_256;
+/// The token that ends a sequence; never sampled where there is another.
+const EOS: u32 = VOCAB - 1;
 
 /// Observations of the shard since it was last asked.
 #[derive(Debug, Default)]
@@ -32,6 +36,8 @@ pub(crate) struct Seen {
     pub(crate) steps: usize,
     /// Time from sending a step's result to receiving the step that it made room for.
     pub(crate) turnarounds: Vec<Duration>,
+    /// Time from sending a step's result to receiving the masks of the step behind it, which runs by then.
+    pub(crate) masks: Vec<Duration>,
     /// Without a step to run.
     pub(crate) idle: Duration,
 }
@@ -40,6 +46,8 @@ pub(crate) struct Seen {
 #[derive(Clone)]
 pub(crate) struct Double {
     vocab: u32,
+    rank: u32,
+    world: u32,
     state: Arc<Mutex<State>>,
 }
 
@@ -53,8 +61,9 @@ struct State {
 }
 
 impl Double {
-    pub(crate) fn new(vocab: u32) -> Double {
-        Double { vocab, state: Arc::default() }
+    /// Samples the first `vocab` tokens where there is no mask.
+    pub(crate) fn new(vocab: u32, rank: u32, world: u32) -> Double {
+        Double { vocab, rank, world, state: Arc::default() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -85,11 +94,22 @@ impl Double {
         state.seen.turnarounds.extend(sent.map(|sent| sent.elapsed()));
     }
 
-    /// Runs steps in order, each for as long as the pace says.
-    async fn run(self, mut steps: mpsc::Receiver<Step>, events: mpsc::Sender<Result<ExecuteEvent, Status>>) {
+    /// Notes that the masks of a step have come, which wait for the result of the step before it.
+    fn received_masks(&self, id: u64) {
+        let state = &mut *self.state();
+        let sent = state.sent[(id as usize + IN_FLIGHT - 1) % IN_FLIGHT];
+        state.seen.masks.extend(sent.map(|sent| sent.elapsed()));
+    }
+
+    /// Runs steps in order, each for as long as the pace says and until its masks are there.
+    async fn run(
+        self,
+        mut steps: mpsc::Receiver<Step>,
+        mut masks: mpsc::Receiver<Masks>,
+        events: mpsc::Sender<Result<ExecuteEvent, Status>>,
+    ) {
         let (mut random, mut free) = (1, Instant::now());
         while let Some(step) = steps.recv().await {
-            let result = result(&step, self.vocab, &mut random);
             let pace = {
                 let mut state = self.state();
                 state.seen.steps += 1;
@@ -99,8 +119,14 @@ impl Double {
             if !pace.is_zero() {
                 sleep(pace).await;
             }
+            let masked = step.rows.iter().any(|rows| rows.masked);
+            let masks = if masked { masks.recv().await.unwrap_or_default() } else { Masks::default() };
+            let result = result(&step, &masks.masks, self.vocab, &mut random);
             free = Instant::now();
             self.state().sent[step.id as usize % IN_FLIGHT] = Some(free);
+            if self.rank > 0 {
+                continue;
+            }
             let event = ExecuteEvent { event: Some(Event::Step(result)), session: step.session };
             if events.send(Ok(event)).await.is_err() {
                 return;
@@ -110,14 +136,23 @@ impl Double {
 }
 
 /// The result of a step; `state` is that of Knuth's MMIX generator.
-fn result(step: &Step, vocab: u32, state: &mut u64) -> StepResult {
+fn result(step: &Step, masks: &[Mask], vocab: u32, state: &mut u64) -> StepResult {
     let mut sampled = |sequence| {
         *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let token = Token { id: (*state >> 33) as u32 % vocab, logprob: -1.0 };
-        Sampled { sequence, token: Some(token), top: Vec::new() }
+        let mask = masks.iter().find(|mask| mask.sequence == sequence && !mask.allowed.is_empty());
+        let drawn = (*state >> 33) as u32;
+        let id = mask.map_or(drawn % vocab, |mask| allowed(&mask.allowed, vocab, drawn));
+        Sampled { sequence, token: Some(Token { id, logprob: -1.0 }), top: Vec::new() }
     };
     let tokens = step.rows.iter().filter(|rows| rows.sample > 0).map(|rows| sampled(rows.sequence)).collect();
     StepResult { id: step.id, tokens, ..StepResult::default() }
+}
+
+/// The first allowed token at a random place or behind it.
+fn allowed(mask: &[u8], vocab: u32, drawn: u32) -> u32 {
+    let is_allowed = |token: &u32| mask[*token as usize / 8] >> (token % 8) & 1 == 1;
+    let start = drawn % vocab;
+    (start..vocab).chain(0..start).find(is_allowed).unwrap_or(EOS)
 }
 
 #[tonic::async_trait]
@@ -128,8 +163,10 @@ impl Shard for Double {
         Ok(Response::new(InfoResponse {
             dtype: "bfloat16".into(),
             device: "none".into(),
-            world: 1,
-            vocab_size: self.vocab,
+            rank: self.rank,
+            world: self.world,
+            vocab_size: VOCAB,
+            eos_token_ids: vec![EOS],
             max_positions: 8192,
             num_blocks: 1 << 16,
             block_size: 16,
@@ -158,17 +195,24 @@ impl Shard for Double {
         request: Request<Streaming<ExecuteRequest>>,
     ) -> Result<Response<Self::ExecuteStream>, Status> {
         let mut steps = request.into_inner();
-        let (queue, queued) = mpsc::channel(16);
+        let ((queue, queued), (mask_queue, masks)) = (mpsc::channel(16), mpsc::channel(16));
         let (events, received) = mpsc::channel(16);
         self.state().sent = Default::default();
-        tokio::spawn(self.clone().run(queued, events));
+        tokio::spawn(self.clone().run(queued, masks, events));
         let this = self.clone();
         tokio::spawn(async move {
-            while let Some(Ok(ExecuteRequest { request: Some(execute_request::Request::Step(step)) })) =
-                steps.next().await
-            {
-                this.received(step.id);
-                if queue.send(step).await.is_err() {
+            while let Some(Ok(ExecuteRequest { request: Some(request) })) = steps.next().await {
+                let queued = match request {
+                    execute_request::Request::Step(step) => {
+                        this.received(step.id);
+                        queue.send(step).await.is_ok()
+                    }
+                    execute_request::Request::Masks(masks) => {
+                        this.received_masks(masks.step);
+                        mask_queue.send(masks).await.is_ok()
+                    }
+                };
+                if !queued {
                     break;
                 }
             }

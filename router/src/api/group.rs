@@ -271,11 +271,9 @@ impl App {
         let (stop_ids, bans) = shared.ends(&request, grammar.is_some());
         let mut sampling = request.sampling;
         sampling.bans.extend(bans);
-        let grammar = grammar.map(|grammar| Begin {
-            grammar,
-            min_tokens: if request.ignore_eos { u32::MAX } else { request.ending.min_tokens },
-            bans: sampling.bans.as_slice().into(),
-        });
+        let (early, bans) = (request.ending.min_tokens, sampling.bans.as_slice());
+        let min_tokens = if request.ignore_eos { u32::MAX } else { early };
+        let grammar = grammar.map(|grammar| Begin { grammar, min_tokens, bans: bans.into() });
         let shares_prompt = group.is_some_and(|(_, place)| place > 0);
         let mut generation = Generation {
             tokens: Arc::new(TokenCounts { prompt: prompt.len(), shares_prompt, ..TokenCounts::default() }),

@@ -71,8 +71,9 @@ impl Sequence {
             self.leave_out_ends(&mut mask);
         }
         self.check_bans(&mask)?;
-        let bytes = self.begin.grammar.vocabulary.mask_bytes();
-        Ok(mask.as_slice().iter().flat_map(|word| word.to_le_bytes()).take(bytes).collect())
+        let mut bytes = vec![0; self.begin.grammar.vocabulary.mask_bytes()];
+        mask.write_to(&mut bytes);
+        Ok(bytes)
     }
 
     /// Takes the tokens that end a text out of a mask, unless nothing else is left.
