@@ -8,7 +8,7 @@ use std::{
 
 use axum::{
     extract::Request,
-    http::{HeaderValue, header::CONNECTION},
+    http::{HeaderValue, Version, header::CONNECTION},
     middleware::Next,
     response::Response,
 };
@@ -57,11 +57,13 @@ impl Connection {
 
 /// Ends connections on which a request was answered before it was read: what comes next could not be found.
 pub(super) async fn close_if_unread(mut request: Request, next: Next) -> Response {
+    let version = request.version();
     let peer = request.extensions_mut().remove::<Arc<Peer>>();
     let connection = Connection { peer, body_read: watch::Sender::new(request.body().is_end_stream()) };
     request.extensions_mut().insert(connection.clone());
     let mut response = next.run(request).await;
-    if !*connection.body_read.borrow() {
+    // A stream of HTTP/2 ends by itself.
+    if version != Version::HTTP_2 && !*connection.body_read.borrow() {
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         if let Some(peer) = &connection.peer {
             peer.cut_short();

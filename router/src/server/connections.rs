@@ -44,6 +44,11 @@ const HEAD: Duration = Duration::from_secs(75);
 /// The same for a connection of the reserve.
 const RESERVED_HEAD: Duration = Duration::from_secs(5);
 
+/// Requests of one HTTP/2 connection at the same time.
+const STREAMS: u32 = 256;
+/// Pause between two pings of an HTTP/2 connection, and the time in which they must be answered.
+const PING: Duration = Duration::from_secs(30);
+
 /// Memory for what was read of a connection and is not used yet. A larger head is refused.
 const READ_BUFFER: usize = 64 << 10;
 
@@ -73,8 +78,8 @@ pub async fn serve(
     let slots = Slots::new(bound(config.max_connections), config.connections_per_address());
     let limit = longest_poll(config);
     let server = Server {
-        regular: builder(HEAD, true),
-        reserved: builder(RESERVED_HEAD, false),
+        regular: regular(),
+        reserved: reserved(),
         routes: app.routes(),
         metrics: app.metrics.clone(),
         slots,
@@ -172,6 +177,7 @@ impl Server {
         let server = if slot.reserved { &self.reserved } else { &self.regular };
         let peer = Peer::new(socket, slot);
         let io = TokioIo::new(Socket::new(peer.clone()));
+        let silent = peer.clone();
         let (routes, metrics) = (self.routes.clone(), self.metrics.clone());
         let service = service_fn(move |request: Request<_>| {
             let mut request = request.map(axum::body::Body::new);
@@ -188,7 +194,10 @@ impl Server {
             drop(new);
             match first {
                 Poll::Ready(ended) => ended,
-                Poll::Pending => served.await,
+                Poll::Pending => tokio::select! {
+                    ended = served => ended,
+                    () = silent.is_silent_for(HEAD) => Ok(()),
+                },
             }
         };
         // A handler that blocks its thread holds up other connections.
@@ -204,9 +213,27 @@ impl Server {
     }
 }
 
+/// HTTP/1, and HTTP/2 for clients that begin with it.
+fn regular() -> auto::Builder<TokioExecutor> {
+    let mut server = builder(HEAD, true);
+    server
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(STREAMS)
+        .max_header_list_size(READ_BUFFER as u32)
+        .max_send_buf_size(READ_BUFFER)
+        .keep_alive_interval(Some(PING))
+        .keep_alive_timeout(PING);
+    server
+}
+
+/// A connection of the reserve serves one request, so that others get their turn.
+fn reserved() -> auto::Builder<TokioExecutor> {
+    builder(RESERVED_HEAD, false).http1_only()
+}
+
 fn builder(head: Duration, keep_alive: bool) -> auto::Builder<TokioExecutor> {
-    // To tell HTTP/2 from HTTP/1 takes the first bytes, for which there is no limit.
-    let mut server = auto::Builder::new(TokioExecutor::new()).http1_only();
+    let mut server = auto::Builder::new(TokioExecutor::new());
     server
         .http1()
         .timer(TokioTimer::new())
@@ -268,8 +295,8 @@ mod tests {
         limit: Duration,
     ) -> (std::net::SocketAddr, oneshot::Sender<()>) {
         let server = Server {
-            regular: builder(HEAD, true),
-            reserved: builder(RESERVED_HEAD, false),
+            regular: regular(),
+            reserved: reserved(),
             metrics: Arc::new(Metrics::new().unwrap()),
             routes: routes.route("/answers", get(async || "well")),
             slots: Slots::new(4, 4),

@@ -1,6 +1,7 @@
 //! A client's socket: seeing that the client has left, and closing without losing the last answer.
 
 use std::{
+    future::pending,
     io,
     net::{IpAddr, Ipv6Addr, Shutdown},
     pin::Pin,
@@ -27,6 +28,9 @@ const LINGER: Duration = Duration::from_secs(2);
 /// Longest time for which a connection that is being closed may go on sending.
 const LINGER_TOTAL: Duration = Duration::from_secs(30);
 
+/// The bytes with which a client that knows the server begins HTTP/2 (RFC 9113, section 3.4).
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
 /// The client at the other end of a connection.
 pub(super) struct Peer {
     stream: TcpStream,
@@ -34,12 +38,16 @@ pub(super) struct Peer {
     pub(super) slot: Slot,
     /// Whether a part of its last request will not be read.
     cut_short: AtomicBool,
+    /// Whether it has sent enough to tell HTTP/2 from HTTP/1.
+    has_begun: AtomicBool,
 }
 
 /// The connection as the HTTP implementation sees it.
 pub(super) struct Socket {
     peer: Arc<Peer>,
     closing: Option<Lingering>,
+    /// Bytes that were read, as far as all of them are those that HTTP/2 begins with.
+    preface: usize,
 }
 
 /// A connection of which only the other direction is still open. To close it while the client sends makes the
@@ -51,7 +59,7 @@ struct Lingering {
 
 impl Peer {
     pub(super) fn new(stream: TcpStream, slot: Slot) -> Arc<Peer> {
-        Arc::new(Peer { stream, slot, cut_short: AtomicBool::new(false) })
+        Arc::new(Peer { stream, slot, cut_short: AtomicBool::new(false), has_begun: AtomicBool::new(false) })
     }
 
     /// Waits until the client has closed the connection, or its own direction of it. The HTTP implementation sees
@@ -59,6 +67,15 @@ impl Peer {
     pub(super) async fn has_left(&self) {
         // With this interest only the end of the client's direction is waited for, not what it sends.
         let _ = self.stream.ready(Interest::PRIORITY).await;
+    }
+
+    /// Waits for so long, and for ever if the client has begun to speak by then. Until it has, nothing else limits the
+    /// time that it takes.
+    pub(super) async fn is_silent_for(&self, time: Duration) {
+        sleep(time).await;
+        if self.has_begun.load(Relaxed) {
+            pending().await
+        }
     }
 
     /// The rest of the request will not be read: the connection ends with the answer.
@@ -69,7 +86,7 @@ impl Peer {
 
 impl Socket {
     pub(super) fn new(peer: Arc<Peer>) -> Socket {
-        Socket { peer, closing: None }
+        Socket { peer, closing: None, preface: 0 }
     }
 }
 
@@ -81,14 +98,35 @@ pub(super) fn client(address: IpAddr) -> IpAddr {
     }
 }
 
+impl Socket {
+    /// Notes whether what was read tells HTTP/2 from HTTP/1.
+    fn note(&mut self, read: &[u8]) {
+        let rest = &PREFACE[self.preface..];
+        let same = rest.iter().zip(read).take_while(|(a, b)| a == b).count();
+        self.preface += same;
+        if same < read.len() || self.preface == PREFACE.len() {
+            self.peer.has_begun.store(true, Relaxed);
+        }
+    }
+}
+
 impl AsyncRead for Socket {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let stream = &self.peer.stream;
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let peer = self.peer.clone();
+        let stream = &peer.stream;
         loop {
             ready!(stream.poll_read_ready(cx))?;
+            let before = buf.filled().len();
             match stream.try_read(buf.initialize_unfilled()) {
                 Ok(read) => {
                     buf.advance(read);
+                    if !peer.has_begun.load(Relaxed) {
+                        self.note(&buf.filled()[before..]);
+                    }
                     return Poll::Ready(Ok(()));
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -127,7 +165,7 @@ impl AsyncWrite for Socket {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let Socket { peer, closing } = &mut *self;
+        let Socket { peer, closing, .. } = &mut *self;
         if closing.is_none() {
             SockRef::from(&peer.stream).shutdown(Shutdown::Write)?;
             let more = matches!(peer.stream.try_read(&mut [0; 1]), Ok(1));

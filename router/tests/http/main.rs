@@ -22,6 +22,7 @@ mod folds;
 mod generate;
 mod grammars;
 mod health;
+mod http2;
 mod hub;
 mod keys;
 mod killed;
