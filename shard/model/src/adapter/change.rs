@@ -1,7 +1,7 @@
 //! The change that an adapter makes at one module. It is known from the configuration and the headers of the file
 //! before any memory is allocated, and read when there is memory.
 
-use kernels::{HostTensor, LoraPart, LoraShape, LowRank, ReplacedRows};
+use kernels::{DType, HostTensor, LoraPart, LoraShape, LowRank, ReplacedRows};
 
 use super::{
     AdapterError,
@@ -106,13 +106,24 @@ pub(super) struct Change {
     /// The vector that the trained bias of a norm adds to the module's input; of the last norm, to its output.
     pub(super) shift: Option<Vec<f32>>,
     rows: Option<Rows>,
+    /// The weight that replaces the model's, of a classifier.
+    weight: Option<String>,
 }
 
 impl Change {
     /// No change.
     pub(super) fn none(module: &Module) -> Change {
         let module = module.clone();
-        Change { module, delta: None, magnitude: None, delta_bias: None, bias: None, shift: None, rows: None }
+        Change {
+            module,
+            delta: None,
+            magnitude: None,
+            delta_bias: None,
+            bias: None,
+            shift: None,
+            rows: None,
+            weight: None,
+        }
     }
 
     /// Takes the tensors of a delta. `outputs` is the number of rows of the adapter's weight. `tied` is the output
@@ -147,6 +158,11 @@ impl Change {
     /// Takes the tensor of a trained bias, if there is one.
     pub(super) fn add_bias(&mut self, tensors: &mut Tensors) {
         self.bias = if self.module.bias { tensors.take(&self.module, Role::Bias) } else { None };
+    }
+
+    /// Adds the weight that replaces the model's.
+    pub(super) fn add_weight(&mut self, tensor: String) {
+        self.weight = Some(tensor);
     }
 
     /// Adds the rows that replace the model's.
@@ -202,8 +218,10 @@ impl Change {
         let has_bias = self.delta_bias.is_some() || self.bias.is_some() || self.shift.is_some();
         let rows = self.rows.as_ref().map_or(0, |rows| rows.count);
         let has_magnitude = self.has_magnitude() && !self.is_folded();
-        let is_change = delta.is_some() || has_magnitude || has_bias || rows > 0;
-        let lora_rank = delta.map_or(0, Delta::rank);
+        let is_change = delta.is_some() || has_magnitude || has_bias || rows > 0 || self.weight.is_some();
+        // The difference of two weights is a delta whose B is the identity.
+        let of_weight = self.weight.as_ref().map_or(0, |_| self.module.outputs);
+        let lora_rank = delta.map_or(of_weight, Delta::rank);
         is_change.then_some(LoraShape { site, slice, lora_rank, has_magnitude, has_bias, rows })
     }
 
@@ -236,6 +254,9 @@ impl Change {
             part.magnitude = magnitude.map(|magnitude| self.ordered(magnitude));
             part.low_rank = self.delta.as_ref().map(|delta| self.low_rank(delta, from)).transpose()?;
         }
+        if let Some(weight) = &self.weight {
+            part.low_rank = Some(self.difference(weight, from)?);
+        }
         part.bias = self.read_bias(file, base)?.map(|bias| self.ordered(bias));
         Ok(Some(part))
     }
@@ -264,6 +285,34 @@ impl Change {
             b = b.rows(&stored_runs(all, module));
         }
         Ok(LowRank { rank, scale: delta.scale, a, b })
+    }
+
+    /// The difference between a weight of the adapter's and the model's.
+    fn difference<'a>(
+        &'a self,
+        weight: &'a str,
+        from: Sources<'a>,
+    ) -> Result<LowRank<Matrix<'a>>, AdapterError> {
+        let Sources { file, base, is_cancelled } = from;
+        let module = &self.module;
+        let shape @ [outputs, _] = [module.outputs, module.inputs];
+        file.expect_shape(weight, &shape)?;
+        let difference = move || {
+            let mut values = file.matrix(weight, shape)?.to_f32();
+            let cols = module.inputs;
+            base.each_row(module, |i, row| {
+                values[i * cols..][..cols].iter_mut().zip(row).for_each(|(own, base)| *own -= base);
+            })?;
+            Ok(encoded(shape, &values, DType::F32))
+        };
+        let identity = move || {
+            let values: Vec<f32> =
+                (0..outputs * outputs).map(|i| f32::from(u8::from(i / outputs == i % outputs))).collect();
+            Ok(encoded([outputs; 2], &values, DType::F32))
+        };
+        let a = Matrix::new(Whole::Made(Made::new(difference)), shape, is_cancelled);
+        let b = Matrix::new(Whole::Made(Made::new(identity)), [outputs; 2], is_cancelled);
+        Ok(LowRank { rank: outputs, scale: 1.0, a, b })
     }
 
     /// The vector that is added to the model's bias, in the order of the file.

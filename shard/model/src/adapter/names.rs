@@ -7,7 +7,7 @@ use super::{
     values::{Values, is_zero},
 };
 use crate::{
-    decoder::{Module, Modules, Nesting, is_beside},
+    decoder::{Module, Modules, Nesting, Part, is_beside},
     weights::tensor_file::TensorFile,
 };
 
@@ -90,6 +90,12 @@ fn check_beside(values: &Values, name: &str) -> Result<(), AdapterError> {
     if is_zero(&stored) { Ok(()) } else { Err(AdapterError::Beside(name.into())) }
 }
 
+/// Whether a tensor belongs to BERT's pooler. Where no text is classified, nothing reads what it computes, but PEFT adds a
+/// delta to it, too, if projections of its name are targeted.
+fn is_pooler(name: &str) -> bool {
+    name.split('.').any(|part| part == "pooler")
+}
+
 /// The tensors of a file by module and role. Those that have been taken are removed.
 pub(super) struct Tensors {
     by_place: HashMap<(String, Role), String>,
@@ -106,6 +112,9 @@ impl Tensors {
         let mut unknown = None;
         // Names are sorted, so that of several faults the same one is always reported.
         for name in values.file.names() {
+            if is_pooler(name) && modules.find(None, Part::Dense).is_none() {
+                continue;
+            }
             if name.strip_prefix(PREFIX).is_some_and(is_beside) {
                 check_beside(values, name)?;
                 continue;

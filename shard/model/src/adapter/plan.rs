@@ -56,7 +56,10 @@ impl Plan {
         let others = other_paths(&model.decoder, nesting);
         let is_tied = model.decoder.head.tied;
         let saved = config.saved(&modules, &others, is_tied)?;
-        let targets = config.targets(&modules, &others, is_tied)?;
+        let mut targets = config.targets(&modules, &others, is_tied)?;
+        // PEFT adds no delta to a module that is saved as a whole; that of a table is refused below.
+        let is_classifier = |part| matches!(part, Part::Dense | Part::Classifier);
+        targets.retain(|target| !is_classifier(target.module.part) || !saved.contains(&target.module.part));
         initial::check(&targets, is_tied)?;
         let tokens = config.token_rows(&modules, is_tied)?;
         let clash = |part: &Part| {
@@ -102,6 +105,9 @@ impl Plan {
                 let from = Sources { table, tokens, has_delta: target.is_some(), limit };
                 change.add_rows(Rows::find(module, from, values, base)?)?;
             }
+            if matches!(module.part, Part::Dense | Part::Classifier) && self.saved.contains(&module.part) {
+                change.add_weight(tensors.expect(module, Role::Table)?);
+            }
             if self.has_biases || self.saved.contains(&module.part) {
                 change.add_bias(&mut tensors);
             }
@@ -124,7 +130,12 @@ impl Plan {
         let own = |side: &Option<(&Module, Option<String>)>| side.as_ref().and_then(|(_, name)| name.clone());
         let mut tables = Vec::new();
         for (side, other) in [(embed, head), (head, embed)] {
-            let (Some((module, name)), Some((sibling, _))) = (side, other) else { continue };
+            let Some((module, name)) = side else { continue };
+            let Some((sibling, _)) = other else {
+                // A model without an output projection.
+                tables.extend(name.clone().map(|name| (module.part, name)));
+                continue;
+            };
             let is_saved = self.saved.contains(&module.part);
             // If the tables are tied, a copy of either stands for both. If only one of them was trained, PEFT unties
             // them.

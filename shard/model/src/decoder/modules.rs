@@ -215,7 +215,13 @@ impl Table<'_> {
         let path = self.names().path(layer, part);
         let older = renamed.iter().filter(|(_, name)| *name == path).map(|(older, _)| *older);
         let paths = iter::once(path.as_str()).chain(older);
-        let paths = paths.map(|path| self.nesting.path(base, path)).collect();
+        let mut paths: Vec<String> = paths.map(|path| self.nesting.path(base, path)).collect();
+        if self.decoder.task == Task::Embed {
+            // Adapters of a model without a head do not name the module that holds everything else.
+            let bare = |path: &String| path.strip_prefix(base)?.strip_prefix('.').map(str::to_owned);
+            let bare: Vec<String> = paths.iter().filter_map(bare).collect();
+            paths.extend(bare);
+        }
         let module = Module {
             layer,
             part,

@@ -60,7 +60,7 @@ impl AdapterConfig {
                 if !matches.try_fold(false, |found, matches| Ok::<_, AdapterError>(found || matches?))? {
                     continue;
                 }
-                if !matches!(module.part, Part::Embed | Part::Head) {
+                if !matches!(module.part, Part::Embed | Part::Head | Part::Dense | Part::Classifier) {
                     return refuse("modules_to_save", serde_json::json!(names));
                 }
                 saved.push(module.part);
