@@ -132,11 +132,19 @@ fn run(config: &Config, rank: usize, parent: &Parent) -> anyhow::Result<()> {
     let ranks = group.ranks();
     let cores = thread::available_parallelism().map_or(1, usize::from);
     pin(config, |machine, allowed| machine.part((rank, ranks), allowed));
+    let dtype = if shard.dtype.is_none() && is_encoder(&config.model.path) { DType::F32 } else { dtype };
     let ops = CpuBackend::new(dtype, shard.threads.unwrap_or((cores / ranks).max(1)))?.with_group(group)?;
     tracing::info!(dtype = name_of(dtype), tier = ?ops.tier(), threads = ops.threads(), "computing on the CPU");
     let room = |_: &CpuBackend| Ok(Room::on_host(shard.kv_memory, None, ranks));
     let target = Target { name: "cpu", max_rows: 512, warms_up: false, room: &room, ready: &|_| () };
     serve(Arc::new(ops), &target, config, rank, parent)
+}
+
+/// Whether the model attends to both sides. The CPU computes it in f32 unless the configuration says otherwise: its weights
+/// are small, they are read once for hundreds of rows, and vectors are compared with those that other programs compute.
+fn is_encoder(model: &Path) -> bool {
+    // A model that cannot be read is reported when it is loaded.
+    model::describe(model).is_ok_and(|decoder| decoder.is_bidirectional())
 }
 
 /// Time for all ranks to start, which they do at the same time.
