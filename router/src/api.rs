@@ -12,6 +12,7 @@ pub(crate) mod json;
 pub(crate) mod lorax;
 pub(crate) mod merged;
 pub(crate) mod openai;
+pub(crate) mod openapi;
 pub(crate) mod pooled;
 pub(crate) mod request;
 mod structured;

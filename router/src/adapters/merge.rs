@@ -26,7 +26,7 @@ pub(crate) struct Recipe {
 }
 
 /// PEFT's `combination_type`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Strategy {
     #[default]
@@ -40,7 +40,7 @@ pub(crate) enum Strategy {
 }
 
 /// How TIES elects the sign of an element.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum MajoritySign {
     #[default]

@@ -17,6 +17,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use exchange::{Content, Exchange, Resident, Slot, Tier, TierStats};
+use schemars::JsonSchema;
 use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 use sources::Reference;
@@ -31,9 +32,13 @@ use crate::{
         accept::{Accepted, Body, Caller},
     },
 };
-pub(crate) use aibrix::{load as aibrix_load, unload as aibrix_unload};
+pub(crate) use aibrix::{
+    LoadRequest as AibrixLoad, UnloadRequest as AibrixUnload, load as aibrix_load, unload as aibrix_unload,
+};
 use body::{Adapter, Bytes, Capacity, DeviceTier, LastError, List, LoadSeconds, TierUse, Unloaded};
-pub(crate) use vllm::{load as vllm_load, unload as vllm_unload};
+pub(crate) use vllm::{
+    LoadRequest as VllmLoad, UnloadRequest as VllmUnload, load as vllm_load, unload as vllm_unload,
+};
 
 /// Time for which `DELETE` waits for the requests that run, unless it says otherwise.
 const DRAIN: Duration = Duration::from_secs(30);
@@ -41,13 +46,14 @@ const DRAIN: Duration = Duration::from_secs(30);
 const LONGEST_DRAIN: f64 = 3600.0;
 
 /// Body of `POST /v1/adapters`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct RegisterRequest {
     adapter_id: String,
     adapter_source: Option<String>,
     /// The name; that of the adapter if there is none.
     id: Option<String>,
+    #[schemars(with = "Option<String>")]
     api_token: Option<SecretString>,
     #[serde(default)]
     pin: bool,

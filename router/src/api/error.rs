@@ -21,7 +21,7 @@ use crate::{
     workers::WorkError,
 };
 
-pub(crate) use body::Dialect;
+pub(crate) use body::{Dialect, ErrorBody};
 
 /// The reason that a request was not answered. Fields are named as the request names them.
 #[derive(Debug, Clone, thiserror::Error)]

@@ -2,12 +2,13 @@
 
 use std::{fmt::Display, time::UNIX_EPOCH};
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::{server::App, wire::Info};
 
 /// LoRAX's `/info`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct InfoResponse<'a> {
     model_id: &'a str,
     model_sha: Option<&'a str>,
@@ -65,14 +66,14 @@ impl<'a> InfoResponse<'a> {
 }
 
 /// OpenAI's `/v1/models`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct ModelList {
     object: &'static str,
     data: Vec<Model>,
 }
 
 /// A model that requests can name: the base model, or a registered adapter of it.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct Model {
     id: String,
     object: &'static str,
@@ -110,7 +111,7 @@ impl ModelList {
 }
 
 /// LoRAX's answer to a question for its health, if it is bad.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct Unhealthy {
     error: String,
     error_type: &'static str,

@@ -31,10 +31,12 @@ use super::{
     group::Generation,
 };
 use crate::server::{App, accept::Accepted};
-pub(crate) use classify::{classify, classify_batch};
-pub(crate) use embed::embed;
+pub(crate) use classify::{ClassifyRequest, classify, classify_batch};
+pub(crate) use embed::{EmbedRequest, embed};
+pub(crate) use request::GenerateRequest as Generate;
 use request::{GenerateRequest, Shape};
 use response::{Delta, GenerateFold, Generated};
+pub(crate) use response::{GenerateResponse, StreamEvent};
 
 /// `POST /generate`
 pub(crate) async fn whole(State(app): State<Arc<App>>, request: Accepted<GenerateRequest>) -> Response {

@@ -1,5 +1,6 @@
 //! The field `merged_adapters` of both dialects: LoRAX's, with what PEFT has besides.
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::{
@@ -19,7 +20,7 @@ const MAX_IDS: usize = 32;
 const MAX_RANK: u32 = 1 << 16;
 
 /// Adapters that are merged for a request.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 pub(crate) struct MergedAdapters {
     ids: Vec<String>,
     weights: Option<Vec<f64>>,

@@ -34,12 +34,13 @@ use crate::server::{
     App,
     accept::{Accepted, Caller},
 };
-pub(crate) use embeddings::embeddings;
+pub(crate) use embeddings::{EmbeddingsRequest, embeddings};
 
 use chat::ChatFold;
 use completion::CompletionFold;
 use head::{Head, Usage};
-use request::{ChatRequest, CompletionRequest, Options};
+use request::Options;
+pub(crate) use request::{ChatRequest, CompletionRequest};
 
 /// `POST /v1/completions`
 pub(crate) async fn completions(

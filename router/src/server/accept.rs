@@ -6,6 +6,7 @@ use axum::{
     extract::{FromRequest, Request},
     response::Response,
 };
+use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 
 use super::{App, connection::Connection};
@@ -34,8 +35,8 @@ pub(crate) struct Caller {
     pub(super) request: Arc<Admissible>,
 }
 
-/// The body of a route, and the dialect in which it is refused.
-pub(crate) trait Body: DeserializeOwned + Send + 'static {
+/// The body of a route, the dialect in which it is refused, and its schema for `/openapi.json`.
+pub(crate) trait Body: DeserializeOwned + JsonSchema + Send + 'static {
     /// The dialect of errors.
     const DIALECT: Dialect;
 }

@@ -22,7 +22,7 @@ use crate::{
     api::{
         adapters,
         error::{ApiError, Dialect},
-        lorax, openai,
+        lorax, openai, openapi,
     },
     metrics,
 };
@@ -67,6 +67,9 @@ impl App {
             .route("/readyz", get(health::health))
             .route("/startupz", get(health::started))
             .route("/info", get(health::info))
+            .route("/openapi.json", get(openapi::document))
+            .route("/api-doc/openapi.json", get(openapi::document))
+            .route("/docs", get(openapi::page))
             .route("/metrics", get(metrics::page))
             .route("/v1/models", get(health::models))
             .route("/v1/models/{*id}", get(health::model))

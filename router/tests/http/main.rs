@@ -32,6 +32,7 @@ mod merges;
 mod metrics;
 mod native;
 mod openai;
+mod openapi;
 mod process;
 mod prompt_scores;
 mod ranks;

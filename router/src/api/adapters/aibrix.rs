@@ -8,6 +8,7 @@ use axum::{
     extract::State,
     response::{IntoResponse, Response},
 };
+use schemars::JsonSchema;
 use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 
@@ -23,25 +24,29 @@ use crate::{
 const TOKENS: [&str; 5] = ["token", "hf_token", "huggingface_token", "hugging_face_hub_token", "api_token"];
 
 /// Body of `/v1/lora_adapter/load`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "AibrixLoadRequest")]
 pub(crate) struct LoadRequest {
     lora_name: String,
     artifact_url: String,
     /// A secret of Kubernetes, which only AIBrix's own runtime could read.
     credentials_secret: Option<String>,
     #[serde(default)]
+    #[schemars(with = "Option<BTreeMap<String, String>>")]
     credentials: Option<BTreeMap<String, SecretString>>,
     /// Means something to AIBrix alone, such as the key by which it calls this server.
     #[serde(default)]
+    #[schemars(with = "Option<BTreeMap<String, String>>")]
     additional_config: Option<BTreeMap<String, SecretString>>,
     /// A folder for downloads. This server has one of its own.
     local_dir: Option<String>,
 }
 
 /// Body of `/v1/lora_adapter/unload`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "AibrixUnloadRequest")]
 pub(crate) struct UnloadRequest {
     lora_name: String,
     /// Whether files go, too: here they do in any case.

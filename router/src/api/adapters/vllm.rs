@@ -8,6 +8,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use exchange::Fault;
+use schemars::JsonSchema;
 use secrecy::SecretString;
 use serde::Deserialize;
 
@@ -24,7 +25,7 @@ use crate::{
 const DRAIN: Duration = Duration::from_secs(600);
 
 /// Body of `/v1/load_lora_adapter`. Fields that are not known are ignored, as vLLM does.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 pub(crate) struct LoadRequest {
     lora_name: String,
     lora_path: String,
@@ -33,7 +34,7 @@ pub(crate) struct LoadRequest {
 }
 
 /// Body of `/v1/unload_lora_adapter`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 pub(crate) struct UnloadRequest {
     lora_name: String,
 }

@@ -1,6 +1,7 @@
 //! The bodies of errors in each dialect.
 
 use axum::http::StatusCode;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::{ApiError, FieldNames};
@@ -19,7 +20,7 @@ pub(crate) enum Dialect {
 }
 
 /// The JSON of an error.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub(crate) enum ErrorBody {
     Native { error: String, error_type: &'static str },
@@ -29,7 +30,7 @@ pub(crate) enum ErrorBody {
 }
 
 /// vLLM's description of an error.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct VllmError {
     message: String,
     r#type: &'static str,
@@ -38,7 +39,7 @@ pub(crate) struct VllmError {
 }
 
 /// AIBrix's description of an error.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct AibrixError {
     object: &'static str,
     #[serde(flatten)]
@@ -46,7 +47,7 @@ pub(crate) struct AibrixError {
 }
 
 /// OpenAI's description of an error.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct OpenAiError {
     message: String,
     r#type: &'static str,

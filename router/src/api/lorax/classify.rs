@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use axum::{Json, extract::State, response::IntoResponse, response::Response};
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::{
@@ -27,7 +28,7 @@ use crate::{
 const MAX_TEXTS: usize = 2048;
 
 /// Body of a request, with one text or a list of them.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 pub(crate) struct ClassifyRequest<T> {
     inputs: T,
     truncate: Option<bool>,

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use axum::{Json, extract::State, response::IntoResponse, response::Response};
+use schemars::JsonSchema;
 use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 
@@ -22,7 +23,7 @@ use crate::{
 };
 
 /// Body of a request.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 pub(crate) struct EmbedRequest {
     inputs: String,
     truncate: Option<bool>,
@@ -36,12 +37,14 @@ impl Body for EmbedRequest {
 }
 
 /// The adapter of a request.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(default)]
+#[schemars(rename = "AdapterParameters")]
 pub(in crate::api) struct Parameters {
     adapter_id: Option<String>,
     adapter_source: Option<String>,
     merged_adapters: Option<MergedAdapters>,
+    #[schemars(with = "Option<String>")]
     api_token: Option<SecretString>,
     #[serde(flatten)]
     rest: Rest,

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use minijinja::value::Serde;
 use sampling::{Named, SamplingParams};
+use schemars::JsonSchema;
 use secrecy::SecretString;
 use serde::Deserialize;
 
@@ -29,7 +30,7 @@ const NAMES: FieldNames =
     FieldNames { prompt: "inputs", max_new_tokens: "max_new_tokens", num_top: "return_k_alternatives" };
 
 /// Body of a request.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 pub(crate) struct GenerateRequest {
     inputs: String,
     parameters: Option<Parameters>,
@@ -45,12 +46,12 @@ impl Body for GenerateRequest {
 /// Declares the struct of parameters with those of sampling among its fields.
 macro_rules! parameters {
     (
-        { $(#[$meta:meta])* struct $struct:ident { $($field:ident: $field_type:ty,)* } }
+        { $(#[$meta:meta])* struct $struct:ident { $($(#[$about:meta])* $field:ident: $field_type:ty,)* } }
         $($(#[$doc:meta])* $name:ident: $type:ty { $($row:tt)* })*
     ) => {
         $(#[$meta])*
         struct $struct {
-            $($field: $field_type,)*
+            $($(#[$about])* $field: $field_type,)*
             $($(#[$doc])* $name: Option<$type>,)*
             #[serde(flatten)]
             rest: Rest,
@@ -66,13 +67,16 @@ macro_rules! parameters {
 
 sampling::parameters!(parameters {
     /// The parameters that LoRAX documents. A null is the same as no value.
-    #[derive(Debug, Default, Deserialize)]
+    #[derive(Debug, Default, Deserialize, JsonSchema)]
     #[serde(default)]
+    #[schemars(rename = "GenerateParameters")]
     struct Parameters {
         adapter_id: Option<String>,
         adapter_source: Option<String>,
         merged_adapters: Option<MergedAdapters>,
+        #[schemars(with = "Option<String>")]
         api_token: Option<SecretString>,
+        #[schemars(with = "Option<String>")]
         cache_salt: Option<SecretString>,
         best_of: Option<usize>,
         do_sample: Option<bool>,

@@ -1,5 +1,6 @@
 //! Bodies of responses. Fields are in LoRAX's order.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::request::Shape;
@@ -9,15 +10,15 @@ use crate::{
 };
 
 /// A whole answer.
-#[derive(Debug, Serialize)]
-pub(super) struct GenerateResponse {
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct GenerateResponse {
     generated_text: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     details: Option<Details>,
 }
 
 /// All that is told of an answer.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct Details {
     finish_reason: &'static str,
     prompt_tokens: usize,
@@ -33,7 +34,7 @@ struct Details {
 }
 
 /// An answer that is not the best.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct Other {
     generated_text: String,
     finish_reason: &'static str,
@@ -44,8 +45,8 @@ struct Other {
 }
 
 /// An event of a stream.
-#[derive(Debug, Serialize)]
-pub(super) struct StreamEvent {
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct StreamEvent {
     token: Token,
     /// Set in the last event.
     generated_text: Option<String>,
@@ -54,7 +55,7 @@ pub(super) struct StreamEvent {
 }
 
 /// Details of an answer, which the last event carries.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 struct StreamDetails {
     finish_reason: &'static str,
     prompt_tokens: usize,
@@ -63,7 +64,7 @@ struct StreamDetails {
 }
 
 /// A generated token.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct Token {
     id: u32,
     text: String,
@@ -76,7 +77,7 @@ struct Token {
 }
 
 /// A token of the prompt, or one that could have been chosen.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(super) struct ScoredToken {
     id: u32,
     text: String,

@@ -7,6 +7,7 @@ use axum::{
     extract::State,
     response::{IntoResponse, Response},
 };
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -22,7 +23,7 @@ use crate::{
 };
 
 /// Body of a request for tokens.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 pub(crate) struct TokenizeRequest {
     /// The text, in LoRAX's form.
     inputs: Option<String>,
@@ -43,7 +44,7 @@ impl Body for TokenizeRequest {
 }
 
 /// Body of a request for the text of tokens.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 pub(crate) struct DetokenizeRequest {
     tokens: Vec<u32>,
     #[serde(rename = "model")]
@@ -57,7 +58,7 @@ impl Body for DetokenizeRequest {
 }
 
 /// LoRAX's answer or vLLM's.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub(crate) enum Tokenized {
     Native(Vec<SimpleToken>),
@@ -65,7 +66,7 @@ pub(crate) enum Tokenized {
 }
 
 /// A token with its place in the text.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct SimpleToken {
     id: u32,
     /// The vocabulary's entry.
@@ -77,7 +78,7 @@ pub(crate) struct SimpleToken {
 }
 
 /// vLLM's list of tokens.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct TokenList {
     count: usize,
     max_model_len: usize,
@@ -86,7 +87,7 @@ pub(crate) struct TokenList {
 }
 
 /// The text of tokens.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct Detokenized {
     prompt: String,
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use axum::{Json, extract::State, response::IntoResponse, response::Response};
 use base64::{Engine, prelude::BASE64_STANDARD};
+use schemars::JsonSchema;
 use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 
@@ -28,7 +29,7 @@ use crate::{
 const MAX_INPUTS: usize = 2048;
 
 /// Body of a request.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 pub(crate) struct EmbeddingsRequest {
     input: Prompts,
     model: Option<String>,
@@ -39,6 +40,7 @@ pub(crate) struct EmbeddingsRequest {
     adapter_id: Option<String>,
     adapter_source: Option<String>,
     merged_adapters: Option<MergedAdapters>,
+    #[schemars(with = "Option<String>")]
     api_token: Option<SecretString>,
     #[serde(flatten)]
     rest: Rest,

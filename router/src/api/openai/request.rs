@@ -7,6 +7,7 @@ use std::{
 
 use minijinja::value::Serde;
 use sampling::{Named, SamplingParams};
+use schemars::JsonSchema;
 use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -45,7 +46,7 @@ macro_rules! body {
         $($(#[$doc:meta])* $name:ident: $type:ty { $($row:tt)* })*
     ) => {
         $(#[$meta])*
-        #[derive(Debug, Deserialize)]
+        #[derive(Debug, Deserialize, JsonSchema)]
         pub(crate) struct $body {
             $($field: $field_type,)*
             model: Option<String>,
@@ -59,7 +60,9 @@ macro_rules! body {
             adapter_id: Option<String>,
             adapter_source: Option<String>,
             merged_adapters: Option<MergedAdapters>,
+            #[schemars(with = "Option<String>")]
             api_token: Option<SecretString>,
+            #[schemars(with = "Option<String>")]
             cache_salt: Option<SecretString>,
             #[serde(alias = "ignore_eos_token")]
             ignore_eos: Option<bool>,
@@ -160,14 +163,14 @@ struct Common {
     rest: Rest,
 }
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 struct StreamOptions {
     include_usage: Option<bool>,
     #[serde(flatten)]
     rest: Rest,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 struct Message {
     role: String,
     content: Option<Content>,
@@ -177,7 +180,7 @@ struct Message {
 }
 
 /// A part of a message's content.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 pub(super) struct Part {
     r#type: String,
     text: Option<String>,

@@ -1,8 +1,9 @@
 //! Fields that may have several types. Their readers are written by hand, so that errors say what is expected and
 //! name the element that is at fault.
 
-use std::fmt;
+use std::{borrow::Cow, fmt};
 
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{
     Deserialize, Deserializer,
     de::{Error, SeqAccess, Unexpected, Visitor, value::SeqAccessDeserializer},
@@ -154,3 +155,32 @@ impl<'de> Deserialize<'de> for Content {
         deserializer.deserialize_any(Reader)
     }
 }
+
+/// The schemas of these types.
+macro_rules! schema {
+    ($type:ident, $generator:ident => $schema:expr) => {
+        impl JsonSchema for $type {
+            fn schema_name() -> Cow<'static, str> {
+                stringify!($type).into()
+            }
+
+            fn json_schema($generator: &mut SchemaGenerator) -> Schema {
+                $schema
+            }
+        }
+    };
+}
+
+schema!(Stop, generator => {
+    let (text, list) = (generator.subschema_for::<String>(), generator.subschema_for::<Vec<String>>());
+    json_schema!({ "anyOf": [text, list] })
+});
+schema!(Prompts, generator => {
+    let (text, texts) = (generator.subschema_for::<String>(), generator.subschema_for::<Vec<String>>());
+    let (ids, lists) = (generator.subschema_for::<Vec<u32>>(), generator.subschema_for::<Vec<Vec<u32>>>());
+    json_schema!({ "anyOf": [text, texts, ids, lists] })
+});
+schema!(Content, generator => {
+    let (text, parts) = (generator.subschema_for::<String>(), generator.subschema_for::<Vec<Part>>());
+    json_schema!({ "anyOf": [text, parts] })
+});
