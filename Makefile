@@ -42,9 +42,9 @@ test-schemas: venv ## Draw and validate answers to all schemas of the tests, not
 .PHONY: venv
 venv: $(VENV)/.installed ## Python tools of the tests, pinned and hashed, in .venv
 
-$(VENV)/.installed: integration-tests/requirements.txt
+$(VENV)/.installed: integration-tests/requirements.txt integration-tests/requirements-lorax.txt
 	python3 -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $<
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes $(^:%=-r %)
 	touch $@
 
 .PHONY: tokenizers

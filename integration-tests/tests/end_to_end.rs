@@ -119,6 +119,12 @@ fn python(script: &str, args: &[&std::ffi::OsStr]) {
     assert!(status.unwrap().success(), "{script}");
 }
 
+#[test]
+fn loraxs_own_client_is_served() {
+    let server = Server::start(&[]).unwrap();
+    python("python/lorax_client.py", &[server.url.as_ref()]);
+}
+
 /// lm-eval scores the endings of fifty sentences through `/v1/completions`: the numbers are those of transformers.
 #[test]
 fn an_evaluation_harness_gets_the_numbers_of_transformers() {
