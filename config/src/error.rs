@@ -56,6 +56,9 @@ pub enum ConfigError {
         /// Tokens of prompt and output together.
         total: usize,
     },
+    /// There is no adapter to merge.
+    #[error("--merge-adapter-weights needs --adapter-id, the adapter to merge")]
+    NoMergedAdapter,
     /// Adapters cannot come from there.
     #[error("{flag} {name:?}: it must be local, hub, s3, gs, az, or pbase")]
     AdapterSource {

@@ -52,6 +52,8 @@ pub struct ModelConfig {
     pub id: String,
     /// A folder in Hugging Face layout, or a GGUF file.
     pub path: PathBuf,
+    /// The folder of an adapter that is merged into the weights.
+    pub merged_adapter: Option<PathBuf>,
     /// The revision that the user asked for.
     pub revision: Option<String>,
     /// The commit to which the revision led.
@@ -101,8 +103,7 @@ impl Config {
 
     /// Where the adapter of `--adapter-id` comes from.
     pub fn adapter_source(&self) -> &str {
-        let otherwise = if self.shard.adapter_dir.is_some() { "local" } else { "hub" };
-        self.router.adapter_source.as_deref().unwrap_or(otherwise)
+        self.router.adapter_source_beside(&self.shard)
     }
 
     /// Where the adapters of requests come from that do not say.

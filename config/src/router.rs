@@ -2,12 +2,12 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use clap::{ArgAction, Args, ValueEnum};
+use clap::{ArgAction, Args, ValueEnum, builder::BoolishValueParser};
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    ConfigError,
+    ConfigError, ShardConfig,
     values::{
         address_of_environment, as_optional_seconds, as_plain_secrets, as_seconds, bytes, seconds,
         spell_bytes, spell_number, spell_seconds, within,
@@ -173,6 +173,18 @@ pub struct RouterConfig {
     /// The adapter of requests that name none, kept in host memory; `__base_model__` still names the base model
     #[arg(long, env, value_name = "ID")]
     pub adapter_id: Option<String>,
+    /// Merge this adapter into the weights of the model when it is loaded, instead of adding it to requests: the model is
+    /// the merged one then, for all requests, and their adapters are added to it
+    #[arg(
+        long,
+        env,
+        default_value_t = false,
+        action = ArgAction::Set,
+        value_parser = BoolishValueParser::new(),
+        num_args = 0..=1,
+        default_missing_value = "true"
+    )]
+    pub merge_adapter_weights: bool,
     /// Adapters to keep in host memory from the start; several are separated by commas. All others are loaded when
     /// requests name them, as without this flag
     #[arg(long, env, value_name = "ID", value_delimiter = ',', action = ArgAction::Append)]
@@ -245,6 +257,22 @@ impl RouterConfig {
         self.max_connections_per_address.unwrap_or(self.max_connections.div_ceil(2))
     }
 
+    /// Where the adapter of `--adapter-id` comes from, with these settings of the shards.
+    pub fn adapter_source_beside(&self, shard: &ShardConfig) -> &str {
+        let otherwise = if shard.adapter_dir.is_some() { "local" } else { "hub" };
+        self.adapter_source.as_deref().unwrap_or(otherwise)
+    }
+
+    /// The adapter of requests that name none.
+    pub fn default_adapter(&self) -> Option<&str> {
+        self.adapter_id.as_deref().filter(|id| !id.is_empty() && !self.merge_adapter_weights)
+    }
+
+    /// The adapter that is merged into the model's weights.
+    pub fn merged_adapter(&self) -> Option<&str> {
+        self.adapter_id.as_deref().filter(|id| !id.is_empty() && self.merge_adapter_weights)
+    }
+
     /// Refuses values that cannot work.
     pub fn check(&self) -> Result<(), ConfigError> {
         for (flag, value, bounds) in [
@@ -288,6 +316,9 @@ impl RouterConfig {
             && input >= total
         {
             return Err(ConfigError::NoOutput { input, total });
+        }
+        if self.merge_adapter_weights && self.merged_adapter().is_none() {
+            return Err(ConfigError::NoMergedAdapter);
         }
         self.check_sources()?;
         let is_name = |name: &&String| !name.trim().is_empty() && !name.chars().any(char::is_control);

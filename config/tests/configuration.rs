@@ -9,7 +9,13 @@ use serde_json::{Value, json};
 
 fn defaults() -> Config {
     Config {
-        model: ModelConfig { id: "m".into(), path: "/m".into(), revision: None, sha: None },
+        model: ModelConfig {
+            id: "m".into(),
+            path: "/m".into(),
+            merged_adapter: None,
+            revision: None,
+            sha: None,
+        },
         shards: ShardsConfig { uds: vec!["/run/shard-0.sock".into()], rendezvous: "/run/ranks".into() },
         router: RouterConfig::default(),
         shard: ShardConfig::default(),

@@ -4,6 +4,7 @@ mod args;
 mod child;
 mod foreign;
 mod group;
+mod merged;
 mod ranks;
 mod supervisor;
 
@@ -79,6 +80,7 @@ fn check(args: &Args) -> anyhow::Result<()> {
     args.foreign.check()?;
     ranks::check(args)?;
     args.router.check()?;
+    merged::reference(args).context("--adapter-id")?;
     args.shard.check()?;
     for folder in args.shard.adapter_dir.iter().chain(&args.shard.adapter_roots) {
         ensure!(folder.is_dir(), "{} is not a folder that can be read", folder.display());
@@ -98,11 +100,21 @@ fn run(args: &Args, log: &Log) -> anyhow::Result<()> {
     let mut signals = runtime.block_on(async { Signals::listen() })?;
     let program = env::current_exe().context("finding the folder of this program")?;
     let programs = program.parent().context("finding the folder of this program")?;
+    // Sockets and configuration are this user's alone.
+    let folder =
+        tempfile::Builder::new().prefix("lorax-").permissions(Permissions::from_mode(0o700)).tempdir();
+    let folder = folder.context("making the folder of sockets and configuration")?;
     let found = async {
         let ranks = ranks::find(args, programs).await?;
         let model = sources::find_model(args.source, &args.model_id, args.revision.as_deref()).await?;
+        let merged = match merged::reference(args)? {
+            Some(reference) => {
+                Some(merged::fetch(args, &reference, &folder.path().join("merged-adapter")).await?)
+            }
+            None => None,
+        };
         let ranks = ranks::divide(args, programs, &model.path, ranks).await?;
-        anyhow::Ok((ranks, model))
+        anyhow::Ok((ranks, model, merged))
     };
     let found = runtime.block_on(async {
         tokio::select! {
@@ -116,15 +128,11 @@ fn run(args: &Args, log: &Log) -> anyhow::Result<()> {
         runtime.shutdown_background();
         return Ok(());
     };
-    let (ranks, ModelFiles { id, path, revision, sha }) = found?;
+    let (ranks, ModelFiles { id, path, revision, sha }, merged_adapter) = found?;
     if args.download_only {
         tracing::info!("the model is at {}", path.display());
         return Ok(());
     }
-    // Sockets and configuration are this user's alone.
-    let folder =
-        tempfile::Builder::new().prefix("lorax-").permissions(Permissions::from_mode(0o700)).tempdir();
-    let folder = folder.context("making the folder of sockets and configuration")?;
     let sockets: Vec<PathBuf> =
         (0..ranks.number).map(|rank| folder.path().join(format!("shard-{rank}.sock"))).collect();
     let rendezvous = folder.path().join("ranks");
@@ -136,7 +144,7 @@ fn run(args: &Args, log: &Log) -> anyhow::Result<()> {
     }
     let config_file = folder.path().join("config.json");
     let config = Config {
-        model: ModelConfig { id, path, revision, sha },
+        model: ModelConfig { id, path, merged_adapter, revision, sha },
         shards: ShardsConfig { uds: sockets, rendezvous },
         router: args.router.clone(),
         shard: ShardConfig { device: ranks.device, ..args.shard.clone() },

@@ -149,7 +149,7 @@ impl Registry {
         let mut registry = Registry {
             adapters,
             base,
-            default: config.router.adapter_id.clone().filter(|id| !id.is_empty()),
+            default: config.router.default_adapter().map(str::to_owned),
             entries: Mutex::default(),
             manifest: manifest.map(Arc::new),
             writing: tokio::sync::Mutex::default(),
@@ -431,9 +431,10 @@ fn by_flags(all: &Config) -> Result<Vec<(String, Reference, bool)>, RegistryStar
     };
     let (config, own_source) = (&all.router, all.adapter_source());
     let source = config.preloaded_adapter_source.as_deref().unwrap_or(own_source);
-    let own = config.adapter_id.iter().map(|id| (id, own_source));
-    let preloaded = config.preloaded_adapter_ids.iter().map(|id| (id, source));
+    let own = config.default_adapter().map(|id| (id, own_source));
+    let preloaded = config.preloaded_adapter_ids.iter().map(|id| (&**id, source));
     let mut found = own
+        .into_iter()
         .chain(preloaded)
         .filter(|(id, _)| !id.is_empty())
         .map(|(id, source)| named(id, Reference::parse(source, id), true))

@@ -266,6 +266,7 @@ fn serve<B: Backend>(
     let description = model.decoder().clone();
     let limits = limits(config, target.max_rows, &description);
     let base = BaseModel {
+        merged: config.model.merged_adapter.clone(),
         decoder: description.clone(),
         path: config.model.path.clone(),
         dtype: ops.dtype(),
@@ -412,8 +413,9 @@ fn load<B: Backend>(ops: &B, config: &Config) -> anyhow::Result<Model<B>> {
         bar.set_style(style);
     }
     let mut tenth = 0;
+    let merged = config.model.merged_adapter.as_deref();
     let longest = config.router.max_total_tokens.unwrap_or(usize::MAX);
-    let model = Model::load_for(ops, path, longest, &mut |progress: LoadProgress| {
+    let model = Model::load_for(ops, path, merged, longest, &mut |progress: LoadProgress| {
         bar.set_length(progress.total_bytes);
         bar.set_position(progress.done_bytes);
         let now = progress.done_bytes * 10 / progress.total_bytes.max(1);

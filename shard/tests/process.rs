@@ -18,6 +18,7 @@ fn start(folder: &Path) -> Child {
         model: ModelConfig {
             id: "tiny".into(),
             path: fixtures.join("tiny/model"),
+            merged_adapter: None,
             revision: None,
             sha: None,
         },

@@ -60,14 +60,6 @@ pub(crate) const FLAGS: &[Flag] = &[
         Takes::Number,
         NoEffect("the memory of the KV cache bounds a batch; see --kv-memory"),
     ),
-    lorax(
-        "merge-adapter-weights",
-        "MERGE_ADAPTER_WEIGHTS",
-        Takes::Switch,
-        Refused(
-            "weights stay as they are; --adapter-id alone gives requests that name no adapter the same answers",
-        ),
-    ),
     lorax("shard-uds-path", "SHARD_UDS_PATH", Takes::Text, MEETING),
     lorax("master-addr", "MASTER_ADDR", Takes::Text, MEETING),
     lorax("master-port", "MASTER_PORT", Takes::Number, MEETING),

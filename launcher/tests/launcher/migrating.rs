@@ -10,9 +10,11 @@ use crate::launcher::Launcher;
 const AT_ONCE: usize = 4;
 
 /// Flags that reach no child, or with the value that is the default.
-const ELSEWHERE: [&str; 13] = [
+const ELSEWHERE: [&str; 14] = [
     "--model-id",
     "--model",
+    // It needs an adapter.
+    "--merge-adapter-weights",
     "--revision",
     "--source",
     "--sharded",

@@ -226,6 +226,11 @@ pub mod merge {
         Cat = 4,
         Svd = 5,
         MagnitudePrune = 6,
+        /// Of whole deltas instead of A and B, and then as SVD.
+        TiesSvd = 7,
+        DareLinearSvd = 8,
+        DareTiesSvd = 9,
+        MagnitudePruneSvd = 10,
     }
     impl Strategy {
         /// String value of the enum field names used in the ProtoBuf definition.
@@ -241,6 +246,10 @@ pub mod merge {
                 Self::Cat => "CAT",
                 Self::Svd => "SVD",
                 Self::MagnitudePrune => "MAGNITUDE_PRUNE",
+                Self::TiesSvd => "TIES_SVD",
+                Self::DareLinearSvd => "DARE_LINEAR_SVD",
+                Self::DareTiesSvd => "DARE_TIES_SVD",
+                Self::MagnitudePruneSvd => "MAGNITUDE_PRUNE_SVD",
             }
         }
         /// Creates an enum from field names used in the ProtoBuf definition.
@@ -253,6 +262,10 @@ pub mod merge {
                 "CAT" => Some(Self::Cat),
                 "SVD" => Some(Self::Svd),
                 "MAGNITUDE_PRUNE" => Some(Self::MagnitudePrune),
+                "TIES_SVD" => Some(Self::TiesSvd),
+                "DARE_LINEAR_SVD" => Some(Self::DareLinearSvd),
+                "DARE_TIES_SVD" => Some(Self::DareTiesSvd),
+                "MAGNITUDE_PRUNE_SVD" => Some(Self::MagnitudePruneSvd),
                 _ => None,
             }
         }

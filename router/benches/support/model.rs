@@ -42,7 +42,13 @@ pub(crate) fn write_tokenizer(folder: &Path) -> io::Result<u32> {
 /// The configuration of a router on a free port.
 pub(crate) fn configuration(model: &Path, socket: &Path) -> Config {
     Config {
-        model: ModelConfig { id: "bench".into(), path: model.into(), revision: None, sha: None },
+        model: ModelConfig {
+            id: "bench".into(),
+            path: model.into(),
+            merged_adapter: None,
+            revision: None,
+            sha: None,
+        },
         shards: ShardsConfig { uds: vec![socket.into()], rendezvous: "/none".into() },
         router: RouterConfig {
             hostname: "127.0.0.1".into(),

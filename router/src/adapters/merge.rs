@@ -37,6 +37,10 @@ pub(crate) enum Strategy {
     MagnitudePrune,
     Cat,
     Svd,
+    TiesSvd,
+    DareLinearSvd,
+    DareTiesSvd,
+    MagnitudePruneSvd,
 }
 
 /// How TIES elects the sign of an element.
@@ -53,6 +57,23 @@ impl Strategy {
     pub(crate) fn prunes(self) -> bool {
         !matches!(self, Strategy::Linear | Strategy::Cat | Strategy::Svd)
     }
+
+    /// Whether the rank of the result is chosen.
+    fn truncates(self) -> bool {
+        match self {
+            Strategy::Svd
+            | Strategy::TiesSvd
+            | Strategy::DareLinearSvd
+            | Strategy::DareTiesSvd
+            | Strategy::MagnitudePruneSvd => true,
+            Strategy::Linear
+            | Strategy::Ties
+            | Strategy::DareLinear
+            | Strategy::DareTies
+            | Strategy::MagnitudePrune
+            | Strategy::Cat => false,
+        }
+    }
 }
 
 impl Recipe {
@@ -60,13 +81,19 @@ impl Recipe {
     fn for_parts(self, parts: usize) -> Recipe {
         // PEFT only multiplies a single adapter by its weight.
         let strategy = if parts == 1 { Strategy::Linear } else { self.strategy };
-        let elects = matches!(strategy, Strategy::Ties | Strategy::DareTies);
-        let draws = matches!(strategy, Strategy::DareLinear | Strategy::DareTies);
+        let elects = matches!(
+            strategy,
+            Strategy::Ties | Strategy::DareTies | Strategy::TiesSvd | Strategy::DareTiesSvd
+        );
+        let draws = matches!(
+            strategy,
+            Strategy::DareLinear | Strategy::DareTies | Strategy::DareLinearSvd | Strategy::DareTiesSvd
+        );
         Recipe {
             strategy,
             density: self.density.filter(|_| strategy.prunes()),
             majority_sign: if elects { self.majority_sign } else { MajoritySign::default() },
-            svd_rank: self.svd_rank.filter(|_| strategy == Strategy::Svd),
+            svd_rank: self.svd_rank.filter(|_| strategy.truncates()),
             seed: if draws { self.seed } else { 0 },
         }
     }

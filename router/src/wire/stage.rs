@@ -120,6 +120,10 @@ fn merge(recipe: Recipe) -> proto::Merge {
         Strategy::MagnitudePrune => Way::MagnitudePrune,
         Strategy::Cat => Way::Cat,
         Strategy::Svd => Way::Svd,
+        Strategy::TiesSvd => Way::TiesSvd,
+        Strategy::DareLinearSvd => Way::DareLinearSvd,
+        Strategy::DareTiesSvd => Way::DareTiesSvd,
+        Strategy::MagnitudePruneSvd => Way::MagnitudePruneSvd,
     };
     let sign = match majority_sign {
         MajoritySign::Total => Sign::Total,

@@ -161,7 +161,13 @@ pub(crate) fn content(name: &str) -> Vec<u8> {
 /// A configuration in which limits are small.
 pub(crate) fn configuration(socket: &Path) -> Config {
     Config {
-        model: ModelConfig { id: MODEL.into(), path: model(), revision: None, sha: Some("abc".into()) },
+        model: ModelConfig {
+            id: MODEL.into(),
+            path: model(),
+            merged_adapter: None,
+            revision: None,
+            sha: Some("abc".into()),
+        },
         shards: ShardsConfig { uds: vec![socket.into()], rendezvous: "/none".into() },
         router: RouterConfig {
             hostname: "127.0.0.1".into(),

@@ -106,6 +106,7 @@ fn main() {
             write_adapter(&at, dtype);
         }
         let model = BaseModel {
+            merged: None,
             decoder: decoder.clone(),
             path: folder.path().into(),
             dtype: kept,

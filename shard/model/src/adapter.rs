@@ -9,6 +9,7 @@ mod error;
 mod initial;
 mod matrix;
 mod merge;
+mod merged_base;
 mod names;
 mod norms;
 mod pattern;
@@ -34,6 +35,7 @@ use cut::Cutter;
 pub use error::AdapterError;
 pub use matrix::{IsCancelled, Matrix};
 pub use merge::{Elementwise, MajoritySign, Merge, MergeError, MergePart, Recipe, Strategy};
+pub(crate) use merged_base::MergedBase;
 pub use python_regex::PatternError;
 use values::Values;
 
@@ -164,7 +166,8 @@ impl<'a> AdapterFolder<'a> {
         let file = TensorFile::of(&files.weights_path, files.weights)?;
         let plan = plan::Plan::of(config, model, names::nesting(&file))?;
         let (values, base) = (Values { file, dtype }, BaseWeights::of(model));
-        let changes = plan.changes(&values, &base)?;
+        let mut changes = plan.changes(&values, &base)?;
+        plan.spread(&mut changes, &values, &base)?;
         Ok(AdapterFolder { base, values, changes })
     }
 

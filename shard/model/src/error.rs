@@ -2,7 +2,7 @@
 
 use std::{io, ops::Range, path::PathBuf};
 
-use crate::weights::TorchError;
+use crate::{adapter::AdapterError, weights::TorchError};
 
 /// Result of loading.
 pub type Result<T> = std::result::Result<T, LoadError>;
@@ -128,6 +128,9 @@ pub enum LoadError {
         /// Its type.
         dtype: String,
     },
+    /// An adapter cannot be merged into the model.
+    #[error("the adapter that is to be merged into the model: {0}")]
+    Merged(Box<AdapterError>),
     /// The backend refused it, or has no memory for it.
     #[error(transparent)]
     Kernels(#[from] kernels::Error),

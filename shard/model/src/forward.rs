@@ -168,13 +168,19 @@ pub struct Model<B: Backend> {
 impl<B: Backend> Model<B> {
     /// Loads a GGUF file or a folder in Hugging Face layout, and reports its progress.
     pub fn load(ops: &B, path: &Path, progress: &mut Progress<'_>) -> Result<Model<B>> {
-        Model::load_for(ops, path, usize::MAX, progress)
+        Model::load_for(ops, path, None, usize::MAX, progress)
     }
 
-    /// As [`Self::load`], for sequences of up to `longest` tokens. Memory that grows with the longest sequence is taken for
-    /// no more than these.
-    pub fn load_for(ops: &B, path: &Path, longest: usize, progress: &mut Progress<'_>) -> Result<Model<B>> {
-        load::load(ops, path, longest, progress)
+    /// As [`Self::load`], with the adapter in the folder `merged` merged into the weights, and for sequences of up to
+    /// `longest` tokens. Memory that grows with the longest sequence is taken for no more than these.
+    pub fn load_for(
+        ops: &B,
+        path: &Path,
+        merged: Option<&Path>,
+        longest: usize,
+        progress: &mut Progress<'_>,
+    ) -> Result<Model<B>> {
+        load::load(ops, (path, merged), longest, progress)
     }
 
     /// The description of the whole model.

@@ -16,6 +16,7 @@ use kernels::{Backend, DType, HostTensor};
 
 use crate::{
     Decoder, LoadError, LoadProgress, Result, Share,
+    adapter::{BaseModel, MergedBase},
     decoder::{Classifier, LAYER_SITES, Module, Modules, NormSpec, Part, Run, Stored, Task},
     forward::{Layer, Linear, Model, NormOf, OutputOf, Sizes},
     weights::{self, Source},
@@ -37,16 +38,32 @@ struct Loader<'a, B: Backend> {
     progress: Mutex<(&'a mut Progress<'a>, LoadProgress)>,
 }
 
-/// Loads this rank's share of a GGUF file or of a folder in Hugging Face layout, and reports its progress.
+/// Opens a model, with the adapter of a folder merged into its weights if there is one.
+pub(crate) fn open(
+    path: &Path,
+    merged: Option<&Path>,
+    dtype: DType,
+) -> Result<(Decoder, Box<dyn Source + Send + Sync>)> {
+    let (mut decoder, source) = weights::open(path)?;
+    decoder.head.tied = decoder.head.tied && !has_own_head(&*source, &decoder)?;
+    let Some(folder) = merged else { return Ok((decoder, source)) };
+    let model =
+        BaseModel { decoder: decoder.clone(), path: path.into(), merged: None, dtype, share: Share::WHOLE };
+    let merged = MergedBase::open(folder, model, source);
+    let source = merged.map_err(|source| LoadError::Merged(Box::new(source)))?;
+    decoder.head.tied = decoder.head.tied && !has_own_head(&source, &decoder)?;
+    Ok((decoder, Box::new(source)))
+}
+
+/// Loads this rank's share of a model, and reports its progress.
 pub(crate) fn load<B: Backend>(
     ops: &B,
-    path: &Path,
+    (path, merged): (&Path, Option<&Path>),
     longest: usize,
     progress: &mut Progress<'_>,
 ) -> Result<Model<B>> {
-    let (mut decoder, source) = weights::open(path)?;
+    let (mut decoder, source) = open(path, merged, ops.dtype())?;
     decoder.serve_up_to(longest);
-    decoder.head.tied = decoder.head.tied && !has_own_head(&*source, &decoder)?;
     if decoder.names.stored == Stored::Folder {
         // transformers keeps the factor of embeddings in the type of the weights, llama.cpp in f32.
         decoder.embedding.scale = rounded(decoder.embedding.scale, ops.dtype());

@@ -23,6 +23,7 @@ const SEVEN: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "
 fn model(folder: &Path, files: &Files, dtype: DType) -> BaseModel {
     files.write_model(folder).unwrap();
     BaseModel {
+        merged: None,
         decoder: Decoder::from_folder(folder).unwrap(),
         path: folder.into(),
         dtype,

@@ -54,7 +54,13 @@ fn a_table_stored_by_columns_is_read_once() {
     write_archive(&copy.join(adapter::WEIGHTS_FILES[1]), &all.collect::<Vec<_>>()).unwrap();
 
     let decoder = Decoder::from_folder(&base).unwrap();
-    let model = BaseModel { decoder, path: base.clone(), dtype: DType::F32, share: model::Share::WHOLE };
+    let model = BaseModel {
+        merged: None,
+        decoder,
+        path: base.clone(),
+        dtype: DType::F32,
+        share: model::Share::WHOLE,
+    };
     let before = read_so_far();
     let adapter = adapter::read(&copy, &model).unwrap();
     let (read, table) = (read_so_far() - before, (4 * ROWS * COLS) as u64);

@@ -50,6 +50,7 @@ fn a_large_table_is_not_held_in_memory() {
     let weights = copy.join(adapter::WEIGHTS_FILES[0]);
     add_table(&weights, "base_model.model.model.embed_tokens.weight");
     let model = BaseModel {
+        merged: None,
         decoder: Decoder::from_folder(&base).unwrap(),
         path: base.clone(),
         dtype: DType::Bf16,

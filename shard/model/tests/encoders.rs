@@ -71,7 +71,8 @@ impl Encoder {
         let (path, adapter) = (write("model.json", "model"), write("linear.json", "linear"));
         let ops = CpuBackend::new(dtype, 2).unwrap();
         let model = Model::load(&ops, &path, &mut |_| {}).unwrap();
-        let base = BaseModel { decoder: model.decoder().clone(), path, dtype, share: model.share() };
+        let base =
+            BaseModel { merged: None, decoder: model.decoder().clone(), path, dtype, share: model.share() };
         let mut slots = ops.lora_slots(model.sites(), 1).unwrap();
         let opened = AdapterFolder::open(&adapter, &base).unwrap();
         let (staged, _) = opened.stage(&ops, model.sites(), 1, &|| false).unwrap();

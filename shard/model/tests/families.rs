@@ -9,6 +9,8 @@ mod goldens;
 mod kinds;
 #[path = "families/limits.rs"]
 mod limits;
+#[path = "families/merged.rs"]
+mod merged;
 #[path = "families/names.rs"]
 mod names;
 #[path = "families/page.rs"]

@@ -170,7 +170,7 @@ fn copies_of_tables_are_compared_with_a_file() {
     write(&path, &tensors, &[]);
     let ops = CpuBackend::new(DType::F32, 1).unwrap();
     let decoder = Model::load(&ops, &path, &mut |_| {}).unwrap().decoder().clone();
-    let base = BaseModel { decoder, path, dtype: DType::F32, share: model::Share::WHOLE };
+    let base = BaseModel { merged: None, decoder, path, dtype: DType::F32, share: model::Share::WHOLE };
     let read = |module: &str, spoil: Option<usize>| {
         let mut copied = testing::adapter(&["q_proj"], 4, 1);
         let mut table = files.tensors[&format!("{module}.weight")].clone();

@@ -122,7 +122,8 @@ impl Runner {
     fn new(ops: CpuBackend, model: &Path, (adapters, names): (&Path, &[Named]), blocks: u32) -> Runner {
         let (path, dtype) = (model.to_owned(), ops.dtype());
         let model = Model::load(&ops, model, &mut |_| {}).unwrap();
-        let base = BaseModel { decoder: model.decoder().clone(), path, dtype, share: model.share() };
+        let base =
+            BaseModel { merged: None, decoder: model.decoder().clone(), path, dtype, share: model.share() };
         let mut slots = ops.lora_slots(model.sites(), names.len()).unwrap();
         for (slot, named) in names.iter().enumerate() {
             let staged = Arc::new(match named {

@@ -53,7 +53,7 @@ fn positions_that_are_not_served_take_no_memory() {
             files.config["max_position_embeddings"] = json!(trained);
             files.config["rope_scaling"] = scaling;
             files.write_model(folder.path()).unwrap();
-            let model = Model::load_for(&ops, folder.path(), asked, &mut |_| {}).unwrap();
+            let model = Model::load_for(&ops, folder.path(), None, asked, &mut |_| {}).unwrap();
             let decoder = model.decoder();
             assert_eq!(
                 (decoder.max_positions, decoder.ropes[0].positions),

@@ -28,7 +28,8 @@ fn time_to_read(layers: usize, targets: Option<Value>) -> Duration {
     testing::model().write_model(&base).unwrap();
     let mut decoder = Decoder::from_folder(&base).unwrap();
     decoder.layers = vec![decoder.layers[0].clone(); layers];
-    let model = BaseModel { decoder, path: base, dtype: DType::F32, share: model::Share::WHOLE };
+    let model =
+        BaseModel { merged: None, decoder, path: base, dtype: DType::F32, share: model::Share::WHOLE };
     let mut files = testing::adapter(&NAMES, 1, 1);
     let first: Tensors = files.tensors.into_iter().filter(|(name, _)| name.contains("layers.0.")).collect();
     let in_layer = |layer: usize| {

@@ -40,7 +40,7 @@ fn base(folder: &Path) -> BaseModel {
     files.config["intermediate_size"] = json!(WIDTH);
     files.write_model(folder).unwrap();
     let decoder = Decoder::from_folder(folder).unwrap();
-    BaseModel { decoder, path: folder.into(), dtype: DType::Bf16, share: Share::WHOLE }
+    BaseModel { merged: None, decoder, path: folder.into(), dtype: DType::Bf16, share: Share::WHOLE }
 }
 
 #[test]

@@ -26,6 +26,7 @@ fn read(files: &Files) -> Result<Adapter, String> {
     let base = folder.path().join("model");
     testing::model().write_model(&base).unwrap();
     let base = BaseModel {
+        merged: None,
         decoder: Decoder::from_folder(&base).unwrap(),
         path: base,
         dtype: DType::F32,

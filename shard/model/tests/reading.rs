@@ -21,7 +21,7 @@ const TYPES: [(DType, usize); 2] = [(DType::Bf16, 2), (DType::F32, 4)];
 
 fn model(path: &Path, dtype: DType) -> BaseModel {
     let decoder = Decoder::from_folder(path).unwrap();
-    BaseModel { decoder, path: path.to_owned(), dtype, share: model::Share::WHOLE }
+    BaseModel { merged: None, decoder, path: path.to_owned(), dtype, share: model::Share::WHOLE }
 }
 
 #[test]

@@ -135,6 +135,7 @@ impl Adapters {
     fn read(&self) -> Result<String, AdapterError> {
         let path = self.0.path().join("model");
         let model = BaseModel {
+            merged: None,
             decoder: Decoder::from_folder(&path).unwrap(),
             path,
             dtype: DType::F32,

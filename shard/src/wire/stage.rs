@@ -42,6 +42,10 @@ fn recipe(merge: wire::Merge) -> Result<Recipe, StageError> {
             Way::MagnitudePrune => Strategy::Elementwise(Elementwise::MagnitudePrune),
             Way::Cat => Strategy::Cat,
             Way::Svd => Strategy::Svd,
+            Way::TiesSvd => Strategy::Dense(Elementwise::Ties),
+            Way::DareLinearSvd => Strategy::Dense(Elementwise::DareLinear),
+            Way::DareTiesSvd => Strategy::Dense(Elementwise::DareTies),
+            Way::MagnitudePruneSvd => Strategy::Dense(Elementwise::MagnitudePrune),
         },
         density: merge.density,
         majority_sign: match sign {

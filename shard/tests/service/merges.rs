@@ -25,8 +25,18 @@ fn recipes() -> Vec<(Merge, Recipe)> {
         (Way::MagnitudePrune, Elementwise::MagnitudePrune),
     ];
     let elementwise = elementwise.map(|(way, strategy)| (way, Strategy::Elementwise(strategy)));
-    let ways: Vec<_> =
-        elementwise.into_iter().chain([(Way::Cat, Strategy::Cat), (Way::Svd, Strategy::Svd)]).collect();
+    let whole = [
+        (Way::TiesSvd, Elementwise::Ties),
+        (Way::DareLinearSvd, Elementwise::DareLinear),
+        (Way::DareTiesSvd, Elementwise::DareTies),
+        (Way::MagnitudePruneSvd, Elementwise::MagnitudePrune),
+    ];
+    let whole = whole.map(|(way, strategy)| (way, Strategy::Dense(strategy)));
+    let ways: Vec<_> = elementwise
+        .into_iter()
+        .chain(whole)
+        .chain([(Way::Cat, Strategy::Cat), (Way::Svd, Strategy::Svd)])
+        .collect();
     let mut recipes = Vec::new();
     for (strategy, expected) in ways {
         for (density, sign, seed, svd_rank) in [(0.5, Sign::Total, 0, 0), (0.3, Sign::Frequency, u64::MAX, 1)]
@@ -71,7 +81,7 @@ fn order(served: &Served, content: u8, merge: Merge) -> StageRequest {
 fn merged(served: &Served, recipe: &Recipe) -> Adapter {
     let path = served.folder.path().join("model");
     let decoder = Decoder::from_folder(&path).unwrap();
-    let base = BaseModel { decoder, path, dtype: DType::F32, share: Share::WHOLE };
+    let base = BaseModel { merged: None, decoder, path, dtype: DType::F32, share: Share::WHOLE };
     let parts = ["one", "two", "three"].into_iter().zip(WEIGHTS).map(|(name, weight)| {
         let files = AdapterFiles::open(&served.folder.path().join("adapters").join(name)).unwrap();
         MergePart { name: name.into(), files, weight }

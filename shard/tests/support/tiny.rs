@@ -61,6 +61,7 @@ pub(crate) fn engine_in<B: Backend>(
     let ops = Arc::new(ops);
     let model = Arc::new(Model::load(&*ops, &at("model"), &mut |_| {}).unwrap());
     let base = BaseModel {
+        merged: None,
         decoder: model.decoder().clone(),
         path: at("model"),
         dtype: DType::F32,

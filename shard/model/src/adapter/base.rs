@@ -8,7 +8,8 @@ use super::{AdapterError, values::Values};
 use crate::{
     Decoder, Share,
     decoder::{Module, Part},
-    weights::{self, Source},
+    load,
+    weights::Source,
 };
 
 /// The served model, against which adapters are checked.
@@ -18,6 +19,8 @@ pub struct BaseModel {
     pub decoder: Decoder,
     /// Its files: a folder, or a GGUF file.
     pub path: PathBuf,
+    /// The folder of an adapter that is merged into its weights.
+    pub merged: Option<PathBuf>,
     /// The type to which its weights are converted.
     pub dtype: DType,
     /// The share of it that is served here, for which adapters are cut.
@@ -42,17 +45,28 @@ impl BaseModel {
 pub(super) struct BaseWeights<'a> {
     pub(super) model: &'a BaseModel,
     source: OnceLock<Box<dyn Source + Send + Sync>>,
+    /// The weights, where they are open already.
+    given: Option<&'a (dyn Source + Send + Sync)>,
 }
 
 impl<'a> BaseWeights<'a> {
     pub(super) fn of(model: &'a BaseModel) -> BaseWeights<'a> {
-        BaseWeights { model, source: OnceLock::new() }
+        BaseWeights { model, source: OnceLock::new(), given: None }
+    }
+
+    /// Weights that are open.
+    pub(super) fn given(model: &'a BaseModel, source: &'a (dyn Source + Send + Sync)) -> BaseWeights<'a> {
+        BaseWeights { model, source: OnceLock::new(), given: Some(source) }
     }
 
     fn source(&self) -> Result<&dyn Source, AdapterError> {
+        if let Some(given) = self.given {
+            return Ok(given);
+        }
         if self.source.get().is_none() {
+            let BaseModel { path, merged, dtype, .. } = self.model;
             // If another thread was faster, its source is as good.
-            let _ = self.source.set(weights::open(&self.model.path)?.1);
+            let _ = self.source.set(load::open(path, merged.as_deref(), *dtype)?.1);
         }
         self.source.get().map(|source| &**source as &dyn Source).ok_or(AdapterError::NoTensor)
     }

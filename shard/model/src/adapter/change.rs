@@ -1,6 +1,8 @@
 //! The change that an adapter makes at one module. It is known from the configuration and the headers of the file
 //! before any memory is allocated, and read when there is memory.
 
+mod merged;
+
 use kernels::{DType, HostTensor, LoraPart, LoraShape, LowRank, ReplacedRows};
 
 use super::{
@@ -18,6 +20,7 @@ use crate::{
     decoder::{Kind, Module},
     load::{stored_runs, transposed},
 };
+pub(super) use merged::Merged;
 
 /// What parts are read from.
 #[derive(Clone, Copy)]

@@ -112,6 +112,12 @@ pub enum AdapterError {
     /// An adapter that is to be merged has rows of its own in place of the model's, or another number of rows.
     #[error("the rows of {0} differ from the model's, and rows cannot be merged")]
     Rows(String),
+    /// An adapter that is to be merged into the model has other tokens than the model.
+    #[error("{0} has other tokens than the model, into whose weights it cannot be merged")]
+    OtherTokens(String),
+    /// An adapter that is to be merged into the model has a bias where the model has none.
+    #[error("the bias of {0} cannot be merged into the model, which has none there")]
+    NoBias(String),
 }
 
 impl From<kernels::Error> for AdapterError {

@@ -120,13 +120,23 @@ impl<'a> Merge<'a> {
         let passing = self.modules.iter().map(|merged| {
             let [of_parts, of_result] = match self.recipe.strategy {
                 Strategy::Svd => svd::PASSING,
-                Strategy::Elementwise(_) | Strategy::Cat => arithmetic::PASSING,
+                Strategy::Elementwise(_) | Strategy::Cat | Strategy::Dense(_) => arithmetic::PASSING,
+            };
+            let whole = match self.recipe.strategy {
+                Strategy::Dense(_) => {
+                    let [of_part, once] = svd::PASSING_WHOLE;
+                    (of_part * self.parts.len() + once) * merged.elements_whole()
+                }
+                Strategy::Svd | Strategy::Elementwise(_) | Strategy::Cat => 0,
             };
             let stored = self.parts.iter().filter_map(|part| {
                 let (delta, values) = (part.delta(merged.index)?, &part.folder.values);
                 Some(values.passing_bytes(&delta.a).max(values.passing_bytes(&delta.b)))
             });
-            stored.max().unwrap_or(0) + of_parts * merged.elements_read() + of_result * merged.elements()
+            whole
+                + stored.max().unwrap_or(0)
+                + of_parts * merged.elements_read()
+                + of_result * merged.elements()
         });
         result + passing.max().unwrap_or(0)
     }
@@ -169,6 +179,9 @@ impl<'a> Merge<'a> {
                 svd::truncated(&factors, *lora_rank).ok_or_else(|| MergeError::NoSvd(module.path.clone()))?
             }
             Strategy::Elementwise(way) => arithmetic::elementwise(way, &factors, &self.recipe, &module.path),
+            Strategy::Dense(way) => {
+                self.truncated(way, &factors, merged).ok_or_else(|| MergeError::NoSvd(module.path.clone()))?
+            }
         };
         drop(factors);
         let matrix =
@@ -187,6 +200,27 @@ impl<'a> Merge<'a> {
         Ok(LoraPart { site, slice, low_rank, magnitude: None, bias: None, rows: None, content: 0 })
     }
 
+    /// Merges whole deltas, of whose result A and B of the module's rank are taken.
+    fn truncated(
+        &self,
+        way: Elementwise,
+        factors: &[Factors],
+        merged: &MergedModule,
+    ) -> Option<[Vec<f32>; 2]> {
+        let module = &merged.module;
+        let is_transposed = module.transposed || module.kind == Kind::Lookup;
+        let whole = arithmetic::whole(way, factors, is_transposed, &self.recipe, &module.path);
+        // Of a table, B has the columns, and A has the tokens.
+        let outputs = if module.kind == Kind::Lookup { module.inputs } else { module.outputs };
+        let inputs = whole.len() / outputs;
+        let at = |input: usize, output: usize| match is_transposed {
+            true => input * outputs + output,
+            false => output * inputs + input,
+        };
+        let elements = (0..inputs).flat_map(|input| (0..outputs).map(move |output| at(input, output)));
+        svd::truncated_whole(outputs, elements.map(|at| whole[at]), merged.lora_rank)
+    }
+
     /// Reads the tensors of a module.
     fn factors(&self, merged: &MergedModule) -> Result<Vec<Factors>, MergeError> {
         let mut factors = Vec::new();
@@ -195,8 +229,8 @@ impl<'a> Merge<'a> {
             let tensors = delta.read(&merged.module, &opened.folder.values);
             let tensors = tensors.map_err(|source| MergeError::of(&opened.name, source))?;
             let [a, b] = tensors.map(|tensor| tensor.to_f32());
-            let factor = opened.weight * f64::from(delta.scale);
-            factors.push(Factors { part, lora_rank: delta.lora_rank, factor, a, b });
+            let (weight, scale) = (opened.weight, delta.scale);
+            factors.push(Factors { part, lora_rank: delta.lora_rank, weight, scale, a, b });
         }
         Ok(factors)
     }

@@ -113,11 +113,21 @@ impl Plan {
             }
             changes.push(change);
         }
-        if self.has_biases {
-            norms::spread(&mut changes, &base.model.decoder, values, base)?;
-        }
         tensors.expect_no_others()?;
         Ok(changes)
+    }
+
+    /// Moves trained biases of norms to the projections that read them.
+    pub(super) fn spread(
+        &self,
+        changes: &mut [Change],
+        values: &Values,
+        base: &BaseWeights<'_>,
+    ) -> Result<(), AdapterError> {
+        match self.has_biases {
+            true => norms::spread(changes, &base.model.decoder, values, base),
+            false => Ok(()),
+        }
     }
 
     /// The tensors that are whole tables, each with the table that it replaces.

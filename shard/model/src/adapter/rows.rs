@@ -23,7 +23,7 @@ pub(super) struct Rows {
     /// Columns of the weight.
     cols: usize,
     /// The tensor that is the whole weight.
-    table: Option<String>,
+    pub(super) table: Option<String>,
     /// The tensor of some tokens' rows, and the tokens in its order.
     tokens: Option<(String, Vec<u32>)>,
     /// Whether the module has a delta, too. It is added to the rows, because backends do not add deltas to replaced

@@ -101,7 +101,7 @@ impl Driver {
         adapters: &[PathBuf],
     ) -> Driver {
         let (decoder, dtype) = (model.decoder().clone(), ops.dtype());
-        let base = BaseModel { decoder, path: path.into(), dtype, share };
+        let base = BaseModel { merged: None, decoder, path: path.into(), dtype, share };
         let mut slots = ops.lora_slots(model.sites(), adapters.len()).unwrap();
         for (slot, folder) in adapters.iter().enumerate() {
             let opened = AdapterFolder::open(folder, &base).unwrap();

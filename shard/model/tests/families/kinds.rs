@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// Most that a log-probability may differ from PEFT's in f32.
-const BAR: f32 = 2e-3;
+pub(crate) const BAR: f32 = 2e-3;
 /// What every kind moves a log-probability by, and what a reader is off by that passes over it.
 const SENSITIVE: f32 = 0.05;
 /// Kinds that say the same in other words.
@@ -39,7 +39,7 @@ const STEP: (usize, usize) = (200, 23);
 /// A base with adapters of all kinds, as files.
 pub(crate) struct Base {
     name: String,
-    goldens: Goldens,
+    pub(crate) goldens: Goldens,
     folder: tempfile::TempDir,
 }
 
@@ -55,7 +55,7 @@ impl Base {
     }
 
     /// Writes the folder of a manifest.
-    fn write(&self, manifest: &str, to: &str) -> PathBuf {
+    pub(crate) fn write(&self, manifest: &str, to: &str) -> PathBuf {
         let to = self.folder.path().join(to);
         let manifest = Manifest::read(&goldens::folder(&self.name).join(manifest)).unwrap();
         manifest.write(&to, DType::F32).unwrap();
@@ -67,7 +67,7 @@ impl Base {
     }
 
     /// The cases of all kinds that are served.
-    fn kinds(&self) -> Vec<&Case> {
+    pub(crate) fn kinds(&self) -> Vec<&Case> {
         self.goldens.cases.iter().filter(|case| kind(case) != UNREPEATED).collect()
     }
 
@@ -78,14 +78,14 @@ impl Base {
         kinds.chain([self.write("adapters/linear.json", "linear")]).collect()
     }
 
-    fn sequence(&self, case: &Case, slot: Option<u32>) -> Sequence {
+    pub(crate) fn sequence(&self, case: &Case, slot: Option<u32>) -> Sequence {
         let top = case.top.iter().map(|top| top.position);
         let scored: BTreeSet<_> = case.positions.iter().copied().chain(top).collect();
         Sequence::new(&self.goldens.prompts[case.prompt], slot, scored)
     }
 
     /// The largest difference of a case's log-probabilities from PEFT's; its tokens must be PEFT's.
-    fn compare(&self, how: &str, case: &Case, sequence: &Sequence) -> f32 {
+    pub(crate) fn compare(&self, how: &str, case: &Case, sequence: &Sequence) -> f32 {
         let place = format!("{} {how}, {:?}", self.name, case.adapter);
         let scored = case.positions.iter().map(|position| sequence.scores[position].logprob);
         let chosen = (sequence.prompt - 1..).take(case.tokens.len());
@@ -99,7 +99,7 @@ impl Base {
     }
 }
 
-fn kind(case: &Case) -> String {
+pub(crate) fn kind(case: &Case) -> String {
     case.adapter.clone().unwrap()
 }
 
@@ -260,6 +260,7 @@ fn memory_and_identity_are_known() {
             let folder = base.write(&format!("kinds/{kind}.json"), kind);
             for dtype in [DType::F32, DType::Bf16, DType::F16] {
                 let model = BaseModel {
+                    merged: None,
                     decoder: decoder.clone(),
                     path: base.model(),
                     dtype,
@@ -295,7 +296,7 @@ fn memory_and_identity_are_known() {
 fn what_is_not_served_is_refused_by_name() {
     let base = Base::new("llama");
     let (decoder, path) = (Decoder::from_folder(&base.model()).unwrap(), base.model());
-    let model = BaseModel { decoder, path, dtype: DType::F32, share: model::Share::WHOLE };
+    let model = BaseModel { merged: None, decoder, path, dtype: DType::F32, share: model::Share::WHOLE };
     assert!(base.goldens.refused.len() >= 25);
     let unrepeated =
         goldens::Refused { adapter: UNREPEATED.into(), reason: "init_lora_weights = pissa".into() };

@@ -126,7 +126,8 @@ fn read_with(naming: Naming, others: &[Seeded]) -> Result<Vec<String>, String> {
     manifest.tensors.extend(others.iter().cloned());
     manifest.write(&at("adapter"), DType::F32).unwrap();
     let decoder = Decoder::from_folder(&at("model")).unwrap();
-    let base = BaseModel { decoder, path: at("model"), dtype: DType::F32, share: model::Share::WHOLE };
+    let base =
+        BaseModel { merged: None, decoder, path: at("model"), dtype: DType::F32, share: model::Share::WHOLE };
     adapter::read(&at("adapter"), &base).map(|adapter| adapter.sites).map_err(|error| error.to_string())
 }
 

@@ -25,7 +25,13 @@ fn read(base: &str, adapter: &Manifest) -> Result<Adapter, String> {
     let folder = files.model().with_file_name("adapter");
     adapter.write(&folder, DType::F32).unwrap();
     let decoder = Decoder::from_folder(&files.model()).unwrap();
-    let model = BaseModel { decoder, path: files.model(), dtype: DType::F32, share: model::Share::WHOLE };
+    let model = BaseModel {
+        merged: None,
+        decoder,
+        path: files.model(),
+        dtype: DType::F32,
+        share: model::Share::WHOLE,
+    };
     adapter::read(&folder, &model).map_err(|error| error.to_string())
 }
 

@@ -18,6 +18,7 @@ fn refusal(model: &Files, adapters: &[Files], weights: &[f64], recipe: &Recipe) 
     let folder = tempfile::tempdir().unwrap();
     model.write_model(folder.path()).unwrap();
     let base = BaseModel {
+        merged: None,
         decoder: Decoder::from_folder(folder.path()).unwrap(),
         path: folder.path().into(),
         dtype: DType::F16,

@@ -104,6 +104,7 @@ fn of_equal_magnitudes_exactly_as_many_are_kept_as_the_density_says() {
     files.write_adapter(&at).unwrap();
     testing::model().write_model(folder.path()).unwrap();
     let base = model::adapter::BaseModel {
+        merged: None,
         decoder: model::Decoder::from_folder(folder.path()).unwrap(),
         path: folder.path().into(),
         dtype: DType::F32,

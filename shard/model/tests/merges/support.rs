@@ -16,7 +16,7 @@ use model::{
 use serde_json::{Value, json};
 
 /// All strategies.
-pub(crate) const STRATEGIES: [Strategy; 7] = [
+pub(crate) const STRATEGIES: [Strategy; 11] = [
     Strategy::Elementwise(Elementwise::Linear),
     Strategy::Elementwise(Elementwise::Ties),
     Strategy::Elementwise(Elementwise::DareLinear),
@@ -24,6 +24,10 @@ pub(crate) const STRATEGIES: [Strategy; 7] = [
     Strategy::Elementwise(Elementwise::MagnitudePrune),
     Strategy::Cat,
     Strategy::Svd,
+    Strategy::Dense(Elementwise::Ties),
+    Strategy::Dense(Elementwise::DareLinear),
+    Strategy::Dense(Elementwise::DareTies),
+    Strategy::Dense(Elementwise::MagnitudePrune),
 ];
 
 /// The folder with what PEFT merges, see `integration-tests/fixtures/make_merges.py`.
@@ -41,6 +45,7 @@ pub(crate) fn base(folder: &Path, dtype: DType) -> BaseModel {
     });
     fs::write(folder.join("config.json"), config.to_string()).unwrap();
     BaseModel {
+        merged: None,
         decoder: Decoder::from_folder(folder).unwrap(),
         path: folder.into(),
         dtype,

@@ -3,6 +3,8 @@
 
 use std::iter;
 
+use nalgebra::DMatrix;
+
 use super::{
     mask::Mask,
     recipe::{Elementwise, MajoritySign, Recipe},
@@ -18,18 +20,38 @@ pub(super) struct Factors {
     pub(super) part: usize,
     /// Rows of A, columns of B.
     pub(super) lora_rank: usize,
-    /// Weight times scale.
-    pub(super) factor: f64,
+    /// The weight of the part.
+    pub(super) weight: f64,
+    /// The scale of the delta.
+    pub(super) scale: f32,
     /// A, row-major.
     pub(super) a: Vec<f32>,
     /// B, row-major.
     pub(super) b: Vec<f32>,
 }
 
+impl Factors {
+    /// Weight times scale.
+    pub(super) fn factor(&self) -> f64 {
+        self.weight * f64::from(self.scale)
+    }
+
+    /// `scale · B · A`, row-major, or column-major.
+    fn delta(&self, is_transposed: bool) -> Vec<f32> {
+        let rank = self.lora_rank;
+        let (inputs, outputs) = (self.a.len() / rank, self.b.len() / rank);
+        let left = DMatrix::from_row_slice(outputs, rank, &self.b);
+        let right = DMatrix::from_row_slice(rank, inputs, &self.a);
+        let delta = left * right * self.scale;
+        // nalgebra's matrices are column-major.
+        if is_transposed { delta.as_slice().to_vec() } else { delta.transpose().as_slice().to_vec() }
+    }
+}
+
 /// The exact sum of all deltas: the rows of all A below each other, and the columns of all B beside each other.
 pub(super) fn beside(factors: &[Factors]) -> [Vec<f32>; 2] {
     let scaled = |factors: &Factors| {
-        let factor = factors.factor as f32;
+        let factor = factors.factor() as f32;
         factors.a.iter().map(move |x| x * factor).collect::<Vec<_>>()
     };
     let a = factors.iter().flat_map(scaled).collect();
@@ -40,39 +62,62 @@ pub(super) fn beside(factors: &[Factors]) -> [Vec<f32>; 2] {
     [a, (0..rows).flat_map(row).copied().collect()]
 }
 
-/// Merges tensors element by element. `path` is that of their module.
+/// Merges A and B element by element. `path` is that of their module.
 pub(super) fn elementwise(
     way: Elementwise,
     factors: &[Factors],
     recipe: &Recipe,
     path: &str,
 ) -> [Vec<f32>; 2] {
-    let density = recipe.density.unwrap_or(1.0);
     ["lora_A", "lora_B"].map(|tensor| {
         let is_a = tensor == "lora_A";
-        let pruned = |factors: &Factors| {
-            let values = if is_a { &factors.a } else { &factors.b };
-            match way {
-                Elementwise::Linear => values.clone(),
-                Elementwise::Ties | Elementwise::MagnitudePrune => largest(values, density),
-                Elementwise::DareLinear | Elementwise::DareTies => {
-                    let mask = Mask::new(recipe.seed, factors.part, &format!("{path}.{tensor}"), density);
-                    random(values, &mask, density)
-                }
+        let tensors = factors.iter().map(|factors| {
+            // The sign goes to A alone, because it would cancel itself in the product.
+            let sign = if is_a && factors.factor() < 0.0 { -1.0 } else { 1.0 };
+            let weight = (factors.factor().abs().sqrt() * sign) as f32;
+            (factors.part, weight, if is_a { factors.a.clone() } else { factors.b.clone() })
+        });
+        merged(way, tensors, recipe, &format!("{path}.{tensor}"))
+    })
+}
+
+/// Merges whole deltas element by element, in the order in which a file stores the weight: `[outputs, inputs]`, or the
+/// other way round.
+pub(super) fn whole(
+    way: Elementwise,
+    factors: &[Factors],
+    is_transposed: bool,
+    recipe: &Recipe,
+    path: &str,
+) -> Vec<f32> {
+    let deltas =
+        factors.iter().map(|factors| (factors.part, factors.weight as f32, factors.delta(is_transposed)));
+    merged(way, deltas, recipe, &format!("{path}.delta"))
+}
+
+/// Merges tensors: the number of each one's part, its weight, and its elements.
+fn merged(
+    way: Elementwise,
+    tensors: impl Iterator<Item = (usize, f32, Vec<f32>)>,
+    recipe: &Recipe,
+    name: &str,
+) -> Vec<f32> {
+    let density = recipe.density.unwrap_or(1.0);
+    let pruned = |(part, weight, values): (usize, f32, Vec<f32>)| {
+        let values = match way {
+            Elementwise::Linear => values,
+            Elementwise::Ties | Elementwise::MagnitudePrune => largest(&values, density),
+            Elementwise::DareLinear | Elementwise::DareTies => {
+                random(&values, &Mask::new(recipe.seed, part, name, density), density)
             }
         };
-        // The sign goes to A alone, because it would cancel itself in the product.
-        let weight = |factors: &Factors| {
-            let sign = if is_a && factors.factor < 0.0 { -1.0 } else { 1.0 };
-            (factors.factor.abs().sqrt() * sign) as f32
-        };
-        let tensors: Vec<(f32, Vec<f32>)> =
-            factors.iter().map(|factors| (weight(factors), pruned(factors))).collect();
-        match way {
-            Elementwise::Ties | Elementwise::DareTies => disjoint(&tensors, recipe.majority_sign),
-            Elementwise::Linear | Elementwise::DareLinear | Elementwise::MagnitudePrune => sum(&tensors),
-        }
-    })
+        (weight, values)
+    };
+    let tensors: Vec<(f32, Vec<f32>)> = tensors.map(pruned).collect();
+    match way {
+        Elementwise::Ties | Elementwise::DareTies => disjoint(&tensors, recipe.majority_sign),
+        Elementwise::Linear | Elementwise::DareLinear | Elementwise::MagnitudePrune => sum(&tensors),
+    }
 }
 
 /// The weighted sum.

@@ -61,6 +61,16 @@ pub enum MergeError {
         /// The largest sum of the ranks of a module.
         ranks: usize,
     },
+    /// SVD of whole deltas takes too long.
+    #[error(
+        "{strategy} decomposes whole matrices, which takes too long for this model; {of} merges A and B instead"
+    )]
+    TooMuchWhole {
+        /// The strategy.
+        strategy: &'static str,
+        /// The strategy that merges A and B in the same way.
+        of: &'static str,
+    },
     /// The SVD of a module does not converge.
     #[error("the SVD of {0} does not converge")]
     NoSvd(String),

@@ -34,6 +34,11 @@ impl MergedModule {
         self.lora_rank * (self.module.inputs + self.module.outputs)
     }
 
+    /// Elements of the delta.
+    pub(super) fn elements_whole(&self) -> usize {
+        self.module.inputs * self.module.outputs
+    }
+
     /// Elements of A and B of all parts.
     pub(super) fn elements_read(&self) -> usize {
         self.rank_sum * (self.module.inputs + self.module.outputs)
@@ -56,12 +61,16 @@ pub(super) fn merged(
         let lora_rank = match recipe.strategy {
             // There are no more singular values.
             Strategy::Svd => lora_rank.min(rank_sum).min(module.inputs).min(module.outputs),
-            _ => recipe.lora_rank(ranks, &module.path)?,
+            // Pruning leaves a matrix of any rank.
+            Strategy::Dense(_) => lora_rank.min(module.inputs).min(module.outputs),
+            Strategy::Elementwise(_) | Strategy::Cat => recipe.lora_rank(ranks, &module.path)?,
         };
         found.push(MergedModule { module: module.clone(), index, place, lora_rank, rank_sum });
     }
-    if recipe.strategy == Strategy::Svd {
-        svd::check_work(&found)?;
+    match recipe.strategy {
+        Strategy::Svd => svd::check_work(&found)?,
+        Strategy::Dense(_) => svd::check_whole_work(&found, recipe.strategy)?,
+        Strategy::Elementwise(_) | Strategy::Cat => {}
     }
     Ok(found)
 }

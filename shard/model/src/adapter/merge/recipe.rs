@@ -27,6 +27,9 @@ pub enum Strategy {
     Cat,
     /// `svd`: the matrix of a given rank that is closest to the sum.
     Svd,
+    /// `ties_svd` and others: whole deltas are merged element by element, and the matrix of a given rank that is closest
+    /// to the result is taken.
+    Dense(Elementwise),
 }
 
 /// A way to merge tensors of equal shapes. All are sums of products with the square roots of weight times scale, whose
@@ -67,12 +70,19 @@ impl Strategy {
             Strategy::Elementwise(Elementwise::DareTies) => "dare_ties",
             Strategy::Elementwise(Elementwise::MagnitudePrune) => "magnitude_prune",
             Strategy::Cat => "cat",
-            Strategy::Svd => "svd",
+            Strategy::Svd | Strategy::Dense(Elementwise::Linear) => "svd",
+            Strategy::Dense(Elementwise::Ties) => "ties_svd",
+            Strategy::Dense(Elementwise::DareLinear) => "dare_linear_svd",
+            Strategy::Dense(Elementwise::DareTies) => "dare_ties_svd",
+            Strategy::Dense(Elementwise::MagnitudePrune) => "magnitude_prune_svd",
         }
     }
 
     fn prunes(self) -> bool {
-        !matches!(self, Strategy::Elementwise(Elementwise::Linear) | Strategy::Cat | Strategy::Svd)
+        match self {
+            Strategy::Elementwise(way) | Strategy::Dense(way) => way != Elementwise::Linear,
+            Strategy::Cat | Strategy::Svd => false,
+        }
     }
 }
 
@@ -105,7 +115,7 @@ impl Recipe {
         let largest = ranks.clone().max().unwrap_or(0);
         match self.strategy {
             Strategy::Cat => Ok(ranks.sum()),
-            Strategy::Svd => Ok(self.svd_rank.unwrap_or(largest)),
+            Strategy::Svd | Strategy::Dense(_) => Ok(self.svd_rank.unwrap_or(largest)),
             Strategy::Elementwise(_) if ranks.clone().all(|rank| rank == largest) => Ok(largest),
             strategy @ Strategy::Elementwise(_) => {
                 Err(MergeError::Ranks { strategy: strategy.name(), of: of.into(), ranks: ranks.collect() })

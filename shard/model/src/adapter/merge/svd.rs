@@ -4,7 +4,7 @@
 
 use nalgebra::DMatrix;
 
-use super::{MergeError, arithmetic::Factors, modules::MergedModule};
+use super::{MergeError, Strategy, arithmetic::Factors, modules::MergedModule};
 
 /// Bytes that are in use at most for each element of A and B of all parts, and of the result: the value as it was read,
 /// and matrices of f64 before and after they are decomposed.
@@ -27,13 +27,51 @@ pub(super) fn check_work(modules: &[MergedModule]) -> Result<(), MergeError> {
     if all > MAX_WORK { Err(MergeError::TooMuchWork { ranks }) } else { Ok(()) }
 }
 
+/// Bytes that are in use at most for each element of a whole delta: of every part, the value and the pruned one; once, the
+/// merged value, the matrix of f64, and what it is decomposed into.
+pub(super) const PASSING_WHOLE: [usize; 2] = [8, 36];
+
+/// As [`check_work`], of whole deltas.
+pub(super) fn check_whole_work(modules: &[MergedModule], strategy: Strategy) -> Result<(), MergeError> {
+    let work = |merged: &MergedModule| {
+        let least = merged.module.inputs.min(merged.module.outputs);
+        // Iterations go through whole matrices again and again, in passes that are not blocked.
+        merged.elements_whole().saturating_mul(least).saturating_mul(128)
+    };
+    match (modules.iter().map(work).fold(0, usize::saturating_add), strategy) {
+        (all, Strategy::Dense(way)) if all > MAX_WORK => {
+            let of = Strategy::Elementwise(way).name();
+            Err(MergeError::TooMuchWhole { strategy: strategy.name(), of })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// As [`truncated`], of a whole matrix `[outputs, inputs]`, column-major.
+pub(super) fn truncated_whole(
+    outputs: usize,
+    column_major: impl Iterator<Item = f32>,
+    lora_rank: usize,
+) -> Option<[Vec<f32>; 2]> {
+    let values: Vec<f64> = column_major.map(f64::from).collect();
+    let matrix = DMatrix::from_vec(outputs, values.len() / outputs, values);
+    let decomposed = matrix.try_svd(true, true, f64::EPSILON, MAX_ITERATIONS)?;
+    let (u, v_t) = (decomposed.u?, decomposed.v_t?);
+    let scaled =
+        u.columns(0, lora_rank) * DMatrix::from_diagonal(&decomposed.singular_values.rows(0, lora_rank));
+    // Row-major A is the columns of its transposed matrix, and so is B.
+    let (a, b) = (v_t.rows(0, lora_rank).transpose(), scaled.transpose());
+    Some([a, b].map(|matrix| matrix.iter().map(|x| *x as f32).collect()))
+}
+
 /// A, the right singular vectors, and B, the left ones times the singular values, as in PEFT. `None` if the algorithm
 /// does not converge.
 pub(super) fn truncated(factors: &[Factors], lora_rank: usize) -> Option<[Vec<f32>; 2]> {
     let elements = |matrix: fn(&Factors) -> &[f32]| factors.iter().map(|factors| matrix(factors).len()).sum();
     let mut left = Vec::with_capacity(elements(|factors| &factors.b));
     let mut right = Vec::with_capacity(elements(|factors| &factors.a));
-    for Factors { lora_rank, factor, a, b, .. } in factors {
+    for factors @ Factors { lora_rank, a, b, .. } in factors {
+        let factor = factors.factor();
         let columns = b.len() / lora_rank;
         for row in 0..*lora_rank {
             left.extend((0..columns).map(|column| f64::from(b[column * lora_rank + row])));
