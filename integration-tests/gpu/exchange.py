@@ -88,6 +88,26 @@ def thousand(g: Generator, rounds: int) -> list[dict]:
     return [*results, dict(thousand="ratio", ratio=many / few)]
 
 
+def round_robin(g: Generator, server: Server, turns: int) -> list[dict]:
+    """All adapters in turn, of which host memory holds some and slots fewer: a pass over all of them by 16 clients, and the
+    gaps of running streams alone and while a part of them arrives, by turns."""
+    ask = ["--prompt-tokens", 16, "--output-tokens", 4, "--streams", 16, "--requests", 2 * len(g.adapters)]
+    report = g.report("round robin: all", *g.named(len(g.adapters)), "--popularity", "round-robin", *ask)
+    passed = dict(round_robin="two passes", adapters=len(g.adapters), seconds=report["seconds"], errors=report["errors"])
+    results, ratios = [dict(passed, capacity=server.get("/v1/adapters/capacity"), memory=server.memory())], []
+    g.touch(8)
+    newcomers = g.adapters[8:]
+    for turn in range(turns):
+        part = newcomers[turn * len(newcomers) // turns : (turn + 1) * len(newcomers) // turns]
+        kinds = [("quiet", []), ("loud", part)]
+        gaps = {}
+        for kind, arriving in kinds if turn % 2 == 0 else reversed(kinds):
+            results.append(g.arrivals(f"round robin: {kind} {turn}", arriving, rate=RATE))
+            gaps[kind] = results[-1]["gap_p99"]
+        ratios.append(gaps["loud"] / gaps["quiet"])
+    return [*results, dict(round_robin="ratio", ratios=ratios, ratio=statistics.median(ratios), memory=server.memory())]
+
+
 class BadHub(BaseHTTPRequestHandler):
     """A hub each of whose repositories fails in another way."""
 
@@ -182,5 +202,5 @@ def sources(g: Generator, server: Server, rounds: int, pairs: int) -> list[dict]
             tokens[kind].append(report["output_tokens_per_second"])
             statuses = {status: answers.count(status) for status in sorted(set(answers))}
             results.append(dict(sources=kind, tokens=tokens[kind][-1], errors=report["errors"], statuses=statuses))
-    ratio = statistics.median(tokens["bad"]) / statistics.median(tokens["quiet"])
+    ratio = statistics.median(bad / quiet for bad, quiet in zip(tokens["bad"], tokens["quiet"], strict=True))
     return [*results, dict(sources="ratio", ratio=ratio)]

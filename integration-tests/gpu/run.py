@@ -17,7 +17,7 @@ from pathlib import Path
 
 from check import EVICTED, batches, reference, words
 from crash import Crash
-from exchange import Cold, bad_hub, sources, thousand
+from exchange import Cold, bad_hub, round_robin, sources, thousand
 from loads import GROUPS, LOADS, Generator, verdict
 from server import Server, card
 from soak import Soak
@@ -152,6 +152,13 @@ def broken_sources(s: Session) -> None:
             s.say(result)
 
 
+def few_slots(s: Session) -> None:
+    """Measures more adapters than host memory and slots hold."""
+    with s.server(["--adapter-host-memory", s.args.few_host, "--max-active-adapters", "32"]) as server:
+        for result in round_robin(s.generator(server), server, s.args.pairs):
+            s.say(result)
+
+
 def families(s: Session) -> None:
     """Measures models of other families' shapes: 1 and 32 streams, without and with adapters."""
     for name in s.args.families:
@@ -231,7 +238,7 @@ def crash(s: Session) -> None:
             s.say(Crash(server).run(rank, how))
 
 
-PHASES = ["model", *GROUPS, "slots", "cold", "loading", "thousand", "sources", "families", "check", "reference", "demo", "crash", "soak"]
+PHASES = ["model", *GROUPS, "slots", "cold", "loading", "thousand", "round-robin", "sources", "families", "check", "reference", "demo", "crash", "soak"]
 
 
 def arguments() -> argparse.Namespace:
@@ -251,7 +258,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--settle", type=float, default=20.0, help="seconds in which it is set aside")
     parser.add_argument("--thousand", type=int, default=1000, help="adapters of the phase of that name")
     parser.add_argument("--thousand-host", default="40GiB", help="host memory for them")
-    parser.add_argument("--pairs", type=int, default=2, help="runs with and without broken sources")
+    parser.add_argument("--few-host", default="6GiB", help="host memory of the phase round-robin, which holds some of the adapters")
+    parser.add_argument("--pairs", type=int, default=2, help="runs with and without broken sources, or arriving adapters")
     parser.add_argument("--crashes", type=int, default=1, help="shards to kill, every second two of them to stop")
     parser.add_argument("--rounds", type=int, default=3, help="requests a stream")
     parser.add_argument("--scale", type=float, default=1.0, help="of prompt and output lengths")
@@ -283,7 +291,7 @@ def main() -> int:
         s.guard("loads", lambda: measure(s, names, None))
     if "slots" in args.phases:
         s.guard("slots", lambda: measure(s, GROUPS["many"], 32))
-    further = dict(loading=loading, thousand=many_small, sources=broken_sources, families=families)
+    further = {"loading": loading, "thousand": many_small, "round-robin": few_slots, "sources": broken_sources, "families": families}
     for name, phase in (further | dict(check=check_batches, reference=check_reference, demo=check_demo, crash=crash, soak=soak)).items():
         if name in args.phases:
             s.guard(name, lambda: phase(s))

@@ -79,11 +79,19 @@ class Server:
         """Opens a connection, for one thread."""
         return http.client.HTTPConnection(self.address, timeout=300)
 
+    def get(self, path: str) -> dict:
+        """Returns the answer of a route."""
+        return self.ask("GET", path)
+
     def post(self, path: str, body: dict) -> dict:
+        """Sends one request and returns its whole answer."""
+        return self.ask("POST", path, json.dumps(body))
+
+    def ask(self, method: str, path: str, body: str | None = None) -> dict:
         """Sends one request and returns its whole answer."""
         connection = self.connect()
         try:
-            connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
+            connection.request(method, path, body, {"content-type": "application/json"})
             response = connection.getresponse()
             answer = json.loads(response.read())
             if response.status != 200:
