@@ -33,8 +33,16 @@ pub(crate) struct AdapterRef {
 #[derive(Debug, Clone)]
 enum Named {
     One(Reference),
-    /// Adapters with their weights.
-    Merged(Vec<(Reference, f64)>, Recipe),
+    Merged(Vec<Part>, Recipe),
+}
+
+/// An adapter that is merged with others.
+#[derive(Debug, Clone)]
+struct Part {
+    reference: Reference,
+    weight: f64,
+    /// The request's tokens, or that of the part's registration.
+    credential: Credential,
 }
 
 impl AdapterRef {
@@ -42,7 +50,7 @@ impl AdapterRef {
     pub(crate) fn source(&self) -> Option<SourceKind> {
         match &self.named {
             Named::One(reference) => Some(reference.kind),
-            Named::Merged(parts, _) => parts.first().map(|(reference, _)| reference.kind),
+            Named::Merged(parts, _) => parts.first().map(|part| part.reference.kind),
         }
     }
 
@@ -52,14 +60,14 @@ impl AdapterRef {
             Named::One(reference) => (Some(reference), &[][..]),
             Named::Merged(parts, _) => (None, &parts[..]),
         };
-        one.into_iter().chain(parts.iter().map(|(reference, _)| reference))
+        one.into_iter().chain(parts.iter().map(|part| &part.reference))
     }
 
     /// The adapter itself, or a part of a merge, as errors name it.
     fn name(&self, part: Option<usize>) -> String {
         match (&self.named, part) {
             (Named::One(reference), _) => reference.to_string(),
-            (Named::Merged(parts, _), Some(part)) => parts[part].0.to_string(),
+            (Named::Merged(parts, _), Some(part)) => parts[part].reference.to_string(),
             (Named::Merged(..), None) => self.id.clone(),
         }
     }
@@ -133,14 +141,32 @@ impl App {
     ) -> Result<Option<AdapterRef>, ApiError> {
         let id = id.filter(|id| !id.is_empty());
         let Some(id) = id.or_else(|| Some(self.registry.default_id()?.to_owned())) else { return Ok(None) };
-        if id == BASE_MODEL {
+        if id == BASE_MODEL || self.is_merged(&id, source) {
             return Ok(None);
         }
-        if let Some(registered) = self.registry.find(&id).filter(|_| source.is_none()) {
-            return registered_adapter(field, id, registered, credential).map(Some);
+        let (reference, credential) = self.named(field, &id, source, credential)?;
+        Ok(Some(AdapterRef { field, id, named: Named::One(reference), credential }))
+    }
+
+    /// The adapter of a name, which may be that of a registration, and the tokens for it.
+    fn named(
+        &self,
+        field: &'static str,
+        id: &str,
+        source: Option<&str>,
+        credential: Credential,
+    ) -> Result<(Reference, Credential), ApiError> {
+        match self.registry.find(id).filter(|_| source.is_none()) {
+            Some(registered) => registered_adapter(field, id, registered, credential),
+            None => Ok((self.reference(field, id, source)?, credential)),
         }
-        let named = Named::One(self.reference(field, &id, source)?);
-        Ok(Some(AdapterRef { field, id, named, credential }))
+    }
+
+    /// Whether this is the adapter that is in the model's weights, so that the model itself is meant.
+    fn is_merged(&self, id: &str, source: Option<&str>) -> bool {
+        let config = &self.config.router;
+        config.merged_adapter() == Some(id)
+            && source.is_none_or(|source| source == self.config.adapter_source())
     }
 
     /// The adapter that is merged for a request.
@@ -151,13 +177,16 @@ impl App {
         credential: Credential,
     ) -> Result<AdapterRef, ApiError> {
         let (parts, recipe) = merged.checked()?;
-        if let Some((id, _)) = parts.iter().find(|(id, _)| is_base_model(id)) {
+        if let Some((id, _)) = parts.iter().find(|(id, _)| is_base_model(id) || self.is_merged(id, source)) {
             let problem = format!("has {id:?}: the base model cannot be merged with adapters");
             return Err(ApiError::invalid(format!("{MERGED}.ids"), problem));
         }
         let ids: Vec<&str> = parts.iter().map(|(id, _)| &**id).collect();
         let id = ids.join(",");
-        let parts = parts.iter().map(|(id, weight)| Ok((self.reference(MERGED, id, source)?, *weight)));
+        let parts = parts.iter().map(|(id, weight)| {
+            let (reference, credential) = self.named(MERGED, id, source, credential.clone())?;
+            Ok(Part { reference, weight: *weight, credential })
+        });
         let named = Named::Merged(parts.collect::<Result<_, ApiError>>()?, recipe);
         Ok(AdapterRef { field: MERGED, id, named, credential })
     }
@@ -196,9 +225,7 @@ impl App {
                 let leased = self.lease_one(caller, reference, &adapter.credential, deadline).await;
                 leased.map_err(|fault| (None, fault))
             }
-            Named::Merged(parts, recipe) => {
-                self.lease_merged(caller, (parts, *recipe), &adapter.credential, deadline).await
-            }
+            Named::Merged(parts, recipe) => self.lease_merged(caller, (parts, *recipe), deadline).await,
         };
         leased.map_err(|(part, fault)| match fault {
             Fault::Slow if Instant::now() >= deadline => ApiError::AdapterTimeout { limit },
@@ -225,24 +252,24 @@ impl App {
         }
     }
 
-    /// As [`Self::lease_one`], of a merge. Each of its parts is asked for with the credential.
+    /// As [`Self::lease_one`], of a merge.
     async fn lease_merged(
         &self,
         caller: &Caller,
-        (parts, recipe): (&[(Reference, f64)], Recipe),
-        credential: &Credential,
+        (parts, recipe): (&[Part], Recipe),
         deadline: Instant,
     ) -> Result<Leased, (Option<usize>, Fault)> {
         let tenant = caller.principal.tenant.asking();
-        let mut shown: Vec<_> = parts.iter().map(|(reference, _)| credential.first(reference)).collect();
+        let mut shown: Vec<_> = parts.iter().map(|part| part.credential.first(&part.reference)).collect();
         loop {
-            let wanted = parts.iter().zip(&shown).map(|((reference, weight), shown)| {
-                (Wanted { reference: reference.clone(), credential: shown.cloned() }, *weight)
+            let wanted = parts.iter().zip(&shown).map(|(part, shown)| {
+                (Wanted { reference: part.reference.clone(), credential: shown.cloned() }, part.weight)
             });
             let leased = self.adapters.ask_merged(wanted.collect(), recipe, tenant, deadline).await;
             match &leased {
                 Err((Some(part), fault))
-                    if let Some(next) = credential.next(&parts[*part].0, shown[*part], fault) =>
+                    if let Some(next) =
+                        parts[*part].credential.next(&parts[*part].reference, shown[*part], fault) =>
                 {
                     shown[*part] = Some(next);
                 }
@@ -255,16 +282,16 @@ impl App {
 /// A registered adapter, as a request names it. A request's own token goes before that of the registration.
 fn registered_adapter(
     field: &'static str,
-    id: String,
+    id: &str,
     registered: Registered,
     credential: Credential,
-) -> Result<AdapterRef, ApiError> {
+) -> Result<(Reference, Credential), ApiError> {
     if registered.needs_credential && credential.given.is_none() {
         let message = format!("adapter {id:?}: {FORGOTTEN}");
         return Err(ApiError::AdapterForbidden { field, message });
     }
     let credential = Credential { registered: registered.credential, ..credential };
-    Ok(AdapterRef { field, id, named: Named::One(registered.reference), credential })
+    Ok((registered.reference, credential))
 }
 
 #[cfg(test)]

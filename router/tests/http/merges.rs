@@ -108,6 +108,27 @@ fn recipes() -> Vec<(Value, Vec<f64>, Merge)> {
             vec![1.0, 1.0],
             Merge { svd_rank: 4, ..merge(Strategy::Svd, None) },
         ),
+        (
+            json!({"ids": ["a", "b"], "merge_strategy": "ties_svd", "density": 0.4, "seed": 3,
+                "majority_sign_method": "frequency"}),
+            vec![1.0, 1.0],
+            Merge { majority_sign: MajoritySign::Frequency.into(), ..merge(Strategy::TiesSvd, Some(0.4)) },
+        ),
+        (
+            json!({"ids": ["a", "b"], "merge_strategy": "dare_linear_svd", "density": 0.4, "seed": 3}),
+            vec![1.0, 1.0],
+            Merge { seed: 3, ..merge(Strategy::DareLinearSvd, Some(0.4)) },
+        ),
+        (
+            json!({"ids": ["a", "b"], "merge_strategy": "dare_ties_svd", "density": 0.4, "svd_rank": 2}),
+            vec![1.0, 1.0],
+            Merge { svd_rank: 2, ..merge(Strategy::DareTiesSvd, Some(0.4)) },
+        ),
+        (
+            json!({"ids": ["a", "b"], "merge_strategy": "magnitude_prune_svd", "density": 0.4, "svd_rank": 2}),
+            vec![1.0, 1.0],
+            Merge { svd_rank: 2, ..merge(Strategy::MagnitudePruneSvd, Some(0.4)) },
+        ),
         (json!({"ids": ["c", "c"], "merge_strategy": "cat"}), vec![1.0, 1.0], merge(Strategy::Cat, None)),
         (json!({"ids": ["c"], "weights": [-2]}), vec![-2.0], merge(Strategy::Linear, None)),
     ]
@@ -215,6 +236,34 @@ async fn equal_merges_are_one_whatever_names_led_there() {
 }
 
 /// What a request says, and words of the refusal.
+#[tokio::test]
+async fn a_part_may_have_the_name_of_its_registration() {
+    let folder = folder();
+    let router = router(folder.path(), |_| {}).await;
+    for (id, adapter) in [("first", "a"), ("b", "c"), ("team/é", "d")] {
+        router.ok("/v1/adapters", &json!({"id": id, "adapter_id": adapter})).await;
+    }
+    for (ids, of) in [
+        (json!(["first", "e"]), json!(["a", "e"])),
+        (json!(["e", "first"]), json!(["e", "a"])),
+        (json!(["first", "first"]), json!(["a", "a"])),
+        // A registration goes before a folder of the same name.
+        (json!(["b", "e"]), json!(["c", "e"])),
+        (json!(["team/é", "first", "b"]), json!(["d", "a", "c"])),
+    ] {
+        router.ok("/generate", &ask(json!({"ids": of}))).await;
+        let before = stages(&router).await;
+        router.ok("/generate", &ask(json!({"ids": ids}))).await;
+        assert_eq!(stages(&router).await, before, "{ids} is the merge of {of}");
+    }
+    // With a source, it is the name there.
+    let mut asked = ask(json!({"ids": ["first", "e"]}));
+    asked["parameters"]["adapter_source"] = json!("local");
+    let (status, body) = router.post("/generate", &asked).await;
+    assert_eq!((status.as_u16(), &body["error_type"]), (404, &json!("adapter_not_found")), "{body}");
+    at_rest(&router).await;
+}
+
 fn nonsense() -> Vec<(Value, &'static str)> {
     let many: Vec<&str> = ["a"; 33].into();
     vec![
