@@ -3,6 +3,7 @@
 //! Chat templates are written for jinja2 in Python and use what Python gives them: its way to print values, its methods
 //! of strings and its rules of truth. minijinja has the language; the modules below add what it does otherwise.
 
+pub mod answer;
 mod arguments;
 mod attributes;
 mod environment;
