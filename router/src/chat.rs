@@ -25,6 +25,7 @@ use std::{
 
 use minijinja::{Environment, Value, value::ValueKind};
 
+use self::answer::AnswerFormat;
 use crate::tokenizer::ModelTokenizer;
 
 /// The name of the environment's only template.
@@ -103,6 +104,19 @@ impl ChatTemplates {
     pub fn mentions(&self, variable: &str) -> bool {
         let template = self.named.get(DEFAULT).and_then(|template| template.as_ref().ok());
         template.is_some_and(|template| template.source.contains(variable))
+    }
+
+    /// The form of the answers to requests with or without tools.
+    pub fn answer_format(&self, with_tools: bool) -> AnswerFormat {
+        AnswerFormat::of(self.source(with_tools))
+    }
+
+    /// The source of the template for requests with or without tools; empty if there is none.
+    pub fn source(&self, with_tools: bool) -> &str {
+        let for_tools = self.named.get(TOOL_USE).filter(|_| with_tools);
+        let template =
+            for_tools.or_else(|| self.named.get(DEFAULT)).and_then(|template| template.as_ref().ok());
+        template.map_or("", |template| &template.source)
     }
 
     /// The prompt of a chat.

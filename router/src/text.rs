@@ -49,6 +49,8 @@ pub(crate) struct Ending {
     pub(crate) include_stop: bool,
     /// Whether special tokens are part of its text.
     pub(crate) show_special: bool,
+    /// Special tokens that are part of its text in any case: marks by which it is taken apart.
+    pub(crate) marks: Vec<u32>,
 }
 
 /// The reason that an answer ends.

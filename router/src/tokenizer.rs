@@ -225,6 +225,12 @@ impl ModelTokenizer {
         self.added.get(&id) == Some(&true)
     }
 
+    /// Ids of those among these texts that are special tokens.
+    pub(crate) fn special_ids(&self, texts: Vec<&str>) -> Vec<u32> {
+        let ids = texts.into_iter().filter_map(|text| self.tokenizer.token_to_id(text));
+        ids.filter(|id| self.is_special(*id)).collect()
+    }
+
     /// Ids of the tokens that end a text as far as the tokenizer's files know: the configured `eos_token`, and in a
     /// GGUF all that llama.cpp would stop at. The model's own configuration may name others.
     pub fn end_ids(&self) -> &[u32] {

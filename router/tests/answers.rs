@@ -83,8 +83,11 @@ fn format(calls: CallFormat) -> AnswerFormat {
     AnswerFormat { calls, thinking: None, knows_tools: true }
 }
 
+/// A text, what it says beside its calls, and the calls.
+type Case<'a> = (&'a str, &'a str, &'a [(&'a str, Value)]);
+
 /// Checks what answers say beside their calls, and the calls with their arguments as JSON.
-fn check(format: &AnswerFormat, cases: &[(&str, &str, &[(&str, Value)])]) {
+fn check(format: &AnswerFormat, cases: &[Case]) {
     for (text, content, calls) in cases {
         let answer = answer_to(format, "", text, false);
         let got: Vec<(&str, Value)> = answer
@@ -142,6 +145,10 @@ fn llama_calls() {
             (r#"{"name": "now", "parameters": {}} Done."#, "Done.", &[("now", json!({}))]),
         ],
     );
+}
+
+#[test]
+fn what_is_no_call_of_llama() {
     check_content(
         &format(CallFormat::Llama),
         &[
@@ -322,6 +329,14 @@ fn harmony_calls() {
             ("No channel at all.", "No channel at all.", &[]),
         ],
     );
+}
+
+#[test]
+fn malformed_harmony_is_content() {
+    let call = |name: &str, text: &str| {
+        format!("<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{text}<|call|>")
+    };
+    let formats = format(CallFormat::Harmony);
     for (text, content) in [
         (
             call("weather", "{\"city\"}"),
@@ -344,7 +359,12 @@ fn harmony_calls() {
         let expected = Answer { content: content.into(), ..Answer::default() };
         assert_eq!(answer_to(&formats, "", &text, false), expected, "{text:?}");
     }
-    let answer = answer_to(&formats, "", &format!("{thinks}{weather}"), false);
+}
+
+#[test]
+fn harmony_has_channels() {
+    let formats = format(CallFormat::Harmony);
+    let answer = answer_to(&formats, "", "<|channel|>analysis<|message|>Hm <b>.<|end|>", false);
     assert_eq!(answer.reasoning, "Hm <b>.");
     for (prompt, expected) in [
         ("<|start|>user<|message|>Hi<|end|><|start|>assistant", ("ab", "")),

@@ -20,6 +20,11 @@ pub(crate) trait Fold: Send + 'static {
     /// Returns the deltas of an event.
     fn push(&mut self, event: TextEvent) -> Vec<Self::Delta>;
 
+    /// Returns whether the response is complete before its sequence has ended.
+    fn is_done(&self) -> bool {
+        false
+    }
+
     /// Returns the whole response before the first delta.
     fn empty(&self) -> Self::Whole;
 
@@ -38,7 +43,8 @@ pub(crate) fn deltas<F: Fold>(
         Some(match generation.next().await? {
             Ok(event) => {
                 let deltas = fold.push(event).into_iter().map(Ok).collect();
-                (deltas, Some((generation, fold)))
+                let rest = Some((generation, fold)).filter(|(_, fold)| !fold.is_done());
+                (deltas, rest)
             }
             Err(error) => (vec![Err(error)], None),
         })
@@ -50,7 +56,9 @@ pub(crate) fn deltas<F: Fold>(
 pub(crate) async fn collect<F: Fold>(generation: &mut Generation, mut fold: F) -> Result<F::Whole, ApiError> {
     let mut whole = fold.empty();
     fold.open().into_iter().for_each(|delta| F::add(&mut whole, delta));
-    while let Some(event) = generation.next().await {
+    while !fold.is_done()
+        && let Some(event) = generation.next().await
+    {
         fold.push(event?).into_iter().for_each(|delta| F::add(&mut whole, delta));
     }
     Ok(whole)

@@ -1,11 +1,14 @@
-//! OpenAI's interface: `/v1/completions`, `/v1/chat/completions` and `/v1/embeddings`.
+//! OpenAI's interface: `/v1/completions`, `/v1/chat/completions`, `/v1/responses` and `/v1/embeddings`.
 
 mod chat;
 mod completion;
 mod embeddings;
 mod head;
 mod logprobs;
+mod messages;
 mod request;
+mod responses;
+mod tools;
 mod unions;
 
 use std::sync::Arc;
@@ -41,6 +44,7 @@ use completion::CompletionFold;
 use head::{Head, Usage};
 use request::Options;
 pub(crate) use request::{ChatRequest, CompletionRequest};
+pub(crate) use responses::{ResponsesRequest, responses};
 
 /// `POST /v1/completions`
 pub(crate) async fn completions(
@@ -68,7 +72,10 @@ pub(crate) async fn chat_completions(
             move || body.into_group(&app, &caller)
         };
         let (request, options) = app.workers.run("rendering of a chat", &caller.principal, render).await??;
-        let fold = |index| ChatFold::new(index, options.logprobs, options.echo.clone());
+        let Some(answer) = &options.answer else {
+            return Err(ApiError::Refused("no chat was rendered".into()));
+        };
+        let fold = |index| ChatFold::new(index, options.logprobs, options.echo.clone(), answer.clone());
         respond(&app, &caller, request, &options, fold).await
     };
     answer.await.unwrap_or_else(|error: ApiError| error.respond(Dialect::OpenAi))

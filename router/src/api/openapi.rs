@@ -99,6 +99,7 @@ fn operations() -> Vec<Operation> {
         post::<openai::EmbeddingsRequest>("/v1/embeddings", "Vectors as OpenAI has them"),
         post::<openai::CompletionRequest>("/v1/completions", "Completions as OpenAI has them"),
         post::<openai::ChatRequest>("/v1/chat/completions", "Chats as OpenAI has them"),
+        post::<openai::ResponsesRequest>("/v1/responses", "Responses as OpenAI has them"),
     ]
 }
 

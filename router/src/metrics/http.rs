@@ -14,8 +14,8 @@ use super::{End, Metrics, Outcome};
 use crate::server::App;
 
 /// Routes that generate, which is what a request is to the metrics of requests.
-const GENERATING: [&str; 5] =
-    ["/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions"];
+const GENERATING: [&str; 6] =
+    ["/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions", "/v1/responses"];
 
 /// Counts a response, and the end of a request to generate.
 pub(crate) async fn observe(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {

@@ -83,6 +83,7 @@ impl App {
             .route("/v1/embeddings", post(openai::embeddings))
             .route("/v1/completions", post(openai::completions))
             .route("/v1/chat/completions", post(openai::chat_completions))
+            .route("/v1/responses", post(openai::responses))
             .fallback(no_route)
             .method_not_allowed_fallback(wrong_method)
             .layer(layers)

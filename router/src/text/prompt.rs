@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{
-    Echo, TokenText,
+    Echo, Ending, TokenText,
     tokens::{NewToken, Tokens, alternatives},
 };
 use crate::{generation::PromptToken, tokenizer::ModelTokenizer};
@@ -25,7 +25,7 @@ impl PromptText {
     /// around it; that of a prompt of token ids shows all of them.
     pub(crate) fn new(tokenizer: Arc<ModelTokenizer>, ids: &[u32], written: Option<&str>) -> PromptText {
         let mut tokens = Vec::new();
-        let mut units = Tokens::new(tokenizer.clone(), &[], false);
+        let mut units = Tokens::new(tokenizer.clone(), &[], &Ending::default());
         for &id in ids {
             let unit = units.push(NewToken { id, logprob: None, top: Vec::new() });
             tokens.extend(unit.into_iter().flat_map(|unit| unit.tokens));

@@ -34,7 +34,7 @@ impl TextStream {
         settles: bool,
     ) -> TextStream {
         TextStream {
-            tokens: Tokens::new(tokenizer, prompt, ending.show_special),
+            tokens: Tokens::new(tokenizer, prompt, ending),
             stops: StopStrings::new(stops),
             settles,
             early: ending.min_tokens as usize,

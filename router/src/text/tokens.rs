@@ -3,7 +3,7 @@
 use std::{mem, sync::Arc};
 
 use super::{
-    Alternative, TokenText,
+    Alternative, Ending, TokenText,
     detokenizer::{Decoded, Detokenizer, REPLACEMENT},
 };
 use crate::{generation::Scored, tokenizer::ModelTokenizer};
@@ -71,19 +71,22 @@ pub(super) struct Tokens {
     pending: Vec<NewToken>,
     /// Whether special tokens are text.
     show_special: bool,
+    /// Special tokens that are text in any case.
+    marks: Vec<u32>,
 }
 
 impl Tokens {
     /// Continues a prompt.
-    pub(super) fn new(tokenizer: Arc<ModelTokenizer>, prompt: &[u32], show_special: bool) -> Tokens {
+    pub(super) fn new(tokenizer: Arc<ModelTokenizer>, prompt: &[u32], ending: &Ending) -> Tokens {
         let detokenizer = Detokenizer::new(tokenizer.clone(), prompt);
-        Tokens { detokenizer, tokenizer, pending: Vec::new(), show_special }
+        let (show_special, marks) = (ending.show_special, ending.marks.clone());
+        Tokens { detokenizer, tokenizer, pending: Vec::new(), show_special, marks }
     }
 
     /// Takes a token and returns the units that are complete with it. A special token ends the character before it.
     pub(super) fn push(&mut self, token: NewToken) -> Vec<Unit> {
         if self.tokenizer.is_special(token.id) {
-            let visible = self.show_special;
+            let visible = self.show_special || self.marks.contains(&token.id);
             return self.push_special(token, visible);
         }
         let decoded = self.detokenizer.push(token.id);

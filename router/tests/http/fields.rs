@@ -117,17 +117,17 @@ fn unserved_messages() -> Vec<(Value, &'static str, &'static str, &'static str)>
         ),
         (
             json!([{"role": "assistant", "tool_calls": [{"id": "a"}]}]),
-            "unsupported_parameter",
-            "messages[0].tool_calls",
-            "is not supported",
+            "missing_required_parameter",
+            "messages[0].tool_calls[0].function",
+            "missing field",
         ),
         (
             json!([{"role": "user", "content": "x", "tool_call_id": "a"}]),
-            "unsupported_parameter",
+            "invalid_value",
             "messages[0].tool_call_id",
-            "is not supported",
+            "`tool`",
         ),
-        (json!([{"role": "tool", "content": "x"}]), "invalid_value", "messages[0].role", "\"tool\""),
+        (json!([{"role": "function", "content": "x"}]), "invalid_value", "messages[0].role", "\"function\""),
     ]
 }
 

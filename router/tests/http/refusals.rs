@@ -139,13 +139,10 @@ async fn parameters_out_of_range() {
 #[tokio::test]
 async fn fields_that_are_not_supported() {
     let router = Router::start(Script::saying(tokens("a"))).await;
-    let both =
-        [("guided_jsom", json!({})), ("temprature", json!(0)), ("tools", json!([{"type": "function"}]))];
+    let both = [("guided_jsom", json!({})), ("temprature", json!(0)), ("functions", json!([{"name": "f"}]))];
     let native = [("max_new_token", json!(5)), ("watermark", json!(true))];
     let openai = [
         ("suffix", json!("b")),
-        ("tool_choice", json!("required")),
-        ("functions", json!([{"name": "f"}])),
         ("modalities", json!(["audio"])),
         ("modalities", json!(["text", "audio"])),
         ("verbosity", json!({"a": 1})),

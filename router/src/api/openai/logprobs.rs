@@ -1,6 +1,7 @@
 //! The two shapes in which OpenAI reports log-probabilities.
 
 use serde::{Serialize, Serializer};
+use serde_json::Value;
 
 use crate::text::{Alternative, EndReason, TokenText};
 
@@ -46,6 +47,11 @@ impl ChatLogprobs {
             }
         });
         ChatLogprobs { content: content.collect() }
+    }
+
+    /// The objects of the tokens.
+    pub(super) fn into_values(self) -> Vec<Value> {
+        self.content.into_iter().filter_map(|token| serde_json::to_value(token).ok()).collect()
     }
 
     pub(super) fn extend(&mut self, other: ChatLogprobs) {

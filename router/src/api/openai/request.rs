@@ -9,10 +9,14 @@ use minijinja::value::Serde;
 use sampling::{Named, SamplingParams};
 use schemars::JsonSchema;
 use secrecy::SecretString;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::unions::{Content, Prompts, Stop};
+use super::{
+    messages::{Message, Shape},
+    tools::{ToolFields, ToolUse},
+    unions::{Prompts, Stop},
+};
 use crate::{
     adapter::AdapterRef,
     api::{
@@ -25,6 +29,8 @@ use crate::{
     },
     base_model::is_placeholder,
     chat::TemplateInput,
+    chat_events::AnswerSpec,
+    grammar::Grammar,
     server::{
         App,
         accept::{Body, Caller},
@@ -36,6 +42,8 @@ use crate::{
 const MAX_ANSWERS: usize = 128;
 /// The variable of chat templates that says how long to think, and the field that sets it.
 const REASONING_EFFORT: &str = "reasoning_effort";
+/// The variable of other templates, which only says whether to think.
+const ENABLE_THINKING: &str = "enable_thinking";
 /// OpenAI's default of `max_tokens` for completions.
 const MAX_TOKENS: u32 = 16;
 
@@ -103,6 +111,7 @@ macro_rules! body {
                         stop_token_ids: self.stop_token_ids.take().unwrap_or_default(),
                         include_stop: self.include_stop_str_in_output == Some(true),
                         show_special: self.skip_special_tokens == Some(false),
+                        marks: Vec::new(),
                     },
                     truncate: self.truncate_prompt_tokens,
                     named: Named { $($name: self.$name),* },
@@ -139,6 +148,10 @@ sampling::parameters!(body {
         continue_final_message: Option<bool>,
         chat_template_kwargs: Option<BTreeMap<String, Value>>,
         documents: Option<Vec<Value>>,
+        tools: Option<Vec<Value>>,
+        tool_choice: Option<Value>,
+        parallel_tool_calls: Option<bool>,
+        include_reasoning: Option<bool>,
     }
 });
 
@@ -170,33 +183,6 @@ struct StreamOptions {
     rest: Rest,
 }
 
-#[derive(Debug, Deserialize, JsonSchema)]
-struct Message {
-    role: String,
-    content: Option<Content>,
-    name: Option<String>,
-    #[serde(flatten)]
-    rest: Rest,
-}
-
-/// A part of a message's content.
-#[derive(Debug, Deserialize, JsonSchema)]
-pub(super) struct Part {
-    r#type: String,
-    text: Option<String>,
-    #[serde(flatten)]
-    _rest: Rest,
-}
-
-/// A message as chat templates see it.
-#[derive(Debug, Serialize)]
-struct TemplateMessage {
-    role: String,
-    content: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    name: Option<String>,
-}
-
 /// Options of the response.
 #[derive(Debug, Clone)]
 pub(super) struct Options {
@@ -213,6 +199,8 @@ pub(super) struct Options {
     pub(super) choices: usize,
     /// Answers of each prompt, of which the choices are the best.
     pub(super) answers: usize,
+    /// The form of a chat's answers.
+    pub(super) answer: Option<AnswerSpec>,
 }
 
 /// The values of fields that only one of the routes has.
@@ -223,6 +211,10 @@ struct Asked {
     report: Report,
     /// Answers of which the best are chosen.
     best_of: Option<usize>,
+    /// The grammar of calls that must be made.
+    grammar: Option<Grammar>,
+    /// Special tokens by which an answer is taken apart.
+    marks: Vec<u32>,
 }
 
 /// Returns whether a field that is not supported has a value that asks for nothing.
@@ -251,7 +243,7 @@ fn harmless(name: &str, value: &Value) -> bool {
         "modalities" => *value == json!(["text"]),
         "best_of" => value == 1,
         "suffix" => value == "",
-        // The request brings no tools, so these choices ask for nothing.
+        // The request brings no tools of these kinds, so these choices ask for nothing.
         "tool_choice" | "function_call" => value == "none" || value == "auto",
         _ => false,
     }
@@ -267,9 +259,14 @@ impl Common {
         asked: Asked,
     ) -> Result<(GroupRequest, Options), ApiError> {
         let grammar = structured::take(&mut self.rest)?;
+        if let (Some(grammar), Some(calls)) = (&grammar, &asked.grammar) {
+            let problem = format!("cannot be used together with `{}`", calls.field);
+            return Err(ApiError::invalid(grammar.field, problem));
+        }
         refuse(&self.rest, "", harmless)?;
         refuse(&self.stream_options.rest, "stream_options", |name, _| name == "include_obfuscation")?;
-        let Asked { names, max_new_tokens, num_top, report, best_of } = asked;
+        let Asked { names, max_new_tokens, num_top, report, best_of, grammar: calls, marks } = asked;
+        let grammar = grammar.or(calls);
         let answers = self.answers(best_of)?;
         if self.truncate == Some(0) {
             return Err(ApiError::invalid("truncate_prompt_tokens", "must be strictly positive"));
@@ -284,7 +281,7 @@ impl Common {
             max_new_tokens,
             stop: self.stop.clone(),
             ignore_eos: self.ignore_eos,
-            ending: self.ending.clone(),
+            ending: Ending { marks: marks.clone(), ..self.ending.clone() },
             sampling: params.clone(),
             report,
             truncate: self.truncate,
@@ -306,6 +303,7 @@ impl Common {
             logprobs: report.tokens,
             choices: self.n,
             answers: answers.count,
+            answer: None,
         };
         Ok((group, options))
     }
@@ -396,6 +394,8 @@ impl CompletionRequest {
             num_top: self.logprobs.unwrap_or(0),
             report: Report { echo, prompt: echo && tokens, tokens },
             best_of: self.best_of,
+            grammar: None,
+            marks: Vec::new(),
         };
         common.into_group(app, caller, prompts, asked)
     }
@@ -422,8 +422,24 @@ impl ChatRequest {
             (Some(true), Some(last)) if last.role == "assistant" => last.text(),
             _ => String::new(),
         };
-        let input = self.template_input(app)?;
-        let prompt = app.chat.render(&input).map_err(|error| ApiError::Template(error.to_string()))?;
+        let tool_use = ToolFields {
+            tools: self.tools.take(),
+            tool_choice: self.tool_choice.take(),
+            parallel_tool_calls: self.parallel_tool_calls,
+        };
+        let tool_use = tool_use.read()?;
+        let prompt = self.render(app, &tool_use)?;
+        let (format, tools) = (app.chat.answer_format(!tool_use.definitions.is_empty()), tool_use.callable());
+        let template = app.chat.source(!tool_use.definitions.is_empty());
+        let grammar = tool_use.grammar(&format, template, &prompt);
+        let marks = app.tokenizer.special_ids(format.marks(!tools.is_empty()));
+        let answer = AnswerSpec {
+            format,
+            tools,
+            prompt: prompt.as_str().into(),
+            parallel: tool_use.parallel,
+            include_reasoning: self.include_reasoning != Some(false),
+        };
         // A template writes the special tokens itself.
         let prompt = if self.add_special_tokens == Some(true) {
             Prompt::Text(prompt)
@@ -436,82 +452,66 @@ impl ChatRequest {
             num_top: self.top_logprobs.unwrap_or(0),
             report: Report { tokens: self.logprobs == Some(true), ..Report::default() },
             best_of: None,
+            grammar,
+            marks,
         };
         let (group, options) = common.into_group(app, caller, vec![prompt], asked)?;
-        Ok((group, Options { chat: true, echo, ..options }))
+        Ok((group, Options { chat: true, echo, answer: Some(answer), ..options }))
     }
 
-    /// The variables that the prompt is rendered with.
-    fn template_input(&mut self, app: &App) -> Result<TemplateInput, ApiError> {
+    /// The prompt. A template that cannot make anything of arguments as objects gets them as text.
+    fn render(&mut self, app: &App, tool_use: &ToolUse) -> Result<String, ApiError> {
         if self.messages.is_empty() {
             return Err(ApiError::invalid("messages", "cannot be empty"));
         }
+        let format = app.chat.answer_format(!tool_use.definitions.is_empty());
+        let mut input = self.template_input(app)?;
+        let calls = self.messages.iter().any(Message::has_calls);
+        let mut rendered = |objects: bool| {
+            let shape = Shape { format: format.calls, objects };
+            let messages = self.messages.iter().enumerate();
+            let messages = messages.map(|(i, message)| message.for_template(i, shape));
+            let mut messages = messages.collect::<Result<Vec<_>, _>>()?;
+            if format.knows_tools {
+                let told = Some(&tool_use.definitions).filter(|tools| !tools.is_empty());
+                input.tools = told.map(|tools| Serde(tools).into());
+            } else {
+                messages = tool_use.tell_in_words(messages);
+            }
+            input.messages = messages.iter().map(|message| Serde(message).into()).collect();
+            Ok::<_, ApiError>(app.chat.render(&input))
+        };
+        let prompt = match rendered(true)? {
+            Err(error) if calls => rendered(false)?.map_err(|_| error),
+            prompt => prompt,
+        };
+        prompt.map_err(|error| ApiError::Template(error.to_string()))
+    }
+
+    /// The variables that the prompt is rendered with, beside messages and tools.
+    fn template_input(&mut self, app: &App) -> Result<TemplateInput, ApiError> {
         let continues = self.continue_final_message == Some(true);
         if continues && self.add_generation_prompt == Some(true) {
             return Err(ApiError::invalid("continue_final_message", "excludes `add_generation_prompt`"));
         }
-        let messages = mem::take(&mut self.messages).into_iter().enumerate();
-        let messages = messages.map(|(i, message)| message.for_template(i)).collect::<Result<Vec<_>, _>>()?;
         let mut kwargs = BTreeMap::new();
         if let Some(effort) = self.reasoning_effort.take() {
-            if !app.chat.mentions(REASONING_EFFORT) {
+            if app.chat.mentions(REASONING_EFFORT) {
+                kwargs.insert(REASONING_EFFORT.to_owned(), effort.into());
+            } else if app.chat.mentions(ENABLE_THINKING) {
+                kwargs.insert(ENABLE_THINKING.to_owned(), (effort != "none").into());
+            } else {
                 return Err(ApiError::Unsupported { field: REASONING_EFFORT.into() });
             }
-            kwargs.insert(REASONING_EFFORT.to_owned(), effort.into());
         }
         let given = self.chat_template_kwargs.take().unwrap_or_default();
         kwargs.extend(given.into_iter().map(|(name, value)| (name, Serde(value).into())));
         Ok(TemplateInput {
-            messages: messages.iter().map(|message| Serde(message).into()).collect(),
-            tools: None,
             documents: self.documents.take().filter(|all| !all.is_empty()).map(|all| Serde(all).into()),
             kwargs,
             add_generation_prompt: self.add_generation_prompt.unwrap_or(!continues),
             continue_final_message: continues,
+            ..TemplateInput::default()
         })
-    }
-}
-
-impl Message {
-    /// Its text; none if it has something else.
-    fn text(&self) -> String {
-        match &self.content {
-            None => String::new(),
-            Some(Content::Text(text)) => text.clone(),
-            Some(Content::Parts(parts)) => parts.iter().filter_map(|part| part.text.as_deref()).collect(),
-        }
-    }
-
-    /// The message at an index of `messages`.
-    fn for_template(self, index: usize) -> Result<TemplateMessage, ApiError> {
-        let field = |name: &str| format!("messages[{index}].{name}");
-        refuse(&self.rest, &format!("messages[{index}]"), |_, _| false)?;
-        let role = match self.role.as_str() {
-            "tool" | "function" => {
-                let problem = format!("is {:?}: messages of this role are not supported", self.role);
-                return Err(ApiError::invalid(field("role"), problem));
-            }
-            // OpenAI's newer name.
-            "developer" => "system".to_owned(),
-            _ => self.role,
-        };
-        let content = match self.content {
-            // An assistant may have said nothing.
-            None if role == "assistant" => String::new(),
-            None => return Err(ApiError::Missing { field: field("content") }),
-            Some(Content::Text(text)) => text,
-            Some(Content::Parts(parts)) => {
-                let text = |(at, part): (usize, Part)| match (part.r#type.as_str(), part.text) {
-                    ("text", Some(text)) => Ok(text),
-                    ("text", None) => Err(ApiError::Missing { field: field(&format!("content[{at}].text")) }),
-                    (other, _) => {
-                        let problem = format!("is {other:?}: content of type {other:?} is not supported");
-                        Err(ApiError::invalid(field(&format!("content[{at}].type")), problem))
-                    }
-                };
-                parts.into_iter().enumerate().map(text).collect::<Result<_, _>>()?
-            }
-        };
-        Ok(TemplateMessage { role, content, name: self.name })
     }
 }

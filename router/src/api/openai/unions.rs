@@ -9,7 +9,7 @@ use serde::{
     de::{Error, SeqAccess, Unexpected, Visitor, value::SeqAccessDeserializer},
 };
 
-use super::request::Part;
+use super::messages::Part;
 
 /// `stop`: a string or a list of strings.
 #[derive(Debug, Default)]
