@@ -285,7 +285,7 @@ fn graphs() {
         let (start, free) = (Instant::now(), ops.memory().unwrap().free);
         for step in &steps {
             let mut host = batch(&vec![(1, 0); step.rows], &[]);
-            let segment = |row| kernels::Segment { start: row, end: row + 1, slot: 0 };
+            let segment = |row| kernels::Segment::new(row, row + 1, 0);
             host.segments = (0..step.runs as u32).map(segment).collect();
             host.logit_segments.clone_from(&host.segments);
             for _ in 0..2 {
@@ -403,11 +403,8 @@ fn sort_by_slot(host: &mut Batch, rows: usize, adapters: usize) {
         return;
     }
     let per = rows.div_ceil(adapters);
-    let segment = |i: usize| kernels::Segment {
-        start: (i * per) as u32,
-        end: ((i + 1) * per).min(rows) as u32,
-        slot: i as u32,
-    };
+    let end = |i: usize| ((i + 1) * per).min(rows) as u32;
+    let segment = |i: usize| kernels::Segment::new((i * per) as u32, end(i), i as u32);
     host.segments = (0..rows.div_ceil(per)).map(segment).collect();
     host.logit_segments.clone_from(&host.segments);
 }

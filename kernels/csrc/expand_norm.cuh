@@ -143,7 +143,7 @@ template <int CHUNKS, bool APART, int RANKS> constexpr int blocks_of_multiproces
 }
 
 // CHUNKS: blocks of outputs that a warp has. APART: the products are in `products`, because some adapter may scale or
-// shift them before they are added to the stream, or because they are summed over the ranks first; else the stream has
+// shift them before they are added to the stream, because rows may have ensembles, or because they are summed over the ranks first; else the stream has
 // them already. Grid: (blocks of a cluster, pieces of a tile, tiles of all rows: those without an adapter have the slot
 // kNoSlot).
 template <typename T, int CHUNKS, bool APART, int RANKS>
@@ -163,8 +163,9 @@ __global__ void __launch_bounds__(kThreads, blocks_of_multiprocessor<CHUNKS, APA
   wgmma::cluster_arrive();
   const int lane = threadIdx.x % 32, cols = p.out_cols;
   const int out0 = (blockIdx.x * kWarps + threadIdx.x / 32) * CHUNKS * lora::kOutBlock, out = out0 + lane % 4 * 8;
+  const Ensemble* ensemble = APART && tile.slot != kNoSlot ? lora::ensemble_of(p.ensembles, tile.slot) : nullptr;
   LoraEntry entry = {};
-  if (tile.slot != kNoSlot) entry = p.entries[(size_t)tile.slot * p.entry_stride];
+  if (tile.slot != kNoSlot && !ensemble) entry = *lora::entries_of(p, tile.slot);
   lora::Columns<T> columns;
   if (out0 < cols) columns.load(lora::find_b<T>(entry, out0), entry.lora_rank, 0);
   pdl_wait();
@@ -191,6 +192,18 @@ __global__ void __launch_bounds__(kThreads, blocks_of_multiprocessor<CHUNKS, APA
       add_products<T>(v[c], columns, b, entry, c == 0, mid, stride, valid);
     }
     if constexpr (APART) {
+      if (ensemble && inside) {
+        const auto add = [&](int n, int e, float value) { v[c][e / 2][e % 2][n] += value; };
+        const bool biased = lora::add_deltas(p, *ensemble, 0, out0 + c * lora::kOutBlock, columns, mid, valid, add);
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+          if (!biased) break;
+          const int half = i / 8, column = out + c * lora::kOutBlock + half * lora::kHalf + i % 8;
+          const float bias = lora::bias_of(p, *ensemble, 0, column);
+          v[c][0][half][i % 8] += bias;
+          v[c][1][half][i % 8] += bias;
+        }
+      }
       const lora::Affine affine(entry, p.bias, 0, cols);
       if (affine.changes() && inside) {
 #pragma unroll

@@ -179,20 +179,24 @@ __device__ void run(const Sources<T, M, N>& from, const Piece<T>& piece, const R
 
 template <typename T, int M, int N>
 __device__ void shrink(const LoraArgs& p, const LoraTile& tile, Piece<T> piece, const Ring<M, N>& ring) {
-  const LoraEntry* entries = p.entries + (size_t)tile.slot * p.entry_stride;
-  int groups = 0, first = 0;
-  for (int s = 0; s < p.slices; s++) groups += ceil_div((int)entries[s].lora_rank, lora::kGroup);
-  for (int g0 = 0; g0 < groups; g0 += Form<M, N>::kBatch, first += piece.end - piece.begin)
-    run<T, M, N>(sources<T, M, N>(p, entries, g0), piece, ring, first, [&](int row, int output, const float (&sums)[4]) {
+  int first = 0;
+  lora::each_member(p, tile.slot, [&](const LoraEntry* entries, int column) {
+    int groups = 0;
+    for (int s = 0; s < p.slices; s++) groups += ceil_div((int)entries[s].lora_rank, lora::kGroup);
+    const auto store = [&](int g0, int row, int output, const float (&sums)[4]) {
       const auto group = lora::find_group<T>(entries, p.slices, p.inputs, g0 + output / lora::kGroup);
       if (group.ranks == 0) return;
       const int rank = output % lora::kGroup;
       float own[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) own[i] = rank + i < group.ranks ? sums[i] : 0.f;
-      T* mid = static_cast<T*>(p.mid) + (size_t)(tile.row + row) * p.slices * kMaxLoraRank + group.column + rank;
-      store_floats<T, 4>(mid, own);
-    });
+      T* mid = static_cast<T*>(p.mid) + (size_t)(tile.row + row) * p.slices * kMaxLoraRank;
+      store_floats<T, 4>(mid + column + group.column + rank, own);
+    };
+    for (int g0 = 0; g0 < groups; g0 += Form<M, N>::kBatch, first += piece.end - piece.begin)
+      run<T, M, N>(sources<T, M, N>(p, entries, g0), piece, ring, first,
+                   [&](int row, int output, const float (&sums)[4]) { store(g0, row, output, sums); });
+  });
 }
 
 // As `store_sum`, four at a time.

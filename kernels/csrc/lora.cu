@@ -93,7 +93,7 @@ __device__ void multiply_batch(Sums& sums, const Group<T> (&groups)[kBatch], con
 
 // Adds the parts of all splits, in order, once the last of them is there.
 template <typename T>
-__device__ void add_parts(const LoraArgs& p, const LoraEntry* entries, uint32_t* arrived, int row0, int rows) {
+__device__ void add_parts(const LoraArgs& p, uint32_t slot, uint32_t* arrived, int row0, int rows) {
   __shared__ bool last;
   __threadfence();
   __syncthreads();
@@ -103,13 +103,41 @@ __device__ void add_parts(const LoraArgs& p, const LoraEntry* entries, uint32_t*
   __threadfence();
   if (threadIdx.x == 0) *arrived = 0;
   const size_t cols = (size_t)p.slices * kMaxLoraRank, split = p.rows * cols;
-  for (int s = 0; s < p.slices; s++) {
-    int ranks = ceil_div((int)entries[s].lora_rank, kGroup) * kGroup;
-    for (int i = threadIdx.x; i < rows * ranks; i += kShrinkThreads) {
-      size_t at = (row0 + i / ranks) * cols + s * kMaxLoraRank + i % ranks;
+  each_member(p, slot, [&](const LoraEntry* entries, int column) {
+    for (int s = 0; s < p.slices; s++) {
+      int ranks = ceil_div((int)entries[s].lora_rank, kGroup) * kGroup;
+      for (int i = threadIdx.x; i < rows * ranks; i += kShrinkThreads) {
+        size_t at = (row0 + i / ranks) * cols + s * kMaxLoraRank + column + i % ranks;
+        float sum = 0.f;
+        for (int part = 0; part < p.splits; part++) sum += __ldcg(p.parts + part * split + at);
+        static_cast<T*>(p.mid)[at] = from_float<T>(sum);
+      }
+    }
+  });
+}
+
+// Multiplies a piece by A of one adapter, whose ranks are in `mid` from `column` of each slice on.
+template <typename T, bool PACKED>
+__device__ inline void shrink_adapter(const LoraArgs& p, Sums& sums, const LoraEntry* entries, int column,
+                                      const Piece<T>& piece, int row0) {
+  for (int g0 = 0;; g0 += kBatch) {
+    Group<T> groups[kBatch];
+#pragma unroll
+    for (int g = 0; g < kBatch; g++) groups[g] = find_group<T>(entries, p.slices, p.inputs, g0 + g);
+    if (groups[0].ranks == 0) break;
+    multiply_batch<T, PACKED>(sums, groups, piece, g0 == 0);
+#pragma unroll
+    for (int g = 0; g < kBatch; g++) {
+      int r = threadIdx.x % kGroup, row = threadIdx.x / kGroup;
+      if (groups[g].ranks == 0 || row >= piece.rows) continue;
       float sum = 0.f;
-      for (int part = 0; part < p.splits; part++) sum += __ldcg(p.parts + part * split + at);
-      static_cast<T*>(p.mid)[at] = from_float<T>(sum);
+#pragma unroll
+      for (int w = 0; w < kShrinkWarps; w++) sum += sums[w][g * kGroup + r][row];
+      size_t at = (size_t)(row0 + row) * p.slices * kMaxLoraRank + column + groups[g].column + r;
+      if (p.splits == 1)
+        static_cast<T*>(p.mid)[at] = from_float<T>(sum);
+      else
+        p.parts[(size_t)blockIdx.x * p.rows * p.slices * kMaxLoraRank + at] = sum;
     }
   }
 }
@@ -123,32 +151,14 @@ __global__ void __launch_bounds__(kShrinkThreads, PACKED ? 2 : 1) shrink(const _
   const int first_row = blockIdx.y * kRows, rows = min(kRows, (int)tile.rows - first_row);
   if (rows <= 0) return pdl_wait();
   const int row0 = tile.row + first_row;
-  const LoraEntry* entries = p.entries + (size_t)tile.slot * p.entry_stride;
   const int steps = ceil_div(p.inputs, kStep), per_split = ceil_div(steps, p.splits);
   const Piece<T> piece{static_cast<const T*>(p.x) + (size_t)row0 * p.inputs, rows, p.inputs,
                        (int)blockIdx.x * per_split, min(steps, ((int)blockIdx.x + 1) * per_split)};
-  for (int g0 = 0;; g0 += kBatch) {
-    Group<T> groups[kBatch];
-#pragma unroll
-    for (int g = 0; g < kBatch; g++) groups[g] = find_group<T>(entries, p.slices, p.inputs, g0 + g);
-    if (groups[0].ranks == 0) break;
-    multiply_batch<T, PACKED>(sums, groups, piece, g0 == 0);
-#pragma unroll
-    for (int g = 0; g < kBatch; g++) {
-      int r = threadIdx.x % kGroup, row = threadIdx.x / kGroup;
-      if (groups[g].ranks == 0 || row >= rows) continue;
-      float sum = 0.f;
-#pragma unroll
-      for (int w = 0; w < kShrinkWarps; w++) sum += sums[w][g * kGroup + r][row];
-      size_t at = (size_t)(row0 + row) * p.slices * kMaxLoraRank + groups[g].column + r;
-      if (p.splits == 1)
-        static_cast<T*>(p.mid)[at] = from_float<T>(sum);
-      else
-        p.parts[(size_t)blockIdx.x * p.rows * p.slices * kMaxLoraRank + at] = sum;
-    }
-  }
+  each_member(p, tile.slot, [&](const LoraEntry* entries, int column) {
+    shrink_adapter<T, PACKED>(p, sums, entries, column, piece, row0);
+  });
   pdl_wait();  // again, for a slot without a part here
-  if (p.splits > 1) add_parts<T>(p, entries, p.arrived + blockIdx.z * gridDim.y + blockIdx.y, row0, rows);
+  if (p.splits > 1) add_parts<T>(p, tile.slot, p.arrived + blockIdx.z * gridDim.y + blockIdx.y, row0, rows);
 }
 
 // ---- expand ----
@@ -202,16 +212,46 @@ template <typename T> __device__ inline Chunk<T> find_chunk(const LoraArgs& p, c
   return {nullptr, 0, 0, 0, 0, -1};
 }
 
-// AFFINE: some adapter of the step may have a gain or a bias. Grid: (blocks of kExpandWarps chunks, tiles).
+// Expands a chunk of a tile with an ensemble. A call, so that tiles without one need no registers for it.
+// May spill: around this call, which has more live than the registers that are left by those blocks that run beside.
+template <typename T, typename R, bool PACKED>
+__device__ __noinline__ void expand_ensemble(const LoraArgs& p, const LoraTile& tile, const Ensemble& ensemble,
+                                       const Chunk<T>& chunk) {
+  const int lane = threadIdx.x % 32, out = chunk.out0 + lane % 4 * 8;
+  pdl_wait();
+  for (int m0 = 0; m0 < (int)tile.rows; m0 += 16) {
+    float d[8][4] = {};
+    const int row = m0 + lane / 4;
+    const bool valid[2] = {row < (int)tile.rows, row + 8 < (int)tile.rows};
+    const T* mid = static_cast<const T*>(p.mid) + ((size_t)(tile.row + row) * p.slices + chunk.slice) * kMaxLoraRank;
+    Columns<T> columns;
+    const bool biased = add_deltas(p, ensemble, chunk.slice, chunk.out0, columns, mid + lane % 4 * 2, valid,
+                                   [&](int n, int e, float value) { d[n][e] += value; });
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      if (!valid[h] || out >= chunk.outs) continue;
+      R* y = static_cast<R*>(p.y) + (size_t)(tile.row + row + 8 * h) * p.out_cols + chunk.column + out;
+      update_outputs<R, PACKED>(y, chunk.outs - out, [&](int i, float sum) {
+        sum += d[i % kHalf][2 * h + i / kHalf];
+        return biased ? sum + bias_of(p, ensemble, chunk.slice, out + i) : sum;
+      });
+    }
+  }
+}
+
+// AFFINE: some adapter of the step may have a gain or a bias, and some tile an ensemble. Grid: (blocks of kExpandWarps
+// chunks, tiles).
 template <typename T, typename R, bool PACKED, bool AFFINE>
 __global__ void __launch_bounds__(kExpandThreads, 5) expand(const __grid_constant__ LoraArgs p) {
   pdl_launch_dependents();
   if (blockIdx.y >= *p.num_tiles) return pdl_wait();
   const LoraTile tile = p.tiles[blockIdx.y];
-  const LoraEntry* entries = p.entries + (size_t)tile.slot * p.entry_stride;
+  const Ensemble* ensemble = AFFINE ? ensemble_of(p.ensembles, tile.slot) : nullptr;
+  const LoraEntry* entries = entries_of(p, ensemble ? ensemble->slots[0] : tile.slot);
   const int lane = threadIdx.x % 32;
   const Chunk<T> chunk = find_chunk<T>(p, entries, blockIdx.x * kExpandWarps + threadIdx.x / 32);
   if (chunk.slice < 0) return pdl_wait();
+  if (AFFINE && ensemble) return expand_ensemble<T, R, PACKED>(p, tile, *ensemble, chunk);
   const LoraEntry& entry = entries[chunk.slice];
   const Affine affine(entry, p.bias, chunk.column, p.base_cols);
   if (chunk.rank == 0 && !(AFFINE && affine.changes())) return pdl_wait();
@@ -246,7 +286,8 @@ __global__ void __launch_bounds__(kExpandThreads, 5) expand(const __grid_constan
 
 // Expand of a gate and an up projection side by side, with SwiGLU as its epilogue: act = silu(gate) · up. Their sums
 // stay in registers, where an expand and a gate of their own would write and read them once more. Grid: (blocks of
-// kExpandWarps blocks of outputs, tiles of all rows: those without an adapter have the slot kNoSlot).
+// kExpandWarps blocks of outputs, tiles of all rows: those without an adapter have the slot kNoSlot, and none has an
+// ensemble, for which there are not enough registers).
 template <typename T, bool AFFINE>
 __global__ void __launch_bounds__(kExpandThreads, 3) expand_silu_mul(const __grid_constant__ LoraArgs p, T* act) {
   pdl_launch_dependents();
@@ -258,7 +299,7 @@ __global__ void __launch_bounds__(kExpandThreads, 3) expand_silu_mul(const __gri
   const T* b[2];
   int ranks[2] = {0, 0};
   float scales[2] = {0.f, 0.f};
-  const LoraEntry* entries = p.entries + (size_t)tile.slot * p.entry_stride;
+  const LoraEntry* entries = entries_of(p, tile.slot);
   if (tile.slot != kNoSlot) {
 #pragma unroll
     for (int s = 0; s < 2; s++) {
@@ -378,13 +419,14 @@ __global__ void __launch_bounds__(kReplaceThreads) replace_rows(const __grid_con
   const int tiles = *p.num_tiles;
   for (int first = 0; first < tiles; first += kReplaceThreads) {
     const int own = first + threadIdx.x, end = min(kReplaceThreads, tiles - first);
-    const bool replaces = own < tiles && p.entries[(size_t)p.tiles[own].slot * p.entry_stride].num_rows > 0;
+    const uint32_t slot = own < tiles ? p.tiles[own].slot : kNoSlot;
+    const bool replaces = slot < kFirstEnsemble && entries_of(p, slot)->num_rows > 0;
     replaced[threadIdx.x] = replaces;
     if (!__syncthreads_or(replaces)) continue;
     for (int i = 0; i < end; i++) {
       if (!replaced[i]) continue;
       const LoraTile tile = p.tiles[first + i];
-      replace_rows_of<T, R>(p, tile, p.entries[(size_t)tile.slot * p.entry_stride]);
+      replace_rows_of<T, R>(p, tile, *entries_of(p, tile.slot));
     }
     __syncthreads();  // `replaced` is read
   }

@@ -3,7 +3,8 @@
 //
 // Weights are found through a table by (slot, slice) and are stored at their own rank: A [lora_rank, inputs], B
 // transposed in blocks of 64 outputs, [blocks, lora_rank, 64] with zeros behind the last output. A launch covers tiles
-// of consecutive rows with one slot; it is sized for the most tiles that a step may have and blocks past `num_tiles`
+// of consecutive rows with one slot, or with one ensemble: several slots whose deltas are added, each with a weight. The
+// ranks of its members follow each other in `mid`, each member's from a multiple of 16 on. A launch is sized for the most tiles that a step may have and blocks past `num_tiles`
 // leave at once, so one CUDA graph serves every mix.
 //
 // Ranks are handled in groups of 16, those of all slices of a fused projection one after the other, so that x is read
@@ -27,7 +28,9 @@ constexpr bool kManyInFlight = true;
 
 constexpr int kMaxLoraRank = 512;
 constexpr int kMaxSlices = 4;
+constexpr int kMaxMembers = 4;
 constexpr uint32_t kNoSlot = ~0u;
+constexpr uint32_t kFirstEnsemble = 1u << 31;  // slots from here on are ensembles, unless it is kNoSlot
 
 // What one adapter has at one slice of one site. Mirrored by `LoraEntry` in `cuda/ffi.rs`.
 struct LoraEntry {
@@ -51,8 +54,18 @@ struct LoraTile {
   uint32_t slot;
 };
 
+// Adapters whose deltas and biases are added. They have neither gains nor replaced rows. Mirrored by `Ensemble` in
+// `cuda/ffi.rs`.
+struct Ensemble {
+  uint32_t members;
+  uint32_t slots[kMaxMembers];
+  float weights[kMaxMembers];
+};
+static_assert(sizeof(Ensemble) == 36, "as in `cuda/ffi.rs`");
+
 struct LoraArgs {
   const LoraEntry* entries;  // [slots, entry_stride], from the site's first slice on
+  const Ensemble* ensembles;
   const LoraTile* tiles;
   const uint32_t* num_tiles;
   const void* x;      // [rows, inputs]
@@ -70,7 +83,7 @@ struct LoraArgs {
   int base_cols;  // outputs of the base weight: the columns of y behind them have no bias
   int first_out[kMaxSlices + 1];  // where each slice begins in y
 };
-static_assert(sizeof(LoraArgs) == 120 && offsetof(LoraArgs, entry_stride) == 72 && offsetof(LoraArgs, first_out) == 100,
+static_assert(sizeof(LoraArgs) == 128 && offsetof(LoraArgs, entry_stride) == 80 && offsetof(LoraArgs, first_out) == 108,
               "as in `cuda/ffi.rs`");
 
 namespace lora {
@@ -111,7 +124,17 @@ template <typename T> struct Group {
   int column;  // of its first rank in a row of `mid`
 };
 
-// The g-th group when those of all slices are counted.
+// The entries of a slot, from the site's first slice on.
+__device__ inline const LoraEntry* entries_of(const LoraArgs& p, uint32_t slot) {
+  return p.entries + (size_t)slot * p.entry_stride;
+}
+
+// The ensemble that stands in place of a slot, or null.
+__device__ inline const Ensemble* ensemble_of(const Ensemble* ensembles, uint32_t slot) {
+  return slot >= kFirstEnsemble ? ensembles + (slot - kFirstEnsemble) : nullptr;
+}
+
+// The g-th group of an adapter when those of all slices are counted.
 template <typename T> __device__ inline Group<T> find_group(const LoraEntry* entries, int slices, int inputs, int g) {
   for (int s = 0; s < slices; s++) {
     int rank = entries[s].lora_rank, groups = ceil_div(rank, kGroup), r0 = g * kGroup;
@@ -122,6 +145,46 @@ template <typename T> __device__ inline Group<T> find_group(const LoraEntry* ent
     g -= groups;
   }
   return {nullptr, 0, 0};
+}
+
+// Ranks that a member of an ensemble has in `mid`, at each slice.
+__device__ inline int width_of(const LoraEntry* entries, int slices) {
+  int rank = 0;
+  for (int s = 0; s < slices; s++) rank = max(rank, (int)entries[s].lora_rank);
+  return ceil_div(rank, kGroup) * kGroup;
+}
+
+// Calls `f(entries, column)` for the adapter in a slot, or for each member of an ensemble; its ranks are in `mid` from
+// that column of each slice on.
+template <typename F> __device__ inline void each_member(const LoraArgs& p, uint32_t slot, const F& f) {
+  const Ensemble* ensemble = ensemble_of(p.ensembles, slot);
+  int column = 0;
+#pragma unroll 1
+  for (int m = 0;; m++) {
+    const LoraEntry* entries = entries_of(p, ensemble ? ensemble->slots[m] : slot);
+    f(entries, column);
+    if (!ensemble || m + 1 == (int)ensemble->members) return;
+    column += width_of(entries, p.slices);
+  }
+}
+
+// The g-th group of an ensemble when those of all members are counted. A call, so that adapters alone need no registers
+// for it.
+template <typename T> __device__ __noinline__ Group<T> find_member_group(const LoraArgs& p, uint32_t slot, int g) {
+  Group<T> found = {nullptr, 0, 0};
+  each_member(p, slot, [&](const LoraEntry* entries, int column) {
+    if (found.ranks > 0) return;
+    found = find_group<T>(entries, p.slices, p.inputs, g);
+    found.column += column;
+    for (int s = 0; s < p.slices; s++) g -= ceil_div((int)entries[s].lora_rank, kGroup);
+  });
+  return found;
+}
+
+// The g-th group of a slot or an ensemble.
+template <typename T> __device__ inline Group<T> find_group(const LoraArgs& p, uint32_t slot, int g) {
+  if (slot >= kFirstEnsemble) return find_member_group<T>(p, slot, g);
+  return find_group<T>(entries_of(p, slot), p.slices, p.inputs, g);
 }
 
 // A thread has outputs 8 · (lane % 4) .. + 8 of a block, and those kHalf behind: neighbours read whole sectors.
@@ -196,6 +259,44 @@ __device__ inline void load_mid(uint32_t (&a)[4], const T* mid, size_t stride, c
     const T* at = mid + i % 2 * 8 * stride + i / 2 * 8;
     a[i] = valid[i % 2] ? *reinterpret_cast<const uint32_t*>(at) : 0u;
   }
+}
+
+// Adds the deltas of an ensemble at the block of outputs of a slice from `out0` on: `add(n, e, value)` for the elements
+// that `columns` has. `mid` is at this thread's first row and the slice's first rank. Returns whether there are biases.
+template <typename T, typename Add>
+__device__ inline bool add_deltas(const LoraArgs& p, const Ensemble& ensemble, int slice, int out0, Columns<T>& columns,
+                                  const T* mid, const bool (&valid)[2], const Add& add) {
+  bool biased = false;
+  const size_t stride = (size_t)p.slices * kMaxLoraRank;
+  int column = 0;
+#pragma unroll 1
+  for (int m = 0; m < (int)ensemble.members; m++) {
+    const LoraEntry* entries = entries_of(p, ensemble.slots[m]);
+    const LoraEntry& entry = entries[slice];
+    const float factor = ensemble.weights[m] * entry.scale;
+    const T* b = find_b<T>(entry, out0);
+#pragma unroll 1
+    for (int r0 = 0; r0 < (int)entry.lora_rank; r0 += kGroup) {
+      columns.load(b, entry.lora_rank, r0);
+      uint32_t a[4];
+      load_mid(a, mid + column + r0, stride, valid);
+      columns.multiply_each(a, [&](int n, int e, float delta) { add(n, e, factor * delta); });
+    }
+    column += width_of(entries, p.slices);
+    biased |= entry.bias != nullptr;
+  }
+  return biased;
+}
+
+// The sum of an ensemble's biases of one output of a slice.
+__device__ inline float bias_of(const LoraArgs& p, const Ensemble& ensemble, int slice, int out) {
+  float sum = 0.f;
+#pragma unroll 1
+  for (int m = 0; m < (int)ensemble.members; m++) {
+    const float* bias = entries_of(p, ensemble.slots[m])[slice].bias;
+    if (bias) sum += ensemble.weights[m] * bias[out];
+  }
+  return sum;
 }
 
 }  // namespace lora

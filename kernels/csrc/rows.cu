@@ -21,6 +21,7 @@ struct EmbedArgs {
   const void* table;         // [vocabulary, cols]
   const void* learned;       // the learned position of position 0, [positions, cols]; or null
   const LoraEntry* entries;  // those of the table's site; null: no row has an adapter
+  const Ensemble* ensembles;
   float* y;
   int entry_stride;
   int rows;
@@ -29,7 +30,7 @@ struct EmbedArgs {
   float scale;
   int unused;
 };
-static_assert(sizeof(EmbedArgs) == 88 && offsetof(EmbedArgs, entry_stride) == 64, "as in `ffi.rs`");
+static_assert(sizeof(EmbedArgs) == 96 && offsetof(EmbedArgs, entry_stride) == 72, "as in `ffi.rs`");
 
 namespace {
 
@@ -73,17 +74,50 @@ __device__ inline int find_row(const LoraEntry& entry, uint32_t id) {
   return low < (int)entry.num_rows && entry.ids[low] == id ? low : -1;
 }
 
+// The column of A that belongs to a token.
+template <typename T> __device__ inline void find_mid(const LoraEntry& entry, int token, float* mid) {
+  for (int r = threadIdx.x; r < (int)entry.lora_rank; r += kThreads)
+    mid[r] = token < (int)entry.a_cols ? to_float(static_cast<const T*>(entry.a)[(size_t)r * entry.a_cols + token]) : 0.f;
+  __syncthreads();
+}
+
+// Element i of the delta of a token, without its scale.
+template <typename T> __device__ inline float delta_of(const LoraEntry& entry, const float* mid, int i) {
+  const T* b = lora::find_b<T>(entry, i / lora::kOutBlock * lora::kOutBlock) + i % lora::kOutBlock;
+  float delta = 0.f;
+  for (int r = 0; r < (int)entry.lora_rank; r++) delta += mid[r] * to_float(b[r * lora::kOutBlock]);
+  return delta;
+}
+
+// The row of a token with the deltas and biases of an ensemble. Each thread has its own elements of y.
+template <typename T>
+__device__ inline void embed_ensemble(const EmbedArgs& a, int token, float* mid, const Ensemble& ensemble) {
+  float* y = a.y + (size_t)blockIdx.x * a.cols;
+  const T* row = token < a.vocab ? static_cast<const T*>(a.table) + (size_t)token * a.cols : nullptr;
+  for (int i = threadIdx.x; i < a.cols; i += kThreads) y[i] = row ? to_float(row[i]) : 0.f;
+  for (int m = 0; m < (int)ensemble.members; m++) {
+    const LoraEntry entry = a.entries[(size_t)ensemble.slots[m] * a.entry_stride];
+    const float weight = ensemble.weights[m];
+    find_mid<T>(entry, token, mid);
+    for (int i = threadIdx.x; i < a.cols; i += kThreads)
+      y[i] += weight * (entry.scale * delta_of<T>(entry, mid, i) + (entry.bias ? entry.bias[i] : 0.f));
+    __syncthreads();  // `mid` is read
+  }
+  const T* learned = static_cast<const T*>(a.learned);
+  if (learned) learned += (size_t)a.positions[blockIdx.x] * a.cols;
+  for (int i = threadIdx.x; i < a.cols; i += kThreads) y[i] = a.scale * y[i] + (learned ? to_float(learned[i]) : 0.f);
+}
+
 // As `embed`, with what adapters make of the table: rows of their own, and deltas whose mid is a column of A.
 template <typename T> __global__ void embed_adapted(const EmbedArgs a) {
   __shared__ float mid[kMaxLoraRank];
   pdl_launch_dependents();
   const int token = token_of(a);
   const uint32_t slot = a.slots[blockIdx.x];
+  if (slot != kNoSlot && slot >= kFirstEnsemble) return embed_ensemble<T>(a, token, mid, a.ensembles[slot - kFirstEnsemble]);
   LoraEntry entry = {};
   if (slot != kNoSlot) entry = a.entries[(size_t)slot * a.entry_stride];
-  for (int r = threadIdx.x; r < (int)entry.lora_rank; r += kThreads)
-    mid[r] = token < (int)entry.a_cols ? to_float(static_cast<const T*>(entry.a)[(size_t)r * entry.a_cols + token]) : 0.f;
-  __syncthreads();
+  find_mid<T>(entry, token, mid);
   // A token that neither the model nor the adapter has a row for is nobody's: zeros.
   const T* row = token < a.vocab ? static_cast<const T*>(a.table) + (size_t)token * a.cols : nullptr;
   const int replaced = entry.num_rows > 0 ? find_row(entry, token) : -1;
@@ -92,10 +126,7 @@ template <typename T> __global__ void embed_adapted(const EmbedArgs a) {
   if (learned) learned += (size_t)a.positions[blockIdx.x] * a.cols;
   const lora::Affine affine(entry, nullptr, 0, 0);
   for (int i = threadIdx.x; i < a.cols; i += kThreads) {
-    const T* b = lora::find_b<T>(entry, i / lora::kOutBlock * lora::kOutBlock) + i % lora::kOutBlock;
-    float delta = 0.f;
-    for (int r = 0; r < (int)entry.lora_rank; r++) delta += mid[r] * to_float(b[r * lora::kOutBlock]);
-    float x = a.scale * affine((row ? to_float(row[i]) : 0.f) + entry.scale * delta, i);
+    float x = a.scale * affine((row ? to_float(row[i]) : 0.f) + entry.scale * delta_of<T>(entry, mid, i), i);
     if (learned) x += to_float(learned[i]);
     a.y[(size_t)blockIdx.x * a.cols + i] = x;
   }

@@ -144,15 +144,15 @@ template <typename T, typename F> struct Piece {
 };
 
 // Block b of the shrink takes every so many-th group of 16 ranks of one tile.
+// May spill: before Hopper, two registers of the form for 16 rows.
 template <typename T, typename F> __device__ void shrink(const LoraArgs& p, typename F::Sums& sums) {
   static_assert(F::kOutputs == lora::kGroup);
   const int blocks = p.slices * kGroupBlocks, index = blockIdx.x / blocks;
   if (index >= (int)*p.num_tiles) return;
   const LoraTile tile = p.tiles[index];
-  const LoraEntry* entries = p.entries + (size_t)tile.slot * p.entry_stride;
   bool waited = false;
   for (int g = blockIdx.x % blocks;; g += blocks) {
-    const auto group = lora::find_group<T>(entries, p.slices, p.inputs, g);
+    const auto group = lora::find_group<T>(p, tile.slot, g);
     if (group.ranks == 0) break;
     const T* x = static_cast<const T*>(p.x) + (size_t)tile.row * p.inputs;
     const Piece<T, F> piece{group.a, x, group.ranks, (int)tile.rows, p.inputs};

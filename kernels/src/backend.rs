@@ -85,7 +85,8 @@ pub struct CapturedStep {
     pub rows: usize,
     /// Runs of rows with an adapter.
     pub runs: usize,
-    /// Whether some adapter has magnitudes or biases. Such a step has other kernels than one with low-rank deltas alone.
+    /// Whether some adapter has magnitudes or biases, or some row several adapters. Such a step has other kernels than one
+    /// with a low-rank delta for each row.
     pub is_affine: bool,
 }
 

@@ -5,8 +5,16 @@ use crate::{Error, Result};
 /// The number of token positions of one KV block.
 pub const BLOCK_SIZE: usize = 16;
 
-/// Consecutive rows that use the same adapter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// The number of adapters that a row can have.
+pub const MAX_MEMBERS: usize = 4;
+/// The sum of the ranks that the adapters of a row may have where it has several, each rounded up to a multiple of
+/// [`RANK_STEP`].
+pub const MAX_MEMBER_RANKS: usize = 512;
+/// What the ranks of the adapters of a row are rounded up to before they are added.
+pub const RANK_STEP: usize = 16;
+
+/// Consecutive rows that use an adapter.
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Segment {
     /// First row.
     pub start: u32,
@@ -14,6 +22,31 @@ pub struct Segment {
     pub end: u32,
     /// The slot of the adapter.
     pub slot: u32,
+    /// The factor of what the adapter adds.
+    pub weight: f32,
+}
+
+impl Segment {
+    /// Rows that use an adapter as it is.
+    pub fn new(start: u32, end: u32, slot: u32) -> Segment {
+        Segment { start, end, slot, weight: 1.0 }
+    }
+
+    /// Whether both have the same rows.
+    pub(crate) fn is_beside(&self, other: &Segment) -> bool {
+        (self.start, self.end) == (other.start, other.end)
+    }
+}
+
+/// Groups segments that have the same rows: the members of an ensemble, or an adapter alone.
+pub(crate) fn ensembles(segments: &[Segment]) -> impl Iterator<Item = &[Segment]> {
+    segments.chunk_by(Segment::is_beside)
+}
+
+/// Whether rows have several adapters, or one whose deltas have a weight. Such an adapter must be a sum: it may have
+/// low-rank deltas and biases, but neither magnitudes nor replaced rows.
+pub(crate) fn is_ensemble(members: &[Segment]) -> bool {
+    members.len() > 1 || members.iter().any(|member| member.weight != 1.0)
 }
 
 /// The rows of one sequence in a step: consecutive, at consecutive positions.
@@ -49,7 +82,8 @@ pub struct Batch {
     pub sequences: Vec<SequenceRows>,
     /// The block tables of all sequences, one after the other.
     pub blocks: Vec<u32>,
-    /// The segments of rows with an adapter, ascending and disjoint. Rows of the base model are in none.
+    /// The segments of rows with an adapter, ascending. Two of them have no row in common or all of them: then their rows
+    /// have several adapters, which are added in the order of the segments. Rows of the base model are in none.
     pub segments: Vec<Segment>,
     /// The rows whose logits are computed, ascending.
     pub logit_rows: Vec<u32>,
@@ -133,10 +167,15 @@ impl Batch {
 fn check_segments(segments: &[Segment], rows: usize) -> Result<()> {
     let op = "upload";
     let mut after = 0;
-    for segment in segments {
+    for members in ensembles(segments) {
+        let [segment, ..] = members else { continue };
         if segment.start < after || segment.end < segment.start {
             let (got, expected) = (segment.start as usize, after as usize);
             return Err(Error::Shape { op, what: "first row of a segment", got, expected });
+        }
+        if members.len() > MAX_MEMBERS {
+            let (index, limit) = (members.len() - 1, MAX_MEMBERS);
+            return Err(Error::Index { op, what: "adapter of a row", index, limit });
         }
         after = segment.end;
     }

@@ -39,6 +39,14 @@ pub enum Error {
         /// The slot.
         slot: usize,
     },
+    /// Rows have an adapter with a weight or beside others, and it is not a sum: it has magnitudes or replaced rows.
+    #[error("{op}: the adapter in slot {slot} cannot be a member of an ensemble")]
+    NoMember {
+        /// The operation.
+        op: &'static str,
+        /// The slot.
+        slot: usize,
+    },
     /// The backend's threads could not be started.
     #[error("cannot start a thread: {0}")]
     Threads(#[from] std::io::Error),
@@ -122,6 +130,7 @@ impl Error {
             Error::Shape { .. }
             | Error::Index { .. }
             | Error::EmptySlot { .. }
+            | Error::NoMember { .. }
             | Error::Unsupported { .. }
             | Error::SharedBlock(_) => true,
             Error::Threads(_)

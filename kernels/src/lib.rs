@@ -26,7 +26,7 @@ pub mod prelude {
 pub use self::sampling::{MAX_BIASES, MAX_TOP, SampleRow, Sampled, TokenMask};
 pub use ::sampling::{Ban, SamplingParams};
 pub use backend::{Adapters, Backend, CapturedStep, Memory, Ops, Sampling};
-pub use batch::{BLOCK_SIZE, Batch, RowSet, Segment, SequenceRows};
+pub use batch::{BLOCK_SIZE, Batch, MAX_MEMBER_RANKS, MAX_MEMBERS, RANK_STEP, RowSet, Segment, SequenceRows};
 pub use error::{Error, PeerFault, Result};
 pub use group::Group;
 pub use lora::{LoraPart, LoraShape, LoraSite, LowRank, MatrixSource, ReplacedRows, SiteKind};

@@ -116,6 +116,13 @@ impl Stage {
 /// Makes a batch of sequences `(rows, tokens before them)`. Blocks of different sequences are interleaved, so that no
 /// two blocks of a sequence are adjacent. All rows of sequence i use slot `slots[i]`, and its last row has logits.
 pub fn batch(sequences: &[(usize, usize)], slots: &[Option<u32>]) -> Batch {
+    let members: Vec<Vec<_>> =
+        slots.iter().map(|slot| slot.map(|slot| (slot, 1.0)).into_iter().collect()).collect();
+    batch_of_ensembles(sequences, &members)
+}
+
+/// As [`batch`], where all rows of sequence i use the adapters in `members[i]`: slots with weights.
+pub fn batch_of_ensembles(sequences: &[(usize, usize)], members: &[Vec<(u32, f32)>]) -> Batch {
     let mut batch = Batch::default();
     let mut next_block = 0;
     for (i, &(rows, before)) in sequences.iter().enumerate() {
@@ -138,9 +145,10 @@ pub fn batch(sequences: &[(usize, usize)], slots: &[Option<u32>]) -> Batch {
         });
         let logit = batch.logit_rows.len() as u32;
         batch.logit_rows.push((batch.rows() - 1) as u32);
-        if let Some(slot) = slots.get(i).copied().flatten() {
-            batch.segments.push(Segment { start: start as u32, end: batch.rows() as u32, slot });
-            batch.logit_segments.push(Segment { start: logit, end: logit + 1, slot });
+        for &(slot, weight) in members.get(i).into_iter().flatten() {
+            let end = batch.rows() as u32;
+            batch.segments.push(Segment { weight, ..Segment::new(start as u32, end, slot) });
+            batch.logit_segments.push(Segment { weight, ..Segment::new(logit, logit + 1, slot) });
         }
     }
     batch

@@ -10,7 +10,10 @@ use super::{
     pool::Shards,
     simd::run,
 };
-use crate::{Error, LinearLora, Matrix, Projection, Result, RowSet, Segment, SiteKind};
+use crate::{
+    Error, LinearLora, Matrix, Projection, Result, RowSet, Segment, SiteKind,
+    batch::{ensembles, is_ensemble},
+};
 
 /// The largest number of multiply-adds of a chunk of the base GEMM, unless one group of panels has more.
 const CHUNK: usize = 1 << 20;
@@ -50,8 +53,9 @@ struct Unit<'a> {
     /// The first row, and the number of rows.
     rows: (usize, usize),
     a: &'a [Line],
-    /// Factor of each row of A.
+    /// Factor of each row of A, beside the weight of the adapter.
     scales: &'a [f32],
+    weight: f32,
     /// Lines of a row of A.
     depth: usize,
     /// Offset and stride of the result in `t`, in f32.
@@ -78,6 +82,14 @@ struct Own<'a> {
     place: (usize, usize),
 }
 
+/// What is done to the sums of a segment after its deltas.
+struct Finish<'a> {
+    rows: Range<usize>,
+    change: &'a SiteChange,
+    /// The factor of the bias.
+    weight: f32,
+}
+
 /// The arguments that all chunks of one call share.
 struct Call<'a> {
     be: &'a CpuBackend,
@@ -98,7 +110,7 @@ struct Call<'a> {
     own: Shards<f32>,
     expands: Vec<Expand<'a>>,
     /// Segments whose sums have to be scaled by gains or get a bias after their deltas.
-    finishes: Vec<(Range<usize>, &'a SiteChange)>,
+    finishes: Vec<Finish<'a>>,
     replaced: Vec<Own<'a>>,
 }
 
@@ -173,20 +185,20 @@ fn find_changes<'a>(
         }
     }
     let (mut changes, mut t, mut own) = (Vec::with_capacity(segments.len()), 0, 0);
-    for segment in segments {
-        if segment.end as usize > rows {
-            return Err(Error::Index {
-                op,
-                what: "row of a segment",
-                index: segment.end as usize - 1,
-                limit: rows,
-            });
-        }
-        if let Some(site) = lora.slots.resident(op, segment.slot)?.site(lora.site) {
-            changes.push(Change { segment: *segment, site, t, own });
-            let rows = (segment.end - segment.start) as usize;
-            t += rows * site.delta.width();
-            own += rows * site.rows.as_ref().map_or(0, |own| own.values.outputs.next_multiple_of(16));
+    for members in ensembles(segments) {
+        let must_add = is_ensemble(members);
+        for segment in members {
+            if segment.end as usize > rows {
+                let index = segment.end as usize - 1;
+                return Err(Error::Index { op, what: "row of a segment", index, limit: rows });
+            }
+            let Some(site) = lora.slots.resident(op, segment.slot)?.site(lora.site) else { continue };
+            if must_add && !site.is_sum() {
+                return Err(Error::NoMember { op, slot: segment.slot as usize });
+            }
+            let change = Change { segment: *segment, site, t, own };
+            [t, own] = change.ends();
+            changes.push(change);
         }
     }
     Ok(changes)
@@ -202,9 +214,10 @@ impl<'a> Change<'a> {
         self.site.gains().is_some()
     }
 
-    /// Its rows and its change, if its sums have to be scaled or get a bias after their deltas.
-    fn finish(&self) -> Option<(Range<usize>, &'a SiteChange)> {
-        (!self.site.vectors.is_empty()).then(|| (self.rows(), self.site))
+    /// What its sums need after their deltas, if they have to be scaled or get a bias.
+    fn finish(&self) -> Option<Finish<'a>> {
+        let (change, weight) = (self.site, self.segment.weight);
+        (!change.vectors.is_empty()).then(|| Finish { rows: self.rows(), change, weight })
     }
 
     /// The ends of its part of `t` and of `own`, in f32.
@@ -222,6 +235,7 @@ impl<'a> Change<'a> {
     /// Divides the shrink into chunks, by rows and by rows of A.
     fn shrinks(&self) -> impl Iterator<Item = Unit<'a>> {
         let (segment, t, site): (_, _, &SiteDelta) = (self.rows(), self.t, &self.site.delta);
+        let weight = self.segment.weight;
         let (width, depth) = (site.width(), site.depth.max(1));
         let a_step = (CHUNK_LINES / depth).max(1).next_multiple_of(4);
         let step = (SHRINK_CHUNK / (depth * a_step.min(width)).max(1)).max(1).next_multiple_of(4);
@@ -231,6 +245,7 @@ impl<'a> Change<'a> {
                 rows: (row, rows),
                 a,
                 scales: &site.scales[i * a_step..],
+                weight,
                 depth,
                 t: (t + i * a_step, width),
             })
@@ -388,12 +403,13 @@ impl<'a> Call<'a> {
         self.base(panels);
         self.expand(panels);
         let columns = panels.start * 16..(panels.end * 16).min(self.w.outputs);
-        self.finishes.iter().for_each(|(rows, change)| self.finish(rows.clone(), change, &columns));
+        self.finishes.iter().for_each(|finish| self.finish(finish, &columns));
     }
 
     /// Scales some columns of a segment's products by the gains, and adds the biases.
-    fn finish(&self, rows: Range<usize>, change: &SiteChange, columns: &Range<usize>) {
-        for row in rows {
+    fn finish(&self, finish: &Finish<'_>, columns: &Range<usize>) {
+        let (change, weight) = (finish.change, finish.weight);
+        for row in finish.rows.clone() {
             let at = row * self.stride + columns.start;
             // SAFETY: the columns are this chunk's alone.
             let y = unsafe { self.y.slice(at, columns.len()) };
@@ -415,7 +431,7 @@ impl<'a> Call<'a> {
             }
             for vectors in &change.vectors {
                 let Some(bias) = &vectors.bias else { continue };
-                each_shared(y, columns, (vectors.columns.start, bias), |y, bias| *y += bias);
+                each_shared(y, columns, (vectors.columns.start, bias), |y, bias| *y += weight * bias);
             }
         }
     }
@@ -440,14 +456,14 @@ impl<'a> Call<'a> {
         for row in 0..rows {
             // SAFETY: this part of the sums belongs to the unit.
             let sums = unsafe { self.t.slice(t_offset + row * t_stride, width) };
-            sums.iter_mut().zip(unit.scales).for_each(|(sum, scale)| *sum *= scale);
+            sums.iter_mut().zip(unit.scales).for_each(|(sum, scale)| *sum *= unit.weight * scale);
         }
     }
 
     /// Computes the base GEMM of some panels. Runs of rows that a magnitude scales go to `products`, all others to `y`.
     fn base(&self, panels: &Range<usize>) {
         let mut next = 0;
-        for (rows, _) in self.finishes.iter().filter(|(_, change)| change.gains().is_some()) {
+        for Finish { rows, .. } in self.finishes.iter().filter(|finish| finish.change.gains().is_some()) {
             self.base_of(next..rows.start, panels, false);
             self.base_of(rows.clone(), panels, true);
             next = rows.end;

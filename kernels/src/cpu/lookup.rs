@@ -1,14 +1,34 @@
 //! `embed`: the first value of the residual stream, from rows of tables and what adapters change of them.
 
-use super::{CpuBackend, CpuSampler, elementwise::each_row, lora::SiteChange, memory::CpuMat, pool::Shards};
-use crate::{Batch, Embedding, Error, LinearLora, Matrix, Result, SiteKind};
+use std::ops::Range;
+
+use super::{
+    CpuBackend, CpuSampler,
+    elementwise::each_row,
+    lora::{OwnRows, SiteChange},
+    memory::CpuMat,
+    pool::Shards,
+};
+use crate::{
+    Batch, Embedding, Error, LinearLora, Matrix, Result, SiteKind,
+    batch::{ensembles, is_ensemble},
+};
 
 /// The origin of a row of the step.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 struct Source<'a> {
     token: usize,
-    /// The change of the row's adapter, and the index of the adapter's own row for the token, if it has one.
-    change: Option<(&'a SiteChange, Option<usize>)>,
+    /// The row that an adapter has in place of the table's.
+    own: Option<(&'a OwnRows, usize)>,
+    /// The changes of the row's adapters in [`Sources::changes`].
+    changes: Range<usize>,
+}
+
+/// The origins of all rows.
+struct Sources<'a> {
+    rows: Vec<Source<'a>>,
+    /// Changes, each with the weight of its adapter.
+    changes: Vec<(&'a SiteChange, f32)>,
 }
 
 pub(super) fn embed(
@@ -39,11 +59,12 @@ pub(super) fn embed(
     each_row(be, rows, cols, |i| {
         // SAFETY: row i is this call's own.
         let row = unsafe { y.slice(i * cols, cols) };
-        let Source { token, change } = sources[i];
-        match change {
-            Some((change, own)) => look_up(change, own, by, token, row),
-            None => table.read_row(token, row),
+        let Source { token, own, changes } = &sources.rows[i];
+        match own {
+            Some((rows, own)) => rows.values.read_row(*own, row),
+            None => by.table.read_row(*token, row),
         }
+        sources.changes[changes.clone()].iter().for_each(|change| apply(*change, *token, row));
         if by.scale != 1.0 {
             row.iter_mut().for_each(|x| *x *= by.scale);
         }
@@ -54,27 +75,17 @@ pub(super) fn embed(
     Ok(())
 }
 
-/// Looks up a row of a table that an adapter changes.
-fn look_up(
-    change: &SiteChange,
-    own: Option<usize>,
-    by: Embedding<'_, CpuBackend>,
-    token: usize,
-    row: &mut [f32],
-) {
-    match change.rows.as_ref().zip(own) {
-        Some((rows, own)) => rows.values.read_row(own, row),
-        None => by.table.read_row(token, row),
-    }
+/// Changes a row as an adapter does.
+fn apply((change, weight): (&SiteChange, f32), token: usize, row: &mut [f32]) {
     if let Some(delta) = &change.lookup {
-        delta.add(token, row);
+        delta.add(token, weight, row);
     }
     for (i, vectors) in change.vectors.iter().enumerate() {
         if let Some(gain) = change.gains().and_then(|gains| gains.0[i].as_ref()) {
             row.iter_mut().zip(gain).for_each(|(x, gain)| *x *= gain);
         }
         if let Some(bias) = &vectors.bias {
-            row.iter_mut().zip(bias).for_each(|(x, bias)| *x += bias);
+            row.iter_mut().zip(bias).for_each(|(x, bias)| *x += weight * bias);
         }
     }
 }
@@ -85,25 +96,22 @@ fn sources<'a>(
     sampler: &CpuSampler,
     by: &Embedding<'a, CpuBackend>,
     cols: usize,
-) -> Result<Vec<Source<'a>>> {
+) -> Result<Sources<'a>> {
     let op = "embed";
-    let mut sources = Vec::with_capacity(batch.rows());
+    let mut rows = Vec::with_capacity(batch.rows());
     for &token in &batch.tokens {
         let token = match usize::try_from(token) {
             Ok(token) => token,
             Err(_) => sampler.last(op, (-1 - i64::from(token)) as usize)? as usize,
         };
-        sources.push(Source { token, change: None });
+        rows.push(Source { token, own: None, changes: 0..0 });
     }
+    let mut sources = Sources { rows, changes: Vec::new() };
     if let Some(lora) = &by.lora {
         find_changes(lora, [by.table.outputs, cols], &mut sources)?;
     }
     let limit = by.table.outputs;
-    let lost = sources.iter().find(|source| {
-        let own = source.change.and_then(|(_, own)| own);
-        source.token >= limit && own.is_none()
-    });
-    match lost {
+    match sources.rows.iter().find(|source| source.token >= limit && source.own.is_none()) {
         Some(source) => Err(Error::Index { op, what: "token", index: source.token, limit }),
         None => Ok(sources),
     }
@@ -113,7 +121,7 @@ fn sources<'a>(
 fn find_changes<'a>(
     lora: &LinearLora<'a, CpuBackend>,
     [tokens, cols]: [usize; 2],
-    sources: &mut [Source<'a>],
+    sources: &mut Sources<'a>,
 ) -> Result<()> {
     let op = "embed";
     let site = lora.slots.site(op, lora.site)?;
@@ -126,24 +134,29 @@ fn find_changes<'a>(
             return Err(Error::Shape { op, what, got, expected });
         }
     }
-    let limit = sources.len();
-    for segment in &lora.batch.segments {
-        let Some(change) = lora.slots.resident(op, segment.slot)?.site(lora.site) else { continue };
+    let limit = sources.rows.len();
+    for members in ensembles(&lora.batch.segments) {
+        let first = sources.changes.len();
+        for segment in members {
+            let Some(change) = lora.slots.resident(op, segment.slot)?.site(lora.site) else { continue };
+            if is_ensemble(members) && !change.is_sum() {
+                return Err(Error::NoMember { op, slot: segment.slot as usize });
+            }
+            sources.changes.push((change, segment.weight));
+        }
+        let changes = first..sources.changes.len();
+        let Some(segment) = members.first().filter(|_| !changes.is_empty()) else { continue };
+        let own = sources.changes[first].0.rows.as_ref();
         let rows = segment.start as usize..segment.end as usize;
         let index = rows.end.saturating_sub(1);
-        let of_segment =
-            sources.get_mut(rows).ok_or(Error::Index { op, what: "row of a segment", index, limit })?;
-        for source in of_segment {
-            let own = match &change.rows {
-                None => None,
-                Some(rows) => rows.find(source.token).map_err(|limit| Error::Index {
-                    op,
-                    what: "token of an adapter",
-                    index: source.token,
-                    limit,
-                })?,
-            };
-            source.change = Some((change, own));
+        let of_segment = sources.rows.get_mut(rows);
+        for source in of_segment.ok_or(Error::Index { op, what: "row of a segment", index, limit })? {
+            source.changes = changes.clone();
+            let Some(own) = own else { continue };
+            let found = own.find(source.token);
+            let (what, index) = ("token of an adapter", source.token);
+            let found = found.map_err(|limit| Error::Index { op, what, index, limit })?;
+            source.own = found.map(|found| (own, found));
         }
     }
     Ok(())

@@ -72,11 +72,11 @@ pub(super) struct LookupDelta {
 }
 
 impl LookupDelta {
-    /// Adds the delta of a token to a row.
-    pub(super) fn add(&self, token: usize, row: &mut [f32]) {
+    /// Adds the delta of a token, times `weight`, to a row.
+    pub(super) fn add(&self, token: usize, weight: f32, row: &mut [f32]) {
         if token < self.a.outputs {
             self.a.each_of_row(token, self.b.outputs, |rank, a| {
-                self.b.each_of_row(rank, row.len(), |k, b| row[k] += self.scale * a * b);
+                self.b.each_of_row(rank, row.len(), |k, b| row[k] += weight * self.scale * a * b);
             });
         }
     }
@@ -143,6 +143,11 @@ fn unpack_row(dtype: DType, lines: &[Line], count: usize) -> Vec<f32> {
 impl SiteChange {
     fn has_magnitude(&self) -> bool {
         self.vectors.iter().any(|vectors| vectors.magnitude.is_some())
+    }
+
+    /// Whether it only adds to what the base model computes.
+    pub(super) fn is_sum(&self) -> bool {
+        !self.has_magnitude() && self.rows.is_none()
     }
 
     /// The factors that magnitudes give; `None` if there are no magnitudes.

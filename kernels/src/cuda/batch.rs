@@ -12,7 +12,7 @@ use std::{
 use super::{
     CudaBackend,
     device::DeviceBuf,
-    ffi::{MAX_LORA_RANK, MAX_SLICES},
+    ffi::{Ensemble, MAX_LORA_RANK, MAX_SLICES},
     plan::{self, AttentionItem, Cut, Items},
     unsupported,
 };
@@ -172,6 +172,9 @@ pub struct CudaBatch {
     pub(super) largest: Largest,
     /// Slots in use, ascending.
     pub(super) slots: [Vec<u32>; 2],
+    /// The ensembles of the step's rows, which are sent only if there are any.
+    ensembles: Vec<Ensemble>,
+    ensemble_buffer: DeviceBuf,
     /// Most rows of a tile.
     pub(super) tile_rows: [u32; 2],
     words: Vec<u32>,
@@ -203,6 +206,8 @@ impl CudaBatch {
             at: Sections::default(),
             largest: Largest::default(),
             slots: Default::default(),
+            ensembles: Vec::new(),
+            ensemble_buffer: DeviceBuf::new(&backend.device, rows * size_of::<Ensemble>(), "ensembles")?,
             tile_rows: [0; 2],
             words: Vec::with_capacity(words),
         })
@@ -249,6 +254,16 @@ impl CudaBatch {
         &self.slots[index(set)]
     }
 
+    /// The ensembles of the rows.
+    pub(super) fn ensembles(&self) -> &[Ensemble] {
+        &self.ensembles
+    }
+
+    /// Where the ensembles are on the device.
+    pub(super) fn ensembles_at(&self) -> u64 {
+        self.ensemble_buffer.at()
+    }
+
     /// Names the graph that this step can use, if any.
     pub(super) fn graph_key(&self, affine: bool) -> Option<GraphKey> {
         let Self { id, cut, .. } = *self;
@@ -282,6 +297,15 @@ impl CudaBatch {
             let (index, limit) = (host.blocks.len(), (limit - (got - host.blocks.len() * 4).min(limit)) / 4);
             return Err(Error::Index { op: "upload", what: "block table entry", index, limit });
         }
+        if !self.ensembles.is_empty() {
+            let words: Vec<u32> = self.ensembles.iter().flat_map(Ensemble::words).collect();
+            // SAFETY: there are at most as many ensembles as rows; steps before this one read the buffer earlier in the same
+            // stream.
+            unsafe {
+                let bytes = super::convert::bytes_of(&words);
+                backend.staging().copy(&backend.stream, self.ensemble_buffer.at(), &bytes)?;
+            }
+        }
         let bytes = super::convert::bytes_of(&self.words);
         // SAFETY: the size was checked; steps before this one read the buffer earlier in the same stream.
         unsafe { backend.staging().copy(&backend.stream, self.buffer.at(), &bytes) }
@@ -291,11 +315,11 @@ impl CudaBatch {
     fn plan(&mut self, host: &Batch, cut: Cut) {
         let rows = host.rows();
         let tile_rows = [rows, host.logit_rows.len()].map(plan::tile_rows);
-        let tiles = [
-            plan::lora_tiles(&host.segments, tile_rows[0]),
-            plan::lora_tiles(&host.logit_segments, tile_rows[1]),
-        ];
-        let bare = plan::bare_tiles(&host.segments, rows as u32, tile_rows[0]);
+        self.ensembles.clear();
+        let runs =
+            [&host.segments, &host.logit_segments].map(|segments| plan::runs(segments, &mut self.ensembles));
+        let tiles = [plan::lora_tiles(&runs[0], tile_rows[0]), plan::lora_tiles(&runs[1], tile_rows[1])];
+        let bare = plan::bare_tiles(&runs[0], rows as u32, tile_rows[0]);
         let attention: Vec<[Items; 2]> = self
             .spans
             .iter()
@@ -327,7 +351,7 @@ impl CudaBatch {
             positions: pack.section(host.positions.iter().copied(), room.rows, 0),
             lengths: pack.section((0..rows).map(|row| host.length(row)), room.rows, 1),
             store_at: pack.section(host.store_at.iter().copied(), room.rows, NOWHERE),
-            slots: pack.section(plan::row_slots(&host.segments, rows), room.rows, plan::NO_SLOT),
+            slots: pack.section(plan::row_slots(&runs[0], rows), room.rows, plan::NO_SLOT),
             logit_rows: pack.section(host.logit_rows.iter().copied(), room.logit_rows, 0),
             few_items: [0; MAX_SPANS],
             prefill_items: [0; MAX_SPANS],

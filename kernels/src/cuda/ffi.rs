@@ -8,7 +8,7 @@ use std::{
 
 use cudarc::driver::sys::CUstream;
 
-use crate::{Activation, DType};
+use crate::{Activation, DType, MAX_MEMBER_RANKS, MAX_MEMBERS, Segment};
 
 /// Mirrors `Elem` in `common.cuh`.
 pub(super) fn elem(dtype: DType) -> i32 {
@@ -121,6 +121,7 @@ pub(super) struct EmbedArgs {
     pub(super) table: u64,
     pub(super) learned: u64,
     pub(super) entries: u64,
+    pub(super) ensembles: u64,
     pub(super) y: u64,
     pub(super) entry_stride: i32,
     pub(super) rows: i32,
@@ -156,6 +157,40 @@ impl LoraEntry {
             (words[2 * i], words[2 * i + 1]) = (at as u32, (at >> 32) as u32);
         }
         words[12..].copy_from_slice(&[self.lora_rank, self.scale.to_bits(), self.num_rows, self.a_cols]);
+        words
+    }
+}
+
+/// Mirrors `Ensemble` in `lora.cuh`: adapters whose deltas are added.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(super) struct Ensemble {
+    members: u32,
+    slots: [u32; MAX_MEMBERS],
+    weights: [f32; MAX_MEMBERS],
+}
+
+impl Ensemble {
+    /// Words of an ensemble on the device.
+    pub(super) const WORDS: usize = size_of::<Ensemble>() / 4;
+
+    /// The ensemble of segments with the same rows, at most [`MAX_MEMBERS`].
+    pub(super) fn new(members: &[Segment]) -> Ensemble {
+        let mut ensemble = Ensemble { members: members.len() as u32, ..Ensemble::default() };
+        for (i, member) in members.iter().enumerate() {
+            (ensemble.slots[i], ensemble.weights[i]) = (member.slot, member.weight);
+        }
+        ensemble
+    }
+
+    pub(super) fn slots(&self) -> &[u32] {
+        &self.slots[..self.members as usize]
+    }
+
+    pub(super) fn words(&self) -> [u32; Self::WORDS] {
+        let mut words = [self.members; Self::WORDS];
+        words[1..=MAX_MEMBERS].copy_from_slice(&self.slots);
+        words[1 + MAX_MEMBERS..].copy_from_slice(&self.weights.map(f32::to_bits));
         words
     }
 }
@@ -200,6 +235,7 @@ pub(super) const MAX_SLICES: usize = 4;
 #[derive(Clone, Copy)]
 pub(super) struct LoraArgs {
     pub(super) entries: u64,
+    pub(super) ensembles: u64,
     pub(super) tiles: u64,
     pub(super) num_tiles: u64,
     pub(super) x: u64,
@@ -266,12 +302,13 @@ const _: () = {
     assert!(size_of::<PeerArgs>() == 96 && offset_of!(PeerArgs, control) == 64);
     assert!(size_of::<QkvArgs>() == 168 && offset_of!(QkvArgs, query_norm) == 64);
     assert!(offset_of!(QkvArgs, rows) == 112);
-    assert!(size_of::<EmbedArgs>() == 88 && offset_of!(EmbedArgs, entry_stride) == 64);
+    assert!(size_of::<EmbedArgs>() == 96 && offset_of!(EmbedArgs, entry_stride) == 72);
     assert!(size_of::<LoraEntry>() == 64 && offset_of!(LoraEntry, lora_rank) == 48);
     assert!(offset_of!(LoraEntry, num_rows) == 56);
+    assert!(size_of::<Ensemble>() == 36 && MAX_LORA_RANK == MAX_MEMBER_RANKS);
     assert!(size_of::<AttentionArgs>() == 128 && offset_of!(AttentionArgs, query_heads) == 96);
-    assert!(size_of::<LoraArgs>() == 120 && offset_of!(LoraArgs, entry_stride) == 72);
-    assert!(offset_of!(LoraArgs, first_out) == 100);
+    assert!(size_of::<LoraArgs>() == 128 && offset_of!(LoraArgs, entry_stride) == 80);
+    assert!(offset_of!(LoraArgs, first_out) == 108);
     assert!(size_of::<LinearArgs>() == 56 && offset_of!(LinearArgs, rows) == 32);
     assert!(size_of::<SampleArgs>() == 112 && offset_of!(SampleArgs, vocab) == 88);
 };

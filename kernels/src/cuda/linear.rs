@@ -357,6 +357,7 @@ impl<'a> Deltas<'a> {
         for &slot in batch.slots(lora.rows) {
             slots.expect_resident(op, slot)?;
         }
+        slots.expect_members(op, batch)?;
         let (max_tiles, tile_rows, pieces) = batch.tiles(lora.rows);
         if max_tiles == 0 {
             return Ok(None);
@@ -369,6 +370,7 @@ impl<'a> Deltas<'a> {
         }
         let args = ffi::LoraArgs {
             entries: slots.entries_at(lora.site),
+            ensembles: batch.ensembles_at(),
             tiles: batch.at.tiles(lora.rows),
             num_tiles: batch.at.num_tiles(lora.rows),
             x: x.at(),
@@ -429,8 +431,9 @@ impl<'a> Deltas<'a> {
         let halves = self.args.slices == 2 && self.args.first_out[1] as usize == inner;
         let whole = inner.is_multiple_of(ffi::OUT_BLOCK) && gate_up.cols() == 2 * inner;
         let half_size = gate_up.wide() == 0 && y.wide() == 0;
+        let alone = self.batch.ensembles().is_empty();
         // Captured steps, which have room for more tiles than there are, have small ones.
-        halves && whole && half_size && self.rows == RowSet::All && self.tile_rows > SMALL_TILE
+        halves && whole && half_size && alone && self.rows == RowSet::All && self.tile_rows > SMALL_TILE
     }
 
     /// Adds the deltas to gate and up on their way into `y`; `gate_up` stays as it is.

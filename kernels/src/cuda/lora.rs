@@ -17,7 +17,7 @@ pub use stage::CudaAdapter;
 pub(super) use stage::host_bytes;
 use stage::{Placed, first_slices};
 
-use crate::{Error, LoraShape, LoraSite, Ops, Result, RowSet, SiteKind};
+use crate::{Error, LoraShape, LoraSite, MAX_MEMBER_RANKS, Ops, RANK_STEP, Result, RowSet, SiteKind};
 
 /// Bytes of an entry of the table.
 const ENTRY: usize = 4 * LoraEntry::WORDS;
@@ -25,7 +25,8 @@ const ENTRY: usize = 4 * LoraEntry::WORDS;
 /// What adapters need besides low-rank deltas.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Needs {
-    /// Gains or biases. They change whole products before these are added to the residual stream.
+    /// Gains or biases, which change whole products before these are added to the residual stream, or several deltas of a
+    /// row. The kernels of all other steps know nothing of them.
     pub(super) affine: bool,
     /// Replaced rows of the output projection.
     pub(super) head_rows: bool,
@@ -83,6 +84,19 @@ struct Resident {
     /// Holds what the slot's entries point to.
     _memory: PoolBuf,
     needs: Needs,
+    /// Whether it has low-rank deltas and biases alone.
+    is_sum: bool,
+    /// The largest rank of its deltas, in whole steps.
+    ranks: usize,
+}
+
+impl Resident {
+    fn new(memory: PoolBuf, adapter: &CudaAdapter) -> Resident {
+        let shapes = || adapter.parts.iter().map(|part| part.shape);
+        let is_sum = shapes().all(|shape| !shape.has_magnitude && shape.rows == 0);
+        let ranks = shapes().map(|shape| shape.lora_rank.next_multiple_of(RANK_STEP)).max().unwrap_or(0);
+        Resident { _memory: memory, needs: adapter.needs, is_sum, ranks }
+    }
 }
 
 impl CudaSlots {
@@ -118,7 +132,10 @@ impl CudaSlots {
     pub(super) fn needs(&self, batch: &CudaBatch) -> Needs {
         let slots = batch.slots(RowSet::All);
         let resident = slots.iter().filter_map(|&slot| self.slots.get(slot as usize)?.as_ref());
-        let always = Needs { affine: false, head_rows: batch.is_decode() && !slots.is_empty() };
+        let always = Needs {
+            affine: !batch.ensembles().is_empty(),
+            head_rows: batch.is_decode() && !slots.is_empty(),
+        };
         resident.fold(always, |all, resident| all | resident.needs)
     }
 
@@ -128,6 +145,30 @@ impl CudaSlots {
             Some(None) => Err(Error::EmptySlot { op, slot: slot as usize }),
             None => Err(Error::Index { op, what: "slot", index: slot as usize, limit: self.slots.len() }),
         }
+    }
+
+    /// Refuses ensembles that kernels cannot add.
+    pub(super) fn expect_members(&self, op: &'static str, batch: &CudaBatch) -> Result<()> {
+        for ensemble in batch.ensembles() {
+            let mut ranks = 0;
+            for &slot in ensemble.slots() {
+                self.expect_resident(op, slot)?;
+                let Some(resident) = &self.slots[slot as usize] else { continue };
+                if !resident.is_sum {
+                    return Err(Error::NoMember { op, slot: slot as usize });
+                }
+                ranks += resident.ranks;
+            }
+            if ranks > MAX_MEMBER_RANKS {
+                return Err(Error::Index {
+                    op,
+                    what: "rank of an ensemble",
+                    index: ranks - 1,
+                    limit: MAX_MEMBER_RANKS,
+                });
+            }
+        }
+        Ok(())
     }
 
     /// Errors: without memory on the GPU, the slot is empty and nothing was begun.
@@ -233,7 +274,7 @@ impl CudaSlots {
         let mut slots = Vec::with_capacity(ready.len());
         for Loading { slot, memory, adapter, .. } in ready {
             self.write_entries(be, slot, &adapter.parts, memory.at())?;
-            self.slots[slot as usize] = Some(Resident { _memory: memory, needs: adapter.needs });
+            self.slots[slot as usize] = Some(Resident::new(memory, &adapter));
             slots.push(slot);
         }
         Ok(slots)

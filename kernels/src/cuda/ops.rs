@@ -113,6 +113,7 @@ impl Ops for CudaBackend {
             table: table.buffer.at(),
             learned,
             entries,
+            ensembles: batch.ensembles_at(),
             y: y.at(),
             entry_stride,
             rows: y.rows() as i32,

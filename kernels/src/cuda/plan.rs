@@ -1,6 +1,10 @@
 //! How a step is divided into work for the kernels: items of attention, split-K, tiles of rows with one adapter. Pure.
 
-use crate::{BLOCK_SIZE, Heads, Segment, SequenceRows, Span};
+use super::ffi::Ensemble;
+use crate::{
+    BLOCK_SIZE, Heads, Segment, SequenceRows, Span,
+    batch::{ensembles, is_ensemble},
+};
 
 /// Rows of one item of prefill attention, `kPrefillRows` in `attention.cuh`.
 const PREFILL_ROWS: u32 = 128;
@@ -198,13 +202,44 @@ pub(super) fn tile_rows(rows: usize) -> u32 {
     }
 }
 
-/// Segments cut into tiles of at most `rows` rows: start, rows, slot.
-pub(super) fn lora_tiles(segments: &[Segment], rows: u32) -> Vec<[u32; 3]> {
-    let cut = |s: &Segment| {
-        let (end, slot) = (s.end, s.slot);
-        (s.start..end).step_by(rows as usize).map(move |start| [start, rows.min(end - start), slot])
+/// Rows that have the same adapters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Run {
+    pub(super) start: u32,
+    pub(super) end: u32,
+    /// The slot of their adapter; [`FIRST_ENSEMBLE`] and the index of their ensemble; or [`NO_SLOT`].
+    pub(super) slot: u32,
+}
+
+/// The slot of rows without an adapter; `kNoSlot` in `lora.cuh`.
+pub(super) const NO_SLOT: u32 = u32::MAX;
+/// What stands in place of a slot for ensemble 0; `kFirstEnsemble` in `lora.cuh`.
+pub(super) const FIRST_ENSEMBLE: u32 = 1 << 31;
+
+/// The runs of rows with adapters. Ensembles that are not known yet are added to `known`.
+pub(super) fn runs(segments: &[Segment], known: &mut Vec<Ensemble>) -> Vec<Run> {
+    let run = |members: &[Segment]| {
+        let [Segment { start, end, slot, .. }, ..] = *members else { return None };
+        if !is_ensemble(members) {
+            return Some(Run { start, end, slot });
+        }
+        let ensemble = Ensemble::new(members);
+        let index = known.iter().position(|other| *other == ensemble).unwrap_or_else(|| {
+            known.push(ensemble);
+            known.len() - 1
+        });
+        Some(Run { start, end, slot: FIRST_ENSEMBLE + index as u32 })
     };
-    segments.iter().flat_map(cut).collect()
+    ensembles(segments).filter_map(run).collect()
+}
+
+/// Runs cut into tiles of at most `rows` rows: start, rows, slot.
+pub(super) fn lora_tiles(runs: &[Run], rows: u32) -> Vec<[u32; 3]> {
+    let cut = |run: &Run| {
+        let Run { start, end, slot } = *run;
+        (start..end).step_by(rows as usize).map(move |start| [start, rows.min(end - start), slot])
+    };
+    runs.iter().flat_map(cut).collect()
 }
 
 /// Rows that one block of a shrink multiplies; `kRows` in `lora.cu`.
@@ -215,22 +250,19 @@ pub(super) fn shrink_pieces(tiles: &[[u32; 3]]) -> usize {
     tiles.iter().map(|[_, rows, _]| rows.div_ceil(SHRINK_ROWS) as usize).sum()
 }
 
-/// The slot of rows without an adapter; `kNoSlot` in `lora.cuh`.
-pub(super) const NO_SLOT: u32 = u32::MAX;
-
-/// Tiles of the rows, `all` in number, that lie in no segment.
-pub(super) fn bare_tiles(segments: &[Segment], all: u32, rows: u32) -> Vec<[u32; 3]> {
-    let starts = std::iter::once(0).chain(segments.iter().map(|s| s.end));
-    let ends = segments.iter().map(|s| s.start).chain([all]);
-    let gaps: Vec<_> = starts.zip(ends).map(|(start, end)| Segment { start, end, slot: NO_SLOT }).collect();
+/// Tiles of the rows, `all` in number, that lie in no run.
+pub(super) fn bare_tiles(runs: &[Run], all: u32, rows: u32) -> Vec<[u32; 3]> {
+    let starts = std::iter::once(0).chain(runs.iter().map(|run| run.end));
+    let ends = runs.iter().map(|run| run.start).chain([all]);
+    let gaps: Vec<_> = starts.zip(ends).map(|(start, end)| Run { start, end, slot: NO_SLOT }).collect();
     lora_tiles(&gaps, rows)
 }
 
-/// The slot of each of `all` rows.
-pub(super) fn row_slots(segments: &[Segment], all: usize) -> Vec<u32> {
+/// The slot of each of `all` rows, or what stands in its place.
+pub(super) fn row_slots(runs: &[Run], all: usize) -> Vec<u32> {
     let mut slots = vec![NO_SLOT; all];
-    for s in segments {
-        slots[s.start as usize..s.end as usize].fill(s.slot);
+    for run in runs {
+        slots[run.start as usize..run.end as usize].fill(run.slot);
     }
     slots
 }

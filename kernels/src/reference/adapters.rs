@@ -1,7 +1,10 @@
 //! The changes that adapters make to products and lookups.
 
 use super::{Table, dot};
-use crate::{Batch, LoraPart, LoraSite, LowRank, ReplacedRows, Segment, SiteKind};
+use crate::{
+    Batch, LoraPart, LoraSite, LowRank, ReplacedRows, Segment, SiteKind,
+    batch::{ensembles, is_ensemble},
+};
 
 /// A weight of the base model at a site.
 #[derive(Debug, Clone, Copy)]
@@ -30,7 +33,7 @@ pub fn add_lora(
                 let (a, b) = (a.to_f32(), b.to_f32());
                 let shrunk: Vec<f32> = a.chunks(site.1.inputs).map(|a| dot(x.row(i), a)).collect();
                 for (o, b) in b.chunks(*rank).enumerate() {
-                    y.data[i * y.cols + column + o] += scale * dot(&shrunk, b);
+                    y.data[i * y.cols + column + o] += segment.weight * scale * dot(&shrunk, b);
                 }
             }
         }
@@ -84,7 +87,15 @@ pub fn adapted_linear(
         }
     }
     let (number, site) = base.site;
-    for segment in segments {
+    for segment in ensembles(segments).filter(|members| is_ensemble(members)).flatten() {
+        for part in adapters[segment.slot as usize].iter().filter(|part| part.site == number) {
+            let first = site.columns(part.slice).start;
+            for i in segment.start as usize..segment.end as usize {
+                add_member(x.row(i), part, segment.weight, &mut y.row_mut(i)[first..]);
+            }
+        }
+    }
+    for segment in ensembles(segments).filter(|members| !is_ensemble(members)).flatten() {
         for part in adapters[segment.slot as usize].iter().filter(|part| part.site == number) {
             let range = site.columns(part.slice);
             let rows = weight_of(base.weight, part, range.clone());
@@ -113,6 +124,16 @@ pub fn adapted_linear(
     y
 }
 
+/// `y += weight · (delta · x + bias)`, of a part that is a sum.
+fn add_member(x: &[f32], part: &LoraPart, weight: f32, y: &mut [f32]) {
+    if let Some(LowRank { rank, scale, a, b }) = &part.low_rank {
+        let shrunk: Vec<f32> = a.to_f32().chunks(x.len()).map(|a| dot(x, a)).collect();
+        let (b, factor) = (b.to_f32(), weight * scale);
+        b.chunks(*rank).zip(&mut *y).for_each(|(b, y)| *y += factor * dot(&shrunk, b));
+    }
+    part.bias.iter().flatten().zip(y).for_each(|(bias, y)| *y += weight * bias);
+}
+
 /// The rows of a table by token, times `scale`; see [`crate::Embedding`].
 ///
 /// # Panics
@@ -120,29 +141,48 @@ pub fn adapted_linear(
 pub fn embed(base: Base<'_>, batch: &Batch, adapters: &[Vec<LoraPart>], scale: f32) -> Table {
     let (number, site) = base.site;
     let mut y = Table { cols: base.weight.cols, data: Vec::new() };
-    let slot = |row: usize| batch.segments.iter().find(|s| (s.start..s.end).contains(&(row as u32)));
+    let segments =
+        |row: usize| batch.segments.iter().filter(move |s| (s.start..s.end).contains(&(row as u32)));
     for (i, &token) in batch.tokens.iter().enumerate() {
-        let parts = slot(i).map_or(&[][..], |segment| &adapters[segment.slot as usize]);
-        let part = parts.iter().find(|part| part.site == number && site.kind == SiteKind::Lookup);
-        let Some(part) = part else {
-            y.data.extend(base.weight.row(token as usize).iter().map(|x| scale * x));
+        let token = token as usize;
+        let members: Vec<Segment> = segments(i).copied().collect();
+        let part = |segment: &Segment| {
+            let mut parts = adapters[segment.slot as usize].iter();
+            parts.find(|part| part.site == number && site.kind == SiteKind::Lookup)
+        };
+        if is_ensemble(&members) || members.iter().all(|segment| part(segment).is_none()) {
+            let mut row = base.weight.row(token).to_vec();
+            for (segment, part) in members.iter().filter_map(|segment| Some((segment, part(segment)?))) {
+                let deltas = part.low_rank.as_ref().map(delta_of).unwrap_or_default();
+                let added = |delta: &Vec<f32>| segment.weight * delta.get(token).unwrap_or(&0.0);
+                row.iter_mut().zip(&deltas).for_each(|(x, delta)| *x += added(delta));
+                let bias = part.bias.iter().flatten();
+                row.iter_mut().zip(bias).for_each(|(x, bias)| *x += segment.weight * bias);
+            }
+            y.data.extend(row.iter().map(|x| scale * x));
             continue;
-        };
-        let deltas = part.low_rank.as_ref().map(delta_of);
-        let delta = |k: usize, token: usize| {
-            deltas.as_ref().and_then(|deltas| deltas[k].get(token)).copied().unwrap_or(0.0)
-        };
-        let rows = weight_of(base.weight, part, 0..site.inputs);
-        let row = rows[token as usize].as_ref().expect("a row of the token");
-        for (k, x) in row.iter().enumerate() {
-            // Only the tokens of the adapter's vocabulary count.
-            let tokens = deltas.as_ref().map_or(rows.len(), |deltas| deltas[k].len());
-            let own = rows.iter().take(tokens).enumerate();
-            let column = own.filter_map(|(t, row)| Some(row.as_ref()?[k] + delta(k, t)));
-            let gain = part.magnitude.as_ref().map_or(1.0, |magnitude| magnitude[k] / norm(column));
-            let own = part.bias.as_ref().map_or(0.0, |bias| bias[k]);
-            y.data.push(scale * (gain * (x + delta(k, token as usize)) + own));
         }
+        let Some(part) = members.first().and_then(part) else { continue };
+        y.data.extend(adapted_row(base, part, token).iter().map(|x| scale * x));
     }
     y
+}
+
+/// A row of a table, as one adapter changes it.
+fn adapted_row(base: Base<'_>, part: &LoraPart, token: usize) -> Vec<f32> {
+    let deltas = part.low_rank.as_ref().map(delta_of);
+    let delta = |k: usize, token: usize| {
+        deltas.as_ref().and_then(|deltas| deltas[k].get(token)).copied().unwrap_or(0.0)
+    };
+    let rows = weight_of(base.weight, part, 0..base.site.1.inputs);
+    let row = rows[token].as_ref().expect("a row of the token");
+    let column = |(k, x): (usize, &f32)| {
+        // Only the tokens of the adapter's vocabulary count.
+        let tokens = deltas.as_ref().map_or(rows.len(), |deltas| deltas[k].len());
+        let own = rows.iter().take(tokens).enumerate();
+        let column = own.filter_map(|(t, row)| Some(row.as_ref()?[k] + delta(k, t)));
+        let gain = part.magnitude.as_ref().map_or(1.0, |magnitude| magnitude[k] / norm(column));
+        gain * (x + delta(k, token)) + part.bias.as_ref().map_or(0.0, |bias| bias[k])
+    };
+    row.iter().enumerate().map(column).collect()
 }

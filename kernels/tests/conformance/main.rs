@@ -4,6 +4,7 @@
 
 mod adapters;
 mod attention;
+mod ensembles;
 mod exact;
 mod linear;
 mod masks;
@@ -14,7 +15,8 @@ use std::sync::Arc;
 
 use kernels::{
     AttentionShape, Backend, Batch, Branch, DType, Embedding, Heads, HostTensor, LinearLora, LoraPart,
-    LoraSite, Matrix, Norm, NormKind, Output, Projection, Qkv, Residual, Result, RowSet, Sampled, Span,
+    LoraSite, Matrix, Norm, NormKind, Output, Projection, Qkv, Residual, Result, RowSet, Sampled, Segment,
+    Span,
     cpu::{CpuBackend, Tier},
     prelude::*,
     reference::Table,
@@ -66,6 +68,10 @@ use attention::{
     attention_over_blocks, attention_over_windows, attention_to_both_sides,
     queries_and_keys_are_clamped_and_normed, rotations_of_every_kind, sinks_and_slopes,
 };
+use ensembles::{
+    ensembles_beside_every_kind_of_adapter, ensembles_equal_one_adapter_of_all_ranks, ensembles_of_any_ranks,
+    gated_ensembles, lookups_of_ensembles, members_that_are_not_sums_are_refused, normed_ensembles,
+};
 use linear::{
     deltas_of_large_matrices, gated_projections_with_deltas, linear_of_any_shape,
     low_rank_deltas_of_mixed_ranks, normed_projections_with_deltas, the_stream_is_not_rounded,
@@ -94,6 +100,13 @@ on_every_backend!(
     normed_projections_with_deltas,
     the_stream_is_not_rounded,
     magnitudes_and_biases,
+    ensembles_of_any_ranks,
+    ensembles_equal_one_adapter_of_all_ranks,
+    ensembles_beside_every_kind_of_adapter,
+    gated_ensembles,
+    normed_ensembles,
+    lookups_of_ensembles,
+    members_that_are_not_sums_are_refused,
     rows_of_the_head,
     lookups_that_adapters_change,
     gains_over_smaller_vocabularies,
@@ -136,6 +149,7 @@ on_every_backend!(
 fn no_row_depends_on_its_neighbours_on_the_cpu() {
     on_cpu(linear::a_row_does_not_depend_on_its_neighbours);
     on_cpu(adapters::no_row_depends_on_the_adapters_beside_it);
+    on_cpu(ensembles::no_row_depends_on_the_ensembles_beside_it);
 }
 
 /// A few outputs and numbers of rows: the plainest tier takes its time.
@@ -274,11 +288,15 @@ fn contradicting_indices_are_refused() {
     let mut device = ops.batch(8, 8, &[Span::Causal]).unwrap();
     let good = batch(&[(3, 0), (1, 20)], &[Some(0), None]);
     ops.upload(&good, &mut device).unwrap();
-    let breaks: [fn(&mut Batch); 8] = [
+    let breaks: [fn(&mut Batch); 11] = [
         |batch| batch.positions.truncate(1),
         |batch| batch.sequences[0].rows = 2,
         |batch| batch.blocks.truncate(1),
         |batch| batch.segments[0].end = 9,
+        // Segments that have some rows in common but not all, and a row with too many adapters.
+        |batch| batch.segments.push(Segment::new(1, 3, 0)),
+        |batch| batch.segments.push(Segment::new(0, 2, 0)),
+        |batch| batch.segments = vec![batch.segments[0]; 5],
         |batch| batch.logit_rows[1] = 4,
         |batch| batch.sequences[1].kv_len = 0,
         // Another sequence's block, in the middle of it and at its beginning.

@@ -101,9 +101,9 @@ impl Encoder {
                 Some(Classes::OfSequences) => host.logit_rows.push(start),
             }
             if *adapted {
-                host.segments.push(Segment { start, end: start + rows, slot: 0 });
+                host.segments.push(Segment::new(start, start + rows, 0));
                 let end = host.logit_rows.len() as u32;
-                host.logit_segments.push(Segment { start: first_logit, end, slot: 0 });
+                host.logit_segments.push(Segment::new(first_logit, end, 0));
             }
         }
         let (rows, blocks) = (host.rows(), host.blocks.len());

@@ -177,7 +177,7 @@ impl Runner {
                 kv_len: range.end as u32,
                 first_block,
             });
-            host.segments.extend(running.slot.map(|slot| Segment { start, end, slot }));
+            host.segments.extend(running.slot.map(|slot| Segment::new(start, end, slot)));
         }
         host.logit_segments = host.segments.clone();
         self.ops.upload(&host, &mut self.batch).unwrap();

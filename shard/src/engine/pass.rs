@@ -276,6 +276,6 @@ fn extend_segment(segments: &mut Vec<Segment>, start: u32, end: u32, slot: u32) 
     match segments.last_mut() {
         _ if start == end => {}
         Some(last) if last.slot == slot && last.end == start => last.end = end,
-        _ => segments.push(Segment { start, end, slot }),
+        _ => segments.push(Segment::new(start, end, slot)),
     }
 }

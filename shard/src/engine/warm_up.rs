@@ -141,7 +141,7 @@ fn batch(lens: &[usize], runs: usize) -> Batch {
         batch.blocks.extend((first_block..).take(len.div_ceil(BLOCK_SIZE)));
         batch.sequences.push(SequenceRows { start, rows: len as u32, kv_len: len as u32, first_block });
     }
-    batch.segments = (0..runs as u32).map(|row| Segment { start: row, end: row + 1, slot: 0 }).collect();
+    batch.segments = (0..runs as u32).map(|row| Segment::new(row, row + 1, 0)).collect();
     batch.logit_segments.clone_from(&batch.segments);
     batch
 }

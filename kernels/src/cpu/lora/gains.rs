@@ -126,7 +126,7 @@ fn of_table(table: &Panels, delta: Option<&LookupDelta>) -> Vec<f32> {
     for token in 0..delta.map_or(table.outputs, |delta| table.outputs.min(delta.a.outputs)) {
         table.read_row(token, &mut row);
         if let Some(delta) = delta {
-            delta.add(token, &mut row);
+            delta.add(token, 1.0, &mut row);
         }
         squares.iter_mut().zip(&row).for_each(|(square, x)| *square += x * x);
     }

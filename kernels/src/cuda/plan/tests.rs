@@ -107,7 +107,8 @@ fn decode_pieces_follow_the_number_of_key_heads() {
 
 #[test]
 fn tiles_stay_inside_their_segments() {
-    let segments = [Segment { start: 2, end: 3, slot: 7 }, Segment { start: 10, end: 50, slot: 1 }];
+    let segments = [Segment::new(2, 3, 7), Segment::new(10, 50, 1)];
+    let segments = runs(&segments, &mut Vec::new());
     assert_eq!(lora_tiles(&segments, 32), [[2, 1, 7], [10, 32, 1], [42, 8, 1]]);
     assert!(lora_tiles(&[], 8).is_empty());
     assert_eq!(shrink_pieces(&lora_tiles(&segments, 32)), 1 + 2 + 1);
@@ -115,4 +116,28 @@ fn tiles_stay_inside_their_segments() {
     assert_eq!(bare_tiles(&segments, 200, 64), bare);
     let slots = row_slots(&segments, 60);
     assert_eq!((slots[1], slots[2], slots[9], slots[11]), (NO_SLOT, 7, NO_SLOT, 1));
+}
+
+#[test]
+fn equal_ensembles_are_one_and_stand_in_place_of_a_slot() {
+    let of = |start, end, slot, weight| Segment { weight, ..Segment::new(start, end, slot) };
+    let segments = [
+        of(0, 2, 3, 1.0),
+        of(2, 5, 3, 1.0),
+        of(2, 5, 4, -0.5),
+        of(5, 6, 3, 0.5),
+        of(8, 9, 3, 1.0),
+        of(8, 9, 4, -0.5),
+        of(9, 10, 4, -0.5),
+        of(9, 10, 3, 1.0),
+    ];
+    let mut known = Vec::new();
+    let slots = runs(&segments, &mut known).iter().map(|run| run.slot).collect::<Vec<_>>();
+    assert_eq!(slots, [3, FIRST_ENSEMBLE, FIRST_ENSEMBLE + 1, FIRST_ENSEMBLE, FIRST_ENSEMBLE + 2]);
+    assert_eq!(
+        known.iter().map(|ensemble| ensemble.slots().to_vec()).collect::<Vec<_>>(),
+        [vec![3, 4], vec![3], vec![4, 3]]
+    );
+    assert_eq!(runs(&segments[..3], &mut known)[1].slot, FIRST_ENSEMBLE);
+    assert_eq!(known[0].words(), [2, 3, 4, 0, 0, 1.0_f32.to_bits(), (-0.5_f32).to_bits(), 0, 0]);
 }

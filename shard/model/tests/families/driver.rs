@@ -205,9 +205,9 @@ impl Driver {
             });
             host.blocks.extend(sequence.blocks.clone());
             if let Some(slot) = sequence.slot {
-                host.segments.push(Segment { start, end: host.rows() as u32, slot });
+                host.segments.push(Segment::new(start, host.rows() as u32, slot));
                 let end = host.logit_rows.len() as u32;
-                host.logit_segments.push(Segment { start: first_logit, end, slot });
+                host.logit_segments.push(Segment::new(first_logit, end, slot));
             }
             sequences[i].done += rows;
         }
