@@ -286,7 +286,7 @@ fn nonsense() -> Vec<(Value, &'static str)> {
         ),
         (json!({"ids": ["a"], "weights": ["1"]}), "`merged_adapters.weights[0]`: invalid type: string"),
         (
-            json!({"ids": ["a", "b"], "merge_strategy": "ties_svd"}),
+            json!({"ids": ["a", "b"], "merge_strategy": "svd_ties"}),
             "`merged_adapters.merge_strategy`: unknown",
         ),
         (json!({"ids": ["a", "b"], "merge_strategy": "TIES"}), "`merged_adapters.merge_strategy`: unknown"),
