@@ -237,14 +237,14 @@ unsafe fn apply<S: Simd>(f: Activation, x: S::V) -> S::V {
 const ERFC: [f32; 10] = [
     0.170_872_77,
     -0.822_152_23,
-    1.488_515_87,
-    -1.135_203_98,
+    1.488_515_9,
+    -1.135_204,
     0.278_868_07,
     -0.186_288_06,
     0.096_784_18,
     0.374_091_96,
-    1.000_023_68,
-    -1.265_512_23,
+    1.000_023_7,
+    -1.265_512_2,
 ];
 
 /// The complementary error function of x ≥ 0, with a relative error below 1.2e-7 before rounding: `t · e^(p(t) - x²)` with

@@ -102,6 +102,14 @@ fn recipes() -> Vec<(Value, Vec<f64>, Merge)> {
             vec![1.0, 1.0],
             merge(Strategy::Cat, None),
         ),
+        (json!({"ids": ["c", "c"], "merge_strategy": "cat"}), vec![1.0, 1.0], merge(Strategy::Cat, None)),
+        (json!({"ids": ["c"], "weights": [-2]}), vec![-2.0], merge(Strategy::Linear, None)),
+    ]
+}
+
+/// The same of strategies that end with a singular value decomposition.
+fn svd_recipes() -> Vec<(Value, Vec<f64>, Merge)> {
+    vec![
         (json!({"ids": ["a", "b"], "merge_strategy": "svd"}), vec![1.0, 1.0], merge(Strategy::Svd, None)),
         (
             json!({"ids": ["a", "b"], "merge_strategy": "svd", "svd_rank": 4}),
@@ -129,8 +137,6 @@ fn recipes() -> Vec<(Value, Vec<f64>, Merge)> {
             vec![1.0, 1.0],
             Merge { svd_rank: 2, ..merge(Strategy::MagnitudePruneSvd, Some(0.4)) },
         ),
-        (json!({"ids": ["c", "c"], "merge_strategy": "cat"}), vec![1.0, 1.0], merge(Strategy::Cat, None)),
-        (json!({"ids": ["c"], "weights": [-2]}), vec![-2.0], merge(Strategy::Linear, None)),
     ]
 }
 
@@ -139,7 +145,7 @@ async fn shards_are_told_of_what_and_how_an_adapter_is_merged() {
     let folder = folder();
     let router = router(folder.path(), |_| {}).await;
     let mut contents = BTreeSet::new();
-    for (merged, weights, expected) in recipes() {
+    for (merged, weights, expected) in recipes().into_iter().chain(svd_recipes()) {
         assert_eq!(router.ok("/generate", &ask(merged.clone())).await["generated_text"], "a", "{merged}");
         let staged = last_stage(&router).await;
         let names: Vec<&str> = staged.parts.iter().map(|part| &*part.name).collect();
