@@ -32,9 +32,9 @@ impl Segment {
         Segment { start, end, slot, weight: 1.0 }
     }
 
-    /// Whether both have the same rows.
+    /// Whether both have the same rows, and there are any.
     pub(crate) fn is_beside(&self, other: &Segment) -> bool {
-        (self.start, self.end) == (other.start, other.end)
+        (self.start, self.end) == (other.start, other.end) && self.start < self.end
     }
 }
 

@@ -7,3 +7,6 @@
 mod shard_v1;
 
 pub use shard_v1::*;
+
+/// Bytes of the largest message. Steps are that large which add many sequences with long prompts, biases and bans.
+pub const MAX_MESSAGE: usize = 80 << 20;

@@ -145,27 +145,28 @@ impl ContentTokens {
                 self.ranges.pop_front();
             }
             let Some(token) = self.settled.pop_front() else { break };
-            taken.extend(self.ranges.iter().find_map(|range| cut(&token, start, range)));
+            taken.extend(cut(token, start, &self.ranges));
         }
         taken
     }
 }
 
-/// The part of a token at a position that lies in a range.
-fn cut(token: &TokenText, start: usize, range: &Range<usize>) -> Option<TokenText> {
+/// What of a token at a position lies in some of the ranges, which ascend.
+fn cut(mut token: TokenText, start: usize, ranges: &VecDeque<Range<usize>>) -> Option<TokenText> {
     if token.text.is_empty() {
-        return range.contains(&start).then(|| token.clone());
+        return ranges.iter().any(|range| range.contains(&start)).then_some(token);
     }
-    let (from, to) = (range.start.max(start), range.end.min(start + token.text.len()));
-    if from >= to {
-        return None;
+    let end = start + token.text.len();
+    let parts = ranges.iter().filter_map(|range| {
+        let (from, to) = (range.start.max(start), range.end.min(end));
+        token.text.get(from.checked_sub(start)?..to.checked_sub(start)?)
+    });
+    let text: String = parts.collect();
+    if text.len() < token.text.len() {
+        token.bytes = text.as_bytes().to_vec();
     }
-    let mut part = token.clone();
-    if to - from < token.text.len() {
-        part.text = token.text.get(from - start..to - start)?.to_owned();
-        part.bytes = part.text.as_bytes().to_vec();
-    }
-    Some(part)
+    token.text = text;
+    Some(token).filter(|token| !token.text.is_empty())
 }
 
 /// A new id of a call; Mistral's templates know no others than those of nine characters.

@@ -34,9 +34,6 @@ pub(crate) use merge::InfoError;
 use merge::Resident;
 pub(crate) use stage::StageError;
 
-/// Largest message. The largest ones are steps that add many long prompts.
-pub(crate) const MAX_MESSAGE: usize = 64 << 20;
-
 /// Time between two pings over a connection.
 const PING: Duration = Duration::from_millis(500);
 
@@ -242,7 +239,9 @@ fn channel(socket: &Path, limit: Duration) -> Channel {
 }
 
 fn client(channel: Channel) -> ShardClient<Channel> {
-    ShardClient::new(channel).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE)
+    ShardClient::new(channel)
+        .max_decoding_message_size(proto::MAX_MESSAGE)
+        .max_encoding_message_size(proto::MAX_MESSAGE)
 }
 
 fn failed(rank: usize, status: &Status) -> RankError {

@@ -399,7 +399,6 @@ mod tests {
     use prost::Message;
 
     use super::*;
-    use crate::ranks::MAX_MESSAGE;
 
     /// The longest tokens, in as many sequences as a step may add, each with all else that can be told of one.
     #[test]
@@ -419,6 +418,6 @@ mod tests {
             ..proto::NewSequence::default()
         };
         let step = proto::Step { added: vec![added; SEQUENCES as usize], ..proto::Step::default() };
-        assert!(step.encoded_len() < MAX_MESSAGE, "{} bytes", step.encoded_len());
+        assert!(step.encoded_len() < proto::MAX_MESSAGE, "{} bytes", step.encoded_len());
     }
 }

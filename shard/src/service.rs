@@ -56,11 +56,9 @@ pub(crate) type Server<B> = ShardServer<Service<B>>;
 
 /// Makes the service of one rank.
 pub(crate) fn new<B: Backend>(info: Info, adapters: Arc<Adapters<B>>, engine: EngineHandle) -> Server<B> {
-    // A step carries the prompts of the sequences that it adds, which may all have their full length.
-    let limit = 64 << 20;
     ShardServer::new(Service { info: wire::info(info), adapters, engine, streams: AtomicU64::new(0) })
-        .max_decoding_message_size(limit)
-        .max_encoding_message_size(limit)
+        .max_decoding_message_size(proto::MAX_MESSAGE)
+        .max_encoding_message_size(proto::MAX_MESSAGE)
 }
 
 impl<B: Backend> Service<B> {

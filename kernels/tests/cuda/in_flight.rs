@@ -6,7 +6,7 @@ use super::*;
 
 /// Columns and outputs of the products that keep the GPU busy.
 const WIDE: usize = 4096;
-const ROWS: usize = 2048;
+const ROWS: usize = 8192;
 
 /// Work that keeps the GPU busy: products whose rows use the adapter in slot 0, each into a matrix of its own.
 struct Work {

@@ -15,7 +15,6 @@ use tonic::{
 };
 use tonic_prost::{ProstCodec, ProstDecoder};
 
-use super::MAX_MESSAGE;
 use crate::wire;
 
 /// A step as it is sent.
@@ -33,8 +32,9 @@ pub(super) async fn execute(
     channel: Channel,
     steps: impl Stream<Item = Bytes> + Send + 'static,
 ) -> Result<Response<Streaming<ExecuteEvent>>, Status> {
-    let mut client =
-        Grpc::new(channel).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
+    let mut client = Grpc::new(channel)
+        .max_decoding_message_size(proto::MAX_MESSAGE)
+        .max_encoding_message_size(proto::MAX_MESSAGE);
     client.ready().await.map_err(|error| Status::unavailable(error.to_string()))?;
     let mut request = Request::new(steps);
     request.extensions_mut().insert(GrpcMethod::new(proto::shard_server::SERVICE_NAME, "Execute"));

@@ -21,8 +21,8 @@ fn spoils() -> Vec<(Spoil, &'static str)> {
         (|new| new.sampling.logit_bias = vec![(5, 1.0), (96, 1.0)], "token 96 is out of range, limit 96"),
         (|new| new.sampling.logit_bias = vec![(5, f32::NAN)], "the logit bias of token 5 is NaN"),
         (
-            |new| new.sampling.logit_bias = vec![(1, 0.5); 1025],
-            "seat: number of biases 1025 is out of range, limit 1025",
+            |new| new.sampling.logit_bias = vec![(1, 0.5); 1537],
+            "seat: number of biases 1537 is out of range, limit 1537",
         ),
         (|new| new.sampling.num_top = 129, "seat: number of reported tokens 129 is out of range, limit 129"),
         (
