@@ -163,8 +163,15 @@ impl Victim {
         for i in 0..8 {
             TINY.write_adapter(&adapters.path().join(format!("a{i}")), 256, &ALL_SITES, i).unwrap();
         }
-        // Prompts of 400 tokens take hundreds of steps.
-        let flags = ["--step-timeout", "3", "--max-batch-prefill-tokens", "4", "--prefix-caching", "false"];
+        // Prompts of 400 tokens take hundreds of steps. With a type, ranks read the model's configuration only after they
+        // have met.
+        let flags = [
+            ["--step-timeout", "3"],
+            ["--max-batch-prefill-tokens", "4"],
+            ["--prefix-caching", "false"],
+            ["--dtype", "bfloat16"],
+        ]
+        .concat();
         let server = start_with(model.path(), adapters.path(), ranks, &flags);
         Victim { server, model, _adapters: adapters }
     }
