@@ -28,6 +28,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use crate::{
     adapters::{Inbox, Lease},
     generation::{Failure, Job, Update},
+    grammar::mask_workers::MaskWorkers,
     metrics::{End, Metrics, Outcome},
     permits::Permit,
     wire::Info,
@@ -103,6 +104,7 @@ pub(crate) struct Engine {
     ids: Arc<AtomicU64>,
     readiness: watch::Receiver<Readiness>,
     metrics: Arc<Metrics>,
+    _mask_workers: Arc<MaskWorkers>,
 }
 
 /// A job that runs. Dropping it cancels it.
@@ -150,8 +152,9 @@ impl Engine {
         let cancels = Arc::new(Cancels::default());
         let inbox = serve::Inbox { submits: received, cancels: cancels.clone(), adapters };
         let engine_metrics = Arc::new(metrics.engine());
-        serve::start(sockets, config.clone(), inbox, (readiness, engine_metrics), supervisor)?;
-        Ok(Engine { submits, cancels, ids: Arc::default(), readiness: watched, metrics })
+        let _mask_workers =
+            serve::start(sockets, config.clone(), inbox, (readiness, engine_metrics), supervisor)?;
+        Ok(Engine { submits, cancels, ids: Arc::default(), readiness: watched, metrics, _mask_workers })
     }
 
     /// The model that the ranks serve; `None` while there is no session.

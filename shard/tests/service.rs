@@ -305,7 +305,7 @@ async fn a_step_that_cannot_be_read_is_answered() {
     served.attach(1).await;
     let (steps, mut events) = served.execute().await;
     // Above the limit of a message.
-    let load = vec![SlotLoad { slot: 0, content: vec![0; 65 << 20] }];
+    let load = vec![SlotLoad { slot: 0, content: vec![0; proto::MAX_MESSAGE + 1] }];
     steps.send(Step { load, ..client::first_step(1) }).await.unwrap();
     let status = next(&mut events).await.unwrap_err();
     assert_eq!(status.code(), Code::InvalidArgument);

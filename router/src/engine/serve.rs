@@ -70,15 +70,18 @@ impl Deadlines {
 }
 
 /// Starts the thread. It ends when all senders of jobs are gone, which must not be before the process is told to stop.
+/// The threads that compute masks end when the result is dropped as well: an engine that fails does not end them, so that
+/// nobody takes them for the cause.
 pub(super) fn start(
     sockets: Vec<PathBuf>,
     config: RouterConfig,
     inbox: Inbox,
     (readiness, metrics): (watch::Sender<Readiness>, Arc<EngineMetrics>),
     supervisor: &Supervisor,
-) -> io::Result<()> {
+) -> io::Result<Arc<MaskWorkers>> {
     let limit = longest_poll(&config);
     let mask_workers = Arc::new(MaskWorkers::start(limit, supervisor)?);
+    let kept = mask_workers.clone();
     supervisor.runtime(NAME, limit, async move {
         let connector = Connector {
             ranks: Ranks::new(&sockets, limit),
@@ -90,7 +93,7 @@ pub(super) fn start(
         };
         serve(connector, inbox).await;
     })?;
-    Ok(())
+    Ok(kept)
 }
 
 async fn serve(mut connector: Connector, mut inbox: Inbox) {
