@@ -10,7 +10,7 @@ use crate::{
     adapters::{Leased, Recipe, Wanted},
     api::{
         error::ApiError,
-        merged::{FIELD as MERGED, MergedAdapters},
+        merged::{self, FIELD as MERGED, MergedAdapters},
     },
     base_model::BASE_MODEL,
     generation::cache_salt,
@@ -134,11 +134,15 @@ impl App {
     /// its reference. A request that names none has that of `--adapter-id`.
     pub(crate) fn adapter(
         &self,
-        field: &'static str,
-        id: Option<String>,
+        (field, id): (&'static str, Option<String>),
+        merged: Option<MergedAdapters>,
         source: Option<&str>,
         credential: Credential,
     ) -> Result<Option<AdapterRef>, ApiError> {
+        if let Some(merged) = merged {
+            merged::check_alone(field, id.as_deref())?;
+            return self.merged_adapter(merged, source, credential).map(Some);
+        }
         let id = id.filter(|id| !id.is_empty());
         let Some(id) = id.or_else(|| Some(self.registry.default_id()?.to_owned())) else { return Ok(None) };
         if id == BASE_MODEL || self.is_merged(&id, source) {
@@ -170,7 +174,7 @@ impl App {
     }
 
     /// The adapter that is merged for a request.
-    pub(crate) fn merged_adapter(
+    fn merged_adapter(
         &self,
         merged: MergedAdapters,
         source: Option<&str>,

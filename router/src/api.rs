@@ -7,6 +7,7 @@ pub(crate) mod adapters;
 pub(crate) mod error;
 mod fold;
 pub(crate) mod group;
+mod headers;
 pub(crate) mod info;
 pub(crate) mod json;
 pub(crate) mod lorax;

@@ -70,8 +70,24 @@ impl BaseModel {
         name == self.id || self.served.iter().any(|served| served == name)
     }
 
+    /// The adapter that a request of OpenAI's names, and the field that names it: `adapter_id` unless it is empty, else
+    /// `model` unless that is the base model.
+    pub(crate) fn adapter_in(
+        &self,
+        model: Option<&str>,
+        adapter_id: Option<String>,
+    ) -> (&'static str, Option<String>) {
+        match adapter_id.filter(|id| !id.is_empty()) {
+            None => {
+                let model = model.filter(|model| !model.is_empty() && !self.is_called(model));
+                ("model", model.map(|model| self.strip_from(model).unwrap_or(model).to_owned()))
+            }
+            own => ("adapter_id", own),
+        }
+    }
+
     /// The adapter of `BASE|ADAPTER`, as Dynamo proposes for adapters that are loaded when a request names them.
-    pub(crate) fn strip_from<'a>(&self, name: &'a str) -> Option<&'a str> {
+    fn strip_from<'a>(&self, name: &'a str) -> Option<&'a str> {
         let names = self.served.iter().chain([&self.id]);
         names.filter_map(|base| name.strip_prefix(base.as_str())?.strip_prefix('|')).next()
     }

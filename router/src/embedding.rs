@@ -1,34 +1,21 @@
 //! How a model embeds texts: what the files of sentence-transformers beside it say (`modules.json` and the folders that it
 //! names), or LoRAX's way where there are none.
 
-use std::{
-    fs, io,
-    path::{Path, PathBuf},
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::{
+    generation::{PooledRows, Pooling},
+    json_file::{self, JsonFileError, read_if_exists},
 };
-
-use serde::{Deserialize, de::DeserializeOwned};
-
-use crate::generation::{PooledRows, Pooling};
 
 /// The reason that the files do not say how texts are embedded.
 #[derive(Debug, thiserror::Error)]
 pub enum EmbeddingError {
-    /// A file cannot be read.
-    #[error("{}: {source}", path.display())]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// The cause.
-        source: io::Error,
-    },
-    /// A file is not JSON, or not of the expected form.
-    #[error("{}: {source}", path.display())]
-    Json {
-        /// The file.
-        path: PathBuf,
-        /// The cause.
-        source: serde_json::Error,
-    },
+    /// A file cannot be read, or is not of the expected form.
+    #[error(transparent)]
+    File(#[from] JsonFileError),
     /// A module that is not computed, or not at its place.
     #[error(
         "modules.json: {found} is not supported; known are Transformer, Pooling and Normalize, in this order"
@@ -119,7 +106,11 @@ impl Embedding {
 
     /// Reads what a model's folder says.
     pub(crate) fn load(model: &Path) -> Result<Embedding, EmbeddingError> {
-        let Some(modules) = optional::<Vec<Module>>(&model.join("modules.json"))? else {
+        // In a model that is a file there are no others.
+        if model.is_file() {
+            return Ok(Embedding::of_first_token());
+        }
+        let Some(modules) = read_if_exists::<Vec<Module>>(&model.join("modules.json"))? else {
             return Ok(Embedding::of_first_token());
         };
         let kind = |module: &Module| module.r#type.rsplit('.').next().unwrap_or_default().to_owned();
@@ -137,14 +128,14 @@ impl Embedding {
             }
         }
         let prompts: Prompts =
-            optional(&model.join("config_sentence_transformers.json"))?.unwrap_or_default();
+            read_if_exists(&model.join("config_sentence_transformers.json"))?.unwrap_or_default();
         let prompt = prompts.default_prompt_name.and_then(|name| prompts.prompts.get(&name).cloned());
         let prompt = prompt.unwrap_or_default();
         let of = pooled_rows(&model.join(&pooled.path).join("config.json"), !prompt.is_empty())?;
         let config: TransformerConfig =
-            optional(&transformer.join("sentence_bert_config.json"))?.unwrap_or_default();
+            read_if_exists(&transformer.join("sentence_bert_config.json"))?.unwrap_or_default();
         let tokenizer: TokenizerConfig =
-            optional(&transformer.join("tokenizer_config.json"))?.unwrap_or_default();
+            read_if_exists(&transformer.join("tokenizer_config.json"))?.unwrap_or_default();
         let of_tokenizer =
             tokenizer.model_max_length.filter(|most| (1.0..1e9).contains(most)).map(|most| most as usize);
         Ok(Embedding {
@@ -167,7 +158,7 @@ impl Embedding {
 
 /// Reads a configuration of pooling.
 fn pooled_rows(path: &Path, has_prompt: bool) -> Result<PooledRows, EmbeddingError> {
-    let config: PoolingConfig = json(path)?;
+    let config: PoolingConfig = json_file::read(path)?;
     let refused = |found: String| Err(EmbeddingError::Pooling { path: path.into(), found });
     if config.include_prompt == Some(false) && has_prompt {
         return refused("include_prompt false".into());
@@ -180,23 +171,5 @@ fn pooled_rows(path: &Path, has_prompt: bool) -> Result<PooledRows, EmbeddingErr
         ["mean" | "mean_tokens"] => Ok(PooledRows::Mean),
         ["lasttoken"] => Ok(PooledRows::Last),
         _ => refused(modes.join(" + ")),
-    }
-}
-
-fn json<T: DeserializeOwned>(path: &Path) -> Result<T, EmbeddingError> {
-    let text = fs::read(path).map_err(|source| EmbeddingError::Io { path: path.into(), source })?;
-    serde_json::from_slice(&text).map_err(|source| EmbeddingError::Json { path: path.into(), source })
-}
-
-fn optional<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, EmbeddingError> {
-    match json(path) {
-        Ok(value) => Ok(Some(value)),
-        // A model may be a file, in which nothing is.
-        Err(EmbeddingError::Io { source, .. })
-            if matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) =>
-        {
-            Ok(None)
-        }
-        Err(error) => Err(error),
     }
 }

@@ -12,6 +12,7 @@ mod engine;
 mod fair;
 mod generation;
 mod grammar;
+mod json_file;
 pub mod keys;
 mod metrics;
 mod permits;

@@ -10,7 +10,7 @@ mod templates;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs, io,
+    io,
     path::{Path, PathBuf},
 };
 
@@ -18,6 +18,7 @@ use serde_json::{Map, Value};
 use tokenizers::{Decoder, Encoding, PostProcessor, Tokenizer, TruncationDirection};
 
 use self::bytes::TokenBytes;
+use crate::json_file::{self, JsonFileError};
 
 /// The reason that a tokenizer could not be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -30,14 +31,9 @@ pub enum TokenizerError {
         /// The cause.
         source: io::Error,
     },
-    /// A file is not JSON.
-    #[error("{}: {source}", path.display())]
-    Json {
-        /// The file.
-        path: PathBuf,
-        /// The cause.
-        source: serde_json::Error,
-    },
+    /// A file of JSON.
+    #[error(transparent)]
+    Json(#[from] JsonFileError),
     /// The GGUF file's metadata.
     #[error("{0}")]
     Gguf(#[from] gguf::Error),
@@ -129,7 +125,10 @@ impl ModelTokenizer {
     /// Reads what belongs to a model. `given` replaces its tokenizer_config.json; chat templates in it, if it has any,
     /// replace all of the model's.
     pub fn load(model: &Path, given: Option<&Path>) -> Result<ModelTokenizer, TokenizerError> {
-        let given = given.map(json).transpose().map_err(|error| TokenizerError::Given(Box::new(error)))?;
+        let given = given
+            .map(json_file::read)
+            .transpose()
+            .map_err(|error| TokenizerError::Given(Box::new(error.into())))?;
         if !model.is_file() {
             return from_folder::load(model, given.as_ref());
         }
@@ -242,17 +241,4 @@ impl ModelTokenizer {
 fn clean_up(text: String) -> String {
     let before = [" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"];
     before.into_iter().fold(text, |text, with_space| text.replace(with_space, with_space.trim()))
-}
-
-fn json(path: &Path) -> Result<Value, TokenizerError> {
-    let text = fs::read(path).map_err(|source| TokenizerError::Io { path: path.into(), source })?;
-    serde_json::from_slice(&text).map_err(|source| TokenizerError::Json { path: path.into(), source })
-}
-
-fn json_if_exists(path: &Path) -> Result<Option<Value>, TokenizerError> {
-    match json(path) {
-        Ok(value) => Ok(Some(value)),
-        Err(TokenizerError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
-    }
 }

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use axum::http::{HeaderMap, HeaderName, HeaderValue};
+use axum::http::HeaderMap;
 use futures::{StreamExt, TryStreamExt, stream};
 use sampling::SamplingParams;
 use scheduler::{Adapter, CacheSalt, Tenant};
@@ -13,6 +13,7 @@ use tokenizers::Encoding;
 
 use super::{
     error::ApiError,
+    headers::{compute_type, insert},
     request::{FieldNames, Prompt},
 };
 use crate::{
@@ -70,23 +71,21 @@ impl Pooled {
         self.outputs.iter().map(|output| output.tokens).sum()
     }
 
-    /// Where the time went, in milliseconds.
-    pub(crate) fn headers(&self, info: Option<Arc<Info>>) -> HeaderMap {
+    /// Who has answered, and where the time went, in milliseconds.
+    pub(crate) fn headers(&self, app: &App) -> HeaderMap {
         let queued = self.outputs.iter().map(|output| output.queued).max().unwrap_or_default();
         let inference = self.submitted.elapsed().saturating_sub(queued);
-        let times = [
+        let mut headers = HeaderMap::new();
+        for (name, time) in [
             ("x-compute-time", self.received.elapsed()),
             ("x-validation-time", self.validation),
             ("x-queue-time", queued),
             ("x-inference-time", inference),
-        ];
-        let times = times.into_iter().filter_map(|(name, time)| {
-            let value = HeaderValue::try_from(time.as_millis().to_string()).ok()?;
-            Some((HeaderName::from_static(name), value))
-        });
-        let on_cpu = info.is_none_or(|info| info.device == "cpu");
-        let device = HeaderValue::from_static(if on_cpu { "cpu+optimized" } else { "gpu+optimized" });
-        times.chain([(HeaderName::from_static("x-compute-type"), device)]).collect()
+        ] {
+            insert(&mut headers, name, time.as_millis());
+        }
+        compute_type(app).into_iter().for_each(|device| insert(&mut headers, "x-compute-type", device));
+        headers
     }
 }
 

@@ -18,7 +18,8 @@ use serde_json::Value;
 use tokenizers::{ModelWrapper, Tokenizer};
 
 use self::{added_tokens::AddedTokens, class::Class, source::Source};
-use super::{ModelTokenizer, TokenizerError, json_if_exists, post_processor, templates};
+use super::{ModelTokenizer, TokenizerError, post_processor, templates};
+use crate::json_file;
 
 /// What the folder's files say of its tokenizer.
 struct Folder<'a> {
@@ -34,10 +35,10 @@ struct Folder<'a> {
 pub(super) fn load(path: &Path, given: Option<&Value>) -> Result<ModelTokenizer, TokenizerError> {
     let own = match given {
         Some(_) => None,
-        None => json_if_exists(&path.join("tokenizer_config.json"))?,
+        None => json_file::read_if_exists(&path.join("tokenizer_config.json"))?,
     };
     let config = given.or(own.as_ref()).unwrap_or(&Value::Null);
-    let model = json_if_exists(&path.join("config.json"))?.unwrap_or_default();
+    let model: Value = json_file::read_if_exists(&path.join("config.json"))?.unwrap_or_default();
     let definition = text_if_exists(&path.join("tokenizer.json"))?;
     let class = Class::of(config, &model, definition.as_deref());
     let folder = Folder { path, class, config, definition };

@@ -5,7 +5,8 @@ use std::{collections::BTreeMap, fs, io, path::Path};
 use gguf::Gguf;
 use serde_json::Value;
 
-use super::{TokenizerError, json_if_exists};
+use super::TokenizerError;
+use crate::json_file;
 
 /// Sources of templates by name; the one that is used unless another is asked for is called `default`.
 pub(super) type Sources = BTreeMap<String, String>;
@@ -26,7 +27,7 @@ pub(super) fn from_folder(folder: &Path, config: &Value) -> Result<Sources, Toke
     if !configured.is_empty() {
         return Ok(configured);
     }
-    let processor = json_if_exists(&folder.join("chat_template.json"))?;
+    let processor: Option<Value> = json_file::read_if_exists(&folder.join("chat_template.json"))?;
     Ok(processor.map(|processor| from_config(&processor)).unwrap_or_default())
 }
 

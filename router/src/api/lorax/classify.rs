@@ -54,7 +54,7 @@ pub(crate) async fn classify(
     let body = ClassifyRequest { inputs: vec![inputs], truncate, parameters, rest };
     let answer = async {
         let (pooled, mut found) = run(&app, &caller, body).await?;
-        let headers = pooled.headers(app.engine.info());
+        let headers = pooled.headers(&app);
         Ok((headers, Json(found.pop().unwrap_or_default())).into_response())
     };
     answer.await.unwrap_or_else(|error: ApiError| error.respond(Dialect::Native))
@@ -67,7 +67,7 @@ pub(crate) async fn classify_batch(
 ) -> Response {
     let answer = async {
         let (pooled, found) = run(&app, &caller, body).await?;
-        Ok((pooled.headers(app.engine.info()), Json(found)).into_response())
+        Ok((pooled.headers(&app), Json(found)).into_response())
     };
     answer.await.unwrap_or_else(|error: ApiError| error.respond(Dialect::Native))
 }

@@ -12,7 +12,7 @@ use crate::{
     api::{
         error::{ApiError, Dialect},
         json::{Rest, refuse},
-        merged::{self, MergedAdapters},
+        merged::MergedAdapters,
         pooled::{PooledRequest, Wants},
         request::Prompt,
     },
@@ -59,13 +59,7 @@ impl Parameters {
         refuse(&self.rest, "", |_, _| false)?;
         let credential = caller.credential.or_in_body(self.api_token);
         let source = self.adapter_source.as_deref();
-        match self.merged_adapters {
-            None => app.adapter("adapter_id", self.adapter_id, source, credential),
-            Some(merged) => {
-                merged::check_alone("adapter_id", self.adapter_id.as_deref())?;
-                Ok(Some(app.merged_adapter(merged, source, credential)?))
-            }
-        }
+        app.adapter(("adapter_id", self.adapter_id), self.merged_adapters, source, credential)
     }
 }
 
@@ -97,7 +91,7 @@ pub(crate) async fn embed(
             truncate: body.truncate,
         };
         let mut pooled = app.pool(&caller, request).await?;
-        let headers = pooled.headers(app.engine.info());
+        let headers = pooled.headers(&app);
         let embeddings = pooled.outputs.pop().map(|output| output.values).unwrap_or_default();
         Ok((headers, Json(EmbedResponse { embeddings })).into_response())
     };

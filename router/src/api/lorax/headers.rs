@@ -1,18 +1,23 @@
 //! Headers of responses.
 
-use std::{fmt::Display, sync::atomic::Ordering};
+use std::sync::atomic::Ordering;
 
-use axum::http::{HeaderMap, HeaderName, HeaderValue};
+use axum::http::HeaderMap;
 
-use crate::{adapter::AdapterRef, api::group::Generation, server::App};
+use crate::{
+    adapter::AdapterRef,
+    api::{
+        group::Generation,
+        headers::{compute_type, insert},
+    },
+    server::App,
+};
 
 /// Headers of all responses: what was asked, and who answers.
 pub(super) fn of_request(app: &App, adapter: Option<&AdapterRef>, characters: usize) -> HeaderMap {
-    let device =
-        app.engine.info().map(|info| if info.device == "cpu" { "cpu+optimized" } else { "gpu+optimized" });
     let mut headers = HeaderMap::new();
     for (name, value) in [
-        ("x-compute-type", device.map(str::to_owned)),
+        ("x-compute-type", compute_type(app).map(str::to_owned)),
         ("x-compute-characters", Some(characters.to_string())),
         ("x-model-id", Some(app.config.model.id.clone())),
         ("x-adapter-id", adapter.map(|adapter| adapter.id.clone())),
@@ -55,11 +60,4 @@ pub(super) fn of_answer(generation: &Generation) -> HeaderMap {
         insert(&mut headers, name, value);
     }
     headers
-}
-
-/// Adds a header, unless its value is one that no header can have.
-fn insert(headers: &mut HeaderMap, name: &'static str, value: impl Display) {
-    if let Ok(value) = HeaderValue::try_from(value.to_string()) {
-        headers.insert(HeaderName::from_static(name), value);
-    }
 }

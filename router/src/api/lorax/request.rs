@@ -14,7 +14,7 @@ use crate::{
         error::{ApiError, Dialect},
         group::{Answers, GroupRequest},
         json::{Rest, refuse},
-        merged::{self, MergedAdapters},
+        merged::MergedAdapters,
         request::{FieldNames, Prompt, Report, SequenceRequest},
         structured,
     },
@@ -174,13 +174,7 @@ impl Parameters {
     fn adapter(&mut self, app: &App, caller: &Caller) -> Result<Option<AdapterRef>, ApiError> {
         let credential = caller.credential.or_in_body(self.api_token.take());
         let source = self.adapter_source.as_deref();
-        match self.merged_adapters.take() {
-            None => app.adapter("adapter_id", self.adapter_id.take(), source, credential),
-            Some(merged) => {
-                merged::check_alone("adapter_id", self.adapter_id.as_deref())?;
-                Ok(Some(app.merged_adapter(merged, source, credential)?))
-            }
-        }
+        app.adapter(("adapter_id", self.adapter_id.take()), self.merged_adapters.take(), source, credential)
     }
 
     /// The answers of which the best is told.

@@ -14,7 +14,7 @@ use crate::{
     api::{
         error::{ApiError, Dialect},
         json::{Rest, refuse},
-        merged::{self, MergedAdapters},
+        merged::MergedAdapters,
         pooled::{Output, PooledRequest, Wants},
         request::Prompt,
     },
@@ -104,7 +104,7 @@ async fn respond(app: &App, caller: &Caller, mut body: EmbeddingsRequest) -> Res
         wants: Wants::Vectors,
     };
     let pooled = app.pool(caller, request).await?;
-    let (tokens, headers) = (pooled.tokens(), pooled.headers(app.engine.info()));
+    let (tokens, headers) = (pooled.tokens(), pooled.headers(app));
     let normalizes = matches!(app.embedding.pooling, Pooling::Vector { normalize: true, .. });
     let item = |(index, Output { values, .. }): (usize, Output)| {
         let values = shortened(values, dimensions, normalizes);
@@ -173,22 +173,11 @@ fn inputs(input: Prompts) -> Result<Vec<Prompt>, ApiError> {
 }
 
 impl EmbeddingsRequest {
-    /// The adapter: by its own field, else by the model's name unless that is the base model's.
+    /// The adapter, or those that are merged.
     fn adapter(&mut self, app: &App, caller: &Caller) -> Result<Option<AdapterRef>, ApiError> {
-        let model = self.model.as_deref().filter(|model| !model.is_empty() && !app.base.is_called(model));
-        let model = model.map(|model| app.base.strip_from(model).unwrap_or(model).to_owned());
-        let (field, id) = match self.adapter_id.take().filter(|id| !id.is_empty()) {
-            None => ("model", model),
-            own => ("adapter_id", own),
-        };
+        let named = app.base.adapter_in(self.model.as_deref(), self.adapter_id.take());
         let credential = caller.credential.or_in_body(self.api_token.take());
         let source = self.adapter_source.as_deref();
-        match self.merged_adapters.take() {
-            None => app.adapter(field, id, source, credential),
-            Some(merged) => {
-                merged::check_alone(field, id.as_deref())?;
-                Ok(Some(app.merged_adapter(merged, source, credential)?))
-            }
-        }
+        app.adapter(named, self.merged_adapters.take(), source, credential)
     }
 }

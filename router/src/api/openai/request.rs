@@ -23,7 +23,7 @@ use crate::{
         error::{ApiError, Dialect},
         group::{Answers, GroupRequest},
         json::{Rest, refuse},
-        merged::{self, MergedAdapters},
+        merged::MergedAdapters,
         request::{FieldNames, Prompt, Report, SequenceRequest},
         structured,
     },
@@ -308,24 +308,12 @@ impl Common {
         Ok((group, options))
     }
 
-    /// The adapter: by its own field, else by the model's name unless that is the base model's. `BASE|ADAPTER` names
-    /// both.
+    /// The adapter, or those that are merged.
     fn adapter(&mut self, app: &App, caller: &Caller) -> Result<Option<AdapterRef>, ApiError> {
-        let model = self.model.as_deref().filter(|model| !app.base.is_called(model));
-        let model = model.map(|model| app.base.strip_from(model).unwrap_or(model).to_owned());
-        let (field, id) = match self.adapter_id.clone().filter(|id| !id.is_empty()) {
-            None => ("model", model),
-            own => ("adapter_id", own),
-        };
-        let credential = caller.credential.or_in_body(self.api_token.clone());
+        let named = app.base.adapter_in(self.model.as_deref(), self.adapter_id.take());
+        let credential = caller.credential.or_in_body(self.api_token.take());
         let source = self.adapter_source.as_deref();
-        match self.merged_adapters.take() {
-            None => app.adapter(field, id, source, credential),
-            Some(merged) => {
-                merged::check_alone(field, id.as_deref())?;
-                Ok(Some(app.merged_adapter(merged, source, credential)?))
-            }
-        }
+        app.adapter(named, self.merged_adapters.take(), source, credential)
     }
 
     /// The answers to each prompt: as many as there are choices, or more from which these are chosen.

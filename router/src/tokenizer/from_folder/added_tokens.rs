@@ -7,11 +7,12 @@ use tokenizers::{AddedToken, Tokenizer};
 
 use super::{
     super::{
-        TokenizerError, json_if_exists,
+        TokenizerError,
         special_tokens::{self, NAMES, SpecialTokens},
     },
     Folder, is_true,
 };
+use crate::json_file;
 
 /// The tokens that the files of a folder add, in the order in which transformers adds them: an id that the vocabulary
 /// does not have is the next free one, whatever the file says.
@@ -52,14 +53,17 @@ impl AddedTokens {
         if added.listed {
             return Ok(added);
         }
-        if let Some(Value::Object(file)) = json_if_exists(&folder.path.join("special_tokens_map.json"))? {
+        if let Some(Value::Object(file)) =
+            json_file::read_if_exists(&folder.path.join("special_tokens_map.json"))?
+        {
             added.name(&file, true);
             if let Some(more) = list(&file, "extra_special_tokens") {
                 added.extra.get_or_insert_default().extend(more);
             }
             added.older_extra = list(&file, "additional_special_tokens");
         }
-        if let Some(Value::Object(file)) = json_if_exists(&folder.path.join("added_tokens.json"))? {
+        if let Some(Value::Object(file)) = json_file::read_if_exists(&folder.path.join("added_tokens.json"))?
+        {
             let special = added.special_texts();
             let ids = file.iter().filter_map(|(text, id)| Some((text, u32::try_from(id.as_u64()?).ok()?)));
             let tokens = ids.map(|(text, id)| (id, AddedToken::from(text, special.contains(text.as_str()))));
