@@ -4,6 +4,7 @@
 //! of the group into deltas. A streamed response is the deltas, and a whole response is what they add up to.
 
 pub(crate) mod adapters;
+mod deadline;
 pub(crate) mod error;
 mod fold;
 pub(crate) mod group;

@@ -11,6 +11,7 @@ use std::{
 };
 
 use super::{
+    deadline::Deadline,
     error::ApiError,
     request::{Prompt, RequestLimits, SequenceRequest},
 };
@@ -84,22 +85,6 @@ pub(crate) struct TokenCounts {
     pub(crate) generated: AtomicUsize,
 }
 
-/// The time at which a request must have its whole answer, if there is one.
-#[derive(Debug, Clone, Copy)]
-struct Deadline(Option<(tokio::time::Instant, Duration)>);
-
-impl Deadline {
-    fn new(received: Instant, limit: Option<Duration>) -> Deadline {
-        Deadline(limit.map(|limit| (tokio::time::Instant::from_std(received) + limit, limit)))
-    }
-
-    /// Does some work until then.
-    async fn keep<T>(self, work: impl Future<Output = T>) -> Result<T, ApiError> {
-        let Some((at, limit)) = self.0 else { return Ok(work.await) };
-        tokio::time::timeout_at(at, work).await.map_err(|_| ApiError::RequestTimeout { limit })
-    }
-}
-
 /// A sequence that is being generated. Dropping it cancels it.
 pub(crate) struct Generation {
     pub(crate) tokens: Arc<TokenCounts>,
@@ -160,7 +145,7 @@ impl App {
         caller: &Caller,
         request: GroupRequest,
     ) -> Result<Vec<Generation>, ApiError> {
-        let deadline = Deadline::new(caller.received, self.config.router.request_timeout);
+        let deadline = self.deadline(caller);
         deadline.keep(self.begin_group(caller, request, deadline)).await?
     }
 

@@ -33,9 +33,12 @@ use super::{
     fold::{self, Fold},
     group::{Generation, GroupRequest, TokenCounts},
 };
-use crate::server::{
-    App,
-    accept::{Accepted, Caller},
+use crate::{
+    base_model::is_placeholder,
+    server::{
+        App,
+        accept::{Accepted, Caller},
+    },
 };
 pub(crate) use embeddings::{EmbeddingsRequest, embeddings};
 
@@ -45,6 +48,11 @@ use head::{Head, Usage};
 use request::Options;
 pub(crate) use request::{ChatRequest, CompletionRequest};
 pub(crate) use responses::{ResponsesRequest, responses};
+
+/// Removes a name that a client sends where its user has named no model, unless an adapter is registered under it.
+fn drop_placeholder(app: &App, model: &mut Option<String>) {
+    model.take_if(|model| is_placeholder(model) && app.registry.find(model).is_none());
+}
 
 /// `POST /v1/completions`
 pub(crate) async fn completions(

@@ -149,6 +149,10 @@ impl App {
 
     /// Checks a request and runs it.
     pub(crate) async fn pool(&self, caller: &Caller, request: PooledRequest) -> Result<Pooled, ApiError> {
+        self.deadline(caller).keep(self.pool_all(caller, request)).await?
+    }
+
+    async fn pool_all(&self, caller: &Caller, request: PooledRequest) -> Result<Pooled, ApiError> {
         let begun = Instant::now();
         let PooledRequest { adapter, field, inputs, wants, truncate } = request;
         let unavailable = || ApiError::Unavailable("the model is not available, try again".into());

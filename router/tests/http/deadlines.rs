@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
+use proto::Task;
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
 use crate::{
+    pooled::pooling,
     refusals::{assert_native, assert_openai},
     router::{PATIENCE, Router, events, tokens},
     shard::{Gate, Script},
@@ -45,6 +47,41 @@ async fn one_that_waits_too_long_is_told_so_and_leaves() {
         }
         router.shard.release(&gate);
         router.ok("/v1/completions", &json!({"prompt": "x", "model": adapter})).await;
+    }
+}
+
+/// The same for what is computed of texts, whether the first of them waits or all but the first.
+#[tokio::test]
+async fn texts_that_wait_too_long_are_told_so() {
+    for task in [Task::Embed, Task::ClassifyTokens, Task::ClassifySequences] {
+        for (gate, adapter) in
+            [(Gate::Steps, ""), (Gate::Load("sql".into()), "sql"), (Gate::Stage("sql".into()), "sql")]
+        {
+            let script = Script { held: [gate.clone()].into(), ..pooling(task) };
+            let router = router(script).await;
+            let adapter_id = json!({"adapter_id": adapter});
+            let routes = match task {
+                Task::Embed => [
+                    ("/embed", json!({"inputs": "x", "parameters": adapter_id})),
+                    ("/v1/embeddings", json!({"input": vec!["x"; 200], "model": adapter})),
+                ],
+                _ => [
+                    ("/classify", json!({"inputs": "x", "parameters": adapter_id})),
+                    ("/classify_batch", json!({"inputs": vec!["x"; 200], "parameters": adapter_id})),
+                ],
+            };
+            for (path, body) in &routes {
+                let (status, answer) = timeout(PATIENCE, router.post(path, body)).await.unwrap();
+                assert_eq!(status, 504, "{path} {answer}");
+                match path.starts_with("/v1") {
+                    true => assert_openai(&answer, "request_timeout", WORDS),
+                    false => assert_native(&answer, "request_timeout", WORDS),
+                }
+                router.holds(0).await;
+            }
+            router.shard.release(&gate);
+            router.ok(routes[0].0, &routes[0].1).await;
+        }
     }
 }
 

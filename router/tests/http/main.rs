@@ -33,6 +33,7 @@ mod metrics;
 mod native;
 mod openai;
 mod openapi;
+mod pooled;
 mod process;
 mod prompt_scores;
 mod ranks;

@@ -1,6 +1,10 @@
 //! A shard whose answers a test writes. It speaks the protocol over a Unix socket, computes nothing, remembers what
 //! it was told, and waits where it is told to.
 
+// By its path, because other tests and benches read this file by its path.
+#[path = "shard/running.rs"]
+mod running;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
     path::Path,
@@ -11,9 +15,8 @@ use std::{
 
 use proto::{
     AttachRequest, AttachResponse, ExecuteEvent, ExecuteRequest, FilledSlot, Gone, HealthRequest,
-    HealthResponse, HeldAdapter, InfoRequest, InfoResponse, Mask, NeedsRoom, NewSequence, PromptLogprobs,
-    Refused, Sampled, ScoredToken, SequenceRows, SlotEvent, SlotLoad, StageRequest, StageResponse, Staged,
-    Step, StepResult, Token, UnstageRequest, UnstageResponse,
+    HealthResponse, HeldAdapter, InfoRequest, InfoResponse, Mask, NeedsRoom, NewSequence, Refused, SlotEvent,
+    SlotLoad, StageRequest, StageResponse, Staged, Step, StepResult, Token, UnstageRequest, UnstageResponse,
     execute_event::Event,
     execute_request,
     shard_server::{Shard, ShardServer},
@@ -26,6 +29,8 @@ use tokio::{
 };
 use tokio_stream::{Stream, wrappers::ReceiverStream, wrappers::UnixListenerStream};
 use tonic::{Request, Response, Status, Streaming};
+
+use running::Running;
 
 /// Deadline of a wait. Everything here takes milliseconds, but the machine may be busy with something else.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
@@ -105,6 +110,8 @@ pub(crate) struct Script {
     pub(crate) filled: BTreeMap<u32, &'static str>,
     /// Prompts that it refuses to run, by their first token.
     pub(crate) untaken: HashSet<u32>,
+    /// The first tokens of sequences whose vectors and scores are not numbers.
+    pub(crate) not_numbers: HashSet<u32>,
     /// Ids of the alternatives that are reported for a token, given how many.
     pub(crate) alternatives: fn(u32, u32) -> Vec<u32>,
     /// The time that it takes for a step, from when nothing holds it; none if it answers at once.
@@ -155,6 +162,7 @@ impl Script {
             host: Vec::new(),
             filled: BTreeMap::new(),
             untaken: HashSet::new(),
+            not_numbers: HashSet::new(),
             alternatives: following,
             pace: None,
             step_us: 0,
@@ -419,6 +427,9 @@ impl ScriptedShard {
             if self.script.untaken.contains(&running.new.tokens[0]) {
                 continue;
             }
+            if running.pool(rows, &self.script, &mut result) {
+                continue;
+            }
             result.prompt.extend(running.prompt(rows));
             if rows.sample == 0 {
                 continue;
@@ -487,38 +498,6 @@ fn token(id: u32) -> Token {
 /// The alternatives to a token: itself and the ones that follow it.
 fn following(id: u32, num_top: u32) -> Vec<u32> {
     (0..num_top).map(|i| (id + i) % 320).collect()
-}
-
-struct Running {
-    new: NewSequence,
-    answer: Vec<u32>,
-    alternatives: fn(u32, u32) -> Vec<u32>,
-}
-
-impl Running {
-    fn sample(&mut self) -> Sampled {
-        let generated = self.new.tokens.len() - self.new.prompt_len as usize;
-        let id = self.answer.get(generated).copied().unwrap_or(EOS);
-        self.new.tokens.push(id);
-        Sampled { sequence: self.new.sequence, token: Some(token(id)), top: self.top(id) }
-    }
-
-    fn top(&self, id: u32) -> Vec<Token> {
-        let num_top = self.new.sampling.as_ref().map_or(0, |sampling| sampling.num_top);
-        (self.alternatives)(id, num_top).into_iter().map(token).collect()
-    }
-
-    fn prompt(&self, rows: &SequenceRows) -> Option<PromptLogprobs> {
-        let end = (rows.position + rows.rows).min(self.new.prompt_len - 1);
-        let ids = (rows.position..end).map(|at| self.new.tokens[at as usize + 1]);
-        let tokens: Vec<ScoredToken> =
-            ids.map(|id| ScoredToken { token: Some(token(id)), top: self.top(id) }).collect();
-        (self.new.prompt_logprobs && !tokens.is_empty()).then_some(PromptLogprobs {
-            sequence: rows.sequence,
-            position: rows.position + 1,
-            tokens,
-        })
-    }
 }
 
 #[tonic::async_trait]

@@ -8,7 +8,7 @@ use schemars::JsonSchema;
 use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 
-use super::unions::Prompts;
+use super::{drop_placeholder, unions::Prompts};
 use crate::{
     adapter::AdapterRef,
     api::{
@@ -95,6 +95,7 @@ async fn respond(app: &App, caller: &Caller, mut body: EmbeddingsRequest) -> Res
         Some(_) => return Err(ApiError::invalid("encoding_format", "must be \"float\" or \"base64\"")),
     };
     let dimensions = expect_dimensions(app, body.dimensions)?;
+    drop_placeholder(app, &mut body.model);
     let model = body.model.clone().filter(|model| !model.is_empty());
     let request = PooledRequest {
         adapter: body.adapter(app, caller)?,

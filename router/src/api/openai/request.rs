@@ -13,6 +13,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{
+    drop_placeholder,
     messages::{Message, Shape},
     tools::{ToolFields, ToolUse},
     unions::{Prompts, Stop},
@@ -27,7 +28,6 @@ use crate::{
         request::{FieldNames, Prompt, Report, SequenceRequest},
         structured,
     },
-    base_model::is_placeholder,
     chat::TemplateInput,
     chat_events::AnswerSpec,
     grammar::Grammar,
@@ -272,8 +272,7 @@ impl Common {
             return Err(ApiError::invalid("truncate_prompt_tokens", "must be strictly positive"));
         }
         let params = self.sampling(num_top)?;
-        // Whoever names a placeholder has named no model.
-        self.model.take_if(|model| is_placeholder(model) && app.registry.find(model).is_none());
+        drop_placeholder(app, &mut self.model);
         let adapter = self.adapter(app, caller)?;
         let sequence = |prompt| SequenceRequest {
             names,
