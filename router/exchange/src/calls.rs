@@ -78,14 +78,15 @@ impl Calls {
         }
     }
 
-    /// Whether a tenant may have one more call that is quick, or slow.
+    /// Whether a tenant may have one more call that is quick, or slow. One that has none may always have one, so that it
+    /// does not wait for others, however many tenants have calls that hang.
     fn has_room(&self, kind: Kind, source: SourceId, tenant: u64, slow: bool) -> bool {
         let count = |tenant| {
             let mut count = self.counts.get(&(kind, source, tenant)).copied().unwrap_or_default();
             *count.of(slow)
         };
-        let budget = self.budget(kind);
-        count(None) < budget.source && count(Some(tenant)) < budget.tenant
+        let (budget, own) = (self.budget(kind), count(Some(tenant)));
+        own == 0 || own < budget.tenant && count(None) < budget.source
     }
 
     /// Whether a call can begin.
@@ -192,7 +193,9 @@ impl Calls {
         assert_eq!(self.tenants, tenants, "calls by tenant");
         for (&(kind, source, tenant), count) in &counts {
             let budget = self.budget(kind);
-            let most = if tenant.is_some() { budget.tenant } else { budget.source };
+            let others =
+                counts.keys().filter(|&&(k, s, tenant)| (k, s) == (kind, source) && tenant.is_some());
+            let most = if tenant.is_some() { budget.tenant } else { budget.source + others.count() as u32 };
             assert!(count.quick <= most && count.slow <= most, "{count:?} {kind:?} at {source:?}");
         }
         let most = self.limits.tenant_calls;

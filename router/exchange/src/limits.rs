@@ -5,7 +5,7 @@ use std::time::Duration;
 /// How many calls of one kind run at the same time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Budget {
-    /// At one source. As many again may run that have become slow.
+    /// At one source, beside the first one of each tenant. As many again may run that have become slow.
     pub source: u32,
     /// Of these, those of one tenant.
     pub tenant: u32,

@@ -18,14 +18,16 @@ fn running(world: &World) -> [usize; 3] {
 #[test]
 fn calls_stay_within_the_budgets_of_source_and_tenant() {
     let limits = roomy();
-    // Asks as (source, tenant, how many), and the lookups that begin, of 4 for each source and 2 for each tenant.
+    // Asks as (source, tenant, how many), and the lookups that begin, of 4 for each source and 2 for each tenant, and
+    // one for every tenant.
     for (asks, expected) in [
         (&[(0, 1, 1)][..], 1),
         (&[(0, 1, 2)], 2),
         (&[(0, 1, 9)], 2),
         (&[(0, 1, 9), (0, 2, 1)], 3),
         (&[(0, 1, 9), (0, 2, 9)], 4),
-        (&[(0, 1, 9), (0, 2, 9), (0, 3, 9)], 4),
+        (&[(0, 1, 9), (0, 2, 9), (0, 3, 9)], 5),
+        (&[(0, 1, 9), (0, 2, 9), (0, 3, 1), (0, 4, 2), (0, 5, 9)], 7),
         (&[(0, 1, 9), (1, 1, 9)], 4),
         (&[(0, 1, 9), (1, 1, 9), (2, 1, 9)], 6),
         (&[(0, 1, 9), (0, 2, 9), (1, 1, 1), (1, 2, 1)], 6),
@@ -104,14 +106,16 @@ fn a_slow_call_that_finds_no_room_gives_its_permit_back_later() {
         (0..2).for_each(|_| world.wait(secs(5)));
         assert_eq!(running(&world)[0], 2 * late as usize, "both pools are full");
         world.ask_as(2, 0, 39);
-        assert_eq!(running(&world)[0], 2 * late as usize);
-        world.answer(world.first());
-        assert_eq!(
-            running(&world)[0],
-            2 * late as usize,
-            "one is slow now, and the other tenant's has begun"
-        );
+        assert_eq!(running(&world)[0], 2 * late as usize + 1);
         assert!(world.calls.values().any(|pending| pending.asked.reference == 39));
+        // It has no second one before enough of the others have ended.
+        world.ask_as(2, 0, 38);
+        assert_eq!(running(&world)[0], 2 * late as usize + 1);
+        let began = |world: &World| world.calls.values().any(|pending| pending.asked.reference == 38);
+        while !began(&world) {
+            world.answer(world.first());
+        }
+        assert!(running(&world)[0] >= late as usize, "{late}: others need not have ended");
         world.run_to_end();
     }
 }
@@ -276,10 +280,10 @@ fn a_tenants_own_hanging_references_delay_its_others_until_they_count_as_slow() 
     }
 }
 
-/// The tenants whose lookups begin one after the other, where one at a time is allowed.
-fn order(asks: &[(u64, u32, usize)]) -> Vec<u64> {
-    let one = Budget { source: 1, tenant: 1, deadline: secs(30) };
-    let mut world = World::with(Limits { lookups: one, ..roomy() }, &[20; 60]);
+/// The tenants whose lookups begin one after the other, where so many at a time are allowed.
+fn order(at_once: u32, asks: &[(u64, u32, usize)]) -> Vec<u64> {
+    let budget = Budget { source: at_once, tenant: at_once, deadline: secs(30) };
+    let mut world = World::with(Limits { lookups: budget, ..roomy() }, &[20; 60]);
     let mut references = 0..;
     for &(tenant, weight, count) in asks {
         for reference in references.by_ref().take(count) {
@@ -298,12 +302,17 @@ fn order(asks: &[(u64, u32, usize)]) -> Vec<u64> {
 
 #[test]
 fn tenants_take_turns_by_weight() {
-    assert_eq!(order(&[(1, 1, 4)]), [1, 1, 1, 1]);
-    assert_eq!(order(&[(1, 1, 6), (2, 1, 2)]), [1, 2, 1, 2, 1, 1, 1, 1], "whoever comes later is not behind");
-    assert_eq!(order(&[(1, 1, 3), (2, 1, 3), (3, 1, 3)]), [1, 2, 3, 1, 2, 3, 1, 2, 3]);
+    assert_eq!(order(1, &[(1, 1, 4)]), [1, 1, 1, 1]);
+    assert_eq!(
+        order(1, &[(1, 1, 6), (2, 1, 2)]),
+        [1, 2, 1, 2, 1, 1, 1, 1],
+        "whoever comes later is not behind"
+    );
+    assert_eq!(order(1, &[(1, 1, 3), (2, 1, 3), (3, 1, 3)]), [1, 2, 3, 1, 2, 3, 1, 2, 3]);
     for weight in [1, 2, 3, 10] {
-        let order = order(&[(1, 1, 20), (2, weight, 40)]);
-        let both = &order[..20];
+        // The first tenant has begun with all of them.
+        let order = order(11, &[(1, 1, 20), (2, weight, 40)]);
+        let both = &order[11..31];
         let of_second = both.iter().filter(|&&tenant| tenant == 2).count() as u32;
         let expected = 20 * weight / (1 + weight);
         assert!(of_second.abs_diff(expected) <= 1, "weight {weight}: {both:?}");
@@ -331,4 +340,137 @@ fn who_asks_once_at_a_time_gets_no_more_than_a_turn() {
     let of_first = begun.iter().filter(|&&tenant| tenant == 1).count();
     assert_eq!((of_first, begun.len()), (10, 20), "{begun:?}");
     world.run_to_end();
+}
+
+/// Budgets of the size that servers have by default, and room for everything.
+fn usual() -> Limits {
+    let budget = |source| Budget { source, tenant: source / 2, deadline: secs(60) };
+    Limits {
+        lookups: budget(32),
+        fetches: budget(16),
+        stages: budget(8),
+        disk_bytes: 1 << 30,
+        host_bytes: 1 << 30,
+        ..roomy()
+    }
+}
+
+/// A world in which each of some tenants, from 0 on, asks for so many adapters whose calls of a kind hang.
+fn hanging_tenants(limits: Limits, tenants: u64, adapters: u128, hanging: usize) -> World {
+    let mut world = World::with(limits, &[20; 30]);
+    for tenant in 0..tenants {
+        for nth in 0..adapters {
+            let reference = SICK + u128::from(tenant) * adapters + nth;
+            world.originals.insert(reference, Original::new(reference, 20));
+            world.ask_at(0, tenant, reference);
+            settle_all_but(&mut world, hanging);
+        }
+    }
+    world
+}
+
+/// The time that a tenant waits for adapters that are well, one after the other, while calls of a kind hang.
+fn waits_of_guest(world: &mut World, hanging: usize) -> Vec<Duration> {
+    let waits = (0..10).map(|reference| {
+        let (id, begun) = (world.ask_at(0, GUEST, reference), world.now);
+        while !world.ready.contains_key(&id) {
+            world.wait(ms(10));
+            let due = |pending: &Pending| {
+                let hangs = pending.asked.reference >= SICK && kind(&pending.output) == hanging;
+                !hangs && world.now >= pending.begun + CALL
+            };
+            let due: Vec<_> =
+                world.calls.iter().filter(|(_, pending)| due(pending)).map(|(&call, _)| call).collect();
+            due.into_iter().for_each(|call| drop(world.answer(call)));
+            world.remove_copies();
+            assert!(world.now < begun + secs(300), "it waits for ever");
+        }
+        world.now - begun
+    });
+    waits.collect()
+}
+
+const GUEST: u64 = 1000;
+
+#[test]
+fn tenants_whose_calls_hang_do_not_delay_one_that_has_none() {
+    // Tenant 0 is the one that all callers without a key belong to. At the start, and when the calls count as slow.
+    for hanging in 0..3 {
+        let mut alone = hanging_tenants(usual(), 0, 0, hanging);
+        let expected = waits_of_guest(&mut alone, hanging);
+        assert_eq!(expected, [3 * CALL; 10]);
+        for (tenants, adapters) in
+            [(1, 1), (1, 4), (1, 8), (1, 9), (1, 40), (2, 8), (2, 30), (3, 8), (3, 30), (8, 8), (20, 4)]
+        {
+            for waited in [0, 1, 2] {
+                let mut world = hanging_tenants(usual(), tenants, adapters, hanging);
+                (0..waited).for_each(|_| world.wait(secs(5)));
+                let waits = waits_of_guest(&mut world, hanging);
+                assert_eq!(
+                    waits, expected,
+                    "{tenants} tenants, {adapters} adapters of kind {hanging}, {waited}"
+                );
+            }
+        }
+    }
+}
+
+/// Some tenants ask for many cold adapters each, all at once. Returns the calls of each that have ended by kind, and how
+/// long a guest has waited that asks for an adapter now and then.
+fn shares_of_hogs(weights: &[u32], guest_every: Duration) -> (BTreeMap<u64, [usize; 3]>, Vec<Duration>) {
+    let adapters = 400 / weights.len().max(2) as u128;
+    let mut world = World::with(usual(), &[20; 30]);
+    for nth in 0..adapters {
+        for (tenant, &weight) in (0..).zip(weights) {
+            let reference = SICK + u128::from(tenant) * adapters + nth;
+            world.originals.insert(reference, Original::new(reference, 20));
+            let ask = world.new_ask(reference);
+            world.submit(Ask { tenant: Tenant { id: tenant, weight }, ..ask });
+        }
+    }
+    let (mut begun, mut waits, mut guest) = (BTreeMap::<u64, [usize; 3]>::new(), Vec::new(), None);
+    let mut reference = 0;
+    while waits.len() < 8 {
+        if guest.is_none() && world.now >= guest_every * (waits.len() as u32 + 1) {
+            guest = Some((world.ask_at(0, GUEST, reference), world.now));
+            reference += 1;
+        }
+        world.wait(ms(10));
+        let due = world.calls.iter().filter(|(_, pending)| world.now >= pending.begun + CALL);
+        let due: Vec<_> =
+            due.map(|(&call, pending)| (call, pending.asked.tenant, kind(&pending.output))).collect();
+        for (call, tenant, kind) in due {
+            begun.entry(tenant).or_default()[kind] += 1;
+            world.answer(call);
+        }
+        let ready: Vec<_> = world.ready.keys().copied().filter(|id| world.open.contains_key(id)).collect();
+        for id in ready {
+            if let Some((asked, at)) = guest.filter(|(asked, _)| *asked == id) {
+                waits.push(world.now - at);
+                assert_eq!(asked, id);
+                guest = None;
+            }
+            world.release(id);
+        }
+        world.remove_copies();
+    }
+    begun.remove(&GUEST);
+    (begun, waits)
+}
+
+#[test]
+fn tenants_with_many_cold_adapters_have_equal_shares_and_a_light_one_does_not_wait_for_them() {
+    for hogs in 1..=6 {
+        for guest_every in [ms(130), ms(170)] {
+            let (ended, waits) = shares_of_hogs(&vec![1; hogs], guest_every);
+            let case = format!("{hogs} hogs, a guest every {guest_every:?}: {ended:?}");
+            assert_eq!(ended.len(), hogs, "{case}");
+            for kind in 0..3 {
+                let calls = ended.values().map(|calls| calls[kind]);
+                let (least, most) = (calls.clone().min().unwrap(), calls.max().unwrap());
+                assert!(least >= 10 && most - least <= 4, "{case}");
+            }
+            assert_eq!(waits, [3 * CALL; 8], "{case}");
+        }
+    }
 }

@@ -110,7 +110,7 @@ fn populate(mut world: World) -> World {
     for reference in 0..REFERENCES - 1 {
         let mut original = Original::new(reference, [5, 20, 60, 110, 170, 300, 450][reference as usize % 7]);
         original.in_place = reference % 5 == 4;
-        original.family = (reference % 11) as u8;
+        original.family = reference % 11;
         original.bytes =
             if reference >= 11 { [5, 20, 60][(reference - 11) as usize] } else { original.bytes };
         original.fresh_for = if original.in_place { ms(0) } else { secs(10 * (reference as u64 % 4)) };

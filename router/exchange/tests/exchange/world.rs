@@ -56,7 +56,7 @@ pub(crate) struct Original {
     /// Credentials that may not read it.
     pub(crate) denied: BTreeSet<u128>,
     /// Adapters of the same family have the same bytes.
-    pub(crate) family: u8,
+    pub(crate) family: u128,
 }
 
 impl Original {
@@ -67,19 +67,21 @@ impl Original {
             in_place: false,
             fresh_for: secs(60),
             denied: BTreeSet::new(),
-            family: reference as u8,
+            family: reference,
         }
     }
 
     pub(crate) fn content(&self) -> Content {
         let mut content = [0; 32];
-        (content[0], content[1]) = (self.family, self.revision);
+        content[..16].copy_from_slice(&self.family.to_le_bytes());
+        content[16] = self.revision;
         Content(content)
     }
 
     fn version(&self, reference: u128) -> Version {
         let mut version = [0; 32];
-        (version[0], version[1]) = (reference as u8, self.revision);
+        version[..16].copy_from_slice(&reference.to_le_bytes());
+        version[16] = self.revision;
         Version(version)
     }
 }
@@ -229,7 +231,8 @@ impl World {
                 let open = self.open.get_mut(&ask).unwrap();
                 assert!(open.authorised && open.ready.is_none(), "{ask:?}");
                 assert_eq!(tier, open.ask.tier);
-                assert_eq!(content.0[0], self.originals[&open.ask.reference.0].family, "what it asked for");
+                let asked = self.originals[&open.ask.reference.0].family.to_le_bytes();
+                assert_eq!(content.0[..16], asked, "what it asked for");
                 assert!(tier == Tier::Disk || self.host.contains_key(&content), "{content:?} is there");
                 open.ready = Some(content);
                 self.ready.insert(ask, content);
@@ -267,7 +270,10 @@ impl World {
         for source in sources {
             let of_source = self.calls.values().filter(|pending| pending.asked.source == source);
             let lookups = of_source.filter(|pending| matches!(pending.output, Output::Lookup { .. }));
-            assert!(lookups.count() <= 2 * self.limits.lookups.source as usize, "lookups at {source}");
+            let tenants: Vec<_> = lookups.map(|pending| pending.asked.tenant).collect();
+            let own = tenants.iter().collect::<BTreeSet<_>>().len();
+            let most = self.limits.lookups.source as usize + own;
+            assert!(tenants.len() <= 2 * most, "lookups at {source}");
         }
     }
 
