@@ -62,7 +62,7 @@ pub(crate) enum Need<F> {
     Turn { now: Duration, cycle_time: Duration, is_wanted: F },
     /// A tenant without a seat needs not wait for slices. Slots that nobody uses come first, because they are free at once.
     /// An adapter that has not been used since it was loaded comes next, if that was ahead of the seats of a tenant that has
-    /// most of them, which this tells; then those in use.
+    /// several, which this tells; then those in use.
     FirstSeat { is_ahead: F },
 }
 

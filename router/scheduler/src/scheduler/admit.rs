@@ -14,6 +14,9 @@ use crate::{
 /// Tenants without a seat that one step passes over because of their blocks. Each costs a look at all running sequences.
 const PASSED_OVER: usize = 8;
 
+/// Seats of a tenant that gives a slot which it has not used yet to a tenant without a seat, as it gives one of its seats.
+const SEVERAL: usize = 2;
+
 /// The next candidate for a seat.
 #[derive(Debug, Clone, Copy)]
 enum Candidate {
@@ -69,8 +72,7 @@ impl<P: Clone> Scheduler<P> {
         let wanting = flows.count_absent();
         let drained = if first {
             // While there is room, what is loaded is used in this step.
-            let most = (self.admitted().count() / 2).max(2);
-            let is_ahead = |key| self.crowded && flows.tenants_run(key, most);
+            let is_ahead = |key| self.crowded && flows.tenants_run(key, SEVERAL);
             self.slots.drain(wanting, &Need::FirstSeat { is_ahead }, yields)
         } else {
             let cycle_time = self.limits.adapter_cycle_time;
