@@ -158,7 +158,8 @@ pub struct RouterConfig {
     /// Bytes that adapters may take in this folder
     #[arg(long, env, value_name = "BYTES", value_parser = bytes, default_value = "64GiB")]
     pub adapter_cache_size: u64,
-    /// Largest adapter, by its files [default: a quarter of adapter-host-memory]
+    /// Largest adapter, by its files; larger ones are refused before they are read [default: a quarter of
+    /// adapter-host-memory, but 512MiB if those fit]
     #[arg(long, env, value_name = "BYTES", value_parser = bytes)]
     pub max_adapter_size: Option<u64>,
     /// Questions to one source at the same time, of which one tenant may have half; as many again may be slow

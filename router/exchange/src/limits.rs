@@ -20,7 +20,7 @@ pub struct Limits {
     pub disk_bytes: u64,
     /// Bytes of adapters in host memory, on the rank that has the least.
     pub host_bytes: u64,
-    /// Bytes of one adapter's files. A quarter of `host_bytes` or less: while host memory is leased, everybody waits for
+    /// Bytes of one adapter's files. Best a quarter of `host_bytes` or less: while host memory is leased, everybody waits for
     /// the room of a large one in the end.
     pub adapter_bytes: u64,
     /// Questions to sources: who may read what, and which version a reference names.

@@ -11,7 +11,7 @@ use tokio::{task::yield_now, time::timeout};
 
 use crate::{
     metrics::{scrape, until},
-    router::{PATIENCE, Router, tokens, write_adapter},
+    router::{FILES, PATIENCE, Router, tokens, write_adapter},
     shard::{Gate, Script, Seen},
 };
 
@@ -240,6 +240,49 @@ async fn an_adapter_that_is_larger_than_it_may_be_is_refused_with_both_numbers()
     assert_eq!(router.shard.saw(|seen| Some(seen.staged.len())).await, 0);
     router.ok("/generate", &ask("0")).await;
     at_rest(&router).await;
+}
+
+#[tokio::test]
+async fn an_adapter_of_absurd_size_is_refused_without_a_flag_before_it_is_read() {
+    const MIB: u64 = 1 << 20;
+    const GIB: u64 = 1 << 30;
+    // Host memory, and the largest adapter that it takes.
+    for (host, largest) in [
+        (1100, 1100),
+        (MIB, MIB),
+        (100 * MIB, 100 * MIB),
+        (511 * MIB, 511 * MIB),
+        (512 * MIB, 512 * MIB),
+        (513 * MIB, 512 * MIB),
+        (GIB, 512 * MIB),
+        (2 * GIB, 512 * MIB),
+        (3 * GIB, 768 * MIB),
+        (4 * GIB, GIB),
+        (24 * GIB, 6 * GIB),
+        (1024 * GIB, 256 * GIB),
+    ] {
+        let folder = folder(1);
+        let router = Router::start_with(saying_a(), |config: &mut Config| {
+            config.shard.adapter_dir = Some(folder.path().into());
+            config.shard.adapter_host_memory = host;
+        })
+        .await;
+        let capacity = router.get("/v1/adapters/capacity").await.json::<Value>().await.unwrap();
+        assert_eq!(capacity["max_adapter_bytes"], largest, "{host}");
+        // A file with nothing in it but a hole. To read it would take longer than this test may.
+        for (name, bytes) in [("above", largest), ("absurd", (4 * largest).max(1 << 40))] {
+            write_adapter(folder.path(), name, 1);
+            let weights =
+                fs::File::options().write(true).open(folder.path().join(name).join(FILES[1])).unwrap();
+            weights.set_len(bytes).unwrap();
+            let (status, body) = timeout(PATIENCE, router.post("/generate", &ask(name))).await.unwrap();
+            assert_eq!((status.as_u16(), &body["error_type"]), (424, &json!("generation")), "{host}: {body}");
+            let error = body["error"].as_str().unwrap();
+            assert!(error.contains(&format!("room for {largest}")), "{host}: {error}");
+        }
+        assert_eq!(router.shard.saw(|seen| Some(seen.staged.len())).await, 0, "{host}");
+        router.ok("/generate", &ask("0")).await;
+    }
 }
 
 #[tokio::test]
