@@ -3,10 +3,13 @@
 
 #[path = "../../../sources/tests/fake/mod.rs"]
 mod fake;
+#[path = "../../../sources/tests/fake/s3.rs"]
+mod s3;
 
 mod adapters;
 mod base_names;
 mod bodies;
+mod buckets;
 mod cache_salts;
 mod choices;
 mod clients;
@@ -27,6 +30,7 @@ mod hub;
 mod keys;
 mod killed;
 mod logprobs;
+mod lost_sessions;
 mod managing;
 mod merges;
 mod metrics;

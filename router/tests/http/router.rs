@@ -254,9 +254,20 @@ impl Router {
         folder: Arc<tempfile::TempDir>,
         change: impl FnOnce(&mut Config),
     ) -> Router {
+        let sources = SourceSettings { hub, ..SourceSettings::from_env(None, Vec::new()) };
+        Router::start_at(script, sources, folder, change).await
+    }
+
+    /// The same, with adapters of other sources. The configuration says which folders may be read.
+    pub(crate) async fn start_at(
+        script: Script,
+        sources: SourceSettings,
+        folder: Arc<tempfile::TempDir>,
+        change: impl FnOnce(&mut Config),
+    ) -> Router {
         let socket = tempfile::tempdir_in(folder.path()).unwrap().keep().join("shard.sock");
         let shard = ScriptedShard::start(Script { content, ..script }, &socket);
-        let router = Router::in_front_of(vec![shard], vec![socket], folder, Some(hub), change).await;
+        let router = Router::in_front_of(vec![shard], vec![socket], folder, Some(sources), change).await;
         router.app.ready().await;
         router
     }
@@ -270,7 +281,7 @@ impl Router {
         ranks: Vec<ScriptedShard>,
         sockets: Vec<PathBuf>,
         folder: Arc<tempfile::TempDir>,
-        hub: Option<HubSettings>,
+        sources: Option<SourceSettings>,
         change: impl FnOnce(&mut Config),
     ) -> Router {
         let mut config = configuration(&sockets[0]);
@@ -285,11 +296,11 @@ impl Router {
             failed.lock().unwrap().push(failure);
         });
         let supervisor = supervisor.unwrap();
-        let app = match hub {
+        let app = match sources {
             None => App::start(config, &supervisor).unwrap(),
-            Some(hub) => {
-                let sources = SourceSettings::from_env(config.shard.adapter_dir.clone(), Vec::new());
-                App::start_with(config, SourceSettings { hub, ..sources }, &supervisor).unwrap()
+            Some(sources) => {
+                let adapter_dir = config.shard.adapter_dir.clone();
+                App::start_with(config, SourceSettings { adapter_dir, ..sources }, &supervisor).unwrap()
             }
         };
         let (stop, stopped) = oneshot::channel::<()>();

@@ -265,6 +265,12 @@ impl ScriptedShard {
         self.breaks.notify_one();
     }
 
+    /// Forgets all adapters, as a process does that ends and is started again.
+    pub(crate) fn lose_memory(&self) {
+        self.slots.lock().unwrap().clear();
+        self.host.lock().unwrap().clear();
+    }
+
     /// Sends an event of the present session that nobody has asked for.
     pub(crate) async fn inject(&self, event: Option<Event>) {
         let session = self.saw(|seen| seen.sessions.last().copied()).await;
