@@ -172,11 +172,20 @@ impl Child {
             // Usually there is nothing left.
             let _ = kill_process_group(group, Signal::KILL);
         }
-        while timeout(KILLED, self.process.wait()).await.map_or(Ok(true), |ended| ended.map(|_| false))? {
-            tracing::error!("{} was killed, but is still there: a driver does not let it go", self.name);
-        }
+        let status = loop {
+            match timeout(KILLED, self.process.wait()).await {
+                Ok(status) => break status?,
+                Err(_) => {
+                    tracing::error!(
+                        "{} was killed, but is still there: a driver does not let it go",
+                        self.name
+                    );
+                }
+            }
+        };
         self.last_lines().await;
-        Ok(end)
+        // One that was killed as it ended by itself has ended in order: the kernel was still taking its memory back.
+        Ok(if matches!(end, End::Killed) && status.success() { End::Exited(status) } else { end })
     }
 
     /// Waits until the last line of a process that has ended is passed on.

@@ -20,10 +20,8 @@ use crate::{
 /// A router whose first life is shorter than this, or than the shards take to load, has a fault that restarts do not
 /// mend.
 const FIRST_LIFE: Duration = Duration::from_secs(3);
-/// Time for the router to stop beyond what it was promised.
+/// Time for shards to stop, and for the router beyond what it was promised.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Time for shards to stop. To unlock tens of gigabytes of host memory takes the driver a while.
-const SHARDS_PATIENCE: Duration = Duration::from_secs(25);
 /// Longest silence of a process unless `--step-timeout` says otherwise.
 const SILENCE: Duration = Duration::from_secs(10);
 /// The shortest silence that means anything on a machine that is busy.
@@ -148,7 +146,7 @@ impl Plan {
             // Nobody is served any more.
             tokio::select! {
                 () = signals.next() => tracing::warn!("told to stop meanwhile: stopping at once"),
-                _ = async { tokio::join!(router.stop(PATIENCE), shards.stop(SHARDS_PATIENCE)) } => {}
+                _ = async { tokio::join!(router.stop(PATIENCE), shards.stop(PATIENCE)) } => {}
             }
             return Err(failure);
         }
@@ -161,7 +159,7 @@ impl Plan {
         let in_order = async {
             let promised = router_config.shutdown_delay + router_config.shutdown_deadline;
             let router = router.stop(promised + PATIENCE).await;
-            shards.stop(SHARDS_PATIENCE).await && router
+            shards.stop(PATIENCE).await && router
         };
         tokio::select! {
             () = signals.next() => {

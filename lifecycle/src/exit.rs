@@ -21,7 +21,7 @@ const LAST_LINES: Duration = Duration::from_secs(1);
 static FLUSH: OnceLock<fn()> = OnceLock::new();
 
 /// Names the function that writes what is still buffered of the log. It is called before the process ends by
-/// [`exit`], by [`fail`] or by a supervisor. Only the first call counts.
+/// [`exit`], by [`end_now`], by [`fail`] or by a supervisor. Only the first call counts.
 pub fn before_exit(flush: fn()) {
     // A second one is ignored, as documented.
     let _ = FLUSH.set(flush);
@@ -57,9 +57,10 @@ fn with_causes(error: &(dyn Error + 'static)) -> String {
     text
 }
 
-/// Ends the process at once, without the handlers that `exit` runs: those of a GPU's driver can hang when its work
-/// does.
-pub(crate) fn end_now(code: i32) -> ! {
+/// Writes the last lines of the log and ends the process at once. Nothing is dropped, and none of the handlers run that
+/// [`exit`] runs: those of a GPU's driver can hang when its work does, and to give back memory that the driver has locked
+/// takes it seconds, while the kernel takes all of it back together.
+pub fn end_now(code: i32) -> ! {
     last_lines(|| ());
     signal_hook::low_level::exit(code)
 }

@@ -23,6 +23,7 @@ fn main() -> ExitCode {
         Err(_) => {
             failures_end_the_process();
             the_end_of_stdin_ends_the_process();
+            a_process_can_end_without_giving_anything_back();
             errors_are_printed_with_their_causes();
             a_heartbeat_goes_on_while_the_process_does();
             ExitCode::SUCCESS
@@ -34,6 +35,15 @@ fn main() -> ExitCode {
 fn hang() {
     loop {
         std::thread::park();
+    }
+}
+
+/// Memory that is never given back.
+struct Locked;
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        hang();
     }
 }
 
@@ -50,6 +60,8 @@ fn play(role: &str) -> ExitCode {
     if role == "waits" {
         hang();
     }
+    // As a server has it: on the stack, and in what others share.
+    let locked = (role.starts_with("holds")).then(|| (Locked, std::sync::Arc::new(Locked)));
     runtime.block_on(async move {
         let stopped = parent.told_to_stop().unwrap();
         let pulse = supervisor.watch("the hanging one", Duration::from_millis(300));
@@ -74,7 +86,18 @@ fn play(role: &str) -> ExitCode {
             }
             _ => {}
         }
+        if role == "holds it in a task" {
+            let held = locked.as_ref().map(|(_, shared)| shared.clone());
+            drop(supervisor.task("the engine", PROMPT, async move {
+                std::future::pending::<()>().await;
+                drop(held);
+            }));
+        }
         stopped.await;
+        if role.starts_with("holds") {
+            supervisor.stopping();
+            lifecycle::end_now(0);
+        }
     });
     ExitCode::SUCCESS
 }
@@ -125,6 +148,18 @@ fn the_end_of_stdin_ends_the_process() {
         let mut child = command(role).spawn().unwrap();
         drop(child.stdin.take());
         assert_eq!(child.wait().unwrap().code(), Some(0), "{role}");
+    }
+}
+
+fn a_process_can_end_without_giving_anything_back() {
+    for role in ["holds", "holds it in a task"] {
+        let mut child = command(role).spawn().unwrap();
+        let started = Instant::now();
+        drop(child.stdin.take());
+        let out = child.wait_with_output().unwrap();
+        assert_eq!(out.status.code(), Some(0), "{role}");
+        assert_eq!(String::from_utf8(out.stderr).unwrap(), "last lines\n", "{role}");
+        assert!(started.elapsed() < PROMPT, "{role}");
     }
 }
 

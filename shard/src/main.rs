@@ -250,7 +250,7 @@ struct Target<'a, B> {
     ready: &'a dyn Fn(&B),
 }
 
-/// Loads the model and serves it until told to stop.
+/// Loads the model and serves it until told to stop, which ends the process.
 fn serve<B: Backend>(
     ops: Arc<B>,
     target: &Target<'_, B>,
@@ -307,15 +307,14 @@ fn serve<B: Backend>(
     // A rank that waits for another one says so before its own step takes too long.
     ops.group().set_patience(step_timeout * 3 / 4);
     let supervisor = Supervisor::ending_the_process()?;
-    let served = runtime.block_on(async {
+    runtime.block_on(async {
         let told = parent.told_to_stop()?;
         let connections = listen(config.socket(rank)?, parent)?;
         let rank = Rank { engine, adapters, info };
         server::serve(rank, connections, step_timeout, told, &supervisor).await.context("the server")
-    });
+    })?;
     // Adapters may still be read, but no request waits for them any more.
-    runtime.shutdown_timeout(Duration::from_secs(1));
-    served
+    lifecycle::end_now(0)
 }
 
 /// Properties of the model and the limits of a step. Fields that only a running shard knows are left empty.

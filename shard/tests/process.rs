@@ -3,8 +3,10 @@
 
 use std::{
     io::{BufRead, BufReader},
+    os::unix::net::UnixStream,
     path::Path,
     process::{Child, Command, Stdio},
+    time::{Duration, Instant},
 };
 
 use config::{
@@ -13,6 +15,11 @@ use config::{
 
 /// A shard of a small model, with its stdin open.
 fn start(folder: &Path) -> Child {
+    start_with(folder, 1 << 20)
+}
+
+/// The same, with so much memory for adapters.
+fn start_with(folder: &Path, adapter_host_memory: u64) -> Child {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../integration-tests/fixtures");
     let config = Config {
         model: ModelConfig {
@@ -30,7 +37,7 @@ fn start(folder: &Path) -> Child {
             max_batch_size: 4,
             max_active_adapters: 2,
             kv_memory: Some(1 << 20),
-            adapter_host_memory: 1 << 20,
+            adapter_host_memory,
             ..ShardConfig::default()
         },
         log: LogConfig::default(),
@@ -60,6 +67,36 @@ fn a_shard_ends_with_whoever_holds_its_stdin() {
         drop(shard.stdin.take());
         assert_eq!(log.find(|line| line.starts_with("error")), None);
         assert_eq!(shard.wait().unwrap().code(), Some(0), "served: {served}");
+    }
+}
+
+#[test]
+fn a_shard_ends_at_once_when_it_is_told_to() {
+    let folder = tempfile::tempdir().unwrap();
+    for host_memory in [1 << 20, 4 << 30, 24 << 30, 100 << 30] {
+        for told in ["TERM", "INT", "stdin"] {
+            let mut shard = start_with(folder.path(), host_memory);
+            let mut log = BufReader::new(shard.stderr.take().unwrap()).lines().map(Result::unwrap);
+            assert!(log.any(|line| line.contains("serving on")));
+            // A session that goes on does not keep it.
+            let connection = UnixStream::connect(folder.path().join("shard.sock")).unwrap();
+            let begun = Instant::now();
+            let held = match told {
+                "stdin" => None,
+                signal => {
+                    let killed = Command::new("kill").args(["-s", signal, &shard.id().to_string()]).status();
+                    assert!(killed.unwrap().success());
+                    shard.stdin.take()
+                }
+            };
+            let status = shard.wait().unwrap();
+            let case = format!("{host_memory} bytes, {told}: {:?}", begun.elapsed());
+            assert_eq!(status.code(), Some(0), "{case}");
+            // The launcher kills it after 5 s.
+            assert!(begun.elapsed() < Duration::from_secs(3), "{case}");
+            assert_eq!(log.find(|line| line.starts_with("error") || line.contains("ERROR")), None, "{case}");
+            drop((held, connection));
+        }
     }
 }
 
