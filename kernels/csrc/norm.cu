@@ -14,16 +14,7 @@ __global__ void normalize(const float* x, const NormArgs norm, R* y, int cols) {
   pdl_launch_dependents();
   prefetch_norm<N>(norm, cols);
   pdl_wait();
-  float squares = 0.f;
-  for (int i = threadIdx.x * N; i < cols; i += blockDim.x * N) {
-    float v[N];
-    load_floats<float, N>(x + i, v);
-#pragma unroll
-    for (int j = 0; j < N; j++) {
-      row[i + j] = v[j];
-      squares += v[j] * v[j];
-    }
-  }
+  const float squares = read_row<N>(x, row, cols);
   write_normed<R, N, PLAIN>(row, squares, norm, y, cols);
 }
 
@@ -35,16 +26,7 @@ template <typename R, int N> __global__ void normalize_stream(float* x, const No
   pdl_launch_dependents();
   prefetch_norm<N>(norm, cols);
   pdl_wait();
-  float squares = 0.f;
-  for (int i = threadIdx.x * N; i < cols; i += blockDim.x * N) {
-    float v[N];
-    load_floats<float, N>(x + i, v);
-#pragma unroll
-    for (int j = 0; j < N; j++) {
-      row[i + j] = v[j];
-      squares += v[j] * v[j];
-    }
-  }
+  const float squares = read_row<N>(x, row, cols);
   const Moments m = moments<N, false>(row, squares, norm, cols);
   for (int i = threadIdx.x * N; i < cols; i += blockDim.x * N) {
     float v[N];
@@ -67,16 +49,7 @@ __global__ void add_norm(const float* x, const NormArgs post, float scale, float
   prefetch_norm<N>(post, cols);
   prefetch_norm<N>(next, cols);
   pdl_wait();
-  float squares = 0.f;
-  for (int i = threadIdx.x * N; i < cols; i += blockDim.x * N) {
-    float v[N];
-    load_floats<float, N>(x + i, v);
-#pragma unroll
-    for (int j = 0; j < N; j++) {
-      row[i + j] = v[j];
-      squares += v[j] * v[j];
-    }
-  }
+  const float squares = read_row<N>(x, row, cols);
   add_and_norm<R, N>(row, squares, post, scale, stream, next, y + (size_t)blockIdx.x * cols, cols);
 }
 

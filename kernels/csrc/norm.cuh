@@ -31,6 +31,21 @@ struct Moments {
   float mean, inverse;
 };
 
+// Reads a row of x into shared memory. Returns the sum of the squares of this thread's elements.
+template <int N> __device__ inline float read_row(const float* x, float* row, int cols) {
+  float squares = 0.f;
+  for (int i = threadIdx.x * N; i < cols; i += blockDim.x * N) {
+    float v[N];
+    load_floats<float, N>(x + i, v);
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+      row[i + j] = v[j];
+      squares += v[j] * v[j];
+    }
+  }
+  return squares;
+}
+
 // Of the elements that `row` holds; a thread reads the ones that it wrote. `squares`: the sum of this thread's. PLAIN: an
 // RMS norm without a bias, which most models have.
 template <int N, bool PLAIN>
