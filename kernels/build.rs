@@ -3,6 +3,9 @@
 //! `LORAX_CUDA_ARCHS` names the architectures (default `80;86;89;90a`; PTX of the newest that has no letter comes
 //! with them), `CUDA_HOME` an installed toolkit to use in place of `.cuda/` (`make cuda-toolchain`).
 
+#[path = "build/report.rs"]
+mod report;
+
 use std::{
     env, fs,
     path::{Path, PathBuf},
@@ -16,7 +19,9 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>
 const MAX_JOBS: usize = 8;
 
 fn main() -> Result<()> {
-    println!("cargo:rerun-if-changed=build.rs");
+    for file in ["build.rs", "build/report.rs"] {
+        println!("cargo:rerun-if-changed={file}");
+    }
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return Ok(());
     }
@@ -127,9 +132,9 @@ fn compile_one(toolkit: &Path, code: &[String], source: &Path, out: &Path) -> Re
         .arg(source)
         .arg("-o")
         .arg(&object))?;
-    if let Err(slow) = refuse_slow_code(source, &report) {
+    if let Err(slow) = report::check(&fs::read_to_string(source)?, &report) {
         fs::remove_file(&object)?;
-        return Err(slow);
+        return Err(format!("{}: {slow}", source.display()).into());
     }
     fs::write(options, wanted)?;
     Ok(object)
@@ -146,27 +151,6 @@ fn is_newer(object: &Path, made_from: &Path) -> std::io::Result<bool> {
         }
     }
     Ok(true)
-}
-
-/// Fails when ptxas reports that registers went to memory, unless the source says `// May spill: reason`, or that it
-/// lost the point of an instruction of Hopper's: products that wait for each other, `setmaxnreg` without effect.
-fn refuse_slow_code(source: &Path, report: &str) -> Result<()> {
-    let may_spill = fs::read_to_string(source)?.contains("// May spill:");
-    let mut kernel = "";
-    for line in report.lines() {
-        if line.contains("Potential Performance Loss") {
-            return Err(format!("{}: {}", source.display(), line.trim()).into());
-        }
-        if let Some((_, name)) = line.split_once("Function properties for ") {
-            kernel = name;
-        }
-        let spills = line.contains("bytes spill stores")
-            && !line.contains(" 0 bytes spill stores, 0 bytes spill loads");
-        if spills && !may_spill {
-            return Err(format!("{}: {kernel}: {}", source.display(), line.trim()).into());
-        }
-    }
-    Ok(())
 }
 
 /// Runs a command and returns what it wrote to stderr.

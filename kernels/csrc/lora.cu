@@ -213,7 +213,7 @@ template <typename T> __device__ inline Chunk<T> find_chunk(const LoraArgs& p, c
 }
 
 // Expands a chunk of a tile with an ensemble. A call, so that tiles without one need no registers for it.
-// May spill: around this call, which has more live than the registers that are left by those blocks that run beside.
+// May spill 80 bytes: expand_ensemble: it has more live than the registers that the blocks beside it leave.
 template <typename T, typename R, bool PACKED>
 __device__ __noinline__ void expand_ensemble(const LoraArgs& p, const LoraTile& tile, const Ensemble& ensemble,
                                        const Chunk<T>& chunk) {

@@ -144,7 +144,6 @@ template <typename T, typename F> struct Piece {
 };
 
 // Block b of the shrink takes every so many-th group of 16 ranks of one tile.
-// May spill: before Hopper, two registers of the form for 16 rows.
 template <typename T, typename F> __device__ void shrink(const LoraArgs& p, typename F::Sums& sums) {
   static_assert(F::kOutputs == lora::kGroup);
   const int blocks = p.slices * kGroupBlocks, index = blockIdx.x / blocks;
@@ -166,6 +165,7 @@ template <typename T, typename F> __device__ void shrink(const LoraArgs& p, type
   }
 }
 
+// May spill 8 bytes: skinny: before Hopper, two registers of the form for 16 rows.
 template <typename T, typename R, typename F>
 __global__ void __launch_bounds__(kThreads, F::BLOCKS) skinny(const __grid_constant__ LinearArgs a,
                                                               const __grid_constant__ LoraArgs p, int lora_blocks) {
