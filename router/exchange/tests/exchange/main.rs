@@ -4,6 +4,7 @@
 mod budgets;
 mod credentials;
 mod histories;
+mod lost_steps;
 mod resolution;
 mod sessions;
 mod simulation;
