@@ -34,13 +34,15 @@ const OPERATOR: Tenant = Tenant { id: u64::MAX, weight: 1 };
 const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 /// The longest name.
 const MAX_NAME: usize = 256;
+/// A name that no adapter can have, because a route has it where those of adapters stand: `/v1/adapters/capacity`.
+const CAPACITY: &str = "capacity";
 
 /// Why an adapter could not be registered, or its registration could not end.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RegistryError {
     /// The name cannot be one.
     #[error(
-        "{0:?} cannot be the name of an adapter: it must have 1 to 256 characters, and not be the base model's"
+        "{0:?} cannot be the name of an adapter: it must have 1 to 256 characters, and not be the base model's or \"{CAPACITY}\""
     )]
     Name(String),
     /// The name is taken.
@@ -204,7 +206,7 @@ impl Registry {
     /// Refuses a name that cannot be registered, or that is taken.
     pub(crate) fn check(&self, id: &str, replace: bool) -> Result<(), RegistryError> {
         let is_name = !id.is_empty() && id.chars().count() <= MAX_NAME && !id.chars().any(char::is_control);
-        if !is_name || self.base.is_called(id) || id == BASE_MODEL {
+        if !is_name || self.base.is_called(id) || [BASE_MODEL, CAPACITY].contains(&id) {
             return Err(RegistryError::Name(id.chars().take(MAX_NAME).collect()));
         }
         if !replace && self.entries().contains_key(id) {

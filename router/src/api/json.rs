@@ -9,8 +9,13 @@ use super::error::ApiError;
 /// Fields of an object that no other field of its type took.
 pub(crate) type Rest = Map<String, Value>;
 
-/// Reads a body.
+/// Reads a body, which is an object. A list is refused here, because some types would take its elements for their fields,
+/// one after the other.
 pub(crate) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+    if body.trim_ascii_start().starts_with(b"[") {
+        let problem = "invalid type: list, expected an object".into();
+        return Err(ApiError::Type { field: String::new(), problem });
+    }
     let mut json = serde_json::Deserializer::from_slice(body);
     let parsed: T = serde_path_to_error::deserialize(&mut json).map_err(|error| {
         let field = field_name(error.path());

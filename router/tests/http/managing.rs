@@ -164,6 +164,8 @@ async fn registrations_that_make_no_sense_are_refused_and_change_nothing() {
         (json!({"adapter_id": "sql", "id": "a\nb"}), 400, "validation"),
         (json!({"adapter_id": "sql", "id": MODEL}), 400, "validation"),
         (json!({"adapter_id": "sql", "id": "__base_model__"}), 400, "validation"),
+        (json!({"adapter_id": "sql", "id": "capacity"}), 400, "validation"),
+        (json!({"adapter_id": "taken", "id": "n"}), 404, "model_not_found"),
         (json!({"adapter_id": "nothing", "id": "n"}), 404, "model_not_found"),
         (json!({"adapter_id": "secret/etc", "id": "n"}), 403, "adapter_forbidden"),
         (json!({"adapter_id": "pirate", "id": "taken"}), 409, "adapter_exists"),
@@ -189,6 +191,36 @@ async fn registrations_that_make_no_sense_are_refused_and_change_nothing() {
     assert!(failed["last_error"]["message"].as_str().unwrap().contains("nothing"), "{failed}");
     let replaced = json!({"adapter_id": "pirate", "id": "taken", "replace": true});
     assert_eq!(router.ok("/v1/adapters", &replaced).await["content"], hex(&content("pirate")));
+}
+
+/// Fields are known by their names, and never by their places.
+#[tokio::test]
+async fn lists_are_no_bodies() {
+    let router = router(8, |_| {}).await;
+    router.ok("/v1/adapters", &json!({"id": "taken", "adapter_id": "sql"})).await;
+    for (path, body) in [
+        ("/v1/adapters", json!([])),
+        ("/v1/adapters", json!(["sql"])),
+        ("/v1/adapters", json!(["sql", "local", "n", null, false, false])),
+        ("/v1/adapters", json!(["sql", "local", "taken", null, true, true])),
+        ("/v1/load_lora_adapter", json!(["n", "sql"])),
+        ("/v1/load_lora_adapter", json!(["n", "sql", false])),
+        ("/v1/unload_lora_adapter", json!(["taken"])),
+        ("/v1/lora_adapter/load", json!(["n", "sql", null, null, null, null])),
+        ("/v1/lora_adapter/unload", json!(["taken", null])),
+        ("/generate", json!(["x"])),
+        ("/v1/completions", json!([MODEL, "x"])),
+        ("/v1/chat/completions", json!([MODEL, []])),
+        ("/tokenize", json!(["x"])),
+        ("/detokenize", json!([[1]])),
+    ] {
+        for text in [body.to_string(), format!(" \n\t{body}")] {
+            let (status, answer) = router.post_bytes(path, text.into_bytes()).await;
+            assert!([400, 422].contains(&status.as_u16()), "{path} {body}: {status}, {answer}");
+            assert!(answer.to_string().contains("expected an object"), "{path} {body}: {answer}");
+        }
+        assert_eq!(registered(&router).await, ["taken"], "{path} {body}");
+    }
 }
 
 #[tokio::test]
