@@ -59,23 +59,32 @@ struct Whitespace {
 
 impl Whitespace {
     fn apply(self, mut grammar: Grammar) -> Grammar {
-        if (self.none || self.pattern.is_some())
-            && let GrammarSource::JsonSchema(schema) = &mut grammar.source
-            && let Value::Object(_) | Value::Bool(true) = **schema
-        {
-            let mut changed = match &**schema {
-                Value::Object(fields) => Value::Object(fields.clone()),
-                _ => Value::Object(Map::new()),
-            };
-            let options = JsonCompileOptions {
-                whitespace_flexible: !self.none,
-                whitespace_pattern: self.pattern.filter(|_| !self.none),
-                ..JsonCompileOptions::default()
-            };
-            options.apply_to(&mut changed);
-            *schema = Arc::new(changed);
+        if self.none || self.pattern.is_some() {
+            match &mut grammar.source {
+                GrammarSource::JsonSchema(schema) => self.apply_to(schema),
+                GrammarSource::Tagged(tagged) => {
+                    tagged.tags.iter_mut().for_each(|tag| self.apply_to(&mut tag.schema));
+                }
+                // These say themselves where there is space.
+                GrammarSource::Regex(_) | GrammarSource::Choice(_) | GrammarSource::Lark(_) => {}
+            }
         }
         grammar
+    }
+
+    fn apply_to(&self, schema: &mut Arc<Value>) {
+        let mut changed = match &**schema {
+            Value::Object(fields) => Value::Object(fields.clone()),
+            Value::Bool(true) => Value::Object(Map::new()),
+            _ => return,
+        };
+        let options = JsonCompileOptions {
+            whitespace_flexible: !self.none,
+            whitespace_pattern: self.pattern.clone().filter(|_| !self.none),
+            ..JsonCompileOptions::default()
+        };
+        options.apply_to(&mut changed);
+        *schema = Arc::new(changed);
     }
 }
 

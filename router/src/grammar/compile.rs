@@ -3,7 +3,7 @@
 use std::io;
 
 use llguidance::{JsonCompileOptions, Matcher, TokenParser, api::TopLevelGrammar};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::{GrammarSource, schema::rewrite, tagged::quoted, vocabulary::Vocabulary};
 
@@ -15,7 +15,9 @@ const MAX_DEPTH: usize = 200;
 const MAX_PROBLEM: usize = 500;
 /// Whitespace between two parts of JSON: a space, or a new line with its indentation. With all that JSON allows, a model
 /// could fill its whole answer with whitespace.
-const WHITESPACE: &str = r" |\r?\n[ \t]{0,64}";
+const WHITESPACE: &str = r" |\r?\n[ \t]{0,32}";
+/// The keyword of a schema that has llguidance's options.
+const OPTIONS: &str = "x-guidance";
 
 /// The reason that a grammar cannot be used. The messages go on behind the name of the request's field.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -43,9 +45,7 @@ pub(crate) enum GrammarError {
 /// Compiles a grammar, and computes the first mask, which finds out whether there is a token to begin with.
 pub(super) fn compile(source: &GrammarSource, vocabulary: &Vocabulary) -> Result<TokenParser, GrammarError> {
     let grammar = match source {
-        GrammarSource::JsonSchema(schema) => {
-            TopLevelGrammar::from_json_schema(with_bounded_whitespace(rewrite((**schema).clone())))
-        }
+        GrammarSource::JsonSchema(schema) => TopLevelGrammar::from_json_schema(readable(schema)),
         GrammarSource::Regex(regex) => {
             check_depth(regex)?;
             TopLevelGrammar::from_regex(regex)
@@ -103,8 +103,13 @@ impl io::Write for Bounded {
     }
 }
 
-fn with_bounded_whitespace(mut schema: Value) -> Value {
-    if schema.is_object() && schema.get("x-guidance").is_none() {
+/// A schema as llguidance reads it, with a bound on the whitespace between the parts of an answer.
+pub(super) fn readable(schema: &Value) -> Value {
+    let mut schema = rewrite(schema.clone());
+    if schema == Value::Bool(true) {
+        schema = Value::Object(Map::new());
+    }
+    if schema.is_object() && schema.get(OPTIONS).is_none() {
         let options = JsonCompileOptions {
             whitespace_pattern: Some(WHITESPACE.into()),
             ..JsonCompileOptions::default()

@@ -4,7 +4,10 @@ use std::{fmt::Write, sync::Arc};
 
 use serde_json::Value;
 
-use super::{compile::GrammarError, schema::rewrite, vocabulary::Vocabulary};
+use super::{
+    compile::{GrammarError, readable},
+    vocabulary::Vocabulary,
+};
 
 /// Texts that a grammar follows.
 #[derive(Debug, Clone, PartialEq)]
@@ -99,7 +102,7 @@ impl Tag {
         let _ = writeln!(
             lark,
             "{name}: {head} {rest} {name}_json {end}\n{name}_json: %json {}",
-            rewrite((*self.schema).clone())
+            readable(&self.schema)
         );
         Ok(())
     }

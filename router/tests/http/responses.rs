@@ -148,12 +148,94 @@ async fn a_response_has_items() {
         );
         let last = events.last().unwrap();
         assert_eq!(last["type"], "response.completed");
-        assert_eq!(without_ids(last["response"]["output"].clone()), output);
         if answer != broken {
-            assert_eq!(folded(&events), last["response"]["output"]);
+            assert_eq!(without_ids(last["response"]["output"].clone()), output);
         }
+        assert_eq!(folded(&events), last["response"]["output"]);
         assert_eq!(last["response"]["id"], events[0]["response"]["id"]);
         assert_eq!(last["response"]["usage"]["output_tokens"], usage["output_tokens"]);
+    }
+}
+
+/// The events of a stream.
+async fn streamed(router: &Router, mut body: Value) -> Vec<Value> {
+    body["stream"] = true.into();
+    let response = router.send(PATH, &body).await.text().await.unwrap();
+    let data = response.lines().filter_map(|line| line.strip_prefix("data: "));
+    data.map(|data| serde_json::from_str(data).unwrap()).collect()
+}
+
+/// A call that turns out to be none has been told of in a stream, and keeps its place: `output_index` counts the items of
+/// the response that ends the stream.
+#[tokio::test]
+async fn items_keep_their_index_when_a_call_breaks() {
+    let good = "<tool_call>\n{\"name\": \"now\", \"arguments\": {\"a\": 1}}\n</tool_call>";
+    let bad = "<tool_call>\n{\"name\": \"now\", \"arguments\": {\"a\": }}\n</tool_call>";
+    let late = "<tool_call>\n{\"name\": \"now\", \"arguments\": {\"a\": 1} x}\n</tool_call>";
+    let message = "message";
+    let call = "function_call";
+    for (answer, kinds, whole) in [
+        (bad.to_owned(), vec![call, message], vec![message]),
+        (format!("{bad}{good}"), vec![call, message, call], vec![message, call]),
+        (format!("{good}{bad}"), vec![call, call, message], vec![call, message]),
+        (format!("{bad}{bad}"), vec![call, message, call, message], vec![message, message]),
+        (format!("Hm. {bad}"), vec![message, call, message], vec![message, message]),
+        (format!("Hm. {bad} Yes."), vec![message, call, message], vec![message, message]),
+        (
+            format!("<think>x</think>{bad}{good}"),
+            vec!["reasoning", call, message, call],
+            vec!["reasoning", message, call],
+        ),
+        (format!("{good}{bad}{good}"), vec![call, call, message, call], vec![call, message, call]),
+        (format!("{good} and {bad}"), vec![call, message, call, message], vec![call, message, message]),
+        (format!("{bad} and {good}"), vec![call, message, call], vec![message, call]),
+        (format!("{late}{good}"), vec![call, message, call], vec![message, call]),
+    ] {
+        let router = saying(&answer).await;
+        let body = json!({"input": "Hi", "tools": [tool()]});
+        let events = streamed(&router, body.clone()).await;
+        let last = &events.last().unwrap()["response"];
+        assert_eq!(folded(&events), last["output"], "{answer}");
+        let kind = |item: &Value| item["type"].as_str().unwrap().to_owned();
+        let told: Vec<_> = last["output"].as_array().unwrap().iter().map(kind).collect();
+        assert_eq!(told, kinds, "{answer}");
+        let output = router.ok(PATH, &body).await["output"].clone();
+        let kept: Vec<_> = output.as_array().unwrap().iter().map(kind).collect();
+        assert_eq!(kept, whole, "{answer}");
+    }
+}
+
+/// OpenAI's documented events of each kind of item, in their order.
+#[tokio::test]
+async fn events_come_in_openais_order() {
+    let call = "<tool_call>\n{\"name\": \"now\", \"arguments\": {\"a\": 1}}\n</tool_call>";
+    let item = |events: &[&str]| {
+        let mut all = vec!["output_item.added".to_owned()];
+        all.extend(events.iter().map(ToString::to_string));
+        all.push("output_item.done".into());
+        all
+    };
+    let text = item(&["content_part.added", "output_text.delta", "output_text.done", "content_part.done"]);
+    let thought =
+        item(&["content_part.added", "reasoning_text.delta", "reasoning_text.done", "content_part.done"]);
+    let called = item(&["function_call_arguments.delta", "function_call_arguments.done"]);
+    for (answer, items) in [
+        ("Hello".to_owned(), vec![&text]),
+        (call.to_owned(), vec![&called]),
+        (format!("{call}{call}"), vec![&called, &called]),
+        (format!("<think>x</think>{call}"), vec![&thought, &called]),
+        ("<think>x</think>Yes".to_owned(), vec![&thought, &text]),
+        (format!("Hm.{call}"), vec![&text, &called]),
+    ] {
+        let router = saying(&answer).await;
+        let events = streamed(&router, json!({"input": "Hi", "tools": [tool()]})).await;
+        let mut names: Vec<&str> = events.iter().map(|event| event["type"].as_str().unwrap()).collect();
+        names.dedup();
+        let mut expected = vec!["created".to_owned(), "in_progress".into()];
+        expected.extend(items.into_iter().flatten().cloned());
+        expected.push("completed".into());
+        let expected: Vec<String> = expected.iter().map(|name| format!("response.{name}")).collect();
+        assert_eq!(names, expected, "{answer}");
     }
 }
 
@@ -211,11 +293,10 @@ async fn items_become_messages() {
     assert_eq!(tools, json!([{"type": "function", "function": function}]));
 }
 
-#[tokio::test]
-async fn responses_that_cannot_be_given_are_refused_by_name() {
-    let router = saying("a").await;
+/// Fields that are added to a request, and the one that it is refused for.
+fn refused() -> Vec<(Value, &'static str)> {
     let item = |item: Value| json!({"input": [item]});
-    for (fields, param) in [
+    vec![
         (json!({"input": null}), "input"),
         (json!({"input": []}), "input"),
         (json!({"previous_response_id": "resp_1"}), "previous_response_id"),
@@ -228,19 +309,71 @@ async fn responses_that_cannot_be_given_are_refused_by_name() {
         (json!({"include": ["file_search_call.results"]}), "include"),
         (json!({"temprature": 1}), "temprature"),
         (json!({"text": {"unknown": 1}}), "text.unknown"),
-        (json!({"reasoning": {"effort": "low"}}), "reasoning_effort"),
+        (json!({"reasoning": {"effort": "low"}}), "reasoning.effort"),
         (json!({"tools": [{"type": "web_search"}]}), "tools[0].type"),
+        (json!({"tools": [{"type": "function"}]}), "tools[0].name"),
+        (json!({"tools": [{"type": "function", "name": "f", "parameters": 1}]}), "tools[0].parameters"),
+        (json!({"tool_choice": {"type": "function", "name": "f"}}), "tool_choice"),
+        (json!({"max_output_tokens": 0}), "max_output_tokens"),
+        (json!({"max_output_tokens": -1}), "max_output_tokens"),
+        (json!({"temperature": "hot"}), "temperature"),
+        (json!({"text": {"format": {"type": "yaml"}}}), "text.format.type"),
+        (
+            json!({"text": {"format": {"type": "json_schema", "name": "n", "schema": 5}}}),
+            "text.format.schema",
+        ),
+        (
+            json!({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "nope"}}}}),
+            "text.format",
+        ),
+        (json!({"text": {"format": {"type": "json_object", "x": 1}}}), "text.format.x"),
+        (json!({"context_management": [{"type": "compaction"}]}), "context_management"),
+        (json!({"input": [{"role": "function", "content": "a"}], "instructions": "b"}), "input[0].role"),
+        (item(json!({"role": "tool", "content": "a"})), "input[0].tool_call_id"),
+        (item(json!({"role": "user", "content": "a", "unknown": 1})), "input[0].unknown"),
+        (item(json!("a")), "input[0]"),
         (item(json!({"role": "user"})), "input[0].content"),
         (item(json!({"type": "item_reference", "id": "a"})), "input[0].type"),
         (item(json!({"role": "user", "content": [{"type": "input_image"}]})), "input[0].content[0].type"),
         (item(json!({"type": "function_call", "name": "a", "arguments": "{}"})), "input[0].call_id"),
         (item(json!({"type": "function_call_output", "call_id": "a"})), "input[0].output"),
-    ] {
+    ]
+}
+
+#[tokio::test]
+async fn responses_that_cannot_be_given_are_refused_by_name() {
+    let router = saying("a").await;
+    for (fields, param) in refused() {
         let mut body = json!({"input": "Hi"});
         body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
         let (status, answer) = router.post(PATH, &body).await;
         assert_eq!((status.as_u16(), &answer["error"]["param"]), (400, &json!(param)), "{fields} {answer}");
+        let message = answer["error"]["message"].as_str().unwrap();
+        for other in ["max_completion_tokens", "response_format", "reasoning_effort", "messages["] {
+            assert!(!message.contains(other), "{fields} {answer}");
+        }
     }
+}
+
+#[tokio::test]
+async fn errors_of_responses_name_their_fields_in_words() {
+    let router = saying("a").await;
+    for (fields, words) in [
+        (json!({"max_output_tokens": 1_000_000}), "`input` tokens + `max_output_tokens` must be"),
+        (json!({"min_tokens": 5, "max_output_tokens": 2}), "must be at most `max_output_tokens`"),
+        (json!({"input": "a".repeat(60_000)}), "`input` must have at most"),
+    ] {
+        let mut body = json!({"input": "Hi"});
+        body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        let (status, answer) = router.post(PATH, &body).await;
+        let message = answer["error"]["message"].as_str().unwrap();
+        assert!(status == 400 && message.contains(words), "{answer}");
+    }
+}
+
+#[tokio::test]
+async fn what_has_no_effect_on_a_response_is_taken() {
+    let router = saying("a").await;
     for fields in [
         json!({"store": true}),
         json!({"previous_response_id": null}),

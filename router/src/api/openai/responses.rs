@@ -1,6 +1,7 @@
 //! `/v1/responses`: a chat by another name, of which nothing is kept.
 
 mod input;
+mod names;
 mod output;
 
 use std::{convert::Infallible, sync::Arc};
@@ -14,7 +15,7 @@ use axum::{
     },
 };
 use futures::{Stream, StreamExt, stream};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 pub(crate) use input::ResponsesRequest;
 
@@ -31,6 +32,7 @@ use crate::{
         accept::{Accepted, Caller},
     },
 };
+use input::Asked;
 use output::Output;
 
 /// `POST /v1/responses`
@@ -39,14 +41,19 @@ pub(crate) async fn responses(
     Accepted { caller, body }: Accepted<ResponsesRequest>,
 ) -> Response {
     let answer = async {
-        let (chat, told) = body.into_chat()?;
-        let chat: ChatRequest = json::parse(Value::Object(chat).to_string().as_bytes())?;
-        let render = {
-            let (app, caller) = (app.clone(), caller.clone());
-            move || chat.into_group(&app, &caller)
+        let Asked { chat, told, names } = body.into_chat()?;
+        let answer = async {
+            app.expect_generation()?;
+            let chat: ChatRequest = json::parse(Value::Object(chat).to_string().as_bytes())?;
+            let render = {
+                let (app, caller) = (app.clone(), caller.clone());
+                move || chat.into_group(&app, &caller)
+            };
+            let (request, options) =
+                app.workers.run("rendering of a chat", &caller.principal, render).await??;
+            respond(&app, &caller, request, options, told).await
         };
-        let (request, options) = app.workers.run("rendering of a chat", &caller.principal, render).await??;
-        respond(&app, &caller, request, options, told).await
+        answer.await.map_err(|error| names.own(error))
     };
     answer.await.unwrap_or_else(|error: ApiError| error.respond(Dialect::OpenAi))
 }
@@ -58,14 +65,14 @@ async fn respond(
     options: Options,
     told: Value,
 ) -> Result<Response, ApiError> {
-    let Some(answer) = options.answer else {
+    let Some(answer) = options.answer.clone() else {
         return Err(ApiError::Refused("no chat was rendered".into()));
     };
     let mut generations = app.start_group(caller, request).await?;
     let (Some(mut generation), true) = (generations.pop(), generations.is_empty()) else {
         return Err(ApiError::Unsupported { field: "n".into() });
     };
-    let mut output = Output::new(&options.model, told, options.logprobs);
+    let mut output = Output::new(&options, told);
     let mut events = ChatEvents::new(answer);
     if options.stream {
         generation.begin().await?;
@@ -83,7 +90,7 @@ async fn respond(
     Ok(Json(output.into_response()).into_response())
 }
 
-/// The events of a response as they come. An error is the last.
+/// The events of a response as they come.
 fn stream(
     generation: Generation,
     events: ChatEvents,
@@ -103,9 +110,7 @@ fn stream(
             }
             Err(error) => {
                 let body = serde_json::to_value(ApiError::body(&error, Dialect::OpenAi)).unwrap_or_default();
-                let (code, message) = (&body["error"]["code"], &body["error"]["message"]);
-                let event = json!({"type": "error", "code": code, "message": message, "param": null});
-                (vec![output.number(event)], None)
+                (output.fail(&body["error"]), None)
             }
         })
     });

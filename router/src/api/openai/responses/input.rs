@@ -4,6 +4,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use super::names::Names;
 use crate::{
     api::{
         error::{ApiError, Dialect},
@@ -25,8 +26,19 @@ pub(crate) struct ResponsesRequest {
     include: Option<Vec<String>>,
     truncation: Option<String>,
     background: Option<bool>,
+    /// A bound on calls of tools that the server runs itself, of which there are none.
+    max_tool_calls: Option<u32>,
     #[serde(flatten)]
     rest: Rest,
+}
+
+/// The chat that a request asks for.
+pub(super) struct Asked {
+    /// Its body.
+    pub(super) chat: Rest,
+    /// The fields of the request that the response repeats.
+    pub(super) told: Value,
+    pub(super) names: Names,
 }
 
 #[derive(Debug, Deserialize, JsonSchema)]
@@ -61,8 +73,8 @@ const UNKNOWN: [&str; 16] = [
 ];
 
 impl ResponsesRequest {
-    /// The body of the chat, and the fields of the request that the response repeats.
-    pub(super) fn into_chat(mut self) -> Result<(Rest, Value), ApiError> {
+    /// The chat that is asked for.
+    pub(super) fn into_chat(mut self) -> Result<Asked, ApiError> {
         let asks = |name: &str| self.rest.get(name).is_some_and(|value| !value.is_null());
         if let Some(name) = UNKNOWN.into_iter().find(|name| asks(name)) {
             return Err(ApiError::Unsupported { field: name.into() });
@@ -75,8 +87,9 @@ impl ResponsesRequest {
         }
         let told = self.told();
         let mut chat = std::mem::take(&mut self.rest);
-        chat.retain(|name, _| !UNKNOWN.contains(&name.as_str()) && name != "max_tool_calls");
-        chat.insert("messages".into(), self.messages()?.into());
+        chat.retain(|name, _| !UNKNOWN.contains(&name.as_str()));
+        let (messages, names) = self.messages()?;
+        chat.insert("messages".into(), messages.into());
         let mut insert = |name: &str, value: Value| _ = chat.insert(name.into(), value);
         insert("max_completion_tokens", self.max_output_tokens.into());
         let tools = self.tools.take().unwrap_or_default().into_iter().enumerate();
@@ -110,7 +123,7 @@ impl ResponsesRequest {
             }
         }
         chat.insert("logprobs".into(), logprobs.into());
-        Ok((chat, told))
+        Ok(Asked { chat, told, names })
     }
 
     /// The fields that the response repeats.
@@ -118,43 +131,72 @@ impl ResponsesRequest {
         let rest = |name: &str, default: Value| {
             self.rest.get(name).filter(|value| !value.is_null()).cloned().unwrap_or(default)
         };
+        let with_defaults = |defaults: Value, given: &Option<Map<String, Value>>| {
+            let Value::Object(mut fields) = defaults else { return Value::Null };
+            fields
+                .extend(given.clone().unwrap_or_default().into_iter().filter(|(_, value)| !value.is_null()));
+            Value::Object(fields)
+        };
         json!({
+            "background": false,
             "instructions": self.instructions,
             "max_output_tokens": self.max_output_tokens,
+            "max_tool_calls": self.max_tool_calls,
             "metadata": rest("metadata", json!({})),
             "parallel_tool_calls": rest("parallel_tool_calls", true.into()),
             "previous_response_id": null,
-            "reasoning": self.reasoning.clone().unwrap_or_default(),
+            "prompt_cache_key": rest("prompt_cache_key", Value::Null),
+            "reasoning": with_defaults(json!({"effort": null, "summary": null}), &self.reasoning),
+            "safety_identifier": rest("safety_identifier", Value::Null),
+            "service_tier": "default",
             "store": false,
             "temperature": rest("temperature", 1.0.into()),
-            "text": self.text.clone().map_or_else(|| json!({"format": {"type": "text"}}), Value::from),
+            "text": with_defaults(json!({"format": {"type": "text"}}), &self.text),
             "tool_choice": self.tool_choice.clone().unwrap_or_else(|| "auto".into()),
             "tools": self.tools.clone().unwrap_or_default(),
+            "top_logprobs": rest("top_logprobs", 0.into()),
             "top_p": rest("top_p", 1.0.into()),
             "truncation": "disabled",
+            "user": rest("user", Value::Null),
         })
     }
 
-    fn messages(&mut self) -> Result<Vec<Value>, ApiError> {
+    /// The messages of the chat, and where each of them comes from.
+    fn messages(&mut self) -> Result<(Vec<Value>, Names), ApiError> {
         let mut messages: Vec<Value> = Vec::new();
+        let mut names = Names::default();
         if let Some(instructions) = &self.instructions {
             messages.push(json!({"role": "system", "content": instructions}));
+            names.push("instructions".into());
         }
         let mut thoughts = None;
         match self.input.take() {
             None => return Err(ApiError::Missing { field: "input".into() }),
-            Some(Input::Text(text)) => messages.push(json!({"role": "user", "content": text})),
+            Some(Input::Text(text)) => {
+                messages.push(json!({"role": "user", "content": text}));
+                names.push("input".into());
+            }
             Some(Input::Items(items)) if items.is_empty() => {
                 return Err(ApiError::invalid("input", "cannot be empty"));
             }
             Some(Input::Items(items)) => {
                 for (at, item) in items.into_iter().enumerate() {
+                    let before = messages.len();
                     add(&format!("input[{at}]"), &item, &mut messages, &mut thoughts)?;
+                    (before..messages.len()).for_each(|_| names.push(format!("input[{at}]")));
                 }
             }
         }
-        Ok(messages)
+        Ok((messages, names))
     }
+}
+
+/// Refuses fields of an item that nothing is done for.
+fn check(field: &str, item: &Value, known: &[&str]) -> Result<(), ApiError> {
+    let Value::Object(fields) = item else {
+        return Err(ApiError::Type { field: field.into(), problem: "must be an object".into() });
+    };
+    refuse(fields, field, |name, _| ["type", "id", "status"].contains(&name) || known.contains(&name))
 }
 
 /// Adds an item to the messages. What the assistant has thought belongs to the message that follows.
@@ -171,6 +213,7 @@ fn add(
     };
     match item["type"].as_str() {
         None | Some("message") => {
+            check(field, item, &["role", "content", "phase"])?;
             let mut message =
                 json!({"role": text("role")?, "content": content(field, "content", &item["content"])?});
             if message["role"] == "assistant"
@@ -181,6 +224,7 @@ fn add(
             messages.push(message);
         }
         Some("function_call") => {
+            check(field, item, &["call_id", "name", "arguments", "parsed_arguments"])?;
             let call = json!({"id": text("call_id")?, "type": "function",
                 "function": {"name": text("name")?, "arguments": text("arguments")?}});
             if messages.last().is_none_or(|last| last["role"] != "assistant") || thoughts.is_some() {
@@ -198,10 +242,12 @@ fn add(
             }
         }
         Some("function_call_output") => {
+            check(field, item, &["call_id", "name", "output"])?;
             let output = content(field, "output", &item["output"])?;
             messages.push(json!({"role": "tool", "tool_call_id": text("call_id")?, "content": output}));
         }
         Some("reasoning") => {
+            check(field, item, &["summary", "content", "encrypted_content"])?;
             let parts = item["content"].as_array().into_iter().flatten();
             let text: String = parts.filter_map(|part| part["text"].as_str()).collect();
             *thoughts = Some(text).filter(|text| !text.is_empty());

@@ -8,7 +8,10 @@ use std::{
 use serde_json::{Value, json};
 
 use crate::{
-    api::{group::TokenCounts, openai::logprobs::ChatLogprobs},
+    api::{
+        group::TokenCounts,
+        openai::{logprobs::ChatLogprobs, request::Options},
+    },
     chat_events::ChatEvent,
     text::{EndReason, TokenText},
 };
@@ -24,6 +27,8 @@ pub(super) struct Output {
     begun: usize,
     sequence: u64,
     logprobs: bool,
+    /// Whether items are told of as they begin, so that they cannot be taken back.
+    streams: bool,
     /// Tokens whose text has not been told.
     untold: Vec<TokenText>,
 }
@@ -41,6 +46,11 @@ enum Kind {
     Message,
     Reasoning,
     Call { call_id: String, name: String },
+}
+
+/// Seconds since 1970.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs())
 }
 
 fn new_id(prefix: &str) -> String {
@@ -79,16 +89,17 @@ impl Open {
 }
 
 impl Output {
-    /// A response of this model that repeats some fields of its request.
-    pub(super) fn new(model: &str, told: Value, logprobs: bool) -> Output {
-        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
-        let mut response = json!({"id": new_id("resp"), "object": "response", "created_at": created, "model": model,
-            "status": "in_progress", "error": null, "incomplete_details": null, "usage": null});
+    /// A response that repeats some fields of its request.
+    pub(super) fn new(options: &Options, told: Value) -> Output {
+        let mut response = json!({"id": new_id("resp"), "object": "response", "created_at": now(),
+            "model": options.model, "status": "in_progress", "error": null, "incomplete_details": null,
+            "completed_at": null, "usage": null});
         if let (Some(all), Value::Object(told)) = (response.as_object_mut(), told) {
             all.extend(told);
         }
         let (items, untold) = (Vec::new(), Vec::new());
-        Output { response, items, open: None, begun: 0, sequence: 0, logprobs, untold }
+        let (logprobs, streams) = (options.logprobs, options.stream);
+        Output { response, items, open: None, begun: 0, sequence: 0, logprobs, streams, untold }
     }
 
     /// The events before the first of the answer.
@@ -101,8 +112,20 @@ impl Output {
             .into()
     }
 
+    /// The events that end a response which cannot be completed, with OpenAI's description of the error.
+    pub(super) fn fail(&mut self, error: &Value) -> Vec<Value> {
+        let (code, message) = (&error["code"], &error["message"]);
+        let mut events = Vec::new();
+        self.close("incomplete", &mut events);
+        events.push(json!({"type": "error", "code": code, "message": message, "param": error["param"]}));
+        self.response["status"] = "failed".into();
+        self.response["error"] = json!({"code": "server_error", "message": message});
+        events.push(json!({"type": "response.failed", "response": self.response()}));
+        events.into_iter().map(|event| self.number(event)).collect()
+    }
+
     /// Numbers an event.
-    pub(super) fn number(&mut self, mut event: Value) -> Value {
+    fn number(&mut self, mut event: Value) -> Value {
         event["sequence_number"] = self.sequence.into();
         self.sequence += 1;
         event
@@ -144,7 +167,11 @@ impl Output {
             ChatEvent::CallEnd { .. } => self.close("completed", &mut events),
             ChatEvent::CallBroken { text, .. } => {
                 self.close("incomplete", &mut events);
-                self.items.pop();
+                // In a stream it has its index, and those of the items behind it count on.
+                if !self.streams {
+                    self.items.pop();
+                    self.begun -= 1;
+                }
                 self.text(text, &mut events);
             }
             ChatEvent::End(end) => self.end(&end, tokens, &mut events),
@@ -236,6 +263,8 @@ impl Output {
         self.response["status"] = status.into();
         if cut_off {
             self.response["incomplete_details"] = json!({"reason": "max_output_tokens"});
+        } else {
+            self.response["completed_at"] = now().into();
         }
         self.response["usage"] = json!({
             "input_tokens": tokens.prompt,
