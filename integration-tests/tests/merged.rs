@@ -46,11 +46,16 @@ async fn an_adapter_in_the_weights_answers_as_it_does_beside_them() {
         // Others are loaded as ever, and are added to the merged model.
         let both = answers(&merged, Some("pirate")).await;
         assert!(both != pirate && both != sql, "{flags:?}");
-        let body = json!({"inputs": "a", "parameters": {"merged_adapters": {"ids": ["sql", "pirate"]}}});
-        let refused = merged.post("/generate", &body).await.unwrap();
-        assert_eq!(refused.status(), 422);
-        let said = refused.text().await.unwrap();
-        assert!(said.contains("cannot be merged with adapters"), "{said}");
+        for (field, words) in [
+            ("merged_adapters", "cannot be merged with adapters"),
+            ("ensemble", "the base model is part of every ensemble"),
+        ] {
+            let body = json!({"inputs": "a", "parameters": {field: {"ids": ["sql", "pirate"]}}});
+            let refused = merged.post("/generate", &body).await.unwrap();
+            assert_eq!(refused.status(), 422);
+            let said = refused.text().await.unwrap();
+            assert!(said.contains(words), "{said}");
+        }
     }
 }
 

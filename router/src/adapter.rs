@@ -1,16 +1,17 @@
 //! Adapters, as requests name them, and the credentials that come with them.
 
 use exchange::Fault;
-use scheduler::CacheSalt;
+use scheduler::{Adapter, AdapterKey, Adapters, CacheSalt};
 use secrecy::SecretString;
 use sources::{NameError, Reference, SourceKind};
 use tokio::time::Instant;
 
 use crate::{
-    adapters::{Leased, Recipe, Wanted},
+    adapters::{Leased, Leases, Recipe, Wanted},
     api::{
+        ensemble::{Ensemble, FIELD as ENSEMBLE, Several},
         error::ApiError,
-        merged::{self, FIELD as MERGED, MergedAdapters},
+        merged::{FIELD as MERGED, MergedAdapters, check_alone},
     },
     base_model::BASE_MODEL,
     generation::cache_salt,
@@ -18,58 +19,102 @@ use crate::{
     server::{App, accept::Caller},
 };
 
-/// An adapter, as a request names it.
+/// One adapter or several, as a request names them.
 #[derive(Debug, Clone)]
 pub(crate) struct AdapterRef {
     /// The field that has the id.
     pub(crate) field: &'static str,
-    /// The id as it was sent; those of a merge with commas between them.
+    /// The id as it was sent; those of several with commas between them.
     pub(crate) id: String,
-    named: Named,
-    credential: Credential,
+    /// At least one.
+    parts: Vec<Part>,
+    kind: Kind,
 }
 
-/// What a request names.
-#[derive(Debug, Clone)]
-enum Named {
-    One(Reference),
-    Merged(Vec<Part>, Recipe),
-}
-
-/// An adapter that is merged with others.
+/// An adapter, alone or with others.
 #[derive(Debug, Clone)]
 struct Part {
     reference: Reference,
+    /// 1 of an adapter that is alone.
     weight: f64,
     /// The request's tokens, or that of the part's registration.
     credential: Credential,
 }
 
-impl AdapterRef {
-    /// Its source; that of the first part of a merge.
-    pub(crate) fn source(&self) -> Option<SourceKind> {
-        match &self.named {
-            Named::One(reference) => Some(reference.kind),
-            Named::Merged(parts, _) => parts.first().map(|part| part.reference.kind),
-        }
-    }
+/// What a request makes of its parts.
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    /// The only part.
+    One,
+    /// An adapter that is merged of them.
+    Merge(Recipe),
+    /// Their weighted sum, which is taken in the batch.
+    Ensemble,
+}
 
-    /// The adapter, or the parts of a merge.
-    pub(crate) fn references(&self) -> impl Iterator<Item = &Reference> {
-        let (one, parts) = match &self.named {
-            Named::One(reference) => (Some(reference), &[][..]),
-            Named::Merged(parts, _) => (None, &parts[..]),
+/// The adapters of a request, and the leases that keep them in host memory.
+#[derive(Debug, Default)]
+pub(crate) struct LeasedAll {
+    pub(crate) adapters: Adapters,
+    /// The weight of each of them.
+    pub(crate) weights: Vec<f32>,
+    pub(crate) leases: Leases,
+}
+
+impl From<Leased> for LeasedAll {
+    fn from(leased: Leased) -> LeasedAll {
+        let adapters = Some(leased.adapter).into();
+        LeasedAll { adapters, weights: vec![1.0], leases: [leased.lease].into_iter().collect() }
+    }
+}
+
+impl LeasedAll {
+    /// An ensemble. An adapter that is in it under several names has the sum of their weights.
+    fn ensemble(members: Vec<(Leased, f64)>) -> LeasedAll {
+        let mut distinct: Vec<(Adapter, f64)> = Vec::new();
+        for (leased, weight) in &members {
+            match distinct.iter_mut().find(|(adapter, _)| adapter.key == leased.adapter.key) {
+                Some((_, sum)) => *sum += weight,
+                None => distinct.push((leased.adapter, *weight)),
+            }
+        }
+        let distinct = distinct.into_iter().map(|(adapter, weight)| (adapter, weight as f32));
+        let (list, weights): (Vec<_>, Vec<_>) = distinct.unzip();
+        let adapters = match (&list[..], &weights[..]) {
+            ([adapter], [1.0]) => Some(*adapter).into(),
+            _ => Adapters::ensemble(variant(&list, &weights), &list),
         };
-        one.into_iter().chain(parts.iter().map(|part| &part.reference))
+        LeasedAll { adapters, weights, leases: members.into_iter().map(|(leased, _)| leased.lease).collect() }
+    }
+}
+
+/// Says what is hashed, so that no variant of another kind is equal to that of an ensemble.
+const VARIANT: &str = "lorax ensemble of adapters, version 1";
+
+/// Names what an ensemble makes of the model: its adapters and their weights, in order.
+fn variant(list: &[Adapter], weights: &[f32]) -> AdapterKey {
+    let mut hasher = blake3::Hasher::new_derive_key(VARIANT);
+    for (adapter, weight) in list.iter().zip(weights) {
+        hasher.update(&adapter.key.0);
+        hasher.update(&weight.to_bits().to_le_bytes());
+    }
+    AdapterKey(hasher.finalize().into())
+}
+
+impl AdapterRef {
+    /// Its source; that of the first of several.
+    pub(crate) fn source(&self) -> Option<SourceKind> {
+        self.references().next().map(|reference| reference.kind)
     }
 
-    /// The adapter itself, or a part of a merge, as errors name it.
+    /// The adapter, the parts of a merge, or the members of an ensemble.
+    pub(crate) fn references(&self) -> impl Iterator<Item = &Reference> {
+        self.parts.iter().map(|part| &part.reference)
+    }
+
+    /// One of the parts, or all of them, as errors name it.
     fn name(&self, part: Option<usize>) -> String {
-        match (&self.named, part) {
-            (Named::One(reference), _) => reference.to_string(),
-            (Named::Merged(parts, _), Some(part)) => parts[part].reference.to_string(),
-            (Named::Merged(..), None) => self.id.clone(),
-        }
+        part.map_or_else(|| self.id.clone(), |part| self.parts[part].reference.to_string())
     }
 }
 
@@ -130,26 +175,46 @@ pub(crate) fn is_base_model(id: &str) -> bool {
 }
 
 impl App {
-    /// The adapter that a field of a request names, if it is not the base model: a registered one by its name, or any by
-    /// its reference. A request that names none has that of `--adapter-id`.
+    /// What a request names, if it is not the base model: an adapter in a field, a merge, or an ensemble. A request that names
+    /// none has that of `--adapter-id`.
     pub(crate) fn adapter(
         &self,
         (field, id): (&'static str, Option<String>),
-        merged: Option<MergedAdapters>,
+        several: Several,
         source: Option<&str>,
         credential: Credential,
     ) -> Result<Option<AdapterRef>, ApiError> {
-        if let Some(merged) = merged {
-            merged::check_alone(field, id.as_deref())?;
-            return self.merged_adapter(merged, source, credential).map(Some);
+        match several {
+            Several { merged: None, ensemble: None } => self.one_adapter((field, id), source, credential),
+            Several { merged: Some(_), ensemble: Some(_) } => {
+                Err(ApiError::invalid(ENSEMBLE, format!("cannot be given beside `{MERGED}`")))
+            }
+            Several { merged: Some(merged), ensemble: None } => {
+                check_alone(MERGED, field, id.as_deref())?;
+                self.merged_adapter(merged, source, credential).map(Some)
+            }
+            Several { merged: None, ensemble: Some(ensemble) } => {
+                check_alone(ENSEMBLE, field, id.as_deref())?;
+                self.ensemble(ensemble, source, credential).map(Some)
+            }
         }
+    }
+
+    /// An adapter that is alone: a registered one by its name, or any by its reference.
+    fn one_adapter(
+        &self,
+        (field, id): (&'static str, Option<String>),
+        source: Option<&str>,
+        credential: Credential,
+    ) -> Result<Option<AdapterRef>, ApiError> {
         let id = id.filter(|id| !id.is_empty());
         let Some(id) = id.or_else(|| Some(self.registry.default_id()?.to_owned())) else { return Ok(None) };
         if id == BASE_MODEL || self.is_merged(&id, source) {
             return Ok(None);
         }
         let (reference, credential) = self.named(field, &id, source, credential)?;
-        Ok(Some(AdapterRef { field, id, named: Named::One(reference), credential }))
+        let parts = vec![Part { reference, weight: 1.0, credential }];
+        Ok(Some(AdapterRef { field, id, parts, kind: Kind::One }))
     }
 
     /// The adapter of a name, which may be that of a registration, and the tokens for it.
@@ -181,18 +246,39 @@ impl App {
         credential: Credential,
     ) -> Result<AdapterRef, ApiError> {
         let (parts, recipe) = merged.checked()?;
+        let problem = "the base model cannot be merged with adapters";
+        self.several(MERGED, (parts, Kind::Merge(recipe)), problem, (source, credential))
+    }
+
+    /// The adapters that are added for a request.
+    fn ensemble(
+        &self,
+        ensemble: Ensemble,
+        source: Option<&str>,
+        credential: Credential,
+    ) -> Result<AdapterRef, ApiError> {
+        let problem = "the base model is part of every ensemble";
+        self.several(ENSEMBLE, (ensemble.checked()?, Kind::Ensemble), problem, (source, credential))
+    }
+
+    /// Several adapters of a field, which are not the base model. The problem is told if one is.
+    fn several(
+        &self,
+        field: &'static str,
+        (parts, kind): (Vec<(String, f64)>, Kind),
+        problem: &str,
+        (source, credential): (Option<&str>, Credential),
+    ) -> Result<AdapterRef, ApiError> {
         if let Some((id, _)) = parts.iter().find(|(id, _)| is_base_model(id) || self.is_merged(id, source)) {
-            let problem = format!("has {id:?}: the base model cannot be merged with adapters");
-            return Err(ApiError::invalid(format!("{MERGED}.ids"), problem));
+            return Err(ApiError::invalid(format!("{field}.ids"), format!("has {id:?}: {problem}")));
         }
         let ids: Vec<&str> = parts.iter().map(|(id, _)| &**id).collect();
         let id = ids.join(",");
         let parts = parts.iter().map(|(id, weight)| {
-            let (reference, credential) = self.named(MERGED, id, source, credential.clone())?;
+            let (reference, credential) = self.named(field, id, source, credential.clone())?;
             Ok(Part { reference, weight: *weight, credential })
         });
-        let named = Named::Merged(parts.collect::<Result<_, ApiError>>()?, recipe);
-        Ok(AdapterRef { field: MERGED, id, named, credential })
+        Ok(AdapterRef { field, id, parts: parts.collect::<Result<_, ApiError>>()?, kind })
     }
 
     /// The reference that a field names, at a source or at that of the flag.
@@ -216,20 +302,31 @@ impl App {
         adapter: Option<&AdapterRef>,
         narrower: Option<&str>,
     ) -> CacheSalt {
-        let public = adapter.is_none_or(|adapter| adapter.credential.is_none());
+        let public = adapter.is_none_or(|adapter| adapter.parts.iter().all(|part| part.credential.is_none()));
         cache_salt(self.config.router.prefix_cache_scope, &caller.principal.tenant, public, narrower)
     }
 
-    /// Waits until an adapter is in host memory, where it is kept until its lease is dropped.
-    pub(crate) async fn lease(&self, caller: &Caller, adapter: &AdapterRef) -> Result<Leased, ApiError> {
+    /// Waits until the adapters of a request are in host memory, where they are kept until the leases are dropped.
+    pub(crate) async fn lease(&self, caller: &Caller, adapter: &AdapterRef) -> Result<LeasedAll, ApiError> {
         let limit = self.config.router.prepare_timeout;
         let deadline = Instant::now() + limit;
-        let leased = match &adapter.named {
-            Named::One(reference) => {
-                let leased = self.lease_one(caller, reference, &adapter.credential, deadline).await;
-                leased.map_err(|fault| (None, fault))
+        let parts = &adapter.parts;
+        let mut shown: Vec<_> = parts.iter().map(|part| part.credential.first(&part.reference)).collect();
+        let leased = loop {
+            let wanted = parts.iter().zip(&shown).map(|(part, shown)| Wanted {
+                reference: part.reference.clone(),
+                credential: shown.cloned(),
+            });
+            let leased = self.ask_for(caller, adapter, wanted.collect(), deadline).await;
+            match &leased {
+                Err((Some(number), fault))
+                    if let part = &parts[*number]
+                        && let Some(next) = part.credential.next(&part.reference, shown[*number], fault) =>
+                {
+                    shown[*number] = Some(next);
+                }
+                _ => break leased,
             }
-            Named::Merged(parts, recipe) => self.lease_merged(caller, (parts, *recipe), deadline).await,
         };
         leased.map_err(|(part, fault)| match fault {
             Fault::Slow if Instant::now() >= deadline => ApiError::AdapterTimeout { limit },
@@ -237,47 +334,28 @@ impl App {
         })
     }
 
-    async fn lease_one(
+    /// Asks for the parts, with a credential for each. A fault has the number of the part that it is about.
+    async fn ask_for(
         &self,
         caller: &Caller,
-        reference: &Reference,
-        credential: &Credential,
+        adapter: &AdapterRef,
+        mut wanted: Vec<Wanted>,
         deadline: Instant,
-    ) -> Result<Leased, Fault> {
+    ) -> Result<LeasedAll, (Option<usize>, Fault)> {
         let tenant = caller.principal.tenant.asking();
-        let mut shown = credential.first(reference);
-        loop {
-            let wanted = Wanted { reference: reference.clone(), credential: shown.cloned() };
-            let leased = self.adapters.ask(wanted, tenant, deadline).await;
-            match &leased {
-                Err(fault) if let Some(next) = credential.next(reference, shown, fault) => shown = Some(next),
-                _ => return leased,
+        let weights = adapter.parts.iter().map(|part| part.weight);
+        match adapter.kind {
+            Kind::One => {
+                let leased = self.adapters.ask(wanted.swap_remove(0), tenant, deadline).await;
+                leased.map(LeasedAll::from).map_err(|fault| (Some(0), fault))
             }
-        }
-    }
-
-    /// As [`Self::lease_one`], of a merge.
-    async fn lease_merged(
-        &self,
-        caller: &Caller,
-        (parts, recipe): (&[Part], Recipe),
-        deadline: Instant,
-    ) -> Result<Leased, (Option<usize>, Fault)> {
-        let tenant = caller.principal.tenant.asking();
-        let mut shown: Vec<_> = parts.iter().map(|part| part.credential.first(&part.reference)).collect();
-        loop {
-            let wanted = parts.iter().zip(&shown).map(|(part, shown)| {
-                (Wanted { reference: part.reference.clone(), credential: shown.cloned() }, part.weight)
-            });
-            let leased = self.adapters.ask_merged(wanted.collect(), recipe, tenant, deadline).await;
-            match &leased {
-                Err((Some(part), fault))
-                    if let Some(next) =
-                        parts[*part].credential.next(&parts[*part].reference, shown[*part], fault) =>
-                {
-                    shown[*part] = Some(next);
-                }
-                _ => return leased,
+            Kind::Merge(recipe) => {
+                let parts = wanted.into_iter().zip(weights).collect();
+                self.adapters.ask_merged(parts, recipe, tenant, deadline).await.map(LeasedAll::from)
+            }
+            Kind::Ensemble => {
+                let leased = self.adapters.ask_ensemble(wanted, tenant, deadline).await?;
+                Ok(LeasedAll::ensemble(leased.into_iter().zip(weights).collect()))
             }
         }
     }
@@ -313,8 +391,8 @@ mod tests {
         for credential in all {
             let reference = Reference::parse("hub", "sql").unwrap();
             let wanted = Wanted { reference: reference.clone(), credential: credential.given.clone() };
-            let named = Named::One(reference);
-            let adapter = AdapterRef { field: "model", id: "sql".into(), named, credential };
+            let parts = vec![Part { reference, weight: 1.0, credential }];
+            let adapter = AdapterRef { field: "model", id: "sql".into(), parts, kind: Kind::One };
             let printed = format!("{adapter:?} {adapter:#?} {wanted:?}");
             assert!(printed.contains("sql") && !printed.contains("secret-"), "{printed}");
         }

@@ -73,7 +73,7 @@ pub(crate) enum Payload {
 enum Order {
     /// An adapter is needed.
     Ask(Asked),
-    /// Several adapters are needed at the same time, on the disk.
+    /// Several adapters are needed at the same time, on the same tier.
     AskTogether(Vec<Asked>),
     /// The metrics are to be brought up to date.
     Publish(oneshot::Sender<()>),
@@ -120,6 +120,23 @@ impl Lease {
     /// Returns whether it holds in a session.
     pub(crate) fn holds_in(&self, session: u64) -> bool {
         self.session == session
+    }
+}
+
+/// The leases of one request.
+#[derive(Debug, Default)]
+pub(crate) struct Leases(Vec<Lease>);
+
+impl Leases {
+    /// Returns whether all of them hold in a session.
+    pub(crate) fn hold_in(&self, session: u64) -> bool {
+        self.0.iter().all(|lease| lease.holds_in(session))
+    }
+}
+
+impl FromIterator<Lease> for Leases {
+    fn from_iter<I: IntoIterator<Item = Lease>>(leases: I) -> Leases {
+        Leases(leases.into_iter().collect())
     }
 }
 
@@ -312,6 +329,38 @@ impl Adapters {
         asked
     }
 
+    /// Waits until all adapters of an ensemble are in the host memory of all ranks. A fault has the number of the member that
+    /// it is about. Dropping the future gives up the asks.
+    pub(crate) async fn ask_ensemble(
+        &self,
+        members: Vec<Wanted>,
+        tenant: Tenant,
+        deadline: Instant,
+    ) -> Result<Vec<Leased>, (Option<usize>, Fault)> {
+        let counted = self.metrics.ask();
+        let asked = self.ask_together(members, Tier::Host, tenant, deadline).await;
+        counted.end(asked.as_ref().err().map(|(_, fault)| fault));
+        asked
+    }
+
+    /// Waits until adapters are on a tier, all of them.
+    async fn ask_together(
+        &self,
+        wanted: Vec<Wanted>,
+        tier: Tier,
+        tenant: Tenant,
+        deadline: Instant,
+    ) -> Result<Vec<Leased>, (Option<usize>, Fault)> {
+        let (asked, waiting): (Vec<_>, Vec<_>) =
+            wanted.into_iter().map(|wanted| self.new_ask(wanted, tier, tenant, deadline)).unzip();
+        self.order(Order::AskTogether(asked)).await.map_err(|fault| (None, fault))?;
+        let answers = waiting
+            .into_iter()
+            .enumerate()
+            .map(async |(number, waiting)| waiting.leased().await.map_err(|fault| (Some(number), fault)));
+        try_join_all(answers).await
+    }
+
     async fn ask_merged_uncounted(
         &self,
         parts: Vec<(Wanted, f64)>,
@@ -322,15 +371,9 @@ impl Adapters {
         let whole = |fault| (None, fault);
         let described: Vec<_> =
             parts.iter().map(|(wanted, weight)| (wanted.reference.to_string(), *weight)).collect();
-        let asks = parts.into_iter().map(|(wanted, _)| self.new_ask(wanted, Tier::Disk, tenant, deadline));
-        let (asked, waiting): (Vec<_>, Vec<_>) = asks.unzip();
-        self.order(Order::AskTogether(asked)).await.map_err(whole)?;
-        let answers = waiting
-            .into_iter()
-            .enumerate()
-            .map(async |(number, waiting)| waiting.leased().await.map_err(|fault| (Some(number), fault)));
+        let wanted = parts.into_iter().map(|(wanted, _)| wanted).collect();
         // They are leased until the merge has been read.
-        let on_disk = try_join_all(answers).await?;
+        let on_disk = self.ask_together(wanted, Tier::Disk, tenant, deadline).await?;
         let part = |((name, weight), leased): ((String, f64), &Leased)| Part {
             name,
             content: Content(leased.adapter.key.0),

@@ -5,6 +5,7 @@
 
 pub(crate) mod adapters;
 mod deadline;
+pub(crate) mod ensemble;
 pub(crate) mod error;
 mod fold;
 pub(crate) mod group;

@@ -26,7 +26,7 @@ use scheduler::{GroupId, RequestId};
 use tokio::sync::{Notify, mpsc, watch};
 
 use crate::{
-    adapters::{Inbox, Lease},
+    adapters::{Inbox, Leases},
     generation::{Failure, Job, Update},
     grammar::mask_workers::MaskWorkers,
     metrics::{End, Metrics, Outcome},
@@ -64,8 +64,8 @@ struct Submit {
     updates: mpsc::Sender<Update>,
     outcome: Outcome,
     hold: PermitHold,
-    /// The lease on its adapter.
-    lease: Option<Arc<Lease>>,
+    /// The leases on its adapters.
+    leases: Option<Arc<Leases>>,
 }
 
 /// Jobs whose clients have gone. Unlike a channel the list takes every one of them, however many leave at once; it
@@ -192,20 +192,20 @@ impl Engine {
         GroupId(self.ids.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// Hands over a job, which holds the permit until it ends, and the lease until it is admitted. The caller of one without
+    /// Hands over a job, which holds the permit until it ends, and the leases until it is admitted. The caller of one without
     /// a permit holds one for it.
     pub(crate) async fn submit(
         &self,
         job: Job,
         permit: Option<Permit>,
-        lease: Option<Arc<Lease>>,
+        leases: Option<Arc<Leases>>,
     ) -> Result<Running, Failure> {
         let id = RequestId(self.ids.fetch_add(1, Ordering::Relaxed));
         let (updates, received) = mpsc::channel(UPDATES);
         let (hold, other) = PermitHold::pair(permit);
         // A request is counted once, however many sequences it has.
         let outcome = Outcome::current().unwrap_or_else(|| self.metrics.outcome());
-        let submit = Submit { id, job: Arc::new(job), updates, outcome: outcome.clone(), hold, lease };
+        let submit = Submit { id, job: Arc::new(job), updates, outcome: outcome.clone(), hold, leases };
         self.submits.send(submit).await.map_err(|_| Failure::Unavailable)?;
         Ok(Running { id, updates: received, cancels: self.cancels.clone(), outcome, _hold: other })
     }

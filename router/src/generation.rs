@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use config::PrefixCacheScope;
 use sampling::SamplingParams;
-use scheduler::{Adapter, CacheSalt, Finish, GroupId, Tenant};
+use scheduler::{Adapters, CacheSalt, Finish, GroupId, Tenant};
 use sha2::{Digest, Sha256};
 
 use crate::{grammar::mask_workers::Begin, metrics::End, principal};
@@ -20,7 +20,9 @@ pub(crate) struct Job {
     pub(crate) max_new_tokens: u32,
     /// Tokens that end the sequence.
     pub(crate) stop_ids: Arc<[u32]>,
-    pub(crate) adapter: Option<Adapter>,
+    pub(crate) adapters: Adapters,
+    /// The weight of each of them.
+    pub(crate) weights: Arc<[f32]>,
     pub(crate) sampling: SamplingParams,
     pub(crate) prompt_logprobs: bool,
     /// Shared with the other sequences of a request that have the same prompt.

@@ -181,7 +181,7 @@ pub(crate) fn step(plan: StepPlan<Arc<Job>>, constrained: impl Fn(RequestId) -> 
         sequence: added.id.0,
         tokens: [&added.prompt[..], &added.generated].concat(),
         prompt_len: added.prompt.len() as u32,
-        slot: added.slot,
+        members: members(&added.slots, &added.payload.weights),
         sampling: Some(message(&added.payload.sampling)),
         prompt_logprobs: added.payload.prompt_logprobs,
         pooling: added.payload.pooling.map(pooling),
@@ -214,6 +214,10 @@ fn pooling(wanted: Pooling) -> proto::Pooling {
         Pooling::ClassesOfText => (Kind::First, false, true),
     };
     proto::Pooling { kind: kind.into(), normalize, classes }
+}
+
+fn members(slots: &[u32], weights: &[f32]) -> Vec<proto::Member> {
+    slots.iter().zip(weights).map(|(&slot, &weight)| proto::Member { slot, weight }).collect()
 }
 
 /// A step on its way to a rank.
@@ -412,7 +416,7 @@ mod tests {
             sequence: u64::MAX,
             tokens: vec![u32::MAX; (MAX_ADDED_TOKENS / SEQUENCES) as usize],
             prompt_len: u32::MAX,
-            slot: Some(u32::MAX),
+            members: vec![proto::Member { slot: u32::MAX, weight: 0.5 }; 4],
             sampling: Some(sampling),
             prompt_logprobs: true,
             ..proto::NewSequence::default()

@@ -65,14 +65,30 @@ pub struct NewSequence {
     pub tokens: Vec<u32>,
     /// The number of tokens of the prompt, with which `tokens` begins.
     pub prompt_len: usize,
-    /// The slot of its adapter.
-    pub slot: Option<u32>,
+    /// Its adapters.
+    pub members: Vec<Member>,
     /// Its sampling parameters.
     pub sampling: SamplingParams,
     /// Whether to report the log-probabilities of the prompt's tokens.
     pub prompt_logprobs: bool,
     /// If set, hidden states are reported in place of tokens.
     pub pooling: Option<Pooling>,
+}
+
+/// An adapter of a sequence.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Member {
+    /// The slot of the adapter.
+    pub slot: u32,
+    /// The factor of what the adapter adds.
+    pub weight: f32,
+}
+
+impl Member {
+    /// An adapter alone.
+    pub fn alone(slot: u32) -> Member {
+        Member { slot, weight: 1.0 }
+    }
 }
 
 /// What is reported of a sequence's hidden states.

@@ -11,7 +11,7 @@ use tonic::Status;
 use crate::{
     engine::{Heartbeat, Held, StepError},
     step::{
-        self, Event, Info, Mask, NewSequence, Output, Pooling, PoolingKind, Refusal, Request, Rows,
+        self, Event, Info, Mask, Member, NewSequence, Output, Pooling, PoolingKind, Refusal, Request, Rows,
         SessionEvent, Step, StepResult, Task,
     },
 };
@@ -109,7 +109,11 @@ fn new_sequence(new: wire::NewSequence) -> NewSequence {
         sequence: new.sequence,
         tokens: new.tokens,
         prompt_len: new.prompt_len as usize,
-        slot: new.slot,
+        members: new
+            .members
+            .into_iter()
+            .map(|member| Member { slot: member.slot, weight: member.weight })
+            .collect(),
         sampling: new.sampling.map(sampling_params).unwrap_or_default(),
         prompt_logprobs: new.prompt_logprobs,
         pooling: new.pooling.map(pooling),

@@ -398,7 +398,7 @@ pub struct Step {
     /// Sequences that run from this step on.
     #[prost(message, repeated, tag = "5")]
     pub added: ::prost::alloc::vec::Vec<NewSequence>,
-    /// The rows of the pass, by sequence. Sequences with the same slot follow each other. May be empty.
+    /// The rows of the pass, by sequence. Sequences with the same slots follow each other. May be empty.
     #[prost(message, repeated, tag = "6")]
     pub rows: ::prost::alloc::vec::Vec<SequenceRows>,
     /// The session that the step belongs to.
@@ -454,9 +454,9 @@ pub struct NewSequence {
     /// How many of `tokens` are the prompt.
     #[prost(uint32, tag = "3")]
     pub prompt_len: u32,
-    /// Slot of its adapter; absent for the base model.
-    #[prost(uint32, optional, tag = "4")]
-    pub slot: ::core::option::Option<u32>,
+    /// Its adapters, whose deltas are added: none for the base model, at most 4.
+    #[prost(message, repeated, tag = "4")]
+    pub members: ::prost::alloc::vec::Vec<Member>,
     /// Its sampling parameters.
     #[prost(message, optional, tag = "5")]
     pub sampling: ::core::option::Option<Sampling>,
@@ -468,6 +468,16 @@ pub struct NewSequence {
     /// Rows whose hidden states are needed count as rows with logits.
     #[prost(message, optional, tag = "7")]
     pub pooling: ::core::option::Option<Pooling>,
+}
+/// An adapter of a sequence. One that is alone and has weight 1 may be of any kind; others have low-rank deltas and biases
+/// alone, or the sequence is refused.
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct Member {
+    #[prost(uint32, tag = "1")]
+    pub slot: u32,
+    /// Factor of what the adapter adds.
+    #[prost(float, tag = "2")]
+    pub weight: f32,
 }
 /// What becomes of the hidden states of a sequence behind the model's last norm.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

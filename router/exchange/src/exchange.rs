@@ -230,7 +230,9 @@ impl<P: Clone> Exchange<P> {
             Some(SlotState { ready: false, .. }) => Slot::Loading,
         }
     }
+}
 
+impl<P> Exchange<P> {
     fn copies(&self, tier: Tier) -> &Copies {
         match tier {
             Tier::Disk => &self.disk,

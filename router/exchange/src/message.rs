@@ -69,9 +69,9 @@ pub enum Place {
 pub enum Input<P> {
     /// Somebody needs an adapter.
     Ask(Ask<P>),
-    /// Somebody needs several adapters at the same time, on the disk: the parts of a merge. None of them takes room there
-    /// before all of them have it. Each ask has its own answer; the caller releases the others if one fails. Asks of one
-    /// tenant.
+    /// Somebody needs several adapters at the same time, on the same tier: the parts of a merge on the disk, or the members
+    /// of an ensemble in host memory. None of them takes room there before all of them have it. Each ask has its own answer;
+    /// the caller releases the others if one fails. Asks of one tenant.
     AskTogether(Vec<Ask<P>>),
     /// An ask is not needed any more: it waits no longer, or its lease ends. One that is not known is ignored.
     Release(AskId),

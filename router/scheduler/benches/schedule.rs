@@ -49,7 +49,7 @@ impl Load {
             prompt: (0..len).map(|_| self.draw(32_000) as u32).collect(),
             max_new_tokens: 16 + self.draw(240) as u32,
             stop_ids: Arc::new([0]),
-            adapter: Some(Adapter { key: AdapterKey(key), bytes: 50_000_000 }),
+            adapters: Some(Adapter { key: AdapterKey(key), bytes: 50_000_000 }).into(),
             prompt_logprobs: false,
             group: None,
             hidden_states: false,

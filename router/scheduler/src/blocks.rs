@@ -11,9 +11,9 @@ use crate::{AdapterKey, CacheSalt, GroupId, rope::Regime, table::Table};
 /// What a block follows: the start of a sequence, or another full block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Prefix {
-    /// Nothing. KV blocks are never shared between different adapters, salts or rotary frequencies, and outside of a
+    /// Nothing. KV blocks are never shared between different variants of the model, salts or rotary frequencies, and outside of a
     /// `group` if there is one.
-    Start { adapter: Option<AdapterKey>, salt: CacheSalt, regime: Regime, group: Option<GroupId> },
+    Start { variant: Option<AdapterKey>, salt: CacheSalt, regime: Regime, group: Option<GroupId> },
     /// The block with this digest.
     Block(Digest),
 }

@@ -1,4 +1,4 @@
-//! Picks the next request. A flow is the requests of one tenant for one adapter; within a flow, requests are served
+//! Picks the next request. A flow is the requests of one tenant for one list of adapters; within a flow, requests are served
 //! first come, first served. Tenants take turns by weight, the flows of a tenant take turns beneath, and flows that
 //! have waited long get a bounded share out of turn.
 
@@ -15,7 +15,7 @@ use std::{
 };
 
 use crate::{
-    Adapter, AdapterKey, Tenant,
+    AdapterKey, Adapters, Tenant,
     sequence::{Arrival, Sequence},
 };
 use aging::Aging;
@@ -39,15 +39,18 @@ pub(crate) type FlowId = u32;
 /// Index of a tenant. Reused after the tenant has been closed.
 pub(crate) type TenantId = u32;
 
-/// The residency of an adapter, which decides whether its requests can be admitted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// The residency of an adapter, or of all adapters of a flow, which decides whether requests can be admitted. That of
+/// several is the greatest of theirs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Residency {
     /// It is in a slot. The base model always is ready.
     Ready,
+    /// It is on its way into a slot.
+    Loading,
     /// It needs a slot.
     Absent,
-    /// It is on its way into a slot, or its slot is promised to another.
-    Held,
+    /// Its slot is promised to another.
+    Draining,
 }
 
 /// The rule by which a flow is served.
@@ -59,11 +62,11 @@ pub(crate) enum Turn {
     Aged,
 }
 
-/// The requests of one tenant for one adapter.
+/// The requests of one tenant for one list of adapters.
 #[derive(Debug)]
 struct Flow<P> {
     tenant: TenantId,
-    adapter: Option<Adapter>,
+    adapters: Adapters,
     waiting: BTreeMap<Arrival, Sequence<P>>,
     /// Virtual tokens.
     service: u64,
@@ -74,8 +77,8 @@ struct Flow<P> {
 }
 
 impl<P> Flow<P> {
-    fn key(&self) -> Option<AdapterKey> {
-        self.adapter.map(|adapter| adapter.key)
+    fn keys(&self) -> Vec<AdapterKey> {
+        self.adapters.keys().collect()
     }
 }
 
@@ -90,7 +93,7 @@ struct TenantState {
     flows: Level,
 }
 
-/// State that the flows of one adapter share.
+/// State that the flows with one adapter share.
 #[derive(Debug)]
 struct AdapterState {
     residency: Residency,
@@ -114,12 +117,13 @@ pub(crate) struct Flows<P> {
     /// Flows with waiting requests by how long they have waited, those that can be admitted and those that need a slot.
     longest_ready: BTreeSet<(Duration, FlowId)>,
     longest_absent: BTreeSet<(Duration, FlowId)>,
-    /// Adapters with waiting requests that need a slot.
-    absent: usize,
+    /// Adapters that need a slot, with the number of flows that are listed as waiting for it. Only counted, never
+    /// iterated.
+    absent: HashMap<AdapterKey, usize>,
     /// Waiting requests, with the times of their submission.
     submitted: BTreeMap<Arrival, Duration>,
     /// The maps by key are looked up only, never iterated, so that plans do not depend on their order.
-    by_key: HashMap<(TenantId, Option<AdapterKey>), FlowId>,
+    by_keys: HashMap<(TenantId, Vec<AdapterKey>), FlowId>,
     tenants_by_id: HashMap<u64, TenantId>,
     adapters: HashMap<AdapterKey, AdapterState>,
 }
@@ -136,9 +140,9 @@ impl<P> Flows<P> {
             aging: Aging::default(),
             longest_ready: BTreeSet::new(),
             longest_absent: BTreeSet::new(),
-            absent: 0,
+            absent: HashMap::new(),
             submitted: BTreeMap::new(),
-            by_key: HashMap::new(),
+            by_keys: HashMap::new(),
             tenants_by_id: HashMap::new(),
             adapters: HashMap::new(),
         }
@@ -153,9 +157,9 @@ impl<P> Flows<P> {
         self.submitted.first_key_value().map(|(_, &submitted)| submitted)
     }
 
-    /// The number of adapters with waiting requests that need a slot.
+    /// The number of adapters that need a slot for requests that could be given one.
     pub(crate) fn count_absent(&self) -> usize {
-        self.absent
+        self.absent.len()
     }
 
     /// Returns whether requests of the adapter wait.
@@ -165,12 +169,24 @@ impl<P> Flows<P> {
 
     /// Returns whether requests of the adapter wait for nothing but a seat.
     pub(crate) fn can_admit(&self, key: AdapterKey) -> bool {
-        let adapter = self.adapters.get(&key);
-        adapter.is_some_and(|adapter| adapter.waiting > 0 && adapter.residency == Residency::Ready)
+        self.waits_as(key, |residency| residency == Residency::Ready)
     }
 
-    pub(crate) fn adapter(&self, id: FlowId) -> Option<Adapter> {
-        self.get(id).adapter
+    /// Returns whether requests of the adapter have all the slots that they need, for some of which loads may be under way.
+    pub(crate) fn claims(&self, key: AdapterKey) -> bool {
+        self.waits_as(key, |residency| matches!(residency, Residency::Ready | Residency::Loading))
+    }
+
+    fn waits_as(&self, key: AdapterKey, is: impl Fn(Residency) -> bool) -> bool {
+        let Some(adapter) = self.adapters.get(&key).filter(|adapter| adapter.waiting > 0) else {
+            return false;
+        };
+        let mut flows = adapter.flows.iter().map(|&id| self.get(id));
+        flows.any(|flow| !flow.waiting.is_empty() && is(self.residency(flow)))
+    }
+
+    pub(crate) fn adapters(&self, id: FlowId) -> &Adapters {
+        &self.get(id).adapters
     }
 
     /// Adds a sequence to its flow.
@@ -305,13 +321,16 @@ impl<P> Flows<P> {
 
     /// Takes a request from the middle of its flow.
     pub(crate) fn remove(&mut self, id: FlowId, arrival: Arrival) -> Option<Sequence<P>> {
-        let sequence = self.get_mut(id).waiting.remove(&arrival)?;
+        if !self.get(id).waiting.contains_key(&arrival) {
+            return None;
+        }
         self.unlist(id);
+        let sequence = self.get_mut(id).waiting.remove(&arrival);
         self.forget_waiting(id, arrival);
         self.list(id);
         self.close_settled(id);
         self.close_if_idle(id);
-        Some(sequence)
+        sequence
     }
 
     /// Takes all waiting requests of an adapter, oldest first.
@@ -383,8 +402,8 @@ impl<P> Flows<P> {
     }
 
     fn residency(&self, flow: &Flow<P>) -> Residency {
-        let adapter = flow.key().and_then(|key| self.adapters.get(&key));
-        adapter.map_or(Residency::Ready, |adapter| adapter.residency)
+        let adapters = flow.adapters.keys().filter_map(|key| self.adapters.get(&key));
+        adapters.map(|adapter| adapter.residency).max().unwrap_or(Residency::Ready)
     }
 
     /// The waiting requests.

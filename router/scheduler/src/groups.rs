@@ -102,7 +102,7 @@ impl<P> Groups<P> {
     /// Those of an adapter that are parked, oldest first.
     pub(crate) fn parked_of(&self, key: AdapterKey) -> impl Iterator<Item = &Request<P>> {
         let requests = self.parked.values().map(|parked| &parked.request);
-        requests.filter(move |request| request.adapter.is_some_and(|adapter| adapter.key == key))
+        requests.filter(move |request| request.adapters.contains(key))
     }
 
     /// The number of those that are parked.

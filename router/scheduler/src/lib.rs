@@ -22,7 +22,7 @@
 //! let request = Request {
 //!     id,
 //!     tenant: Tenant { id: 0, weight: 1 },
-//!     adapter: None,
+//!     adapters: None.into(),
 //!     salt: CacheSalt::default(),
 //!     prompt: [1, 2, 3].into(),
 //!     max_new_tokens: 10,
@@ -60,7 +60,8 @@ mod table;
 pub use event::{Event, FailReason, Finish, Sampled, Stats};
 pub use flows::{AGED_SHARE, AGED_SLOTS, OVERDUE};
 pub use request::{
-    Adapter, AdapterKey, CacheSalt, GroupId, Limits, Request, RequestId, SubmitError, Tenant, kv_positions,
+    Adapter, AdapterKey, Adapters, CacheSalt, GroupId, Limits, Request, RequestId, SubmitError, Tenant,
+    kv_positions,
 };
 pub use rope::RopeScaling;
 pub use scheduler::{MAX_IN_FLIGHT, Scheduler};

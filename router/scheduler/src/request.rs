@@ -27,6 +27,55 @@ pub struct Adapter {
     pub bytes: u64,
 }
 
+/// The adapters of a request: none for the base model, one, or several whose deltas are added.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Adapters {
+    list: Arc<[Adapter]>,
+    variant: Option<AdapterKey>,
+}
+
+impl Adapters {
+    /// Adapters that run together. `variant` names what is made of the model: the adapters, their order and their weights.
+    /// An adapter that is in the list twice counts once.
+    pub fn ensemble(variant: AdapterKey, members: &[Adapter]) -> Self {
+        let first =
+            |(i, adapter): &(usize, &Adapter)| members[..*i].iter().all(|other| other.key != adapter.key);
+        let list = members.iter().enumerate().filter(first).map(|(_, adapter)| *adapter).collect();
+        Self { list, variant: Some(variant) }
+    }
+
+    /// The adapters, each once.
+    pub fn list(&self) -> &[Adapter] {
+        &self.list
+    }
+
+    /// Names what they make of the model; `None` for the base model. For an adapter alone, this is its key.
+    pub fn variant(&self) -> Option<AdapterKey> {
+        self.variant
+    }
+
+    /// The keys of the adapters.
+    pub fn keys(&self) -> impl Iterator<Item = AdapterKey> + '_ {
+        self.list.iter().map(|adapter| adapter.key)
+    }
+
+    /// Whether the adapter is one of them.
+    pub fn contains(&self, key: AdapterKey) -> bool {
+        self.keys().any(|own| own == key)
+    }
+
+    /// Bytes that they take in slots.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.list.iter().fold(0, |sum, adapter| sum.saturating_add(adapter.bytes))
+    }
+}
+
+impl From<Option<Adapter>> for Adapters {
+    fn from(adapter: Option<Adapter>) -> Self {
+        Self { list: adapter.into_iter().collect(), variant: adapter.map(|adapter| adapter.key) }
+    }
+}
+
 /// The party that a request is served for. Tenants share the server in proportion to their weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tenant {
@@ -50,10 +99,10 @@ pub struct GroupId(pub u64);
 pub struct Request<P> {
     /// Its name.
     pub id: RequestId,
-    /// The tenant that it runs for. Together with `adapter`, this is the flow that it belongs to.
+    /// The tenant that it runs for. Together with the list of adapters, this is the flow that it belongs to.
     pub tenant: Tenant,
-    /// `None` for the base model.
-    pub adapter: Option<Adapter>,
+    /// It runs when all of them are in slots.
+    pub adapters: Adapters,
     /// The salt of its prefixes in the prefix cache.
     pub salt: CacheSalt,
     /// At least one token.
@@ -213,9 +262,16 @@ pub enum SubmitError {
     },
     /// It names an adapter, and there is no slot for any.
     NoSlots,
-    /// Its adapter is larger than the memory for adapters.
+    /// It names more adapters than there are slots.
+    TooManyAdapters {
+        /// The adapters.
+        adapters: usize,
+        /// The slots.
+        slots: u32,
+    },
+    /// Its adapters are larger than the memory for adapters.
     AdapterTooLarge {
-        /// Bytes of the adapter.
+        /// Bytes of the adapters.
         bytes: u64,
         /// Bytes that all adapters may take together.
         limit: u64,
@@ -238,8 +294,17 @@ impl fmt::Display for SubmitError {
                 write!(f, "the {rows} tokens must be computed in one step, which has {limit} rows")
             }
             Self::NoSlots => write!(f, "this server has no adapter slots"),
+            Self::TooManyAdapters { adapters, slots } => {
+                write!(
+                    f,
+                    "{adapters} adapters are to run together, and this server has {slots} adapter slots"
+                )
+            }
             Self::AdapterTooLarge { bytes, limit } => {
-                write!(f, "the adapter takes {bytes} bytes, and the memory for adapters has {limit}")
+                write!(
+                    f,
+                    "the request takes {bytes} bytes of adapters, and the memory for adapters has {limit}"
+                )
             }
         }
     }

@@ -166,13 +166,16 @@ impl<P: Clone> Scheduler<P> {
         if self.limits.bidirectional && rows > limit {
             return Err(SubmitError::TooManyRows { rows, limit });
         }
-        let Some(adapter) = request.adapter else { return Ok(()) };
-        if self.limits.num_slots == 0 {
+        let (adapters, slots) = (request.adapters.list().len(), self.limits.num_slots);
+        if adapters > 0 && slots == 0 {
             return Err(SubmitError::NoSlots);
         }
-        let limit = self.limits.adapter_bytes;
-        if limit > 0 && adapter.bytes > limit {
-            return Err(SubmitError::AdapterTooLarge { bytes: adapter.bytes, limit });
+        if adapters > slots as usize {
+            return Err(SubmitError::TooManyAdapters { adapters, slots });
+        }
+        let (bytes, limit) = (request.adapters.bytes(), self.limits.adapter_bytes);
+        if limit > 0 && bytes > limit {
+            return Err(SubmitError::AdapterTooLarge { bytes, limit });
         }
         Ok(())
     }
@@ -235,7 +238,7 @@ impl<P: Clone> Scheduler<P> {
         let id = sequence.id;
         sequence.in_flight -= 1;
         sequence.sampling -= usize::from(rows.sample);
-        if let Some(admission) = sequence.admission.filter(|_| !sequence.started) {
+        if let Some(admission) = sequence.admission.as_ref().filter(|_| !sequence.started) {
             sequence.started = true;
             let (queued, cached_tokens) = (admission.queued, admission.cached_tokens);
             events.push(Event::Started { id, queued, cached_tokens });
@@ -355,9 +358,9 @@ impl<P: Clone> Scheduler<P> {
     /// Ends an admitted sequence.
     fn end(&mut self, arrival: Arrival) {
         let Some(sequence) = self.stop(arrival).or_else(|| self.preempted.remove(&arrival)) else { return };
-        let aged = sequence.admission.is_some_and(|admission| admission.aged);
+        let aged = sequence.admission.as_ref().is_some_and(|admission| admission.aged);
         let unused = if aged { sequence.cost_to_come() } else { 0 };
-        sequence.slot().into_iter().for_each(|slot| self.slots.unpin(slot));
+        sequence.slots().iter().for_each(|&slot| self.slots.unpin(slot));
         self.flows.leave(sequence.flow, unused);
         self.forget(sequence.id);
     }

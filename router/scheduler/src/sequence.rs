@@ -3,7 +3,7 @@
 use std::{borrow::Cow, mem, ops::Range, sync::Arc, time::Duration};
 
 use crate::{
-    AdapterKey, CacheSalt, Finish, GroupId, Limits, Request, RequestId,
+    Adapters, CacheSalt, Finish, GroupId, Limits, Request, RequestId,
     blocks::Prefix,
     flows::{FlowId, GENERATED},
     table::Table,
@@ -18,7 +18,7 @@ pub(crate) struct Sequence<P> {
     pub(crate) id: RequestId,
     pub(crate) arrival: Arrival,
     pub(crate) flow: FlowId,
-    pub(crate) adapter: Option<AdapterKey>,
+    pub(crate) adapters: Adapters,
     salt: CacheSalt,
     pub(crate) submitted: Duration,
     pub(crate) prompt: Arc<[u32]>,
@@ -44,10 +44,10 @@ pub(crate) struct Sequence<P> {
 }
 
 /// The circumstances of a sequence's first admission.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(crate) struct Admission {
-    /// Slot of its adapter, which it pins until its end.
-    pub(crate) slot: Option<u32>,
+    /// Slots of its adapters, which it pins until its end.
+    pub(crate) slots: Arc<[u32]>,
     pub(crate) queued: Duration,
     pub(crate) cached_tokens: u32,
     /// Whether it was admitted for its age, out of turn.
@@ -78,12 +78,11 @@ pub(crate) struct Run {
 
 impl<P> Sequence<P> {
     pub(crate) fn new(request: Request<P>, arrival: Arrival, flow: FlowId, submitted: Duration) -> Self {
-        let adapter = request.adapter.map(|adapter| adapter.key);
         Self {
             id: request.id,
             arrival,
             flow,
-            adapter,
+            adapters: request.adapters,
             salt: request.salt,
             submitted,
             prompt: request.prompt,
@@ -102,8 +101,9 @@ impl<P> Sequence<P> {
         }
     }
 
-    pub(crate) fn slot(&self) -> Option<u32> {
-        self.admission.and_then(|admission| admission.slot)
+    /// The slots of its adapters, once it has been admitted.
+    pub(crate) fn slots(&self) -> &[u32] {
+        self.admission.as_ref().map_or(&[], |admission| &admission.slots)
     }
 
     /// Returns whether it generates tokens; if not, it ends when its prompt has been computed.
@@ -175,7 +175,7 @@ impl<P> Sequence<P> {
         // Without a cache for all, blocks are known to the sequence's group alone.
         let group = self.group.filter(|_| !limits.prefix_caching);
         Prefix::Start {
-            adapter: self.adapter,
+            variant: self.adapters.variant(),
             salt: self.salt,
             regime: limits.rope.regime(self.known()),
             group,

@@ -38,12 +38,24 @@ struct Slot {
     idle_steps: u32,
 }
 
-/// The place for an adapter that is to be loaded.
+/// The places for adapters that are to be loaded.
 #[derive(Debug)]
 pub(crate) struct Placement {
-    pub(crate) slot: u32,
-    /// Slots to empty for it, `slot` included unless it is empty, with what they held.
+    /// A slot for each of them.
+    pub(crate) slots: Vec<u32>,
+    /// Slots to empty for them, `slots` included unless they are empty, with what they held.
     pub(crate) evicted: Vec<(u32, AdapterKey)>,
+}
+
+/// Who would miss an adapter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wish {
+    /// Nobody waits for it.
+    None,
+    /// Requests wait for it that need other slots, too, which have not been given to them.
+    Wanted,
+    /// Requests can begin with it, as soon as what is on its way to slots is there.
+    Needed,
 }
 
 /// An adapter that must leave its slot.
@@ -152,8 +164,11 @@ impl Slots {
     pub(crate) fn residency(&self, key: AdapterKey) -> Residency {
         match self.by_key.get(&key).and_then(|&slot| self.slots[slot as usize].as_ref()) {
             None => Residency::Absent,
-            Some(slot) if slot.state == State::Ready => Residency::Ready,
-            Some(_) => Residency::Held,
+            Some(slot) => match slot.state {
+                State::Ready => Residency::Ready,
+                State::Loading => Residency::Loading,
+                State::Draining => Residency::Draining,
+            },
         }
     }
 
@@ -163,34 +178,42 @@ impl Slots {
         (self.by_key.len() - loading, loading)
     }
 
-    /// Starts to load an absent adapter if there is room, or if room can be made by evicting idle adapters that nobody
-    /// waits for (`wanted` tells) or whose slots are promised.
+    /// Starts to load absent adapters if there is room for all of them, or if room can be made by evicting idle adapters
+    /// that nobody [needs](Wish) or whose slots are promised.
     pub(crate) fn place(
         &mut self,
-        adapter: Adapter,
-        wanted: impl Fn(AdapterKey) -> bool,
+        adapters: &[Adapter],
+        wish: impl Fn(AdapterKey) -> Wish,
     ) -> Option<Placement> {
-        let evicted = self.victims(adapter.bytes, wanted)?;
+        let evicted = self.victims(adapters, wish)?;
         for &(slot, key) in &evicted {
             self.clear(slot, key);
         }
         self.evictions += evicted.len() as u64;
-        let slot = self.empty.pop()?;
-        self.fill(slot, adapter, State::Loading, 0);
-        Some(Placement { slot, evicted })
+        let slots = self.empty.split_off(self.empty.len() - adapters.len());
+        slots.iter().zip(adapters).for_each(|(&slot, &adapter)| self.fill(slot, adapter, State::Loading, 0));
+        Some(Placement { slots, evicted })
     }
 
-    /// The slots to empty for `bytes` more in one more slot: the unwanted ones first, the least recently used of them
-    /// first. `None` if there is no such set.
-    fn victims(&self, bytes: u64, wanted: impl Fn(AdapterKey) -> bool) -> Option<Vec<(u32, AdapterKey)>> {
+    /// The slots to empty for more adapters: those that nobody waits for first, the least recently used of them first.
+    /// `None` if there is no such set.
+    fn victims(
+        &self,
+        adapters: &[Adapter],
+        wish: impl Fn(AdapterKey) -> Wish,
+    ) -> Option<Vec<(u32, AdapterKey)>> {
+        let bytes: u128 = adapters.iter().map(|adapter| u128::from(adapter.bytes)).sum();
         let fits = |count: usize, freed: u128| {
-            self.empty.len() + count > 0 && self.holds(self.bytes - freed + u128::from(bytes))
+            self.empty.len() + count >= adapters.len() && self.holds(self.bytes - freed + bytes)
         };
-        let idle = || self.idle.iter().filter_map(|&(_, id)| Some((id, self.slots[id as usize].as_ref()?)));
-        let unwanted = idle().filter(|(_, slot)| !wanted(slot.adapter.key));
-        let drained = idle().filter(|(_, slot)| wanted(slot.adapter.key) && slot.state == State::Draining);
+        let idle = self.idle.iter().filter_map(|&(_, id)| Some((id, self.slots[id as usize].as_ref()?)));
+        let (unwanted, others): (Vec<_>, Vec<_>) =
+            idle.partition(|(_, slot)| wish(slot.adapter.key) == Wish::None);
+        let may_leave = |(_, slot): &(u32, &Slot)| {
+            slot.state == State::Draining || wish(slot.adapter.key) == Wish::Wanted
+        };
         let (mut victims, mut freed) = (Vec::new(), 0);
-        let mut candidates = unwanted.chain(drained);
+        let mut candidates = unwanted.into_iter().chain(others.into_iter().filter(may_leave));
         while !fits(victims.len(), freed) {
             let (id, slot) = candidates.next()?;
             victims.push((id, slot.adapter.key));

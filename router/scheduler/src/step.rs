@@ -18,7 +18,7 @@ pub struct StepPlan<P> {
     pub load: Vec<(u32, AdapterKey)>,
     /// Sequences that run from this step on. Each has rows in it.
     pub added: Vec<Added<P>>,
-    /// Rows by sequence. Those of one slot follow each other.
+    /// Rows by sequence. Those of the same slots follow each other.
     pub rows: Vec<RowsPlan>,
 }
 
@@ -31,8 +31,8 @@ pub struct Added<P> {
     pub prompt: Arc<[u32]>,
     /// The tokens that a preempted sequence had generated before it returned.
     pub generated: Vec<u32>,
-    /// Slot of its adapter; `None` for the base model.
-    pub slot: Option<u32>,
+    /// Slots of its adapters, in the order of the request's list; none for the base model.
+    pub slots: Arc<[u32]>,
     /// The request's payload.
     pub payload: P,
 }

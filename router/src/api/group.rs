@@ -16,8 +16,8 @@ use super::{
     request::{Prompt, RequestLimits, SequenceRequest},
 };
 use crate::{
-    adapter::AdapterRef,
-    adapters::{InUse, Lease},
+    adapter::{AdapterRef, LeasedAll},
+    adapters::{InUse, Leases},
     engine::Running,
     generation::{Failure, Job, Scored, Update},
     grammar::{CompiledGrammar, mask_workers::Begin},
@@ -28,7 +28,7 @@ use crate::{
 };
 use futures::future::try_join_all;
 use sampling::Ban;
-use scheduler::{Adapter, CacheSalt, Finish, GroupId, Tenant};
+use scheduler::{Adapters, CacheSalt, Finish, GroupId, Tenant};
 use secrecy::{ExposeSecret, SecretString};
 
 /// The sequences of one HTTP request, which use the same adapter.
@@ -125,9 +125,10 @@ struct Tokenized {
 struct Shared {
     tenant: Tenant,
     salt: CacheSalt,
-    adapter: Option<Adapter>,
-    /// Keeps the adapter in host memory until all sequences are admitted.
-    lease: Option<Arc<Lease>>,
+    adapters: Adapters,
+    weights: Arc<[f32]>,
+    /// Keep the adapters in host memory until all sequences are admitted.
+    leases: Option<Arc<Leases>>,
     in_use: Option<Arc<InUse>>,
     end_ids: Arc<[u32]>,
     vocab_size: u32,
@@ -183,15 +184,16 @@ impl App {
         let tokenized = try_join_all(prepared).await?;
         // Once, however many sequences there are.
         let leased = match &adapter {
-            Some(adapter) => Some(self.lease(caller, adapter).await?),
-            None => None,
+            Some(adapter) => self.lease(caller, adapter).await?,
+            None => LeasedAll::default(),
         };
         let permits = self.admit_prepared(caller, adapter.as_ref(), entry)?;
         let shared = Shared {
             tenant: caller.principal.tenant.scheduled(),
             salt: self.cache_salt(caller, adapter.as_ref(), cache_salt),
-            adapter: leased.as_ref().map(|leased| leased.adapter),
-            lease: leased.map(|leased| Arc::new(leased.lease)),
+            adapters: leased.adapters,
+            weights: leased.weights.into(),
+            leases: adapter.is_some().then(|| Arc::new(leased.leases)),
             in_use,
             end_ids,
             vocab_size: info.vocab_size,
@@ -296,14 +298,15 @@ impl App {
             prompt,
             max_new_tokens,
             stop_ids,
-            adapter: shared.adapter,
+            adapters: shared.adapters.clone(),
+            weights: shared.weights.clone(),
             sampling,
             prompt_logprobs: report.prompt,
             group: group.map(|(group, _)| group),
             grammar,
             pooling: None,
         };
-        generation.running = Some(self.engine.submit(job, Some(permit), shared.lease.clone()).await?);
+        generation.running = Some(self.engine.submit(job, Some(permit), shared.leases.clone()).await?);
         Ok(generation)
     }
 }

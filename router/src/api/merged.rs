@@ -34,11 +34,11 @@ pub(crate) struct MergedAdapters {
     rest: Rest,
 }
 
-/// Refuses a request that names an adapter besides those that are to be merged.
-pub(crate) fn check_alone(field: &'static str, id: Option<&str>) -> Result<(), ApiError> {
+/// Refuses a request that names an adapter besides those that are to be merged, or to run together.
+pub(crate) fn check_alone(own: &'static str, field: &'static str, id: Option<&str>) -> Result<(), ApiError> {
     match id.filter(|id| !adapter::is_base_model(id)) {
         None => Ok(()),
-        Some(_) => Err(ApiError::invalid(FIELD, format!("cannot be given beside an adapter in `{field}`"))),
+        Some(_) => Err(ApiError::invalid(own, format!("cannot be given beside an adapter in `{field}`"))),
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
 use axum::http::HeaderMap;
 use futures::{StreamExt, TryStreamExt, stream};
 use sampling::SamplingParams;
-use scheduler::{Adapter, CacheSalt, Tenant};
+use scheduler::{Adapters, CacheSalt, Tenant};
 use tokenizers::Encoding;
 
 use super::{
@@ -17,8 +17,8 @@ use super::{
     request::{FieldNames, Prompt},
 };
 use crate::{
-    adapter::AdapterRef,
-    adapters::Lease,
+    adapter::{AdapterRef, LeasedAll},
+    adapters::Leases,
     embedding::Embedding,
     generation::{Failure, Job, Pooling, Update},
     server::{App, accept::Caller},
@@ -98,9 +98,10 @@ struct Input {
 /// The values that all inputs of a request share.
 struct Shared {
     tenant: Tenant,
-    adapter: Option<Adapter>,
-    /// Keeps the adapter in host memory until all inputs are admitted.
-    lease: Option<Arc<Lease>>,
+    adapters: Adapters,
+    weights: Arc<[f32]>,
+    /// Keep the adapters in host memory until all inputs are admitted.
+    leases: Option<Arc<Leases>>,
     pooling: Pooling,
 }
 
@@ -166,14 +167,15 @@ impl App {
             move || inputs.into_iter().map(|input| rules.tokenize(input)).collect::<Result<Vec<_>, _>>();
         let inputs = self.workers.run("tokenizing", &caller.principal, tokenize).await??;
         let leased = match &adapter {
-            Some(adapter) => Some(self.lease(caller, adapter).await?),
-            None => None,
+            Some(adapter) => self.lease(caller, adapter).await?,
+            None => LeasedAll::default(),
         };
         let permits = self.admit_prepared(caller, adapter.as_ref(), entry)?;
         let shared = Shared {
             tenant: caller.principal.tenant.scheduled(),
-            adapter: leased.as_ref().map(|leased| leased.adapter),
-            lease: leased.map(|leased| Arc::new(leased.lease)),
+            adapters: leased.adapters,
+            weights: leased.weights.into(),
+            leases: adapter.is_some().then(|| Arc::new(leased.leases)),
             pooling,
         };
         let (validation, submitted) = (begun.elapsed(), Instant::now());
@@ -209,14 +211,15 @@ impl App {
             prompt: ids,
             max_new_tokens: 0,
             stop_ids: Arc::from([]),
-            adapter: shared.adapter,
+            adapters: shared.adapters.clone(),
+            weights: shared.weights.clone(),
             sampling: SamplingParams::default(),
             prompt_logprobs: false,
             pooling: Some(shared.pooling),
             group: None,
             grammar: None,
         };
-        let mut running = self.engine.submit(job, None, shared.lease.clone()).await?;
+        let mut running = self.engine.submit(job, None, shared.leases.clone()).await?;
         let mut output = Output { values: Vec::new(), tokens, encoding, queued: Duration::ZERO };
         loop {
             match running.next().await {

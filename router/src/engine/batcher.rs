@@ -183,12 +183,12 @@ impl Batcher {
         if submit.updates.is_closed() {
             return;
         }
-        let Submit { id, job, updates, outcome, hold, lease } = submit;
+        let Submit { id, job, updates, outcome, hold, leases } = submit;
         let prompt = job.prompt.len();
         let request = Request {
             id,
             tenant: job.tenant,
-            adapter: job.adapter,
+            adapters: job.adapters.clone(),
             salt: job.salt,
             prompt: job.prompt.clone(),
             max_new_tokens: job.max_new_tokens,
@@ -206,10 +206,10 @@ impl Batcher {
             generated: 0,
             last_token: None,
             _hold: hold,
-            lease,
+            leases,
         };
-        // Its adapter may not be there any more.
-        if in_flight.lease.as_ref().is_some_and(|lease| !lease.holds_in(self.session.number)) {
+        // Its adapters may not be there any more.
+        if in_flight.leases.as_ref().is_some_and(|leases| !leases.hold_in(self.session.number)) {
             return in_flight.fail(Failure::Unavailable);
         }
         let grammar = request.payload.grammar.clone();
@@ -348,8 +348,8 @@ impl Batcher {
         match event {
             scheduler::Event::Started { id, queued, cached_tokens } => {
                 if let Some(in_flight) = self.in_flight.get_mut(&id) {
-                    // The slot is pinned from here on.
-                    in_flight.lease = None;
+                    // The slots are pinned from here on.
+                    in_flight.leases = None;
                     self.metrics.queue_duration.record(queued);
                     self.metrics.input_length.record(in_flight.prompt as f64);
                     self.metrics.prompt_tokens.increment(in_flight.prompt as u64);

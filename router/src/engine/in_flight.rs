@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 
 use super::PermitHold;
 use crate::{
-    adapters::Lease,
+    adapters::Leases,
     generation::{Failure, Update},
     metrics::Outcome,
     ranks::RankError,
@@ -29,7 +29,7 @@ pub(super) struct InFlight {
     pub(super) last_token: Option<Instant>,
     pub(super) _hold: PermitHold,
     /// Keeps its adapter in host memory until it is admitted, and with that in a slot.
-    pub(super) lease: Option<Arc<Lease>>,
+    pub(super) leases: Option<Arc<Leases>>,
 }
 
 impl InFlight {

@@ -294,7 +294,9 @@ async fn a_folder_that_changes_is_another_adapter_and_what_runs_keeps_the_old_on
     router.shard.hold(Gate::Steps);
     let old = router.begin("/generate", &slow);
     let prompt = tokens("old");
-    let added = |seen: &Seen| seen.added().find(|new| new.tokens == prompt).map(|new| new.slot);
+    let added = |seen: &Seen| {
+        seen.added().find(|new| new.tokens == prompt).map(|new| new.members.first().map(|member| member.slot))
+    };
     let old_slot = router.shard.saw(added).await;
     let weights = folder.path().join("0/adapter_model.safetensors");
     for change in 1..=10 {
@@ -312,7 +314,10 @@ async fn a_folder_that_changes_is_another_adapter_and_what_runs_keeps_the_old_on
         router.shard.saw(|seen| (seen.staged.len() == staged).then_some(())).await;
         router.shard.release(&Gate::Steps);
         assert_eq!(timeout(PATIENCE, new).await.unwrap().unwrap().status(), 200, "change {change}");
-        let slot = router.shard.saw(|seen| seen.added().last().map(|new| new.slot)).await;
+        let slot = router
+            .shard
+            .saw(|seen| seen.added().last().map(|new| new.members.first().map(|member| member.slot)))
+            .await;
         if change == 1 {
             assert_ne!(slot, old_slot);
         }

@@ -35,7 +35,7 @@ fn costs(steps: &[Step]) -> Vec<[u64; ADAPTERS]> {
     let mut added = HashMap::new();
     let mut total = [0; ADAPTERS];
     let after = steps.iter().map(|step| {
-        added.extend(step.added.iter().map(|new| (new.sequence, (new.slot.unwrap(), new.prompt_len))));
+        added.extend(step.added.iter().map(|new| (new.sequence, (new.members[0].slot, new.prompt_len))));
         for rows in &step.rows {
             let (slot, prompt) = added[&rows.sequence];
             let of_prompt = prompt.saturating_sub(rows.position).min(rows.rows);

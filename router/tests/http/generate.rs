@@ -76,7 +76,7 @@ async fn what_is_asked_for_reaches_the_shard() {
     let new = router.shard.saw(|seen| seen.added().next().cloned()).await;
     let prompt = tokens("one two three");
     assert_eq!(new.tokens, prompt[prompt.len() - 2..]);
-    assert!(new.slot.is_some() && !new.prompt_logprobs);
+    assert!(new.members.len() == 1 && !new.prompt_logprobs);
     let sampling = proto::Sampling {
         bans: Vec::new(),
         temperature: 0.5,

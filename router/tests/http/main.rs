@@ -17,6 +17,7 @@ mod connections;
 mod contexts;
 mod deadlines;
 mod detokenize;
+mod ensembles;
 mod exchange;
 mod failures;
 mod fairness;

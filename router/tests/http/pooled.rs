@@ -112,8 +112,9 @@ async fn adapters_are_leased_for_all_inputs() {
     let router = Router::start(pooling(Task::Embed)).await;
     router.ok("/v1/embeddings", &json!({"input": ["a", "b", "c"], "model": "sql"})).await;
     router.ok("/embed", &json!({"inputs": "a", "parameters": {"adapter_id": "sql"}})).await;
-    let slots = router.shard.saw(|seen| Some(seen.added().map(|new| new.slot).collect::<Vec<_>>())).await;
-    assert!(slots.len() == 4 && slots.iter().all(Option::is_some), "{slots:?}");
+    let members =
+        router.shard.saw(|seen| Some(seen.added().map(|new| new.members.len()).collect::<Vec<_>>())).await;
+    assert_eq!(members, [1; 4]);
 }
 
 /// Tokens whose classes follow each other are one entity, with places in characters.
@@ -271,8 +272,8 @@ async fn names_of_the_base_model() {
     ] {
         let answer = router.ok("/v1/embeddings", &json!({"input": "a", "model": model})).await;
         assert_eq!(answer["model"], *reported, "{model}");
-        let slot = router.shard.saw(|seen| seen.added().last().map(|new| new.slot)).await;
-        assert_eq!(slot, None, "{model}");
+        let members = router.shard.saw(|seen| seen.added().last().map(|new| new.members.len())).await;
+        assert_eq!(members, 0, "{model}");
     }
     for adapter in ["sql", "pirate"] {
         let answer = router.ok("/v1/embeddings", &json!({"input": "a", "model": adapter})).await;

@@ -68,7 +68,9 @@ async fn an_adapter_is_used_when_the_slowest_rank_has_it() {
         router.ok("/generate", &ask(Some("law"))).await;
         let slots: Vec<_> = router.ranks.iter().map(|rank| rank.slots().len()).collect();
         assert_eq!(slots, [2, 2, 1, 2]);
-        let used = |step: &proto::Step| step.added.iter().any(|new| new.slot == Some(0));
+        let used = |step: &proto::Step| {
+            step.added.iter().any(|new| new.members.iter().any(|member| member.slot == 0))
+        };
         assert!(!router.shard.saw(|seen| Some(seen.steps.iter().any(used))).await);
         router.ranks[2].release(&gate);
     };

@@ -300,7 +300,9 @@ impl ScriptedShard {
 
     /// The adapter of the sequence that was added last.
     pub(crate) async fn last_adapter(&self) -> Option<String> {
-        let slot = self.saw(|seen| seen.added().last().map(|new| new.slot)).await;
+        let slot = self
+            .saw(|seen| seen.added().last().map(|new| new.members.first().map(|member| member.slot)))
+            .await;
         slot.map(|slot| self.slots()[&slot].clone())
     }
 

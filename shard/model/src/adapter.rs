@@ -76,6 +76,8 @@ pub struct Adapter {
     pub hidden_shift: Option<Vec<f32>>,
     /// The number of tokens that can be looked up: those of the model, and those that only the adapter has.
     pub vocab: usize,
+    /// What it has beside low-rank deltas and biases, if that is something.
+    pub beside_sums: Option<&'static str>,
 }
 
 /// The open files of an adapter. Whoever has opened them knows which files they are, whatever becomes of their names.
@@ -107,8 +109,8 @@ impl AdapterFiles {
 impl Adapter {
     /// Its parts, and what else is known of it.
     pub fn into_parts(self) -> (Vec<LoraPart>, Properties) {
-        let Adapter { parts, max_lora_rank, sites, hidden_shift, vocab } = self;
-        (parts, Properties { max_lora_rank, sites, hidden_shift, vocab })
+        let Adapter { parts, max_lora_rank, sites, hidden_shift, vocab, beside_sums } = self;
+        (parts, Properties { max_lora_rank, sites, hidden_shift, vocab, beside_sums })
     }
 }
 
@@ -123,6 +125,8 @@ pub struct Properties {
     pub hidden_shift: Option<Vec<f32>>,
     /// The number of tokens that can be looked up: those of the model, and those that only the adapter has.
     pub vocab: usize,
+    /// What it has beside low-rank deltas and biases, if that is something: then it cannot be added to others.
+    pub beside_sums: Option<&'static str>,
 }
 
 /// The folder with an adapter's files: the folder itself, or its subfolder for an adapter of Ludwig.
@@ -190,11 +194,20 @@ impl<'a> AdapterFolder<'a> {
         let mut sites: Vec<_> = changes().map(|(change, _)| change.module.name().to_owned()).collect();
         sites.sort_unstable();
         sites.dedup();
+        let has = |is: fn(LoraShape) -> bool| changes().any(|(_, shape)| is(shape));
         let last_norm = self.changes.iter().find(|change| change.module.part == Part::Norm);
         Properties {
             max_lora_rank: changes().map(|(_, shape)| shape.lora_rank).max().unwrap_or(0),
             sites,
             hidden_shift: last_norm.and_then(|change| change.shift.clone()),
+            beside_sums: match () {
+                () if has(|shape| shape.has_magnitude) => Some("magnitudes"),
+                () if has(|shape| shape.rows > 0) => Some("rows of its own for tokens"),
+                () if last_norm.is_some_and(|change| change.shift.is_some()) => {
+                    Some("a bias of the last norm")
+                }
+                () => None,
+            },
             vocab: self.changes.iter().map(Change::tokens).fold(self.base.model.decoder.vocab, usize::max),
         }
     }
@@ -261,8 +274,8 @@ impl<'a> AdapterFolder<'a> {
         if parts.iter().all(change::changes_nothing) && self.changes_nothing(&|| false)? {
             return Err(AdapterError::ChangesNothing);
         }
-        let Properties { max_lora_rank, sites, hidden_shift, vocab } = self.properties();
-        Ok(Adapter { parts, max_lora_rank, sites, hidden_shift, vocab })
+        let Properties { max_lora_rank, sites, hidden_shift, vocab, beside_sums } = self.properties();
+        Ok(Adapter { parts, max_lora_rank, sites, hidden_shift, vocab, beside_sums })
     }
 }
 

@@ -21,6 +21,8 @@ pub struct Properties {
     pub sites: Vec<String>,
     /// The number of tokens that it has rows for, including those of the model.
     pub vocab: usize,
+    /// What it has beside low-rank deltas and biases, if that is something.
+    pub beside_sums: Option<&'static str>,
     /// The vector that it adds to hidden states.
     pub hidden_shift: Option<Arc<[f32]>>,
 }

@@ -340,6 +340,7 @@ impl<B: Backend> Adapters<B> {
             max_lora_rank: read.max_lora_rank,
             sites: read.sites,
             vocab: read.vocab,
+            beside_sums: read.beside_sums,
             hidden_shift: read.hidden_shift.map(Arc::from),
         };
         let Properties { slot_bytes, max_lora_rank, .. } = properties;

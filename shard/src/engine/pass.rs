@@ -1,6 +1,6 @@
 //! The first state of a step: builds its batch and launches its forward pass.
 
-use std::{collections::HashMap, time::Instant};
+use std::{collections::HashMap, ops::Range, time::Instant};
 
 use kernels::{Backend, Segment, SequenceRows, TokenMask};
 use model::Pass;
@@ -9,7 +9,7 @@ use super::{
     sequence::Sequence,
     state::{Place, State, StepError},
 };
-use crate::step::{Mask, Pooling, PoolingKind, Refusal, Rows, Step};
+use crate::step::{Mask, Member, Pooling, PoolingKind, Refusal, Rows, Step};
 
 /// A step whose forward pass has been launched. Its sampling may have to wait for masks, or for tokens that an earlier
 /// step samples.
@@ -153,9 +153,9 @@ impl<B: Backend> State<B> {
         self.in_range("rows to sample from", rows.sample, rows.rows.saturating_add(1))?;
         let Some(place) = self.sequences.get(&id) else { return Err(StepError::UnknownSequence(id)) };
         let Place::Seated(seated) = place else { return Ok(None) };
-        let Sequence { slot, pooling, .. } = &**seated;
-        if let Some(slot) = slot.filter(|slot| !self.is_slot_ready(*slot)) {
-            return Err(StepError::SlotNotReady(slot));
+        let Sequence { members, pooling, .. } = &**seated;
+        if let Some(member) = members.iter().find(|member| !self.is_slot_ready(member.slot)) {
+            return Err(StepError::SlotNotReady(member.slot));
         }
         if pooling.is_some() {
             self.in_range("rows to sample from of a sequence that is pooled", rows.sample, 1)?;
@@ -163,7 +163,7 @@ impl<B: Backend> State<B> {
         if self.model.decoder().is_bidirectional() && (rows.position, rows.rows) != (0, seated.len()) {
             return Err(StepError::Partial { sequence: id, rows: rows.rows, tokens: seated.len() });
         }
-        if let Err(reason) = self.expect_rows(rows, *slot) {
+        if let Err(reason) = self.expect_rows(rows, members) {
             return Ok(Some(self.refuse(id, reason)));
         }
         let Some(Place::Seated(sequence)) = self.sequences.get_mut(&id) else { return Ok(None) };
@@ -187,20 +187,22 @@ impl<B: Backend> State<B> {
         }
         let first_logit = host.logit_rows.len() as u32;
         wanted.add(rows, sequence, start, &mut host.logit_rows);
-        if let Some(slot) = sequence.slot {
-            extend_segment(&mut host.segments, start, host.tokens.len() as u32, slot);
-            extend_segment(&mut host.logit_segments, first_logit, host.logit_rows.len() as u32, slot);
-        }
+        extend_segments(&mut host.segments, start..host.tokens.len() as u32, &sequence.members);
+        extend_segments(
+            &mut host.logit_segments,
+            first_logit..host.logit_rows.len() as u32,
+            &sequence.members,
+        );
         Ok(None)
     }
 
     /// Whether the model can compute a sequence's rows.
-    fn expect_rows(&self, rows: &Rows, slot: Option<u32>) -> Result<(), String> {
+    fn expect_rows(&self, rows: &Rows, members: &[Member]) -> Result<(), String> {
         let (end, limit) = (rows.position.saturating_add(rows.rows), self.model.decoder().max_positions);
         if end > limit {
             return Err(format!("position {} is beyond the model's {limit}", end - 1));
         }
-        self.expect_tokens_of(rows.tokens.iter().copied(), slot)
+        self.expect_tokens_of(rows.tokens.iter().copied(), members)
     }
 }
 
@@ -271,11 +273,24 @@ impl Wanted {
     }
 }
 
-/// Extends the last segment if the rows follow it and use the same slot; otherwise adds a segment.
-fn extend_segment(segments: &mut Vec<Segment>, start: u32, end: u32, slot: u32) {
-    match segments.last_mut() {
-        _ if start == end => {}
-        Some(last) if last.slot == slot && last.end == start => last.end = end,
-        _ => segments.push(Segment::new(start, end, slot)),
+/// Extends the last segments if the rows follow them and have the same adapters; otherwise adds segments.
+fn extend_segments(segments: &mut Vec<Segment>, rows: Range<u32>, members: &[Member]) {
+    if rows.is_empty() || members.is_empty() {
+        return;
     }
+    let start = segments.last().map_or(0, |last| last.start);
+    let first = segments.partition_point(|segment| segment.start < start);
+    let last = &mut segments[first..];
+    let same = |(segment, member): (&Segment, &Member)| {
+        segment.end == rows.start && (segment.slot, segment.weight) == (member.slot, member.weight)
+    };
+    if last.len() == members.len() && last.iter().zip(members).all(same) {
+        last.iter_mut().for_each(|segment| segment.end = rows.end);
+        return;
+    }
+    segments.extend(
+        members
+            .iter()
+            .map(|&Member { slot, weight }| Segment { weight, ..Segment::new(rows.start, rows.end, slot) }),
+    );
 }

@@ -244,7 +244,7 @@ impl<B: Backend> State<B> {
         let width = self.model.decoder().hidden;
         for wanted in states {
             let Some(Place::Seated(sequence)) = self.sequences.get(&wanted.sequence) else { continue };
-            let shift = self.hidden_shift(sequence.slot);
+            let shift = self.hidden_shift(&sequence.members);
             let own = &mut values[wanted.start * width..(wanted.start + wanted.rows) * width];
             for row in own.chunks_exact_mut(width) {
                 row.iter_mut().zip(shift.iter().flat_map(|shift| shift.iter())).for_each(|(x, d)| *x += d);

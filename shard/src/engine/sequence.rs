@@ -3,7 +3,7 @@
 use kernels::{BLOCK_SIZE, SamplingParams};
 
 use super::StepError;
-use crate::step::{NewSequence, Pooling, Rows};
+use crate::step::{Member, NewSequence, Pooling, Rows};
 
 /// Stands for a token that has been sampled and not collected. No vocabulary has this id.
 const IN_FLIGHT: u32 = u32::MAX;
@@ -18,7 +18,7 @@ pub(super) struct Sequence {
     /// The step that added it.
     pub(super) added_by: u64,
     pub(super) seat: u32,
-    pub(super) slot: Option<u32>,
+    pub(super) members: Vec<Member>,
     blocks: Vec<u32>,
     pub(super) prompt_logprobs: bool,
     pub(super) sampling: SamplingParams,
@@ -37,7 +37,7 @@ impl Sequence {
             added_len: new.tokens.len(),
             added_by,
             seat,
-            slot: new.slot,
+            members: new.members.clone(),
             blocks: Vec::new(),
             prompt_logprobs: new.prompt_logprobs,
             sampling: new.sampling.clone(),

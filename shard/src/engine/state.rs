@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, mem, sync::Arc};
 
-use kernels::{Backend, Batch, Group, SamplingParams};
+use kernels::{Backend, Batch, Group, MAX_MEMBER_RANKS, MAX_MEMBERS, RANK_STEP, SamplingParams};
 use model::{
     ADDED_TOKENS, Decoder, Model,
     adapter::ContentHash,
@@ -12,7 +12,7 @@ use model::{
 use super::{Held, idle::Idle, sequence::Sequence};
 use crate::{
     adapters::{Adapters, HostCopy, Properties},
-    step::{Event, NewSequence, Pooling, PoolingKind, Refusal, Step},
+    step::{Event, Member, NewSequence, Pooling, PoolingKind, Refusal, Step},
 };
 
 /// The bounds of a shard's memory and steps.
@@ -327,7 +327,11 @@ impl<B: Backend> State<B> {
         if let Err(reason) = self.expect_task(new.pooling) {
             return Ok(Ok(Some(self.refuse(id, reason))));
         }
-        if let Err(reason) = self.expect_tokens(new).and_then(|()| expect_sampling(&new.sampling)) {
+        if let Err(reason) = self
+            .expect_tokens(new)
+            .and_then(|()| self.expect_sums(&new.members))
+            .and_then(|()| expect_sampling(&new.sampling))
+        {
             return Ok(Ok(Some(self.refuse(id, reason))));
         }
         let Some(&seat) = self.free_seats.last() else {
@@ -358,10 +362,9 @@ impl<B: Backend> State<B> {
         if self.sequences.contains_key(&new.sequence) {
             return Err(StepError::DuplicateSequence(new.sequence));
         }
-        match new.slot {
-            Some(slot) => self.in_range("slot", slot as usize, self.limits.num_slots),
-            None => Ok(()),
-        }
+        self.in_range("adapter of a sequence", new.members.len(), MAX_MEMBERS + 1)?;
+        let mut slots = new.members.iter().map(|member| member.slot as usize);
+        slots.try_for_each(|slot| self.in_range("slot", slot, self.limits.num_slots))
     }
 
     /// Checks that the model computes what is asked for.
@@ -390,20 +393,41 @@ impl<B: Backend> State<B> {
         }
         let biased = new.sampling.logit_bias.iter().map(|(token, _)| *token);
         let banned = new.sampling.bans.iter().map(|ban| ban.token);
-        self.expect_tokens_of(new.tokens.iter().copied().chain(biased).chain(banned), new.slot)
+        self.expect_tokens_of(new.tokens.iter().copied().chain(biased).chain(banned), &new.members)
     }
 
-    /// Checks that the model, or the adapter in a slot, has a row for each of these tokens.
+    /// Checks that a sequence's adapters can be added to each other.
+    fn expect_sums(&self, members: &[Member]) -> Result<(), String> {
+        if let [] | [Member { weight: 1.0, .. }] = members {
+            return Ok(());
+        }
+        let adapters = || members.iter().filter_map(|member| self.adapter(member.slot));
+        if let Some(other) = adapters().find_map(|adapter| adapter.beside_sums) {
+            return Err(format!(
+                "an adapter of an ensemble has {other}; its members may have low-rank deltas and biases alone"
+            ));
+        }
+        let ranks: usize = adapters().map(|adapter| adapter.max_lora_rank.next_multiple_of(RANK_STEP)).sum();
+        if ranks > MAX_MEMBER_RANKS {
+            return Err(format!(
+                "the adapters of an ensemble have a rank of {ranks} in all, which must be at most {MAX_MEMBER_RANKS}"
+            ));
+        }
+        Ok(())
+    }
+
+    /// Checks that the model, or the adapter of a sequence, has a row for each of these tokens.
     pub(super) fn expect_tokens_of(
         &self,
         tokens: impl Iterator<Item = u32>,
-        slot: Option<u32>,
+        members: &[Member],
     ) -> Result<(), String> {
         let vocab = self.model.decoder().vocab;
         let Some(largest) = tokens.max().filter(|token| *token as usize >= vocab) else {
             return Ok(());
         };
-        let limit = self.adapter(slot).map_or(vocab, |adapter| adapter.vocab);
+        let adapters = members.iter().filter_map(|member| self.adapter(member.slot));
+        let limit = adapters.map(|adapter| adapter.vocab).fold(vocab, usize::max);
         if largest as usize >= limit {
             return Err(format!("token {largest} is out of range, limit {limit}"));
         }
@@ -411,16 +435,16 @@ impl<B: Backend> State<B> {
     }
 
     /// The adapter in a slot.
-    fn adapter(&self, slot: Option<u32>) -> Option<&Properties> {
-        match self.slot_states.get(slot? as usize)? {
+    fn adapter(&self, slot: u32) -> Option<&Properties> {
+        match self.slot_states.get(slot as usize)? {
             Slot::Loading(adapter) | Slot::Ready(adapter) => Some(adapter),
             Slot::Empty => None,
         }
     }
 
-    /// The vector that the adapter in a slot adds to hidden states.
-    pub(super) fn hidden_shift(&self, slot: Option<u32>) -> Option<Arc<[f32]>> {
-        self.adapter(slot)?.hidden_shift.clone()
+    /// The vector that a sequence's adapter adds to hidden states. Members of ensembles have none.
+    pub(super) fn hidden_shift(&self, members: &[Member]) -> Option<Arc<[f32]>> {
+        self.adapter(members.first()?.slot)?.hidden_shift.clone()
     }
 
     /// Refuses a sequence: its seat is freed, and none of its rows is computed any more.

@@ -7,7 +7,7 @@ use lifecycle::Supervisor;
 use lorax_shard::{
     adapters::Adapters,
     engine::{Command, Engine, EventStream, Heartbeat, Held, StepError},
-    step::{Event, Mask, Masks, NewSequence, Output, Rows, SessionEvent, Step, StepResult},
+    step::{Event, Mask, Masks, Member, NewSequence, Output, Rows, SessionEvent, Step, StepResult},
 };
 use model::{
     adapter::ContentHash,
@@ -135,7 +135,10 @@ impl<B: Backend> Shard<B> {
             router.send(Step { load: vec![load], ..Step::default() }).await;
             assert_eq!(router.slot_event().await, (load.0, None));
         }
-        let new = NewSequence { slot: slot.map(|(slot, _)| slot), ..prompt(5) };
+        let new = NewSequence {
+            members: slot.map(|(slot, _)| Member::alone(slot)).into_iter().collect(),
+            ..prompt(5)
+        };
         let mut steps = vec![Step {
             added: vec![new],
             rows: vec![rows(5, 0, chunk, &[3, 9], chunk == 20)],

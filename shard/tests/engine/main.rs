@@ -1,6 +1,7 @@
 //! The step loop on a small model: what it answers, and which steps it refuses.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod ensembles;
 #[path = "../support/fake.rs"]
 mod fake;
 mod faults;

@@ -3,7 +3,7 @@
 use std::{fs, path::Path};
 
 use kernels::{DType, cpu::CpuBackend};
-use lorax_shard::step::{NewSequence, Output, Pooling, PoolingKind, Rows, Step};
+use lorax_shard::step::{Member, NewSequence, Output, Pooling, PoolingKind, Rows, Step};
 use model::{adapter::ContentHash, testing::seeded::Manifest};
 use serde_json::Value;
 
@@ -101,7 +101,7 @@ async fn hidden_states_follow_tokens_and_adapters() {
     let plain = states(&mut router, new(PoolingKind::None, false, 20), 20).await;
     let chunked = states(&mut router, new(PoolingKind::None, false, 20), 3).await;
     assert_eq!(plain, chunked, "chunks change nothing");
-    let adapted = NewSequence { slot: Some(0), ..new(PoolingKind::None, false, 20) };
+    let adapted = NewSequence { members: vec![Member::alone(0)], ..new(PoolingKind::None, false, 20) };
     let adapted = states(&mut router, adapted, 20).await;
     assert!(plain.iter().zip(&adapted).all(|(plain, adapted)| plain != adapted), "an adapter has a say");
     let longer = states(&mut router, new(PoolingKind::None, false, 31), 31).await;
@@ -150,8 +150,13 @@ async fn hidden_states_have_the_trained_bias_of_the_last_norm() {
                 serde_json::from_value(kinds["prompts"][case["prompt"].as_u64().unwrap() as usize].clone())
                     .unwrap();
             let pooling = Some(Pooling { kind: PoolingKind::None, normalize: false, classes: false });
-            let new =
-                NewSequence { slot: Some(slot), prompt_len: tokens.len(), tokens, pooling, ..prompt(5) };
+            let new = NewSequence {
+                members: vec![Member::alone(slot)],
+                prompt_len: tokens.len(),
+                tokens,
+                pooling,
+                ..prompt(5)
+            };
             let tokens = new.tokens.clone();
             let mut states = Vec::new();
             for output in vectors(&mut router, new, chunk).await {

@@ -2,7 +2,7 @@
 
 use lorax_shard::{
     engine::{Command, StepError},
-    step::Step,
+    step::{Member, Step},
 };
 
 use crate::{
@@ -105,7 +105,7 @@ async fn adapters_outlive_a_session() {
     assert!(held_two.host_bytes > 0 && held_two.sites == ["down_proj", "q_proj"]);
     // It is ready at once.
     let mut step = first_step();
-    step.added[0].slot = Some(1);
+    step.added[0].members = vec![Member::alone(1)];
     router.send(step).await;
     assert_eq!(router.tokens().await, expected[..1]);
     router.send(Step { dropped: vec![5], unload: vec![1], ..Step::default() }).await;
@@ -128,7 +128,7 @@ async fn loads_under_way_are_given_up() {
     router.send(Step { load: vec![(1, one)], ..Step::default() }).await;
     assert_eq!(router.slot_event().await, (1, None));
     let mut step = first_step();
-    step.added[0].slot = Some(0);
+    step.added[0].members = vec![Member::alone(0)];
     router.send(step).await;
     assert_eq!(router.events.error().await, "slot 0 is not ready");
 }

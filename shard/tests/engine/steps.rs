@@ -1,7 +1,7 @@
 //! Steps of whole sequences, and those that contradict the protocol.
 
 use kernels::CapturedStep;
-use lorax_shard::step::{NewSequence, Rows, Step};
+use lorax_shard::step::{Member, NewSequence, Rows, Step};
 use model::adapter::ContentHash;
 
 use crate::{
@@ -30,14 +30,24 @@ async fn chunks_and_steps_in_flight_change_no_token() {
 async fn steps_that_contradict_the_protocol_are_refused_and_harm_nobody() {
     let shard = Shard::start();
     let plain = shard.generate(None, 20, false).await;
-    let new =
-        |slot| NewSequence { sequence: 1, tokens: vec![1, 2], prompt_len: 2, slot, ..NewSequence::default() };
+    let of = |members| NewSequence {
+        sequence: 1,
+        tokens: vec![1, 2],
+        prompt_len: 2,
+        members,
+        ..NewSequence::default()
+    };
+    let new = |slot: Option<u32>| of(slot.map(Member::alone).into_iter().collect());
     let rows =
         |sequence, position, count, new_blocks: &[u32]| rows(sequence, position, count, new_blocks, true);
     let step = |added: Vec<NewSequence>, rows: Vec<Rows>| Step { added, rows, ..Step::default() };
     let cases = [
         (step(vec![], vec![rows(8, 0, 1, &[0])]), "sequence 8 does not run"),
         (step(vec![new(None), new(None)], vec![]), "sequence 1 runs already"),
+        (
+            step(vec![of(vec![Member::alone(0); 5])], vec![]),
+            "adapter of a sequence 5 is out of range, limit 5",
+        ),
         (Step { dropped: vec![4], ..Step::default() }, "sequence 4 does not run"),
         (Step { unload: vec![2], ..Step::default() }, "slot 2 is out of range, limit 2"),
         (step(vec![new(Some(1))], vec![rows(1, 0, 2, &[0])]), "slot 1 is not ready"),
@@ -90,7 +100,7 @@ async fn a_load_goes_on_while_its_adapter_is_unstaged() {
         script.mend("loaded");
         assert_eq!(router.slot_event().await, (slot, None));
         let mut step = Step { added: vec![prompt(5)], ..Step::default() };
-        step.added[0].slot = Some(slot);
+        step.added[0].members = vec![Member::alone(slot)];
         step.rows = vec![rows(5, 0, 20, &[3, 9], true)];
         router.send(step).await;
         assert_eq!(router.tokens().await, expected[..1]);

@@ -1,13 +1,13 @@
 //! Tokens that an adapter has rows for and the model has none.
 
-use lorax_shard::step::{NewSequence, Refusal, Step};
+use lorax_shard::step::{Member, NewSequence, Refusal, Step};
 use model::testing::{self, Tensor};
 
 use crate::harness::{Shard, prompt, rows, tokens_of};
 
 /// Writes an adapter whose tables have so many rows. Those that the model has are the model's; of the others, that of token
 /// 100 has by far the largest logits.
-fn write_resized(shard: &Shard<kernels::cpu::CpuBackend>, name: &str, tokens: usize) {
+pub(crate) fn write_resized(shard: &Shard<kernels::cpu::CpuBackend>, name: &str, tokens: usize) {
     let base = testing::model();
     let mut files = testing::adapter(&["q_proj"], 4, 1);
     for module in ["model.embed_tokens", "lm_head"] {
@@ -52,7 +52,7 @@ async fn tokens_of_an_adapter_are_taken_with_it_and_refused_without() {
     .enumerate()
     {
         let id = i as u64;
-        let mut new = NewSequence { slot, ..prompt(id) };
+        let mut new = NewSequence { members: slot.map(Member::alone).into_iter().collect(), ..prompt(id) };
         new.tokens[7] = token;
         router
             .send(Step { added: vec![new], rows: vec![rows(id, 0, 20, &[3, 9], true)], ..Step::default() })

@@ -149,7 +149,7 @@ async fn merges_compute_what_their_merged_tensors_do() {
         let tokens = vec![4, 9, 5, 17, 30, 2];
         let sequence = |slot| NewSequence {
             sequence: id * 2 + slot,
-            slot: Some(slot as u32),
+            members: vec![proto::Member { slot: slot as u32, weight: 1.0 }],
             pooling,
             tokens: tokens.clone(),
             prompt_len: 6,
@@ -159,7 +159,7 @@ async fn merges_compute_what_their_merged_tensors_do() {
         let rows = added.iter().map(|added| SequenceRows {
             sequence: added.sequence,
             rows: 6,
-            new_blocks: vec![added.slot.unwrap()],
+            new_blocks: vec![added.members[0].slot],
             ..SequenceRows::default()
         });
         let rows = rows.collect();

@@ -252,7 +252,7 @@ impl<'a> Simulation<'a> {
         let request = Request {
             id: RequestId(ask.0),
             tenant: Tenant { id: self.workload.tenant(open.job.adapter), weight: 1 },
-            adapter: Some(Adapter { key: AdapterKey(content.0), bytes: slot_bytes }),
+            adapters: Some(Adapter { key: AdapterKey(content.0), bytes: slot_bytes }).into(),
             salt: CacheSalt::default(),
             prompt: (0..open.job.prompt).collect(),
             max_new_tokens: open.job.answer,

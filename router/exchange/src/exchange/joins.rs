@@ -8,7 +8,7 @@ use std::{
 use super::{AskState, Exchange, Stand};
 use crate::{
     AskId, Place,
-    flights::{Flight, Kind, Owner, Target},
+    flights::{Flight, Owner, Target},
 };
 
 impl<P: Clone> Exchange<P> {
@@ -17,7 +17,7 @@ impl<P: Clone> Exchange<P> {
         let Some(state) = self.asks.get_mut(&id) else { return };
         state.stand = Stand::Waiting(target);
         let group = state.group;
-        let promised = self.has_promise(group) && target.kind() == Kind::Fetch;
+        let promised = self.has_promise(group, target.kind());
         if let Some(flight) = self.flights.get_mut(&target) {
             flight.waiters.insert(id);
             flight.promised |= promised;

@@ -68,7 +68,9 @@ impl<P: Clone> Exchange<P> {
                 state.into_iter().for_each(|state| state.stand = Stand::Waiting(Target::Stage(content)));
                 self.restart(id, now);
             } else {
-                self.asks.remove(&id);
+                if let Some(group) = self.asks.remove(&id).and_then(|state| state.group) {
+                    self.leave_group(id, group);
+                }
                 self.outputs.push(Output::Failed { ask: id, fault: Fault::SessionLost });
             }
         }

@@ -1,9 +1,12 @@
-//! Asks that need their leases on the disk at the same time: the parts of a merge.
+//! Asks that need their leases on a tier at the same time: the parts of a merge on the disk, the members of an ensemble in
+//! host memory.
 //!
 //! If each of them took room as it came, two merges could hold a part each and wait for each other's room. So the asks of
 //! a group are looked up first, which takes no room, and then the group is promised the room of all its parts at once.
-//! Promises have half of the disk at most, and pins the other half. Whatever else is leased there is released without
-//! waiting for the disk, so every promise is kept in the end.
+//! Promises have half of the tier at most, and pins the other half. Whatever else is leased there is released without
+//! waiting for the tier, so every promise is kept in the end. What an adapter takes in host memory is known once it has
+//! been staged; before that, the bytes of its files stand for it, and groups that need more end by their deadlines at the
+//! latest.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,7 +14,11 @@ use std::{
 };
 
 use super::{Exchange, Stand};
-use crate::{Ask, AskId, Fault, Tenant, Tier, flights::Arrival, tenants::Share};
+use crate::{
+    Ask, AskId, Fault, Tenant, Tier,
+    flights::{Arrival, Kind},
+    tenants::Share,
+};
 
 /// Names a group: the arrival of its first ask.
 pub(super) type GroupId = Arrival;
@@ -20,17 +27,18 @@ pub(super) type GroupId = Arrival;
 #[derive(Debug)]
 pub(super) struct Group {
     tenant: Tenant,
+    tier: Tier,
     asks: BTreeSet<AskId>,
-    /// Bytes of the disk that it may take; `None` before they are promised.
+    /// Bytes of the tier that it may take; `None` before they are promised.
     promised: Option<u64>,
 }
 
 impl<P: Clone> Exchange<P> {
-    /// Takes asks of one tenant. Pins, and asks for host memory, are served alone.
+    /// Takes asks of one tenant for one tier. Pins are served alone.
     pub(super) fn ask_together(&mut self, asks: Vec<Ask<P>>, now: Duration) {
         let group = self.arrivals;
         for ask in asks {
-            let together = ask.tier == Tier::Disk && !ask.pin;
+            let together = !ask.pin;
             self.ask(ask, together.then_some(group), now);
         }
     }
@@ -38,8 +46,8 @@ impl<P: Clone> Exchange<P> {
     /// Counts an ask to its group.
     pub(super) fn enter_group(&mut self, id: AskId) {
         let Some(state) = self.asks.get(&id) else { return };
-        let (Some(group), tenant) = (state.group, state.ask.tenant) else { return };
-        let new = || Group { tenant, asks: BTreeSet::new(), promised: None };
+        let (Some(group), tenant, tier) = (state.group, state.ask.tenant, state.ask.tier) else { return };
+        let new = || Group { tenant, tier, asks: BTreeSet::new(), promised: None };
         self.groups.entry(group).or_insert_with(new).asks.insert(id);
     }
 
@@ -57,16 +65,24 @@ impl<P: Clone> Exchange<P> {
         group.and_then(|group| self.groups.get(&group)).is_some_and(|group| group.promised.is_none())
     }
 
-    /// Whether an ask has a part in a promise.
-    pub(super) fn has_promise(&self, group: Option<GroupId>) -> bool {
-        group.and_then(|group| self.groups.get(&group)).is_some_and(|group| group.promised.is_some())
+    /// Whether an ask has a part in a promise of room for calls of a kind.
+    pub(super) fn has_promise(&self, group: Option<GroupId>, kind: Kind) -> bool {
+        let promised = |group: &Group| match group.tier {
+            Tier::Disk => group.promised.is_some() && kind == Kind::Fetch,
+            Tier::Host => group.promised.is_some() && kind == Kind::Stage,
+        };
+        group.and_then(|group| self.groups.get(&group)).is_some_and(promised)
     }
 
     /// Promises room to the groups that are next, for as long as there is some.
     pub(super) fn promise_room(&mut self, now: Duration) {
-        while let Some(id) = self.next_group() {
-            let (bytes, limit) = (self.bytes_of_group(id), self.disk.limit() / 2);
-            let fits = bytes <= limit.saturating_sub(self.promised());
+        [Tier::Disk, Tier::Host].into_iter().for_each(|tier| self.promise_room_on(tier, now));
+    }
+
+    fn promise_room_on(&mut self, tier: Tier, now: Duration) {
+        while let Some(id) = self.next_group(tier) {
+            let (bytes, limit) = (self.bytes_of_group(id, tier), self.copies(tier).limit() / 2);
+            let fits = bytes <= limit.saturating_sub(self.promised(tier));
             if !fits && bytes <= limit {
                 return;
             }
@@ -84,16 +100,16 @@ impl<P: Clone> Exchange<P> {
         }
     }
 
-    /// Bytes that are promised in all.
-    pub(super) fn promised(&self) -> u64 {
-        self.groups.values().filter_map(|group| group.promised).sum()
+    /// Bytes that are promised on a tier in all.
+    fn promised(&self, tier: Tier) -> u64 {
+        self.groups.values().filter(|group| group.tier == tier).filter_map(|group| group.promised).sum()
     }
 
     /// The next group whose asks have all been looked up: of the tenant that is promised least for its weight, and of those
     /// that are promised as much, the one whose turn it is. It is not overtaken, so that large ones get their room.
-    fn next_group(&self) -> Option<GroupId> {
+    fn next_group(&self, tier: Tier) -> Option<GroupId> {
         let mut held: BTreeMap<u64, u64> = BTreeMap::new();
-        for group in self.groups.values() {
+        for group in self.groups.values().filter(|group| group.tier == tier) {
             *held.entry(group.tenant.id).or_default() += group.promised.unwrap_or_default();
         }
         let is_looked_up =
@@ -101,7 +117,8 @@ impl<P: Clone> Exchange<P> {
         let ready = self
             .groups
             .iter()
-            .filter(|(_, group)| group.promised.is_none() && group.asks.iter().all(is_looked_up));
+            .filter(|(_, group)| group.tier == tier && group.promised.is_none())
+            .filter(|(_, group)| group.asks.iter().all(is_looked_up));
         let place = |id: GroupId, group: &Group| {
             let tenant = group.tenant;
             let held = held.get(&tenant.id).copied().unwrap_or_default();
@@ -112,18 +129,22 @@ impl<P: Clone> Exchange<P> {
         next.map(|(_, (_, id))| id)
     }
 
-    /// Bytes on the disk of all parts of a group that are not read in place.
-    fn bytes_of_group(&self, id: GroupId) -> u64 {
+    /// Bytes of all parts of a group on its tier. What is read in place takes none of the disk.
+    fn bytes_of_group(&self, id: GroupId, tier: Tier) -> u64 {
         let asks = self.groups.get(&id).into_iter().flat_map(|group| &group.asks);
         let states = asks.filter_map(|ask| self.asks.get(ask));
-        let copied =
-            states.filter_map(|state| Some((state.found.filter(|found| !found.in_place)?, state.content)));
-        let sizes: BTreeMap<_, _> = copied
-            .map(|(found, content)| {
-                let here = content.and_then(|content| self.disk.sizes(content)).map_or(0, |(bytes, _)| bytes);
-                (found.version, found.bytes.max(here))
-            })
-            .collect();
+        let copied = states.filter_map(|state| {
+            let found = state.found.filter(|found| tier == Tier::Host || !found.in_place)?;
+            let bytes = match (tier, state.content) {
+                (_, None) => found.bytes,
+                (Tier::Disk, Some(content)) => {
+                    found.bytes.max(self.disk.sizes(content).unwrap_or_default().0)
+                }
+                (Tier::Host, Some(content)) => self.host_sizes.peek(content).copied().unwrap_or(found.bytes),
+            };
+            Some((found.version, bytes))
+        });
+        let sizes: BTreeMap<_, _> = copied.collect();
         sizes.values().fold(0, |sum, bytes| sum.saturating_add(*bytes))
     }
 }
@@ -150,7 +171,10 @@ impl<P> Exchange<P> {
         let entered: BTreeMap<_, _> =
             self.groups.iter().map(|(&id, group)| (id, group.asks.clone())).collect();
         assert_eq!(groups, entered, "asks of groups");
-        let promised: u64 = self.groups.values().filter_map(|group| group.promised).sum();
-        assert!(promised <= self.disk.limit() / 2, "{promised} bytes are promised");
+        for tier in [Tier::Disk, Tier::Host] {
+            let of_tier = self.groups.values().filter(|group| group.tier == tier);
+            let promised: u64 = of_tier.filter_map(|group| group.promised).sum();
+            assert!(promised <= self.copies(tier).limit() / 2, "{promised} bytes are promised");
+        }
     }
 }

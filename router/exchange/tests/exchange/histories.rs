@@ -19,7 +19,7 @@ const EVENTS: usize = 40_000;
 #[derive(Debug, Clone)]
 enum Op {
     Ask { tenant: u64, reference: u128, credential: u128, disk: bool, pin: bool, deadline: u64 },
-    Together { tenant: u64, references: Vec<u128>, deadline: u64 },
+    Together { tenant: u64, references: Vec<u128>, host: bool, deadline: u64 },
     Release(Index),
     Answer(Index),
     Fail(Index, u8),
@@ -47,9 +47,9 @@ fn op() -> impl Strategy<Value = Op> {
         24 => (ask, deadline()).prop_map(|((tenant, reference, credential, disk, pin), deadline)| {
             Op::Ask { tenant, reference, credential, disk, pin, deadline }
         }),
-        4 => (0..4u64, vec(0..REFERENCES, 1..5), deadline()).prop_map(|(tenant, references, deadline)| {
-            Op::Together { tenant, references, deadline }
-        }),
+        4 => (0..4u64, vec(0..REFERENCES, 1..5), any::<bool>(), deadline()).prop_map(
+            |(tenant, references, host, deadline)| Op::Together { tenant, references, host, deadline }
+        ),
         14 => index().prop_map(Op::Release),
         40 => index().prop_map(Op::Answer),
         4 => (index(), 0..5u8).prop_map(|(call, fault)| Op::Fail(call, fault)),
@@ -150,12 +150,12 @@ fn play(world: &mut World, op: &Op) {
             };
             world.submit(ask);
         }
-        Op::Together { tenant, references, deadline } => {
+        Op::Together { tenant, references, host, deadline } => {
             let deadline = world.now + ms(*deadline);
             let ask = |&reference: &u128| Ask {
                 tenant: Tenant { id: *tenant, weight: 1 + *tenant as u32 },
                 source: SourceId(reference as u64 % 3),
-                tier: Tier::Disk,
+                tier: if *host { Tier::Host } else { Tier::Disk },
                 deadline,
                 ..world.new_ask(reference)
             };

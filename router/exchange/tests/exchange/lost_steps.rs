@@ -140,7 +140,7 @@ impl Server {
         let request = Request {
             id: RequestId(id),
             tenant: scheduler::Tenant { id: tenant, weight: 1 },
-            adapter,
+            adapters: adapter.into(),
             salt: CacheSalt::default(),
             prompt: (0..8).collect(),
             max_new_tokens: self.open[&id].1,

@@ -14,30 +14,38 @@ fn all_ready(world: &World, group: &[AskId]) -> bool {
     group.iter().all(|id| world.open.get(id).is_some_and(|open| open.ready.is_some()))
 }
 
+/// Groups as the numbers of their parts, on a tier for so many adapters.
+const GROUPS: [(u64, &[&[u128]]); 11] = [
+    (4, &[&[0, 1], &[2, 3]]),
+    (4, &[&[0, 1], &[2, 3], &[4, 5]]),
+    (4, &[&[0, 1], &[1, 2], &[2, 0]]),
+    (5, &[&[0, 1], &[2, 3], &[4, 5], &[6, 7]]),
+    (6, &[&[0, 1, 2], &[3, 4, 5]]),
+    (6, &[&[0, 1, 2], &[2, 3, 4], &[4, 5, 0]]),
+    (8, &[&[0, 1, 2, 3], &[4, 5, 6, 7], &[8, 9, 10, 11]]),
+    (8, &[&[0], &[1, 2, 3], &[4, 5], &[6, 7, 8, 9], &[10]]),
+    (9, &[&[0, 1, 2, 3], &[0, 4, 5, 6], &[1, 2, 4, 5], &[7, 8]]),
+    (4, &[&[0, 0], &[1, 1], &[0, 1]]),
+    (100, &[&[0, 1], &[2, 3], &[4, 5]]),
+];
+
 #[test]
-fn merges_do_not_hold_parts_that_others_wait_for() {
-    // Merges as the numbers of their parts, on a disk for `fit` adapters.
-    for (fit, merges) in [
-        (4, &[&[0, 1][..], &[2, 3]][..]),
-        (4, &[&[0, 1], &[2, 3], &[4, 5]]),
-        (4, &[&[0, 1], &[1, 2], &[2, 0]]),
-        (5, &[&[0, 1], &[2, 3], &[4, 5], &[6, 7]]),
-        (6, &[&[0, 1, 2], &[3, 4, 5]]),
-        (6, &[&[0, 1, 2], &[2, 3, 4], &[4, 5, 0]]),
-        (8, &[&[0, 1, 2, 3], &[4, 5, 6, 7], &[8, 9, 10, 11]]),
-        (8, &[&[0], &[1, 2, 3], &[4, 5], &[6, 7, 8, 9], &[10]]),
-        (9, &[&[0, 1, 2, 3], &[0, 4, 5, 6], &[1, 2, 4, 5], &[7, 8]]),
-        (4, &[&[0, 0], &[1, 1], &[0, 1]]),
-        (100, &[&[0, 1], &[2, 3], &[4, 5]]),
-    ] {
-        let mut world = world(12, fit);
-        let groups: Vec<_> =
-            merges.iter().zip(0..).map(|(parts, tenant)| world.ask_together(tenant % 2, parts)).collect();
-        let mut left = groups;
+fn groups_do_not_hold_parts_that_others_wait_for() {
+    for (tier, (fit, groups)) in
+        [Tier::Disk, Tier::Host].iter().flat_map(|tier| GROUPS.map(|group| (*tier, group)))
+    {
+        let room = Limits { disk_bytes: 100 * fit, tenant_calls: 100, ..limits() };
+        let room = match tier {
+            Tier::Disk => room,
+            Tier::Host => Limits { disk_bytes: 10_000, host_bytes: 100 * fit, ..room },
+        };
+        let mut world = World::with(room, &[100; 12]);
+        let ask = |(parts, tenant): (&&[u128], u64)| world.ask_together_on(tier, tenant % 2, parts);
+        let mut left: Vec<_> = groups.iter().zip(0..).map(ask).collect();
         while !left.is_empty() {
             world.settle();
             let ended = left.iter().position(|group| all_ready(&world, group));
-            let ended = ended.unwrap_or_else(|| panic!("{merges:?} on {fit}: {left:?} wait in a circle"));
+            let ended = ended.unwrap_or_else(|| panic!("{groups:?} on {fit}: {left:?} wait in a circle"));
             left.remove(ended).into_iter().for_each(|id| world.release(id));
         }
         world.run_to_end();

@@ -311,8 +311,13 @@ impl World {
 
     /// Submits asks for leases of these adapters on the disk at the same time, in the name of a tenant.
     pub(crate) fn ask_together(&mut self, tenant: u64, references: &[u128]) -> Vec<AskId> {
+        self.ask_together_on(Tier::Disk, tenant, references)
+    }
+
+    /// As [`Self::ask_together`], on any tier.
+    pub(crate) fn ask_together_on(&mut self, tier: Tier, tenant: u64, references: &[u128]) -> Vec<AskId> {
         let ask = |&reference: &u128| Ask {
-            tier: Tier::Disk,
+            tier,
             tenant: Tenant { id: tenant, weight: 1 },
             ..self.new_ask(reference)
         };

@@ -1,5 +1,7 @@
 //! The invariants of flows.
 
+use std::collections::HashMap;
+
 use super::{FlowId, Flows, Residency};
 use crate::AdapterKey;
 
@@ -27,15 +29,15 @@ impl<P> Flows<P> {
 
     fn check_flow(&self, id: FlowId, users: usize, residency: impl Fn(AdapterKey) -> Residency) {
         let flow = self.get(id);
-        let open = self.by_key.get(&(flow.tenant, flow.key())) == Some(&id);
+        let open = self.by_keys.get(&(flow.tenant, flow.keys())) == Some(&id);
         assert_ne!(open, self.closed_flows.contains(&id), "flow {id} is open or closed");
         if !open {
             assert!(users == 0 && flow.waiting.is_empty(), "closed flow {id} has requests");
             return;
         }
         assert_eq!(flow.users, users, "users of flow {id}");
-        let (held, truth) = (self.residency(flow), flow.key().map_or(Residency::Ready, residency));
-        assert_eq!(held, truth, "residency of flow {id}");
+        let truth = flow.adapters.keys().map(residency).max().unwrap_or(Residency::Ready);
+        assert_eq!(self.residency(flow), truth, "residency of flow {id}");
         let idle = users == 0 && flow.waiting.is_empty();
         let tenant = self.tenant(flow.tenant);
         assert_eq!(tenant.flows.is_indebted(id, flow.service), idle, "debt of flow {id}");
@@ -93,15 +95,17 @@ impl<P> Flows<P> {
             expected.sort_unstable();
             assert_eq!(longest.iter().copied().collect::<Vec<_>>(), expected, "flows by wait");
         }
-        let mut keys: Vec<_> = absent.iter().filter_map(|&id| self.get(id).key()).collect();
-        keys.sort_unstable();
-        keys.dedup();
-        assert_eq!(self.absent, keys.len(), "adapters that need a slot");
+        let is_absent = |key: &AdapterKey| self.adapters[key].residency == Residency::Absent;
+        let mut needed = HashMap::<_, usize>::new();
+        for key in absent.iter().flat_map(|&id| self.get(id).keys()).filter(is_absent) {
+            *needed.entry(key).or_default() += 1;
+        }
+        assert_eq!(self.absent, needed, "adapters that need a slot");
     }
 
     fn open_flows(&self) -> impl Iterator<Item = FlowId> {
         let open = |(id, flow): (FlowId, &super::Flow<P>)| {
-            (self.by_key.get(&(flow.tenant, flow.key())) == Some(&id)).then_some(id)
+            (self.by_keys.get(&(flow.tenant, flow.keys())) == Some(&id)).then_some(id)
         };
         (0..).zip(&self.flows).filter_map(open)
     }

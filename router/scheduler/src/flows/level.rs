@@ -31,7 +31,7 @@ impl Level {
         match residency {
             Residency::Ready => Some(&mut self.ready),
             Residency::Absent => Some(&mut self.absent),
-            Residency::Held => None,
+            Residency::Loading | Residency::Draining => None,
         }
     }
 

@@ -1,6 +1,6 @@
 //! Keeps the orders of flows and tenants, and the counts of waiting requests, in step with their flows.
 
-use super::{AdapterState, FlowId, Flows, Residency, TenantId};
+use super::{FlowId, Flows, Residency, TenantId};
 use crate::{AdapterKey, sequence::Arrival};
 
 impl<P> Flows<P> {
@@ -8,16 +8,20 @@ impl<P> Flows<P> {
         let Some(adapter) = self.adapters.get(&key) else { return };
         let flows: Vec<FlowId> = adapter.flows.iter().copied().collect();
         flows.iter().for_each(|&id| self.unlist(id));
-        if let Some(adapter) = self.adapters.get_mut(&key) {
-            self.absent -= adapter.counts_as_absent();
-            adapter.residency = residency;
-            self.absent += adapter.counts_as_absent();
-        }
+        self.adapters.entry(key).and_modify(|adapter| adapter.residency = residency);
         flows.iter().for_each(|&id| self.list(id));
     }
 
     /// Takes a flow out of all orders. To be called before what they order by changes; `list` must follow.
     pub(super) fn unlist(&mut self, id: FlowId) {
+        for key in self.absent_of(id) {
+            if let Some(flows) = self.absent.get_mut(&key) {
+                *flows -= 1;
+                if *flows == 0 {
+                    self.absent.remove(&key);
+                }
+            }
+        }
         let flow = &self.flows[id as usize];
         let tenant = &mut self.tenants[flow.tenant as usize];
         self.longest_ready.remove(&(flow.since, id));
@@ -29,6 +33,9 @@ impl<P> Flows<P> {
 
     /// Puts a flow with waiting requests into the orders that it belongs to, and its tenant into those of tenants.
     pub(super) fn list(&mut self, id: FlowId) {
+        for key in self.absent_of(id) {
+            *self.absent.entry(key).or_default() += 1;
+        }
         let residency = self.residency(self.get(id));
         let flow = &self.flows[id as usize];
         let tenant = &mut self.tenants[flow.tenant as usize];
@@ -42,6 +49,18 @@ impl<P> Flows<P> {
             };
         }
         self.list_tenant(self.get(id).tenant);
+    }
+
+    /// The adapters for which a flow is listed as needing slots.
+    fn absent_of(&self, id: FlowId) -> Vec<AdapterKey> {
+        let flow = self.get(id);
+        if flow.waiting.is_empty() || self.residency(flow) != Residency::Absent {
+            return Vec::new();
+        }
+        let is_absent = |key: &AdapterKey| {
+            self.adapters.get(key).is_some_and(|adapter| adapter.residency == Residency::Absent)
+        };
+        flow.adapters.keys().filter(is_absent).collect()
     }
 
     pub(super) fn list_tenant(&mut self, id: TenantId) {
@@ -66,18 +85,8 @@ impl<P> Flows<P> {
     }
 
     pub(super) fn count_waiting(&mut self, id: FlowId, count: impl Fn(usize) -> usize) {
-        let Some(key) = self.get(id).key() else { return };
-        if let Some(adapter) = self.adapters.get_mut(&key) {
-            self.absent -= adapter.counts_as_absent();
-            adapter.waiting = count(adapter.waiting);
-            self.absent += adapter.counts_as_absent();
+        for key in self.get(id).keys() {
+            self.adapters.entry(key).and_modify(|adapter| adapter.waiting = count(adapter.waiting));
         }
-    }
-}
-
-impl AdapterState {
-    /// 1 if it has waiting requests and needs a slot, 0 if not.
-    fn counts_as_absent(&self) -> usize {
-        usize::from(self.residency == Residency::Absent && self.waiting > 0)
     }
 }

@@ -7,23 +7,29 @@ use std::{
 };
 
 use super::{AdapterState, Flow, FlowId, Flows, MAX_WEIGHT, Residency, TenantId, TenantState, level::Level};
-use crate::{Adapter, Tenant};
+use crate::{AdapterKey, Adapters, Tenant};
 
 impl<P> Flows<P> {
-    /// The flow of a tenant and an adapter, which has that `residency` if it is not known yet.
-    pub(crate) fn open(&mut self, tenant: Tenant, adapter: Option<Adapter>, residency: Residency) -> FlowId {
+    /// The flow of a tenant and a list of adapters, whose `residency` is told of those that are not known yet.
+    pub(crate) fn open(
+        &mut self,
+        tenant: Tenant,
+        adapters: &Adapters,
+        residency: impl Fn(AdapterKey) -> Residency,
+    ) -> FlowId {
         let tenant = self.open_tenant(tenant);
-        let key = adapter.map(|adapter| adapter.key);
-        if let Some(&id) = self.by_key.get(&(tenant, key)) {
+        let keys: Vec<_> = adapters.keys().collect();
+        if let Some(&id) = self.by_keys.get(&(tenant, keys.clone())) {
             return id;
         }
         let service = self.tenant(tenant).flows.virtual_time();
         let since = Duration::ZERO;
-        let flow = Flow { tenant, adapter, waiting: BTreeMap::new(), service, since, users: 0 };
+        let flow =
+            Flow { tenant, adapters: adapters.clone(), waiting: BTreeMap::new(), service, since, users: 0 };
         let id = insert(&mut self.flows, &mut self.closed_flows, flow);
-        self.by_key.insert((tenant, key), id);
-        if let Some(key) = key {
-            let new = || AdapterState { residency, flows: BTreeSet::new(), waiting: 0 };
+        self.by_keys.insert((tenant, keys.clone()), id);
+        for key in keys {
+            let new = || AdapterState { residency: residency(key), flows: BTreeSet::new(), waiting: 0 };
             self.adapters.entry(key).or_insert_with(new).flows.insert(id);
         }
         id
@@ -83,14 +89,15 @@ impl<P> Flows<P> {
 
     fn close(&mut self, id: FlowId) {
         let flow = self.get(id);
-        let (tenant, key) = (flow.tenant, flow.key());
-        self.by_key.remove(&(tenant, key));
+        let (tenant, keys) = (flow.tenant, flow.keys());
+        self.by_keys.remove(&(tenant, keys.clone()));
         self.closed_flows.push(id);
-        let Some(key) = key else { return };
-        let Some(adapter) = self.adapters.get_mut(&key) else { return };
-        adapter.flows.remove(&id);
-        if adapter.flows.is_empty() {
-            self.adapters.remove(&key);
+        for key in keys {
+            let Some(adapter) = self.adapters.get_mut(&key) else { continue };
+            adapter.flows.remove(&id);
+            if adapter.flows.is_empty() {
+                self.adapters.remove(&key);
+            }
         }
     }
 

@@ -1,13 +1,13 @@
 //! Admission of adapters into slots and of sequences into seats.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use super::{Scheduler, plan::Draft, preempt::Obstacle};
 use crate::{
     blocks::Cached,
     flows::{FlowId, Residency, Turn},
     sequence::{Admission, Arrival, Sequence},
-    slots::Need,
+    slots::{Need, Wish},
     table::Table,
 };
 
@@ -46,21 +46,32 @@ impl<P: Clone> Scheduler<P> {
         }
     }
 
-    /// Starts to load the adapter of a flow, or empties a slot for it. Returns false if neither can be done in this
-    /// step.
+    /// Starts to load the absent adapters of a flow, all of them, or empties a slot for one. Returns false if neither can
+    /// be done in this step.
     fn give_slot(&mut self, flow: FlowId, turn: Turn, draft: &mut Draft<P>, now: Duration) -> bool {
-        let Some(adapter) = self.flows.adapter(flow) else { return false };
+        let adapters = self.flows.adapters(flow).clone();
+        let absent =
+            adapters.list().iter().filter(|adapter| self.slots.residency(adapter.key) == Residency::Absent);
+        let absent: Vec<_> = absent.copied().collect();
         let flows = &self.flows;
-        let Some(placement) = self.slots.place(adapter, |key| flows.waits(key)) else {
+        let wish = |key| match flows.waits(key) {
+            _ if adapters.contains(key) => Wish::Needed,
+            true if flows.claims(key) => Wish::Needed,
+            true => Wish::Wanted,
+            false => Wish::None,
+        };
+        let Some(placement) = self.slots.place(&absent, wish) else {
             return self.drain_slot(flow, turn, now);
         };
         for (slot, key) in placement.evicted {
             draft.unload.push(slot);
             self.flows.set_residency(key, Residency::Absent);
         }
-        draft.load.push((placement.slot, adapter.key));
-        self.flows.set_residency(adapter.key, Residency::Held);
-        self.flows.count_load(turn);
+        for (slot, adapter) in placement.slots.into_iter().zip(absent) {
+            draft.load.push((slot, adapter.key));
+            self.flows.set_residency(adapter.key, Residency::Loading);
+            self.flows.count_load(turn);
+        }
         true
     }
 
@@ -80,7 +91,7 @@ impl<P: Clone> Scheduler<P> {
             self.slots.drain(wanting, &need, yields)
         };
         let Some(drained) = drained else { return false };
-        self.flows.set_residency(drained.key, Residency::Held);
+        self.flows.set_residency(drained.key, Residency::Draining);
         drained.free
     }
 
@@ -222,7 +233,7 @@ impl<P: Clone> Scheduler<P> {
         }
     }
 
-    /// At its first admission a sequence pins its slot and pays for its prompt.
+    /// At its first admission a sequence pins its slots and pays for its prompt.
     fn admit_first(&mut self, sequence: &mut Sequence<P>, hit: usize, turn: Turn, now: Duration) {
         let cost = (sequence.prompt.len() - hit) as u64;
         let aged = turn == Turn::Aged;
@@ -230,10 +241,10 @@ impl<P: Clone> Scheduler<P> {
             self.flows.admit_aged(cost + sequence.cost_to_come());
         }
         self.flows.charge(sequence.flow, cost);
-        let slot = sequence.adapter.and_then(|key| self.slots.pin(key, now));
-        slot.into_iter().for_each(|slot| self.slots.charge(slot, cost));
+        let slots: Arc<[u32]> = sequence.adapters.keys().filter_map(|key| self.slots.pin(key, now)).collect();
+        slots.iter().for_each(|&slot| self.slots.charge(slot, cost));
         let queued = now.saturating_sub(sequence.submitted);
-        sequence.admission = Some(Admission { slot, queued, cached_tokens: hit as u32, aged });
+        sequence.admission = Some(Admission { slots, queued, cached_tokens: hit as u32, aged });
         self.admitted += 1;
         self.cached_tokens += hit as u64;
     }

@@ -11,7 +11,8 @@ impl<P> Scheduler<P> {
     /// If one is broken.
     pub fn check(&self) {
         self.blocks.check(self.running.values().map(|sequence| sequence.run.table.blocks()));
-        self.slots.check(self.admitted().filter_map(|sequence| sequence.slot().zip(sequence.adapter)));
+        let pins = |sequence| Sequence::slots(sequence).iter().copied().zip(sequence.adapters.keys());
+        self.slots.check(self.admitted().flat_map(pins));
         self.flows.check(self.admitted().map(|sequence| sequence.flow), |key| self.slots.residency(key));
         let member = |sequence: &Sequence<P>| sequence.group.map(|group| (group, sequence.arrival));
         self.groups.check(&self.sequences().filter_map(member).collect::<Vec<_>>());
@@ -28,7 +29,8 @@ impl<P> Scheduler<P> {
             assert_eq!(ticket, Some((sequence.arrival, Some(sequence.flow))), "ticket of {:?}", sequence.id);
         }
         for sequence in self.admitted() {
-            assert_eq!(sequence.slot().is_some(), sequence.adapter.is_some(), "slot of {:?}", sequence.id);
+            let (slots, adapters) = (sequence.slots().len(), sequence.adapters.list().len());
+            assert_eq!(slots, adapters, "slots of {:?}", sequence.id);
             assert!(sequence.len() <= sequence.max_positions() + 1, "{:?} has too many tokens", sequence.id);
             assert!(sequence.generates() || sequence.sampling == 0, "{:?} is only scored", sequence.id);
         }

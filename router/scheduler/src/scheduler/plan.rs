@@ -1,6 +1,6 @@
 //! Planning one step: decode rows first, then prefill, within the budgets.
 
-use std::{collections::BTreeSet, mem, time::Duration};
+use std::{collections::BTreeSet, mem, sync::Arc, time::Duration};
 
 use super::{Flight, FlightRows, MAX_IN_FLIGHT, Scheduler};
 use crate::{
@@ -80,8 +80,8 @@ pub(super) struct Draft<P> {
     pub(super) unload: Vec<u32>,
     pub(super) load: Vec<(u32, AdapterKey)>,
     pub(super) added: Vec<Added<P>>,
-    /// Slot, sequence, rows, and whether they end a sequence that is scored.
-    rows: Vec<(Option<u32>, Arrival, RowsPlan, bool)>,
+    /// Slots, sequence, rows, and whether they end a sequence that is scored.
+    rows: Vec<(Arc<[u32]>, Arrival, RowsPlan, bool)>,
 }
 
 impl<P> Draft<P> {
@@ -123,7 +123,7 @@ impl<P> Draft<P> {
             id: sequence.id,
             prompt: sequence.prompt.clone(),
             generated: sequence.generated.clone(),
-            slot: sequence.slot(),
+            slots: sequence.slots().into(),
             payload: sequence.payload.clone(),
         });
     }
@@ -284,12 +284,11 @@ impl<P: Clone> Scheduler<P> {
         sequence.run.planned += rows;
         sequence.run.last_step = draft.id;
         sequence.in_flight += 1;
-        draft.rows.push((sequence.slot(), arrival, plan, last && !sample));
+        draft.rows.push((sequence.slots().into(), arrival, plan, last && !sample));
         if sample {
             sequence.sampling += 1;
-            let (flow, slot) = (sequence.flow, sequence.slot());
-            self.flows.charge(flow, GENERATED);
-            slot.into_iter().for_each(|slot| self.slots.charge(slot, GENERATED));
+            self.flows.charge(sequence.flow, GENERATED);
+            sequence.slots().iter().for_each(|&slot| self.slots.charge(slot, GENERATED));
         }
     }
 
@@ -303,9 +302,9 @@ impl<P: Clone> Scheduler<P> {
         let mut working = vec![false; if wanting { self.limits.num_slots as usize } else { 0 }];
         if wanting {
             let unfinished = self.running.values().filter(|sequence| sequence.rows_to_plan() > 0);
-            let unfinished = unfinished.chain(self.preempted.values()).filter_map(Sequence::slot);
-            let slots = draft.rows.iter().filter_map(|row| row.0).chain(unfinished);
-            slots.for_each(|slot| working[slot as usize] = true);
+            let unfinished = unfinished.chain(self.preempted.values()).flat_map(Sequence::slots);
+            let slots = draft.rows.iter().flat_map(|row| &*row.0).chain(unfinished);
+            slots.for_each(|&slot| working[slot as usize] = true);
         }
         let flows = &self.flows;
         self.slots.count_step(wanting, |slot, key| working[slot as usize] || flows.can_admit(key));
@@ -313,7 +312,9 @@ impl<P: Clone> Scheduler<P> {
 
     /// Puts the step in flight.
     fn launch(&mut self, mut draft: Draft<P>) -> StepPlan<P> {
-        draft.rows.sort_unstable_by_key(|&(slot, arrival, ..)| (slot, arrival));
+        draft.rows.sort_unstable_by(|(slots, arrival, ..), (others, other, ..)| {
+            slots.cmp(others).then(arrival.cmp(other))
+        });
         let rows = draft.rows.iter().map(|(_, arrival, plan, scored)| FlightRows {
             arrival: *arrival,
             id: plan.id,

@@ -6,7 +6,6 @@ use super::{Scheduler, Ticket};
 use crate::{
     GroupId, Limits, Request,
     blocks::Cached,
-    flows::Residency,
     groups::Parked,
     sequence::{Arrival, Sequence},
 };
@@ -43,8 +42,7 @@ impl<P: Clone> Scheduler<P> {
     }
 
     fn push(&mut self, request: Request<P>, arrival: Arrival, submitted: Duration, now: Duration) {
-        let residency = request.adapter.map_or(Residency::Ready, |adapter| self.slots.residency(adapter.key));
-        let flow = self.flows.open(request.tenant, request.adapter, residency);
+        let flow = self.flows.open(request.tenant, &request.adapters, |key| self.slots.residency(key));
         if let Some(ticket) = self.tickets.get_mut(&request.id) {
             ticket.flow = Some(flow);
         }

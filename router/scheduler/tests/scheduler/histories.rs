@@ -7,9 +7,20 @@ use proptest::{collection::vec, prelude::*};
 use scheduler::{GroupId, Limits, Request, RequestId, RopeScaling, SubmitError, Tenant};
 
 use crate::{
-    shard::STOP,
-    world::{Plan, World, limits, request, salted},
+    shard::{Payload, STOP},
+    world::{Plan, World, ensemble, limits, request, salted},
 };
+
+/// Adapters that run together. Each list has two variants.
+const LISTS: [&[u16]; 6] = [&[1, 2], &[2, 1], &[1, 2, 3], &[4, 5], &[6, 1, 2, 3], &[3, 3]];
+
+/// A request for an adapter, or for a list of them.
+fn request_of(id: u64, number: u16, prompt: Vec<u32>, max_new: u32) -> Request<Payload> {
+    match number.checked_sub(7) {
+        None => request(id, number, prompt, max_new),
+        Some(list) => ensemble(id, LISTS[list as usize / 2], (list % 2) as u8, prompt, max_new),
+    }
+}
 
 /// Between the names of a group's members: more than there are operations.
 const MEMBERS: u64 = 1000;
@@ -52,7 +63,8 @@ fn op() -> impl Strategy<Value = Op> {
         hidden_states,
         refused,
     });
-    let flow = (0..4u64, 0..7u16, prop_oneof![4 => Just(0), 1 => Just(1), 1 => Just(1 << 64)]);
+    let flow =
+        (0..4u64, 0..7 + 2 * LISTS.len() as u16, prop_oneof![4 => Just(0), 1 => Just(1), 1 => Just(1 << 64)]);
     let max_new = prop_oneof![1 => Just(0), 9 => 1..30u32];
     let members = prop_oneof![3 => Just(1), 1 => 2..5u64];
     let submit = (flow, (0..3u64, 0..40usize), vec(0..2u32, 0..6), max_new, members, flags);
@@ -123,7 +135,7 @@ fn play(limits: &Limits, ops: &[Op]) -> Vec<Plan> {
                     tenant: Tenant { id: *tenant, weight: 1 + (*tenant as u32) * 3 },
                     stop_ids: if flags.stop { Arc::new([STOP]) } else { Arc::new([]) },
                     prompt_logprobs: flags.prompt_logprobs,
-                    ..request(id, *number, prompt(*stem, tail), max_new)
+                    ..request_of(id, *number, prompt(*stem, tail), max_new)
                 };
                 if flags.refused {
                     world.shard.refuses.insert(RequestId(id));
@@ -136,6 +148,8 @@ fn play(limits: &Limits, ops: &[Op]) -> Vec<Plan> {
                             max_new == 0 && !flags.prompt_logprobs && !hidden_states
                         }
                         SubmitError::TooManyRows { rows, limit } => limits.bidirectional && rows > limit,
+                        SubmitError::TooManyAdapters { adapters, slots } => adapters > slots as usize,
+                        SubmitError::AdapterTooLarge { bytes, limit } => bytes > limit && *number >= 7,
                         _ => false,
                     });
                     assert!(expected, "{error:?}");

@@ -1,6 +1,7 @@
 //! The scheduler against a simulated shard.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod ensembles;
 mod fairness;
 mod groups;
 mod histories;

@@ -2,7 +2,10 @@
 //! so does what a row leaves in KV memory, which the rotation of its position has a part in, too. A row that reads
 //! anything but its own past panics.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use scheduler::{
     Adapter, AdapterKey, Added, Limits, Request, RequestId, RopeScaling, RowsPlan, Sampled, StepPlan,
@@ -26,9 +29,9 @@ fn mix(state: u64, value: u64) -> u64 {
     mixed ^ (mixed >> 29)
 }
 
-fn start(adapter: Option<AdapterKey>, salt: u128) -> u64 {
+fn start(adapters: &[AdapterKey], salt: u128) -> u64 {
     let salted = mix(salt as u64, (salt >> 64) as u64);
-    adapter.map_or(salted, |key| key.0.iter().fold(salted, |state, &byte| mix(state, u64::from(byte))))
+    adapters.iter().flat_map(|key| key.0).fold(salted, |state, byte| mix(state, u64::from(byte)))
 }
 
 fn sample(state: u64) -> u32 {
@@ -60,7 +63,7 @@ pub(crate) fn plain(request: &Request<Payload>, rope: RopeScaling) -> Vec<u32> {
 
 /// The whole answer of a request that is added when it has generated the first tokens of it.
 pub(crate) fn answer(request: &Request<Payload>, generated: &[u32], rope: RopeScaling) -> Vec<u32> {
-    let start = start(request.adapter.map(|adapter| adapter.key), request.salt.0);
+    let start = start(&request.adapters.keys().collect::<Vec<_>>(), request.payload.salt);
     let mut tokens = [&request.prompt[..], generated].concat();
     let mut added = tokens.len();
     let all = |tokens: &[u32], added| {
@@ -92,8 +95,8 @@ struct Seat {
     table: Vec<Option<u32>>,
     /// The position behind its last row.
     planned: usize,
-    adapter: Option<AdapterKey>,
-    slot: Option<u32>,
+    adapters: Vec<AdapterKey>,
+    slots: Arc<[u32]>,
     salt: u128,
 }
 
@@ -191,18 +194,19 @@ impl Shard {
             self.refused.insert(added.id);
             return false;
         }
-        let adapter = added.slot.map(|slot| match self.slots[slot as usize] {
+        let adapter = |slot: &u32| match self.slots[*slot as usize] {
             Slot::Ready(key) => key,
             slot => panic!("{:?} uses a slot that is {slot:?}", added.id),
-        });
+        };
+        let adapters = added.slots.iter().map(adapter).collect();
         let tokens = [&added.prompt[..], &added.generated].concat();
         let seat = Seat {
             added: tokens.len(),
             tokens,
             table: Vec::new(),
             planned: 0,
-            adapter,
-            slot: added.slot,
+            adapters,
+            slots: added.slots.clone(),
             salt: added.payload.salt,
         };
         assert!(self.seats.insert(added.id, seat).is_none(), "{:?} has two seats", added.id);
@@ -215,13 +219,8 @@ impl Shard {
         seat.table.resize(seat.table.len().max(released), None);
         seat.table.extend(rows.new_blocks.iter().copied().map(Some));
         seat.table[..released].fill(None);
-        if let Some(slot) = seat.slot {
-            assert_eq!(
-                Some(self.slots[slot as usize]),
-                seat.adapter.map(Slot::Ready),
-                "slot of {:?}",
-                rows.id
-            );
+        for (&slot, &key) in seat.slots.iter().zip(&seat.adapters) {
+            assert_eq!(self.slots[slot as usize], Slot::Ready(key), "slot of {:?}", rows.id);
         }
         let size = self.limits.block_size as usize;
         let window = match self.limits.kv_window {
@@ -229,7 +228,7 @@ impl Shard {
             window => window as usize,
         };
         let first = rows.position as usize;
-        let mut state = start(seat.adapter, seat.salt);
+        let mut state = start(&seat.adapters, seat.salt);
         let step = |state, position: usize| {
             next(state, seat.tokens[position], (self.limits.rope, seat.added, position))
         };

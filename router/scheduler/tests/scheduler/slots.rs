@@ -44,7 +44,7 @@ fn the_budget_in_bytes_holds_beside_the_slots() {
     assert_eq!(world.scheduler.stats().resident_adapters, 2);
     // One that takes all the room.
     let mut large = request(9, 9, vec![1], 1);
-    large.adapter = large.adapter.map(|adapter| scheduler::Adapter { bytes: 25, ..adapter });
+    large.adapters = Some(scheduler::Adapter { key: key(9), bytes: 25 }).into();
     world.submit(large).unwrap();
     assert_eq!(world.plan().unwrap().unload.len(), 2);
     while world.plan().is_some() || world.scheduler.stats().in_flight > 0 {
@@ -268,7 +268,7 @@ fn wasted_loads(slots: u32, tenants: u64, streams: u64, adapters: u64) -> usize 
             let unused = left.filter(|(key, used)| !used && world.waits_for(*key)).count();
             wasted += unused;
             held.extend(plan.load.iter().map(|&(slot, key)| (slot, (key, false))));
-            for slot in plan.added.iter().filter_map(|added| added.slot) {
+            for slot in plan.added.iter().flat_map(|added| added.slots.iter().copied()) {
                 held.entry(slot).and_modify(|(_, used)| *used = true);
             }
         }

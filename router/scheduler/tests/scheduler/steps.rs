@@ -388,7 +388,7 @@ fn rows_of_one_slot_follow_each_other() {
 fn sizes_of_adapters_are_the_callers() {
     let mut world = World::new(Limits { adapter_bytes: 30, ..limits() });
     let huge = Adapter { bytes: 31, ..adapter(1).unwrap() };
-    let refused = world.submit(Request { adapter: Some(huge), ..request(1, 1, vec![1], 1) });
+    let refused = world.submit(Request { adapters: Some(huge).into(), ..request(1, 1, vec![1], 1) });
     assert_eq!(refused, Err(SubmitError::AdapterTooLarge { bytes: 31, limit: 30 }));
 }
 

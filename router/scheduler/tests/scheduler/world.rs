@@ -7,8 +7,8 @@ use std::{
 };
 
 use scheduler::{
-    Adapter, AdapterKey, CacheSalt, Event, FailReason, Finish, Limits, Request, RequestId, RopeScaling,
-    Sampled, Scheduler, StepPlan, SubmitError, Tenant,
+    Adapter, AdapterKey, Adapters, CacheSalt, Event, FailReason, Finish, Limits, Request, RequestId,
+    RopeScaling, Sampled, Scheduler, StepPlan, SubmitError, Tenant,
 };
 
 use crate::shard::{Payload, STOP, Shard, answer, plain};
@@ -49,8 +49,25 @@ pub(crate) fn key(number: u16) -> AdapterKey {
     AdapterKey(key)
 }
 
-fn number(adapter: Option<Adapter>) -> u16 {
-    adapter.map_or(0, |adapter| u16::from_le_bytes([adapter.key.0[0], adapter.key.0[1]]))
+/// The number of the first adapter.
+fn number(adapters: &Adapters) -> u16 {
+    adapters.keys().next().map_or(0, |key| u16::from_le_bytes([key.0[0], key.0[1]]))
+}
+
+/// A request for several adapters. Those of another `variant` have other weights.
+pub(crate) fn ensemble(
+    id: u64,
+    numbers: &[u16],
+    variant: u8,
+    prompt: Vec<u32>,
+    answer: u32,
+) -> Request<Payload> {
+    let members: Vec<_> = numbers.iter().filter_map(|&number| adapter(number)).collect();
+    let mut key = AdapterKey([variant + 1; 32]);
+    numbers.iter().enumerate().for_each(|(i, number)| key.0[i] = *number as u8);
+    let one = request(id, 0, prompt, answer);
+    let payload = Payload { salt: 1000 + u128::from(variant), ..one.payload };
+    Request { adapters: Adapters::ensemble(key, &members), payload, ..one }
 }
 
 pub(crate) fn tenant(id: u64) -> Tenant {
@@ -66,7 +83,7 @@ pub(crate) fn request(
     Request {
         id: RequestId(id),
         tenant: tenant(0),
-        adapter: adapter(adapter_number),
+        adapters: adapter(adapter_number).into(),
         salt: CacheSalt(0),
         prompt: prompt.into(),
         max_new_tokens,
@@ -80,7 +97,8 @@ pub(crate) fn request(
 
 /// A request whose KV blocks are shared under this salt only.
 pub(crate) fn salted(salt: u128, request: Request<Payload>) -> Request<Payload> {
-    Request { salt: CacheSalt(salt), payload: Payload { salt, ..request.payload }, ..request }
+    let payload = Payload { salt: request.payload.salt ^ salt, ..request.payload };
+    Request { salt: CacheSalt(salt), payload, ..request }
 }
 
 /// A prompt that shares its beginning with no other of another number.
@@ -92,7 +110,7 @@ pub(crate) fn prompt(number: u64, len: usize) -> Vec<u32> {
 #[derive(Debug)]
 pub(crate) struct Expected {
     request: Request<Payload>,
-    adapter: Option<Adapter>,
+    adapters: Adapters,
     flow: (u64, u16),
     prompt_logprobs: bool,
     prompt_len: usize,
@@ -160,8 +178,8 @@ impl World {
 
     pub(crate) fn submit(&mut self, request: Request<Payload>) -> Result<(), SubmitError> {
         let expected = Expected {
-            adapter: request.adapter,
-            flow: (request.tenant.id, number(request.adapter)),
+            adapters: request.adapters.clone(),
+            flow: (request.tenant.id, number(&request.adapters)),
             prompt_logprobs: request.prompt_logprobs || request.hidden_states,
             prompt_len: request.prompt.len(),
             tokens: plain(&request, self.limits.rope),
@@ -260,7 +278,7 @@ impl World {
 
     /// Whether a request for an adapter has not begun.
     pub(crate) fn waits_for(&self, key: AdapterKey) -> bool {
-        let of_adapter = |expected: &&Expected| expected.adapter.is_some_and(|adapter| adapter.key == key);
+        let of_adapter = |expected: &&Expected| expected.adapters.contains(key);
         self.open.values().filter(of_adapter).any(|expected| expected.planned == 0)
     }
 
@@ -377,8 +395,8 @@ impl World {
         let is_alone = self.limits.bidirectional && plan.rows.len() == 1;
         assert!(prefill <= most || is_alone, "{prefill} prefill rows");
         assert!(logits <= self.limits.max_logit_rows, "{logits} logit rows");
-        let adapters = plan.rows.iter().map(|planned| self.open[&planned.id].adapter.map(|a| a.key));
-        let mut runs: Vec<_> = adapters.collect();
+        let adapters = plan.rows.iter().map(|planned| self.open[&planned.id].adapters.keys());
+        let mut runs: Vec<Vec<_>> = adapters.map(Iterator::collect).collect();
         runs.dedup();
         let distinct: BTreeSet<_> = runs.iter().collect();
         assert_eq!(distinct.len(), runs.len(), "rows of one slot follow each other");

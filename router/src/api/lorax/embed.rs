@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     adapter::AdapterRef,
     api::{
+        ensemble::{Ensemble, Several},
         error::{ApiError, Dialect},
         json::{Rest, refuse},
         merged::MergedAdapters,
@@ -44,6 +45,7 @@ pub(in crate::api) struct Parameters {
     adapter_id: Option<String>,
     adapter_source: Option<String>,
     merged_adapters: Option<MergedAdapters>,
+    ensemble: Option<Ensemble>,
     #[schemars(with = "Option<String>")]
     api_token: Option<SecretString>,
     #[serde(flatten)]
@@ -59,7 +61,8 @@ impl Parameters {
         refuse(&self.rest, "", |_, _| false)?;
         let credential = caller.credential.or_in_body(self.api_token);
         let source = self.adapter_source.as_deref();
-        app.adapter(("adapter_id", self.adapter_id), self.merged_adapters, source, credential)
+        let several = Several { merged: self.merged_adapters, ensemble: self.ensemble };
+        app.adapter(("adapter_id", self.adapter_id), several, source, credential)
     }
 }
 

@@ -11,6 +11,7 @@ use serde::Deserialize;
 use crate::{
     adapter::AdapterRef,
     api::{
+        ensemble::{Ensemble, Several},
         error::{ApiError, Dialect},
         group::{Answers, GroupRequest},
         json::{Rest, refuse},
@@ -74,6 +75,7 @@ sampling::parameters!(parameters {
         adapter_id: Option<String>,
         adapter_source: Option<String>,
         merged_adapters: Option<MergedAdapters>,
+        ensemble: Option<Ensemble>,
         #[schemars(with = "Option<String>")]
         api_token: Option<SecretString>,
         #[schemars(with = "Option<String>")]
@@ -170,11 +172,12 @@ fn as_chat(app: &App, inputs: &str) -> Result<Prompt, ApiError> {
 }
 
 impl Parameters {
-    /// The adapter, or those that are merged.
+    /// The adapter, or those that are merged or run together.
     fn adapter(&mut self, app: &App, caller: &Caller) -> Result<Option<AdapterRef>, ApiError> {
         let credential = caller.credential.or_in_body(self.api_token.take());
         let source = self.adapter_source.as_deref();
-        app.adapter(("adapter_id", self.adapter_id.take()), self.merged_adapters.take(), source, credential)
+        let several = Several { merged: self.merged_adapters.take(), ensemble: self.ensemble.take() };
+        app.adapter(("adapter_id", self.adapter_id.take()), several, source, credential)
     }
 
     /// The answers of which the best is told.

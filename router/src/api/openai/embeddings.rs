@@ -12,6 +12,7 @@ use super::{drop_placeholder, unions::Prompts};
 use crate::{
     adapter::AdapterRef,
     api::{
+        ensemble::{Ensemble, Several},
         error::{ApiError, Dialect},
         json::{Rest, refuse},
         merged::MergedAdapters,
@@ -40,6 +41,7 @@ pub(crate) struct EmbeddingsRequest {
     adapter_id: Option<String>,
     adapter_source: Option<String>,
     merged_adapters: Option<MergedAdapters>,
+    ensemble: Option<Ensemble>,
     #[schemars(with = "Option<String>")]
     api_token: Option<SecretString>,
     #[serde(flatten)]
@@ -179,6 +181,7 @@ impl EmbeddingsRequest {
         let named = app.base.adapter_in(self.model.as_deref(), self.adapter_id.take());
         let credential = caller.credential.or_in_body(self.api_token.take());
         let source = self.adapter_source.as_deref();
-        app.adapter(named, self.merged_adapters.take(), source, credential)
+        let several = Several { merged: self.merged_adapters.take(), ensemble: self.ensemble.take() };
+        app.adapter(named, several, source, credential)
     }
 }

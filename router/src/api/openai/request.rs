@@ -21,6 +21,7 @@ use super::{
 use crate::{
     adapter::AdapterRef,
     api::{
+        ensemble::{Ensemble, Several},
         error::{ApiError, Dialect},
         group::{Answers, GroupRequest},
         json::{Rest, refuse},
@@ -68,6 +69,7 @@ macro_rules! body {
             adapter_id: Option<String>,
             adapter_source: Option<String>,
             merged_adapters: Option<MergedAdapters>,
+            ensemble: Option<Ensemble>,
             #[schemars(with = "Option<String>")]
             api_token: Option<SecretString>,
             #[schemars(with = "Option<String>")]
@@ -103,6 +105,7 @@ macro_rules! body {
                     adapter_id: self.adapter_id.take(),
                     adapter_source: self.adapter_source.take(),
                     merged_adapters: self.merged_adapters.take(),
+                    ensemble: self.ensemble.take(),
                     api_token: self.api_token.take(),
                     cache_salt: self.cache_salt.take(),
                     ignore_eos: self.ignore_eos == Some(true),
@@ -167,6 +170,7 @@ struct Common {
     adapter_id: Option<String>,
     adapter_source: Option<String>,
     merged_adapters: Option<MergedAdapters>,
+    ensemble: Option<Ensemble>,
     api_token: Option<SecretString>,
     cache_salt: Option<SecretString>,
     ignore_eos: bool,
@@ -312,7 +316,8 @@ impl Common {
         let named = app.base.adapter_in(self.model.as_deref(), self.adapter_id.take());
         let credential = caller.credential.or_in_body(self.api_token.take());
         let source = self.adapter_source.as_deref();
-        app.adapter(named, self.merged_adapters.take(), source, credential)
+        let several = Several { merged: self.merged_adapters.take(), ensemble: self.ensemble.take() };
+        app.adapter(named, several, source, credential)
     }
 
     /// The answers to each prompt: as many as there are choices, or more from which these are chosen.
