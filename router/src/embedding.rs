@@ -165,7 +165,10 @@ fn pooled_rows(path: &Path, has_prompt: bool) -> Result<PooledRows, EmbeddingErr
     }
     let set = config.flags.iter().filter(|(name, value)| name.starts_with("pooling_mode_") && *value == true);
     let set = set.map(|(name, _)| name.trim_start_matches("pooling_mode_").trim_end_matches("_token"));
-    let modes: Vec<String> = set.map(str::to_owned).chain(config.pooling_mode).collect();
+    // The mean is on unless something is said of it.
+    let silent = config.pooling_mode.is_none() && !config.flags.contains_key("pooling_mode_mean_tokens");
+    let mean = silent.then(|| "mean_tokens".to_owned());
+    let modes: Vec<String> = set.map(str::to_owned).chain(config.pooling_mode).chain(mean).collect();
     match modes.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["cls"] => Ok(PooledRows::First),
         ["mean" | "mean_tokens"] => Ok(PooledRows::Mean),

@@ -62,9 +62,13 @@ impl Tagged {
         let tags = match between.is_empty() {
             true => format!("any_tag{}", repeated(at_least, self.at_most)),
             false => {
-                let rest = repeated(at_least, self.at_most.map(|most| most.saturating_sub(1)));
+                // llguidance refuses what is repeated at most 0 times.
+                let rest = match self.at_most.map(|most| most.saturating_sub(1)) {
+                    Some(0) => String::new(),
+                    most => format!(" ({between} any_tag){}", repeated(at_least, most)),
+                };
                 let optional = if self.at_least == 0 { "?" } else { "" };
-                format!("(any_tag ({between} any_tag){rest}){optional}")
+                format!("(any_tag{rest}){optional}")
             }
         };
         let _ = write!(lark, "start: {tags}{behind}\nany_tag: {any}\n");

@@ -3,11 +3,13 @@
 use std::{fs, path::Path};
 
 use base64::{Engine, prelude::BASE64_STANDARD};
+use lifecycle::Supervisor;
+use lorax_router::App;
 use proto::{Task, pooling::Kind};
 use serde_json::{Value, json};
 
 use crate::{
-    router::{Router, model, tokens},
+    router::{Router, configuration, model, tokens},
     shard::Script,
 };
 
@@ -53,7 +55,8 @@ async fn files_say_how_texts_are_pooled() {
         for normalize in [false, true] {
             let mut modules = vec![module("", "Transformer"), module("1_Pooling", "Pooling")];
             modules.extend(normalize.then(|| module("2_Normalize", "Normalize")));
-            let config = json!({format!("pooling_mode_{mode}"): true, "pooling_mode_max_tokens": false});
+            let mut config = json!({"pooling_mode_mean_tokens": false, "pooling_mode_max_tokens": false});
+            config[format!("pooling_mode_{mode}")] = json!(true);
             let folder = sentence_transformer(&json!(modules), &config);
             let router = start(pooling(Task::Embed), folder.path()).await;
             let answer = router.ok("/embed", &json!({"inputs": "  Hello or NOT  "})).await;
@@ -67,6 +70,26 @@ async fn files_say_how_texts_are_pooled() {
             assert_eq!((pooling.kind(), pooling.normalize, pooling.classes), (kind, normalize, false));
             assert_eq!(asked.tokens, ids, "{mode}: stripped, in lower case, truncated to 6 tokens");
         }
+    }
+}
+
+/// The mean is on unless a file says that it is off, so that another mode beside it would be two.
+#[tokio::test]
+async fn the_mean_is_taken_where_nothing_is_said_of_it() {
+    let modules = json!([module("", "Transformer"), module("1_Pooling", "Pooling")]);
+    for config in [json!({}), json!({"pooling_mode_max_tokens": false}), json!({"pooling_mode": "mean"})] {
+        let folder = sentence_transformer(&modules, &config);
+        let router = start(pooling(Task::Embed), folder.path()).await;
+        router.ok("/embed", &json!({"inputs": "Hello"})).await;
+        let asked = router.shard.saw(|seen| seen.added().next().cloned()).await;
+        assert_eq!(asked.pooling.unwrap().kind(), Kind::Mean, "{config}");
+    }
+    for mode in ["cls_token", "lasttoken", "max_tokens"] {
+        let folder = sentence_transformer(&modules, &json!({format!("pooling_mode_{mode}"): true}));
+        let mut config = configuration("/no/such/socket".as_ref());
+        config.model.path = folder.path().to_owned();
+        let error = App::start(config, &Supervisor::reporting_to(drop).unwrap()).err().unwrap();
+        assert!(error.to_string().contains("mean_tokens"), "{error}");
     }
 }
 

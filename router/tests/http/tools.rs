@@ -351,9 +351,12 @@ async fn a_call_can_be_required() {
     ] {
         let router = saying(&template, answers, "<|user|>").await;
         for choice in [json!("required"), named.clone(), allowed.clone()] {
-            let (message, reason) = answer(&router, json!({"tool_choice": choice})).await;
-            assert_eq!(message["tool_calls"], calls(&[OSLO]), "{template} {choice}");
-            assert_eq!(reason, "tool_calls");
+            for parallel in [json!(null), json!(true), json!(false)] {
+                let fields = json!({"tool_choice": choice, "parallel_tool_calls": parallel});
+                let (message, reason) = answer(&router, fields).await;
+                assert_eq!(message["tool_calls"], calls(&[OSLO]), "{template} {choice} {parallel}");
+                assert_eq!(reason, "tool_calls");
+            }
         }
     }
 }
