@@ -6,6 +6,7 @@
 pub mod answer;
 mod arguments;
 mod attributes;
+mod bounds;
 mod environment;
 mod filters;
 mod format;
@@ -173,6 +174,9 @@ impl ChatTemplates {
 impl Template {
     fn new(source: &str) -> Result<Template, ChatError> {
         let failed = |error: minijinja::Error| ChatError::Compile(error.to_string());
+        if source.contains(bounds::BOUNDED) {
+            return Err(ChatError::Compile(format!("the name {} is reserved", bounds::BOUNDED)));
+        }
         let mut environment = environment::new().map_err(failed)?;
         // To jinja2 all line breaks are alike.
         let lines = source.replace("\r\n", "\n").replace('\r', "\n");

@@ -11,6 +11,7 @@ mod templates;
 use std::{
     collections::{BTreeMap, HashMap},
     io,
+    panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
 };
 
@@ -174,26 +175,28 @@ impl ModelTokenizer {
     /// Tokens of a text. Special tokens in it are recognized; none are added unless the tokenizer's own
     /// post-processor does and `add_special` is set.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
-        let encoding = self.tokenizer.encode_fast(text, add_special).map_err(TokenizerError::Definition)?;
+        let encoding = without_panic(|| self.tokenizer.encode_fast(text, add_special));
+        let encoding = encoding.map_err(TokenizerError::Definition)?;
         Ok(encoding.get_ids().to_vec())
     }
 
     /// Tokens of a text with the special tokens around it, and their places in it. A text of more than `most` tokens loses
     /// those at its end, but not the special tokens around it; without `most` it is taken whole.
     pub fn encode_whole(&self, text: &str, most: Option<usize>) -> Result<Encoding, TokenizerError> {
-        let mut encoding =
-            self.tokenizer.encode_char_offsets(text, false).map_err(TokenizerError::Definition)?;
+        let encoding = without_panic(|| self.tokenizer.encode_char_offsets(text, false));
+        let mut encoding = encoding.map_err(TokenizerError::Definition)?;
         let added = self.tokenizer.get_post_processor().map_or(0, |processor| processor.added_tokens(false));
         if let Some(most) = most.filter(|most| encoding.len() + added > *most) {
             encoding.truncate(most.saturating_sub(added), 0, TruncationDirection::Right);
         }
-        self.tokenizer.post_process(encoding, None, true).map_err(TokenizerError::Definition)
+        without_panic(|| self.tokenizer.post_process(encoding, None, true))
+            .map_err(TokenizerError::Definition)
     }
 
     /// Text of vocabulary entries, as the tokenizer's decoder puts them together.
     pub fn join(&self, entries: Vec<String>) -> String {
         match self.tokenizer.get_decoder() {
-            Some(decoder) => decoder.decode(entries).unwrap_or_default(),
+            Some(decoder) => without_panic(|| decoder.decode(entries)).unwrap_or_default(),
             None => entries.join(" "),
         }
     }
@@ -201,7 +204,7 @@ impl ModelTokenizer {
     /// Text of tokens.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> String {
         // Fails on ids alone that no tokenizer of this model can have given.
-        let text = self.tokenizer.decode(ids, skip_special).unwrap_or_default();
+        let text = without_panic(|| self.tokenizer.decode(ids, skip_special)).unwrap_or_default();
         if self.cleans_up { clean_up(text) } else { text }
     }
 
@@ -235,6 +238,12 @@ impl ModelTokenizer {
     pub fn end_ids(&self) -> &[u32] {
         &self.end_ids
     }
+}
+
+/// Makes an error of a panic: the library takes some of what files say for granted, such as that the second part of a
+/// merge begins with `continuing_subword_prefix`.
+fn without_panic<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
+    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|_| Err("the tokenizers library failed".into()))
 }
 
 /// Takes out the spaces that transformers' `clean_up_tokenization` takes out.

@@ -5,18 +5,21 @@ use jiff::fmt::{
     strtime::{BrokenDownTime, Config},
 };
 use minijinja::{
-    AutoEscape, Environment, Error, Value, functions,
+    AutoEscape, Environment, Error, State, Value, functions,
     syntax::SyntaxConfig,
-    value::{Rest, ValueKind, ValueOrKwargs, from_args},
+    value::{Kwargs, Rest, ValueKind, ValueOrKwargs, from_args},
 };
 
 use super::{
     arguments::Args,
-    filters, methods,
+    bounds, filters, methods,
     objects::{Cycler, Range},
     operators,
     python::{error, str_of},
 };
+
+/// Bytes of a word of `lipsum` with the space behind it, or a little more.
+const LONGEST_WORD: usize = 16;
 
 /// An environment with all that chat templates may use.
 pub(super) fn new() -> Result<Environment<'static>, Error> {
@@ -25,9 +28,10 @@ pub(super) fn new() -> Result<Environment<'static>, Error> {
     environment.set_unknown_method_callback(methods::call);
     environment.set_formatter(|out, state, value| {
         let escapes = matches!(state.auto_escape(), AutoEscape::Html) && !value.is_safe();
-        let text = str_of(value);
+        let text = str_of(value)?;
         out.write_str(&if escapes { filters::escaped(&text) } else { text }).map_err(Error::from)
     });
+    bounds::add(&mut environment);
     filters::add(&mut environment);
     operators::add(&mut environment);
     add_tests(&mut environment);
@@ -52,7 +56,7 @@ fn add_tests(environment: &mut Environment) {
 
 fn add_globals(environment: &mut Environment) {
     environment.add_function("raise_exception", |message: &Value| -> Result<Value, Error> {
-        Err(error(str_of(message)))
+        Err(error(str_of(message)?))
     });
     environment.add_function("strftime_now", strftime_now);
     environment.add_function("range", |args: Args| Range::value(&args.into_values()));
@@ -60,7 +64,7 @@ fn add_globals(environment: &mut Environment) {
     environment.add_function("namespace", |args: Args| namespace(&args.into_values()));
     environment.add_function("cycler", |items: Rest<Value>| Cycler::value(items.0));
     environment.add_function("joiner", minijinja_contrib::globals::joiner);
-    environment.add_function("lipsum", minijinja_contrib::globals::lipsum);
+    environment.add_function("lipsum", lipsum);
     environment.add_filter("random", minijinja_contrib::filters::random);
     // What jinja2 does not have, templates may not find.
     environment.remove_global("debug");
@@ -80,6 +84,15 @@ fn strftime_now(format: &str) -> Result<String, Error> {
     now.format_with_config(&lenient, &format, &mut StdFmtWrite(&mut out))
         .map_err(|cause| error(cause.to_string()))?;
     Ok(out)
+}
+
+/// Paragraphs without meaning, of a length that is checked before they are made.
+fn lipsum(state: &mut State, count: Option<usize>, kwargs: Kwargs) -> Result<Value, Error> {
+    let most = kwargs.get::<Option<usize>>("max")?.unwrap_or(100);
+    let most = most.max(kwargs.get::<Option<usize>>("min")?.unwrap_or(0));
+    let by_name = kwargs.get::<Option<usize>>("n")?;
+    bounds::room_for(count.or(by_name).unwrap_or(5).saturating_mul(most).saturating_mul(LONGEST_WORD))?;
+    minijinja_contrib::globals::lipsum(state, count, kwargs)
 }
 
 /// The pairs of a map or of a list of pairs, then those that were given by name.

@@ -15,6 +15,7 @@ use minijinja::{
 use super::{
     arguments::{Args, bind, integer, required, string, truth},
     attributes::own_attribute,
+    bounds::{room_for, room_for_items},
     format::printf,
     json,
     objects::Generator,
@@ -25,7 +26,7 @@ use super::{
 pub(super) fn add(environment: &mut Environment) {
     environment.add_filter("tojson", json::to_json);
     environment.add_filter("string", |value: &Value| {
-        if value.kind() == ValueKind::String { value.clone() } else { str_of(value).into() }
+        Ok::<_, Error>(if value.kind() == ValueKind::String { value.clone() } else { str_of(value)?.into() })
     });
     environment.add_filter("join", join);
     environment.add_filter("default", default);
@@ -54,9 +55,13 @@ pub(super) fn add(environment: &mut Environment) {
     environment.add_filter("format", |value: &Value, args: Args| {
         let mut args = args.into_values();
         let by_name = args.pop_if(|last| last.is_kwargs());
-        printf(&str_of(value), &by_name.unwrap_or_else(|| Tuple::from(args).into()))
+        printf(&str_of(value)?, &by_name.unwrap_or_else(|| Tuple::from(args).into()))
     });
-    environment.add_filter("pprint", |value: &Value| repr_of(&sorted(value)));
+    environment.add_filter("pprint", |value: &Value| {
+        // What is too long is found out before it is sorted.
+        repr_of(value)?;
+        repr_of(&sorted(value))
+    });
     add_generators(environment);
     environment.add_filter("urlize", urlize::urlize);
     text::add(environment);
@@ -137,6 +142,7 @@ fn elements(value: &Value) -> Result<Vec<Value>, Error> {
     if value.is_none() {
         return Err(error("None is not iterable"));
     }
+    room_for_items(value)?;
     Ok(value.try_iter()?.collect())
 }
 
@@ -148,8 +154,14 @@ fn join(value: &Value, args: Args) -> Result<String, Error> {
             *item = path(item, &attribute)?;
         }
     }
-    let items: Vec<String> = items.iter().map(str_of).collect();
-    Ok(items.join(&separator.as_ref().map(str_of).unwrap_or_default()))
+    let separator = separator.as_ref().map(str_of).transpose()?.unwrap_or_default();
+    let mut out = String::new();
+    for (index, item) in items.iter().enumerate() {
+        out.push_str(if index > 0 { &separator } else { "" });
+        out.push_str(&str_of(item)?);
+        room_for(out.len())?;
+    }
+    Ok(out)
 }
 
 /// The value that a path of names, such as `address.city`, leads to.

@@ -8,7 +8,10 @@ use minijinja::{
     value::{Kwargs, ValueKind},
 };
 
-use super::python::{error, repr_of, str_of};
+use super::{
+    bounds::{check_format, room_for},
+    python::{error, repr_of, str_of},
+};
 
 /// `text % right`.
 pub(super) fn printf(text: &str, right: &Value) -> Result<String, Error> {
@@ -38,6 +41,7 @@ pub(super) fn printf(text: &str, right: &Value) -> Result<String, Error> {
         by_name |= named.is_some();
         let value = value.ok_or_else(|| error("not enough values for the format"))?;
         out.push_str(&one_printf(options, letter, value)?);
+        room_for(out.len())?;
     }
     if in_order.next().is_some() && !by_name {
         return Err(error("more values than the format has places for"));
@@ -46,9 +50,10 @@ pub(super) fn printf(text: &str, right: &Value) -> Result<String, Error> {
 }
 
 fn one_printf(options: &str, letter: char, value: Value) -> Result<String, Error> {
+    check_format(options)?;
     let (letter, value) = match letter {
-        'r' | 'a' => ('s', repr_of(&value).into()),
-        's' => ('s', str_of(&value).into()),
+        'r' | 'a' => ('s', repr_of(&value)?.into()),
+        's' => ('s', str_of(&value)?.into()),
         'd' | 'i' | 'u' => ('d', truncated(value)?),
         'e' | 'E' | 'f' | 'F' | 'g' | 'G' => (letter, f64::try_from(value)?.into()),
         _ => (letter, value),
@@ -97,11 +102,12 @@ pub(super) fn str_format(text: &str, args: &[Value]) -> Result<String, Error> {
         let value = follow(value, path)?;
         let value = match conversion {
             "" => value,
-            "s" => str_of(&value).into(),
-            "r" | "a" => repr_of(&value).into(),
+            "s" => str_of(&value)?.into(),
+            "r" | "a" => repr_of(&value)?.into(),
             other => return Err(error(format!("unknown conversion {other:?}"))),
         };
         out.push_str(&one_str_format(spec, value)?);
+        room_for(out.len())?;
     }
     Ok(out + rest)
 }
@@ -128,8 +134,9 @@ fn follow(mut value: Value, mut path: &str) -> Result<Value, Error> {
 }
 
 fn one_str_format(spec: &str, value: Value) -> Result<String, Error> {
+    check_format(spec)?;
     if spec.is_empty() {
-        return Ok(str_of(&value));
+        return str_of(&value);
     }
     if let Some(options) = spec.strip_suffix('%') {
         // The sign counts as a part of the width, which is the last thing that is filled up.

@@ -6,6 +6,7 @@ use minijinja::{Error, Value, value::ValueKind};
 
 use super::{
     arguments::{Args, bind, truth},
+    bounds::room_for,
     python::{error, float},
 };
 
@@ -28,7 +29,9 @@ pub(super) fn to_json(value: &Value, args: Args) -> Result<String, Error> {
         Some(text) if text.as_str().is_some() => text.as_str().map(str::to_owned),
         Some(width) => {
             let width = i64::try_from(width).map_err(|_| error("tojson: the indent is not an integer"))?;
-            Some(" ".repeat(usize::try_from(width).unwrap_or(0)))
+            let width = usize::try_from(width).unwrap_or(0);
+            room_for(width)?;
+            Some(" ".repeat(width))
         }
     };
     let (item_separator, key_separator) = match separators.filter(|separators| !separators.is_none()) {
@@ -95,6 +98,8 @@ impl Style {
         out.push(open);
         for (index, item) in items.into_iter().enumerate() {
             out.push_str(if index > 0 { &self.item_separator } else { "" });
+            let indent = self.indent.as_ref().map_or(0, |indent| indent.len() * (depth + 1));
+            room_for(out.len() + indent)?;
             new_line(out, depth + 1);
             write(out, item)?;
         }

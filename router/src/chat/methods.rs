@@ -4,6 +4,7 @@ use minijinja::{Error, ErrorKind, State, Value, value::ValueKind};
 
 use super::{
     arguments::{bind, required},
+    bounds::BYTES_OF_A_STEP,
     objects::View,
     python::error,
     strings,
@@ -11,6 +12,10 @@ use super::{
 
 /// Calls a method that minijinja does not know.
 pub(super) fn call(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
+    if let Some(text) = value.as_str() {
+        // The engine counts the bytes that filters read, and not those that methods read.
+        state.consume_fuel(text.len() as u64 / BYTES_OF_A_STEP)?;
+    }
     let found = match value.kind() {
         ValueKind::String => strings::call(value.as_str().unwrap_or_default(), method, args)?,
         ValueKind::Map => of_map(value, method, args)?,

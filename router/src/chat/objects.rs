@@ -97,7 +97,8 @@ impl Object for View {
     }
 
     fn render(self: &Arc<Self>, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(out, "{}({})", self.name, repr_of(&Value::from(self.items.clone())))
+        let items = repr_of(&Value::from(self.items.clone())).map_err(|_| fmt::Error)?;
+        write!(out, "{}({items})", self.name)
     }
 }
 

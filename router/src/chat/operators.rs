@@ -30,10 +30,9 @@ pub(super) const ITEM: &str = "__item";
 pub(super) fn add(environment: &mut Environment) {
     environment.add_function(REMAINDER, remainder);
     environment.add_function(COMPARE, compare);
-    environment.add_function(PRINT, |value: &Value| match value.kind() {
+    environment.add_function(PRINT, |value: &Value| -> Result<Value, Error> {
         // Text keeps its mark of being safe.
-        ValueKind::String => value.clone(),
-        _ => str_of(value).into(),
+        if value.kind() == ValueKind::String { Ok(value.clone()) } else { Ok(str_of(value)?.into()) }
     });
     environment.add_function(ITERATE, iterate);
     environment.add_function(ATTRIBUTE, attribute);

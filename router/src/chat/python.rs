@@ -4,28 +4,31 @@ use std::fmt::Write;
 
 use minijinja::{Error, ErrorKind, Value, value::ValueKind};
 
+use super::bounds::room_for;
+
 /// An error that a template's author would see.
 pub(super) fn error(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidOperation, message.into())
 }
 
 /// `str(value)`: what `{{ value }}` prints.
-pub(super) fn str_of(value: &Value) -> String {
+pub(super) fn str_of(value: &Value) -> Result<String, Error> {
     match value.kind() {
-        ValueKind::String => value.as_str().unwrap_or_default().to_owned(),
-        ValueKind::Undefined => String::new(),
+        ValueKind::String => Ok(value.as_str().unwrap_or_default().to_owned()),
+        ValueKind::Undefined => Ok(String::new()),
         _ => repr_of(value),
     }
 }
 
 /// `repr(value)`: what a list prints of its elements.
-pub(super) fn repr_of(value: &Value) -> String {
+pub(super) fn repr_of(value: &Value) -> Result<String, Error> {
     let mut out = String::new();
-    write_repr(&mut out, value);
-    out
+    write_repr(&mut out, value)?;
+    Ok(out)
 }
 
-fn write_repr(out: &mut String, value: &Value) {
+fn write_repr(out: &mut String, value: &Value) -> Result<(), Error> {
+    room_for(out.len())?;
     match value.kind() {
         ValueKind::Undefined => out.push_str("Undefined"),
         ValueKind::String => write_quoted(out, value.as_str().unwrap_or_default()),
@@ -39,7 +42,7 @@ fn write_repr(out: &mut String, value: &Value) {
             let mut length = 0;
             for item in items {
                 out.push_str(if length > 0 { ", " } else { "" });
-                write_repr(out, &item);
+                write_repr(out, &item)?;
                 length += 1;
             }
             out.push_str(if value.is_tuple() && length == 1 { ",)" } else { close });
@@ -49,15 +52,16 @@ fn write_repr(out: &mut String, value: &Value) {
             out.push_str(if is_namespace { "<Namespace {" } else { "{" });
             for (index, key) in value.try_iter().into_iter().flatten().enumerate() {
                 out.push_str(if index > 0 { ", " } else { "" });
-                write_repr(out, &key);
+                write_repr(out, &key)?;
                 out.push_str(": ");
-                write_repr(out, &value.get_item(&key).unwrap_or_default());
+                write_repr(out, &value.get_item(&key).unwrap_or_default())?;
             }
             out.push_str(if is_namespace { "}>" } else { "}" });
         }
         // Writing to a string does not fail.
         _ => _ = write!(out, "{value}"),
     }
+    Ok(())
 }
 
 /// Returns whether an object of ours has its own way to print itself.

@@ -6,6 +6,7 @@ use minijinja::{Error, Value, value::Tuple};
 
 use super::{
     arguments::{bind, integer, required, string, truth},
+    bounds::room_for,
     format::str_format,
     python::{error, is_printable, is_space},
 };
@@ -38,16 +39,16 @@ pub(super) fn call(text: &str, method: &str, args: &[Value]) -> Result<Option<Va
             let [fill] = fill.chars().collect::<Vec<_>>()[..] else {
                 return Err(error("the fill must be one character"));
             };
-            let padding = padding(text, width, fill);
+            let padding = padding(text, width, fill)?;
             match method {
                 "ljust" => format!("{text}{padding}").into(),
                 "rjust" => format!("{padding}{text}").into(),
-                _ => centered(text, width, fill).into(),
+                _ => centered(text, width, fill)?.into(),
             }
         }
         "zfill" => {
             let [width] = bind(args, ["width"])?;
-            let padding = padding(text, required(integer(&width)?)?, '0');
+            let padding = padding(text, required(integer(&width)?)?, '0')?;
             let digits = text.strip_prefix(['-', '+']).unwrap_or(text);
             let sign = &text[..text.len() - digits.len()];
             format!("{sign}{padding}{digits}").into()
@@ -65,7 +66,7 @@ pub(super) fn call(text: &str, method: &str, args: &[Value]) -> Result<Option<Va
         "format" => str_format(text, args)?.into(),
         "expandtabs" => {
             let [size] = bind(args, ["tabsize"])?;
-            expand_tabs(text, usize::try_from(integer(&size)?.unwrap_or(8)).unwrap_or(0)).into()
+            expand_tabs(text, usize::try_from(integer(&size)?.unwrap_or(8)).unwrap_or(0))?.into()
         }
         _ => return Ok(None),
     }))
@@ -156,28 +157,33 @@ fn join(separator: &str, args: &[Value]) -> Result<String, Error> {
         parts
             .push(item.as_str().map(str::to_owned).ok_or_else(|| error("join: an element is not a string"))?);
     }
+    let length: usize = parts.iter().map(String::len).sum();
+    room_for(length.saturating_add(parts.len().saturating_mul(separator.len())))?;
     Ok(parts.join(separator))
 }
 
-fn padding(text: &str, width: i64, fill: char) -> String {
-    let missing = width - text.chars().count() as i64;
-    String::from(fill).repeat(usize::try_from(missing).unwrap_or(0))
+fn padding(text: &str, width: i64, fill: char) -> Result<String, Error> {
+    let missing = width.saturating_sub(text.chars().count() as i64);
+    let missing = usize::try_from(missing).unwrap_or(0);
+    room_for(text.len().saturating_add(missing))?;
+    Ok(String::from(fill).repeat(missing))
 }
 
 /// `str.center`. Of an odd number of fill characters, the left side has one more if the width is odd.
-pub(super) fn centered(text: &str, width: i64, fill: char) -> String {
-    let missing = padding(text, width, fill).chars().count();
+pub(super) fn centered(text: &str, width: i64, fill: char) -> Result<String, Error> {
+    let missing = padding(text, width, fill)?.chars().count();
     let left = missing / 2 + (missing & usize::try_from(width).unwrap_or(0) & 1);
     let fill = |count: usize| String::from(fill).repeat(count);
-    format!("{}{text}{}", fill(left), fill(missing - left))
+    Ok(format!("{}{text}{}", fill(left), fill(missing - left)))
 }
 
-fn expand_tabs(text: &str, size: usize) -> String {
+fn expand_tabs(text: &str, size: usize) -> Result<String, Error> {
     let (mut out, mut column) = (String::new(), 0);
     for letter in text.chars() {
         match letter {
             '\t' => {
                 let spaces = if size == 0 { 0 } else { size - column % size };
+                room_for(out.len().saturating_add(spaces))?;
                 out.push_str(&" ".repeat(spaces));
                 column += spaces;
             }
@@ -187,7 +193,7 @@ fn expand_tabs(text: &str, size: usize) -> String {
             }
         }
     }
-    out
+    Ok(out)
 }
 
 fn changed_case(text: &str, method: &str) -> Option<String> {

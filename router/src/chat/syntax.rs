@@ -8,6 +8,9 @@ use macros::Open;
 /// The end of a statement.
 const END: &str = "%}";
 
+/// Macros within each other that are rewritten.
+const MAX_NESTED: usize = 150;
+
 /// A template as minijinja has to read it. Text outside of tags stays as it is.
 pub(super) fn translate(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
@@ -34,7 +37,8 @@ pub(super) fn translate(source: &str) -> String {
                 rest = behind;
             }
             Some(tag) if tag.word == "macro" => {
-                let open = Open::read(&tag, rest);
+                // Each looks for its end in all that is behind it. minijinja reads no statements that are nested so deeply.
+                let open = if open_macros.len() < MAX_NESTED { Open::read(&tag, rest) } else { None };
                 tag.write_macro(&mut out, open.as_ref());
                 open_macros.push(open);
             }

@@ -5,6 +5,7 @@ use minijinja::{Environment, Error, Value, value::ValueKind};
 use super::{
     super::{
         arguments::{Args, bind, integer, string, truth},
+        bounds::room_for,
         python::{error, is_space, str_of},
         strings::{centered, split_lines},
     },
@@ -15,23 +16,27 @@ use super::{
 pub(super) fn add(environment: &mut Environment) {
     environment.add_filter("e", escape);
     environment.add_filter("escape", escape);
-    environment.add_filter("forceescape", |value: &Value| Value::from_safe_string(escaped(&str_of(value))));
-    environment.add_filter("striptags", |value: &Value| minijinja_contrib::filters::striptags(str_of(value)));
+    environment.add_filter("forceescape", |value: &Value| {
+        Ok::<_, Error>(Value::from_safe_string(escaped(&str_of(value)?)))
+    });
+    environment.add_filter("striptags", |value: &Value| {
+        Ok::<_, Error>(minijinja_contrib::filters::striptags(str_of(value)?))
+    });
     environment.add_filter("wordcount", word_count);
     environment.add_filter("truncate", truncate);
     environment.add_filter("wordwrap", word_wrap);
     environment.add_filter("indent", indent);
     environment.add_filter("center", |value: &Value, args: Args| {
         let [width] = bind(&args.into_values(), ["width"])?;
-        Ok::<_, Error>(centered(&str_of(value), integer(&width)?.unwrap_or(80), ' '))
+        centered(&str_of(value)?, integer(&width)?.unwrap_or(80), ' ')
     });
     environment.add_filter("filesizeformat", file_size);
     environment.add_filter("urlencode", url_encode);
     environment.add_filter("xmlattr", xml_attributes);
 }
 
-fn escape(value: &Value) -> Value {
-    if value.is_safe() { value.clone() } else { Value::from_safe_string(escaped(&str_of(value))) }
+fn escape(value: &Value) -> Result<Value, Error> {
+    Ok(if value.is_safe() { value.clone() } else { Value::from_safe_string(escaped(&str_of(value)?)) })
 }
 
 /// Text for HTML, as markupsafe escapes it.
@@ -50,23 +55,22 @@ pub(in super::super) fn escaped(text: &str) -> String {
     out
 }
 
-fn word_count(value: &Value) -> usize {
-    let text = str_of(value);
-    text.split(|letter: char| !letter.is_alphanumeric() && letter != '_')
-        .filter(|word| !word.is_empty())
-        .count()
+fn word_count(value: &Value) -> Result<usize, Error> {
+    let text = str_of(value)?;
+    let words = text.split(|letter: char| !letter.is_alphanumeric() && letter != '_');
+    Ok(words.filter(|word| !word.is_empty()).count())
 }
 
 fn truncate(value: &Value, args: Args) -> Result<String, Error> {
     let [length, kill_words, end, leeway] =
         bind(&args.into_values(), ["length", "killwords", "end", "leeway"])?;
-    let text = str_of(value);
+    let text = str_of(value)?;
     let end = string(&end)?.unwrap_or_else(|| "...".into());
     let (length, leeway) = (integer(&length)?.unwrap_or(255), integer(&leeway)?.unwrap_or(5));
     if text.chars().count() as i64 <= length.saturating_add(leeway) {
         return Ok(text);
     }
-    let room = length - end.chars().count() as i64;
+    let room = length.saturating_sub(end.chars().count() as i64);
     let room = usize::try_from(room).map_err(|_| error("truncate: the length is shorter than the end"))?;
     let cut: String = text.chars().take(room).collect();
     let whole_words = if truth(&kill_words, false) { None } else { cut.rsplit_once(' ') };
@@ -79,60 +83,68 @@ fn word_wrap(value: &Value, args: Args) -> Result<String, Error> {
     let width = usize::try_from(integer(&width)?.unwrap_or(79)).unwrap_or(0).max(1);
     let separator = string(&separator)?.unwrap_or_else(|| "\n".into());
     let break_long = truth(&break_long, true);
-    let text = str_of(value);
+    let text = str_of(value)?;
     let lines = split_lines(&text, false);
-    let wrapped = lines.into_iter().map(|line| wrap(line, width, break_long).join(&separator));
+    let wrapped: Vec<Vec<String>> = lines.into_iter().map(|line| wrap(line, width, break_long)).collect();
+    let separators = wrapped.iter().map(|lines| lines.len().max(1)).sum::<usize>();
+    room_for(text.len().saturating_add(separators.saturating_mul(separator.len())))?;
+    let wrapped = wrapped.iter().map(|lines| lines.join(&separator));
     Ok(wrapped.collect::<Vec<_>>().join(&separator))
 }
 
 /// Lines of at most `width` characters, broken at spaces, which go away at the ends of lines.
 fn wrap(line: &str, width: usize, break_long: bool) -> Vec<String> {
-    let (mut lines, mut current): (Vec<String>, Vec<String>) = (Vec::new(), Vec::new());
+    let (mut lines, mut current): (Vec<String>, Vec<&str>) = (Vec::new(), Vec::new());
+    // The characters of the current line.
+    let mut used = 0;
     let mut chunks = chunks(line);
     chunks.reverse();
-    let length = |current: &[String]| current.iter().map(|chunk| chunk.chars().count()).sum::<usize>();
-    let blank = |chunk: &String| chunk.chars().all(is_space);
-    while let Some(chunk) = chunks.pop() {
-        let used = length(&current);
-        if blank(&chunk) && current.is_empty() && !lines.is_empty() {
+    while let Some((chunk, length)) = chunks.pop() {
+        if is_blank(chunk) && current.is_empty() && !lines.is_empty() {
             continue;
         }
-        if used + chunk.chars().count() <= width {
+        if used + length <= width {
             current.push(chunk);
+            used += length;
             continue;
         }
-        if chunk.chars().count() > width && (break_long || current.is_empty()) {
-            let room = if break_long { width - used } else { usize::MAX };
-            let rest: String = chunk.chars().skip(room).collect();
-            current.push(chunk.chars().take(room).collect());
-            if !rest.is_empty() {
-                chunks.push(rest);
+        if length > width && (break_long || current.is_empty()) {
+            let room = if break_long { width - used } else { length };
+            let end = chunk.char_indices().nth(room).map_or(chunk.len(), |(at, _)| at);
+            current.push(&chunk[..end]);
+            if end < chunk.len() {
+                chunks.push((&chunk[end..], length - room));
             }
         } else {
-            chunks.push(chunk);
+            chunks.push((chunk, length));
         }
-        end_line(&mut current, &mut lines, blank);
+        end_line(&mut current, &mut lines);
+        used = 0;
     }
-    end_line(&mut current, &mut lines, blank);
+    end_line(&mut current, &mut lines);
     lines
 }
 
-fn end_line(current: &mut Vec<String>, lines: &mut Vec<String>, blank: impl Fn(&String) -> bool) {
-    current.pop_if(|last| blank(last));
+fn is_blank(chunk: &str) -> bool {
+    chunk.chars().all(is_space)
+}
+
+fn end_line(current: &mut Vec<&str>, lines: &mut Vec<String>) {
+    current.pop_if(|last| is_blank(last));
     if !current.is_empty() {
         lines.push(current.concat());
     }
     current.clear();
 }
 
-/// Words and the spaces between them.
-fn chunks(line: &str) -> Vec<String> {
-    let mut chunks: Vec<String> = Vec::new();
-    for letter in line.chars() {
-        match chunks.last_mut() {
-            Some(last) if last.chars().all(is_space) == is_space(letter) => last.push(letter),
-            _ => chunks.push(letter.into()),
-        }
+/// Words and the spaces between them, each with the number of its characters.
+fn chunks(line: &str) -> Vec<(&str, usize)> {
+    let (mut chunks, mut rest) = (Vec::new(), line);
+    while let Some(first) = rest.chars().next() {
+        let end = rest.find(|letter| is_space(letter) != is_space(first)).unwrap_or(rest.len());
+        let (chunk, behind) = rest.split_at(end);
+        chunks.push((chunk, chunk.chars().count()));
+        rest = behind;
     }
     chunks
 }
@@ -140,15 +152,20 @@ fn chunks(line: &str) -> Vec<String> {
 fn indent(value: &Value, args: Args) -> Result<String, Error> {
     let [width, first, blank] = bind(&args.into_values(), ["width", "first", "blank"])?;
     let indentation = match width {
-        Some(text) if text.kind() == ValueKind::String => str_of(&text),
-        width => " ".repeat(usize::try_from(integer(&width)?.unwrap_or(4)).unwrap_or(0)),
+        Some(text) if text.kind() == ValueKind::String => str_of(&text)?,
+        width => {
+            let width = usize::try_from(integer(&width)?.unwrap_or(4)).unwrap_or(0);
+            room_for(width)?;
+            " ".repeat(width)
+        }
     };
-    let text = str_of(value) + "\n";
+    let text = str_of(value)? + "\n";
     let mut out = String::new();
     for (index, line) in split_lines(&text, false).into_iter().enumerate() {
         let indented =
             if index == 0 { truth(&first, false) } else { truth(&blank, false) || !line.is_empty() };
         out.push_str(if index > 0 { "\n" } else { "" });
+        room_for(out.len() + indentation.len())?;
         out.push_str(if indented { &indentation } else { "" });
         out.push_str(line);
     }
@@ -182,7 +199,7 @@ fn file_size(value: &Value, args: Args) -> Result<String, Error> {
 }
 
 fn url_encode(value: &Value) -> Result<String, Error> {
-    let quoted = |value: &Value| quote(&str_of(value), "").replace("%20", "+");
+    let quoted = |value: &Value| Ok::<_, Error>(quote(&str_of(value)?, "").replace("%20", "+"));
     let pairs: Vec<[Value; 2]> = match value.kind() {
         ValueKind::Map => elements(value)?
             .into_iter()
@@ -194,11 +211,10 @@ fn url_encode(value: &Value) -> Result<String, Error> {
             };
             elements(value)?.into_iter().map(pair).collect::<Result<_, Error>>()?
         }
-        _ => return Ok(quote(&str_of(value), "/")),
+        _ => return Ok(quote(&str_of(value)?, "/")),
     };
-    let pairs: Vec<String> =
-        pairs.iter().map(|[key, value]| format!("{}={}", quoted(key), quoted(value))).collect();
-    Ok(pairs.join("&"))
+    let pair = |[key, value]: &[Value; 2]| Ok(format!("{}={}", quoted(key)?, quoted(value)?));
+    Ok(pairs.iter().map(pair).collect::<Result<Vec<String>, Error>>()?.join("&"))
 }
 
 /// Percent-encodes all but letters, digits, and `safe` characters.
@@ -217,7 +233,7 @@ fn xml_attributes(value: &Value, args: Args) -> Result<String, Error> {
         let item = value.get_item(&key)?;
         if !item.is_none() && !item.is_undefined() {
             let name = text_argument(Some(key))?;
-            attributes.push(format!("{}=\"{}\"", escaped(&name), escaped(&str_of(&item))));
+            attributes.push(format!("{}=\"{}\"", escaped(&name), escaped(&str_of(&item)?)));
         }
     }
     let lead = if truth(&space, true) && !attributes.is_empty() { " " } else { "" };

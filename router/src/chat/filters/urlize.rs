@@ -52,11 +52,11 @@ pub(super) fn urlize(value: &Value, args: Args) -> Result<String, Error> {
         limit: integer(&limit)?.map(|limit| usize::try_from(limit).unwrap_or(0)),
         attributes: format!(" rel=\"{}\"{target}", escaped(&rel)),
         schemes: match schemes {
-            Some(schemes) => elements(&schemes)?.iter().map(str_of).collect(),
+            Some(schemes) => elements(&schemes)?.iter().map(str_of).collect::<Result<_, _>>()?,
             None => Vec::new(),
         },
     };
-    let text = if value.is_safe() { str_of(value) } else { escaped(&str_of(value)) };
+    let text = if value.is_safe() { str_of(value)? } else { escaped(&str_of(value)?) };
     Ok(text.split_inclusive(is_space).map(|part| links.word(part)).collect())
 }
 

@@ -6,6 +6,7 @@
 
 use super::super::{
     attributes::is_special,
+    bounds::BOUNDED,
     operators::{ATTRIBUTE, COMPARE, ITEM, ITERATE, PRINT, REMAINDER},
 };
 
@@ -70,12 +71,18 @@ fn write_assignment(out: &mut String, pieces: &[Piece]) {
     let (target, expression) = pieces.split_at(at + 1);
     write_level(out, target);
     let is_one = !target.iter().any(|piece| is_comma(piece) || piece.text.starts_with('('));
-    if is_one {
-        return write_level(out, expression);
+    // An assignment of nothing stays one, so that minijinja refuses it.
+    if expression.is_empty() {
+        return;
     }
-    out.push_str(&format!(" {ITERATE}(("));
+    if is_one {
+        out.push_str(&format!(" {BOUNDED}(("));
+        write_level(out, expression);
+        return out.push_str("))");
+    }
+    out.push_str(&format!(" {ITERATE}({BOUNDED}(("));
     write_level(out, expression);
-    out.push_str("))");
+    out.push_str(")))");
 }
 
 /// Assignments for a scope. They are made at the same time: none sees the names of another.

@@ -11,7 +11,12 @@ use tokenizers::{
 };
 
 use super::{
-    super::TokenizerError, Folder, added_tokens::AddedTokens, charsmap, class::Class, sentencepiece, tiktoken,
+    super::{TokenizerError, without_panic},
+    Folder,
+    added_tokens::AddedTokens,
+    charsmap,
+    class::Class,
+    sentencepiece, tiktoken,
 };
 
 /// What the files have.
@@ -58,7 +63,8 @@ fn defined(folder: &Folder, definition: &str, added: &mut AddedTokens) -> Result
         let normalizer = serde_json::from_str(definition).map(|Normalizer { normalizer }| normalizer);
         check_maps(&normalizer.unwrap_or_default(), folder)?;
     }
-    let tokenizer = Tokenizer::from_bytes(definition).map_err(TokenizerError::Definition)?;
+    let tokenizer =
+        without_panic(|| Tokenizer::from_bytes(definition)).map_err(TokenizerError::Definition)?;
     let model = match (folder.class, tokenizer.get_model()) {
         (Class::Backend | Class::Other, _) => return Ok(Source::Whole(Box::new(tokenizer))),
         (Class::Bert, model @ ModelWrapper::WordPiece(_)) => model,
@@ -113,7 +119,7 @@ fn merges(folder: &Folder) -> Result<Source, TokenizerError> {
     if !(vocab.is_file() && merges.is_file()) {
         return Err(folder.lacks("vocab.json and merges.txt"));
     }
-    let read = BPE::from_file(&vocab.to_string_lossy(), &merges.to_string_lossy()).build();
+    let read = without_panic(|| BPE::from_file(&vocab.to_string_lossy(), &merges.to_string_lossy()).build());
     Ok(Source::of(read.map_err(|source| TokenizerError::File { path: vocab, source })?))
 }
 
@@ -123,7 +129,7 @@ fn words(folder: &Folder) -> Result<Source, TokenizerError> {
     if !path.is_file() {
         return Err(folder.lacks("vocab.txt"));
     }
-    let read = WordPiece::from_file(&path.to_string_lossy()).build();
+    let read = without_panic(|| WordPiece::from_file(&path.to_string_lossy()).build());
     Ok(Source::of(read.map_err(|source| TokenizerError::File { path, source })?))
 }
 
