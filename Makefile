@@ -39,6 +39,20 @@ test-schemas: venv ## Draw and validate answers to all schemas of the tests, not
 	cargo build --workspace --bins
 	LORAX_SCHEMAS=all cargo test -p integration-tests --test structured -- --nocapture
 
+FUZZ_SECONDS ?= 600
+FUZZ_TARGETS ?= adapter_config chat_template gguf request_body safetensors tokenizer
+
+.PHONY: fuzz
+fuzz: target/tools/bin/cargo-fuzz ## Fuzz each of FUZZ_TARGETS for FUZZ_SECONDS; needs a C++ compiler, and memory as a temporary folder (TMPDIR)
+	for target in $(FUZZ_TARGETS); do \
+	  mkdir -p out/fuzz/$$target; \
+	  TMPDIR=$${TMPDIR:-/dev/shm} $< run --release --sanitizer none --target-dir target/fuzz $$target out/fuzz/$$target fuzz/corpus/$$target -- \
+	    -max_total_time=$(FUZZ_SECONDS) -timeout=5 -rss_limit_mb=1024 -max_len=16384; \
+	done
+
+target/tools/bin/cargo-fuzz:
+	cargo install cargo-fuzz --version 0.13.2 --locked --root target/tools --target-dir target/tools/build
+
 .PHONY: venv
 venv: $(VENV)/.installed ## Python tools of the tests, pinned and hashed, in .venv
 

@@ -22,6 +22,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("lorax-router", &["proto", "scheduler", "exchange"]),
     ("lorax-launcher", &[]),
     ("integration-tests", &["proto"]),
+    ("fuzz-targets", &["lorax-router", "model", "kernels", "proto"]),
 ];
 
 /// Longest source file, in lines. Tests and generated code apart.
