@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 pub use devices::{Devices, Division, Gpu};
 pub use error::ConfigError;
 pub use log::LogConfig;
-pub use router::{PrefixCacheScope, RouterConfig};
+pub use router::{MetricNames, PrefixCacheScope, RouterConfig};
 pub use shard::{Device, Dtype, ShardConfig};
 
 /// The run configuration of a server.

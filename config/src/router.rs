@@ -24,6 +24,18 @@ pub enum PrefixCacheScope {
     All,
 }
 
+/// A set of names under which `GET /metrics` reports what the router knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MetricNames {
+    /// The server's own.
+    Native,
+    /// Those of vLLM, which dashboards and the schedulers of clusters read.
+    Vllm,
+    /// Those of LoRAX that are not the server's own.
+    Legacy,
+}
+
 /// The router's settings; `None` lets the router choose by what the shards can do.
 #[derive(Debug, Clone, Args, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -130,6 +142,9 @@ pub struct RouterConfig {
     /// Whose requests may share blocks of the prefix cache
     #[arg(long, env, default_value = "tenant")]
     pub prefix_cache_scope: PrefixCacheScope,
+    /// Sets of names of metrics
+    #[arg(long, env, value_name = "NAMES", value_delimiter = ',', default_value = "native,vllm,legacy")]
+    pub metrics: Vec<MetricNames>,
     /// Threads that tokenize
     #[arg(long, env, default_value_t = 2)]
     pub validation_workers: usize,

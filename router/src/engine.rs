@@ -68,21 +68,29 @@ struct Submit {
     leases: Option<Arc<Leases>>,
 }
 
+/// A job that nobody waits for any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Cancel {
+    id: RequestId,
+    /// Whether it has an answer, which a stop string has ended.
+    stopped: bool,
+}
+
 /// Jobs whose clients have gone. Unlike a channel the list takes every one of them, however many leave at once; it
 /// never has more entries than there are jobs.
 #[derive(Default)]
 struct Cancels {
-    ids: Mutex<Vec<RequestId>>,
+    ids: Mutex<Vec<Cancel>>,
     added: Notify,
 }
 
 impl Cancels {
-    fn add(&self, id: RequestId) {
-        self.ids.lock().unwrap_or_else(PoisonError::into_inner).push(id);
+    fn add(&self, cancel: Cancel) {
+        self.ids.lock().unwrap_or_else(PoisonError::into_inner).push(cancel);
         self.added.notify_one();
     }
 
-    fn take(&self) -> Vec<RequestId> {
+    fn take(&self) -> Vec<Cancel> {
         std::mem::take(&mut *self.ids.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
@@ -113,6 +121,7 @@ pub(crate) struct Running {
     updates: mpsc::Receiver<Update>,
     cancels: Arc<Cancels>,
     outcome: Outcome,
+    stopped: bool,
     _hold: PermitHold,
 }
 
@@ -123,7 +132,8 @@ impl Running {
     }
 
     /// Ends the job because its text has met a stop string.
-    pub(crate) fn stop(self) {
+    pub(crate) fn stop(mut self) {
+        self.stopped = true;
         self.outcome.end(End::StopSequence);
     }
 }
@@ -132,7 +142,7 @@ impl Drop for Running {
     fn drop(&mut self) {
         // Closed first: the job may still be on its way to the engine, which does not begin one that nobody waits for.
         self.updates.close();
-        self.cancels.add(self.id);
+        self.cancels.add(Cancel { id: self.id, stopped: self.stopped });
     }
 }
 
@@ -207,7 +217,8 @@ impl Engine {
         let outcome = Outcome::current().unwrap_or_else(|| self.metrics.outcome());
         let submit = Submit { id, job: Arc::new(job), updates, outcome: outcome.clone(), hold, leases };
         self.submits.send(submit).await.map_err(|_| Failure::Unavailable)?;
-        Ok(Running { id, updates: received, cancels: self.cancels.clone(), outcome, _hold: other })
+        let (cancels, stopped) = (self.cancels.clone(), false);
+        Ok(Running { id, updates: received, cancels, outcome, stopped, _hold: other })
     }
 }
 
@@ -218,8 +229,8 @@ mod tests {
     #[test]
     fn no_cancellation_is_lost_however_many_come_while_the_engine_is_busy() {
         let cancels = Cancels::default();
-        let all: Vec<_> = (0..100_000).map(RequestId).collect();
-        all.iter().for_each(|id| cancels.add(*id));
+        let all: Vec<_> = (0..100_000).map(|id| Cancel { id: RequestId(id), stopped: false }).collect();
+        all.iter().for_each(|cancel| cancels.add(*cancel));
         assert_eq!(cancels.take(), all);
         assert_eq!(cancels.take(), []);
     }

@@ -1,12 +1,15 @@
 //! The metrics of `GET /metrics`. `docs/metrics.md` lists all of them.
 //!
-//! Handles are made once, so that counting looks nothing up, and the engine records once a step where it can. Labels
-//! have few values: none is an adapter, and none comes from a client.
+//! Handles are made once, so that counting looks nothing up, and the engine records once a step where it can. Everything
+//! is recorded once, under the server's own names; other sets of names are made of the same figures when the page is read.
 
 mod adapters;
+mod aliases;
+mod bounds;
 mod engine;
 mod http;
 mod outcome;
+mod page;
 mod workers;
 
 use std::{sync::Arc, time::Duration};
@@ -16,6 +19,7 @@ use axum::{
     http::header::CONTENT_TYPE,
     response::{IntoResponse, Response},
 };
+use config::MetricNames;
 use metrics::{Gauge, describe_gauge, gauge, with_local_recorder};
 use metrics_exporter_prometheus::{
     BuildError, Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
@@ -23,7 +27,9 @@ use metrics_exporter_prometheus::{
 
 use crate::server::App;
 pub(crate) use adapters::{AdapterMetrics, CallKind};
-pub(crate) use engine::{Capacity, EngineMetrics, StepTokens};
+use aliases::Labels;
+use bounds::{SECONDS, TOKENS};
+pub(crate) use engine::{Capacity, EngineMetrics, SequenceTimes, StepTokens};
 pub(crate) use http::observe;
 use outcome::OutcomeMetrics;
 pub(crate) use outcome::{End, Outcome};
@@ -34,18 +40,6 @@ const UPKEEP: Duration = Duration::from_secs(1);
 
 /// The content type of Prometheus' text format.
 const TEXT_FORMAT: &str = "text/plain; version=0.0.4; charset=utf-8";
-
-/// Upper bounds of durations in seconds: from a step of a small model to a long answer.
-const SECONDS: [f64; 22] = [
-    0.000_5, 0.001, 0.002, 0.004, 0.008, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0,
-    15.0, 30.0, 60.0, 120.0, 300.0,
-];
-
-/// Upper bounds of numbers of tokens and of rows.
-const TOKENS: [f64; 18] = [
-    1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0,
-    32768.0, 65536.0, 131072.0,
-];
 
 /// All metrics of one router. A process that runs several, as tests do, has as many.
 pub(crate) struct Metrics {
@@ -80,6 +74,11 @@ impl Metrics {
         Outcome::new(self.outcomes.clone())
     }
 
+    /// A request has been checked and tokenized, and has its adapter.
+    pub(crate) fn validated(&self, took: Duration) {
+        self.outcomes.validation.record(took);
+    }
+
     /// The metrics of the engine.
     pub(crate) fn engine(&self) -> EngineMetrics {
         with_local_recorder(&self.recorder, EngineMetrics::new)
@@ -95,9 +94,19 @@ impl Metrics {
         with_local_recorder(&self.recorder, WorkerMetrics::new)
     }
 
-    /// All of them in Prometheus' text format.
+    /// All of the server's own in Prometheus' text format.
     pub(crate) fn render(&self) -> String {
         self.page.render()
+    }
+
+    /// The page of these sets of names.
+    fn shown(&self, sets: &[MetricNames], labels: &Labels<'_>) -> String {
+        let native = page::read(&self.render());
+        let mut shown = aliases::of(&native, sets, labels);
+        if sets.contains(&MetricNames::Native) {
+            shown.extend(native);
+        }
+        page::write(shown.values())
     }
 
     /// Puts recorded durations into their buckets from time to time, for ever.
@@ -114,5 +123,9 @@ impl Metrics {
 /// `GET /metrics`
 pub(crate) async fn page(State(app): State<Arc<App>>) -> Response {
     app.adapters.publish().await;
-    ([(CONTENT_TYPE, TEXT_FORMAT)], app.metrics.render()).into_response()
+    let info = app.engine.info();
+    let max_tokens = info.as_ref().map(|info| app.request_limits(info).max_total_tokens);
+    let labels = Labels { model: app.base.name(), max_tokens };
+    let page = app.metrics.shown(&app.config.router.metrics, &labels);
+    ([(CONTENT_TYPE, TEXT_FORMAT)], page).into_response()
 }

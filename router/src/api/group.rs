@@ -188,6 +188,8 @@ impl App {
             None => LeasedAll::default(),
         };
         let permits = self.admit_prepared(caller, adapter.as_ref(), entry)?;
+        let validation = begun.elapsed();
+        self.metrics.validated(validation);
         let shared = Shared {
             tenant: caller.principal.tenant.scheduled(),
             salt: self.cache_salt(caller, adapter.as_ref(), cache_salt),
@@ -199,7 +201,7 @@ impl App {
             vocab_size: info.vocab_size,
             received: caller.received,
             deadline,
-            validation: begun.elapsed(),
+            validation,
             meter: self.permits.meter(&caller.principal),
         };
         let sequences = tokenized.into_iter().flat_map(|tokenized| self.copies(tokenized, answers.count));

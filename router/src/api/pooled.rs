@@ -179,6 +179,7 @@ impl App {
             pooling,
         };
         let (validation, submitted) = (begun.elapsed(), Instant::now());
+        self.metrics.validated(validation);
         let tokens = inputs.iter().map(|input| input.ids.len()).sum();
         self.permits.meter(&caller.principal).charge(tokens);
         let outputs = stream::iter(inputs).map(|input| self.run_pooled(input, &shared)).buffered(at_once);

@@ -11,7 +11,7 @@ use scheduler::{FailReason, Finish, Request, RequestId, Sampled, Scheduler, Stat
 use tokio::{task::yield_now, time::MissedTickBehavior};
 
 use super::{
-    Submit,
+    Cancel, Submit,
     in_flight::{InFlight, Steps},
     masks::Masks,
     serve::{Inbox, Session},
@@ -171,9 +171,11 @@ impl Batcher {
     }
 
     fn handle_cancels(&mut self, inbox: &Inbox) {
-        for id in inbox.cancels.take() {
-            if self.forget(id).is_some() {
-                self.scheduler.cancel(id);
+        for Cancel { id, stopped } in inbox.cancels.take() {
+            let Some(in_flight) = self.forget(id) else { continue };
+            self.scheduler.cancel(id);
+            if stopped && let Some(times) = in_flight.times() {
+                self.metrics.generated(times, in_flight.generated);
             }
         }
     }
@@ -185,6 +187,7 @@ impl Batcher {
         }
         let Submit { id, job, updates, outcome, hold, leases } = submit;
         let prompt = job.prompt.len();
+        self.metrics.max_new_tokens.record(job.max_new_tokens);
         let request = Request {
             id,
             tenant: job.tenant,
@@ -204,6 +207,8 @@ impl Batcher {
             prompt,
             prompt_reported: 1,
             generated: 0,
+            planned: Instant::now(),
+            first_token: None,
             last_token: None,
             _hold: hold,
             leases,
@@ -322,7 +327,8 @@ impl Batcher {
         let (nan, finish) = (token.logprob.is_nan(), *finish);
         let Some(in_flight) = self.in_flight.get_mut(&id) else { return };
         counted.add(in_flight.last_token);
-        if in_flight.last_token.is_none() {
+        if in_flight.first_token.is_none() {
+            in_flight.first_token = Some(counted.now());
             self.metrics.first_token.record(in_flight.outcome.age(counted.now()));
         }
         in_flight.last_token = Some(counted.now());
@@ -335,7 +341,10 @@ impl Batcher {
         if let Some(finish) = finish
             && let Some(in_flight) = self.forget(id)
         {
-            self.metrics.output_length.record(in_flight.generated as f64);
+            in_flight
+                .times()
+                .into_iter()
+                .for_each(|times| self.metrics.generated(times, in_flight.generated));
             in_flight.outcome.end(match finish {
                 Finish::Length => End::Length,
                 Finish::StopToken => End::EosToken,
@@ -350,6 +359,7 @@ impl Batcher {
                 if let Some(in_flight) = self.in_flight.get_mut(&id) {
                     // The slots are pinned from here on.
                     in_flight.leases = None;
+                    in_flight.planned += queued;
                     self.metrics.queue_duration.record(queued);
                     self.metrics.input_length.record(in_flight.prompt as f64);
                     self.metrics.prompt_tokens.increment(in_flight.prompt as u64);

@@ -11,7 +11,7 @@ use super::PermitHold;
 use crate::{
     adapters::Leases,
     generation::{Failure, Update},
-    metrics::Outcome,
+    metrics::{Outcome, SequenceTimes},
     ranks::RankError,
 };
 
@@ -25,6 +25,10 @@ pub(super) struct InFlight {
     pub(super) prompt_reported: u32,
     /// Tokens that have been generated.
     pub(super) generated: usize,
+    /// Time at which it was submitted, and from its start on the time at which its first rows were planned.
+    pub(super) planned: Instant,
+    /// Time at which the first of them came.
+    pub(super) first_token: Option<Instant>,
     /// Time at which the last of them came.
     pub(super) last_token: Option<Instant>,
     pub(super) _hold: PermitHold,
@@ -33,6 +37,12 @@ pub(super) struct InFlight {
 }
 
 impl InFlight {
+    /// When it got where, if it has a token.
+    pub(super) fn times(&self) -> Option<SequenceTimes> {
+        let (first, last) = (self.first_token?, self.last_token?);
+        Some(SequenceTimes { planned: self.planned, first, last })
+    }
+
     /// Tells the client that nothing follows. There is a place for it, unless the client has gone.
     pub(super) fn fail(self, failure: Failure) {
         self.outcome.end(failure.end());

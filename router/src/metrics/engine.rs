@@ -14,9 +14,15 @@ pub(crate) struct EngineMetrics {
     pub(crate) generated_tokens: Counter,
     pub(crate) cached_tokens: Counter,
     pub(crate) input_length: Histogram,
-    pub(crate) output_length: Histogram,
+    output_length: Histogram,
     pub(crate) queue_duration: Histogram,
     pub(crate) first_token: Histogram,
+    pub(crate) max_new_tokens: Histogram,
+    prefill: Histogram,
+    decode: Histogram,
+    inference: Histogram,
+    time_per_output_token: Histogram,
+    mean_time_per_token: Histogram,
     pub(crate) step_duration: Histogram,
     pub(crate) mask_duration: Histogram,
     pub(crate) step_rows: Histogram,
@@ -42,6 +48,7 @@ struct SchedulerGauges {
     free_blocks: Gauge,
     cached_blocks: Gauge,
     used_blocks: Gauge,
+    used_ratio: Gauge,
     ready_slots: Gauge,
     loading_slots: Gauge,
     empty_slots: Gauge,
@@ -54,10 +61,22 @@ pub(crate) struct Capacity {
     pub(crate) num_slots: u32,
 }
 
+/// When a sequence got where.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct SequenceTimes {
+    /// Its first rows were planned.
+    pub(crate) planned: Instant,
+    /// Its first token came.
+    pub(crate) first: Instant,
+    /// Its last token came.
+    pub(crate) last: Instant,
+}
+
 impl EngineMetrics {
     /// Makes the handles with the current recorder.
     pub(super) fn new() -> EngineMetrics {
-        describe();
+        describe_sequences();
+        describe_steps();
         EngineMetrics {
             prompt_tokens: counter!("lorax_prompt_tokens_total"),
             generated_tokens: counter!("lorax_generated_tokens_total"),
@@ -66,6 +85,12 @@ impl EngineMetrics {
             output_length: histogram!("lorax_request_generated_tokens"),
             queue_duration: histogram!("lorax_request_queue_duration"),
             first_token: histogram!("lorax_request_first_token_duration"),
+            max_new_tokens: histogram!("lorax_request_max_new_tokens"),
+            prefill: histogram!("lorax_request_prefill_duration"),
+            decode: histogram!("lorax_request_decode_duration"),
+            inference: histogram!("lorax_request_inference_duration"),
+            time_per_output_token: histogram!("lorax_request_time_per_output_token_duration"),
+            mean_time_per_token: histogram!("lorax_request_mean_time_per_token_duration"),
             inter_token: histogram!("lorax_request_inter_token_duration"),
             step_duration: histogram!("lorax_step_duration_seconds"),
             mask_duration: histogram!("lorax_mask_duration_seconds"),
@@ -87,6 +112,7 @@ impl EngineMetrics {
                 free_blocks: gauge!("lorax_kv_blocks", "state" => "free"),
                 cached_blocks: gauge!("lorax_kv_blocks", "state" => "cached"),
                 used_blocks: gauge!("lorax_kv_blocks", "state" => "used"),
+                used_ratio: gauge!("lorax_kv_use_ratio"),
                 ready_slots: gauge!("lorax_adapter_slots", "state" => "ready"),
                 loading_slots: gauge!("lorax_adapter_slots", "state" => "loading"),
                 empty_slots: gauge!("lorax_adapter_slots", "state" => "empty"),
@@ -99,14 +125,16 @@ impl EngineMetrics {
         let gauges = &self.gauges;
         let waited = stats.waiting_since.map_or(Duration::ZERO, |since| now.saturating_sub(since));
         let (blocks, slots) = (capacity.num_blocks as usize, capacity.num_slots as usize);
+        let used = blocks.saturating_sub(stats.free_blocks + stats.cached_blocks);
         gauges.oldest_waiting.set(waited);
+        gauges.used_ratio.set(used as f64 / blocks.max(1) as f64);
         for (gauge, value) in [
             (&gauges.waiting, stats.waiting),
             (&gauges.running, stats.running),
             (&gauges.preempted, stats.preempted),
             (&gauges.free_blocks, stats.free_blocks),
             (&gauges.cached_blocks, stats.cached_blocks),
-            (&gauges.used_blocks, blocks.saturating_sub(stats.free_blocks + stats.cached_blocks)),
+            (&gauges.used_blocks, used),
             (&gauges.ready_slots, stats.resident_adapters),
             (&gauges.loading_slots, stats.loading_adapters),
             (&gauges.empty_slots, slots.saturating_sub(stats.resident_adapters + stats.loading_adapters)),
@@ -116,6 +144,20 @@ impl EngineMetrics {
         self.preemptions.increment(stats.preemptions - before.preemptions);
         self.slots_evicted.increment(stats.adapter_evictions - before.adapter_evictions);
         self.idle_slot_steps.increment(stats.idle_slot_steps - before.idle_slot_steps);
+    }
+
+    /// Counts a sequence that ran to its end.
+    pub(crate) fn generated(&self, times: SequenceTimes, tokens: usize) {
+        self.output_length.record(tokens as f64);
+        let SequenceTimes { planned, first, last } = times;
+        let (inference, decode) = (last.duration_since(planned), last.duration_since(first));
+        self.prefill.record(first.duration_since(planned));
+        self.decode.record(decode);
+        self.inference.record(inference);
+        self.mean_time_per_token.record(inference.as_secs_f64() / tokens.max(1) as f64);
+        if tokens > 1 {
+            self.time_per_output_token.record(decode.as_secs_f64() / (tokens - 1) as f64);
+        }
     }
 
     /// Resets all gauges, because the session is over.
@@ -174,7 +216,7 @@ impl Drop for StepTokens<'_> {
     }
 }
 
-fn describe() {
+fn describe_sequences() {
     describe_counter!("lorax_prompt_tokens_total", "Prompt tokens of sequences that have begun to run.");
     describe_counter!("lorax_generated_tokens_total", "Tokens generated.");
     describe_counter!("lorax_cached_prompt_tokens_total", "Prompt tokens taken from the prefix cache.");
@@ -189,6 +231,30 @@ fn describe() {
         "Seconds from the head of a request to its first token."
     );
     describe_histogram!("lorax_request_inter_token_duration", "Seconds between two tokens of a sequence.");
+    describe_histogram!("lorax_request_max_new_tokens", "Tokens that a sequence may generate.");
+    describe_histogram!(
+        "lorax_request_prefill_duration",
+        "Seconds from the planning of a sequence's first rows to its first token."
+    );
+    describe_histogram!(
+        "lorax_request_decode_duration",
+        "Seconds from a sequence's first token to its last."
+    );
+    describe_histogram!(
+        "lorax_request_inference_duration",
+        "Seconds from the planning of a sequence's first rows to its last token."
+    );
+    describe_histogram!(
+        "lorax_request_time_per_output_token_duration",
+        "Seconds that each token of a sequence after its first took in the mean."
+    );
+    describe_histogram!(
+        "lorax_request_mean_time_per_token_duration",
+        "Seconds of a sequence's prefill and decode, divided by its tokens."
+    );
+}
+
+fn describe_steps() {
     describe_histogram!("lorax_step_duration_seconds", "Seconds that the forward pass of a step took.");
     describe_histogram!(
         "lorax_mask_duration_seconds",
@@ -217,5 +283,6 @@ fn describe() {
     describe_gauge!("lorax_batch_current_size", "Sequences that run.");
     describe_gauge!("lorax_preempted_sequences", "Sequences that wait to be computed again.");
     describe_gauge!("lorax_kv_blocks", "Blocks of the KV cache, by state.");
+    describe_gauge!("lorax_kv_use_ratio", "Share of the KV cache's blocks that sequences use, from 0 to 1.");
     describe_gauge!("lorax_adapter_slots", "Device slots of adapters, by state.");
 }

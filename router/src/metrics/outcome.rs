@@ -144,6 +144,7 @@ pub(super) struct OutcomeMetrics {
     /// Counters of ended requests, by the number of the end.
     requests: Vec<Counter>,
     duration: Histogram,
+    pub(super) validation: Histogram,
 }
 
 impl OutcomeMetrics {
@@ -154,7 +155,15 @@ impl OutcomeMetrics {
             "lorax_request_duration",
             "Seconds from the head of a request to the end of its answer."
         );
+        describe_histogram!(
+            "lorax_request_validation_duration",
+            "Seconds until a request was checked and tokenized, and had its adapter."
+        );
         let requests = End::ALL.map(|end| counter!("lorax_requests_total", "end" => end.name()));
-        OutcomeMetrics { requests: requests.into(), duration: histogram!("lorax_request_duration") }
+        OutcomeMetrics {
+            requests: requests.into(),
+            duration: histogram!("lorax_request_duration"),
+            validation: histogram!("lorax_request_validation_duration"),
+        }
     }
 }

@@ -431,3 +431,93 @@ async fn routes_are_few_whatever_clients_ask_for() {
     assert_eq!((named("none", 404), named("/generate", 405)), (Some(50.0), Some(50.0)), "{routes:?}");
     assert_eq!(routes.len(), 2, "{routes:?}");
 }
+
+/// The names of a page's metrics.
+async fn names(router: &Router) -> Vec<String> {
+    let page = router.get("/metrics").await.text().await.unwrap();
+    let typed = page.lines().filter_map(|line| line.strip_prefix("# TYPE "));
+    typed.map(|line| line.split_once(' ').unwrap().0.to_owned()).collect()
+}
+
+#[tokio::test]
+async fn each_set_of_names_can_be_left_out() {
+    use config::MetricNames::{Legacy, Native, Vllm};
+    let is_vllm = |name: &&String| name.starts_with("vllm:");
+    let legacy = ["lorax_request_count", "lorax_request_success", "lorax_request_failure"];
+    for sets in [vec![Native], vec![Vllm], vec![Legacy], vec![Vllm, Legacy], vec![Native, Vllm, Legacy]] {
+        let shown = sets.clone();
+        let router = Router::start_with(script(), |config| config.router.metrics = shown).await;
+        router.ok("/generate", &native("x", json!({"max_new_tokens": 3}))).await;
+        let names = names(&router).await;
+        let mut sorted = names.clone();
+        sorted.dedup();
+        assert_eq!(sorted, names, "a metric is told twice");
+        let has = |name: &str| names.iter().any(|known| known == name);
+        assert_eq!(names.iter().filter(is_vllm).count() >= 24, sets.contains(&Vllm), "{sets:?} {names:?}");
+        assert_eq!(names.iter().any(|name| is_vllm(&name)), sets.contains(&Vllm), "{sets:?}");
+        assert!(legacy.iter().all(|name| has(name) == sets.contains(&Legacy)), "{sets:?}");
+        assert_eq!(has("lorax_request_duration"), sets.iter().any(|set| *set != Vllm), "{sets:?}");
+        assert_eq!(has("lorax_step_rows"), sets.contains(&Native), "{sets:?}");
+    }
+}
+
+#[tokio::test]
+async fn other_names_tell_the_same_figures() {
+    let mut script = script();
+    script.step_us = 1500;
+    let router = Router::start_with(script, |config| {
+        config.router.served_model_name = vec!["the \"model\"".into()];
+        config.router.prefix_caching = true;
+    })
+    .await;
+    let prompt = "x".repeat(40);
+    for _ in 0..2 {
+        router.ok("/generate", &native(&prompt, json!({"max_new_tokens": 9}))).await;
+    }
+    router.ok("/generate", &native("x", json!({"max_new_tokens": 50, "stop": ["ca"]}))).await;
+    router.ok("/generate", &native("short", json!({}))).await;
+    router.post("/generate", &native("nan", json!({}))).await;
+    router.post("/generate", &native("x", json!({"adapter_id": "absent"}))).await;
+    until(&router, "six requests and an empty batch", |samples| {
+        samples["lorax_request_count"] == 6.0
+            && samples["lorax_request_generated_tokens_count"] == 4.0
+            && samples["lorax_batch_current_size"] == 0.0
+    })
+    .await;
+    let samples = scrape(&router).await;
+    let labels = r#"model_name="the \"model\"",engine="0""#;
+    let vllm = |name: &str| samples[&format!("vllm:{name}{{{labels}}}")];
+    for (name, own) in [
+        ("num_requests_running", "lorax_batch_current_size"),
+        ("kv_cache_usage_perc", "lorax_kv_use_ratio"),
+        ("prompt_tokens_total", "lorax_prompt_tokens_total"),
+        ("prefix_cache_hits_total", "lorax_cached_prompt_tokens_total"),
+        ("generation_tokens_total", "lorax_generated_tokens_total"),
+        ("time_to_first_token_seconds_count", "lorax_request_first_token_duration_count"),
+        ("request_decode_time_seconds_sum", "lorax_request_decode_duration_sum"),
+        ("request_params_max_tokens_sum", "lorax_request_max_new_tokens_sum"),
+    ] {
+        assert_eq!(vllm(name), samples[own], "{name}");
+    }
+    assert!(vllm("prefix_cache_hits_total") > 0.0);
+    let ended = |reason: &str| {
+        samples[&format!("vllm:request_success_total{{{labels},finished_reason=\"{reason}\"}}")]
+    };
+    assert_eq!(["stop", "length", "abort", "error"].map(ended), [2.0, 2.0, 0.0, 1.0]);
+    assert_eq!(
+        (samples["lorax_request_success"], samples["lorax_request_failure{err=\"load_adapter\"}"]),
+        (4.0, 1.0)
+    );
+    // Four sequences ran to their ends, each with more than one token.
+    for name in ["prefill", "decode", "inference", "time_per_output_token", "mean_time_per_token"] {
+        assert_eq!(samples[&format!("lorax_request_{name}_duration_count")], 4.0, "{name}");
+    }
+    let sum = |name: &str| samples[&format!("lorax_request_{name}_duration_sum")];
+    assert!((sum("prefill") + sum("decode") - sum("inference")).abs() < 1e-6);
+    assert!(sum("decode") > 0.0 && sum("mean_time_per_token") > sum("prefill") / 50.0);
+    // Nine tokens of two sequences each are in the bucket up to ten, and not in that up to five.
+    let bucket =
+        |le: &str| samples[&format!("vllm:request_generation_tokens_bucket{{{labels},le=\"{le}\"}}")];
+    assert!(bucket("10.0") >= bucket("5.0") + 2.0);
+    assert_eq!(bucket("+Inf"), 4.0);
+}
