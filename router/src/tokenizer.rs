@@ -3,6 +3,7 @@
 mod bytes;
 mod from_folder;
 mod from_gguf;
+mod growth;
 mod post_processor;
 mod special_tokens;
 mod splits;
@@ -101,6 +102,26 @@ pub enum TokenizerError {
         /// The file.
         path: PathBuf,
     },
+    /// Steps that could make much of little.
+    #[error(
+        "tokenizer.json: {step} may come to {growth} times the size of a text or token; {most} are allowed"
+    )]
+    Growth {
+        /// Which steps.
+        step: &'static str,
+        /// What they may come to.
+        growth: usize,
+        /// What they are allowed.
+        most: usize,
+    },
+    /// A text that the steps of the tokenizer could make too large.
+    #[error("a text of {bytes} bytes is too long for this tokenizer, which takes {most}")]
+    TooLong {
+        /// The bytes of the text.
+        bytes: usize,
+        /// The bytes of the longest text.
+        most: usize,
+    },
     /// The tokenizers library refused the definition.
     #[error("{0}")]
     Definition(#[source] tokenizers::Error),
@@ -118,6 +139,8 @@ pub struct ModelTokenizer {
     added: HashMap<u32, bool>,
     end_ids: Vec<u32>,
     bytes: TokenBytes,
+    /// Most bytes of a text that it takes.
+    longest: usize,
     /// Whether the spaces are taken out that a vocabulary of words leaves before punctuation.
     cleans_up: bool,
 }
@@ -164,6 +187,7 @@ impl ModelTokenizer {
         ModelTokenizer {
             added: added.map(|(id, token)| (id, is_special(&token.content))).collect(),
             bytes: TokenBytes::new(&tokenizer),
+            longest: growth::longest_text(&tokenizer),
             tokenizer,
             chat_templates: BTreeMap::new(),
             special_tokens: BTreeMap::new(),
@@ -175,6 +199,7 @@ impl ModelTokenizer {
     /// Tokens of a text. Special tokens in it are recognized; none are added unless the tokenizer's own
     /// post-processor does and `add_special` is set.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
+        self.check_length(text)?;
         let encoding = without_panic(|| self.tokenizer.encode_fast(text, add_special));
         let encoding = encoding.map_err(TokenizerError::Definition)?;
         Ok(encoding.get_ids().to_vec())
@@ -183,6 +208,7 @@ impl ModelTokenizer {
     /// Tokens of a text with the special tokens around it, and their places in it. A text of more than `most` tokens loses
     /// those at its end, but not the special tokens around it; without `most` it is taken whole.
     pub fn encode_whole(&self, text: &str, most: Option<usize>) -> Result<Encoding, TokenizerError> {
+        self.check_length(text)?;
         let encoding = without_panic(|| self.tokenizer.encode_char_offsets(text, false));
         let mut encoding = encoding.map_err(TokenizerError::Definition)?;
         let added = self.tokenizer.get_post_processor().map_or(0, |processor| processor.added_tokens(false));
@@ -191,6 +217,13 @@ impl ModelTokenizer {
         }
         without_panic(|| self.tokenizer.post_process(encoding, None, true))
             .map_err(TokenizerError::Definition)
+    }
+
+    fn check_length(&self, text: &str) -> Result<(), TokenizerError> {
+        match text.len() {
+            bytes if bytes > self.longest => Err(TokenizerError::TooLong { bytes, most: self.longest }),
+            _ => Ok(()),
+        }
     }
 
     /// Text of vocabulary entries, as the tokenizer's decoder puts them together.

@@ -6,10 +6,11 @@ use std::{
     collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use base64::{Engine, engine::general_purpose::STANDARD};
-use lorax_router::tokenizer::ModelTokenizer;
+use lorax_router::tokenizer::{ModelTokenizer, TokenizerError};
 use proptest::{
     prelude::any,
     strategy::{Strategy, ValueTree},
@@ -282,4 +283,117 @@ fn a_broken_map_of_characters_is_refused_in_every_file() {
             tokenizer.encode("a bé aa", true).unwrap();
         }
     }
+}
+
+/// A tokenizer.json of a few words, with these steps.
+fn with_steps(steps: &Value) -> Result<ModelTokenizer, TokenizerError> {
+    let mut definition = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+        "normalizer": null, "pre_tokenizer": null, "post_processor": null, "decoder": null,
+        "model": {"type": "WordLevel", "vocab": {"a": 0, "?": 1}, "unk_token": "?"},
+    });
+    for (step, value) in steps.as_object().unwrap() {
+        definition[step] = value.clone();
+    }
+    ModelTokenizer::load(folder(&[], &[("tokenizer.json", &definition)]).path(), None)
+}
+
+/// Six replacements of a letter by sixty make 60^6 of it.
+#[test]
+fn steps_that_make_much_of_little_are_refused() {
+    let begun = Instant::now();
+    let replace =
+        |pattern: Value, content: &str| json!({"type": "Replace", "pattern": pattern, "content": content});
+    let letters = |count: usize| replace(json!({"String": "a"}), &"a".repeat(count));
+    let sequence = |kind: &str, steps: Vec<Value>| json!({"type": "Sequence", kind: steps});
+    let bytes =
+        || json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+    let kept = ["a*", "(?=a)", "a|", r"\b"].map(|regex| replace(json!({"Regex": regex}), &"b".repeat(2000)));
+    let template = |single: Vec<Value>, ids: usize| {
+        json!({"type": "TemplateProcessing", "single": single, "pair": [],
+            "special_tokens": {"?": {"id": "?", "ids": vec![1; ids], "tokens": vec!["?"; ids]}}})
+    };
+    let text = || json!({"Sequence": {"id": "A", "type_id": 0}});
+    let token = || json!({"SpecialToken": {"id": "?", "type_id": 0}});
+    let mut refused = vec![
+        ("normalizer", sequence("normalizers", vec![letters(60); 6])),
+        ("normalizer", sequence("normalizers", vec![sequence("normalizers", vec![letters(60)]); 6])),
+        ("normalizer", letters(2000)),
+        ("normalizer", replace(json!({"String": ""}), &"b".repeat(2000))),
+        ("normalizer", json!({"type": "Prepend", "prepend": "a".repeat(2000)})),
+        ("normalizer", sequence("normalizers", vec![json!({"type": "ByteLevel"}); 30])),
+        (
+            "normalizer",
+            sequence(
+                "normalizers",
+                vec![
+                    sequence(
+                        "normalizers",
+                        vec![json!({"type": "NFKC"}), replace(json!({"String": "a"}), "\u{fdfa}")]
+                    );
+                    4
+                ],
+            ),
+        ),
+        ("pre_tokenizer", sequence("pretokenizers", vec![bytes(); 30])),
+        ("decoder", sequence("decoders", vec![letters(60); 6])),
+        ("decoder", sequence("decoders", vec![bytes(); 6])),
+        ("post_processor", template(vec![text(), text()], 1)),
+        ("post_processor", sequence("processors", vec![template(vec![text(); 60], 1); 6])),
+        ("post_processor", template(vec![text(), token()], 5000)),
+    ];
+    refused.extend(kept.map(|step| ("normalizer", step)));
+    for (step, value) in refused {
+        let error = with_steps(&json!({step: value})).map(drop).unwrap_err();
+        assert!(matches!(error, TokenizerError::Growth { .. }), "{value}: {error}");
+    }
+    // The added tokens are changed by the normalizer when the tokenizer is loaded.
+    let added = json!([{"id": 2, "content": "a".repeat(1 << 20), "single_word": false, "lstrip": false, "rstrip": false,
+        "normalized": true, "special": false}]);
+    let steps = json!({"added_tokens": added, "normalizer": letters(1000)});
+    let error = with_steps(&steps).map(drop).unwrap_err().to_string();
+    assert!(error.contains("added_tokens"), "{error}");
+    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+}
+
+#[test]
+fn texts_are_as_long_as_the_steps_of_a_tokenizer_allow() {
+    let marks = json!({"type": "Sequence", "normalizers": [
+        {"type": "Prepend", "prepend": "\u{2581}"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "\u{2581}"},
+    ]});
+    // What published tokenizers do: sentencepiece's marks, Unicode's forms with an expression, and bytes as letters.
+    for (steps, most) in [
+        (json!({}), 32 << 20),
+        (json!({"normalizer": marks}), (32 << 20) / 12),
+        (
+            json!({"normalizer": {"type": "Sequence", "normalizers": [
+                {"type": "NFKD"}, {"type": "StripAccents"}, {"type": "Lowercase"},
+                {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
+            ]}, "pre_tokenizer": {"type": "Metaspace", "replacement": "\u{2581}", "prepend_scheme": "always", "split": true}}),
+            (32 << 20) / 44,
+        ),
+        (
+            json!({"normalizer": {"type": "NFC"}, "pre_tokenizer":
+                {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true}}),
+            (32 << 20) / 6,
+        ),
+        (
+            json!({"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "a".repeat(1000)}}),
+            33_554,
+        ),
+    ] {
+        let tokenizer = with_steps(&steps).unwrap();
+        let error = tokenizer.encode(&"a".repeat(most + 1), false).unwrap_err();
+        assert!(
+            matches!(error, TokenizerError::TooLong { bytes, most: told } if bytes == most + 1 && told == most),
+            "{error}"
+        );
+        assert!(tokenizer.encode_whole(&"a".repeat(most + 1), Some(4)).is_err());
+        tokenizer.encode(&"a".repeat(1000), false).unwrap();
+    }
+    let longest = with_steps(
+        &json!({"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "a".repeat(1000)}}),
+    );
+    longest.unwrap().encode(&"a".repeat(2_000), false).unwrap();
 }

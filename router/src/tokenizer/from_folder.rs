@@ -5,7 +5,7 @@
 //! take it as it is. Without a tokenizer.json, the vocabulary is read from the files that the class knows.
 
 mod added_tokens;
-mod charsmap;
+pub(super) mod charsmap;
 mod class;
 mod sentencepiece;
 mod source;

@@ -4,24 +4,25 @@
 //! behind it. The trie is a double array of <https://github.com/s-yata/darts-clone>: a node's child for a byte is the
 //! unit at the node's place with the byte's bits flipped, if that has the byte as its label.
 
-/// Returns whether every text can be looked up in a map.
-pub(super) fn is_sound(map: &[u8]) -> bool {
-    let Some((size, rest)) = map.split_first_chunk() else { return false };
+/// The most bytes that a map makes of one; `None` if there are texts that cannot be looked up in it.
+pub(in super::super) fn growth(map: &[u8]) -> Option<usize> {
+    let (size, rest) = map.split_first_chunk()?;
     let size = u32::from_le_bytes(*size) as usize;
-    let Some((trie, texts)) = rest.split_at_checked(size) else { return false };
+    let (trie, texts) = rest.split_at_checked(size)?;
     let units: Vec<Unit> = trie
         .chunks_exact(4)
         .map(|unit| Unit(unit.iter().rev().fold(0, |all, byte| all << 8 | usize::from(*byte))))
         .collect();
     let (Ok(texts), Some(root), 0) = (std::str::from_utf8(texts), units.first(), size % 4) else {
-        return false;
+        return None;
     };
+    let mut growth = 1;
     let mut seen = vec![false; units.len()];
-    let mut open = vec![root.offset()];
-    while let Some(node) = open.pop() {
+    let mut open = vec![(root.offset(), 1)];
+    while let Some((node, bytes)) = open.pop() {
         // Whatever byte follows is looked up.
         if (node | 0xFF) >= units.len() {
-            return false;
+            return None;
         }
         for byte in 1..=0xFF {
             let at = node ^ byte;
@@ -29,15 +30,14 @@ pub(super) fn is_sound(map: &[u8]) -> bool {
                 continue;
             }
             let child = at ^ units[at].offset();
-            if units[at].has_leaf()
-                && !units.get(child).is_some_and(|leaf| texts.is_char_boundary(leaf.value()))
-            {
-                return false;
+            if units[at].has_leaf() {
+                let text = texts.get(units.get(child)?.value()..)?;
+                growth = growth.max(text.find('\0').unwrap_or(text.len()).div_ceil(bytes));
             }
-            open.push(child);
+            open.push((child, bytes + 1));
         }
     }
-    true
+    Some(growth)
 }
 
 /// A unit of the trie, of 32 bits.

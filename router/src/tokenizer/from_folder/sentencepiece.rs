@@ -114,7 +114,7 @@ impl Model {
         }
         let normalizer = proto.normalizer_spec.unwrap_or_default();
         let map = normalizer.precompiled_charsmap();
-        if !(map.is_empty() || charsmap::is_sound(map)) {
+        if !(map.is_empty() || charsmap::growth(map).is_some()) {
             return Err(TokenizerError::Charsmap { path: path.into() });
         }
         Ok(Model { pieces: proto.pieces, trainer, normalizer })

@@ -11,7 +11,7 @@ use tokenizers::{
 };
 
 use super::{
-    super::{TokenizerError, without_panic},
+    super::{TokenizerError, growth, without_panic},
     Folder,
     added_tokens::AddedTokens,
     charsmap,
@@ -63,6 +63,7 @@ fn defined(folder: &Folder, definition: &str, added: &mut AddedTokens) -> Result
         let normalizer = serde_json::from_str(definition).map(|Normalizer { normalizer }| normalizer);
         check_maps(&normalizer.unwrap_or_default(), folder)?;
     }
+    growth::check(definition)?;
     let tokenizer =
         without_panic(|| Tokenizer::from_bytes(definition)).map_err(TokenizerError::Definition)?;
     let model = match (folder.class, tokenizer.get_model()) {
@@ -90,7 +91,7 @@ fn check_maps(normalizer: &Value, folder: &Folder) -> Result<(), TokenizerError>
     normalizer["normalizers"].as_array().into_iter().flatten().try_for_each(|one| check_maps(one, folder))?;
     match normalizer["precompiled_charsmap"].as_str().map(|map| STANDARD.decode(map)) {
         None => Ok(()),
-        Some(Ok(map)) if charsmap::is_sound(&map) => Ok(()),
+        Some(Ok(map)) if charsmap::growth(&map).is_some() => Ok(()),
         Some(_) => Err(TokenizerError::Charsmap { path: folder.path.join("tokenizer.json") }),
     }
 }
