@@ -56,7 +56,7 @@ target/tools/bin/cargo-fuzz:
 .PHONY: venv
 venv: $(VENV)/.installed ## Python tools of the tests, pinned and hashed, in .venv
 
-$(VENV)/.installed: integration-tests/requirements.txt integration-tests/requirements-lorax.txt
+$(VENV)/.installed: $(addprefix integration-tests/requirements,.txt -lorax.txt -templates.txt)
 	python3 -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes $(^:%=-r %)
 	touch $@
@@ -150,7 +150,7 @@ gpu-dry-run: ## The measurements and checks for a GPU, on the CPU with a tiny mo
 	  --flags "--max-batch-size 64 --prefix-caching false --adapter-host-memory 256MiB --kv-memory 512MiB"
 
 .PHONY: goldens
-goldens: model tokenizers ## Make the reference outputs anew (torch, transformers and PEFT; about 5 GB of packages)
+goldens: model tokenizers venv ## Make the reference outputs anew (torch, transformers and PEFT; about 5 GB of packages)
 	python3 -m venv .venv-goldens
 	.venv-goldens/bin/pip install --quiet -r $(FIXTURES)/requirements-goldens.txt
 	.venv-goldens/bin/python $(FIXTURES)/gguf_to_hf.py "$$($(FIXTURES)/fetch_model.sh)" out/smollm2

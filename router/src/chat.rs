@@ -7,6 +7,7 @@ pub mod answer;
 mod arguments;
 mod attributes;
 mod bounds;
+mod comparisons;
 mod environment;
 mod filters;
 mod format;
@@ -16,6 +17,7 @@ mod methods;
 mod objects;
 mod operators;
 mod python;
+mod slices;
 mod strings;
 mod syntax;
 
@@ -164,7 +166,9 @@ impl ChatTemplates {
             ("add_generation_prompt", input.add_generation_prompt.into()),
         ];
         variables.extend(own.map(|(name, value)| (name.to_owned(), value)));
-        let found = template.environment.get_template(NAME).map_err(failed)?;
+        let mut environment = template.environment.clone();
+        environment.set_fuel(Some(bounds::steps_for(input.messages.len(), variables.values())));
+        let found = environment.get_template(NAME).map_err(failed)?;
         // minijinja panics on a few valid templates, such as one that leaves a loop from within `with`.
         let rendered = panic::catch_unwind(AssertUnwindSafe(|| found.render(Value::from(variables))));
         rendered.map_err(|_| ChatError::Render("the template engine failed".into()))?.map_err(failed)

@@ -4,7 +4,11 @@
 #[path = "support/input.rs"]
 mod input;
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
 
 use input::Input;
 use lorax_router::{
@@ -36,6 +40,22 @@ struct Cases {
     cases: Vec<(String, usize, Option<String>)>,
 }
 
+/// Outputs of published templates for the inputs of [`Cases`].
+#[derive(Deserialize)]
+struct Published {
+    cases: Vec<(String, usize, Option<String>)>,
+}
+
+/// The folder of published templates.
+fn published() -> PathBuf {
+    let lib = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.venv/lib");
+    let folder =
+        |version: fs::DirEntry| version.path().join("site-packages/axolotl/utils/chat_templates/templates");
+    let versions = fs::read_dir(&lib).into_iter().flatten().flatten();
+    let found = versions.map(folder).find(|folder| folder.is_dir());
+    found.unwrap_or_else(|| panic!("{}: no axolotl: make venv", lib.display()))
+}
+
 fn fixtures() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../integration-tests/fixtures"))
 }
@@ -65,7 +85,7 @@ fn assert_all(outcomes: impl Iterator<Item = (String, Option<String>, Result<Str
 #[test]
 fn small_templates_render_as_in_transformers() {
     let Units { input, units } = read("chat/units.json");
-    assert!(units.len() > 1000, "{}", units.len());
+    assert!(units.len() > 2000, "{}", units.len());
     let input = template_input(&input);
     assert_all(units.into_iter().map(|(source, expected)| {
         let got = with_template(&source).render(&input).map_err(|error| error.to_string());
@@ -76,12 +96,29 @@ fn small_templates_render_as_in_transformers() {
 #[test]
 fn whole_templates_render_as_in_transformers() {
     let Cases { inputs, cases } = read("chat/cases.json");
-    assert!(cases.len() > 400, "{}", cases.len());
+    assert!(cases.len() > 1200, "{}", cases.len());
     let mut compiled = BTreeMap::new();
     assert_all(cases.into_iter().map(|(name, index, expected)| {
         let templates = compiled.entry(name.clone()).or_insert_with(|| {
             let path = fixtures().join(format!("chat/templates/{name}.jinja"));
             with_template(&fs::read_to_string(path).unwrap())
+        });
+        let got = templates.render(&template_input(&inputs[index])).map_err(|error| error.to_string());
+        (format!("{name} {index}"), expected, got)
+    }));
+}
+
+/// Templates of published models, which the package axolotl has.
+#[test]
+fn published_templates_render_as_in_transformers() {
+    let Cases { inputs, .. } = read("chat/cases.json");
+    let Published { cases } = read("chat/published.json");
+    assert!(cases.len() > 500, "{}", cases.len());
+    let folder = published();
+    let mut compiled = BTreeMap::new();
+    assert_all(cases.into_iter().map(|(name, index, expected)| {
+        let templates = compiled.entry(name.clone()).or_insert_with(|| {
+            with_template(&fs::read_to_string(folder.join(format!("{name}.jinja"))).unwrap())
         });
         let got = templates.render(&template_input(&inputs[index])).map_err(|error| error.to_string());
         (format!("{name} {index}"), expected, got)
@@ -196,4 +233,27 @@ fn line_breaks_of_a_template_are_all_alike() {
     ] {
         assert_eq!(render(source, &inputs[0]).as_deref(), Ok(expected), "{source:?}");
     }
+}
+
+/// As many steps as published templates take for a long chat, and no more for a short one.
+#[test]
+fn steps_are_counted_by_the_size_of_the_chat() {
+    let say = |(index, content): (usize, &str)| {
+        let role = if index % 2 == 0 { "user" } else { "assistant" };
+        Value::from_pairs([("role", role), ("content", content)])
+    };
+    let render = |source: &str, contents: Vec<&str>| {
+        let messages: Vec<Value> = contents.into_iter().enumerate().map(say).collect();
+        with_template(source).render(&TemplateInput { messages, ..TemplateInput::default() })
+    };
+    // For each message, all others; and for each text, all letters.
+    let pairs = "{% set ns = namespace(n=0) %}{% for m in messages %}{% for o in messages if o.role == 'tool' %}\
+                 {% set ns.n = ns.n + 1 %}{% endfor %}{% endfor %}{{ ns.n }}";
+    let letters = "{% set ns = namespace(n=0) %}{% for m in messages %}{% for c in m.content %}\
+                   {% if c.type == 'image' %}{% set ns.n = ns.n + 1 %}{% endif %}{% endfor %}{% endfor %}{{ ns.n }}";
+    assert_eq!(render(pairs, vec![""; 2000]).unwrap(), "0");
+    let text = "a".repeat(100_000);
+    assert_eq!(render(letters, vec![&text; 6]).unwrap(), "0");
+    let many = "{% for a in range(3000) %}{% for b in range(3000) %}{{ a }}{% endfor %}{% endfor %}";
+    assert!(render(many, vec!["Hi"]).unwrap_err().to_string().contains("fuel"));
 }

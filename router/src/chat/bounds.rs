@@ -8,8 +8,14 @@ use minijinja::{Environment, Error, State, Value, value::ValueKind};
 
 use super::python::error;
 
-/// Steps of one rendering.
-const FUEL: u64 = 2_000_000;
+/// Steps of one rendering, whatever is rendered.
+const STEPS: u64 = 2_000_000;
+/// Steps for each byte of what is rendered: templates that go through texts letter by letter take 9.
+const STEPS_OF_A_BYTE: u64 = 16;
+/// Steps for each two messages: templates that look through the others for each message take 11.
+const STEPS_OF_A_PAIR: u64 = 24;
+/// Most steps of one rendering.
+const MAX_STEPS: u64 = 200_000_000;
 /// Bytes that count as one step, as the engine counts them.
 pub(super) const BYTES_OF_A_STEP: u64 = 64;
 /// Calls of macros and loops within each other.
@@ -28,12 +34,32 @@ pub(super) const BOUNDED: &str = "__bounded";
 
 /// Bounds what the templates of an environment do.
 pub(super) fn add(environment: &mut Environment) {
-    environment.set_fuel(Some(FUEL));
     environment.set_recursion_limit(MAX_CALLS);
     environment.add_function(BOUNDED, |state: &State, value: Value| {
         check(state, &value, MAX_DEPTH)?;
         Ok::<_, Error>(value)
     });
+}
+
+/// Steps for a rendering with these variables.
+pub(super) fn steps_for<'a>(messages: usize, variables: impl IntoIterator<Item = &'a Value>) -> u64 {
+    let bytes: u64 = variables.into_iter().map(size).sum();
+    let pairs = (messages as u64).saturating_pow(2);
+    let steps = bytes.saturating_mul(STEPS_OF_A_BYTE).saturating_add(pairs.saturating_mul(STEPS_OF_A_PAIR));
+    steps.saturating_add(STEPS).min(MAX_STEPS)
+}
+
+/// The bytes of all text in a value, and one for each value.
+fn size(value: &Value) -> u64 {
+    if let Some(text) = value.as_str() {
+        return 1 + text.len() as u64;
+    }
+    let items = value.try_iter().into_iter().flatten();
+    let of_item = |item: Value| match value.kind() {
+        ValueKind::Map => size(&item) + value.get_item(&item).map_or(0, |value| size(&value)),
+        _ => size(&item),
+    };
+    1 + items.map(of_item).sum::<u64>()
 }
 
 /// Refuses a text of so many bytes before it is made.
@@ -43,10 +69,12 @@ pub(super) fn room_for(bytes: usize) -> Result<(), Error> {
 
 /// Refuses to make a list of what has too many items: sums and products of lists have them without any memory.
 pub(super) fn room_for_items(value: &Value) -> Result<(), Error> {
-    match value.len() {
-        Some(length) if length > MAX_ITEMS => Err(error(format!("a list has at most {MAX_ITEMS} items"))),
-        _ => Ok(()),
-    }
+    room_for_items_of(value.len().unwrap_or(0))
+}
+
+/// Refuses to make a list of too many items.
+pub(super) fn room_for_items_of(count: usize) -> Result<(), Error> {
+    if count <= MAX_ITEMS { Ok(()) } else { Err(error(format!("a list has at most {MAX_ITEMS} items"))) }
 }
 
 /// Refuses a width or precision, of those in the options of a format, that makes the text too long.

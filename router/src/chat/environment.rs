@@ -12,7 +12,7 @@ use minijinja::{
 
 use super::{
     arguments::Args,
-    bounds, filters, methods,
+    bounds, comparisons, filters, methods,
     objects::{Cycler, Range},
     operators,
     python::{error, str_of},
@@ -34,13 +34,16 @@ pub(super) fn new() -> Result<Environment<'static>, Error> {
     bounds::add(&mut environment);
     filters::add(&mut environment);
     operators::add(&mut environment);
+    comparisons::add(&mut environment);
     add_tests(&mut environment);
     add_globals(&mut environment);
     Ok(environment)
 }
 
 fn add_tests(environment: &mut Environment) {
-    environment.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
+    environment.add_test("iterable", |value: &Value| {
+        !value.is_none() && !is_namespace(value) && value.try_iter().is_ok()
+    });
     // What has a length and elements by key, as text and maps have.
     environment.add_test("sequence", |value: &Value| match value.kind() {
         ValueKind::Iterable => false,
@@ -99,6 +102,9 @@ fn lipsum(state: &mut State, count: Option<usize>, kwargs: Kwargs) -> Result<Val
 fn pairs(args: &[Value]) -> Result<Vec<(Value, Value)>, Error> {
     let mut found = Vec::new();
     for arg in args {
+        if arg.is_none() || arg.is_undefined() || is_namespace(arg) {
+            return Err(error(format!("{} is neither a map nor pairs", arg.kind())));
+        }
         for item in arg.try_iter()? {
             if arg.kind() == ValueKind::Map {
                 let value = arg.get_item(&item)?;

@@ -1,21 +1,21 @@
 //! Filters where jinja2's differ from minijinja's.
 
+mod sequences;
 mod text;
 mod urlize;
 
+pub(super) use sequences::elements;
 pub(super) use text::escaped;
 
-use std::borrow::Cow;
-
 use minijinja::{
-    Environment, Error, State, Value, filters,
-    value::{Tuple, ValueKind},
+    Environment, Error, Value, filters,
+    value::{Kwargs, Tuple, ValueKind},
 };
 
 use super::{
     arguments::{Args, bind, integer, required, string, truth},
     attributes::own_attribute,
-    bounds::{room_for, room_for_items},
+    environment::is_namespace,
     format::printf,
     json,
     objects::Generator,
@@ -28,30 +28,29 @@ pub(super) fn add(environment: &mut Environment) {
     environment.add_filter("string", |value: &Value| {
         Ok::<_, Error>(if value.kind() == ValueKind::String { value.clone() } else { str_of(value)?.into() })
     });
-    environment.add_filter("join", join);
     environment.add_filter("default", default);
     environment.add_filter("d", default);
     environment.add_filter("int", int);
     environment.add_filter("float", float);
     environment.add_filter("attr", attribute);
-    environment.add_filter("last", last);
-    environment.add_filter("length", length);
-    environment.add_filter("count", length);
-    environment.add_filter("dictsort", |value: &Value, args: Args| {
-        let [case_sensitive, by, reverse] = bind(&args.into_values(), ["case_sensitive", "by", "reverse"])?;
-        let options = [("case_sensitive", case_sensitive), ("by", by), ("reverse", reverse)];
-        filters::dictsort(
-            value,
-            options.into_iter().filter_map(|(name, value)| Some((name, value?))).collect(),
+    environment.add_filter("abs", |value: Value| filters::abs(as_number(value)));
+    environment.add_filter("round", |value: Value, args: Args| {
+        let [precision, method] = bind(&args.into_values(), ["precision", "method"])?;
+        let (precision, method) = (integer(&precision)?, string(&method)?);
+        let precision = precision
+            .map(i32::try_from)
+            .transpose()
+            .map_err(|_| error("round: the precision is too large"))?;
+        filters::round(
+            as_number(value),
+            precision,
+            method.as_deref(),
+            Kwargs::from_iter::<[(&str, Value); 0]>([]),
         )
     });
-    add_of_sequences(environment);
-    environment.add_filter("unique", |state: &State, value: Value, args: Args| {
-        let [case_sensitive, attribute] = bind(&args.into_values(), ["case_sensitive", "attribute"])?;
-        let options = [("case_sensitive", case_sensitive), ("attribute", attribute)];
-        let options = options.into_iter().filter_map(|(name, value)| Some((name, value?))).collect();
-        Ok::<_, Error>(Generator::value(filters::unique(state, value, options)?.try_iter()?.collect()))
-    });
+    environment.add_filter("length", length);
+    environment.add_filter("count", length);
+    sequences::add(environment);
     environment.add_filter("format", |value: &Value, args: Args| {
         let mut args = args.into_values();
         let by_name = args.pop_if(|last| last.is_kwargs());
@@ -62,115 +61,8 @@ pub(super) fn add(environment: &mut Environment) {
         repr_of(value)?;
         repr_of(&sorted(value))
     });
-    add_generators(environment);
     environment.add_filter("urlize", urlize::urlize);
     text::add(environment);
-}
-
-/// Filters that jinja2 writes as generators.
-fn add_generators(environment: &mut Environment) {
-    fn generator(result: Result<Vec<Value>, Error>) -> Result<Value, Error> {
-        result.map(Generator::value)
-    }
-    type Test<'a> = Option<Cow<'a, str>>;
-    environment.add_filter("select", |state: &mut State, value: Value, test: Test, args: Args| {
-        generator(filters::select(state, value, test, args))
-    });
-    environment.add_filter("reject", |state: &mut State, value: Value, test: Test, args: Args| {
-        generator(filters::reject(state, value, test, args))
-    });
-    environment.add_filter(
-        "selectattr",
-        |state: &mut State, value: Value, name: Cow<'_, str>, test: Test, args: Args| {
-            generator(filters::selectattr(state, value, name, test, args))
-        },
-    );
-    environment.add_filter(
-        "rejectattr",
-        |state: &mut State, value: Value, name: Cow<'_, str>, test: Test, args: Args| {
-            generator(filters::rejectattr(state, value, name, test, args))
-        },
-    );
-    environment.add_filter("map", |state: &mut State, value: Value, args: Args| {
-        generator(filters::map(state, value, args))
-    });
-    environment.add_filter("batch", |state: &State, value: Value, count: usize, fill: Option<Value>| {
-        Ok::<_, Error>(Generator::value(filters::batch(state, value, count, fill)?.try_iter()?.collect()))
-    });
-    environment.add_filter("slice", |state: &State, value: Value, count: usize, fill: Option<Value>| {
-        Ok::<_, Error>(Generator::value(filters::slice(state, value, count, fill)?.try_iter()?.collect()))
-    });
-    environment.add_filter("items", |value: &Value| {
-        Ok::<_, Error>(Generator::value(filters::items(value)?.try_iter()?.collect()))
-    });
-}
-
-/// Filters that minijinja lets take None for an empty list.
-fn add_of_sequences(environment: &mut Environment) {
-    environment.add_filter("list", |value: &Value| elements(value).map(Value::from));
-    environment.add_filter("sort", |state: &mut State, value: &Value, args: Args| {
-        let [reverse, case_sensitive, attribute] =
-            bind(&args.into_values(), ["reverse", "case_sensitive", "attribute"])?;
-        let items = elements(value)?;
-        if attribute.is_none() {
-            comparable(&items)?;
-        }
-        let options = [("reverse", reverse), ("case_sensitive", case_sensitive), ("attribute", attribute)];
-        let options = options.into_iter().filter_map(|(name, value)| Some((name, value?))).collect();
-        filters::sort(state, items.into(), options)
-    });
-}
-
-/// Python compares numbers with numbers, text with text and lists with lists, and nothing else.
-fn comparable(items: &[Value]) -> Result<(), Error> {
-    let kind = |value: &Value| match value.kind() {
-        ValueKind::Bool => ValueKind::Number,
-        kind => kind,
-    };
-    let odd = items.windows(2).find(|pair| {
-        let (first, second) = (kind(&pair[0]), kind(&pair[1]));
-        first != second || !matches!(first, ValueKind::Number | ValueKind::String | ValueKind::Seq)
-    });
-    match odd {
-        Some(pair) => Err(error(format!("cannot compare {} with {}", pair[0].kind(), pair[1].kind()))),
-        None => Ok(()),
-    }
-}
-
-/// Elements of anything that Python can iterate over.
-fn elements(value: &Value) -> Result<Vec<Value>, Error> {
-    if value.is_none() {
-        return Err(error("None is not iterable"));
-    }
-    room_for_items(value)?;
-    Ok(value.try_iter()?.collect())
-}
-
-fn join(value: &Value, args: Args) -> Result<String, Error> {
-    let [separator, attribute] = bind(&args.into_values(), ["d", "attribute"])?;
-    let mut items = elements(value)?;
-    if let Some(attribute) = attribute.filter(|attribute| !attribute.is_none()) {
-        for item in &mut items {
-            *item = path(item, &attribute)?;
-        }
-    }
-    let separator = separator.as_ref().map(str_of).transpose()?.unwrap_or_default();
-    let mut out = String::new();
-    for (index, item) in items.iter().enumerate() {
-        out.push_str(if index > 0 { &separator } else { "" });
-        out.push_str(&str_of(item)?);
-        room_for(out.len())?;
-    }
-    Ok(out)
-}
-
-/// The value that a path of names, such as `address.city`, leads to.
-fn path(item: &Value, attribute: &Value) -> Result<Value, Error> {
-    let Some(names) = attribute.as_str() else { return item.get_item(attribute) };
-    names.split('.').try_fold(item.clone(), |at, name| match name.parse::<i64>() {
-        Ok(index) => at.get_item(&index.into()),
-        Err(_) => at.get_item(&name.into()),
-    })
 }
 
 fn default(value: &Value, args: Args) -> Result<Value, Error> {
@@ -237,27 +129,28 @@ fn float(value: &Value, args: Args) -> Result<Value, Error> {
 }
 
 /// Attributes are not items: a plain map has none but its methods.
-fn attribute(value: &Value, name: &Value) -> Value {
-    let own = name.as_str().and_then(|name| own_attribute(value, name));
-    own.unwrap_or_else(|| match value.kind() {
-        ValueKind::Map if !super::environment::is_namespace(value) => Value::UNDEFINED,
-        ValueKind::Seq | ValueKind::String => Value::UNDEFINED,
-        _ => value.get_item(name).unwrap_or_default(),
+fn attribute(value: &Value, args: Args) -> Result<Value, Error> {
+    let [name] = bind(&args.into_values(), ["name"])?;
+    let name = text_argument(name)?;
+    Ok(match own_attribute(value, &name) {
+        Some(own) => own,
+        None => match value.kind() {
+            ValueKind::Map if !is_namespace(value) => Value::UNDEFINED,
+            ValueKind::Seq | ValueKind::String => Value::UNDEFINED,
+            ValueKind::Undefined => return Err(error(format!("undefined has no attribute {name:?}"))),
+            _ => value.get_item(&name.into()).unwrap_or_default(),
+        },
     })
 }
 
-fn last(value: &Value) -> Result<Value, Error> {
-    match value.downcast_object_ref::<Generator>() {
-        Some(_) => Err(error("a generator has no last element")),
-        None => filters::last(value.clone()),
-    }
+fn length(value: &Value) -> Result<usize, Error> {
+    let has_none = value.downcast_object_ref::<Generator>().is_some() || is_namespace(value);
+    if has_none { Err(error("it has no length")) } else { filters::length(value) }
 }
 
-fn length(value: &Value) -> Result<usize, Error> {
-    match value.downcast_object_ref::<Generator>() {
-        Some(_) => Err(error("a generator has no length")),
-        None => filters::length(value),
-    }
+/// What Python takes for a number: truth values are 0 and 1.
+fn as_number(value: Value) -> Value {
+    if value.kind() == ValueKind::Bool { i64::from(value.is_true()).into() } else { value }
 }
 
 /// Maps with sorted keys, as Python's pretty printer writes them.

@@ -9,6 +9,7 @@ use minijinja::{
 };
 
 use super::{
+    attributes::attribute,
     bounds::{check_format, room_for},
     python::{error, repr_of, str_of},
 };
@@ -75,26 +76,50 @@ pub(super) fn str_format(text: &str, args: &[Value]) -> Result<String, Error> {
         Some((last, before)) if last.is_kwargs() => (before, Some(Kwargs::try_from(last.clone())?)),
         _ => (args, None),
     };
-    let (mut out, mut rest, mut next) = (String::new(), text, 0);
-    while let Some(at) = rest.find(['{', '}']) {
-        out.push_str(&rest[..at]);
-        let (brace, behind) = rest[at..].split_at(1);
-        if behind.starts_with(brace) {
-            out.push_str(brace);
-            rest = &behind[1..];
-            continue;
+    Arguments { by_position, by_name, next: 0 }.fill(text, MAX_NESTED)
+}
+
+/// Formats within formats, of which the inner ones have widths and precisions: `{:{width}}`.
+const MAX_NESTED: usize = 2;
+
+/// The arguments of a format, and the place of the next one that is asked for by no name.
+struct Arguments<'a> {
+    by_position: &'a [Value],
+    by_name: Option<Kwargs>,
+    next: usize,
+}
+
+impl Arguments<'_> {
+    fn fill(&mut self, text: &str, nested: usize) -> Result<String, Error> {
+        let nested = nested.checked_sub(1).ok_or_else(|| error("formats are nested too deeply"))?;
+        let (mut out, mut rest) = (String::new(), text);
+        while let Some(at) = rest.find(['{', '}']) {
+            out.push_str(&rest[..at]);
+            let (brace, behind) = rest[at..].split_at(1);
+            if behind.starts_with(brace) {
+                out.push_str(brace);
+                rest = &behind[1..];
+                continue;
+            }
+            let end = end_of_field(behind).filter(|_| brace == "{");
+            let end = end.ok_or_else(|| error("a brace has no partner"))?;
+            out.push_str(&self.field(&behind[..end], nested)?);
+            room_for(out.len())?;
+            rest = &behind[end + 1..];
         }
-        let field = behind.split_once('}').filter(|_| brace == "{");
-        let (field, behind) = field.ok_or_else(|| error("a brace has no partner"))?;
-        rest = behind;
+        Ok(out + rest)
+    }
+
+    /// What stands between braces: a name and what to make of its value.
+    fn field(&mut self, field: &str, nested: usize) -> Result<String, Error> {
         let (field, spec) = field.split_once(':').unwrap_or((field, ""));
         let (field, conversion) = field.split_once('!').unwrap_or((field, ""));
         let end = field.find(['.', '[']).unwrap_or(field.len());
         let (name, path) = field.split_at(end);
-        let index = if name.is_empty() { Some(next) } else { name.parse().ok() };
-        next += usize::from(name.is_empty());
-        let value = match (index, &by_name) {
-            (Some(index), _) => by_position.get(index).cloned(),
+        let index = if name.is_empty() { Some(self.next) } else { name.parse().ok() };
+        self.next += usize::from(name.is_empty());
+        let value = match (index, &self.by_name) {
+            (Some(index), _) => self.by_position.get(index).cloned(),
             (None, Some(by_name)) => by_name.peek(name).ok(),
             (None, None) => None,
         };
@@ -106,29 +131,43 @@ pub(super) fn str_format(text: &str, args: &[Value]) -> Result<String, Error> {
             "r" | "a" => repr_of(&value)?.into(),
             other => return Err(error(format!("unknown conversion {other:?}"))),
         };
-        out.push_str(&one_str_format(spec, value)?);
-        room_for(out.len())?;
+        if spec.contains(['{', '}']) {
+            return one_str_format(&self.fill(spec, nested)?, value);
+        }
+        one_str_format(spec, value)
     }
-    Ok(out + rest)
+}
+
+/// Where the brace is that ends a field.
+fn end_of_field(text: &str) -> Option<usize> {
+    let mut open = 0;
+    text.bytes().position(|letter| {
+        match letter {
+            b'{' => open += 1,
+            b'}' if open == 0 => return true,
+            b'}' => open -= 1,
+            _ => {}
+        }
+        false
+    })
 }
 
 /// The value that `.name` or `[key]` leads to.
 fn follow(mut value: Value, mut path: &str) -> Result<Value, Error> {
     while !path.is_empty() {
-        let key = match path.strip_prefix('[').map(|path| path.split_once(']')) {
-            Some(Some((key, rest))) => {
+        value = match path.strip_prefix('[') {
+            Some(group) => {
+                let (key, rest) = group.split_once(']').ok_or_else(|| error("a bracket has no partner"))?;
                 path = rest;
-                key
+                value.get_item(&key.parse::<i64>().map_or_else(|_| key.into(), Value::from))?
             }
-            Some(None) => return Err(error("a bracket has no partner")),
             None => {
                 let name = path.trim_start_matches('.');
                 let (name, rest) = name.split_at(name.find(['.', '[']).unwrap_or(name.len()));
                 path = rest;
-                name
+                attribute(&value, name)?
             }
         };
-        value = value.get_item(&key.parse::<i64>().map_or_else(|_| key.into(), Value::from))?;
     }
     Ok(value)
 }
@@ -137,6 +176,9 @@ fn one_str_format(spec: &str, value: Value) -> Result<String, Error> {
     check_format(spec)?;
     if spec.is_empty() {
         return str_of(&value);
+    }
+    if !matches!(value.kind(), ValueKind::String | ValueKind::Number | ValueKind::Bool) {
+        return Err(error(format!("{} takes no format", value.kind())));
     }
     if let Some(options) = spec.strip_suffix('%') {
         // The sign counts as a part of the width, which is the last thing that is filled up.

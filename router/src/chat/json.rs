@@ -7,6 +7,8 @@ use minijinja::{Error, Value, value::ValueKind};
 use super::{
     arguments::{Args, bind, truth},
     bounds::room_for,
+    environment::is_namespace,
+    objects::{Range, View},
     python::{error, float},
 };
 
@@ -58,11 +60,11 @@ impl Style {
     fn write(&self, out: &mut String, value: &Value, depth: usize) -> Result<(), Error> {
         match value.kind() {
             ValueKind::String => self.write_string(out, value.as_str().unwrap_or_default()),
-            ValueKind::Seq if value.downcast_object_ref::<super::objects::Range>().is_none() => {
+            ValueKind::Seq | ValueKind::Iterable if is_list(value) => {
                 let items: Vec<Value> = value.try_iter()?.collect();
                 self.write_all(out, ['[', ']'], items, depth, |out, item| self.write(out, &item, depth + 1))?;
             }
-            ValueKind::Map => {
+            ValueKind::Map if !is_namespace(value) => {
                 let pair = |key: Value| -> Result<_, Error> { Ok((scalar(&key)?, value.get_item(&key)?)) };
                 let mut pairs = value.try_iter()?.map(pair).collect::<Result<Vec<_>, _>>()?;
                 if self.sort_keys {
@@ -132,6 +134,14 @@ impl Style {
         }
         out.push('"');
     }
+}
+
+/// Returns whether Python has a list or tuple for this value.
+fn is_list(value: &Value) -> bool {
+    // Groups are pairs that the engine iterates over; what has no length is a generator.
+    let is_view =
+        value.downcast_object_ref::<View>().is_some() || value.downcast_object_ref::<Range>().is_some();
+    !is_view && value.len().is_some()
 }
 
 /// A value that is not a list or map; also what a key of a map becomes.

@@ -142,10 +142,14 @@ impl Object for Generator {
     }
 }
 
-/// A macro that takes more arguments than it has parameters, if its body names `varargs` or `kwargs`.
+/// The parameter of a [`Macro`] that tells which of the others have been given.
+pub(super) const GIVEN: &str = "__given";
+
+/// A macro with defaults, or one that takes more arguments than it has parameters: those whose body names `varargs` or
+/// `kwargs`.
 #[derive(Debug)]
 pub(super) struct Macro {
-    /// The macro, whose last two parameters are these two.
+    /// The macro, whose last parameters are those of the next two that it takes, and [`GIVEN`].
     pub(super) inner: Value,
     /// Names of the other parameters.
     pub(super) names: Vec<String>,
@@ -165,16 +169,23 @@ impl Macro {
             return Err(Error::from(ErrorKind::TooManyArguments));
         }
         let (mut named, mut others) = (Vec::new(), Vec::new());
+        let mut given = self.names[..own.len()].to_vec();
         for name in by_name.iter().flat_map(Kwargs::args) {
             let value = by_name.as_ref().map_or(Ok(Value::UNDEFINED), |by_name| by_name.peek(name))?;
             let is_own = name == "caller" || self.names.iter().any(|own| own == name);
             if !is_own && !self.kwargs {
                 return Err(error(format!("unexpected argument {name:?}")));
             }
+            given.push(name.to_owned());
             if is_own { &mut named } else { &mut others }.push((name.to_owned(), value));
         }
-        named.push(("varargs".into(), Tuple::from(more.to_vec()).into()));
-        named.push(("kwargs".into(), Value::from_pairs(others)));
+        if self.varargs {
+            named.push(("varargs".into(), Tuple::from(more.to_vec()).into()));
+        }
+        if self.kwargs {
+            named.push(("kwargs".into(), Value::from_pairs(others)));
+        }
+        named.push((GIVEN.into(), given.into()));
         Ok([own, &[Value::from(Kwargs::from_iter(named))]].concat())
     }
 }

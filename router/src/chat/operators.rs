@@ -4,15 +4,23 @@ use minijinja::{Environment, Error, Value, value::ValueKind};
 
 use super::{
     attributes::{attribute, item},
+    bounds::room_for_items,
+    comparisons,
+    environment::is_namespace,
     format::printf,
     objects::Macro,
     python::{error, str_of},
+    slices,
 };
 
 /// Stands for `left % right`.
 pub(super) const REMAINDER: &str = "__remainder";
-/// Stands for `left < right` and its like, with the operator as text between them.
+/// Stands for `left < right` and its like, and for chains of them, with the operators as text between the operands.
 pub(super) const COMPARE: &str = "__compare";
+/// Stands for `value[start:stop:step]`.
+pub(super) const SLICE: &str = "__slice";
+/// Makes a list of what minijinja makes of sums and products of lists.
+pub(super) const LIST: &str = "__list";
 /// Makes text of an operand of `~`.
 pub(super) const PRINT: &str = "__print";
 /// Refuses what Python does not iterate over.
@@ -29,12 +37,14 @@ pub(super) const ITEM: &str = "__item";
 /// Adds all.
 pub(super) fn add(environment: &mut Environment) {
     environment.add_function(REMAINDER, remainder);
-    environment.add_function(COMPARE, compare);
+    environment.add_function(COMPARE, comparisons::chain);
+    environment.add_function(SLICE, slices::slice);
     environment.add_function(PRINT, |value: &Value| -> Result<Value, Error> {
         // Text keeps its mark of being safe.
         if value.kind() == ValueKind::String { Ok(value.clone()) } else { Ok(str_of(value)?.into()) }
     });
     environment.add_function(ITERATE, iterate);
+    environment.add_function(LIST, list);
     environment.add_function(ATTRIBUTE, attribute);
     environment.add_function(ITEM, item);
     environment.add_function(MACRO, |inner: Value, names: Vec<String>, varargs: bool, kwargs: bool| {
@@ -42,33 +52,28 @@ pub(super) fn add(environment: &mut Environment) {
     });
 }
 
-/// The items of a loop, or of an assignment to several names. The loop's variables need their number, which minijinja does not know for text and generators.
+/// The items of a loop, or of an assignment to several names. The loop's variables need their number, which minijinja
+/// does not know for text and generators.
 fn iterate(value: Value) -> Result<Value, Error> {
     match value.kind() {
         ValueKind::None => Err(error("None is not iterable")),
+        ValueKind::Map if is_namespace(&value) => Err(error("a namespace is not iterable")),
         ValueKind::String | ValueKind::Iterable => Ok(value.try_iter()?.collect()),
         _ => Ok(value),
     }
 }
 
-fn compare(left: &Value, operator: &str, right: &Value) -> Result<bool, Error> {
-    let kind = |value: &Value| match value.kind() {
-        ValueKind::Bool => ValueKind::Number,
-        kind => kind,
-    };
-    let ordered = matches!(kind(left), ValueKind::Number | ValueKind::String | ValueKind::Seq);
-    if !ordered || kind(left) != kind(right) || left.is_tuple() != right.is_tuple() {
-        return Err(error(format!("{} and {} have no order", left.kind(), right.kind())));
+/// minijinja iterates over the parts of a sum of lists, and has no list of it.
+fn list(value: Value) -> Result<Value, Error> {
+    if value.kind() != ValueKind::Iterable || value.len().is_none() {
+        return Ok(value);
     }
-    Ok(match operator {
-        "<" => left < right,
-        "<=" => left <= right,
-        ">" => left > right,
-        _ => left >= right,
-    })
+    room_for_items(&value)?;
+    Ok(value.try_iter()?.collect::<Vec<_>>().into())
 }
 
-fn remainder(left: &Value, right: &Value) -> Result<Value, Error> {
+/// `left % right`.
+pub(super) fn remainder(left: &Value, right: &Value) -> Result<Value, Error> {
     if let Some(text) = left.as_str() {
         return Ok(printf(text, right)?.into());
     }

@@ -7,6 +7,7 @@ use minijinja::{Error, Value, value::Tuple};
 use super::{
     arguments::{bind, integer, required, string, truth},
     bounds::room_for,
+    filters::elements,
     format::str_format,
     python::{error, is_printable, is_space},
 };
@@ -153,7 +154,7 @@ pub(super) fn split_lines(text: &str, keep_ends: bool) -> Vec<&str> {
 fn join(separator: &str, args: &[Value]) -> Result<String, Error> {
     let [items] = bind(args, ["iterable"])?;
     let mut parts = Vec::new();
-    for item in required(items)?.try_iter()? {
+    for item in elements(&required(items)?)? {
         parts
             .push(item.as_str().map(str::to_owned).ok_or_else(|| error("join: an element is not a string"))?);
     }

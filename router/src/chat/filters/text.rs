@@ -1,24 +1,42 @@
 //! Filters of text.
 
-use minijinja::{Environment, Error, Value, value::ValueKind};
+use minijinja::{Environment, Error, State, Value, filters, value::ValueKind};
 
 use super::{
     super::{
-        arguments::{Args, bind, integer, string, truth},
+        arguments::{Args, bind, integer, required, string, truth},
         bounds::room_for,
+        environment::is_namespace,
+        methods,
         python::{error, is_space, str_of},
         strings::{centered, split_lines},
     },
-    elements, text_argument,
+    sequences::elements,
+    text_argument,
 };
 
 /// Adds all.
 pub(super) fn add(environment: &mut Environment) {
+    for name in ["upper", "lower", "capitalize"] {
+        environment.add_filter(name, move |state: &mut State, value: &Value| method(state, value, name, &[]));
+    }
+    environment.add_filter("title", |value: &Value| Ok::<_, Error>(filters::title(str_of(value)?.into())));
+    environment.add_filter("trim", |state: &mut State, value: &Value, args: Args| {
+        let [chars] = bind(&args.into_values(), ["chars"])?;
+        method(state, value, "strip", &[chars.unwrap_or_else(|| Value::from(()))])
+    });
+    environment.add_filter("replace", |state: &mut State, value: &Value, args: Args| {
+        let [old, new, count] = bind(&args.into_values(), ["old", "new", "count"])?;
+        let (old, new) = (str_of(&required(old)?)?, str_of(&required(new)?)?);
+        let count = integer(&count)?.unwrap_or(-1);
+        method(state, value, "replace", &[old.into(), new.into(), count.into()])
+    });
     environment.add_filter("e", escape);
     environment.add_filter("escape", escape);
     environment.add_filter("forceescape", |value: &Value| {
         Ok::<_, Error>(Value::from_safe_string(escaped(&str_of(value)?)))
     });
+    environment.add_filter("safe", |value: &Value| Ok::<_, Error>(Value::from_safe_string(str_of(value)?)));
     environment.add_filter("striptags", |value: &Value| {
         Ok::<_, Error>(minijinja_contrib::filters::striptags(str_of(value)?))
     });
@@ -33,6 +51,17 @@ pub(super) fn add(environment: &mut Environment) {
     environment.add_filter("filesizeformat", file_size);
     environment.add_filter("urlencode", url_encode);
     environment.add_filter("xmlattr", xml_attributes);
+}
+
+/// What a method of text makes of a value's text.
+fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
+    let text = if value.kind() == ValueKind::String { value.clone() } else { str_of(value)?.into() };
+    methods::call(state, &text, name, args)
+}
+
+/// Text, where jinja2 takes nothing else.
+fn text_of(value: &Value) -> Result<&str, Error> {
+    value.as_str().ok_or_else(|| error(format!("{} is no text", value.kind())))
 }
 
 fn escape(value: &Value) -> Result<Value, Error> {
@@ -61,20 +90,21 @@ fn word_count(value: &Value) -> Result<usize, Error> {
     Ok(words.filter(|word| !word.is_empty()).count())
 }
 
-fn truncate(value: &Value, args: Args) -> Result<String, Error> {
+fn truncate(value: &Value, args: Args) -> Result<Value, Error> {
     let [length, kill_words, end, leeway] =
         bind(&args.into_values(), ["length", "killwords", "end", "leeway"])?;
-    let text = str_of(value)?;
     let end = string(&end)?.unwrap_or_else(|| "...".into());
     let (length, leeway) = (integer(&length)?.unwrap_or(255), integer(&leeway)?.unwrap_or(5));
-    if text.chars().count() as i64 <= length.saturating_add(leeway) {
-        return Ok(text);
+    let has = filters::length(value)? as i64;
+    if has <= length.saturating_add(leeway) {
+        return Ok(value.clone());
     }
+    let text = text_of(value)?;
     let room = length.saturating_sub(end.chars().count() as i64);
     let room = usize::try_from(room).map_err(|_| error("truncate: the length is shorter than the end"))?;
     let cut: String = text.chars().take(room).collect();
     let whole_words = if truth(&kill_words, false) { None } else { cut.rsplit_once(' ') };
-    Ok(format!("{}{end}", whole_words.map_or(cut.as_str(), |(words, _)| words)))
+    Ok(format!("{}{end}", whole_words.map_or(cut.as_str(), |(words, _)| words)).into())
 }
 
 fn word_wrap(value: &Value, args: Args) -> Result<String, Error> {
@@ -83,8 +113,8 @@ fn word_wrap(value: &Value, args: Args) -> Result<String, Error> {
     let width = usize::try_from(integer(&width)?.unwrap_or(79)).unwrap_or(0).max(1);
     let separator = string(&separator)?.unwrap_or_else(|| "\n".into());
     let break_long = truth(&break_long, true);
-    let text = str_of(value)?;
-    let lines = split_lines(&text, false);
+    let text = text_of(value)?;
+    let lines = split_lines(text, false);
     let wrapped: Vec<Vec<String>> = lines.into_iter().map(|line| wrap(line, width, break_long)).collect();
     let separators = wrapped.iter().map(|lines| lines.len().max(1)).sum::<usize>();
     room_for(text.len().saturating_add(separators.saturating_mul(separator.len())))?;
@@ -159,7 +189,7 @@ fn indent(value: &Value, args: Args) -> Result<String, Error> {
             " ".repeat(width)
         }
     };
-    let text = str_of(value)? + "\n";
+    let text = text_of(value)?.to_owned() + "\n";
     let mut out = String::new();
     for (index, line) in split_lines(&text, false).into_iter().enumerate() {
         let indented =
@@ -228,6 +258,9 @@ fn quote(text: &str, safe: &str) -> String {
 
 fn xml_attributes(value: &Value, args: Args) -> Result<String, Error> {
     let [space] = bind(&args.into_values(), ["autospace"])?;
+    if value.kind() != ValueKind::Map || is_namespace(value) {
+        return Err(error(format!("xmlattr: {} is no map", value.kind())));
+    }
     let mut attributes = Vec::new();
     for key in elements(value)? {
         let item = value.get_item(&key)?;

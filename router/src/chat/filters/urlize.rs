@@ -10,7 +10,8 @@ use super::{
         arguments::{Args, bind, integer, string, truth},
         python::{is_space, str_of},
     },
-    elements, escaped,
+    escaped,
+    sequences::elements,
 };
 
 /// A web address: with a scheme or `www.` under any domain, without one under a few, or a number.

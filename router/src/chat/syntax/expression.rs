@@ -1,13 +1,13 @@
 //! Operators that work otherwise in Python, written as calls of functions that do as Python does.
 //!
-//! minijinja has no `%` for text, prints what `~` joins in its own way, orders values of unlike types, takes None for
-//! an empty list in loops, and knows no unary plus. The expression is split into the levels that its brackets make;
+//! minijinja has no `%` for text, prints what `~` joins in its own way, orders values of unlike types, finds anything in
+//! text and in None, cuts slices that are no lists, takes None for an empty list in loops, and knows no unary plus. The expression is split into the levels that its brackets make;
 //! within a level, the operators that bind more weakly end the operands.
 
 use super::super::{
     attributes::is_special,
     bounds::BOUNDED,
-    operators::{ATTRIBUTE, COMPARE, ITEM, ITERATE, PRINT, REMAINDER},
+    operators::{ATTRIBUTE, COMPARE, ITEM, ITERATE, LIST, PRINT, REMAINDER, SLICE},
 };
 
 /// A piece of an expression. `space` is what stands before it.
@@ -27,14 +27,16 @@ enum Kind {
     Tilde,
     /// `+` or `-` between operands.
     Sum,
-    /// `<`, `<=`, `>` or `>=`.
-    Order,
+    /// `==`, `!=`, `<`, `<=`, `>`, `>=`, `in` or `not in`.
+    Comparison,
+    /// What stands between the brackets of a slice, as arguments.
+    Slice,
     /// Anything else that ends the operands of the others.
     Boundary,
 }
 
 /// Words that end an operand.
-const WORDS: [&str; 7] = ["and", "or", "not", "in", "if", "else", "recursive"];
+const WORDS: [&str; 6] = ["and", "or", "not", "if", "else", "recursive"];
 
 /// Writes the code of an expression's tag, which has no `word`, or of a statement's.
 pub(super) fn write(out: &mut String, code: &str, word: &str) {
@@ -105,9 +107,8 @@ fn write_scope(out: &mut String, pieces: &[Piece]) {
 /// `target in iterable`, and what may follow: a filter or `recursive`.
 fn write_loop(out: &mut String, pieces: &[Piece]) {
     let word = |piece: &Piece, text: &str| piece.kind == Kind::Boundary && piece.text == text;
-    let Some(start) = pieces.iter().position(|piece| word(piece, "in")) else {
-        return write_level(out, pieces);
-    };
+    let is_in = |piece: &Piece| piece.kind == Kind::Comparison && piece.text == "in";
+    let Some(start) = pieces.iter().position(is_in) else { return write_level(out, pieces) };
     let (target, rest) = pieces.split_at(start + 1);
     let end =
         rest.iter().position(|piece| word(piece, "if") || word(piece, "recursive")).unwrap_or(rest.len());
@@ -121,41 +122,47 @@ fn write_loop(out: &mut String, pieces: &[Piece]) {
 
 /// The clauses between boundaries, one after the other.
 fn write_level(out: &mut String, pieces: &[Piece]) {
-    let in_chain =
-        |piece: Option<&Piece>| piece.is_some_and(|piece| matches!(&*piece.text, "==" | "!=" | "in"));
-    let mut before = None;
     for part in pieces.split_inclusive(|piece| piece.kind == Kind::Boundary) {
-        let (part, boundary) = match part.split_last() {
-            Some((last, before)) if last.kind == Kind::Boundary => (before, Some(last)),
-            _ => (part, None),
-        };
-        let compared: Vec<&[Piece]> = part.split(|piece| piece.kind == Kind::Order).collect();
-        let operator = part.iter().find(|piece| piece.kind == Kind::Order);
-        match (&compared[..], operator) {
-            // A chain of comparisons stays as it is: it is more than the sum of its parts.
-            ([left, right], Some(operator)) if !in_chain(before) && !in_chain(boundary) => {
-                let (left, right) = (sum(left), sum(right));
-                out.push_str(&format!(" {COMPARE}({left}, \"{}\", {right})", operator.text));
+        match part.split_last() {
+            Some((boundary, clause)) if boundary.kind == Kind::Boundary => {
+                write_clause(out, clause);
+                out.extend([&*boundary.space, &*boundary.text]);
             }
-            _ => {
-                for part in part.split_inclusive(|piece| piece.kind == Kind::Order) {
-                    out.push_str(&sum(part));
-                }
-            }
+            _ => write_clause(out, part),
         }
-        if let Some(boundary) = boundary {
-            out.extend([&*boundary.space, &*boundary.text]);
-        }
-        before = boundary;
     }
 }
 
-/// Operands between `+` and `-`; a comparison may stand at the end.
+/// Operands between comparisons. A chain of them is a single call, as each but the last also begins the next.
+fn write_clause(out: &mut String, pieces: &[Piece]) {
+    let is_comparison = |piece: &Piece| piece.kind == Kind::Comparison;
+    let mut operands = pieces.split(is_comparison);
+    let operators: Vec<&Piece> = pieces.iter().filter(|piece| is_comparison(piece)).collect();
+    let is_missing = |operand: &[Piece]| operand.iter().all(|piece| piece.text.is_empty());
+    // What is equal to minijinja is so to Python. Without one of its sides, minijinja will complain.
+    let stays = matches!(&operators[..], [one] if matches!(&*one.text, "==" | "!="))
+        || operands.clone().any(is_missing);
+    let first = sum(operands.next().unwrap_or_default());
+    if stays || operators.is_empty() {
+        out.push_str(&first);
+        for (operator, operand) in operators.into_iter().zip(operands) {
+            out.extend([&*operator.space, &*operator.text, &sum(operand)]);
+        }
+        return;
+    }
+    out.push_str(&format!(" {COMPARE}({first}"));
+    for (operator, operand) in operators.into_iter().zip(operands) {
+        out.push_str(&format!(", \"{}\", {}", operator.text, sum(operand)));
+    }
+    out.push(')');
+}
+
+/// Operands between `+` and `-`.
 fn sum(pieces: &[Piece]) -> String {
     let mut out = String::new();
-    for part in pieces.split_inclusive(|piece| matches!(piece.kind, Kind::Sum | Kind::Order)) {
+    for part in pieces.split_inclusive(|piece| piece.kind == Kind::Sum) {
         let (part, operator) = match part.split_last() {
-            Some((last, before)) if matches!(last.kind, Kind::Sum | Kind::Order) => (before, Some(last)),
+            Some((last, before)) if last.kind == Kind::Sum => (before, Some(last)),
             _ => (part, None),
         };
         let operands: Vec<&[Piece]> = part.split(|piece| piece.kind == Kind::Tilde).collect();
@@ -168,7 +175,8 @@ fn sum(pieces: &[Piece]) -> String {
         }
         out.extend(operator.into_iter().flat_map(|operator| [&*operator.space, &*operator.text]));
     }
-    out
+    let adds = pieces.iter().any(|piece| piece.kind == Kind::Sum && piece.text == "+");
+    if adds { format!(" {LIST}({out})") } else { out }
 }
 
 /// Operands between `*`, `/`, `//` and `%`, which are worked off from the left.
@@ -183,6 +191,7 @@ fn product(pieces: &[Piece]) -> String {
         let operand: String = operand.iter().flat_map(|piece| [&*piece.space, &*piece.text]).collect();
         so_far = match operator {
             Some(percent) if percent.text == "%" => format!(" {REMAINDER}({so_far}, {operand})"),
+            Some(times) if times.text == "*" => format!(" {LIST}({so_far} * {operand})"),
             Some(other) => format!("{so_far}{}{}{operand}", other.space, other.text),
             None => operand,
         };
@@ -214,6 +223,30 @@ fn name_attribute(pieces: &mut Vec<Piece>) {
     let value: String = value.into_iter().flat_map(|piece| [piece.space, piece.text]).collect();
     let text = format!("{function}({value}, \"{name}\")");
     pieces.push(Piece { space, text, kind: Kind::Operand });
+}
+
+/// Cuts a slice out of the value at the end; `None` if there is no value.
+fn cut(pieces: &mut Vec<Piece>, bounds: &str) -> Option<()> {
+    let value = pieces.split_off(start_of_value(pieces)?);
+    let space = value[0].space.clone();
+    let value: String = value.into_iter().flat_map(|piece| [piece.space, piece.text]).collect();
+    let text = format!("{SLICE}({value}, {bounds})");
+    pieces.push(Piece { space, text, kind: Kind::Operand });
+    Some(())
+}
+
+/// What stands between the brackets of a slice, as arguments.
+fn bounds(pieces: &[Piece]) -> String {
+    let bound = |pieces: &[Piece]| {
+        let mut out = String::new();
+        write_level(&mut out, pieces);
+        if out.trim().is_empty() { "none".to_owned() } else { out }
+    };
+    pieces.split(is_colon).map(bound).collect::<Vec<_>>().join(", ")
+}
+
+fn is_colon(piece: &Piece) -> bool {
+    piece.kind == Kind::Boundary && piece.text == ":"
 }
 
 /// The name in `["name"]`.
@@ -270,12 +303,18 @@ impl Lexer<'_> {
                 name_attribute(&mut pieces);
             }
             let (text, kind) = match first {
-                '(' | '[' | '{' => (self.group()?, Kind::Operand),
+                '(' | '[' | '{' => self.group()?,
                 '"' | '\'' => (self.string(first)?, Kind::Operand),
                 _ if first.is_alphanumeric() || first == '_' => self.word(pieces.last()),
                 _ => self.symbol(first, pieces.last()),
             };
-            pieces.push(Piece { space, text, kind });
+            match pieces.last_mut() {
+                _ if kind == Kind::Slice => cut(&mut pieces, &text)?,
+                Some(not) if kind == Kind::Comparison && text == "in" && not.text == "not" => {
+                    (not.text, not.kind) = ("not in".into(), kind);
+                }
+                _ => pieces.push(Piece { space, text, kind }),
+            }
         }
     }
 
@@ -285,22 +324,23 @@ impl Lexer<'_> {
         text
     }
 
-    fn group(&mut self) -> Option<String> {
+    fn group(&mut self) -> Option<(String, Kind)> {
         let mut out = self.take(1).to_owned();
-        write_level(&mut out, &self.level()?);
+        let pieces = self.level()?;
         let close = match &*out {
-            open if open.starts_with('(') => ')',
-            open if open.starts_with('[') => ']',
-            _ => '}',
+            "(" => ")",
+            "[" => "]",
+            _ => "}",
         };
-        if !self.0.starts_with(close) {
-            return None;
+        self.0 = self.0.strip_prefix(close)?;
+        if out == "[" && pieces.iter().any(is_colon) {
+            return Some((bounds(&pieces), Kind::Slice));
         }
-        out.push_str(self.take(1));
-        Some(out)
+        write_level(&mut out, &pieces);
+        Some((out + close, Kind::Operand))
     }
 
-    /// A string literal. Escapes of eight digits become the character itself.
+    /// A string literal. Its escapes are those that minijinja knows.
     fn string(&mut self, quote: char) -> Option<String> {
         let mut letters = self.0.char_indices().skip(1);
         let end = loop {
@@ -310,7 +350,7 @@ impl Lexer<'_> {
                 _ => {}
             }
         };
-        Some(with_long_escapes(self.take(end + 1)))
+        Some(with_plain_escapes(self.take(end + 1)))
     }
 
     /// A name, keyword or number.
@@ -333,9 +373,18 @@ impl Lexer<'_> {
                 .unwrap_or(self.0.len());
         }
         let text = self.take(end).to_owned();
-        // Behind a dot, a bar or `is`, these are names; `is not` and `is in` belong together.
-        let named = before.is_some_and(|piece| matches!(&*piece.text, "." | "|" | "is" | "is not"));
-        let kind = if WORDS.contains(&&*text) && !named { Kind::Boundary } else { Kind::Operand };
+        // Behind a dot, a bar, `is` or `is not`, these are names.
+        let is_name = before.is_some_and(|piece| match &*piece.text {
+            "." | "|" | "is" => true,
+            "not" => piece.kind == Kind::Operand,
+            _ => false,
+        });
+        let kind = match &*text {
+            _ if is_name => Kind::Operand,
+            "in" => Kind::Comparison,
+            word if WORDS.contains(&word) => Kind::Boundary,
+            _ => Kind::Operand,
+        };
         (text, kind)
     }
 
@@ -353,32 +402,41 @@ impl Lexer<'_> {
             "+" if is_prefix => (String::new(), Kind::Operand),
             "-" | "*" if is_prefix => (text, Kind::Operand),
             "+" | "-" => (text, Kind::Sum),
-            "<" | "<=" | ">" | ">=" => (text, Kind::Order),
+            "==" | "!=" | "<" | "<=" | ">" | ">=" => (text, Kind::Comparison),
             _ => (text, Kind::Boundary),
         }
     }
 }
 
-fn with_long_escapes(literal: &str) -> String {
+/// A literal whose escapes mean the same to minijinja, which has none of eight digits or above 255, and reads `\/` as
+/// JSON does.
+fn with_plain_escapes(literal: &str) -> String {
     let mut out = String::with_capacity(literal.len());
     let mut rest = literal;
     while let Some(at) = rest.find('\\') {
         let (before, escape) = rest.split_at(at);
         out.push_str(before);
-        let long = escape.strip_prefix("\\U").and_then(|digits| digits.get(..8));
-        let letter = long.and_then(|digits| char::from_u32(u32::from_str_radix(digits, 16).ok()?));
-        let length = match letter {
-            Some(letter) => {
-                out.push(letter);
-                10
-            }
-            None => {
-                let length = 1 + escape[1..].chars().next().map_or(0, char::len_utf8);
-                out.push_str(&escape[..length]);
-                length
-            }
+        let first = escape[1..].chars().next();
+        let octal = escape[1..].bytes().take(3).take_while(|digit| matches!(digit, b'0'..=b'7')).count();
+        let long = match first {
+            Some('U') => number(escape.get(2..10), 16).map(|letter| (letter, 10)),
+            Some('0'..='7') => number(escape.get(1..=octal), 8).map(|letter| (letter, 1 + octal)),
+            Some('/') => Some(("\\\\/".to_owned(), 2)),
+            _ => None,
         };
+        let (text, length) = long.unwrap_or_else(|| {
+            let length = 1 + first.map_or(0, char::len_utf8);
+            (escape[..length].to_owned(), length)
+        });
+        out.push_str(&text);
         rest = &escape[length..];
     }
     out + rest
+}
+
+/// The character with this number, as text within a literal.
+fn number(digits: Option<&str>, base: u32) -> Option<String> {
+    let letter = char::from_u32(u32::from_str_radix(digits?, base).ok()?)?;
+    // Quotes and backslashes would be read again.
+    Some(if letter.is_ascii() { format!("\\x{:02x}", letter as u32) } else { letter.into() })
 }

@@ -1,10 +1,14 @@
 //! Macros that take more than their parameters, or whose defaults use other parameters.
 //!
-//! A macro of jinja2 finds further arguments in `varargs` and `kwargs` if its body names these. minijinja's macros take
-//! what they declare, so such a macro declares both, and its name stands for a function that fills them in. A default
-//! of minijinja's cannot use the parameters before it, so the body begins with an assignment.
+//! A macro of jinja2 finds further arguments in `varargs` and `kwargs` if its body names these, and its defaults may use
+//! other parameters. It takes a default where nothing is given, which is not where something undefined is given.
+//! minijinja's macros do neither, so such a macro declares all that it needs, its name stands for a function that fills
+//! it in, and its body begins with assignments of the defaults.
 
-use super::{super::operators::MACRO, Tag};
+use super::{
+    super::{objects::GIVEN, operators::MACRO},
+    Tag,
+};
 
 /// A macro whose end has not been reached.
 pub(super) struct Open<'a> {
@@ -29,56 +33,44 @@ impl<'a> Open<'a> {
         };
         let parameters = split(parameters).into_iter().filter(|text| !text.trim().is_empty()).map(parameter);
         let body = &behind[..end_of_body(behind)];
-        Some(Open {
-            name: name.trim(),
-            parameters: parameters.collect(),
-            varargs: has_word(body, "varargs"),
-            kwargs: has_word(body, "kwargs"),
-        })
+        let parameters: Vec<Parameter> = parameters.collect();
+        let takes = |word| has_word(body, word) && parameters.iter().all(|parameter| parameter.name != word);
+        Some(Open { name: name.trim(), varargs: takes("varargs"), kwargs: takes("kwargs"), parameters })
     }
 
-    fn takes_more(&self) -> bool {
-        self.varargs || self.kwargs
+    /// Returns whether minijinja can read the macro as it is written.
+    fn is_plain(&self) -> bool {
+        !self.varargs && !self.kwargs && self.parameters.iter().all(|parameter| parameter.default.is_none())
     }
 
-    /// Returns whether a default uses one of the parameters.
-    fn has_late_defaults(&self) -> bool {
-        let defaults = || self.parameters.iter().filter_map(|parameter| parameter.default);
-        self.parameters.iter().any(|parameter| defaults().any(|default| has_word(default, parameter.name)))
-    }
-
-    /// The head of the macro as minijinja has to read it; `None` if that is how it is written.
+    /// The head of the macro as minijinja has to read it, and the begin of its body; `None` if that is how it is
+    /// written.
     pub(super) fn head(&self) -> Option<(String, String)> {
-        if !self.takes_more() && !self.has_late_defaults() {
+        if self.is_plain() {
             return None;
         }
-        let late = self.has_late_defaults();
-        let mut all: Vec<String> = Vec::new();
+        let mut all: Vec<&str> = self.parameters.iter().map(|parameter| parameter.name).collect();
+        all.extend(
+            [(self.varargs, "varargs"), (self.kwargs, "kwargs"), (true, GIVEN)]
+                .iter()
+                .filter_map(|(takes, name)| takes.then_some(*name)),
+        );
         let mut body = String::new();
         for Parameter { name, default } in &self.parameters {
-            match default {
-                None => all.push((*name).to_owned()),
-                Some(default) if !late => all.push(format!("{name}={default}")),
-                Some(default) => {
-                    // Undefined, as no template sets it.
-                    all.push(format!("{name}=__not_given"));
-                    body += &format!("{{% set {name} = {name} if {name} is defined else ({default}) %}}");
-                }
+            if let Some(default) = default {
+                body += &format!("{{% set {name} = {name} if \"{name}\" in {GIVEN} else ({default}) %}}");
             }
-        }
-        if self.takes_more() {
-            all.extend(["varargs=none".to_owned(), "kwargs=none".to_owned()]);
         }
         Some((format!(" {}({}) ", self.name, all.join(", ")), body))
     }
 
-    /// The statement behind the macro that lets it take more, without its delimiters.
+    /// The statement behind the macro that puts the function in its place, without its delimiters.
     pub(super) fn tail(&self) -> Option<String> {
         let name = self.name;
         let names: Vec<_> =
             self.parameters.iter().map(|parameter| format!("\"{}\"", parameter.name)).collect();
         let (names, varargs, kwargs) = (names.join(", "), self.varargs, self.kwargs);
-        self.takes_more().then(|| format!("set {name} = {MACRO}({name}, [{names}], {varargs}, {kwargs})"))
+        (!self.is_plain()).then(|| format!("set {name} = {MACRO}({name}, [{names}], {varargs}, {kwargs})"))
     }
 }
 
