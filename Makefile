@@ -28,7 +28,7 @@ demo-sources: venv ## Serve adapters that the official clients have uploaded to 
 	$(VENV)/bin/python deploy/demo_sources.py
 
 .PHONY: test
-test: venv tokenizers clients model ## Set up what the tests need and run them, with the seconds of each part (about 10 minutes, at most 30)
+test: venv tokenizers clients model promtool ## Set up what the tests need and run them, with the seconds of each part (about 10 minutes, at most 30)
 	@deploy/timed.sh \
 	  build 'cargo build --workspace --bins && cargo test --workspace --no-run' \
 	  rust 'cargo test --workspace 2>&1 | awk -f deploy/test_seconds.awk' \
@@ -79,6 +79,10 @@ $(CLIENTS)/node_modules/.installed: $(CLIENTS)/package-lock.json
 .PHONY: model
 model: ## Fetch the demo model (93 MB, once)
 	@$(FIXTURES)/fetch_model.sh
+
+.PHONY: promtool
+promtool: ## promtool from Debian's package, in .cache (no root)
+	@deploy/promtool.sh
 
 .PHONY: cuda-toolchain
 cuda-toolchain: ## nvcc and the CUDA headers, pinned, in .cuda (no root, no GPU)

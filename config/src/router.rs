@@ -145,6 +145,9 @@ pub struct RouterConfig {
     /// Sets of names of metrics
     #[arg(long, env, value_name = "NAMES", value_delimiter = ',', default_value = "native,vllm,legacy")]
     pub metrics: Vec<MetricNames>,
+    /// Adapters that metrics show by name, those that are used most; also tenants
+    #[arg(long, env, value_name = "NUMBER", default_value_t = 50)]
+    pub metrics_top: usize,
     /// Threads that tokenize
     #[arg(long, env, default_value_t = 2)]
     pub validation_workers: usize,
@@ -297,6 +300,7 @@ impl RouterConfig {
             ("--max-client-batch-size", self.max_client_batch_size, (1, 1 << 16)),
             ("--max-stop-sequences", self.max_stop_sequences, (0, 1 << 10)),
             ("--validation-workers", self.validation_workers, (1, 1 << 10)),
+            ("--metrics-top", self.metrics_top, (0, 1000)),
             ("--router-threads", self.router_threads, (1, 1 << 10)),
             ("--max-connections", self.max_connections, (1, 1 << 20)),
             ("--max-connections-per-address", self.connections_per_address(), (1, 1 << 20)),

@@ -1,5 +1,7 @@
 //! Adapters, as requests name them, and the credentials that come with them.
 
+use std::sync::Arc;
+
 use exchange::Fault;
 use scheduler::{Adapter, AdapterKey, Adapters, CacheSalt};
 use secrecy::SecretString;
@@ -7,7 +9,7 @@ use sources::{NameError, Reference, SourceKind};
 use tokio::time::Instant;
 
 use crate::{
-    adapters::{Leased, Leases, Recipe, Wanted},
+    adapters::{InUse, Leased, Leases, Recipe, Wanted},
     api::{
         ensemble::{Ensemble, FIELD as ENSEMBLE, Several},
         error::ApiError,
@@ -304,6 +306,12 @@ impl App {
     ) -> CacheSalt {
         let public = adapter.is_none_or(|adapter| adapter.parts.iter().all(|part| part.credential.is_none()));
         cache_salt(self.config.router.prefix_cache_scope, &caller.principal.tenant, public, narrower)
+    }
+
+    /// Begins to count a request for its tenant and for its adapters.
+    pub(crate) fn begin_use(&self, caller: &Caller, adapter: Option<&AdapterRef>) -> Arc<InUse> {
+        let tenant = self.metrics.tenants().of(&caller.principal.tenant.name);
+        self.adapters.book().begin(adapter.into_iter().flat_map(AdapterRef::references), tenant)
     }
 
     /// Waits until the adapters of a request are in host memory, where they are kept until the leases are dropped.

@@ -8,44 +8,46 @@ mod aliases;
 mod bounds;
 mod engine;
 mod http;
+mod named;
 mod outcome;
 mod page;
+mod scrape;
+mod usage;
 mod workers;
 
-use std::{sync::Arc, time::Duration};
-
-use axum::{
-    extract::State,
-    http::header::CONTENT_TYPE,
-    response::{IntoResponse, Response},
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
-use config::MetricNames;
+
 use metrics::{Gauge, describe_gauge, gauge, with_local_recorder};
 use metrics_exporter_prometheus::{
     BuildError, Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
 };
 
-use crate::server::App;
 pub(crate) use adapters::{AdapterMetrics, CallKind};
-use aliases::Labels;
 use bounds::{SECONDS, TOKENS};
 pub(crate) use engine::{Capacity, EngineMetrics, SequenceTimes, StepTokens};
 pub(crate) use http::observe;
+pub(crate) use named::Held;
 use outcome::OutcomeMetrics;
 pub(crate) use outcome::{End, Outcome};
+pub(crate) use scrape::page;
+pub(crate) use usage::Usage;
+use usage::{Tenants, Top};
 pub(crate) use workers::WorkerMetrics;
 
 /// Time between two sortings of recorded durations into their buckets; until then each takes 16 bytes.
 const UPKEEP: Duration = Duration::from_secs(1);
-
-/// The content type of Prometheus' text format.
-const TEXT_FORMAT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// All metrics of one router. A process that runs several, as tests do, has as many.
 pub(crate) struct Metrics {
     recorder: PrometheusRecorder,
     page: PrometheusHandle,
     outcomes: Arc<OutcomeMetrics>,
+    tenants: Tenants,
+    top_adapters: Mutex<Top>,
+    top_tenants: Mutex<Top>,
     _build: Gauge,
 }
 
@@ -66,7 +68,15 @@ impl Metrics {
         });
         let outcomes = with_local_recorder(&recorder, OutcomeMetrics::new);
         let page = recorder.handle();
-        Ok(Metrics { recorder, page, outcomes: Arc::new(outcomes), _build: build })
+        Ok(Metrics {
+            recorder,
+            page,
+            outcomes: Arc::new(outcomes),
+            tenants: Tenants::default(),
+            top_adapters: Mutex::default(),
+            top_tenants: Mutex::default(),
+            _build: build,
+        })
     }
 
     /// Begins to count a request.
@@ -99,14 +109,17 @@ impl Metrics {
         self.page.render()
     }
 
-    /// The page of these sets of names.
-    fn shown(&self, sets: &[MetricNames], labels: &Labels<'_>) -> String {
-        let native = page::read(&self.render());
-        let mut shown = aliases::of(&native, sets, labels);
-        if sets.contains(&MetricNames::Native) {
-            shown.extend(native);
-        }
-        page::write(shown.values())
+    /// How tenants have used the server.
+    pub(crate) fn tenants(&self) -> &Tenants {
+        &self.tenants
+    }
+
+    fn top_adapters(&self) -> MutexGuard<'_, Top> {
+        self.top_adapters.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn top_tenants(&self) -> MutexGuard<'_, Top> {
+        self.top_tenants.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Puts recorded durations into their buckets from time to time, for ever.
@@ -118,14 +131,4 @@ impl Metrics {
             self.page.run_upkeep();
         }
     }
-}
-
-/// `GET /metrics`
-pub(crate) async fn page(State(app): State<Arc<App>>) -> Response {
-    app.adapters.publish().await;
-    let info = app.engine.info();
-    let max_tokens = info.as_ref().map(|info| app.request_limits(info).max_total_tokens);
-    let labels = Labels { model: app.base.name(), max_tokens };
-    let page = app.metrics.shown(&app.config.router.metrics, &labels);
-    ([(CONTENT_TYPE, TEXT_FORMAT)], page).into_response()
 }

@@ -2,10 +2,7 @@
 
 use std::{
     num::NonZeroUsize,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
 
@@ -14,7 +11,7 @@ use lru::LruCache;
 use sources::Reference;
 use tokio::sync::watch;
 
-use crate::wire::stage::Staged;
+use crate::{metrics::Usage, wire::stage::Staged};
 
 /// References and contents that are remembered, each; the ones used last.
 const REMEMBERED: NonZeroUsize = NonZeroUsize::new(1 << 14).expect("not zero");
@@ -38,11 +35,10 @@ pub(crate) struct Use {
     pub(crate) counts: Arc<Counts>,
 }
 
-/// Requests of a reference, and their tokens.
+/// Requests of a reference, and those of them that run.
 #[derive(Debug)]
 pub(crate) struct Counts {
-    pub(crate) requests: AtomicU64,
-    pub(crate) tokens: AtomicU64,
+    pub(crate) usage: Arc<Usage>,
     running: watch::Sender<usize>,
 }
 
@@ -61,18 +57,27 @@ impl Counts {
 
 /// A request that runs, until it is dropped.
 #[derive(Debug)]
-pub(crate) struct InUse(Vec<Arc<Counts>>);
+pub(crate) struct InUse {
+    adapters: Vec<Arc<Counts>>,
+    /// Everything that it counts for: its adapters, and its tenant.
+    usages: Vec<Arc<Usage>>,
+}
 
 impl InUse {
     /// A token has been generated.
     pub(crate) fn token(&self) {
-        self.0.iter().for_each(|counts| _ = counts.tokens.fetch_add(1, Ordering::Relaxed));
+        self.usages.iter().for_each(|usage| usage.token());
+    }
+
+    /// A sequence has begun to run, after a time in the queue.
+    pub(crate) fn started(&self, prompt: usize, queued: Duration) {
+        self.usages.iter().for_each(|usage| usage.started(prompt, queued));
     }
 }
 
 impl Drop for InUse {
     fn drop(&mut self) {
-        self.0.iter().for_each(|counts| counts.running.send_modify(|running| *running -= 1));
+        self.adapters.iter().for_each(|counts| counts.running.send_modify(|running| *running -= 1));
     }
 }
 
@@ -91,6 +96,8 @@ pub(crate) struct Facts {
 /// All of it.
 #[derive(Debug)]
 pub(crate) struct Book {
+    /// The usage of all adapters together.
+    all: Arc<Usage>,
     pages: Mutex<Pages>,
 }
 
@@ -107,11 +114,7 @@ impl Pages {
             last: SystemTime::now(),
             waited: None,
             failure: None,
-            counts: Arc::new(Counts {
-                requests: AtomicU64::new(0),
-                tokens: AtomicU64::new(0),
-                running: watch::Sender::new(0),
-            }),
+            counts: Arc::new(Counts { usage: Arc::default(), running: watch::Sender::new(0) }),
         };
         self.uses.get_or_insert_mut_ref(reference, new)
     }
@@ -120,6 +123,7 @@ impl Pages {
 impl Book {
     pub(super) fn new() -> Book {
         Book {
+            all: Arc::default(),
             pages: Mutex::new(Pages { uses: LruCache::new(REMEMBERED), facts: LruCache::new(REMEMBERED) }),
         }
     }
@@ -128,15 +132,32 @@ impl Book {
         self.pages.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A request for an adapter begins, or for a merge of several.
-    pub(crate) fn begin<'a>(&self, references: impl Iterator<Item = &'a Reference>) -> Arc<InUse> {
+    /// A request of a tenant begins, for no adapter, for one, or for several.
+    pub(crate) fn begin<'a>(
+        &self,
+        references: impl Iterator<Item = &'a Reference>,
+        tenant: [Arc<Usage>; 2],
+    ) -> Arc<InUse> {
         let mut pages = self.pages();
-        let counts: Vec<_> = references.map(|reference| pages.page(reference).counts.clone()).collect();
-        for counts in &counts {
-            counts.requests.fetch_add(1, Ordering::Relaxed);
-            counts.running.send_modify(|running| *running += 1);
-        }
-        Arc::new(InUse(counts))
+        let adapters: Vec<_> = references.map(|reference| pages.page(reference).counts.clone()).collect();
+        drop(pages);
+        let of_adapters = adapters.iter().flat_map(|counts| [counts.usage.clone(), self.all.clone()]);
+        let usages: Vec<_> = of_adapters.chain(tenant).collect();
+        usages.iter().for_each(|usage| usage.begin());
+        adapters.iter().for_each(|counts| counts.running.send_modify(|running| *running += 1));
+        Arc::new(InUse { adapters, usages })
+    }
+
+    /// The usage of all adapters together; one of a merge counts for each of its parts.
+    pub(crate) fn all(&self) -> &Usage {
+        &self.all
+    }
+
+    /// The references that are remembered and have led to an adapter.
+    pub(crate) fn found(&self) -> Vec<(Reference, Arc<Counts>)> {
+        let pages = self.pages();
+        let found = pages.uses.iter().filter(|(_, page)| page.content.is_some());
+        found.map(|(reference, page)| (reference.clone(), page.counts.clone())).collect()
     }
 
     /// An ask has ended.

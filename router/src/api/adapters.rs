@@ -2,6 +2,7 @@
 
 mod aibrix;
 mod body;
+mod held;
 mod vllm;
 
 use std::{
@@ -281,9 +282,7 @@ impl Adapter {
     }
 
     fn count(&mut self, used: &Use) {
-        use std::sync::atomic::Ordering::Relaxed;
-        self.requests = used.counts.requests.load(Relaxed);
-        self.tokens = used.counts.tokens.load(Relaxed);
+        (self.requests, self.tokens) = used.counts.usage.requests_and_tokens();
         self.running = used.counts.running();
         self.last_used = used.last.duration_since(UNIX_EPOCH).ok().map(|since| since.as_secs());
     }

@@ -98,8 +98,8 @@ pub(crate) struct Generation {
     prompt: Option<PromptText>,
     text: TextStream,
     meter: Meter,
-    /// Shows that the adapter is used, and counts its tokens.
-    in_use: Option<Arc<InUse>>,
+    /// Shows that the adapter is used, and counts tokens for it and for the tenant.
+    in_use: Arc<InUse>,
     /// Whether a token has come.
     begun: bool,
     /// The sum of the generated tokens' log-probabilities.
@@ -129,7 +129,7 @@ struct Shared {
     weights: Arc<[f32]>,
     /// Keep the adapters in host memory until all sequences are admitted.
     leases: Option<Arc<Leases>>,
-    in_use: Option<Arc<InUse>>,
+    in_use: Arc<InUse>,
     end_ids: Arc<[u32]>,
     vocab_size: u32,
     received: Instant,
@@ -172,7 +172,7 @@ impl App {
             let field = if answers.count > 1 { answers.field } else { first.names.prompt };
             self.check_sequences(caller, field, all)?;
         }
-        let in_use = adapter.as_ref().map(|adapter| self.adapters.book().begin(adapter.references()));
+        let in_use = self.begin_use(caller, adapter.as_ref());
         // Each sequence is as much work as a request of its own.
         let entry = self.admit(caller, adapter.as_ref(), all)?;
         let end_ids = self.end_ids(&info);
@@ -411,6 +411,7 @@ impl Generation {
         match update {
             Some(Update::Started { queued, cached_tokens }) => {
                 self.timing.queued = queued;
+                self.in_use.started(self.tokens.prompt, queued);
                 self.tokens.cached.store(cached_tokens as usize, Ordering::Relaxed);
             }
             Some(Update::Prompt(scores)) => {
@@ -439,7 +440,7 @@ impl Generation {
         self.timing.first_token.get_or_insert_with(|| self.timing.submitted.elapsed());
         self.logprob += f64::from(token.logprob);
         self.meter.charge(1);
-        self.in_use.iter().for_each(|in_use| in_use.token());
+        self.in_use.token();
         self.tell_prompt(true);
         let pieces = self.text.push(token, top, finish);
         if let Some(end) = pieces.last().and_then(|piece| piece.end.as_ref())

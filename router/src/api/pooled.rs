@@ -159,7 +159,7 @@ impl App {
         let unavailable = || ApiError::Unavailable("the model is not available, try again".into());
         let info = self.engine.info().ok_or_else(unavailable)?;
         let pooling = self.pooling(&info, wants)?;
-        let in_use = adapter.as_ref().map(|adapter| self.adapters.book().begin(adapter.references()));
+        let in_use = self.begin_use(caller, adapter.as_ref());
         let at_once = if inputs.len() > 1 { inputs.len().min(self.most_at_once(caller)) } else { 1 };
         let entry = self.admit(caller, adapter.as_ref(), at_once)?;
         let rules = self.rules(&info, field, wants, truncate);
@@ -183,7 +183,8 @@ impl App {
         let tokens = inputs.iter().map(|input| input.ids.len()).sum();
         self.permits.meter(&caller.principal).charge(tokens);
         let outputs = stream::iter(inputs).map(|input| self.run_pooled(input, &shared)).buffered(at_once);
-        let outputs = outputs.try_collect().await?;
+        let outputs: Vec<Output> = outputs.try_collect().await?;
+        outputs.iter().for_each(|output| in_use.started(output.tokens, output.queued));
         drop((permits, in_use));
         Ok(Pooled { outputs, validation, received: caller.received, submitted })
     }

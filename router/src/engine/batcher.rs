@@ -232,7 +232,8 @@ impl Batcher {
             Event::Step(result) => self.complete(result).await?,
             Event::Slot { slot, key, error: None } => {
                 self.metrics.slots_filled.increment(1);
-                self.session.device.filled(slot, key);
+                let took = self.session.device.filled(slot, key);
+                took.into_iter().for_each(|took| self.metrics.load_time.record(took));
                 self.scheduler.slot_ready(slot, key);
             }
             Event::Slot { slot, key, error: Some(error) } => {

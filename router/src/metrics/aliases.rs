@@ -67,7 +67,7 @@ const fn distribution(name: &'static str, of: &'static str, bounds: Bounds) -> D
     Distribution { name, of, bounds }
 }
 
-const VLLM_SUMS: [Sums; 9] = [
+const VLLM_SUMS: [Sums; 12] = [
     sum("vllm:num_requests_running", "gauge", "Sequences that run.", &[("", &["lorax_batch_current_size"])]),
     sum(
         "vllm:num_requests_waiting",
@@ -112,6 +112,19 @@ const VLLM_SUMS: [Sums; 9] = [
         &[("", &["lorax_cached_prompt_tokens_total"])],
     ),
     sum(
+        "vllm:num_gpu_loaded_lora_adapters",
+        "gauge",
+        "Adapters in slots, ready.",
+        &[("", &["lorax_adapter_slots{state=\"ready\"}"])],
+    ),
+    sum("vllm:max_gpu_lora_adapters", "gauge", "Slots of adapters.", &[("", &["lorax_adapter_slots"])]),
+    sum(
+        "vllm:num_cpu_loaded_lora_adapters",
+        "gauge",
+        "Adapters in host memory.",
+        &[("", &["lorax_adapter_tier_copies{tier=\"host\"}"])],
+    ),
+    sum(
         "vllm:request_success_total",
         "counter",
         "Requests that have ended, by how.",
@@ -130,7 +143,7 @@ const VLLM_SUMS: [Sums; 9] = [
     ),
 ];
 
-const VLLM_DISTRIBUTIONS: [Distribution; 15] = [
+const VLLM_DISTRIBUTIONS: [Distribution; 16] = [
     distribution(
         "vllm:time_to_first_token_seconds",
         "lorax_request_first_token_duration",
@@ -172,6 +185,11 @@ const VLLM_DISTRIBUTIONS: [Distribution; 15] = [
         "vllm:request_decode_time_seconds",
         "lorax_request_decode_duration",
         Bounds::These(&VLLM_REQUEST),
+    ),
+    distribution(
+        "vllm:lora_adapter_load_seconds",
+        "lorax_adapter_load_seconds",
+        Bounds::These(&VLLM_FIRST_TOKEN),
     ),
     distribution("vllm:request_prompt_tokens", "lorax_request_input_length", Bounds::Tokens),
     distribution("vllm:request_generation_tokens", "lorax_request_generated_tokens", Bounds::Tokens),

@@ -26,6 +26,7 @@ pub(crate) struct EngineMetrics {
     pub(crate) step_duration: Histogram,
     pub(crate) mask_duration: Histogram,
     pub(crate) step_rows: Histogram,
+    pub(crate) load_time: Histogram,
     pub(crate) slots_filled: Counter,
     pub(crate) slots_failed: Counter,
     pub(crate) sessions: Counter,
@@ -95,6 +96,7 @@ impl EngineMetrics {
             step_duration: histogram!("lorax_step_duration_seconds"),
             mask_duration: histogram!("lorax_mask_duration_seconds"),
             step_rows: histogram!("lorax_step_rows"),
+            load_time: histogram!("lorax_adapter_load_seconds"),
             slots_filled: counter!("lorax_adapter_loads_total", "result" => "ready"),
             slots_failed: counter!("lorax_adapter_loads_total", "result" => "failed"),
             sessions: counter!("lorax_sessions_total"),
@@ -261,6 +263,10 @@ fn describe_steps() {
         "Seconds from the last token that the masks of a step depend on until they were sent."
     );
     describe_histogram!("lorax_step_rows", "Rows of a step.");
+    describe_histogram!(
+        "lorax_adapter_load_seconds",
+        "Seconds from the step that loads an adapter into a slot until it was there on all ranks."
+    );
     describe_counter!("lorax_adapter_loads_total", "Loads of adapters into slots that have ended, by how.");
     describe_counter!("lorax_sessions_total", "Sessions with the shards that have begun.");
     describe_counter!("lorax_session_failures_total", "Sessions with the shards that have failed.");

@@ -150,6 +150,7 @@ pub(super) struct OutcomeMetrics {
 impl OutcomeMetrics {
     /// Makes the handles with the current recorder.
     pub(super) fn new() -> OutcomeMetrics {
+        describe_counter!("lorax_http_responses_total", "Responses of all routes, by status.");
         describe_counter!("lorax_requests_total", "Requests that have ended, by how.");
         describe_histogram!(
             "lorax_request_duration",

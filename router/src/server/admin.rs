@@ -41,7 +41,7 @@ pub(super) fn is_managing(path: &str) -> bool {
 }
 
 /// Returns whether the administrator's key opens a route that is not one of administration: controllers look there for
-/// what they have loaded.
+/// what they have loaded, and metrics tell the administrator more.
 pub(super) fn is_list(method: &Method, path: &str) -> bool {
-    matches!(*method, Method::GET | Method::HEAD) && path == "/v1/models"
+    matches!(*method, Method::GET | Method::HEAD) && matches!(path, "/v1/models" | "/metrics")
 }

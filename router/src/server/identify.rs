@@ -69,6 +69,13 @@ pub(super) async fn identify(State(app): State<Arc<App>>, mut request: Request, 
     }
 }
 
+impl App {
+    /// Returns whether a caller may see the names of tenants, and of the adapters that they use.
+    pub(crate) fn sees_names(&self, headers: &HeaderMap) -> bool {
+        !self.keys.are_required() || self.admin.shows(bearer(headers))
+    }
+}
+
 /// Waits for a response, or for the request to be shed while it has none: then it is dropped, and with it all its work.
 async fn answer_or_shed(
     caller: &Caller,
