@@ -94,19 +94,15 @@ impl<'a> Tag<'a> {
 
     /// Writes the head of a macro.
     fn write_macro(&self, out: &mut String, open: Option<&Open>) {
-        let Some((head, body)) = open.and_then(Open::head) else { return self.write(out) };
+        let Some((head, defaults)) = open.and_then(Open::head) else { return self.write(out) };
         out.extend([self.open, self.word]);
         expression::write(out, &head, self.word);
-        match body.strip_suffix(END) {
-            None => out.push_str(self.close),
-            // White space behind the head is that behind the last of these.
-            Some(body) => {
-                out.push_str(END);
-                out.push_str(&translate(&format!("{body}{END}")));
-                out.truncate(out.len() - END.len());
-                out.push_str(self.close);
-            }
+        // White space behind the head is that behind the last of these. What they take from the head is no template.
+        for default in &defaults {
+            out.extend([END, "{% set"]);
+            expression::write(out, default, "set");
         }
+        out.push_str(self.close);
     }
 
     /// Writes a statement, and another one right behind it.

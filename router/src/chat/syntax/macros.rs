@@ -43,25 +43,20 @@ impl<'a> Open<'a> {
         !self.varargs && !self.kwargs && self.parameters.iter().all(|parameter| parameter.default.is_none())
     }
 
-    /// The head of the macro as minijinja has to read it, and the begin of its body; `None` if that is how it is
-    /// written.
-    pub(super) fn head(&self) -> Option<(String, String)> {
+    /// The head of the macro as minijinja has to read it, and the assignments with which its body begins, without their
+    /// delimiters; `None` if that is how it is written.
+    pub(super) fn head(&self) -> Option<(String, Vec<String>)> {
         if self.is_plain() {
             return None;
         }
         let mut all: Vec<&str> = self.parameters.iter().map(|parameter| parameter.name).collect();
-        all.extend(
-            [(self.varargs, "varargs"), (self.kwargs, "kwargs"), (true, GIVEN)]
-                .iter()
-                .filter_map(|(takes, name)| takes.then_some(*name)),
-        );
-        let mut body = String::new();
-        for Parameter { name, default } in &self.parameters {
-            if let Some(default) = default {
-                body += &format!("{{% set {name} = {name} if \"{name}\" in {GIVEN} else ({default}) %}}");
-            }
-        }
-        Some((format!(" {}({}) ", self.name, all.join(", ")), body))
+        let more = [(self.varargs, "varargs"), (self.kwargs, "kwargs"), (true, GIVEN)];
+        all.extend(more.iter().filter_map(|(takes, name)| takes.then_some(*name)));
+        let default = |Parameter { name, default }: &Parameter| {
+            default.map(|default| format!(" {name} = {name} if \"{name}\" in {GIVEN} else ({default}) "))
+        };
+        let defaults = self.parameters.iter().filter_map(default);
+        Some((format!(" {}({}) ", self.name, all.join(", ")), defaults.collect()))
     }
 
     /// The statement behind the macro that puts the function in its place, without its delimiters.
