@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use exchange::Fault;
+use exchange::{Content, Fault};
 use scheduler::{Adapter, AdapterKey, Adapters, CacheSalt};
 use secrecy::SecretString;
 use sources::{NameError, Reference, SourceKind};
@@ -19,6 +19,7 @@ use crate::{
     generation::cache_salt,
     registry::{FORGOTTEN, Registered},
     server::{App, accept::Caller},
+    text_side::{Read, TextSide},
 };
 
 /// One adapter or several, as a request names them.
@@ -314,8 +315,13 @@ impl App {
         self.adapters.book().begin(adapter.into_iter().flat_map(AdapterRef::references), tenant)
     }
 
-    /// Waits until the adapters of a request are in host memory, where they are kept until the leases are dropped.
-    pub(crate) async fn lease(&self, caller: &Caller, adapter: &AdapterRef) -> Result<LeasedAll, ApiError> {
+    /// Waits until the adapters of a request are in host memory, where they are kept until the leases are dropped, and
+    /// until it is known how texts become their tokens.
+    pub(crate) async fn lease(
+        &self,
+        caller: &Caller,
+        adapter: &AdapterRef,
+    ) -> Result<(LeasedAll, Arc<TextSide>), ApiError> {
         let limit = self.config.router.prepare_timeout;
         let deadline = Instant::now() + limit;
         let parts = &adapter.parts;
@@ -336,34 +342,95 @@ impl App {
                 _ => break leased,
             }
         };
-        leased.map_err(|(part, fault)| match fault {
+        let failed = |(part, fault)| match fault {
             Fault::Slow if Instant::now() >= deadline => ApiError::AdapterTimeout { limit },
             fault => ApiError::of_adapter(adapter.field, &adapter.name(part), fault),
-        })
+        };
+        let (leased, contents) = leased.map_err(failed)?;
+        let mut sides = Vec::new();
+        for (number, (part, content)) in parts.iter().zip(contents).enumerate() {
+            let wanted = || Wanted { reference: part.reference.clone(), credential: shown[number].cloned() };
+            let side = self.text_side(caller, content, wanted, deadline).await;
+            sides.push(side.map_err(|fault| failed((Some(number), fault)))?);
+        }
+        let side = match &sides[..] {
+            [Err(error)] => {
+                let message = format!("adapter \"{}\": {error}", adapter.name(Some(0)));
+                return Err(ApiError::AdapterInvalid { field: adapter.field, message });
+            }
+            [Ok(first), others @ ..]
+                if others.iter().all(|other| other.as_ref().is_ok_and(|other| other.is_same(first))) =>
+            {
+                first.clone()
+            }
+            // No tokens are right for all of them but the model's.
+            _ => self.text_sides.base().clone(),
+        };
+        Ok((leased, side))
     }
 
-    /// Asks for the parts, with a credential for each. A fault has the number of the part that it is about.
+    /// The text side of an adapter whose copy in host memory is leased.
+    async fn text_side(
+        &self,
+        caller: &Caller,
+        content: Content,
+        wanted: impl Fn() -> Wanted,
+        deadline: Instant,
+    ) -> Result<Read, Fault> {
+        let read = async || {
+            if let Some(read) = self.read_text_side(caller, content, wanted().reference).await? {
+                return Ok(read);
+            }
+            // Its files have left the disk since it was copied into host memory.
+            let wanted = wanted();
+            let (reference, tenant) = (wanted.reference.clone(), caller.principal.tenant.asking());
+            let _on_disk = self.adapters.ask_for_files(wanted, tenant, deadline).await?;
+            self.read_text_side(caller, content, reference).await?.ok_or(Fault::Changed)
+        };
+        self.text_sides.get(content, read).await
+    }
+
+    /// Reads the files of an adapter on one of the threads for such work. `None` if they are not on this machine any more.
+    async fn read_text_side(
+        &self,
+        caller: &Caller,
+        content: Content,
+        reference: Reference,
+    ) -> Result<Option<Read>, Fault> {
+        let (adapters, sides) = (self.adapters.clone(), self.text_sides.clone());
+        let work = move || Ok(adapters.text_files(content, &reference)?.map(|files| sides.read(&files)));
+        let done = self.workers.run("reading an adapter's tokenizer", &caller.principal, work).await;
+        done.map_err(|error| Fault::Unavailable(error.to_string().into()))?
+    }
+
+    /// Asks for the parts, with a credential for each, and returns the content of each. A fault has the number of the part
+    /// that it is about.
     async fn ask_for(
         &self,
         caller: &Caller,
         adapter: &AdapterRef,
         mut wanted: Vec<Wanted>,
         deadline: Instant,
-    ) -> Result<LeasedAll, (Option<usize>, Fault)> {
+    ) -> Result<(LeasedAll, Vec<Content>), (Option<usize>, Fault)> {
+        let content = |leased: &Leased| Content(leased.adapter.key.0);
         let tenant = caller.principal.tenant.asking();
         let weights = adapter.parts.iter().map(|part| part.weight);
         match adapter.kind {
             Kind::One => {
                 let leased = self.adapters.ask(wanted.swap_remove(0), tenant, deadline).await;
-                leased.map(LeasedAll::from).map_err(|fault| (Some(0), fault))
+                let leased = leased.map_err(|fault| (Some(0), fault))?;
+                let contents = vec![content(&leased)];
+                Ok((leased.into(), contents))
             }
             Kind::Merge(recipe) => {
                 let parts = wanted.into_iter().zip(weights).collect();
-                self.adapters.ask_merged(parts, recipe, tenant, deadline).await.map(LeasedAll::from)
+                let (leased, contents) = self.adapters.ask_merged(parts, recipe, tenant, deadline).await?;
+                Ok((leased.into(), contents))
             }
             Kind::Ensemble => {
                 let leased = self.adapters.ask_ensemble(wanted, tenant, deadline).await?;
-                Ok(LeasedAll::ensemble(leased.into_iter().zip(weights).collect()))
+                let contents = leased.iter().map(content).collect();
+                Ok((LeasedAll::ensemble(leased.into_iter().zip(weights).collect()), contents))
             }
         }
     }

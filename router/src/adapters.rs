@@ -38,9 +38,10 @@ use crate::{
     metrics::{AdapterMetrics, Metrics},
     ranks::Ranks,
     server::{StartError, longest_poll},
+    tokenizer::TextFiles,
 };
 pub(crate) use book::{Book, Failure, InUse, Use};
-use calls::{Calls, Means};
+use calls::{Calls, Files, Means};
 use driver::Driver;
 use ids::Credentials;
 pub(crate) use inbox::{Inbox, News};
@@ -179,6 +180,7 @@ pub(crate) struct Adapters {
     metrics: Arc<AdapterMetrics>,
     book: Arc<Book>,
     limits: exchange::Limits,
+    files: Files,
     /// The driver's time 0.
     begun: Instant,
 }
@@ -205,6 +207,7 @@ impl Adapters {
             max_lora_rank: config.router.max_lora_rank,
             book: book.clone(),
         });
+        let files = calls.files();
         let path = config.router.adapter_trace.as_deref();
         let trace = path.map(|path| {
             let started = Trace::start(path, &limits, supervisor);
@@ -221,6 +224,7 @@ impl Adapters {
             metrics,
             book,
             limits,
+            files,
             begun,
         })
     }
@@ -314,15 +318,15 @@ impl Adapters {
         leased
     }
 
-    /// Waits until the parts of a merge are on the disk, and then until their merge is in the host memory of all ranks. A
-    /// fault has the number of the part that it is about. Dropping the future gives up the asks.
+    /// Waits until the parts of a merge are on the disk, and then until their merge is in the host memory of all ranks.
+    /// Also returns the contents of the parts. A fault has the number of the part that it is about. Dropping the future gives up the asks.
     pub(crate) async fn ask_merged(
         &self,
         parts: Vec<(Wanted, f64)>,
         recipe: Recipe,
         tenant: Tenant,
         deadline: Instant,
-    ) -> Result<Leased, (Option<usize>, Fault)> {
+    ) -> Result<(Leased, Vec<Content>), (Option<usize>, Fault)> {
         let counted = self.metrics.ask();
         let asked = self.ask_merged_uncounted(parts, recipe, tenant, deadline).await;
         counted.end(asked.as_ref().err().map(|(_, fault)| fault));
@@ -367,13 +371,14 @@ impl Adapters {
         recipe: Recipe,
         tenant: Tenant,
         deadline: Instant,
-    ) -> Result<Leased, (Option<usize>, Fault)> {
+    ) -> Result<(Leased, Vec<Content>), (Option<usize>, Fault)> {
         let whole = |fault| (None, fault);
         let described: Vec<_> =
             parts.iter().map(|(wanted, weight)| (wanted.reference.to_string(), *weight)).collect();
         let wanted = parts.into_iter().map(|(wanted, _)| wanted).collect();
         // They are leased until the merge has been read.
         let on_disk = self.ask_together(wanted, Tier::Disk, tenant, deadline).await?;
+        let contents = on_disk.iter().map(|leased| Content(leased.adapter.key.0)).collect();
         let part = |((name, weight), leased): ((String, f64), &Leased)| Part {
             name,
             content: Content(leased.adapter.key.0),
@@ -394,7 +399,29 @@ impl Adapters {
             payload: Payload::Merge(Arc::new(merge)),
         };
         self.order(Order::Ask(Asked { ask, answer, lost: None })).await.map_err(whole)?;
-        waiting.leased().await.map_err(whole)
+        Ok((waiting.leased().await.map_err(whole)?, contents))
+    }
+
+    /// Reads the files of a content that say how texts become its tokens. `None` if they are not on this machine any more.
+    /// Blocks.
+    pub(crate) fn text_files(
+        &self,
+        content: Content,
+        adapter: &Reference,
+    ) -> Result<Option<TextFiles>, Fault> {
+        self.files.text(content, adapter)
+    }
+
+    /// Waits until an adapter is on the disk, where it is kept until the lease is dropped.
+    pub(crate) async fn ask_for_files(
+        &self,
+        wanted: Wanted,
+        tenant: Tenant,
+        deadline: Instant,
+    ) -> Result<Leased, Fault> {
+        let (asked, waiting) = self.new_ask(wanted, Tier::Disk, tenant, deadline);
+        self.order(Order::Ask(asked)).await?;
+        waiting.leased().await
     }
 
     fn new_ask(&self, wanted: Wanted, tier: Tier, tenant: Tenant, deadline: Instant) -> (Asked, Waiting) {

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 pub(crate) use compile::GrammarError;
-pub(crate) use grammars::{CompileError, CompiledGrammar, Grammars};
+pub(crate) use grammars::{CompileError, CompiledGrammar, Grammars, Words};
 pub(crate) use tagged::{Tag, Tagged};
 
 /// A constraint of one sequence, with the field of the request that asks for it.

@@ -22,6 +22,7 @@ mod registry;
 mod run;
 pub mod server;
 mod text;
+mod text_side;
 pub mod tokenizer;
 mod wire;
 mod workers;

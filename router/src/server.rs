@@ -35,15 +35,15 @@ use crate::{
     adapters::Adapters,
     api::request::RequestLimits,
     base_model::BaseModel,
-    chat::ChatTemplates,
     embedding::{Embedding, EmbeddingError},
     engine::Engine,
-    grammar::Grammars,
+    grammar::{Grammars, Words},
     keys::{KeyError, Keys},
     metrics::Metrics,
     permits::Permits,
     principal::Principal,
     registry::{Registry, RegistryStartError},
+    text_side::{TextSide, TextSides},
     tokenizer::{ModelTokenizer, TokenizerError},
     wire::Info,
     workers::{self, Workers},
@@ -151,8 +151,7 @@ impl StartError {
 pub struct App {
     pub(crate) config: Config,
     pub(crate) base: BaseModel,
-    pub(crate) tokenizer: Arc<ModelTokenizer>,
-    pub(crate) chat: ChatTemplates,
+    pub(crate) text_sides: Arc<TextSides>,
     pub(crate) embedding: Embedding,
     pub(crate) adapters: Adapters,
     pub(crate) registry: Registry,
@@ -193,8 +192,8 @@ impl App {
         let path = &config.model.path;
         let tokenizer = ModelTokenizer::load(path, router.tokenizer_config_path.as_deref())
             .map_err(|source| StartError::Tokenizer { path: path.clone(), source })?;
-        let chat = ChatTemplates::new(&tokenizer);
-        for (name, error) in chat.broken() {
+        let text_side = Arc::new(TextSide::new(Arc::new(tokenizer)));
+        for (name, error) in text_side.chat.broken() {
             tracing::warn!("chats that need the template {name:?} will be refused: {error}");
         }
         let keys = Arc::new(Keys::load(router.api_keys.clone(), router.api_key_file.clone())?);
@@ -207,13 +206,11 @@ impl App {
         let adapters = Adapters::start(&config, Sources::new(sources)?, &metrics, supervisor)?;
         let (sockets, inbox) = (config.shards.uds.clone(), adapters.inbox());
         let registry = Registry::start(&config, adapters.clone())?;
-        let tokenizer = Arc::new(tokenizer);
         let app = Arc::new(App {
             base: BaseModel::new(&config),
-            chat,
+            text_sides: Arc::new(TextSides::new(text_side, path)),
             embedding: Embedding::load(path)?,
-            grammars: Grammars::new(tokenizer.clone(), workers.clone()),
-            tokenizer,
+            grammars: Grammars::new(workers.clone()),
             engine: Engine::start(sockets, router, metrics.clone(), inbox, supervisor)?,
             adapters,
             registry,
@@ -246,15 +243,16 @@ impl App {
     /// Prepares for grammars as soon as the model is known, so that the first request with one need not wait.
     async fn read_vocabulary(&self) {
         let Some(info) = self.engine.info() else { return };
-        let (principal, end_ids) = (Principal::anonymous(), self.end_ids(&info));
-        if let Err(error) = self.grammars.vocabulary(&principal, info.vocab_size, &end_ids).await {
+        let base = self.text_sides.base();
+        let words = Words::new(&base.words, info.vocab_size, self.end_ids(&info, base));
+        if let Err(error) = self.grammars.vocabulary(&Principal::anonymous(), &words).await {
             tracing::warn!("grammars will be refused: {error}");
         }
     }
 
-    /// The tokens that end a text.
-    pub(crate) fn end_ids(&self, info: &Info) -> Arc<[u32]> {
-        info.eos_token_ids.iter().chain(self.tokenizer.end_ids()).copied().collect()
+    /// The tokens that end a text: those of the model, and those of an adapter.
+    pub(crate) fn end_ids(&self, info: &Info, side: &TextSide) -> Arc<[u32]> {
+        info.eos_token_ids.iter().chain(side.tokenizer.end_ids()).copied().collect()
     }
 
     /// Waits until the shards can be reached.

@@ -1,10 +1,13 @@
 //! Reads the model's tokenizer, special tokens and chat templates from a folder or from a GGUF file.
 
 mod bytes;
+mod definition;
 mod from_folder;
 mod from_gguf;
 mod growth;
+mod of_adapter;
 mod post_processor;
+mod shared;
 mod special_tokens;
 mod splits;
 mod templates;
@@ -20,6 +23,8 @@ use serde_json::{Map, Value};
 use tokenizers::{Decoder, Encoding, PostProcessor, Tokenizer, TruncationDirection};
 
 use self::bytes::TokenBytes;
+pub(crate) use self::of_adapter::{AdapterTokenizer, Reference, TextError, TextFiles};
+pub use self::shared::{SharedTokenizer, SharedVocabulary};
 use crate::json_file::{self, JsonFileError};
 
 /// The reason that a tokenizer could not be loaded.
@@ -130,7 +135,7 @@ pub enum TokenizerError {
 /// Turns text into tokens and back, and has what chat templates need.
 pub struct ModelTokenizer {
     /// The tokenizer of the tokenizers library.
-    pub tokenizer: Tokenizer,
+    pub tokenizer: SharedTokenizer,
     /// Jinja sources of the model's chat templates by name.
     pub chat_templates: BTreeMap<String, String>,
     /// Texts of special tokens by the names that chat templates have for them, such as `bos_token`.
@@ -180,7 +185,11 @@ impl ModelTokenizer {
         self.end_ids.extend(end.filter(|id| !self.end_ids.contains(id)));
     }
 
-    fn new(tokenizer: Tokenizer) -> ModelTokenizer {
+    fn new(tokenizer: &Tokenizer) -> Result<ModelTokenizer, TokenizerError> {
+        Ok(ModelTokenizer::over(shared::share(tokenizer).map_err(TokenizerError::Definition)?))
+    }
+
+    fn over(tokenizer: SharedTokenizer) -> ModelTokenizer {
         let added = tokenizer.get_added_tokens_decoder().into_iter();
         // A token may be made special after it was added.
         let is_special = |text: &str| tokenizer.get_added_vocabulary().is_special_token(text);

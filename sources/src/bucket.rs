@@ -14,6 +14,7 @@ use std::{
     time::Duration,
 };
 
+use futures::future::try_join_all;
 use object_store::{GetOptions, ObjectMeta, ObjectStore, path::Path as Key};
 use tokio::time::timeout;
 
@@ -180,7 +181,7 @@ impl Buckets {
         let store = self.store(place).map_err(failed)?;
         let mut before = 0;
         for file in &found.files {
-            let path = into.folder.join(&file.name);
+            let path = into.place(file)?;
             let progress = |bytes| (into.progress)(before + bytes);
             let download = Download { store: &*store, file, path: &path, limit: self.settings.bytes };
             download.run(&progress).await.map_err(failed)?;
@@ -229,12 +230,23 @@ impl Look<'_> {
                 Err(failure) => return Err(failure),
             }
         }
-        let is_found = Layout::find(|name| files.iter().any(|(found, _)| found == name)).is_ok();
-        match refused {
-            Some(refused) if !is_found => Err(refused),
-            None if files.is_empty() => Err(Failure::NotFound),
-            _ => Ok(files),
+        match (Layout::find(|name| files.iter().any(|(found, _)| found == name)), refused) {
+            (Ok(layout), _) => files.extend(self.text_files(&layout).await?),
+            (Err(_), Some(refused)) => return Err(refused),
+            (Err(_), None) if files.is_empty() => return Err(Failure::NotFound),
+            (Err(_), None) => {}
         }
+        Ok(files)
+    }
+
+    /// The tokenizer's files, which are asked for at once: most adapters have none or nearly all of them.
+    async fn text_files(&self, layout: &Layout) -> Result<Vec<(String, ObjectMeta)>, Failure> {
+        let asked = layout.text_candidates().map(async |name| match self.head(&name).await {
+            Ok(data) => Ok(Some((name, data))),
+            Err(Failure::NotFound | Failure::Denied(_)) => Ok(None),
+            Err(failure) => Err(failure),
+        });
+        Ok(try_join_all(asked).await?.into_iter().flatten().collect())
     }
 
     async fn head(&self, name: &str) -> Result<ObjectMeta, Failure> {

@@ -1,11 +1,13 @@
 //! What a source has of an adapter.
 
 use std::{
-    fs::Metadata,
+    fs::{self, Metadata},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
+
+use crate::SourceError;
 
 /// An adapter at its source.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,7 +17,7 @@ pub struct Found {
     pub version: [u8; 32],
     /// The bytes of all files together.
     pub bytes: u64,
-    /// The configuration and the weights.
+    /// The configuration, the weights, and what there is of the tokenizer.
     pub files: Vec<AdapterFile>,
     /// The folder on this machine in which the files are, with all links followed. They are read where they are.
     pub in_place: Option<PathBuf>,
@@ -26,7 +28,7 @@ pub struct Found {
 /// A file of an adapter.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AdapterFile {
-    /// Its name in the adapter's folder, without a folder of its own.
+    /// Its path in the adapter's folder.
     pub name: String,
     /// Its size.
     pub bytes: u64,
@@ -103,6 +105,18 @@ pub struct Destination<'a> {
     pub max_bytes: u64,
     /// Is told the bytes that have come so far.
     pub progress: &'a (dyn Fn(u64) + Send + Sync),
+}
+
+impl Destination<'_> {
+    /// Where a file is to be put. Creates the folder that it has within that of the adapter.
+    pub(crate) fn place(&self, file: &AdapterFile) -> Result<PathBuf, SourceError> {
+        let path = self.folder.join(&file.name);
+        let folder = path.parent().unwrap_or(self.folder);
+        match fs::create_dir_all(folder) {
+            Ok(()) => Ok(path),
+            Err(source) => Err(SourceError::Io { path: folder.into(), source }),
+        }
+    }
 }
 
 /// A digest over parts, none of which can be taken for a piece of another.

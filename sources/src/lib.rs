@@ -19,6 +19,7 @@ mod retry;
 mod settings;
 mod sources;
 
+pub use adapter_files::{TEXT_FILES, is_of_text};
 pub use bucket::{BucketError, BucketPrefix, BucketSettings, Variables};
 pub use error::{Denial, SourceError};
 pub use found::{AdapterFile, Destination, Found, Stamp};

@@ -133,6 +133,33 @@ async fn files_behind_links_are_checked_as_folders_are() {
 }
 
 #[tokio::test]
+async fn what_it_has_of_a_tokenizer_belongs_to_an_adapter() {
+    let world = World::new();
+    let at = |name: &str| world.at("adapters/one").join(name);
+    let mut versions = vec![world.version("one").await];
+    let template = "chat_template.jinja";
+    let tools = "additional_chat_templates/tool_use.jinja";
+    fs::create_dir(at("additional_chat_templates")).unwrap();
+    for (name, text) in [(template, "a"), (template, "b"), (tools, "c"), ("tokenizer.json", "{}")] {
+        fs::write(at(name), text).unwrap();
+        let found = world.find("one").await.unwrap();
+        assert!(found.files.iter().any(|file| file.name == name), "{name}: {found:?}");
+        assert!(!versions.contains(&found.version), "{name}: {text}");
+        versions.push(found.version);
+    }
+    let found = world.find("one").await.unwrap();
+    let names: Vec<_> = found.files.iter().map(|file| &*file.name).collect();
+    let weights = ["adapter_config.json", "adapter_model.safetensors"];
+    assert_eq!(names, [&weights[..], &[tools, template, "tokenizer.json"]].concat());
+    assert_eq!(found.bytes, 9 + 4);
+    fs::write(at("vocab.json"), "{}").unwrap();
+    assert_eq!(world.version("one").await, found.version, "a file that nobody reads");
+    // A link of one of them is checked as those of weights are.
+    symlink(world.at("secret/three/adapter_config.json"), at("tokenizer_config.json")).unwrap();
+    assert!(denied(&world.find("one").await));
+}
+
+#[tokio::test]
 async fn what_is_no_adapter_is_refused() {
     let world = World::new();
     let weights = "adapter_model.safetensors";

@@ -6,6 +6,7 @@ mod fetch;
 mod in_place;
 mod lookup;
 mod stage;
+mod text;
 
 use std::{
     collections::HashMap,
@@ -27,6 +28,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Book, Payload};
 use crate::{metrics::AdapterMetrics, ranks::Ranks};
 use error::CallError;
+pub(super) use text::Files;
 
 /// Versions whose files are remembered. One that has been forgotten is looked up again.
 const FOUND: NonZeroUsize = NonZeroUsize::new(1 << 16).expect("not zero");
@@ -104,6 +106,11 @@ impl Calls {
         };
         let session = Session { number: 0, ended: CancellationToken::new() };
         Calls { shared: Arc::new(shared), running: JoinSet::new(), aborts: HashMap::new(), session }
+    }
+
+    /// The files of adapters.
+    pub(super) fn files(&self) -> Files {
+        Files(self.shared.clone())
     }
 
     /// The copies that are on the disk at the start, used last told last.

@@ -36,7 +36,7 @@ use crate::{
 pub(crate) use aibrix::{
     LoadRequest as AibrixLoad, UnloadRequest as AibrixUnload, load as aibrix_load, unload as aibrix_unload,
 };
-use body::{Adapter, Bytes, Capacity, DeviceTier, LastError, List, LoadSeconds, TierUse, Unloaded};
+use body::{Adapter, Bytes, Capacity, DeviceTier, LastError, List, LoadSeconds, Text, TierUse, Unloaded};
 pub(crate) use vllm::{
     LoadRequest as VllmLoad, UnloadRequest as VllmUnload, load as vllm_load, unload as vllm_unload,
 };
@@ -263,6 +263,12 @@ impl Adapter {
         let (host, disk) = (places.host.get(&content), places.disk.get(&content));
         self.content = Some(content.0.iter().map(|byte| format!("{byte:02x}")).collect());
         self.tier = places.tier(content);
+        self.text = app.text_sides.known(content).map(|read| match read {
+            Ok(side) => {
+                Text { chat_template: side.has_templates, added_tokens: side.new_tokens, error: None }
+            }
+            Err(error) => Text { error: Some(error.to_string()), ..Text::default() },
+        });
         self.pins = host.map_or(0, |host| host.pins);
         self.bytes = Bytes {
             files: facts.bytes,

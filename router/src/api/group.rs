@@ -18,18 +18,23 @@ use super::{
 use crate::{
     adapter::{AdapterRef, LeasedAll},
     adapters::{InUse, Leases},
+    chat_events::AnswerSpec,
     engine::Running,
     generation::{Failure, Job, Scored, Update},
-    grammar::{CompiledGrammar, mask_workers::Begin},
+    grammar::{CompiledGrammar, Words, mask_workers::Begin},
     permits::{Meter, Permit},
     server::{App, accept::Caller},
     text::{EndReason, Ending, Piece, PromptText, TextEvent, TextStream},
+    text_side::TextSide,
     tokenizer::{ModelTokenizer, TokenizerError},
 };
 use futures::future::try_join_all;
 use sampling::Ban;
 use scheduler::{Adapters, CacheSalt, Finish, GroupId, Tenant};
 use secrecy::{ExposeSecret, SecretString};
+
+/// Most rows that an adapter has for tokens beyond those of the model.
+const ADDED_ROWS: u32 = 256;
 
 /// The sequences of one HTTP request, which use the same adapter.
 #[derive(Debug)]
@@ -91,6 +96,8 @@ pub(crate) struct Generation {
     /// The seed, if tokens are drawn.
     pub(crate) seed: Option<u64>,
     pub(crate) timing: Timing,
+    /// The form of its answer, if it is a chat's.
+    answer: Option<AnswerSpec>,
     deadline: Deadline,
     /// Gone once the text has ended: a sequence that has met a stop string does not know of it and would run on.
     running: Option<Running>,
@@ -119,6 +126,7 @@ struct Tokenized {
     /// The group of the sequences with this prompt, and the place of this one in it, if there are several.
     group: Option<(GroupId, u64)>,
     grammar: Option<Arc<CompiledGrammar>>,
+    answer: Option<AnswerSpec>,
 }
 
 /// The values that all sequences of a group share.
@@ -131,6 +139,7 @@ struct Shared {
     leases: Option<Arc<Leases>>,
     in_use: Arc<InUse>,
     end_ids: Arc<[u32]>,
+    tokenizer: Arc<ModelTokenizer>,
     vocab_size: u32,
     received: Instant,
     deadline: Deadline,
@@ -175,18 +184,22 @@ impl App {
         let in_use = self.begin_use(caller, adapter.as_ref());
         // Each sequence is as much work as a request of its own.
         let entry = self.admit(caller, adapter.as_ref(), all)?;
-        let end_ids = self.end_ids(&info);
-        let prepared = sequences.into_iter().map(async |mut sequence| {
-            let grammar = self.compile(caller, &mut sequence, limits.vocab_size, &end_ids).await?;
-            let tokenized = self.tokenize(caller, sequence, limits).await?;
-            Ok::<_, ApiError>(Tokenized { grammar, ..tokenized })
+        // Once, however many sequences there are.
+        let (leased, side) = match &adapter {
+            Some(adapter) => self.lease(caller, adapter).await?,
+            None => (LeasedAll::default(), self.text_sides.base().clone()),
+        };
+        let words = Words::new(&side.words, info.vocab_size, self.end_ids(&info, &side));
+        // The shard knows which of them an adapter with tokens of its own has rows for.
+        let rows = limits.vocab_size + if side.new_tokens > 0 { ADDED_ROWS } else { 0 };
+        let limits = RequestLimits { vocab_size: rows, ..limits };
+        let prepared = sequences.into_iter().map(async |sequence| {
+            let (mut sequence, answer) = self.render(caller, sequence, &side).await?;
+            let grammar = self.compile(caller, &mut sequence, &words).await?;
+            let tokenized = self.tokenize(caller, sequence, limits, &side).await?;
+            Ok::<_, ApiError>(Tokenized { grammar, answer, ..tokenized })
         });
         let tokenized = try_join_all(prepared).await?;
-        // Once, however many sequences there are.
-        let leased = match &adapter {
-            Some(adapter) => self.lease(caller, adapter).await?,
-            None => LeasedAll::default(),
-        };
         let permits = self.admit_prepared(caller, adapter.as_ref(), entry)?;
         let validation = begun.elapsed();
         self.metrics.validated(validation);
@@ -197,7 +210,8 @@ impl App {
             weights: leased.weights.into(),
             leases: adapter.is_some().then(|| Arc::new(leased.leases)),
             in_use,
-            end_ids,
+            end_ids: words.into_end_ids(),
+            tokenizer: side.tokenizer.clone(),
             vocab_size: info.vocab_size,
             received: caller.received,
             deadline,
@@ -220,16 +234,30 @@ impl App {
         (0..count as u64).map(copy).collect()
     }
 
+    /// Renders the chat of a sequence, if it is one, on one of the threads for such work.
+    async fn render(
+        &self,
+        caller: &Caller,
+        mut request: SequenceRequest,
+        side: &Arc<TextSide>,
+    ) -> Result<(SequenceRequest, Option<AnswerSpec>), ApiError> {
+        if !matches!(request.prompt, Prompt::Chat(_)) {
+            return Ok((request, None));
+        }
+        let side = side.clone();
+        let work = move || request.render(&side).map(|answer| (request, answer));
+        self.workers.run("rendering of a chat", &caller.principal, work).await?
+    }
+
     /// Compiles the grammar of a sequence, if it has one.
     async fn compile(
         &self,
         caller: &Caller,
         request: &mut SequenceRequest,
-        vocab_size: u32,
-        end_ids: &Arc<[u32]>,
+        words: &Words,
     ) -> Result<Option<Arc<CompiledGrammar>>, ApiError> {
         let Some(grammar) = request.grammar.take() else { return Ok(None) };
-        let compiled = self.grammars.compiled(&caller.principal, &grammar, vocab_size, end_ids).await;
+        let compiled = self.grammars.compiled(&caller.principal, &grammar, words).await;
         compiled.map(Some).map_err(|error| ApiError::of_grammar(grammar.field, error))
     }
 
@@ -239,8 +267,9 @@ impl App {
         caller: &Caller,
         request: SequenceRequest,
         limits: RequestLimits,
+        side: &TextSide,
     ) -> Result<Tokenized, ApiError> {
-        let tokenizer = self.tokenizer.clone();
+        let tokenizer = side.tokenizer.clone();
         let told = request.report.echo || request.report.prompt;
         if matches!(request.prompt, Prompt::Tokens(_)) && !told {
             return tokenize(tokenizer, request, &limits);
@@ -255,7 +284,7 @@ impl App {
         shared: &Shared,
         permit: Permit,
     ) -> Result<Generation, ApiError> {
-        let Tokenized { request, prompt, max_new_tokens, text, group, grammar } = tokenized;
+        let Tokenized { request, prompt, max_new_tokens, text, group, grammar, answer } = tokenized;
         let report = request.report;
         let (stop_ids, bans) = shared.ends(&request, grammar.is_some());
         let mut sampling = request.sampling;
@@ -271,8 +300,9 @@ impl App {
             deadline: shared.deadline,
             running: None,
             prompt: text,
+            answer,
             text: TextStream::new(
-                self.tokenizer.clone(),
+                shared.tokenizer.clone(),
                 &prompt,
                 request.stop,
                 &request.ending,
@@ -348,6 +378,7 @@ fn tokenize(
         Prompt::Tokens(ids) => (ids, None),
         Prompt::Text(text) => (tokenizer.encode(&text, true).map_err(failed)?, Some(text)),
         Prompt::Rendered(text) => (tokenizer.encode(&text, false).map_err(failed)?, Some(text)),
+        Prompt::Chat(_) => return Err(ApiError::Refused("the chat was not rendered".into())),
     };
     if let Some(id) = prompt.iter().find(|id| **id >= limits.vocab_size) {
         let (text, entries) = (tokenizer.token_bytes(*id), limits.vocab_size);
@@ -364,7 +395,15 @@ fn tokenize(
     let max_new_tokens = request.fit(&mut prompt, bos, limits)?;
     let wanted = request.report.echo || request.report.prompt;
     let text = wanted.then(|| PromptText::new(tokenizer, &prompt, written.as_deref()));
-    Ok(Tokenized { request, prompt: prompt.into(), max_new_tokens, text, group: None, grammar: None })
+    Ok(Tokenized {
+        request,
+        prompt: prompt.into(),
+        max_new_tokens,
+        text,
+        group: None,
+        grammar: None,
+        answer: None,
+    })
 }
 
 impl Generation {
@@ -375,6 +414,11 @@ impl Generation {
             self.advance().await?;
         }
         Ok(())
+    }
+
+    /// The form of a chat's answer, which is told once.
+    pub(crate) fn take_answer(&mut self) -> Result<AnswerSpec, ApiError> {
+        self.answer.take().ok_or_else(|| ApiError::Refused("no chat was rendered".into()))
     }
 
     /// The mean log-probability of the tokens that have been generated so far.

@@ -73,15 +73,7 @@ async fn generate(
 ) -> Result<Response, ApiError> {
     let Accepted { caller, body } = request;
     let streams = streams(&body);
-    let (request, shape) = if body.needs_template() {
-        let work = {
-            let (app, caller) = (app.clone(), caller.clone());
-            move || body.into_group(&app, &caller, streams)
-        };
-        app.workers.run("rendering of a chat", &caller.principal, work).await??
-    } else {
-        body.into_group(app, &caller, streams)?
-    };
+    let (request, shape) = body.into_group(app, &caller, streams)?;
     let mut headers = headers::of_request(app, request.adapter.as_ref(), shape.characters);
     let mut generations = app.start_group(&caller, request).await?;
     if streams {

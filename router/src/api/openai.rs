@@ -2,6 +2,7 @@
 
 mod chat;
 mod completion;
+mod conversation;
 mod embeddings;
 mod head;
 mod logprobs;
@@ -50,7 +51,7 @@ pub(crate) use request::{ChatRequest, CompletionRequest};
 pub(crate) use responses::{ResponsesRequest, responses};
 
 /// Removes a name that a client sends where its user has named no model, unless an adapter is registered under it.
-fn drop_placeholder(app: &App, model: &mut Option<String>) {
+pub(crate) fn drop_placeholder(app: &App, model: &mut Option<String>) {
     model.take_if(|model| is_placeholder(model) && app.registry.find(model).is_none());
 }
 
@@ -61,7 +62,7 @@ pub(crate) async fn completions(
 ) -> Response {
     let answer = async {
         let (request, options) = body.into_group(&app, &caller)?;
-        let fold = move |index| CompletionFold::new(index, options.logprobs);
+        let fold = |index, _: &mut Generation| Ok(CompletionFold::new(index, options.logprobs));
         respond(&app, &caller, request, &options, fold).await
     };
     answer.await.unwrap_or_else(|error: ApiError| error.respond(Dialect::OpenAi))
@@ -74,16 +75,11 @@ pub(crate) async fn chat_completions(
 ) -> Response {
     let answer = async {
         app.expect_generation()?;
-        // A template may take its time.
-        let render = {
-            let (app, caller) = (app.clone(), caller.clone());
-            move || body.into_group(&app, &caller)
+        let (request, options) = body.into_group(&app, &caller)?;
+        let fold = |index, generation: &mut Generation| {
+            let answer = generation.take_answer()?;
+            Ok(ChatFold::new(index, options.logprobs, options.echo.clone(), answer))
         };
-        let (request, options) = app.workers.run("rendering of a chat", &caller.principal, render).await??;
-        let Some(answer) = &options.answer else {
-            return Err(ApiError::Refused("no chat was rendered".into()));
-        };
-        let fold = |index| ChatFold::new(index, options.logprobs, options.echo.clone(), answer.clone());
         respond(&app, &caller, request, &options, fold).await
     };
     answer.await.unwrap_or_else(|error: ApiError| error.respond(Dialect::OpenAi))
@@ -95,7 +91,7 @@ async fn respond<F>(
     caller: &Caller,
     request: GroupRequest,
     options: &Options,
-    fold: impl Fn(usize) -> F,
+    fold: impl Fn(usize, &mut Generation) -> Result<F, ApiError>,
 ) -> Result<Response, ApiError>
 where
     F: Fold<Delta: Serialize, Whole: Choice>,
@@ -106,8 +102,11 @@ where
         let begun = generations.iter_mut().map(|generation| generation.begin().boxed());
         future::select_all(begun).await.0?;
     }
-    let choices: Vec<(Generation, F)> =
-        generations.into_iter().enumerate().map(|(index, generation)| (generation, fold(index))).collect();
+    let choices = generations.into_iter().enumerate().map(|(index, mut generation)| {
+        let fold = fold(index, &mut generation)?;
+        Ok((generation, fold))
+    });
+    let choices = choices.collect::<Result<Vec<(Generation, F)>, ApiError>>()?;
     let head = Head::new(options);
     if options.stream {
         return Ok(Sse::new(events(head, choices)).keep_alive(KeepAlive::default()).into_response());

@@ -22,6 +22,7 @@ use crate::{
     embedding::Embedding,
     generation::{Failure, Job, Pooling, Update},
     server::{App, accept::Caller},
+    text_side::TextSide,
     tokenizer::{ModelTokenizer, TokenizerError},
     wire::{Info, Task},
 };
@@ -58,6 +59,8 @@ pub(crate) struct Output {
 
 /// The outputs of a request, in the order of the inputs.
 pub(crate) struct Pooled {
+    /// The tokenizer of the inputs.
+    pub(crate) tokenizer: Arc<ModelTokenizer>,
     pub(crate) outputs: Vec<Output>,
     /// Tokenizing, checking, waiting for the adapter.
     validation: Duration,
@@ -162,14 +165,14 @@ impl App {
         let in_use = self.begin_use(caller, adapter.as_ref());
         let at_once = if inputs.len() > 1 { inputs.len().min(self.most_at_once(caller)) } else { 1 };
         let entry = self.admit(caller, adapter.as_ref(), at_once)?;
-        let rules = self.rules(&info, field, wants, truncate);
+        let (leased, side) = match &adapter {
+            Some(adapter) => self.lease(caller, adapter).await?,
+            None => (LeasedAll::default(), self.text_sides.base().clone()),
+        };
+        let rules = self.rules(&info, &side, (field, wants, truncate));
         let tokenize =
             move || inputs.into_iter().map(|input| rules.tokenize(input)).collect::<Result<Vec<_>, _>>();
         let inputs = self.workers.run("tokenizing", &caller.principal, tokenize).await??;
-        let leased = match &adapter {
-            Some(adapter) => self.lease(caller, adapter).await?,
-            None => LeasedAll::default(),
-        };
         let permits = self.admit_prepared(caller, adapter.as_ref(), entry)?;
         let shared = Shared {
             tenant: caller.principal.tenant.scheduled(),
@@ -186,14 +189,20 @@ impl App {
         let outputs: Vec<Output> = outputs.try_collect().await?;
         outputs.iter().for_each(|output| in_use.started(output.tokens, output.queued));
         drop((permits, in_use));
-        Ok(Pooled { outputs, validation, received: caller.received, submitted })
+        let tokenizer = side.tokenizer.clone();
+        Ok(Pooled { tokenizer, outputs, validation, received: caller.received, submitted })
     }
 
-    fn rules(&self, info: &Info, field: &'static str, wants: Wants, truncate: Option<bool>) -> Rules {
+    fn rules(
+        &self,
+        info: &Info,
+        side: &TextSide,
+        (field, wants, truncate): (&'static str, Wants, Option<bool>),
+    ) -> Rules {
         let (most, router) = (self.request_limits(info).max_total_tokens, &self.config.router);
         let most = router.max_input_length.map_or(most, |asked| asked.min(most));
         Rules {
-            tokenizer: self.tokenizer.clone(),
+            tokenizer: side.tokenizer.clone(),
             most: self.embedding.max_tokens.map_or(most, |own| own.min(most)),
             truncates: truncate.unwrap_or(self.embedding.truncates),
             embedding: self.embedding.clone(),
@@ -247,6 +256,7 @@ impl Rules {
         let failed = |error: TokenizerError| ApiError::Refused(format!("tokenizer error {error}"));
         let (mut ids, encoding) = match input {
             Prompt::Tokens(ids) => (ids, None),
+            Prompt::Chat(_) => return Err(ApiError::Refused("chats are not pooled".into())),
             Prompt::Text(text) | Prompt::Rendered(text) => {
                 let text = self.embedding.prepare(&text);
                 let most = self.truncates.then_some(self.most);

@@ -1,9 +1,11 @@
 //! The request for one sequence, whichever dialect it came in, and the limits that it must keep.
 
+use std::{fmt, sync::Arc};
+
 use sampling::SamplingParams;
 
 use super::error::ApiError;
-use crate::{grammar::Grammar, text::Ending};
+use crate::{chat_events::AnswerSpec, grammar::Grammar, text::Ending, text_side::TextSide};
 
 /// Largest number of alternatives that is reported for a token.
 const MAX_TOP: u32 = 20;
@@ -13,12 +15,32 @@ const MAX_STOP_TOKENS: usize = 128;
 const MAX_BIAS: usize = 1024;
 
 /// Text, or what it was tokenized to.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub(crate) enum Prompt {
     Text(String),
-    /// Text of a chat template, which contains its special tokens.
+    /// Text that contains its special tokens.
     Rendered(String),
     Tokens(Vec<u32>),
+    /// A chat, which becomes text when it is known whose template renders it.
+    Chat(Arc<dyn Chat>),
+}
+
+/// A chat that is not rendered.
+pub(crate) trait Chat: fmt::Debug + Send + Sync {
+    /// Renders it, which may take its time.
+    fn render(&self, side: &TextSide) -> Result<RenderedChat, ApiError>;
+}
+
+/// A chat as its template has it.
+#[derive(Debug)]
+pub(crate) struct RenderedChat {
+    pub(crate) prompt: Prompt,
+    /// The grammar of calls that must be made.
+    pub(crate) grammar: Option<Grammar>,
+    /// Special tokens by which the answer is taken apart.
+    pub(crate) marks: Vec<u32>,
+    /// The form of the answer, if it has parts.
+    pub(crate) answer: Option<AnswerSpec>,
 }
 
 /// A dialect's names of the fields whose names differ between dialects.
@@ -69,6 +91,20 @@ pub(crate) struct RequestLimits {
 }
 
 impl SequenceRequest {
+    /// Renders the prompt, if it is a chat. Returns the form of its answer.
+    pub(crate) fn render(&mut self, side: &TextSide) -> Result<Option<AnswerSpec>, ApiError> {
+        let Prompt::Chat(chat) = &self.prompt else { return Ok(None) };
+        let RenderedChat { prompt, grammar, marks, answer } = chat.render(side)?;
+        if let (Some(own), Some(calls)) = (&self.grammar, &grammar) {
+            let problem = format!("cannot be used together with `{}`", calls.field);
+            return Err(ApiError::invalid(own.field, problem));
+        }
+        self.grammar = self.grammar.take().or(grammar);
+        self.ending.marks = marks;
+        self.prompt = prompt;
+        Ok(answer)
+    }
+
     /// Refuses values that make no sense, before anything is spent on the request.
     pub(crate) fn check(&self, limits: &RequestLimits) -> Result<(), ApiError> {
         let s = &self.sampling;

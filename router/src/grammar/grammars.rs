@@ -25,6 +25,8 @@ use crate::{
 
 /// Estimated memory of all grammars that are kept.
 const MAX_BYTES: usize = 256 << 20;
+/// Vocabularies that are kept: those of the model and of adapters with tokens of their own, of a few MB each.
+const MAX_VOCABULARIES: usize = 16;
 /// Estimated memory of the rules of a grammar, for each byte of its text.
 const BYTES_PER_BYTE: usize = 64;
 
@@ -55,51 +57,77 @@ pub(crate) enum CompileError {
     Work(#[from] WorkError),
 }
 
-/// The tokens of the model that masks are for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct VocabularyKey {
+/// The tokens that masks are for: as many as the model has rows for, some of which end a text.
+#[derive(Clone)]
+pub(crate) struct Words {
+    tokenizer: Arc<ModelTokenizer>,
     size: u32,
     end_ids: Arc<[u32]>,
 }
 
-type Key = blake3::Hash;
+impl Words {
+    pub(crate) fn new(tokenizer: &Arc<ModelTokenizer>, size: u32, end_ids: Arc<[u32]>) -> Words {
+        Words { tokenizer: tokenizer.clone(), size, end_ids }
+    }
+
+    pub(crate) fn into_end_ids(self) -> Arc<[u32]> {
+        self.end_ids
+    }
+}
+
+impl PartialEq for Words {
+    fn eq(&self, other: &Words) -> bool {
+        let is_same = Arc::ptr_eq(&self.tokenizer, &other.tokenizer);
+        is_same && (self.size, &self.end_ids) == (other.size, &other.end_ids)
+    }
+}
+
+/// A grammar's text, and the number of the vocabulary that it is compiled for.
+type Key = (blake3::Hash, u64);
 /// Whoever asks first fills it in, and the others wait for that.
 type Entry = Arc<OnceCell<Arc<CompiledGrammar>>>;
 
-/// Compiles grammars for the model's vocabulary.
+/// Compiles grammars for the vocabularies of the model and of adapters that add tokens to it.
 pub(crate) struct Grammars {
-    tokenizer: Arc<ModelTokenizer>,
     workers: Arc<Workers>,
     kept: Mutex<Kept>,
     ids: AtomicU64,
 }
 
+/// A vocabulary with the number of its grammars' keys.
+#[derive(Clone)]
+struct Numbered {
+    words: Words,
+    number: u64,
+    vocabulary: Arc<OnceCell<Arc<Vocabulary>>>,
+}
+
 struct Kept {
-    vocabulary: Option<(VocabularyKey, Arc<OnceCell<Arc<Vocabulary>>>)>,
+    /// The ones used last, the last one first.
+    vocabularies: Vec<Numbered>,
     grammars: LruCache<Key, Entry>,
 }
 
 impl Grammars {
-    pub(crate) fn new(tokenizer: Arc<ModelTokenizer>, workers: Arc<Workers>) -> Grammars {
-        let kept = Kept { vocabulary: None, grammars: LruCache::unbounded() };
-        Grammars { tokenizer, workers, kept: Mutex::new(kept), ids: AtomicU64::default() }
+    pub(crate) fn new(workers: Arc<Workers>) -> Grammars {
+        let kept = Kept { vocabularies: Vec::new(), grammars: LruCache::unbounded() };
+        Grammars { workers, kept: Mutex::new(kept), ids: AtomicU64::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Kept> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Compiles a grammar for a model with so many tokens, of which some end a text, unless it is there already.
+    /// Compiles a grammar for these tokens, unless it is there already.
     pub(crate) async fn compiled(
         &self,
         principal: &Principal,
         grammar: &Grammar,
-        size: u32,
-        end_ids: &Arc<[u32]>,
+        words: &Words,
     ) -> Result<Arc<CompiledGrammar>, CompileError> {
         let text = compile::text(&grammar.source)?;
-        let vocabulary = self.vocabulary(principal, size, end_ids).await?;
-        let key = blake3::hash(&text);
+        let (number, vocabulary) = self.vocabulary(principal, words).await?;
+        let key = (blake3::hash(&text), number);
         let entry = self.lock().grammars.get_or_insert(key, Entry::default).clone();
         if let Some(compiled) = entry.get() {
             return Ok(compiled.clone());
@@ -124,26 +152,32 @@ impl Grammars {
     pub(crate) async fn vocabulary(
         &self,
         principal: &Principal,
-        size: u32,
-        end_ids: &Arc<[u32]>,
-    ) -> Result<Arc<Vocabulary>, CompileError> {
-        let key = VocabularyKey { size, end_ids: end_ids.clone() };
-        let cell = {
-            let mut kept = self.lock();
-            if kept.vocabulary.as_ref().is_none_or(|(present, _)| *present != key) {
-                // Grammars of another model, which may have been replaced while its shards were restarted.
-                kept.grammars.clear();
-                kept.vocabulary = Some((key.clone(), Arc::default()));
-            }
-            kept.vocabulary.as_ref().map(|(_, cell)| cell.clone()).unwrap_or_default()
-        };
-        let vocabulary = cell.get_or_try_init(async || {
-            let tokenizer = self.tokenizer.clone();
-            let work = move || Vocabulary::new(&tokenizer, key.size, &key.end_ids);
-            let vocabulary = self.workers.run("reading the vocabulary", principal, work).await?;
-            Ok::<_, CompileError>(Arc::new(vocabulary?))
+        words: &Words,
+    ) -> Result<(u64, Arc<Vocabulary>), CompileError> {
+        let Numbered { number, vocabulary, .. } = self.numbered(words);
+        let built = vocabulary.get_or_try_init(async || {
+            let words = words.clone();
+            let work = move || Vocabulary::new(&words.tokenizer, words.size, &words.end_ids);
+            let built = self.workers.run("reading the vocabulary", principal, work).await?;
+            Ok::<_, CompileError>(Arc::new(built?))
         });
-        vocabulary.await.cloned()
+        Ok((number, built.await?.clone()))
+    }
+
+    /// The vocabulary of these tokens. If there are too many, the one that was used longest ago gives way, and grammars
+    /// that were compiled for it are never asked for again.
+    fn numbered(&self, words: &Words) -> Numbered {
+        let kept = &mut self.lock().vocabularies;
+        let place = kept.iter().position(|known| known.words == *words);
+        let found = place.map(|place| kept.remove(place));
+        let found = found.unwrap_or_else(|| Numbered {
+            words: words.clone(),
+            number: self.ids.fetch_add(1, Ordering::Relaxed),
+            vocabulary: Arc::default(),
+        });
+        kept.insert(0, found.clone());
+        kept.truncate(MAX_VOCABULARIES);
+        found
     }
 
     /// Forgets an entry that could not be compiled, and those that were used longest ago while all take too much memory.

@@ -7,8 +7,8 @@
 
 use std::collections::HashMap;
 
+use super::SharedTokenizer;
 use serde_json::Value;
-use tokenizers::Tokenizer;
 
 /// One step of the decoder, applied to a single entry.
 enum Step {
@@ -29,7 +29,7 @@ pub(super) struct TokenBytes(Vec<Step>);
 
 impl TokenBytes {
     /// Reads the steps from the tokenizer's decoder.
-    pub(super) fn new(tokenizer: &Tokenizer) -> TokenBytes {
+    pub(super) fn new(tokenizer: &SharedTokenizer) -> TokenBytes {
         let mut steps = Vec::new();
         if let Some(decoder) = tokenizer.get_decoder() {
             // The library keeps most of a decoder's settings private, but writes all of them as JSON.

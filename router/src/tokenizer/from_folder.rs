@@ -4,7 +4,7 @@
 //! the tokenizer. Some classes take vocabulary and merges from tokenizer.json and pass over the rest of it; the others
 //! take it as it is. Without a tokenizer.json, the vocabulary is read from the files that the class knows.
 
-mod added_tokens;
+pub(super) mod added_tokens;
 pub(super) mod charsmap;
 mod class;
 mod sentencepiece;
@@ -15,7 +15,7 @@ mod tiktoken;
 use std::{fs, io, path::Path};
 
 use serde_json::Value;
-use tokenizers::{ModelWrapper, Tokenizer};
+use tokenizers::Tokenizer;
 
 use self::{added_tokens::AddedTokens, class::Class, source::Source};
 use super::{ModelTokenizer, TokenizerError, post_processor, templates};
@@ -48,9 +48,9 @@ pub(super) fn load(path: &Path, given: Option<&Value>) -> Result<ModelTokenizer,
     // The router limits lengths itself, and a file may ask for truncation or padding.
     tokenizer.with_truncation(None).map_err(TokenizerError::Definition)?;
     tokenizer.with_padding(None);
-    let mut found = ModelTokenizer::new(tokenizer);
+    let mut found = ModelTokenizer::new(&tokenizer)?;
     // To BPE it would do harm, so transformers does not do it there.
-    let is_bpe = matches!(found.tokenizer.get_model(), ModelWrapper::BPE(_));
+    let is_bpe = found.tokenizer.get_model().is_bpe();
     found.cleans_up = !is_bpe && is_true(&config["clean_up_tokenization_spaces"]);
     found.special_tokens = added.texts();
     found.chat_templates = templates::from_folder(path, config)?;

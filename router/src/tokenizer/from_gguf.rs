@@ -45,7 +45,7 @@ pub(super) fn load(path: &Path) -> Result<ModelTokenizer, TokenizerError> {
         special_tokens: special_tokens::from_gguf(&file, tokens)?,
         chat_templates: templates::from_gguf(&file)?,
         end_ids: file.end_tokens()?.into_iter().filter(|id| (*id as usize) < tokens.len()).collect(),
-        ..ModelTokenizer::new(tokenizer)
+        ..ModelTokenizer::new(&tokenizer)?
     })
 }
 

@@ -8,11 +8,11 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use serde::Deserialize;
 use serde_json::Value;
 use tokenizers::{
-    DecoderWrapper, NormalizerWrapper, PostProcessor, PostProcessorWrapper, PreTokenizerWrapper, Tokenizer,
+    DecoderWrapper, NormalizerWrapper, PostProcessor, PostProcessorWrapper, PreTokenizerWrapper,
     normalizers::Replace,
 };
 
-use super::{TokenizerError, from_folder::charsmap, without_panic};
+use super::{SharedTokenizer, TokenizerError, from_folder::charsmap, without_panic};
 
 /// Most bytes of a text when it has grown as far as it can.
 const MAX_TEXT: usize = 32 << 20;
@@ -66,7 +66,7 @@ pub(super) fn check(definition: &str) -> Result<(), TokenizerError> {
 }
 
 /// The most bytes of a text that a tokenizer takes.
-pub(super) fn longest_text(tokenizer: &Tokenizer) -> usize {
+pub(super) fn longest_text(tokenizer: &SharedTokenizer) -> usize {
     MAX_TEXT / growth(tokenizer.get_normalizer(), tokenizer.get_pre_tokenizer())
 }
 

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fs, io, path::Path};
 use gguf::Gguf;
 use serde_json::Value;
 
-use super::TokenizerError;
+use super::{TextFiles, TokenizerError};
 use crate::json_file;
 
 /// Sources of templates by name; the one that is used unless another is asked for is called `default`.
@@ -29,6 +29,16 @@ pub(super) fn from_folder(folder: &Path, config: &Value) -> Result<Sources, Toke
     }
     let processor: Option<Value> = json_file::read_if_exists(&folder.join("chat_template.json"))?;
     Ok(processor.map(|processor| from_config(&processor)).unwrap_or_default())
+}
+
+/// The templates among the files of an adapter, by the same rules.
+pub(super) fn from_texts(files: &TextFiles, config: &Value) -> Sources {
+    let own = |(name, file): (&str, &str)| {
+        Some((name.to_owned(), String::from_utf8_lossy(files.get(file)?).into_owned()))
+    };
+    let paths = [(DEFAULT, "chat_template.jinja"), ("tool_use", "additional_chat_templates/tool_use.jinja")];
+    let own: Sources = paths.into_iter().filter_map(own).collect();
+    if own.is_empty() { from_config(config) } else { own }
 }
 
 /// The templates in a tokenizer_config.json: one, a list of named ones, or a map of them.

@@ -6,6 +6,7 @@ mod fake;
 #[path = "../../../sources/tests/fake/s3.rs"]
 mod s3;
 
+mod adapter_texts;
 mod adapters;
 mod base_names;
 mod bodies;

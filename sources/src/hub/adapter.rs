@@ -58,7 +58,9 @@ impl Hub {
             files.push(AdapterFile { name: name.into(), bytes, stamp: None, key, tag });
         }
         let bytes = files.iter().fold(0_u64, |sum, file| sum.saturating_add(file.bytes));
-        let version = version(&self.endpoint(), &adapter.id, &listing.sha).end();
+        let version = version(&self.endpoint(), &adapter.id, &listing.sha);
+        // Servers of another age fetch fewer files of the same commit.
+        let version = layout.text.iter().fold(version, Digest::with).end();
         Ok(Found { version, bytes, files, in_place: None, is_free: false })
     }
 
@@ -91,7 +93,7 @@ impl Hub {
     ) -> Result<(), SourceError> {
         let mut before = 0;
         for file in &found.files {
-            let path = into.folder.join(&file.name);
+            let path = into.place(file)?;
             let part = Part { path: &path, name: &file.name, limit: self.settings.bytes };
             let progress = |bytes| (into.progress)(before + bytes);
             let attempt = || self.fetch_file(adapter, file, token, (&part, &progress));

@@ -27,11 +27,14 @@ fn the_official_client_takes_it_for_s3() {
 #[tokio::test]
 async fn adapters_are_found_by_whole_names() {
     let (config, st, bin) = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin");
-    let cases: [(&str, &[&str], Result<&str, &str>); 11] = [
+    let tools = "additional_chat_templates/tool_use.jinja";
+    let cases: [(&str, &[&str], Result<&str, &str>); 13] = [
         ("plain", &[config, st], Ok(st)),
         ("torch", &[config, bin], Ok(bin)),
         ("both", &[config, bin, st, "optimizer.pt", "checkpoint-1/adapter_model.safetensors"], Ok(st)),
         ("ludwig", &["model_weights/adapter_config.json", "model_weights/adapter_model.safetensors"], Ok(st)),
+        ("text", &[config, st, "vocab.json", tools, "tokenizer_config.json"], Ok(st)),
+        ("inner", &["model_weights/adapter_config.json", "model_weights/adapter_model.bin", tools], Ok(bin)),
         ("deep/er", &[config, st], Ok(st)),
         ("deep", &["readme"], Err("does not exist")),
         ("plai", &[], Err("does not exist")),
@@ -59,7 +62,11 @@ async fn adapters_are_found_by_whole_names() {
                     assert_eq!(fetched.read(config), CONFIG, "{id}");
                     let from = files.iter().find(|file| file.ends_with(weights)).unwrap();
                     assert_eq!(fetched.read(weights), from.as_bytes(), "{id}");
-                    assert_eq!(fetched.count(), 2, "{id}");
+                    let text = if *prefix == "text" { vec![tools, "tokenizer_config.json"] } else { vec![] };
+                    for name in &text {
+                        assert!(!fetched.read(name).is_empty(), "{id}: {name}");
+                    }
+                    assert_eq!(fetched.count(), 2 + text.len(), "{id}");
                 }
                 (Err(error), Err(cause)) => assert!(error.to_string().contains(cause), "{id}: {error}"),
                 (fetched, _) => panic!("{id}: {fetched:?}"),

@@ -13,23 +13,32 @@ use crate::{
 async fn only_the_adapters_files_are_fetched() {
     let (st, bin, config) = ("adapter_model.safetensors", "adapter_model.bin", "adapter_config.json");
     let inner = |name: &str| format!("model_weights/{name}");
-    let (inner_st, inner_config) = (&*inner(st), &*inner(config));
+    let (own, tools) = ("tokenizer.json", "additional_chat_templates/tool_use.jinja");
+    let (inner_st, inner_config, inner_own) = (&*inner(st), &*inner(config), &*inner(own));
     for (files, fetched) in [
-        (vec![config, st], [config, st]),
-        (vec![config, bin], [config, bin]),
+        (vec![config, st], vec![config, st]),
+        (vec![config, bin], vec![config, bin]),
         (
-            vec![config, bin, st, "README.md", "tokenizer.json", "checkpoint-1/adapter_model.safetensors"],
-            [config, st],
+            vec![config, bin, st, "README.md", "vocab.json", "checkpoint-1/adapter_model.safetensors"],
+            vec![config, st],
         ),
-        (vec![inner_config, inner_st, "model_hyperparameters.json"], [config, st]),
-        (vec![config, st, inner_config, inner_st], [config, st]),
+        (vec![inner_config, inner_st, "model_hyperparameters.json"], vec![config, st]),
+        (vec![config, st, inner_config, inner_st], vec![config, st]),
+        // What it has of a tokenizer, from the same folder.
+        (vec![config, st, tools, "additional_chat_templates/rag.jinja", own], vec![config, st, tools, own]),
+        (vec![inner_config, inner_st, inner_own, tools], vec![config, st, own]),
     ] {
         let contents: Vec<_> = files.iter().map(|name| (*name, name.as_bytes())).collect();
         let server = Server::with(ID, Repository::new(&contents));
         let found = get(&of(&server), ID, "").await.unwrap();
-        assert_eq!(found.names(), fetched, "{files:?}");
+        let names = fetched.iter().filter_map(|name| name.split('/').next()).collect::<Vec<_>>();
+        assert_eq!(found.names(), names, "{files:?}");
         let asked = server.asked();
-        assert_eq!(asked.iter().filter(|asked| asked.path.contains("/resolve/")).count(), 2, "{asked:?}");
+        let questions = asked.iter().filter(|asked| asked.path.contains("/resolve/")).count();
+        assert_eq!(questions, fetched.len(), "{asked:?}");
+        if files.contains(&tools) && files[0] == config {
+            assert_eq!(found.read(tools), tools.as_bytes());
+        }
         let from = if files[0] == inner_config { inner_st } else { fetched[1] };
         assert_eq!(found.read(fetched[1]), from.as_bytes(), "{files:?}");
     }

@@ -25,7 +25,7 @@ pub(super) fn hash(found: &Found, folder: &Path) -> Result<Fetched, CallError> {
 }
 
 /// Returns whether an error of reading says that a file is not what it was.
-fn is_gone(error: &io::Error) -> bool {
+pub(super) fn is_gone(error: &io::Error) -> bool {
     let loops = error.raw_os_error() == Some(Errno::LOOP.raw_os_error());
     let kinds = [
         io::ErrorKind::NotFound,
@@ -60,7 +60,7 @@ fn read(found: &Found, folder: &Path) -> io::Result<Option<Fetched>> {
 }
 
 /// The stamp of a plain file.
-fn stamp(file: &File) -> io::Result<Option<Stamp>> {
+pub(super) fn stamp(file: &File) -> io::Result<Option<Stamp>> {
     let data = file.metadata()?;
     Ok(data.is_file().then(|| Stamp::of(&data)))
 }

@@ -8,6 +8,7 @@ use std::{
 
 use exchange::{Content, Fault, Place, StageFault, Staged, Version};
 use scheduler::AdapterKey;
+use sources::is_of_text;
 use store::Hold;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
@@ -135,7 +136,8 @@ impl Shared {
     fn in_place(&self, version: Version) -> Option<Files> {
         let found = self.found(version)?;
         let file = |file: &sources::AdapterFile| AdapterFile { name: file.name.clone(), stamp: file.stamp };
-        Some((AdapterPart::new(found.in_place.clone()?, found.files.iter().map(file).collect()), None))
+        let files = found.files.iter().filter(|file| !is_of_text(&file.name)).map(file);
+        Some((AdapterPart::new(found.in_place.clone()?, files.collect()), None))
     }
 
     /// The files of a copy on the disk.
@@ -164,10 +166,16 @@ impl Shared {
     }
 }
 
-/// The files of a copy on the disk, which never change.
+/// The files of a copy on the disk that shards read, which never change. They lie in no folder of their own.
 fn files_of(folder: &Path) -> io::Result<Vec<AdapterFile>> {
-    let names = fs::read_dir(folder)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
-    let mut names = names.collect::<io::Result<Vec<_>>>()?;
+    let mut names = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if entry.file_type()?.is_file() && !is_of_text(&name) {
+            names.push(name);
+        }
+    }
     names.sort_unstable();
     Ok(names.into_iter().map(|name| AdapterFile { name, stamp: None }).collect())
 }

@@ -18,6 +18,8 @@ pub(super) struct Adapter {
     pub(super) tier: &'static str,
     pub(super) lora_rank: Option<u32>,
     pub(super) sites: Vec<String>,
+    /// What it has of a tokenizer, once a request has needed to know.
+    pub(super) text: Option<Text>,
     pub(super) bytes: Bytes,
     pub(super) pinned: bool,
     /// Pins of its content, whatever name they have.
@@ -45,6 +47,7 @@ impl Default for Adapter {
             tier: "source",
             lora_rank: None,
             sites: Vec::new(),
+            text: None,
             bytes: Bytes::default(),
             pinned: false,
             pins: 0,
@@ -57,6 +60,17 @@ impl Default for Adapter {
             reference: Reference { kind: sources::SourceKind::Local, id: String::new(), revision: None },
         }
     }
+}
+
+/// What an adapter has of a tokenizer.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct Text {
+    /// Whether its chats are rendered with a template of its own.
+    pub(super) chat_template: bool,
+    /// Tokens that the model does not have, or has by another name.
+    pub(super) added_tokens: usize,
+    /// Why its requests are refused.
+    pub(super) error: Option<String>,
 }
 
 /// Bytes on each tier; 0 where it is not.

@@ -97,7 +97,7 @@ async fn run(
     let pooled = app.pool(caller, request).await?;
     let task = app.engine.info().map(|info| info.task.clone());
     let found = texts.iter().zip(&pooled.outputs).map(|(text, output)| match &task {
-        Some(Task::ClassifyTokens(labels)) => entities(&app.tokenizer, text, output, labels),
+        Some(Task::ClassifyTokens(labels)) => entities(&pooled.tokenizer, text, output, labels),
         Some(Task::ClassifyTexts(labels)) => classes_of_text(text, &output.values, labels),
         _ => Vec::new(),
     });

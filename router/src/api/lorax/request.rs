@@ -1,6 +1,6 @@
 //! Bodies of requests.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use minijinja::value::Serde;
 use sampling::{Named, SamplingParams};
@@ -16,7 +16,7 @@ use crate::{
         group::{Answers, GroupRequest},
         json::{Rest, refuse},
         merged::MergedAdapters,
-        request::{FieldNames, Prompt, Report, SequenceRequest},
+        request::{Chat, FieldNames, Prompt, RenderedChat, Report, SequenceRequest},
         structured,
     },
     chat::TemplateInput,
@@ -25,6 +25,7 @@ use crate::{
         accept::{Body, Caller},
     },
     text::Ending,
+    text_side::TextSide,
 };
 
 const NAMES: FieldNames =
@@ -105,11 +106,6 @@ pub(super) struct Shape {
 }
 
 impl GenerateRequest {
-    /// Whether a template has to be rendered, which may take its time.
-    pub(super) fn needs_template(&self) -> bool {
-        self.parameters.as_ref().is_some_and(|parameters| parameters.apply_chat_template == Some(true))
-    }
-
     /// What is to be generated, and what the response looks like.
     pub(super) fn into_group(
         self,
@@ -142,7 +138,7 @@ impl GenerateRequest {
             characters: self.inputs.chars().count(),
         };
         let prompt = match p.apply_chat_template {
-            Some(true) => as_chat(app, &self.inputs)?,
+            Some(true) => Prompt::Chat(Arc::new(Said(self.inputs))),
             _ => Prompt::Text(self.inputs),
         };
         let adapter = p.adapter(app, caller)?;
@@ -162,13 +158,18 @@ impl GenerateRequest {
     }
 }
 
-/// The prompt of a chat in which the user says this.
-fn as_chat(app: &App, inputs: &str) -> Result<Prompt, ApiError> {
-    let message = BTreeMap::from([("role", "user"), ("content", inputs)]);
-    let messages = vec![Serde(message).into()];
-    let chat = TemplateInput { messages, add_generation_prompt: true, ..TemplateInput::default() };
-    let prompt = app.chat.render(&chat).map_err(|error| ApiError::Template(error.to_string()))?;
-    Ok(Prompt::Rendered(prompt))
+/// A chat in which the user says this.
+#[derive(Debug)]
+struct Said(String);
+
+impl Chat for Said {
+    fn render(&self, side: &TextSide) -> Result<RenderedChat, ApiError> {
+        let message = BTreeMap::from([("role", "user"), ("content", &*self.0)]);
+        let messages = vec![Serde(message).into()];
+        let chat = TemplateInput { messages, add_generation_prompt: true, ..TemplateInput::default() };
+        let prompt = side.chat.render(&chat).map_err(|error| ApiError::Template(error.to_string()))?;
+        Ok(RenderedChat { prompt: Prompt::Rendered(prompt), grammar: None, marks: Vec::new(), answer: None })
+    }
 }
 
 impl Parameters {

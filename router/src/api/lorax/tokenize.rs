@@ -12,12 +12,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     api::{
+        ensemble::Several,
         error::{ApiError, Dialect},
         json::{Rest, refuse},
+        openai::drop_placeholder,
     },
     server::{
         App,
-        accept::{Accepted, Body},
+        accept::{Accepted, Body, Caller},
     },
     tokenizer::{ModelTokenizer, TokenizerError},
 };
@@ -32,9 +34,8 @@ pub(crate) struct TokenizeRequest {
     add_special_tokens: Option<bool>,
     /// vLLM's wish for the vocabulary's entries beside the ids.
     return_token_strs: Option<bool>,
-    /// vLLM's name of the model. There is one tokenizer, whatever the adapter is.
-    #[serde(rename = "model")]
-    _model: Option<String>,
+    /// vLLM's name of the model, or of the adapter whose tokens are wanted.
+    model: Option<String>,
     #[serde(flatten)]
     rest: Rest,
 }
@@ -47,8 +48,7 @@ impl Body for TokenizeRequest {
 #[derive(Debug, Deserialize, JsonSchema)]
 pub(crate) struct DetokenizeRequest {
     tokens: Vec<u32>,
-    #[serde(rename = "model")]
-    _model: Option<String>,
+    model: Option<String>,
     #[serde(flatten)]
     rest: Rest,
 }
@@ -106,7 +106,8 @@ pub(crate) async fn tokenize(
                 return Err(ApiError::Unavailable("the model is not available, try again".into()));
             }
         };
-        let (tokenizer, add_special) = (app.tokenizer.clone(), body.add_special_tokens.unwrap_or(true));
+        let tokenizer = app.tokenizer_of(&caller, body.model).await?;
+        let add_special = body.add_special_tokens.unwrap_or(true);
         let work = move || spans(&tokenizer, &text, add_special);
         let tokens = app.workers.run("tokenizing", &caller.principal, work).await??;
         Ok(if is_native {
@@ -134,7 +135,7 @@ pub(crate) async fn detokenize(
 ) -> Response {
     let answer = async {
         refuse(&body.rest, "", |_, _| false)?;
-        let tokenizer = app.tokenizer.clone();
+        let tokenizer = app.tokenizer_of(&caller, body.model).await?;
         let work = move || text_of(&tokenizer, &body.tokens);
         let prompt = app.workers.run("detokenizing", &caller.principal, work).await??;
         Ok::<_, ApiError>(Detokenized { prompt })
@@ -142,6 +143,29 @@ pub(crate) async fn detokenize(
     match answer.await {
         Ok(text) => Json(text).into_response(),
         Err(error) => error.respond(Dialect::Native),
+    }
+}
+
+impl App {
+    /// The tokenizer of the model, or of the adapter that is named in its place.
+    async fn tokenizer_of(
+        &self,
+        caller: &Caller,
+        mut model: Option<String>,
+    ) -> Result<Arc<ModelTokenizer>, ApiError> {
+        drop_placeholder(self, &mut model);
+        let named = self.base.adapter_in(model.as_deref(), None);
+        if named.1.is_none() {
+            return Ok(self.text_sides.base().tokenizer.clone());
+        }
+        let several = Several { merged: None, ensemble: None };
+        let Some(adapter) = self.adapter(named, several, None, caller.credential.clone())? else {
+            return Ok(self.text_sides.base().tokenizer.clone());
+        };
+        let entry = self.admit(caller, Some(&adapter), 1)?;
+        let (_leased, side) = self.deadline(caller).keep(self.lease(caller, &adapter)).await??;
+        drop(entry);
+        Ok(side.tokenizer.clone())
     }
 }
 

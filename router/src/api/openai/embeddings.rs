@@ -165,6 +165,7 @@ fn inputs(input: Prompts) -> Result<Vec<Prompt>, ApiError> {
     let is_empty = |input: &Prompt| match input {
         Prompt::Text(text) | Prompt::Rendered(text) => text.is_empty(),
         Prompt::Tokens(ids) => ids.is_empty(),
+        Prompt::Chat(_) => false,
     };
     match inputs.iter().position(is_empty) {
         Some(index) if inputs.len() > 1 => {

@@ -3,9 +3,9 @@
 use std::{
     collections::{BTreeMap, HashMap},
     mem,
+    sync::Arc,
 };
 
-use minijinja::value::Serde;
 use sampling::{Named, SamplingParams};
 use schemars::JsonSchema;
 use secrecy::SecretString;
@@ -13,9 +13,10 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{
+    conversation::Conversation,
     drop_placeholder,
-    messages::{Message, Shape},
-    tools::{ToolFields, ToolUse},
+    messages::Message,
+    tools::ToolFields,
     unions::{Prompts, Stop},
 };
 use crate::{
@@ -29,9 +30,6 @@ use crate::{
         request::{FieldNames, Prompt, Report, SequenceRequest},
         structured,
     },
-    chat::TemplateInput,
-    chat_events::AnswerSpec,
-    grammar::Grammar,
     server::{
         App,
         accept::{Body, Caller},
@@ -41,10 +39,6 @@ use crate::{
 
 /// Answers to one prompt.
 const MAX_ANSWERS: usize = 128;
-/// The variable of chat templates that says how long to think, and the field that sets it.
-const REASONING_EFFORT: &str = "reasoning_effort";
-/// The variable of other templates, which only says whether to think.
-const ENABLE_THINKING: &str = "enable_thinking";
 /// OpenAI's default of `max_tokens` for completions.
 const MAX_TOKENS: u32 = 16;
 
@@ -203,8 +197,6 @@ pub(super) struct Options {
     pub(super) choices: usize,
     /// Answers of each prompt, of which the choices are the best.
     pub(super) answers: usize,
-    /// The form of a chat's answers.
-    pub(super) answer: Option<AnswerSpec>,
 }
 
 /// The values of fields that only one of the routes has.
@@ -215,10 +207,6 @@ struct Asked {
     report: Report,
     /// Answers of which the best are chosen.
     best_of: Option<usize>,
-    /// The grammar of calls that must be made.
-    grammar: Option<Grammar>,
-    /// Special tokens by which an answer is taken apart.
-    marks: Vec<u32>,
 }
 
 /// Returns whether a field that is not supported has a value that asks for nothing.
@@ -263,14 +251,9 @@ impl Common {
         asked: Asked,
     ) -> Result<(GroupRequest, Options), ApiError> {
         let grammar = structured::take(&mut self.rest)?;
-        if let (Some(grammar), Some(calls)) = (&grammar, &asked.grammar) {
-            let problem = format!("cannot be used together with `{}`", calls.field);
-            return Err(ApiError::invalid(grammar.field, problem));
-        }
         refuse(&self.rest, "", harmless)?;
         refuse(&self.stream_options.rest, "stream_options", |name, _| name == "include_obfuscation")?;
-        let Asked { names, max_new_tokens, num_top, report, best_of, grammar: calls, marks } = asked;
-        let grammar = grammar.or(calls);
+        let Asked { names, max_new_tokens, num_top, report, best_of } = asked;
         let answers = self.answers(best_of)?;
         if self.truncate == Some(0) {
             return Err(ApiError::invalid("truncate_prompt_tokens", "must be strictly positive"));
@@ -284,7 +267,7 @@ impl Common {
             max_new_tokens,
             stop: self.stop.clone(),
             ignore_eos: self.ignore_eos,
-            ending: Ending { marks: marks.clone(), ..self.ending.clone() },
+            ending: self.ending.clone(),
             sampling: params.clone(),
             report,
             truncate: self.truncate,
@@ -306,7 +289,6 @@ impl Common {
             logprobs: report.tokens,
             choices: self.n,
             answers: answers.count,
-            answer: None,
         };
         Ok((group, options))
     }
@@ -386,8 +368,6 @@ impl CompletionRequest {
             num_top: self.logprobs.unwrap_or(0),
             report: Report { echo, prompt: echo && tokens, tokens },
             best_of: self.best_of,
-            grammar: None,
-            marks: Vec::new(),
         };
         common.into_group(app, caller, prompts, asked)
     }
@@ -419,91 +399,27 @@ impl ChatRequest {
             tool_choice: self.tool_choice.take(),
             parallel_tool_calls: self.parallel_tool_calls,
         };
-        let tool_use = tool_use.read()?;
-        let prompt = self.render(app, &tool_use)?;
-        let (format, tools) = (app.chat.answer_format(!tool_use.definitions.is_empty()), tool_use.callable());
-        let template = app.chat.source(!tool_use.definitions.is_empty());
-        let grammar = tool_use.grammar(&format, template, &prompt);
-        let marks = app.tokenizer.special_ids(format.marks(!tools.is_empty()));
-        let answer = AnswerSpec {
-            format,
-            tools,
-            prompt: prompt.as_str().into(),
-            parallel: tool_use.parallel,
+        let conversation = Conversation {
+            tool_use: tool_use.read()?,
+            messages: self.messages,
+            documents: self.documents,
+            reasoning_effort: self.reasoning_effort,
+            kwargs: self.chat_template_kwargs.unwrap_or_default(),
+            add_generation_prompt: self.add_generation_prompt,
+            continues: self.continue_final_message == Some(true),
+            add_special_tokens: self.add_special_tokens == Some(true),
             include_reasoning: self.include_reasoning != Some(false),
         };
-        // A template writes the special tokens itself.
-        let prompt = if self.add_special_tokens == Some(true) {
-            Prompt::Text(prompt)
-        } else {
-            Prompt::Rendered(prompt)
-        };
+        conversation.check()?;
         let asked = Asked {
             names: FieldNames { prompt: "messages", max_new_tokens: max_tokens.0, num_top: "top_logprobs" },
             max_new_tokens: max_tokens.1,
             num_top: self.top_logprobs.unwrap_or(0),
             report: Report { tokens: self.logprobs == Some(true), ..Report::default() },
             best_of: None,
-            grammar,
-            marks,
         };
+        let prompt = Prompt::Chat(Arc::new(conversation));
         let (group, options) = common.into_group(app, caller, vec![prompt], asked)?;
-        Ok((group, Options { chat: true, echo, answer: Some(answer), ..options }))
-    }
-
-    /// The prompt. A template that cannot make anything of arguments as objects gets them as text.
-    fn render(&mut self, app: &App, tool_use: &ToolUse) -> Result<String, ApiError> {
-        if self.messages.is_empty() {
-            return Err(ApiError::invalid("messages", "cannot be empty"));
-        }
-        let format = app.chat.answer_format(!tool_use.definitions.is_empty());
-        let mut input = self.template_input(app)?;
-        let calls = self.messages.iter().any(Message::has_calls);
-        let mut rendered = |objects: bool| {
-            let shape = Shape { format: format.calls, objects };
-            let messages = self.messages.iter().enumerate();
-            let messages = messages.map(|(i, message)| message.for_template(i, shape));
-            let mut messages = messages.collect::<Result<Vec<_>, _>>()?;
-            if format.knows_tools {
-                let told = Some(&tool_use.definitions).filter(|tools| !tools.is_empty());
-                input.tools = told.map(|tools| Serde(tools).into());
-            } else {
-                messages = tool_use.tell_in_words(messages);
-            }
-            input.messages = messages.iter().map(|message| Serde(message).into()).collect();
-            Ok::<_, ApiError>(app.chat.render(&input))
-        };
-        let prompt = match rendered(true)? {
-            Err(error) if calls => rendered(false)?.map_err(|_| error),
-            prompt => prompt,
-        };
-        prompt.map_err(|error| ApiError::Template(error.to_string()))
-    }
-
-    /// The variables that the prompt is rendered with, beside messages and tools.
-    fn template_input(&mut self, app: &App) -> Result<TemplateInput, ApiError> {
-        let continues = self.continue_final_message == Some(true);
-        if continues && self.add_generation_prompt == Some(true) {
-            return Err(ApiError::invalid("continue_final_message", "excludes `add_generation_prompt`"));
-        }
-        let mut kwargs = BTreeMap::new();
-        if let Some(effort) = self.reasoning_effort.take() {
-            if app.chat.mentions(REASONING_EFFORT) {
-                kwargs.insert(REASONING_EFFORT.to_owned(), effort.into());
-            } else if app.chat.mentions(ENABLE_THINKING) {
-                kwargs.insert(ENABLE_THINKING.to_owned(), (effort != "none").into());
-            } else {
-                return Err(ApiError::Unsupported { field: REASONING_EFFORT.into() });
-            }
-        }
-        let given = self.chat_template_kwargs.take().unwrap_or_default();
-        kwargs.extend(given.into_iter().map(|(name, value)| (name, Serde(value).into())));
-        Ok(TemplateInput {
-            documents: self.documents.take().filter(|all| !all.is_empty()).map(|all| Serde(all).into()),
-            kwargs,
-            add_generation_prompt: self.add_generation_prompt.unwrap_or(!continues),
-            continue_final_message: continues,
-            ..TemplateInput::default()
-        })
+        Ok((group, Options { chat: true, echo, ..options }))
     }
 }

@@ -45,12 +45,7 @@ pub(crate) async fn responses(
         let answer = async {
             app.expect_generation()?;
             let chat: ChatRequest = json::parse(Value::Object(chat).to_string().as_bytes())?;
-            let render = {
-                let (app, caller) = (app.clone(), caller.clone());
-                move || chat.into_group(&app, &caller)
-            };
-            let (request, options) =
-                app.workers.run("rendering of a chat", &caller.principal, render).await??;
+            let (request, options) = chat.into_group(&app, &caller)?;
             respond(&app, &caller, request, options, told).await
         };
         answer.await.map_err(|error| names.own(error))
@@ -65,15 +60,12 @@ async fn respond(
     options: Options,
     told: Value,
 ) -> Result<Response, ApiError> {
-    let Some(answer) = options.answer.clone() else {
-        return Err(ApiError::Refused("no chat was rendered".into()));
-    };
     let mut generations = app.start_group(caller, request).await?;
     let (Some(mut generation), true) = (generations.pop(), generations.is_empty()) else {
         return Err(ApiError::Unsupported { field: "n".into() });
     };
     let mut output = Output::new(&options, told);
-    let mut events = ChatEvents::new(answer);
+    let mut events = ChatEvents::new(generation.take_answer()?);
     if options.stream {
         generation.begin().await?;
         return Ok(Sse::new(stream(generation, events, output))

@@ -16,7 +16,7 @@ use crate::json_file;
 
 /// The tokens that the files of a folder add, in the order in which transformers adds them: an id that the vocabulary
 /// does not have is the next free one, whatever the file says.
-pub(super) struct AddedTokens {
+pub(in super::super) struct AddedTokens {
     /// By name, those of the class first; `None` where a file says that there is none.
     named: Vec<(String, Option<AddedToken>)>,
     /// Further special tokens; `None` if no file lists any.
@@ -28,6 +28,20 @@ pub(super) struct AddedTokens {
     listed: bool,
 }
 
+/// The files that list added tokens where tokenizer_config.json does not.
+#[derive(Default)]
+pub(in super::super) struct Others {
+    /// special_tokens_map.json.
+    pub(in super::super) map: Option<Value>,
+    /// added_tokens.json.
+    pub(in super::super) ids: Option<Value>,
+}
+
+/// Returns whether a tokenizer_config.json lists the added tokens, so that no other file does.
+fn lists(config: &Map<String, Value>) -> bool {
+    config.contains_key("added_tokens_decoder")
+}
+
 impl AddedTokens {
     /// Reads tokenizer_config.json and, unless that lists the added tokens, special_tokens_map.json and
     /// added_tokens.json.
@@ -36,13 +50,27 @@ impl AddedTokens {
         let config = folder.config.as_object().unwrap_or(&none);
         let defaults = folder.class.named_tokens().iter();
         let defaults = defaults.map(|(name, text)| ((*name).to_owned(), Some(AddedToken::from(*text, true))));
+        let read = |name: &str| match lists(config) {
+            true => Ok(None),
+            false => json_file::read_if_exists(&folder.path.join(name)),
+        };
+        let others = Others { map: read("special_tokens_map.json")?, ids: read("added_tokens.json")? };
+        Ok(AddedTokens::of(defaults.collect(), config, others))
+    }
+
+    /// What these files say, beside what is named if they do not say otherwise.
+    pub(in super::super) fn of(
+        named: Vec<(String, Option<AddedToken>)>,
+        config: &Map<String, Value>,
+        others: Others,
+    ) -> AddedTokens {
         let listed = config.get("added_tokens_decoder").and_then(Value::as_object);
         let mut added = AddedTokens {
-            named: defaults.collect(),
+            named,
             extra: extra(config),
             older_extra: None,
             by_id: BTreeMap::new(),
-            listed: config.contains_key("added_tokens_decoder"),
+            listed: lists(config),
         };
         added.name(config, false);
         for (id, value) in listed.into_iter().flatten() {
@@ -51,25 +79,22 @@ impl AddedTokens {
             }
         }
         if added.listed {
-            return Ok(added);
+            return added;
         }
-        if let Some(Value::Object(file)) =
-            json_file::read_if_exists(&folder.path.join("special_tokens_map.json"))?
-        {
+        if let Some(Value::Object(file)) = others.map {
             added.name(&file, true);
             if let Some(more) = list(&file, "extra_special_tokens") {
                 added.extra.get_or_insert_default().extend(more);
             }
             added.older_extra = list(&file, "additional_special_tokens");
         }
-        if let Some(Value::Object(file)) = json_file::read_if_exists(&folder.path.join("added_tokens.json"))?
-        {
+        if let Some(Value::Object(file)) = others.ids {
             let special = added.special_texts();
             let ids = file.iter().filter_map(|(text, id)| Some((text, u32::try_from(id.as_u64()?).ok()?)));
             let tokens = ids.map(|(text, id)| (id, AddedToken::from(text, special.contains(text.as_str()))));
             added.by_id.extend(tokens.collect::<Vec<_>>());
         }
-        Ok(added)
+        added
     }
 
     fn name(&mut self, file: &Map<String, Value>, special: bool) {
@@ -83,7 +108,7 @@ impl AddedTokens {
     }
 
     /// Takes over the added tokens of a tokenizer.json, unless the configuration lists them.
-    pub(super) fn define(&mut self, tokens: impl IntoIterator<Item = (u32, AddedToken)>) {
+    pub(in super::super) fn define(&mut self, tokens: impl IntoIterator<Item = (u32, AddedToken)>) {
         if !self.listed {
             self.by_id.extend(tokens);
         }
@@ -107,12 +132,12 @@ impl AddedTokens {
     }
 
     /// The added tokens by the ids that the files give them.
-    pub(super) fn by_id(&self) -> &BTreeMap<u32, AddedToken> {
+    pub(in super::super) fn by_id(&self) -> &BTreeMap<u32, AddedToken> {
         &self.by_id
     }
 
     /// The further special tokens.
-    pub(super) fn extra(&self) -> &[AddedToken] {
+    pub(in super::super) fn extra(&self) -> &[AddedToken] {
         self.extra.as_ref().or(self.older_extra.as_ref()).map_or(&[], Vec::as_slice)
     }
 
@@ -122,7 +147,7 @@ impl AddedTokens {
     }
 
     /// The texts of all named tokens.
-    pub(super) fn texts(&self) -> SpecialTokens {
+    pub(in super::super) fn texts(&self) -> SpecialTokens {
         let text = |(name, token): &(String, Option<AddedToken>)| {
             Some((name.clone(), token.as_ref()?.content.clone()))
         };
@@ -154,7 +179,7 @@ impl AddedTokens {
     }
 
     /// The named tokens, those first that every class has.
-    fn in_order(&self) -> impl Iterator<Item = &AddedToken> {
+    pub(in super::super) fn in_order(&self) -> impl Iterator<Item = &AddedToken> {
         let own = self.named.iter().filter(|(name, _)| !NAMES.contains(&name.as_str()));
         NAMES.iter().filter_map(|name| self.token(name)).chain(own.filter_map(|(_, token)| token.as_ref()))
     }
