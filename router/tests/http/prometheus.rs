@@ -170,7 +170,8 @@ async fn load() -> (String, Count) {
         let page = load.page().await;
         // Gauges are published four times a second.
         let quiet = ["lorax_batch_current_size 0\n", "lorax_adapter_loads_total{result=\"failed\"} 1\n"];
-        (sum(&page) >= wanted && quiet.iter().all(|line| page.contains(line))).then_some(page)
+        let published = !page.contains("lorax_adapter_slots{state=\"ready\"} 0\n");
+        (sum(&page) >= wanted && published && quiet.iter().all(|line| page.contains(line))).then_some(page)
     })
     .await;
     (page, load.count)
