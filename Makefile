@@ -129,6 +129,12 @@ bench-cpu: ## Speed of the CPU backend end to end, beside the floor of this mach
 	$(FIXTURES)/fetch_model.sh
 	python3 integration-tests/bench_cpu.py
 
+.PHONY: bench-masks
+bench-masks: ## What constrained answers cost on the CPU backend, and how late the first token of an unseen schema is
+	cargo build --release $(BINS) -p integration-tests --bin lorax-bench
+	$(FIXTURES)/fetch_model.sh
+	python3 integration-tests/bench_masks.py
+
 .PHONY: bench-ops
 bench-ops: ## Every operation of the CPU backend, beside what this machine does at most
 	cargo bench -p kernels --bench ops
