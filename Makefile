@@ -180,6 +180,7 @@ goldens: model tokenizers venv ## Make the reference outputs anew (torch, transf
 	for script in make kinds merged to_gguf check_gguf; do .venv-goldens/bin/python $(FIXTURES)/families/$$script.py; done
 	.venv-goldens/bin/python $(FIXTURES)/make_goldens.py "$$($(FIXTURES)/fetch_model.sh)"
 	.venv-goldens/bin/python $(FIXTURES)/make_merged_goldens.py
+	.venv-goldens/bin/python $(FIXTURES)/make_invocation_goldens.py
 	.venv-goldens/bin/python integration-tests/lm_eval/evaluate.py golden out/smollm2 $(FIXTURES)/goldens/lm_eval.json
 
 .PHONY: ci

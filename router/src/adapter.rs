@@ -61,19 +61,26 @@ pub(crate) struct LeasedAll {
     pub(crate) adapters: Adapters,
     /// The weight of each of them.
     pub(crate) weights: Vec<f32>,
+    /// The tokens at which they begin to act; `None` if they act from the first row on.
+    pub(crate) invocation: Option<Arc<[u32]>>,
     pub(crate) leases: Leases,
 }
 
 impl From<Leased> for LeasedAll {
     fn from(leased: Leased) -> LeasedAll {
-        let adapters = Some(leased.adapter).into();
-        LeasedAll { adapters, weights: vec![1.0], leases: [leased.lease].into_iter().collect() }
+        let Leased { adapter, invocation, lease } = leased;
+        let (adapters, leases) = (Some(adapter).into(), [lease].into_iter().collect());
+        LeasedAll { adapters, weights: vec![1.0], invocation, leases }
     }
 }
 
 impl LeasedAll {
-    /// An ensemble. An adapter that is in it under several names has the sum of their weights.
-    fn ensemble(members: Vec<(Leased, f64)>) -> LeasedAll {
+    /// An ensemble, or the number of a member that cannot be in one, because it does not act from the first row on. An
+    /// adapter that is in it under several names has the sum of their weights.
+    fn ensemble(members: Vec<(Leased, f64)>) -> Result<LeasedAll, usize> {
+        if let Some(number) = members.iter().position(|(leased, _)| leased.invocation.is_some()) {
+            return Err(number);
+        }
         let mut distinct: Vec<(Adapter, f64)> = Vec::new();
         for (leased, weight) in &members {
             match distinct.iter_mut().find(|(adapter, _)| adapter.key == leased.adapter.key) {
@@ -87,7 +94,18 @@ impl LeasedAll {
             ([adapter], [1.0]) => Some(*adapter).into(),
             _ => Adapters::ensemble(variant(&list, &weights), &list),
         };
-        LeasedAll { adapters, weights, leases: members.into_iter().map(|(leased, _)| leased.lease).collect() }
+        let leases = members.into_iter().map(|(leased, _)| leased.lease).collect();
+        Ok(LeasedAll { adapters, weights, invocation: None, leases })
+    }
+}
+
+/// The adapters that act in a prompt, and the position from which on they do: the last occurrence of their invocation, if
+/// they have one. A prompt without it is the base model's.
+pub(crate) fn acting(adapters: &Adapters, invocation: Option<&[u32]>, prompt: &[u32]) -> (Adapters, u32) {
+    let Some(invocation) = invocation else { return (adapters.clone(), 0) };
+    match prompt.windows(invocation.len()).rposition(|window| window == invocation) {
+        Some(first) => (adapters.clone(), first as u32),
+        None => (Adapters::default(), 0),
     }
 }
 
@@ -430,7 +448,13 @@ impl App {
             Kind::Ensemble => {
                 let leased = self.adapters.ask_ensemble(wanted, tenant, deadline).await?;
                 let contents = leased.iter().map(content).collect();
-                Ok((LeasedAll::ensemble(leased.into_iter().zip(weights).collect()), contents))
+                let all = LeasedAll::ensemble(leased.into_iter().zip(weights).collect());
+                let all = all.map_err(|number| {
+                    let name = adapter.name(Some(number));
+                    let problem = "has alora_invocation_tokens, so that it cannot be a member of an ensemble";
+                    (Some(number), Fault::Invalid(format!("adapter \"{name}\" {problem}").into()))
+                })?;
+                Ok((all, contents))
             }
         }
     }

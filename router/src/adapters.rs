@@ -94,9 +94,10 @@ struct Asked {
 }
 
 /// An adapter that is on the disk, or that all ranks have in host memory, while it is leased.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Ready {
     adapter: Adapter,
+    invocation: Option<Arc<[u32]>>,
     session: u64,
 }
 
@@ -104,6 +105,8 @@ struct Ready {
 #[derive(Debug)]
 pub(crate) struct Leased {
     pub(crate) adapter: Adapter,
+    /// The tokens at which it begins to act; `None` if it acts from the first row on.
+    pub(crate) invocation: Option<Arc<[u32]>>,
     pub(crate) lease: Lease,
 }
 
@@ -465,9 +468,9 @@ struct Waiting {
 impl Waiting {
     async fn leased(self) -> Result<Leased, Fault> {
         let Waiting { answered, mut lease } = self;
-        let Ready { adapter, session } = answered.await.map_err(|_| stopped())??;
+        let Ready { adapter, invocation, session } = answered.await.map_err(|_| stopped())??;
         lease.session = session;
-        Ok(Leased { adapter, lease })
+        Ok(Leased { adapter, invocation, lease })
     }
 }
 

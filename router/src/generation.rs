@@ -21,6 +21,8 @@ pub(crate) struct Job {
     /// Tokens that end the sequence.
     pub(crate) stop_ids: Arc<[u32]>,
     pub(crate) adapters: Adapters,
+    /// The position from which on they act.
+    pub(crate) adapters_from: u32,
     /// The weight of each of them.
     pub(crate) weights: Arc<[f32]>,
     pub(crate) sampling: SamplingParams,

@@ -182,6 +182,7 @@ pub(crate) fn step(plan: StepPlan<Arc<Job>>, constrained: impl Fn(RequestId) -> 
         tokens: [&added.prompt[..], &added.generated].concat(),
         prompt_len: added.prompt.len() as u32,
         members: members(&added.slots, &added.payload.weights),
+        members_from: added.adapters_from,
         sampling: Some(message(&added.payload.sampling)),
         prompt_logprobs: added.payload.prompt_logprobs,
         pooling: added.payload.pooling.map(pooling),

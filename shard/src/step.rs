@@ -67,6 +67,8 @@ pub struct NewSequence {
     pub prompt_len: usize,
     /// Its adapters.
     pub members: Vec<Member>,
+    /// The position of the first row on which they act.
+    pub members_from: usize,
     /// Its sampling parameters.
     pub sampling: SamplingParams,
     /// Whether to report the log-probabilities of the prompt's tokens.

@@ -114,6 +114,7 @@ fn new_sequence(new: wire::NewSequence) -> NewSequence {
             .into_iter()
             .map(|member| Member { slot: member.slot, weight: member.weight })
             .collect(),
+        members_from: new.members_from as usize,
         sampling: new.sampling.map(sampling_params).unwrap_or_default(),
         prompt_logprobs: new.prompt_logprobs,
         pooling: new.pooling.map(pooling),
@@ -182,6 +183,7 @@ pub(crate) fn held(held: Held) -> wire::AttachResponse {
         slot_bytes: held.slot_bytes as u64,
         max_lora_rank: held.max_lora_rank as u32,
         sites: held.sites.clone(),
+        invocation: held.invocation.clone(),
     });
     wire::AttachResponse { slots: slots.collect(), host: host.collect() }
 }

@@ -118,6 +118,9 @@ pub struct HeldAdapter {
     /// Names of the modules that it changes, distinct and sorted.
     #[prost(string, repeated, tag = "5")]
     pub sites: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// The tokens at which it begins to act; empty for one that acts from the first row on.
+    #[prost(uint32, repeated, tag = "6")]
+    pub invocation: ::prost::alloc::vec::Vec<u32>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct StageRequest {
@@ -341,6 +344,10 @@ pub struct Staged {
     /// Names of the modules that it changes, distinct and sorted.
     #[prost(string, repeated, tag = "4")]
     pub sites: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// The tokens at which it begins to act; empty for one that acts from the first row on. A row acts if it is the first
+    /// of their last occurrence in the prompt, or behind it.
+    #[prost(uint32, repeated, tag = "5")]
+    pub invocation: ::prost::alloc::vec::Vec<u32>,
 }
 /// The adapter takes more than `max_bytes`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -457,6 +464,10 @@ pub struct NewSequence {
     /// Its adapters, whose deltas are added: none for the base model, at most 4.
     #[prost(message, repeated, tag = "4")]
     pub members: ::prost::alloc::vec::Vec<Member>,
+    /// The position of the first row on which they act: 0, unless the adapter begins at an invocation. The rows before are
+    /// the base model's.
+    #[prost(uint32, tag = "8")]
+    pub members_from: u32,
     /// Its sampling parameters.
     #[prost(message, optional, tag = "5")]
     pub sampling: ::core::option::Option<Sampling>,

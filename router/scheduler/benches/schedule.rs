@@ -50,6 +50,7 @@ impl Load {
             max_new_tokens: 16 + self.draw(240) as u32,
             stop_ids: Arc::new([0]),
             adapters: Some(Adapter { key: AdapterKey(key), bytes: 50_000_000 }).into(),
+            adapters_from: 0,
             prompt_logprobs: false,
             group: None,
             hidden_states: false,

@@ -11,11 +11,22 @@ use crate::{AdapterKey, CacheSalt, GroupId, rope::Regime, table::Table};
 /// What a block follows: the start of a sequence, or another full block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Prefix {
-    /// Nothing. KV blocks are never shared between different variants of the model, salts or rotary frequencies, and outside of a
-    /// `group` if there is one.
-    Start { variant: Option<AdapterKey>, salt: CacheSalt, regime: Regime, group: Option<GroupId> },
+    /// Nothing. KV blocks are never shared between different salts or rotary frequencies, and outside of a `group` if there
+    /// is one.
+    Start { salt: CacheSalt, regime: Regime, group: Option<GroupId> },
     /// The block with this digest.
     Block(Digest),
+}
+
+/// What the adapters make of the model on a block's positions, and the position from which on they act; `None` where they
+/// do not. KV blocks are never shared between different ones.
+type Acting = Option<(AdapterKey, u32)>;
+
+/// What a full block holds: all that its keys and values depend on beside the blocks before it.
+#[derive(Debug)]
+pub(crate) struct Content<'a> {
+    pub(crate) acting: Acting,
+    pub(crate) tokens: Cow<'a, [u32]>,
 }
 
 /// Stands for all tokens of a sequence up to the end of a block, and for its start. It is taken with keys that nobody
@@ -27,6 +38,7 @@ type Digest = u128;
 #[derive(Debug)]
 struct Published {
     prefix: Prefix,
+    acting: Acting,
     /// Its key in the index.
     digest: Digest,
 }
@@ -105,17 +117,17 @@ impl Blocks {
         self.blocks[block as usize].holders == 1
     }
 
-    fn digest(&self, prefix: Prefix, tokens: &[u32]) -> Digest {
-        let [high, low] = &self.keys;
-        Digest::from(high.hash_one((prefix, tokens))) << 64 | Digest::from(low.hash_one((prefix, tokens)))
+    fn digest(&self, prefix: Prefix, acting: Acting, tokens: &[u32]) -> Digest {
+        let ([high, low], block) = (&self.keys, (prefix, acting, tokens));
+        Digest::from(high.hash_one(block)) << 64 | Digest::from(low.hash_one(block))
     }
 
-    /// The longest beginning of a sequence whose needed blocks are published. `full` has the tokens of its blocks;
+    /// The longest beginning of a sequence whose needed blocks are published. `full` has its blocks;
     /// after so many of them, the blocks before the place that `first` tells are not needed any more.
     pub(crate) fn find<'a>(
         &self,
         start: Prefix,
-        full: impl ExactSizeIterator<Item = Cow<'a, [u32]>>,
+        full: impl ExactSizeIterator<Item = Content<'a>>,
         first: impl Fn(usize) -> usize,
     ) -> Cached {
         let most = first(full.len());
@@ -123,9 +135,9 @@ impl Blocks {
         // The place behind the last block that is missing.
         let mut after_gap = 0;
         let mut best = (0, start);
-        for (end, tokens) in (1..).zip(full) {
-            let digest = self.digest(prefix, &tokens);
-            let block = self.known(digest, prefix, &tokens);
+        for (end, content) in (1..).zip(full) {
+            let digest = self.digest(prefix, content.acting, &content.tokens);
+            let block = self.known(digest, prefix, &content);
             prefix = Prefix::Block(digest);
             found.push(block);
             if block.is_none() {
@@ -144,11 +156,12 @@ impl Blocks {
         Cached { table: Table::new(released, blocks), prefix }
     }
 
-    /// The block published as `tokens` after `prefix`.
-    fn known(&self, digest: Digest, prefix: Prefix, tokens: &[u32]) -> Option<u32> {
+    /// The block published as `content` after `prefix`.
+    fn known(&self, digest: Digest, prefix: Prefix, content: &Content) -> Option<u32> {
         let &block = self.index.get(&digest)?;
-        let same = self.blocks[block as usize].published.as_ref().is_some_and(|p| p.prefix == prefix);
-        (same && self.tokens_of(block) == tokens).then_some(block)
+        let published = self.blocks[block as usize].published.as_ref();
+        let same = published.is_some_and(|p| (p.prefix, p.acting) == (prefix, content.acting));
+        (same && *self.tokens_of(block) == *content.tokens).then_some(block)
     }
 
     fn tokens_of(&self, block: u32) -> &[u32] {
@@ -196,13 +209,14 @@ impl Blocks {
         }
     }
 
-    /// Publishes a full, computed block as `tokens` after `prefix`, unless such a block is published already: then
+    /// Publishes a full, computed block as `content` after `prefix`, unless such a block is published already: then
     /// `block` stays private to its holder. Returns the prefix of the next block.
-    pub(crate) fn publish(&mut self, prefix: Prefix, tokens: &[u32], block: Option<u32>) -> Prefix {
-        let digest = self.digest(prefix, tokens);
+    pub(crate) fn publish(&mut self, prefix: Prefix, content: &Content, block: Option<u32>) -> Prefix {
+        let Content { acting, tokens } = content;
+        let digest = self.digest(prefix, *acting, tokens);
         if let Some(block) = block.filter(|_| !self.index.contains_key(&digest)) {
             self.index.insert(digest, block);
-            self.blocks[block as usize].published = Some(Published { prefix, digest });
+            self.blocks[block as usize].published = Some(Published { prefix, acting: *acting, digest });
             self.tokens[block as usize * self.size..][..self.size].copy_from_slice(tokens);
         }
         Prefix::Block(digest)
@@ -227,7 +241,7 @@ impl Blocks {
             if let Some(p) = &entry.published {
                 published += 1;
                 assert_eq!(self.index.get(&p.digest), Some(&number), "the index knows block {number}");
-                let digest = self.digest(p.prefix, self.tokens_of(number));
+                let digest = self.digest(p.prefix, p.acting, self.tokens_of(number));
                 assert_eq!(p.digest, digest, "digest of block {number}");
             }
         }

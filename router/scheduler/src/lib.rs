@@ -23,6 +23,7 @@
 //!     id,
 //!     tenant: Tenant { id: 0, weight: 1 },
 //!     adapters: None.into(),
+//!     adapters_from: 0,
 //!     salt: CacheSalt::default(),
 //!     prompt: [1, 2, 3].into(),
 //!     max_new_tokens: 10,

@@ -86,7 +86,7 @@ pub struct Tenant {
     pub weight: u32,
 }
 
-/// Separates the prefix cache: requests share KV blocks only if their adapters and salts are equal.
+/// Separates the prefix cache: requests share KV blocks only if their salts are equal, and the adapters that act on these.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct CacheSalt(pub u128);
 
@@ -103,6 +103,8 @@ pub struct Request<P> {
     pub tenant: Tenant,
     /// It runs when all of them are in slots.
     pub adapters: Adapters,
+    /// The position from which on the adapters act. What comes before is the base model's, and shares its KV blocks.
+    pub adapters_from: u32,
     /// The salt of its prefixes in the prefix cache.
     pub salt: CacheSalt,
     /// At least one token.

@@ -284,10 +284,10 @@ impl<P: Clone> Scheduler<P> {
             && (sequence.run.published + 1) * size <= computed
         {
             let published = sequence.run.published;
-            let tokens = sequence.tokens(published * size..(published + 1) * size);
+            let content = sequence.content(published, limits);
             // Where the window is short, the block may have been released by now.
             let block = sequence.run.table.get(published);
-            sequence.run.prefix = Some(blocks.publish(prefix, &tokens, block));
+            sequence.run.prefix = Some(blocks.publish(prefix, &content, block));
             sequence.run.published += 1;
         }
     }

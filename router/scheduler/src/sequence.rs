@@ -4,7 +4,7 @@ use std::{borrow::Cow, mem, ops::Range, sync::Arc, time::Duration};
 
 use crate::{
     Adapters, CacheSalt, Finish, GroupId, Limits, Request, RequestId,
-    blocks::Prefix,
+    blocks::{Content, Prefix},
     flows::{FlowId, GENERATED},
     table::Table,
 };
@@ -19,6 +19,7 @@ pub(crate) struct Sequence<P> {
     pub(crate) arrival: Arrival,
     pub(crate) flow: FlowId,
     pub(crate) adapters: Adapters,
+    pub(crate) adapters_from: u32,
     salt: CacheSalt,
     pub(crate) submitted: Duration,
     pub(crate) prompt: Arc<[u32]>,
@@ -83,6 +84,7 @@ impl<P> Sequence<P> {
             arrival,
             flow,
             adapters: request.adapters,
+            adapters_from: request.adapters_from,
             salt: request.salt,
             submitted,
             prompt: request.prompt,
@@ -174,11 +176,17 @@ impl<P> Sequence<P> {
     pub(crate) fn start(&self, limits: &Limits) -> Prefix {
         // Without a cache for all, blocks are known to the sequence's group alone.
         let group = self.group.filter(|_| !limits.prefix_caching);
-        Prefix::Start {
-            variant: self.adapters.variant(),
-            salt: self.salt,
-            regime: limits.rope.regime(self.known()),
-            group,
+        Prefix::Start { salt: self.salt, regime: limits.rope.regime(self.known()), group }
+    }
+
+    /// What one of its blocks holds, if all of its tokens are known.
+    pub(crate) fn content(&self, block: usize, limits: &Limits) -> Content<'_> {
+        let size = limits.block_size as usize;
+        let positions = block * size..(block + 1) * size;
+        let variant = self.adapters.variant().filter(|_| positions.end > self.adapters_from as usize);
+        Content {
+            acting: variant.map(|variant| (variant, self.adapters_from)),
+            tokens: self.tokens(positions),
         }
     }
 

@@ -33,6 +33,8 @@ pub struct Added<P> {
     pub generated: Vec<u32>,
     /// Slots of its adapters, in the order of the request's list; none for the base model.
     pub slots: Arc<[u32]>,
+    /// The position from which on the adapters act.
+    pub adapters_from: u32,
     /// The request's payload.
     pub payload: P,
 }

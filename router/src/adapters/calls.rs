@@ -17,7 +17,7 @@ use std::{
     time::Duration,
 };
 
-use exchange::{CallId, Content, Fault, Fetched, Output, StageFault, Staged, Version};
+use exchange::{CallId, Content, Fault, Fetched, Output, StageFault, Version};
 use futures::FutureExt;
 use lru::LruCache;
 use sources::{Found, Sources};
@@ -26,7 +26,7 @@ use tokio::task::{JoinError, JoinSet, spawn_blocking};
 use tokio_util::sync::CancellationToken;
 
 use super::{Book, Payload};
-use crate::{metrics::AdapterMetrics, ranks::Ranks};
+use crate::{metrics::AdapterMetrics, ranks::Ranks, wire::stage::Staged};
 use error::CallError;
 pub(super) use text::Files;
 
@@ -38,7 +38,7 @@ const FOUND: NonZeroUsize = NonZeroUsize::new(1 << 16).expect("not zero");
 pub(super) enum Answer {
     LookedUp { call: CallId, result: Result<exchange::Found, Fault> },
     Fetched { call: CallId, result: Result<Fetched, Fault> },
-    Staged { call: CallId, result: Result<Staged, StageFault> },
+    Staged { call: CallId, content: Content, result: Result<Staged, StageFault> },
     Deleted(Content),
     Unstaged { content: Content, session: u64 },
 }
@@ -156,7 +156,7 @@ impl Calls {
                 let order = stage::Order { content, place, max_bytes, payload };
                 self.call(call, async move |abort| {
                     let result = shared.stage(&order, &session, &abort).await?;
-                    Some(Answer::Staged { call, result })
+                    Some(Answer::Staged { call, content, result })
                 });
             }
             Output::Abort(call) => {

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, future::pending, sync::Arc};
 
-use exchange::{Ask, AskId, Content, Exchange, Fault, Input, Limits, Output, Version};
+use exchange::{Ask, AskId, Content, Exchange, Fault, Held, Input, Limits, Output, Staged, Version};
 use scheduler::{Adapter, AdapterKey};
 use tokio::{
     sync::{mpsc, oneshot},
@@ -14,7 +14,7 @@ use super::{
     calls::{Answer, Calls},
     trace::Trace,
 };
-use crate::metrics::AdapterMetrics;
+use crate::{metrics::AdapterMetrics, wire::stage as wire};
 
 /// An input of the exchange, or something that leads to one.
 enum Event {
@@ -34,6 +34,8 @@ pub(super) struct Driver {
     calls: Calls,
     /// The present session, or the last one.
     session: u64,
+    /// The tokens at which adapters in host memory begin to act, of those that do not act from the first row on.
+    invocations: HashMap<Content, Arc<[u32]>>,
     metrics: Arc<AdapterMetrics>,
     trace: Option<Trace>,
     begun: Instant,
@@ -53,6 +55,7 @@ impl Driver {
             pins: HashMap::new(),
             calls,
             session: 0,
+            invocations: HashMap::new(),
             metrics,
             trace,
             begun,
@@ -129,7 +132,9 @@ impl Driver {
             News::Attached { session, host } => {
                 self.session = session;
                 self.calls.attached(session);
-                Input::Attached { host }
+                self.invocations.clear();
+                let held = |(content, staged)| Held { content, staged: self.staged(content, staged) };
+                Input::Attached { host: host.into_iter().map(held).collect() }
             }
             News::Detached => {
                 self.calls.detached();
@@ -145,13 +150,27 @@ impl Driver {
         let input = match answer {
             Answer::LookedUp { call, result } => Input::LookedUp { call, result },
             Answer::Fetched { call, result } => Input::Fetched { call, result },
-            Answer::Staged { call, result } => Input::Staged { call, result },
+            Answer::Staged { call, content, result } => {
+                Input::Staged { call, result: result.map(|staged| self.staged(content, staged)) }
+            }
             Answer::Deleted(content) => Input::Deleted(content),
-            Answer::Unstaged { content, session } if session == self.session => Input::Unstaged(content),
+            Answer::Unstaged { content, session } if session == self.session => {
+                self.invocations.remove(&content);
+                Input::Unstaged(content)
+            }
             // What was in host memory has been forgotten with the session.
             Answer::Unstaged { .. } => return,
         };
         self.tell(input).await;
+    }
+
+    /// Remembers of an adapter in host memory what the exchange need not know. Returns its sizes.
+    fn staged(&mut self, content: Content, staged: wire::Staged) -> Staged {
+        let wire::Staged { host_bytes, slot_bytes, invocation, .. } = staged;
+        if !invocation.is_empty() {
+            self.invocations.insert(content, invocation.into());
+        }
+        Staged { host_bytes, slot_bytes }
     }
 
     /// Tells the exchange, and does what it decides.
@@ -174,7 +193,8 @@ impl Driver {
                 let adapter = Adapter { key: AdapterKey(content.0), bytes: slot_bytes };
                 if let Some(answer) = self.waiting.remove(&ask) {
                     // If nobody waits any more, the end of the lease is on its way.
-                    let _ = answer.send(Ok(Ready { adapter, session: self.session }));
+                    let invocation = self.invocations.get(&content).cloned();
+                    let _ = answer.send(Ok(Ready { adapter, invocation, session: self.session }));
                 }
             }
             // A lease that has ended with its session is no longer waited for: the engine fails its requests.

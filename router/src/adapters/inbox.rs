@@ -2,8 +2,10 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use exchange::{AskId, Content, Held, ReferenceId, Slot};
+use exchange::{AskId, Content, ReferenceId, Slot};
 use tokio::sync::Notify;
+
+use crate::wire::stage::Staged;
 
 /// Something that has happened, and that nobody waits for an answer to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,7 +19,7 @@ pub(crate) enum News {
         /// Its number.
         session: u64,
         /// The adapters that all ranks have in host memory.
-        host: Vec<Held>,
+        host: Vec<(Content, Staged)>,
     },
     /// The session has ended.
     Detached,

@@ -282,7 +282,8 @@ impl Adapter {
             last_wait: seconds(used.waited),
         };
         if let Some(staged) = facts.staged {
-            (self.lora_rank, self.sites) = (Some(staged.max_lora_rank), staged.sites);
+            self.lora_rank = Some(staged.max_lora_rank);
+            (self.sites, self.invocation) = (staged.sites, staged.invocation);
         }
         self
     }

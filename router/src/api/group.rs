@@ -16,7 +16,7 @@ use super::{
     request::{Prompt, RequestLimits, SequenceRequest},
 };
 use crate::{
-    adapter::{AdapterRef, LeasedAll},
+    adapter::{AdapterRef, LeasedAll, acting},
     adapters::{InUse, Leases},
     chat_events::AnswerSpec,
     engine::Running,
@@ -135,6 +135,8 @@ struct Shared {
     salt: CacheSalt,
     adapters: Adapters,
     weights: Arc<[f32]>,
+    /// The tokens at which the adapters begin to act.
+    invocation: Option<Arc<[u32]>>,
     /// Keep the adapters in host memory until all sequences are admitted.
     leases: Option<Arc<Leases>>,
     in_use: Arc<InUse>,
@@ -208,6 +210,7 @@ impl App {
             salt: self.cache_salt(caller, adapter.as_ref(), cache_salt),
             adapters: leased.adapters,
             weights: leased.weights.into(),
+            invocation: leased.invocation,
             leases: adapter.is_some().then(|| Arc::new(leased.leases)),
             in_use,
             end_ids: words.into_end_ids(),
@@ -324,13 +327,15 @@ impl App {
             generation.end_without_token();
             return Ok(generation);
         }
+        let (adapters, adapters_from) = acting(&shared.adapters, shared.invocation.as_deref(), &prompt);
         let job = Job {
             tenant: shared.tenant,
             salt: shared.salt,
             prompt,
             max_new_tokens,
             stop_ids,
-            adapters: shared.adapters.clone(),
+            adapters,
+            adapters_from,
             weights: shared.weights.clone(),
             sampling,
             prompt_logprobs: report.prompt,

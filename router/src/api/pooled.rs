@@ -17,7 +17,7 @@ use super::{
     request::{FieldNames, Prompt},
 };
 use crate::{
-    adapter::{AdapterRef, LeasedAll},
+    adapter::{AdapterRef, LeasedAll, acting},
     adapters::Leases,
     embedding::Embedding,
     generation::{Failure, Job, Pooling, Update},
@@ -103,6 +103,8 @@ struct Shared {
     tenant: Tenant,
     adapters: Adapters,
     weights: Arc<[f32]>,
+    /// The tokens at which the adapters begin to act.
+    invocation: Option<Arc<[u32]>>,
     /// Keep the adapters in host memory until all inputs are admitted.
     leases: Option<Arc<Leases>>,
     pooling: Pooling,
@@ -178,6 +180,7 @@ impl App {
             tenant: caller.principal.tenant.scheduled(),
             adapters: leased.adapters,
             weights: leased.weights.into(),
+            invocation: leased.invocation,
             leases: adapter.is_some().then(|| Arc::new(leased.leases)),
             pooling,
         };
@@ -216,13 +219,15 @@ impl App {
     async fn run_pooled(&self, input: Input, shared: &Shared) -> Result<Output, ApiError> {
         let Input { ids, encoding } = input;
         let tokens = ids.len();
+        let (adapters, adapters_from) = acting(&shared.adapters, shared.invocation.as_deref(), &ids);
         let job = Job {
             tenant: shared.tenant,
             salt: CacheSalt::default(),
             prompt: ids,
             max_new_tokens: 0,
             stop_ids: Arc::from([]),
-            adapters: shared.adapters.clone(),
+            adapters,
+            adapters_from,
             weights: shared.weights.clone(),
             sampling: SamplingParams::default(),
             prompt_logprobs: false,

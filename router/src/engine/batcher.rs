@@ -192,6 +192,7 @@ impl Batcher {
             id,
             tenant: job.tenant,
             adapters: job.adapters.clone(),
+            adapters_from: job.adapters_from,
             salt: job.salt,
             prompt: job.prompt.clone(),
             max_new_tokens: job.max_new_tokens,

@@ -8,7 +8,7 @@ use std::{
 };
 
 use config::RouterConfig;
-use exchange::{Content, Held, Staged};
+use exchange::Content;
 use futures::future::{select_all, try_join_all};
 use lifecycle::Supervisor;
 use tokio::{
@@ -192,10 +192,7 @@ impl Connector {
 
     /// The news that a session has begun.
     fn attached(&self, group: &Group) -> News {
-        let host = group.resident.host.iter().map(|(key, staged)| Held {
-            content: Content(key.0),
-            staged: Staged { host_bytes: staged.host_bytes, slot_bytes: staged.slot_bytes },
-        });
+        let host = group.resident.host.iter().map(|(key, staged)| (Content(key.0), staged.clone()));
         News::Attached { session: self.session, host: host.collect() }
     }
 

@@ -123,6 +123,10 @@ pub(super) fn larger(all: Staged, rank: usize, staged: &Staged) -> Result<Staged
     if all.sites != staged.sites {
         return Err(differs("sites", format!("{:?}", all.sites), format!("{:?}", staged.sites)));
     }
+    if all.invocation != staged.invocation {
+        let (first, other) = (format!("{:?}", all.invocation), format!("{:?}", staged.invocation));
+        return Err(differs("invocation", first, other));
+    }
     Ok(Staged {
         host_bytes: all.host_bytes.max(staged.host_bytes),
         slot_bytes: all.slot_bytes.max(staged.slot_bytes),

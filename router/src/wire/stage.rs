@@ -77,6 +77,8 @@ pub(crate) struct Staged {
     pub(crate) max_lora_rank: u32,
     /// Names of the modules that it changes, distinct and sorted.
     pub(crate) sites: Vec<String>,
+    /// The tokens at which it begins to act; empty if it acts from the first row on.
+    pub(crate) invocation: Vec<u32>,
 }
 
 /// An order's message in a session.
@@ -152,6 +154,7 @@ pub(crate) fn answer(response: proto::StageResponse) -> Result<StageAnswer, Wire
             slot_bytes: staged.slot_bytes,
             max_lora_rank: staged.max_lora_rank,
             sites: staged.sites,
+            invocation: staged.invocation,
         }),
         Answer::NeedsRoom(needs) => StageAnswer::NeedsRoom { bytes: needs.host_bytes },
         Answer::Gone(_) => StageAnswer::Gone,
@@ -165,6 +168,7 @@ pub(super) fn held(held: proto::HeldAdapter) -> Result<(AdapterKey, Staged), Wir
         slot_bytes: held.slot_bytes,
         max_lora_rank: held.max_lora_rank,
         sites: held.sites,
+        invocation: held.invocation,
     };
     Ok((key(held.content)?, staged))
 }

@@ -104,6 +104,8 @@ pub(crate) struct Script {
     pub(crate) host_bytes: u64,
     /// The largest LoRA rank of every adapter.
     pub(crate) max_lora_rank: u32,
+    /// The tokens at which adapters begin to act.
+    pub(crate) invocation: Vec<u32>,
     /// Adapters that are in host memory when it starts.
     pub(crate) host: Vec<&'static str>,
     /// Adapters that are in slots when it starts.
@@ -159,6 +161,7 @@ impl Script {
             adapter_bytes: 1000,
             host_bytes: 1000,
             max_lora_rank: 8,
+            invocation: Vec::new(),
             host: Vec::new(),
             filled: BTreeMap::new(),
             untaken: HashSet::new(),
@@ -295,7 +298,8 @@ impl ScriptedShard {
 
     fn staged(&self) -> Staged {
         let Script { host_bytes, adapter_bytes: slot_bytes, max_lora_rank, .. } = *self.script;
-        Staged { host_bytes, slot_bytes, max_lora_rank, sites: vec!["q_proj".into()] }
+        let (sites, invocation) = (vec!["q_proj".into()], self.script.invocation.clone());
+        Staged { host_bytes, slot_bytes, max_lora_rank, sites, invocation }
     }
 
     /// The adapter of the sequence that was added last.
@@ -535,8 +539,8 @@ impl Shard for ScriptedShard {
             bytes: self.script.adapter_bytes,
         };
         let held = |content: &Vec<u8>| {
-            let Staged { host_bytes: bytes, slot_bytes, max_lora_rank, sites } = self.staged();
-            HeldAdapter { content: content.clone(), bytes, slot_bytes, max_lora_rank, sites }
+            let Staged { host_bytes: bytes, slot_bytes, max_lora_rank, sites, invocation } = self.staged();
+            HeldAdapter { content: content.clone(), bytes, slot_bytes, max_lora_rank, sites, invocation }
         };
         let host = self.host.lock().unwrap().iter().map(held).collect();
         Ok(Response::new(AttachResponse { slots: slots.iter().map(slot).collect(), host }))

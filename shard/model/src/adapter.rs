@@ -78,6 +78,8 @@ pub struct Adapter {
     pub vocab: usize,
     /// What it has beside low-rank deltas and biases, if that is something.
     pub beside_sums: Option<&'static str>,
+    /// The tokens at which it begins to act; empty if it acts from the first row on.
+    pub invocation: Vec<u32>,
 }
 
 /// The open files of an adapter. Whoever has opened them knows which files they are, whatever becomes of their names.
@@ -109,8 +111,8 @@ impl AdapterFiles {
 impl Adapter {
     /// Its parts, and what else is known of it.
     pub fn into_parts(self) -> (Vec<LoraPart>, Properties) {
-        let Adapter { parts, max_lora_rank, sites, hidden_shift, vocab, beside_sums } = self;
-        (parts, Properties { max_lora_rank, sites, hidden_shift, vocab, beside_sums })
+        let Adapter { parts, max_lora_rank, sites, hidden_shift, vocab, beside_sums, invocation } = self;
+        (parts, Properties { max_lora_rank, sites, hidden_shift, vocab, beside_sums, invocation })
     }
 }
 
@@ -127,6 +129,8 @@ pub struct Properties {
     pub vocab: usize,
     /// What it has beside low-rank deltas and biases, if that is something: then it cannot be added to others.
     pub beside_sums: Option<&'static str>,
+    /// The tokens at which it begins to act; empty if it acts from the first row on.
+    pub invocation: Vec<u32>,
 }
 
 /// The folder with an adapter's files: the folder itself, or its subfolder for an adapter of Ludwig.
@@ -146,6 +150,7 @@ pub struct AdapterFolder<'a> {
     base: BaseWeights<'a>,
     values: Values,
     changes: Vec<Change>,
+    invocation: Vec<u32>,
 }
 
 impl<'a> AdapterFolder<'a> {
@@ -172,7 +177,7 @@ impl<'a> AdapterFolder<'a> {
         let (values, base) = (Values { file, dtype }, BaseWeights::of(model));
         let mut changes = plan.changes(&values, &base)?;
         plan.spread(&mut changes, &values, &base)?;
-        Ok(AdapterFolder { base, values, changes })
+        Ok(AdapterFolder { base, values, changes, invocation: config.invocation().to_vec() })
     }
 
     /// The places and sizes of its parts.
@@ -209,6 +214,7 @@ impl<'a> AdapterFolder<'a> {
                 () => None,
             },
             vocab: self.changes.iter().map(Change::tokens).fold(self.base.model.decoder.vocab, usize::max),
+            invocation: self.invocation.clone(),
         }
     }
 
@@ -274,8 +280,9 @@ impl<'a> AdapterFolder<'a> {
         if parts.iter().all(change::changes_nothing) && self.changes_nothing(&|| false)? {
             return Err(AdapterError::ChangesNothing);
         }
-        let Properties { max_lora_rank, sites, hidden_shift, vocab, beside_sums } = self.properties();
-        Ok(Adapter { parts, max_lora_rank, sites, hidden_shift, vocab, beside_sums })
+        let Properties { max_lora_rank, sites, hidden_shift, vocab, beside_sums, invocation } =
+            self.properties();
+        Ok(Adapter { parts, max_lora_rank, sites, hidden_shift, vocab, beside_sums, invocation })
     }
 }
 

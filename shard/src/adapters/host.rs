@@ -23,6 +23,8 @@ pub struct Properties {
     pub vocab: usize,
     /// What it has beside low-rank deltas and biases, if that is something.
     pub beside_sums: Option<&'static str>,
+    /// The tokens at which it begins to act; empty if it acts from the first row on.
+    pub invocation: Vec<u32>,
     /// The vector that it adds to hidden states.
     pub hidden_shift: Option<Arc<[f32]>>,
 }

@@ -341,6 +341,7 @@ impl<B: Backend> Adapters<B> {
             sites: read.sites,
             vocab: read.vocab,
             beside_sums: read.beside_sums,
+            invocation: read.invocation,
             hidden_shift: read.hidden_shift.map(Arc::from),
         };
         let Properties { slot_bytes, max_lora_rank, .. } = properties;

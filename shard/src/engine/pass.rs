@@ -185,14 +185,13 @@ impl<B: Backend> State<B> {
             host.lengths.push(sequence.rope_length(position));
             host.store_at.push(sequence.store_at(position));
         }
-        let first_logit = host.logit_rows.len() as u32;
+        let first_logit = host.logit_rows.len();
         wanted.add(rows, sequence, start, &mut host.logit_rows);
-        extend_segments(&mut host.segments, start..host.tokens.len() as u32, &sequence.members);
-        extend_segments(
-            &mut host.logit_segments,
-            first_logit..host.logit_rows.len() as u32,
-            &sequence.members,
-        );
+        let acting = sequence.acting(rows.position, start, rows.rows);
+        let before = host.logit_rows[first_logit..].partition_point(|row| *row < acting.start);
+        let acting_logits = (first_logit + before) as u32..host.logit_rows.len() as u32;
+        extend_segments(&mut host.segments, acting, &sequence.members);
+        extend_segments(&mut host.logit_segments, acting_logits, &sequence.members);
         Ok(None)
     }
 

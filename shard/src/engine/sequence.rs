@@ -1,5 +1,7 @@
 //! A running sequence: its tokens, its block table, and the tokens that its seat in the sampler has counted.
 
+use std::ops::Range;
+
 use kernels::{BLOCK_SIZE, SamplingParams};
 
 use super::StepError;
@@ -19,6 +21,7 @@ pub(super) struct Sequence {
     pub(super) added_by: u64,
     pub(super) seat: u32,
     pub(super) members: Vec<Member>,
+    members_from: usize,
     blocks: Vec<u32>,
     pub(super) prompt_logprobs: bool,
     pub(super) sampling: SamplingParams,
@@ -38,6 +41,7 @@ impl Sequence {
             added_by,
             seat,
             members: new.members.clone(),
+            members_from: new.members_from,
             blocks: Vec::new(),
             prompt_logprobs: new.prompt_logprobs,
             sampling: new.sampling.clone(),
@@ -45,6 +49,12 @@ impl Sequence {
             pooled: Vec::new(),
             counted: Some(new.tokens.len()),
         }
+    }
+
+    /// The rows of the step on which its adapters act, of those from row `start` on that begin at a position.
+    pub(super) fn acting(&self, position: usize, start: u32, rows: usize) -> Range<u32> {
+        let before = self.members_from.saturating_sub(position).min(rows);
+        start + before as u32..start + rows as u32
     }
 
     /// The number of tokens, including those in flight.

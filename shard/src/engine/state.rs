@@ -329,7 +329,7 @@ impl<B: Backend> State<B> {
         }
         if let Err(reason) = self
             .expect_tokens(new)
-            .and_then(|()| self.expect_sums(&new.members))
+            .and_then(|()| self.expect_sums(&new.members, new.members_from))
             .and_then(|()| expect_sampling(&new.sampling))
         {
             return Ok(Ok(Some(self.refuse(id, reason))));
@@ -363,6 +363,7 @@ impl<B: Backend> State<B> {
             return Err(StepError::DuplicateSequence(new.sequence));
         }
         self.in_range("adapter of a sequence", new.members.len(), MAX_MEMBERS + 1)?;
+        self.in_range("first row of adapters", new.members_from, new.prompt_len.max(1))?;
         let mut slots = new.members.iter().map(|member| member.slot as usize);
         slots.try_for_each(|slot| self.in_range("slot", slot, self.limits.num_slots))
     }
@@ -396,15 +397,16 @@ impl<B: Backend> State<B> {
         self.expect_tokens_of(new.tokens.iter().copied().chain(biased).chain(banned), &new.members)
     }
 
-    /// Checks that a sequence's adapters can be added to each other.
-    fn expect_sums(&self, members: &[Member]) -> Result<(), String> {
-        if let [] | [Member { weight: 1.0, .. }] = members {
+    /// Checks that a sequence's adapters can be added to each other, and can begin to act within it if they do.
+    fn expect_sums(&self, members: &[Member], from: usize) -> Result<(), String> {
+        if let ([] | [Member { weight: 1.0, .. }], 0) = (members, from) {
             return Ok(());
         }
         let adapters = || members.iter().filter_map(|member| self.adapter(member.slot));
         if let Some(other) = adapters().find_map(|adapter| adapter.beside_sums) {
             return Err(format!(
-                "an adapter of an ensemble has {other}; its members may have low-rank deltas and biases alone"
+                "an adapter of an ensemble, or one that begins within a prompt, has {other}; it may have low-rank deltas \
+                 and biases alone"
             ));
         }
         let ranks: usize = adapters().map(|adapter| adapter.max_lora_rank.next_multiple_of(RANK_STEP)).sum();

@@ -83,6 +83,7 @@ pub(crate) fn stage_response(answer: StageAnswer) -> wire::StageResponse {
             slot_bytes: staged.slot_bytes as u64,
             max_lora_rank: staged.max_lora_rank as u32,
             sites: staged.sites.clone(),
+            invocation: staged.invocation.clone(),
         }),
         StageAnswer::NeedsRoom(host_bytes) => Answer::NeedsRoom(wire::NeedsRoom { host_bytes }),
         StageAnswer::Gone => Answer::Gone(wire::Gone {}),

@@ -109,8 +109,8 @@ async fn adapters_that_are_not_sums_are_refused_in_ensembles() {
         router.send(Step { added, rows: vec![rows(id, 0, 20, &[3, 9], true)], ..Step::default() }).await;
         let result = router.result().await;
         let reasons: Vec<_> = result.refused.iter().map(|refusal| refusal.reason.as_str()).collect();
-        let expected = "an adapter of an ensemble has rows of its own for tokens; its members may have low-rank \
-                        deltas and biases alone";
+        let expected = "an adapter of an ensemble, or one that begins within a prompt, has rows of its own for \
+                        tokens; it may have low-rank deltas and biases alone";
         assert_eq!(reasons, if refused { vec![expected] } else { vec![] }, "{members:?}");
         router.send(Step { dropped: vec![id], ..Step::default() }).await;
         router.result().await;

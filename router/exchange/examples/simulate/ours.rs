@@ -253,6 +253,7 @@ impl<'a> Simulation<'a> {
             id: RequestId(ask.0),
             tenant: Tenant { id: self.workload.tenant(open.job.adapter), weight: 1 },
             adapters: Some(Adapter { key: AdapterKey(content.0), bytes: slot_bytes }).into(),
+            adapters_from: 0,
             salt: CacheSalt::default(),
             prompt: (0..open.job.prompt).collect(),
             max_new_tokens: open.job.answer,

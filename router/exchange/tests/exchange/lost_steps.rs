@@ -141,6 +141,7 @@ impl Server {
             id: RequestId(id),
             tenant: scheduler::Tenant { id: tenant, weight: 1 },
             adapters: adapter.into(),
+            adapters_from: 0,
             salt: CacheSalt::default(),
             prompt: (0..8).collect(),
             max_new_tokens: self.open[&id].1,

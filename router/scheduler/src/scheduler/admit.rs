@@ -207,7 +207,7 @@ impl<P: Clone> Scheduler<P> {
         }
         let size = self.limits.block_size as usize;
         let full = (0..self.limits.reusable_blocks(sequence.known()))
-            .map(|block| sequence.tokens(block * size..(block + 1) * size));
+            .map(|block| sequence.content(block, &self.limits));
         self.blocks.find(start, full, |end| self.limits.first_block(end * size))
     }
 

@@ -124,6 +124,7 @@ impl<P> Draft<P> {
             prompt: sequence.prompt.clone(),
             generated: sequence.generated.clone(),
             slots: sequence.slots().into(),
+            adapters_from: sequence.adapters_from,
             payload: sequence.payload.clone(),
         });
     }

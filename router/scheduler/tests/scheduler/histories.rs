@@ -14,10 +14,11 @@ use crate::{
 /// Adapters that run together. Each list has two variants.
 const LISTS: [&[u16]; 6] = [&[1, 2], &[2, 1], &[1, 2, 3], &[4, 5], &[6, 1, 2, 3], &[3, 3]];
 
-/// A request for an adapter, or for a list of them.
-fn request_of(id: u64, number: u16, prompt: Vec<u32>, max_new: u32) -> Request<Payload> {
+/// A request for an adapter, which may begin to act within the prompt, or for a list of them.
+fn request_of(id: u64, (number, begins): (u16, u32), prompt: Vec<u32>, max_new: u32) -> Request<Payload> {
+    let adapters_from = begins % prompt.len().max(1) as u32;
     match number.checked_sub(7) {
-        None => request(id, number, prompt, max_new),
+        None => Request { adapters_from, ..request(id, number, prompt, max_new) },
         Some(list) => ensemble(id, LISTS[list as usize / 2], (list % 2) as u8, prompt, max_new),
     }
 }
@@ -52,16 +53,20 @@ struct Flags {
     prompt_logprobs: bool,
     hidden_states: bool,
     refused: bool,
+    /// Where the adapter begins to act, modulo the prompt's length.
+    begins: u32,
 }
 
 fn op() -> impl Strategy<Value = Op> {
     let often = prop::bool::weighted;
-    let flags = (often(0.7), often(0.15), often(0.1), often(0.05));
-    let flags = flags.prop_map(|(stop, prompt_logprobs, hidden_states, refused)| Flags {
+    let begins = prop_oneof![3 => Just(0), 1 => 0..40u32];
+    let flags = (often(0.7), often(0.15), often(0.1), often(0.05), begins);
+    let flags = flags.prop_map(|(stop, prompt_logprobs, hidden_states, refused, begins)| Flags {
         stop,
         prompt_logprobs,
         hidden_states,
         refused,
+        begins,
     });
     let flow =
         (0..4u64, 0..7 + 2 * LISTS.len() as u16, prop_oneof![4 => Just(0), 1 => Just(1), 1 => Just(1 << 64)]);
@@ -135,7 +140,7 @@ fn play(limits: &Limits, ops: &[Op]) -> Vec<Plan> {
                     tenant: Tenant { id: *tenant, weight: 1 + (*tenant as u32) * 3 },
                     stop_ids: if flags.stop { Arc::new([STOP]) } else { Arc::new([]) },
                     prompt_logprobs: flags.prompt_logprobs,
-                    ..request_of(id, *number, prompt(*stem, tail), max_new)
+                    ..request_of(id, (*number, flags.begins), prompt(*stem, tail), max_new)
                 };
                 if flags.refused {
                     world.shard.refuses.insert(RequestId(id));

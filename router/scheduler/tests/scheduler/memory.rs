@@ -3,9 +3,45 @@
 use scheduler::{Limits, Request, RequestId, RopeScaling};
 
 use crate::{
-    shard::plain,
+    shard::{Payload, plain},
     world::{World, limits, prompt, request, salted},
 };
+
+/// A request whose adapter begins to act at a position.
+fn begins(id: u64, number: u16, adapters_from: u32, prompt: Vec<u32>) -> Request<Payload> {
+    Request { adapters_from, ..request(id, number, prompt, 1) }
+}
+
+#[test]
+fn blocks_before_an_adapter_begins_are_the_base_models() {
+    let mut world = World::new(limits());
+    let text = prompt(1, 26);
+    assert_eq!(world.cached(request(1, 0, text.clone(), 1)), 0);
+    // The block in which it begins is its own, and so are those behind it.
+    for (id, number, from, hit) in [
+        (2, 1, 14, 12),
+        (3, 1, 14, 24),
+        (4, 2, 14, 12),
+        (5, 2, 16, 16),
+        (6, 1, 13, 12),
+        (7, 1, 12, 12),
+        (8, 1, 3, 0),
+        (9, 1, 0, 0),
+        (10, 1, 4, 4),
+        (11, 0, 0, 24),
+    ] {
+        assert_eq!(world.cached(begins(id, number, from, text.clone())), hit, "{id}");
+    }
+}
+
+#[test]
+fn blocks_that_an_adapter_left_to_the_base_model_serve_everybody() {
+    let mut world = World::new(limits());
+    let text = prompt(1, 26);
+    assert_eq!(world.cached(begins(1, 1, 14, text.clone())), 0);
+    assert_eq!(world.cached(request(2, 0, text.clone(), 1)), 12);
+    assert_eq!(world.cached(begins(3, 2, 10, text)), 8);
+}
 
 #[test]
 fn blocks_are_taken_as_a_sequence_grows() {

@@ -29,9 +29,8 @@ fn mix(state: u64, value: u64) -> u64 {
     mixed ^ (mixed >> 29)
 }
 
-fn start(adapters: &[AdapterKey], salt: u128) -> u64 {
-    let salted = mix(salt as u64, (salt >> 64) as u64);
-    adapters.iter().flat_map(|key| key.0).fold(salted, |state, byte| mix(state, u64::from(byte)))
+fn start(salt: u128) -> u64 {
+    mix(salt as u64, (salt >> 64) as u64)
 }
 
 fn sample(state: u64) -> u32 {
@@ -47,12 +46,33 @@ fn rotation(rope: RopeScaling, length: usize) -> u64 {
     }
 }
 
-/// The state after the token at a position of a sequence that was added with so many tokens.
-fn next(state: u64, token: u32, (rope, added, position): (RopeScaling, usize, usize)) -> u64 {
-    let state = mix(state, u64::from(token));
-    match rotation(rope, added.max(position + 1)) {
-        0 => state,
-        rotation => mix(state, rotation),
+/// What a row depends on beside the tokens up to it.
+struct Model<'a> {
+    rope: RopeScaling,
+    /// Tokens that the sequence was added with.
+    added: usize,
+    adapters: &'a [AdapterKey],
+    /// The position from which on these act.
+    adapters_from: u32,
+}
+
+impl Model<'_> {
+    /// The state after the token at a position.
+    fn next(&self, state: u64, token: u32, position: usize) -> u64 {
+        let begins = position == self.adapters_from as usize;
+        let bytes = self.adapters.iter().filter(|_| begins).flat_map(|key| key.0);
+        let state = bytes.fold(state, |state, byte| mix(state, u64::from(byte)));
+        let state = mix(state, u64::from(token));
+        match rotation(self.rope, self.added.max(position + 1)) {
+            0 => state,
+            rotation => mix(state, rotation),
+        }
+    }
+
+    /// The state after all of these tokens.
+    fn all(&self, salt: u128, tokens: &[u32]) -> u64 {
+        let tokens = tokens.iter().enumerate();
+        tokens.fold(start(salt), |state, (position, &token)| self.next(state, token, position))
     }
 }
 
@@ -63,13 +83,11 @@ pub(crate) fn plain(request: &Request<Payload>, rope: RopeScaling) -> Vec<u32> {
 
 /// The whole answer of a request that is added when it has generated the first tokens of it.
 pub(crate) fn answer(request: &Request<Payload>, generated: &[u32], rope: RopeScaling) -> Vec<u32> {
-    let start = start(&request.adapters.keys().collect::<Vec<_>>(), request.payload.salt);
+    let adapters: Vec<_> = request.adapters.keys().collect();
     let mut tokens = [&request.prompt[..], generated].concat();
-    let mut added = tokens.len();
-    let all = |tokens: &[u32], added| {
-        (0..).zip(tokens).fold(start, |state, (position, &token)| next(state, token, (rope, added, position)))
-    };
-    let mut state = all(&tokens, added);
+    let (added, adapters_from) = (tokens.len(), request.adapters_from);
+    let mut model = Model { rope, added, adapters: &adapters, adapters_from };
+    let mut state = model.all(request.payload.salt, &tokens);
     while tokens.len() < request.prompt.len() + request.max_new_tokens as usize {
         let token = sample(state);
         tokens.push(token);
@@ -77,10 +95,10 @@ pub(crate) fn answer(request: &Request<Payload>, generated: &[u32], rope: RopeSc
             break;
         }
         let len = tokens.len();
-        state = next(state, token, (rope, added, len - 1));
+        state = model.next(state, token, len - 1);
         if matches!(rope, RopeScaling::Switch { context } if len == context as usize + 1) {
-            added = len;
-            state = all(&tokens, added);
+            model.added = len;
+            state = model.all(request.payload.salt, &tokens);
         }
     }
     tokens.split_off(request.prompt.len())
@@ -96,6 +114,7 @@ struct Seat {
     /// The position behind its last row.
     planned: usize,
     adapters: Vec<AdapterKey>,
+    adapters_from: u32,
     slots: Arc<[u32]>,
     salt: u128,
 }
@@ -206,6 +225,7 @@ impl Shard {
             table: Vec::new(),
             planned: 0,
             adapters,
+            adapters_from: added.adapters_from,
             slots: added.slots.clone(),
             salt: added.payload.salt,
         };
@@ -228,10 +248,10 @@ impl Shard {
             window => window as usize,
         };
         let first = rows.position as usize;
-        let mut state = start(&seat.adapters, seat.salt);
-        let step = |state, position: usize| {
-            next(state, seat.tokens[position], (self.limits.rope, seat.added, position))
-        };
+        let mut state = start(seat.salt);
+        let Seat { added, ref adapters, adapters_from, .. } = *seat;
+        let model = Model { rope: self.limits.rope, added, adapters, adapters_from };
+        let step = |state, position: usize| model.next(state, seat.tokens[position], position);
         for position in 0..first {
             state = step(state, position);
             if first - position < window {

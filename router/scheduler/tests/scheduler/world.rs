@@ -84,6 +84,7 @@ pub(crate) fn request(
         id: RequestId(id),
         tenant: tenant(0),
         adapters: adapter(adapter_number).into(),
+        adapters_from: 0,
         salt: CacheSalt(0),
         prompt: prompt.into(),
         max_new_tokens,

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use exchange::{Content, Fault, Place, StageFault, Staged, Version};
+use exchange::{Content, Fault, Place, StageFault, Version};
 use scheduler::AdapterKey;
 use sources::is_of_text;
 use store::Hold;
@@ -18,7 +18,7 @@ use crate::{
     adapters::{Merge, Part, Recipe},
     metrics::CallKind,
     ranks::StageError,
-    wire::stage::{AdapterFile, AdapterPart, StageAnswer, StageOrder},
+    wire::stage::{AdapterFile, AdapterPart, StageAnswer, StageOrder, Staged},
 };
 
 /// Where the files of an adapter are, and what keeps them there.
@@ -87,11 +87,10 @@ impl Shared {
         let begun = Instant::now();
         match self.means.ranks.stage(session.number, &order).await {
             Ok(StageAnswer::Staged(staged)) => {
-                let sizes = Staged { host_bytes: staged.host_bytes, slot_bytes: staged.slot_bytes };
+                self.means.book.staged(content, staged.clone(), begun.elapsed());
                 let rank = staged.max_lora_rank;
-                self.means.book.staged(content, staged, begun.elapsed());
                 let Some(most) = self.means.max_lora_rank.filter(|most| rank > *most) else {
-                    return Ok(sizes);
+                    return Ok(staged);
                 };
                 // If the session ends meanwhile, nobody waits for the answer.
                 self.unstage(content, session).await;

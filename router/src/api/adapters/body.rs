@@ -20,6 +20,8 @@ pub(super) struct Adapter {
     pub(super) sites: Vec<String>,
     /// What it has of a tokenizer, once a request has needed to know.
     pub(super) text: Option<Text>,
+    /// The tokens at which it begins to act; none if it acts on all of a prompt.
+    pub(super) invocation: Vec<u32>,
     pub(super) bytes: Bytes,
     pub(super) pinned: bool,
     /// Pins of its content, whatever name they have.
@@ -48,6 +50,7 @@ impl Default for Adapter {
             lora_rank: None,
             sites: Vec::new(),
             text: None,
+            invocation: Vec::new(),
             bytes: Bytes::default(),
             pinned: false,
             pins: 0,

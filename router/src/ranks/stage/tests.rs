@@ -67,7 +67,7 @@ fn order(name: &str) -> StageOrder {
 
 fn staged(host_bytes: u64, slot_bytes: u64) -> StageAnswer {
     let sites = vec!["q_proj".into()];
-    StageAnswer::Staged(Staged { host_bytes, slot_bytes, max_lora_rank: 8, sites })
+    StageAnswer::Staged(Staged { host_bytes, slot_bytes, max_lora_rank: 8, sites, invocation: Vec::new() })
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 //! `adapter_config.json`: the modules that are changed, with their ranks and scales.
 
 mod file;
+mod invocation;
 mod merged;
 mod tables;
 
@@ -30,6 +31,7 @@ pub(super) struct AdapterConfig {
     targets: Targets,
     excluded: Option<Targets>,
     layers: LayerFilter,
+    invocation: Vec<u32>,
 }
 
 /// A module that is changed.
@@ -55,6 +57,8 @@ impl AdapterConfig {
         serde_json::from_slice::<PeftType>(&text).map_err(json)?.check()?;
         let file: File = serde_json::from_slice(&text).map_err(json)?;
         file.check()?;
+        file.check_invocation(model)?;
+        let invocation = file.invocation()?;
         let patterns = Patterns::of(file.patterns());
         let targets = match &file.target_modules {
             Some(targets) => Targets::new(targets, patterns)?,
@@ -65,7 +69,7 @@ impl AdapterConfig {
             excluded.map(|list| Targets::excluded("exclude_modules", list, patterns)).transpose()?;
         let layers =
             LayerFilter::new(file.layers_to_transform.as_ref(), file.layers_pattern.as_ref(), patterns)?;
-        Ok(AdapterConfig { file, patterns, targets, excluded, layers })
+        Ok(AdapterConfig { file, patterns, targets, excluded, layers, invocation })
     }
 
     /// The modules that are changed. `others` are the paths of modules without weights, which PEFT matches, too. None
@@ -113,6 +117,7 @@ impl AdapterConfig {
         module: &Module,
         (lora_rank, alpha): (Option<usize>, Option<f64>),
     ) -> Result<Target, AdapterError> {
+        self.check_invoked(module.kind)?;
         let lora_rank = lora_rank.unwrap_or(self.file.r);
         let initial = self.file.initial()?;
         let has_bias = self.file.lora_bias == Some(true);

@@ -166,7 +166,8 @@ impl<'a> Merge<'a> {
         let max_lora_rank = self.modules.iter().map(|merged| merged.lora_rank).max().unwrap_or(0);
         let vocab = self.model.decoder.vocab;
         parts.iter_mut().for_each(|part| part.content = content.number());
-        Ok(Adapter { parts, max_lora_rank, sites, hidden_shift: None, vocab, beside_sums: None })
+        let (hidden_shift, beside_sums, invocation) = (None, None, Vec::new());
+        Ok(Adapter { parts, max_lora_rank, sites, hidden_shift, vocab, beside_sums, invocation })
     }
 
     /// The change at a module.

@@ -60,6 +60,7 @@ impl MergedBase {
     ) -> std::result::Result<MergedBase, AdapterError> {
         let files = AdapterFiles::open(folder)?;
         let config = AdapterConfig::read(&files.config, &model.decoder)?;
+        config.check_acts_always()?;
         let file = TensorFile::of(&files.weights_path, files.weights)?;
         let plan = plan::Plan::of(&config, &model, names::nesting(&file))?;
         let values = Values { file, dtype: DType::F32 };

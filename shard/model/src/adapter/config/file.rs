@@ -128,8 +128,9 @@ pub(super) struct File {
     pub(super) lora_bias: Option<bool>,
     pub(super) ensure_weight_tying: Option<bool>,
     pub(super) trainable_token_indices: Option<Value>,
+    pub(super) alora_invocation_tokens: Option<Value>,
+    pub(super) init_lora_weights: Option<Value>,
     bias: Option<String>,
-    init_lora_weights: Option<Value>,
     #[serde(flatten)]
     rest: Map<String, Value>,
 }
@@ -177,6 +178,22 @@ impl File {
             !is_empty && !HARMLESS.contains(&field.as_str())
         });
         refused.map_or(Ok(()), |(field, value)| refuse(field, value))
+    }
+
+    /// Calls `has` for each field that changes more than deltas are added to, with whether it does.
+    pub(super) fn check_deltas_alone(
+        &self,
+        has: impl Fn(&'static str, bool) -> Result<(), AdapterError>,
+    ) -> Result<(), AdapterError> {
+        let is_empty = |value: &Value| match value {
+            Value::Array(tokens) => tokens.is_empty(),
+            Value::Object(tables) => tables.is_empty(),
+            value => value.is_null(),
+        };
+        has("bias", self.has_biases())?;
+        has("ensure_weight_tying", self.ensure_weight_tying == Some(true))?;
+        has("modules_to_save", self.modules_to_save.as_ref().is_some_and(|names| !names.is_empty()))?;
+        has("trainable_token_indices", !self.trainable_token_indices.as_ref().is_none_or(is_empty))
     }
 
     /// Whether biases of the model were trained.

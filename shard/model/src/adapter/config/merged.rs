@@ -1,7 +1,5 @@
 //! What a merge has to know of a configuration.
 
-use serde_json::Value;
-
 use super::{AdapterConfig, file::refuse};
 use crate::{adapter::AdapterError, decoder::Module};
 
@@ -10,21 +8,14 @@ impl AdapterConfig {
     /// or from the first adapter instead.
     pub(in crate::adapter) fn check_merge(&self) -> Result<(), AdapterError> {
         let file = &self.file;
-        let is_empty = |value: &Value| match value {
-            Value::Array(tokens) => tokens.is_empty(),
-            Value::Object(tables) => tables.is_empty(),
-            value => value.is_null(),
-        };
         let has = |field, is_set: bool| {
             if is_set { refuse(field, "anything but its default, in a merge,") } else { Ok(()) }
         };
         has("use_dora", file.use_dora == Some(true))?;
         has("lora_bias", file.lora_bias == Some(true))?;
-        has("bias", file.has_biases())?;
         has("init_lora_weights", file.initial()?.is_some())?;
-        has("ensure_weight_tying", file.ensure_weight_tying == Some(true))?;
-        has("modules_to_save", file.modules_to_save.as_ref().is_some_and(|names| !names.is_empty()))?;
-        has("trainable_token_indices", !file.trainable_token_indices.as_ref().is_none_or(is_empty))
+        self.check_acts_always()?;
+        file.check_deltas_alone(has)
     }
 
     /// The largest rank of a module.
