@@ -42,7 +42,7 @@ pub(super) fn tokenizer(ranks: &Ranks, added: &AddedTokens) -> Result<Tokenizer,
     tokenizer.with_post_processor(steps::step::<tokenizers::PostProcessorWrapper>(
         json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": false, "use_regex": true}),
     )?);
-    tokenizer.add_special_tokens(&special(ranks.len(), added));
+    tokenizer.add_special_tokens(&special(ranks.len(), added)?);
     Ok(tokenizer)
 }
 
@@ -60,14 +60,22 @@ fn merges(ranks: &Ranks) -> Vec<(&[u8], &[u8])> {
     merges.into_iter().map(|(_, pair)| pair).collect()
 }
 
+/// Most ids behind the ranks up to the last one that the files list. Llama 3 has 256.
+const MAX_LISTED: u32 = 1 << 16;
+
 /// The special tokens behind the ranks: those that the files list by id, with placeholders in between, then the others.
-fn special(size: usize, added: &AddedTokens) -> Vec<AddedToken> {
+fn special(size: usize, added: &AddedTokens) -> Result<Vec<AddedToken>, TokenizerError> {
     let texts = added.by_id();
     let size = u32::try_from(size).unwrap_or(u32::MAX);
-    let end = texts.keys().next_back().filter(|last| **last >= size).map_or(size, |last| last + 1);
+    let end =
+        texts.keys().next_back().filter(|last| **last >= size).map_or(size, |last| last.saturating_add(1));
+    if end - size > MAX_LISTED {
+        let problem = format!("the added token {} is too far behind {size} ranks", end - 1);
+        return Err(TokenizerError::Definition(problem.into()));
+    }
     let placeholder = |id: u32| format!("<|reserved_token_{id}|>");
     let listed =
         (size..end).map(|id| texts.get(&id).map_or_else(|| placeholder(id), |token| token.content.clone()));
     let more = added.extra().iter().map(|token| token.content.clone());
-    listed.chain(more).map(|text| AddedToken::from(text, true)).collect()
+    Ok(listed.chain(more).map(|text| AddedToken::from(text, true)).collect())
 }
