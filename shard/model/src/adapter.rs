@@ -177,7 +177,12 @@ impl<'a> AdapterFolder<'a> {
         let (values, base) = (Values { file, dtype }, BaseWeights::of(model));
         let mut changes = plan.changes(&values, &base)?;
         plan.spread(&mut changes, &values, &base)?;
-        Ok(AdapterFolder { base, values, changes, invocation: config.invocation().to_vec() })
+        let folder = AdapterFolder { base, values, changes, invocation: config.invocation().to_vec() };
+        // A copied table has rows of its own without any field that says so.
+        match folder.properties().beside_sums.filter(|_| !folder.invocation.is_empty()) {
+            Some(other) => config.refuse_beside_invocation(other),
+            None => Ok(folder),
+        }
     }
 
     /// The places and sizes of its parts.

@@ -50,6 +50,42 @@ fn with(field: &str, value: Value) -> Files {
 }
 
 #[test]
+fn an_adapter_begins_at_an_invocation_only_where_peft_confines_it() {
+    assert_eq!(read(&with("alora_invocation_tokens", json!([7, 8]))).unwrap().invocation, [7, 8]);
+    assert_eq!(read(&with("alora_invocation_tokens", json!([]))).unwrap().invocation, [0; 0]);
+    let beside = |field: &str, value: Value| {
+        let mut files = with("alora_invocation_tokens", json!([7]));
+        files.config[field] = value;
+        files
+    };
+    for (field, value) in [
+        ("use_dora", json!(true)),
+        ("bias", json!("all")),
+        ("bias", json!("lora_only")),
+        ("init_lora_weights", json!("olora")),
+        ("init_lora_weights", json!("mica")),
+        ("modules_to_save", json!(["lm_head"])),
+        ("trainable_token_indices", json!([3])),
+        ("ensure_weight_tying", json!(true)),
+    ] {
+        let error = read(&beside(field, value)).unwrap_err();
+        assert!(error.contains(field) && error.contains("alora_invocation_tokens"), "{error}");
+    }
+    let error = read(&beside("target_modules", json!(["q_proj", "embed_tokens"]))).unwrap_err();
+    assert!(error.contains("alora_invocation_tokens") && error.contains("embedding"), "{error}");
+    // A copied table is in no field of the configuration.
+    let base = testing::model();
+    let mut files = with("alora_invocation_tokens", json!([7]));
+    let mut table = base.tensors["lm_head.weight"].clone();
+    files.tensors.insert("base_model.model.lm_head.weight".into(), table.clone());
+    assert_eq!(read(&files).unwrap().invocation, [7], "the model's own rows change nothing");
+    table.data[5] += 1.0;
+    files.tensors.insert("base_model.model.lm_head.weight".into(), table);
+    let error = read(&files).unwrap_err();
+    assert!(error.contains("alora_invocation_tokens") && error.contains("rows of its own"), "{error}");
+}
+
+#[test]
 fn all_projections_are_read_and_scaled() {
     let files = testing::adapter(&SEVEN, 4, 1);
     let plain = read(&files).unwrap();

@@ -65,6 +65,11 @@ impl AdapterConfig {
         refuse(FIELD, "a list, with an embedding table among the targets,")
     }
 
+    /// Refuses an adapter that begins at an invocation for what its tensors change beside that.
+    pub(in crate::adapter) fn refuse_beside_invocation<T>(&self, other: &str) -> Result<T, AdapterError> {
+        refuse(FIELD, format!("a list, of an adapter with {other},"))
+    }
+
     /// Refuses an adapter that begins within a sequence where it is to become part of weights.
     pub(in crate::adapter) fn check_acts_always(&self) -> Result<(), AdapterError> {
         if self.invocation.is_empty() {
