@@ -168,7 +168,6 @@ fn names_of_other_fields_and_ways_are_refused_by_name() {
         ("use_bdlora", json!({"nblocks": 2})),
         ("layer_replication", json!([[0, 2], [1, 2]])),
         ("target_parameters", json!(["mlp.experts.gate_up_proj"])),
-        ("alora_invocation_tokens", json!([1, 2])),
         ("arrow_config", json!({"top_k": 3})),
         ("monteclora_config", json!({"num_samples": 8})),
         ("velora_config", json!({"num_groups": 4})),
